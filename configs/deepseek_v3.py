@@ -1,0 +1,123 @@
+"""DeepSeek-V3, 671B: every constant of the report (arXiv 2412.19437), and the base of every other config here.
+
+A config is data. Other files call this `get_config()` and change what differs, so an ablation reads as a diff. Schedules are
+pieces `(shape, until, value)`: `until` is a fraction of `training.num_tokens`, `shape` is "constant" (the value holds over the piece),
+"linear" or "cosine" (from the previous piece's value to this one).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the published 671B configuration and its pre-training recipe."""
+    return ConfigDict(
+        {
+            "name": "deepseek_v3",
+            "seed": 0,
+            "model": {
+                "vocab_size": 129280,
+                "width": 7168,
+                "num_layers": 61,
+                "num_dense_layers": 3,
+                "num_heads": 128,
+                "query_latent": 1536,  # 0: queries come straight from the residual stream (V2-Lite)
+                "kv_latent": 512,
+                "content_dim": 128,
+                "rotary_dim": 64,
+                "value_dim": 128,
+                "dense_hidden": 18432,
+                "num_experts": 256,
+                "num_shared_experts": 1,
+                "experts_per_token": 8,
+                "expert_hidden": 2048,
+                "num_groups": 8,
+                "num_kept_groups": 4,
+                "gate": "sigmoid",  # or "softmax" (V2)
+                "group_score": "top2",  # sum of the two best biased scores, or "max" (V2)
+                "normalize_gates": True,
+                "routed_scale": 2.5,
+                "num_mtp_layers": 1,
+                "rope_base": 10000.0,
+                "yarn": {
+                    "enabled": False,  # off in the 4K pre-training, on for context extension and the released weights
+                    "factor": 40.0,
+                    "original_length": 4096,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 1.0,
+                },
+                "norm_eps": 1e-6,
+                "init_std": 0.006,  # of every matrix; norm gains start at 1 and router biases at 0 (unstated in the report)
+            },
+            "loss": {
+                "mtp_weight": (("constant", 10.0 / 14.8, 0.3), ("constant", 1.0, 0.1)),
+                "sequence_balance_weight": 1e-4,
+                "batch_balance_weight": 0.0,  # the alternative of section 4.5.3, off in the main run
+                "balance_frequency": "unbiased",  # eq. 18 as printed: top-k of the unbiased scores; or "selected"
+                "z_loss_weight": 0.0,  # not part of the report
+            },
+            "optimizer": {
+                "learning_rate": (
+                    ("constant", 10.0 / 14.8, 2.2e-4),
+                    ("cosine", 14.3 / 14.8, 2.2e-5),
+                    ("constant", 14.633 / 14.8, 2.2e-5),
+                    ("constant", 1.0, 7.3e-6),
+                ),
+                "warmup_steps": 2000,
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,  # unstated in the report; Adam's usual value
+                "weight_decay": 0.1,  # matrices only: norm gains are excluded (unstated in the report)
+                "clip_norm": 1.0,
+                "bias_update_rate": (("constant", 14.3 / 14.8, 1e-3), ("constant", 1.0, 0.0)),
+                "ema_decay": 0.0,  # 0: no average is kept. The report keeps one, its decay is unstated
+            },
+            "data": {
+                # "stdlib" is the source text of the running Python's standard library: real text that is already on the machine.
+                "sources": ({"path": "stdlib", "weight": 1.0},),
+                "text_field": "text",
+                "on_error": "refuse",  # or "skip": what to do with an unreadable file, line or record
+                "tokenizer": "bpe",  # "bpe": trained on the corpus; "byte"; or the path of a tokenizer.json
+                "sequence_length": 4096,
+                "heldout_fraction": 0.02,
+                "fim_rate": 0.1,
+                "split_rate": 0.1,  # of tokens joining punctuation and line breaks; the report says "a certain proportion"
+                "mask_documents": False,
+                "reset_positions": False,
+                "prefetch": 4,
+            },
+            "training": {
+                "num_tokens": 14.8e12,
+                # Sequences per optimizer step. The report ramps 3072 -> 15360 over the first 469B tokens and does not give the shape: four steps.
+                "batch_size": (
+                    ("constant", 0.117 / 14.8, 3072),
+                    ("constant", 0.234 / 14.8, 6144),
+                    ("constant", 0.352 / 14.8, 9216),
+                    ("constant", 0.469 / 14.8, 12288),
+                    ("constant", 1.0, 15360),
+                ),
+                "micro_batch_size": 128,  # sequences over all devices: one per data-parallel rank of the report's 128
+                "log_every": 1,
+                "eval_every": 1000,
+                "eval_batches": 64,
+                "checkpoint_every": 500,
+                "keep_checkpoints": 3,
+                "max_skipped_steps": 20,  # consecutive non-finite steps after which the run stops
+            },
+            "mesh": {"pipe": 1, "data": -1, "node": 8, "expert": 8, "tensor": 1},  # -1: whatever the other axes leave
+            "execution": {
+                "precision": "bf16",  # or "fp32"
+                "remat": "selective",  # "none", "selective" (spec of section 3.2.3: norms and up-projections), "full"
+                "scan_unroll": 1,
+                "gather": "layer",  # sharded weights are gathered per "layer" (ZeRO-3) or once per "step" (ZeRO-1)
+                "attention": "auto",  # or "cudnn", "splash", "xla"
+                "attention_chunk": 512,  # queries per block of the XLA path
+                "exchange": "auto",  # or "local", "all_to_all"
+                "exchange_slack": 2.0,  # one round carries this many times the balanced number of rows
+                "expert_block": 256,  # rows of one block of the grouped matmul: all of one expert
+                "expert_wave": 16,  # blocks multiplied at once
+                "loss_chunk": 2048,  # tokens whose logits exist at once, per device
+            },
+        }
+    )
