@@ -1,0 +1,363 @@
+"""Configuration: frozen dataclasses, and the one strict way from a `ConfigDict` into them.
+
+The files in `configs/` are complete, so the dataclasses have no defaults: what a run does is what its file says. `from_config_dict` refuses
+unknown and missing keys, wrong types and impossible values, each with the value and the remedy, before any array exists.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any
+
+Piece = tuple[str, float, float]  # shape, end as a fraction of training.num_tokens, value at the end
+Schedule = tuple[Piece, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension (arXiv 2309.00071) of the rotary part."""
+
+    enabled: bool
+    factor: float
+    original_length: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Shape and mathematics of the network. Comments on the values: `configs/deepseek_v3.py`."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_dense_layers: int
+    num_heads: int
+    query_latent: int
+    kv_latent: int
+    content_dim: int
+    rotary_dim: int
+    value_dim: int
+    dense_hidden: int
+    num_experts: int
+    num_shared_experts: int
+    experts_per_token: int
+    expert_hidden: int
+    num_groups: int
+    num_kept_groups: int
+    gate: str
+    group_score: str
+    normalize_gates: bool
+    routed_scale: float
+    num_mtp_layers: int
+    rope_base: float
+    yarn: Yarn
+    norm_eps: float
+    init_std: float
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Main-model layers with routed experts; MTP layers come on top."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def query_dim(self) -> int:
+        """Width of one head's query and key: content and rotary channels."""
+        return self.content_dim + self.rotary_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Weights of the loss terms."""
+
+    mtp_weight: Schedule
+    sequence_balance_weight: float
+    batch_balance_weight: float
+    balance_frequency: str
+    z_loss_weight: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW, its schedules, and the router-bias update."""
+
+    learning_rate: Schedule
+    warmup_steps: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    bias_update_rate: Schedule
+    ema_decay: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus of the mixture."""
+
+    path: str
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Corpus, tokenizer and packing."""
+
+    sources: tuple[Source, ...]
+    text_field: str
+    on_error: str
+    tokenizer: str
+    sequence_length: int
+    heldout_fraction: float
+    fim_rate: float
+    split_rate: float
+    mask_documents: bool
+    reset_positions: bool
+    prefetch: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Length of the run, batch sizes, and how often the loop looks up."""
+
+    num_tokens: float
+    batch_size: Schedule
+    micro_batch_size: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    max_skipped_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Sizes of the mesh axes; one of them may be -1, what the others leave."""
+
+    pipe: int
+    data: int
+    node: int
+    expert: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the same mathematics is carried out."""
+
+    precision: str
+    remat: str
+    scan_unroll: int
+    gather: str
+    attention: str
+    attention_chunk: int
+    exchange: str
+    exchange_slack: float
+    expert_block: int
+    expert_wave: int
+    loss_chunk: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. Hashable, so it is a static argument of the jitted functions."""
+
+    name: str
+    seed: int
+    model: Model
+    loss: Loss
+    optimizer: Optimizer
+    data: Data
+    training: Training
+    mesh: Mesh
+    execution: Execution
+
+
+CHOICES = {
+    "model.gate": ("sigmoid", "softmax"),
+    "model.group_score": ("top2", "max"),
+    "loss.balance_frequency": ("unbiased", "selected"),
+    "data.on_error": ("refuse", "skip"),
+    "execution.precision": ("fp32", "bf16"),
+    "execution.remat": ("none", "selective", "full"),
+    "execution.gather": ("layer", "step"),
+    "execution.attention": ("auto", "xla", "cudnn", "splash"),
+    "execution.exchange": ("auto", "local", "all_to_all"),
+}
+MAY_BE_ZERO = {
+    "seed",
+    "model.num_dense_layers",
+    "model.query_latent",
+    "model.num_shared_experts",
+    "model.num_mtp_layers",
+    "optimizer.warmup_steps",
+    "training.eval_every",
+    "data.prefetch",
+}
+
+
+def from_config_dict(config_dict) -> Config:
+    """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly.
+
+    Raises:
+        ValueError: unknown, missing or ill-typed key, or an impossible shape; the message names the value and the remedy.
+    """
+    tree = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
+    config = _convert(Config, tree, "config")
+    _check_ranges(config)
+    _check_model(config.model)
+    _check_training(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return nested plain dicts; `from_config_dict(to_dict(config)) == config`, through JSON too."""
+    return dataclasses.asdict(config)
+
+
+def schedule_value(pieces: Schedule, fraction: float) -> float:
+    """Evaluate a schedule at `fraction` of the run's tokens. Host-side and in double precision.
+
+    A piece reaches from the previous piece's end to its own. "constant" holds its value over it; "linear" and "cosine" lead from the
+    previous piece's value. A piece contains its start and not its end; past the last end its value holds.
+    """
+    start, before = 0.0, pieces[0][2]
+    for shape, until, value in pieces:
+        if fraction < until:
+            done = (fraction - start) / (until - start)
+            if shape == "linear":
+                return before + (value - before) * done
+            if shape == "cosine":
+                return value + (before - value) * 0.5 * (1.0 + math.cos(math.pi * done))
+            return value
+        start, before = until, value
+    return before
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """Return `value` as `kind` (a dataclass, a tuple type or a scalar), or raise with `path`."""
+    if dataclasses.is_dataclass(kind):
+        return _convert_section(kind, value, path)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{path} = {value!r} must be a sequence; write a tuple")
+        parts = typing.get_args(kind)
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            parts = (parts[0],) * len(value)
+        elif len(parts) != len(value):
+            raise ValueError(f"{path} = {value!r} must have {len(parts)} entries: shape, end fraction, value")
+        return tuple(_convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        raise ValueError(f"{path} = {value!r} is a {type(value).__name__}; it must be a {kind.__name__}")
+    return value
+
+
+def _convert_section(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} = {value!r} must be a section with the keys {[field.name for field in dataclasses.fields(kind)]}")
+    fields = typing.get_type_hints(kind)
+    for key in value:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            raise ValueError(f"{path}.{key} is unknown" + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {sorted(fields)}"))
+    missing = [key for key in fields if key not in value]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; start from configs/deepseek_v3.py, which has every key")
+    return kind(**{key: _convert(fields[key], value[key], f"{path}.{key}") for key in fields})
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return `{"model.width": 7168, ...}`: one dotted key per value."""
+    leaves = {}
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), prefix + field.name
+        leaves |= flatten(value, path + ".") if dataclasses.is_dataclass(value) else {path: value}
+    return leaves
+
+
+def _check_ranges(config: Config) -> None:
+    for path, value in flatten(config).items():
+        if path in CHOICES and value not in CHOICES[path]:
+            raise ValueError(f"config.{path} = {value!r} is unknown; choose one of {CHOICES[path]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"config.{path} = {value} must be finite")
+        if isinstance(value, int) and not isinstance(value, bool) and not path.startswith("mesh."):
+            lowest = 0 if path in MAY_BE_ZERO else 1
+            if value < lowest:
+                raise ValueError(f"config.{path} = {value} must be at least {lowest}")
+    for path, value in {path: value for path, value in flatten(config).items() if _is_schedule(value)}.items():
+        _check_schedule(path, value)
+    fractions = {f"data.{name}": getattr(config.data, name) for name in ("heldout_fraction", "fim_rate", "split_rate")}
+    fractions |= {"optimizer.b1": config.optimizer.b1, "optimizer.b2": config.optimizer.b2, "optimizer.ema_decay": config.optimizer.ema_decay}
+    for path, value in fractions.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"config.{path} = {value} is a fraction; it must lie in [0, 1]")
+
+
+def _is_schedule(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], tuple)
+
+
+def _check_schedule(path: str, pieces: Schedule) -> None:
+    ends = [until for _, until, _ in pieces]
+    if any(b <= a for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1] != 1.0:
+        raise ValueError(f"config.{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0")
+    for shape, _, value in pieces:
+        if shape not in ("constant", "linear", "cosine"):
+            raise ValueError(f"config.{path}: shape {shape!r} is unknown; choose 'constant', 'linear' or 'cosine'")
+        if value < 0:
+            raise ValueError(f"config.{path}: value {value} must not be negative")
+
+
+def _check_model(model: Model) -> None:
+    def refuse(text: str) -> typing.NoReturn:
+        raise ValueError(f"config.model: {text}")
+
+    if model.num_dense_layers > model.num_layers:
+        refuse(f"num_dense_layers = {model.num_dense_layers} exceeds num_layers = {model.num_layers}; lower it")
+    if model.rotary_dim % 2:
+        refuse(f"rotary_dim = {model.rotary_dim} must be even: channels are rotated in pairs")
+    if model.num_experts % model.num_groups:
+        refuse(f"num_experts = {model.num_experts} is not divisible by num_groups = {model.num_groups}; change either")
+    if model.num_kept_groups > model.num_groups:
+        refuse(f"num_kept_groups = {model.num_kept_groups} exceeds num_groups = {model.num_groups}; lower it")
+    group_size = model.num_experts // model.num_groups
+    kept = model.num_kept_groups * group_size
+    if model.experts_per_token > kept:
+        refuse(
+            f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept groups of {group_size};"
+            " lower it or keep more groups"
+        )
+    if model.group_score == "top2" and group_size < 2:
+        refuse(f"group_score 'top2' needs groups of 2 experts or more, got {group_size}; use 'max' or fewer groups")
+    if model.num_mtp_layers and not model.num_moe_layers:
+        refuse("MTP layers are MoE layers; set num_mtp_layers = 0 or num_dense_layers < num_layers")
+    if model.yarn.factor < 1.0:
+        refuse(f"yarn.factor = {model.yarn.factor} must be at least 1")
+
+
+def _check_training(config: Config) -> None:
+    shortest = config.model.num_mtp_layers + 2
+    if config.data.sequence_length < shortest:
+        raise ValueError(
+            f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers} MTP layers need at least {shortest}"
+        )
+    for shape, _, value in config.training.batch_size:
+        if shape != "constant" or value != int(value) or int(value) % config.training.micro_batch_size:
+            raise ValueError(
+                f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of micro_batch_size ="
+                f" {config.training.micro_batch_size}: every size is compiled once"
+            )
+    if config.optimizer.b2 > 0.99:
+        raise ValueError(f"config.optimizer.b2 = {config.optimizer.b2}: BF16 moments lose updates above 0.99; lower it")
+    if not config.data.sources:
+        raise ValueError("config.data.sources is empty; name at least one, for example {'path': 'stdlib', 'weight': 1.0}")
+    if config.execution.exchange_slack < 1.0:
+        raise ValueError(f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries the balanced load")
