@@ -1,0 +1,54 @@
+# `make train` and `make test` need nothing but a Python >= 3.12 (.ci/find_python says where it is looked for).
+
+# JAX runs on the accelerator that is visible, or on the CPU without asking for others. Set JAX_PLATFORMS to choose.
+NVIDIA := $(shell nvidia-smi --list-gpus 2>/dev/null | grep '^GPU')
+TPU := $(wildcard /dev/accel[0-9]* /dev/vfio/[0-9]*)
+ifneq ($(NVIDIA),)
+  ACCELERATOR := cuda
+  JAX_PLATFORMS ?= cuda,cpu
+else ifneq ($(TPU),)
+  ACCELERATOR := tpu
+  JAX_PLATFORMS ?= tpu,cpu
+else
+  JAX_PLATFORMS ?= cpu
+endif
+export JAX_PLATFORMS PYTHON
+
+RUN := exec .venv/bin/python -m
+
+.PHONY: help train bench test test-slow lint format environment test-environment
+
+help:
+	@echo "make train      train configs/tiny.py on real text into runs/tiny; the same command continues an interrupted run"
+	@echo "make bench      measure the training step of configs/tiny.py"
+	@echo "make test       run the tests on a simulated mesh of 8 CPU devices"
+	@echo "make test-slow  run the tests that take longer than about 20 seconds each"
+	@echo "make lint       check style and format; make format: repair what can be repaired"
+
+train: environment
+	@$(RUN) experiments.train --config=configs/tiny.py --workdir=runs/tiny
+
+bench: environment
+	@$(RUN) experiments.benchmark --config=configs/tiny.py
+
+test test-slow: JAX_PLATFORMS := cpu
+
+test: test-environment
+	@$(RUN) pytest
+
+test-slow: test-environment
+	@$(RUN) pytest -m slow
+
+lint: test-environment
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+format: test-environment
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+environment:
+	@.ci/environment data $(ACCELERATOR)
+
+test-environment:
+	@.ci/environment data dev
