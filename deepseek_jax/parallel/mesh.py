@@ -1,0 +1,159 @@
+"""The mesh, the layout table, and the two movements of a weight: gather before use, reduce-scatter of its gradient.
+
+A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name; its gradient, its moments and
+its average lie the same way. Batches are split over `ROWS`. Routed experts live on (`node`, `expert`); everything else is split over all of `ROWS`.
+
+The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on: model code sees local arrays and
+says its collectives. The alternative, explicit sharding with one shard_map island per weight, was tried first: it compiles slower, its glue
+(embedding lookups, scan carries, reshapes of sharded dims) needs more care than the collectives it hides, and a gradient is reduced per island
+and micro-batch. With one island a gather is a function call, and calling it per layer (ZeRO-3) or once per step (ZeRO-1) is the only difference
+between the two: the layout table does not change.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax import config as config_lib
+
+P = jax.P
+AXES = ("pipe", "data", "node", "expert", "tensor")
+ROWS = ("data", "node", "expert")  # every batch dim is split over these
+EXPERTS = ("node", "expert")
+
+LAYOUT = {
+    "embed_VD": P(None, ROWS),
+    "head_DV": P(ROWS, None),
+    "q_DNQ": P(ROWS, None, None),
+    "q_a_DA": P(ROWS, None),
+    "q_b_ANQ": P(ROWS, None, None),
+    "kv_a_DC": P(ROWS, None),
+    "kv_b_CNX": P(ROWS, None, None),
+    "o_NHD": P(None, None, ROWS),
+    "gate_up_D2F": P(ROWS, None, None),
+    "down_FD": P(None, ROWS),
+    "router_DE": P(ROWS, None),
+    "gate_up_ED2F": P(EXPERTS, "data", None, None),
+    "down_EFD": P(EXPERTS, None, "data"),
+    "merge_2DD": P(None, None, ROWS),
+    # Small enough to be everywhere.
+    "norm_D": P(None),
+    "q_norm_A": P(None),
+    "kv_norm_C": P(None),
+    "embed_norm_D": P(None),
+    "hidden_norm_D": P(None),
+    "final_norm_D": P(None),
+    "bias_E": P(None),
+}
+FP32_WHEN_GATHERED = {"embed_VD", "router_DE"}  # the embedding's gradient is a scatter-add; the router is FP32 throughout
+
+
+def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Make the mesh of `sizes` over `devices` (all of them by default).
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices, or an axis is asked for that does not exist yet.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = {axis: getattr(sizes, axis) for axis in AXES}
+    for axis in ("pipe", "tensor"):
+        if shape[axis] != 1:
+            raise ValueError(f"config.mesh.{axis} = {shape[axis]}: this axis is reserved and not built yet; set it to 1")
+    free = [axis for axis, size in shape.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise ValueError(f"config.mesh = {shape}: sizes are positive, and at most one is -1")
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    if free:
+        shape[free[0]] = len(devices) // fixed
+    if math.prod(shape.values()) != len(devices):
+        raise ValueError(
+            f"config.mesh = {shape} does not fit {len(devices)} devices; make the axes multiply to {len(devices)}, set mesh.data=-1, or simulate with --cpu_devices"
+        )
+    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+
+
+def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a model or batch that the mesh cannot split evenly; the message names the dim, the axes and the remedy."""
+    rows, experts = axis_size(mesh, ROWS), axis_size(mesh, EXPERTS)
+    model = config.model
+    divisors = {
+        "model.width": (model.width, rows),
+        "model.kv_latent": (model.kv_latent, rows),
+        "model.query_latent": (model.query_latent, rows),
+        "model.num_experts": (model.num_experts, experts),
+        "training.micro_batch_size": (config.training.micro_batch_size, rows),
+    }
+    for name, (size, parts) in divisors.items():
+        if size % parts:
+            raise ValueError(f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the mesh")
+
+
+def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
+    """Number of devices along `axes` together."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+    """The name of a leaf in `LAYOUT`, from its tree path (dict keys, or attributes of a module)."""
+    for entry in reversed(path):
+        name = getattr(entry, "key", getattr(entry, "name", None))
+        if name in LAYOUT:
+            return name
+    raise KeyError(f"no entry of LAYOUT in {jax.tree_util.keystr(path)}: every parameter needs one")
+
+
+def partition_specs(tree: Any) -> Any:
+    """One `PartitionSpec` per leaf of a parameter-shaped tree; leading dims that the name does not have are stacked layers, unsplit."""
+
+    def spec(path, leaf):
+        layout = LAYOUT[leaf_name(path)]
+        return P(*(None,) * (leaf.ndim - len(layout)), *layout)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def vary(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Let `x` vary over the manual axes that `like` varies over: a loop's carry must start with the type it ends with."""
+    missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_split(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: jnp.dtype) -> jax.Array:
+    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
+
+
+def _gather_split_forward(w, axes, dim, dtype):
+    return _gather_split(w, axes, dim, dtype), None
+
+
+def _gather_split_backward(axes, dim, dtype, _, g):
+    return (lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True),)
+
+
+_gather_split.defvjp(_gather_split_forward, _gather_split_backward)
+
+
+def gather(tree: Any, dtype: jnp.dtype) -> Any:
+    """Make every weight of `tree` whole on every device that multiplies with it, in `dtype`; call inside the step's shard_map.
+
+    The bytes travel in `dtype`; the gradient comes back by a reduce-scatter in FP32. A leaf that is everywhere already (norm gains) becomes
+    varying, so that its gradient is summed once, at the transpose of that cast, and keeps FP32.
+    """
+
+    def one(path, w):
+        name = leaf_name(path)
+        layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
+        for dim, axes in enumerate(layout):
+            if axes is not None and axes != EXPERTS:
+                axes = (axes,) if isinstance(axes, str) else axes
+                return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
+        missing = tuple(set(ROWS) - jax.typeof(w).manual_axis_type.varying)
+        return lax.pcast(w, missing, to="varying") if missing else w
+
+    return jax.tree_util.tree_map_with_path(one, tree)
