@@ -1,0 +1,351 @@
+"""Make the tiny Hugging Face checkpoints of this folder, and the numbers that transformers computes from them.
+
+    python tests/golden/make_goldens.py        Python 3.11 with CPU torch 2.13, transformers 5.23, safetensors, numpy
+
+An oracle that nobody here wrote: weights are drawn with numpy, stored under the names and in the layout of the released checkpoints, read
+by transformers' own loader, and run by its `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM` and `MtpModel`. Nothing is restated. The
+model runs in float64 (`double_precision`), so what a golden stores is the correct value rounded once to float32, and the tolerance of a
+test is the error of our own float32 arithmetic. `versions.json` records the versions, how far transformers' own float32 run is from the
+float64 one, and the smallest distance between a chosen and a rejected expert or group: routes that nearly tie could flip by rounding,
+so a seed with a margin below `MIN_MARGIN` is refused.
+
+Each case is a folder with config.json and model.safetensors, as released, and golden.npz:
+    tokens_BS, targets_BS int32           targets are the next tokens
+    logits_BSV, hidden_BSD                hidden: after the final norm
+    router_input_LTD, experts_LTK, weights_LTK   per MoE layer, main model first, then MTP; expert ids ascending
+    mtp_logits_KBSV                       depth k - 1 of K; only positions i < S - k are defined, the others are 0
+    loss, mtp_loss_K                      mean cross entropy; MTP sums over the S - k positions, divided by B * S (arXiv 2412.19437, eq. 24)
+and, for the base case, gradients.safetensors: d(loss + MTP_WEIGHT * mean(mtp_loss)) / d(weight) under the checkpoint's names.
+
+The masking value of the router (0.0 in transformers before pull request 45441) is -inf in the version used, so the case with only
+negative biases needs no restatement. `MtpModel` chains depth k + 1 on the state after depth k's own final norm.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import platform
+from unittest import mock
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+import transformers
+from transformers.modeling_layers import MtpModel
+
+FOLDER = pathlib.Path(__file__).parent
+BATCH = 2
+MTP_WEIGHT = 0.3
+MIN_MARGIN = 2e-5  # of a routing decision, in units of a score: hundreds of float32 roundings
+
+# No stored matrix is square, so that one read transposed does not fit.
+V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 0,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 14,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 128,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "float32",
+}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+V2 = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "n_shared_experts": 2,
+    "topk_method": "group_limited_greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 16.0,
+    "rope_theta": 100.0,
+    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One checkpoint: what it changes in `V3`, how its router biases are drawn, and its sequence length."""
+
+    name: str
+    seed: int
+    changes: dict
+    bias_range: tuple[float, float] | None = (-0.3, 0.3)
+    length: int = 64
+
+
+CASES = (
+    Case("base", 0, {"num_hidden_layers": 3, "num_nextn_predict_layers": 2}),
+    # A rope base of 100 puts the eight rotary pairs across the whole ramp between extrapolation and interpolation.
+    Case("yarn", 1, {"rope_scaling": YARN, "rope_theta": 100.0, "qk_rope_head_dim": 16}, length=96),
+    Case("no_query_latent", 12, {"q_lora_rank": None}),
+    # Scores lie in (0, 1): every biased score is negative, and a mask of 0.0 would prefer the dropped groups.
+    Case("negative_bias", 3, {}, bias_range=(-1.5, -1.1)),
+    Case("v2", 4, V2, bias_range=None, length=96),
+)
+
+
+def draw_weights(config: dict, bias_range: tuple[float, float] | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return random float32 tensors under the released names: matrices [out, in] of unit gain, norm gains around 1."""
+    tensors = {}
+
+    def matrix(name: str, out_dim: int, in_dim: int, gain: float = 1.0) -> None:
+        tensors[f"{name}.weight"] = rng.normal(0.0, gain / math.sqrt(in_dim), (out_dim, in_dim)).astype(np.float32)
+
+    def norm(name: str, dim: int) -> None:
+        tensors[f"{name}.weight"] = rng.normal(1.0, 0.2, dim).astype(np.float32)
+
+    def ffn(name: str, hidden: int) -> None:
+        matrix(f"{name}.gate_proj", hidden, width)
+        matrix(f"{name}.up_proj", hidden, width)
+        matrix(f"{name}.down_proj", width, hidden)
+
+    def attention(name: str) -> None:
+        heads, query_dim = config["num_attention_heads"], config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        latent, query_latent = config["kv_lora_rank"], config["q_lora_rank"]
+        if query_latent is None:
+            matrix(f"{name}.q_proj", heads * query_dim, width, gain=1.5)
+        else:
+            matrix(f"{name}.q_a_proj", query_latent, width)
+            norm(f"{name}.q_a_layernorm", query_latent)
+            matrix(f"{name}.q_b_proj", heads * query_dim, query_latent, gain=1.5)
+        matrix(f"{name}.kv_a_proj_with_mqa", latent + config["qk_rope_head_dim"], width)
+        norm(f"{name}.kv_a_layernorm", latent)
+        matrix(f"{name}.kv_b_proj", heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent)
+        matrix(f"{name}.o_proj", width, heads * config["v_head_dim"])
+
+    def layer(name: str, dense: bool) -> None:
+        norm(f"{name}.input_layernorm", width)
+        norm(f"{name}.post_attention_layernorm", width)
+        attention(f"{name}.self_attn")
+        if dense:
+            ffn(f"{name}.mlp", config["intermediate_size"])
+            return
+        matrix(f"{name}.mlp.gate", config["n_routed_experts"], width)
+        if bias_range is not None:
+            tensors[f"{name}.mlp.gate.e_score_correction_bias"] = rng.uniform(*bias_range, config["n_routed_experts"]).astype(np.float32)
+        for expert in range(config["n_routed_experts"]):
+            ffn(f"{name}.mlp.experts.{expert}", config["moe_intermediate_size"])
+        ffn(f"{name}.mlp.shared_experts", config["moe_intermediate_size"] * config["n_shared_experts"])
+
+    width, depth = config["hidden_size"], config["num_hidden_layers"]
+    tensors["model.embed_tokens.weight"] = rng.normal(0.0, 1.0, (config["vocab_size"], width)).astype(np.float32)
+    matrix("lm_head", config["vocab_size"], width)
+    norm("model.norm", width)
+    for index in range(depth):
+        layer(f"model.layers.{index}", dense=index < config["first_k_dense_replace"])
+    for index in range(depth, depth + config["num_nextn_predict_layers"]):
+        name = f"model.layers.{index}"
+        layer(name, dense=False)
+        norm(f"{name}.enorm", width)
+        norm(f"{name}.hnorm", width)
+        norm(f"{name}.shared_head.norm", width)
+        matrix(f"{name}.eh_proj", width, 2 * width)
+        tensors[f"{name}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]  # repeated, as in the released files
+        tensors[f"{name}.shared_head.head.weight"] = tensors["lm_head.weight"]
+    return tensors
+
+
+def load(folder: pathlib.Path, config: dict) -> tuple[torch.nn.Module, MtpModel | None]:
+    """Read a checkpoint with transformers' own loaders: the main model, and the MTP layers where it has any."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    cls = getattr(transformers, config["architectures"][0])
+    model, report = cls.from_pretrained(folder, output_loading_info=True, **options)
+    depth = config["num_hidden_layers"]
+    beyond = {key for key in report["unexpected_keys"] if int(key.split(".")[2]) < depth}
+    if report["missing_keys"] or beyond:
+        raise RuntimeError(f"transformers misses {report['missing_keys']} and does not know {beyond}")
+    if not config["num_nextn_predict_layers"]:
+        return model, None
+    # The class names its own MTP layer, 61; ours follow the last layer of this checkpoint.
+    extra = range(depth, depth + config["num_nextn_predict_layers"])
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{index}\." for index in extra]
+    return model, MtpModel.from_pretrained(model)
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Let code that names float32 (norms, softmax, router, angles) compute in float64, so that the whole model does."""
+    wide = {"float32": torch.float64, "float": torch.float64}
+    with mock.patch.multiple(torch, **wide), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
+
+
+def widen(model: torch.nn.Module, mtp: MtpModel | None) -> None:
+    """Cast weights to float64 and recompute the rotary frequencies there; call inside `double_precision`."""
+    model.double()
+    if mtp is not None:
+        mtp.double()
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = type(rotary)(model.config).inv_freq
+    assert rotary.inv_freq.dtype == torch.float64
+
+
+def run(model: torch.nn.Module, mtp: MtpModel | None, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Forward everything, teacher-forced; keys and shapes are those of golden.npz."""
+    routed = []
+
+    def record(module, inputs, output) -> None:
+        _, weights, experts = output
+        experts, order = experts.sort(dim=-1)
+        routed.append((inputs[0].reshape(-1, inputs[0].shape[-1]), experts, weights.gather(-1, order)))
+
+    layers = [*model.model.layers, *([] if mtp is None else [layer.mtp_block for layer in mtp.layers])]
+    hooks = [layer.mlp.gate.register_forward_hook(record) for layer in layers if hasattr(layer.mlp, "gate")]
+    out = {"tokens_BS": tokens, "targets_BS": targets}
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden)
+    out |= {"hidden_BSD": hidden, "logits_BSV": logits, "loss": cross_entropy(logits, targets) / targets.numel()}
+    if mtp is not None:
+        out |= run_mtp(model, mtp, hidden, tokens, targets)
+    for hook in hooks:
+        hook.remove()
+    names = ("router_input_LTD", "experts_LTK", "weights_LTK")
+    out |= {name: torch.stack(part) for name, part in zip(names, zip(*routed, strict=True), strict=True)}
+    return out
+
+
+def run_mtp(model, mtp: MtpModel, hidden: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Depth k combines the previous depth's state of position i with the embedding of token i + k and predicts token i + k + 1."""
+    length = tokens.shape[1]
+    position_ids = torch.arange(length)[None]
+    logits, losses = [], []
+    for depth in range(1, len(mtp.layers) + 1):
+        shifted = torch.nn.functional.pad(tokens[:, depth:], (0, depth))
+        hidden = mtp.forward_layer(depth - 1, hidden, position_ids, None, input_ids=shifted)
+        defined = model.lm_head(hidden)[:, : length - depth]
+        logits.append(torch.nn.functional.pad(defined, (0, 0, 0, depth)))
+        losses.append(cross_entropy(defined, targets[:, depth:]) / targets.numel())
+    return {"mtp_logits_KBSV": torch.stack(logits), "mtp_loss_K": torch.stack(losses)}
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over all positions, nats."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def gradients(model: torch.nn.Module, mtp: MtpModel, out: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Differentiate the training loss; the result has the checkpoint's names and layouts, embedding and head once."""
+    (out["loss"] + MTP_WEIGHT * out["mtp_loss_K"].mean()).backward()
+    depth = model.config.num_hidden_layers
+    named = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in mtp.layers.named_parameters():
+        index, rest = name.split(".", 1)
+        rest = rest.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        named[f"model.layers.{depth + int(index)}.{rest}"] = p.grad
+    split = {}
+    for name, grad in named.items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, pieces in zip(("gate_proj", "up_proj"), grad.chunk(2, dim=1), strict=True):
+                split |= {name.replace("gate_up_proj", f"{expert}.{part}.weight"): piece for expert, piece in enumerate(pieces)}
+        elif name.endswith("experts.down_proj"):
+            split |= {name.replace("down_proj", f"{expert}.down_proj.weight"): piece for expert, piece in enumerate(grad)}
+        else:
+            split[name] = grad
+    return {name: np.ascontiguousarray(grad.numpy().astype(np.float32)) for name, grad in split.items()}
+
+
+def routing_margin(config: dict, tensors: dict[str, np.ndarray], out: dict[str, torch.Tensor]) -> float:
+    """Return the smallest gap between the last kept and the first rejected group, and expert, over all tokens and layers."""
+
+    def gap(values: np.ndarray, kept: int) -> float:
+        ranked = -np.sort(-values, axis=-1)
+        return float((ranked[:, kept - 1] - ranked[:, kept]).min())
+
+    margins = []
+    names = [name for name in tensors if name.endswith("mlp.gate.weight")]
+    for name, x_TD in zip(names, out["router_input_LTD"].detach().numpy(), strict=True):
+        logits_TE = x_TD @ tensors[name].T.astype(np.float64)
+        if config["scoring_func"] == "softmax":
+            scores_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(-1, keepdims=True)
+        else:
+            scores_TE = 1 / (1 + np.exp(-logits_TE)) + tensors[name.replace("weight", "e_score_correction_bias")]
+        ascending_TGE = np.sort(scores_TE.reshape(len(x_TD), config["n_group"], -1), axis=-1)
+        group_TG = ascending_TGE[..., -1] if config["scoring_func"] == "softmax" else ascending_TGE[..., -2:].sum(-1)
+        margins.append(gap(group_TG, config["topk_group"]))
+        kept_TG = group_TG >= np.sort(group_TG, axis=-1)[:, [-config["topk_group"]]]
+        kept_TE = np.repeat(kept_TG, config["n_routed_experts"] // config["n_group"], axis=1)
+        margins.append(gap(np.where(kept_TE, scores_TE, -np.inf), config["num_experts_per_tok"]))
+    return min(margins)
+
+
+def make(case: Case) -> dict[str, float]:
+    """Write one case's folder; return the float32 noise and the routing margin for versions.json."""
+    config, folder = V3 | case.changes, FOLDER / case.name
+    rng = np.random.default_rng(case.seed)
+    tensors = draw_weights(config, case.bias_range, rng)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.from_numpy(rng.integers(0, config["vocab_size"], (BATCH, case.length + 1)))
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    model, mtp = load(folder, config)
+    with torch.no_grad():
+        single = run(model, mtp, tokens, targets)
+    with double_precision():
+        widen(model, mtp)
+        out = run(model, mtp, tokens, targets)
+    assert out["logits_BSV"].dtype == torch.float64 and torch.equal(single["experts_LTK"], out["experts_LTK"])
+    margin = routing_margin(config, tensors, out)
+    if margin < MIN_MARGIN:
+        raise ValueError(f"case {case.name}: a routing decision is closer than {MIN_MARGIN} ({margin:.1e}); change its seed")
+    if mtp is not None:
+        safetensors.numpy.save_file(gradients(model, mtp, out), folder / "gradients.safetensors")
+    narrow = {torch.float64: np.float32, torch.int64: np.int32}
+    np.savez_compressed(folder / "golden.npz", **{name: x.detach().numpy().astype(narrow[x.dtype]) for name, x in out.items()})
+    noise = {name: (single[name] - out[name]).detach().abs().max().item() for name in ("logits_BSV", "weights_LTK")}
+    return {"float32_error_logits": noise["logits_BSV"], "float32_error_weights": noise["weights_LTK"], "routing_margin": margin}
+
+
+def main() -> None:
+    """Make every case, and record what made it."""
+    transformers.logging.set_verbosity_error()  # its notes about the MTP tensors, which `load` checks itself
+    transformers.logging.disable_progress_bar()
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__, "safetensors": safetensors.__version__}
+    record = {"versions": versions, "mtp_weight": MTP_WEIGHT, "cases": {case.name: make(case) for case in CASES}}
+    (FOLDER / "versions.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
