@@ -1,0 +1,332 @@
+"""Checkpoints of a run: written while the training goes on, verified when they are read, restorable onto any mesh.
+
+    workdir/config.json                 the configuration that owns the workdir
+    workdir/checkpoints/<step>/state    parameters, router bias, optimizer, counters (Orbax, one logical array whatever the mesh)
+    workdir/checkpoints/<step>/run      step, tokens seen, data position, configuration, environment, fingerprints (JSON)
+    workdir/checkpoints/<step>/tokenizer
+    workdir/checkpoints/damaged/        checkpoints that failed verification; moved here, never deleted
+
+A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it when every byte is
+there. A process killed at any moment therefore leaves complete checkpoints and at most one temporary folder, which the next start removes.
+
+Orbax notices missing files but not a flipped byte in an array. So each save also stores a fingerprint per array, computed on the devices:
+
+    fingerprint(x) = sum over i of bits(x_i) * weight(i)  mod 2^32,    weight(i) odd, from the global index i
+
+Integers add in any order, so the sum is the same on every mesh; an odd weight has an inverse mod 2^32, so no change of one element
+can go unseen. The cost is one pass over memory that is already on the device, where hashing files would read them all again.
+
+Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function of its state, so going
+back costs time and loses nothing. If none is intact the start is refused, and nothing is moved: never a silent start from scratch.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
+
+TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
+
+# What may differ when a run continues: how it is computed and how often the loop looks up, not what is computed.
+FREE_SECTIONS = ("mesh.", "execution.")
+FREE_KEYS = {
+    "data.prefetch",
+    "training.micro_batch_size",
+    "training.log_every",
+    "training.eval_every",
+    "training.eval_batches",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.max_skipped_steps",
+}
+BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what is computed
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a run is besides its arrays.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens_seen: positions fed to the model, batch size times sequence length summed over the steps; exact.
+        data: the loader's position, as `Loader.state()` returns it (JSON).
+    """
+
+    step: int
+    tokens_seen: int
+    data: Any
+
+
+# ---- the workdir's configuration
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Create `workdir` for `config`, or check that it already belongs to it.
+
+    Raises:
+        ValueError: the workdir holds a run with another configuration; the message shows each difference.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        stored, given = flatten(read_config(workdir)), flatten(config)
+        changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
+        lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]
+        if any(not _is_free(key) for key in changed):
+            raise ValueError(f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines))
+        for line in lines:
+            logging.warning("continuing with a changed config:%s", line[1:])
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(to_dict(config), indent=1) + "\n")
+
+
+def read_config(workdir: Path) -> Config:
+    """Return the configuration that `workdir` was started with.
+
+    Raises:
+        ValueError: there is no run in `workdir`, or its config.json cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: {path.name} is missing; train one with experiments.train --workdir={workdir}")
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it from a checkpoint's run/metadata") from error
+
+
+def _is_free(key: str) -> bool:
+    return key not in BOUND_KEYS and (key in FREE_KEYS or key.startswith(FREE_SECTIONS))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a reader, or a kill, sees the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# ---- environment
+
+
+def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Return what bit equality depends on: XLA:CPU splits reductions by the core count, GPUs by the device kind."""
+    device = mesh.devices.flat[0]
+    return {
+        "jax": jax.__version__,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+    }
+
+
+def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
+    for key in here:
+        if stored.get(key) != here[key]:
+            logging.warning(
+                "the checkpoint was written with %s = %s, this process has %s: the arrays are equal, the continued run need not be bit-equal",
+                *(key, stored.get(key), here[key]),
+            )
+
+
+# ---- fingerprints
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """Return `{path of a leaf: fingerprint}`; equal on every mesh, changed by any change of one element."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return dict(zip(paths, jax.device_get(_fingerprint_leaves(tree)).tolist(), strict=True))
+
+
+@jax.jit
+def _fingerprint_leaves(tree: Any) -> jax.Array:
+    return jnp.stack([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    index = jnp.zeros_like(bits)
+    for dim, size in enumerate(x.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=jax.typeof(x).sharding)
+        index = index * jnp.uint32(size) + place
+    index = (index ^ (index >> 16)) * jnp.uint32(0x85EBCA6B)  # murmur3's finaliser: neighbours get unrelated weights
+    index = (index ^ (index >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(bits * (index | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def _seal(payload: Any) -> dict[str, Any]:
+    return {"payload": payload, "crc32": _crc32(payload)}
+
+
+def _unseal(sealed: dict[str, Any], item: str) -> Any:
+    if _crc32(sealed["payload"]) != sealed["crc32"]:
+        raise ValueError(f"checksum of the item {item!r} differs")
+    return sealed["payload"]
+
+
+def _crc32(payload: Any) -> int:
+    return zlib.crc32(json.dumps(payload, sort_keys=True).encode())
+
+
+# ---- saving and restoring
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Opening them removes what an unfinished save left behind.
+
+    Args:
+        workdir: the run's folder.
+        keep: how many complete checkpoints stay; `None` opens them for reading, and nothing is written or removed.
+
+    Raises:
+        ValueError: opened for reading, and there are none.
+    """
+
+    def __init__(self, workdir: Path, keep: int | None):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._writes = keep is not None
+        if self._writes:
+            self._remove_unfinished()
+        elif not self.directory.exists():
+            raise ValueError(f"{workdir} holds no checkpoints; train there first: python -m experiments.train --workdir={workdir}")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() == 0 and self.directory.exists():
+            for leftover in self.directory.glob(f"*{TMP_SUFFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: Any, progress: Progress, config: Config, tokenizer: str, mesh: jax.sharding.Mesh) -> None:
+        """Start saving; returns when the arrays are copied from the devices, so the caller may donate them.
+
+        Raises:
+            SaveError: this save could not start, or the one before it failed.
+        """
+        run = dataclasses.asdict(progress) | {
+            "config": to_dict(config),
+            "environment": environment(mesh),
+            "fingerprints": fingerprints(state),
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            run=ocp.args.JsonSave(_seal(json.loads(json.dumps(run)))),
+            tokenizer=ocp.args.JsonSave(_seal(tokenizer)),
+        )
+        self._guard(partial(self._manager.save, progress.step, args=items, force=True))
+
+    def check(self) -> None:
+        """Raise `SaveError` if the save in the background has failed."""
+        self._guard(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Block until the save in the background is complete; raises `SaveError` if it failed."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Wait for the save in the background and release Orbax's threads."""
+        self._guard(self._manager.close)
+
+    def _guard(self, action) -> None:
+        try:
+            action()
+        except Exception as error:  # Orbax hands on whatever the file system or TensorStore raised
+            self._remove_unfinished()
+            self._manager.reload()
+            steps = self.steps()
+            kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+            free = shutil.disk_usage(self.directory).free / 2**30
+            raise SaveError(
+                f"saving into {self.directory} failed: {error}\n{kept}. {free:.2f} GiB are free there; make room (or lower"
+                " training.keep_checkpoints) and run the same command to continue"
+            ) from error
+
+    def restore(self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[Any, Progress, str] | None:
+        """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none at all.
+
+        Args:
+            abstract_state: `ShapeDtypeStruct`s with the shardings to restore onto; any mesh will do. A part of the saved tree (for
+                example only `params` and `router_bias`) reads that part alone.
+            mesh: the mesh of those shardings; a difference from the recorded environment is warned about.
+
+        Raises:
+            ValueError: `step` does not exist or is damaged, or no checkpoint is intact; each is named with what is wrong.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ValueError(f"{self.directory} has no checkpoint of step {step}; it has {steps}")
+        failures: dict[int, str] = {}
+        for candidate in [step] if step is not None else reversed(steps):
+            try:
+                state, run, tokenizer = self._read(candidate, abstract_state)
+            except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
+                failures[candidate] = (str(error).splitlines() or [repr(error)])[0][:300]
+            else:
+                found = fingerprints(state)
+                changed = [path for path, value in found.items() if run["fingerprints"].get(path) != value]
+                if not changed:
+                    _warn_of_changes(run["environment"], environment(mesh))
+                    self._set_aside(list(failures))
+                    return state, Progress(step=run["step"], tokens_seen=run["tokens_seen"], data=run["data"]), tokenizer
+                failures[candidate] = f"the values of {len(changed)} arrays have changed: {', '.join(changed[:3])}"
+            logging.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), failures[candidate])
+        if failures:
+            named = "\n".join(f"  {self.directory / str(number)}: {reason}" for number, reason in failures.items())
+            others = [number for number in steps if number not in failures]
+            remedy = f"the others are {others}" if others else "restore one from a backup, or start again in another --workdir"
+            raise ValueError(f"no intact checkpoint:\n{named}\n{remedy}")
+        return None
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], str]:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True),
+                run=ocp.args.JsonRestore(),
+                tokenizer=ocp.args.JsonRestore(),
+            ),
+        )
+        return items["state"], _unseal(items["run"], "run"), _unseal(items["tokenizer"], "tokenizer")
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints out of the way of the run that will write these steps again."""
+        if not steps or not self._writes:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self.directory / "damaged" / f"{step}"
+                number = 0
+                while target.exists():
+                    number += 1
+                    target = target.with_name(f"{step}-{number}")
+                target.parent.mkdir(exist_ok=True)
+                os.replace(self.directory / str(step), target)
+                logging.warning("moved the damaged checkpoint of step %d to %s", step, target)
+        multihost_utils.sync_global_devices("checkpoints.set_aside")
+        self._manager.reload()
