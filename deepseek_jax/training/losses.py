@@ -1,0 +1,132 @@
+"""Cross entropy whose gradient is made with the forward, and the shifted targets of multi-token prediction.
+
+The problem. With V = 129,280 the logits of one sequence of 4096 tokens are 2.1 GB in FP32, as much again their gradient, and the matmul
+that makes them is one of the largest of the model. Three ways to handle them:
+
+    keep the logits      fastest to write, and the first thing that no longer fits
+    recompute            chunks under jax.checkpoint: fits, but the head matmul runs twice in the forward direction
+    gradient at once     the loss is the last node of the graph, so its gradient is known but for one scalar, the incoming cotangent
+
+The third is used. For a chunk of tokens T, with weights w, target y and z = logsumexp over the vocabulary of l = x W:
+
+    loss   = sum_t w_t (z_t - l_t[y_t])               penalty = z_weight * sum_t w_t z_t^2
+    dl/w   = softmax(l) (1 + 2 z_weight z) - onehot(y)
+    dx     = dl W^T                                   dW += x^T dl
+
+Three matmuls per chunk and none repeated; `dx` and `dW` wait as residuals and the backward pass multiplies them by the cotangent. The price
+is a residual of the head's size in FP32, which the gradient of the head would have cost anyway.
+
+Everything here is per-device code without collectives: inside `jax.shard_map` the caller sums over devices.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from deepseek_jax.parallel.mesh import vary
+
+
+def cross_entropy(hidden_TD: Array, head_DV: Array, targets_T: Array, weights_T: Array, chunk: int, z_weight: float) -> tuple[Array, Array]:
+    """Return (loss_sum, z_sum): weighted sums over tokens of the cross entropy and of the logit penalty, FP32, in nats.
+
+    Logits exist for `chunk` tokens at a time. The matmuls run in the dtype of `hidden_TD` and accumulate in FP32; the softmax is FP32.
+    `z_sum` is `z_weight * sum(weights * logsumexp^2)`, zero without cost where `z_weight` is 0. The two are one objective: the gradient of
+    `loss_sum` is that of `loss_sum + z_sum`, and `z_sum` itself is a constant to differentiation, as are the weights.
+    """
+    if chunk < 1:
+        raise ValueError(f"loss_chunk = {chunk}: at least one token's logits must exist at a time; set execution.loss_chunk to 1 or more")
+    for other in (head_DV, targets_T, weights_T):
+        hidden_TD = vary(hidden_TD, other)
+    head_DV, targets_T, weights_T = (vary(other, hidden_TD) for other in (head_DV, targets_T, weights_T))
+    return _cross_entropy(hidden_TD, head_DV, targets_T, weights_T, min(chunk, hidden_TD.shape[0]), z_weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight):
+    head = head_DV.astype(hidden_TD.dtype)
+
+    def body(sums, tokens):
+        hidden, targets, weights = tokens
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        z = jax.nn.logsumexp(logits, axis=-1)
+        return _add_losses(sums, logits, z, targets, weights, z_weight), None
+
+    zero = vary(jnp.zeros((), jnp.float32), hidden_TD)
+    return lax.scan(body, (zero, zero), _chunks((hidden_TD, targets_T, weights_T), chunk))[0]
+
+
+def _forward_with_gradient(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight):
+    """The forward pass of `jax.custom_vjp`: the sums, and as residuals the gradients for a cotangent of one."""
+    head = head_DV.astype(hidden_TD.dtype)
+
+    def body(carry, tokens):
+        sums, head_grad = carry
+        hidden, targets, weights = tokens
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        top = lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        exp = jnp.exp(logits - top)
+        total = exp.sum(axis=-1, keepdims=True)
+        z = (top + jnp.log(total))[:, 0]
+        sums = _add_losses(sums, logits, z, targets, weights, z_weight)
+        share = weights * (1.0 + 2.0 * z_weight * z) / total[:, 0]
+        hit = targets[:, None] == jnp.arange(head.shape[1])
+        grad = (exp * share[:, None] - jnp.where(hit, weights[:, None], 0.0)).astype(head.dtype)
+        head_grad += jnp.matmul(hidden.T, grad, preferred_element_type=jnp.float32)
+        return (sums, head_grad), jnp.matmul(grad, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+
+    zero = vary(jnp.zeros((), jnp.float32), hidden_TD)
+    carry = (zero, zero), vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
+    (sums, head_grad_DV), hidden_grad = lax.scan(body, carry, _chunks((hidden_TD, targets_T, weights_T), chunk))
+    hidden_grad_TD = hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
+    return sums, (hidden_grad_TD, head_grad_DV.astype(head_DV.dtype))
+
+
+def _backward(chunk, z_weight, gradients, cotangents):
+    scale = cotangents[0]
+    return *((gradient * scale).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_cross_entropy.defvjp(_forward_with_gradient, _backward)
+
+
+def _add_losses(sums, logits, z, targets, weights, z_weight):
+    """Add one chunk's loss and penalty to the running sums."""
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return sums[0] + (weights * (z - target_logits)).sum(), sums[1] + z_weight * (weights * z * z).sum()
+
+
+def _chunks(arrays, chunk):
+    """Cut the token dim into [chunks, chunk, ...]; the last chunk is filled with zeros, which carry no weight."""
+    missing = -arrays[0].shape[0] % chunk
+
+    def cut(x):
+        return jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+
+    return jax.tree.map(cut, arrays)
+
+
+def mtp_targets(batch: dict[str, Array], depth: int) -> tuple[Array, Array, Array]:
+    """Return (tokens_BS, targets_BS, weights_BS) of prediction depth `depth` = 1, 2, ... (DeepSeek-V3, arXiv 2412.19437, eq. 21 to 25).
+
+    Position i combines its hidden state with the embedding of token i + depth and predicts token i + depth + 1. For five tokens t1 .. t5
+    with t6 the target of the last, at depth 1:
+
+        position   1    2    3    4    5
+        token      t2   t3   t4   t5   -       embedded and merged
+        target     t3   t4   t5   t6   -       predicted
+        weight     w2   w3   w4   w5   0       0 also where the position `depth` further belongs to another document
+
+    The ids are shifted, never the hidden states. The loss is divided by the main loss's weight (5 here), not by the number of terms.
+    Raises ValueError for a sequence that has no such position.
+    """
+    length = batch["tokens_BS"].shape[1]
+    if depth >= length:
+        raise ValueError(f"a sequence of {length} tokens has no target at MTP depth {depth}; lengthen it or set fewer MTP layers")
+
+    def shift(x_BS):
+        return jnp.pad(x_BS[:, depth:], ((0, 0), (0, depth)))
+
+    same_document = shift(batch["segment_ids_BS"]) == batch["segment_ids_BS"]
+    return shift(batch["tokens_BS"]), shift(batch["targets_BS"]), shift(batch["loss_weights_BS"]) * same_document

@@ -1,0 +1,112 @@
+"""AdamW with BF16 moments, and everything of the recipe that changes with the tokens seen.
+
+`make_optimizer` is an Optax transformation without a learning rate: gradients are clipped, divided by their running scale and joined by the
+decoupled weight decay, and what comes out is the *direction* of descent, so that
+
+    params <- params - learning_rate * direction            (FP32 master weights)
+
+The learning rate comes from `Rates` with every step. Rates follow the tokens seen, which pass 2^31 within minutes on a cluster, so they are
+computed on the host from an exact Python int and enter the compiled step as three scalars; the step never sees a schedule.
+
+Recipe: DeepSeek-V3, arXiv 2412.19437, section 4.2. Moments in BF16: section 3.3.3.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from deepseek_jax.config import Config, Optimizer, schedule_value
+
+MOMENT_DTYPE = jnp.bfloat16
+# Half a unit in the last place of BF16 is 0.2 to 0.4% of a value, and one step lowers the second moment by at most (1 - b2) of it. At
+# b2 = 0.999 that is 0.1%, which rounds away: a moment that has risen never falls. At 0.99 it can.
+LARGEST_B2 = 0.99
+
+
+class Rates(NamedTuple):
+    """What the schedules say about one step, as host-side FP32 scalars."""
+
+    learning_rate: np.float32
+    mtp_weight: np.float32
+    bias_update_rate: np.float32
+
+
+def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
+    """Return clip -> Adam -> weight decay, whose updates are the direction to subtract, before the learning rate.
+
+    Raises:
+        ValueError: `b2` above 0.99, where BF16 moments stop moving.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        scale_by_bf16_adam(optimizer.b1, optimizer.b2, optimizer.eps),
+        optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask),
+    )
+
+
+def scale_by_bf16_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Return `optax.scale_by_adam` with both moments stored in BF16 and updated in FP32; Optax itself has no dtype for the second."""
+    if b2 > LARGEST_B2:
+        raise ValueError(f"optimizer.b2 = {b2}: BF16 moments lose small updates above {LARGEST_B2}; lower it (the report uses 0.95)")
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def init(params):
+        return _cast_moments(adam.init(params), MOMENT_DTYPE)
+
+    def update(gradients, state, params=None):
+        direction, state = adam.update(gradients, _cast_moments(state, jnp.float32), params)
+        return direction, _cast_moments(state, MOMENT_DTYPE)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _cast_moments(state: optax.ScaleByAdamState, dtype) -> optax.ScaleByAdamState:
+    mu, nu = jax.tree.map(lambda moment: moment.astype(dtype), (state.mu, state.nu))
+    return state._replace(mu=mu, nu=nu)
+
+
+def decay_mask(params) -> dict:
+    """Return a tree of bools, true where weight decay applies: on matrices, not on norm gains.
+
+    The name decides, because a stack of gains `norm_D` is an [L, D] array: a leaf whose shape suffix names one dim is a gain.
+    """
+    return jax.tree.map_with_path(lambda path, _: _num_named_dims(path) > 1, params)
+
+
+def _num_named_dims(path) -> int:
+    """Count the dims in the shape suffix of a leaf's name: 1 in `kv_norm_C`, 3 in `down_EFD`, 2 in `gate_up_D2F`."""
+    suffix = path[-1].key.rpartition("_")[2]
+    assert suffix == suffix.upper(), f"parameter {jax.tree_util.keystr(path)} has no shape suffix"
+    return sum(letter.isalpha() for letter in suffix)
+
+
+def rates(config: Config, step: int, tokens_seen: int) -> Rates:
+    """Return the rates of the optimizer step number `step` (from 0), before which the run has consumed `tokens_seen` tokens.
+
+    The learning rate rises linearly over the first `warmup_steps` steps, the last of which has all of it.
+    """
+    fraction = tokens_seen / config.training.num_tokens
+    warmup = min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
+    return Rates(
+        learning_rate=np.float32(warmup * schedule_value(config.optimizer.learning_rate, fraction)),
+        mtp_weight=np.float32(schedule_value(config.loss.mtp_weight, fraction)),
+        bias_update_rate=np.float32(schedule_value(config.optimizer.bias_update_rate, fraction)),
+    )
+
+
+def batch_size(config: Config, tokens_seen: int) -> int:
+    """Return the sequences of the next optimizer step, over all devices: the batch-size ramp."""
+    return int(schedule_value(config.training.batch_size, tokens_seen / config.training.num_tokens))
+
+
+def ema_update(ema, params, decay: float):
+    """Return the exponential moving average `decay * ema + (1 - decay) * params`, leaf by leaf, in FP32."""
+
+    def update(average: Array, value: Array) -> Array:
+        return average + (1.0 - decay) * (value - average)
+
+    return jax.tree.map(update, ema, params)

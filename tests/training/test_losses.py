@@ -1,0 +1,196 @@
+"""Cross entropy against plain JAX in value and gradient, its memory, and the index map of multi-token prediction."""
+
+import functools
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.training.losses import cross_entropy, mtp_targets
+
+T, D, V = 50, 16, 72
+
+
+def make_inputs(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden_TD = jax.random.normal(keys[0], (T, D)).astype(dtype)
+    head_DV = jax.random.normal(keys[1], (D, V))
+    targets_T = jax.random.randint(keys[2], (T,), 0, V)
+    weights_T = jax.random.bernoulli(keys[3], 0.7, (T,)).astype(jnp.float32) * jnp.linspace(0.5, 2.0, T)
+    return hidden_TD, head_DV, targets_T, weights_T
+
+
+def plain(hidden_TD, head_DV, targets_T, weights_T, z_weight):
+    logits_TV = hidden_TD.astype(jnp.float32) @ head_DV
+    z_T = jax.nn.logsumexp(logits_TV, axis=-1)
+    loss_T = z_T - jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+    return (weights_T * loss_T).sum(), z_weight * (weights_T * z_T**2).sum()
+
+
+def gradients(function, *arguments):
+    """Value and gradients of 0.37 times the objective: a cotangent other than one."""
+
+    def objective(hidden_TD, head_DV):
+        return 0.37 * sum(function(hidden_TD, head_DV, *arguments[2:]))
+
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1)))(*arguments[:2])
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 16, 64])  # of 50 tokens: two divide, one does not, one exceeds
+@pytest.mark.parametrize("z_weight", [0.0, 1e-2])
+def test_equals_plain_value_and_gradient(chunk, z_weight):
+    inputs = make_inputs()
+    sums = jax.jit(cross_entropy, static_argnums=(4, 5))(*inputs, chunk, z_weight)
+    for got, want in zip(sums, plain(*inputs, z_weight), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+    value, grads = gradients(functools.partial(cross_entropy, chunk=chunk, z_weight=z_weight), *inputs)
+    want_value, want_grads = gradients(functools.partial(plain, z_weight=z_weight), *inputs)
+    np.testing.assert_allclose(value, want_value, rtol=2e-6)
+    for got, want in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+def test_tokens_without_weight_have_no_gradient():
+    hidden_TD, head_DV, targets_T, weights_T = make_inputs()
+    weights_T = weights_T.at[:9].set(0.0)
+    _, (hidden_grad_TD, _) = gradients(functools.partial(cross_entropy, chunk=16, z_weight=1e-2), hidden_TD, head_DV, targets_T, weights_T)
+    assert not hidden_grad_TD[:9].any() and hidden_grad_TD[-1].any()
+    loss_sum, z_sum = cross_entropy(hidden_TD, head_DV, targets_T, 0 * weights_T, 16, 1e-2)
+    assert loss_sum == 0.0 and z_sum == 0.0
+
+
+def test_uniform_logits_cost_log_vocabulary():
+    _, head_DV, targets_T, weights_T = make_inputs()
+    loss_sum, _ = cross_entropy(jnp.zeros((T, D)), head_DV, targets_T, weights_T, 16, 0.0)
+    np.testing.assert_allclose(loss_sum, np.log(V) * weights_T.sum(), rtol=1e-6)
+
+
+def test_large_logits_stay_finite():
+    inputs = make_inputs()
+    value, grads = gradients(functools.partial(cross_entropy, chunk=16, z_weight=0.0), 1e4 * inputs[0], *inputs[1:])
+    assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_bf16_accumulates_the_head_gradient_in_fp32():
+    """4096 equal tokens in chunks of 16: summed in BF16 their gradient would stop growing after 256 chunks' worth of rounding."""
+    num_tokens = 4096
+    hidden_TD, head_DV = jnp.ones((num_tokens, 4), jnp.bfloat16), jnp.zeros((4, 8))
+    ones, zeros = jnp.ones(num_tokens), jnp.zeros(num_tokens, jnp.int32)
+    _, (hidden_grad_TD, head_grad_DV) = gradients(functools.partial(cross_entropy, chunk=16, z_weight=0.0), hidden_TD, head_DV, zeros, ones)
+    assert hidden_grad_TD.dtype == jnp.bfloat16 and head_grad_DV.dtype == jnp.float32
+    np.testing.assert_allclose(head_grad_DV[:, 1:], 0.37 * num_tokens / 8, rtol=1e-6)
+
+
+def test_bf16_is_close_to_fp32():
+    inputs = make_inputs(jnp.bfloat16)
+    value, grads = gradients(functools.partial(cross_entropy, chunk=16, z_weight=0.0), *inputs)
+    want_value, want_grads = gradients(functools.partial(plain, z_weight=0.0), *inputs)
+    np.testing.assert_allclose(value, want_value, rtol=4e-3)  # the head is rounded to BF16: 2^-9 a factor
+    for got, want in zip(grads, want_grads, strict=True):
+        assert np.linalg.norm(np.float32(got - want)) < 1e-2 * np.linalg.norm(np.float32(want))
+
+
+def objective(hidden_TD, head_DV, targets_T, weights_T, chunk=16, z_weight=1e-2):
+    return sum(cross_entropy(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight))
+
+
+def all_shapes(jaxpr):
+    """Yield the shape of every intermediate, inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from all_shapes(inner)
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_logits_of_the_whole_batch_never_exist(differentiate):
+    num_tokens, width, vocabulary, chunk = 4096, 8, 1024, 128
+    shapes = (num_tokens, width), (width, vocabulary), (num_tokens,), (num_tokens,)
+    dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    function = functools.partial(objective, chunk=chunk)
+    function = jax.value_and_grad(function, argnums=(0, 1)) if differentiate else function
+    sizes = [np.prod(shape) for shape in all_shapes(jax.make_jaxpr(function)(*arguments).jaxpr)]
+    assert max(sizes) == chunk * vocabulary
+    temporary = jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < num_tokens * vocabulary * 4 / 4, "a quarter of the FP32 logits of the batch"
+
+
+def count_matmuls(function):
+    return str(jax.make_jaxpr(function)(*make_inputs())).count("dot_general")
+
+
+def test_forward_alone_makes_no_gradient_and_gradient_repeats_no_matmul():
+    assert count_matmuls(objective) == 1
+    assert count_matmuls(jax.grad(objective, argnums=(0, 1))) == 3
+
+
+@pytest.mark.parametrize("head_sharded", [False, True], ids=["replicated head", "gathered head"])
+def test_inside_shard_map_equals_one_device(head_sharded):
+    """Tokens over eight devices; a replicated head receives the sum of its gradients through the transpose of its cast to varying."""
+    mesh = jax.make_mesh((8,), ("data",))
+    hidden_TD, head_DV, targets_T, weights_T = (x[:48] if x.shape[0] == T else x for x in make_inputs())
+    rows, head_spec = jax.P("data"), jax.P("data") if head_sharded else jax.P()
+
+    def local(hidden, head, targets, weights):
+        head = jax.lax.all_gather(head, "data", axis=0, tiled=True) if head_sharded else head
+        return jax.lax.psum(objective(hidden, head, targets, weights, chunk=4), "data")
+
+    with jax.set_mesh(mesh):
+        specs = rows, head_spec, rows, rows
+        inputs = [jax.device_put(x, spec) for x, spec in zip((hidden_TD, head_DV, targets_T, weights_T), specs, strict=True)]
+        island = jax.shard_map(local, in_specs=specs, out_specs=jax.P())
+        value, grads = jax.jit(jax.value_and_grad(island, argnums=(0, 1)))(*inputs)
+    want_value, want_grads = jax.value_and_grad(objective, argnums=(0, 1))(hidden_TD, head_DV, targets_T, weights_T)
+    np.testing.assert_allclose(value, want_value, rtol=2e-6)
+    for got, want in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+def test_refuses_an_empty_chunk():
+    with pytest.raises(ValueError, match="loss_chunk = 0"):
+        cross_entropy(*make_inputs(), 0, 0.0)
+
+
+def make_batch(segments):
+    length = len(segments)
+    ids = np.arange(1, length + 2, dtype=np.int32)[None]
+    segment_ids = np.array([segments], np.int32)
+    return {
+        "tokens_BS": jnp.array(ids[:, :-1]),
+        "targets_BS": jnp.array(ids[:, 1:]),
+        "segment_ids_BS": jnp.array(segment_ids),
+        "loss_weights_BS": jnp.array(segment_ids > 0, jnp.float32),
+    }
+
+
+def test_mtp_index_map_of_five_tokens():
+    """Spec section 13, item 8: i = 1..4 uses t_{i+1}, target t_{i+2}."""
+    tokens_BS, targets_BS, weights_BS = mtp_targets(make_batch([1] * 5), depth=1)
+    assert tokens_BS[0, :4].tolist() == [2, 3, 4, 5]
+    assert targets_BS[0, :4].tolist() == [3, 4, 5, 6]
+    assert weights_BS[0].tolist() == [1, 1, 1, 1, 0]
+
+
+def test_mtp_index_map_of_depth_two():
+    tokens_BS, targets_BS, weights_BS = mtp_targets(make_batch([1] * 5), depth=2)
+    assert (tokens_BS[0, :3].tolist(), targets_BS[0, :3].tolist()) == ([3, 4, 5], [4, 5, 6])
+    assert weights_BS[0].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_mtp_shift_stays_inside_documents_and_off_padding():
+    batch = make_batch([1, 1, 1, 2, 2, 0, 0])
+    assert mtp_targets(batch, depth=1)[2][0].tolist() == [1, 1, 0, 1, 0, 0, 0]
+    assert mtp_targets(batch, depth=2)[2][0].tolist() == [1, 0, 0, 0, 0, 0, 0]
+
+
+def test_mtp_keeps_the_weights_of_the_shifted_targets():
+    batch = make_batch([1] * 5) | {"loss_weights_BS": jnp.array([[1.0, 0.0, 0.5, 1.0, 1.0]])}
+    assert mtp_targets(batch, depth=1)[2][0].tolist() == [0.0, 0.5, 1.0, 1.0, 0.0]
+
+
+def test_mtp_refuses_a_sequence_without_targets():
+    with pytest.raises(ValueError, match="2 tokens has no target at MTP depth 2"):
+        mtp_targets(make_batch([1, 1]), depth=2)
