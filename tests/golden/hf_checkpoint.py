@@ -23,9 +23,10 @@ from safetensors.numpy import load_file
 
 from configs import deepseek_v3
 from deepseek_jax import config as config_lib
+from tests.golden import cases
 
 FOLDER = pathlib.Path(__file__).parent
-CASES = ("base", "yarn", "no_query_latent", "negative_bias", "v2")
+CASES = tuple(case.name for case in cases.CASES)
 
 
 @dataclasses.dataclass(frozen=True)
