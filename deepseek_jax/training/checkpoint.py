@@ -16,8 +16,8 @@ Orbax notices missing files but not a flipped byte in an array. So each save als
 Integers add in any order, so the sum is the same on every mesh; an odd weight has an inverse mod 2^32, so no change of one element
 can go unseen. The cost is one pass over memory that is already on the device, where hashing files would read them all again.
 
-Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function of its state, so going
-back costs time and loses nothing. If none is intact the start is refused, and nothing is moved: never a silent start from scratch.
+Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function of its state, so
+going back costs time and loses nothing. If none is intact the start is refused, and nothing is moved: no silent start from scratch.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
     for key in here:
         if stored.get(key) != here[key]:
             logging.warning(
-                "the checkpoint was written with %s = %s, this process has %s: the arrays are equal, the continued run need not be bit-equal",
+                "the checkpoint was written with %s = %s, this process has %s: the arrays are equal, the run that follows need not be",
                 *(key, stored.get(key), here[key]),
             )
 

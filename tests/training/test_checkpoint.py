@@ -173,6 +173,18 @@ def test_damage_to_any_file_is_harmless_or_detected(original, tmp_path, kind, ca
     assert detected >= 5  # the arrays, their index, the record and the tokenizer
 
 
+def test_a_flipped_bit_that_decodes_is_seen_by_the_fingerprints(original, tmp_path, caplog):
+    """Arrays are compressed without a checksum, so Orbax and TensorStore read many a flipped bit as a value."""
+    mesh, generator = make_mesh(2, 4), np.random.default_rng(2)
+    largest = max((original / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size).relative_to(original)
+    for number in range(8):
+        workdir = shutil.copytree(original, tmp_path / str(number))
+        flip(workdir / largest, generator)
+        state, progress, _ = restore(workdir, mesh)
+        assert equal(state, make_state(mesh, progress.step))
+    assert "arrays have changed" in caplog.text
+
+
 def test_the_largest_file_truncated_is_named_and_the_newest_intact_one_used(workdir, caplog):
     arrays = max((workdir / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:100])
