@@ -74,8 +74,8 @@ def test_large_logits_stay_finite():
 
 
 def test_bf16_accumulates_the_head_gradient_in_fp32():
-    """4096 equal tokens in chunks of 16: summed in BF16 their gradient would stop growing after 256 chunks' worth of rounding."""
-    num_tokens = 4096
+    """16,384 equal tokens in chunks of 16 add 2 each to a sum of 2048: in BF16 that stops growing at 512."""
+    num_tokens = 16384
     hidden_TD, head_DV = jnp.ones((num_tokens, 4), jnp.bfloat16), jnp.zeros((4, 8))
     ones, zeros = jnp.ones(num_tokens), jnp.zeros(num_tokens, jnp.int32)
     _, (hidden_grad_TD, head_grad_DV) = gradients(functools.partial(cross_entropy, chunk=16, z_weight=0.0), hidden_TD, head_DV, zeros, ones)
