@@ -41,7 +41,7 @@ def make_state(mesh: jax.sharding.Mesh, seed: int) -> dict:
     def normal(*shape):
         return generator.normal(size=shape).astype(np.float32)
 
-    params = {"w_EDF": put(normal(8, 16, 6), "expert", "data"), "norm_D": put(normal(16)), "flag": put([True, False])}
+    params = {"w_EDF": put(normal(8, 32, 128), "expert", "data"), "norm_D": put(normal(16)), "flag": put([True, False])}
     moments = {name: value.astype(jnp.bfloat16) for name, value in params.items()}
     return {
         "params": params,
