@@ -66,7 +66,7 @@ V2 = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 16.0,
     "rope_theta": 100.0,
-    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "rope_scaling": YARN | {"mscale_all_dim": 0.707},  # unlike mscale: their ratio stretches the rotary channels
 }
 
 
