@@ -1,9 +1,9 @@
 """Model FLOPs: what the mathematics needs, whatever the hardware did on top (recomputation is not counted).
 
-A weight that multiplies a token costs 2 FLOPs in the forward pass and 4 in the backward pass (input and weight gradient), so a token costs 6
-per weight it meets: attention projections, dense FFN or the routed and shared experts, router, head. An embedding lookup and norms cost none.
-Attention adds, per layer, head and visible position, P + R channels of score and H channels of value. A causal token sees half the square, S / 2
-positions; some papers count all S, which is `causal=False`.
+A weight that multiplies a token costs 2 FLOPs in the forward pass and 4 in the backward pass (input and weight gradient), so a token
+costs 6 per weight it meets: attention projections, dense FFN or the routed and shared experts, router, head. An embedding lookup and
+norms cost none. Attention adds, per layer, head and visible position, P + R channels of score and H channels of value. A causal token
+sees half the square, S / 2 positions; some papers count all S, which is `causal=False`.
 
 Checked against the 671B model at sequence 4096 without MTP: 219.7 GFLOP for the weights, 250.4 with causal attention, 281.2 with full
 attention (arXiv 2505.09343 reports 250).
