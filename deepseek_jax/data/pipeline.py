@@ -1,0 +1,171 @@
+"""The training loader: shuffled, augmented, packed, sharded, prefetched; its position is two numbers.
+
+    documents of a source -> shuffle, anew each epoch -> FIM, splitting      (Grain; random numbers of a document's place in the sequence)
+    sources -> mix by weight in tokens -> windows of a fixed number of documents -> pack each into rows, shuffle the rows
+    windows -> a thread packs ahead -> rows, one global sequence -> each process takes its part of every batch
+
+Best-fit packing wants many documents at once, and a packer with a running buffer would have that buffer in its position. So windows are
+packed alone: every window is a function of its index, and the position in the data is (window, row). It holds for any number of
+processes and any batch size, so a run continues on another mesh with the very rows it would have seen, and prefetched windows are simply packed
+again. Each process packs the whole sequence, so one process's speed bounds the global rate: `loader_throughput` measures it.
+"""
+
+import os
+import time
+from typing import Any
+
+import grain
+import numpy as np
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.augmentation import Augmentation
+from deepseek_jax.data.packing import Batch, next_token_batch, pack
+from deepseek_jax.data.sources import train_texts
+from deepseek_jax.data.token_cache import Corpus, Documents, open_corpus
+from deepseek_jax.data.tokenizer import Tokenizer, make_tokenizer
+
+WINDOW_TOKENS = 2**20  # per window, about: batches draw from hundreds of documents, and packing one takes well below a second
+WINDOW_ROWS = 64  # at least, where rows are long
+
+
+class Loader:
+    """An endless sequence of batches with an exact position."""
+
+    def __init__(self, config: Config, windows: grain.IterDataset, made_from: dict[str, Any], process_index: int, process_count: int):
+        """Use `make_train_loader`."""
+        self._data = config.data
+        self._iterator = iter(windows)
+        self._made_from = made_from
+        self._process_index, self._process_count = process_index, process_count
+        self._window_state = self._iterator.get_state()  # of the window that `_row` is in
+        self._row = 0
+        self._window: tuple[np.ndarray, np.ndarray] | None = None
+
+    def next_batch(self, batch_size: int) -> Batch:
+        """Return this process's part of the next `batch_size` rows of the global sequence.
+
+        Process p of P gets rows [p, p + 1) * batch_size / P of the batch, the order of `jax.make_array_from_process_local_data`.
+
+        Returns:
+            tokens_BS, targets_BS, positions_BS, segment_ids_BS (int32) and loss_weights_BS (float32), with B = batch_size / P.
+
+        Raises:
+            ValueError: `batch_size` is not a multiple of the number of processes.
+        """
+        if batch_size <= 0 or batch_size % self._process_count:
+            raise ValueError(f"a batch of {batch_size} sequences does not divide over {self._process_count} processes; use a multiple")
+        share = batch_size // self._process_count
+        before = self._process_index * share
+        self._advance(before)
+        views = self._advance(share)
+        self._advance(batch_size - before - share)
+        tokens, segments = (np.concatenate(arrays) for arrays in zip(*views, strict=True))
+        return next_token_batch(tokens, segments, self._data)
+
+    def state(self) -> dict[str, Any]:
+        """Return the position after the last batch: JSON-able, the same on every process."""
+        return {"windows": self._window_state, "row": self._row, "made_from": dict(self._made_from)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to a position that `state` returned, here or in another process, on any number of processes.
+
+        Raises:
+            ValueError: the position belongs to other data or settings; the differences are named.
+        """
+        theirs = state["made_from"]
+        differences = [f"{key} was {theirs.get(key)!r}, is {value!r}" for key, value in self._made_from.items() if theirs.get(key) != value]
+        if differences:
+            raise ValueError(
+                f"the data position belongs to another data stream ({'; '.join(differences)}); restore these or start a new workdir"
+            )
+        self._iterator.set_state(state["windows"])
+        self._window_state, self._row, self._window = state["windows"], state["row"], None
+
+    def close(self) -> None:
+        """Stop the packing thread."""
+        self._iterator.close()
+
+    def _advance(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Move past `count` rows and return them, as views of the windows that they are in."""
+        views = []
+        while count:
+            if self._window is None:
+                self._window = next(self._iterator)
+            tokens, segments = self._window
+            end = min(self._row + count, len(tokens))
+            views.append((tokens[self._row : end], segments[self._row : end]))
+            count -= end - self._row
+            self._row = end
+            if end == len(tokens):
+                self._window_state, self._row, self._window = self._iterator.get_state(), 0, None
+        return views
+
+
+def open_tokenizer(config: Config, workdir: str | os.PathLike) -> Tokenizer:
+    """Return the run's tokenizer: cached in `workdir`, or made now (a BPE is trained on the train split)."""
+    return make_tokenizer(config, workdir, train_texts(config))
+
+
+def make_train_loader(
+    config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, process_index: int = 0, process_count: int = 1
+) -> Loader:
+    """Return the loader of the train split at its start. The corpus is tokenised into `workdir` the first time.
+
+    Raises:
+        ValueError: bad input (see `sources` and `token_cache`), or a sequence too short for the MTP layers.
+    """
+    data = config.data
+    if data.sequence_length < config.model.num_mtp_layers + 2:
+        raise ValueError(
+            f"data.sequence_length = {data.sequence_length} is too short for {config.model.num_mtp_layers} MTP layers;"
+            f" set it to at least {config.model.num_mtp_layers + 2}"
+        )
+    corpus = open_corpus(config, tokenizer, workdir)
+    windows = _windows(config, tokenizer, corpus)
+    made_from = {"corpus": corpus.digest, "tokenizer": tokenizer.fingerprint, "seed": config.seed}
+    made_from |= {"weights": [source.weight for source in data.sources], "heldout_fraction": data.heldout_fraction}
+    made_from |= {name: getattr(data, name) for name in ("sequence_length", "fim_rate", "split_rate")}
+    options = grain.ReadOptions(num_threads=min(1, data.prefetch), prefetch_buffer_size=data.prefetch)
+    return Loader(config, windows.to_iter_dataset(options), made_from, process_index, process_count)
+
+
+def loader_throughput(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, batch_size: int, num_windows: int = 4) -> float:
+    """Return the tokens per second that one process's loader delivers on its own, packing included, averaged over whole windows."""
+    loader = make_train_loader(config, tokenizer, workdir)
+    num_tokens, start = 0, time.perf_counter()
+    while num_tokens < num_windows * WINDOW_TOKENS:
+        num_tokens += loader.next_batch(batch_size)["tokens_BS"].size
+    seconds = time.perf_counter() - start
+    loader.close()
+    return num_tokens / seconds
+
+
+def _windows(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> grain.MapDataset:
+    """Return the endless sequence of packed windows: index -> (tokens, segments)."""
+    data = config.data
+    augment = Augmentation(tokenizer, data.fim_rate, data.split_rate)
+    seeds = np.random.SeedSequence(config.seed).generate_state(len(corpus.train) + 1)
+    streams, densities = [], []
+    for source, documents, seed in zip(data.sources, corpus.train, seeds, strict=False):
+        if not len(documents):
+            raise ValueError(
+                f"data source {source.path!r} has no document in the train split; add documents or lower data.heldout_fraction"
+            )
+        streams.append(grain.MapDataset.source(documents).seed(int(seed)).shuffle().repeat().random_map(augment))
+        densities.append(source.weight / _mean_length(documents))  # weights count tokens, mixing counts documents
+    row_length = data.sequence_length + 1
+    window_tokens = max(WINDOW_TOKENS, WINDOW_ROWS * row_length)
+    mean_length = sum(data.sources[i].weight for i in range(len(streams))) / sum(densities)
+    window_size = max(1, round(window_tokens / mean_length))
+
+    def pack_window(documents: list[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        tokens, segments = pack(documents, row_length, tokenizer.pad)
+        order = rng.permutation(len(tokens))
+        return tokens[order], segments[order]
+
+    mixed = grain.MapDataset.mix(streams, densities)
+    return mixed.batch(window_size, batch_fn=list).seed(int(seeds[-1])).random_map(pack_window)
+
+
+def _mean_length(documents: Documents) -> float:
+    return documents.num_tokens / len(documents) + 2  # BOS and EOS

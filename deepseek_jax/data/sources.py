@@ -1,0 +1,260 @@
+"""Documents from the files people have.
+
+A source is the standard library of the running Python ("stdlib"), a folder, or a file. Inside it a file's name decides how it is read:
+
+    *.jsonl, *.jsonl.gz, *.jsonl.zst     one document per line, under the key `data.text_field`
+    *.parquet                            one document per row, in the column `data.text_field`
+    *.array_record, *.arrayrecord        one document per record: token ids as little-endian int32, without BOS and EOS
+    anything else                        UTF-8 text. In a folder one document per file; a single file is cut at line ends into about 1000
+
+Documents come in a fixed order: files by relative name, then lines, rows or records. Which split a document belongs to depends on its
+content alone (`is_heldout`), so adding files moves none, and two copies of one text are never on both sides.
+"""
+
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import Config, Source
+
+STDLIB = "stdlib"
+NOT_STDLIB = {"site-packages", "dist-packages"}  # folders inside the standard library's that hold something else
+LARGEST_STDLIB_FILE = 200_000  # bytes: larger ones are generated tables, and one of them would be most of a 2% held-out split
+BLOCKS_PER_FILE = 1000  # a single text file is cut into about so many documents, so that a hash can split it
+SHORTEST_BLOCK = 4096  # bytes: a document shorter than a context teaches little
+KEPT_MESSAGES = 20  # of skipped items; all are counted
+TOKENIZER_CHARACTERS = 200_000_000  # of text that BPE is trained on: merges change little beyond, and a large corpus is not read twice
+
+
+class Document(NamedTuple):
+    """One text, or the token ids of one."""
+
+    name: str  # relative file name, and the line, row or record inside it
+    content: str | np.ndarray
+    num_file_bytes: int  # of its file that it used up, for progress
+
+    def digest(self) -> bytes:
+        """SHA-256 of the content."""
+        content = self.content
+        return hashlib.sha256(content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()).digest()
+
+
+class Problems:
+    """What happens to an unreadable item: it is refused (ValueError), or left out and counted."""
+
+    def __init__(self, on_error: str):
+        """`on_error` is "refuse" or "skip"."""
+        self._on_error = on_error
+        self.count = 0
+        self.messages: list[str] = []
+
+    def report(self, message: str) -> None:
+        """Raise, or note that the item described by `message` is skipped."""
+        if self._on_error == "refuse":
+            raise ValueError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
+        self.count += 1
+        if len(self.messages) < KEPT_MESSAGES:
+            self.messages.append(message)
+
+
+def is_heldout(digest: bytes, fraction: float) -> bool:
+    """Say whether a document with this SHA-256 is held out: a fraction of all contents is."""
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def list_files(source: Source) -> list[tuple[str, Path]]:
+    """Return (relative name, path) of every file of `source`, sorted by name. Hidden files and folders are left out.
+
+    Raises:
+        ValueError: the path does not exist, cannot be listed, or holds no file.
+    """
+    root = Path(sysconfig.get_path("stdlib") if source.path == STDLIB else source.path)
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise ValueError(f"data source {source.path!r} does not exist; name a folder, a file, or 'stdlib'")
+    left_out = NOT_STDLIB if source.path == STDLIB else set()
+    files = []
+    for folder, subfolders, names in os.walk(root, onerror=_refuse_folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__" and name not in left_out]
+        paths = [Path(folder) / name for name in names if not name.startswith(".")]
+        files += [(path.relative_to(root).as_posix(), path) for path in paths if source.path != STDLIB or _is_stdlib_source(path)]
+    if not files:
+        raise ValueError(f"data source {source.path!r} is an empty folder; put text, .jsonl, .parquet or .array_record files there")
+    return sorted(files)
+
+
+def read_documents(source: Source, text_field: str, problems: Problems) -> Iterator[Document]:
+    """Yield the documents of `source` in their fixed order; empty ones are left out.
+
+    So are the few files of "stdlib" that are not UTF-8: its test suite has some on purpose, and the user cannot repair them.
+
+    Raises:
+        ValueError: an item cannot be read and `problems` refuses it; file and line, row or record are named.
+    """
+    whole = source.path == STDLIB or Path(source.path).is_dir()
+    problems = Problems("skip") if source.path == STDLIB else problems
+    for name, path in list_files(source):
+        read = _reader(path, whole)
+        for document in read(name, path, text_field, problems):
+            if len(document.content):
+                yield document
+
+
+def train_texts(config: Config) -> Iterator[str]:
+    """Yield texts of the train split to train a tokenizer on, from each source in proportion to its weight.
+
+    Raises:
+        ValueError: there are none, as when all sources are token ids.
+    """
+    total = sum(source.weight for source in config.data.sources)
+    empty = True
+    for source in config.data.sources:
+        room = TOKENIZER_CHARACTERS * source.weight / total
+        for document in read_documents(source, config.data.text_field, Problems(config.data.on_error)):
+            if isinstance(document.content, np.ndarray) or is_heldout(document.digest(), config.data.heldout_fraction):
+                continue
+            if room <= 0:
+                break
+            room -= len(document.content)
+            empty = False
+            yield document.content
+    if empty:
+        raise ValueError("no training text in data.sources to train a tokenizer on; set data.tokenizer to a tokenizer.json or 'byte'")
+
+
+def _is_stdlib_source(path: Path) -> bool:
+    return path.suffix == ".py" and path.stat().st_size <= LARGEST_STDLIB_FILE
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"corpus folder {error.filename} cannot be listed: {error.strerror}; check its permissions") from error
+
+
+def _reader(path: Path, whole: bool):
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        return _read_jsonl
+    if name.endswith(".parquet"):
+        return _read_parquet
+    if name.endswith((".array_record", ".arrayrecord")):
+        return _read_array_record
+    return _read_text if whole else _read_blocks
+
+
+def _read_text(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
+    try:
+        content = path.read_bytes()
+        yield Document(name, content.decode("utf-8"), len(content))
+    except UnicodeDecodeError as error:
+        problems.report(f"{path} is not UTF-8 text (byte {error.start})")
+    except OSError as error:
+        problems.report(f"{path} cannot be read: {error.strerror}")
+
+
+def _read_blocks(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
+    """Cut one text file into documents at line ends."""
+    try:
+        size = max(SHORTEST_BLOCK, path.stat().st_size // BLOCKS_PER_FILE)
+        with path.open("rb") as file:
+            first_line = 1
+            while lines := file.readlines(size):
+                block = b"".join(lines)
+                try:
+                    yield Document(f"{name}:{first_line}", block.decode("utf-8"), len(block))
+                except UnicodeDecodeError as error:
+                    problems.report(f"{path} is not UTF-8 text (line {first_line + block.count(b'\n', 0, error.start)})")
+                first_line += len(lines)
+    except OSError as error:
+        problems.report(f"{path} cannot be read: {error.strerror}")
+
+
+def _read_jsonl(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
+    zstandard = _extra("zstandard") if path.suffix.lower() == ".zst" else None
+    broken = (OSError, EOFError, zlib.error) + ((zstandard.ZstdError,) if zstandard else ())
+    number = position = 0
+    try:
+        with path.open("rb") as raw:
+            for number, line in enumerate(_lines(path, raw, zstandard), 1):
+                if not line.strip():
+                    continue
+                text = _json_text(line, text_field, f"{path} line {number}", problems)
+                if text is not None:
+                    yield Document(f"{name}:{number}", text, raw.tell() - position)
+                    position = raw.tell()
+    except broken as error:
+        problems.report(f"{path} cannot be read after line {number}: {error}")
+
+
+def _lines(path: Path, raw: io.BufferedReader, zstandard: Any) -> Iterator[bytes]:
+    if zstandard:
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+
+
+def _json_text(line: bytes, text_field: str, where: str, problems: Problems) -> str | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # both broken JSON and bytes that are not UTF-8
+        return problems.report(f"{where} is not JSON ({error})")
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        has = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        return problems.report(f"{where} has no text under data.text_field = {text_field!r} (it has {has})")
+    return record[text_field]
+
+
+def _read_parquet(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
+    parquet, arrow = _extra("pyarrow.parquet"), _extra("pyarrow")
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                return problems.report(f"{path} has no column data.text_field = {text_field!r} (it has {file.schema_arrow.names})")
+            share = path.stat().st_size // max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if isinstance(text, str):
+                        yield Document(f"{name}:{row}", text, share)
+                    else:
+                        problems.report(f"{path} row {row} has {text!r} in {text_field!r}, not text")
+    except (OSError, arrow.ArrowException) as error:
+        problems.report(f"{path} cannot be read after row {row}: {error}")
+    return None
+
+
+def _read_array_record(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
+    module = _extra("array_record.python.array_record_module", "array_record")
+    record = 0
+    try:
+        reader = module.ArrayRecordReader(str(path))
+        count = reader.num_records()
+        for record in range(count):
+            content = reader.read([record])[0]
+            if len(content) % 4:
+                problems.report(f"{path} record {record} has {len(content)} bytes, not a whole number of int32 token ids")
+            else:
+                yield Document(f"{name}:{record}", np.frombuffer(content, "<i4"), path.stat().st_size // count)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, ValueError) and "data.on_error" in str(error):
+            raise
+        problems.report(f"{path} cannot be read from record {record} on: {error}")
+
+
+def _extra(module: str, package: str | None = None) -> Any:
+    """Import a package of the [data] extra, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = package or module.split(".")[0]
+        raise ValueError(f"reading this corpus needs {package}; install it with: pip install 'deepseek-jax[data]'") from error

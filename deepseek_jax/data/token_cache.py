@@ -1,0 +1,180 @@
+"""Tokenise the corpus once, and read the ids through memory maps ever after.
+
+A folder `tokens-<key>` in the workdir holds, for every source and split, one flat file of ids and the offsets of its documents. The key
+covers what the ids depend on: tokenizer, files (name, size, time of change) and the data settings. The folder is written under another name
+and renamed when complete, so a process killed at any moment leaves a complete cache or none; processes that share a workdir write the
+same bytes, and the first to finish wins.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents
+from deepseek_jax.data.tokenizer import Tokenizer
+
+LAYOUT = 1  # of the cache folder; part of the key
+BATCH_CHARACTERS = 4_000_000  # of text tokenised at once: enough for every core, little memory
+SPLITS = ("train", "heldout")
+
+log = logging.getLogger(__name__)
+
+
+class Documents:
+    """The tokenised documents of one source and split: a sequence of arrays of ids, without BOS and EOS, mapped from disk."""
+
+    def __init__(self, stem: Path, dtype: np.dtype):
+        """Open `<stem>.ids.bin` (flat, `dtype`), `<stem>.ends.npy` (one past each document's last id) and `<stem>.bytes.npy` (UTF-8 bytes)."""
+        self.ends = np.load(f"{stem}.ends.npy", mmap_mode="r")
+        self.num_bytes = np.load(f"{stem}.bytes.npy", mmap_mode="r")
+        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+        self._ids = np.memmap(f"{stem}.ids.bin", dtype, "r") if self.num_tokens else np.zeros(0, dtype)  # an empty file cannot be mapped
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the ids of one document, int32."""
+        start = int(self.ends[index - 1]) if index else 0
+        return np.asarray(self._ids[start : int(self.ends[index])], np.int32)
+
+
+class Corpus(NamedTuple):
+    """All sources, tokenised."""
+
+    train: tuple[Documents, ...]  # one per source
+    heldout: tuple[Documents, ...]
+    digest: str  # SHA-256 over the names and contents of all documents in order
+    num_skipped: int  # items left out under data.on_error = "skip"
+    skipped: tuple[str, ...]  # what and where, the first few
+
+
+def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike) -> Corpus:
+    """Return the tokenised corpus of `config.data`, tokenising it into `workdir` first if need be.
+
+    Raises:
+        ValueError: a source is missing, empty or unreadable, a weight is not positive, or ids lie beyond the vocabulary.
+    """
+    for source in config.data.sources:
+        if source.weight <= 0:
+            raise ValueError(f"data source {source.path!r} has weight {source.weight}; give it a positive one or remove it")
+    folder = Path(workdir) / f"tokens-{_key(config, tokenizer)}"
+    if not folder.exists():
+        _remove_abandoned(folder.parent)
+        _tokenize(config, tokenizer, folder)
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    if about["num_skipped"]:
+        log.warning("%d items of the corpus were skipped, for example: %s", about["num_skipped"], about["skipped"][0])
+    dtype = np.dtype(about["dtype"])
+    train, heldout = (tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in SPLITS)
+    return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]))
+
+
+def _key(config: Config, tokenizer: Tokenizer) -> str:
+    files = []
+    for source in config.data.sources:
+        stats = [(name, path.lstat() if not path.exists() else path.stat()) for name, path in list_files(source)]
+        files.append([source.path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+    data = config.data
+    parts = [LAYOUT, tokenizer.fingerprint, files, data.text_field, data.on_error, data.heldout_fraction]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _tokenize(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the cache folder. What exists under its final name is complete."""
+    partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    problems, digest = Problems(config.data.on_error), hashlib.sha256()
+    total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source) if path.exists())
+    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5) as bar:
+        for i, source in enumerate(config.data.sources):
+            writers = {split: _Writer(partial / f"{i}-{split}", dtype) for split in SPLITS}
+            documents = read_documents(source, config.data.text_field, problems)
+            for document, ids in _encode(documents, tokenizer, source.path):
+                content_digest = document.digest()
+                digest.update(f"{len(document.name.encode())} {document.name}".encode() + content_digest)
+                text = document.content
+                num_bytes = len(text.encode()) if isinstance(text, str) else int(tokenizer.num_bytes_V[ids].sum())
+                writers["heldout" if is_heldout(content_digest, config.data.heldout_fraction) else "train"].add(ids, num_bytes)
+                bar.update(document.num_file_bytes)
+            if not sum(writer.close() for writer in writers.values()):
+                raise ValueError(f"data source {source.path!r} holds no readable document ({problems.count} skipped); see data.on_error")
+    about = {"digest": digest.hexdigest(), "dtype": dtype.name, "num_skipped": problems.count, "skipped": problems.messages}
+    (partial / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial)
+
+
+def _encode(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[tuple[Document, np.ndarray]]:
+    """Pair documents with their ids, encoding many texts at once."""
+    batch, room = [], BATCH_CHARACTERS
+    for document in documents:
+        batch.append(document)
+        room -= len(document.content)
+        if room <= 0:
+            yield from _encode_batch(batch, tokenizer, origin)
+            batch, room = [], BATCH_CHARACTERS
+    yield from _encode_batch(batch, tokenizer, origin)
+
+
+def _encode_batch(batch: list[Document], tokenizer: Tokenizer, origin: str) -> Iterator[tuple[Document, np.ndarray]]:
+    encoded = iter(tokenizer.encode_batch([document.content for document in batch if isinstance(document.content, str)]))
+    for document in batch:
+        if isinstance(document.content, str):
+            yield document, np.array(next(encoded), np.int64)
+            continue
+        ids = document.content
+        if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+            wrong = int(ids.min() if ids.min() < 0 else ids.max())
+            raise ValueError(
+                f"{origin}: {document.name} has token id {wrong} and the vocabulary ends at {tokenizer.vocab_size - 1};"
+                " set data.tokenizer to the tokenizer.json that made these ids"
+            )
+        yield document, ids
+
+
+class _Writer:
+    """Appends documents to the files that `Documents` opens."""
+
+    def __init__(self, stem: Path, dtype: np.dtype):
+        self._stem, self._dtype = stem, dtype
+        self._file = open(f"{stem}.ids.bin", "wb")  # noqa: SIM115 (closed in `close`)
+        self._lengths: list[int] = []
+        self._num_bytes: list[int] = []
+
+    def add(self, ids: np.ndarray, num_bytes: int) -> None:
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self._lengths.append(len(ids))
+        self._num_bytes.append(num_bytes)
+
+    def close(self) -> int:
+        """Finish the files and return the number of documents."""
+        self._file.close()
+        np.save(f"{self._stem}.ends.npy", np.cumsum(self._lengths, dtype=np.int64))
+        np.save(f"{self._stem}.bytes.npy", np.array(self._num_bytes, np.int64))
+        return len(self._lengths)
+
+
+def _remove_abandoned(workdir: Path) -> None:
+    """Delete what killed processes of this host left half-written."""
+    for partial in workdir.glob(f"tokens-*.partial-{socket.gethostname()}-*"):
+        pid = int(partial.name.rpartition("-")[2])
+        if pid != os.getpid() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(partial, ignore_errors=True)
