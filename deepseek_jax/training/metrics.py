@@ -1,0 +1,230 @@
+"""What a run writes down: `metrics.jsonl`, one JSON object per line, and TensorBoard events of the same values.
+
+Each line has `step` and `tokens_seen` and one group of the keys in `KEYS`: a training line every `log_every` steps, an evaluation line, and
+one yardstick line at the end. Lists run over layers, the main model's MoE layers first and then the MTP layers. A value that is not
+finite is null, since JSON has no NaN.
+
+The file is append-only while a process lives. Every line up to a step is on disk before the checkpoint of that step is begun, and a run that
+continues from step s first drops what lies beyond s. So the file of an interrupted run has the lines of an uninterrupted one.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from deepseek_jax.training.checkpoint import write_atomically
+from deepseek_jax.training.flops import model_flops_utilization, peak_flops
+
+FILE_NAME = "metrics.jsonl"
+
+KEYS = {
+    "step": "optimizer steps taken",
+    "tokens_seen": "positions fed so far: batch size x sequence length, summed over the steps",
+    "train/loss": "cross entropy of the main head before the update, nats per token",
+    "train/perplexity": "exp(train/loss)",
+    "train/mtp_loss": "cross entropy of each MTP depth over the same number of tokens, nats; list over depths",
+    "train/balance_loss": "weighted sequence-wise and batch-wise balance losses",
+    "train/z_loss": "weighted z-loss",
+    "train/tokens": "positions of the step's batch that carry loss; the rest is padding",
+    "optimizer/learning_rate": "of this step",
+    "optimizer/mtp_weight": "of this step",
+    "optimizer/bias_update_rate": "gamma of this step",
+    "optimizer/grad_norm": "global L2 norm of the gradient, before clipping",
+    "optimizer/update_norm": "global L2 norm of the change of the parameters",
+    "optimizer/param_norm": "global L2 norm of the parameters",
+    "optimizer/nonfinite": "gradient elements and losses that are inf or NaN; above 0 the update is skipped",
+    "optimizer/skipped": "consecutive skipped steps, this one included",
+    "router/max_vio": "(max load - mean load) / mean load over the step's batch; list over layers",
+    "router/max_vio_sequence": "the same per sequence, averaged; list over layers",
+    "router/bias_min": "smallest router bias after the update; list over layers",
+    "router/bias_max": "largest router bias after the update; list over layers",
+    "router/dead_experts": "experts without a token in the step's batch, summed over layers",
+    "router/load": "assignments in the step's batch; list over layers of lists over experts",
+    "speed/tokens_per_second": "tokens over training time since the last line; evaluation and saving are not training time",
+    "speed/step_seconds": "training time per step since the last line",
+    "speed/teraflops": "model TFLOP/s over all devices: flops per token (causal attention counted by half) x tokens per second",
+    "speed/mfu": "speed/teraflops over the devices' dense BF16 peak; absent where the peak is unknown (CPUs)",
+    "speed/compile_seconds": "tracing and compiling the step; on the first line of each process",
+    "eval/loss": "cross entropy over the held-out batches, nats per token",
+    "eval/perplexity": "exp(eval/loss)",
+    "eval/bits_per_byte": "held-out bits over the UTF-8 bytes that the predicted tokens stand for",
+    "eval/mtp_loss": "cross entropy of each MTP depth over the held-out batches; list over depths",
+    "eval/max_vio": "MaxVio of the load summed over the held-out batches; list over layers",
+    "yardstick/bigram_bits_per_byte": "interpolated bigram model counted on the tokens that the run has seen",
+    "yardstick/gzip_pieces_bits_per_byte": "gzip -9 of each held-out piece as long as the model's context",
+    "yardstick/gzip_files_bits_per_byte": "gzip -9 of each held-out document",
+    "yardstick/xz_files_bits_per_byte": "xz -9 of each held-out document",
+}
+
+
+class MetricsLog:
+    """The metrics of one workdir, opened to continue after `step`. Of several processes the first writes."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Drop the lines and events beyond `step`, and open both files for appending."""
+        self._path = Path(workdir) / FILE_NAME
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        if self._path.exists():
+            kept = [row for row in read_rows(workdir) if row["step"] <= step]
+            write_atomically(self._path, "".join(_line(row) for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one line; it survives the death of the process from here on.
+
+        Raises:
+            OSError: the disk is full; the message says where and what to do.
+        """
+        assert row.keys() <= KEYS.keys(), f"undocumented keys {row.keys() - KEYS.keys()}"
+        if not self._writes:
+            return
+        row = {key: _plain(value) for key, value in row.items()}
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"writing {self._path} failed: {error.strerror}; make room and run the same command to continue"
+            ) from error
+        for tag, value in _scalars(row):
+            self._events.add_scalar(tag, value, row["step"])
+
+    def flush(self) -> None:
+        """Put the events on disk too; call before a checkpoint."""
+        if self._writes:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a workdir's metrics. A last line cut off by a kill is left out; nothing else may be broken."""
+    path = Path(workdir) / FILE_NAME
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty, or was cut off
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line") from error
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON: arrays become lists, what is not finite null."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (tag, value) for TensorBoard. A list becomes one curve per layer; loads stay in the JSON lines."""
+    for key, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/{i}", item) for i, item in enumerate(value) if isinstance(item, int | float))
+        elif value is not None and key != "step":
+            yield key, value
+
+
+def train_row(metrics: dict[str, np.ndarray], rates: Any) -> dict[str, Any]:
+    """Return the training keys from the step's metrics (see `training/step.py`), on the host, and its `Rates`."""
+    loss = float(metrics["loss"])
+    return {
+        "train/loss": loss,
+        "train/perplexity": _exp(loss),
+        "train/mtp_loss": metrics["mtp_loss"],
+        "train/balance_loss": metrics["balance_loss"],
+        "train/z_loss": metrics["z_loss"],
+        "train/tokens": metrics["tokens"],
+        "optimizer/learning_rate": rates.learning_rate,
+        "optimizer/mtp_weight": rates.mtp_weight,
+        "optimizer/bias_update_rate": rates.bias_update_rate,
+        "optimizer/grad_norm": metrics["grad_norm"],
+        "optimizer/update_norm": metrics["update_norm"],
+        "optimizer/param_norm": metrics["param_norm"],
+        "optimizer/nonfinite": metrics["nonfinite"],
+        "optimizer/skipped": metrics["skipped"],
+        "router/max_vio": metrics["max_vio_L"],
+        "router/max_vio_sequence": metrics["max_vio_sequence_L"],
+        "router/bias_min": metrics["bias_min_L"],
+        "router/bias_max": metrics["bias_max_L"],
+        "router/dead_experts": metrics["dead_experts"],
+        "router/load": metrics["counts_LE"],
+    }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700.0 else math.inf  # e^709 is the largest double
+
+
+def eval_row(loss: float, mtp_loss: Any, bits_per_byte: float, max_vio_L: Any) -> dict[str, Any]:
+    """Return the evaluation keys."""
+    return {
+        "eval/loss": loss,
+        "eval/perplexity": _exp(loss),
+        "eval/bits_per_byte": bits_per_byte,
+        "eval/mtp_loss": mtp_loss,
+        "eval/max_vio": max_vio_L,
+    }
+
+
+class Speedometer:
+    """Training time without pauses, and what follows from it: tokens per second and model FLOP utilisation."""
+
+    def __init__(self, flops_per_token: float, devices: list[jax.Device]):
+        """Start the clock. `flops_per_token` counts forward and backward."""
+        self._flops_per_token = flops_per_token
+        peak = peak_flops(devices[0].device_kind)
+        self._peak = peak * len(devices) if peak else None
+        self._mark, self._seconds, self._tokens, self._steps = time.perf_counter(), 0.0, 0, 0
+
+    def count(self, tokens: int) -> None:
+        """Note that a step over `tokens` positions is complete."""
+        now = time.perf_counter()
+        self._seconds += now - self._mark
+        self._mark = now
+        self._tokens += tokens
+        self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time inside: no step is running."""
+        self._seconds += time.perf_counter() - self._mark
+        try:
+            yield
+        finally:
+            self._mark = time.perf_counter()
+
+    def row(self) -> dict[str, float]:
+        """Return the speed keys over the steps counted since the last call."""
+        rate = self._tokens / self._seconds
+        row = {
+            "speed/tokens_per_second": rate,
+            "speed/step_seconds": self._seconds / self._steps,
+            "speed/teraflops": rate * self._flops_per_token / 1e12,
+        }
+        if self._peak:
+            row["speed/mfu"] = model_flops_utilization(self._flops_per_token, rate, self._peak)
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        return row

@@ -1,0 +1,137 @@
+"""The metrics file: documented keys, strict JSON, and the same lines after an interruption as without one."""
+
+import json
+import math
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.training import metrics
+from deepseek_jax.training.metrics import KEYS, MetricsLog, Speedometer, eval_row, read_rows, train_row
+from deepseek_jax.training.optimizer import Rates
+
+RATES = Rates(learning_rate=np.float32(1e-3), mtp_weight=np.float32(0.3), bias_update_rate=np.float32(1e-3))
+
+
+def step_metrics(loss: float) -> dict[str, np.ndarray]:
+    """What `train_step` returns for two routed layers of four experts, on the host."""
+    scalars = ("balance_loss", "z_loss", "grad_norm", "update_norm", "param_norm")
+    counts = ("nonfinite", "skipped", "dead_experts", "tokens")
+    layers = ("max_vio_L", "max_vio_sequence_L", "bias_min_L", "bias_max_L")
+    return (
+        {"loss": np.float32(loss), "mtp_loss": np.float32([loss]), "counts_LE": np.arange(8, dtype=np.int32).reshape(2, 4)}
+        | {name: np.float32(0.5) for name in scalars}
+        | {name: np.int32(0) for name in counts}
+        | {name: np.float32([0.1, 0.2]) for name in layers}
+    )
+
+
+def write(workdir, start: int, stop: int) -> None:
+    log = MetricsLog(workdir, start)
+    for step in range(start + 1, stop + 1):
+        log.write({"step": step, "tokens_seen": 100 * step} | train_row(step_metrics(1.0 / step), RATES))
+        if step % 2 == 0:
+            log.write({"step": step, "tokens_seen": 100 * step} | eval_row(2.0, [2.0], 1.5, [0.1, 0.1]))
+    log.close()
+
+
+def test_every_key_is_documented_and_every_documented_key_written():
+    speed = Speedometer(1e9, jax.devices())
+    speed.count(10)
+    written = train_row(step_metrics(1.0), RATES).keys() | eval_row(1.0, [1.0], 1.0, [0.0]).keys() | speed.row().keys()
+    by_others = {"step", "tokens_seen", "speed/mfu", "speed/compile_seconds"} | {key for key in KEYS if key.startswith("yardstick/")}
+    assert written | by_others == KEYS.keys()
+    assert not written & by_others
+
+
+def test_an_undocumented_key_is_refused(tmp_path):
+    with closing(MetricsLog(tmp_path, 0)) as log, pytest.raises(AssertionError, match="undocumented"):
+        log.write({"step": 1, "loss": 1.0})
+
+
+def test_lines_are_strict_json_and_nothing_is_rounded(tmp_path):
+    loss = np.float32(0.1)
+    with closing(MetricsLog(tmp_path, 0)) as log:
+        log.write({"step": 1, "tokens_seen": 2**60 + 1} | train_row(step_metrics(loss) | {"grad_norm": np.float32(np.nan)}, RATES))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row["tokens_seen"] == 2**60 + 1
+    assert np.float32(row["train/loss"]) == loss
+    assert row["train/perplexity"] == pytest.approx(math.exp(0.1))
+    assert row["optimizer/grad_norm"] is None
+    assert row["router/load"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_huge_loss_has_no_perplexity(tmp_path):
+    assert train_row(step_metrics(1e4), RATES)["train/perplexity"] == math.inf
+
+
+def test_continuing_gives_the_lines_of_an_uninterrupted_run(tmp_path):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    for folder in (whole, interrupted):
+        folder.mkdir()
+    write(whole, 0, 9)
+    write(interrupted, 0, 7)  # the checkpoint was of step 4, lines up to 7 had been written,
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "train/lo')  # and the kill cut off the next
+    write(interrupted, 4, 9)
+    assert read_rows(interrupted) == read_rows(whole)
+    assert (interrupted / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_broken_line_inside_is_named(tmp_path):
+    write(tmp_path, 0, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step": 2', '{"step" 2', 1))
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        MetricsLog(tmp_path, 3)
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricsLog(tmp_path, 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match="metrics.jsonl failed.*make room"):
+            log.write({"step": 1, "tokens_seen": 1} | train_row(step_metrics(1.0), RATES))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.close()
+
+
+def test_tensorboard_gets_a_curve_per_layer(tmp_path):
+    write(tmp_path, 0, 2)
+    content = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    for tag in (b"train/loss", b"router/max_vio/0", b"router/max_vio/1", b"eval/bits_per_byte"):
+        assert tag in content
+
+
+def test_speed_counts_training_time_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    speed = Speedometer(flops_per_token=2e9, devices=jax.devices()[:1])
+    for _ in range(2):
+        now[0] += 0.5
+        speed.count(1000)
+        with speed.paused():
+            now[0] += 100.0
+    row = speed.row()
+    assert row == {"speed/tokens_per_second": 2000.0, "speed/step_seconds": 0.5, "speed/teraflops": 4.0}
+    now[0] += 2.0
+    speed.count(1000)
+    assert speed.row()["speed/tokens_per_second"] == 500.0
+
+
+def test_utilisation_is_measured_against_all_devices(monkeypatch):
+    class Card:
+        device_kind = "NVIDIA H200"  # 989 TFLOP/s
+
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    speed = Speedometer(flops_per_token=1e12, devices=[Card(), Card()])
+    now[0] = 1.0
+    speed.count(1000)
+    assert speed.row()["speed/mfu"] == pytest.approx(1000 / (2 * 989))
