@@ -6,6 +6,7 @@ unknown and missing keys, wrong types and impossible values, each with the value
 
 import dataclasses
 import difflib
+import logging
 import math
 import typing
 from typing import Any
@@ -361,3 +362,36 @@ def _check_training(config: Config) -> None:
         raise ValueError("config.data.sources is empty; name at least one, for example {'path': 'stdlib', 'weight': 1.0}")
     if config.execution.exchange_slack < 1.0:
         raise ValueError(f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries the balanced load")
+
+
+def resolve(config: Config, platform: str, expert_devices: int) -> Config:
+    """Replace every "auto" of `execution` by what it means on `platform` ("cpu", "gpu", "tpu"), and log the choice with its reason.
+
+    Args:
+        config: any valid config.
+        platform: `device.platform` of the mesh's devices.
+        expert_devices: devices along the expert axes of the mesh.
+    """
+    execution = config.execution
+    attention, exchange = execution.attention, execution.exchange
+    if attention == "auto":
+        attention, reason = _choose_attention(config, platform)
+        logging.info("attention: %s (%s)", attention, reason)
+    if exchange == "auto":
+        exchange = "all_to_all" if expert_devices > 1 else "local"
+        logging.info("expert exchange: %s (%d devices hold experts)", exchange, expert_devices)
+    if exchange == "local" and expert_devices > 1:
+        raise ValueError(f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share them; use 'auto'")
+    return dataclasses.replace(config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange))
+
+
+def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
+    if platform == "tpu":
+        return "splash", "the Pallas kernel for TPU"
+    if platform != "gpu":
+        return "xla", f"no flash attention for {platform}"
+    if config.execution.precision != "bf16":
+        return "xla", "cuDNN flash attention takes BF16, the precision is " + config.execution.precision
+    if config.data.mask_documents:
+        return "xla", "cuDNN flash attention takes one segment per row, and data.mask_documents is on"
+    return "cudnn", "cuDNN flash attention"

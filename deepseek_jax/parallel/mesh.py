@@ -148,12 +148,27 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
 
     def one(path, w):
         name = leaf_name(path)
-        layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
-        for dim, axes in enumerate(layout):
-            if axes is not None and axes != EXPERTS:
-                axes = (axes,) if isinstance(axes, str) else axes
-                return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
+        for dim, axes in _split_dims(name, w):
+            return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
         missing = tuple(set(ROWS) - jax.typeof(w).manual_axis_type.varying)
         return lax.pcast(w, missing, to="varying") if missing else w
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def reduce_gradients(tree: Any) -> Any:
+    """Sum whole gradients over devices, each device keeping its part of the layout: what `gather` transposes to, as a call of its own."""
+
+    def one(path, g):
+        for dim, axes in _split_dims(leaf_name(path), g):
+            return lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+        return lax.psum(g, ROWS)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
+    """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is never gathered."""
+    layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
+    dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in enumerate(layout) if axes is not None]
+    return [(dim, axes) for dim, axes in dims if axes != EXPERTS]

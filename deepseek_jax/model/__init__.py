@@ -1,0 +1,1 @@
+"""The mathematics of DeepSeek-V3, per device: no files, no flags, no logging."""

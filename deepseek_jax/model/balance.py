@@ -1,0 +1,93 @@
+"""Auxiliary balance losses of the router and its load statistics. No collective but one: the batch-wise loss needs global frequencies.
+
+    f_i = E / (K T) * sum over t of 1[expert i is among token t's top K]       P_i = 1 / T * sum over t of s_ti / sum_j s_tj
+    loss = sum over i of f_i P_i
+
+with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance gives exactly 1. As printed, f counts
+the top K of the unbiased scores without the group limit; most code bases count the actual selection. Both are here, by config.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import ROWS
+
+
+class RouterStats(NamedTuple):
+    """What one layer's router reports, summed over this device's rows. Stacked over layers by the scan."""
+
+    counts_E: jax.Array  # int32 assignments, padding excluded
+    sequence_balance: jax.Array  # sum over sequences of sum_i f_i P_i
+    batch_balance: jax.Array  # this device's share of sum_i f_i P_i, times the tokens of the micro-batch
+    violation: jax.Array  # sum over sequences of (max load - mean load) / mean load
+
+
+def router_stats(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> RouterStats:
+    """Count assignments and evaluate the balance losses.
+
+    Args:
+        config: which losses are on, and which frequency they use.
+        scores_BSE: unbiased gate scores, FP32.
+        experts_BSK: the actual selection, int32.
+        valid_BS: False on padding, which is counted nowhere.
+    """
+    model, loss = config.model, config.loss
+    counts_BE = _count(experts_BSK, valid_BS, model.num_experts)
+    tokens_B = valid_BS.sum(-1, dtype=jnp.int32)
+    mean_load_B = jnp.maximum(tokens_B * model.experts_per_token, 1) / model.num_experts
+    violation = jnp.where(tokens_B > 0, counts_BE.max(-1) / mean_load_B - 1.0, 0.0).sum()
+
+    zero = jnp.zeros_like(violation)
+    stats = RouterStats(counts_BE.sum(0), zero, zero, violation)
+    if not (loss.sequence_balance_weight or loss.batch_balance_weight):
+        return stats
+    chosen_BE = counts_BE
+    if loss.balance_frequency == "unbiased":
+        chosen_BE = _count(lax.top_k(lax.stop_gradient(scores_BSE), model.experts_per_token)[1], valid_BS, model.num_experts)
+    share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
+    share_BE = jnp.where(valid_BS[..., None], share_BSE, 0.0).sum(1)
+    if loss.sequence_balance_weight:
+        stats = stats._replace(sequence_balance=_sequence_balance(config, chosen_BE, share_BE, tokens_B))
+    if loss.batch_balance_weight:
+        total_E, tokens = lax.psum((chosen_BE.sum(0), tokens_B.sum()), ROWS)
+        frequency_E = total_E * (model.num_experts / model.experts_per_token) / jnp.maximum(tokens, 1)
+        stats = stats._replace(batch_balance=(frequency_E * share_BE.sum(0)).sum())
+    return stats
+
+
+def _sequence_balance(config: Config, chosen_BE: jax.Array, share_BE: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    tokens_B1 = jnp.maximum(tokens_B, 1)[:, None]
+    frequency_BE = chosen_BE * (config.model.num_experts / config.model.experts_per_token) / tokens_B1
+    return (frequency_BE * share_BE / tokens_B1).sum()
+
+
+def _count(experts_BSK: jax.Array, valid_BS: jax.Array, num_experts: int) -> jax.Array:
+    """Assignments per sequence and expert, int32 [B, E]: exact, unlike a count in a float."""
+    chosen = (experts_BSK[..., None] == jnp.arange(num_experts)) & valid_BS[..., None, None]
+    return chosen.sum((1, 2), dtype=jnp.int32)
+
+
+def max_violation(counts_LE: jax.Array) -> jax.Array:
+    """MaxVio per layer: (max load - mean load) / mean load; 0 for a layer that saw nothing."""
+    mean_L = counts_LE.mean(-1, dtype=jnp.float32)
+    return jnp.where(mean_L > 0, counts_LE.max(-1) / jnp.maximum(mean_L, 1e-9) - 1.0, 0.0)
+
+
+def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array) -> jax.Array:
+    """One step of auxiliary-loss-free balancing: b_i + rate * sign(mean(n) - n_i) (V3 section 2.1.2).
+
+    `counts_LE` are the exact integer counts of the whole global batch, all micro-batches and devices. The comparison stays in integers
+    (E * n_i against the sum), so a load at the mean gives exactly no step.
+    """
+    surplus = _compare(counts_LE.sum(-1, keepdims=True), counts_LE, counts_LE.shape[-1])
+    return bias_LE + rate * surplus.astype(bias_LE.dtype)
+
+
+def _compare(total: jax.Array, count: jax.Array, num: int) -> jax.Array:
+    """sign(total / num - count) without overflow: compare quotient, then remainder."""
+    quotient, remainder = total // num, total % num
+    return jnp.where(count == quotient, jnp.sign(remainder), jnp.sign(quotient - count))

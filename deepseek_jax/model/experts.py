@@ -1,0 +1,160 @@
+"""The routed experts' FFN over the rows that are here: work proportional to the assignments, static shapes.
+
+Problem. T rows have K experts each; expert e gets n_e of the T * K assignments, known only at run time. A matmul per expert needs dynamic shapes; a buffer
+of capacity per expert either drops or is sized for the worst case; computing every expert for every row wastes E / K.
+
+Choice. Sort the assignments by expert and cut each expert's run into blocks of `block` rows; only the last block of an expert has empty rows. With static
+bound W / block + E there are always enough blocks. A block belongs to one expert, so a batched matmul of blocks against gathered weights does the work,
+`wave` blocks at a time. The loop over waves stops at the number of blocks that exist (traced), so a buffer sized for twice the balanced load costs no
+arithmetic when routing is balanced. The gate multiplies the SwiGLU output, before the down projection.
+
+Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
+
+    sorted by expert      0: [1]   1: [0 2 3 5]   2: [4]
+    blocks                0: [1 _]    1: [0 2] [3 5]    2: [4 _]      block_expert = [0 1 1 2]
+    source                1 6 0 2 3 5 4 6           (6 = empty)
+    slots                 2 0 3 4 6 5               (where each assignment went)
+
+The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming gradient by the same `source`, and
+accumulates weight gradients in FP32. On two CPU cores the whole forward and backward of 16,384 assignments was measured against a loop over
+single blocks (1.3x slower), capacity-padded einsums (1.4x) and dense over all experts (1.9x).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.parallel.expert import collect
+from deepseek_jax.parallel.mesh import vary
+
+
+class Blocks(NamedTuple):
+    """The assignments in block order. Z = number of slots = padded number of blocks * block."""
+
+    source_Z: jax.Array  # assignment in each slot, T * K where empty
+    slots_TK: jax.Array  # slot of each assignment, Z where it has no expert here
+    expert: jax.Array  # [blocks] expert of each block
+    waves: jax.Array  # number of waves that hold a block with rows
+
+
+def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) -> Blocks:
+    """Sort assignments by expert and cut them into blocks; ids outside [0, num_experts) get no slot."""
+    flat = experts_TK.reshape(-1)
+    num_blocks = -(-(flat.size // block + num_experts) // wave) * wave
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
+    start, count = bounds[:-1], jnp.diff(bounds)
+    blocks = (count + block - 1) // block
+    block_end = jnp.cumsum(blocks)
+    first_slot = (block_end - blocks) * block
+
+    expert = jnp.minimum(jnp.searchsorted(block_end, jnp.arange(num_blocks), side="right"), num_experts - 1)
+    slot_expert = jnp.repeat(expert, block)
+    offset = jnp.arange(num_blocks * block, dtype=jnp.int32) - first_slot[slot_expert]
+    filled = offset < count[slot_expert]
+    source_Z = jnp.where(filled, jnp.take(order, start[slot_expert] + offset, mode="clip"), flat.size)
+
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+    clipped = jnp.clip(flat, 0, num_experts - 1)
+    slot = jnp.where((flat >= 0) & (flat < num_experts), first_slot[clipped] + rank - start[clipped], num_blocks * block)
+    return Blocks(source_Z, slot.reshape(experts_TK.shape), expert, (block_end[-1] + wave - 1) // wave)
+
+
+def expert_ffn(weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array, *, block: int, wave: int) -> jax.Array:
+    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
+
+    Args:
+        weights: `gate_up_ED2F` and `down_EFD` of the experts that are here, in the dtype of `x_TD`.
+        x_TD: rows.
+        gates_TK: FP32 gate weights.
+        experts_TK: int32 ids into the weights; others contribute nothing.
+        block: rows per block.
+        wave: blocks multiplied at once; all of them when there are no more than that, without a loop.
+    """
+    blocks = plan_blocks(experts_TK, weights["down_EFD"].shape[0], block, wave)
+    return _blocked_ffn((block, wave), x_TD, gates_TK, weights["gate_up_ED2F"], weights["down_EFD"], blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked_ffn(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
+    return _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks)[0]
+
+
+def _over_waves(num_waves, bound, body, carry):
+    """Run `body(i, carry)` for each wave that exists; a single wave needs no loop."""
+    return body(0, carry) if bound == 1 else lax.fori_loop(0, num_waves, body, carry)
+
+
+def _wave(sizes, i, x_TD, gates_TK, blocks):
+    """Rows, gates and experts of wave i."""
+    block, wave = sizes
+    source = lax.dynamic_slice_in_dim(blocks.source_Z, i * wave * block, wave * block)
+    x = jnp.take(x_TD, source // gates_TK.shape[1], axis=0, mode="fill", fill_value=0).reshape(wave, block, -1)
+    gate = jnp.take(gates_TK.reshape(-1), source, mode="fill", fill_value=0).reshape(wave, block, 1)
+    return source, x, gate, lax.dynamic_slice_in_dim(blocks.expert, i * wave, wave)
+
+
+def _put(buffer, rows, i):
+    """Write a wave's rows into a buffer of all slots; where the wave is all of it, it is the buffer."""
+    rows = rows.reshape(-1, *buffer.shape[1:])
+    return rows if rows.shape == buffer.shape else lax.dynamic_update_slice_in_dim(buffer, rows, i * rows.shape[0], 0)
+
+
+def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
+    num_slots, dtype = blocks.source_Z.size, x_TD.dtype
+    hidden_dims = gate_up_ED2F.shape[2:]
+
+    def body(i, carry):
+        y_ZD, hidden_Z2F = carry
+        _, x, gate, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
+        hidden = jnp.einsum("wbd,wdgf->wbgf", x, gate_up_ED2F[expert])
+        act = _swiglu(hidden.astype(jnp.float32)) * gate
+        y = jnp.einsum("wbf,wfd->wbd", act.astype(dtype), down_EFD[expert])
+        return _put(y_ZD, y, i), _put(hidden_Z2F, hidden, i)
+
+    with jax.named_scope("experts"):
+        zeros = vary(jnp.zeros((num_slots, x_TD.shape[1]), dtype), x_TD), vary(jnp.zeros((num_slots, *hidden_dims), dtype), x_TD)
+        y_ZD, hidden_Z2F = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, zeros)
+        hidden_Z2F = checkpoint_name(hidden_Z2F, "expert_hidden")
+        y_TD = collect(y_ZD, blocks.source_Z, blocks.slots_TK)
+    return y_TD, (x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden_Z2F)
+
+
+def _backward(sizes, residuals, g_TD):
+    x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden_Z2F = residuals
+    num_slots, dtype = blocks.source_Z.size, x_TD.dtype
+    rows = sizes[0] * sizes[1]
+
+    def body(i, carry):
+        dx_ZD, dgate_Z, dgate_up, ddown = carry
+        source, x, gate, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
+        hidden = lax.dynamic_slice_in_dim(hidden_Z2F, i * rows, rows).reshape(*x.shape[:2], *hidden_Z2F.shape[1:]).astype(jnp.float32)
+        dy = jnp.take(g_TD, source // gates_TK.shape[1], axis=0, mode="fill", fill_value=0).reshape(x.shape)
+        act, pull = jax.vjp(_swiglu, hidden)
+        dact = jnp.einsum("wbd,wfd->wbf", dy, down_EFD[expert]).astype(jnp.float32)
+        (dhidden,) = pull(dact * gate)
+        dhidden = dhidden.astype(dtype)
+        dx = jnp.einsum("wbgf,wdgf->wbd", dhidden, gate_up_ED2F[expert])
+        ddown = ddown.at[expert].add(jnp.einsum("wbf,wbd->wfd", (act * gate).astype(dtype), dy, preferred_element_type=jnp.float32))
+        dgate_up = dgate_up.at[expert].add(jnp.einsum("wbd,wbgf->wdgf", x, dhidden, preferred_element_type=jnp.float32))
+        return _put(dx_ZD, dx, i), _put(dgate_Z, (dact * act).sum(-1), i), dgate_up, ddown
+
+    with jax.named_scope("experts"):
+        zeros = (jnp.zeros((num_slots, x_TD.shape[1]), dtype), jnp.zeros(num_slots), jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape))
+        zeros = jax.tree.map(lambda a: vary(a, x_TD), zeros)
+        dx_ZD, dgate_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, zeros)
+        dx_TD = collect(dx_ZD, blocks.source_Z, blocks.slots_TK)
+        dgates_TK = jnp.take(dgate_Z, blocks.slots_TK, mode="fill", fill_value=0)
+    return dx_TD, dgates_TK, dgate_up.astype(gate_up_ED2F.dtype), ddown.astype(down_EFD.dtype), None
+
+
+_blocked_ffn.defvjp(_forward, _backward)
+
+
+def _swiglu(hidden: jax.Array) -> jax.Array:
+    """silu(gate) * up of pre-activations [..., 2, F] (gate first)."""
+    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]

@@ -1,0 +1,53 @@
+"""The small parts every layer is made of: parameters, RMSNorm, and the dense SwiGLU feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.parallel.mesh import LAYOUT
+
+
+def matrix(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A normally distributed FP32 weight, born in the layout of its name where there is a mesh to lay it on."""
+    born = LAYOUT[name] if jax.sharding.get_abstract_mesh().are_all_axes_explicit else None
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=born))
+
+
+def gain(size: int) -> nnx.Param:
+    """The gain of a norm: ones."""
+    return nnx.Param(jnp.ones((size,), jnp.float32))
+
+
+def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last dim: statistics and gain in FP32, one cast back (spec of DeepSeek's fused op, not HF's two casts)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * gain_D).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """down(silu(x gate) * (x up)): the shared expert as it is, and with a norm in front the dense layers' FFN."""
+
+    def __init__(self, width: int, hidden: int, std: float, rngs: nnx.Rngs):
+        self.gate_up_D2F = matrix(rngs, "gate_up_D2F", (width, 2, hidden), std)
+        self.down_FD = matrix(rngs, "down_FD", (hidden, width), std)
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """Map [B, S, D] to [B, S, D]."""
+        hidden = checkpoint_name(jnp.einsum("bsd,dgf->bsgf", x_BSD, self.gate_up_D2F[...]), "ffn_hidden").astype(jnp.float32)
+        act = (jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]).astype(x_BSD.dtype)
+        return jnp.einsum("bsf,fd->bsd", act, self.down_FD[...])
+
+
+class DenseFeedForward(FeedForward):
+    """The feed-forward half of a dense layer, norm included."""
+
+    def __init__(self, width: int, hidden: int, std: float, eps: float, rngs: nnx.Rngs):
+        super().__init__(width, hidden, std, rngs)
+        self.norm_D = gain(width)
+        self.eps = eps
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """Normalise and map [B, S, D] to [B, S, D]; the caller adds the residual."""
+        return super().__call__(rms_norm(x_BSD, self.norm_D[...], self.eps))

@@ -1,0 +1,47 @@
+"""Multi-token prediction (DeepSeek-V3 section 2.2): depth k predicts the token k places further, keeping the causal chain.
+
+    h'_i = M_k [norm(Emb(t_{i+k})) ; norm(h_i^{k-1})]        i = 1 .. T - k, h^0 = the main model's final hidden state, after its final norm
+    h^k  = Block_k(h')                                       a full MoE layer with its own weights
+    P    = softmax(Head(norm_k(h_i^k)))                      predicts t_{i+k+1}; embedding and head are the main model's
+
+Worked example, five positions, t6 = target of position 5, depth 1:
+
+    position i          1    2    3    4    5
+    combines h_i with   t2   t3   t4   t5   -
+    predicts            t3   t4   t5   t6   -             divided by T = 5, not by the 4 terms
+
+The report writes [h; emb]; the released checkpoint and every server that loads it concatenate [emb; hnorm(h)] and have a final norm of their own before
+the shared head, as here. Positions are those of h_i. Rows keep their length S: the last k positions are computed and carry no loss.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.layers import gain, matrix, rms_norm
+
+
+class MtpLayer(nnx.Module):
+    """One depth. `block` is built by the transformer, whose MoE layer it is."""
+
+    def __init__(self, config: Config, block_type: type[nnx.Module], rngs: nnx.Rngs):
+        width = config.model.width
+        self.config = config
+        self.embed_norm_D = gain(width)
+        self.hidden_norm_D = gain(width)
+        self.merge_2DD = matrix(rngs, "merge_2DD", (2, width, width), config.model.init_std)
+        self.block = block_type(config, rngs)
+        self.final_norm_D = gain(width)
+
+    def merge(self, embedded_BSD: jax.Array, hidden_BSD: jax.Array) -> jax.Array:
+        """M_k [norm(Emb); norm(h)]: the input of the block."""
+        eps = self.config.model.norm_eps
+        embedded_BSD = rms_norm(embedded_BSD, self.embed_norm_D[...], eps)
+        hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm_D[...], eps)
+        merge_2DD = self.merge_2DD[...]
+        return jnp.einsum("bsd,de->bse", embedded_BSD, merge_2DD[0]) + jnp.einsum("bsd,de->bse", hidden_BSD, merge_2DD[1])
+
+    def final(self, hidden_BSD: jax.Array) -> jax.Array:
+        """The norm before the shared head; its output is also what a further depth continues from."""
+        return rms_norm(hidden_BSD, self.final_norm_D[...], self.config.model.norm_eps)

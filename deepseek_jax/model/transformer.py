@@ -1,0 +1,216 @@
+"""The whole network behind three functions: `init`, `apply` (training and evaluation) and `decode_step` (the latent cache).
+
+This is the one file that knows Flax NNX's `split` and `merge`. Everyone else sees nested dicts of arrays:
+
+    params       embed_VD, head_DV, final_norm_D, dense_layers {attention, ffn}, moe_layers {attention, moe}, mtp_layers {..., block {attention, moe}}
+    router_bias  moe_layers {moe {bias_E}}, mtp_layers {block {moe {bias_E}}}
+
+Layers of one kind are stacked in a leading dim and scanned, so compile time does not grow with depth. `apply` runs inside the step's shard_map on local
+arrays; `gather`, called on each layer's weights just before their use and again in the backward pass, is what makes split weights whole.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.balance import RouterStats
+from deepseek_jax.model.layers import DenseFeedForward, gain, matrix, rms_norm
+from deepseek_jax.model.moe import MoE, RouterBias
+from deepseek_jax.model.mtp import MtpLayer
+from deepseek_jax.model.rope import rotary_table
+
+Tree = dict[str, Any]
+
+# What "selective" recomputation keeps (V3 section 3.2.3): inputs of the large matmuls. Norms, MLA up-projections and SwiGLU outputs are recomputed.
+SAVED_NAMES = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "expert_hidden")
+
+
+class Output(NamedTuple):
+    """What the losses need, of this device's rows."""
+
+    hidden_BSD: jax.Array  # after the final norm: the head's input
+    mtp_hidden: tuple[jax.Array, ...]  # one per depth, after its own final norm
+    stats: RouterStats  # leading dim: MoE layers, then MTP layers
+
+
+class DenseLayer(nnx.Module):
+    """One of the first layers: attention and a dense feed-forward."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        model = config.model
+        self.attention = Attention(config, rngs)
+        self.ffn = DenseFeedForward(model.width, model.dense_hidden, model.init_std, model.norm_eps, rngs)
+
+
+class MoELayer(nnx.Module):
+    """Attention and a mixture of experts."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs)
+        self.moe = MoE(config, rngs)
+
+    def __call__(self, x_BSD, table, segment_ids_BS):
+        x_BSD = checkpoint_name(x_BSD + self.attention(x_BSD, table, segment_ids_BS), "middle")
+        y_BSD, stats = self.moe(x_BSD, segment_ids_BS > 0)
+        return x_BSD + y_BSD, stats
+
+
+def _mtp_layer(config: Config, rngs: nnx.Rngs) -> MtpLayer:
+    return MtpLayer(config, MoELayer, rngs)
+
+
+def init(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
+    """Make FP32 parameters and zero router biases; under `jax.set_mesh`, in the layout of `parallel.mesh.LAYOUT`."""
+    model = config.model
+    rngs = nnx.Rngs(params=key)
+    params = {
+        "embed_VD": matrix(rngs, "embed_VD", (model.vocab_size, model.width), model.init_std)[...],
+        "head_DV": matrix(rngs, "head_DV", (model.width, model.vocab_size), model.init_std)[...],
+        "final_norm_D": gain(model.width)[...],
+    }
+    router_bias = {}
+    for name, make, count in _stacks(config):
+        if count:
+            _, weights, bias = nnx.split(jax.vmap(functools.partial(make, config))(rngs.split(count)), nnx.Param, RouterBias)
+            params[name] = nnx.to_pure_dict(weights)
+            router_bias |= {name: nnx.to_pure_dict(bias)} if bias else {}
+    return params, router_bias
+
+
+def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: Callable[[Tree], Tree] = lambda tree: tree) -> Output:
+    """Run the network over this device's rows.
+
+    Args:
+        config: resolved (see `config.resolve`).
+        params: parameters as `init` makes them, local to this device.
+        router_bias: selection biases.
+        batch: `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` (0 is padding).
+        gather: makes a layer's split weights whole and casts them; identity where they are already.
+    """
+    top = gather({name: params[name] for name in ("embed_VD", "final_norm_D")})
+    table = rotary_table(config.model, batch["positions_BS"])
+    segments = batch["segment_ids_BS"]
+    embed = functools.partial(_embed, config, top["embed_VD"])
+
+    def dense_layer(x_BSD, weights):
+        layer = _merge(DenseLayer, config, gather(weights), {})
+        x_BSD = checkpoint_name(x_BSD + layer.attention(x_BSD, table, segments), "middle")
+        return x_BSD + layer.ffn(x_BSD), None
+
+    def moe_layer(x_BSD, weights_and_bias):
+        weights, bias = weights_and_bias
+        return _merge(MoELayer, config, gather(weights), bias)(x_BSD, table, segments)
+
+    x_BSD = embed(batch["tokens_BS"])
+    stats = []
+    if "dense_layers" in params:
+        x_BSD, _ = _scan(config, dense_layer, x_BSD, params["dense_layers"])
+    if "moe_layers" in params:
+        x_BSD, moe_stats = _scan(config, moe_layer, x_BSD, (params["moe_layers"], router_bias["moe_layers"]))
+        stats.append(moe_stats)
+    hidden_BSD = rms_norm(x_BSD, top["final_norm_D"], config.model.norm_eps)
+    mtp_hidden, state_BSD = [], hidden_BSD
+    for depth in range(config.model.num_mtp_layers):
+        weights, bias = jax.tree.map(lambda a, i=depth: a[i], (params["mtp_layers"], router_bias["mtp_layers"]))
+        embedded_BSD = embed(_ahead(batch["targets_BS"], depth))
+        state_BSD, mtp_stats = _remat(config, functools.partial(_mtp_depth, config, gather))(state_BSD, embedded_BSD, weights, bias, table, segments)
+        mtp_hidden.append(state_BSD)
+        stats.append(jax.tree.map(lambda a: a[None], mtp_stats))
+    return Output(hidden_BSD, tuple(mtp_hidden), jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None)
+
+
+def decode_step(config: Config, params: Tree, router_bias: Tree, cache: Tree, tokens_BS: jax.Array, positions_BS: jax.Array) -> tuple[jax.Array, Tree]:
+    """Run new tokens through the absorbed form over the latent cache.
+
+    Args:
+        config: resolved; the exchange must be "local".
+        params: whole weights in the compute dtype.
+        router_bias: selection biases.
+        cache: `{"dense_layers" | "moe_layers": {"latent": [L, B, M, C], "rotary": [L, B, M, R]}}`.
+        tokens_BS: new tokens; S may be 1 or a whole prompt.
+        positions_BS: their positions, which are also their slots in the cache.
+
+    Returns:
+        hidden_BSD after the final norm, and the cache with the new tokens written.
+    """
+    table = rotary_table(config.model, positions_BS)
+    valid_BS = jnp.ones_like(tokens_BS, dtype=bool)
+
+    def dense_layer(x_BSD, inputs):
+        weights, layer_cache = inputs
+        layer = _merge(DenseLayer, config, weights, {})
+        y_BSD, layer_cache = layer.attention.absorbed(x_BSD, table, layer_cache, positions_BS)
+        x_BSD += y_BSD
+        return x_BSD + layer.ffn(x_BSD), layer_cache
+
+    def moe_layer(x_BSD, inputs):
+        weights, bias, layer_cache = inputs
+        layer = _merge(MoELayer, config, weights, bias)
+        y_BSD, layer_cache = layer.attention.absorbed(x_BSD, table, layer_cache, positions_BS)
+        x_BSD += y_BSD
+        return x_BSD + layer.moe(x_BSD, valid_BS)[0], layer_cache
+
+    x_BSD, cache = _embed(config, params["embed_VD"], tokens_BS), dict(cache)
+    if "dense_layers" in params:
+        x_BSD, cache["dense_layers"] = lax.scan(dense_layer, x_BSD, (params["dense_layers"], cache["dense_layers"]))
+    if "moe_layers" in params:
+        stacked = (params["moe_layers"], router_bias["moe_layers"], cache["moe_layers"])
+        x_BSD, cache["moe_layers"] = lax.scan(moe_layer, x_BSD, stacked)
+    return rms_norm(x_BSD, params["final_norm_D"], config.model.norm_eps), cache
+
+
+def compute_dtype(config: Config) -> jnp.dtype:
+    """The dtype of activations and of weights where they are multiplied."""
+    return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.execution.precision])
+
+
+def _stacks(config: Config):
+    model = config.model
+    yield "dense_layers", DenseLayer, model.num_dense_layers
+    yield "moe_layers", MoELayer, model.num_moe_layers
+    yield "mtp_layers", _mtp_layer, model.num_mtp_layers
+
+
+@functools.cache
+def _graphdef(make: Callable, config: Config):
+    layer = jax.eval_shape(lambda key: make(config, nnx.Rngs(params=key)), jax.eval_shape(lambda: jax.random.key(0)))
+    return nnx.split(layer, nnx.Param, RouterBias)[0]
+
+
+def _merge(make: Callable, config: Config, weights: Tree, bias: Tree) -> Any:
+    return nnx.merge(_graphdef(make, config), weights, bias)
+
+
+def _embed(config: Config, embed_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    return embed_VD[tokens_BS].astype(compute_dtype(config))
+
+
+def _ahead(targets_BS: jax.Array, steps: int) -> jax.Array:
+    """Targets shifted left by `steps`: t_{i + 1 + steps}. The freed places hold token 0 and carry no loss."""
+    return jnp.pad(targets_BS[:, steps:], ((0, 0), (0, steps)))
+
+
+def _mtp_depth(config, gather, state_BSD, embedded_BSD, weights, bias, table, segments):
+    layer = _merge(_mtp_layer, config, gather(weights), bias)
+    x_BSD, stats = layer.block(layer.merge(embedded_BSD, state_BSD), table, segments)
+    return layer.final(x_BSD), stats
+
+
+def _remat(config: Config, body: Callable) -> Callable:
+    if config.execution.remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    selective = config.execution.remat == "selective"
+    return jax.checkpoint(body, prevent_cse=False, policy=policies.save_only_these_names(*SAVED_NAMES) if selective else policies.nothing_saveable)
+
+
+def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):
+    return lax.scan(_remat(config, body), x_BSD, layers, unroll=min(config.execution.scan_unroll, len(jax.tree.leaves(layers)[0])))

@@ -1,0 +1,45 @@
+"""The training state: everything a step reads and writes, as one nested dict of arrays.
+
+    params, router_bias   the model
+    optimizer             Optax state: two BF16 moments per parameter
+    ema                   average of the parameters, only where optimizer.ema_decay > 0
+    step                  optimizer steps taken, int32
+    skipped               consecutive steps whose update was skipped because something was not finite, int32
+
+The tokens seen are not here: they pass 2^31 on a cluster and are an exact Python int in the loop.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import Config
+from deepseek_jax.model import transformer
+from deepseek_jax.training.optimizer import make_optimizer
+
+State = dict[str, Any]
+
+
+def create_state(config: Config) -> State:
+    """Make the initial state from `config.seed`, every array born in its layout. Call under `jax.set_mesh`."""
+    return jax.jit(_initial_state, static_argnums=0)(config)
+
+
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
+    """Shapes, dtypes and shardings of the state on `mesh`, without an array: what a checkpoint is restored into."""
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: _initial_state(config))
+
+    def on_mesh(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, leaf.sharding.spec))
+
+    return jax.tree.map(on_mesh, shapes)
+
+
+def _initial_state(config: Config) -> State:
+    params, router_bias = transformer.init(config, jax.random.key(config.seed))
+    state = {"params": params, "router_bias": router_bias, "optimizer": make_optimizer(config.optimizer).init(params)}
+    if config.optimizer.ema_decay > 0.0:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state | {"step": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32)}

@@ -1,0 +1,224 @@
+"""The pure training and evaluation steps.
+
+Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer expert counts, all inside one
+shard_map; then the optimizer, then one update of the router biases from the global counts. Losses are sums over this device's tokens divided by
+global normalisers that are known before the first micro-batch, so micro-batches and devices only ever add.
+
+A step whose loss or gradients are not finite changes nothing but `step` and `skipped`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from deepseek_jax.config import Config, resolve
+from deepseek_jax.model.balance import RouterStats, max_violation, update_bias
+from deepseek_jax.model.transformer import Output, apply, compute_dtype
+from deepseek_jax.parallel.mesh import EXPERTS, ROWS, P, axis_size, check_fit, gather, partition_specs, reduce_gradients
+from deepseek_jax.training.losses import cross_entropy, mtp_targets
+from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
+from deepseek_jax.training.state import State
+
+Batch = dict[str, jax.Array]
+
+
+class Sums(NamedTuple):
+    """What a forward pass adds up over tokens, sequences, micro-batches and devices."""
+
+    loss: jax.Array  # nats
+    z: jax.Array
+    mtp: jax.Array  # [MTP layers], nats
+    router: RouterStats  # leading dim: layers with a router
+
+
+class Normalisers(NamedTuple):
+    """Global sizes of a batch, over all micro-batches and devices."""
+
+    weight: jax.Array  # sum of the loss weights
+    tokens: jax.Array  # positions that are not padding, int32
+    sequences: jax.Array  # rows that are not all padding, int32
+
+
+def jit_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
+    """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under `jax.set_mesh(mesh)`."""
+    check_fit(config, mesh)
+    return jax.jit(functools.partial(train_step, _resolve(config, mesh)), donate_argnums=0)
+
+
+def jit_eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+    """Compile-ready `eval_step` for a mesh. Call it under `jax.set_mesh(mesh)`."""
+    return jax.jit(functools.partial(eval_step, _resolve(config, mesh)))
+
+
+def _resolve(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    return resolve(config, mesh.devices.flat[0].platform, axis_size(mesh, EXPERTS))
+
+
+def train_step(config: Config, state: State, batch: Batch, rates: Rates) -> tuple[State, dict[str, jax.Array]]:
+    """Take one optimizer step.
+
+    Args:
+        config: resolved.
+        state: see `training.state`.
+        batch: int32 `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` and FP32 `loss_weights_BS`, B sequences over all devices, split over
+            `ROWS`; B is a multiple of `training.micro_batch_size`.
+        rates: this step's learning rate, MTP weight and bias update rate.
+
+    Returns:
+        the new state, and metrics: replicated scalars and per-layer arrays (losses in nats per token).
+    """
+    params = state["params"]
+    specs = partition_specs(params)
+    rows = {name: P(ROWS, None) for name in batch}
+    gradients = jax.shard_map(
+        functools.partial(_local_gradients, config),
+        in_specs=(specs, jax.tree.map(lambda _: P(), state["router_bias"]), rows, P()),
+        out_specs=(specs, P()),
+    )
+    grads, (sums, norms) = gradients(params, state["router_bias"], batch, rates.mtp_weight)
+    metrics = _loss_metrics(config, sums, norms)
+
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.global_norm(grads)
+        nonfinite = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(grads)) + jnp.sum(~jnp.isfinite(metrics["loss"]))
+        direction, optimizer = make_optimizer(config.optimizer).update(grads, state["optimizer"], params)
+        new = {
+            "params": jax.tree.map(lambda p, d: p - rates.learning_rate * d, params, direction),
+            "router_bias": _update_biases(state["router_bias"], sums.router.counts_E, rates.bias_update_rate),
+            "optimizer": optimizer,
+        }
+        if "ema" in state:
+            new["ema"] = ema_update(state["ema"], new["params"], config.optimizer.ema_decay)
+        finite = nonfinite == 0
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new})
+    new |= {"step": state["step"] + 1, "skipped": jnp.where(finite, 0, state["skipped"] + 1)}
+    metrics |= {
+        "grad_norm": grad_norm,
+        "update_norm": rates.learning_rate * optax.global_norm(direction),
+        "param_norm": optax.global_norm(new["params"]),
+        "nonfinite": nonfinite,
+        "skipped": new["skipped"],
+    }
+    return new, metrics | _bias_metrics(new["router_bias"])
+
+
+def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> dict[str, jax.Array]:
+    """Sum the losses of a batch: `loss_sum` and `weight_sum` (nats, tokens), `mtp_loss_sum` [MTP layers], `counts_LE` int32."""
+
+    def local(params, router_bias, batch):
+        load = functools.partial(gather, dtype=compute_dtype(config))
+        output = apply(config, params, router_bias, batch, load)
+        sums = _token_sums(config, output, load({"head_DV": params["head_DV"]})["head_DV"], batch)
+        return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
+
+    specs = (partition_specs(params), jax.tree.map(lambda _: P(), router_bias), {name: P(ROWS, None) for name in batch})
+    sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(params, router_bias, batch)
+    return {"loss_sum": sums.loss, "weight_sum": weight, "mtp_loss_sum": sums.mtp, "counts_LE": sums.router.counts_E}
+
+
+def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weight: jax.Array):
+    """One device's part: gradients in the layout of the parameters, and global sums. Runs inside the shard_map."""
+    norms = _normalisers(batch)
+    load = functools.partial(gather, dtype=compute_dtype(config))
+    once = config.execution.gather == "step"
+    weights = load(params) if once else params
+
+    def loss(weights, micro_batch):
+        layer_load = (lambda tree: tree) if once else load
+        output = apply(config, weights, router_bias, micro_batch, layer_load)
+        sums = _token_sums(config, output, layer_load({"head_DV": weights["head_DV"]})["head_DV"], micro_batch)
+        return _total_loss(config, sums, norms, mtp_weight), sums
+
+    def one(micro_batch):
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(weights, micro_batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+    micro_batches = _split(config, batch)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if micro_batches["tokens_BS"].shape[0] == 1:
+        grads, sums = one(first)
+    else:
+        rest = jax.tree.map(lambda x: x[1:], micro_batches)
+        grads, sums = lax.scan(lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None), one(first), rest)[0]
+    return reduce_gradients(grads) if once else grads, (lax.psum(sums, ROWS), norms)
+
+
+def _split(config: Config, batch: Batch) -> Batch:
+    """[rows, S] of this device to [micro-batches, rows, S]."""
+    devices = lax.psum(1, ROWS)
+    rows = batch["tokens_BS"].shape[0]
+    count, left = divmod(rows * devices, config.training.micro_batch_size)
+    if left or not count:
+        raise ValueError(f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {config.training.micro_batch_size}")
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+
+def _normalisers(batch: Batch) -> Normalisers:
+    valid_BS = batch["segment_ids_BS"] > 0
+    local = Normalisers(batch["loss_weights_BS"].sum(), valid_BS.sum(dtype=jnp.int32), valid_BS.any(-1).sum(dtype=jnp.int32))
+    return lax.psum(local, ROWS)
+
+
+def _token_sums(config: Config, output: Output, head_DV: jax.Array, batch: Batch) -> Sums:
+    """Sum the losses over this device's tokens."""
+
+    def head_loss(hidden_BSD, targets_BS, weights_BS):
+        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+        chunk, z_weight = config.execution.loss_chunk, config.loss.z_loss_weight
+        return cross_entropy(hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), chunk, z_weight)
+
+    with jax.named_scope("head"):
+        loss, z = head_loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
+        mtp = []
+        for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
+            _, targets_BS, weights_BS = mtp_targets(batch, depth)
+            mtp.append(head_loss(hidden_BSD, targets_BS, weights_BS)[0])
+    return Sums(loss, z, jnp.stack(mtp) if mtp else jnp.zeros_like(loss, shape=(0,)), output.stats)
+
+
+def _total_loss(config: Config, sums: Sums, norms: Normalisers, mtp_weight: jax.Array) -> jax.Array:
+    """The objective: V3 eq. 24, 25 (MTP, divided by the main loss's tokens) and 17 (balance, summed over layers)."""
+    weight = jnp.maximum(norms.weight, 1e-9)
+    total = (sums.loss + sums.z) / weight
+    if config.model.num_mtp_layers:
+        total += mtp_weight * sums.mtp.mean() / weight
+    return total + _balance_loss(config, sums.router, norms)
+
+
+def _balance_loss(config: Config, router: RouterStats, norms: Normalisers) -> jax.Array:
+    sequence = config.loss.sequence_balance_weight * router.sequence_balance.sum() / jnp.maximum(norms.sequences, 1)
+    return sequence + config.loss.batch_balance_weight * router.batch_balance.sum() / jnp.maximum(norms.tokens, 1)
+
+
+def _loss_metrics(config: Config, sums: Sums, norms: Normalisers) -> dict[str, jax.Array]:
+    weight = jnp.maximum(norms.weight, 1e-9)
+    counts_LE = sums.router.counts_E
+    return {
+        "loss": sums.loss / weight,
+        "z_loss": sums.z / weight,
+        "mtp_loss": sums.mtp / weight,
+        "balance_loss": _balance_loss(config, sums.router, norms),
+        "counts_LE": counts_LE,
+        "max_vio_L": max_violation(counts_LE),
+        "max_vio_sequence_L": sums.router.violation / jnp.maximum(norms.sequences, 1),
+        "dead_experts": jnp.sum(counts_LE == 0, dtype=jnp.int32),
+        "tokens": norms.tokens,
+    }
+
+
+def _update_biases(router_bias, counts_LE: jax.Array, rate: jax.Array):
+    """Give each stack of biases its rows of the counts (MoE layers first, then MTP layers) and take one step."""
+    leaves, tree = jax.tree.flatten(router_bias)
+    starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
+    counts = [counts_LE[start : start + leaf.shape[0]] for start, leaf in zip(starts, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [update_bias(leaf, count, rate) for leaf, count in zip(leaves, counts, strict=True)])
+
+
+def _bias_metrics(router_bias) -> dict[str, jax.Array]:
+    bias_LE = jnp.concatenate(jax.tree.leaves(router_bias))
+    return {"bias_min_L": bias_LE.min(-1), "bias_max_L": bias_LE.max(-1)}
