@@ -49,6 +49,18 @@ def read(case: str) -> Golden:
     return Golden(run_config(case, model, expected["tokens_BS"].shape), params, router_bias, expected)
 
 
+def batch(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The case's tokens as a batch of unpadded rows, one document each."""
+    tokens_BS = expected["tokens_BS"]
+    return {
+        "tokens_BS": tokens_BS,
+        "targets_BS": expected["targets_BS"],
+        "positions_BS": np.broadcast_to(np.arange(tokens_BS.shape[1], dtype=np.int32), tokens_BS.shape),
+        "segment_ids_BS": np.ones_like(tokens_BS),
+        "loss_weights_BS": np.ones(tokens_BS.shape, np.float32),
+    }
+
+
 def read_gradients(case: str, model: config_lib.Model) -> dict[str, Any]:
     """Read the oracle's gradients as a tree like the parameters."""
     return read_trees(load_file(FOLDER / case / "gradients.safetensors"), model)[0]
@@ -98,7 +110,7 @@ def read_model(hf: dict[str, Any]) -> config_lib.Model:
 
 
 def run_config(name: str, model: config_lib.Model, shape_BS: tuple[int, int]) -> config_lib.Config:
-    """Wrap `model` into a whole FP32 config for one device and batches of `shape_BS`, without balance losses."""
+    """Wrap `model` into a whole FP32 config for one CPU device and batches of `shape_BS`, without balance losses."""
     batch, length = shape_BS
     tree = deepseek_v3.get_config().to_dict()
     tree |= {"name": name, "model": dataclasses.asdict(model)}
@@ -108,7 +120,7 @@ def run_config(name: str, model: config_lib.Model, shape_BS: tuple[int, int]) ->
     tree["mesh"] |= {"data": 1, "node": 1, "expert": 1}
     # Blocks smaller than the arrays, so that chunked paths run with more than one chunk, the last one partly filled.
     tree["execution"] |= {"precision": "fp32", "attention_chunk": 24, "expert_block": 8, "expert_wave": 4, "loss_chunk": 40}
-    return config_lib.from_config_dict(tree)
+    return config_lib.resolve(config_lib.from_config_dict(tree), "cpu", 1)
 
 
 def read_trees(tensors: dict[str, np.ndarray], model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -92,7 +92,7 @@ def run(model: torch.nn.Module, mtp: MtpModel | None, tokens: torch.Tensor, targ
     logits = model.lm_head(hidden)
     out |= {"hidden_BSD": hidden, "logits_BSV": logits, "loss": cross_entropy(logits, targets) / targets.numel()}
     if mtp is not None:
-        out |= run_mtp(model, mtp, hidden, tokens, targets)
+        out |= run_mtp(model, mtp, hidden, targets)
     for hook in hooks:
         hook.remove()
     names = ("router_input_LTD", "experts_LTK", "weights_LTK")
@@ -100,14 +100,17 @@ def run(model: torch.nn.Module, mtp: MtpModel | None, tokens: torch.Tensor, targ
     return out
 
 
-def run_mtp(model, mtp: MtpModel, hidden: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Depth k combines the previous depth's state of position i with the embedding of token i + k and predicts token i + k + 1."""
-    length = tokens.shape[1]
+def run_mtp(model, mtp: MtpModel, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Depth k combines the previous depth's state of position i with the embedding of token i + k and predicts token i + k + 1.
+
+    Token i + 1 is target i. Past the end, where nothing is predicted, token 0 is embedded: it reaches the router's record only.
+    """
+    length = targets.shape[1]
     position_ids = torch.arange(length)[None]
     logits, losses = [], []
     for depth in range(1, len(mtp.layers) + 1):
-        shifted = torch.nn.functional.pad(tokens[:, depth:], (0, depth))
-        hidden = mtp.forward_layer(depth - 1, hidden, position_ids, None, input_ids=shifted)
+        ahead = torch.nn.functional.pad(targets[:, depth - 1 :], (0, depth - 1))
+        hidden = mtp.forward_layer(depth - 1, hidden, position_ids, None, input_ids=ahead)
         defined = model.lm_head(hidden)[:, : length - depth]
         logits.append(torch.nn.functional.pad(defined, (0, 0, 0, depth)))
         losses.append(cross_entropy(defined, targets[:, depth:]) / targets.numel())

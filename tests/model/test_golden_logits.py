@@ -1,0 +1,102 @@
+"""The whole forward pass against transformers' float64: logits, hidden states, routes and gates of every layer, MTP, decoding.
+
+The goldens are exact to float32, so the tolerances are our own FP32 error, measured and multiplied by five: 3e-6 in logits (of unit
+standard deviation), 1.6e-6 in gates. transformers' own float32 run is no closer to the goldens (`versions.json`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model import moe, transformer
+from tests.golden import hf_checkpoint
+
+pytestmark = pytest.mark.xdist_group("golden_logits")  # one forward pass per case serves all tests of this file
+
+LOGITS_ATOL = 1.5e-5
+GATES_RTOL = 8e-6
+
+
+@functools.cache
+def forward(case):
+    """Run `apply` once per case; return the golden, the output, and each MoE layer's (experts, gates) in the order of the layers."""
+    golden = hf_checkpoint.read(case)
+    routes = []
+
+    def recorded_route(*args):
+        experts, gates = route(*args)
+        jax.debug.callback(lambda *arrays: routes.append([np.asarray(a) for a in arrays]), experts, gates, ordered=True)
+        return experts, gates
+
+    route = moe.route
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "route", recorded_route)
+        apply = jax.jit(functools.partial(transformer.apply, golden.config))
+        output = apply(golden.params, golden.router_bias, hf_checkpoint.batch(golden.expected))
+        jax.effects_barrier()
+    return golden, output, routes
+
+
+def logits(golden, hidden_BSD):
+    return np.asarray(hidden_BSD) @ golden.params["head_DV"]
+
+
+@pytest.mark.parametrize("case", hf_checkpoint.CASES)
+def test_logits(case):
+    golden, output, _ = forward(case)
+    np.testing.assert_allclose(output.hidden_BSD, golden.expected["hidden_BSD"], rtol=0, atol=LOGITS_ATOL)
+    np.testing.assert_allclose(logits(golden, output.hidden_BSD), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("case", hf_checkpoint.CASES)
+def test_routes_and_gates_of_every_layer(case):
+    golden, output, routes = forward(case)
+    expected = golden.expected
+    assert len(routes) == len(expected["experts_LTK"])
+    for layer, (experts_BSK, gates_BSK) in enumerate(routes):
+        experts_TK = experts_BSK.reshape(-1, experts_BSK.shape[-1])
+        order = np.argsort(experts_TK, axis=-1)
+        np.testing.assert_array_equal(np.take_along_axis(experts_TK, order, -1), expected["experts_LTK"][layer], err_msg=f"layer {layer}")
+        gates_TK = np.take_along_axis(gates_BSK.reshape(experts_TK.shape), order, -1)
+        np.testing.assert_allclose(gates_TK, expected["weights_LTK"][layer], rtol=GATES_RTOL, err_msg=f"layer {layer}")
+        counts_E = np.bincount(experts_TK.ravel(), minlength=golden.config.model.num_experts)
+        np.testing.assert_array_equal(output.stats.counts_E[layer], counts_E)
+
+
+def test_mtp_logits():
+    """Both depths: [embedding; hidden] order, the state after the final norm, the layer's own final norm, the chain from depth to depth."""
+    golden, output, _ = forward("base")
+    length = golden.expected["tokens_BS"].shape[1]
+    assert len(output.mtp_hidden) == 2
+    for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
+        defined = slice(0, length - depth)
+        ours = logits(golden, hidden_BSD)[:, defined]
+        np.testing.assert_allclose(
+            ours, golden.expected["mtp_logits_KBSV"][depth - 1][:, defined], rtol=0, atol=LOGITS_ATOL, err_msg=f"depth {depth}"
+        )
+
+
+@pytest.mark.parametrize("case", ["yarn", "no_query_latent"])
+def test_absorbed_decoding_gives_the_same_logits(case):
+    """A prompt in one step, then single tokens, over a latent cache with room left over, full of garbage; YaRN past the original length."""
+    golden, _, _ = forward(case)
+    model, tokens_BS = golden.config.model, golden.expected["tokens_BS"]
+    batch, length = tokens_BS.shape
+
+    def empty(layers):
+        shape = (layers, batch, length + 7)
+        return {"latent": jnp.full((*shape, model.kv_latent), 99.0), "rotary": jnp.full((*shape, model.rotary_dim), 99.0)}
+
+    cache = {"dense_layers": empty(model.num_dense_layers), "moe_layers": empty(model.num_moe_layers)}
+    decode = jax.jit(functools.partial(transformer.decode_step, golden.config))
+    hidden, start = [], 0
+    for size in (length - 4, 1, 1, 1, 1):
+        new = slice(start, start + size)
+        positions_BS = jnp.broadcast_to(jnp.arange(start, start + size), (batch, size))
+        step, cache = decode(golden.params, golden.router_bias, cache, tokens_BS[:, new], positions_BS)
+        hidden.append(step)
+        start += size
+    np.testing.assert_allclose(logits(golden, np.concatenate(hidden, axis=1)), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
