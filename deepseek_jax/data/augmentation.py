@@ -7,9 +7,9 @@ Fill-in-the-middle (FIM), in prefix-suffix-middle order, on whole documents befo
 
 The three parts are tokenised apart, as they are when an editor asks for a completion.
 
-Boundary splitting. V3's tokens may join punctuation and the line breaks after it, like "):\\n". A prompt that ends in "):" then ends inside a
-token the model always saw whole, and its continuation is off (token boundary bias). So a proportion of these tokens is replaced by the
-tokens of "):" and of "\\n". The report leaves the proportion and the place of the cut open; we cut between punctuation and line breaks.
+Boundary splitting. V3's tokens may join punctuation and the line breaks after it, like "):\\n". A prompt that ends in "):" then ends inside
+a token the model always saw whole, and its continuation is off (token boundary bias). So a proportion of these tokens is replaced by
+the tokens of "):" and of "\\n". The report leaves the proportion and the place of the cut open; we cut between punctuation and line breaks.
 """
 
 import unicodedata
@@ -37,7 +37,8 @@ class Augmentation:
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return int32 ids with BOS and EOS; a function of `ids` and the state of `rng`."""
-        if rng.random() < self._fim_rate:
+        is_text = self._tokenizer.num_bytes_V[ids].all()  # special tokens, as in a chat given as ids, would not survive the decoding
+        if rng.random() < self._fim_rate and is_text:
             ids = fill_in_middle(ids, self._tokenizer, rng)
         if self._split_rate:
             ids = split_joined(ids, self._parts_VK, self._num_parts_V, self._split_rate, rng)

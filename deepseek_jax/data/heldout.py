@@ -1,9 +1,9 @@
 """The held-out split as batches in which every byte counts exactly once.
 
 Documents are put in one fixed order and joined into one sequence of (input, target) pairs: for BOS t1 .. tn EOS these are (BOS, t1),
-(t1, t2), ..., (tn, EOS). EOS is never an input and BOS never a target, so all text is predicted, from the first byte of each document on, and
-nothing else. The sequence is cut into rows of S pairs; a row may start inside a document, whose earlier part is then out of sight. Rows
-are full but for the last, which is padded with weight 0.
+(t1, t2), ..., (tn, EOS). EOS is never an input and BOS never a target, so all text is predicted, from the first byte of each document on,
+and nothing else. The sequence is cut into rows of S pairs; a row may start inside a document, whose earlier part is then out of sight.
+Rows are full but for the last, which is padded with weight 0.
 
     bits per byte = (sum of the nats of all targets) / ln 2 / num_bytes
 
@@ -27,76 +27,79 @@ class HeldOut:
     `num_rows`, `num_tokens` (targets with weight) and `num_bytes` (their UTF-8 bytes) count all processes' parts together.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, documents: tuple[Documents, ...], batch_size: int, num_batches: int | None):
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        documents: tuple[Documents, ...],
+        batch_size: int,
+        num_batches: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         """Use `heldout_batches`."""
         self._data, self._tokenizer, self._documents = config.data, tokenizer, documents
-        self.batch_size, self.process_index, self.process_count = batch_size, 0, 1
-        addresses = [(source, i) for source, of_source in enumerate(documents) for i in range(len(of_source))]
-        order = np.random.default_rng(0).permutation(len(addresses))  # so that the first few batches are a fair sample
-        self._addresses = [addresses[i] for i in order]
-        lengths = [self._length(*address) for address in self._addresses]
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # of each document in the sequence of pairs
-        limit = int(self._starts[-1]) if num_batches is None else num_batches * batch_size * config.data.sequence_length
-        self.num_tokens = min(int(self._starts[-1]), limit)
+        self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
+        self._addresses = np.concatenate([[(s, i) for i in range(len(source))] for s, source in enumerate(documents) if len(source)])
+        order = np.random.default_rng(0).permutation(len(self._addresses))  # so that the first few batches are a fair sample
+        self._addresses = self._addresses[order]
+        num_pairs = np.concatenate([np.diff(source.ends, prepend=0) for source in documents])[order] + 1
+        self._starts = np.concatenate([[0], np.cumsum(num_pairs)])  # of each document in the sequence of pairs
+        total = int(self._starts[-1])
+        self.num_tokens = total if num_batches is None else min(total, num_batches * batch_size * config.data.sequence_length)
         self.num_rows = -(-self.num_tokens // config.data.sequence_length)
-        self.num_bytes = sum(self._num_bytes(i) for i in range(self._num_documents()))
+        self.num_bytes = self._count_bytes(np.concatenate([source.num_bytes for source in documents])[order])
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return -(-self.num_rows // self.batch_size)
+        return -(-self.num_rows // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this process's part of each batch, as `Loader.next_batch` does."""
-        share = self.batch_size // self.process_count
-        for start in range(0, self.num_rows, self.batch_size):
-            first = start + self.process_index * share
-            yield self._batch(first, first + share)
+        share = self._batch_size // self._process_count
+        for start in range(0, self.num_rows, self._batch_size):
+            first = start + self._process_index * share
+            yield self._rows(first, first + share)
 
     def texts(self) -> Iterator[bytes]:
-        """Yield the text of each document; of the last one, as far as the batches reach. `num_bytes` is their total length."""
-        for i in range(self._num_documents()):
+        """Yield the text of each document; of the last one, as far as the batches reach.
+
+        `num_bytes` is their total length, exactly so for byte-level tokenizers.
+        """
+        for i in range(int(np.searchsorted(self._starts, self.num_tokens))):
             _, targets = self._pairs(i)
             yield self._tokenizer.decode_bytes(targets[: self.num_tokens - int(self._starts[i])])
 
-    def _length(self, source: int, index: int) -> int:
-        ends = self._documents[source].ends
-        return int(ends[index] - (ends[index - 1] if index else 0)) + 1
-
-    def _num_documents(self) -> int:
-        return int(np.searchsorted(self._starts, self.num_tokens))
+    def _count_bytes(self, num_bytes: np.ndarray) -> int:
+        """Return the bytes of the targets: whole documents count as given, the last one may be cut."""
+        whole = int(np.searchsorted(self._starts, self.num_tokens, side="right")) - 1
+        rest = self.num_tokens - int(self._starts[whole])
+        cut = int(self._tokenizer.num_bytes_V[self._pairs(whole)[1][:rest]].sum()) if rest else 0
+        return int(num_bytes[:whole].sum()) + cut
 
     def _pairs(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and targets of a document."""
         source, index = self._addresses[i]
         ids = self._documents[source][index]
         return np.append(np.int32(self._tokenizer.bos), ids), np.append(ids, np.int32(self._tokenizer.eos))
 
-    def _num_bytes(self, i: int) -> int:
-        """Bytes of the targets of document `i` that are in the batches; exact for a whole document whatever the tokenizer."""
-        source, index = self._addresses[i]
-        if self._starts[i + 1] <= self.num_tokens:
-            return int(self._documents[source].num_bytes[index])
-        _, targets = self._pairs(i)
-        return int(self._tokenizer.num_bytes_V[targets[: self.num_tokens - int(self._starts[i])]].sum())
-
-    def _batch(self, first_row: int, end_row: int) -> Batch:
+    def _rows(self, first: int, last: int) -> Batch:
+        """Return rows first .. last - 1; those beyond the end are padding."""
         length = self._data.sequence_length
-        size = (end_row - first_row) * length
-        tokens, targets = (np.full(size, self._tokenizer.pad, np.int32) for _ in range(2))
-        documents = np.zeros(size, np.int64)  # 1 + index of the document; 0 for padding
-        start, end = first_row * length, min(end_row * length, self.num_tokens)
-        i = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while start < end:
-            inputs_here, targets_here = self._pairs(i)
-            stop = min(end, int(self._starts[i + 1]))
-            inside, here = (
-                slice(start - int(self._starts[i]), stop - int(self._starts[i])),
-                slice(start - first_row * length, stop - first_row * length),
-            )
-            tokens[here], targets[here], documents[here] = inputs_here[inside], targets_here[inside], i + 1
-            start, i = stop, i + 1
-        documents_BS = documents.reshape(-1, length)
-        segments_BS = np.where(documents_BS > 0, documents_BS - documents_BS[:, :1] + 1, 0)
-        return assemble(tokens.reshape(-1, length), targets.reshape(-1, length), segments_BS.astype(np.int32), documents_BS > 0, self._data)
+        begin, end = first * length, min(last * length, self.num_tokens)
+        inputs, targets = (np.full((last - first) * length, self._tokenizer.pad, np.int32) for _ in range(2))
+        documents = np.zeros((last - first) * length, np.int64)  # 1 + index of the document; 0 for padding
+        i = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        at = begin
+        while at < end:
+            stop, start = min(end, int(self._starts[i + 1])), int(self._starts[i])
+            here, inside = slice(at - begin, stop - begin), slice(at - start, stop - start)
+            inputs[here], targets[here] = (pair[inside] for pair in self._pairs(i))
+            documents[here] = i + 1
+            at, i = stop, i + 1
+        inputs_BS, targets_BS, documents_BS = (array.reshape(-1, length) for array in (inputs, targets, documents))
+        segments_BS = np.where(documents_BS > 0, documents_BS - documents_BS[:, :1] + 1, 0).astype(np.int32)
+        return assemble(inputs_BS, targets_BS, segments_BS, documents_BS > 0, self._data)
 
 
 def heldout_batches(
@@ -119,6 +122,4 @@ def heldout_batches(
         raise ValueError(f"none of {total} documents is held out at data.heldout_fraction = {config.data.heldout_fraction}; raise it")
     if batch_size % process_count:
         raise ValueError(f"a batch of {batch_size} sequences does not divide over {process_count} processes; use a multiple")
-    held_out = HeldOut(config, tokenizer, corpus.heldout, batch_size, num_batches)
-    held_out.process_index, held_out.process_count = process_index, process_count
-    return held_out
+    return HeldOut(config, tokenizer, corpus.heldout, batch_size, num_batches, process_index, process_count)

@@ -6,8 +6,9 @@
 
 Best-fit packing wants many documents at once, and a packer with a running buffer would have that buffer in its position. So windows are
 packed alone: every window is a function of its index, and the position in the data is (window, row). It holds for any number of
-processes and any batch size, so a run continues on another mesh with the very rows it would have seen, and prefetched windows are simply packed
-again. Each process packs the whole sequence, so one process's speed bounds the global rate: `loader_throughput` measures it.
+processes and any batch size, so a run continues on another mesh with the very rows it would have seen, and windows that were packed ahead
+are simply packed again. Epochs are per source; a window may hold the end of one and the start of the next. Each process packs the whole
+sequence, so one process's speed bounds the global rate: `loader_throughput` measures it.
 """
 
 import os
@@ -112,14 +113,9 @@ def make_train_loader(
     """Return the loader of the train split at its start. The corpus is tokenised into `workdir` the first time.
 
     Raises:
-        ValueError: bad input (see `sources` and `token_cache`), or a sequence too short for the MTP layers.
+        ValueError: bad input (see `sources`, `token_cache`), a source without training documents, or FIM without a tokenizer for it.
     """
     data = config.data
-    if data.sequence_length < config.model.num_mtp_layers + 2:
-        raise ValueError(
-            f"data.sequence_length = {data.sequence_length} is too short for {config.model.num_mtp_layers} MTP layers;"
-            f" set it to at least {config.model.num_mtp_layers + 2}"
-        )
     corpus = open_corpus(config, tokenizer, workdir)
     windows = _windows(config, tokenizer, corpus)
     made_from = {"corpus": corpus.digest, "tokenizer": tokenizer.fingerprint, "seed": config.seed}
@@ -156,7 +152,7 @@ def _windows(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> grain.MapD
     row_length = data.sequence_length + 1
     window_tokens = max(WINDOW_TOKENS, WINDOW_ROWS * row_length)
     mean_length = sum(data.sources[i].weight for i in range(len(streams))) / sum(densities)
-    window_size = max(1, round(window_tokens / mean_length))
+    window_size = min(max(1, round(window_tokens / mean_length)), sum(len(documents) for documents in corpus.train))
 
     def pack_window(documents: list[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         tokens, segments = pack(documents, row_length, tokenizer.pad)

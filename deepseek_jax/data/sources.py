@@ -73,7 +73,9 @@ def is_heldout(digest: bytes, fraction: float) -> bool:
 
 
 def list_files(source: Source) -> list[tuple[str, Path]]:
-    """Return (relative name, path) of every file of `source`, sorted by name. Hidden files and folders are left out.
+    """Return (relative name, path) of every file of `source`, sorted by name.
+
+    Hidden files and folders, and what is not a file (a socket, a link to nowhere), are left out.
 
     Raises:
         ValueError: the path does not exist, cannot be listed, or holds no file.
@@ -88,7 +90,8 @@ def list_files(source: Source) -> list[tuple[str, Path]]:
     for folder, subfolders, names in os.walk(root, onerror=_refuse_folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__" and name not in left_out]
         paths = [Path(folder) / name for name in names if not name.startswith(".")]
-        files += [(path.relative_to(root).as_posix(), path) for path in paths if source.path != STDLIB or _is_stdlib_source(path)]
+        paths = [path for path in paths if path.is_file() and (source.path != STDLIB or _is_stdlib_source(path))]
+        files += [(path.relative_to(root).as_posix(), path) for path in paths]
     if not files:
         raise ValueError(f"data source {source.path!r} is an empty folder; put text, .jsonl, .parquet or .array_record files there")
     return sorted(files)
@@ -205,12 +208,14 @@ def _lines(path: Path, raw: io.BufferedReader, zstandard: Any) -> Iterator[bytes
 def _json_text(line: bytes, text_field: str, where: str, problems: Problems) -> str | None:
     try:
         record = json.loads(line)
-    except ValueError as error:  # both broken JSON and bytes that are not UTF-8
-        return problems.report(f"{where} is not JSON ({error})")
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        has = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        return problems.report(f"{where} has no text under data.text_field = {text_field!r} (it has {has})")
-    return record[text_field]
+        text = record.get(text_field) if isinstance(record, dict) else None
+        if isinstance(text, str):
+            text.encode()  # JSON can spell half a character ("\\ud800"), which no tokenizer takes
+            return text
+    except ValueError as error:  # broken JSON, bytes that are not UTF-8, half a character
+        return problems.report(f"{where} is not JSON text ({error})")
+    has = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+    return problems.report(f"{where} has no text under data.text_field = {text_field!r} (it has {has})")
 
 
 def _read_parquet(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
@@ -235,20 +240,24 @@ def _read_parquet(name: str, path: Path, text_field: str, problems: Problems) ->
 
 def _read_array_record(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
     module = _extra("array_record.python.array_record_module", "array_record")
-    record = 0
+    broken = (OSError, RuntimeError, ValueError, IndexError)  # what the C++ side raises
     try:
         reader = module.ArrayRecordReader(str(path))
         count = reader.num_records()
-        for record in range(count):
+    except broken as error:
+        return problems.report(f"{path} is not an ArrayRecord file: {error}")
+    if not count:  # the reader says so of any file that is not its own, too
+        return problems.report(f"{path} has no records: it is empty, cut off, or not an ArrayRecord file")
+    for record in range(count):
+        try:
             content = reader.read([record])[0]
-            if len(content) % 4:
-                problems.report(f"{path} record {record} has {len(content)} bytes, not a whole number of int32 token ids")
-            else:
-                yield Document(f"{name}:{record}", np.frombuffer(content, "<i4"), path.stat().st_size // count)
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, ValueError) and "data.on_error" in str(error):
-            raise
-        problems.report(f"{path} cannot be read from record {record} on: {error}")
+        except broken as error:
+            return problems.report(f"{path} cannot be read from record {record} on: {error}")
+        if len(content) % 4:
+            problems.report(f"{path} record {record} has {len(content)} bytes, not a whole number of int32 token ids")
+        else:
+            yield Document(f"{name}:{record}", np.frombuffer(content, "<i4"), path.stat().st_size // count)
+    return None
 
 
 def _extra(module: str, package: str | None = None) -> Any:

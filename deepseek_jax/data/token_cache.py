@@ -6,6 +6,7 @@ and renamed when complete, so a process killed at any moment leaves a complete c
 same bytes, and the first to finish wins.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,6 @@ from deepseek_jax.data.tokenizer import Tokenizer
 
 LAYOUT = 1  # of the cache folder; part of the key
 BATCH_CHARACTERS = 4_000_000  # of text tokenised at once: enough for every core, little memory
-SPLITS = ("train", "heldout")
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Documents:
     """The tokenised documents of one source and split: a sequence of arrays of ids, without BOS and EOS, mapped from disk."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
-        """Open `<stem>.ids.bin` (flat, `dtype`), `<stem>.ends.npy` (one past each document's last id) and `<stem>.bytes.npy` (UTF-8 bytes)."""
+        """Open `<stem>.ids.bin` (flat), `<stem>.ends.npy` (one past each document's last id) and `<stem>.bytes.npy` (its UTF-8 bytes)."""
         self.ends = np.load(f"{stem}.ends.npy", mmap_mode="r")
         self.num_bytes = np.load(f"{stem}.bytes.npy", mmap_mode="r")
         self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
@@ -77,14 +77,15 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
     if about["num_skipped"]:
         log.warning("%d items of the corpus were skipped, for example: %s", about["num_skipped"], about["skipped"][0])
     dtype = np.dtype(about["dtype"])
-    train, heldout = (tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in SPLITS)
+    splits = ("train", "heldout")
+    train, heldout = (tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in splits)
     return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]))
 
 
 def _key(config: Config, tokenizer: Tokenizer) -> str:
     files = []
     for source in config.data.sources:
-        stats = [(name, path.lstat() if not path.exists() else path.stat()) for name, path in list_files(source)]
+        stats = [(name, path.stat()) for name, path in list_files(source)]
         files.append([source.path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     data = config.data
     parts = [LAYOUT, tokenizer.fingerprint, files, data.text_field, data.on_error, data.heldout_fraction]
@@ -94,32 +95,41 @@ def _key(config: Config, tokenizer: Tokenizer) -> str:
 def _tokenize(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the cache folder. What exists under its final name is complete."""
     partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _write(config, tokenizer, partial)
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():  # otherwise another process was first, with the same bytes
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     problems, digest = Problems(config.data.on_error), hashlib.sha256()
-    total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source) if path.exists())
+    total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source))
     with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5) as bar:
         for i, source in enumerate(config.data.sources):
-            writers = {split: _Writer(partial / f"{i}-{split}", dtype) for split in SPLITS}
             documents = read_documents(source, config.data.text_field, problems)
-            for document, ids in _encode(documents, tokenizer, source.path):
-                content_digest = document.digest()
-                digest.update(f"{len(document.name.encode())} {document.name}".encode() + content_digest)
-                text = document.content
-                num_bytes = len(text.encode()) if isinstance(text, str) else int(tokenizer.num_bytes_V[ids].sum())
-                writers["heldout" if is_heldout(content_digest, config.data.heldout_fraction) else "train"].add(ids, num_bytes)
-                bar.update(document.num_file_bytes)
-            if not sum(writer.close() for writer in writers.values()):
-                raise ValueError(f"data source {source.path!r} holds no readable document ({problems.count} skipped); see data.on_error")
+            with _Writer(folder / f"{i}-train", dtype) as train, _Writer(folder / f"{i}-heldout", dtype) as heldout:
+                for document, ids in _encode(documents, tokenizer, source.path):
+                    content_digest = document.digest()
+                    digest.update(f"{len(document.name.encode())} {document.name}".encode() + content_digest)
+                    writer = heldout if is_heldout(content_digest, config.data.heldout_fraction) else train
+                    writer.add(ids, _num_bytes(document, ids, tokenizer))
+                    bar.update(document.num_file_bytes)
+            if not len(train) + len(heldout):
+                raise ValueError(f"data source {source.path!r} holds no readable document ({problems.count} items skipped); add text to it")
     about = {"digest": digest.hexdigest(), "dtype": dtype.name, "num_skipped": problems.count, "skipped": problems.messages}
-    (partial / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was first
-        if not folder.exists():
-            raise
-        shutil.rmtree(partial)
+    (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _num_bytes(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Return the UTF-8 bytes of a document: those of the text if there is one, whatever the tokenizer makes of it."""
+    text = document.content
+    return len(text.encode()) if isinstance(text, str) else int(tokenizer.num_bytes_V[ids].sum())
 
 
 def _encode(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[tuple[Document, np.ndarray]]:
@@ -150,31 +160,38 @@ def _encode_batch(batch: list[Document], tokenizer: Tokenizer, origin: str) -> I
         yield document, ids
 
 
-class _Writer:
-    """Appends documents to the files that `Documents` opens."""
+class _Writer(contextlib.AbstractContextManager):
+    """Appends documents to the files that `Documents` opens; they are complete when the context ends."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
         self._stem, self._dtype = stem, dtype
-        self._file = open(f"{stem}.ids.bin", "wb")  # noqa: SIM115 (closed in `close`)
         self._lengths: list[int] = []
         self._num_bytes: list[int] = []
+
+    def __enter__(self):
+        self._file = open(f"{self._stem}.ids.bin", "wb")
+        return self
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
         self._file.write(ids.astype(self._dtype).tobytes())
         self._lengths.append(len(ids))
         self._num_bytes.append(num_bytes)
 
-    def close(self) -> int:
-        """Finish the files and return the number of documents."""
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __exit__(self, *error):
         self._file.close()
         np.save(f"{self._stem}.ends.npy", np.cumsum(self._lengths, dtype=np.int64))
         np.save(f"{self._stem}.bytes.npy", np.array(self._num_bytes, np.int64))
-        return len(self._lengths)
 
 
 def _remove_abandoned(workdir: Path) -> None:
     """Delete what killed processes of this host left half-written."""
     for partial in workdir.glob(f"tokens-*.partial-{socket.gethostname()}-*"):
-        pid = int(partial.name.rpartition("-")[2])
-        if pid != os.getpid() and not Path(f"/proc/{pid}").exists():
+        try:
+            os.kill(int(partial.name.rpartition("-")[2]), 0)  # signal 0 asks whether the process exists
+        except ProcessLookupError:
             shutil.rmtree(partial, ignore_errors=True)
+        except PermissionError:
+            continue  # it exists, and is someone else's

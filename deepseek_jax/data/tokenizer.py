@@ -12,7 +12,7 @@ In stage 3 one ASCII punctuation mark sticks to the letters after it ("(bar"), a
 ("):\\n\\n"). The latter is new in V3 and the reason for `augmentation.split_joined`.
 
 A tokenizer is one `tokenizers.Tokenizer` plus the ids of its special tokens, whatever it was made from; the byte tokenizer is BPE without
-merges. It is saved as `tokenizer.json` with a `tokenizer_config.json` beside it that names BOS, EOS and padding, the layout Hugging Face reads.
+merges. It is saved as `tokenizer.json` with a `tokenizer_config.json` beside it that names BOS, EOS and padding, as Hugging Face has it.
 """
 
 import functools

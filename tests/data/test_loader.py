@@ -1,0 +1,155 @@
+"""The loader: complete epochs, exact positions, disjoint processes, mixtures."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from deepseek_jax.data import pipeline
+from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
+from deepseek_jax.data.token_cache import open_corpus
+from deepseek_jax.data.tokenizer import byte_tokenizer
+
+
+@pytest.fixture
+def work(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "shared_workdir"  # the token cache is keyed, so tests may share it
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def rows(batches) -> list[tuple]:
+    """Rows as hashable (tokens, last target, weights)."""
+    names = ("tokens_BS", "targets_BS", "segment_ids_BS", "loss_weights_BS")
+    return [tuple(np.concatenate(row).tolist()) for batch in batches for row in zip(*(batch[name] for name in names), strict=True)]
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_every_token_once_per_epoch(work, make_config, corpus_folder, bpe, mask):
+    config = make_config(corpus_folder, mask_documents=mask)  # the corpus is smaller than a window: a window is an epoch
+    loader = make_train_loader(config, bpe, work)
+    corpus = open_corpus(config, bpe, work)
+    documents = [[bpe.bos, *corpus.train[0][i], bpe.eos] for i in range(len(corpus.train[0]))]
+    expected = np.sort(np.concatenate(documents))
+    for _ in range(3):
+        loader.next_batch(1)
+        num_rows = len(loader._window[0])
+        tokens, segments = loader._window
+        np.testing.assert_array_equal(np.sort(tokens[segments > 0]), expected)
+        loader.next_batch(num_rows - 1)
+
+
+def test_epochs_and_seeds_differ_and_repeat(work, make_config, corpus_folder, bpe):
+    def first_rows(seed, **data):
+        loader = make_train_loader(make_config(corpus_folder, seed=seed, **data), bpe, work)
+        batch = loader.next_batch(1)
+        num_rows = len(loader._window[0])
+        return rows([batch, loader.next_batch(num_rows - 1)]), rows([loader.next_batch(num_rows)])
+
+    first, second = first_rows(0, fim_rate=1.0)
+    assert (first, second) == first_rows(0, fim_rate=1.0)
+    assert len(set(first) & set(second)) < 0.5 * len(first)  # documents are cut anew; some rows lie before both cuts
+    first, second = first_rows(0)
+    assert first != second
+    assert len(set(first) & set(second)) > 0.5 * len(first)  # the same documents in another order: whole rows come again
+    assert first_rows(0)[0] != first_rows(1)[0]
+
+
+def test_augmentation_reaches_the_batches(work, make_config, corpus_folder, bpe):
+    batch = make_train_loader(make_config(corpus_folder, fim_rate=0.5), bpe, work).next_batch(200)
+    count = {name: int((batch["tokens_BS"] == getattr(bpe, name)).sum()) for name in ("bos", "fim_begin", "fim_hole", "fim_end")}
+    assert 0.3 < count["fim_begin"] / count["bos"] < 0.7
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_resumed_equals_uninterrupted(work, make_config, corpus_folder, bpe, small_windows, prefetch, seed):
+    config = make_config(corpus_folder, fim_rate=0.3, split_rate=0.3, prefetch=prefetch, mask_documents=bool(seed % 2))
+    rng = random.Random(seed)
+    sizes = [rng.choice([1, 2, 5, 16, 64]) for _ in range(30)]  # a batch ramp, and windows crossed at every offset
+    stop = rng.randrange(len(sizes))
+    loader = make_train_loader(config, bpe, work)
+    for size in sizes[:stop]:
+        loader.next_batch(size)
+    position = json.loads(json.dumps(loader.state()))
+    expected = [loader.next_batch(size) for size in sizes[stop:]]
+    resumed = make_train_loader(config, bpe, work)
+    resumed.restore(position)
+    for size, batch in zip(sizes[stop:], expected, strict=True):
+        assert equal(resumed.next_batch(size), batch)
+    assert resumed.state() == loader.state()
+    assert loader.state()["windows"]["next_index"] > 3
+    loader.restore(position)  # back, with windows in flight
+    assert equal(loader.next_batch(sizes[stop]), expected[0])
+
+
+def test_batch_sizes_do_not_change_the_rows(work, make_config, corpus_folder, bpe, small_windows):
+    config = make_config(corpus_folder)
+    one, other = (make_train_loader(config, bpe, work) for _ in range(2))
+    assert rows(one.next_batch(size) for size in (3, 64, 13)) == rows(other.next_batch(size) for size in (40, 20, 20))
+
+
+def test_processes_are_disjoint_and_together_complete(work, make_config, corpus_folder, bpe, small_windows):
+    config = make_config(corpus_folder, fim_rate=0.3)
+    whole = make_train_loader(config, bpe, work)
+    parts = [make_train_loader(config, bpe, work, process_index=i, process_count=4) for i in range(4)]
+    for size in (4, 64, 12):
+        expected = whole.next_batch(size)
+        shares = [part.next_batch(size) for part in parts]
+        assert all(len(share["tokens_BS"]) == size // 4 for share in shares)
+        assert equal({name: np.concatenate([share[name] for share in shares]) for name in expected}, expected)
+    assert all(part.state() == whole.state() for part in parts)
+    with pytest.raises(ValueError, match="a batch of 6 sequences does not divide over 4 processes"):
+        parts[0].next_batch(6)
+
+
+def test_another_number_of_processes_continues_the_same_rows(work, make_config, corpus_folder, bpe, small_windows):
+    config = make_config(corpus_folder)
+    whole = make_train_loader(config, bpe, work)
+    whole.next_batch(20)
+    parts = [make_train_loader(config, bpe, work, process_index=i, process_count=2) for i in range(2)]
+    for part in parts:
+        part.restore(whole.state())
+    assert rows(part.next_batch(8) for part in parts) == rows([whole.next_batch(8)])
+
+
+def test_a_position_in_other_data_is_refused(work, make_config, corpus_folder, bpe):
+    position = make_train_loader(make_config(corpus_folder), bpe, work).state()
+    with pytest.raises(ValueError, match=r"seed was 0, is 1; sequence_length was 64, is 32"):
+        make_train_loader(make_config(corpus_folder, seed=1, sequence_length=32), bpe, work).restore(position)
+    with pytest.raises(ValueError, match="tokenizer was"):
+        make_train_loader(make_config(corpus_folder), byte_tokenizer(), work).restore(position)
+
+
+def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows):
+    """Two sources whose documents differ in length by a factor of 30, told apart by their letters."""
+    for name, letter, length in (("short", "a", 40), ("long", "b", 1200)):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(f"{letter} " * (length + i))
+    sources = ({"path": str(tmp_path / "short"), "weight": 3.0}, {"path": str(tmp_path / "long"), "weight": 1.0})
+    config = make_config(sources=sources, sequence_length=32)
+    tokenizer = byte_tokenizer()
+    tokens = np.concatenate([make_train_loader(config, tokenizer, tmp_path).next_batch(2000)["tokens_BS"]])
+    a, b = ((tokens == tokenizer.encode(letter)[0]).sum() for letter in "ab")
+    assert a / (a + b) == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_source_without_training_documents_is_refused(work, make_config, corpus_folder, bpe):
+    with pytest.raises(ValueError, match="has no document in the train split; add documents or lower data.heldout_fraction"):
+        make_train_loader(make_config(corpus_folder, heldout_fraction=1.0), bpe, work)
+
+
+def test_a_sequence_too_short_for_mtp_is_refused(make_config):
+    with pytest.raises(ValueError, match="sequence_length = 2 is too short: 1 MTP layers need at least 3"):
+        make_config("unused", sequence_length=2)
+
+
+def test_throughput_is_tens_of_times_what_a_step_eats(work, make_config, corpus_folder, bpe, monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 2**17)
+    config = make_config(corpus_folder, sequence_length=256, fim_rate=0.1, split_rate=0.1)
+    rate = max(loader_throughput(config, bpe, work, batch_size=16) for _ in range(2))
+    assert rate > 100_000  # ten times the training step on two cores; about 2M when nothing else runs

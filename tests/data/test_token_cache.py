@@ -1,0 +1,124 @@
+"""Tokenised once, complete or absent, and nothing lost on the way."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from deepseek_jax.data import token_cache
+from deepseek_jax.data.token_cache import open_corpus
+from deepseek_jax.data.tokenizer import byte_tokenizer
+
+
+def texts_of(corpus, tokenizer) -> list[str]:
+    """All documents of both splits, sorted."""
+    return sorted(tokenizer.decode(documents[i]) for split in corpus[:2] for documents in split for i in range(len(documents)))
+
+
+def test_the_cache_holds_the_corpus(tmp_path, make_config, corpus_folder, bpe):
+    corpus = open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    files = [path.read_text("utf-8") for path in corpus_folder.iterdir()]
+    assert texts_of(corpus, bpe) == sorted(files)
+    assert 0 < len(corpus.heldout[0]) < len(corpus.train[0])
+    assert sum(int(documents.num_bytes.sum()) for split in corpus[:2] for documents in split) == sum(len(text.encode()) for text in files)
+
+
+def test_it_is_written_once(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
+    first = open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    monkeypatch.setattr(token_cache, "_write", lambda *_: pytest.fail("tokenised again"))
+    again = open_corpus(make_config(corpus_folder, sequence_length=128, fim_rate=0.5), bpe, tmp_path)
+    assert again.digest == first.digest
+    np.testing.assert_array_equal(again.train[0][3], first.train[0][3])
+
+
+def test_a_changed_corpus_is_tokenised_again(tmp_path, make_config, bpe):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("first\n")
+    first = open_corpus(make_config(folder, heldout_fraction=0.0), bpe, tmp_path)
+    (folder / "a.txt").write_text("second\n")
+    second = open_corpus(make_config(folder, heldout_fraction=0.0), bpe, tmp_path)
+    assert texts_of(second, bpe) == ["second\n"]
+    assert second.digest != first.digest
+
+
+def test_the_digest_knows_names_and_contents_only(tmp_path, make_config, bpe):
+    def digest(name, text):
+        folder = tmp_path / f"corpus {len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / name).write_text(text)
+        return open_corpus(make_config(folder), bpe, tmp_path / "work").digest
+
+    assert digest("a", "x") == digest("a", "x")
+    assert len({digest("a", "x"), digest("b", "x"), digest("a", "y")}) == 3
+
+
+def test_a_failure_leaves_nothing(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_cache.np, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, make_config, corpus_folder, bpe):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    host = token_cache.socket.gethostname()
+    dead, alive = (tmp_path / f"tokens-0.partial-{host}-{pid}" for pid in (child.pid, os.getppid()))
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "0-train.ids.bin").write_bytes(b"half")
+    open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_the_second_of_two_processes_uses_what_the_first_wrote(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
+    config, write = make_config(corpus_folder), token_cache._write
+
+    def overtaken(config, tokenizer, folder):
+        monkeypatch.setattr(token_cache, "_write", write)
+        monkeypatch.setattr(token_cache.os, "getpid", lambda: 1)
+        open_corpus(config, tokenizer, tmp_path)
+        monkeypatch.undo()
+        write(config, tokenizer, folder)
+
+    monkeypatch.setattr(token_cache, "_write", overtaken)
+    assert len(open_corpus(config, bpe, tmp_path).train[0])
+    assert [path.name.count("partial") for path in tmp_path.iterdir()] == [0]
+
+
+def test_skipped_items_are_counted_and_logged(tmp_path, make_config, bpe, caplog):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\n{"text": "fine"}\nworse\n')
+    with pytest.raises(ValueError, match="a.jsonl line 2 is not JSON"):
+        open_corpus(make_config(tmp_path / "a.jsonl"), bpe, tmp_path / "work")
+    corpus = open_corpus(make_config(tmp_path / "a.jsonl", on_error="skip"), bpe, tmp_path / "work")
+    assert texts_of(corpus, bpe) == ["fine", "good"]
+    assert corpus.num_skipped == 2
+    assert "line 4 is not JSON" in corpus.skipped[1]
+    assert "2 items of the corpus were skipped" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [262, -1])
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path, make_config, wrong):
+    writer = ArrayRecordWriter(str(tmp_path / "ids.array_record"), "group_size:1")
+    for ids in ([6, 7], [8, wrong]):
+        writer.write(np.array(ids, "<i4").tobytes())
+    writer.close()
+    config = make_config(tmp_path / "ids.array_record", on_error="skip", tokenizer="byte")
+    with pytest.raises(ValueError, match=f"ids.array_record:1 has token id {wrong} and the vocabulary ends at 261; set data.tokenizer"):
+        open_corpus(config, byte_tokenizer(), tmp_path / "work")
+
+
+def test_sources_without_documents_or_weight_are_refused(tmp_path, make_config, bpe):
+    (tmp_path / "blank.txt").write_text("")
+    with pytest.raises(ValueError, match="blank.txt' holds no readable document"):
+        open_corpus(make_config(tmp_path / "blank.txt"), bpe, tmp_path / "work")
+    with pytest.raises(ValueError, match="has weight 0.0; give it a positive one or remove it"):
+        open_corpus(make_config(sources=({"path": "stdlib", "weight": 0.0},)), bpe, tmp_path / "work")
