@@ -3,7 +3,7 @@
     workdir/config.json                 the configuration that owns the workdir
     workdir/checkpoints/<step>/state    parameters, router bias, optimizer, counters (Orbax, one logical array whatever the mesh)
     workdir/checkpoints/<step>/run      step, tokens seen, data position, configuration, environment, fingerprints (JSON)
-    workdir/checkpoints/<step>/tokenizer
+    workdir/checkpoints/<step>/tokenizer   content of the workdir's tokenizer files, by name (JSON)
     workdir/checkpoints/damaged/        checkpoints that failed verification; moved here, never deleted
 
 A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it when every byte is
@@ -37,6 +37,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
 
 # What may differ when a run continues: how it is computed and how often the loop looks up, not what is computed.
@@ -82,18 +83,22 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     Raises:
         ValueError: the workdir holds a run with another configuration; the message shows each difference.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        stored, given = flatten(read_config(workdir)), flatten(config)
-        changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
-        lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]
-        if any(not _is_free(key) for key in changed):
-            raise ValueError(f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines))
-        for line in lines:
-            logging.warning("continuing with a changed config:%s", line[1:])
+    if (workdir / "config.json").exists():
+        check_config(workdir, config)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(to_dict(config), indent=1) + "\n")
+        write_atomically(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+
+
+def check_config(workdir: Path, config: Config) -> None:
+    """Refuse a `config` that computes something else than the run in `workdir`; warn of what differs otherwise."""
+    stored, given = flatten(read_config(workdir)), flatten(config)
+    changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
+    lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]
+    if any(not _is_free(key) for key in changed):
+        raise ValueError(f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines))
+    for line in lines:
+        logging.warning("continuing with a changed config:%s", line[1:])
 
 
 def read_config(workdir: Path) -> Config:
@@ -111,6 +116,25 @@ def read_config(workdir: Path) -> Config:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it from a checkpoint's run/metadata") from error
 
 
+def read_tokenizer(workdir: Path) -> dict[str, str]:
+    """Return the content of the workdir's tokenizer files by name."""
+    return {name: (workdir / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+
+
+def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
+    """Write the tokenizer files of a checkpoint into `workdir` where they are missing.
+
+    Raises:
+        ValueError: `workdir` has another tokenizer than the checkpoint, so its ids mean something else.
+    """
+    for name, content in files.items():
+        path = workdir / name
+        if not path.exists():
+            write_atomically(path, content)
+        elif path.read_text(encoding="utf-8") != content:
+            raise ValueError(f"{path} is not the tokenizer of the checkpoint; remove it, and the checkpoint's own is put back")
+
+
 def _is_free(key: str) -> bool:
     return key not in BOUND_KEYS and (key in FREE_KEYS or key.startswith(FREE_SECTIONS))
 
@@ -118,7 +142,7 @@ def _is_free(key: str) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader, or a kill, sees the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -222,8 +246,15 @@ class Checkpoints:
         """Return the steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: Any, progress: Progress, config: Config, tokenizer: str, mesh: jax.sharding.Mesh) -> None:
+    def save(self, state: Any, progress: Progress, config: Config, tokenizer: dict[str, str], mesh: jax.sharding.Mesh) -> None:
         """Start saving; returns when the arrays are copied from the devices, so the caller may donate them.
+
+        Args:
+            state: the training state.
+            progress: what belongs to it outside the arrays.
+            config: the run's configuration.
+            tokenizer: file name to content, as `read_tokenizer` returns it.
+            mesh: the mesh that the state lives on.
 
         Raises:
             SaveError: this save could not start, or the one before it failed.
@@ -266,7 +297,7 @@ class Checkpoints:
                 " training.keep_checkpoints) and run the same command to continue"
             ) from error
 
-    def restore(self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[Any, Progress, str] | None:
+    def restore(self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[Any, Progress, dict[str, str]] | None:
         """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none at all.
 
         Args:
@@ -302,7 +333,7 @@ class Checkpoints:
             raise ValueError(f"no intact checkpoint:\n{named}\n{remedy}")
         return None
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], str]:
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], dict[str, str]]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         items = self._manager.restore(
             step,

@@ -4,8 +4,8 @@ Each line has `step` and `tokens_seen` and one group of the keys in `KEYS`: a tr
 one yardstick line at the end. Lists run over layers, the main model's MoE layers first and then the MTP layers. A value that is not
 finite is null, since JSON has no NaN.
 
-The file is append-only while a process lives. Every line up to a step is on disk before the checkpoint of that step is begun, and a run that
-continues from step s first drops what lies beyond s. So the file of an interrupted run has the lines of an uninterrupted one.
+The file is append-only while a process lives. Every line up to a step is on disk before the checkpoint of that step is begun, and a run
+that continues from step s first drops what lies beyond s. So the file of an interrupted run has the lines of an uninterrupted one.
 """
 
 import json
@@ -197,6 +197,10 @@ class Speedometer:
         self._flops_per_token = flops_per_token
         peak = peak_flops(devices[0].device_kind)
         self._peak = peak * len(devices) if peak else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted, and count from now."""
         self._mark, self._seconds, self._tokens, self._steps = time.perf_counter(), 0.0, 0, 0
 
     def count(self, tokens: int) -> None:

@@ -15,10 +15,19 @@ from jax.sharding import NamedSharding
 
 from configs.deepseek_v3 import get_config
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError, claim_workdir, fingerprints, read_config
+from deepseek_jax.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    SaveError,
+    claim_workdir,
+    fingerprints,
+    put_tokenizer,
+    read_config,
+    read_tokenizer,
+)
 
 CONFIG = from_config_dict(get_config())
-TOKENIZER = '{"vocab": ["a", "é"]}'
+TOKENIZER = {"tokenizer.json": '{"vocab": ["a", "é"]}', "tokenizer_config.json": "{}"}
 
 
 @pytest.fixture(autouse=True)
@@ -274,3 +283,12 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"name":')
     with pytest.raises(ValueError, match="not valid JSON"):
         read_config(tmp_path)
+
+
+def test_the_tokenizer_comes_back_and_another_one_is_refused(tmp_path):
+    put_tokenizer(tmp_path, TOKENIZER)
+    assert read_tokenizer(tmp_path) == TOKENIZER
+    put_tokenizer(tmp_path, TOKENIZER)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the tokenizer of the checkpoint"):
+        put_tokenizer(tmp_path, TOKENIZER)

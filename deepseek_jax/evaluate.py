@@ -1,0 +1,170 @@
+"""How good a trained model is: held-out bits per byte of a workdir, and yardsticks on the same bytes.
+
+The yardsticks answer "compared with what?" without another model:
+
+    bigram       knows the previous token and has seen exactly the tokens the run has seen
+    gzip pieces  knows what the model knows at best: nothing beyond the context, which is shorter than gzip's window
+    gzip, xz     know each whole document
+
+The bigram is interpolated by Witten and Bell's rule (1991), which has no free parameter: a context that was followed by T different
+tokens in n occurrences gives T / (n + T) of its probability to the shorter context; below the shortest, all V ids are equally likely:
+
+    p(b | a) = (n(a, b) + T(a) p(b)) / (n(a) + T(a))          p(b) = (n(b) + T / V) / (n + T)
+
+Its counts are in no checkpoint. The data stream is a function of the configuration, so the tokens that a run has seen are counted by
+reading the stream again from its start: exact whatever interruptions there were, no byte of state, and possible later, from the workdir
+alone. The loader is many times as fast as a step, so this costs a few percent of the run. Beyond `MOST_COUNTED_TOKENS` it is left out,
+and says so, because the table of pairs outgrows the host.
+"""
+
+import functools
+import gzip
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.heldout import HeldOut, heldout_batches
+from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.checkpoint import Checkpoints, Progress, put_tokenizer
+from deepseek_jax.training.evaluation import Evaluation, evaluate
+from deepseek_jax.training.metrics import MetricsLog, read_rows
+from deepseek_jax.training.state import abstract_state
+from deepseek_jax.training.step import jit_eval_step
+
+MOST_COUNTED_TOKENS = 2 * 10**9
+ROWS_AT_ONCE = 1024  # of the stream, while counting
+
+
+class Bigram(NamedTuple):
+    """Counts of pairs of tokens, as sorted distinct keys `first * V + second`."""
+
+    keys: np.ndarray  # int64
+    counts: np.ndarray  # int64
+    vocab_size: int
+
+
+def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> tuple[Evaluation, Progress]:
+    """Evaluate a checkpoint of `workdir` (the newest, or of `step`) on the held-out split; return the result and where the run
+    stood.
+
+    `config` says on which mesh and on how many batches; the rest of it is the workdir's.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        whole = abstract_state(config, mesh)
+        checkpoints = Checkpoints(workdir, keep=None)
+        restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
+        checkpoints.close()
+        if restored is None:
+            raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
+        state, progress, tokenizer_files = restored
+        put_tokenizer(workdir, tokenizer_files)
+        held_out = open_held_out(config, open_tokenizer(config, workdir), workdir)
+        return evaluate(jit_eval_step(config, mesh), state["params"], state["router_bias"], held_out, mesh), progress
+
+
+def open_held_out(config: Config, tokenizer: Tokenizer, workdir: Path) -> HeldOut:
+    """Return the held-out batches that the run is evaluated on."""
+    training = config.training
+    processes = jax.process_index(), jax.process_count()
+    return heldout_batches(config, tokenizer, workdir, training.micro_batch_size, training.eval_batches, *processes)
+
+
+def add_yardsticks(config: Config, workdir: Path, tokenizer: Tokenizer, step: int, tokens_seen: int) -> dict[str, float | None]:
+    """Return the yardsticks of a run after `step`, computing them and writing them to its metrics if they are not there yet."""
+    for row in read_rows(workdir):
+        if row["step"] == step and "yardstick/bigram_bits_per_byte" in row:
+            return row
+    yardsticks = measure_yardsticks(config, workdir, tokenizer, tokens_seen)
+    log = MetricsLog(workdir, step)
+    log.write({"step": step, "tokens_seen": tokens_seen} | yardsticks)
+    log.close()
+    return yardsticks
+
+
+def measure_yardsticks(config: Config, workdir: Path, tokenizer: Tokenizer, tokens_seen: int) -> dict[str, float | None]:
+    """Return bits per byte of every yardstick on the held-out text, under their keys in the metrics; None for a bigram not counted."""
+    held_out = open_held_out(config, tokenizer, workdir)
+    held_out.process_index, held_out.process_count = 0, 1  # every process measures all of it
+    bigram_bits = None
+    if tokens_seen <= MOST_COUNTED_TOKENS:
+        loader = make_train_loader(config, tokenizer, workdir)
+        bigram = count_bigrams(loader, tokens_seen // config.data.sequence_length, config.model.vocab_size)
+        loader.close()
+        bigram_bits = bigram_nats(bigram, held_out) / np.log(2.0) / held_out.num_bytes
+    else:
+        logging.warning("the bigram yardstick is left out: %d tokens seen, at most %d are counted", tokens_seen, MOST_COUNTED_TOKENS)
+    texts = list(held_out.texts())
+    gzip9 = functools.partial(gzip.compress, compresslevel=9, mtime=0)
+    xz9 = functools.partial(lzma.compress, preset=9)
+    return {
+        "yardstick/bigram_bits_per_byte": bigram_bits,
+        "yardstick/gzip_pieces_bits_per_byte": bits_per_byte(gzip9, pieces(held_out, tokenizer)),
+        "yardstick/gzip_files_bits_per_byte": bits_per_byte(gzip9, texts),
+        "yardstick/xz_files_bits_per_byte": bits_per_byte(xz9, texts),
+    }
+
+
+def bits_per_byte(compress, texts: Iterable[bytes]) -> float:
+    """Compress each text alone and return the bits of all results over the bytes of all texts."""
+    sizes = np.array([(len(compress(text)), len(text)) for text in texts if text], np.int64).sum(axis=0)
+    return float(8.0 * sizes[0] / sizes[1])
+
+
+def pieces(held_out: HeldOut, tokenizer: Tokenizer) -> Iterable[bytes]:
+    """Yield the text that each row of the held-out batches predicts: as much as fits the model's context."""
+    for batch in held_out:
+        for targets_S, weights_S in zip(batch["targets_BS"], batch["loss_weights_BS"], strict=True):
+            yield tokenizer.decode_bytes(targets_S[weights_S > 0])
+
+
+def count_bigrams(loader: Loader, num_rows: int, vocab_size: int) -> Bigram:
+    """Count the (input, target) pairs with weight in the next `num_rows` rows of `loader`."""
+    keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        batch = loader.next_batch(min(ROWS_AT_ONCE, num_rows - start))
+        new = _pair_keys(batch, vocab_size)
+        keys, inverse = np.unique(np.concatenate([keys, new]), return_inverse=True)
+        ones = np.ones(len(new), np.int64)
+        counts = np.bincount(inverse, np.concatenate([counts, ones]), minlength=len(keys)).astype(np.int64)
+    return Bigram(keys, counts, vocab_size)
+
+
+def bigram_nats(bigram: Bigram, held_out: Iterable[dict[str, np.ndarray]]) -> float:
+    """Return the cross entropy of the interpolated bigram over all targets with weight, summed, in nats."""
+    size, keys = bigram.vocab_size, bigram.keys
+    first, second = np.divmod(keys, size)
+    n_a = np.bincount(first, bigram.counts, minlength=size)  # occurrences of a context
+    types_a = np.bincount(first, minlength=size)  # different tokens that followed it
+    n_b = np.bincount(second, bigram.counts, minlength=size)
+    types = np.count_nonzero(n_b)
+    p_b = (n_b + types / size) / (n_b.sum() + types) if len(keys) else np.full(size, 1.0 / size)
+
+    nats = 0.0
+    for batch in held_out:
+        wanted = _pair_keys(batch, size)
+        a, b = np.divmod(wanted, size)
+        n_ab = np.zeros(len(wanted))
+        if len(keys):
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            n_ab = np.where(keys[at] == wanted, bigram.counts[at], 0)
+        seen = n_a[a] > 0
+        backed_off = (n_ab + types_a[a] * p_b[b]) / np.where(seen, n_a[a] + types_a[a], 1.0)
+        nats -= float(np.log(np.where(seen, backed_off, p_b[b])).sum())
+    return nats
+
+
+def _pair_keys(batch: dict[str, np.ndarray], vocab_size: int) -> np.ndarray:
+    keep_BS = batch["loss_weights_BS"] > 0
+    return batch["tokens_BS"][keep_BS].astype(np.int64) * vocab_size + batch["targets_BS"][keep_BS]

@@ -1,0 +1,42 @@
+"""One pass over the held-out batches: loss, bits per byte, and how evenly the experts were used."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from deepseek_jax.data.heldout import HeldOut
+from deepseek_jax.data.packing import Batch
+from deepseek_jax.parallel.mesh import ROWS
+
+
+class Evaluation(NamedTuple):
+    """What the held-out text says about a model."""
+
+    loss: float  # nats per target of the main head
+    bits_per_byte: float  # all nats as bits, over the UTF-8 bytes of the text
+    mtp_loss: list[float]  # nats per target of the main head, one per depth
+    counts_LE: np.ndarray  # int64 assignments
+    max_vio_L: np.ndarray  # of counts_LE: (max - mean) / mean
+
+
+def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Put this process's rows on the mesh as its part of the global batch."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(ROWS, None))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def evaluate(eval_step: Callable, params: Any, router_bias: Any, held_out: HeldOut, mesh: jax.sharding.Mesh) -> Evaluation:
+    """Run `eval_step` over every held-out batch, without waiting in between; sums are made on the host in double precision."""
+    pending = [eval_step(params, router_bias, place_batch(batch, mesh)) for batch in held_out]
+    total = jax.tree.map(lambda *values: np.sum(np.stack(values).astype(np.float64), axis=0), *jax.device_get(pending))
+    counts_LE = total["counts_LE"].astype(np.int64)
+    mean_L = np.maximum(counts_LE.mean(axis=1), 1e-9)
+    return Evaluation(
+        loss=float(total["loss_sum"] / total["weight_sum"]),
+        bits_per_byte=float(total["loss_sum"] / np.log(2.0) / held_out.num_bytes),
+        mtp_loss=(total["mtp_loss_sum"] / total["weight_sum"]).tolist(),
+        counts_LE=counts_LE,
+        max_vio_L=counts_LE.max(axis=1) / mean_L - 1.0,
+    )

@@ -1,0 +1,59 @@
+"""Evaluate a trained model: `python -m experiments.evaluate --workdir=runs/tiny`.
+
+Prints held-out bits per byte, the yardsticks on the same bytes, and how evenly the experts are used, as a table or, with --json, as JSON.
+The configuration is the workdir's; give --config to run it on another mesh.
+"""
+
+import json
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.data.pipeline import open_tokenizer
+from deepseek_jax.evaluate import evaluate_workdir, measure_yardsticks
+from deepseek_jax.training.checkpoint import check_config, read_config
+from experiments import session
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration with another mesh or number of batches.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest intact one by default.")
+YARDSTICKS = flags.DEFINE_bool("yardsticks", True, "Measure the yardsticks too; the bigram reads all tokens of the run again.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def main(_) -> None:
+    """Parse, evaluate, print."""
+    session.start()
+    workdir = Path(WORKDIR.value)
+    config = read_config(workdir)
+    if CONFIG.value is not None:
+        config = from_config_dict(CONFIG.value)
+        check_config(workdir, config)
+    result, progress = evaluate_workdir(config, workdir, STEP.value)
+    values = {
+        "step": progress.step,
+        "tokens_seen": progress.tokens_seen,
+        "eval/bits_per_byte": result.bits_per_byte,
+        "eval/loss": result.loss,
+    }
+    if YARDSTICKS.value:
+        values |= measure_yardsticks(config, workdir, open_tokenizer(config, workdir), progress.tokens_seen)
+    values |= {"eval/mtp_loss": result.mtp_loss, "eval/max_vio": result.max_vio_L.tolist()}
+    if JSON.value:
+        print(json.dumps(values))
+        return
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {_show(value)}")
+
+
+def _show(value) -> str:
+    if isinstance(value, list):
+        return " ".join(_show(item) for item in value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,67 @@
+"""Train a model: `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
+
+Ctrl-C or SIGTERM saves, and the same command continues. Exit codes: 0 complete, 130 after Ctrl-C, 143 after SIGTERM, 1 on an error.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from deepseek_jax.config import Config, from_config_dict, to_dict
+from deepseek_jax.data.pipeline import open_corpus
+from deepseek_jax.evaluate import add_yardsticks
+from deepseek_jax.inference.decode import generate
+from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.loop import Result, train
+from deepseek_jax.training.report import draw_sheet, final_table
+from experiments import session
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. A run that is there continues.")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration as JSON and stop.")
+
+PROMPT = "def "
+SAMPLE_TOKENS = 120
+
+
+def main(_) -> None:
+    """Parse, train, report."""
+    config = from_config_dict(CONFIG.value)
+    if PRINT_CONFIG.value:
+        print(json.dumps(to_dict(config), indent=1))
+        return
+    if WORKDIR.value is None:
+        raise app.UsageError("--workdir is missing, for example --workdir=runs/tiny")
+    session.start()
+    workdir = Path(WORKDIR.value)
+    result = train(config, workdir)
+    if result.interrupted_by is not None:
+        command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+        print(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {command}")
+        sys.exit(128 + result.interrupted_by)
+    report(config, workdir, result)
+
+
+def report(config: Config, workdir: Path, result: Result) -> None:
+    """Print the final table and a sampled continuation, and draw the curves."""
+    add_yardsticks(config, workdir, result.tokenizer, result.step, result.tokens_seen)
+    checkpoints = Checkpoints(workdir, keep=None)
+    draw_sheet(workdir)
+    print("\n" + final_table(workdir, open_corpus(config, result.tokenizer, workdir).digest, checkpoints.steps()))
+    checkpoints.close()
+    params, router_bias = result.state["params"], result.state["router_bias"]
+    room = config.data.sequence_length - len(result.tokenizer.encode(PROMPT)) - 1
+    num_tokens = min(SAMPLE_TOKENS, room)
+    text = generate(
+        config, params, router_bias, result.tokenizer, PROMPT, num_tokens, temperature=0.8, top_p=0.95, top_k=0, seed=config.seed
+    )
+    print(f"\nsample, temperature 0.8, top-p 0.95:\n\n{PROMPT}{text}\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
