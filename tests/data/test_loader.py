@@ -58,6 +58,17 @@ def test_epochs_and_seeds_differ_and_repeat(work, make_config, corpus_folder, bp
     assert first_rows(0)[0] != first_rows(1)[0]
 
 
+def test_neighbouring_rows_come_from_different_documents(tmp_path, make_config):
+    """One document fills most of a window; its rows must not fill most of a batch."""
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(chr(ord("a") + i) * (8000 if i == 0 else 400))
+    tokenizer = byte_tokenizer()
+    loader = make_train_loader(make_config(tmp_path, sequence_length=32, heldout_fraction=0.0), tokenizer, tmp_path / "work")
+    is_long = [(loader.next_batch(10)["tokens_BS"][:, 5] == tokenizer.encode("a")[0]).sum() for _ in range(40)]
+    assert max(is_long) < 10
+    assert min(is_long) > 0
+
+
 def test_augmentation_reaches_the_batches(work, make_config, corpus_folder, bpe):
     batch = make_train_loader(make_config(corpus_folder, fim_rate=0.5), bpe, work).next_batch(200)
     count = {name: int((batch["tokens_BS"] == getattr(bpe, name)).sum()) for name in ("bos", "fim_begin", "fim_hole", "fim_end")}

@@ -39,10 +39,16 @@ def test_a_changed_corpus_is_tokenised_again(tmp_path, make_config, bpe):
     folder.mkdir()
     (folder / "a.txt").write_text("first\n")
     first = open_corpus(make_config(folder, heldout_fraction=0.0), bpe, tmp_path)
-    (folder / "a.txt").write_text("second\n")
+    (folder / "a.txt").write_text("other\n")  # of the same size
     second = open_corpus(make_config(folder, heldout_fraction=0.0), bpe, tmp_path)
-    assert texts_of(second, bpe) == ["second\n"]
+    assert texts_of(second, bpe) == ["other\n"]
     assert second.digest != first.digest
+
+
+def test_another_tokenizer_has_its_own_ids(tmp_path, make_config, corpus_folder, bpe):
+    corpora = [open_corpus(make_config(corpus_folder), tokenizer, tmp_path) for tokenizer in (bpe, byte_tokenizer())]
+    assert texts_of(corpora[0], bpe) == texts_of(corpora[1], byte_tokenizer())
+    assert corpora[0].digest == corpora[1].digest
 
 
 def test_the_digest_knows_names_and_contents_only(tmp_path, make_config, bpe):
