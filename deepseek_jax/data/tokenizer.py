@@ -21,6 +21,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS],
         initial_alphabet=alphabet,
         min_frequency=2,  # a pair seen once teaches nothing
-        show_progress=True,
+        show_progress=sys.stderr.isatty(),
     )
     encoder.train_from_iterator(documents, trainer)
     return Tokenizer(encoder, BOS, EOS, PAD)
