@@ -1,11 +1,15 @@
 """The reader of the golden checkpoints, and that the goldens can tell a right router from the known wrong ones."""
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
 from tests.golden import hf_checkpoint
 
 
@@ -29,6 +33,15 @@ def test_every_stored_number_arrives_once(case):
     ours = sum(leaf.size for leaf in flatten(golden.params).values()) + biases
     assert ours == sum(tensor.size for tensor in tensors.values()) - copies
     assert all(leaf.dtype == np.float32 and np.isfinite(leaf).all() for leaf in flatten(golden.params).values())
+
+
+@pytest.mark.parametrize("case", hf_checkpoint.CASES)
+def test_trees_are_those_of_init(case):
+    golden = hf_checkpoint.read(case)
+    with jax.set_mesh(make_mesh(golden.config.mesh, jax.devices()[:1])):
+        ours = jax.eval_shape(functools.partial(transformer.init, golden.config), jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, trees) for trees in (ours, (golden.params, golden.router_bias))]
+    assert shapes[0] == shapes[1]
 
 
 def test_layout_of_one_of_each_kind():
