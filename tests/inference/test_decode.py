@@ -26,7 +26,7 @@ PROMPT = np.array([[7, 3, 250, 12, 88]], np.int32)
 def make_config(precision="fp32", **model):
     config = get_config()
     config.model.update(vocab_size=300, width=32, num_layers=3, num_heads=2, query_latent=16, kv_latent=24, content_dim=8)
-    config.model.update(rotary_dim=4, value_dim=8, dense_hidden=48, num_experts=8, expert_hidden=16, num_mtp_layers=0, init_std=0.3)
+    config.model.update(rotary_dim=4, value_dim=8, dense_hidden=48, num_experts=8, expert_hidden=16, num_mtp_layers=0)
     config.model.update(model)
     config.execution.update(precision=precision, scan_unroll=1)
     config.data.sequence_length = 64
@@ -38,8 +38,12 @@ CONFIG = make_config()
 
 @functools.cache
 def make_weights(config=CONFIG):
-    params, router_bias = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(1))
-    return params, jax.tree.map(lambda bias: 0.05 * jax.random.normal(jax.random.key(2), bias.shape), router_bias)
+    """Weights in the shapes of `init` (compiling its random numbers takes longer than the tests), and biases of both signs."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    params, router_bias = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    params = jax.tree.map_with_path(lambda path, leaf: jnp.array(1 + 0.1 * leaf if "norm" in path[-1].key else 0.3 * leaf), params)
+    return params, jax.tree.map(lambda leaf: jnp.array(0.05 * leaf), router_bias)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,192 @@
+"""Measure the training step of a configuration: `python -m experiments.benchmark --config=configs/tiny.py`.
+
+Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, memory, and the cold times of tracing and compiling; then the rate of
+the loader alone, which must stay well above the step's. --json writes the same numbers as records (design: a measured claim is a file).
+
+A step is timed from its call until its results are there, and the median of --steps is reported. Tokens are random unless --data is given:
+a fresh model routes both nearly evenly.
+"""
+
+import datetime
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.data.packing import Batch, next_token_batch
+from deepseek_jax.data.pipeline import loader_throughput, make_train_loader, open_tokenizer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.checkpoint import environment
+from deepseek_jax.training.evaluation import place_batch
+from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
+from deepseek_jax.training.optimizer import batch_size, rates
+from deepseek_jax.training.state import create_state
+from deepseek_jax.training.step import jit_train_step
+from experiments import session
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
+JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
+STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=20)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences per step; the first size of the recipe by default.")
+DATA = flags.DEFINE_bool("data", False, "Train on the configured corpus instead of random tokens.")
+LOADER = flags.DEFINE_bool("loader", True, "Measure the loader alone, too.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the tokenizer and the tokenised corpus for the next time.")
+
+WARMUP_STEPS = 3  # the first steps touch fresh memory, and wait for clocks to rise
+NUM_RANDOM_BATCHES = 4
+
+
+class Measurement(NamedTuple):
+    """What running one configuration's step shows."""
+
+    trace_seconds: float  # cold, lowering included
+    compile_seconds: float  # cold: no persistent cache
+    step_seconds: list[float]
+    bytes_per_device: int  # arguments, results and temporaries of the compiled step
+    first_loss: float  # nats per token
+    last_loss: float
+
+
+def main(_) -> None:
+    """Parse, measure, report."""
+    session.start()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
+    config = from_config_dict(CONFIG.value)
+    size = BATCH_SIZE.value or batch_size(config, tokens_seen=0)
+    mesh = make_mesh(config.mesh)
+    with tempfile.TemporaryDirectory() as scratch:
+        workdir = Path(WORKDIR.value or scratch)
+        batches = corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
+        measurement = measure_step(config, mesh, batches, STEPS.value)
+        step_records = describe_step(config, mesh, size, measurement)
+        records = step_records + (measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else [])
+    common = provenance(mesh)
+    records = [record | common for record in records]
+    print_table(config, common["device"], records)
+    if JSON.value:
+        Path(JSON.value).parent.mkdir(parents=True, exist_ok=True)
+        Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")
+
+
+def random_batches(config: Config, size: int) -> Iterator[Batch]:
+    """Yield a few batches of uniformly random tokens, over and over; the same on every machine."""
+    rng = np.random.default_rng(config.seed)
+    shape = size // jax.process_count(), config.data.sequence_length + 1
+    rows = [rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(NUM_RANDOM_BATCHES)]
+    batches = [next_token_batch(tokens, np.ones_like(tokens), config.data) for tokens in rows]
+    while True:
+        yield from batches
+
+
+def corpus_batches(config: Config, workdir: Path, size: int) -> Iterator[Batch]:
+    """Yield the batches that training would see first."""
+    loader = make_train_loader(config, open_tokenizer(config, workdir), workdir, jax.process_index(), jax.process_count())
+    while True:
+        yield loader.next_batch(size)
+
+
+def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int) -> Measurement:
+    """Compile the train step, warm it up, and time `num_steps` of it."""
+    losses, seconds = [], []
+    with jax.set_mesh(mesh):
+        state = create_state(config)
+        batch = place_batch(next(batches), mesh)
+        start = time.perf_counter()
+        lowered = jit_train_step(config, mesh).lower(state, batch, rates(config, 0, 0))
+        traced = time.perf_counter()
+        step = lowered.compile()
+        compiled = time.perf_counter()
+        for i in range(WARMUP_STEPS + num_steps):
+            arguments = place_batch(next(batches), mesh), rates(config, i, i * batch["tokens_BS"].size)
+            begin = time.perf_counter()
+            state, metrics = jax.block_until_ready(step(state, *arguments))
+            seconds.append(time.perf_counter() - begin)
+            losses.append(float(metrics["loss"]))
+    return Measurement(traced - start, compiled - traced, seconds[WARMUP_STEPS:], _bytes_per_device(step), losses[0], losses[-1])
+
+
+def _bytes_per_device(step: jax.stages.Compiled) -> int:
+    memory = step.memory_analysis()
+    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return sum(sizes) - memory.alias_size_in_bytes  # the state is donated: argument and result are one
+
+
+def describe_step(config: Config, mesh: jax.sharding.Mesh, size: int, measurement: Measurement) -> list[dict[str, Any]]:
+    """Return the records of the step; the first is its tokens per second."""
+    model, length = config.model, config.data.sequence_length
+    seconds = statistics.median(measurement.step_seconds)
+    tokens_per_second = size * length / seconds
+    flops = flops_per_token(model, length, causal=True, mtp=True)
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    values = [
+        ("train step", tokens_per_second, "tokens/s"),
+        ("train step, median", 1e3 * seconds, "ms"),
+        ("train step, fastest", 1e3 * min(measurement.step_seconds), "ms"),
+        ("model FLOPs", flops * tokens_per_second / 1e12, "TFLOP/s"),
+        ("memory per device, compiled", measurement.bytes_per_device / 2**30, "GiB"),
+        ("trace, cold", measurement.trace_seconds, "s"),
+        ("compile, cold", measurement.compile_seconds, "s"),
+        ("loss of step 1", measurement.first_loss, "nats/token"),
+        (f"loss of step {WARMUP_STEPS + len(measurement.step_seconds)}", measurement.last_loss, "nats/token"),
+    ]
+    if peak:
+        utilization = model_flops_utilization(flops, tokens_per_second, peak * mesh.size)
+        values.insert(4, ("MFU of the BF16 peak", 100 * utilization, "%"))
+    return [_record(config, mode, size, value, unit) for mode, value, unit in values]
+
+
+def measure_loader(config: Config, workdir: Path, size: int, step_rate: float) -> list[dict[str, Any]]:
+    """Return the loader's tokens per second, with the step's as the yardstick."""
+    rate = loader_throughput(config, open_tokenizer(config, workdir), workdir, size)
+    yardstick = {"name": "train step of the same run", "version": None, "value": step_rate}
+    return [_record(config, "loader alone", size, rate, "tokens/s") | {"yardstick": yardstick}]
+
+
+def _record(config: Config, mode: str, size: int, value: float, unit: str) -> dict[str, Any]:
+    shape = {"batch": size, "sequence": config.data.sequence_length, "mtp_layers": config.model.num_mtp_layers}
+    record = {"config": config.name, "mode": mode, "precision": config.execution.precision, "shape": shape}
+    return record | {"value": value, "unit": unit, "yardstick": None}
+
+
+def provenance(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """Return what a record needs to be repeated: device, versions, date, commit, command."""
+    here = environment(mesh)
+    cores = f", {here['cores']} cores" if here["platform"] == "cpu" else ""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {
+        "device": f"{mesh.size} x {here['device_kind']}{cores}",
+        "jax": here["jax"],
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip() or "not a git checkout",
+        "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+    }
+
+
+def print_table(config: Config, device: str, records: list[dict[str, Any]]) -> None:
+    """Print one line per record."""
+    shape = records[0]["shape"]
+    batch = f"{shape['batch']} x {shape['sequence']} tokens a step"
+    print(f"\n{config.name}, {config.execution.precision}, {batch}, {shape['mtp_layers']} MTP layers; {device}, jax {jax.__version__}\n")
+    for record in records:
+        digits = 0 if record["value"] >= 1000 else 4
+        line = f"{record['mode']:<28} {record['value']:>12,.{digits}f} {record['unit']}"
+        if record["yardstick"]:
+            line += f"   {record['value'] / record['yardstick']['value']:.1f} x the {record['yardstick']['name']}"
+        print(line)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,72 @@
+"""The command `experiments.generate` on a workdir with a checkpoint of random weights."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.tiny import get_config
+from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.inference.decode import generate
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh, partition_specs
+from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, read_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_config():
+    config = get_config()
+    config.model.update(vocab_size=262, width=32, num_layers=2, num_heads=2, query_latent=16, kv_latent=16, content_dim=8, rotary_dim=4)
+    config.model.update(value_dim=8, dense_hidden=32, num_experts=8, expert_hidden=16)
+    config.data.update(tokenizer="byte", sequence_length=64)
+    config.mesh.data = 1
+    return from_config_dict(config)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir at step 3, and what it was made of."""
+    workdir, config = tmp_path_factory.mktemp("run"), make_config()
+    claim_workdir(workdir, config)
+    byte_tokenizer().save(workdir / "tokenizer.json")
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    params, router_bias = jax.tree.map(lambda leaf: jnp.array(0.5 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = {"params": jax.tree.map(jax.device_put, params, partition_specs(params)), "router_bias": router_bias}
+        checkpoints = Checkpoints(workdir, keep=1)
+        checkpoints.save(state, Progress(step=3, tokens_seen=0, data=None), config, read_tokenizer(workdir), mesh)
+        checkpoints.close()
+    return workdir, config, params, router_bias
+
+
+def command(workdir, *options):
+    arguments = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", *options]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prints_the_prompt_and_its_continuation(run, temperature):
+    workdir, config, params, router_bias = run
+    done = command(workdir, "--prompt=if x:", f"--temperature={temperature}", "--max_new_tokens=30", "--seed=5")
+    text = generate(config, params, router_bias, byte_tokenizer(), "if x:", 30, temperature=temperature, top_p=1.0, top_k=0, seed=5)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"if x:{text}\n" and text
+
+
+@pytest.mark.slow
+def test_says_what_is_missing(run, tmp_path):
+    assert f"{tmp_path} holds no run" in command(tmp_path, "--prompt=x").stderr
+    assert "has no checkpoint of step 4; it has [3]" in command(run[0], "--prompt=x", "--step=4").stderr
+    assert "a prompt of 101 tokens" in command(run[0], f"--prompt={'x' * 100}").stderr
