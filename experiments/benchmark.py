@@ -9,6 +9,7 @@ a fresh model routes both nearly evenly.
 
 import datetime
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -61,6 +62,7 @@ class Measurement(NamedTuple):
 
 def main(_) -> None:
     """Parse, measure, report."""
+    busy = os.getloadavg()[0]
     session.start()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
     config = from_config_dict(CONFIG.value)
@@ -75,6 +77,8 @@ def main(_) -> None:
     common = provenance(mesh)
     records = [record | common for record in records]
     print_table(config, common["device"], records)
+    if mesh.devices.flat[0].platform == "cpu" and busy > 0.5:
+        print(f"\nOther programs kept {busy:.1f} cores busy when this one started: times are too long, and vary.")
     if JSON.value:
         Path(JSON.value).parent.mkdir(parents=True, exist_ok=True)
         Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")

@@ -208,3 +208,16 @@ def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
     attention, moe = params["moe_layers"]["attention"], params["moe_layers"]["moe"]
     assert {leaf.dtype for leaf in (params["head_DV"], attention["q_b_ANQ"], moe["down_EFD"])} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in (params["embed_VD"], attention["kv_norm_C"], moe["router_DE"])} == {jnp.dtype(jnp.float32)}
+
+
+def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
+    config = decode.decode_config(make_config(precision="bf16"))
+    params, router_bias = decode.decode_weights(config, *make_weights())
+    cache = make_cache(config, 1, 256)
+    logits_BV, after = jax.eval_shape(
+        functools.partial(decode.prefill, config), params, router_bias, cache, decode.in_chunks(PROMPT), np.array([5])
+    )
+    assert logits_BV.dtype == jnp.float32
+    logits_BV, after = jax.eval_shape(functools.partial(decode.decode_token, config), params, router_bias, after, np.array([1]))
+    assert logits_BV.dtype == jnp.float32 and after["moe_layers"]["latent"].dtype == jnp.bfloat16
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
