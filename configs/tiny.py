@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
             "remat": "none",
             "scan_unroll": 4,
             "gather": "step",
-            "expert_block": 128,
-            "expert_wave": 512,
+            "expert_block": 256,
+            "expert_wave": 8,
             "loss_chunk": 512,
         }
     )

@@ -75,7 +75,9 @@ def expert_ffn(weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Arr
         block: rows per block.
         wave: blocks multiplied at once; all of them when there are no more than that, without a loop.
     """
-    blocks = plan_blocks(experts_TK, weights["down_EFD"].shape[0], block, wave)
+    num_experts = weights["down_EFD"].shape[0]
+    wave = min(wave, experts_TK.size // block + num_experts)
+    blocks = plan_blocks(experts_TK, num_experts, block, wave)
     return _blocked_ffn((block, wave), x_TD, gates_TK, weights["gate_up_ED2F"], weights["down_EFD"], blocks)
 
 
