@@ -40,6 +40,8 @@ from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
 
+LONGEST_REASON = 240  # characters of a foreign error message
+
 # What may differ when a run continues: how it is computed and how often the loop looks up, not what is computed.
 FREE_SECTIONS = ("mesh.", "execution.")
 FREE_KEYS = {
@@ -216,6 +218,13 @@ def _crc32(payload: Any) -> int:
 # ---- saving and restoring
 
 
+def _reason(error: Exception) -> str:
+    """Return the part of an error that a person can use. TensorStore prints its whole specification; what went wrong is said last."""
+    text = str(error) or repr(error)
+    before_spec = text.split(" [tensorstore_spec=")[0].split(" [os_error_code=")[0].split("\n")[0]
+    return before_spec if len(before_spec) <= LONGEST_REASON else "... " + before_spec[-LONGEST_REASON:]
+
+
 class Checkpoints:
     """The checkpoints of one workdir. Opening them removes what an unfinished save left behind.
 
@@ -293,7 +302,7 @@ class Checkpoints:
             kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
             free = shutil.disk_usage(self.directory).free / 2**30
             raise SaveError(
-                f"saving into {self.directory} failed: {error}\n{kept}. {free:.2f} GiB are free there; make room (or lower"
+                f"saving into {self.directory} failed: {_reason(error)}\n{kept}. {free:.2f} GiB are free there; make room (or lower"
                 " training.keep_checkpoints) and run the same command to continue"
             ) from error
 
@@ -316,7 +325,7 @@ class Checkpoints:
             try:
                 state, run, tokenizer = self._read(candidate, abstract_state)
             except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
-                failures[candidate] = (str(error).splitlines() or [repr(error)])[0][:300]
+                failures[candidate] = _reason(error)
             else:
                 found = fingerprints(state)
                 changed = [path for path, value in found.items() if run["fingerprints"].get(path) != value]

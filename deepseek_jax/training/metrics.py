@@ -18,7 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from deepseek_jax.training.checkpoint import write_atomically
 from deepseek_jax.training.flops import model_flops_utilization, peak_flops
@@ -78,7 +80,12 @@ class MetricsLog:
             kept = [row for row in read_rows(workdir) if row["step"] <= step]
             write_atomically(self._path, "".join(_line(row) for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+        folder = Path(workdir) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not `SummaryWriter`: its thread would lose events at a kill after `flush`, and hang the run after a full disk.
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
+        beyond = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # readers drop earlier files' events from here on
+        self._events.write_event(beyond)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line; it survives the death of the process from here on.
@@ -90,26 +97,32 @@ class MetricsLog:
         if not self._writes:
             return
         row = {key: _plain(value) for key, value in row.items()}
-        try:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
+        with self._full_disk_named():
             self._file.write(_line(row))
             self._file.flush()
-        except OSError as error:
-            raise OSError(
-                error.errno, f"writing {self._path} failed: {error.strerror}; make room and run the same command to continue"
-            ) from error
-        for tag, value in _scalars(row):
-            self._events.add_scalar(tag, value, row["step"])
+            self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
     def flush(self) -> None:
         """Put the events on disk too; call before a checkpoint."""
         if self._writes:
-            self._events.flush()
+            with self._full_disk_named():
+                self._events.flush()
 
     def close(self) -> None:
         """Close both files."""
         if self._writes:
-            self._file.close()
-            self._events.close()
+            with self._full_disk_named():
+                self._events.close()
+                self._file.close()
+
+    @contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = f"writing {self._path} or the events beside it failed: {error.strerror}; make room and run the same command to continue"
+            raise OSError(error.errno, text) from error
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:

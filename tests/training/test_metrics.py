@@ -2,11 +2,13 @@
 
 import json
 import math
+import struct
 from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from deepseek_jax.training import metrics
 from deepseek_jax.training.metrics import KEYS, MetricsLog, Speedometer, eval_row, read_rows, train_row
@@ -95,18 +97,46 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
     log = MetricsLog(tmp_path, 0)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        with pytest.raises(OSError, match="metrics.jsonl failed.*make room"):
+        with pytest.raises(OSError, match="metrics.jsonl .*failed.*make room"):
             log.write({"step": 1, "tokens_seen": 1} | train_row(step_metrics(1.0), RATES))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         log.close()
 
 
-def test_tensorboard_gets_a_curve_per_layer(tmp_path):
-    write(tmp_path, 0, 2)
-    content = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-    for tag in (b"train/loss", b"router/max_vio/0", b"router/max_vio/1", b"eval/bits_per_byte"):
-        assert tag in content
+def read_events(workdir) -> list[Event]:
+    """Every event of a workdir: records are length, checksum, event, checksum."""
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (size,) = struct.unpack_from("<Q", content, at)
+            events.append(Event.FromString(content[at + 12 : at + 12 + size]))
+            at += 12 + size + 4
+    return events
+
+
+def test_tensorboard_gets_a_curve_per_layer_and_drops_what_was_repeated(tmp_path):
+    write(tmp_path, 0, 3)
+    write(tmp_path, 2, 4)
+    curve, starts = [], []
+    for event in read_events(tmp_path):
+        values = {value.tag: value.simple_value for value in event.summary.value}
+        if "train/loss" in values:
+            curve.append((event.step, values["train/loss"]))
+            assert values["router/max_vio/1"] == np.float32(0.2) and values["train/mtp_loss/0"] == values["train/loss"]
+        if event.session_log.status == SessionLog.START:
+            starts.append(event.step)
+    assert [step for step, _ in curve] == [1, 2, 3, 3, 4] and curve[2] == curve[3]
+    assert starts == [1, 3]  # a reader drops the first file's step 3
+
+
+def test_events_survive_a_kill_after_a_flush(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "tokens_seen": 1} | train_row(step_metrics(1.0), RATES))
+    log.flush()
+    assert b"train/loss" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    log.close()
 
 
 def test_speed_counts_training_time_alone(monkeypatch):

@@ -1,0 +1,116 @@
+"""A run that is killed with SIGKILL and started again, over and over, ends with the parameters of a run that never was.
+
+The parent only watches the workdir; nothing in the trainer knows of it. Some kills strike at a random moment, some while a save's
+temporary folder exists.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.checkpoint import TMP_SUFFIX, Checkpoints
+from deepseek_jax.training.metrics import read_rows
+from deepseek_jax.training.state import abstract_state
+from tests.training.nano import get_config
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 600.0  # seconds for one process, on a loaded machine with nothing compiled
+
+
+def write_corpus(folder: Path) -> Path:
+    generator = np.random.default_rng(0)
+    words = ["".join(generator.choice(list("etaoinshrdlu"), size=size)) for size in generator.integers(2, 8, size=200)]
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(" ".join(generator.choice(words, size=300)))
+    return folder
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    if jax.config.jax_compilation_cache_dir:
+        environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    with log.open("ab") as output:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(DEADLINE) == 0, log.read_text()[-4000:]
+
+
+def saves(workdir: Path) -> set[str]:
+    """Names of the complete checkpoints and of unfinished ones."""
+    folder = workdir / "checkpoints"
+    return {name for name in (os.listdir(folder) if folder.exists() else ()) if name[0].isdigit()}
+
+
+def kill_in_mid_save(process: subprocess.Popen, workdir: Path) -> bool:
+    """Kill as soon as a temporary folder is seen; return whether one was left behind."""
+    before, deadline = saves(workdir), time.monotonic() + DEADLINE
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(TMP_SUFFIX in name for name in saves(workdir) - before):
+            break
+    process.kill()
+    process.wait()
+    return any(TMP_SUFFIX in name for name in saves(workdir))
+
+
+def kill_at_random(process: subprocess.Popen, workdir: Path, rng: random.Random) -> None:
+    """Kill up to a second after the first change of the checkpoints: in a step, between two, in a save, in an evaluation."""
+    before, deadline = saves(workdir), time.monotonic() + DEADLINE
+    while process.poll() is None and saves(workdir) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(rng.random())
+    process.kill()
+    process.wait()
+
+
+def final_state(corpus: Path, workdir: Path) -> dict:
+    config = from_config_dict(get_config(str(corpus)))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(workdir, keep=None)
+        state, progress, _ = checkpoints.restore(abstract_state(config, mesh), mesh)
+        checkpoints.close()
+    assert progress.tokens_seen == config.training.num_tokens
+    return jax.device_get(state)
+
+
+def lines(workdir: Path) -> list[dict]:
+    """The metrics without what is time."""
+    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in read_rows(workdir)]
+
+
+def command(corpus: Path, workdir: Path) -> list[str]:
+    return ["-m", "experiments.train", f"--config=tests/training/nano.py:{corpus}", f"--workdir={workdir}", "--cpu_devices=1"]
+
+
+@pytest.mark.slow
+def test_eight_kills_leave_no_trace(tmp_path):
+    corpus, whole, killed = write_corpus(tmp_path / "corpus"), tmp_path / "whole", tmp_path / "killed"
+    log, rng = tmp_path / "log", random.Random(0)
+    finish(start(command(corpus, whole), log), log)
+    deaths, in_mid_save = 0, 0
+    for kind in ("random", "save", "random", "random", "save", "random", "random", "save"):
+        process = start(command(corpus, killed), log)
+        if kind == "save":
+            in_mid_save += kill_in_mid_save(process, killed)
+        else:
+            kill_at_random(process, killed, rng)
+        deaths += process.returncode == -signal.SIGKILL
+    finish(start(command(corpus, killed), log), log)
+    assert deaths == 8, "the run was over before the last kill; make it longer"
+    assert in_mid_save >= 1
+    assert not any(TMP_SUFFIX in name for name in saves(killed))
+    assert jax.tree.all(jax.tree.map(np.array_equal, final_state(corpus, killed), final_state(corpus, whole)))
+    assert lines(killed) == lines(whole)

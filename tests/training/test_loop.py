@@ -1,0 +1,304 @@
+"""The loop: order of files and steps, interruption, skipped steps, and a sheet and a table that can be drawn from the metrics alone.
+
+All but the last test replace the model by a table of numbers that remembers every token it has seen, in order: a lost, repeated or
+reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoints and metrics are the real ones.
+"""
+
+import dataclasses
+import io
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.data.pipeline import open_corpus
+from deepseek_jax.evaluate import add_yardsticks
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training import loop
+from deepseek_jax.training.checkpoint import Checkpoints, SaveError
+from deepseek_jax.training.loop import NonFiniteError, train
+from deepseek_jax.training.metrics import KEYS, read_rows
+from deepseek_jax.training.report import ProgressBar, draw_sheet, final_table
+from tests.training.nano import get_config
+
+NUM_STEPS = 60
+LAYERS, EXPERTS = 2, 8
+
+
+def fake_step(state, batch, rates):
+    """Fold the batch and the rates into the state, in an order-dependent way; non-finite batches are skipped as in the real step."""
+    finite = jnp.isfinite(batch["loss_weights_BS"]).all()
+    text = (batch["tokens_BS"] * (1 + jnp.arange(batch["tokens_BS"].shape[1], dtype=jnp.int32))).sum(dtype=jnp.int32).astype(jnp.float32)
+    table = state["params"]["table"] * 0.75 + text * rates.learning_rate
+    table = jnp.where(finite, table, state["params"]["table"])
+    skipped = jnp.where(finite, 0, state["skipped"] + 1)
+    new = state | {"params": {"table": table}, "step": state["step"] + 1, "skipped": skipped}
+    return new, {
+        "loss": jnp.where(finite, table.mean(), jnp.nan),
+        "mtp_loss": table[:1],
+        "nonfinite": jnp.where(finite, 0, 1),
+        "skipped": skipped,
+        "counts_LE": jnp.arange(LAYERS * EXPERTS, dtype=jnp.int32).reshape(LAYERS, EXPERTS),
+        "dead_experts": jnp.int32(1),
+        "tokens": (batch["loss_weights_BS"] > 0).sum(dtype=jnp.int32),
+        **dict.fromkeys(("balance_loss", "z_loss", "grad_norm", "update_norm", "param_norm"), jnp.float32(0)),
+        **dict.fromkeys(("max_vio_L", "max_vio_sequence_L", "bias_min_L", "bias_max_L"), jnp.zeros(LAYERS)),
+    }
+
+
+def fake_eval_step(params, router_bias, batch):
+    weight = batch["loss_weights_BS"].sum()
+    counts_LE = jnp.ones((LAYERS, EXPERTS), jnp.int32)
+    return {"loss_sum": weight * 2 + params["table"][0] * 0, "weight_sum": weight, "mtp_loss_sum": weight[None], "counts_LE": counts_LE}
+
+
+def fake_state(mesh) -> dict:
+    def put(value):
+        return jax.device_put(value, NamedSharding(mesh, jax.P()))
+
+    counters = {"step": put(np.int32(0)), "skipped": put(np.int32(0))}
+    return {"params": {"table": put(np.ones(4, np.float32))}, "router_bias": {}, "optimizer": ()} | counters
+
+
+def fake_abstract_state(config, mesh) -> dict:
+    with jax.set_mesh(mesh):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fake_state(mesh))
+
+
+@pytest.fixture
+def fake_model(monkeypatch):
+    monkeypatch.setattr(loop, "jit_train_step", lambda config, mesh: jax.jit(fake_step, donate_argnums=0))
+    monkeypatch.setattr(loop, "jit_eval_step", lambda config, mesh: jax.jit(fake_eval_step))
+    monkeypatch.setattr(loop, "create_state", lambda config: fake_state(jax.sharding.get_mesh()))
+    monkeypatch.setattr(loop, "abstract_state", fake_abstract_state)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    for number in range(40):
+        (folder / f"{number}.txt").write_text("".join(generator.choice(list("abcdefgh \n"), size=1500)))
+    return folder
+
+
+@pytest.fixture
+def config(corpus) -> Config:
+    return from_config_dict(get_config(str(corpus)))
+
+
+def change(config: Config, section: str, **values) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def lines(workdir: Path) -> list[dict]:
+    """The metrics without what is time."""
+    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in read_rows(workdir)]
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    checkpoints = Checkpoints(workdir, keep=None)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Call `action` while the metrics of `step` are shown."""
+    show = ProgressBar.show
+
+    def watched(self, tokens_seen, shown, loss):
+        show(self, tokens_seen, shown, loss)
+        if shown == step:
+            action()
+
+    monkeypatch.setattr(ProgressBar, "show", watched)
+
+
+def interrupt_at(monkeypatch, step: int, number: signal.Signals) -> None:
+    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+
+
+def test_a_run_leaves_lines_evaluations_and_checkpoints(fake_model, config, tmp_path):
+    result = train(config, tmp_path)
+    assert result.interrupted_by is None and result.step == NUM_STEPS and result.tokens_seen == NUM_STEPS * 8 * 32
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, NUM_STEPS + 1))
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 20, 40, 60]
+    assert [row["tokens_seen"] for row in rows] == [row["step"] * 8 * 32 for row in rows]
+    assert checkpoint_steps(tmp_path) == [55, 60]
+    assert [row["step"] for row in rows if "speed/compile_seconds" in row] == [1]
+    bits = rows[0]["eval/bits_per_byte"]
+    assert bits == pytest.approx(2 / np.log(2), rel=0.01)  # two nats per target, bytes and a few ends of documents
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_continues_exactly(fake_model, config, tmp_path, monkeypatch, number, capsys):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    expected = jax.device_get(train(config, whole).state)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 17, number)
+        result = train(config, interrupted)
+    assert result.interrupted_by == number
+    assert result.step == 18  # 18 was on the device when the metrics of 17 were shown
+    assert checkpoint_steps(interrupted)[-1] == 18
+    assert "finishing the step and saving" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    final = jax.device_get(train(config, interrupted).state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
+    assert lines(interrupted) == lines(whole)
+
+
+def test_continuing_replays_what_came_after_the_last_checkpoint(fake_model, config, tmp_path, monkeypatch):
+    """The process dies without a word in step 13; the checkpoint is of step 10."""
+    whole, died = tmp_path / "whole", tmp_path / "died"
+    expected = jax.device_get(train(config, whole).state)
+
+    def die():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 13, die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, died)
+    assert checkpoint_steps(died) == [5, 10] and read_rows(died)[-1]["step"] == 12
+    final = jax.device_get(train(config, died).state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
+    assert lines(died) == lines(whole)
+
+
+def test_another_mesh_continues_with_the_same_rows(fake_model, config, tmp_path, monkeypatch):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    expected = jax.device_get(train(config, whole).state)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20, signal.SIGTERM)
+        train(config, moved)
+    final = jax.device_get(train(change(config, "mesh", expert=4), moved).state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
+
+
+def test_a_complete_run_is_not_touched(fake_model, config, tmp_path):
+    first = train(config, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = train(config, tmp_path)
+    assert again.step == first.step and again.interrupted_by is None
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_too_many_nonfinite_steps_stop_the_run(fake_model, config, tmp_path, monkeypatch):
+    config = change(config, "training", max_skipped_steps=8)
+    calls, place = [], loop.place_batch
+
+    def poisoned(batch, mesh):
+        calls.append(None)
+        if len(calls) > 12:
+            batch["loss_weights_BS"] = batch["loss_weights_BS"] * np.float32(np.nan)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_batch", poisoned)
+    with pytest.raises(NonFiniteError, match="(?s)step 20: .*8 times in a row.*step 10"):
+        train(config, tmp_path)
+    assert checkpoint_steps(tmp_path) == [5, 10]  # the saves of 15 and 20 fell into the bad steps
+    rows = [row for row in read_rows(tmp_path) if "train/loss" in row]
+    assert [row["optimizer/skipped"] for row in rows] == [0] * 12 + list(range(1, 9))
+    assert rows[-1]["train/loss"] is None
+    monkeypatch.setattr(loop, "place_batch", place)
+    assert train(config, tmp_path).step == NUM_STEPS
+
+
+def test_a_few_nonfinite_steps_do_not_stop_it(fake_model, config, tmp_path, monkeypatch):
+    calls, place = [], loop.place_batch
+
+    def poisoned(batch, mesh):
+        calls.append(None)
+        if 5 <= len(calls) < 9:
+            batch["loss_weights_BS"] = batch["loss_weights_BS"] * np.float32(np.nan)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_batch", poisoned)
+    assert train(config, tmp_path).step == NUM_STEPS
+
+
+def test_a_failed_save_stops_the_run_and_names_the_intact_one(fake_model, config, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(monkeypatch, 13, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1])))
+    for method in ("write", "flush", "close"):  # or the metrics would fail first, with an error of their own
+        monkeypatch.setattr(loop.MetricsLog, method, lambda *_: None)
+    try:
+        with pytest.raises(SaveError, match="File too large\nthe checkpoint of step (5|10) is intact") as caught:
+            train(config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"step {checkpoint_steps(tmp_path)[-1]} is intact" in str(caught.value)
+
+
+def test_another_config_is_refused_before_anything_is_read(fake_model, config, tmp_path):
+    train(config, tmp_path)
+    with pytest.raises(ValueError, match="optimizer.b1: 0.9 in the workdir, 0.8 given"):
+        train(change(config, "optimizer", b1=0.8), tmp_path)
+
+
+def test_the_batch_ramp_follows_the_tokens(fake_model, config, tmp_path):
+    config = change(config, "training", batch_size=(("constant", 0.5, 8.0), ("constant", 1.0, 16.0)), log_every=10)
+    train(config, tmp_path)
+    rows = [row for row in read_rows(tmp_path) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]  # 30 steps of 8 sequences, 15 of 16
+    assert [row["tokens_seen"] for row in rows] == [32 * n for n in (80, 160, 240, 400)]
+    assert checkpoint_steps(tmp_path)[-1] == 45
+
+
+def test_the_report_is_drawn_from_the_metrics_alone(fake_model, config, tmp_path):
+    result = train(config, tmp_path)
+    first = add_yardsticks(config, tmp_path, result.tokenizer, result.step, result.tokens_seen)
+    assert add_yardsticks(config, tmp_path, result.tokenizer, result.step, result.tokens_seen) == {"step": 60, "tokens_seen": 15360} | first
+    digest = open_corpus(config, result.tokenizer, tmp_path).digest
+    table = final_table(tmp_path, digest, checkpoint_steps(tmp_path))
+    for expected in ("before", "bigram", "gzip -9 of pieces", "xz -9", "tokens/s", "compile time", digest[:16], "55, 60"):
+        assert expected in table
+    path = draw_sheet(tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("deepseek_jax.training.report.time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    bar = ProgressBar(1000, 200, file)
+    for step in range(1, 9):
+        now[0] = 100.0 + 4.0 * step
+        bar.show(200 + 100 * step, step, 2.0)
+    bar.close()
+    shown = file.getvalue().splitlines()
+    assert len(shown) == 4
+    assert shown[-1] == "train 100.0%  step 8  loss 2.000  25 tokens/s  ETA 00:00"
+    assert shown[1] == "train 60.0%  step 4  loss 2.000  25 tokens/s  ETA 00:16"
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    file = Terminal()
+    bar = ProgressBar(1000, 0, file)
+    bar.show(500, 1, 2.5)
+    bar.note("a line")
+    bar.close()
+    assert "loss=2.500" in file.getvalue() and "50%" in file.getvalue() and "a line\n" in file.getvalue()
+
+
+@pytest.mark.slow
+def test_the_real_model_writes_every_documented_training_key(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    config = change(config, "training", num_tokens=3.0 * 8 * 32)
+    result = train(config, tmp_path)
+    written = set().union(*(row.keys() for row in read_rows(tmp_path)))
+    assert written == {key for key in KEYS if not key.startswith("yardstick/")} - {"speed/mfu"}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(result.state["params"])))
+    assert int(result.state["step"]) == 3
