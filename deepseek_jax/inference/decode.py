@@ -134,7 +134,7 @@ def stream_ids(
     batch_size, num_prompt_tokens = prompts_BS.shape
     chunks = -(-num_prompt_tokens // PREFILL_CHUNK)
     num_slots = -(-max(num_prompt_tokens + max_new_tokens, chunks * PREFILL_CHUNK) // CACHE_STEP) * CACHE_STEP
-    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])):
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:1])):
         params, router_bias = decode_weights(config, params, router_bias)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch_size))
         cache = make_cache(config, batch_size, num_slots)
@@ -166,7 +166,7 @@ def decode_config(config: Config) -> Config:
 
 def decode_weights(config: Config, params: Tree, router_bias: Tree) -> tuple[Tree, Tree]:
     """Return what decoding reads, whole on the mesh's device: no MTP layers, and matrices in the compute dtype."""
-    dtype, whole = compute_dtype(config), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    dtype, whole = compute_dtype(config), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(path, weight: Array) -> Array:
         name = leaf_name(path)

@@ -128,12 +128,21 @@ def test_the_seed_decides():
     assert ids(sampling=WARM, seed=1).tolist() == ids(sampling=WARM, seed=1).tolist() != ids(sampling=WARM, seed=2).tolist()
 
 
-def test_generation_ends_at_eos():
-    free = ids(num_tokens=40)[0].tolist()
-    end = next(i for i in range(3, 40) if free[i] not in free[:i])  # a token that comes up for the first time
-    ended = ids(num_tokens=40, eos=free[end])[0].tolist()
-    assert ended[: end + 1] == free[: end + 1]
-    assert set(ended[end:]) == {free[end]} and len(ended) <= 1 + decode.BURST * 3
+def test_a_row_ends_at_eos_while_the_other_goes_on():
+    prompts = np.concatenate([PROMPT, PROMPT[:, ::-1]])
+    free = ids(prompts=prompts, num_tokens=40)
+    eos = next(token for i, token in enumerate(free[0]) if i > 2 and token not in free[0, :i] and token not in free[1, : i + 8])
+    ended = ids(prompts=prompts, num_tokens=40, eos=eos)
+    ends = [row.tolist().index(eos) if eos in row else 40 for row in free]
+    assert ends[0] + 8 <= ends[1] and ended.shape[1] > ends[0] + 8
+    for before, after, end in zip(free, ended, ends, strict=True):
+        np.testing.assert_array_equal(after[:end], before[: ended.shape[1]][:end])
+        assert (after[end:] == eos).all()
+
+
+def test_nothing_is_computed_after_every_row_has_ended():
+    first = ids(num_tokens=1)[0, 0]
+    assert ids(num_tokens=40, eos=first).tolist() == [[first]]
 
 
 def test_the_number_of_tokens_is_kept():
