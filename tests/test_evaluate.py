@@ -1,0 +1,138 @@
+"""Yardsticks against slow, obvious versions of themselves, and the evaluation of a workdir."""
+
+import gzip
+import lzma
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import logging
+
+from deepseek_jax import evaluate as evaluation
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.evaluate import Bigram, bigram_nats, bits_per_byte, count_bigrams, measure_yardsticks, open_held_out, pieces
+from tests.training.nano import get_config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder, generator = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    for number in range(40):
+        text = "".join(generator.choice(list("abcdefgh é\n"), size=1500))
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    tree = get_config(str(corpus))
+    tree.training.eval_batches = 10**6  # all there are
+    return from_config_dict(tree)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    open_tokenizer(config, folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(config, workdir):
+    return open_tokenizer(config, workdir)
+
+
+def batch_of(pairs: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    tokens, targets = np.array(pairs, np.int32).T
+    return {"tokens_BS": tokens[None], "targets_BS": targets[None], "loss_weights_BS": np.ones((1, len(pairs)), np.float32)}
+
+
+def witten_bell(pairs: list[tuple[int, int]], size: int, a: int, b: int) -> float:
+    """p(b | a) by the definition, with dictionaries."""
+    first = Counter(b for _, b in pairs)
+    p = (first[b] + len(first) / size) / (len(pairs) + len(first))
+    followers = Counter(y for x, y in pairs if x == a)
+    if not followers:
+        return p
+    return (followers[b] + len(followers) * p) / (followers.total() + len(followers))
+
+
+def test_the_bigram_is_the_definition():
+    size, generator = 7, np.random.default_rng(0)
+    pairs = [tuple(pair) for pair in generator.integers(0, 5, size=(60, 2)).tolist()]
+    keys, counts = np.unique([a * size + b for a, b in pairs], return_counts=True)
+    everything = [(a, b) for a in range(size) for b in range(size)]  # unseen contexts, unseen followers, both
+    expected = -sum(math.log(witten_bell(pairs, size, a, b)) for a, b in everything)
+    assert bigram_nats(Bigram(keys, counts, size), [batch_of(everything)]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_bigram_is_a_distribution():
+    size = 6
+    bigram = Bigram(np.array([0, 1, 7, 9]), np.array([3, 1, 2, 5]), size)
+    for a in range(size):
+        probabilities = [math.exp(-bigram_nats(bigram, [batch_of([(a, b)])])) for b in range(size)]
+        assert sum(probabilities) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_bigram_that_has_seen_nothing_is_uniform():
+    nothing = Bigram(np.zeros(0, np.int64), np.zeros(0, np.int64), 262)
+    assert bigram_nats(nothing, [batch_of([(0, 1), (2, 3)])]) == pytest.approx(2 * math.log(262))
+
+
+def test_exactly_the_tokens_of_the_run_are_counted(config, workdir, tokenizer, monkeypatch):
+    """Rows read in batches of 8, with a restart in the middle, against rows read by the counter."""
+    monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 7)
+    seen, size = Counter(), config.model.vocab_size
+    loader = make_train_loader(config, tokenizer, workdir)
+    for number in range(30):
+        if number == 13:
+            state = loader.state()
+            loader.close()
+            loader = make_train_loader(config, tokenizer, workdir)
+            loader.restore(state)
+        batch = loader.next_batch(8)
+        keep = batch["loss_weights_BS"] > 0
+        seen.update(zip(batch["tokens_BS"][keep].tolist(), batch["targets_BS"][keep].tolist(), strict=True))
+    loader.close()
+    fresh = make_train_loader(config, tokenizer, workdir)
+    bigram = count_bigrams(fresh, 30 * 8, size)
+    fresh.close()
+    assert {divmod(key, size): count for key, count in zip(bigram.keys.tolist(), bigram.counts.tolist(), strict=True)} == seen
+
+
+def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer):
+    held_out = open_held_out(config, tokenizer, workdir)
+    rows, documents = list(pieces(held_out, tokenizer)), list(held_out.texts())
+    assert sum(map(len, rows)) == sum(map(len, documents)) == held_out.num_bytes
+    assert b"".join(rows) == b"".join(documents)
+    assert max(map(len, rows)) <= config.data.sequence_length  # bytes are tokens here
+    found = measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30)
+    num_bits = 8 / held_out.num_bytes
+    assert found["yardstick/gzip_pieces_bits_per_byte"] == pytest.approx(num_bits * sum(len(gzip.compress(row, 9)) for row in rows if row))
+    assert found["yardstick/gzip_files_bits_per_byte"] == pytest.approx(num_bits * sum(len(gzip.compress(text, 9)) for text in documents))
+    assert found["yardstick/xz_files_bits_per_byte"] == pytest.approx(
+        num_bits * sum(len(lzma.compress(text, preset=9)) for text in documents)
+    )
+    assert (
+        2.5 < found["yardstick/bigram_bits_per_byte"] < 3.6
+    )  # eleven equally likely characters, one of them of two bytes: log2(11) * 11 / 12
+
+
+def test_the_bigram_is_left_out_beyond_the_limit_and_says_so(config, workdir, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(evaluation, "MOST_COUNTED_TOKENS", 100)
+    logging.get_absl_logger().addHandler(caplog.handler)
+    assert measure_yardsticks(config, workdir, tokenizer, 8 * 32)["yardstick/bigram_bits_per_byte"] is None
+    logging.get_absl_logger().removeHandler(caplog.handler)
+    assert "left out: 256 tokens seen, at most 100" in caplog.text
+
+
+def test_bits_per_byte_counts_each_text_alone():
+    assert bits_per_byte(lambda text: b"x" * 3, [b"ab", b"", b"abcd"]) == 8 * 6 / 6
+
+
+def test_a_workdir_without_a_checkpoint_is_named(config, tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoints"):
+        evaluation.evaluate_workdir(config, tmp_path)
