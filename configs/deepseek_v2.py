@@ -1,6 +1,7 @@
 """DeepSeek-V2, 236B (arXiv 2405.04434); V2.5 has the same shape. Softmax gate, groups by their best expert, no bias, no MTP.
 
-The report's device-level and communication balance losses (0.05 and 0.02) are not here: they exist to balance its hardware, not its experts.
+The report's device-level and communication balance losses (0.05 and 0.02) are not here: they exist to balance its hardware, not
+its experts.
 """
 
 from ml_collections import ConfigDict

@@ -89,7 +89,8 @@ def get_config() -> ConfigDict:
             },
             "training": {
                 "num_tokens": 14.8e12,
-                # Sequences per optimizer step. The report ramps 3072 -> 15360 over the first 469B tokens and does not give the shape: four steps.
+                # Sequences per optimizer step. The report ramps 3072 -> 15360 over the first 469B tokens and does not give the
+                # shape: four steps.
                 "batch_size": (
                     ("constant", 0.117 / 14.8, 3072),
                     ("constant", 0.234 / 14.8, 6144),

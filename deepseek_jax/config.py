@@ -296,7 +296,11 @@ def _check_ranges(config: Config) -> None:
     for path, value in {path: value for path, value in flatten(config).items() if _is_schedule(value)}.items():
         _check_schedule(path, value)
     fractions = {f"data.{name}": getattr(config.data, name) for name in ("heldout_fraction", "fim_rate", "split_rate")}
-    fractions |= {"optimizer.b1": config.optimizer.b1, "optimizer.b2": config.optimizer.b2, "optimizer.ema_decay": config.optimizer.ema_decay}
+    fractions |= {
+        "optimizer.b1": config.optimizer.b1,
+        "optimizer.b2": config.optimizer.b2,
+        "optimizer.ema_decay": config.optimizer.ema_decay,
+    }
     for path, value in fractions.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"config.{path} = {value} is a fraction; it must lie in [0, 1]")
@@ -333,8 +337,8 @@ def _check_model(model: Model) -> None:
     kept = model.num_kept_groups * group_size
     if model.experts_per_token > kept:
         refuse(
-            f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept groups of {group_size};"
-            " lower it or keep more groups"
+            f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept groups of"
+            f" {group_size}; lower it or keep more groups"
         )
     if model.group_score == "top2" and group_size < 2:
         refuse(f"group_score 'top2' needs groups of 2 experts or more, got {group_size}; use 'max' or fewer groups")
@@ -348,7 +352,8 @@ def _check_training(config: Config) -> None:
     shortest = config.model.num_mtp_layers + 2
     if config.data.sequence_length < shortest:
         raise ValueError(
-            f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers} MTP layers need at least {shortest}"
+            f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers} MTP layers"
+            f" need at least {shortest}"
         )
     for shape, _, value in config.training.batch_size:
         if shape != "constant" or value != int(value) or int(value) % config.training.micro_batch_size:
@@ -361,7 +366,9 @@ def _check_training(config: Config) -> None:
     if not config.data.sources:
         raise ValueError("config.data.sources is empty; name at least one, for example {'path': 'stdlib', 'weight': 1.0}")
     if config.execution.exchange_slack < 1.0:
-        raise ValueError(f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries the balanced load")
+        raise ValueError(
+            f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries the balanced load"
+        )
 
 
 def resolve(config: Config, platform: str, expert_devices: int) -> Config:
@@ -381,7 +388,9 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         exchange = "all_to_all" if expert_devices > 1 else "local"
         logging.info("expert exchange: %s (%d devices hold experts)", exchange, expert_devices)
     if exchange == "local" and expert_devices > 1:
-        raise ValueError(f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share them; use 'auto'")
+        raise ValueError(
+            f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share them; use 'auto'"
+        )
     return dataclasses.replace(config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange))
 
 

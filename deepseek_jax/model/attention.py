@@ -1,17 +1,20 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eq. 1-11), in its two equal forms.
 
-Keys and values of all heads are linear in one latent c_KV of C channels per token; position enters by R rotary channels, one key for all heads.
+Keys and values of all heads are linear in one latent c_KV of C channels per token; position enters by R rotary channels, one
+key for all heads.
 
     c_Q = norm(x W_DQ)       q_h = [c_Q W_UQ,h ; rope(c_Q W_QR,h)]                 P + R channels
     c_KV = norm(x W_DKV)     k_h = [c_KV W_UK,h ; rope(x W_KR)]                    P + R
                              v_h = c_KV W_UV,h                                     H
     out = concat_h softmax(q_h k_h^T scale) v_h  W_O
 
-Expanded (training, prefill): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per pair of tokens: N (P + R + H).
+Expanded (training, prefill): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per pair of
+tokens: N (P + R + H).
 
-Absorbed (decoding): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move into latent space and all heads attend to the C + R cached values
-themselves, like one key-value head of width 576; W_UV,h is applied to the averaged latent. Arithmetic per pair: N (2C + R), 3.4 times more, but
-the memory read per token is 576 values instead of N (P + R + H) = 40,960, and decoding is bound by memory.
+Absorbed (decoding): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move into latent space and all heads attend to
+the C + R cached values themselves, like one key-value head of width 576; W_UV,h is applied to the averaged latent. Arithmetic
+per pair: N (2C + R), 3.4 times more, but the memory read per token is 576 values instead of N (P + R + H) = 40,960, and
+decoding is bound by memory.
 
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
 """
@@ -31,7 +34,7 @@ Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
 
 
 class Attention(nnx.Module):
-    """MLA with its norms. Head dims stay separate dims of the weights: `q_b_ANQ` holds content then rotary channels, `kv_b_CNX` keys then values."""
+    """MLA with its norms. Head dims stay dims of the weights: `q_b_ANQ` holds content then rotary channels, `kv_b_CNX` keys then values."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model, std = config.model, config.model.init_std
@@ -61,13 +64,15 @@ class Attention(nnx.Module):
             out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, kv_BSNX[..., model.content_dim :], segment_ids_BS, softmax_scale(model))
         return jnp.einsum("bsnh,nhd->bsd", checkpoint_name(out_BSNH, "attention_out"), self.o_NHD[...])
 
-    def absorbed(self, x_BSD: jax.Array, table: Table, cache: dict[str, jax.Array], positions_BS: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def absorbed(
+        self, x_BSD: jax.Array, table: Table, cache: dict[str, jax.Array], positions_BS: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Absorbed form over the latent cache.
 
         Args:
             x_BSD: residual stream of the new tokens.
             table: rotary table of `positions_BS`.
-            cache: `latent` [B, M, C] and `rotary` [B, M, R]; entries at positions not yet written are never read.
+            cache: `latent` [B, M, C] and `rotary` [B, M, R]; slots not yet written get weight zero; they must be finite.
             positions_BS: cache slots of the new tokens, at which they are written; they attend to slots up to their own.
 
         Returns:

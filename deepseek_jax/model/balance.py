@@ -3,8 +3,9 @@
     f_i = E / (K T) * sum over t of 1[expert i is among token t's top K]       P_i = 1 / T * sum over t of s_ti / sum_j s_tj
     loss = sum over i of f_i P_i
 
-with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance gives exactly 1. As printed, f counts
-the top K of the unbiased scores without the group limit; most code bases count the actual selection. Both are here, by config.
+with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance gives
+exactly 1. As printed, f counts the top K of the unbiased scores without the group limit; most code bases count the actual
+selection. Both are here, by config.
 """
 
 from typing import NamedTuple

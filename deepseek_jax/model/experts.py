@@ -1,12 +1,14 @@
 """The routed experts' FFN over the rows that are here: work proportional to the assignments, static shapes.
 
-Problem. T rows have K experts each; expert e gets n_e of the T * K assignments, known only at run time. A matmul per expert needs dynamic shapes; a buffer
-of capacity per expert either drops or is sized for the worst case; computing every expert for every row wastes E / K.
+Problem. T rows have K experts each; expert e gets n_e of the T * K assignments, known only at run time. A matmul per expert
+needs dynamic shapes; a buffer of capacity per expert either drops or is sized for the worst case; computing every expert for
+every row wastes E / K.
 
-Choice. Sort the assignments by expert and cut each expert's run into blocks of `block` rows; only the last block of an expert has empty rows. With static
-bound W / block + E there are always enough blocks. A block belongs to one expert, so a batched matmul of blocks against gathered weights does the work,
-`wave` blocks at a time. The loop over waves stops at the number of blocks that exist (traced), so a buffer sized for twice the balanced load costs no
-arithmetic when routing is balanced. The gate multiplies the SwiGLU output, before the down projection.
+Choice. Sort the assignments by expert and cut each expert's run into blocks of `block` rows; only the last block of an expert
+has empty rows. With static bound W / block + E there are always enough blocks. A block belongs to one expert, so a batched
+matmul of blocks against gathered weights does the work, `wave` blocks at a time. The loop over waves stops at the number of
+blocks that exist (traced), so a buffer sized for twice the balanced load costs no arithmetic when routing is balanced. The gate
+multiplies the SwiGLU output, before the down projection.
 
 Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
 
@@ -15,9 +17,10 @@ Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
     source                1 6 0 2 3 5 4 6           (6 = empty)
     slots                 2 0 3 4 6 5               (where each assignment went)
 
-The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming gradient by the same `source`, and
-accumulates weight gradients in FP32. On two CPU cores the whole forward and backward of 16,384 assignments was measured against a loop over
-single blocks (1.3x slower), capacity-padded einsums (1.4x) and dense over all experts (1.9x).
+The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming gradient by
+the same `source`, and accumulates weight gradients in FP32. On two CPU cores the whole forward and backward of 16,384
+assignments was measured against a loop over single blocks (1.3x slower), capacity-padded einsums (1.4x) and dense over all
+experts (1.9x).
 """
 
 import functools
@@ -64,7 +67,9 @@ def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) 
     return Blocks(source_Z, slot.reshape(experts_TK.shape), expert, (block_end[-1] + wave - 1) // wave)
 
 
-def expert_ffn(weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array, *, block: int, wave: int) -> jax.Array:
+def expert_ffn(
+    weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array, *, block: int, wave: int
+) -> jax.Array:
     """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
 
     Args:
@@ -146,7 +151,12 @@ def _backward(sizes, residuals, g_TD):
         return _put(dx_ZD, dx, i), _put(dgate_Z, (dact * act).sum(-1), i), dgate_up, ddown
 
     with jax.named_scope("experts"):
-        zeros = (jnp.zeros((num_slots, x_TD.shape[1]), dtype), jnp.zeros(num_slots), jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape))
+        zeros = (
+            jnp.zeros((num_slots, x_TD.shape[1]), dtype),
+            jnp.zeros(num_slots),
+            jnp.zeros(gate_up_ED2F.shape),
+            jnp.zeros(down_EFD.shape),
+        )
         zeros = jax.tree.map(lambda a: vary(a, x_TD), zeros)
         dx_ZD, dgate_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, zeros)
         dx_TD = collect(dx_ZD, blocks.source_Z, blocks.slots_TK)

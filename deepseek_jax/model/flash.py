@@ -7,8 +7,8 @@ Three implementations of one function, chosen by `execution.attention` (`config.
              192/128 directly, which was measured 1.25x faster than padding the values. BF16 only, one segment per row.
     splash   the Pallas TPU kernel that ships with JAX, with segment ids. Speed on TPU is unmeasured.
 
-The two kernels know nothing of varying axes, so inside the step's shard_map they run behind `_opaque`: forward and backward as closed boxes whose
-results are declared to vary as their inputs do. That is right because both are local to a device.
+The two kernels know nothing of varying axes, so inside the step's shard_map they run behind `_opaque`: forward and backward as
+closed boxes whose results are declared to vary as their inputs do. That is right because both are local to a device.
 """
 
 import functools
@@ -83,7 +83,10 @@ def _opaque_forward(kernel, *args):
         leaves, tree = jax.tree.flatten(pull)
     # Worth keeping: the output and the softmax statistics. Queries and keys are wider and are remade from the latents.
     keep = [leaf.ndim < out.ndim or leaf.shape == out.shape for leaf in leaves]
-    leaves = [checkpoint_name(vary(leaf, args[0]), "attention_out" if kept else "attention_input") for leaf, kept in zip(leaves, keep, strict=True)]
+    leaves = [
+        checkpoint_name(vary(leaf, args[0]), "attention_out" if kept else "attention_input")
+        for leaf, kept in zip(leaves, keep, strict=True)
+    ]
     return checkpoint_name(vary(out, args[0]), "attention_out"), (jax.tree.unflatten(tree, leaves), len(rest))
 
 

@@ -1,7 +1,8 @@
 """DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16).
 
-The router is FP32 from its logits on. In BF16, 0.6 + 0.001 == 0.6: the bias steps of auxiliary-loss-free balancing would vanish. The bias only selects;
-gates come from the unbiased scores. Experts of groups that are not kept get -inf: with 0 instead, any negative biased score loses against them.
+The router is FP32 from its logits on. In BF16, 0.6 + 0.001 == 0.6: the bias steps of auxiliary-loss-free balancing would
+vanish. The bias only selects; gates come from the unbiased scores. Experts of groups that are not kept get -inf: with 0
+instead, any negative biased score loses against them.
 """
 
 import functools

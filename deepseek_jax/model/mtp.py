@@ -10,8 +10,9 @@ Worked example, five positions, t6 = target of position 5, depth 1:
     combines h_i with   t2   t3   t4   t5   -
     predicts            t3   t4   t5   t6   -             divided by T = 5, not by the 4 terms
 
-The report writes [h; emb]; the released checkpoint and every server that loads it concatenate [emb; hnorm(h)] and have a final norm of their own before
-the shared head, as here. Positions are those of h_i. Rows keep their length S: the last k positions are computed and carry no loss.
+The report writes [h; emb]; the released checkpoint and every server that loads it concatenate [emb; hnorm(h)] and have a final
+norm of their own before the shared head, as here. Positions are those of h_i. Rows keep their length S: the last k positions
+are computed and carry no loss.
 """
 
 import jax

@@ -1,8 +1,9 @@
 """Rotary positions on interleaved channel pairs, with YaRN.
 
-Channels 2i and 2i + 1 form a pair that is rotated by position * theta_i. (Hugging Face permutes the channels and rotates halves; scores are equal only if
-the checkpoint is permuted too, and loading without that is silently wrong.) YaRN (arXiv 2309.00071) slows the low frequencies down by `factor` and
-corrects twice: the frequencies here, and the temperature of the softmax in `softmax_scale`.
+Channels 2i and 2i + 1 form a pair that is rotated by position * theta_i. (Hugging Face permutes the channels and rotates
+halves; scores are equal only if the checkpoint is permuted too, and loading without that is silently wrong.) YaRN (arXiv
+2309.00071) slows the low frequencies down by `factor` and corrects twice: the frequencies here, and the temperature of the
+softmax in `softmax_scale`.
 """
 
 import math

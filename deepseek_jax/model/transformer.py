@@ -2,11 +2,13 @@
 
 This is the one file that knows Flax NNX's `split` and `merge`. Everyone else sees nested dicts of arrays:
 
-    params       embed_VD, head_DV, final_norm_D, dense_layers {attention, ffn}, moe_layers {attention, moe}, mtp_layers {..., block {attention, moe}}
+    params       embed_VD, head_DV, final_norm_D, dense_layers {attention, ffn}, moe_layers {attention, moe},
+                 mtp_layers {..., block {attention, moe}}
     router_bias  moe_layers {moe {bias_E}}, mtp_layers {block {moe {bias_E}}}
 
-Layers of one kind are stacked in a leading dim and scanned, so compile time does not grow with depth. `apply` runs inside the step's shard_map on local
-arrays; `gather`, called on each layer's weights just before their use and again in the backward pass, is what makes split weights whole.
+Layers of one kind are stacked in a leading dim and scanned, so compile time does not grow with depth. `apply` runs inside the
+step's shard_map on local arrays; `gather`, called on each layer's weights just before their use and again in the backward pass,
+is what makes split weights whole.
 """
 
 import functools
@@ -29,7 +31,8 @@ from deepseek_jax.model.rope import rotary_table
 
 Tree = dict[str, Any]
 
-# What "selective" recomputation keeps (V3 section 3.2.3): inputs of the large matmuls. Norms, MLA up-projections and SwiGLU outputs are recomputed.
+# What "selective" recomputation keeps (V3 section 3.2.3): inputs of the large matmuls. Norms, MLA up-projections and SwiGLU
+# outputs are recomputed.
 SAVED_NAMES = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "expert_hidden")
 
 
@@ -57,7 +60,8 @@ class MoELayer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.moe = MoE(config, rngs)
 
-    def __call__(self, x_BSD, table, segment_ids_BS):
+    def __call__(self, x_BSD: jax.Array, table: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """Map the residual stream [B, S, D] to the next one; causal within segments, segment 0 is padding."""
         x_BSD = checkpoint_name(x_BSD + self.attention(x_BSD, table, segment_ids_BS), "middle")
         y_BSD, stats = self.moe(x_BSD, segment_ids_BS > 0)
         return x_BSD + y_BSD, stats
@@ -121,13 +125,17 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
     for depth in range(config.model.num_mtp_layers):
         weights, bias = jax.tree.map(lambda a, i=depth: a[i], (params["mtp_layers"], router_bias["mtp_layers"]))
         embedded_BSD = embed(_ahead(batch["targets_BS"], depth))
-        state_BSD, mtp_stats = _remat(config, functools.partial(_mtp_depth, config, gather))(state_BSD, embedded_BSD, weights, bias, table, segments)
+        state_BSD, mtp_stats = _remat(config, functools.partial(_mtp_depth, config, gather))(
+            state_BSD, embedded_BSD, weights, bias, table, segments
+        )
         mtp_hidden.append(state_BSD)
         stats.append(jax.tree.map(lambda a: a[None], mtp_stats))
     return Output(hidden_BSD, tuple(mtp_hidden), jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None)
 
 
-def decode_step(config: Config, params: Tree, router_bias: Tree, cache: Tree, tokens_BS: jax.Array, positions_BS: jax.Array) -> tuple[jax.Array, Tree]:
+def decode_step(
+    config: Config, params: Tree, router_bias: Tree, cache: Tree, tokens_BS: jax.Array, positions_BS: jax.Array
+) -> tuple[jax.Array, Tree]:
     """Run new tokens through the absorbed form over the latent cache.
 
     Args:
@@ -209,7 +217,9 @@ def _remat(config: Config, body: Callable) -> Callable:
         return body
     policies = jax.checkpoint_policies
     selective = config.execution.remat == "selective"
-    return jax.checkpoint(body, prevent_cse=False, policy=policies.save_only_these_names(*SAVED_NAMES) if selective else policies.nothing_saveable)
+    return jax.checkpoint(
+        body, prevent_cse=False, policy=policies.save_only_these_names(*SAVED_NAMES) if selective else policies.nothing_saveable
+    )
 
 
 def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):

@@ -1,12 +1,14 @@
 """Dropless expert exchange: one seam, `exchange`, between routing and the experts' arithmetic.
 
-Problem. Each of `parts` devices has T tokens, each token wants K of E experts, and E / parts experts live on each device. Nothing may be dropped, shapes
-are static, and memory must not be sized for the worst case, in which every device sends everything to one (at 64 devices 64 times the balanced load).
+Problem. Each of `parts` devices has T tokens, each token wants K of E experts, and E / parts experts live on each device.
+Nothing may be dropped, shapes are static, and memory must not be sized for the worst case, in which every device sends
+everything to one (at 64 devices 64 times the balanced load).
 
-Choice. Rounds of one program. A round carries `capacity = slack * T * K / parts` rows for each destination. An assignment whose position among its
-sender's assignments to that destination is p travels in round p // capacity. Balanced routing needs one round; all tokens to one expert need
-parts / slack rounds of the same size. The number of rounds is the maximum over devices, so every device runs the same collectives. A loop with
-a traced bound has no derivative, so the loop has its own: the first round keeps its residuals, later rounds (rare) are recomputed.
+Choice. Rounds of one program. A round carries `capacity = slack * T * K / parts` rows for each destination. An assignment whose
+position among its sender's assignments to that destination is p travels in round p // capacity. Balanced routing needs one
+round; all tokens to one expert need parts / slack rounds of the same size. The number of rounds is the maximum over devices, so
+every device runs the same collectives. A loop with a traced bound has no derivative, so the loop has its own: the first round
+keeps its residuals, later rounds (rare) are recomputed.
 
 Worked example, one sender, parts = 2, capacity = 2, five assignments (T = 5, K = 1), one expert per device:
 
@@ -18,12 +20,13 @@ Worked example, one sender, parts = 2, capacity = 2, five assignments (T = 5, K 
 
     round 0 sends rows    [token 0, token 1 | token 2, token 4]      round 1 sends    [token 3, empty | empty, empty]
 
-Rows move by gathers only, both ways: `source` says which assignment fills a slot, `slots` where an assignment went, and the derivative of reading
-by one is reading by the other. The gate weight travels with its row and is applied before the down projection (as in DeepSeek's own trace), so
-combining is a plain sum and the gate's gradient comes out of the expert's backward pass.
+Rows move by gathers only, both ways: `source` says which assignment fills a slot, `slots` where an assignment went, and the
+derivative of reading by one is reading by the other. The gate weight travels with its row and is applied before the down
+projection (as in DeepSeek's own trace), so combining is a plain sum and the gate's gradient comes out of the expert's backward
+pass.
 
-What lost: a worst-case buffer (memory), a capacity factor with dropping (wrong mathematics), `lax.ragged_all_to_all` (absent on CPU, corrupted gradients
-on GPU in others' experience).
+What lost: a worst-case buffer (memory), a capacity factor with dropping (wrong mathematics), `lax.ragged_all_to_all` (absent on
+CPU, corrupted gradients on GPU in others' experience).
 """
 
 import functools
@@ -37,7 +40,8 @@ from jax import lax
 
 from deepseek_jax.parallel.mesh import EXPERTS, vary
 
-# (weights, x_TD, gates_TK, experts_TK) -> y_TD: the gated sum of each row's experts. An id outside the weights' experts contributes nothing.
+# (weights, x_TD, gates_TK, experts_TK) -> y_TD: the gated sum of each row's experts. An id outside the weights' experts
+# contributes nothing.
 ExpertFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 

@@ -1,13 +1,14 @@
 """The mesh, the layout table, and the two movements of a weight: gather before use, reduce-scatter of its gradient.
 
-A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name; its gradient, its moments and
-its average lie the same way. Batches are split over `ROWS`. Routed experts live on (`node`, `expert`); everything else is split over all of `ROWS`.
+A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name; its
+gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on (`node`,
+`expert`); everything else is split over all of `ROWS`.
 
-The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on: model code sees local arrays and
-says its collectives. The alternative, explicit sharding with one shard_map island per weight, was tried first: it compiles slower, its glue
-(embedding lookups, scan carries, reshapes of sharded dims) needs more care than the collectives it hides, and a gradient is reduced per island
-and micro-batch. With one island a gather is a function call, and calling it per layer (ZeRO-3) or once per step (ZeRO-1) is the only difference
-between the two: the layout table does not change.
+The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on: model code
+sees local arrays and says its collectives. The alternative is explicit sharding with one shard_map island per weight. Its glue
+(embedding lookups, scan carries, reshapes of sharded dims) needs more care than the collectives it hides, and it reduces a
+gradient per island and micro-batch. With one island a gather is a function call, and calling it per layer (ZeRO-3) or once per
+step (ZeRO-1) is the only difference between the two: the layout table does not change.
 """
 
 import functools
@@ -72,7 +73,8 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
         shape[free[0]] = len(devices) // fixed
     if math.prod(shape.values()) != len(devices):
         raise ValueError(
-            f"config.mesh = {shape} does not fit {len(devices)} devices; make the axes multiply to {len(devices)}, set mesh.data=-1, or simulate with --cpu_devices"
+            f"config.mesh = {shape} does not fit {len(devices)} devices; make the axes multiply to {len(devices)},"
+            " set mesh.data=-1, or simulate with --cpu_devices"
         )
     return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
 
@@ -90,7 +92,9 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     }
     for name, (size, parts) in divisors.items():
         if size % parts:
-            raise ValueError(f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the mesh")
+            raise ValueError(
+                f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the mesh"
+            )
 
 
 def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
 """The pure training and evaluation steps.
 
-Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer expert counts, all inside one
-shard_map; then the optimizer, then one update of the router biases from the global counts. Losses are sums over this device's tokens divided by
-global normalisers that are known before the first micro-batch, so micro-batches and devices only ever add.
+Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer expert
+counts, all inside one shard_map; then the optimizer, then one update of the router biases from the global counts. Losses are
+sums over this device's tokens divided by global normalisers that are known before the first micro-batch, so micro-batches and
+devices only ever add.
 
 A step whose loss or gradients are not finite changes nothing but `step` and `skipped`.
 """
@@ -47,15 +48,16 @@ class Normalisers(NamedTuple):
 def jit_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
     """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under `jax.set_mesh(mesh)`."""
     check_fit(config, mesh)
-    return jax.jit(functools.partial(train_step, _resolve(config, mesh)), donate_argnums=0)
+    return jax.jit(functools.partial(train_step, resolve_for(config, mesh)), donate_argnums=0)
 
 
 def jit_eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
     """Compile-ready `eval_step` for a mesh. Call it under `jax.set_mesh(mesh)`."""
-    return jax.jit(functools.partial(eval_step, _resolve(config, mesh)))
+    return jax.jit(functools.partial(eval_step, resolve_for(config, mesh)))
 
 
-def _resolve(config: Config, mesh: jax.sharding.Mesh) -> Config:
+def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    """Replace "auto" choices by what they mean on this mesh."""
     return resolve(config, mesh.devices.flat[0].platform, axis_size(mesh, EXPERTS))
 
 
@@ -65,27 +67,34 @@ def train_step(config: Config, state: State, batch: Batch, rates: Rates) -> tupl
     Args:
         config: resolved.
         state: see `training.state`.
-        batch: int32 `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` and FP32 `loss_weights_BS`, B sequences over all devices, split over
-            `ROWS`; B is a multiple of `training.micro_batch_size`.
+        batch: int32 `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` and FP32 `loss_weights_BS`, B sequences over
+            all devices, split over `ROWS`; B is a multiple of `training.micro_batch_size`.
         rates: this step's learning rate, MTP weight and bias update rate.
 
     Returns:
         the new state, and metrics: replicated scalars and per-layer arrays (losses in nats per token).
     """
-    params = state["params"]
+    grads, sums, norms = gradients(config, state["params"], state["router_bias"], batch, rates.mtp_weight)
+    return update(config, state, grads, sums, norms, rates)
+
+
+def gradients(config: Config, params: Any, router_bias: Any, batch: Batch, mtp_weight: jax.Array) -> tuple[Any, Sums, Normalisers]:
+    """Differentiate the objective of a whole batch: FP32 gradients in the layout of the parameters, and global sums."""
     specs = partition_specs(params)
     rows = {name: P(ROWS, None) for name in batch}
-    gradients = jax.shard_map(
-        functools.partial(_local_gradients, config),
-        in_specs=(specs, jax.tree.map(lambda _: P(), state["router_bias"]), rows, P()),
-        out_specs=(specs, P()),
-    )
-    grads, (sums, norms) = gradients(params, state["router_bias"], batch, rates.mtp_weight)
-    metrics = _loss_metrics(config, sums, norms)
+    in_specs = (specs, jax.tree.map(lambda _: P(), router_bias), rows, P())
+    local = jax.shard_map(functools.partial(_local_gradients, config), in_specs=in_specs, out_specs=(specs, P(), P()))
+    return local(params, router_bias, batch, mtp_weight)
 
+
+def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalisers, rates: Rates) -> tuple[State, dict[str, jax.Array]]:
+    """Apply gradients and expert counts to the state, unless something is not finite; return it with the step's metrics."""
+    params = state["params"]
+    metrics = _loss_metrics(config, sums, norms)
     with jax.named_scope("optimizer"):
-        grad_norm = optax.global_norm(grads)
-        nonfinite = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(grads)) + jnp.sum(~jnp.isfinite(metrics["loss"]))
+        nonfinite = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(grads)) + jnp.sum(
+            ~jnp.isfinite(metrics["loss"])
+        )
         direction, optimizer = make_optimizer(config.optimizer).update(grads, state["optimizer"], params)
         new = {
             "params": jax.tree.map(lambda p, d: p - rates.learning_rate * d, params, direction),
@@ -98,9 +107,9 @@ def train_step(config: Config, state: State, batch: Batch, rates: Rates) -> tupl
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new})
     new |= {"step": state["step"] + 1, "skipped": jnp.where(finite, 0, state["skipped"] + 1)}
     metrics |= {
-        "grad_norm": grad_norm,
-        "update_norm": rates.learning_rate * optax.global_norm(direction),
-        "param_norm": optax.global_norm(new["params"]),
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": rates.learning_rate * optax.tree.norm(direction),
+        "param_norm": optax.tree.norm(new["params"]),
         "nonfinite": nonfinite,
         "skipped": new["skipped"],
     }
@@ -145,7 +154,7 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
     else:
         rest = jax.tree.map(lambda x: x[1:], micro_batches)
         grads, sums = lax.scan(lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None), one(first), rest)[0]
-    return reduce_gradients(grads) if once else grads, (lax.psum(sums, ROWS), norms)
+    return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
 
 
 def _split(config: Config, batch: Batch) -> Batch:
@@ -154,7 +163,9 @@ def _split(config: Config, batch: Batch) -> Batch:
     rows = batch["tokens_BS"].shape[0]
     count, left = divmod(rows * devices, config.training.micro_batch_size)
     if left or not count:
-        raise ValueError(f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {config.training.micro_batch_size}")
+        raise ValueError(
+            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {config.training.micro_batch_size}"
+        )
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
@@ -167,17 +178,16 @@ def _normalisers(batch: Batch) -> Normalisers:
 def _token_sums(config: Config, output: Output, head_DV: jax.Array, batch: Batch) -> Sums:
     """Sum the losses over this device's tokens."""
 
-    def head_loss(hidden_BSD, targets_BS, weights_BS):
+    def head_loss(hidden_BSD, targets_BS, weights_BS, z_weight):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        chunk, z_weight = config.execution.loss_chunk, config.loss.z_loss_weight
-        return cross_entropy(hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), chunk, z_weight)
+        return cross_entropy(hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), config.execution.loss_chunk, z_weight)
 
     with jax.named_scope("head"):
-        loss, z = head_loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
+        loss, z = head_loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"], config.loss.z_loss_weight)
         mtp = []
         for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
             _, targets_BS, weights_BS = mtp_targets(batch, depth)
-            mtp.append(head_loss(hidden_BSD, targets_BS, weights_BS)[0])
+            mtp.append(head_loss(hidden_BSD, targets_BS, weights_BS, 0.0)[0])
     return Sums(loss, z, jnp.stack(mtp) if mtp else jnp.zeros_like(loss, shape=(0,)), output.stats)
 
 

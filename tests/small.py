@@ -1,0 +1,102 @@
+"""The one small configuration of the full-model tests, its batch, and its step, compiled once per mesh and worker.
+
+A full model costs some ten seconds to compile, so tests of the whole step share `on_mesh`: put them into the xdist group of their mesh,
+`@pytest.mark.xdist_group(group(mesh))`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import tiny
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.optimizer import Rates
+from deepseek_jax.training.state import create_state
+
+Sizes = tuple[int, int, int]  # data, node, expert
+MESHES: tuple[Sizes, ...] = ((1, 1, 1), (2, 1, 4), (4, 1, 2), (1, 1, 8), (2, 2, 2))
+RATES = Rates(np.float32(1e-3), np.float32(0.3), np.float32(1e-3))
+
+
+def config_dict() -> ConfigDict:
+    """Every mechanism: MTP, groups, shared expert, packing with masks, two micro-batches of eight rows."""
+    config = tiny.get_config()
+    config.name = "small"
+    config.model.update(
+        {
+            "vocab_size": 512,
+            "width": 64,
+            "num_layers": 3,
+            "query_latent": 32,
+            "kv_latent": 32,
+            "content_dim": 16,
+            "rotary_dim": 8,
+            "value_dim": 16,
+            "dense_hidden": 128,
+            "expert_hidden": 32,
+        }
+    )
+    config.data.update({"sequence_length": 64, "mask_documents": True})
+    config.training.update({"batch_size": (("constant", 1.0, 16),), "micro_batch_size": 8})
+    config.execution.update({"expert_block": 16, "scan_unroll": 1, "gather": "layer", "loss_chunk": 64})
+    return config
+
+
+def config(sizes: Sizes = (1, 1, 1)) -> Config:
+    """The small configuration on a mesh of `sizes`."""
+    tree = config_dict()
+    tree.mesh.update(dict(zip(("data", "node", "expert"), sizes, strict=True)))
+    return from_config_dict(tree)
+
+
+def batch(seed: int = 0, rows: int = 16, length: int = 64, vocab: int = 512) -> dict[str, np.ndarray]:
+    """Random tokens: two documents per row, one row with padding at its end."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    segments = np.ones((rows, length), np.int32)
+    segments[:, 30:] = 2
+    segments[0, 50:] = 0
+    weights = (segments > 0).astype(np.float32)
+    weights[:, 29] = 0.0  # the first document's last token has no target of its own
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    arrays = {"tokens_BS": tokens[:, :-1], "targets_BS": tokens[:, 1:], "positions_BS": positions}
+    return {name: np.ascontiguousarray(a) for name, a in arrays.items()} | {"segment_ids_BS": segments, "loss_weights_BS": weights}
+
+
+def put(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Place a batch on the current mesh."""
+    return {name: jax.device_put(a, P(ROWS, None)) for name, a in arrays.items()}
+
+
+def group(sizes: Sizes) -> str:
+    """The xdist group of a mesh."""
+    return "mesh-" + "x".join(map(str, sizes))
+
+
+class OnMesh(NamedTuple):
+    """A compiled step on a mesh. `step(state, batch, RATES) -> (grads, sums, norms, state, metrics)`; the state is not donated."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    state: Any
+    step: Any
+
+
+@functools.cache
+def on_mesh(sizes: Sizes) -> OnMesh:
+    """Initial state and compiled step of the small model; use the results under `jax.set_mesh(result.mesh)`."""
+    cfg = config(sizes)
+    mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
+    cfg = step_lib.resolve_for(cfg, mesh)
+
+    def step(state, arrays, rates):
+        grads, sums, norms = step_lib.gradients(cfg, state["params"], state["router_bias"], arrays, rates.mtp_weight)
+        return grads, sums, norms, *step_lib.update(cfg, state, grads, sums, norms, rates)
+
+    with jax.set_mesh(mesh):
+        state = create_state(cfg)
+        return OnMesh(cfg, mesh, state, jax.jit(step).lower(state, put(batch()), RATES).compile())
