@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.evaluate import evaluate_workdir, measure_yardsticks
-from deepseek_jax.training.checkpoint import check_config, read_config
+from deepseek_jax.training.checkpoint import check_workdir, read_config
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration with another mesh or number of batches.")
@@ -30,7 +30,7 @@ def main(_) -> None:
     config = read_config(workdir)
     if CONFIG.value is not None:
         config = from_config_dict(CONFIG.value)
-        check_config(workdir, config)
+        check_workdir(workdir, config)
     result, progress = evaluate_workdir(config, workdir, STEP.value)
     values = {
         "step": progress.step,

@@ -80,20 +80,20 @@ class Progress:
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Create `workdir` for `config`, or check that it already belongs to it.
-
-    Raises:
-        ValueError: the workdir holds a run with another configuration; the message shows each difference.
-    """
-    if (workdir / "config.json").exists():
-        check_config(workdir, config)
+    """Write down that `workdir` belongs to `config`. Call it when everything has been built: a typo should not own a workdir."""
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
 
 
-def check_config(workdir: Path, config: Config) -> None:
-    """Refuse a `config` that computes something else than the run in `workdir`; warn of what differs otherwise."""
+def check_workdir(workdir: Path, config: Config) -> None:
+    """Check that `workdir` is free, or holds a run that `config` continues; create it if need be.
+
+    Raises:
+        ValueError: it holds a run with another configuration; the message shows each difference.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+        return
     stored, given = flatten(read_config(workdir)), flatten(config)
     changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
     lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]

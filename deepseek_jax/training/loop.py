@@ -31,7 +31,7 @@ from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, put_tokenizer, read_tokenizer
+from deepseek_jax.training.checkpoint import Checkpoints, Progress, check_workdir, claim_workdir, put_tokenizer, read_tokenizer
 from deepseek_jax.training.evaluation import evaluate, place_batch
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.metrics import MetricsLog, Speedometer, eval_row, train_row
@@ -107,10 +107,11 @@ def train(config: Config, workdir: Path) -> Result:
         NonFiniteError: `training.max_skipped_steps` consecutive steps were not finite.
         SaveError: a checkpoint could not be written.
     """
-    claim_workdir(workdir, config)
+    check_workdir(workdir, config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as resources:
         trainer = Trainer(config, workdir, mesh, resources)
+        claim_workdir(workdir, config)
         with Interruption() as interruption:
             trainer.run(interruption)
         signal_number = None if trainer.complete else interruption.signal

@@ -19,6 +19,7 @@ from deepseek_jax.training.checkpoint import (
     Checkpoints,
     Progress,
     SaveError,
+    check_workdir,
     claim_workdir,
     fingerprints,
     put_tokenizer,
@@ -260,21 +261,20 @@ def change(**values) -> dict:
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
-    claim_workdir(tmp_path, CONFIG)
-    assert read_config(tmp_path) == CONFIG
+    check_workdir(tmp_path / "new", CONFIG)
+    claim_workdir(tmp_path / "new", CONFIG)
+    assert read_config(tmp_path / "new") == CONFIG
+    check_workdir(tmp_path / "new", CONFIG)
     with pytest.raises(ValueError, match="model.width: 7168 in the workdir, 512 given"):
-        claim_workdir(tmp_path, from_config_dict(change(model__width=512)))
+        check_workdir(tmp_path / "new", from_config_dict(change(model__width=512)))
     with pytest.raises(ValueError, match="execution.precision: 'bf16' in the workdir, 'fp32' given"):
-        claim_workdir(tmp_path, from_config_dict(change(execution__precision="fp32")))
-    assert read_config(tmp_path) == CONFIG
+        check_workdir(tmp_path / "new", from_config_dict(change(execution__precision="fp32")))
 
 
 def test_what_does_not_change_the_run_may_change(tmp_path, caplog):
     claim_workdir(tmp_path, CONFIG)
-    moved = from_config_dict(change(mesh__expert=4, training__log_every=7))
-    claim_workdir(tmp_path, moved)
+    check_workdir(tmp_path, from_config_dict(change(mesh__expert=4, training__log_every=7)))
     assert "mesh.expert: 8 in the workdir, 4 given" in caplog.text
-    assert read_config(tmp_path) == moved
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

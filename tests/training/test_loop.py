@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from deepseek_jax import evaluate as evaluation
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.pipeline import open_corpus
 from deepseek_jax.evaluate import add_yardsticks
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop
-from deepseek_jax.training.checkpoint import Checkpoints, SaveError
+from deepseek_jax.training.checkpoint import Checkpoints, SaveError, read_config
 from deepseek_jax.training.loop import NonFiniteError, train
 from deepseek_jax.training.metrics import KEYS, read_rows
 from deepseek_jax.training.report import ProgressBar, draw_sheet, final_table
@@ -244,6 +245,14 @@ def test_another_config_is_refused_before_anything_is_read(fake_model, config, t
         train(change(config, "optimizer", b1=0.8), tmp_path)
 
 
+def test_a_config_that_cannot_work_does_not_own_the_workdir(fake_model, config, tmp_path):
+    with pytest.raises(ValueError, match="mesh"):
+        train(change(config, "mesh", expert=3), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    train(config, tmp_path)
+    assert read_config(tmp_path) == config
+
+
 def test_the_batch_ramp_follows_the_tokens(fake_model, config, tmp_path):
     config = change(config, "training", batch_size=(("constant", 0.5, 8.0), ("constant", 1.0, 16.0)), log_every=10)
     train(config, tmp_path)
@@ -294,11 +303,15 @@ def test_progress_on_a_terminal_is_a_bar():
 
 
 @pytest.mark.slow
-def test_the_real_model_writes_every_documented_training_key(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+def test_the_real_model_writes_every_documented_key_and_is_evaluated_from_its_workdir(config, tmp_path, monkeypatch):
+    for module in (loop, evaluation):
+        monkeypatch.setattr(module, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     config = change(config, "training", num_tokens=3.0 * 8 * 32)
     result = train(config, tmp_path)
     written = set().union(*(row.keys() for row in read_rows(tmp_path)))
     assert written == {key for key in KEYS if not key.startswith("yardstick/")} - {"speed/mfu"}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(result.state["params"])))
     assert int(result.state["step"]) == 3
+    again, progress = evaluation.evaluate_workdir(read_config(tmp_path), tmp_path)
+    assert progress.step == 3
+    assert again.bits_per_byte == read_rows(tmp_path)[-1]["eval/bits_per_byte"]
