@@ -190,15 +190,27 @@ CHOICES = {
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
     "execution.exchange": ("auto", "local", "all_to_all"),
 }
-MAY_BE_ZERO = {
+MAY_BE_ZERO = {  # every other number is positive
     "seed",
     "model.num_dense_layers",
     "model.query_latent",
     "model.num_shared_experts",
     "model.num_mtp_layers",
+    "model.yarn.mscale",
+    "model.yarn.mscale_all_dim",
+    "loss.sequence_balance_weight",
+    "loss.batch_balance_weight",
+    "loss.z_loss_weight",
     "optimizer.warmup_steps",
-    "training.eval_every",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.weight_decay",
+    "optimizer.ema_decay",
+    "data.heldout_fraction",
+    "data.fim_rate",
+    "data.split_rate",
     "data.prefetch",
+    "training.eval_every",
 }
 
 
@@ -252,7 +264,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             parts = (parts[0],) * len(value)
         elif len(parts) != len(value):
             raise ValueError(f"{path} = {value!r} must have {len(parts)} entries: shape, end fraction, value")
-        return tuple(_convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+        items = tuple(_convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+        if kind == Schedule:
+            _check_schedule(path, items)
+        return items
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
@@ -289,36 +304,27 @@ def _check_ranges(config: Config) -> None:
             raise ValueError(f"config.{path} = {value!r} is unknown; choose one of {CHOICES[path]}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"config.{path} = {value} must be finite")
-        if isinstance(value, int) and not isinstance(value, bool) and not path.startswith("mesh."):
-            lowest = 0 if path in MAY_BE_ZERO else 1
-            if value < lowest:
-                raise ValueError(f"config.{path} = {value} must be at least {lowest}")
-    for path, value in {path: value for path, value in flatten(config).items() if _is_schedule(value)}.items():
-        _check_schedule(path, value)
-    fractions = {f"data.{name}": getattr(config.data, name) for name in ("heldout_fraction", "fim_rate", "split_rate")}
-    fractions |= {
-        "optimizer.b1": config.optimizer.b1,
-        "optimizer.b2": config.optimizer.b2,
-        "optimizer.ema_decay": config.optimizer.ema_decay,
-    }
-    for path, value in fractions.items():
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"config.{path} = {value} is a fraction; it must lie in [0, 1]")
-
-
-def _is_schedule(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and isinstance(value[0], tuple)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh.")
+        if is_number and (value < 0 or (value == 0 and path not in MAY_BE_ZERO)):
+            raise ValueError(f"config.{path} = {value} must be {'at least 0' if path in MAY_BE_ZERO else 'positive'}")
+    data, optimizer = config.data, config.optimizer
+    for name in ("heldout_fraction", "fim_rate", "split_rate"):
+        if getattr(data, name) > 1.0:
+            raise ValueError(f"config.data.{name} = {getattr(data, name)} is a fraction; it must lie in [0, 1]")
+    for name in ("b1", "b2", "ema_decay"):
+        if getattr(optimizer, name) >= 1.0:
+            raise ValueError(f"config.optimizer.{name} = {getattr(optimizer, name)} must be below 1: such an average never moves")
 
 
 def _check_schedule(path: str, pieces: Schedule) -> None:
     ends = [until for _, until, _ in pieces]
-    if any(b <= a for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1] != 1.0:
-        raise ValueError(f"config.{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0")
+    if not all(a < b for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1:] != [1.0]:
+        raise ValueError(f"{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0")
     for shape, _, value in pieces:
         if shape not in ("constant", "linear", "cosine"):
-            raise ValueError(f"config.{path}: shape {shape!r} is unknown; choose 'constant', 'linear' or 'cosine'")
-        if value < 0:
-            raise ValueError(f"config.{path}: value {value} must not be negative")
+            raise ValueError(f"{path}: shape {shape!r} is unknown; choose 'constant', 'linear' or 'cosine'")
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{path}: value {value} must be finite and not negative")
 
 
 def _check_model(model: Model) -> None:
@@ -356,7 +362,7 @@ def _check_training(config: Config) -> None:
             f" need at least {shortest}"
         )
     for shape, _, value in config.training.batch_size:
-        if shape != "constant" or value != int(value) or int(value) % config.training.micro_batch_size:
+        if shape != "constant" or not value or value % config.training.micro_batch_size:
             raise ValueError(
                 f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of micro_batch_size ="
                 f" {config.training.micro_batch_size}: every size is compiled once"

@@ -1,0 +1,331 @@
+"""Configuration: the published numbers, strict conversion, schedules, the choices of `resolve`, and the command line."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import deepseek_v2_lite, deepseek_v3, tiny
+from deepseek_jax import config as config_lib
+from deepseek_jax.config import from_config_dict, resolve, schedule_value, to_dict
+from deepseek_jax.parallel.mesh import check_fit, make_mesh
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+PARTS = ["tiny", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b"]
+
+
+def changed(path, value, base=tiny):
+    """The dict of a config file with the value at a dotted `path` replaced."""
+    tree = base.get_config().to_dict()
+    *sections, key = path.split(".")
+    section = tree
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    return tree
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_file_converts_and_survives_json(name):
+    config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    assert config.name == name
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert isinstance(hash(config), int)  # a static argument of jit
+
+
+def test_every_promised_config_is_there():
+    assert set(PARTS) <= set(NAMES)
+
+
+def test_published_671b_values():
+    """config.json of the released checkpoint (spec 1.1), and the training values that it does not have."""
+    config = from_config_dict(deepseek_v3.get_config())
+    model, yarn = config.model, config.model.yarn
+    published = {
+        "num_hidden_layers": 61,
+        "num_nextn_predict_layers": 1,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "first_k_dense_replace": 3,
+        "intermediate_size": 18432,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "vocab_size": 129280,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "yarn": (40.0, 4096, 32.0, 1.0, 1.0, 1.0),
+    }
+    ours = {
+        "num_hidden_layers": model.num_layers,
+        "num_nextn_predict_layers": model.num_mtp_layers,
+        "hidden_size": model.width,
+        "num_attention_heads": model.num_heads,
+        "qk_nope_head_dim": model.content_dim,
+        "v_head_dim": model.value_dim,
+        "qk_rope_head_dim": model.rotary_dim,
+        "kv_lora_rank": model.kv_latent,
+        "q_lora_rank": model.query_latent,
+        "first_k_dense_replace": model.num_dense_layers,
+        "intermediate_size": model.dense_hidden,
+        "n_routed_experts": model.num_experts,
+        "n_shared_experts": model.num_shared_experts,
+        "moe_intermediate_size": model.expert_hidden,
+        "num_experts_per_tok": model.experts_per_token,
+        "n_group": model.num_groups,
+        "topk_group": model.num_kept_groups,
+        "scoring_func": model.gate,
+        "norm_topk_prob": model.normalize_gates,
+        "routed_scaling_factor": model.routed_scale,
+        "vocab_size": model.vocab_size,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_base,
+        "yarn": (yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim),
+    }
+    assert ours == published
+    assert model.init_std == 0.006 and not yarn.enabled  # training values: config.json has 0.02, and YaRN for the long context
+    assert (config.loss.sequence_balance_weight, config.loss.balance_frequency) == (1e-4, "unbiased")
+    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert (config.data.fim_rate, config.data.mask_documents, config.data.sequence_length) == (0.1, False, 4096)
+
+
+def test_v2_lite_has_the_other_router_and_no_query_latent():
+    model = from_config_dict(deepseek_v2_lite.get_config()).model
+    assert (model.query_latent, model.gate, model.group_score, model.normalize_gates, model.routed_scale) == (
+        0,
+        "softmax",
+        "max",
+        False,
+        1.0,
+    )
+    assert (model.num_groups, model.num_shared_experts, model.num_mtp_layers) == (1, 2, 0)
+
+
+# Keys and types.
+STRICT = {
+    "typo": ("model.num_layer", 8, r"config\.model\.num_layer is unknown; did you mean 'num_layers'"),
+    "typo in a nested section": ("model.yarn.beta_fats", 8.0, r"config\.model\.yarn\.beta_fats is unknown; did you mean 'beta_fast'"),
+    "nothing like it": ("mesh.zebra", 8, r"config\.mesh\.zebra is unknown; known keys: \['data', 'expert'"),
+    "a float for a count": ("model.num_layers", 8.0, r"config\.model\.num_layers = 8\.0 is a float; it must be a int"),
+    "text for a number": ("optimizer.b1", "0.9", r"config\.optimizer\.b1 = '0\.9' is a str; it must be a float"),
+    "a bool for a number": ("model.num_layers", True, r"config\.model\.num_layers = True is a bool"),
+    "a number for a bool": ("data.mask_documents", 1, r"config\.data\.mask_documents = 1 is a int; it must be a bool"),
+    "nothing": ("model.width", None, r"config\.model\.width = None is a NoneType"),
+    "a number for a section": ("model.yarn", 40.0, r"config\.model\.yarn = 40\.0 must be a section with the keys \['enabled'"),
+    "a number for a schedule": ("optimizer.learning_rate", 1e-3, r"config\.optimizer\.learning_rate = 0\.001 must be a sequence"),
+    "a flat schedule": ("optimizer.learning_rate", ("constant", 1.0, 1e-3), r"config\.optimizer\.learning_rate\[0\] = 'constant' must be"),
+    "half a piece": ("optimizer.learning_rate", (("constant", 1.0),), r"must have 3 entries: shape, end fraction, value"),
+}
+# Values that cannot be, each with what the message must name.
+IMPOSSIBLE = {
+    "experts in groups": ("model.num_experts", 18, r"num_experts = 18 is not divisible by num_groups = 4; change either"),
+    "top-k above the kept experts": ("model.experts_per_token", 9, r"= 9 exceeds the 8 experts of 2 kept groups of 4; lower it or keep"),
+    "kept groups": ("model.num_kept_groups", 5, r"num_kept_groups = 5 exceeds num_groups = 4"),
+    "odd rotary dim": ("model.rotary_dim", 15, r"rotary_dim = 15 must be even"),
+    "dense layers": ("model.num_dense_layers", 5, r"num_dense_layers = 5 exceeds num_layers = 4"),
+    "MTP without experts": ("model.num_dense_layers", 4, r"MTP layers are MoE layers; set num_mtp_layers = 0"),
+    "YaRN that shortens": ("model.yarn.factor", 0.5, r"yarn.factor = 0\.5 must be at least 1"),
+    "no width": ("model.width", 0, r"model\.width = 0 must be positive"),
+    "negative count": ("model.num_mtp_layers", -1, r"model\.num_mtp_layers = -1 must be at least 0"),
+    "sequence shorter than MTP needs": ("data.sequence_length", 2, r"sequence_length = 2 is too short: 1 MTP layers need at least 3"),
+    "no sources": ("data.sources", (), r"data\.sources is empty; name at least one"),
+    "unknown gate": ("model.gate", "tanh", r"model\.gate = 'tanh' is unknown; choose one of \('sigmoid', 'softmax'\)"),
+    "unknown remat": ("execution.remat", "some", r"execution\.remat = 'some' is unknown"),
+    "not finite": ("optimizer.eps", float("nan"), r"optimizer\.eps = nan must be finite"),
+    "no tokens": ("training.num_tokens", 0.0, r"training\.num_tokens = 0\.0 must be positive"),
+    "negative weight": ("loss.z_loss_weight", -1.0, r"loss\.z_loss_weight = -1\.0 must be at least 0"),
+    "more than all": ("data.fim_rate", 1.5, r"data\.fim_rate = 1\.5 is a fraction; it must lie in \[0, 1\]"),
+    "an average that never moves": ("optimizer.b1", 1.0, r"optimizer\.b1 = 1\.0 must be below 1"),
+    "BF16 moments": ("optimizer.b2", 0.999, r"optimizer\.b2 = 0\.999: BF16 moments lose updates above 0\.99; lower it"),
+    "slack": ("execution.exchange_slack", 0.5, r"exchange_slack = 0\.5 must be at least 1"),
+    "empty schedule": ("optimizer.learning_rate", (), r"config\.optimizer\.learning_rate: the ends \[\]"),
+    "empty batch schedule": ("training.batch_size", (), r"config\.training\.batch_size: the ends \[\]"),
+    "schedule ends early": ("loss.mtp_weight", (("constant", 0.5, 0.3),), r"config\.loss\.mtp_weight: the ends \[0\.5\].*to exactly 1\.0"),
+    "schedule falls back": (
+        "loss.mtp_weight",
+        (("constant", 0.7, 0.3), ("linear", 0.7, 0.1), ("linear", 1.0, 0.1)),
+        r"\[0\.7, 0\.7, 1\.0\]",
+    ),
+    "schedule starts at 0": ("loss.mtp_weight", (("constant", 0.0, 0.3), ("constant", 1.0, 0.1)), r"must rise from above 0"),
+    "schedule shape": ("optimizer.learning_rate", (("cubic", 1.0, 1e-3),), r"shape 'cubic' is unknown; choose 'constant'"),
+    "negative rate": ("optimizer.learning_rate", (("constant", 1.0, -1e-3),), r"value -0\.001 must be finite and not negative"),
+    "infinite rate": ("optimizer.learning_rate", (("constant", 1.0, float("inf")),), r"value inf must be finite"),
+    "batch between micro-batches": (
+        "training.batch_size",
+        (("constant", 1.0, 12),),
+        r"12\.0\) must be a constant whole multiple of micro_batch",
+    ),
+    "no batch": ("training.batch_size", (("constant", 1.0, 0),), r"0\.0\) must be a constant whole multiple"),
+    "fractional batch": ("training.batch_size", (("constant", 1.0, 8.5),), r"8\.5\) must be a constant whole multiple"),
+    "batch that glides": (
+        "training.batch_size",
+        (("constant", 0.5, 8), ("linear", 1.0, 16)),
+        r"'linear', \.\.\., 16\.0\) must be a constant",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [*STRICT.values(), *IMPOSSIBLE.values()], ids=[*STRICT, *IMPOSSIBLE])
+def test_bad_value_is_refused_by_name(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        from_config_dict(changed(path, value))
+
+
+def test_two_best_scores_of_a_group_need_two_experts():
+    tree = changed("model.num_groups", 16)
+    tree["model"]["num_kept_groups"] = 8
+    with pytest.raises(ValueError, match="group_score 'top2' needs groups of 2 experts or more, got 1; use 'max' or fewer groups"):
+        from_config_dict(tree)
+    tree["model"]["group_score"] = "max"
+    assert from_config_dict(tree).model.num_groups == 16
+
+
+def test_missing_keys_are_named():
+    tree = tiny.get_config().to_dict()
+    del tree["model"]["width"], tree["model"]["gate"]
+    with pytest.raises(ValueError, match=r"config\.model lacks \['width', 'gate'\]; start from configs/deepseek_v3\.py"):
+        from_config_dict(tree)
+    del tree["model"]
+    with pytest.raises(ValueError, match=r"config lacks \['model'\]"):
+        from_config_dict(tree)
+
+
+def test_whole_numbers_stand_for_floats():
+    assert from_config_dict(changed("training.num_tokens", 1_000_000)).training.num_tokens == 1e6
+    config = from_config_dict(changed("data.sources", [{"path": "a", "weight": 2}]))
+    assert config.data.sources == (config_lib.Source(path="a", weight=2.0),)
+
+
+MESHES = {
+    "too many": ({"data": 3, "expert": 4}, r"does not fit 8 devices; make the axes multiply to 8"),
+    "-1 leaves a rest": ({"data": -1, "expert": 3}, r"does not fit 8 devices"),
+    "two free axes": ({"data": -1, "expert": -1}, r"sizes are positive, and at most one is -1"),
+    "zero": ({"data": 0}, r"sizes are positive"),
+    "reserved axis": ({"tensor": 2}, r"mesh\.tensor = 2: this axis is reserved and not built yet; set it to 1"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), MESHES.values(), ids=MESHES)
+def test_mesh_that_does_not_fit_is_refused(sizes, message):
+    config = tiny.get_config()
+    config.mesh.update(sizes)
+    with pytest.raises(ValueError, match=message):
+        make_mesh(from_config_dict(config).mesh, jax.devices()[:8])
+
+
+def test_mesh_takes_what_the_axes_leave():
+    config = tiny.get_config()
+    config.mesh.expert = 4
+    assert dict(make_mesh(from_config_dict(config).mesh, jax.devices()[:8]).shape) == {
+        "pipe": 1,
+        "data": 2,
+        "node": 1,
+        "expert": 4,
+        "tensor": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.num_experts", 12, r"model\.num_experts = 12 cannot be split over 8 devices"),
+        ("model.kv_latent", 60, r"model\.kv_latent = 60 cannot be split over 8 devices"),
+        ("training.micro_batch_size", 4, r"training\.micro_batch_size = 4 cannot be split over 8 devices"),
+    ],
+)
+def test_model_that_the_mesh_cannot_split_is_refused(path, value, message):
+    tree = changed(path, value)
+    tree["mesh"] |= {"data": 1, "expert": 8}
+    config = from_config_dict(tree)
+    with pytest.raises(ValueError, match=message):
+        check_fit(config, make_mesh(config.mesh, jax.devices()[:8]))
+
+
+def test_schedule_shapes_meet_at_their_ends():
+    pieces = (("linear", 0.25, 4.0), ("cosine", 0.75, 2.0), ("linear", 0.875, 0.0), ("constant", 1.0, 1.0))
+    at = {0.0: 4.0, 0.2: 4.0, 0.25: 4.0, 0.375: 3.0 + 0.5**0.5, 0.5: 3.0, 0.75: 2.0, 0.8125: 1.0, 0.875: 1.0, 0.99: 1.0, 1.0: 1.0, 7.0: 1.0}
+    assert {fraction: schedule_value(pieces, fraction) for fraction in at} == pytest.approx(at, abs=1e-12)
+
+
+def test_a_piece_contains_its_start_and_not_its_end():
+    pieces = (("constant", 0.5, 3.0), ("constant", 1.0, 1.0))
+    assert (schedule_value(pieces, 0.5 - 1e-12), schedule_value(pieces, 0.5)) == (3.0, 1.0)
+
+
+RESOLVED = {
+    ("cpu", "bf16", False): "xla",
+    ("gpu", "bf16", False): "cudnn",
+    ("gpu", "fp32", False): "xla",  # cuDNN has no FP32
+    ("gpu", "bf16", True): "xla",  # nor several segments per row
+    ("tpu", "bf16", True): "splash",
+    ("tpu", "fp32", False): "splash",
+}
+
+
+@pytest.mark.parametrize(("platform", "precision", "mask"), RESOLVED)
+def test_resolve_chooses_attention(platform, precision, mask):
+    tree = changed("execution.precision", precision)
+    tree["data"]["mask_documents"] = mask
+    resolved = resolve(from_config_dict(tree), platform, 1)
+    assert resolved.execution.attention == RESOLVED[platform, precision, mask]
+    assert resolve(resolved, platform, 1) == resolved
+
+
+def test_resolve_keeps_what_was_asked_for_and_changes_nothing_else():
+    config = from_config_dict(changed("execution.attention", "xla"))
+    resolved = resolve(config, "tpu", 8)
+    assert resolved == dataclasses.replace(config, execution=dataclasses.replace(config.execution, exchange="all_to_all"))
+
+
+def test_resolve_chooses_exchange():
+    config = from_config_dict(tiny.get_config())
+    assert [resolve(config, "cpu", devices).execution.exchange for devices in (1, 8)] == ["local", "all_to_all"]
+    with pytest.raises(ValueError, match="'local' needs every expert on every device, but 8 devices share them; use 'auto'"):
+        resolve(from_config_dict(changed("execution.exchange", "local")), "cpu", 8)
+
+
+def train_command(*overrides):
+    """Run `experiments.train --print_config` with overrides."""
+    command = [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", "--print_config", *overrides]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line_overrides():
+    done = train_command(
+        "--config.model.num_layers=8", "--config.loss.mtp_weight=(('linear', 1.0, 0.5),)", "--config.execution.precision=bf16"
+    )
+    printed = from_config_dict(json.loads(done.stdout))
+    want = tiny.get_config()
+    want.model.num_layers, want.loss.mtp_weight, want.execution.precision = 8, (("linear", 1.0, 0.5),), "bf16"
+    assert printed == from_config_dict(want)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.model.num_layer=8", 'Did you mean "num_layers"'),
+        ("--config.model.num_experts=18", "num_experts = 18 is not divisible by num_groups = 4; change either"),
+    ],
+)
+def test_command_line_refuses(override, message):
+    done = train_command(override)
+    assert done.returncode != 0 and not done.stdout
+    assert message in done.stderr.replace("\\n", "\n").replace('\\"', '"')
