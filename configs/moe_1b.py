@@ -1,4 +1,4 @@
-"""1.2B parameters, 0.3B of them active: an ablation shape.
+"""1.3B parameters, 0.3B of them active: an ablation shape.
 
 Why this shape. The report ablates on a 1B MoE and does not give it, so the proportions of V3 are kept where a ratio decides
 behaviour (8 of 64 experts in 8 groups with 4 kept, one shared expert, head dims 128 + 64 / 128, query latent 3/4 and key-value
