@@ -1,20 +1,16 @@
 """Checkpoints of a run: written while the training goes on, verified when they are read, restorable onto any mesh.
 
-    workdir/config.json                 the configuration that owns the workdir
-    workdir/checkpoints/<step>/state    parameters, router bias, optimizer, counters (Orbax, one logical array whatever the mesh)
-    workdir/checkpoints/<step>/run      step, tokens seen, data position, configuration, environment, fingerprints (JSON)
+    workdir/config.json                    the configuration that owns the workdir
+    workdir/checkpoints/<step>/state       parameters, router bias, optimizer, counters (Orbax, one logical array whatever the mesh)
+    workdir/checkpoints/<step>/run         step, tokens seen, data position, configuration, environment, fingerprints (JSON)
     workdir/checkpoints/<step>/tokenizer   content of the workdir's tokenizer files, by name (JSON)
-    workdir/checkpoints/damaged/        checkpoints that failed verification; moved here, never deleted
+    workdir/checkpoints/damaged/           checkpoints that failed verification; moved here, never deleted
 
 A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it when every byte is
 there. A process killed at any moment therefore leaves complete checkpoints and at most one temporary folder, which the next start removes.
 
-Orbax notices missing files but not a flipped byte in an array. So each save also stores a fingerprint per array, computed on the devices:
-
-    fingerprint(x) = sum over i of bits(x_i) * weight(i)  mod 2^32,    weight(i) odd, from the global index i
-
-Integers add in any order, so the sum is the same on every mesh; an odd weight has an inverse mod 2^32, so no change of one element
-can go unseen. The cost is one pass over memory that is already on the device, where hashing files would read them all again.
+Orbax notices missing files but not a flipped byte in an array. So each save also stores a fingerprint per array, made on the devices and
+equal on every mesh, and each restore makes them again and compares.
 
 Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function of its state, so
 going back costs time and loses nothing. If none is intact the start is refused, and nothing is moved: no silent start from scratch.
@@ -30,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
+from deepseek_jax.training.fingerprint import fingerprints
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
@@ -173,32 +169,7 @@ def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
             )
 
 
-# ---- fingerprints
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """Return `{path of a leaf: fingerprint}`; equal on every mesh, changed by any change of one element."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return dict(zip(paths, jax.device_get(_fingerprint_leaves(tree)).tolist(), strict=True))
-
-
-@jax.jit
-def _fingerprint_leaves(tree: Any) -> jax.Array:
-    return jnp.stack([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _fingerprint(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    index = jnp.zeros_like(bits)
-    for dim, size in enumerate(x.shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=jax.typeof(x).sharding)
-        index = index * jnp.uint32(size) + place
-    index = (index ^ (index >> 16)) * jnp.uint32(0x85EBCA6B)  # murmur3's finaliser: neighbours get unrelated weights
-    index = (index ^ (index >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(bits * (index | jnp.uint32(1)), dtype=jnp.uint32)
+# ---- saving and restoring
 
 
 def _seal(payload: Any) -> dict[str, Any]:
@@ -213,9 +184,6 @@ def _unseal(sealed: dict[str, Any], item: str) -> Any:
 
 def _crc32(payload: Any) -> int:
     return zlib.crc32(json.dumps(payload, sort_keys=True).encode())
-
-
-# ---- saving and restoring
 
 
 def _reason(error: Exception) -> str:

@@ -21,11 +21,11 @@ from deepseek_jax.training.checkpoint import (
     SaveError,
     check_workdir,
     claim_workdir,
-    fingerprints,
     put_tokenizer,
     read_config,
     read_tokenizer,
 )
+from deepseek_jax.training.fingerprint import fingerprints
 
 CONFIG = from_config_dict(get_config())
 TOKENIZER = {"tokenizer.json": '{"vocab": ["a", "é"]}', "tokenizer_config.json": "{}"}
