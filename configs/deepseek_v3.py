@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
                 "scan_unroll": 1,
                 "gather": "layer",  # sharded weights are gathered per "layer" (ZeRO-3) or once per "step" (ZeRO-1)
                 "attention": "auto",  # or "cudnn", "splash", "xla"
-                "attention_chunk": 512,  # queries per block of the XLA path
+                "attention_chunk": 512,  # queries at a time of the XLA path
                 "exchange": "auto",  # or "local", "all_to_all"
                 "exchange_slack": 2.0,  # one round carries this many times the balanced number of rows
                 "expert_block": 256,  # rows of one block of the grouped matmul: all of one expert

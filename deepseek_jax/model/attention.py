@@ -57,11 +57,12 @@ class Attention(nnx.Module):
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         q_BSNQ = self._queries(h_BSD, table)
         latent_BSC, rotary_BSR = self._latents(h_BSD, table)
-        kv_BSNX = jnp.einsum("bsc,cnx->bsnx", latent_BSC, self.kv_b_CNX[...])
+        key_CNP, value_CNH = self._up_projections()
         rotary_BSNR = jnp.broadcast_to(rotary_BSR[:, :, None], (*q_BSNQ.shape[:3], model.rotary_dim))
-        k_BSNQ = jnp.concatenate([kv_BSNX[..., : model.content_dim], rotary_BSNR], axis=-1)
+        k_BSNQ = jnp.concatenate([jnp.einsum("bsc,cnp->bsnp", latent_BSC, key_CNP), rotary_BSNR], axis=-1)
+        v_BSNH = jnp.einsum("bsc,cnh->bsnh", latent_BSC, value_CNH)
         with jax.named_scope("attention"):
-            out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, kv_BSNX[..., model.content_dim :], segment_ids_BS, softmax_scale(model))
+            out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, softmax_scale(model))
         return jnp.einsum("bsnh,nhd->bsd", checkpoint_name(out_BSNH, "attention_out"), self.o_NHD[...])
 
     def absorbed(
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
         latent_BMC = cache["latent"].at[rows, positions_BS].set(latent_BSC.astype(cache["latent"].dtype))
         rotary_BMR = cache["rotary"].at[rows, positions_BS].set(rotary_BSR.astype(cache["rotary"].dtype))
 
-        key_CNP, value_CNH = jnp.split(self.kv_b_CNX[...], [model.content_dim], axis=-1)
+        key_CNP, value_CNH = self._up_projections()
         q_BSNC = jnp.einsum("bsnp,cnp->bsnc", q_BSNQ[..., : model.content_dim], key_CNP)
         scores = jnp.einsum("bsnc,bmc->bnsm", q_BSNC, latent_BMC, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bsnr,bmr->bnsm", q_BSNQ[..., model.content_dim :], rotary_BMR, preferred_element_type=jnp.float32)
@@ -101,10 +102,16 @@ class Attention(nnx.Module):
         model = self.config.model
         if model.query_latent:
             latent_BSA = checkpoint_name(h_BSD @ self.q_a_DA[...], "query_latent")
-            q_BSNQ = jnp.einsum("bsa,anq->bsnq", rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ[...])
+            h_BSD, up_ANQ = rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ[...]
         else:
-            q_BSNQ = jnp.einsum("bsd,dnq->bsnq", h_BSD, self.q_DNQ[...])
-        return jnp.concatenate([q_BSNQ[..., : model.content_dim], rotate(q_BSNQ[..., model.content_dim :], table)], axis=-1)
+            up_ANQ = self.q_DNQ[...]
+        # The weight is split, not its product: a slice of a weight costs nothing beside one of activations and its derivative.
+        content_BSNP, rotary_BSNR = (jnp.einsum("bsa,anq->bsnq", h_BSD, part) for part in jnp.split(up_ANQ, [model.content_dim], axis=-1))
+        return jnp.concatenate([content_BSNP, rotate(rotary_BSNR, table)], axis=-1)
+
+    def _up_projections(self) -> tuple[jax.Array, jax.Array]:
+        """W_UK [C, N, P] and W_UV [C, N, H]."""
+        return tuple(jnp.split(self.kv_b_CNX[...], [self.config.model.content_dim], axis=-1))
 
     def _latents(self, h_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array]:
         """The two things a cache holds: normalised latent [B, S, C] and rotated shared key [B, S, R]."""

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.model.layers import swiglu
 from deepseek_jax.parallel.expert import collect
 from deepseek_jax.parallel.mesh import vary
 
@@ -119,7 +120,7 @@ def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
         y_ZD, hidden_Z2F = carry
         _, x, gate, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
         hidden = jnp.einsum("wbd,wdgf->wbgf", x, gate_up_ED2F[expert])
-        act = _swiglu(hidden.astype(jnp.float32)) * gate
+        act = swiglu(hidden.astype(jnp.float32)) * gate
         y = jnp.einsum("wbf,wfd->wbd", act.astype(dtype), down_EFD[expert])
         return _put(y_ZD, y, i), _put(hidden_Z2F, hidden, i)
 
@@ -141,7 +142,7 @@ def _backward(sizes, residuals, g_TD):
         source, x, gate, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
         hidden = lax.dynamic_slice_in_dim(hidden_Z2F, i * rows, rows).reshape(*x.shape[:2], *hidden_Z2F.shape[1:]).astype(jnp.float32)
         dy = jnp.take(g_TD, source // gates_TK.shape[1], axis=0, mode="fill", fill_value=0).reshape(x.shape)
-        act, pull = jax.vjp(_swiglu, hidden)
+        act, pull = jax.vjp(swiglu, hidden)
         dact = jnp.einsum("wbd,wfd->wbf", dy, down_EFD[expert]).astype(jnp.float32)
         (dhidden,) = pull(dact * gate)
         dhidden = dhidden.astype(dtype)
@@ -165,8 +166,3 @@ def _backward(sizes, residuals, g_TD):
 
 
 _blocked_ffn.defvjp(_forward, _backward)
-
-
-def _swiglu(hidden: jax.Array) -> jax.Array:
-    """silu(gate) * up of pre-activations [..., 2, F] (gate first)."""
-    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]

@@ -2,7 +2,8 @@
 
 Three implementations of one function, chosen by `execution.attention` (`config.resolve` turns "auto" into one of them and says why):
 
-    xla      blocks of queries against all keys, recomputed in the backward pass. Runs everywhere; does twice the causal arithmetic.
+    xla      chunks of queries against the keys they can see, in plain XLA; the backward pass remakes the weights from the saved
+             logsumexp, so that nothing of size S x S outlives its chunk. Runs everywhere.
     cudnn    NVIDIA's flash attention. `jax.nn.dot_product_attention` refuses value heads narrower than key heads; the call beneath it takes
              192/128 directly, which was measured 1.25x faster than padding the values. BF16 only, one segment per row.
     splash   the Pallas TPU kernel that ships with JAX, with segment ids. Speed on TPU is unmeasured.
@@ -20,9 +21,13 @@ import numpy as np
 from jax import lax
 from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import vary
+
+MOST_UNROLLED_CHUNKS = 8  # more are scanned: the program must not grow with the sequence
 
 
 def attend(config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Array, segment_ids_BS: jax.Array, scale: float) -> jax.Array:
@@ -43,41 +48,93 @@ def attend(config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Arr
     raise ValueError(f"execution.attention = {implementation!r} is not resolved; call deepseek_jax.config.resolve first")
 
 
-def _xla(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale, chunk):
-    length = q_BSNQ.shape[1]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _xla(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
+    return _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk)[0]
 
-    def block(q, segments, start):
-        scores = jnp.einsum("bsnq,bmnq->bnsm", q, k_BSNQ, preferred_element_type=jnp.float32) * scale
-        causal = start + jnp.arange(q.shape[1])[:, None] >= jnp.arange(length)
-        seen = causal & (segments[:, :, None] == segment_ids_BS[:, None, :])
-        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
-        return jnp.einsum("bnsm,bmnh->bsnh", weights.astype(v_BSNH.dtype), v_BSNH)
 
-    if length <= chunk:
-        return block(q_BSNQ, segment_ids_BS, 0)
-    blocks = -(-length // chunk)
+def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
+    def block(_, start, end, q, segments):
+        scores = _scores(start, q, segments, k_BMNQ[:, :end], segments_BS[:, :end], scale)
+        top = scores.max(-1)
+        weights = jnp.exp(scores - top[..., None])
+        total = weights.sum(-1)
+        out = jnp.einsum("bnsm,bmnh->bsnh", weights.astype(v_BMNH.dtype), v_BMNH[:, :end], preferred_element_type=jnp.float32)
+        out = out / total.swapaxes(1, 2)[..., None]
+        return None, (out.astype(v_BMNH.dtype), (top + jnp.log(total)).swapaxes(1, 2))
+
+    _, (out_BSNH, lse_BSN) = _over_chunks(block, None, (q_BSNQ, segments_BS), chunk)
+    out_BSNH, lse_BSN = checkpoint_name(out_BSNH, "attention_out"), checkpoint_name(lse_BSN, "attention_out")
+    return out_BSNH, (q_BSNQ, k_BMNQ, v_BMNH, segments_BS, out_BSNH, lse_BSN)
+
+
+def _xla_backward(scale, chunk, residuals, g_BSNH):
+    q_BSNQ, k_BMNQ, v_BMNH, segments_BS, out_BSNH, lse_BSN = residuals
+    delta_BSN = jnp.einsum("bsnh,bsnh->bsn", g_BSNH, out_BSNH, preferred_element_type=jnp.float32)
+
+    def block(sums, start, end, q, segments, g, delta, lse):
+        dk, dv = sums
+        keys, values = k_BMNQ[:, :end], v_BMNH[:, :end]
+        weights = jnp.exp(_scores(start, q, segments, keys, segments_BS[:, :end], scale) - lse.swapaxes(1, 2)[..., None])
+        dv = dv.at[:, :end].add(jnp.einsum("bnsm,bsnh->bmnh", weights.astype(g.dtype), g, preferred_element_type=jnp.float32))
+        dweights = jnp.einsum("bsnh,bmnh->bnsm", g, values, preferred_element_type=jnp.float32)
+        dscores = (weights * (dweights - delta.swapaxes(1, 2)[..., None]) * scale).astype(q.dtype)
+        dk = dk.at[:, :end].add(jnp.einsum("bnsm,bsnq->bmnq", dscores, q, preferred_element_type=jnp.float32))
+        return (dk, dv), jnp.einsum("bnsm,bmnq->bsnq", dscores, keys)
+
+    zeros = vary(jnp.zeros(k_BMNQ.shape), k_BMNQ), vary(jnp.zeros(v_BMNH.shape), v_BMNH)
+    (dk, dv), dq = _over_chunks(block, zeros, (q_BSNQ, segments_BS, g_BSNH, delta_BSN, lse_BSN), chunk)
+    return dq, dk.astype(k_BMNQ.dtype), dv.astype(v_BMNH.dtype), None
+
+
+_xla.defvjp(_xla_forward, _xla_backward)
+
+
+def _scores(start, q_BSNQ, segments_BS, k_BMNQ, key_segments_BM, scale):
+    """Masked FP32 scores [B, N, S, M] of a chunk of queries that begins at position `start`."""
+    scores = jnp.einsum("bsnq,bmnq->bnsm", q_BSNQ, k_BMNQ, preferred_element_type=jnp.float32) * scale
+    causal = start + jnp.arange(q_BSNQ.shape[1])[:, None] >= jnp.arange(k_BMNQ.shape[1])
+    seen = causal & (segments_BS[:, :, None] == key_segments_BM[:, None, :])
+    return jnp.where(seen[:, None], scores, -1e30)
+
+
+def _over_chunks(block, carry, arrays, chunk):
+    """Fold `block(carry, start, end, *chunks) -> carry, outputs` over chunks of the query dim; keys before `end` are all it can see.
+
+    A few chunks are unrolled and skip the keys to their right; many are scanned, each against all keys.
+    """
+    length = arrays[0].shape[1]
+    num = -(-length // chunk)
+    if num <= MOST_UNROLLED_CHUNKS:
+        outputs = []
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            carry, out = block(carry, start, end, *(x[:, start:end] for x in arrays))
+            outputs.append(out)
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *outputs)
 
     def split(x):
-        x = jnp.pad(x, ((0, 0), (0, blocks * chunk - length), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, chunk, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, num * chunk - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], num, chunk, *x.shape[2:]), 1, 0)
 
-    def body(_, inputs):
-        return None, jax.checkpoint(block, prevent_cse=False)(*inputs)
+    def body(carry, inputs):
+        start, chunks = inputs
+        return block(carry, start, length, *chunks)
 
-    _, out = lax.scan(body, None, (split(q_BSNQ), split(segment_ids_BS), jnp.arange(blocks) * chunk))
-    return jnp.moveaxis(out, 0, 1).reshape(out.shape[1], blocks * chunk, *out.shape[3:])[:, :length]
+    carry, outputs = lax.scan(body, carry, (jnp.arange(num) * chunk, jax.tree.map(split, arrays)))
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num * chunk, *x.shape[3:])[:, :length], outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """Run a kernel that declares no varying axes inside a shard_map that checks them."""
     with jax_config._check_vma(False):
-        out = kernel(*args)
+        out = kernel(*_invariant(args))
     return vary(out, args[0])
 
 
 def _opaque_forward(kernel, *args):
-    floats, rest = _split_floats(args)
+    floats, rest = _split_floats(_invariant(args))
     with jax_config._check_vma(False):
         out, pull = jax.vjp(lambda *f: kernel(*f, *rest), *floats)
         leaves, tree = jax.tree.flatten(pull)
@@ -93,11 +150,22 @@ def _opaque_forward(kernel, *args):
 def _opaque_backward(kernel, residuals, g):
     pull, num_rest = residuals
     with jax_config._check_vma(False):
-        grads = pull(g)
+        grads = _invariant(pull)(_invariant(g))
     return *(vary(grad, g) for grad in grads), *(None,) * num_rest
 
 
 _opaque.defvjp(_opaque_forward, _opaque_backward)
+
+
+_invariant_p = Primitive("invariant")
+_invariant_p.def_impl(lambda x: x)
+_invariant_p.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_invariant_p, lambda ctx, x: [x])
+
+
+def _invariant(tree):
+    """The same arrays, declared not to vary: the inverse of `vary`, for which JAX has no public name."""
+    return jax.tree.map(_invariant_p.bind, tree)
 
 
 def _split_floats(args):

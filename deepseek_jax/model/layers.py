@@ -26,6 +26,25 @@ def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * gain_D).astype(x.dtype)
 
 
+@jax.custom_vjp
+def swiglu(hidden: jax.Array) -> jax.Array:
+    """silu(gate) * up of pre-activations [..., 2, F] (gate first), in their dtype.
+
+    The derivative is written out because that of two slices is two padded arrays and their sum.
+    """
+    return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+
+
+def _swiglu_backward(hidden, g):
+    gate, up = hidden[..., 0, :], hidden[..., 1, :]
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return (jnp.stack([g * up * (sigmoid + silu * (1.0 - sigmoid)), g * silu], axis=-2),)
+
+
+swiglu.defvjp(lambda hidden: (swiglu(hidden), hidden), _swiglu_backward)
+
+
 class FeedForward(nnx.Module):
     """down(silu(x gate) * (x up)): the shared expert as it is, and with a norm in front the dense layers' FFN."""
 
@@ -35,8 +54,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Map [B, S, D] to [B, S, D]."""
-        hidden = checkpoint_name(jnp.einsum("bsd,dgf->bsgf", x_BSD, self.gate_up_D2F[...]), "ffn_hidden").astype(jnp.float32)
-        act = (jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]).astype(x_BSD.dtype)
+        hidden = checkpoint_name(jnp.einsum("bsd,dgf->bsgf", x_BSD, self.gate_up_D2F[...]), "ffn_hidden")
+        act = swiglu(hidden.astype(jnp.float32)).astype(x_BSD.dtype)
         return jnp.einsum("bsf,fd->bsd", act, self.down_FD[...])
 
 

@@ -129,7 +129,8 @@ def vary(x: jax.Array, like: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather_split(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: jnp.dtype) -> jax.Array:
-    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
+    whole = lax.axis_size(axes) == 1  # a collective over one device is a copy to XLA:CPU
+    return w.astype(dtype) if whole else lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
 
 
 def _gather_split_forward(w, axes, dim, dtype):
@@ -137,7 +138,12 @@ def _gather_split_forward(w, axes, dim, dtype):
 
 
 def _gather_split_backward(axes, dim, dtype, _, g):
-    return (lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True),)
+    return (_scatter_sum(g, axes, dim),)
+
+
+def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    g = g.astype(jnp.float32)
+    return g if lax.axis_size(axes) == 1 else lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
 
 
 _gather_split.defvjp(_gather_split_forward, _gather_split_backward)
@@ -165,7 +171,7 @@ def reduce_gradients(tree: Any) -> Any:
 
     def one(path, g):
         for dim, axes in _split_dims(leaf_name(path), g):
-            return lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+            return _scatter_sum(g, axes, dim)
         return lax.psum(g, ROWS)
 
     return jax.tree_util.tree_map_with_path(one, tree)
