@@ -1,0 +1,166 @@
+"""The router against loops in NumPy, and golden 5: the bias selects and does nothing else, groups stay closed, FP32 throughout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import deepseek_v2, deepseek_v2_lite, deepseek_v3, tiny
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.model.moe import MoE, route
+
+V3, V2, LITE, TINY = (from_config_dict(c.get_config()).model for c in (deepseek_v3, deepseek_v2, deepseek_v2_lite, tiny))
+MODELS = {"V3": V3, "V2": V2, "V2-Lite": LITE, "tiny": TINY}
+BIASES = {"zero": (0.0, 0.0), "both signs": (-0.3, 0.3), "negative": (-1.5, -1.1), "as released": (2.0, 6.0)}
+NUM_TOKENS = 40
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+jit_route = jax.jit(route, static_argnums=0)
+
+
+def draw_scores(model, seed=0):
+    """Scores as the gate makes them: sigmoid or softmax of logits of unit deviation."""
+    logits = np.random.default_rng(seed).normal(size=(NUM_TOKENS, model.num_experts)).astype(np.float32)
+    return np.asarray(jax.nn.sigmoid(logits) if model.gate == "sigmoid" else jax.nn.softmax(logits, axis=-1))
+
+
+def draw_bias(model, name):
+    return np.random.default_rng(7).uniform(*BIASES[name], model.num_experts).astype(np.float32)
+
+
+def reference(model, scores_E, bias_E):
+    """One token by loops: kept groups, experts best first (ties to the lowest index), gates in double precision."""
+    biased = scores_E + bias_E  # FP32, as the router
+    size = model.num_experts // model.num_groups
+
+    def group_score(group):
+        best = sorted(biased[group * size : (group + 1) * size], reverse=True)
+        return best[0] + best[1] if model.group_score == "top2" else best[0]
+
+    groups = sorted(range(model.num_groups), key=lambda group: (-group_score(group), group))[: model.num_kept_groups]
+    candidates = [expert for expert in range(model.num_experts) if expert // size in groups]
+    experts = sorted(candidates, key=lambda expert: (-biased[expert], expert))[: model.experts_per_token]
+    gates = np.float64(scores_E)[experts]
+    if model.normalize_gates:
+        gates = gates / gates.sum()
+    return groups, experts, gates * model.routed_scale
+
+
+@pytest.mark.parametrize("bias_name", BIASES)
+@pytest.mark.parametrize("name", MODELS)
+def test_router_equals_loops(name, bias_name):
+    """Indices exactly. A bias of any sign moves the choice and never a gate."""
+    model = MODELS[name]
+    scores_TE, bias_E = draw_scores(model), draw_bias(model, bias_name)
+    experts_TK, gates_TK = jit_route(model, scores_TE, bias_E)
+    want = [reference(model, scores_E, bias_E) for scores_E in scores_TE]
+    np.testing.assert_array_equal(experts_TK, [experts for _, experts, _ in want])
+    np.testing.assert_allclose(gates_TK, [gates for _, _, gates in want], rtol=1e-6)
+    assert experts_TK.dtype == jnp.int32 and gates_TK.dtype == jnp.float32
+
+
+def test_negative_biases_stay_inside_kept_groups():
+    """With a mask of 0 instead of -inf the 128 experts of the dropped groups, at 0, would beat every negative biased score."""
+    scores_TE, bias_E = draw_scores(V3), draw_bias(V3, "negative")
+    assert (scores_TE + bias_E < 0).all()
+    experts_TK, gates_TK = jit_route(V3, scores_TE, bias_E)
+    size = V3.num_experts // V3.num_groups
+    for experts, scores_E in zip(np.asarray(experts_TK), scores_TE, strict=True):
+        groups, _, _ = reference(V3, scores_E, bias_E)
+        assert set(experts // size) <= set(groups)
+    np.testing.assert_allclose(gates_TK.sum(-1), 2.5, rtol=1e-6)
+
+
+def test_gates_do_not_depend_on_the_bias_that_chose_them():
+    """Different biases that choose the same set, in different orders, give each expert the same gate, to the bit of the sum's order."""
+    scores_TE = draw_scores(TINY)
+    chosen = np.array([1, 3, 8, 11])  # two groups of four
+    gates = []
+    for strength in ([10, 20, 30, 40], [40, 10, 30, 20], [10, 10, 10, 10]):
+        bias_E = np.zeros(TINY.num_experts, np.float32)
+        bias_E[chosen] = strength
+        experts_TK, gates_TK = jit_route(TINY, scores_TE, bias_E)
+        np.testing.assert_array_equal(np.sort(experts_TK, axis=-1), np.tile(chosen, (NUM_TOKENS, 1)))
+        gates.append(np.take_along_axis(np.asarray(gates_TK), np.argsort(experts_TK, axis=-1), -1))
+    np.testing.assert_allclose(gates[1], gates[0], rtol=3e-7)
+    np.testing.assert_allclose(gates[2], gates[0], rtol=3e-7)
+
+
+def test_bias_chooses_experts_that_scores_would_not():
+    """A router that sorts values a second time sends everything to experts 0..7, which no zero bias shows."""
+    scores_TE = draw_scores(V3)
+    bias_E = np.zeros(V3.num_experts, np.float32)
+    wanted = np.arange(100, 108)
+    bias_E[wanted] = 5.0
+    experts_TK, _ = jit_route(V3, scores_TE, bias_E)
+    np.testing.assert_array_equal(np.sort(experts_TK, axis=-1), np.tile(wanted, (NUM_TOKENS, 1)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ties_go_to_the_lowest_index(name):
+    model = MODELS[name]
+    scores_TE = np.full((3, model.num_experts), 0.5, np.float32)
+    experts_TK, _ = jit_route(model, scores_TE, np.zeros(model.num_experts, np.float32))
+    np.testing.assert_array_equal(experts_TK, np.tile(np.arange(model.experts_per_token), (3, 1)))
+
+
+@pytest.mark.parametrize("name", ["V3", "V2"])
+def test_gradient_flows_through_chosen_scores_only(name):
+    model = MODELS[name]
+    scores_TE, bias_E = draw_scores(model), draw_bias(model, "both signs")
+    weight_TK = np.random.default_rng(1).normal(size=(NUM_TOKENS, model.experts_per_token)).astype(np.float32)
+
+    def loss(scores_TE, bias_E):
+        experts_TK, gates_TK = route(model, scores_TE, bias_E)
+        return (gates_TK * weight_TK).sum(), experts_TK
+
+    (dscores_TE, dbias_E), experts_TK = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(scores_TE, bias_E)
+    chosen_TE = (np.asarray(experts_TK)[..., None] == np.arange(model.num_experts)).any(1)
+    assert (np.asarray(dscores_TE)[~chosen_TE] == 0).all()
+    assert (np.asarray(dscores_TE)[chosen_TE] != 0).all()
+    assert (np.asarray(dbias_E) == 0).all()
+    if model.normalize_gates:  # gates do not change when a token's scores are all multiplied: the gradient is orthogonal to them
+        np.testing.assert_allclose((dscores_TE * scores_TE).sum(-1), 0.0, atol=1e-5)
+    else:
+        np.testing.assert_allclose(np.asarray(dscores_TE)[chosen_TE].sum(), model.routed_scale * weight_TK.sum(), rtol=1e-4)
+
+
+@functools.cache
+def moe_layer(precision):
+    tree = tiny.get_config()
+    tree.execution.update({"precision": precision, "exchange": "local", "expert_block": 8})
+    layer = MoE(from_config_dict(tree), nnx.Rngs(params=0))
+    for weight in (layer.gate_up_ED2F, layer.down_EFD):  # the router keeps FP32, as `gather` leaves it
+        weight.set_value(weight[...].astype(DTYPES[precision]))
+    return layer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bias_step_of_a_thousandth_survives(precision):
+    """0.6 + 0.001 == 0.6 in BF16: balancing would never move."""
+    assert jnp.bfloat16(0.6) + jnp.bfloat16(0.001) == jnp.bfloat16(0.6)
+    layer, model = moe_layer(precision), TINY
+    layer.router_DE[...] = jnp.full((model.width, model.num_experts), np.log(0.6 / 0.4) / model.width)  # score 0.6, for an input of ones
+    x_BSD = jnp.ones((1, 8, model.width), DTYPES[precision])
+    bias_E = jnp.zeros(model.num_experts).at[13].set(0.001)
+    counts = []
+    for bias in (jnp.zeros(model.num_experts), bias_E):
+        layer.bias_E[...] = bias
+        _, stats = layer(x_BSD, jnp.ones((1, 8), bool))
+        counts.append(np.asarray(stats.counts_E))
+        np.testing.assert_array_equal(counts[-1] > 0, np.isin(np.arange(16), layer.routed_experts(x_BSD)))
+    np.testing.assert_array_equal(counts[0], [8] * 4 + [0] * 12)
+    np.testing.assert_array_equal(np.flatnonzero(counts[1]), [0, 1, 2, 13])
+
+
+def test_logits_are_fp32_for_bf16_inputs():
+    """Two experts whose weights differ by 2^-12 of themselves: BF16 sees a tie, and would take the lower index."""
+    layer, model = moe_layer("bf16"), TINY
+    column = np.full((model.width, 1), 2.0 / model.width, np.float32)
+    layer.router_DE[...] = jnp.asarray(np.tile(column, (1, model.num_experts))).at[:, 9].multiply(1 + 2.0**-12)
+    layer.bias_E[...] = jnp.zeros(model.num_experts)
+    experts_BSK = layer.routed_experts(jnp.ones((1, 1, model.width), jnp.bfloat16))
+    assert int(experts_BSK[0, 0, 0]) == 9
