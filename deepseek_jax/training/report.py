@@ -184,7 +184,9 @@ def _draw_load(panel, tokens, training) -> None:
 def _draw_bias(panel, tokens, training) -> None:
     lowest, highest = _column(training, "router/bias_min"), _column(training, "router/bias_max")
     for layer in range(lowest.shape[1]):
-        panel.fill_between(tokens, lowest[:, layer], highest[:, layer], alpha=0.3, label=f"layer {layer}")
+        (upper,) = panel.plot(tokens, highest[:, layer], linewidth=1, label=f"layer {layer}")
+        panel.plot(tokens, lowest[:, layer], linewidth=1, color=upper.get_color())
+        panel.fill_between(tokens, lowest[:, layer], highest[:, layer], alpha=0.06, color=upper.get_color())
     panel.axhline(0.0, color="black", linewidth=0.8)
     panel.set(title="Range of the router biases", ylabel="bias")
     if lowest.shape[1] <= 8:
