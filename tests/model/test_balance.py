@@ -1,0 +1,197 @@
+"""Goldens 6 and 7: the bias update is an exact integer comparison that balances, and the balance losses are 1 at balance."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model.balance import max_violation, router_stats, update_bias
+from deepseek_jax.model.moe import route
+from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from tests import small
+
+GAMMA = np.float32(1e-3)
+MODEL = small.config().model  # 16 experts in 4 groups, 2 kept, 4 per token
+E, K = MODEL.num_experts, MODEL.experts_per_token
+
+jit_update = jax.jit(update_bias)
+
+
+def exact_signs(counts):
+    """sign(mean - n) in Python's integers."""
+    total, num = sum(map(int, counts)), len(counts)
+    return [(total > num * int(n)) - (total < num * int(n)) for n in counts]
+
+
+COUNTS = {
+    "BF16 sees one number": [40_840, 41_000, 40_900, 41_001],
+    "BF16 sees a spread of 256": [40_840, 40_840, 40_840, 41_216],
+    "FP32 sees no surplus": [125_000_000, 125_000_000, 125_000_000, 125_000_001],
+    "FP32 sees no deficit": [125_000_000, 125_000_000, 125_000_000, 124_999_999],
+    "a whole V3 batch, one expert has it all": [15_360 * 4096 * 8] + [0] * 255,
+    "a whole V3 batch, skewed by one": [15_360 * 4096 * 8 // 256] * 254 + [1_966_079, 1_966_081],
+    "all int32 can hold": [2**31 - 1, 0],
+    "idle layer": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_update_takes_the_exact_sign(counts):
+    bias = jit_update(jnp.zeros((1, len(counts))), jnp.asarray([counts], jnp.int32), GAMMA)
+    np.testing.assert_array_equal(bias[0], GAMMA * np.float32(exact_signs(counts)))
+
+
+def test_update_of_random_counts_layer_by_layer():
+    counts_LE = np.random.default_rng(0).multinomial(2_000, np.full(16, 1 / 16), size=200).astype(np.int32)
+    counts_LE[::2] += np.random.default_rng(1).integers(0, 2, counts_LE[::2].shape).astype(np.int32) * 1_000_000
+    before = np.random.default_rng(2).normal(size=counts_LE.shape).astype(np.float32)
+    after = jit_update(before, counts_LE, GAMMA)
+    signs = np.float32([exact_signs(counts) for counts in counts_LE])
+    np.testing.assert_array_equal(after, before + GAMMA * signs)
+    assert set(signs.ravel()) == {-1, 0, 1}
+    change = np.abs(np.float64(after) - before).sum(-1)
+    assert (change <= GAMMA * 16 * (1 + 1e-3)).all()  # the rest is rounding of biases near 1
+
+
+def test_nothing_moves_at_exact_balance_nor_at_rate_zero():
+    bias = np.random.default_rng(0).normal(size=(2, 256)).astype(np.float32)
+    np.testing.assert_array_equal(jit_update(bias, np.full((2, 256), 1_966_080, np.int32), GAMMA), bias)
+    np.testing.assert_array_equal(jit_update(bias, np.arange(512, dtype=np.int32).reshape(2, 256), np.float32(0.0)), bias)
+
+
+def test_max_violation():
+    counts_LE = jnp.asarray([[5, 5, 5, 5], [20, 0, 0, 0], [6, 5, 5, 4], [0, 0, 0, 0]], jnp.int32)
+    np.testing.assert_allclose(max_violation(counts_LE), [0.0, 3.0, 0.2, 0.0], rtol=1e-6)
+
+
+def test_updates_balance_a_skewed_router():
+    """Scores that prefer low indices, the same tokens every step: MaxVio falls by more than ten times and stays down."""
+    skew_E = np.linspace(1.0, -1.0, E)
+    logits_TE = (np.random.default_rng(0).normal(size=(2048, E)) + skew_E).astype(np.float32)
+    scores_TE = jax.nn.sigmoid(logits_TE)
+
+    def step(bias_E, _):
+        experts_TK, _ = route(MODEL, scores_TE, bias_E)
+        counts_E = (experts_TK[..., None] == jnp.arange(E)).sum((0, 1), dtype=jnp.int32)
+        return update_bias(bias_E[None], counts_E[None], GAMMA)[0], max_violation(counts_E[None])[0]
+
+    _, violation = jax.jit(lambda bias_E: jax.lax.scan(step, bias_E, length=800))(jnp.zeros(E))
+    eighths = np.asarray(violation).reshape(8, 100).mean(1)
+    assert eighths[0] > 0.5
+    assert (np.diff(eighths[:4]) < 0).all()
+    assert eighths[4:].max() < 0.1 * eighths[0]
+
+
+def loss_config(frequency="unbiased", sequence=0.0, batch=0.0, sizes=(1, 1, 1)):
+    config = small.config(sizes)
+    loss = dataclasses.replace(config.loss, balance_frequency=frequency, sequence_balance_weight=sequence, batch_balance_weight=batch)
+    return dataclasses.replace(config, loss=loss)
+
+
+def draw(rows=4, length=24, seed=0):
+    """Scores, and a selection under a strong bias, so that the two definitions of f differ."""
+    rng = np.random.default_rng(seed)
+    scores_BSE = rng.uniform(0.05, 0.95, (rows, length, E)).astype(np.float32)
+    experts_BSK, _ = route(MODEL, scores_BSE, rng.uniform(-1.0, 1.0, E).astype(np.float32))
+    valid_BS = np.ones((rows, length), bool)
+    valid_BS[1, 10:] = False
+    valid_BS[3] = False
+    return scores_BSE, np.asarray(experts_BSK), valid_BS
+
+
+def balance(scores_TE, chosen_TK):
+    """sum of f_i P_i over the given tokens, in double precision."""
+    scores_TE = np.float64(scores_TE)
+    f_E = np.bincount(np.ravel(chosen_TK), minlength=E) * E / (K * len(scores_TE))
+    return (f_E * (scores_TE / scores_TE.sum(-1, keepdims=True)).mean(0)).sum()
+
+
+def chosen_by(frequency, scores_BSE, experts_BSK):
+    return experts_BSK if frequency == "selected" else np.argsort(-scores_BSE, axis=-1, kind="stable")[..., :K]
+
+
+def test_sequence_loss_is_alpha_at_uniform_scores():
+    """Equal scores, whatever the routing: sum of f_i is E and each P_i is 1 / E."""
+    _, experts_BSK, valid_BS = draw()
+    for frequency in ("unbiased", "selected"):
+        stats = router_stats(loss_config(frequency, sequence=1e-4), jnp.full((*valid_BS.shape, E), 0.7), experts_BSK, valid_BS)
+        assert float(stats.sequence_balance) / valid_BS.any(-1).sum() == pytest.approx(1.0, rel=2e-7)
+
+
+def test_sequence_loss_is_alpha_at_uniform_routing():
+    """Each expert chosen equally often, whatever the scores: each f_i is 1 and the P_i add up to 1."""
+    scores_BSE, _, _ = draw()
+    experts_BSK = np.arange(24 * K).reshape(1, 24, K) % E + np.zeros((4, 1, 1), int)
+    stats = router_stats(loss_config("selected", sequence=1e-4), scores_BSE, experts_BSK, np.ones((4, 24), bool))
+    assert float(stats.sequence_balance) / 4 == pytest.approx(1.0, rel=3e-7)
+
+
+def test_sequence_loss_of_a_collapsed_router_is_e_over_k():
+    scores_BSE = np.where(np.arange(E) < K, 0.5, 0.0) * np.ones((2, 5, 1))
+    experts_BSK = np.broadcast_to(np.arange(K), (2, 5, K))
+    stats = router_stats(loss_config(sequence=1.0), scores_BSE.astype(np.float32), experts_BSK, np.ones((2, 5), bool))
+    assert float(stats.sequence_balance) / 2 == pytest.approx(E / K, rel=1e-6)
+
+
+@pytest.mark.parametrize("frequency", ["unbiased", "selected"])
+def test_statistics_equal_loops_and_exclude_padding(frequency):
+    scores_BSE, experts_BSK, valid_BS = draw()
+    poisoned = np.where(valid_BS[..., None], scores_BSE, np.nan)  # padding may hold anything
+    stats = jax.jit(functools.partial(router_stats, loss_config(frequency, sequence=1e-4)))(poisoned, experts_BSK, valid_BS)
+    np.testing.assert_array_equal(stats.counts_E, np.bincount(experts_BSK[valid_BS].ravel(), minlength=E))
+    assert stats.counts_E.dtype == jnp.int32 and int(stats.counts_E.sum()) == K * valid_BS.sum()
+    chosen_BSK = chosen_by(frequency, scores_BSE, experts_BSK)
+    rows = [row for row in range(4) if valid_BS[row].any()]
+    losses = [balance(scores_BSE[row][valid_BS[row]], chosen_BSK[row][valid_BS[row]]) for row in rows]
+    np.testing.assert_allclose(stats.sequence_balance, sum(losses), rtol=1e-6)
+    loads = [np.bincount(experts_BSK[row][valid_BS[row]].ravel(), minlength=E) for row in rows]
+    np.testing.assert_allclose(stats.violation, sum(load.max() / load.mean() - 1 for load in loads), rtol=1e-6)
+
+
+def test_the_two_frequencies_differ():
+    """Otherwise the test above could not tell them apart."""
+    scores_BSE, experts_BSK, valid_BS = draw()
+    unbiased, selected = (
+        float(router_stats(loss_config(frequency, sequence=1e-4), scores_BSE, experts_BSK, valid_BS).sequence_balance)
+        for frequency in ("unbiased", "selected")
+    )
+    assert abs(unbiased - selected) > 1e-3
+
+
+def test_frequencies_carry_no_gradient():
+    scores_BSE, experts_BSK, valid_BS = draw()
+    config = loss_config(sequence=1e-4)
+    got = jax.grad(lambda scores: router_stats(config, scores, experts_BSK, valid_BS).sequence_balance)(scores_BSE)
+
+    chosen_BSK = chosen_by("unbiased", scores_BSE, experts_BSK)
+    counts_BE = ((chosen_BSK[..., None] == np.arange(E)) & valid_BS[..., None, None]).sum((1, 2))
+    tokens_B = np.maximum(valid_BS.sum(1), 1)
+    factor_BE = counts_BE * E / (K * tokens_B[:, None] ** 2)  # f_i / T
+    share = jax.vjp(lambda scores: scores / scores.sum(-1, keepdims=True), jnp.asarray(scores_BSE))[1]
+    want = share(jnp.asarray(np.where(valid_BS[..., None], factor_BE[:, None], 0.0), jnp.float32))[0]
+    np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+    assert not np.asarray(got)[~valid_BS].any()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)], ids=small.group)
+@pytest.mark.parametrize("frequency", ["unbiased", "selected"])
+def test_batch_loss_uses_the_frequencies_of_all_devices(frequency, sizes):
+    """Sum over devices, divided by the tokens: the formula over the batch as if it were one sequence."""
+    config = loss_config(frequency, batch=1e-2, sizes=sizes)
+    scores_BSE, experts_BSK, valid_BS = draw()
+    mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
+
+    def local(*arrays):
+        return jax.lax.psum(router_stats(config, *arrays), ROWS)
+
+    specs = (P(ROWS, None, None), P(ROWS, None, None), P(ROWS, None))
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(a, spec) for a, spec in zip((scores_BSE, experts_BSK, valid_BS), specs, strict=True)]
+        stats = jax.jit(jax.shard_map(local, in_specs=specs, out_specs=P()))(*arrays)
+    want = balance(scores_BSE[valid_BS], chosen_by(frequency, scores_BSE, experts_BSK)[valid_BS])
+    np.testing.assert_allclose(stats.batch_balance / valid_BS.sum(), want, rtol=1e-6)
+    np.testing.assert_array_equal(stats.counts_E, np.bincount(experts_BSK[valid_BS].ravel(), minlength=E))
+    assert float(stats.sequence_balance) == 0.0  # its weight is 0: not computed
