@@ -148,7 +148,9 @@ def _backward(sizes, residuals, g_TD):
         dhidden = dhidden.astype(dtype)
         dx = jnp.einsum("wbgf,wdgf->wbd", dhidden, gate_up_ED2F[expert])
         ddown = ddown.at[expert].add(jnp.einsum("wbf,wbd->wfd", (act * gate).astype(dtype), dy, preferred_element_type=jnp.float32))
-        dgate_up = dgate_up.at[expert].add(jnp.einsum("wbd,wbgf->wdgf", x, dhidden, preferred_element_type=jnp.float32))
+        # One dim for gate and up: XLA:CPU has no batched BF16 product with two free dims and an FP32 result.
+        outer = jnp.einsum("wbd,wbf->wdf", x, dhidden.reshape(*x.shape[:2], -1), preferred_element_type=jnp.float32)
+        dgate_up = dgate_up.at[expert].add(outer.reshape(-1, *dgate_up.shape[1:]))
         return _put(dx_ZD, dx, i), _put(dgate_Z, (dact * act).sum(-1), i), dgate_up, ddown
 
     with jax.named_scope("experts"):
