@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
 from jax.ad_checkpoint import checkpoint_name
@@ -44,7 +43,7 @@ def attend(config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Arr
             raise ValueError("execution.attention = 'cudnn' needs precision 'bf16' and data.mask_documents = False; use 'auto' or 'xla'")
         return _opaque(functools.partial(_cudnn, scale), q_BSNQ, k_BSNQ, v_BSNH)
     if implementation == "splash":
-        return _opaque(functools.partial(_splash, scale), q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS)
+        return _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS)
     raise ValueError(f"execution.attention = {implementation!r} is not resolved; call deepseek_jax.config.resolve first")
 
 
@@ -127,36 +126,40 @@ def _over_chunks(block, carry, arrays, chunk):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """Run a kernel that declares no varying axes inside a shard_map that checks them."""
+    """Run a kernel that declares no varying axes inside a shard_map that checks them. Its float arguments come first and have gradients."""
     with jax_config._check_vma(False):
         out = kernel(*_invariant(args))
     return vary(out, args[0])
 
 
 def _opaque_forward(kernel, *args):
-    floats, rest = _split_floats(_invariant(args))
+    inner = _invariant(args)
     with jax_config._check_vma(False):
-        out, pull = jax.vjp(lambda *f: kernel(*f, *rest), *floats)
-        leaves, tree = jax.tree.flatten(pull)
-    # Worth keeping: the output and the softmax statistics. Queries and keys are wider and are remade from the latents.
-    keep = [leaf.ndim < out.ndim or leaf.shape == out.shape for leaf in leaves]
-    leaves = [
-        checkpoint_name(vary(leaf, args[0]), "attention_out" if kept else "attention_input")
-        for leaf, kept in zip(leaves, keep, strict=True)
-    ]
-    return checkpoint_name(vary(out, args[0]), "attention_out"), (jax.tree.unflatten(tree, leaves), len(rest))
+        out, pull = jax.vjp(functools.partial(_call_with_rest, kernel, inner), *_floats(inner))
+    named_out = checkpoint_name(vary(out, args[0]), "attention_out")
+
+    def residual(leaf):
+        """Arguments as they came, for the policy to judge; what the kernel made (output, softmax statistics) is worth keeping."""
+        for known, outer in zip((*inner, out), (*args, named_out), strict=True):
+            if leaf is known:
+                return outer
+        return checkpoint_name(vary(leaf, args[0]), "attention_out")
+
+    return named_out, (jax.tree.map(residual, pull), len(args))
 
 
 def _opaque_backward(kernel, residuals, g):
-    pull, num_rest = residuals
+    pull, num_args = residuals
     with jax_config._check_vma(False):
         grads = _invariant(pull)(_invariant(g))
-    return *(vary(grad, g) for grad in grads), *(None,) * num_rest
+    return *(vary(grad, g) for grad in grads), *(None,) * (num_args - len(grads))
 
 
 _opaque.defvjp(_opaque_forward, _opaque_backward)
 
-
+# `vary` backwards: the same array, declared to be equal on all devices. Without it the kernel's equations mix types and fail where
+# JAX traces them again. It has no public name because the claim is false: what is computed from it must be declared to vary again,
+# as above.
 _invariant_p = Primitive("invariant")
 _invariant_p.def_impl(lambda x: x)
 _invariant_p.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
@@ -164,13 +167,15 @@ mlir.register_lowering(_invariant_p, lambda ctx, x: [x])
 
 
 def _invariant(tree):
-    """The same arrays, declared not to vary: the inverse of `vary`, for which JAX has no public name."""
     return jax.tree.map(_invariant_p.bind, tree)
 
 
-def _split_floats(args):
-    floats = tuple(arg for arg in args if jnp.issubdtype(arg.dtype, jnp.floating))
-    return floats, args[len(floats) :]
+def _floats(args):
+    return tuple(arg for arg in args if jnp.issubdtype(arg.dtype, jnp.floating))
+
+
+def _call_with_rest(kernel, args, *floats):
+    return kernel(*floats, *args[len(floats) :])
 
 
 def _cudnn(scale, q_BSNQ, k_BSNQ, v_BSNH):
@@ -180,14 +185,20 @@ def _cudnn(scale, q_BSNQ, k_BSNQ, v_BSNH):
 
 
 def _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS):
+    # The kernel has no scale. Rounding it to BF16 would be one error for all scores, 0.2%: multiply in FP32.
+    q_BSNQ = (q_BSNQ.astype(jnp.float32) * scale).astype(q_BSNQ.dtype)
+    heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ, k_BSNQ, v_BSNH))
+    return _opaque(_splash_kernel, *heads_first, segment_ids_BS).swapaxes(1, 2)
+
+
+def _splash_kernel(q_BNSQ, k_BNSQ, v_BNSH, segment_ids_BS):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    length, num_heads = q_BSNQ.shape[1:3]
+    num_heads, length = q_BNSQ.shape[1:3]
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * num_heads)
     kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=_splash_blocks(length))
     segments = splash_attention_kernel.SegmentIds(q=segment_ids_BS, kv=segment_ids_BS)
-    heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ * np.float32(scale).astype(q_BSNQ.dtype), k_BSNQ, v_BSNH))
-    return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
+    return jax.vmap(kernel)(q_BNSQ, k_BNSQ, v_BNSH, segments)
 
 
 def _splash_blocks(length: int):

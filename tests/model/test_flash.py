@@ -1,0 +1,83 @@
+"""Attention implementations agree, inside the checked shard_map in which the step calls them, under its recomputation policy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from deepseek_jax.config import Mesh
+from deepseek_jax.model import flash
+from deepseek_jax.model.transformer import SAVED_NAMES
+from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+
+B, S, N, Q, H = 8, 256, 2, 48, 32
+SCALE = 0.13
+NUM_LAYERS = 2
+ROUNDING = 1e-6  # FP32, sums of at most 256 terms in another order
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.normal(size=(B, S, N, dim)).astype(np.float32) for dim in (Q, Q, H, H))
+    segments = np.ones((B, S), np.int32)
+    segments[:, 100:], segments[0, 200:] = 2, 0
+    return q, k, v, segments, g
+
+
+def splash(q, k, v, segments):
+    return flash._splash(SCALE, q, k, v, segments)
+
+
+def xla(q, k, v, segments):
+    return flash._xla(q, k, v, segments, SCALE, 64)
+
+
+def layers(core):
+    """A scan of two layers that recompute all but what the model saves: output and gradients by q, k, v, each device its own rows."""
+
+    def local(q, k, v, segments, g):
+        def forward(q, k, v):
+            def body(x, _):
+                return x + core(q * 1.0, k, x, segments), None
+
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            return jax.lax.scan(jax.checkpoint(body, policy=policy, prevent_cse=False), v, jnp.zeros(NUM_LAYERS))[0]
+
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, *pull(g)
+
+    return jax.jit(jax.shard_map(local, in_specs=(P(ROWS),) * 5, out_specs=(P(ROWS),) * 4))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel, interpreted."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
+
+
+@pytest.fixture
+def arrays():
+    mesh = make_mesh(Mesh(pipe=1, data=2, node=1, expert=4, tensor=1))
+    with jax.set_mesh(mesh):
+        yield [jax.device_put(a, P(ROWS)) for a in inputs()]
+
+
+def test_splash_equals_xla_in_value_and_gradients(interpreted, arrays):
+    for name, got, want in zip(("out", "q", "k", "v"), layers(splash)(*arrays), layers(xla)(*arrays), strict=True):
+        assert np.linalg.norm(got - want) <= ROUNDING * np.linalg.norm(want), name
+
+
+def test_splash_runs_once_forward_and_brings_no_collective(interpreted, arrays):
+    """Three kernels: forward, dq, dkv. A fourth would be the forward again, for an output or statistics that the policy did not save."""
+    text = str(layers(splash).trace(*arrays).jaxpr)
+    assert text.count("pallas_call[") == 3
+    assert "psum" not in text
+
+
+def test_splash_refuses_odd_lengths(arrays):
+    with pytest.raises(ValueError, match="sequence_length = 200.*multiple of 128"):
+        layers(splash).trace(*(a[:, :200] for a in arrays))

@@ -1,0 +1,66 @@
+"""The train step of `v3_5b` lowers for NVIDIA GPUs on a machine that has none, with cuDNN attention, forward and backward.
+
+It proves that the kernel behind `flash._opaque` traces inside the checked shard_map, differentiates under the recomputation
+policy with the types that its inputs have, and reaches the program as cuDNN's custom calls on 192/128 head dims. It cannot prove
+speed, or that cuDNN accepts them.
+"""
+
+import re
+
+import jax
+import pytest
+
+from configs import v3_5b
+from deepseek_jax.config import from_config_dict, resolve
+from deepseek_jax.parallel.mesh import make_mesh
+from tests import abstract
+
+
+@pytest.fixture
+def hopper_by_name(monkeypatch):
+    """Before it lowers, JAX asks the installed cuDNN for its version and the GPU for its generation: answered for the machine meant."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
+
+
+def lower(attention, precision="bf16"):
+    tree = v3_5b.get_config()
+    tree.mesh.update({"data": 2, "expert": 4})
+    tree.training.update({"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8})
+    tree.execution.update({"attention": attention, "precision": precision})
+    config = from_config_dict(tree)
+    mesh = make_mesh(config.mesh)
+    traced = abstract.trace(resolve(config, "gpu", expert_devices=4), mesh)
+    with jax.set_mesh(mesh):
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def collectives(text):
+    kinds = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+    return {kind: text.count(f"stablehlo.{kind}") for kind in kinds}
+
+
+def test_cudnn_attention_reaches_the_program_forward_and_backward(hopper_by_name):
+    text = lower("auto")
+    calls = re.findall(r"@(__cudnn\$\w+)\(.*?: \((tensor<.*?)\) -> (.*)", text)
+    names = [name for name, _, _ in calls]
+    # One per stack of layers (dense, MoE). A third forward call would be attention recomputed, which the saved output avoids.
+    assert sorted(names) == ["__cudnn$fmhaSoftmax"] * 2 + ["__cudnn$fmhaSoftmaxBackward"] * 2
+    for name, operands, results in calls:
+        assert operands.startswith("tensor<1x4096x16x192xbf16>, tensor<1x4096x16x192xbf16>, tensor<1x4096x16x128xbf16>"), (name, operands)
+        assert "tensor<1x16x4096x128xbf16>" in results if name == "__cudnn$fmhaSoftmax" else "tensor<1x16x4096x192xbf16>" in results, (
+            results
+        )
+
+
+def test_cudnn_attention_brings_no_collective_of_its_own(hopper_by_name):
+    """A kernel that is differentiated with wrong types has its gradients summed over devices once more: the counts would differ."""
+    assert collectives(lower("cudnn")) == collectives(lower("xla"))
+
+
+def test_fp32_refuses_cudnn():
+    with pytest.raises(ValueError, match="'cudnn' needs precision 'bf16'"):
+        lower("cudnn", precision="fp32")
