@@ -1,0 +1,183 @@
+"""The mesh refuses what does not fit; the layout covers every parameter; gathering a weight and reducing its gradient are transposes."""
+
+import functools
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import AXES, EXPERTS, LAYOUT, ROWS, P, check_fit, gather, make_mesh, partition_specs, reduce_gradients
+from tests import small
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
+
+
+def sizes(**axes):
+    return Mesh(**(dict.fromkeys(AXES, 1) | axes))
+
+
+@pytest.mark.parametrize(("axes", "shape"), [
+    ({"data": -1, "expert": 4}, (1, 2, 1, 4, 1)),
+    ({"data": 2, "node": 2, "expert": -1}, (1, 2, 2, 2, 1)),
+    ({"data": 8}, (1, 8, 1, 1, 1)),
+])  # fmt: skip
+def test_mesh_has_the_sizes_asked_for(axes, shape):
+    mesh = make_mesh(sizes(**axes))
+    assert mesh.axis_names == AXES
+    assert mesh.devices.shape == shape
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+
+
+@pytest.mark.parametrize(("axes", "message"), [
+    ({"data": 3}, "'data': 3.*does not fit 8 devices.*multiply to 8.*mesh.data=-1.*--cpu_devices"),
+    ({"data": -1, "expert": 3}, "does not fit 8 devices"),
+    ({"data": -1, "expert": 16}, "does not fit 8 devices"),
+    ({"data": -1, "node": -1}, "at most one is -1"),
+    ({"data": 0}, "sizes are positive"),
+    ({"data": -2, "expert": -4}, "sizes are positive"),
+    ({"pipe": 2, "data": 4}, "mesh.pipe = 2: this axis is reserved.*set it to 1"),
+    ({"tensor": -1}, "mesh.tensor = -1: this axis is reserved.*set it to 1"),
+])  # fmt: skip
+def test_mesh_that_does_not_fit_is_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(sizes(**axes))
+
+
+@pytest.mark.parametrize(("section", "name", "value", "parts"), [
+    ("model", "width", 60, 8),
+    ("model", "query_latent", 36, 8),
+    ("model", "kv_latent", 36, 8),
+    ("model", "num_experts", 12, 8),
+    ("training", "micro_batch_size", 4, 8),
+])  # fmt: skip
+def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts):
+    tree = small.config_dict()
+    tree.mesh.update({"data": 1, "expert": 8})
+    check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
+    tree[section][name] = value
+    config = from_config_dict(tree)
+    with pytest.raises(ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*change it or the mesh"):
+        check_fit(config, make_mesh(config.mesh))
+
+
+@functools.cache
+def parameters(name):
+    config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    return jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+
+
+def named_leaves(tree):
+    return [(path[-1].key, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layout_covers_every_parameter(name):
+    """Stacked leaves have one dim more than their layout, others as many; no axis splits two dims; matrices are split over all of ROWS."""
+    params, router_bias = parameters(name)
+    specs = jax.tree.leaves(partition_specs((params, router_bias)), is_leaf=lambda spec: isinstance(spec, P))
+    for (leaf_name, leaf), spec in zip(named_leaves((params, router_bias)), specs, strict=True):
+        assert leaf.ndim - len(LAYOUT[leaf_name]) in (0, 1), leaf_name
+        axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+        everywhere = leaf_name.endswith("norm_D") or leaf_name in ("q_norm_A", "kv_norm_C", "bias_E")
+        assert sorted(axes) == ([] if everywhere else sorted(ROWS)), leaf_name
+
+
+def test_layout_has_no_entry_without_a_parameter():
+    assert {name for config in CONFIGS for name, _ in named_leaves(parameters(config))} == set(LAYOUT)
+
+
+def test_unknown_parameter_is_named():
+    with pytest.raises(KeyError, match=r"no entry of LAYOUT in \['new_DF'\]"):
+        partition_specs({"new_DF": jnp.zeros((2, 2))})
+
+
+DEVICES, E = (2, 2, 2), 8
+# One leaf per kind of layout, shapes of the whole weight, two of them stacked.
+WHOLE = {
+    "embed_VD": (16, 24),
+    "head_DV": (24, 16),
+    "router_DE": (24, E),
+    "o_NHD": (3, 2, 4, 24),
+    "final_norm_D": (24,),
+    "norm_D": (3, 24),
+    "gate_up_ED2F": (E, 16, 2, 4),
+    "down_EFD": (3, E, 4, 16),
+}
+
+
+def expert_dim(name):
+    return WHOLE[name].index(E) if LAYOUT[name] and EXPERTS in LAYOUT[name] else None
+
+
+def local_shape(name):
+    """A gathered leaf on one device: whole, but only this device's experts."""
+    return tuple(size // 4 if dim == expert_dim(name) else size for dim, size in enumerate(WHOLE[name]))
+
+
+@functools.cache
+def gathered_and_reduced(dtype):
+    """On 2x2x2: each device's gathered weights, and its gradients by both ways, for cotangents that differ on every device."""
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WHOLE.items()}
+    # 256 on one device and 1 on seven: a sum in BF16 stays at 256.
+    cotangents = {name: np.ones((8, *local_shape(name)), np.float32) * rng.integers(1, 4, local_shape(name)) for name in WHOLE}
+    for c in cotangents.values():
+        c[0] *= 256
+
+    def local(params, cotangents):
+        whole, pull = jax.vjp(lambda tree: gather(tree, dtype), params)
+        mine = jax.tree.map(lambda c, w: c[0].astype(w.dtype), cotangents, whole)
+        return jax.tree.map(lambda w: w[None], whole), pull(mine)[0], reduce_gradients(mine)
+
+    with jax.set_mesh(make_mesh(sizes(data=2, node=2, expert=2))):
+        specs = partition_specs(params)
+        run = jax.jit(jax.shard_map(local, in_specs=(specs, P(ROWS)), out_specs=(P(ROWS), specs, specs)))
+        arrays = jax.tree.map(jax.device_put, params, specs), jax.tree.map(lambda c: jax.device_put(c, P(ROWS)), cotangents)
+        return params, cotangents, *jax.device_get(run(*arrays))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", WHOLE)
+def test_gather_makes_the_weight_whole_everywhere(name, dtype):
+    params, _, whole, *_ = gathered_and_reduced(dtype)
+    stays_fp32 = name in ("embed_VD", "router_DE") or name.endswith("norm_D")
+    want = params[name] if stays_fp32 else params[name].astype(dtype)
+    for device in range(8):
+        mine = want if expert_dim(name) is None else np.split(want, 4, expert_dim(name))[device % 4]
+        assert whole[name].dtype == want.dtype
+        np.testing.assert_array_equal(whole[name][device], mine)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", WHOLE)
+def test_gradients_are_summed_over_devices_in_fp32(name, dtype):
+    """By transposing `gather` and by `reduce_gradients`: small integers, so the sum in FP32 is exact, and in BF16 it would be wrong."""
+    _, cotangents, _, transposed, reduced = gathered_and_reduced(dtype)
+    c = cotangents[name]
+    if expert_dim(name) is None:
+        want = c.sum(0)
+    else:  # devices 0..3 and 4..7 are the two data groups, each with all experts
+        want = np.concatenate(list(c.reshape(2, 4, *c.shape[1:]).sum(0)), axis=expert_dim(name))
+    assert transposed[name].dtype == reduced[name].dtype == np.float32
+    np.testing.assert_array_equal(transposed[name], want)
+    np.testing.assert_array_equal(reduced[name], want)
+
+
+def test_layout_divides_the_671b_model_evenly():
+    """On 2 x 8 x 8 devices, every weight but the gains in 128 equal parts: at most 22 GB of FP32 weights a device."""
+    shape = dict(zip(ROWS, (2, 8, 8), strict=True))
+    params, _ = parameters("deepseek_v3")
+    total = 0
+    for (name, leaf), spec in zip(
+        named_leaves(params), jax.tree.leaves(partition_specs(params), is_leaf=lambda s: isinstance(s, P)), strict=True
+    ):
+        parts = [math.prod(shape[a] for a in ((e,) if isinstance(e, str) else e or ())) for e in spec]
+        assert all(size % part == 0 for size, part in zip(leaf.shape, parts, strict=True)), name
+        total += leaf.size // math.prod(parts)
+    assert 4 * total <= 22e9
