@@ -1,0 +1,210 @@
+"""Attention: the chunked core against a plain softmax, its memory, documents, and the absorbed form against the expanded one (golden 2)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.config import Config, resolve
+from deepseek_jax.model import flash
+from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.rope import rotary_table
+from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from tests import small
+
+B, S, N, Q, H = 2, 33, 3, 6, 5
+SCALE = 0.4
+# One block; three equal ones; five with a short one, unrolled; nine with a short one, scanned; eleven, scanned.
+CHUNKS = [64, 11, 7, 4, 3]
+assert -(-S // 7) <= flash.MOST_UNROLLED_CHUNKS < -(-S // 4)
+
+
+def with_execution(config: Config, **values) -> Config:
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, **values))
+
+
+@functools.cache
+def core(chunk):
+    """`attend` with gradients, jitted."""
+    config = with_execution(small.config(), attention="xla", attention_chunk=chunk)
+
+    def run(q, k, v, segments, g):
+        out, pull = jax.vjp(lambda *qkv: flash.attend(config, *qkv, segments, SCALE), q, k, v)
+        return out, pull(g)
+
+    return jax.jit(run)
+
+
+def plain(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS):
+    """The definition: one softmax over the positions a query may see."""
+    scores = jnp.einsum("bsnq,bmnq->bnsm", q_BSNQ, k_BSNQ) * SCALE
+    length = scores.shape[-1]
+    seen = jnp.tril(jnp.ones((length, length), bool)) & (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :])
+    return jnp.einsum("bnsm,bmnh->bsnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1), v_BSNH)
+
+
+@jax.jit
+def plain_with_gradients(q, k, v, segments, g):
+    out, pull = jax.vjp(lambda *qkv: plain(*qkv, segments), q, k, v)
+    return out, pull(g)
+
+
+def draw(length=S):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k = jax.random.normal(keys[0], (B, length, N, Q)), jax.random.normal(keys[1], (B, length, N, Q))
+    return 2.0 * q, 2.0 * k, jax.random.normal(keys[2], (B, length, N, H)), jax.random.normal(keys[3], (B, length, N, H))
+
+
+def draw_segments(case, length=S):
+    """Segment ids: one document, or a row of three that end within chunks and a row with padding."""
+    segments = np.ones((B, length), np.int32)
+    if case == "packed":
+        segments[0, 13:], segments[0, 14:] = 2, 3
+        segments[1, 20:] = 0
+    return segments
+
+
+@pytest.mark.parametrize("case", ["one document", "packed"])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_chunks_equal_the_plain_softmax_in_value_and_gradient(chunk, case):
+    q, k, v, g = draw()
+    got = core(chunk)(q, k, v, draw_segments(case), g)
+    want = plain_with_gradients(q, k, v, draw_segments(case), g)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())  # measured 7e-7: sums in another order
+
+
+@pytest.mark.parametrize("chunk", [64, 7, 4])
+def test_two_devices_equal_one(chunk):
+    """Inside a checked shard_map: loop carries vary as their updates do, and XLA compiles it (it once crashed on more than one device)."""
+    q, k, v, g = draw()
+    arrays = [np.asarray(a) for a in (q, k, v, draw_segments("packed"), g)]
+    specs = tuple(P(ROWS, *(None,) * (a.ndim - 1)) for a in arrays)
+    sharded = jax.shard_map(core(chunk).__wrapped__, in_specs=specs, out_specs=(specs[0], (specs[0],) * 3))
+    with jax.set_mesh(make_mesh(small.config((2, 1, 1)).mesh, jax.devices()[:2])):
+        got = jax.jit(sharded)(*(jax.device_put(a, spec) for a, spec in zip(arrays, specs, strict=True)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(core(chunk)(*arrays)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("chunk", [64, 7, 4])
+def test_documents_do_not_see_each_other(chunk):
+    """Queries and keys of 1e12 in one document reach neither values nor gradients of the others, to the bit, and overflow nowhere."""
+    q, k, v, g = draw()
+    segments = draw_segments("packed")
+    other = (segments == 2) | (segments == 0)
+    poison = jnp.where(other[..., None, None], 1e12, 1.0)
+    out, grads = core(chunk)(q * poison, k * poison, v, segments, g)
+    want_out, want_grads = core(chunk)(q, k, v, segments, g)
+    for a, b in zip((out, *grads), (want_out, *want_grads), strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[~other], np.asarray(b)[~other])
+    assert np.isfinite(out).all()
+
+
+def largest_intermediate(jaxpr):
+    """Elements of the largest array that any equation of a jaxpr makes, inner jaxprs included."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [var.aval.size for var in equation.outvars]
+        sizes += [largest_intermediate(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)]
+    return max(sizes)
+
+
+@pytest.mark.parametrize("chunk", [64, 32], ids=["unrolled", "scanned"])
+def test_no_array_of_s_times_s(chunk):
+    """Forward and backward: no intermediate reaches S x S per head, nothing of that size is kept, the program's memory stays below."""
+    length = 512
+    args = *draw(length)[:3], draw_segments("one document", length), draw(length)[3]
+    assert (length // chunk <= flash.MOST_UNROLLED_CHUNKS) == (chunk == 64)
+    square = B * N * length * length
+    assert largest_intermediate(jax.make_jaxpr(core(chunk))(*args).jaxpr) <= square * chunk // length
+    assert core(chunk).lower(*args).compile().memory_analysis().temp_size_in_bytes < 4 * square // 2
+    config = with_execution(small.config(), attention="xla", attention_chunk=chunk)
+    _, pull = jax.eval_shape(lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(config, *qkv, args[3], SCALE), q, k, v), *args[:3])
+    inputs_and_output = sum(a.size for a in args[:4]) + B * length * N * H
+    assert sum(leaf.size for leaf in jax.tree.leaves(pull)) <= inputs_and_output + B * length * N  # and one statistic per query
+
+
+def test_impossible_implementations_are_refused():
+    q, k, v, _ = draw()
+    for choice, message in {"cudnn": "needs precision 'bf16'", "auto": "'auto' is not resolved"}.items():
+        with pytest.raises(ValueError, match=message):
+            flash.attend(with_execution(small.config(), attention=choice), q, k, v, draw_segments("packed"), SCALE)
+
+
+VARIANTS = {
+    "V3": {},
+    "no query latent": {"query_latent": 0},
+    "YaRN": {"yarn": {"enabled": True, "factor": 4.0, "original_length": 16}, "rope_base": 100.0},
+}
+
+
+@functools.cache
+def layer(variant):
+    """One attention layer with weights large enough that its softmax is far from uniform, and its jitted expanded form."""
+    tree = small.config_dict()
+    for key, value in VARIANTS[variant].items():
+        tree.model[key].update(value) if key == "yarn" else tree.model.update({key: value})
+    tree.model.init_std = 0.2
+    tree.execution.attention_chunk = 16
+    config = resolve(small.from_config_dict(tree), "cpu", 1)
+    attention = Attention(config, nnx.Rngs(params=1))
+
+    def expanded(attention, x_BSD, positions_BS, segment_ids_BS):
+        return attention(x_BSD, rotary_table(config.model, positions_BS), segment_ids_BS)
+
+    def absorbed(attention, x_BSD, cache, positions_BS):
+        return attention.absorbed(x_BSD, rotary_table(config.model, positions_BS), cache, positions_BS)
+
+    return config.model, functools.partial(nnx.jit(expanded), attention), functools.partial(nnx.jit(absorbed), attention)
+
+
+def draw_stream(model, length=40):
+    return jax.random.normal(jax.random.key(2), (B, length, model.width)), np.tile(np.arange(length, dtype=np.int32), (B, 1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_absorbed_equals_expanded(variant):
+    """A prompt and single tokens over a cache of exactly C + R values per token, within 1e-5 relative."""
+    model, expanded, absorbed = layer(variant)
+    x_BSD, positions_BS = draw_stream(model)
+    want_BSD = expanded(x_BSD, positions_BS, np.ones_like(positions_BS))
+    slots = 48
+    cache = {"latent": jnp.full((B, slots, model.kv_latent), 7.0), "rotary": jnp.full((B, slots, model.rotary_dim), 7.0)}
+    assert sum(a.size for a in jax.tree.leaves(cache)) == B * slots * (model.kv_latent + model.rotary_dim)
+    parts = []
+    for new in (slice(0, 37), slice(37, 38), slice(38, 39), slice(39, 40)):
+        part, cache = absorbed(x_BSD[:, new], cache, positions_BS[:, new])
+        parts.append(part)
+    error = np.linalg.norm(jnp.concatenate(parts, axis=1) - want_BSD, axis=-1) / np.linalg.norm(want_BSD, axis=-1)
+    assert error.max() <= 1e-5
+    assert all((np.asarray(a)[:, 40:] == 7.0).all() and (np.asarray(a)[:, :40] != 7.0).all() for a in cache.values())
+
+
+def test_only_differences_of_positions_matter():
+    model, expanded, _ = layer("V3")
+    x_BSD, positions_BS = draw_stream(model)
+    ones = np.ones_like(positions_BS)
+    near, far = expanded(x_BSD, positions_BS, ones), expanded(x_BSD, positions_BS + 1000, ones)
+    np.testing.assert_allclose(far, near, rtol=0, atol=1e-4 * np.abs(near).max())  # FP32 angles near 1000 are 6e-5 apart
+    reversed_BSD = expanded(x_BSD, positions_BS[:, ::-1], ones)
+    assert np.abs(reversed_BSD - near).max() > 0.05 * np.abs(near).max()  # they do matter
+
+
+def test_packed_documents_equal_documents_alone():
+    """With its own segment id a document is computed as if it were alone, whether positions restart or run on."""
+    model, expanded, _ = layer("V3")
+    x_BSD, positions_BS = draw_stream(model)
+    segments = np.where(np.arange(40) < 23, 1, 2)[np.newaxis].repeat(B, 0)
+    packed_BSD = expanded(x_BSD, positions_BS, segments)
+    alone_BSD = jnp.zeros_like(x_BSD).at[:, :17].set(x_BSD[:, 23:])  # same shape, same program: the tail is padding
+    alone_BSD = expanded(alone_BSD, positions_BS, np.where(np.arange(40) < 17, 1, 0)[np.newaxis].repeat(B, 0))
+    np.testing.assert_allclose(packed_BSD[:, 23:], alone_BSD[:, :17], rtol=0, atol=1e-5 * np.abs(alone_BSD).max())
+    unmasked_BSD = expanded(x_BSD, positions_BS, np.ones_like(segments))
+    np.testing.assert_array_equal(unmasked_BSD[:, :23], packed_BSD[:, :23])
+    assert np.abs(unmasked_BSD[:, 23:] - packed_BSD[:, 23:]).max() > 0.05 * np.abs(packed_BSD).max()
