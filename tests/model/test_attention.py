@@ -130,6 +130,13 @@ def test_no_array_of_s_times_s(chunk):
     assert sum(leaf.size for leaf in jax.tree.leaves(pull)) <= inputs_and_output + B * length * N  # and one statistic per query
 
 
+def test_program_does_not_grow_with_the_number_of_chunks():
+    def lines(length):
+        return core(3).lower(*draw(length)[:3], draw_segments("one document", length), draw(length)[3]).as_text().count("\n")
+
+    assert lines(3 * 20) == lines(3 * 40)
+
+
 def test_impossible_implementations_are_refused():
     q, k, v, _ = draw()
     for choice, message in {"cudnn": "needs precision 'bf16'", "auto": "'auto' is not resolved"}.items():
