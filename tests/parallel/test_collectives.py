@@ -1,0 +1,225 @@
+"""The collectives of the train step: which, how many, of what type and where.
+
+They are counted in two programs, because each hides what the other shows. The traced program (jaxpr) has every collective that the
+code asks for, with its dtype, the loops around it and their trip counts. It is also what is looked at in BF16: XLA:CPU would turn
+BF16 collectives into FP32. The compiled program has what XLA's partitioner added on its own account outside the shard_map: a reshard
+of a weight or an all-reduce of its gradient would appear only there.
+"""
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, make_mesh
+from deepseek_jax.training.step import resolve_for
+from tests import abstract, small
+
+MESH = (2, 1, 4)
+MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}
+GATHER, SCATTER, EXCHANGE = "all_gather", "reduce_scatter", "all_to_all"
+SUMS = ("psum", "psum_invariant")
+
+
+class Collective(NamedTuple):
+    """One collective of the traced step."""
+
+    kind: str
+    dtype: jnp.dtype
+    shape: tuple[int, ...]  # of its operand, on one device
+    loops: tuple[str, ...]  # "scan" and "while" around it
+    times: int  # product of the scans' lengths; a while counts once
+
+
+def collectives_of(jaxpr, loops=(), times=1) -> list[Collective]:
+    found = []
+    for eqn in jaxpr.eqns:
+        kind = eqn.primitive.name
+        if kind in (GATHER, SCATTER, EXCHANGE, *SUMS):
+            found += [Collective(kind, var.aval.dtype, var.aval.shape, loops, times) for var in eqn.invars]
+        inner_loops = (*loops, kind) if kind in ("scan", "while") else loops
+        inner_times = times * eqn.params["length"] if kind == "scan" else times
+        for inner in jaxprs_in_params(eqn.params):
+            found += collectives_of(inner, inner_loops, inner_times)
+    return found
+
+
+class Traced(NamedTuple):
+    config: Config
+    params: dict
+    collectives: list[Collective]
+
+    def of(self, *kinds):
+        return [c for c in self.collectives if c.kind in kinds]
+
+
+def traced(sizes=MESH, *, gather="layer", precision="fp32", remat="none") -> Traced:
+    """The small model's step, traced without an array."""
+    return _traced(sizes, gather, precision, remat)
+
+
+@functools.cache
+def _traced(sizes, gather, precision, remat):
+    tree = small.config_dict()
+    tree.mesh.update(dict(zip(("data", "node", "expert"), sizes, strict=True)))
+    tree.execution.update({"gather": gather, "precision": precision, "remat": remat})
+    config = from_config_dict(tree)
+    mesh = make_mesh(config.mesh)
+    jaxpr = abstract.trace(resolve_for(config, mesh), mesh).jaxpr
+    return Traced(config, abstract.inputs(config, mesh)[0]["params"], collectives_of(jaxpr.jaxpr))
+
+
+def split_leaves(tree, sizes) -> list[str]:
+    """Names of the leaves that a gather makes whole: split over something besides their experts, by more than one device."""
+    gathered = {"data": sizes[0], ("data", "node", "expert"): math.prod(sizes)}
+    return [name for name, _ in named_leaves(tree) if any(gathered.get(axes, 1) > 1 for axes in LAYOUT[name])]
+
+
+def named_leaves(tree):
+    return [(path[-1].key, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def num_micro_batches(config):
+    return config.training.batch_size[-1][2] // config.training.micro_batch_size
+
+
+def num_routers(config):
+    return config.model.num_moe_layers + config.model.num_mtp_layers
+
+
+def times_by_loops(collectives):
+    return sum(c.times for c in collectives if "while" not in c.loops)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_layerwise_gathers_and_reductions_are_as_many_as_weights_used(sizes, remat):
+    """Per micro-batch: each weight of each layer once forward, once more where the backward pass recomputes, and one reduction."""
+    step = traced(sizes, gather="layer", remat=remat)
+    stacks = {name: step.params[name] for name in ("dense_layers", "moe_layers", "mtp_layers")}
+    in_layers = sum(len(split_leaves(stack, sizes)) * len(jax.tree.leaves(stack)[0]) for stack in stacks.values())
+    top = len(split_leaves({name: step.params[name] for name in ("embed_VD", "head_DV", "final_norm_D")}, sizes))
+    assert top == 2
+    visits = 1 if remat == "none" else 2
+    assert times_by_loops(step.of(GATHER)) == num_micro_batches(step.config) * (top + visits * in_layers)
+    assert times_by_loops(step.of(SCATTER)) == num_micro_batches(step.config) * (top + in_layers)
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stepwise_gathers_and_reductions_happen_once(sizes, precision):
+    """With gather = "step": one gather and one reduction per stack of weights, outside the loop over micro-batches."""
+    step = traced(sizes, gather="step", precision=precision)
+    weights = split_leaves(step.params, sizes)
+    for kind in (GATHER, SCATTER):
+        assert len(step.of(kind)) == len(weights)
+        assert {c.loops for c in step.of(kind)} == {()}
+    gains = [leaf.shape for name, leaf in named_leaves(step.params) if not any(LAYOUT[name])]
+    summed = collections.Counter(c.shape for c in step.of(*SUMS) if c.dtype == jnp.float32)
+    assert summed >= collections.Counter(gains)  # each gain's gradient, whole stacks; the rest are losses
+    assert {c.loops for c in step.of(*SUMS)} == {()}
+
+
+@pytest.mark.parametrize("gather", ["layer", "step"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_reduced_in_fp32(gather, precision):
+    step = traced(gather=gather, precision=precision)
+    assert {c.dtype for c in step.of(SCATTER)} == {jnp.dtype(jnp.float32)}
+    assert {c.dtype for c in step.of(*SUMS)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}  # int32: counts
+
+
+@pytest.mark.parametrize("gather", ["layer", "step"])
+def test_weights_travel_in_bf16(gather):
+    """All but the embedding and the routers."""
+    step = traced(gather=gather, precision="bf16")
+    dtypes = collections.Counter({jnp.dtype(jnp.bfloat16): 0, jnp.dtype(jnp.float32): 0})
+    for c in step.of(GATHER):
+        dtypes[c.dtype] += c.times
+    stacks = 2  # of routers: MoE layers and MTP layers
+    in_fp32 = 1 + stacks if gather == "step" else num_micro_batches(step.config) * (1 + num_routers(step.config))
+    assert dtypes[jnp.dtype(jnp.float32)] == in_fp32
+    assert dtypes[jnp.dtype(jnp.bfloat16)] > 3 * in_fp32
+
+
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_balanced_exchange_costs_seven_all_to_alls(remat):
+    """Rows, gates and ids out, results home; in the backward pass the gradients of results, rows and gates.
+
+    Recomputing sends rows, gates and ids again (MTP, outside any scan, asks for the results too and leaves it to XLA to see that nobody
+    reads them). All else sits in loops that run no round when the first carries everything.
+    """
+    step = traced(remat=remat, precision="bf16")
+    routers, mtp = num_routers(step.config), step.config.model.num_mtp_layers
+    per_micro_batch = 7 * routers if remat == "none" else 10 * routers + mtp
+    assert times_by_loops(step.of(EXCHANGE)) == num_micro_batches(step.config) * per_micro_batch
+    by_dtype = collections.Counter(c.dtype for c in step.of(EXCHANGE) if "while" not in c.loops)
+    assert set(by_dtype) == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    assert {c.shape[-1] for c in step.of(EXCHANGE) if c.dtype == jnp.float32} == {1}  # only gates travel in FP32
+
+
+def test_no_sum_has_the_size_of_a_weight():
+    """What is summed whole over devices is no larger than the largest leaf that lies everywhere."""
+    for gather in ("layer", "step"):
+        step = traced(gather=gather)
+        assert max(math.prod(c.shape) for c in step.of(*SUMS)) <= largest_everywhere(step)
+
+
+def largest_everywhere(step):
+    """Elements of the largest gain (stacked) or of the counts: less than any weight of one layer, whole or of this device's experts."""
+    leaves = named_leaves(step.params)
+    largest = max(leaf.size for name, leaf in leaves if not any(LAYOUT[name]))
+    largest = max(largest, num_routers(step.config) * step.config.model.num_experts)
+    for name, leaf in leaves:
+        if any(LAYOUT[name]):
+            parts = MESH[1] * MESH[2] if EXPERTS in LAYOUT[name] else 1
+            assert largest < math.prod(leaf.shape[-len(LAYOUT[name]) :]) // parts, name
+    return largest
+
+
+class Instruction(NamedTuple):
+    """One collective of the compiled step."""
+
+    kind: str
+    results: list[tuple[str, int]]  # dtype and number of elements
+    origin: str  # the JAX operations it was made from
+
+
+@functools.cache
+def compiled_collectives() -> list[Instruction]:
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for line in small.on_mesh(MESH).step.as_text().splitlines():
+        if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            results = [(dtype, math.prod(int(size) for size in dims.split(",") if size)) for dtype, dims in shapes]
+            found.append(Instruction(match[2], results, re.search(r'op_name="([^"]*)"', line)[1]))
+    return found
+
+
+@pytest.mark.xdist_group(small.group(MESH))
+def test_the_partitioner_moves_no_weight_on_its_own_account():
+    """Every gather, scatter and exchange comes from a statement inside the shard_map; what it adds outside are sums for norms: scalars."""
+    instructions = compiled_collectives()
+    kinds = collections.Counter(i.kind for i in instructions)
+    assert kinds["collective-permute"] == 0
+    for kind in ("all-gather", "reduce-scatter", "all-to-all"):
+        assert kinds[kind] > 0
+        assert [i.origin for i in instructions if i.kind == kind and "/shard_map/" not in i.origin] == []
+    outside = [i for i in instructions if "shard_map" not in i.origin]
+    assert {size for i in outside for _, size in i.results} <= {1}
+
+
+@pytest.mark.xdist_group(small.group(MESH))
+def test_compiled_step_has_no_all_reduce_of_a_weight():
+    bound = largest_everywhere(traced())
+    for instruction in compiled_collectives():
+        if instruction.kind == "all-reduce":
+            assert max(size for _, size in instruction.results) <= bound, instruction
+            assert {dtype for dtype, _ in instruction.results} <= {"f32", "s32"}, instruction
