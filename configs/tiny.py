@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             "expert_hidden": 128,
             "num_groups": 4,
             "num_kept_groups": 2,
-            "init_std": 0.02,  # 0.006 suits width 7168: the usual 1 / sqrt(width) rule of thumb gives 0.06 here
+            "init_std": 0.04,  # 0.006 at width 7168, scaled by 1 / sqrt(width) is 0.03; 0.04 learned fastest of 0.02, 0.04 in the first million tokens
         }
     )
     config.loss.mtp_weight = (("constant", 1.0, 0.3),)
@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
             "precision": "fp32",  # BF16 matmuls are emulated on CPUs
             "remat": "none",
             "scan_unroll": 4,
+            "attention_chunk": 64,
             "gather": "step",
             "expert_block": 256,
             "expert_wave": 8,

@@ -57,10 +57,10 @@ class Attention(nnx.Module):
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         q_BSNQ = self._queries(h_BSD, table)
         latent_BSC, rotary_BSR = self._latents(h_BSD, table)
-        key_CNP, value_CNH = self._up_projections()
+        kv_BSNX = jnp.einsum("bsc,cnx->bsnx", latent_BSC, self.kv_b_CNX[...])
+        content_BSNP, v_BSNH = lax.split(kv_BSNX, (model.content_dim, model.value_dim), axis=3)
         rotary_BSNR = jnp.broadcast_to(rotary_BSR[:, :, None], (*q_BSNQ.shape[:3], model.rotary_dim))
-        k_BSNQ = jnp.concatenate([jnp.einsum("bsc,cnp->bsnp", latent_BSC, key_CNP), rotary_BSNR], axis=-1)
-        v_BSNH = jnp.einsum("bsc,cnh->bsnh", latent_BSC, value_CNH)
+        k_BSNQ = jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1)
         with jax.named_scope("attention"):
             out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, softmax_scale(model))
         return jnp.einsum("bsnh,nhd->bsd", checkpoint_name(out_BSNH, "attention_out"), self.o_NHD[...])
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         latent_BMC = cache["latent"].at[rows, positions_BS].set(latent_BSC.astype(cache["latent"].dtype))
         rotary_BMR = cache["rotary"].at[rows, positions_BS].set(rotary_BSR.astype(cache["rotary"].dtype))
 
-        key_CNP, value_CNH = self._up_projections()
+        key_CNP, value_CNH = lax.split(self.kv_b_CNX[...], (model.content_dim, model.value_dim), axis=2)
         q_BSNC = jnp.einsum("bsnp,cnp->bsnc", q_BSNQ[..., : model.content_dim], key_CNP)
         scores = jnp.einsum("bsnc,bmc->bnsm", q_BSNC, latent_BMC, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bsnr,bmr->bnsm", q_BSNQ[..., model.content_dim :], rotary_BMR, preferred_element_type=jnp.float32)
@@ -102,16 +102,10 @@ class Attention(nnx.Module):
         model = self.config.model
         if model.query_latent:
             latent_BSA = checkpoint_name(h_BSD @ self.q_a_DA[...], "query_latent")
-            h_BSD, up_ANQ = rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ[...]
+            q_BSNQ = jnp.einsum("bsa,anq->bsnq", rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ[...])
         else:
-            up_ANQ = self.q_DNQ[...]
-        # The weight is split, not its product: a slice of a weight costs nothing beside one of activations and its derivative.
-        content_BSNP, rotary_BSNR = (jnp.einsum("bsa,anq->bsnq", h_BSD, part) for part in jnp.split(up_ANQ, [model.content_dim], axis=-1))
-        return jnp.concatenate([content_BSNP, rotate(rotary_BSNR, table)], axis=-1)
-
-    def _up_projections(self) -> tuple[jax.Array, jax.Array]:
-        """W_UK [C, N, P] and W_UV [C, N, H]."""
-        return tuple(jnp.split(self.kv_b_CNX[...], [self.config.model.content_dim], axis=-1))
+            q_BSNQ = jnp.einsum("bsd,dnq->bsnq", h_BSD, self.q_DNQ[...])
+        return rotate(q_BSNQ, table)
 
     def _latents(self, h_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array]:
         """The two things a cache holds: normalised latent [B, S, C] and rotated shared key [B, S, R]."""

@@ -31,7 +31,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.model.layers import swiglu
 from deepseek_jax.parallel.expert import collect
 from deepseek_jax.parallel.mesh import vary
 
@@ -113,58 +112,58 @@ def _put(buffer, rows, i):
 
 
 def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
-    num_slots, dtype = blocks.source_Z.size, x_TD.dtype
-    hidden_dims = gate_up_ED2F.shape[2:]
+    num_slots, dtype, hidden_size = blocks.source_Z.size, x_TD.dtype, down_EFD.shape[1]
 
     def body(i, carry):
-        y_ZD, hidden_Z2F = carry
-        _, x, gate, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
-        hidden = jnp.einsum("wbd,wdgf->wbgf", x, gate_up_ED2F[expert])
-        act = swiglu(hidden.astype(jnp.float32)) * gate
+        y_ZD, gate_ZF, up_ZF = carry
+        _, x, weight, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
+        gate, up = (jnp.einsum("wbd,wdf->wbf", x, gate_up_ED2F[expert, :, half]) for half in range(2))
+        act = _swiglu(gate, up)[0] * weight
         y = jnp.einsum("wbf,wfd->wbd", act.astype(dtype), down_EFD[expert])
-        return _put(y_ZD, y, i), _put(hidden_Z2F, hidden, i)
+        return _put(y_ZD, y, i), _put(gate_ZF, gate, i), _put(up_ZF, up, i)
 
     with jax.named_scope("experts"):
-        zeros = vary(jnp.zeros((num_slots, x_TD.shape[1]), dtype), x_TD), vary(jnp.zeros((num_slots, *hidden_dims), dtype), x_TD)
-        y_ZD, hidden_Z2F = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, zeros)
-        hidden_Z2F = checkpoint_name(hidden_Z2F, "expert_hidden")
+        zeros = [vary(lax.empty((num_slots, width), dtype), x_TD) for width in (x_TD.shape[1], hidden_size, hidden_size)]
+        y_ZD, gate_ZF, up_ZF = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, tuple(zeros))
+        hidden = checkpoint_name((gate_ZF, up_ZF), "expert_hidden")
         y_TD = collect(y_ZD, blocks.source_Z, blocks.slots_TK)
-    return y_TD, (x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden_Z2F)
+    return y_TD, (x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden)
 
 
 def _backward(sizes, residuals, g_TD):
-    x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden_Z2F = residuals
+    x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, (gate_ZF, up_ZF) = residuals
     num_slots, dtype = blocks.source_Z.size, x_TD.dtype
     rows = sizes[0] * sizes[1]
 
     def body(i, carry):
-        dx_ZD, dgate_Z, dgate_up, ddown = carry
-        source, x, gate, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
-        hidden = lax.dynamic_slice_in_dim(hidden_Z2F, i * rows, rows).reshape(*x.shape[:2], *hidden_Z2F.shape[1:]).astype(jnp.float32)
+        dx_ZD, dweight_Z, dgate_up, ddown = carry
+        source, x, weight, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
+        gate, up = (lax.dynamic_slice_in_dim(half, i * rows, rows).reshape(*x.shape[:2], -1) for half in (gate_ZF, up_ZF))
         dy = jnp.take(g_TD, source // gates_TK.shape[1], axis=0, mode="fill", fill_value=0).reshape(x.shape)
-        act, pull = jax.vjp(swiglu, hidden)
+        act, act_by_gate, act_by_up = _swiglu(gate, up)
         dact = jnp.einsum("wbd,wfd->wbf", dy, down_EFD[expert]).astype(jnp.float32)
-        (dhidden,) = pull(dact * gate)
-        dhidden = dhidden.astype(dtype)
-        dx = jnp.einsum("wbgf,wdgf->wbd", dhidden, gate_up_ED2F[expert])
-        ddown = ddown.at[expert].add(jnp.einsum("wbf,wbd->wfd", (act * gate).astype(dtype), dy, preferred_element_type=jnp.float32))
-        # One dim for gate and up: XLA:CPU has no batched BF16 product with two free dims and an FP32 result.
-        outer = jnp.einsum("wbd,wbf->wdf", x, dhidden.reshape(*x.shape[:2], -1), preferred_element_type=jnp.float32)
-        dgate_up = dgate_up.at[expert].add(outer.reshape(-1, *dgate_up.shape[1:]))
-        return _put(dx_ZD, dx, i), _put(dgate_Z, (dact * act).sum(-1), i), dgate_up, ddown
+        dhalves = [(dact * weight * slope).astype(dtype) for slope in (act_by_gate, act_by_up)]
+        dx = sum(jnp.einsum("wbf,wdf->wbd", d, gate_up_ED2F[expert, :, half]) for half, d in enumerate(dhalves))
+        ddown = ddown.at[expert].add(jnp.einsum("wbf,wbd->wfd", (act * weight).astype(dtype), dy, preferred_element_type=jnp.float32))
+        dhalves = [jnp.einsum("wbd,wbf->wdf", x, d, preferred_element_type=jnp.float32) for d in dhalves]
+        dgate_up = dgate_up.at[expert].add(jnp.stack(dhalves, axis=2))
+        return _put(dx_ZD, dx, i), _put(dweight_Z, (dact * act).sum(-1), i), dgate_up, ddown
 
     with jax.named_scope("experts"):
-        zeros = (
-            jnp.zeros((num_slots, x_TD.shape[1]), dtype),
-            jnp.zeros(num_slots),
-            jnp.zeros(gate_up_ED2F.shape),
-            jnp.zeros(down_EFD.shape),
-        )
-        zeros = jax.tree.map(lambda a: vary(a, x_TD), zeros)
-        dx_ZD, dgate_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, zeros)
+        buffers = lax.empty((num_slots, x_TD.shape[1]), dtype), lax.empty((num_slots,), jnp.float32)
+        carry = jax.tree.map(lambda a: vary(a, x_TD), (*buffers, jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape)))
+        dx_ZD, dweight_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, carry)
         dx_TD = collect(dx_ZD, blocks.source_Z, blocks.slots_TK)
-        dgates_TK = jnp.take(dgate_Z, blocks.slots_TK, mode="fill", fill_value=0)
+        dgates_TK = jnp.take(dweight_Z, blocks.slots_TK, mode="fill", fill_value=0)
     return dx_TD, dgates_TK, dgate_up.astype(gate_up_ED2F.dtype), ddown.astype(down_EFD.dtype), None
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """silu(gate) * up in FP32, and its derivatives by gate and by up."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu * up, up * (sigmoid + silu * (1.0 - sigmoid)), silu
 
 
 _blocked_ffn.defvjp(_forward, _backward)

@@ -54,8 +54,13 @@ def rotary_table(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the interleaved pairs of x [B, S, R] or [B, S, N, R]; FP32 inside, cast back."""
+    """Rotate the last R channels of x [B, S, ...] or [B, S, N, ...] as interleaved pairs; FP32 inside, cast back.
+
+    Channels before them turn by the angle 0: one pass over all of them is cheaper than taking the rotary ones out and putting them back.
+    """
     cos, sin = (t if x.ndim == 3 else t[:, :, None] for t in table)
+    still = ((0, 0),) * (x.ndim - 1) + ((x.shape[-1] // 2 - cos.shape[-1], 0),)
+    cos, sin = jnp.pad(cos, still, constant_values=1.0)[..., None], jnp.pad(sin, still)[..., None]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    quarter_turn = jnp.flip(pairs, -1) * jnp.array([-1.0, 1.0])  # (even, odd) -> (-odd, even)
+    return (pairs * cos + quarter_turn * sin).reshape(x.shape).astype(x.dtype)

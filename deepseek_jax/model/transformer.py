@@ -167,17 +167,23 @@ def decode_step(
         return x_BSD + layer.moe(x_BSD, valid_BS)[0], layer_cache
 
     x_BSD, cache = _embed(config, params["embed_VD"], tokens_BS), dict(cache)
-    if "dense_layers" in params:
-        x_BSD, cache["dense_layers"] = lax.scan(dense_layer, x_BSD, (params["dense_layers"], cache["dense_layers"]))
-    if "moe_layers" in params:
-        stacked = (params["moe_layers"], router_bias["moe_layers"], cache["moe_layers"])
-        x_BSD, cache["moe_layers"] = lax.scan(moe_layer, x_BSD, stacked)
+    with matmul_precision(config):
+        if "dense_layers" in params:
+            x_BSD, cache["dense_layers"] = lax.scan(dense_layer, x_BSD, (params["dense_layers"], cache["dense_layers"]))
+        if "moe_layers" in params:
+            stacked = (params["moe_layers"], router_bias["moe_layers"], cache["moe_layers"])
+            x_BSD, cache["moe_layers"] = lax.scan(moe_layer, x_BSD, stacked)
     return rms_norm(x_BSD, params["final_norm_D"], config.model.norm_eps), cache
 
 
 def compute_dtype(config: Config) -> jnp.dtype:
     """The dtype of activations and of weights where they are multiplied."""
     return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.execution.precision])
+
+
+def matmul_precision(config: Config):
+    """The scope of all matmuls: "fp32" means FP32, not the TF32 or BF16 passes that accelerators make of it by default."""
+    return jax.default_matmul_precision("highest" if config.execution.precision == "fp32" else None)
 
 
 def _stacks(config: Config):
@@ -223,4 +229,11 @@ def _remat(config: Config, body: Callable) -> Callable:
 
 
 def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):
-    return lax.scan(_remat(config, body), x_BSD, layers, unroll=min(config.execution.scan_unroll, len(jax.tree.leaves(layers)[0])))
+    body, num = _remat(config, body), len(jax.tree.leaves(layers)[0])
+    if config.execution.scan_unroll < num:
+        return lax.scan(body, x_BSD, layers, unroll=config.execution.scan_unroll)
+    outputs = []  # unrolled altogether, nothing that the backward pass needs is stacked and cut apart again
+    for i in range(num):
+        x_BSD, out = body(x_BSD, jax.tree.map(lambda a, i=i: a[i], layers))
+        outputs.append(out)
+    return x_BSD, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)

@@ -85,7 +85,8 @@ def spread(x_TD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Arr
 @functools.partial(jax.custom_vjp)
 def collect(y_WD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
     """Sum the rows of each token's assignments, in FP32: the transpose of `spread`. A slot of W contributes nothing."""
-    return _rows(y_WD, slots_TK.reshape(-1)).reshape(*slots_TK.shape, -1).sum(1, dtype=jnp.float32).astype(y_WD.dtype)
+    parts = (_rows(y_WD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1]))  # K gathers fuse with their sum
+    return sum(parts).astype(y_WD.dtype)
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
