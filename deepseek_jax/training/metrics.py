@@ -42,7 +42,7 @@ KEYS = {
     "optimizer/grad_norm": "global L2 norm of the gradient, before clipping",
     "optimizer/update_norm": "global L2 norm of the change of the parameters",
     "optimizer/param_norm": "global L2 norm of the parameters",
-    "optimizer/nonfinite": "gradient elements and losses that are inf or NaN; above 0 the update is skipped",
+    "optimizer/nonfinite": "gradient elements, gradient norms and losses that are inf or NaN; above 0 the update is skipped",
     "optimizer/skipped": "consecutive skipped steps, this one included",
     "router/max_vio": "(max load - mean load) / mean load over the step's batch; list over layers",
     "router/max_vio_sequence": "the same per sequence, averaged; list over layers",

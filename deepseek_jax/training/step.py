@@ -93,9 +93,8 @@ def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalis
     params = state["params"]
     metrics = _loss_metrics(config, sums, norms)
     with jax.named_scope("optimizer"):
-        nonfinite = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(grads)) + jnp.sum(
-            ~jnp.isfinite(metrics["loss"])
-        )
+        grad_norm = optax.tree.norm(grads)  # it can overflow where no element does, and clipping then leaves nothing of the gradient
+        nonfinite = sum(jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in (*jax.tree.leaves(grads), grad_norm, metrics["loss"]))
         direction, optimizer = make_optimizer(config.optimizer).update(grads, state["optimizer"], params)
         new = {
             "params": jax.tree.map(lambda p, d: p - rates.learning_rate * d, params, direction),
@@ -108,7 +107,7 @@ def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalis
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new})
     new |= {"step": state["step"] + 1, "skipped": jnp.where(finite, 0, state["skipped"] + 1)}
     metrics |= {
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "update_norm": rates.learning_rate * optax.tree.norm(direction),
         "param_norm": optax.tree.norm(new["params"]),
         "nonfinite": nonfinite,

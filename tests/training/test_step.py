@@ -1,0 +1,256 @@
+"""The step: its gradient is that of a plain objective however it is cut up, padding counts nowhere, and nothing survives a NaN."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training import step as step_lib
+from tests import small
+
+ONE = small.MESHES[0]
+pytestmark = pytest.mark.xdist_group(small.group(ONE))  # the compiled step of `small.on_mesh`
+
+
+@functools.cache
+def uneven_batch():
+    """The second micro-batch of eight rows has a third of the first's weight: averaging micro-batches would show."""
+    batch = small.batch()
+    weights = batch["loss_weights_BS"].copy()
+    weights[8:, 20:] = 0.0
+    weights[3] *= 0.5
+    return batch | {"loss_weights_BS": weights}
+
+
+@functools.cache
+def run():
+    """Take the step from the initial state; return its results on the host."""
+    on = small.on_mesh(ONE)
+    with jax.set_mesh(on.mesh):
+        return jax.device_get(on.step(on.state, small.put(uneven_batch()), small.RATES))
+
+
+def plain_objective(config, params, router_bias, batch, mtp_weight):
+    """The paper's objective on the whole batch: logits of every token, targets shifted by loops, no chunks, no collectives."""
+    output = transformer.apply(config, params, router_bias, batch)
+    tokens = batch["loss_weights_BS"].sum()
+
+    def cross_entropy(hidden_BSD, targets_BS, weights_BS):
+        log_p_BSV = jax.nn.log_softmax(hidden_BSD @ params["head_DV"], axis=-1)
+        return -(jnp.take_along_axis(log_p_BSV, targets_BS[..., None], axis=-1)[..., 0] * weights_BS).sum() / tokens
+
+    total = cross_entropy(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
+    for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
+        targets, weights = np.zeros_like(batch["targets_BS"]), np.zeros_like(batch["loss_weights_BS"])
+        for b, i in np.ndindex(targets.shape):
+            if i + depth < targets.shape[1] and batch["segment_ids_BS"][b, i] == batch["segment_ids_BS"][b, i + depth]:
+                targets[b, i], weights[b, i] = batch["targets_BS"][b, i + depth], batch["loss_weights_BS"][b, i + depth]
+        total += mtp_weight / config.model.num_mtp_layers * cross_entropy(hidden_BSD, targets, weights)
+    return total + config.loss.sequence_balance_weight * output.stats.sequence_balance.sum() / len(batch["tokens_BS"])
+
+
+@functools.cache
+def plain_gradients():
+    """Value and gradients of the plain objective, of the initial state."""
+    on = small.on_mesh(ONE)
+    params, router_bias = jax.device_get((on.state["params"], on.state["router_bias"]))
+    objective = functools.partial(plain_objective, on.config, router_bias=router_bias, batch=uneven_batch(), mtp_weight=0.3)
+    return jax.device_get(jax.jit(jax.value_and_grad(objective))(params))
+
+
+def assert_gradients_equal(got, want, tolerance):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        other = jax.tree_util.tree_reduce(lambda tree, entry: tree[entry.key], path, got)
+        assert np.linalg.norm(leaf) > 0, jax.tree_util.keystr(path)
+        assert np.linalg.norm(other - leaf) <= tolerance * np.linalg.norm(leaf), jax.tree_util.keystr(path)
+
+
+def test_gradients_and_losses_are_those_of_the_plain_objective():
+    """Two micro-batches, chunked cross entropy, one device of a mesh. 1e-5: FP32 sums in another order, measured 2e-6."""
+    grads, _, _, _, metrics = run()
+    value, want = plain_gradients()
+    assert_gradients_equal(grads, want, 1e-5)
+    total = metrics["loss"] + 0.3 * metrics["mtp_loss"].mean() + metrics["balance_loss"]
+    np.testing.assert_allclose(total, value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(want), rtol=1e-5)
+
+
+CUTS = {
+    "one micro-batch": (ONE, {"micro_batch_size": 16}, {}),
+    "gathered per step": ((2, 1, 2), {}, {"gather": "step"}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "training", "execution"), CUTS.values(), ids=CUTS)
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(sizes, training, execution):
+    config = small.config(sizes)
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, **training),
+        execution=dataclasses.replace(config.execution, **execution),
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
+    config = step_lib.resolve_for(config, mesh)
+    params, router_bias = jax.device_get((small.on_mesh(ONE).state["params"], small.on_mesh(ONE).state["router_bias"]))
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(jax.device_put, params, step_lib.partition_specs(params))
+        router_bias = jax.tree.map(lambda b: jax.device_put(b, jax.P()), router_bias)
+        gradients = jax.jit(functools.partial(step_lib.gradients, config))
+        grads, sums, _ = jax.device_get(gradients(params, router_bias, small.put(uneven_batch()), small.RATES.mtp_weight))
+    assert_gradients_equal(grads, plain_gradients()[1], 1e-5)
+    np.testing.assert_array_equal(sums.router.counts_E, run()[1].router.counts_E)
+
+
+def test_batch_that_is_no_multiple_is_refused():
+    on = small.on_mesh(ONE)
+    with jax.set_mesh(on.mesh), pytest.raises(ValueError, match="a batch of 12 sequences is no multiple of training.micro_batch_size = 8"):
+        batch = small.put(small.batch(rows=12))
+        jax.eval_shape(lambda s: step_lib.gradients(on.config, s["params"], s["router_bias"], batch, 0.3), on.state)
+
+
+def test_counts_are_exact_and_biases_move_once():
+    """K assignments per valid token and layer, over both micro-batches; one step of the sign of the total, for MTP's router too."""
+    on = small.on_mesh(ONE)
+    _, sums, _, state, metrics = run()
+    counts_LE, valid = metrics["counts_LE"], int((uneven_batch()["segment_ids_BS"] > 0).sum())
+    model = on.config.model
+    assert counts_LE.dtype == np.int32 and counts_LE.shape == (model.num_moe_layers + model.num_mtp_layers, model.num_experts)
+    np.testing.assert_array_equal(counts_LE.sum(-1), model.experts_per_token * valid)
+    assert metrics["tokens"] == valid < uneven_batch()["tokens_BS"].size
+    signs = np.sign(counts_LE.sum(-1, keepdims=True) - counts_LE.astype(np.int64) * model.num_experts)
+    moe, mtp = state["router_bias"]["moe_layers"]["moe"]["bias_E"], state["router_bias"]["mtp_layers"]["block"]["moe"]["bias_E"]
+    np.testing.assert_array_equal(np.concatenate([moe, mtp]), np.float32(1e-3) * signs)
+    np.testing.assert_array_equal(metrics["bias_max_L"], np.concatenate([moe, mtp]).max(-1))
+    np.testing.assert_array_equal(metrics["bias_min_L"], np.concatenate([moe, mtp]).min(-1))
+    np.testing.assert_allclose(metrics["max_vio_L"], counts_LE.max(-1) / counts_LE.mean(-1) - 1, rtol=1e-6)
+    assert metrics["dead_experts"] == (counts_LE == 0).sum()
+
+
+def test_padding_changes_nothing():
+    """Other tokens, targets and positions on padding, and a row of nothing but padding instead of another: the same step, to the bit."""
+    on = small.on_mesh(ONE)
+    batch = uneven_batch()
+    valid_BS = batch["segment_ids_BS"] > 0
+    valid_BS[5] = False
+    batch = batch | {"segment_ids_BS": batch["segment_ids_BS"] * valid_BS, "loss_weights_BS": batch["loss_weights_BS"] * valid_BS}
+    noise = small.batch(seed=9)
+    other = batch | {name: np.where(valid_BS, batch[name], noise[name]) for name in ("tokens_BS", "targets_BS", "positions_BS")}
+    # The token after a document's end is the target of its last position, whose weight is 0, and enters MTP there.
+    with jax.set_mesh(on.mesh):
+        first, second = (jax.device_get(on.step(on.state, small.put(b), small.RATES)) for b in (batch, other))
+    assert not np.array_equal(batch["tokens_BS"], other["tokens_BS"])
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert first[-1]["tokens"] == valid_BS.sum()
+
+
+def test_loss_is_normalised_by_the_global_weight():
+    """Three times the weights are the same loss and gradients; the divisor is the sum over all micro-batches, and MTP's too."""
+    on = small.on_mesh(ONE)
+    batch = uneven_batch()
+    with jax.set_mesh(on.mesh):
+        grads, _, norms, _, metrics = on.step(on.state, small.put(batch | {"loss_weights_BS": 3 * batch["loss_weights_BS"]}), small.RATES)
+    want_grads, want_sums, want_norms, _, want = run()
+    np.testing.assert_allclose(norms.weight, 3 * batch["loss_weights_BS"].sum())
+    for name in ("loss", "mtp_loss", "balance_loss"):
+        np.testing.assert_allclose(metrics[name], want[name], rtol=1e-6, err_msg=name)
+    assert_gradients_equal(jax.device_get(grads), want_grads, 1e-5)
+    np.testing.assert_allclose(want["mtp_loss"], want_sums.mtp / want_norms.weight, rtol=1e-6)
+
+
+def test_balance_loss_is_alpha_per_layer_at_uniform_scores():
+    on = small.on_mesh(ONE)
+
+    def zero_routers(path, leaf):
+        return jnp.zeros_like(leaf) if path[-1].key == "router_DE" else leaf
+
+    with jax.set_mesh(on.mesh):
+        state = on.state | {"params": jax.tree_util.tree_map_with_path(zero_routers, on.state["params"])}
+        _, _, _, _, metrics = on.step(state, small.put(small.batch()), small.RATES)
+    layers = on.config.model.num_moe_layers + on.config.model.num_mtp_layers
+    np.testing.assert_allclose(metrics["balance_loss"], 1e-4 * layers, rtol=1e-6)
+
+
+POISONS = {"a weight of the loss": np.inf, "a parameter": np.nan}
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_step_that_is_not_finite_changes_nothing(name):
+    """Parameters, moments and biases keep every bit; `skipped` counts consecutive such steps and a good one resets it."""
+    on = small.on_mesh(ONE)
+    batch = uneven_batch()
+    with jax.set_mesh(on.mesh):
+        good, state = small.put(batch), on.state
+        if name == "a parameter":
+            params = jax.tree.map(np.array, state["params"])
+            params["moe_layers"]["moe"]["down_EFD"][0, 0, 0, 0] = POISONS[name]
+            params = jax.tree.map(lambda p, like: jax.device_put(p, like.sharding), params, state["params"])
+            state, bad = state | {"params": params}, good
+        else:
+            weights = batch["loss_weights_BS"].copy()
+            weights[2, 2] = POISONS[name]
+            bad = small.put(batch | {"loss_weights_BS": weights})
+        before = jax.device_get(state)
+        for skipped in (1, 2):
+            _, _, _, state, metrics = on.step(state, bad, small.RATES)
+            assert int(metrics["nonfinite"]) > 0 and not np.isfinite(metrics["grad_norm"])
+            assert int(metrics["skipped"]) == int(state["skipped"]) == skipped
+        after = jax.device_get(state)
+        assert after["step"] == before["step"] + 2
+        for part in ("params", "optimizer", "router_bias"):
+            jax.tree.map(np.testing.assert_array_equal, after[part], before[part])
+        state = state | {"params": on.state["params"]}
+        _, _, _, state, metrics = on.step(state, good, small.RATES)
+    assert int(metrics["nonfinite"]) == int(metrics["skipped"]) == int(state["skipped"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), run()[3]["params"])
+
+
+@functools.cache
+def update(ema_decay):
+    """The update alone, jitted, with an average of the weights."""
+    config = small.on_mesh(ONE).config
+    return jax.jit(
+        functools.partial(
+            step_lib.update, dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=ema_decay))
+        )
+    )
+
+
+def test_average_follows_the_new_parameters():
+    on = small.on_mesh(ONE)
+    with jax.set_mesh(on.mesh):
+        grads, sums, norms, want, _ = on.step(on.state, small.put(uneven_batch()), small.RATES)
+        start = jax.tree.map(lambda p: p + 1.0, on.state["params"])
+        state, _ = update(0.9)(on.state | {"ema": start}, grads, sums, norms, small.RATES)
+        broken, _ = update(0.9)(on.state | {"ema": start}, jax.tree.map(lambda g: g * jnp.nan, grads), sums, norms, small.RATES)
+    for got, p, p0 in zip(*map(jax.tree.leaves, jax.device_get((state["ema"], want["params"], start))), strict=True):
+        np.testing.assert_allclose(got, 0.9 * p0 + 0.1 * p, rtol=0, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(broken["ema"]), jax.device_get(start))
+
+
+def test_a_norm_that_overflows_is_not_finite():
+    """Elements of 1e30 are finite and their norm is not: clipping would make a step of zero gradient of it, silently."""
+    on = small.on_mesh(ONE)
+    with jax.set_mesh(on.mesh):
+        grads, sums, norms, _, _ = on.step(on.state, small.put(uneven_batch()), small.RATES)
+        huge = jax.tree.map(lambda g: jnp.full_like(g, 1e30), grads)
+        state, metrics = update(0.9)(on.state | {"ema": on.state["params"]}, huge, sums, norms, small.RATES)
+    assert int(metrics["nonfinite"]) > 0 and int(state["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), jax.device_get(on.state["params"]))
+
+
+def test_evaluation_sums_what_the_step_averages():
+    on = small.on_mesh(ONE)
+    with jax.set_mesh(on.mesh):
+        evaluate = step_lib.jit_eval_step(on.config, on.mesh)
+        sums = jax.device_get(evaluate(on.state["params"], on.state["router_bias"], small.put(uneven_batch())))
+    metrics = run()[-1]
+    np.testing.assert_allclose(sums["weight_sum"], uneven_batch()["loss_weights_BS"].sum())
+    np.testing.assert_allclose(sums["loss_sum"] / sums["weight_sum"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(sums["mtp_loss_sum"] / sums["weight_sum"], metrics["mtp_loss"], rtol=1e-6)
+    np.testing.assert_array_equal(sums["counts_LE"], metrics["counts_LE"])
