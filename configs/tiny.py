@@ -31,10 +31,9 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss.mtp_weight = (("constant", 1.0, 0.3),)
-    config.optimizer.learning_rate = (("cosine", 1.0, 3e-4),)
     config.optimizer.learning_rate = (("constant", 0.1, 3e-3), ("cosine", 1.0, 3e-4))
     config.optimizer.warmup_steps = 20
-    config.optimizer.bias_update_rate = (("constant", 0.97, 1e-3), ("constant", 1.0, 0.0))
+    config.optimizer.bias_update_rate = (("constant", 0.9, 1e-2), ("constant", 1.0, 0.0))  # ten times the recipe's: 500 steps, not 200,000
     config.data.sequence_length = 256
     config.data.fim_rate = 0.0  # 1M tokens are too few to learn a second format from
     config.data.split_rate = 0.0

@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
+from experiments import results_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,6 +62,10 @@ def test_each_path_of_the_tree_exists(path):
 def test_the_tree_names_every_module():
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "deepseek_jax").rglob("*.py") if path.name != "__init__.py"}
     assert modules <= set(tree_paths())
+
+
+def test_measurements_are_those_of_the_records():
+    assert results_table.table() in README
 
 
 BYTES_PER_PARAMETER = 4 + 2 + 2 + 4  # FP32 weight, two BF16 moments, FP32 gradient
