@@ -63,7 +63,7 @@ class Attention(nnx.Module):
         k_BSNQ = jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1)
         with jax.named_scope("attention"):
             out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, softmax_scale(model))
-        return jnp.einsum("bsnh,nhd->bsd", checkpoint_name(out_BSNH, "attention_out"), self.o_NHD[...])
+        return jnp.einsum("bsnh,nhd->bsd", out_BSNH, self.o_NHD[...])
 
     def absorbed(
         self, x_BSD: jax.Array, table: Table, cache: dict[str, jax.Array], positions_BS: jax.Array

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from deepseek_jax.config import Mesh
-from deepseek_jax.model import flash
+from deepseek_jax.config import Mesh, from_config_dict, resolve
+from deepseek_jax.model import flash, transformer
 from deepseek_jax.model.transformer import SAVED_NAMES
 from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from tests import small
 
 B, S, N, Q, H = 8, 256, 2, 48, 32
 SCALE = 0.13
@@ -81,3 +82,19 @@ def test_splash_runs_once_forward_and_brings_no_collective(interpreted, arrays):
 def test_splash_refuses_odd_lengths(arrays):
     with pytest.raises(ValueError, match="sequence_length = 200.*multiple of 128"):
         layers(splash).trace(*(a[:, :200] for a in arrays))
+
+
+def test_attention_output_is_saved_once(capsys):
+    """Under selective recomputation a layer keeps one output and one logsumexp. At V3's width a second copy is 134 MB per sequence."""
+    tree = small.config_dict()
+    tree.model.update({"num_layers": 1, "num_mtp_layers": 0})
+    tree.execution.remat = "selective"
+    config = resolve(from_config_dict(tree), "cpu", expert_devices=1)
+    params, router_bias = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+
+    def loss(params, batch):
+        return transformer.apply(config, params, router_bias, batch).hidden_BSD.sum()
+
+    jax.ad_checkpoint.print_saved_residuals(loss, params, small.batch(rows=2))
+    saved = sorted(line.split()[0] for line in capsys.readouterr().out.splitlines() if "named 'attention_out'" in line)
+    assert saved == ["f32[2,64,4,16]", "f32[2,64,4]"]
