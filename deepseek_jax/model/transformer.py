@@ -125,7 +125,7 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
     for depth in range(config.model.num_mtp_layers):
         weights, bias = jax.tree.map(lambda a, i=depth: a[i], (params["mtp_layers"], router_bias["mtp_layers"]))
         embedded_BSD = embed(_ahead(batch["targets_BS"], depth))
-        state_BSD, mtp_stats = _remat(config, functools.partial(_mtp_depth, config, gather))(
+        state_BSD, mtp_stats = _remat(config, functools.partial(_mtp_depth, config, gather), scanned=False)(
             state_BSD, embedded_BSD, weights, bias, table, segments
         )
         mtp_hidden.append(state_BSD)
@@ -218,19 +218,22 @@ def _mtp_depth(config, gather, state_BSD, embedded_BSD, weights, bias, table, se
     return layer.final(x_BSD), stats
 
 
-def _remat(config: Config, body: Callable) -> Callable:
+def _remat(config: Config, body: Callable, scanned: bool) -> Callable:
+    """Recompute by config. Outside a scan, whose two passes are separate loops, XLA would merge the recomputation with the forward pass."""
     if config.execution.remat == "none":
         return body
     policies = jax.checkpoint_policies
     selective = config.execution.remat == "selective"
     return jax.checkpoint(
-        body, prevent_cse=False, policy=policies.save_only_these_names(*SAVED_NAMES) if selective else policies.nothing_saveable
+        body, prevent_cse=not scanned, policy=policies.save_only_these_names(*SAVED_NAMES) if selective else policies.nothing_saveable
     )
 
 
 def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):
-    body, num = _remat(config, body), len(jax.tree.leaves(layers)[0])
-    if config.execution.scan_unroll < num:
+    num = len(jax.tree.leaves(layers)[0])
+    scanned = config.execution.scan_unroll < num
+    body = _remat(config, body, scanned)
+    if scanned:
         return lax.scan(body, x_BSD, layers, unroll=config.execution.scan_unroll)
     outputs = []  # unrolled altogether, nothing that the backward pass needs is stacked and cut apart again
     for i in range(num):
