@@ -72,7 +72,7 @@ def assert_gradients_equal(got, want, tolerance):
 
 
 def test_gradients_and_losses_are_those_of_the_plain_objective():
-    """Two micro-batches, chunked cross entropy, one device of a mesh. 1e-5: FP32 sums in another order, measured 2e-6."""
+    """Two micro-batches, chunked cross entropy, one device of a mesh. 1e-5: FP32 sums in another order; measured 9e-7."""
     grads, _, _, _, metrics = run()
     value, want = plain_gradients()
     assert_gradients_equal(grads, want, 1e-5)
