@@ -167,23 +167,17 @@ def decode_step(
         return x_BSD + layer.moe(x_BSD, valid_BS)[0], layer_cache
 
     x_BSD, cache = _embed(config, params["embed_VD"], tokens_BS), dict(cache)
-    with matmul_precision(config):
-        if "dense_layers" in params:
-            x_BSD, cache["dense_layers"] = lax.scan(dense_layer, x_BSD, (params["dense_layers"], cache["dense_layers"]))
-        if "moe_layers" in params:
-            stacked = (params["moe_layers"], router_bias["moe_layers"], cache["moe_layers"])
-            x_BSD, cache["moe_layers"] = lax.scan(moe_layer, x_BSD, stacked)
+    if "dense_layers" in params:
+        x_BSD, cache["dense_layers"] = lax.scan(dense_layer, x_BSD, (params["dense_layers"], cache["dense_layers"]))
+    if "moe_layers" in params:
+        stacked = (params["moe_layers"], router_bias["moe_layers"], cache["moe_layers"])
+        x_BSD, cache["moe_layers"] = lax.scan(moe_layer, x_BSD, stacked)
     return rms_norm(x_BSD, params["final_norm_D"], config.model.norm_eps), cache
 
 
 def compute_dtype(config: Config) -> jnp.dtype:
     """The dtype of activations and of weights where they are multiplied."""
     return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.execution.precision])
-
-
-def matmul_precision(config: Config):
-    """The scope of all matmuls: "fp32" means FP32, not the TF32 or BF16 passes that accelerators make of it by default."""
-    return jax.default_matmul_precision("highest" if config.execution.precision == "fp32" else None)
 
 
 def _stacks(config: Config):

@@ -19,7 +19,7 @@ from jax import lax
 
 from deepseek_jax.config import Config, resolve
 from deepseek_jax.model.balance import RouterStats, max_violation, update_bias
-from deepseek_jax.model.transformer import Output, apply, compute_dtype, matmul_precision
+from deepseek_jax.model.transformer import Output, apply, compute_dtype
 from deepseek_jax.parallel.mesh import EXPERTS, ROWS, P, axis_size, check_fit, gather, partition_specs, reduce_gradients
 from deepseek_jax.training.losses import cross_entropy, mtp_targets
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
@@ -84,8 +84,7 @@ def gradients(config: Config, params: Any, router_bias: Any, batch: Batch, mtp_w
     rows = {name: P(ROWS, None) for name in batch}
     in_specs = (specs, jax.tree.map(lambda _: P(), router_bias), rows, P())
     local = jax.shard_map(functools.partial(_local_gradients, config), in_specs=in_specs, out_specs=(specs, P(), P()))
-    with matmul_precision(config):
-        return local(params, router_bias, batch, mtp_weight)
+    return local(params, router_bias, batch, mtp_weight)
 
 
 def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalisers, rates: Rates) -> tuple[State, dict[str, jax.Array]]:
@@ -126,8 +125,7 @@ def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> di
         return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
 
     specs = (partition_specs(params), jax.tree.map(lambda _: P(), router_bias), {name: P(ROWS, None) for name in batch})
-    with matmul_precision(config):
-        sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(params, router_bias, batch)
+    sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(params, router_bias, batch)
     return {"loss_sum": sums.loss, "weight_sum": weight, "mtp_loss_sum": sums.mtp, "counts_LE": sums.router.counts_E}
 
 
