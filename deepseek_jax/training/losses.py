@@ -79,7 +79,8 @@ def _forward_with_gradient(hidden_TD, head_DV, targets_T, weights_T, chunk, z_we
     zero = vary(jnp.zeros((), jnp.float32), hidden_TD)
     carry = (zero, zero), vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
     (sums, head_grad_DV), hidden_grad = lax.scan(body, carry, _chunks((hidden_TD, targets_T, weights_T), chunk))
-    hidden_grad_TD = hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
+    # Fusing the joined chunks into the norm's derivative crashes the compiler for tpu7x (libtpu 0.0.48.1, "Scaled window bound").
+    hidden_grad_TD = lax.optimization_barrier(hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]])
     return sums, (hidden_grad_TD, head_grad_DV.astype(head_DV.dtype))
 
 
