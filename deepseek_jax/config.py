@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses, and the one strict way from a `ConfigDict` into them.
 
 The files in `configs/` are complete, so the dataclasses have no defaults: what a run does is what its file says. `from_config_dict` refuses
-unknown and missing keys, wrong types and impossible values, each with the value and the remedy, before any array exists.
+unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with the value and the remedy, before any array
+exists.
 """
 
 import dataclasses
@@ -10,6 +11,8 @@ import logging
 import math
 import typing
 from typing import Any
+
+from deepseek_jax.config_checks import check, check_schedule
 
 Piece = tuple[str, float, float]  # shape, end as a fraction of training.num_tokens, value at the end
 Schedule = tuple[Piece, ...]
@@ -179,41 +182,6 @@ class Config:
     execution: Execution
 
 
-CHOICES = {
-    "model.gate": ("sigmoid", "softmax"),
-    "model.group_score": ("top2", "max"),
-    "loss.balance_frequency": ("unbiased", "selected"),
-    "data.on_error": ("refuse", "skip"),
-    "execution.precision": ("fp32", "bf16"),
-    "execution.remat": ("none", "selective", "full"),
-    "execution.gather": ("layer", "step"),
-    "execution.attention": ("auto", "xla", "cudnn", "splash"),
-    "execution.exchange": ("auto", "local", "all_to_all"),
-}
-MAY_BE_ZERO = {  # every other number is positive
-    "seed",
-    "model.num_dense_layers",
-    "model.query_latent",
-    "model.num_shared_experts",
-    "model.num_mtp_layers",
-    "model.yarn.mscale",
-    "model.yarn.mscale_all_dim",
-    "loss.sequence_balance_weight",
-    "loss.batch_balance_weight",
-    "loss.z_loss_weight",
-    "optimizer.warmup_steps",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.weight_decay",
-    "optimizer.ema_decay",
-    "data.heldout_fraction",
-    "data.fim_rate",
-    "data.split_rate",
-    "data.prefetch",
-    "training.eval_every",
-}
-
-
 def from_config_dict(config_dict) -> Config:
     """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly.
 
@@ -222,9 +190,7 @@ def from_config_dict(config_dict) -> Config:
     """
     tree = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
     config = _convert(Config, tree, "config")
-    _check_ranges(config)
-    _check_model(config.model)
-    _check_training(config)
+    check(config, flatten(config))
     return config
 
 
@@ -266,7 +232,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path} = {value!r} must have {len(parts)} entries: shape, end fraction, value")
         items = tuple(_convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
         if kind == Schedule:
-            _check_schedule(path, items)
+            check_schedule(path, items)
         return items
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -296,85 +262,6 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
         value, path = getattr(section, field.name), prefix + field.name
         leaves |= flatten(value, path + ".") if dataclasses.is_dataclass(value) else {path: value}
     return leaves
-
-
-def _check_ranges(config: Config) -> None:
-    for path, value in flatten(config).items():
-        if path in CHOICES and value not in CHOICES[path]:
-            raise ValueError(f"config.{path} = {value!r} is unknown; choose one of {CHOICES[path]}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"config.{path} = {value} must be finite")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh.")
-        if is_number and (value < 0 or (value == 0 and path not in MAY_BE_ZERO)):
-            raise ValueError(f"config.{path} = {value} must be {'at least 0' if path in MAY_BE_ZERO else 'positive'}")
-    data, optimizer = config.data, config.optimizer
-    for name in ("heldout_fraction", "fim_rate", "split_rate"):
-        if getattr(data, name) > 1.0:
-            raise ValueError(f"config.data.{name} = {getattr(data, name)} is a fraction; it must lie in [0, 1]")
-    for name in ("b1", "b2", "ema_decay"):
-        if getattr(optimizer, name) >= 1.0:
-            raise ValueError(f"config.optimizer.{name} = {getattr(optimizer, name)} must be below 1: such an average never moves")
-
-
-def _check_schedule(path: str, pieces: Schedule) -> None:
-    ends = [until for _, until, _ in pieces]
-    if not all(a < b for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1:] != [1.0]:
-        raise ValueError(f"{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0")
-    for shape, _, value in pieces:
-        if shape not in ("constant", "linear", "cosine"):
-            raise ValueError(f"{path}: shape {shape!r} is unknown; choose 'constant', 'linear' or 'cosine'")
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{path}: value {value} must be finite and not negative")
-
-
-def _check_model(model: Model) -> None:
-    def refuse(text: str) -> typing.NoReturn:
-        raise ValueError(f"config.model: {text}")
-
-    if model.num_dense_layers > model.num_layers:
-        refuse(f"num_dense_layers = {model.num_dense_layers} exceeds num_layers = {model.num_layers}; lower it")
-    if model.rotary_dim % 2:
-        refuse(f"rotary_dim = {model.rotary_dim} must be even: channels are rotated in pairs")
-    if model.num_experts % model.num_groups:
-        refuse(f"num_experts = {model.num_experts} is not divisible by num_groups = {model.num_groups}; change either")
-    if model.num_kept_groups > model.num_groups:
-        refuse(f"num_kept_groups = {model.num_kept_groups} exceeds num_groups = {model.num_groups}; lower it")
-    group_size = model.num_experts // model.num_groups
-    kept = model.num_kept_groups * group_size
-    if model.experts_per_token > kept:
-        refuse(
-            f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept groups of"
-            f" {group_size}; lower it or keep more groups"
-        )
-    if model.group_score == "top2" and group_size < 2:
-        refuse(f"group_score 'top2' needs groups of 2 experts or more, got {group_size}; use 'max' or fewer groups")
-    if model.num_mtp_layers and not model.num_moe_layers:
-        refuse("MTP layers are MoE layers; set num_mtp_layers = 0 or num_dense_layers < num_layers")
-    if model.yarn.factor < 1.0:
-        refuse(f"yarn.factor = {model.yarn.factor} must be at least 1")
-
-
-def _check_training(config: Config) -> None:
-    shortest = config.model.num_mtp_layers + 2
-    if config.data.sequence_length < shortest:
-        raise ValueError(
-            f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers} MTP layers"
-            f" need at least {shortest}"
-        )
-    for shape, _, value in config.training.batch_size:
-        if shape != "constant" or not value or value % config.training.micro_batch_size:
-            raise ValueError(
-                f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of micro_batch_size ="
-                f" {config.training.micro_batch_size}: every size is compiled once"
-            )
-    if config.optimizer.b2 > 0.99:
-        raise ValueError(f"config.optimizer.b2 = {config.optimizer.b2}: BF16 moments lose updates above 0.99; lower it")
-    if not config.data.sources:
-        raise ValueError("config.data.sources is empty; name at least one, for example {'path': 'stdlib', 'weight': 1.0}")
-    if config.execution.exchange_slack < 1.0:
-        raise ValueError(
-            f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries the balanced load"
-        )
 
 
 def resolve(config: Config, platform: str, expert_devices: int) -> Config:

@@ -33,10 +33,9 @@ from deepseek_jax.data.heldout import HeldOut, heldout_batches
 from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import Checkpoints, Progress, put_tokenizer
+from deepseek_jax.training.checkpoint import Progress, restore_weights
 from deepseek_jax.training.evaluation import Evaluation, evaluate
 from deepseek_jax.training.metrics import MetricsLog, read_rows
-from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import jit_eval_step
 
 MOST_COUNTED_TOKENS = 2 * 10**9
@@ -61,17 +60,10 @@ def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> 
         ValueError: there is no such checkpoint, or it is damaged.
     """
     mesh = make_mesh(config.mesh)
+    weights, progress = restore_weights(config, workdir, mesh, step)
+    held_out = open_held_out(config, open_tokenizer(config, workdir), workdir)
     with jax.set_mesh(mesh):
-        whole = abstract_state(config, mesh)
-        checkpoints = Checkpoints(workdir, keep=None)
-        restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
-        checkpoints.close()
-        if restored is None:
-            raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
-        state, progress, tokenizer_files = restored
-        put_tokenizer(workdir, tokenizer_files)
-        held_out = open_held_out(config, open_tokenizer(config, workdir), workdir)
-        return evaluate(jit_eval_step(config, mesh), state["params"], state["router_bias"], held_out, mesh), progress
+        return evaluate(jit_eval_step(config, mesh), weights["params"], weights["router_bias"], held_out, mesh), progress
 
 
 def open_held_out(config: Config, tokenizer: Tokenizer, workdir: Path) -> HeldOut:

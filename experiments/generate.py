@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from deepseek_jax.config import Config, Mesh
+from deepseek_jax.config import Mesh
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.decode import stream
+from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import Checkpoints, put_tokenizer, read_config
-from deepseek_jax.training.state import State, abstract_state
+from deepseek_jax.training.checkpoint import read_config, restore_weights
 from experiments import session
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -33,41 +33,16 @@ def main(_) -> None:
     session.start()
     workdir = Path(WORKDIR.value)
     config = read_config(workdir)
-    weights = restore_weights(config, workdir, STEP.value)
-    pieces = stream(
-        config,
-        weights["params"],
-        weights["router_bias"],
-        Tokenizer.load(workdir / "tokenizer.json"),
-        PROMPT.value,
-        MAX_NEW_TOKENS.value,
-        temperature=TEMPERATURE.value,
-        top_p=TOP_P.value,
-        top_k=TOP_K.value,
-        seed=SEED.value,
-    )
+    sampling = Sampling(temperature=TEMPERATURE.value, top_p=TOP_P.value, top_k=TOP_K.value)
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.local_devices()[:1])
+    weights, _ = restore_weights(config, workdir, mesh, STEP.value)
+    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+    params, router_bias = weights["params"], weights["router_bias"]
+    pieces = stream(config, params, router_bias, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value, sampling, SEED.value)
     print(PROMPT.value, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-
-
-def restore_weights(config: Config, workdir: Path, step: int | None) -> State:
-    """Return `params` and `router_bias` of a checkpoint on this process's first device, and put its tokenizer into the workdir.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
-    """
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.local_devices()[:1])
-    whole = abstract_state(config, mesh)
-    checkpoints = Checkpoints(workdir, keep=None)
-    restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
-    checkpoints.close()
-    if restored is None:
-        raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
-    state, _, tokenizer_files = restored
-    put_tokenizer(workdir, tokenizer_files)
-    return state
 
 
 if __name__ == "__main__":

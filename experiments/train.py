@@ -14,7 +14,8 @@ from ml_collections import config_flags
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.data.pipeline import open_corpus
 from deepseek_jax.evaluate import add_yardsticks
-from deepseek_jax.inference.decode import generate
+from deepseek_jax.inference.decode import stream
+from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.loop import Result, train
 from deepseek_jax.training.report import draw_sheet, final_table
@@ -26,6 +27,7 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration
 
 PROMPT = "def "
 SAMPLE_TOKENS = 120
+SAMPLING = Sampling(temperature=0.8, top_p=0.95, top_k=0)
 
 
 def main(_) -> None:
@@ -56,10 +58,8 @@ def report(config: Config, workdir: Path, result: Result) -> None:
     params, router_bias = result.state["params"], result.state["router_bias"]
     room = config.data.sequence_length - len(result.tokenizer.encode(PROMPT)) - 1
     num_tokens = min(SAMPLE_TOKENS, room)
-    text = generate(
-        config, params, router_bias, result.tokenizer, PROMPT, num_tokens, temperature=0.8, top_p=0.95, top_k=0, seed=config.seed
-    )
-    print(f"\nsample, temperature 0.8, top-p 0.95:\n\n{PROMPT}{text}\n")
+    pieces = stream(config, params, router_bias, result.tokenizer, PROMPT, num_tokens, SAMPLING, config.seed)
+    print(f"\nsample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{PROMPT}{''.join(pieces)}\n")
 
 
 if __name__ == "__main__":

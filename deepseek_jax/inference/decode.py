@@ -49,22 +49,6 @@ class Generation(NamedTuple):
     finished_B: Array  # bool: has produced EOS
 
 
-def generate(
-    config: Config,
-    params: Tree,
-    router_bias: Tree,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
-) -> str:
-    """Return the text that continues `prompt`, without the prompt. See `stream` for the arguments."""
-    return "".join(stream(config, params, router_bias, tokenizer, prompt, max_new_tokens, temperature, top_p, top_k, seed))
-
-
 def stream(
     config: Config,
     params: Tree,
@@ -72,12 +56,10 @@ def stream(
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` in pieces, up to EOS or `max_new_tokens` tokens.
+    """Yield the text that continues `prompt` in pieces, up to EOS or `max_new_tokens` tokens; `"".join(...)` is all of it.
 
     Args:
         config: of the model.
@@ -86,15 +68,12 @@ def stream(
         tokenizer: of the run.
         prompt: text; it is not repeated in the output.
         max_new_tokens: at most this many tokens follow.
-        temperature: 0 is greedy; see `sampling.Sampling` for this, `top_p` and `top_k`.
-        top_p: 1 keeps every token.
-        top_k: 0 keeps every token.
+        sampling: temperature, top-p, top-k.
         seed: of the draws; the same seed gives the same text.
 
     Raises:
-        ValueError: an empty prompt, one that leaves no room for `max_new_tokens`, or a sampling value outside its range.
+        ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character to continue")
     prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)]  # as every document begins in training

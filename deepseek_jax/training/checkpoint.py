@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
 from deepseek_jax.training.fingerprint import fingerprints
+from deepseek_jax.training.state import abstract_state
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
@@ -338,3 +339,26 @@ class Checkpoints:
                 logging.warning("moved the damaged checkpoint of step %d to %s", step, target)
         multihost_utils.sync_global_devices("checkpoints.set_aside")
         self._manager.reload()
+
+
+def restore_weights(config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[dict[str, Any], Progress]:
+    """Return what a model is used with, `params` and `router_bias`, and where the run stood; put the run's tokenizer into the workdir.
+
+    Args:
+        config: of the run; another mesh will do.
+        workdir: of the run.
+        mesh: to restore onto.
+        step: of the checkpoint; the newest intact one if None.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    whole = abstract_state(config, mesh)
+    checkpoints = Checkpoints(workdir, keep=None)
+    restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
+    checkpoints.close()
+    if restored is None:
+        raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
+    weights, progress, tokenizer = restored
+    put_tokenizer(workdir, tokenizer)
+    return weights, progress

@@ -150,9 +150,9 @@ def test_the_number_of_tokens_is_kept():
         assert ids(num_tokens=num_tokens).shape == (1, num_tokens)
 
 
-def test_generate_returns_the_text_of_the_ids():
+def test_streamed_text_is_that_of_the_ids():
     tokenizer, (params, router_bias) = byte_tokenizer(), make_weights()
-    text = decode.generate(CONFIG, params, router_bias, tokenizer, "def ", 20, temperature=0.0, top_p=1.0, top_k=0, seed=0)
+    text = "".join(decode.stream(CONFIG, params, router_bias, tokenizer, "def ", 20, GREEDY, seed=0))
     prompt = np.array([[tokenizer.bos, *tokenizer.encode("def ")]], np.int32)
     known = params | {"head_DV": params["head_DV"][:, : tokenizer.vocab_size]}
     want = ids(prompts=prompt, num_tokens=20, eos=tokenizer.eos, weights=(known, router_bias))[0].tolist()
@@ -164,7 +164,7 @@ def test_stream_holds_back_half_a_character(monkeypatch):
     tokenizer = byte_tokenizer()
     euro = [tokenizer.encode("€")[i] for i in range(3)]
     monkeypatch.setattr(decode, "stream_ids", lambda *_: iter([np.array([[euro[0]]]), np.array([euro[1:]]), np.array([euro[:1]])]))
-    pieces = list(decode.stream(CONFIG, *make_weights(), tokenizer, "x", 5, temperature=0.0, top_p=1.0, top_k=0, seed=0))
+    pieces = list(decode.stream(CONFIG, *make_weights(), tokenizer, "x", 5, GREEDY, seed=0))
     assert pieces == ["", "€", "", "�"]
 
 
@@ -179,7 +179,7 @@ def test_stream_holds_back_half_a_character(monkeypatch):
 )
 def test_refuses_what_does_not_fit(prompt, num_tokens, message):
     with pytest.raises(ValueError, match=message):
-        decode.generate(CONFIG, *make_weights(), byte_tokenizer(), prompt, num_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0)
+        list(decode.stream(CONFIG, *make_weights(), byte_tokenizer(), prompt, num_tokens, GREEDY, seed=0))
 
 
 def test_yarn_extends_the_positions():

@@ -14,7 +14,8 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.tokenizer import byte_tokenizer
-from deepseek_jax.inference.decode import generate
+from deepseek_jax.inference.decode import stream
+from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, read_tokenizer
@@ -60,7 +61,8 @@ def command(workdir, *options):
 def test_prints_the_prompt_and_its_continuation(run, temperature):
     workdir, config, params, router_bias = run
     done = command(workdir, "--prompt=if x:", f"--temperature={temperature}", "--max_new_tokens=30", "--seed=5")
-    text = generate(config, params, router_bias, byte_tokenizer(), "if x:", 30, temperature=temperature, top_p=1.0, top_k=0, seed=5)
+    sampling = Sampling(temperature=temperature, top_p=1.0, top_k=0)
+    text = "".join(stream(config, params, router_bias, byte_tokenizer(), "if x:", 30, sampling, seed=5))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"if x:{text}\n" and text
 
