@@ -1,6 +1,5 @@
 """Inputs of the train step without an array: shapes, dtypes and shardings, for programs that are lowered or compiled and never run."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import ROWS, P
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.step import train_step
+from deepseek_jax.training.step import jit_train_step
 
 BATCH_DTYPES = {
     "tokens_BS": jnp.int32,
@@ -30,7 +29,7 @@ def inputs(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Rates]:
 
 
 def trace(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
-    """The traced train step of a resolved config, the state donated. Lower it under `jax.set_mesh(mesh)`."""
+    """The traced train step. Lower it under `jax.set_mesh(mesh)`."""
     arrays = inputs(config, mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(functools.partial(train_step, config), donate_argnums=0).trace(*arrays)
+        return jit_train_step(config, mesh).trace(*arrays)

@@ -49,14 +49,13 @@ def compile_program(name: str, topology: str) -> dict:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     config = program(name)
     mesh = make_mesh(config.mesh, devices)
-    config = resolve_for(config, mesh)
     traced = abstract.trace(config, mesh)
     with jax.set_mesh(mesh):
         compiled = traced.lower().compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "device_kind": devices[0].device_kind,
-        "attention": config.execution.attention,
+        "attention": resolve_for(config, mesh).execution.attention,
         "kernels": text.count('custom_call_target="tpu_custom_call"'),
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "all_to_all": "all-to-all" in text,

@@ -6,13 +6,16 @@ speed, or that cuDNN accepts them.
 """
 
 import re
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from configs import v3_5b
+from configs import tiny, v3_5b
 from deepseek_jax.config import from_config_dict, resolve
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.step import jit_train_step
 from tests import abstract
 
 
@@ -36,6 +39,24 @@ def lower(attention, precision="bf16"):
     traced = abstract.trace(resolve(config, "gpu", expert_devices=4), mesh)
     with jax.set_mesh(mesh):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("platform", "precision", "products"), [("gpu", "fp32", "HIGHEST"), ("cpu", "fp32", "DEFAULT"), ("gpu", "bf16", "DEFAULT")]
+)
+def test_fp32_is_multiplied_as_fp32_on_a_gpu(platform, precision, products):
+    """Unless told not to, XLA multiplies FP32 in TF32 there; the router's product is exact everywhere."""
+    tree = tiny.get_config()
+    tree.execution.update({"attention": "xla", "precision": precision})
+    config = from_config_dict(tree)
+    mesh = make_mesh(config.mesh)
+    devices = np.array([SimpleNamespace(platform=platform)])
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, SimpleNamespace(shape=mesh.shape, size=1, devices=devices))
+        text = step.trace(*abstract.inputs(config, mesh)).lower(lowering_platforms=("cuda",)).as_text()
+    found = [re.search(r"precision = \[(\w+), \1\]", line)[1] for line in text.splitlines() if "stablehlo.dot_general" in line]
+    expected = [name for name in found if name == products]
+    assert len(expected) == len(found) if products == "HIGHEST" else 0 < len(found) - len(expected) < len(found) / 4
 
 
 def collectives(text):

@@ -48,12 +48,31 @@ class Normalisers(NamedTuple):
 def jit_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
     """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under `jax.set_mesh(mesh)`."""
     check_fit(config, mesh)
-    return jax.jit(functools.partial(train_step, resolve_for(config, mesh)), donate_argnums=0)
+    return _jit(train_step, config, mesh, donate_argnums=0)
 
 
 def jit_eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
     """Compile-ready `eval_step` for a mesh. Call it under `jax.set_mesh(mesh)`."""
-    return jax.jit(functools.partial(eval_step, resolve_for(config, mesh)))
+    return _jit(eval_step, config, mesh)
+
+
+def _jit(step: Callable, config: Config, mesh: jax.sharding.Mesh, **options) -> Callable:
+    """Jit `step` so that "fp32" is FP32 everywhere: unless told not to, GPUs multiply FP32 in TF32 and TPUs in BF16.
+
+    On a GPU cuBLAS alone does these products: choosing among Triton kernels of full precision took more than 500 s for `tiny` on an
+    H200, against 10 s without them (experiments/log.md).
+    """
+    platform = mesh.devices.flat[0].platform
+    exact = config.execution.precision == "fp32" and platform != "cpu"
+    config = resolve_for(config, mesh)
+
+    def run(*arguments):
+        with jax.default_matmul_precision("highest" if exact else None):
+            return step(config, *arguments)
+
+    if exact and platform == "gpu":
+        options["compiler_options"] = {"xla_gpu_enable_triton_gemm": False}
+    return jax.jit(run, **options)
 
 
 def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
