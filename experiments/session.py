@@ -1,4 +1,4 @@
-"""What every command does before it touches a device: the simulated mesh, the compilation cache, quiet logs, the CPU's memory."""
+"""What every command does before it touches a device: other processes, the simulated mesh, the compilation cache, the CPU's memory."""
 
 import ctypes
 import os
@@ -8,12 +8,22 @@ import jax
 from absl import flags, logging
 
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Be one of several processes, found by JAX on TPU pods, SLURM, Open MPI and Kubernetes."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX does not find the processes by itself.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.", lower_bound=0)
 
 
 def start() -> None:
-    """Apply --cpu_devices and use the persistent compilation cache ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
+    """Join the other processes if there are any, apply --cpu_devices (of each process), and use the persistent compilation cache
+    ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
 
     Without --cpu_devices JAX chooses the platform itself. Call it before anything runs on a device.
+
+    Raises:
+        ValueError: some, but not all, of --coordinator, --num_processes and --process_id.
     """
     logging.set_verbosity(logging.WARNING)
     if CPU_DEVICES.value is not None:
@@ -24,6 +34,18 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "deepseek_jax" / "compiled"))
     if computes_on_cpu():
         keep_freed_memory(CPU_HEAP_BYTES)
+    join_processes()
+
+
+def join_processes() -> None:
+    """Start `jax.distributed` if the flags ask for it."""
+    given = {"coordinator_address": COORDINATOR.value, "num_processes": NUM_PROCESSES.value, "process_id": PROCESS_ID.value}
+    if all(value is not None for value in given.values()):
+        jax.distributed.initialize(**given)
+    elif any(value is not None for value in given.values()):
+        raise ValueError(f"--coordinator, --num_processes and --process_id belong together; got {given}; give all three, or --distributed")
+    elif DISTRIBUTED.value:
+        jax.distributed.initialize()
 
 
 def computes_on_cpu() -> bool:

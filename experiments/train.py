@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -51,10 +52,17 @@ def main(_) -> None:
 def report(config: Config, workdir: Path, result: Result) -> None:
     """Print the final table and a sampled continuation, and draw the curves."""
     add_yardsticks(config, workdir, result.tokenizer, result.step, result.tokens_seen)
-    checkpoints = Checkpoints(workdir, keep=None)
-    draw_sheet(workdir)
-    print("\n" + final_table(workdir, open_corpus(config, result.tokenizer, workdir).digest, checkpoints.steps()))
+    checkpoints = Checkpoints(workdir, keep=None)  # every process opens it: Orbax waits for all
+    steps = checkpoints.steps()
     checkpoints.close()
+    if jax.process_index() > 0:
+        return
+    draw_sheet(workdir)
+    print("\n" + final_table(workdir, open_corpus(config, result.tokenizer, workdir).digest, steps))
+    if jax.process_count() > 1:
+        print(f"\nThe weights are spread over {jax.process_count()} processes; for a sample:")
+        print(shlex.join(["python", "-m", "experiments.generate", f"--workdir={workdir}", f"--prompt={PROMPT}"]))
+        return
     params, router_bias = result.state["params"], result.state["router_bias"]
     room = config.data.sequence_length - len(result.tokenizer.encode(PROMPT)) - 1
     num_tokens = min(SAMPLE_TOKENS, room)

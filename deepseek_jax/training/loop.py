@@ -141,7 +141,7 @@ class Trainer:
 
         self.log = MetricsLog(workdir, self.step if self.step else BEFORE_THE_FIRST)
         resources.callback(self.log.close)
-        self.bar = ProgressBar(int(training.num_tokens), self.tokens_seen)
+        self.bar = ProgressBar(int(training.num_tokens), self.tokens_seen, silent=jax.process_index() > 0)
         resources.callback(self.bar.close)
         flops = flops_per_token(config.model, config.data.sequence_length, causal=True, mtp=True)
         self.speed = Speedometer(flops, list(mesh.devices.flat))

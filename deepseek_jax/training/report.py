@@ -22,10 +22,11 @@ SHEET_NAME = "training.png"
 class ProgressBar:
     """Progress in tokens with ETA, tokens/s and loss: a bar on a terminal, an occasional line elsewhere."""
 
-    def __init__(self, num_tokens: int, tokens_seen: int, file: TextIO | None = None):
-        """Show progress towards `num_tokens`, of which `tokens_seen` are done, on `file` (standard error)."""
+    def __init__(self, num_tokens: int, tokens_seen: int, file: TextIO | None = None, silent: bool = False):
+        """Show progress towards `num_tokens`, of which `tokens_seen` are done, on `file` (standard error); nothing if `silent`."""
         self._file = file or sys.stderr
-        self._lines = not self._file.isatty()
+        self._silent = silent
+        self._lines = silent or not self._file.isatty()
         self._bar = tqdm(
             total=num_tokens,
             initial=min(tokens_seen, num_tokens),
@@ -55,6 +56,8 @@ class ProgressBar:
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
+        if self._silent:
+            return
         if self._lines:
             print(text, file=self._file, flush=True)
         else:

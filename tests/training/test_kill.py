@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,30 +21,7 @@ from deepseek_jax.training.checkpoint import TMP_SUFFIX, Checkpoints
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.state import abstract_state
 from tests.training.nano import get_config
-
-ROOT = Path(__file__).parents[2]
-DEADLINE = 600.0  # seconds for one process, on a loaded machine with nothing compiled
-
-
-def write_corpus(folder: Path) -> Path:
-    generator = np.random.default_rng(0)
-    words = ["".join(generator.choice(list("etaoinshrdlu"), size=size)) for size in generator.integers(2, 8, size=200)]
-    folder.mkdir()
-    for number in range(60):
-        (folder / f"{number}.txt").write_text(" ".join(generator.choice(words, size=300)))
-    return folder
-
-
-def start(command: list[str], log: Path) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    if jax.config.jax_compilation_cache_dir:
-        environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
-    with log.open("ab") as output:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen, log: Path) -> None:
-    assert process.wait(DEADLINE) == 0, log.read_text()[-4000:]
+from tests.training.runs import DEADLINE, finish, start, write_corpus
 
 
 def saves(workdir: Path) -> set[str]:
