@@ -8,8 +8,8 @@ A tensor is cut into groups that share one scale, and each group uses the whole 
     scale = max|x| / 448                               or, "pow2", the next power of two: 2^ceil(log2(max|x| / 448))
     q     = round_to_nearest_even(x * (1 / scale))     x is approximately q * scale: the scale is the *multiplier* of dequantisation
 
-To the bit: max|x| / 448 is a product with the FP32 number nearest to 1 / 448, which is what XLA makes of the division anyway, and each group
-takes one exact reciprocal of its scale. So kernels, references and NumPy agree in every bit.
+To the bit: max|x| / 448 is a product with the FP32 number nearest to 1 / 448, which is what XLA makes of the division anyway, and each
+group takes one exact reciprocal of its scale. So kernels, references and NumPy agree in every bit.
 
 The scales of tiles are transposed: a kernel that multiplies 128 rows at one step along k wants their 128 scales, and finds them in
 one piece. Hopper's copy engine wants rows of a multiple of 16 bytes, so m is padded to a multiple of four; the scales beyond m are 1.
@@ -20,8 +20,8 @@ Three decisions about special values, each of which has gone wrong silently in a
     rounding     a power-of-two scale is rounded up *before* it divides; rounding a stored FP32 scale later corrupts the tensor
     NaN, inf     max|x| is NaN or inf, the scale is NaN, and so is everything that a product makes of the group: never a silent 448
 
-Worked example, a tile whose largest magnitude is 3: FP32 scale 3 / 448 = 0.00670, power-of-two scale 2^ceil(-7.22) = 2^-7 = 0.0078; with the
-second, 3 is stored as 384.
+Worked example, a tile whose largest magnitude is 3: FP32 scale 3 / 448 = 0.00670, power-of-two scale 2^ceil(-7.22) = 2^-7 = 0.0078; with
+the second, 3 is stored as 384.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def scale_of(amax: Array, scale: Scale) -> Array:
 
 
 def encode(x: Array, scale: Array) -> Array:
-    """Return FP32 `x` as E4M3 in units of `scale` (of a shape that broadcasts): nearest even, saturating at 448, NaN where either is NaN."""
+    """Return FP32 `x` as E4M3 in units of `scale` (a shape that broadcasts): nearest even, saturating at 448, NaN where either is NaN."""
     return jnp.clip(x * (1.0 / scale), -LARGEST, LARGEST).astype(E4M3)
 
 
