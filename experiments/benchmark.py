@@ -7,13 +7,8 @@ A step is timed from its call until its results are there, and the median of --s
 a fresh model routes both nearly evenly.
 """
 
-import datetime
-import json
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +31,7 @@ from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
 from experiments import session
+from pallas_kernels.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
@@ -74,14 +70,13 @@ def main(_) -> None:
         measurement = measure_step(config, mesh, batches, STEPS.value)
         step_records = describe_step(config, mesh, size, measurement)
         records = step_records + (measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else [])
-    common = provenance(mesh)
+    common = provenance("experiments.benchmark", describe_device(mesh))
     records = [record | common for record in records]
     print_table(config, common["device"], records)
     if mesh.devices.flat[0].platform == "cpu" and busy > 0.5:
         print(f"\nOther programs kept {busy:.1f} cores busy when this one started: times are too long, and vary.")
     if JSON.value:
-        Path(JSON.value).parent.mkdir(parents=True, exist_ok=True)
-        Path(JSON.value).write_text(json.dumps(records, indent=1) + "\n")
+        write(Path(JSON.value), records)
 
 
 def random_batches(config: Config, size: int) -> Iterator[Batch]:
@@ -164,18 +159,11 @@ def _record(config: Config, mode: str, size: int, value: float, unit: str) -> di
     return record | {"value": value, "unit": unit, "yardstick": None}
 
 
-def provenance(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """Return what a record needs to be repeated: device, versions, date, commit, command."""
+def describe_device(mesh: jax.sharding.Mesh) -> str:
+    """Return number and kind of the devices, with the cores of a CPU."""
     here = environment(mesh)
     cores = f", {here['cores']} cores" if here["platform"] == "cpu" else ""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {
-        "device": f"{mesh.size} x {here['device_kind']}{cores}",
-        "jax": here["jax"],
-        "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip() or "not a git checkout",
-        "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
-    }
+    return f"{mesh.size} x {here['device_kind']}{cores}"
 
 
 def print_table(config: Config, device: str, records: list[dict[str, Any]]) -> None:
