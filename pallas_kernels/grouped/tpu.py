@@ -96,7 +96,7 @@ def keep_rows(visits, v: Array, total: Array, out) -> None:
     group = visits.group[v]
     rows = visits.tile[v] * total.shape[0] + jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
     own = (rows >= visits.offsets[group]) & (rows < visits.offsets[group + 1])
-    out[...] = jnp.where(own, total, out[...].astype(jnp.float32)).astype(out.dtype)
+    out[...] = jnp.where(own, total.astype(out.dtype), out[...])
 
 
 def masked_matmul(

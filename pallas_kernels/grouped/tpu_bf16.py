@@ -142,11 +142,11 @@ def _accumulate_kernel(visits, a, b, c, out, *, num_groups: int):
 
 
 def _own_rows(visits, v: Array, x) -> Array:
-    """BF16 [tile, columns] with zeros in the rows that are not visit `v`'s; chosen in FP32, as v5p has no choice between BF16 vectors."""
+    """BF16 [tile, columns] with zeros in the rows that are not visit `v`'s."""
     group = visits.group[v]
     rows = visits.tile[v] * x.shape[0] + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     own = (rows >= visits.offsets[group]) & (rows < visits.offsets[group + 1])
-    return jnp.where(own, x[...].astype(jnp.float32), 0.0).astype(jnp.bfloat16)
+    return jnp.where(own, x[...], 0)
 
 
 def _pad(x: Array, dim: int, multiple: int) -> Array:
