@@ -1,0 +1,281 @@
+"""What the benchmark runs: every public operation with its shapes and random operands. A new benchmark is one line of `operations`.
+
+Operands are what `quantize_*` emits from normal data: speed depends on the bits (products of zeros draw less power, so clocks stay high).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import grouped, matmul, producers, quantize
+from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.shapes import (
+    ATTENTION_ROWS,
+    DENSE,
+    DENSE_GRADIENTS,
+    FFN_ROWS,
+    GRADIENTS,
+    GROUPED,
+    LINEAR,
+    MASKED,
+    MODEL_ROWS,
+    NORM_ROWS,
+    WEIGHTS,
+    DeepGemm,
+    Dense,
+    Gradients,
+    Grouped,
+    Linear,
+    Masked,
+    Rows,
+    Shape,
+    Weights,
+    draw_dense,
+)
+
+CHAIN = 4  # accumulations of one timed program: XLA may copy the accumulator, which is not donated, once
+NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Something to time: a jitted function with its operands, and how often it does its work."""
+
+    function: Callable
+    operands: tuple
+    work: int  # FLOPs or bytes of one repetition
+    repetitions: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A public function and how to benchmark it.
+
+    Attributes:
+        name: selects it.
+        call: the public function, on operands alone.
+        rows: its shapes, with DeepGEMM's figures where there are any.
+        operands: makes them from a key and a shape.
+        precision: "fp8" or "bf16": which peak counts, and which XLA product stands first beside it.
+        accumulates: whether the last operand is an accumulator that the result replaces.
+        exact: keywords with which the reference is as exact as FP32.
+    """
+
+    name: str
+    call: Callable
+    rows: Mapping[Any, DeepGemm | None]
+    operands: Callable[[Array, Any], tuple]
+    precision: str = "fp8"
+    accumulates: bool = False
+    exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make_operands(self, key: Array, shape: Shape) -> tuple:
+        """Return the operands on the device."""
+        return jax.jit(lambda key: self.operands(key, shape))(key)
+
+    def program(self, shape: Shape, operands: tuple) -> Program:
+        """Return what is timed: the Hopper kernel, for an accumulating operation several times in place."""
+        result = jax.eval_shape(functools.partial(self.call, implementation="reference"), *operands)
+        function = jax.jit(functools.partial(self.repeat, implementation="hopper"))
+        return Program(function, operands, work_of(shape, operands, result), CHAIN if self.accumulates else 1)
+
+    def repeat(self, *operands: Any, **how: Any) -> Any:
+        """Call the operation once, or `CHAIN` times if it accumulates, each time into the result of the last."""
+        if not self.accumulates:
+            return self.call(*operands, **how)
+        *factors, total = operands
+        for _ in range(CHAIN):
+            total = self.call(*factors, total, **how)
+        return total
+
+    def error(self, operands: tuple, result: Any) -> float:
+        """Return the relative L2 error of what the program made of `operands`, against the reference in FP32; 0 means equal."""
+        exact = jax.jit(functools.partial(self.repeat, implementation="reference", **self.exact))
+        return relative_error(result, exact(*operands))
+
+
+def work_of(shape: Shape, operands: Any, result: Any) -> int:
+    """Return FLOPs, or the bytes that must move where memory binds: each operand in and each result out, unless the shape knows better."""
+    if shape.unit == "TFLOP/s":
+        return shape.flops
+    if isinstance(shape, Masked):
+        return shape.bytes
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, result)))
+
+
+@jax.jit
+def _squares(x: Array, y: Array) -> tuple[Array, Array]:
+    defined = ~jnp.isnan(y)  # the reference marks what is unspecified
+    return jnp.where(defined, (x - y) ** 2, 0).sum(), jnp.where(defined, y**2, 0).sum()
+
+
+def relative_error(result: Any, expected: Any) -> float:
+    """Return |result - expected| / |expected| of the worst leaf; NaN if a result is NaN where the reference is not.
+
+    FP8 values and their scales are compared as they are stored.
+    """
+    leaves = zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
+    squares = [_squares(x.astype(jnp.float32), y.astype(jnp.float32)) for x, y in leaves]
+    return float(jnp.max(jnp.stack([jnp.sqrt(difference / magnitude) for difference, magnitude in squares])))
+
+
+# Random operands, one function per kind of shape.
+
+
+def _normal(key: Array, *shape: int, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:
+    return jax.random.normal(key, shape, dtype)
+
+
+def _dense(key: Array, shape: Dense) -> tuple:
+    a, b = jax.random.split(key)
+    return quantize.quantize_tiles(_normal(a, shape.m, shape.k)), quantize.quantize_blocks(_normal(b, shape.n, shape.k))
+
+
+def _dense_gradient(key: Array, shape: Dense) -> tuple:
+    a, b, c = jax.random.split(key, 3)
+    factors = (quantize.quantize_tiles(_normal(key, size, shape.k)) for key, size in ((a, shape.m), (b, shape.n)))
+    return (*factors, _normal(c, shape.m, shape.n, dtype=jnp.float32))
+
+
+def _grouped(key: Array, shape: Grouped) -> tuple:
+    a, b, sizes = _grouped_bf16(key, shape)
+    return quantize.quantize_tiles(a), quantize.quantize_blocks(b), sizes
+
+
+def _grouped_bf16(key: Array, shape: Grouped) -> tuple:
+    a, b = jax.random.split(key)
+    rows = shape.groups * shape.rows
+    return _normal(a, rows, shape.k), _normal(b, shape.groups, shape.n, shape.k), jnp.asarray(shape.sizes)
+
+
+def _masked(key: Array, shape: Masked) -> tuple:
+    a, b = jax.random.split(key)
+    tiles = quantize.quantize_tiles(_normal(a, shape.experts * shape.room, shape.k))
+    values = tiles.values.reshape(shape.experts, shape.room, shape.k)
+    scales = tiles.scales.reshape(shape.k // GROUP, shape.experts, shape.room).swapaxes(0, 1)
+    return (
+        Quantized(values, scales, "tile"),
+        quantize.quantize_blocks(_normal(b, shape.experts, shape.n, shape.k)),
+        jnp.asarray(shape.sizes),
+    )
+
+
+def _gradients(key: Array, shape: Gradients) -> tuple:
+    a, b, sizes, c = _gradients_bf16(key, shape)
+    return quantize.quantize_tiles(a.T), quantize.quantize_tiles(b.T), sizes, c
+
+
+def _gradients_bf16(key: Array, shape: Gradients) -> tuple:
+    a, b, c = jax.random.split(key, 3)
+    total = _normal(c, shape.groups, shape.m, shape.n, dtype=jnp.float32)
+    return _normal(a, shape.rows, shape.m), _normal(b, shape.rows, shape.n), jnp.asarray(shape.sizes), total
+
+
+def _rows(key: Array, shape: Rows) -> tuple:
+    return (_normal(key, shape.m, shape.k),)
+
+
+def _permutation(key: Array, shape: Rows) -> tuple:
+    return _normal(key, shape.m, shape.k), jax.random.permutation(key, shape.m).astype(jnp.int32)
+
+
+def _tiles(key: Array, shape: Rows) -> tuple:
+    return (quantize.quantize_tiles(_normal(key, shape.m, shape.k)),)
+
+
+def _weights(key: Array, shape: Weights) -> tuple:
+    lead = (shape.groups,) if shape.groups > 1 else ()
+    return (_normal(key, *lead, shape.n, shape.k, dtype=jnp.float32),)
+
+
+def _norm(key: Array, shape: Rows) -> tuple:
+    return _normal(key, shape.m, shape.k), jnp.ones(shape.k, jnp.float32)
+
+
+def _swiglu(key: Array, shape: Rows) -> tuple:
+    hidden, weight = jax.random.split(key)
+    return _normal(hidden, shape.m, 2 * shape.k), jax.random.uniform(weight, (shape.m,))
+
+
+def _swiglu_backward(key: Array, shape: Rows) -> tuple:
+    hidden, weight = _swiglu(key, shape)
+    return hidden, _normal(jax.random.fold_in(key, 1), shape.m, shape.k), weight
+
+
+def _packed(key: Array, shape: Rows) -> tuple:
+    return producers.e5m6_pack(_normal(key, shape.m, shape.k))
+
+
+def _linear(key: Array, shape: Linear) -> tuple:
+    x, dy, w, dw = _linear_bf16(key, shape)
+    return x, dy, quantize.quantize_blocks(w), quantize.quantize_blocks(w.T), dw
+
+
+def _linear_bf16(key: Array, shape: Linear) -> tuple:
+    x, dy, w = (_normal(jax.random.fold_in(key, i), *dims) for i, dims in enumerate([(shape.m, shape.k), shape[:2], shape[1:]]))
+    return x, dy, w, jnp.zeros((shape.n, shape.k), jnp.float32)
+
+
+# Calls that are not one public function on its operands.
+
+
+def _rms_norm_quantize(x: Array, gain: Array, **how: Any) -> Quantized:
+    return producers.rms_norm_quantize(x, gain, NORM_EPS, **how)
+
+
+def _e5m6_unpack(packed: Array, scales: Array, **how: Any) -> Array:
+    return producers.e5m6_unpack(packed, scales, m=packed.shape[0], **how)
+
+
+def linear(x: Array, dy: Array, w: Quantized, w_transposed: Quantized, dw: Array, **how: Any) -> tuple[Array, Array, Array]:
+    """Return y, dx and dw of a linear layer from BF16 `x` [m, k] and `dy` [m, n]; weights were quantised once in this optimizer step."""
+    x_tiles, x_columns = quantize.quantize_tiles_both(x, **how)
+    dy_tiles, dy_columns = quantize.quantize_tiles_both(dy, **how)
+    y, dx = matmul.matmul(x_tiles, w, **how), matmul.matmul(dy_tiles, w_transposed, **how)
+    return y, dx, matmul.matmul_accumulate(dy_columns, x_columns, dw, **how)
+
+
+def linear_with_weights(x: Array, dy: Array, w: Array, dw: Array, **how: Any) -> tuple[Array, Array, Array]:
+    """Return what `linear` does from BF16 weights, quantised both ways for this call alone."""
+    return linear(x, dy, quantize.quantize_blocks(w, **how), quantize.quantize_blocks(w.T, **how), dw, **how)
+
+
+def operations(seed: int) -> list[Operation]:
+    """Return all benchmarks; `seed` draws the shapes of "matmul_drawn"."""
+    fp32 = {"out_dtype": jnp.float32}
+    drawn = dict.fromkeys(draw_dense(seed))
+    return [
+        Operation("matmul", matmul.matmul, DENSE, _dense, exact=fp32),
+        Operation("matmul_drawn", matmul.matmul, drawn, _dense, exact=fp32),
+        Operation("matmul_accumulate", matmul.matmul_accumulate, DENSE_GRADIENTS, _dense_gradient, accumulates=True),
+        Operation("grouped_matmul", grouped.grouped_matmul, GROUPED, _grouped, exact=fp32),
+        Operation("masked_matmul", grouped.masked_matmul, MASKED, _masked, exact=fp32),
+        Operation("grouped_matmul_accumulate", grouped.grouped_matmul_accumulate, GRADIENTS, _gradients, accumulates=True),
+        Operation("grouped_matmul_bf16", grouped.grouped_matmul_bf16, dict.fromkeys(GROUPED), _grouped_bf16, "bf16", exact=fp32),
+        Operation(
+            "grouped_matmul_accumulate_bf16",
+            grouped.grouped_matmul_accumulate_bf16,
+            dict.fromkeys(GRADIENTS),
+            _gradients_bf16,
+            "bf16",
+            accumulates=True,
+        ),
+        Operation("linear", linear, LINEAR, _linear),
+        Operation("linear_with_weights", linear_with_weights, LINEAR, _linear_bf16),
+        Operation("quantize_tiles", quantize.quantize_tiles, MODEL_ROWS, _rows),
+        Operation("quantize_tiles_both", quantize.quantize_tiles_both, MODEL_ROWS, _rows),
+        Operation("quantize_rows", quantize.quantize_rows, MODEL_ROWS, _permutation),
+        Operation("requantize_transposed", quantize.requantize_transposed, MODEL_ROWS, _tiles),
+        Operation("quantize_blocks", quantize.quantize_blocks, WEIGHTS, _weights),
+        Operation("rms_norm_quantize", _rms_norm_quantize, NORM_ROWS, _norm),
+        Operation("swiglu_quantize", producers.swiglu_quantize, FFN_ROWS, _swiglu),
+        Operation("swiglu_quantize_both", producers.swiglu_quantize_both, FFN_ROWS, _swiglu),
+        Operation("swiglu_backward_quantize", producers.swiglu_backward_quantize, FFN_ROWS, _swiglu_backward),
+        Operation("e5m6_pack", producers.e5m6_pack, ATTENTION_ROWS, _rows),
+        Operation("e5m6_unpack", _e5m6_unpack, ATTENTION_ROWS, _packed),
+    ]
