@@ -80,7 +80,8 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
         a: tile [m, K]. Columns of group 0 come first, then those of group 1, and so on.
         b: tile [n, K].
         group_sizes: int32 [G], columns of each group: multiples of 128, none included, with a sum of at most K.
-        c: FP32 [G, m, n], what is added to. A kernel writes the sum in its place where the caller donates it.
+        c: FP32 [G, m, n], what is added to; in shard_map it varies over the mesh axes that a and b vary over. A kernel writes the sum in
+            its place where the caller donates it.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
@@ -144,7 +145,7 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
         a: BF16 [K, m], rows of a group contiguous, group 0 first.
         b: BF16 [K, n].
         group_sizes: int32 [G], any sizes with a sum of at most K.
-        c: FP32 [G, m, n], what is added to.
+        c: FP32 [G, m, n], what is added to, as in `grouped_matmul_accumulate`.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
