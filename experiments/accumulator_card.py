@@ -1,0 +1,112 @@
+"""Find out how a Hopper card adds FP8 products: `python -m experiments.accumulator_card`.
+
+Multiplies the same FP8 values (every scale is 1) by three programs of the card, and by the emulator (`pallas_kernels/accumulator.py`) with
+several parameters. Prints the relative L2 error of each against the exact product, and how far each program is from each emulated one: the
+parameters at distance 0 are the card's. Needs an NVIDIA GPU of the Hopper generation; takes two minutes, most of them emulating.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+
+from pallas_kernels import matmul, records
+from pallas_kernels.accumulator import ROUNDINGS, Accumulator, multiply
+from pallas_kernels.quantized import GROUP, LARGEST, Quantized, scales_shape
+
+JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
+
+SIZE = 128  # m and n: one tile of the kernel
+LENGTHS = (4096, 16384)  # of K
+DISTRIBUTIONS = {"N(0, 1)": "standard_normal", "uniform(0, 1)": "random"}  # names and methods of numpy.random.Generator
+EMULATED = [Accumulator(bits, rounding, interval) for interval in (None, GROUP) for bits in (13, 14) for rounding in ROUNDINGS]
+
+
+def main(_) -> None:
+    """Multiply, compare, report."""
+    if jax.devices()[0].platform != "gpu":
+        raise SystemExit(f"A Hopper GPU is needed: a {jax.devices()[0].device_kind} accumulates in FP32")
+    found = []
+    for name, method in DISTRIBUTIONS.items():
+        for k in LENGTHS:
+            a, b = draw(method, k)
+            print(f"\n{name}, K = {k}: relative L2, %")
+            found += compare(name, a, b, PROGRAMS)
+    common = records.provenance("experiments.accumulator_card", f"1 x {jax.devices()[0].device_kind}")
+    if JSON.value:
+        records.write(Path(JSON.value), [record | common for record in found])
+
+
+def draw(method: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return E4M3 a and b [128, k] with their largest magnitudes at 448."""
+    rng = np.random.default_rng(k)
+    a, b = (getattr(rng, method)((SIZE, k)) for _ in range(2))
+    return tuple((x * (LARGEST / abs(x).max())).astype(ml_dtypes.float8_e4m3fn) for x in (a, b))
+
+
+def compare(name: str, a: np.ndarray, b: np.ndarray, programs: dict[str, Callable]) -> list[dict[str, Any]]:
+    """Print the error of every program and its distance to every emulated product; return the records of the errors."""
+    exact = a.astype(np.float64) @ b.astype(np.float64).T
+    products = {label: np.asarray(program(a, b), np.float64) for label, program in programs.items()}
+    emulated = {_label(accumulator): multiply(a, b, accumulator).astype(np.float64) for accumulator in EMULATED}
+    print(f"{'':52}{'error':>8}" + "".join(f"{'to ' + label:>31}" for label in products))
+    for label, product in products.items():
+        print(f"{label:52}{relative(product, exact):8.4f}")
+    for label, product in emulated.items():
+        distances = "".join(f"{relative(x, product):31.4f}" for x in products.values())
+        print(f"{label:52}{relative(product, exact):8.4f}{distances}")
+    shape = {"m": a.shape[0], "n": b.shape[0], "k": a.shape[1]}
+    return [
+        _record(name, label, shape, relative(product, exact), *_nearest(product, emulated, exact)) for label, product in products.items()
+    ]
+
+
+def relative(product: np.ndarray, exact: np.ndarray) -> float:
+    """Return |product - exact| / |exact| in percent."""
+    return float(100 * np.linalg.norm(product - exact) / np.linalg.norm(exact))
+
+
+def _nearest(product: np.ndarray, emulated: dict[str, np.ndarray], exact: np.ndarray) -> tuple[str, float]:
+    """Return label and error of the emulated product that is nearest."""
+    label = min(emulated, key=lambda label: relative(product, emulated[label]))
+    return label, relative(emulated[label], exact)
+
+
+def _label(accumulator: Accumulator) -> str:
+    promoted = f"promoted every {accumulator.promotion_interval}" if accumulator.promotion_interval else "never promoted"
+    return f"emulated, {accumulator.fraction_bits} bits, {accumulator.rounding}, {promoted}"
+
+
+def _record(name: str, label: str, shape: dict[str, int], error: float, nearest: str, emulated: float) -> dict[str, Any]:
+    record = {"op": "FP8 product", "mode": f"{label}, {name}", "precision": "fp8", "shape": shape, "value": error, "unit": "% relative L2"}
+    return record | {"yardstick": {"name": nearest, "version": None, "value": emulated}}
+
+
+def _unit_scales(values: np.ndarray, grouping: str) -> Quantized:
+    return Quantized(jnp.asarray(values), jnp.ones(scales_shape(values.shape, grouping), jnp.float32), grouping)
+
+
+def _promoted(a: np.ndarray, b: np.ndarray) -> jax.Array:
+    product = jax.jit(lambda a, b: matmul.matmul(a, b, out_dtype=jnp.float32, implementation="hopper"))
+    return product(_unit_scales(a, "tile"), _unit_scales(b, "block"))
+
+
+def _xla(precision: jax.lax.Precision) -> Callable:
+    """XLA hands the precision to cuBLASLt as its choice between fast accumulation and promotion of its own."""
+    return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32))
+
+
+PROGRAMS = {
+    "XLA, default precision": _xla(jax.lax.Precision.DEFAULT),
+    "XLA, highest precision": _xla(jax.lax.Precision.HIGHEST),
+    "matmul, promoted every 128": _promoted,
+}
+
+
+if __name__ == "__main__":
+    app.run(main)
