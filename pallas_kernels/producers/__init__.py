@@ -6,8 +6,8 @@
     swiglu_backward_quantize    the gradient of the pre-activations as both products of the backward pass read it
     e5m6_pack, e5m6_unpack      attention's output between the passes
 
-Separate passes would move each tensor once more in BF16 and eat what FP8 gains (DeepSeek-V3, arXiv 2412.19437, section 3.3.3 and 3.5.2
-name these fusions). `reference` states where numbers are rounded. All take a BF16 tensor of rows [m, ...] with any m, and all are memory-bound.
+Separate passes would move each tensor once more in BF16 and eat what FP8 gains; DeepSeek-V3 (arXiv 2412.19437, sections 3.3.3 and 3.5.2)
+names these fusions. `reference` states where numbers are rounded. All take BF16 rows [m, ...] with any m, and all are memory-bound.
 """
 
 import jax
@@ -129,9 +129,7 @@ def e5m6_pack(x: Array, *, implementation: str = "auto") -> tuple[Array, Array]:
     return choose("e5m6_pack", implementation, faces)(x)
 
 
-def e5m6_unpack(
-    packed: Array, scales: Array, *, m: int, dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto"
-) -> Array:
+def e5m6_unpack(packed: Array, scales: Array, *, m: int, dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto") -> Array:
     """Return what `e5m6_pack` packed: exact in BF16 and FP32.
 
     Args:

@@ -85,7 +85,8 @@ def e5m6_pack(x: Array) -> tuple[Array, Array]:
     """Return x [m, k] as uint8 [m, k * 3 // 2] and FP32 scales [k / 128, pad4(m)]: the reference."""
     m, k = x.shape
     tiles = x.astype(jnp.float32).reshape(m, k // GROUP, GROUP)
-    scales = scale_of(jnp.max(jnp.abs(tiles), axis=2))
+    bits = lax.bitcast_convert_type(jnp.abs(tiles), jnp.int32)  # in the order of magnitudes, NaN last: XLA:CPU's FP32 maximum can lose NaN
+    scales = scale_of(lax.bitcast_convert_type(jnp.max(bits, axis=2), jnp.float32))
     codes = encode(tiles * (1.0 / scales[:, :, None]))
     planes = jnp.concatenate(pack(codes[:, :, :HALF], codes[:, :, HALF:]), axis=2)
     packed = planes.astype(jnp.uint8).reshape(m, k // GROUP * TILE_BYTES)

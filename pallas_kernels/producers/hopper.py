@@ -48,7 +48,8 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: T
             at_rows, at_groups = place(tile)
             index = ring_slot(config, turn)
             gate, up = (load_tile(hidden_s.at[index, half]) for half in range(2))
-            factors = [over_rows(plgpu.load(ref.at[at_rows], layout=TILE.reduce((1, 2)), optimized=False), gate.shape) for ref in weight_refs]
+            weights_of_rows = [plgpu.load(ref.at[at_rows], layout=TILE.reduce((1, 2)), optimized=False) for ref in weight_refs]
+            factors = [over_rows(x, gate.shape) for x in weights_of_rows]
             release()
             values, scales = quantize_tile(swiglu(gate, up, *factors), scale, at_rows.start, m)
             plgpu.wait_smem_to_gmem(2 * (config.stages - 1), wait_read_only=True)
@@ -68,5 +69,7 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: T
         plgpu.Barrier(num_arrivals=2, num_barriers=ring),
     ]
     outputs = [shape_of((m, groups, GROUP), E4M3), shape_of(scales_shape((m, f), "tile"), jnp.float32)]
-    values, scales = launch(body, config, -(-num_tiles // config.warpgroups), outputs, scratch, interpret)(hidden.reshape(m, 2, groups, GROUP), *weights)
+    values, scales = launch(body, config, -(-num_tiles // config.warpgroups), outputs, scratch, interpret)(
+        hidden.reshape(m, 2, groups, GROUP), *weights
+    )
     return Quantized(values.reshape(m, f), scales, "tile")

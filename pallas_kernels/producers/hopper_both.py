@@ -7,8 +7,8 @@ A block takes a tile of 128 x 128. Its four warpgroups hold 32 rows each, in FP3
                     without an exchange. The warpgroups' four largest meet in shared memory behind a barrier: the only one between them.
                     A thread then has 32 neighbours of the transposed row in its registers: 32 bytes to write
 
-The transpose thus costs one write and one read of shared memory per value. Computing the SwiGLU twice, once in either form, would save it and
-cost two more exponentials; a BF16 copy would halve it, and quantise rounded numbers.
+The transpose thus costs one write and one read of shared memory per value. Computing the SwiGLU twice, once in either form, would save it
+and cost two more exponentials; a BF16 copy would halve it, and quantise rounded numbers.
 
 Each warpgroup copies its own rows in, and asks for those of the next tile as soon as they are in its registers, so one slot is enough.
 
@@ -30,7 +30,7 @@ from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, scale_of, sc
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
-BOTH = TuningConfig(rows=GROUP, warpgroups=SLABS, stages=1)
+BOTH = TuningConfig(rows=GROUP, warpgroups=SLABS, stages=1)  # rows and warpgroups are given by the tile; slots and blocks may vary
 ROW_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((16, GROUP), (4, GROUP), (32,), (4,))), warp_dims=(-6,), lane_dims=(-4, -2), vector_dim=-1)
 COLUMN_LAYOUT = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)  # [128 columns, rows]: a column per thread
 COLUMN_BYTES_LAYOUT = plgpu.Layout.TCGEN05_TMEM_NATIVE(16)  # the same, 16 rows together: the widest store
@@ -38,7 +38,7 @@ NUM_MAXIMA = 2  # of which one is filled while a slower warpgroup may still read
 
 
 class Outputs(NamedTuple):
-    """References of a kernel's results in global memory, and of their staging in shared memory, [warpgroups, ...] each."""
+    """References of a kernel's results, of these shapes in global memory; in shared memory [warpgroups, ...], a part of a tile."""
 
     values: Any  # [m, groups, 128]
     scales: Any  # [groups, pad4(m)]

@@ -81,7 +81,8 @@ def rms_norm_quantize(
                 if piece == pieces - 1:
                     release()
                 plgpu.copy_smem_to_gmem(out, values_ref.at[at_rows, past_end(piece * GROUPS, GROUPS)])
-            plgpu.copy_smem_to_gmem(scales_s.at[wg], scales_ref.at[past_end(0, pieces * GROUPS), at_rows])
+            whole = pl.ds(0, pieces * GROUPS)
+            plgpu.copy_smem_to_gmem(scales_s.at[wg, whole], scales_ref.at[past_end(0, pieces * GROUPS), at_rows])
 
         @pl.when(wg == 0)
         def _():
@@ -94,7 +95,7 @@ def rms_norm_quantize(
         plgpu.SMEM((ring, rows, pieces * GROUPS, GROUP), jnp.bfloat16),
         plgpu.SMEM((pieces * GROUPS, GROUP), jnp.float32),
         plgpu.SMEM((config.warpgroups, OUT_SLOTS, rows, GROUPS, GROUP), E4M3),
-        plgpu.SMEM((config.warpgroups, pieces * GROUPS, rows), jnp.float32),
+        plgpu.SMEM((config.warpgroups, -(-pieces // 2) * 2 * GROUPS, rows), jnp.float32),  # the copy engine wants multiples of 128 bytes
         plgpu.Barrier(num_barriers=ring),
         plgpu.Barrier(),
     ]

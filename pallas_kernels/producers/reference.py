@@ -39,9 +39,7 @@ def swiglu_quantize_both(hidden: Array, weight: Array | None, scale: Scale) -> t
     return quantize_tiles_both(_swiglu(hidden, weight), scale)
 
 
-def swiglu_backward_quantize(
-    hidden: Array, grad: Array, weight: Array | None, scale: Scale
-) -> tuple[Quantized, Quantized, Array | None]:
+def swiglu_backward_quantize(hidden: Array, grad: Array, weight: Array | None, scale: Scale) -> tuple[Quantized, Quantized, Array | None]:
     """Return the gradient of hidden in tiles [m, 2f] and transposed in tiles [2f, pad128(m)], and that of the weight."""
     gate, up = _halves(hidden)
     grad_gate, grad_up, product = swiglu_gradients(gate, up, grad.astype(jnp.float32), _column(weight))

@@ -90,9 +90,7 @@ def swiglu_backward_quantize(
     def body(gate_ref, up_ref, grad_ref, *refs):
         weight_ref, outputs, sums_ref = refs[:weighted], refs[weighted : weighted + 8], refs[weighted + 8 :]
         factor = weight_ref[0][...] if weighted else None
-        gradients = [
-            swiglu_gradients(_group(gate_ref, g), _group(up_ref, g), _group(grad_ref, g), factor) for g in range(BLOCK_GROUPS)
-        ]
+        gradients = [swiglu_gradients(_group(gate_ref, g), _group(up_ref, g), _group(grad_ref, g), factor) for g in range(BLOCK_GROUPS)]
         for half, (values_ref, scales_ref, values_t_ref, scales_t_ref) in enumerate((outputs[:4], outputs[4:])):
             x = [_inside(gradient[half], m) for gradient in gradients]
             scales_ref[...] = _rows(x.__getitem__, BLOCK_GROUPS, scale, m, values_ref)
@@ -108,8 +106,9 @@ def swiglu_backward_quantize(
     shapes = _both_shapes(m, f) * 2 + [jax.ShapeDtypeStruct((m, 1), jnp.float32)] * weighted
     call = _call(body, _grid(m, f), specs, _both_specs() * 2 + [column] * weighted, shapes, interpret)
     *results, sums = [*call(gate, up, grad, *weights), *([] if weighted else [None])]
-    values, scales, values_t, scales_t = (jnp.concatenate(pair, axis) for *pair, axis in zip(results[:4], results[4:], (1, 0, 0, 2), strict=True))
-    return Quantized(values, scales, "tile"), _transposed(values_t, scales_t), None if sums is None else sums[:, 0]
+    axes = (1, 0, 0, 2)
+    joined = [jnp.concatenate(pair, axis) for *pair, axis in zip(results[:4], results[4:], axes, strict=True)]
+    return Quantized(*joined[:2], "tile"), _transposed(*joined[2:]), None if sums is None else sums[:, 0]
 
 
 def e5m6_pack(x: Array, interpret: Any = False) -> tuple[Array, Array]:
