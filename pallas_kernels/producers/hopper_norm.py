@@ -38,7 +38,8 @@ OUT_SLOTS = 2
 
 
 def default_config(k: int) -> TuningConfig:
-    """Return tiles of about 56 KiB for rows of k."""
+    """Return tiles of about 56 KiB for rows of k, whose last piece may be partial."""
+    k = -(-k // (GROUPS * GROUP)) * GROUPS * GROUP
     rows = min(MOST_ROWS, max(ROWS, TILE_VALUES // k // ROWS * ROWS))
     warpgroups = max(1, min(NORM.warpgroups, NORM.warpgroups * TILE_VALUES // (rows * k)))
     return dataclasses.replace(NORM, rows=rows, warpgroups=warpgroups, stages=max(1, TILE_VALUES // (rows * k)))

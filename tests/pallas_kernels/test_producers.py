@@ -169,7 +169,7 @@ def lower(f, *shapes):
     return jax.jit(f).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("k", [512, 1536, 7168, hopper_norm.WIDEST_ROW])
+@pytest.mark.parametrize("k", [128, 512, 1536, 7168, 7680, hopper_norm.WIDEST_ROW])
 def test_norm_lowers_for_hopper(k):
     text = lower(lambda x, gain: hopper_norm.rms_norm_quantize(x, gain, EPS, "fp32"), ((4097, k), jnp.bfloat16), ((k,), jnp.float32))
     assert "mosaic_gpu" in text
