@@ -204,6 +204,7 @@ def test_visits_keep_every_row_once_for_its_group(sizes):
     groups = np.repeat(np.arange(NUM_GROUPS + 1), [*sizes, ROWS - sum(sizes)])
     np.testing.assert_array_equal(visits.group[kept.argmax(axis=0)], groups)
     assert np.all(np.diff(visits.tile) >= 0)  # a tile's visits are neighbours
+    assert np.all(visits.group[~kept.any(axis=1)] > NUM_GROUPS)  # only fill-ups keep nothing: an empty group costs nothing
 
 
 def test_references_run_inside_shard_map():
