@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped import reference, tpu, tpu_bf16
-from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype
+from pallas_kernels.grouped import hopper, reference, tpu, tpu_bf16
+from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype, hopper_gradient
 from pallas_kernels.quantized import GROUP, Quantized, check_quantized
 
 
@@ -39,7 +39,7 @@ def grouped_matmul(
     check_inner("a", a.shape, "b", b.shape)
     check_group_sizes("group_sizes", group_sizes, b.shape[0], a.shape[0])
     check_out_dtype(out_dtype)
-    faces = {"reference": reference.grouped_matmul, "tpu": tpu.grouped_matmul}
+    faces = {"reference": reference.grouped_matmul, "hopper": hopper.grouped_matmul, "tpu": tpu.grouped_matmul}
     return dispatch.choose("grouped_matmul", implementation, faces)(a, b, group_sizes, out_dtype=out_dtype)
 
 
@@ -69,7 +69,7 @@ def masked_matmul(
         raise ValueError(f"a has shape {a.shape} and b {b.shape}: the first dims, the experts, must be equal")
     check_group_sizes("valid_rows", valid_rows, b.shape[0], a.shape[0] * a.shape[1], largest=a.shape[1])
     check_out_dtype(out_dtype)
-    faces = {"reference": reference.masked_matmul, "tpu": tpu.masked_matmul}
+    faces = {"reference": reference.masked_matmul, "hopper": hopper.masked_matmul, "tpu": tpu.masked_matmul}
     return dispatch.choose("masked_matmul", implementation, faces)(a, b, valid_rows, out_dtype=out_dtype)
 
 
@@ -97,7 +97,11 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
     check_inner("a", a.shape, "b", b.shape)
     check_accumulator(c, (*c.shape[:1], a.shape[0], b.shape[0]))
     check_group_sizes("group_sizes", group_sizes, c.shape[0], a.shape[1], multiple=GROUP)
-    faces = {"reference": reference.grouped_matmul_accumulate, "tpu": tpu.grouped_matmul_accumulate}
+    faces = {
+        "reference": reference.grouped_matmul_accumulate,
+        "hopper": hopper_gradient.grouped_matmul_accumulate,
+        "tpu": tpu.grouped_matmul_accumulate,
+    }
     return dispatch.choose("grouped_matmul_accumulate", implementation, faces)(a, b, group_sizes, c)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.matmul import reference, tpu
+from pallas_kernels.matmul import hopper, hopper_gradient, reference, tpu
 from pallas_kernels.quantized import Quantized, check_quantized
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -33,7 +33,7 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.
     check_quantized("b", b, "block", num_dims=2)
     check_inner("a", a.shape, "b", b.shape)
     check_out_dtype(out_dtype)
-    faces = {"reference": reference.matmul, "tpu": tpu.matmul}
+    faces = {"reference": reference.matmul, "hopper": hopper.matmul, "tpu": tpu.matmul}
     return dispatch.choose("matmul", implementation, faces)(a, b, out_dtype=out_dtype)
 
 
@@ -57,7 +57,7 @@ def matmul_accumulate(a: Quantized, b: Quantized, c: Array, *, implementation: s
     check_quantized("b", b, "tile", num_dims=2)
     check_inner("a", a.shape, "b", b.shape)
     check_accumulator(c, (a.shape[0], b.shape[0]))
-    faces = {"reference": reference.matmul_accumulate, "tpu": tpu.matmul_accumulate}
+    faces = {"reference": reference.matmul_accumulate, "hopper": hopper_gradient.matmul_accumulate, "tpu": tpu.matmul_accumulate}
     return dispatch.choose("matmul_accumulate", implementation, faces)(a, b, c)
 
 

@@ -1,7 +1,7 @@
 """FP8 products on Hopper: tiles of A with blocks of B. The main loop and its reasons are in `pallas_kernels/hopper.py`."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -32,23 +32,28 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
             def step(i, slot, _):
                 ks = pl.ds(i * GROUP, GROUP)
                 reused = (tile > 0) | (i >= config.stages)
-                hopper.copy_step(config, slots, slot, reused, a_ref.at[rows, ks], a_scales.at[i, rows], b_ref.at[columns, ks])
+                hopper.copy_step(slots, slot, reused, a_ref.at[rows, ks], a_scales.at[i, rows], b_ref.at[columns, ks])
 
             hopper.over_steps(num_steps, config.stages, step)
 
         def compute(row, column, _):
-            block = column // GROUP
-            last = b_scales.shape[0] - 1
-            sums = hopper.multiply(config, num_steps, slots, lambda j, step: b_scales[jnp.minimum(block + j, last), step])
+            def b_scale(offset, step):
+                return b_scales[jnp.minimum((column + offset) // GROUP, b_scales.shape[0] - 1), step]
 
             def send(ref, i, j):
-                rows = pl.ds(row + (jnp.int32(hopper.lax.axis_index("wg")) * config.waves_m + i) * hopper.ROWS, hopper.ROWS)
-                plgpu.copy_smem_to_gmem(ref, out.at[rows, pl.ds(column + j * hopper.COLUMNS, hopper.COLUMNS)])
+                down, right = config.origin(i, j)
+                target = out.at[pl.ds(row + down, hopper.ROWS), pl.ds(column + right, config.columns)]
+                plgpu.copy_smem_to_gmem(ref, target, commit_group=False)
 
+            sums = hopper.multiply(config, num_steps, slots, b_scale, out_slots.at[lax.axis_index("wg"), 0])
             hopper.store_waves(config, sums, out_slots, send)
 
-        hopper.by_role(lambda: over_tiles(copy), lambda: over_tiles(compute))
+        def copy_all():
+            over_tiles(copy)
+            hopper.drain(config, num_steps, empty)
+
+        hopper.by_role(copy_all, lambda: over_tiles(compute))
 
     num_blocks = min(num_multiprocessors(), tiles[0] * tiles[1])
     run = hopper.launch(kernel, hopper.shape_of((m, columns), out_dtype), num_blocks, hopper.scratch(config, out_dtype))
-    return run(a.values, a.scales, b.values, b.scales)[:, :n]
+    return run(hopper.whole_tiles(a.values), a.scales, hopper.whole_tiles(b.values), b.scales)[:, :n]

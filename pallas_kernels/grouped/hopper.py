@@ -1,0 +1,148 @@
+"""Grouped FP8 products on Hopper: rows of many experts, one matrix each. The main loop and its reasons are in `pallas_kernels/hopper.py`.
+
+Both operations are a list of *visits*: some rows of one tile that belong to one expert. A tile of A is multiplied whole, whoever its rows
+belong to, and only the visit's rows are stored, so two visits of one tile never write the same row and nothing of a row leaks into
+another. Where groups are multiples of the tile, no work is wasted; else each group adds at most one more visit.
+
+    grouped   visits come from `visits.make_visits`, a small XLA program on the group sizes. Rows of no group are visited too, without
+              products: their zeros are stored, whatever A holds there.
+    masked    expert e has the tiles 0 to ceil(valid / tile) of its own room; each block finds its visit by counting through the experts,
+              because decoding has no time for a second kernel.
+
+Rows are stored by the copy engine, which takes rectangles of fixed size: 64 rows at once, or powers of two that add up to fewer.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.grouped.visits import make_visits
+from pallas_kernels.quantized import GROUP, Quantized
+
+GROUPED = hopper.TuningConfig(waves_m=1, waves_n=2, stages=3)
+MASKED = hopper.TuningConfig(waves_m=1, waves_n=2, stages=3)
+FEW = hopper.TuningConfig(waves_m=1, waves_n=1, split="n", stages=4)
+FEW_ROOM = 64  # rows per expert up to which a tile of 64 rows is enough
+
+Visit = tuple[Array, Array, Array, Array, Array]  # first index of A and out, first row of the tile, group, rows to store from and to
+
+
+def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED) -> Array:
+    """Return a_g b_g^T [rows, n] for tiles `a` [rows, k] and blocks `b` [G, n, k]; rows of no group are zero."""
+    visits = make_visits(group_sizes, a.shape[0], config.tile_m)
+
+    def schedule(group_ref, tile_ref, offsets_ref):
+        def find(visit):
+            group = group_ref[visit]
+            return jnp.int32(0), tile_ref[visit] * config.tile_m, group, offsets_ref[group], offsets_ref[group + 1]
+
+        return visits.group.size, find
+
+    return _run(config, a.values[None], a.scales[None], b, visits, schedule, out_dtype)[0]
+
+
+def masked_matmul(a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype=jnp.bfloat16, config=MASKED) -> Array:
+    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k]; rows from `valid_rows[e]` on are not written."""
+    num_experts = b.shape[0]
+
+    def schedule(valid_ref):
+        def num_tiles(expert):
+            return lax.div(valid_ref[expert] + (config.tile_m - 1), jnp.int32(config.tile_m))
+
+        def find(visit):
+            def look(expert, found):
+                before, chosen, tile = found
+                after = before + num_tiles(expert)
+                here = (before <= visit) & (visit < after)
+                return after, jnp.where(here, expert, chosen), jnp.where(here, visit - before, tile)
+
+            _, expert, tile = lax.fori_loop(0, num_experts, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+            return expert, tile * config.tile_m, expert, jnp.int32(0), valid_ref[expert]
+
+        return lax.fori_loop(0, num_experts, lambda e, total: total + num_tiles(e), jnp.int32(0)), find
+
+    return _run(config, a.values, a.scales, b, (valid_rows,), schedule, out_dtype)
+
+
+def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized, tables: tuple, schedule: Callable, out_dtype) -> Array:
+    """Multiply and store every visit.
+
+    Args:
+        config: how a tile is cut.
+        values: of A, [L, rows, k].
+        scales: of A, [L, k / 128, pad4(rows)].
+        b: block [G, n, k]. Visits of group G store zeros.
+        tables: what `schedule` reads.
+        schedule: refs of the tables -> the number of visits, and a function from the number of a visit to the `Visit`.
+        out_dtype: BF16 or FP32.
+    """
+    (lead, rows, k), (num_groups, n, _) = values.shape, b.shape
+    num_steps, columns, tiles_n = k // GROUP, hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
+
+    def kernel(a_ref, a_scales, b_ref, b_scales, *refs):
+        tables, (out, *slots, out_slots, full, empty) = refs[: len(refs) - 7], refs[-7:]
+        slots = *slots, full, empty
+        num_visits, find = schedule(*tables)
+
+        def over_visits(body: Callable) -> Array:
+            """Run `body(visit, column, used)` for each; `used` counts the visits so far that multiplied."""
+
+            @plgpu.nd_loop((num_visits * tiles_n,), collective_axes="sm", init_carry=jnp.int32(0))
+            def used(info, carry):
+                visit, ni = plgpu.planar_snake(info.index[0], (num_visits, tiles_n), config.grid_minor, config.grid_width)
+                visit = find(visit)
+                *_, group, start, end = visit
+
+                @pl.when(start < end)
+                def _():
+                    body(visit, ni * config.tile_n, carry)
+
+                return carry + ((start < end) & (group < num_groups)).astype(jnp.int32)
+
+            return used
+
+        def copy(visit, column, used):
+            first, row, group, *_ = visit
+            rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
+
+            def step(i, slot, _):
+                ks = pl.ds(i * GROUP, GROUP)
+                a_tile, b_tile = a_ref.at[first, rows, ks], b_ref.at[group, columns, ks]
+                hopper.copy_step(slots, slot, (used > 0) | (i >= config.stages), a_tile, a_scales.at[first, i, rows], b_tile)
+
+            @pl.when(group < num_groups)
+            def _():
+                hopper.over_steps(num_steps, config.stages, step)
+
+        def compute(visit, column, _):
+            first, row, group, start, end = visit
+
+            def b_scale(offset, step):
+                return b_scales[group, jnp.minimum((column + offset) // GROUP, b_scales.shape[1] - 1), step]
+
+            def products():
+                return hopper.multiply(config, num_steps, slots, b_scale, out_slots.at[lax.axis_index("wg"), 0])
+
+            def send(ref, i, j):
+                down, right = config.origin(i, j)
+                hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right, config.columns))
+
+            sums = lax.cond(group < num_groups, products, lambda: hopper.zero_sums(config))
+            hopper.store_waves(config, sums, out_slots, send)
+
+        def copy_all():
+            used = over_visits(copy)
+
+            @pl.when(used > 0)
+            def _():
+                hopper.drain(config, num_steps, empty)
+
+        hopper.by_role(copy_all, lambda: over_visits(compute))
+
+    run = hopper.launch(kernel, hopper.shape_of((lead, rows, columns), out_dtype), num_multiprocessors(), hopper.scratch(config, out_dtype))
+    return run(hopper.whole_tiles(values), scales, hopper.whole_tiles(b.values), b.scales, *tables)[..., :n]
