@@ -32,11 +32,11 @@ from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, pad_rows, sc
 __all__ = ["quantize_blocks", "quantize_rows", "quantize_tiles", "quantize_tiles_both", "requantize_transposed"]
 
 TILES = TuningConfig(blocks=4)
-BLOCKS = TuningConfig(blocks=1, stages=3)
+BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)
 GATHERED = TuningConfig(blocks=4)
 SLAB = 8  # rows of a gathered tile, and groups along k: a slab is 8 x 8 groups
-SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, each in two lanes
-    plgpu.Tiling(((SLAB, SLAB), (2, SLAB), (1,))), warp_dims=(-5,), lane_dims=(plgpu.Replicated(2), -3, -2), vector_dim=-1
+SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane, the same in each warp
+    plgpu.Tiling(((SLAB, 4), (1,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-3, -2), vector_dim=-1
 )
 
 
@@ -142,6 +142,7 @@ def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = GA
                 row_values, row_scales = quantize_registers(plgpu.load(x_slots.at[slot, part * SLAB + r], layout=layout), scale)
                 value_slots[part, out, r] = row_values
                 by_row[part, r] = jnp.where(jnp.full((SLAB,), row + r) < w, row_scales, 1.0)
+            plgpu.commit_smem()
             scale_slots[part, out] = plgpu.load(by_row.at[part].transpose((1, 0)), layout=SLAB_LAYOUT, optimized=False)
             plgpu.commit_smem()
             for r in range(SLAB):
@@ -159,7 +160,7 @@ def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = GA
     ]
     whole_slabs = jax.ShapeDtypeStruct((slabs * SLAB, pl.cdiv(w, SLAB) * SLAB), jnp.float32)
     out_type = (jax.ShapeDtypeStruct((w, groups, GROUP), E4M3), whole_slabs)
-    kernel = launch(body, config, num_tiles, out_type, scratch, copies_per_tile=tile_rows, rereads=True)
+    kernel = launch(body, config, num_tiles, out_type, scratch, copies_per_tile=tile_rows)
     values, scales = kernel(x.reshape(m, groups, GROUP), rows)
     return Quantized(values.reshape(w, k), scales[:groups, : pad_rows(w)], "tile")
 

@@ -100,6 +100,7 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
                 part = pl.ds(first, ROWS)
                 narrow = plgpu.load(value_slots.at[slot, :, part], layout=row_layout(jnp.float16), optimized=False)
                 wide[:, part] = narrow.astype(jnp.float16)
+                plgpu.commit_smem()
                 columns = plgpu.load(wide.at[:, part].transpose((1, 0)), layout=TRANSPOSED).astype(jnp.float32)
                 x = columns * lax.broadcast_in_dim(row_scales, columns.shape, [1])
                 value_t_slots[out, part], scale_t_slots[out, part] = quantize_registers(x, scale)
@@ -120,7 +121,7 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
         plgpu.SMEM((config.out_slots, GROUP), jnp.float32),
     ]
     out_type = _outputs(_transposed_shape(m, k))
-    kernel = launch(body, config, num_tiles, out_type, scratch, copies_per_tile=2, rereads=True)
+    kernel = launch(body, config, num_tiles, out_type, scratch, copies_per_tile=2)
     return Quantized(*kernel(q.values, q.scales), "tile")
 
 

@@ -43,7 +43,7 @@ class TuningConfig:
         blocks: thread blocks per multiprocessor; their shared memory must fit in 227 KB together.
         warpgroups: per block; each does its part of every tile.
         stages: slots of the ring, at least 2.
-        out_slots: results that wait in shared memory for their way out, at least 2.
+        out_slots: results that wait in shared memory for their way out.
     """
 
     blocks: int
@@ -138,18 +138,16 @@ def launch(
     scratch: list,
     *,
     copies_per_tile: int,
-    rereads: bool = False,
 ) -> Callable:
     """Return the kernel of `body(*inputs, *outputs, *scratch, full, empty)`.
 
     Args:
-        body: calls `stream`.
+        body: calls `stream`. No barriers are put around its accesses to shared memory: `commit_smem` must stand between a store and a load.
         config: how tiles stream.
         num_tiles: of all blocks together.
         out_type: of the outputs.
         scratch: shared memory.
         copies_per_tile: that `fetch` starts.
-        rereads: a warpgroup reads shared memory that it wrote, and needs barriers between.
     """
     return plgpu.kernel(
         body,
@@ -163,7 +161,7 @@ def launch(
             plgpu.Barrier(num_arrivals=copies_per_tile, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=not rereads),
+        compiler_params=plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=True),
     )
 
 
