@@ -119,9 +119,13 @@ def stream(config: TuningConfig, num_tiles: int, barriers: tuple, fetch: Callabl
         plgpu.barrier_wait(full.at[slot])
         plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
         work(block + i * num_blocks, slot, out)
-        plgpu.barrier_arrive(empty.at[slot])
+        refill = i + config.stages < mine
 
-        @pl.when((lax.axis_index("warpgroup") == 0) & (i + config.stages < mine))
+        @pl.when(refill)
+        def _():
+            plgpu.barrier_arrive(empty.at[slot])
+
+        @pl.when((lax.axis_index("warpgroup") == 0) & refill)
         def _():
             plgpu.barrier_wait(empty.at[slot])
             fetch(block + (i + config.stages) * num_blocks, slot)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import quantize
+from pallas_kernels.quantize import hopper, stream
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, dequantize
 
 M, K = 70, 256  # m is a multiple of neither 64 nor 4
@@ -158,6 +159,23 @@ def test_kernels_are_the_reference_to_the_bit(case, run):
     operation, args = cases()[case]
     scale = "pow2" if case in ("tiles bfloat16", "both float32", "blocks") else "fp32"
     assert_same(run(operation, *args, scale=scale), operation(*args, scale=scale, implementation="reference"))
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2])
+@pytest.mark.parametrize(
+    "operation", ["quantize_tiles", "quantize_blocks", "quantize_tiles_both", "requantize_transposed", "quantize_rows"]
+)
+def test_one_block_takes_more_tiles_than_its_ring_has_slots(operation, warpgroups, monkeypatch):
+    if operation == "quantize_blocks" and warpgroups == 2:
+        pytest.skip("one warpgroup finds the largest magnitude of a block")
+    monkeypatch.setattr(stream, "num_multiprocessors", lambda: 1)
+    config = stream.TuningConfig(blocks=1, warpgroups=warpgroups, stages=2, out_slots=2)
+    x = sample(shape=(140, 3 * GROUP))  # a tile at the edge, and one whose second warpgroup has no rows
+    tiles = quantize.quantize_tiles(x, implementation="reference")
+    args = {"requantize_transposed": (tiles,), "quantize_rows": (x, jnp.arange(33, dtype=jnp.int32))}.get(operation, (x,))
+    kernel = getattr(hopper, operation)
+    actual = on_hopper(lambda *args, implementation: kernel(*args, "fp32", config), *args)
+    assert_same(actual, getattr(quantize, operation)(*args, scale="fp32", implementation="reference"))
 
 
 @pytest.mark.parametrize("case", cases())
