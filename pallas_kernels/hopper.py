@@ -2,17 +2,28 @@
 
 The problem. Tensor cores multiply E4M3 at twice the rate of BF16 but add in about 14 bits, so after every 128 of k the partial sum leaves
 them, is multiplied by the scales of its two groups and added in FP32 by the ordinary units ("promotion", DeepSeek-V3, arXiv 2412.19437,
-section 3.3.2). While one warpgroup promotes, the other must multiply, and neither may wait for memory.
+section 3.3.2). The tensor cores must not wait for that, nor for memory, nor for addresses.
 
-The plan of one thread block, one output tile at a time, grid persistent:
+The plan of one thread block, one output tile of 128 x 128 at a time, grid persistent:
 
     warpgroup 2           copies A, B and the scales of A into a ring of `stages` slots, 128 along k each, ahead of the others
-    warpgroups 0 and 1    each half of the tile's rows: wait for a slot, multiply, free it, promote
+    warpgroups 0 and 1    half of the tile each, one product of 64 x 128 per step:
 
-A warpgroup's part of a tile is `waves_m x waves_n` products of 64 x 128, one after the other, so that one wait, one load of scales and
-one turn of the ring serve several products. Registers set the limit: the FP32 sums take 64 of the 232 per thread and wave, the product
-in flight 64 more. What binds next is shared memory: an SM reads 96 bytes per cycle for products of 64 x 128 and the ring is filled with
-4096 (1 / rows + 1 / columns) more, of 128. Two waves therefore also save copies: 48 bytes for 256 x 128 against 64 for 128 x 128.
+        step         s               s + 1           s + 2
+        multiply     [product 0]     [product 1]     [product 0]
+        promote                      product 0       product 1
+
+A warpgroup begins the product of the next step before it promotes the last one, so that its tensor cores always have work queued; two
+products of 64 registers a thread and the FP32 sum of 64 fit into the 232 there are. Steps are unrolled in turns of `turn`: at the end
+of a turn the last product is waited for and carried, finished but not promoted, into the next one.
+
+What lost, measured on an H200 at (4096, 4096, 7168) and seen in the machine code (ptxas 13.0):
+
+    waiting for each product        1302 TFLOP/s. Both warpgroups wait for the same slot, so both multiply, then both promote
+    two products per step           the tile of 256 x 128 would fill shared memory slower (48 bytes a cycle instead of 64), but needs 128
+                                    registers for sums, and the assembler, which begins products early by itself, spills: 915
+    the same, held in order         by a branch never taken that reads the sums: nothing spills, nothing overlaps: 825
+    asking who I am in the loop     `lax.axis_index("wg")` is a shuffle before each address, which no compiler hoists: 1145
 
 The ring is a Python list of slots: each step's slot is known when the kernel is compiled. A tile begins at slot 0, whatever the number of
 steps; slots that the last turn leaves over are passed over by both sides. It is not drained between tiles.
@@ -20,7 +31,7 @@ steps; slots that the last turn leaves over are passed over by both sides. It is
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,54 +52,43 @@ class TuningConfig:
     """How a product is cut.
 
     Attributes:
-        waves_m: products per warpgroup and step, along m.
-        waves_n: the same along n.
         columns: of one product, 64 or 128; its rows are 64.
         split: "m" or "n", the dim along which the two warpgroups share a tile.
         stages: slots of the ring.
+        turn: steps that are unrolled, a multiple of `stages`.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
-        out_slots: finished products of a warpgroup that wait in shared memory for their way out.
     """
 
-    waves_m: int = 1
-    waves_n: int = 2
     columns: int = 128
     split: str = "m"
-    stages: int = 3
+    stages: int = 4
+    turn: int = 8
     grid_minor: int = 0
     grid_width: int = 8
-    out_slots: int = 2
 
     @property
     def tile_m(self) -> int:
         """Rows of an output tile."""
-        return ROWS * self.waves_m * (WARPGROUPS if self.split == "m" else 1)
+        return ROWS * (WARPGROUPS if self.split == "m" else 1)
 
     @property
     def tile_n(self) -> int:
         """Columns of an output tile."""
-        return self.columns * self.waves_n * (WARPGROUPS if self.split == "n" else 1)
+        return self.columns * (WARPGROUPS if self.split == "n" else 1)
 
-    @property
-    def waves(self) -> list[tuple[int, int]]:
-        """Positions of a warpgroup's products in its part of the tile, in the order in which they are made."""
-        return [(i, j) for i in range(self.waves_m) for j in range(self.waves_n)]
-
-    def origin(self, i: int, j: int) -> tuple[Any, Any]:
-        """Return the first row and column, within the tile, of product (i, j) of the warpgroup that asks."""
-        wg = lax.axis_index("wg")
-        row, column = (wg, 0) if self.split == "m" else (0, wg)
-        return (row * self.waves_m + i) * ROWS, (column * self.waves_n + j) * self.columns
+    def origin(self, wg: Array) -> tuple[Any, Any]:
+        """Return the first row and column, within the tile, of what warpgroup `wg` computes."""
+        return (wg * ROWS, 0) if self.split == "m" else (0, wg * self.columns)
 
 
 def scratch(config: TuningConfig, out_dtype: Any) -> list:
-    """Return the shared memory and barriers of a kernel: the slots of A, B, scales of A, outputs; then full and empty."""
+    """Return the shared memory and barriers of a kernel: slots of A, B and the scales of A, output, full, empty."""
     return [
         tiled((config.stages, config.tile_m, GROUP), E4M3),
         tiled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
-        staging((WARPGROUPS, min(config.out_slots, len(config.waves)), ROWS, config.columns), out_dtype),
+        staging(config, out_dtype),
         plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),  # three copies per slot
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages),
     ]
@@ -100,97 +100,104 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((SWIZZLE_ROWS, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
 
 
-def staging(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
-    """Shared memory on the way out: columns swizzled, rows as they are, because tiled rows would have to be a multiple of 8."""
+def staging(config: TuningConfig, dtype: Any) -> plgpu.SMEM:
+    """Where results wait for their way out: columns swizzled, rows as they are, because tiled rows would have to be a multiple of 8."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((columns,)), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
+    transforms = plgpu.TilingTransform((columns,)), plgpu.SwizzleTransform(SWIZZLE_BYTES)
+    return plgpu.SMEM((WARPGROUPS, ROWS, config.columns), dtype, transforms=transforms)
 
 
-def over_steps(num_steps: int | Array, stages: int, body: Callable, carry: Any = None) -> Any:
-    """Fold `body(step, slot, carry)` over the steps of a tile; `slot` is a Python int. `num_steps` is static."""
-    turns, rest = divmod(num_steps, stages)
-
-    def turn(i, carry):
-        for slot in range(stages):
-            carry = body(i * stages + slot, slot, carry)
-        return carry
-
-    carry = lax.fori_loop(0, turns, turn, carry)
-    for slot in range(rest):
-        carry = body(turns * stages + slot, slot, carry)
-    return carry
+def over_turns(config: TuningConfig, num_steps: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
+    """Fold `body(first step, number of steps, carry)` over the turns of a tile; the number is static, and slots begin at 0 in each."""
+    turns, rest = divmod(num_steps, config.turn)
+    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * config.turn, config.turn, carry), carry)
+    return body(turns * config.turn, rest, carry) if rest else carry
 
 
-def multiply(config: TuningConfig, num_steps: int, slots: tuple, b_scale: Callable[[Array, Array], Array], parking: Any) -> dict:
-    """Return this warpgroup's sums, {wave: FP32 [64, columns]}.
+class Promotion(NamedTuple):
+    """A sum, and the finished product that comes next but has not been added yet."""
+
+    total: Array  # FP32 [64, columns]
+    product: Array  # the same
+    scale: Array  # of its rows, FP32 [64]
+
+    def add(self) -> Array:
+        """Return the sum with the product in it."""
+        return self.total + self.product * lax.broadcast_in_dim(self.scale, self.product.shape, [0])
+
+
+def multiply(config: TuningConfig, num_steps: int, slots: tuple, wg: Array, b_scale: Callable[[Array], Array]) -> Array:
+    """Return the sum of warpgroup `wg` over the steps of a tile, FP32 [64, columns].
 
     Args:
         config: how the tile is cut.
         num_steps: k / 128.
         slots: refs of A, B, scales of A, and the barriers full and empty.
-        b_scale: (column within the tile, step) -> the scale of its block of B, a scalar from global memory.
-        parking: shared memory [64, columns] of this warpgroup, see `_settle`.
+        wg: the warpgroup's number.
+        b_scale: step -> the scale of the block of B, a scalar from global memory.
     """
     a_slots, b_slots, a_scale_slots, full, empty = slots
+    row, column = config.origin(wg)
+    rows, columns = pl.ds(row, ROWS), pl.ds(column, config.columns)
 
-    def body(step, slot, carry):
-        sums, scales = dict(carry[0]), carry[1]
-        if slot == 0:  # for a whole turn of the ring: global memory is far
-            turn = [jnp.minimum(step + s, num_steps - 1) for s in range(config.stages)]
-            scales = [[b_scale(config.origin(0, j)[1], s) for j in range(config.waves_n)] for s in turn]
-        plgpu.barrier_wait(full.at[slot])
-        rows = [pl.ds(config.origin(i, 0)[0], ROWS) for i in range(config.waves_m)]
-        a_scales = [plgpu.load(a_scale_slots.at[slot, r], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for r in rows]
-        for i, j in config.waves:
-            columns = pl.ds(config.origin(0, j)[1], config.columns)
-            product = multiply_slot(a_slots.at[slot, rows[i]], b_slots.at[slot, columns].transpose((1, 0)))
-            if (i, j) == config.waves[-1]:
-                plgpu.barrier_arrive(empty.at[slot])
-            sums[i, j] += product * lax.broadcast_in_dim(a_scales[i] * scales[slot][j], product.shape, [0])
-            if len(config.waves) > 1:
-                _settle(sums[i, j], scales[slot][j], parking)
-        return sums, scales
+    def turn(first, count, before):
+        b_scales = [b_scale(first + i) for i in range(count)]  # at once: global memory is far
 
-    no_scales = [[jnp.float32(0.0)] * config.waves_n] * config.stages
-    return over_steps(num_steps, config.stages, body, (zero_sums(config), no_scales))[0]
+        def begin(i, product):
+            """Start the product of step `first + i`; return the scales of its rows."""
+            slot = i % config.stages
+            plgpu.barrier_wait(full.at[slot])
+            a_scale = plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            plgpu.wgmma(product, a_slots.at[slot, rows], b_slots.at[slot, columns].transpose((1, 0)))
+            return a_scale * b_scales[i]
 
+        def finish(i, product, running):
+            value = plgpu.wgmma_accumulator_load(product, wait_n=running)
+            plgpu.barrier_arrive(empty.at[i % config.stages])
+            return value
 
-def zero_sums(config: TuningConfig) -> dict[tuple[int, int], Array]:
-    """Return the sums of `multiply` before its first step."""
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS, config.columns), jnp.float32), plgpu.Layout.WGMMA)
-    return dict.fromkeys(config.waves, zeros)
+        return pipeline(config, count, begin, finish, before)
+
+    return over_turns(config, num_steps, turn, nothing(config)).add()
 
 
-def multiply_slot(a: Any, b: Any) -> Array:
-    """The FP32 product of refs [64, 128] and [128, n] in shared memory, waited for."""
+def pipeline(config: TuningConfig, count: int, begin: Callable, finish: Callable, before: Any) -> Any:
+    """Make `count` products, promoting each while the next one is made; return the last one, finished but not promoted.
 
-    def run(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def _settle(total: Array, scale: Array, parking: Any) -> None:
-    """Have `total` computed before the next product begins.
-
-    The assembler (ptxas 13.0) likes to promote one product while the next one runs, which needs registers for both. Two waves do not have
-    them: it spilled 300 registers and the kernel ran at half its speed. A branch that reads `total` and is never taken, because scales are
-    not negative, holds it back; the other warpgroup's products fill the gap.
+    Args:
+        config: the size of a product.
+        count: of steps, at least one.
+        begin: (step, accumulator) -> scale: starts a product.
+        finish: (step, accumulator, running) -> product: waits until at most `running` younger ones are unfinished.
+        before: the promotion that the steps before left.
     """
 
-    @pl.when(scale < 0.0)
-    def _():
-        parking[...] = total.astype(parking.dtype)
+    def step(i, before, waiting):
+        def run(accumulator):
+            scale = begin(i, accumulator)
+            done = before if waiting is None else before._replace(product=finish(i - 1, waiting, running=1))
+            after = before._replace(total=done.add(), scale=scale)
+            if i + 1 < count:
+                return step(i + 1, after, accumulator)
+            return after._replace(product=finish(i, accumulator, running=0))
+
+        return pl.run_scoped(run, plgpu.ACC((ROWS, config.columns), jnp.float32))
+
+    return step(0, before, None)
 
 
-def drain(config: TuningConfig, num_steps: int, empty) -> None:
-    """Wait until every slot that was used is free again: the memory warpgroup's last act."""
-    for slot in range(min(config.stages, num_steps)):
-        plgpu.barrier_wait(empty.at[slot])
+def zero_sum(config: TuningConfig) -> Array:
+    """Return FP32 zeros [64, columns], laid out as a product."""
+    return plgpu.layout_cast(jnp.zeros((ROWS, config.columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def copy_step(slots: tuple, slot: int, reused: Array, a, a_scales, b) -> None:
+def nothing(config: TuningConfig) -> Promotion:
+    """Return what is there before the first step."""
+    zero = zero_sum(config)
+    return Promotion(zero, zero, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1)))
+
+
+def copy_step(slots: tuple, slot: int, reused: Array, a: Any, a_scales: Any, b: Any) -> None:
     """Fill one slot with refs [tile_m, 128], [tile_m] and [tile_n, 128], if `reused` once it is free."""
     a_slots, b_slots, a_scale_slots, full, empty = slots
 
@@ -203,17 +210,19 @@ def copy_step(slots: tuple, slot: int, reused: Array, a, a_scales, b) -> None:
     plgpu.copy_gmem_to_smem(a_scales, a_scale_slots.at[slot], full.at[slot])
 
 
-def store_waves(config: TuningConfig, sums: dict[tuple[int, int], Array], out_slots: Any, send: Callable) -> None:
-    """Send each product out through shared memory: `send(ref, i, j)` starts copies of [64, columns] of wave (i, j), uncommitted."""
-    wg, num_slots = lax.axis_index("wg"), min(config.out_slots, len(config.waves))
-    for turn, ((i, j), total) in enumerate(sums.items()):
-        slot = turn % num_slots
-        # One group of copies per product: all but the youngest `num_slots - 1` have been read when this slot's last one has.
-        plgpu.wait_smem_to_gmem(num_slots - 1, wait_read_only=True)
-        out_slots[wg, slot] = total.astype(out_slots.dtype)
-        plgpu.commit_smem()
-        send(out_slots.at[wg, slot], i, j)
-        plgpu.commit_smem_to_gmem_group()
+def drain(config: TuningConfig, num_steps: int, empty: Any) -> None:
+    """Wait until every slot that was used is free again: the memory warpgroup's last act."""
+    for slot in range(min(config.stages, num_steps)):
+        plgpu.barrier_wait(empty.at[slot])
+
+
+def store(total: Array, out_slot: Any, send: Callable[[Any], None]) -> None:
+    """Send a finished sum out through shared memory: `send(ref)` starts copies of [64, columns], uncommitted."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_slot[...] = total.astype(out_slot.dtype)
+    plgpu.commit_smem()
+    send(out_slot)
+    plgpu.commit_smem_to_gmem_group()
 
 
 def store_rows(ref: Any, out: Any, first: Array, start: Array, end: Array, columns: Any) -> None:
@@ -246,18 +255,22 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
     )
 
 
-def by_role(copy: Callable[[], None], compute: Callable[[], None]) -> None:
-    """Run `copy` in the memory warpgroup and `compute` in the others, each with its registers."""
+def by_role(copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
+    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers.
 
-    @pl.when(lax.axis_index("wg") == WARPGROUPS)
+    The number of the warpgroup is asked for here and nowhere else: it is a shuffle, which the compiler leaves where it stands.
+    """
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == WARPGROUPS)
     def _():
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         copy()
 
-    @pl.when(lax.axis_index("wg") < WARPGROUPS)
+    @pl.when(wg < WARPGROUPS)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        compute()
+        compute(wg)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -12,6 +12,7 @@ another. Where groups are multiples of the tile, no work is wasted; else each gr
 Rows are stored by the copy engine, which takes rectangles of fixed size: 64 rows at once, or powers of two that add up to fewer.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.visits import make_visits
 from pallas_kernels.quantized import GROUP, Quantized
 
-GROUPED = hopper.TuningConfig(waves_m=1, waves_n=2, stages=3)
-MASKED = hopper.TuningConfig(waves_m=1, waves_n=2, stages=3)
-FEW = hopper.TuningConfig(waves_m=1, waves_n=1, split="n", stages=4)
+GROUPED = hopper.TuningConfig()
+MASKED = hopper.TuningConfig()
+FEW = hopper.TuningConfig(split="n")
 FEW_ROOM = 64  # rows per expert up to which a tile of 64 rows is enough
 
 Visit = tuple[Array, Array, Array, Array, Array]  # first index of A and out, first row of the tile, group, rows to store from and to
@@ -110,30 +111,31 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
             first, row, group, *_ = visit
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def step(i, slot, _):
-                ks = pl.ds(i * GROUP, GROUP)
-                a_tile, b_tile = a_ref.at[first, rows, ks], b_ref.at[group, columns, ks]
-                hopper.copy_step(slots, slot, (used > 0) | (i >= config.stages), a_tile, a_scales.at[first, i, rows], b_tile)
+            def turn(start, count, _):
+                for i in range(count):
+                    step = start + i
+                    ks = pl.ds(step * GROUP, GROUP)
+                    reused = (used > 0) | (step >= config.stages)
+                    sources = a_ref.at[first, rows, ks], a_scales.at[first, step, rows], b_ref.at[group, columns, ks]
+                    hopper.copy_step(slots, i % config.stages, reused, *sources)
 
             @pl.when(group < num_groups)
             def _():
-                hopper.over_steps(num_steps, config.stages, step)
+                hopper.over_turns(config, num_steps, turn)
 
-        def compute(visit, column, _):
+        def compute(wg, visit, column, _):
             first, row, group, start, end = visit
-
-            def b_scale(offset, step):
-                return b_scales[group, jnp.minimum((column + offset) // GROUP, b_scales.shape[1] - 1), step]
+            down, right = config.origin(wg)
+            block = jnp.minimum(lax.div(column + right, jnp.int32(GROUP)), b_scales.shape[1] - 1)
 
             def products():
-                return hopper.multiply(config, num_steps, slots, b_scale, out_slots.at[lax.axis_index("wg"), 0])
+                return hopper.multiply(config, num_steps, slots, wg, lambda step: b_scales[group, block, step])
 
-            def send(ref, i, j):
-                down, right = config.origin(i, j)
+            def send(ref):
                 hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right, config.columns))
 
-            sums = lax.cond(group < num_groups, products, lambda: hopper.zero_sums(config))
-            hopper.store_waves(config, sums, out_slots, send)
+            total = lax.cond(group < num_groups, products, lambda: hopper.zero_sum(config))
+            hopper.store(total, out_slots.at[wg], send)
 
         def copy_all():
             used = over_visits(copy)
@@ -142,7 +144,7 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
             def _():
                 hopper.drain(config, num_steps, empty)
 
-        hopper.by_role(copy_all, lambda: over_visits(compute))
+        hopper.by_role(copy_all, lambda wg: over_visits(functools.partial(compute, wg)))
 
     run = hopper.launch(kernel, hopper.shape_of((lead, rows, columns), out_dtype), num_multiprocessors(), hopper.scratch(config, out_dtype))
     return run(hopper.whole_tiles(values), scales, hopper.whole_tiles(b.values), b.scales, *tables)[..., :n]

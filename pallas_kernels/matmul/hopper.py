@@ -1,5 +1,7 @@
 """FP8 products on Hopper: tiles of A with blocks of B. The main loop and its reasons are in `pallas_kernels/hopper.py`."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -29,30 +31,32 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
         def copy(row, column, tile):
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def step(i, slot, _):
-                ks = pl.ds(i * GROUP, GROUP)
-                reused = (tile > 0) | (i >= config.stages)
-                hopper.copy_step(slots, slot, reused, a_ref.at[rows, ks], a_scales.at[i, rows], b_ref.at[columns, ks])
+            def turn(first, count, _):
+                for i in range(count):
+                    step = first + i
+                    ks = pl.ds(step * GROUP, GROUP)
+                    reused = (tile > 0) | (step >= config.stages)
+                    sources = a_ref.at[rows, ks], a_scales.at[step, rows], b_ref.at[columns, ks]
+                    hopper.copy_step(slots, i % config.stages, reused, *sources)
 
-            hopper.over_steps(num_steps, config.stages, step)
+            hopper.over_turns(config, num_steps, turn)
 
-        def compute(row, column, _):
-            def b_scale(offset, step):
-                return b_scales[jnp.minimum((column + offset) // GROUP, b_scales.shape[0] - 1), step]
+        def compute(wg, row, column, _):
+            down, right = config.origin(wg)
+            block = jnp.minimum(lax.div(column + right, jnp.int32(GROUP)), b_scales.shape[0] - 1)
 
-            def send(ref, i, j):
-                down, right = config.origin(i, j)
+            def send(ref):
                 target = out.at[pl.ds(row + down, hopper.ROWS), pl.ds(column + right, config.columns)]
                 plgpu.copy_smem_to_gmem(ref, target, commit_group=False)
 
-            sums = hopper.multiply(config, num_steps, slots, b_scale, out_slots.at[lax.axis_index("wg"), 0])
-            hopper.store_waves(config, sums, out_slots, send)
+            total = hopper.multiply(config, num_steps, slots, wg, lambda step: b_scales[block, step])
+            hopper.store(total, out_slots.at[wg], send)
 
         def copy_all():
             over_tiles(copy)
             hopper.drain(config, num_steps, empty)
 
-        hopper.by_role(copy_all, lambda: over_tiles(compute))
+        hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
 
     num_blocks = min(num_multiprocessors(), tiles[0] * tiles[1])
     run = hopper.launch(kernel, hopper.shape_of((m, columns), out_dtype), num_blocks, hopper.scratch(config, out_dtype))

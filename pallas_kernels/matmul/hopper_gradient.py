@@ -11,6 +11,7 @@ What differs from the other products (`pallas_kernels/hopper.py`):
 The result is exact in the sense that matters: one rounding of C + the sum, as if C had been read, and the same on every run.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,8 +24,9 @@ from pallas_kernels import hopper
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.quantized import E4M3, GROUP, Quantized
 
-CONFIG = hopper.TuningConfig(waves_m=1, waves_n=1, stages=4)
+CONFIG = hopper.TuningConfig()
 COPIES = 4  # per step: A, B and the scales of each
+TURN = 4  # steps that are unrolled
 ON_THE_WAY_OUT = "add"  # what the copy engine does to C; the interpreter of Mosaic GPU knows no such copies, so its test stores instead
 
 
@@ -79,15 +81,14 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
 
             lax.fori_loop(0, num_steps, step, None)
 
-        def compute(row, column, group, _, num_steps, used):
-            sums = _sums(config, num_steps, used, slots, full, empty, out_slots.at[lax.axis_index("wg"), 0])
+        def compute(wg, row, column, group, _, num_steps, used):
+            down, right = config.origin(wg)
 
-            def send(ref, i, j):
-                down, right = config.origin(i, j)
+            def send(ref):
                 target = out.at[group, pl.ds(row + down, hopper.ROWS), pl.ds(column + right, config.columns)]
                 plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=ON_THE_WAY_OUT)
 
-            hopper.store_waves(config, sums, out_slots, send)
+            hopper.store(_sum(config, num_steps, used, (*slots, full, empty), wg), out_slots.at[wg], send)
 
         def copy_all():
             used = over_tiles(copy)
@@ -97,14 +98,14 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
                 def _(slot=slot):
                     plgpu.barrier_wait(empty.at[slot])
 
-        hopper.by_role(copy_all, lambda: over_tiles(compute))
+        hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
 
     scratch = [
         hopper.tiled((config.stages, config.tile_m, GROUP), E4M3),
         hopper.tiled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
         plgpu.SMEM((config.stages, config.tile_n), jnp.float32),
-        hopper.staging((hopper.WARPGROUPS, min(config.out_slots, len(config.waves)), hopper.ROWS, config.columns), jnp.float32),
+        hopper.staging(config, jnp.float32),
         plgpu.Barrier(num_arrivals=COPIES, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
     ]
@@ -114,23 +115,31 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
     return jax.freeze(total)[..., :n]
 
 
-def _sums(config: hopper.TuningConfig, num_steps: Array, used: Array, slots: list, full, empty, parking) -> dict:
-    """Return this warpgroup's sums over the steps of a group, {wave: FP32 [64, columns]}."""
-    a_slots, b_slots, a_scale_slots, b_scale_slots = slots
-    layout = plgpu.Layout.WGMMA
+def _sum(config: hopper.TuningConfig, num_steps: Array, used: Array, slots: tuple, wg: Array) -> Array:
+    """Return the sum of warpgroup `wg` over the steps of a group, one at least, FP32 [64, columns]; `used` steps went before."""
+    a_slots, b_slots, a_scale_slots, b_scale_slots, full, empty = slots
+    row, column = config.origin(wg)
+    rows, columns = pl.ds(row, hopper.ROWS), pl.ds(column, config.columns)
 
-    def step(i, sums):
-        sums, slot = dict(sums), lax.rem(used + i, jnp.int32(config.stages))
-        plgpu.barrier_wait(full.at[slot])
-        for i, j in config.waves:
-            rows, columns = pl.ds(config.origin(i, 0)[0], hopper.ROWS), pl.ds(config.origin(0, j)[1], config.columns)
-            a_scale = plgpu.load(a_scale_slots.at[slot, rows], layout=layout.reduce(1), optimized=False)
-            b_scale = plgpu.load(b_scale_slots.at[slot, columns], layout=layout.reduce(0), optimized=False)
-            product = hopper.multiply_slot(a_slots.at[slot, rows], b_slots.at[slot, columns].transpose((1, 0)))
-            if (i, j) == config.waves[-1]:
-                plgpu.barrier_arrive(empty.at[slot])
-            scaled = product * lax.broadcast_in_dim(b_scale, product.shape, [1])
-            sums[i, j] += scaled * lax.broadcast_in_dim(a_scale, product.shape, [0])
-        return sums
+    def steps(first, count, before):
+        def slot_of(i):
+            return lax.rem(used + first + i, jnp.int32(config.stages))
 
-    return lax.fori_loop(0, num_steps, step, hopper.zero_sums(config))
+        def begin(i, product):
+            slot = slot_of(i)
+            plgpu.barrier_wait(full.at[slot])
+            plgpu.wgmma(product, a_slots.at[slot, rows], b_slots.at[slot, columns].transpose((1, 0)))
+            return plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+        def finish(i, product, running):
+            slot = slot_of(i)
+            b_scale = plgpu.load(b_scale_slots.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            product = plgpu.wgmma_accumulator_load(product, wait_n=running)
+            plgpu.barrier_arrive(empty.at[slot])
+            return product * lax.broadcast_in_dim(b_scale, product.shape, [1])
+
+        return hopper.pipeline(config, count, begin, finish, before)
+
+    turns = lax.div(num_steps, jnp.int32(TURN))
+    sums = lax.fori_loop(0, turns, lambda i, before: steps(i * TURN, TURN, before), hopper.nothing(config))
+    return lax.fori_loop(turns * TURN, num_steps, lambda i, before: steps(i, 1, before), sums).add()
