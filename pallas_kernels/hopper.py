@@ -7,22 +7,21 @@ section 3.3.2). The tensor cores must not wait for that, nor for memory, nor for
 The plan of one thread block, one output tile of 128 x 128 at a time, grid persistent:
 
     warpgroup 2           copies A, B and the scales of A into a ring of `stages` slots, 128 along k each, ahead of the others
-    warpgroups 0 and 1    half of the tile each, one product of 64 x 128 per step:
+    warpgroups 0 and 1    half of the tile each: wait for a slot, multiply 64 x 128, free the slot, promote
 
-        step         s               s + 1           s + 2
-        multiply     [product 0]     [product 1]     [product 0]
-        promote                      product 0       product 1
+The assembler (ptxas 13.0) begins the next product before it has promoted the last one, on its own account: two products of 64 registers a
+thread and the FP32 sum of 64 fit into the 232 there are. What is left to lose is shared memory: products of 64 x 128 read 96 bytes per
+cycle and filling the ring writes 64 more, of the 128 that an SM has.
 
-A warpgroup begins the product of the next step before it promotes the last one, so that its tensor cores always have work queued; two
-products of 64 registers a thread and the FP32 sum of 64 fit into the 232 there are. Steps are unrolled in turns of `turn`: at the end
-of a turn the last product is waited for and carried, finished but not promoted, into the next one.
+What lost, on an H200, against 1304 TFLOP/s at (4096, 4096, 7168) beside XLA's per-tensor product at 1564 (the reasons are from the
+machine code; experiments/log.md has all figures):
 
-What lost, measured on an H200 at (4096, 4096, 7168) and seen in the machine code (ptxas 13.0):
-
-    waiting for each product        1302 TFLOP/s. Both warpgroups wait for the same slot, so both multiply, then both promote
-    two products per step           the tile of 256 x 128 would fill shared memory slower (48 bytes a cycle instead of 64), but needs 128
-                                    registers for sums, and the assembler, which begins products early by itself, spills: 915
-    the same, held in order         by a branch never taken that reads the sums: nothing spills, nothing overlaps: 825
+    two products per step           a tile of 256 x 128 fills the ring slower (48 bytes a cycle), but its sums need 128 registers. With the
+                                    products that the assembler begins early it spills: 915
+    the same, held in order         by a branch never taken that reads the sums: nothing spills, nothing overlaps any more: 825
+    early products in the source    `wgmma_accumulator_load(..., wait_n=1)`: accumulators are zeroed by moves instead of read as zero: 1179
+    warpgroups take turns           a barrier around the start of each product: 1213
+    five slots instead of four      1243
     asking who I am in the loop     `lax.axis_index("wg")` is a shuffle before each address, which no compiler hoists: 1145
 
 The ring is a Python list of slots: each step's slot is known when the kernel is compiled. A tile begins at slot 0, whatever the number of
@@ -31,7 +30,7 @@ steps; slots that the last turn leaves over are passed over by both sides. It is
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,6 @@ class TuningConfig:
         columns: of one product, 64 or 128; its rows are 64.
         split: "m" or "n", the dim along which the two warpgroups share a tile.
         stages: slots of the ring.
-        turn: steps that are unrolled, a multiple of `stages`.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
     """
@@ -63,7 +61,6 @@ class TuningConfig:
     columns: int = 128
     split: str = "m"
     stages: int = 4
-    turn: int = 8
     grid_minor: int = 0
     grid_width: int = 8
 
@@ -107,23 +104,11 @@ def staging(config: TuningConfig, dtype: Any) -> plgpu.SMEM:
     return plgpu.SMEM((WARPGROUPS, ROWS, config.columns), dtype, transforms=transforms)
 
 
-def over_turns(config: TuningConfig, num_steps: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
-    """Fold `body(first step, number of steps, carry)` over the turns of a tile; the number is static, and slots begin at 0 in each."""
-    turns, rest = divmod(num_steps, config.turn)
-    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * config.turn, config.turn, carry), carry)
-    return body(turns * config.turn, rest, carry) if rest else carry
-
-
-class Promotion(NamedTuple):
-    """A sum, and the finished product that comes next but has not been added yet."""
-
-    total: Array  # FP32 [64, columns]
-    product: Array  # the same
-    scale: Array  # of its rows, FP32 [64]
-
-    def add(self) -> Array:
-        """Return the sum with the product in it."""
-        return self.total + self.product * lax.broadcast_in_dim(self.scale, self.product.shape, [0])
+def over_steps(num_steps: int, stages: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
+    """Fold `body(first step, number of steps, carry)` over the turns of the ring; the number is static, slots begin at 0 in each turn."""
+    turns, rest = divmod(num_steps, stages)
+    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * stages, stages, carry), carry)
+    return body(turns * stages, rest, carry) if rest else carry
 
 
 def multiply(config: TuningConfig, num_steps: int, slots: tuple, wg: Array, b_scale: Callable[[Array], Array]) -> Array:
@@ -140,61 +125,32 @@ def multiply(config: TuningConfig, num_steps: int, slots: tuple, wg: Array, b_sc
     row, column = config.origin(wg)
     rows, columns = pl.ds(row, ROWS), pl.ds(column, config.columns)
 
-    def turn(first, count, before):
-        b_scales = [b_scale(first + i) for i in range(count)]  # at once: global memory is far
-
-        def begin(i, product):
-            """Start the product of step `first + i`; return the scales of its rows."""
-            slot = i % config.stages
+    def turn(first, count, total):
+        b_scales = [b_scale(first + slot) for slot in range(count)]  # at once: global memory is far
+        for slot in range(count):
             plgpu.barrier_wait(full.at[slot])
             a_scale = plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            plgpu.wgmma(product, a_slots.at[slot, rows], b_slots.at[slot, columns].transpose((1, 0)))
-            return a_scale * b_scales[i]
+            product = multiply_slot(a_slots.at[slot, rows], b_slots.at[slot, columns])
+            plgpu.barrier_arrive(empty.at[slot])
+            total += product * lax.broadcast_in_dim(a_scale * b_scales[slot], product.shape, [0])
+        return total
 
-        def finish(i, product, running):
-            value = plgpu.wgmma_accumulator_load(product, wait_n=running)
-            plgpu.barrier_arrive(empty.at[i % config.stages])
-            return value
-
-        return pipeline(config, count, begin, finish, before)
-
-    return over_turns(config, num_steps, turn, nothing(config)).add()
+    return over_steps(num_steps, config.stages, turn, zero_sum(config))
 
 
-def pipeline(config: TuningConfig, count: int, begin: Callable, finish: Callable, before: Any) -> Any:
-    """Make `count` products, promoting each while the next one is made; return the last one, finished but not promoted.
+def multiply_slot(a: Any, b: Any) -> Array:
+    """The FP32 product a b^T of refs [64, 128] and [columns, 128] in shared memory, waited for."""
 
-    Args:
-        config: the size of a product.
-        count: of steps, at least one.
-        begin: (step, accumulator) -> scale: starts a product.
-        finish: (step, accumulator, running) -> product: waits until at most `running` younger ones are unfinished.
-        before: the promotion that the steps before left.
-    """
+    def run(product):
+        plgpu.wgmma(product, a, b.transpose((1, 0)))
+        return product[...]
 
-    def step(i, before, waiting):
-        def run(accumulator):
-            scale = begin(i, accumulator)
-            done = before if waiting is None else before._replace(product=finish(i - 1, waiting, running=1))
-            after = before._replace(total=done.add(), scale=scale)
-            if i + 1 < count:
-                return step(i + 1, after, accumulator)
-            return after._replace(product=finish(i, accumulator, running=0))
-
-        return pl.run_scoped(run, plgpu.ACC((ROWS, config.columns), jnp.float32))
-
-    return step(0, before, None)
+    return pl.run_scoped(run, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
 
 
 def zero_sum(config: TuningConfig) -> Array:
     """Return FP32 zeros [64, columns], laid out as a product."""
     return plgpu.layout_cast(jnp.zeros((ROWS, config.columns), jnp.float32), plgpu.Layout.WGMMA)
-
-
-def nothing(config: TuningConfig) -> Promotion:
-    """Return what is there before the first step."""
-    zero = zero_sum(config)
-    return Promotion(zero, zero, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1)))
 
 
 def copy_step(slots: tuple, slot: int, reused: Array, a: Any, a_scales: Any, b: Any) -> None:

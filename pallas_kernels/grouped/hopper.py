@@ -121,21 +121,24 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
 
             @pl.when(group < num_groups)
             def _():
-                hopper.over_turns(config, num_steps, turn)
+                hopper.over_steps(num_steps, config.stages, turn)
 
         def compute(wg, visit, column, _):
             first, row, group, start, end = visit
             down, right = config.origin(wg)
             block = jnp.minimum(lax.div(column + right, jnp.int32(GROUP)), b_scales.shape[1] - 1)
 
-            def products():
-                return hopper.multiply(config, num_steps, slots, wg, lambda step: b_scales[group, block, step])
-
             def send(ref):
                 hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right, config.columns))
 
-            total = lax.cond(group < num_groups, products, lambda: hopper.zero_sum(config))
-            hopper.store(total, out_slots.at[wg], send)
+            @pl.when(group < num_groups)
+            def _():
+                total = hopper.multiply(config, num_steps, slots, wg, lambda step: b_scales[group, block, step])
+                hopper.store(total, out_slots.at[wg], send)
+
+            @pl.when(group == num_groups)
+            def _():
+                hopper.store(hopper.zero_sum(config), out_slots.at[wg], send)
 
         def copy_all():
             used = over_visits(copy)

@@ -39,7 +39,7 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
                     sources = a_ref.at[rows, ks], a_scales.at[step, rows], b_ref.at[columns, ks]
                     hopper.copy_step(slots, i % config.stages, reused, *sources)
 
-            hopper.over_turns(config, num_steps, turn)
+            hopper.over_steps(num_steps, config.stages, turn)
 
         def compute(wg, row, column, _):
             down, right = config.origin(wg)

@@ -3,7 +3,8 @@
 What differs from the other products (`pallas_kernels/hopper.py`):
 
     two vectors of scales   every element of a partial product has a scale of its own, row times column: two operations of the FP32 units
-                            per element and step instead of one. They still fit behind the other warpgroup's products.
+                            per element and step instead of one, and the scales of 32 columns in registers. Measured on an H200, 4 groups
+                            of 7,104 rows, (4096, 7168): 888 TFLOP/s, where one vector of scales gives 1304.
     steps per group         known on the device only. The ring goes on from slot to slot across tiles, so a slot is a number at run time.
     accumulation            the finished tile is *added* to C by the copy engine on its way out (one FP32 addition in the L2 cache), so C is
                             never read into an SM and a group without rows costs nothing.
@@ -26,7 +27,7 @@ from pallas_kernels.quantized import E4M3, GROUP, Quantized
 
 CONFIG = hopper.TuningConfig()
 COPIES = 4  # per step: A, B and the scales of each
-TURN = 4  # steps that are unrolled
+TURN = 2  # steps that are unrolled
 ON_THE_WAY_OUT = "add"  # what the copy engine does to C; the interpreter of Mosaic GPU knows no such copies, so its test stores instead
 
 
@@ -121,25 +122,21 @@ def _sum(config: hopper.TuningConfig, num_steps: Array, used: Array, slots: tupl
     row, column = config.origin(wg)
     rows, columns = pl.ds(row, hopper.ROWS), pl.ds(column, config.columns)
 
-    def steps(first, count, before):
-        def slot_of(i):
-            return lax.rem(used + first + i, jnp.int32(config.stages))
+    def step(i, total):
+        slot = lax.rem(used + i, jnp.int32(config.stages))
+        plgpu.barrier_wait(full.at[slot])
+        a_scale = plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        b_scale = plgpu.load(b_scale_slots.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        product = hopper.multiply_slot(a_slots.at[slot, rows], b_slots.at[slot, columns])
+        plgpu.barrier_arrive(empty.at[slot])
+        scaled = product * lax.broadcast_in_dim(b_scale, product.shape, [1])
+        return total + scaled * lax.broadcast_in_dim(a_scale, product.shape, [0])
 
-        def begin(i, product):
-            slot = slot_of(i)
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.wgmma(product, a_slots.at[slot, rows], b_slots.at[slot, columns].transpose((1, 0)))
-            return plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
-        def finish(i, product, running):
-            slot = slot_of(i)
-            b_scale = plgpu.load(b_scale_slots.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            product = plgpu.wgmma_accumulator_load(product, wait_n=running)
-            plgpu.barrier_arrive(empty.at[slot])
-            return product * lax.broadcast_in_dim(b_scale, product.shape, [1])
-
-        return hopper.pipeline(config, count, begin, finish, before)
+    def turn(i, total):
+        for j in range(TURN):
+            total = step(i * TURN + j, total)
+        return total
 
     turns = lax.div(num_steps, jnp.int32(TURN))
-    sums = lax.fori_loop(0, turns, lambda i, before: steps(i * TURN, TURN, before), hopper.nothing(config))
-    return lax.fori_loop(turns * TURN, num_steps, lambda i, before: steps(i, 1, before), sums).add()
+    total = lax.fori_loop(0, turns, turn, hopper.zero_sum(config))
+    return lax.fori_loop(turns * TURN, num_steps, step, total)

@@ -1,0 +1,141 @@
+"""FP8 products on Hopper, in Mosaic GPU's interpreter with its race detector, and lowered for a GPU that is not there.
+
+The interpreter multiplies in FP32, so what a tensor core's short accumulator does is not seen here; order, edges, groups and barriers are.
+Two thread blocks and small rings: each block has several tiles, and every slot is used again and again.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import grouped, matmul
+from pallas_kernels.grouped import hopper as grouped_hopper
+from pallas_kernels.hopper import TuningConfig
+from pallas_kernels.matmul import hopper, hopper_gradient
+from pallas_kernels.quantize import quantize_blocks, quantize_tiles
+from pallas_kernels.quantized import Quantized
+
+# The scales of A are read by ordinary loads and overwritten by the copy engine. The detector wants a proxy fence between the two, as for
+# writes; a read that has returned needs none, the barrier orders it (PTX ISA, "async proxy"; CUTLASS has none there either).
+SCALE_READS = {"turn", "_sum.<locals>.step", "multiply.<locals>.turn"}
+BF16_ERROR, FP32_ERROR = 2.0e-3, 1.0e-6  # relative L2; measured 1.68e-3, which is the rounding of the output, and 1e-7
+
+
+@pytest.fixture(autouse=True)
+def two_blocks(monkeypatch):
+    for module in (hopper, hopper_gradient, grouped_hopper):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda: 2)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tiles(*shape, seed=0):
+    return quantize_tiles(normal(*shape, seed=seed), implementation="reference")
+
+
+def blocks(*shape, seed=1):
+    return quantize_blocks(normal(*shape, seed=seed), implementation="reference")
+
+
+def interpret(capfd, function, *operands):
+    """Run in the interpreter; fail on any race but that of `SCALE_READS`."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        result = jax.block_until_ready(jax.jit(function)(*operands))
+    for race in capfd.readouterr().out.split("RACE DETECTED")[1:]:
+        reads, writes = (re.findall(rf"{kind} of .*? \((\S*)\)", race) for kind in ("read", "write"))
+        assert len(reads) == 1, race
+        assert reads[0].removeprefix("multiply.<locals>.") in SCALE_READS, race
+        assert writes[0].split(".")[-1] in ("copy_step", "step"), race
+    return np.asarray(result, np.float64)
+
+
+def lower(function, *operands):
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def error(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (200, 264, 640, TuningConfig(stages=2)),  # steps left over by the last turn, edges in m and n
+        (133, 128, 128, TuningConfig()),  # a single step; rows that are no multiple of 8
+        (70, 300, 384, TuningConfig(columns=64, split="n", stages=2)),  # half a block of columns per warpgroup
+    ],
+)
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+def test_dense_product(capfd, m, n, k, config, out_dtype):
+    a, b = tiles(m, k), blocks(n, k)
+    actual = interpret(capfd, lambda a, b: hopper.matmul(a, b, out_dtype=out_dtype, config=config), a, b)
+    expected = np.asarray(matmul.matmul(a, b, out_dtype=jnp.float32, implementation="reference"), np.float64)
+    assert actual.shape == (m, n)
+    assert error(actual, expected) < (BF16_ERROR if out_dtype == jnp.bfloat16 else FP32_ERROR)
+
+
+@pytest.mark.parametrize("sizes", [(100, 0, 57, 1), (0, 0, 0, 0), (0, 192, 0, 0)])
+def test_groups_anywhere(capfd, sizes):
+    """Rows of no group are zero although A is NaN there; a group's rows do not depend on where its tile begins."""
+    rows, n, k = 192, 136, 256
+    used = sum(sizes)
+    a = tiles(rows, k)
+    a = Quantized(a.values.at[used:].set(jnp.nan), a.scales.at[:, used:].set(jnp.nan), "tile")
+    b, group_sizes = blocks(len(sizes), n, k), jnp.asarray(sizes, jnp.int32)
+    actual = interpret(capfd, lambda a, b, s: grouped_hopper.grouped_matmul(a, b, s, config=TuningConfig(stages=2)), a, b, group_sizes)
+    expected = np.asarray(grouped.grouped_matmul(a, b, group_sizes, out_dtype=jnp.float32, implementation="reference"), np.float64)
+    assert not actual[used:].any()
+    assert not used or error(actual[:used], expected[:used]) < BF16_ERROR
+
+
+@pytest.mark.parametrize("config", [TuningConfig(stages=2), TuningConfig(split="n", stages=2)])
+def test_masked_rooms(capfd, config):
+    valid, room, n, k = (3, 0, 70, 129), 136, 136, 256
+    experts = range(len(valid))
+    each = [tiles(room, k, seed=e) for e in experts]
+    a = Quantized(jnp.stack([q.values for q in each]), jnp.stack([q.scales for q in each]), "tile")
+    b, valid_rows = blocks(len(valid), n, k), jnp.asarray(valid, jnp.int32)
+    actual = interpret(capfd, lambda a, b, v: grouped_hopper.masked_matmul(a, b, v, config=config), a, b, valid_rows)
+    expected = np.asarray(grouped.masked_matmul(a, b, valid_rows, out_dtype=jnp.float32, implementation="reference"), np.float64)
+    for e, count in zip(experts, valid, strict=True):
+        assert not count or error(actual[e, :count], expected[e, :count]) < BF16_ERROR
+
+
+def test_weight_gradients(capfd, monkeypatch):
+    """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to zeros."""
+    monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
+    sizes, m, n = (128, 0, 384, 256), 136, 72
+    a, b = tiles(m, 896), tiles(n, 896, seed=1)
+    poison = sum(sizes)
+    a = Quantized(a.values.at[:, poison:].set(jnp.nan), a.scales.at[poison // 128 :].set(jnp.nan), "tile")
+    c, group_sizes = jnp.zeros((len(sizes), m, n)), jnp.asarray(sizes, jnp.int32)
+    config = TuningConfig(stages=2)
+    actual = interpret(capfd, lambda *o: hopper_gradient.grouped_matmul_accumulate(*o, config=config), a, b, group_sizes, c)
+    expected = np.asarray(grouped.grouped_matmul_accumulate(a, b, group_sizes, c, implementation="reference"), np.float64)
+    assert error(actual, expected) < FP32_ERROR
+
+
+def test_the_gradient_adds_on_its_way_out(monkeypatch):
+    """What the interpreter cannot run is at least in the program that a GPU gets."""
+    operands = tiles(128, 256), tiles(128, 256, seed=1), jnp.asarray([256], jnp.int32), jnp.ones((1, 128, 128))
+    adds = lower(lambda *o: hopper_gradient.grouped_matmul_accumulate(*o), *operands)
+    monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
+    assert adds != lower(lambda *o: hopper_gradient.grouped_matmul_accumulate(*o), *operands)
+
+
+def test_products_lower_for_cuda():
+    """V3's shapes, through the public functions."""
+    a, b = jax.eval_shape(lambda: (tiles(4096, 2048), blocks(7168, 2048)))
+    assert "mosaic_gpu" in lower(lambda a, b: matmul.matmul(a, b, implementation="hopper"), a, b)
+    experts = jax.eval_shape(lambda: blocks(8, 7168, 2048))
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul(a, b, s, implementation="hopper"), a, experts, sizes)
+    c = jax.ShapeDtypeStruct((4096, 7168), jnp.float32)
+    gradient = jax.eval_shape(lambda: tiles(7168, 2048))
+    assert "mosaic_gpu" in lower(lambda a, b, c: matmul.matmul_accumulate(a, b, c, implementation="hopper"), a, gradient, c)
