@@ -85,7 +85,7 @@ def scratch(config: TuningConfig, out_dtype: Any) -> list:
         tiled((config.stages, config.tile_m, GROUP), E4M3),
         tiled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
-        staging(config, out_dtype),
+        staging(config.columns, out_dtype),
         plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),  # three copies per slot
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages),
     ]
@@ -97,11 +97,11 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((SWIZZLE_ROWS, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
 
 
-def staging(config: TuningConfig, dtype: Any) -> plgpu.SMEM:
+def staging(width: int, dtype: Any) -> plgpu.SMEM:
     """Where results wait for their way out: columns swizzled, rows as they are, because tiled rows would have to be a multiple of 8."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
     transforms = plgpu.TilingTransform((columns,)), plgpu.SwizzleTransform(SWIZZLE_BYTES)
-    return plgpu.SMEM((WARPGROUPS, ROWS, config.columns), dtype, transforms=transforms)
+    return plgpu.SMEM((WARPGROUPS, ROWS, width), dtype, transforms=transforms)
 
 
 def over_steps(num_steps: int, stages: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
@@ -166,9 +166,9 @@ def copy_step(slots: tuple, slot: int, reused: Array, a: Any, a_scales: Any, b: 
     plgpu.copy_gmem_to_smem(a_scales, a_scale_slots.at[slot], full.at[slot])
 
 
-def drain(config: TuningConfig, num_steps: int, empty: Any) -> None:
+def drain(stages: int, num_steps: int, empty: Any) -> None:
     """Wait until every slot that was used is free again: the memory warpgroup's last act."""
-    for slot in range(min(config.stages, num_steps)):
+    for slot in range(min(stages, num_steps)):
         plgpu.barrier_wait(empty.at[slot])
 
 

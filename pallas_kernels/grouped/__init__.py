@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped import hopper, reference, tpu, tpu_bf16
+from pallas_kernels.grouped import hopper, hopper_bf16, reference, tpu, tpu_bf16
 from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype, hopper_gradient
 from pallas_kernels.quantized import GROUP, Quantized, check_quantized
 
@@ -137,7 +137,11 @@ def grouped_matmul_bf16(
     check_inner("a", a.shape, "b^T" if transpose_b else "b", inner)
     check_group_sizes("group_sizes", group_sizes, b.shape[0], a.shape[0])
     check_out_dtype(out_dtype)
-    faces = {"reference": reference.grouped_matmul_bf16, "tpu": tpu_bf16.grouped_matmul_bf16}
+    faces = {
+        "reference": reference.grouped_matmul_bf16,
+        "hopper": hopper_bf16.grouped_matmul_bf16,
+        "tpu": tpu_bf16.grouped_matmul_bf16,
+    }
     chosen = dispatch.choose("grouped_matmul_bf16", implementation, faces)
     return chosen(a, b, group_sizes, transpose_b=transpose_b, out_dtype=out_dtype)
 

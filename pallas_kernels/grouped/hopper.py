@@ -18,32 +18,19 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.grouped.visits import make_visits
+from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
 from pallas_kernels.quantized import GROUP, Quantized
 
 GROUPED = hopper.TuningConfig()
-MASKED = hopper.TuningConfig()
-FEW = hopper.TuningConfig(split="n")
-FEW_ROOM = 64  # rows per expert up to which a tile of 64 rows is enough
-
-Visit = tuple[Array, Array, Array, Array, Array]  # first index of A and out, first row of the tile, group, rows to store from and to
+MASKED = hopper.TuningConfig(split="n")  # tiles of 64 rows: an expert that decodes has few
 
 
 def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED) -> Array:
     """Return a_g b_g^T [rows, n] for tiles `a` [rows, k] and blocks `b` [G, n, k]; rows of no group are zero."""
-    visits = make_visits(group_sizes, a.shape[0], config.tile_m)
-
-    def schedule(group_ref, tile_ref, offsets_ref):
-        def find(visit):
-            group = group_ref[visit]
-            return jnp.int32(0), tile_ref[visit] * config.tile_m, group, offsets_ref[group], offsets_ref[group + 1]
-
-        return visits.group.size, find
-
+    visits, schedule = schedule_groups(group_sizes, a.shape[0], config.tile_m)
     return _run(config, a.values[None], a.scales[None], b, visits, schedule, out_dtype)[0]
 
 
@@ -89,23 +76,7 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
         tables, (out, *slots, out_slots, full, empty) = refs[: len(refs) - 7], refs[-7:]
         slots = *slots, full, empty
         num_visits, find = schedule(*tables)
-
-        def over_visits(body: Callable) -> Array:
-            """Run `body(visit, column, used)` for each; `used` counts the visits so far that multiplied."""
-
-            @plgpu.nd_loop((num_visits * tiles_n,), collective_axes="sm", init_carry=jnp.int32(0))
-            def used(info, carry):
-                visit, ni = plgpu.planar_snake(info.index[0], (num_visits, tiles_n), config.grid_minor, config.grid_width)
-                visit = find(visit)
-                *_, group, start, end = visit
-
-                @pl.when(start < end)
-                def _():
-                    body(visit, ni * config.tile_n, carry)
-
-                return carry + ((start < end) & (group < num_groups)).astype(jnp.int32)
-
-            return used
+        over_visits = functools.partial(visit_tiles, config, num_visits, tiles_n, num_groups, find)
 
         def copy(visit, column, used):
             first, row, group, *_ = visit
@@ -145,7 +116,7 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
 
             @pl.when(used > 0)
             def _():
-                hopper.drain(config, num_steps, empty)
+                hopper.drain(config.stages, num_steps, empty)
 
         hopper.by_role(copy_all, lambda wg: over_visits(functools.partial(compute, wg)))
 

@@ -54,7 +54,7 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
 
         def copy_all():
             over_tiles(copy)
-            hopper.drain(config, num_steps, empty)
+            hopper.drain(config.stages, num_steps, empty)
 
         hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
 

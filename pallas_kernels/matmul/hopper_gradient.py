@@ -106,7 +106,7 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
         hopper.tiled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
         plgpu.SMEM((config.stages, config.tile_n), jnp.float32),
-        hopper.staging(config, jnp.float32),
+        hopper.staging(config.columns, jnp.float32),
         plgpu.Barrier(num_arrivals=COPIES, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
     ]

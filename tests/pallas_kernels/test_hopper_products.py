@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped, matmul
 from pallas_kernels.grouped import hopper as grouped_hopper
+from pallas_kernels.grouped import hopper_bf16
 from pallas_kernels.hopper import TuningConfig
 from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
@@ -27,7 +28,7 @@ BF16_ERROR, FP32_ERROR = 2.0e-3, 1.0e-6  # relative L2; measured 1.68e-3, which 
 
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
-    for module in (hopper, hopper_gradient, grouped_hopper):
+    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16):
         monkeypatch.setattr(module, "num_multiprocessors", lambda: 2)
 
 
@@ -94,6 +95,25 @@ def test_groups_anywhere(capfd, sizes):
     assert not used or error(actual[:used], expected[:used]) < BF16_ERROR
 
 
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+def test_groups_in_bf16(capfd, transpose_b, out_dtype):
+    sizes, rows, n, k = (100, 0, 57, 1), 196, 264, 200  # k ends within a step, rows and n within a tile
+    used = sum(sizes)
+    a = normal(rows, k).astype(jnp.bfloat16).at[used:].set(jnp.nan)
+    b = normal(len(sizes), *((k, n) if transpose_b else (n, k)), seed=1).astype(jnp.bfloat16)
+    group_sizes, config = jnp.asarray(sizes, jnp.int32), hopper_bf16.TuningConfig(stages=2)
+
+    def product(a, b, sizes):
+        return hopper_bf16.grouped_matmul_bf16(a, b, sizes, transpose_b=transpose_b, out_dtype=out_dtype, config=config)
+
+    actual = interpret(capfd, product, a, b, group_sizes)
+    how = {"transpose_b": transpose_b, "out_dtype": jnp.float32, "implementation": "reference"}
+    expected = np.asarray(grouped.grouped_matmul_bf16(a, b, group_sizes, **how), np.float64)
+    assert not actual[used:].any()
+    assert error(actual[:used], expected[:used]) < (BF16_ERROR if out_dtype == jnp.bfloat16 else FP32_ERROR)
+
+
 @pytest.mark.parametrize("config", [TuningConfig(stages=2), TuningConfig(split="n", stages=2)])
 def test_masked_rooms(capfd, config):
     valid, room, n, k = (3, 0, 70, 129), 136, 136, 256
@@ -136,6 +156,8 @@ def test_products_lower_for_cuda():
     experts = jax.eval_shape(lambda: blocks(8, 7168, 2048))
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
     assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul(a, b, s, implementation="hopper"), a, experts, sizes)
+    rows, weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 2048), (8, 7168, 2048)))
+    assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul_bf16(a, b, s, implementation="hopper"), rows, weights, sizes)
     c = jax.ShapeDtypeStruct((4096, 7168), jnp.float32)
     gradient = jax.eval_shape(lambda: tiles(7168, 2048))
     assert "mosaic_gpu" in lower(lambda a, b, c: matmul.matmul_accumulate(a, b, c, implementation="hopper"), a, gradient, c)

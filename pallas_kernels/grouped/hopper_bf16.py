@@ -1,0 +1,148 @@
+"""Grouped BF16 products on Hopper, for `precision: "bf16"`: the same visits as in FP8 (`hopper.py`), without scales and promotion.
+
+Tensor cores add BF16 products in FP32, so a sum stays in their accumulator from the first step to the last: a tile of 128 x 256, 64 x 256
+per warpgroup, 128 registers a thread. The next product is started before the last one's slot is given back, so the tensor cores always
+have one queued.
+
+wgmma takes BF16 operands with either dim contiguous, so the input gradient multiplies with the weights as the forward pass stores them.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
+
+STEP = 64  # of k: one swizzled line of BF16
+OUT_BYTES = 256  # of a row that waits in shared memory for its way out
+ALIGNMENT = 8  # BF16 numbers in the 16 bytes that the copy engine wants of a row
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How a product is cut; see `pallas_kernels.hopper.TuningConfig`."""
+
+    tile_n: int = 256
+    stages: int = 4
+    grid_minor: int = 0
+    grid_width: int = 8
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of an output tile."""
+        return hopper.WARPGROUPS * hopper.ROWS
+
+
+def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=False, out_dtype=jnp.bfloat16, config=None) -> Array:
+    """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`; rows of no group are zero."""
+    config = config or TuningConfig()
+    num_rows, num_columns = a.shape[0], b.shape[2 if transpose_b else 1]
+    a, b = _aligned(a), _aligned(b)
+    (rows, k), num_groups = a.shape, b.shape[0]
+    n = b.shape[2 if transpose_b else 1]
+    num_steps, columns, tiles_n = pl.cdiv(k, STEP), hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
+    tables, schedule = schedule_groups(group_sizes, rows, config.tile_m)
+    piece = OUT_BYTES // jnp.dtype(out_dtype).itemsize
+
+    def kernel(a_ref, b_ref, *refs):
+        tables, (out, a_slots, b_slots, out_slots, full, empty) = refs[: len(refs) - 6], refs[-6:]
+        num_visits, find = schedule(*tables)
+        over_visits = functools.partial(visit_tiles, config, num_visits, tiles_n, num_groups, find)
+
+        def copy(visit, column, used):
+            _, row, group, *_ = visit
+            rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
+
+            def turn(first, count, _):
+                for slot in range(count):
+                    step = first + slot
+                    ks = pl.ds(step * STEP, STEP)
+
+                    @pl.when((used > 0) | (step >= config.stages))
+                    def _(slot=slot):
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    b_tile = b_ref.at[group, ks, columns] if transpose_b else b_ref.at[group, columns, ks]
+                    plgpu.copy_gmem_to_smem(a_ref.at[rows, ks], a_slots.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(b_tile, b_slots.at[slot], full.at[slot])
+
+            @pl.when(group < num_groups)
+            def _():
+                hopper.over_steps(num_steps, config.stages, turn)
+
+        def multiply(wg):
+            rows = pl.ds(wg * hopper.ROWS, hopper.ROWS)
+
+            def run(total):
+                def turn(first, count, _):
+                    for slot in range(count):
+                        plgpu.barrier_wait(full.at[slot])
+                        right = b_slots.at[slot]
+                        plgpu.wgmma(total, a_slots.at[slot, rows], right if transpose_b else right.transpose((1, 0)))
+                        plgpu.wgmma_wait(1)
+                        before = (slot - 1) % config.stages
+
+                        @pl.when(first + slot > 0)
+                        def _(before=before):
+                            plgpu.barrier_arrive(empty.at[before])
+
+                hopper.over_steps(num_steps, config.stages, turn)
+                result = total[...]
+                plgpu.barrier_arrive(empty.at[(num_steps - 1) % config.stages])
+                return result
+
+            return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
+
+        def compute(wg, visit, column, _):
+            _, row, group, start, end = visit
+
+            def store(total):
+                for right in range(0, config.tile_n, piece):
+                    place = functools.partial(
+                        hopper.store_rows, out=out, first=row + wg * hopper.ROWS, start=start, end=end, columns=pl.ds(column + right, piece)
+                    )
+
+                    @pl.when(column + right < columns)
+                    def _(right=right, place=place):
+                        hopper.store(total[:, right : right + piece], out_slots.at[wg], place)
+
+            @pl.when(group < num_groups)
+            def _():
+                store(multiply(wg))
+
+            @pl.when(group == num_groups)
+            def _():
+                store(plgpu.layout_cast(jnp.zeros((hopper.ROWS, config.tile_n), jnp.float32), plgpu.Layout.WGMMA))
+
+        def copy_all():
+            used = over_visits(copy)
+
+            @pl.when(used > 0)
+            def _():
+                hopper.drain(config.stages, num_steps, empty)
+
+        hopper.by_role(copy_all, lambda wg: over_visits(functools.partial(compute, wg)))
+
+    b_tile = (STEP, config.tile_n) if transpose_b else (config.tile_n, STEP)
+    scratch = [
+        hopper.tiled((config.stages, config.tile_m, STEP), jnp.bfloat16),
+        hopper.tiled((config.stages, *b_tile), jnp.bfloat16),
+        hopper.staging(piece, out_dtype),
+        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # two copies per slot
+        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
+    ]
+    run = hopper.launch(kernel, hopper.shape_of((rows, columns), out_dtype), num_multiprocessors(), scratch)
+    return run(a, b, *tables)[:num_rows, :num_columns]
+
+
+def _aligned(x: Array) -> Array:
+    """Pad the last two dims with zeros to what the copy engine takes: whole swizzles of rows, rows of whole lines or less than one."""
+    rows, columns = x.shape[-2:]
+    missing = -rows % hopper.SWIZZLE_ROWS, -columns % (STEP if columns > STEP else ALIGNMENT)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing[0]), (0, missing[1])]) if any(missing) else x
