@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped import hopper, hopper_bf16, reference, tpu, tpu_bf16
+from pallas_kernels.grouped import hopper, hopper_bf16, hopper_bf16_gradient, reference, tpu, tpu_bf16
 from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype, hopper_gradient
 from pallas_kernels.quantized import GROUP, Quantized, check_quantized
 
@@ -168,7 +168,11 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
     check_inner("a^T", a.shape[::-1], "b^T", b.shape[::-1])
     check_accumulator(c, (*c.shape[:1], a.shape[1], b.shape[1]))
     check_group_sizes("group_sizes", group_sizes, c.shape[0], a.shape[0])
-    faces = {"reference": reference.grouped_matmul_accumulate_bf16, "tpu": tpu_bf16.grouped_matmul_accumulate_bf16}
+    faces = {
+        "reference": reference.grouped_matmul_accumulate_bf16,
+        "hopper": hopper_bf16_gradient.grouped_matmul_accumulate_bf16,
+        "tpu": tpu_bf16.grouped_matmul_accumulate_bf16,
+    }
     return dispatch.choose("grouped_matmul_accumulate_bf16", implementation, faces)(a, b, group_sizes, c)
 
 

@@ -43,7 +43,7 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
     """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`; rows of no group are zero."""
     config = config or TuningConfig()
     num_rows, num_columns = a.shape[0], b.shape[2 if transpose_b else 1]
-    a, b = _aligned(a), _aligned(b)
+    a, b = whole_lines(a), whole_lines(b)
     (rows, k), num_groups = a.shape, b.shape[0]
     n = b.shape[2 if transpose_b else 1]
     num_steps, columns, tiles_n = pl.cdiv(k, STEP), hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
@@ -141,7 +141,7 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
     return run(a, b, *tables)[:num_rows, :num_columns]
 
 
-def _aligned(x: Array) -> Array:
+def whole_lines(x: Array) -> Array:
     """Pad the last two dims with zeros to what the copy engine takes: whole swizzles of rows, rows of whole lines or less than one."""
     rows, columns = x.shape[-2:]
     missing = -rows % hopper.SWIZZLE_ROWS, -columns % (STEP if columns > STEP else ALIGNMENT)

@@ -14,6 +14,7 @@ The result is exact in the sense that matters: one rounding of C + the sum, as i
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,29 +42,15 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
     num_groups, m, n = c.shape
     columns = hopper.padded_columns(n, c.dtype)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
-    tiles_per_group = tiles[0] * tiles[1]
 
     def kernel(a_ref, a_scales, b_ref, b_scales, sizes, out, *scratch):
         *slots, out_slots, full, empty = scratch
 
-        def over_tiles(body: Callable) -> Array:
-            """Run `body(row, column, group, first step, number of steps, steps so far)` for each tile."""
+        def steps_of(group):
+            first = lax.fori_loop(0, group, lambda g, total: total + lax.div(sizes[g], jnp.int32(GROUP)), jnp.int32(0))
+            return first, lax.div(sizes[group], jnp.int32(GROUP))
 
-            @plgpu.nd_loop((num_groups * tiles_per_group,), collective_axes="sm", init_carry=jnp.int32(0))
-            def used(info, carry):
-                group = lax.div(info.index[0], jnp.int32(tiles_per_group))
-                within = lax.rem(info.index[0], jnp.int32(tiles_per_group))
-                mi, ni = plgpu.planar_snake(within, tiles, config.grid_minor, config.grid_width)
-                first = lax.fori_loop(0, group, lambda g, total: total + lax.div(sizes[g], jnp.int32(GROUP)), jnp.int32(0))
-                num_steps = lax.div(sizes[group], jnp.int32(GROUP))
-
-                @pl.when(num_steps > 0)
-                def _():
-                    body(mi * config.tile_m, ni * config.tile_n, group, first, num_steps, carry)
-
-                return carry + num_steps
-
-            return used
+        over_tiles = functools.partial(over_group_tiles, config, num_groups, tiles, steps_of)
 
         def copy(row, column, _, first, num_steps, used):
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
@@ -92,12 +79,7 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
             hopper.store(_sum(config, num_steps, used, (*slots, full, empty), wg), out_slots.at[wg], send)
 
         def copy_all():
-            used = over_tiles(copy)
-            for slot in range(config.stages):  # wait until every slot that was used is free again
-
-                @pl.when(used > slot)
-                def _(slot=slot):
-                    plgpu.barrier_wait(empty.at[slot])
+            drain_used(config.stages, over_tiles(copy), empty)
 
         hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
 
@@ -110,10 +92,49 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
         plgpu.Barrier(num_arrivals=COPIES, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
     ]
-    run = hopper.launch(kernel, (), min(num_multiprocessors(), num_groups * tiles_per_group), scratch)
+    run = hopper.launch(kernel, (), min(num_multiprocessors(), num_groups * tiles[0] * tiles[1]), scratch)
     total = jax.new_ref(jnp.pad(c, ((0, 0), (0, 0), (0, columns - n))))
     run(hopper.whole_tiles(a.values), a.scales, hopper.whole_tiles(b.values), b.scales, group_sizes, total)
     return jax.freeze(total)[..., :n]
+
+
+def over_group_tiles(config: Any, num_groups: int, tiles: tuple[int, int], steps_of: Callable, body: Callable) -> Array:
+    """Run `body(row, column, group, first step, number of steps, steps so far)` for this block's tiles of every group that has steps.
+
+    Args:
+        config: the size of a tile and the order of tiles.
+        num_groups: how many results [m, n] there are.
+        tiles: of one result, along m and n.
+        steps_of: group -> its first step and their number.
+        body: of the copying or of the multiplying warpgroups.
+
+    Returns:
+        the number of steps of all of them.
+    """
+
+    @plgpu.nd_loop((num_groups * tiles[0] * tiles[1],), collective_axes="sm", init_carry=jnp.int32(0))
+    def used(info, carry):
+        group = lax.div(info.index[0], jnp.int32(tiles[0] * tiles[1]))
+        within = lax.rem(info.index[0], jnp.int32(tiles[0] * tiles[1]))
+        mi, ni = plgpu.planar_snake(within, tiles, config.grid_minor, config.grid_width)
+        first, num_steps = steps_of(group)
+
+        @pl.when(num_steps > 0)
+        def _():
+            body(mi * config.tile_m, ni * config.tile_n, group, first, num_steps, carry)
+
+        return carry + num_steps
+
+    return used
+
+
+def drain_used(stages: int, used: Array, empty: Any) -> None:
+    """Wait until every slot of a ring that `used` steps went through is free again."""
+    for slot in range(stages):
+
+        @pl.when(used > slot)
+        def _(slot=slot):
+            plgpu.barrier_wait(empty.at[slot])
 
 
 def _sum(config: hopper.TuningConfig, num_steps: Array, used: Array, slots: tuple, wg: Array) -> Array:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped, matmul
 from pallas_kernels.grouped import hopper as grouped_hopper
-from pallas_kernels.grouped import hopper_bf16
+from pallas_kernels.grouped import hopper_bf16, hopper_bf16_gradient
 from pallas_kernels.hopper import TuningConfig
 from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
@@ -28,7 +28,7 @@ BF16_ERROR, FP32_ERROR = 2.0e-3, 1.0e-6  # relative L2; measured 1.68e-3, which 
 
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
-    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16):
+    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16, hopper_bf16_gradient):
         monkeypatch.setattr(module, "num_multiprocessors", lambda: 2)
 
 
@@ -141,6 +141,23 @@ def test_weight_gradients(capfd, monkeypatch):
     assert error(actual, expected) < FP32_ERROR
 
 
+def test_weight_gradients_in_bf16(capfd, monkeypatch):
+    """Groups begin and end within steps of 64 rows; the rows after the last are NaN in both operands."""
+    monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
+    sizes, rows, m, n = (50, 0, 100, 1, 64), 264, 136, 320
+    a, b = (normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n)))
+    c, group_sizes = jnp.zeros((len(sizes), m, n)), jnp.asarray(sizes, jnp.int32)
+    config = hopper_bf16_gradient.TuningConfig(stages=2)
+
+    def gradient(*operands):
+        return hopper_bf16_gradient.grouped_matmul_accumulate_bf16(*operands, config=config)
+
+    actual = interpret(capfd, gradient, a, b, group_sizes, c)
+    expected = np.asarray(grouped.grouped_matmul_accumulate_bf16(a, b, group_sizes, c, implementation="reference"), np.float64)
+    assert not actual[1].any()
+    assert error(actual, expected) < FP32_ERROR
+
+
 def test_the_gradient_adds_on_its_way_out(monkeypatch):
     """What the interpreter cannot run is at least in the program that a GPU gets."""
     operands = tiles(128, 256), tiles(128, 256, seed=1), jnp.asarray([256], jnp.int32), jnp.ones((1, 128, 128))
@@ -158,6 +175,9 @@ def test_products_lower_for_cuda():
     assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul(a, b, s, implementation="hopper"), a, experts, sizes)
     rows, weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 2048), (8, 7168, 2048)))
     assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul_bf16(a, b, s, implementation="hopper"), rows, weights, sizes)
+    c = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.float32)
+    operands = rows, rows, sizes, c
+    assert "mosaic_gpu" in lower(lambda *o: grouped.grouped_matmul_accumulate_bf16(*o, implementation="hopper"), *operands)
     c = jax.ShapeDtypeStruct((4096, 7168), jnp.float32)
     gradient = jax.eval_shape(lambda: tiles(7168, 2048))
     assert "mosaic_gpu" in lower(lambda a, b, c: matmul.matmul_accumulate(a, b, c, implementation="hopper"), a, gradient, c)

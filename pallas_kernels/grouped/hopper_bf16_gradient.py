@@ -1,0 +1,145 @@
+"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out as in FP8.
+
+wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left them. Rows come in
+steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows of its neighbours, or of no group, where
+NaN may stand. These rows are made zero in shared memory, in both operands, before they are multiplied:
+
+    step         0          1          2            rows 50 to 150 of group g: 14 rows of step 0, all of step 1, 22 of step 2
+    kept         50 .. 63   64 .. 127  128 .. 149
+
+Each warpgroup clears its half of A, which it alone reads, and half of B, which both read; so the two meet at a barrier, in those steps only.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.grouped.hopper_bf16 import whole_lines
+from pallas_kernels.matmul import hopper_gradient
+from pallas_kernels.matmul.hopper_gradient import drain_used, over_group_tiles
+
+STEP = 64  # rows
+PIECE = 64  # columns of FP32 that wait in shared memory for their way out
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How a product is cut; see `pallas_kernels.hopper.TuningConfig`."""
+
+    tile_n: int = 256
+    stages: int = 4
+    grid_minor: int = 0
+    grid_width: int = 8
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of an output tile."""
+        return hopper.WARPGROUPS * hopper.ROWS
+
+
+def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array, *, config: TuningConfig | None = None) -> Array:
+    """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n]; rows of no group never leak, NaN included."""
+    config = config or TuningConfig()
+    num_groups, m, n = c.shape
+    columns = hopper.padded_columns(n, c.dtype)
+    tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
+
+    def kernel(a_ref, b_ref, offsets, out, a_slots, b_slots, out_slots, full, empty, cleared):
+        def steps_of(group):
+            start, end = offsets[group], offsets[group + 1]
+            first = lax.div(start, jnp.int32(STEP))
+            return first, jnp.where(start < end, lax.div(end - 1, jnp.int32(STEP)) + 1 - first, 0)
+
+        over_tiles = functools.partial(over_group_tiles, config, num_groups, tiles, steps_of)
+
+        def copy(row, column, _, first, num_steps, used):
+            def step(i, _):
+                slot = lax.rem(used + i, jnp.int32(config.stages))
+
+                @pl.when(used + i >= config.stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                rows = pl.ds((first + i) * STEP, STEP)
+                plgpu.copy_gmem_to_smem(a_ref.at[rows, pl.ds(row, config.tile_m)], a_slots.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(b_ref.at[rows, pl.ds(column, config.tile_n)], b_slots.at[slot], full.at[slot])
+
+            lax.fori_loop(0, num_steps, step, None)
+
+        def multiply(wg, group, first, num_steps, used):
+            mine = pl.ds(wg * hopper.ROWS, hopper.ROWS)
+            half = config.tile_n // hopper.WARPGROUPS
+
+            def run(total):
+                def step(i, _):
+                    slot = lax.rem(used + i, jnp.int32(config.stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    row = (first + i) * STEP
+                    start, end = offsets[group] - row, offsets[group + 1] - row
+
+                    @pl.when((start > 0) | (end < STEP))
+                    def _():
+                        _clear(a_slots.at[slot, :, mine], start, end)
+                        _clear(b_slots.at[slot, :, pl.ds(wg * half, half)], start, end)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(cleared)
+                        plgpu.barrier_wait(cleared)
+
+                    plgpu.wgmma(total, a_slots.at[slot, :, mine].transpose((1, 0)), b_slots.at[slot])
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(i > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[lax.rem(used + i - 1, jnp.int32(config.stages))])
+
+                lax.fori_loop(0, num_steps, step, None)
+                result = total[...]
+                plgpu.barrier_arrive(empty.at[lax.rem(used + num_steps - 1, jnp.int32(config.stages))])
+                return result
+
+            return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
+
+        def compute(wg, row, column, group, first, num_steps, used):
+            total = multiply(wg, group, first, num_steps, used)
+            for right in range(0, config.tile_n, PIECE):
+
+                def send(ref, right=right):
+                    target = out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + right, PIECE)]
+                    plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=hopper_gradient.ON_THE_WAY_OUT)
+
+                @pl.when(column + right < columns)
+                def _(right=right, send=send):
+                    hopper.store(total[:, right : right + PIECE], out_slots.at[wg], send)
+
+        def copy_all():
+            drain_used(config.stages, over_tiles(copy), empty)
+
+        hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
+
+    scratch = [
+        hopper.tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
+        hopper.tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
+        hopper.staging(PIECE, jnp.float32),
+        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # two copies per slot
+        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS),
+    ]
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
+    total = jax.new_ref(jnp.pad(c, ((0, 0), (0, 0), (0, columns - n))))
+    run = hopper.launch(kernel, (), min(num_multiprocessors(), num_groups * tiles[0] * tiles[1]), scratch)
+    run(whole_lines(a), whole_lines(b), offsets, total)
+    return jax.freeze(total)[..., :n]
+
+
+def _clear(ref, start: Array, end: Array) -> None:
+    """Make the rows of `ref` [64, columns] that are not from `start` to `end` zero."""
+    value = plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+    row = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
+    ref[...] = jnp.where((row >= start) & (row < end), value, jnp.zeros_like(value))
