@@ -1,13 +1,14 @@
 """Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out as in FP8.
 
 wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left them. Rows come in
-steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows of its neighbours, or of no group, where
-NaN may stand. These rows are made zero in shared memory, in both operands, before they are multiplied:
+steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows of its neighbours, or of no group,
+where NaN may stand. These rows are made zero in shared memory, in both operands, before they are multiplied:
 
     step         0          1          2            rows 50 to 150 of group g: 14 rows of step 0, all of step 1, 22 of step 2
     kept         50 .. 63   64 .. 127  128 .. 149
 
-Each warpgroup clears its half of A, which it alone reads, and half of B, which both read; so the two meet at a barrier, in those steps only.
+Each warpgroup clears its half of A, which it alone reads, and half of B, which both read; so the two meet at a barrier, in those steps
+only.
 """
 
 import dataclasses
