@@ -57,6 +57,16 @@ class Quantized:
         return self.values.shape
 
 
+def largest_magnitude(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
+    """Return max|x| of FP32 `x` along `axis`, NaN where there is one.
+
+    Found among the bits, as integers: they are in the order of the magnitudes with NaN above infinity, and XLA's floating-point maximum
+    along a dim loses a NaN on CPUs (seen with jax 0.11.2 for rows of 128).
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
+
+
 def scale_of(amax: Array, scale: Scale) -> Array:
     """Return the FP32 scale of groups whose largest magnitude is `amax` (FP32): NaN where `amax` is NaN or infinite.
 

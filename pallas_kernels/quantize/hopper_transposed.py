@@ -11,107 +11,104 @@ elements between lanes, at half the speed or less, which no hot path of V3 asks 
 The alternative that lost before it was measured: pairs of bytes as sixteen-bit elements, transposed and taken apart by permutes. It saves
 the FP16 detour, but is written in inline PTX, which the interpreter cannot check.
 
+The producers also write both forms of a tile (`producers/hopper_both.py`), and share with this file how tiles stream and how groups are
+quantised, but not the transpose: their values are FP32 in registers when they are made, not BF16 in shared memory.
+
 A tile is 128 x 128. With two warpgroups per block, each takes 64 of its rows for the one form and 64 of its columns for the other: a tile's
 columns stand whole in one warpgroup, so that the warpgroups share nothing but the ring.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantize.stream import (
-    ROWS,
-    TILE_ROWS,
-    TuningConfig,
-    groups_of,
-    launch,
-    lines,
-    ones_beyond,
-    quantize_registers,
-    row_layout,
-    stream,
-    tiled,
-)
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, scales_shape
+from pallas_kernels.hopper import SWIZZLE_ROWS, tiled
+from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
+from pallas_kernels.stream import TuningConfig, launch, lines, ones_beyond, place, quantize_registers, quantized_type, row_layout, spread
 
 BOTH = TuningConfig(blocks=2, warpgroups=2, stages=2, out_slots=1)
 REQUANTIZED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
+ROWS = GROUP // 2  # or columns, that a warpgroup holds at a time
 TRANSPOSED = plgpu.Layout.WGMMA  # registers as `ldmatrix` fills them
 
 
 def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig = BOTH) -> tuple[Quantized, Quantized]:
     """See `quantize.quantize_tiles_both`. An m that is no multiple of 8, the rows of a transposed tile, costs a copy of x."""
     m, k = x.shape
-    x = jnp.pad(x, ((0, -m % TILE_ROWS), (0, 0))) if m % TILE_ROWS else x
-    groups = groups_of(k)
-    num_tiles = pl.cdiv(m, GROUP) * groups
+    x = jnp.pad(x, ((0, -m % SWIZZLE_ROWS), (0, 0))) if m % SWIZZLE_ROWS else x
+    tall, groups = pl.cdiv(m, GROUP), k // GROUP
     layout = row_layout(x.dtype)
 
-    def body(x, values, scales, values_t, scales_t, x_slots, value_slots, scale_slots, value_t_slots, scale_t_slots, full, empty):
-        def fetch(tile, slot):
-            i, g = lax.div(tile, groups), lax.rem(tile, groups)
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(i * GROUP, GROUP), pl.ds(g * GROUP, GROUP)], x_slots.at[slot], full.at[slot])
+    def body(x, values, scales, values_t, scales_t, x_slots, value_slots, scale_slots, value_t_slots, scale_t_slots):
+        parts = _parts(config)
 
-        def work(tile, slot, out):
-            i, g = lax.div(tile, groups), lax.rem(tile, groups)
-            for first in _parts(config):
+        def fetch(tile, slot, copied):
+            i, g = place(tile, groups)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(i * GROUP, GROUP), pl.ds(g * GROUP, GROUP)], x_slots.at[slot], copied)
+
+        def work(turn):
+            (i, g), out = place(turn.tile, groups), turn.take_out_slot()
+            for first in parts:
                 part = pl.ds(first, ROWS)
-                part_values, part_scales = quantize_registers(plgpu.load(x_slots.at[slot, part], layout=layout), scale)
-                value_slots[out, part] = part_values
+                rows = plgpu.load(x_slots.at[turn.slot, part], layout=layout)
+                value_slots[out, part], part_scales = quantize_registers(rows, scale, layout)
                 scale_slots[out, part] = ones_beyond(part_scales, i * GROUP + first, m, layout)
-                columns = plgpu.load(x_slots.at[slot, :, part].transpose((1, 0)), layout=TRANSPOSED)
-                value_t_slots[out, part], scale_t_slots[out, part] = quantize_registers(columns, scale)
+                columns = plgpu.load(x_slots.at[turn.slot, :, part].transpose((1, 0)), layout=TRANSPOSED)
+                value_t_slots[out, part], scale_t_slots[out, part] = quantize_registers(columns, scale, TRANSPOSED)
             plgpu.commit_smem()
-            for first in _parts(config):
+            for first in parts:
                 part, rows, columns = pl.ds(first, ROWS), pl.ds(i * GROUP + first, ROWS), pl.ds(g * GROUP + first, ROWS)
                 plgpu.copy_smem_to_gmem(value_slots.at[out, part], values.at[rows, pl.ds(g * GROUP, GROUP)], commit_group=False)
                 plgpu.copy_smem_to_gmem(scale_slots.at[out, part], scales.at[g, rows], commit_group=False)
                 plgpu.copy_smem_to_gmem(value_t_slots.at[out, part], values_t.at[columns, pl.ds(i * GROUP, GROUP)], commit_group=False)
                 plgpu.copy_smem_to_gmem(scale_t_slots.at[out, part], scales_t.at[i, columns], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
+            turn.release()
 
-        stream(config, num_tiles, (full, empty), fetch, work)
+        return fetch, work
 
     out_slots = [lines((config.out_slots, GROUP, GROUP), E4M3), plgpu.SMEM((config.out_slots, GROUP), jnp.float32)]
     scratch = [tiled((config.stages, GROUP, GROUP), x.dtype), *out_slots, *out_slots]
-    out_type = (*_outputs((m, k)), *_outputs(_transposed_shape(m, k)))
-    values, scales, values_t, scales_t = launch(body, config, num_tiles, out_type, scratch, copies_per_tile=1)(x)
+    out_type = (*quantized_type((m, k)), *quantized_type((k, tall * GROUP)))
+    values, scales, values_t, scales_t = launch(body, config, tall * groups, out_type, scratch, share="slots")(x)
     return Quantized(values, scales, "tile"), Quantized(values_t, scales_t, "tile")
 
 
 def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZED) -> Quantized:
     """See `quantize.requantize_transposed`."""
     m, k = q.shape
-    groups = groups_of(k)
-    num_tiles = pl.cdiv(m, GROUP) * groups
+    tall, groups = pl.cdiv(m, GROUP), k // GROUP
 
-    def body(values, scales, values_t, scales_t, value_slots, scale_slots, wide, value_t_slots, scale_t_slots, full, empty):
-        def fetch(tile, slot):
-            rows, g = pl.ds(lax.div(tile, groups) * GROUP, GROUP), lax.rem(tile, groups)
-            plgpu.copy_gmem_to_smem(values.at[rows, pl.ds(g * GROUP, GROUP)], value_slots.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(scales.at[g, rows], scale_slots.at[slot], full.at[slot])
+    def body(values, scales, values_t, scales_t, value_slots, scale_slots, wide, value_t_slots, scale_t_slots):
+        parts = _parts(config)
 
-        def work(tile, slot, out):
-            i, g = lax.div(tile, groups), lax.rem(tile, groups)
+        def fetch(tile, slot, copied):
+            i, g = place(tile, groups)
+            rows = pl.ds(i * GROUP, GROUP)
+            plgpu.copy_gmem_to_smem(values.at[rows, pl.ds(g * GROUP, GROUP)], value_slots.at[slot], copied)
+            plgpu.copy_gmem_to_smem(scales.at[g, rows], scale_slots.at[slot], copied)
+
+        def work(turn):
+            (i, g), slot, out = place(turn.tile, groups), turn.slot, turn.take_out_slot()
             row_scales = plgpu.load(scale_slots.at[slot], layout=TRANSPOSED.reduce(0), optimized=False)
-            for first in _parts(config):
+            for first in parts:
                 part = pl.ds(first, ROWS)
                 narrow = plgpu.load(value_slots.at[slot, :, part], layout=row_layout(jnp.float16), optimized=False)
                 wide[:, part] = narrow.astype(jnp.float16)
                 plgpu.commit_smem()
                 columns = plgpu.load(wide.at[:, part].transpose((1, 0)), layout=TRANSPOSED).astype(jnp.float32)
-                x = columns * lax.broadcast_in_dim(row_scales, columns.shape, [1])
-                value_t_slots[out, part], scale_t_slots[out, part] = quantize_registers(x, scale)
+                x = columns * spread(row_scales, columns.shape, TRANSPOSED, (1,))
+                value_t_slots[out, part], scale_t_slots[out, part] = quantize_registers(x, scale, TRANSPOSED)
             plgpu.commit_smem()
-            for first in _parts(config):
+            for first in parts:
                 part, columns = pl.ds(first, ROWS), pl.ds(g * GROUP + first, ROWS)
                 plgpu.copy_smem_to_gmem(value_t_slots.at[out, part], values_t.at[columns, pl.ds(i * GROUP, GROUP)], commit_group=False)
                 plgpu.copy_smem_to_gmem(scale_t_slots.at[out, part], scales_t.at[i, columns], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
+            turn.release()
 
-        stream(config, num_tiles, (full, empty), fetch, work)
+        return fetch, work
 
     scratch = [
         lines((config.stages, GROUP, GROUP), E4M3, line_bytes=ROWS),
@@ -120,19 +117,11 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
         lines((config.out_slots, GROUP, GROUP), E4M3),
         plgpu.SMEM((config.out_slots, GROUP), jnp.float32),
     ]
-    out_type = _outputs(_transposed_shape(m, k))
-    kernel = launch(body, config, num_tiles, out_type, scratch, copies_per_tile=2)
+    kernel = launch(body, config, tall * groups, quantized_type((k, tall * GROUP)), scratch, share="slots", copies_per_slot=2)
     return Quantized(*kernel(q.values, q.scales), "tile")
 
 
 def _parts(config: TuningConfig) -> list:
     """The first rows (or columns) of the parts of a tile that fall to this warpgroup."""
-    return [part * ROWS + lax.axis_index("warpgroup") * ROWS for part in range(0, GROUP // ROWS, config.warpgroups)]
-
-
-def _transposed_shape(m: int, k: int) -> tuple[int, int]:
-    return k, groups_of(m) * GROUP
-
-
-def _outputs(shape: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    return jax.ShapeDtypeStruct(shape, E4M3), jax.ShapeDtypeStruct(scales_shape(shape, "tile"), jnp.float32)
+    warpgroup = lax.axis_index("warpgroup")
+    return [(part + warpgroup) * ROWS for part in range(0, GROUP // ROWS, config.warpgroups)]

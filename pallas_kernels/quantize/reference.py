@@ -1,14 +1,9 @@
-"""Quantisation in plain jnp: the specification that the kernels equal in every bit.
+"""Quantisation in plain jnp: the specification that the kernels equal in every bit."""
 
-The largest magnitude is found among the bits, as integers: they are in the order of the magnitudes with NaN above infinity, and XLA's
-floating-point maximum along a dim loses a NaN on CPUs (seen with jax 0.11.2 for rows of 128).
-"""
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantized import GROUP, Quantized, Scale, dequantize, encode, pad_rows, scale_of
+from pallas_kernels.quantized import GROUP, Quantized, Scale, dequantize, encode, largest_magnitude, pad_rows, scale_of
 
 
 def quantize_tiles(x: Array, scale: Scale) -> Quantized:
@@ -44,12 +39,6 @@ def requantize_transposed(q: Quantized, scale: Scale) -> Quantized:
 def quantize_rows(x: Array, rows: Array, scale: Scale) -> Quantized:
     """Return x[rows] in tiles, zeros for rows that x has not."""
     return quantize_tiles(x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False), scale)
-
-
-def largest_magnitude(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
-    """Return max|x| of FP32 `x` along `axis`, NaN where there is one."""
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
 
 
 def _transposed(x: Array) -> Array:
