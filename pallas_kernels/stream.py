@@ -31,7 +31,7 @@ design suggests; none is proven by a run without it.
     quantize_tiles_both         (4096, 7168)         3538         0.82    each element is read twice, and written two bytes at a time
     requantize_transposed       (4096, 7168)         3115         0.72    the detour through FP16: shared memory written and read once more
     swiglu_quantize_both        (8192, 2048)         3131         0.73    exp, a division, and each value in FP32 through shared memory
-    swiglu_quantize             (8192, 2048)         3130         0.73    exp, a division, and barriers that Pallas puts (`auto_barriers`)
+    swiglu_quantize             (8192, 2048)         3130         0.73    exp, a division, and barriers that Pallas puts (`APPROXIMATE`)
     swiglu_backward_quantize    (8192, 2048)         2956         0.69    both
     e5m6_pack                   (4096, 7168)         2907         0.67    rounding by integers, and stores of single bytes
     rms_norm_quantize           (4096, 7168)         2236         0.52    a block of 3 warpgroups with one stage each: in a warpgroup, reads
@@ -56,6 +56,12 @@ Share = Literal["nothing", "tiles", "slots"]
 LOAD_BYTES = 16  # that a lane reads at once
 TILE_ROWS, TILE_GROUPS = 4, 4  # of the smallest tile of `TILE`: a row per warp, 8 lanes per group
 TILE = plgpu.Layout.TILED(plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, GROUP), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1)
+
+# Quantisers divide exactly, and put `commit_smem` between a store to shared memory and a load of what other threads stored. Producers may
+# take the hardware's exp, rsqrt and division; Pallas puts barriers around each of their accesses, until a card has shown that they can do
+# without. They are lowered lane by lane, for otherwise Pallas chooses tiled layouts for their slots, which an odd m does not fit.
+EXACT = plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=True)
+APPROXIMATE = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +117,7 @@ def launch(
     *,
     share: Share = "nothing",
     copies_per_slot: int = 1,
-    approx_math: bool = False,
-    auto_barriers: bool = False,
+    params: plgpu.CompilerParams = EXACT,
 ) -> Callable:
     """Return the kernel that takes each block through its tiles.
 
@@ -125,9 +130,7 @@ def launch(
         scratch: shared memory.
         share: what the warpgroups of a block have in common.
         copies_per_slot: that `fetch` starts.
-        approx_math: whether exp, rsqrt and divisions may be the hardware's approximations.
-        auto_barriers: whether Pallas puts barriers around each access to shared memory. Without them, `commit_smem` must stand between a
-            store and a load of other threads' elements. The producers keep them until a card has shown that they can do without.
+        params: `EXACT` or `APPROXIMATE`.
     """
     sharing_blocks = num_tiles if share != "nothing" else pl.cdiv(num_tiles, config.warpgroups)
     num_slots = config.stages * (1 if share == "slots" else config.warpgroups)
@@ -148,7 +151,7 @@ def launch(
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         scratch_types=[*scratch, *barriers],
-        compiler_params=plgpu.CompilerParams(approx_math=approx_math, unsafe_no_auto_barriers=not auto_barriers),
+        compiler_params=params,
     )
 
 

@@ -1,75 +1,73 @@
-"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value. `stream` tells how rows are streamed."""
+"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value. `pallas_kernels.stream` tells how tiles stream, and what it reaches."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.producers.reference import swiglu
-from pallas_kernels.producers.stream import (
-    GROUPS,
+from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
+from pallas_kernels.stream import (
+    APPROXIMATE,
     TILE,
+    TILE_GROUPS,
     TuningConfig,
-    each_warpgroup,
     launch,
     load_tile,
-    over_rows,
-    quantize_tile,
-    ring_slot,
-    shape_of,
-    stream,
+    ones_beyond,
+    place,
+    quantize_registers,
+    quantized_type,
+    spread,
 )
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, scales_shape
 
-SWIGLU = TuningConfig(rows=8, warpgroups=3, stages=3)
+SWIGLU = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
 
 
-def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU, interpret=None) -> Quantized:
+def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU) -> Quantized:
     """Return silu(gate) * up (* weight) in tiles [m, f]. A tile is `rows` x 512 of gate and the same of up."""
     m, f = hidden.shape[0], hidden.shape[1] // 2
-    groups = f // GROUP
-    rows, wide, ring = config.rows, -(-groups // GROUPS), config.warpgroups * config.stages
-    num_tiles = -(-m // rows) * wide
+    groups, rows = f // GROUP, config.rows
+    tall, wide = pl.cdiv(m, rows), pl.cdiv(groups, TILE_GROUPS)
     weights = () if weight is None else (jnp.pad(weight, (0, -m % rows)),)
 
-    def body(*refs):
-        hidden_ref, *weight_refs, values_ref, scales_ref, hidden_s, values_s, scales_s, full = refs
+    def at(tile):
+        i, j = place(tile, wide)
+        return pl.ds(i * rows, rows), pl.ds(j * TILE_GROUPS, TILE_GROUPS)
 
-        def place(tile):
-            return pl.ds(tile // wide * rows, rows), pl.ds(tile % wide * GROUPS, GROUPS)
+    def body(hidden, *refs):
+        *weight_refs, values, scales, hidden_slots, value_slots, scale_slots = refs
 
-        def load(tile, turn):
-            at_rows, at_groups = place(tile)
-            index = ring_slot(config, turn)
+        def fetch(tile, slot, copied):
+            at_rows, at_groups = at(tile)
             for half in range(2):
-                plgpu.copy_gmem_to_smem(hidden_ref.at[at_rows, half, at_groups], hidden_s.at[index, half], full.at[index])
+                plgpu.copy_gmem_to_smem(hidden.at[at_rows, half, at_groups], hidden_slots.at[slot, half], copied)
 
-        def compute(tile, turn, release):
-            at_rows, at_groups = place(tile)
-            index = ring_slot(config, turn)
-            gate, up = (load_tile(hidden_s.at[index, half]) for half in range(2))
-            weights_of_rows = [plgpu.load(ref.at[at_rows], layout=TILE.reduce((1, 2)), optimized=False) for ref in weight_refs]
-            factors = [over_rows(x, gate.shape) for x in weights_of_rows]
-            release()
-            values, scales = quantize_tile(swiglu(gate, up, *factors), scale, at_rows.start, m)
-            plgpu.wait_smem_to_gmem(2 * (config.stages - 1), wait_read_only=True)
-            values_s[index] = values
-            scales_s.at[index].transpose((1, 0))[...] = scales
+        def work(turn):
+            at_rows, at_groups = at(turn.tile)
+            gate, up = (load_tile(hidden_slots.at[turn.slot, half]) for half in range(2))
+            factors = [plgpu.load(ref.at[at_rows], layout=TILE.reduce((1, 2)), optimized=False) for ref in weight_refs]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(values_s.at[index], values_ref.at[at_rows, at_groups])
-            plgpu.copy_smem_to_gmem(scales_s.at[index], scales_ref.at[at_groups, at_rows])
+            turn.release()
+            product = swiglu(gate, up, *(spread(factor, gate.shape, TILE, (0,)) for factor in factors))
+            tile_values, tile_scales = quantize_registers(product, scale, TILE)
+            out = turn.take_out_slot()
+            value_slots[out] = tile_values
+            scale_slots.at[out].transpose((1, 0))[...] = ones_beyond(tile_scales, at_rows.start, m, TILE)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(value_slots.at[out], values.at[at_rows, at_groups], commit_group=False)
+            plgpu.copy_smem_to_gmem(scale_slots.at[out], scales.at[at_groups, at_rows])
 
-        stream(config, each_warpgroup(config), num_tiles, full, load, compute)
+        return fetch, work
 
-    tile = (rows, GROUPS, GROUP)
+    tile, out_ring = (rows, TILE_GROUPS, GROUP), config.warpgroups * config.out_slots
     scratch = [
-        plgpu.SMEM((ring, 2, *tile), jnp.bfloat16),
-        plgpu.SMEM((ring, *tile), E4M3),
-        plgpu.SMEM((ring, GROUPS, rows), jnp.float32),
-        plgpu.Barrier(num_arrivals=2, num_barriers=ring),
+        plgpu.SMEM((config.warpgroups * config.stages, 2, *tile), jnp.bfloat16),
+        plgpu.SMEM((out_ring, *tile), E4M3),
+        plgpu.SMEM((out_ring, TILE_GROUPS, rows), jnp.float32),
     ]
-    outputs = [shape_of((m, groups, GROUP), E4M3), shape_of(scales_shape((m, f), "tile"), jnp.float32)]
-    values, scales = launch(body, config, -(-num_tiles // config.warpgroups), outputs, scratch, interpret)(
-        hidden.reshape(m, 2, groups, GROUP), *weights
-    )
+    out_type = (jax.ShapeDtypeStruct((m, groups, GROUP), E4M3), quantized_type((m, f))[1])
+    kernel = launch(body, config, tall * wide, out_type, scratch, copies_per_slot=2, params=APPROXIMATE)
+    values, scales = kernel(hidden.reshape(m, 2, groups, GROUP), *weights)
     return Quantized(values.reshape(m, f), scales, "tile")

@@ -2,7 +2,7 @@
 
 A block takes a tile of 128 x 128. Its four warpgroups hold 32 rows each, in FP32:
 
-    along rows      a group lies in 8 lanes of one warp: largest, scale and values at once, as in `stream`
+    along rows      a group lies in 8 lanes of one warp: largest, scale and values at once, as in `pallas_kernels.stream`
     along columns   the rows go through shared memory in FP32 and come back with a column per thread, so that the largest of 32 is found
                     without an exchange. The warpgroups' four largest meet in shared memory behind a barrier: the only one between them.
                     A thread then has 32 neighbours of the transposed row in its registers: 32 bytes to write
@@ -14,23 +14,29 @@ Each warpgroup copies its own rows in, and asks for those of the next tile as so
 
 The gradient of the gate weight is a sum over f, which no block sees whole: every tile leaves its 128 sums, and a second, small kernel of
 XLA adds f / 128 of them. Atomic additions would need no second kernel, and give other bits in every run.
+
+`quantize.quantize_tiles_both` transposes otherwise: its values lie in shared memory as BF16, which `ldmatrix` transposes on the way to the
+registers. These are made in registers, in FP32, which has no such load.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.producers.stream import TuningConfig, each_block, launch, ring_slot, shape_of, stream
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, scale_of, scales_shape
+from pallas_kernels.stream import APPROXIMATE, TuningConfig, launch, ones_beyond, place, quantize_registers, quantized_type, spread
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
-BOTH = TuningConfig(rows=GROUP, warpgroups=SLABS, stages=1)  # rows and warpgroups are given by the tile; slots and blocks may vary
+BOTH = TuningConfig(warpgroups=SLABS, stages=1)  # only blocks and stages may vary: the tile gives the rest
 ROW_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((16, GROUP), (4, GROUP), (32,), (4,))), warp_dims=(-6,), lane_dims=(-4, -2), vector_dim=-1)
 COLUMN_LAYOUT = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)  # [128 columns, rows]: a column per thread
 COLUMN_BYTES_LAYOUT = plgpu.Layout.TCGEN05_TMEM_NATIVE(16)  # the same, 16 rows together: the widest store
@@ -43,159 +49,208 @@ class Outputs(NamedTuple):
     values: Any  # [m, groups, 128]
     scales: Any  # [groups, pad4(m)]
     values_t: Any  # [128 * groups, pad128(m)]
-    scales_t: Any  # [pad128(m) / 128, 128 * groups]
+    scales_t: Any  # [pad128(m) / 128, 128 * groups]; in shared memory [128], of the whole tile
 
 
-def swiglu_quantize_both(
-    hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = BOTH, interpret: Any = None
-) -> tuple[Quantized, Quantized]:
+class Exchange(NamedTuple):
+    """What the transpose goes through in shared memory."""
+
+    rows: Any  # FP32 [warpgroups, 32, 128]
+    maxima: Any  # FP32 [NUM_MAXIMA, warpgroups, 128], of the columns of each warpgroup's rows
+    ready: Any  # barrier: all maxima are there
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one pass over the tiles of m rows and f columns reads and writes.
+
+    Attributes:
+        m, f: rows and columns of a half.
+        planes: halves of each operand: two of `hidden` [m, 2f], one of `grad` [m, f].
+        halves: of the result.
+        weighted: whether rows have weights.
+    """
+
+    m: int
+    f: int
+    planes: tuple[int, ...]
+    halves: int
+    weighted: bool
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row of a half."""
+        return self.f // GROUP
+
+    @property
+    def tall(self) -> int:
+        """Tiles along m."""
+        return pl.cdiv(self.m, GROUP)
+
+    @property
+    def num_sums(self) -> int:
+        """Tensors of sums along rows, for the gradient of the weight: one of the pass backward, if there is a weight."""
+        return int(self.weighted and self.halves == 2)
+
+
+def swiglu_quantize_both(hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = BOTH) -> tuple[Quantized, Quantized]:
     """Return silu(gate) * up (* weight) in tiles [m, f], and transposed in tiles [f, pad128(m)]."""
 
-    def compute(inputs, weight, emit, turn, release):
+    def compute(inputs, weight, emit, turn):
         product = swiglu(*inputs, weight)
-        release()
-        emit(product, 0, lax.rem(turn, NUM_MAXIMA))
+        plgpu.commit_smem()
+        turn.release()
+        emit(product, 0, lax.rem(turn.number, NUM_MAXIMA))
 
-    return _run(compute, [hidden], weight, 1, scale, config, interpret)[:2]
+    rows, columns, _ = _run(compute, [hidden], weight, 1, scale, config)
+    return rows, columns
 
 
 def swiglu_backward_quantize(
-    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = BOTH, interpret: Any = None
+    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = BOTH
 ) -> tuple[Quantized, Quantized, Array | None]:
     """Return the gradient of hidden in tiles [m, 2f] and transposed in tiles [2f, pad128(m)], and that of the weight."""
 
-    def compute(inputs, weight, emit, turn, release):
+    def compute(inputs, weight, emit, turn):
         grad_gate, grad_up, product = swiglu_gradients(*inputs, weight)
         sums = None if weight is None else jnp.sum(product, axis=1)
-        release()
+        plgpu.commit_smem()
+        turn.release()
         emit(grad_gate, 0, 0)
         emit(grad_up, 1, 1)
         return sums
 
-    rows, columns, sums = _run(compute, [hidden, grad], weight, 2, scale, config, interpret)
+    rows, columns, sums = _run(compute, [hidden, grad], weight, 2, scale, config)
     return rows, columns, None if sums is None else jnp.sum(sums, axis=0)[: hidden.shape[0]]
 
 
 def _run(
-    compute: Callable, operands: list[Array], weight: Array | None, halves: int, scale: Scale, config: TuningConfig, interpret: Any
+    compute: Callable, operands: list[Array], weight: Array | None, halves: int, scale: Scale, config: TuningConfig
 ) -> tuple[Quantized, Quantized, Array | None]:
-    """Run `compute(inputs, weight, emit, turn, release)` on tiles of `operands` [m, multiple of f] and quantise what it emits.
-
-    `inputs` are FP32 [32, 128], gate and up and what follows; `emit(x, half, maxima)` takes half `half` of `halves` of the result; what
-    `compute` returns are the sums [32] of rows of the tile, if `halves` is 2 and there is a weight.
-    """
+    """Run `compute` (see `_body`) on the tiles of `operands` [m, multiple of f]; return results and sums [f / 128, pad4(m)] or None."""
     m, f = operands[0].shape[0], operands[0].shape[1] // 2
-    groups, tall = f // GROUP, -(-m // GROUP)
-    widths = [x.shape[1] // f for x in operands]
-    weights = () if weight is None else (jnp.pad(weight, (0, tall * GROUP - m)),)
-    summed = weight is not None and halves == 2
+    of = Pass(m, f, tuple(x.shape[1] // f for x in operands), halves, weight is not None)
+    shape, shape_t = (m, halves * f), (halves * f, of.tall * GROUP)
+    values, scales = quantized_type(shape)
+    values = jax.ShapeDtypeStruct((m, halves * of.groups, GROUP), values.dtype)
+    sums = [jax.ShapeDtypeStruct(scales_shape((m, f), "tile"), jnp.float32)] * of.num_sums
+    kernel = launch(
+        _body(of, compute, scale),
+        config,
+        of.tall * of.groups,
+        (values, scales, *quantized_type(shape_t), *sums),
+        _scratch(of, config),
+        share="tiles",
+        copies_per_slot=sum(of.planes),
+        params=APPROXIMATE,
+    )
+    planes = [x.reshape(m, width, of.groups, GROUP) for x, width in zip(operands, of.planes, strict=True)]
+    weights = [] if weight is None else [jnp.pad(weight, (0, of.tall * GROUP - m))]
+    values, scales, values_t, scales_t, *sums = kernel(*planes, *weights)
+    return Quantized(values.reshape(shape), scales, "tile"), Quantized(values_t, scales_t, "tile"), sums[0] if sums else None
 
-    def body(*refs):
-        input_refs, refs = refs[: len(operands)], refs[len(operands) :]
-        weight_refs, refs = refs[: len(weights)], refs[len(weights) :]
-        out, refs = Outputs(*refs[:4]), refs[4:]
-        sums_refs, refs = refs[: int(summed)], refs[int(summed) :]
-        inputs_s, *staging, exchange_s, maxima_s, sums_s, full, ready = refs
-        wg = lax.axis_index("wg")
 
-        def load(tile, turn):
-            index, row = ring_slot(config, turn), _first_row(tile // groups)
-            planes = [(ref, half) for ref, width in zip(input_refs, widths, strict=True) for half in range(width)]
-            for plane, (ref, half) in enumerate(planes):
-                plgpu.copy_gmem_to_smem(ref.at[pl.ds(row, SLAB), half, tile % groups], inputs_s.at[index, plane], full.at[index])
-
-        def compute_tile(tile, turn, release):
-            index, row = ring_slot(config, turn), _first_row(tile // groups)
-            inputs = [_load_rows(inputs_s.at[index, plane]) for plane in range(sum(widths))]
-            factors = [plgpu.load(ref.at[pl.ds(row, SLAB)], layout=ROW_LAYOUT.reduce(1), optimized=False) for ref in weight_refs]
-            factor = _over_columns(factors[0]) if factors else None
-
-            def emit(x, half, maxima):
-                place = tile // groups, half * groups + tile % groups
-                _emit_rows(x, place, scale, m, out, Outputs(*staging))
-                exchange_s[wg] = x
-                _emit_columns(place, scale, out, Outputs(*staging), exchange_s, maxima_s.at[maxima], ready)
-
-            sums = compute(inputs, factor, emit, turn, release)
-            for ref in sums_refs:
-                sums_s[wg] = sums
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(sums_s.at[wg], ref.at[tile % groups, pl.ds(row, SLAB)])
-
-        stream(config, each_block(), tall * groups, full, load, compute_tile)
-
-    slab, ring = (SLABS, SLAB), config.warpgroups * config.stages
-    scratch = [
-        plgpu.SMEM((ring, sum(widths), SLAB, GROUP), jnp.bfloat16),
+def _scratch(of: Pass, config: TuningConfig) -> list:
+    """Shared memory: slots, `Outputs`, `Exchange`, sums."""
+    slab = (SLABS, SLAB)
+    return [
+        plgpu.SMEM((config.warpgroups * config.stages, sum(of.planes), SLAB, GROUP), jnp.bfloat16),
         plgpu.SMEM((*slab, GROUP), E4M3),
         plgpu.SMEM(slab, jnp.float32),
         plgpu.SMEM((SLABS, GROUP, SLAB), E4M3),
         plgpu.SMEM((GROUP,), jnp.float32),
         plgpu.SMEM((*slab, GROUP), jnp.float32),
         plgpu.SMEM((NUM_MAXIMA, SLABS, GROUP), jnp.float32),
-        plgpu.SMEM(slab, jnp.float32),
-        plgpu.Barrier(num_arrivals=sum(widths), num_barriers=ring),
         plgpu.Barrier(num_arrivals=SLABS),
+        *([plgpu.SMEM(slab, jnp.float32)] * of.num_sums),
     ]
-    shape, shape_t = (m, halves * f), (halves * f, tall * GROUP)
-    outputs = [
-        shape_of((m, halves * groups, GROUP), E4M3),
-        shape_of(scales_shape(shape, "tile"), jnp.float32),
-        shape_of(shape_t, E4M3),
-        shape_of(scales_shape(shape_t, "tile"), jnp.float32),
-        *([shape_of(scales_shape((m, f), "tile"), jnp.float32)] * summed),
-    ]
-    planes = [x.reshape(m, width, groups, GROUP) for x, width in zip(operands, widths, strict=True)]
-    values, scales, values_t, scales_t, *sums = launch(body, config, tall * groups, outputs, scratch, interpret)(*planes, *weights)
-    rows, columns = Quantized(values.reshape(shape), scales, "tile"), Quantized(values_t, scales_t, "tile")
-    return rows, columns, sums[0] if sums else None
 
 
-def _emit_rows(x: Array, place: tuple, scale: Scale, num_rows: int, out: Outputs, staging: Outputs) -> None:
-    """Quantise this warpgroup's rows of the tile at `place` (row of tiles, column of groups), and send them."""
-    wg, row = lax.axis_index("wg"), _first_row(place[0])
-    scales = scale_of(jnp.max(jnp.abs(x), axis=1), scale)
-    numbers = row + plgpu.broadcasted_iota(jnp.int32, (SLAB,), 0, layout=ROW_LAYOUT.reduce(1))
+def _body(of: Pass, compute: Callable, scale: Scale) -> Callable:
+    """Return the body, for `stream.launch`, that quantises what `compute(inputs, weight, emit, turn)` emits.
+
+    `inputs` are FP32 [32, 128], gate and up and what follows; `weight` is spread like them, or None; `emit(x, half, maxima)` takes one half
+    of the result, through one of the maxima; what `compute` returns, if the pass has sums, are the sums [32] of rows.
+    """
+
+    def body(*refs):
+        refs = iter(refs)
+        operands, weights, out, sums, slots, staging, exchange, sum_slots = (
+            list(itertools.islice(refs, count))
+            for count in (len(of.planes), of.weighted, len(Outputs._fields), of.num_sums, 1, len(Outputs._fields), 3, of.num_sums)
+        )
+        (slots,), out, staging, exchange = slots, Outputs(*out), Outputs(*staging), Exchange(*exchange)
+        planes = [(ref, half) for ref, width in zip(operands, of.planes, strict=True) for half in range(width)]
+        warpgroup = lax.axis_index("warpgroup")
+
+        def at(tile):
+            i, g = place(tile, of.groups)
+            return pl.ds(i * GROUP + warpgroup * SLAB, SLAB), i, g
+
+        def fetch(tile, slot, copied):
+            rows, _, g = at(tile)
+            for plane, (ref, half) in enumerate(planes):
+                plgpu.copy_gmem_to_smem(ref.at[rows, half, g], slots.at[slot, plane], copied)
+
+        def work(turn):
+            rows, i, g = at(turn.tile)
+            inputs = [plgpu.load(slots.at[turn.slot, plane], layout=ROW_LAYOUT, optimized=False) for plane in range(len(planes))]
+            factors = [plgpu.load(ref.at[rows], layout=ROW_LAYOUT.reduce(1), optimized=False) for ref in weights]
+            factor = spread(factors[0], (SLAB, GROUP), ROW_LAYOUT, (0,)) if factors else None
+
+            def emit(x, half, maxima):
+                column = half * of.groups + g
+                _emit_rows(x, rows, column, scale, of.m, out, staging)
+                exchange.rows[warpgroup] = x
+                _emit_columns((rows, i, column), scale, out, staging, exchange, maxima)
+
+            row_sums = compute([x.astype(jnp.float32) for x in inputs], factor, emit, turn)
+            for ref, slot in zip(sums, sum_slots, strict=True):
+                slot[warpgroup] = row_sums
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(slot.at[warpgroup], ref.at[g, rows])
+
+        return fetch, work
+
+    return body
+
+
+def _emit_rows(x: Array, rows: pl.Slice, column: Array, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
+    """Quantise this warpgroup's rows of a tile, and send them to `rows` and group `column`."""
+    warpgroup = lax.axis_index("warpgroup")
+    values, scales = quantize_registers(x, scale, ROW_LAYOUT)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging.values[wg] = (x * _over_columns(1.0 / scales)).astype(E4M3)
-    staging.scales[wg] = jnp.where(numbers < num_rows, scales, 1.0)
+    staging.values[warpgroup] = values
+    staging.scales[warpgroup] = ones_beyond(scales, rows.start, m, ROW_LAYOUT)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging.values.at[wg], out.values.at[pl.ds(row, SLAB), place[1]])
-    plgpu.copy_smem_to_gmem(staging.scales.at[wg], out.scales.at[place[1], pl.ds(row, SLAB)])
+    plgpu.copy_smem_to_gmem(staging.values.at[warpgroup], out.values.at[rows, column])
+    plgpu.copy_smem_to_gmem(staging.scales.at[warpgroup], out.scales.at[column, rows])
 
 
-def _emit_columns(place: tuple, scale: Scale, out: Outputs, staging: Outputs, exchange_s, maxima_s, ready) -> None:
-    """Quantise the columns of the tile whose rows lie in `exchange_s`, and send this warpgroup's part of the transposed rows."""
-    wg, at_columns = lax.axis_index("wg"), pl.ds(place[1] * GROUP, GROUP)
-    x = plgpu.load(exchange_s.at[wg].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
-    maxima_s[wg] = jnp.max(jnp.abs(x), axis=1)
-    plgpu.barrier_arrive(ready)
-    plgpu.barrier_wait(ready)
-    maxima = [plgpu.load(maxima_s.at[slab], layout=COLUMN_LAYOUT.reduce(1), optimized=False) for slab in range(SLABS)]
-    scales = scale_of(jnp.maximum(jnp.maximum(maxima[0], maxima[1]), jnp.maximum(maxima[2], maxima[3])), scale)
-    scaled = x * plgpu.layout_cast(lax.broadcast_in_dim(1.0 / scales, x.shape, (0,)), COLUMN_LAYOUT)
-    staging.values_t[wg] = plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3)
+def _emit_columns(at: tuple, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
+    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed rows.
 
-    @pl.when(wg == 0)
+    `at` is the slice of this warpgroup's rows, the number of the 128 rows, and the number of the 128 columns.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    rows, i, column = at
+    columns = pl.ds(column * GROUP, GROUP)
+    x = plgpu.load(exchange.rows.at[warpgroup].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
+    exchange.maxima[maxima, warpgroup] = jnp.max(jnp.abs(x), axis=1)
+    plgpu.barrier_arrive(exchange.ready)
+    plgpu.barrier_wait(exchange.ready)
+    parts = [plgpu.load(exchange.maxima.at[maxima, slab], layout=COLUMN_LAYOUT.reduce(1), optimized=False) for slab in range(SLABS)]
+    scales = scale_of(jnp.maximum(jnp.maximum(parts[0], parts[1]), jnp.maximum(parts[2], parts[3])), scale)
+    scaled = x * spread(1.0 / scales, x.shape, COLUMN_LAYOUT, (0,))
+    staging.values_t[warpgroup] = plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3)
+
+    @pl.when(warpgroup == 0)
     def _():
         staging.scales_t[...] = scales
 
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging.values_t.at[wg], out.values_t.at[at_columns, pl.ds(_first_row(place[0]), SLAB)])
+    plgpu.copy_smem_to_gmem(staging.values_t.at[warpgroup], out.values_t.at[columns, rows])
 
-    @pl.when(wg == 0)
+    @pl.when(warpgroup == 0)
     def _():
-        plgpu.copy_smem_to_gmem(staging.scales_t, out.scales_t.at[place[0], at_columns])
-
-
-def _first_row(tile_row: Array) -> Array:
-    """The first row of this warpgroup in a row of tiles."""
-    return tile_row * GROUP + lax.axis_index("wg") * SLAB
-
-
-def _load_rows(ref) -> Array:
-    return plgpu.load(ref, layout=ROW_LAYOUT, optimized=False).astype(jnp.float32)
-
-
-def _over_columns(x: Array) -> Array:
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (SLAB, GROUP), (0,)), ROW_LAYOUT)
+        plgpu.copy_smem_to_gmem(staging.scales_t, out.scales_t.at[i, columns])

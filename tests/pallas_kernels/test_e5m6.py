@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import producers
-from pallas_kernels.producers import e5m6, hopper_e5m6, stream, tpu
+from pallas_kernels import producers, stream
+from pallas_kernels.producers import e5m6, hopper_e5m6, tpu
 
-GPU = plgpu.InterpretGPUParams(detect_races=True)
 TPU = pltpu.InterpretParams()
 
 
@@ -83,12 +81,12 @@ def test_a_tile_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_hopper(dtype):
+def test_hopper(dtype, on_hopper):
     x, config = wide((19, 640)), stream.TuningConfig(rows=8, warpgroups=2, stages=2)
     expected = e5m6.e5m6_pack(x)
-    for kernel, other in zip(hopper_e5m6.e5m6_pack(x, config, GPU), expected, strict=True):
+    for kernel, other in zip(on_hopper(hopper_e5m6.e5m6_pack, x, config), expected, strict=True):
         np.testing.assert_array_equal(kernel, other)
-    kernel = hopper_e5m6.e5m6_unpack(*expected, 19, jnp.dtype(dtype), config, GPU)
+    kernel = on_hopper(hopper_e5m6.e5m6_unpack, *expected, 19, jnp.dtype(dtype), config)
     np.testing.assert_array_equal(kernel, e5m6.e5m6_unpack(*expected, 19, jnp.dtype(dtype)))
 
 

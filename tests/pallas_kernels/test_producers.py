@@ -11,17 +11,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.model import layers
-from pallas_kernels import producers
-from pallas_kernels.producers import hopper, hopper_both, hopper_norm, reference, stream, tpu
+from pallas_kernels import producers, stream
+from pallas_kernels.producers import hopper, hopper_both, hopper_norm, reference, tpu
 from pallas_kernels.quantized import GROUP, dequantize
 
 EPS = 1e-6
 STEP = 2.0**-4  # of E4M3: rounding moves a value by this part of itself at most
-GPU = plgpu.InterpretGPUParams(detect_races=True)
 TPU = pltpu.InterpretParams()
 
 
@@ -122,42 +120,42 @@ def test_poison_is_seen_and_stays_in_its_tile(poison):
     ("m", "k", "config"),
     [(19, 640, stream.TuningConfig(rows=4, warpgroups=2, stages=1)), (30, 256, stream.TuningConfig(rows=8, warpgroups=1, stages=2))],
 )
-def test_norm_on_hopper(m, k, config):
+def test_norm_on_hopper(m, k, config, on_hopper):
     x, gain = draw((m, k)), draw(k, seed=1, dtype=jnp.float32)
-    same(hopper_norm.rms_norm_quantize(x, gain, EPS, "pow2", config, GPU), reference.rms_norm_quantize(x, gain, EPS, "pow2"))
+    same(on_hopper(hopper_norm.rms_norm_quantize, x, gain, EPS, "pow2", config), reference.rms_norm_quantize(x, gain, EPS, "pow2"))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_swiglu_on_hopper(weighted):
+def test_swiglu_on_hopper(weighted, on_hopper):
     hidden, _, weight = swiglu_inputs(35, 640, weighted)
-    config = dataclasses.replace(hopper.SWIGLU, warpgroups=2, stages=2)
-    same(hopper.swiglu_quantize(hidden, weight, "fp32", config, GPU), reference.swiglu_quantize(hidden, weight, "fp32"))
+    config = dataclasses.replace(hopper.SWIGLU, warpgroups=2, stages=2, out_slots=2)
+    same(on_hopper(hopper.swiglu_quantize, hidden, weight, "fp32", config), reference.swiglu_quantize(hidden, weight, "fp32"))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_swiglu_both_on_hopper(weighted):
+def test_swiglu_both_on_hopper(weighted, on_hopper):
     hidden, _, weight = swiglu_inputs(130, 128, weighted)
     for kernel, expected in zip(
-        hopper_both.swiglu_quantize_both(hidden, weight, "pow2", interpret=GPU),
+        on_hopper(hopper_both.swiglu_quantize_both, hidden, weight, "pow2"),
         reference.swiglu_quantize_both(hidden, weight, "pow2"),
         strict=True,
     ):
         same(kernel, expected)
 
 
-def test_swiglu_backward_on_hopper():
+def test_swiglu_backward_on_hopper(on_hopper):
     hidden, grad, weight = swiglu_inputs(19, 256, True)
-    *kernel, kernel_weight = hopper_both.swiglu_backward_quantize(hidden, grad, weight, "fp32", interpret=GPU)
+    *kernel, kernel_weight = on_hopper(hopper_both.swiglu_backward_quantize, hidden, grad, weight, "fp32")
     *expected, expected_weight = reference.swiglu_backward_quantize(hidden, grad, weight, "fp32")
     for one, other in zip(kernel, expected, strict=True):
         same(one, other, scale_ulps=4)
     np.testing.assert_allclose(kernel_weight, expected_weight, rtol=1e-5, atol=1e-4)
 
 
-def test_infinity_on_hopper():
+def test_infinity_on_hopper(on_hopper):
     hidden, _, _ = swiglu_inputs(3, 128, False)
     for kernel, expected in zip(
-        hopper_both.swiglu_quantize_both(hidden.at[2, 9].set(jnp.inf), None, "fp32", interpret=GPU),
+        on_hopper(hopper_both.swiglu_quantize_both, hidden.at[2, 9].set(jnp.inf), None, "fp32"),
         reference.swiglu_quantize_both(hidden.at[2, 9].set(jnp.inf), None, "fp32"),
         strict=True,
     ):
