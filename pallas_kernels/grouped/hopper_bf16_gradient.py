@@ -11,7 +11,6 @@ Each warpgroup clears its half of A, which it alone reads, and half of B, which 
 only.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -22,27 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.grouped.hopper_bf16 import whole_lines
+from pallas_kernels.grouped.hopper_bf16 import TuningConfig, whole_lines
 from pallas_kernels.matmul import hopper_gradient
 from pallas_kernels.matmul.hopper_gradient import drain_used, over_group_tiles
 
 STEP = 64  # rows
 PIECE = 64  # columns of FP32 that wait in shared memory for their way out
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """How a product is cut; see `pallas_kernels.hopper.TuningConfig`."""
-
-    tile_n: int = 256
-    stages: int = 4
-    grid_minor: int = 0
-    grid_width: int = 8
-
-    @property
-    def tile_m(self) -> int:
-        """Rows of an output tile."""
-        return hopper.WARPGROUPS * hopper.ROWS
 
 
 def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array, *, config: TuningConfig | None = None) -> Array:
