@@ -72,6 +72,26 @@ def test_norm_is_rounded_to_bf16_before_quantisation():
     np.testing.assert_array_equal(scales, largest.T * np.float32(1 / 448))
 
 
+def test_norm_is_numpys_rounding_compiled_or_not():
+    """Rows of one magnitude, a power of two: their norm is exact, and what is quantised is the gain, rounded to BF16.
+
+    XLA may leave out a cast to BF16 and back, but not on CPUs (jax 0.11.2), so that the program's text must show what forbids it.
+    """
+    signs, gain = np.sign(np.random.default_rng(0).normal(size=(5, 256))), np.random.default_rng(1).normal(size=256).astype(np.float32)
+    x = jnp.asarray(signs * np.exp2(np.arange(5.0))[:, None], jnp.bfloat16)
+    normed = (signs * gain).astype(ml_dtypes.bfloat16).astype(np.float32).reshape(5, 2, GROUP)
+    scales = np.abs(normed).max(axis=2) * np.float32(1 / 448)
+    values = (normed * (np.float32(1) / scales)[..., None]).astype(ml_dtypes.float8_e4m3fn).reshape(5, 256)
+
+    def norm(x, gain):
+        return producers.rms_norm_quantize(x, gain, 0.0, implementation="reference")
+
+    for q in (norm(x, gain), jax.jit(norm)(x, gain)):
+        np.testing.assert_array_equal(np.asarray(q.scales)[:, :5], scales.T)
+        np.testing.assert_array_equal(bytes_of(q.values), bytes_of(values))
+    assert "reduce_precision" in jax.jit(norm).lower(x, gain).as_text()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_swiglu_is_the_models(weighted):
     hidden, _, weight = swiglu_inputs(5, 256, weighted)
@@ -105,13 +125,11 @@ def test_backward_is_the_derivative_of_forward():
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_poison_is_seen_and_stays_in_its_tile(poison):
-    """Infinity poisons its whole tile. NaN is only asked to stay NaN: XLA:CPU's maximum loses NaN along rows of many-rowed arrays."""
     hidden, _, _ = swiglu_inputs(130, 256, False)
     rows, columns = producers.swiglu_quantize_both(hidden.at[2, 5].set(poison), implementation="reference")
-    for q, (row, column) in ((rows, (2, 5)), (columns, (5, 2))):
+    for q, row in ((rows, 2), (columns, 5)):
         nan = np.isnan(dequantize(q))
-        assert nan[row, column]
-        assert np.isinf(poison) <= nan[row, :GROUP].all()
+        assert nan[row, :GROUP].all()
         nan[row, :GROUP] = False
         assert not nan.any()
 
