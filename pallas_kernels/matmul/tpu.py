@@ -11,8 +11,9 @@ What the two operands are in, where:
                                    three bits of mantissa and BF16 seven
 
 The scales of blocks are spread over their columns before the kernel, [ceil(n / 128), k / 128] to [k / 128, n]: then both forms of the right
-operand are one kernel, for bytes that are 1/32 of the operand's. Reading blocks' scales in the kernel would take SMEM, too small for
-256 experts, or a block of VMEM narrower than the hardware's (8, 128).
+operand are one kernel. A column's 128 values of one byte get a scale of four: 1/32 of the operand, written once, and read as often as the
+values are. Reading blocks' scales in the kernel would take SMEM, too small for 256 experts, or a block of VMEM narrower than the hardware's
+(8, 128).
 
 A step along k is 8 segments, the 8 rows of scales that VMEM holds in one register: k = 1536 takes a step of 8 and a step of 4.
 """
