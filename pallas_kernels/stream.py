@@ -93,19 +93,15 @@ class Turn:
         slot: where it lies, counted through the rings of all warpgroups unless they share one.
         release: () gives the slot back and starts the copies of a later tile into it. Between the last read of the slot and this call there
             must be a `commit_smem`.
+        take_out_slot: () waits until the results in the next out slot have left, and returns its number, counted as in `slot`. A turn's
+            copies of results must be one group.
     """
 
     tile: Array
     number: Array
     slot: Array
     release: Callable[[], None]
-    _config: TuningConfig
-    _first_out_slot: Any
-
-    def take_out_slot(self) -> Array:
-        """Wait until the results in the next out slot have left, one group of copies per turn, and return its number, as in `slot`."""
-        plgpu.wait_smem_to_gmem(self._config.out_slots - 1, wait_read_only=True)
-        return self._first_out_slot + lax.rem(self.number, self._config.out_slots)
+    take_out_slot: Callable[[], Array]
 
 
 def launch(
@@ -186,14 +182,17 @@ def _stream(config: TuningConfig, share: Share, num_tiles: int, barriers: tuple,
                 plgpu.barrier_wait(barrier.at[slot_of(number)])
             fetch_turn(number)
 
-    for number in range(config.stages):
-        pl.when(fetches & (number < mine))(lambda number=number: fetch_turn(number))
+    def take_out_slot(number):
+        plgpu.wait_smem_to_gmem(config.out_slots - 1, wait_read_only=True)
+        return ring * config.out_slots + lax.rem(number, config.out_slots)
 
     def step(number, _):
         plgpu.barrier_wait(copied.at[slot_of(number)])
-        tile, release = worker + number * num_workers, lambda: refill(number + config.stages)
-        work(Turn(tile, number, slot_of(number), release, config, ring * config.out_slots))
+        release, take = lambda: refill(number + config.stages), lambda: take_out_slot(number)
+        work(Turn(worker + number * num_workers, number, slot_of(number), release, take))
 
+    for number in range(config.stages):
+        pl.when(fetches & (number < mine))(lambda number=number: fetch_turn(number))
     lax.fori_loop(0, mine, step, None)
     plgpu.wait_smem_to_gmem(0)
 

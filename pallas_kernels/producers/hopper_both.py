@@ -60,6 +60,15 @@ class Exchange(NamedTuple):
     ready: Any  # barrier: all maxima are there
 
 
+class Place(NamedTuple):
+    """Where a warpgroup's part of a tile belongs in the result."""
+
+    warpgroup: Array
+    rows: Any  # a slice: 32 of m
+    i: Array  # of the 128 rows
+    column: Array  # of the 128 columns
+
+
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """What one pass over the tiles of m rows and f columns reads and writes.
@@ -199,10 +208,10 @@ def _body(of: Pass, compute: Callable, scale: Scale) -> Callable:
             factor = spread(factors[0], (SLAB, GROUP), ROW_LAYOUT, (0,)) if factors else None
 
             def emit(x, half, maxima):
-                column = half * of.groups + g
-                _emit_rows(x, rows, column, scale, of.m, out, staging)
+                to = Place(warpgroup, rows, i, half * of.groups + g)
+                _emit_rows(x, to, scale, of.m, out, staging)
                 exchange.rows[warpgroup] = x
-                _emit_columns((rows, i, column), scale, out, staging, exchange, maxima)
+                _emit_columns(to, scale, out, staging, exchange, maxima)
 
             row_sums = compute([x.astype(jnp.float32) for x in inputs], factor, emit, turn)
             for ref, slot in zip(sums, sum_slots, strict=True):
@@ -215,42 +224,36 @@ def _body(of: Pass, compute: Callable, scale: Scale) -> Callable:
     return body
 
 
-def _emit_rows(x: Array, rows: pl.Slice, column: Array, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
-    """Quantise this warpgroup's rows of a tile, and send them to `rows` and group `column`."""
-    warpgroup = lax.axis_index("warpgroup")
+def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
+    """Quantise this warpgroup's rows of a tile, and send them."""
     values, scales = quantize_registers(x, scale, ROW_LAYOUT)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging.values[warpgroup] = values
-    staging.scales[warpgroup] = ones_beyond(scales, rows.start, m, ROW_LAYOUT)
+    staging.values[to.warpgroup] = values
+    staging.scales[to.warpgroup] = ones_beyond(scales, to.rows.start, m, ROW_LAYOUT)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging.values.at[warpgroup], out.values.at[rows, column])
-    plgpu.copy_smem_to_gmem(staging.scales.at[warpgroup], out.scales.at[column, rows])
+    plgpu.copy_smem_to_gmem(staging.values.at[to.warpgroup], out.values.at[to.rows, to.column])
+    plgpu.copy_smem_to_gmem(staging.scales.at[to.warpgroup], out.scales.at[to.column, to.rows])
 
 
-def _emit_columns(at: tuple, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
-    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed rows.
-
-    `at` is the slice of this warpgroup's rows, the number of the 128 rows, and the number of the 128 columns.
-    """
-    warpgroup = lax.axis_index("warpgroup")
-    rows, i, column = at
-    columns = pl.ds(column * GROUP, GROUP)
-    x = plgpu.load(exchange.rows.at[warpgroup].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
-    exchange.maxima[maxima, warpgroup] = jnp.max(jnp.abs(x), axis=1)
+def _emit_columns(to: Place, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
+    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed rows."""
+    columns = pl.ds(to.column * GROUP, GROUP)
+    x = plgpu.load(exchange.rows.at[to.warpgroup].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
+    exchange.maxima[maxima, to.warpgroup] = jnp.max(jnp.abs(x), axis=1)
     plgpu.barrier_arrive(exchange.ready)
     plgpu.barrier_wait(exchange.ready)
     parts = [plgpu.load(exchange.maxima.at[maxima, slab], layout=COLUMN_LAYOUT.reduce(1), optimized=False) for slab in range(SLABS)]
     scales = scale_of(jnp.maximum(jnp.maximum(parts[0], parts[1]), jnp.maximum(parts[2], parts[3])), scale)
     scaled = x * spread(1.0 / scales, x.shape, COLUMN_LAYOUT, (0,))
-    staging.values_t[warpgroup] = plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3)
+    staging.values_t[to.warpgroup] = plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3)
 
-    @pl.when(warpgroup == 0)
+    @pl.when(to.warpgroup == 0)
     def _():
         staging.scales_t[...] = scales
 
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging.values_t.at[warpgroup], out.values_t.at[columns, rows])
+    plgpu.copy_smem_to_gmem(staging.values_t.at[to.warpgroup], out.values_t.at[columns, to.rows])
 
-    @pl.when(warpgroup == 0)
+    @pl.when(to.warpgroup == 0)
     def _():
-        plgpu.copy_smem_to_gmem(staging.scales_t, out.scales_t.at[i, columns])
+        plgpu.copy_smem_to_gmem(staging.scales_t, out.scales_t.at[to.i, columns])

@@ -10,7 +10,6 @@ reads and computes do not overlap.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +60,12 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, config: T
     def body(x, gain, values, scales, x_slots, gain_slot, value_slots, scale_slots, gain_copied):
         warpgroup = lax.axis_index("warpgroup")
 
+        def past_end(start, size):
+            """A slice that may end beyond its tensor, which Pallas refuses where it knows the start: a product with zero hides it."""
+            return pl.ds(start + 0 * warpgroup, size)
+
         def fetch(tile, slot, copied):
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(tile * rows, rows), _past_end(0, wide)], x_slots.at[slot], copied)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(tile * rows, rows), past_end(0, wide)], x_slots.at[slot], copied)
 
         def work(turn):
             x_slot, at_rows = x_slots.at[turn.slot], pl.ds(turn.tile * rows, rows)
@@ -82,12 +85,12 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, config: T
                 plgpu.commit_smem()
                 if piece == num_pieces - 1:
                     turn.release()
-                plgpu.copy_smem_to_gmem(out, values.at[at_rows, _past_end(piece * TILE_GROUPS, TILE_GROUPS)])
-            plgpu.copy_smem_to_gmem(scale_slots.at[warpgroup, pl.ds(0, wide)], scales.at[_past_end(0, wide), at_rows])
+                plgpu.copy_smem_to_gmem(out, values.at[at_rows, past_end(piece * TILE_GROUPS, TILE_GROUPS)])
+            plgpu.copy_smem_to_gmem(scale_slots.at[warpgroup, pl.ds(0, wide)], scales.at[past_end(0, wide), at_rows])
 
         @pl.when(warpgroup == 0)
         def _():
-            plgpu.copy_gmem_to_smem(gain.at[_past_end(0, wide)], gain_slot, gain_copied)
+            plgpu.copy_gmem_to_smem(gain.at[past_end(0, wide)], gain_slot, gain_copied)
 
         plgpu.barrier_wait(gain_copied)
         return fetch, work
@@ -105,11 +108,3 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, config: T
     kernel = launch(body, config, pl.cdiv(m, rows), out_type, scratch, params=APPROXIMATE)
     values, scales = kernel(x.reshape(m, groups, GROUP), gain.reshape(groups, GROUP))
     return Quantized(values.reshape(m, k), scales, "tile")
-
-
-def _past_end(start: int, size: int) -> Any:
-    """A slice that may end beyond its tensor, where the copy engine reads zeros and writes nothing.
-
-    Pallas refuses such a slice if it knows the start, so the start is hidden behind a product with zero.
-    """
-    return pl.ds(start + 0 * lax.axis_index("warpgroup"), size)
