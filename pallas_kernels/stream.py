@@ -22,8 +22,8 @@ A row in registers: eight lanes hold the 128 elements of a group, so that its la
     `TILE`          4 elements of each 32, neighbouring lanes at neighbouring words of plain shared memory whatever the type: for tiles of
                     several groups, where one-byte and four-byte elements meet
 
-Measured on an H200 (jax 0.11.2, 2026-11-24), as a share of the copy bandwidth of 4312 GB/s; the target is 0.94. The reasons are what the
-design suggests; none is proven by a run without it.
+Measured on an H200 (jax 0.11.2, 2026-11-24, when each family still had a stream of its own), as a share of the copy bandwidth of 4312 GB/s;
+the target is 0.94. The reasons are what the design suggests; none is proven by a run without it.
 
     quantize_blocks             (7168, 4096) FP32    4060 GB/s    0.94
     quantize_tiles              (4096, 7168)         3852         0.89    a run of 23 us, of which the grid's start and end are part
