@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
                 },
                 "norm_eps": 1e-6,
                 "init_std": 0.006,  # of every matrix; norm gains start at 1 and router biases at 0 (unstated in the report)
+                "residual_init_scale": 1.0,  # times init_std: of the matrices that write into the residual stream (o, down)
             },
             "loss": {
                 "mtp_weight": (("constant", 10.0 / 14.8, 0.3), ("constant", 1.0, 0.1)),

@@ -61,11 +61,17 @@ class Model:
     yarn: Yarn
     norm_eps: float
     init_std: float
+    residual_init_scale: float
 
     @property
     def num_moe_layers(self) -> int:
         """Main-model layers with routed experts; MTP layers come on top."""
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def residual_std(self) -> float:
+        """Initial standard deviation of the matrices that write into the residual stream."""
+        return self.init_std * self.residual_init_scale
 
     @property
     def query_dim(self) -> int:

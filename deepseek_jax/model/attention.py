@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         self.kv_a_DC = matrix(rngs, "kv_a_DC", (model.width, model.kv_latent + model.rotary_dim), std)
         self.kv_norm_C = gain(model.kv_latent)
         self.kv_b_CNX = matrix(rngs, "kv_b_CNX", (model.kv_latent, model.num_heads, model.content_dim + model.value_dim), std)
-        self.o_NHD = matrix(rngs, "o_NHD", (model.num_heads, model.value_dim, model.width), std)
+        self.o_NHD = matrix(rngs, "o_NHD", (model.num_heads, model.value_dim, model.width), model.residual_std)
 
     def __call__(self, x_BSD: jax.Array, table: Table, segment_ids_BS: jax.Array) -> jax.Array:
         """Expanded form, causal within each segment. Maps [B, S, D] to [B, S, D]; the caller adds the residual."""

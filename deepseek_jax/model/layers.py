@@ -6,6 +6,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.config import Model
 from deepseek_jax.parallel.mesh import LAYOUT
 
 
@@ -48,9 +49,9 @@ swiglu.defvjp(lambda hidden: (swiglu(hidden), hidden), _swiglu_backward)
 class FeedForward(nnx.Module):
     """down(silu(x gate) * (x up)): the shared expert as it is, and with a norm in front the dense layers' FFN."""
 
-    def __init__(self, width: int, hidden: int, std: float, rngs: nnx.Rngs):
-        self.gate_up_D2F = matrix(rngs, "gate_up_D2F", (width, 2, hidden), std)
-        self.down_FD = matrix(rngs, "down_FD", (hidden, width), std)
+    def __init__(self, hidden: int, model: Model, rngs: nnx.Rngs):
+        self.gate_up_D2F = matrix(rngs, "gate_up_D2F", (model.width, 2, hidden), model.init_std)
+        self.down_FD = matrix(rngs, "down_FD", (hidden, model.width), model.residual_std)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Map [B, S, D] to [B, S, D]."""
@@ -62,10 +63,10 @@ class FeedForward(nnx.Module):
 class DenseFeedForward(FeedForward):
     """The feed-forward half of a dense layer, norm included."""
 
-    def __init__(self, width: int, hidden: int, std: float, eps: float, rngs: nnx.Rngs):
-        super().__init__(width, hidden, std, rngs)
-        self.norm_D = gain(width)
-        self.eps = eps
+    def __init__(self, hidden: int, model: Model, rngs: nnx.Rngs):
+        super().__init__(hidden, model, rngs)
+        self.norm_D = gain(model.width)
+        self.eps = model.norm_eps
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Normalise and map [B, S, D] to [B, S, D]; the caller adds the residual."""

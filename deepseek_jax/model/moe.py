@@ -58,9 +58,9 @@ class MoE(nnx.Module):
         self.router_DE = matrix(rngs, "router_DE", (model.width, model.num_experts), std)
         self.bias_E = RouterBias(jnp.zeros((model.num_experts,), jnp.float32))
         self.gate_up_ED2F = matrix(rngs, "gate_up_ED2F", (model.num_experts, model.width, 2, model.expert_hidden), std)
-        self.down_EFD = matrix(rngs, "down_EFD", (model.num_experts, model.expert_hidden, model.width), std)
+        self.down_EFD = matrix(rngs, "down_EFD", (model.num_experts, model.expert_hidden, model.width), model.residual_std)
         if model.num_shared_experts:
-            self.shared = FeedForward(model.width, model.num_shared_experts * model.expert_hidden, std, rngs)
+            self.shared = FeedForward(model.num_shared_experts * model.expert_hidden, model, rngs)
 
     def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         """Map [B, S, D] to [B, S, D] (the caller adds the residual). Padding (`valid_BS` False) reaches no routed expert."""

@@ -50,7 +50,7 @@ class DenseLayer(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
         self.attention = Attention(config, rngs)
-        self.ffn = DenseFeedForward(model.width, model.dense_hidden, model.init_std, model.norm_eps, rngs)
+        self.ffn = DenseFeedForward(model.dense_hidden, model, rngs)
 
 
 class MoELayer(nnx.Module):

@@ -106,6 +106,7 @@ def read_model(hf: dict[str, Any]) -> config_lib.Model:
         ),
         norm_eps=hf["rms_norm_eps"],
         init_std=0.006,  # a checkpoint does not say; its weights are given
+        residual_init_scale=1.0,
     )
 
 

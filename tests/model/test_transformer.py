@@ -145,3 +145,16 @@ def test_bf16_is_finite_and_near_fp32():
     assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, errors  # measured 0.09 (a router) and 0.03
     moved = np.abs(output.stats.counts_E - want.stats.counts_E).sum() / 2
     assert moved <= 0.02 * want.stats.counts_E.sum()  # measured 1 of 992
+
+
+def test_what_writes_into_the_residual_stream_can_start_smaller():
+    """Attention's output and every down-projection, of dense, shared, routed and MTP parts; nothing else."""
+    tree = small.config_dict()
+    plain = transformer.init(from_config_dict(tree), jax.random.key(0))[0]
+    tree.model.residual_init_scale = 0.25
+    scaled = transformer.init(from_config_dict(tree), jax.random.key(0))[0]
+    ratios = {}
+    for (path, before), after in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(scaled), strict=True):
+        ratios.setdefault(leaf_name(path), set()).add(round(float(jnp.abs(after).sum() / jnp.abs(before).sum()), 5))
+    assert {name for name, found in ratios.items() if found == {0.25}} == {"o_NHD", "down_FD", "down_EFD"}
+    assert all(found == {1.0} for name, found in ratios.items() if name not in ("o_NHD", "down_FD", "down_EFD"))
