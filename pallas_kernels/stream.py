@@ -241,6 +241,18 @@ def quantize_registers(x: Array, scale: Scale, layout: plgpu.Layout) -> tuple[Ar
     return (x.astype(jnp.float32) * spread(1.0 / scales, x.shape, layout, tuple(range(last)))).astype(E4M3), scales
 
 
+def put(slot: Any, value: Array) -> None:
+    """Write `value` to shared memory.
+
+    From jax 0.12 on, a plain assignment also reads what was there, and refuses patterns whose banks meet; `plgpu.store`, which 0.11 does
+    not have, does neither.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(slot, value, optimized=False)
+    else:
+        slot[...] = value
+
+
 def ones_beyond(scales: Array, first_row: Array, m: int, layout: plgpu.Layout) -> Array:
     """Return `scales` [rows, ...] of groups in `layout` from row `first_row`, 1 from row m on: the scales of tiles are padded with ones."""
     rows = first_row + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout.reduce(scales.ndim))

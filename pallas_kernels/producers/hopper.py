@@ -17,6 +17,7 @@ from pallas_kernels.stream import (
     load_tile,
     ones_beyond,
     place,
+    put,
     quantize_registers,
     quantized_type,
     spread,
@@ -53,8 +54,8 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: T
             product = swiglu(gate, up, *(spread(factor, gate.shape, TILE, (0,)) for factor in factors))
             tile_values, tile_scales = quantize_registers(product, scale, TILE)
             out = turn.take_out_slot()
-            value_slots[out] = tile_values
-            scale_slots.at[out].transpose((1, 0))[...] = ones_beyond(tile_scales, at_rows.start, m, TILE)
+            put(value_slots.at[out], tile_values)
+            put(scale_slots.at[out].transpose((1, 0)), ones_beyond(tile_scales, at_rows.start, m, TILE))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(value_slots.at[out], values.at[at_rows, at_groups], commit_group=False)
             plgpu.copy_smem_to_gmem(scale_slots.at[out], scales.at[at_groups, at_rows])

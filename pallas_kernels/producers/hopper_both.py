@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, scale_of, scales_shape
-from pallas_kernels.stream import APPROXIMATE, TuningConfig, launch, ones_beyond, place, quantize_registers, quantized_type, spread
+from pallas_kernels.stream import APPROXIMATE, TuningConfig, launch, ones_beyond, place, put, quantize_registers, quantized_type, spread
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
@@ -210,7 +210,7 @@ def _body(of: Pass, compute: Callable, scale: Scale) -> Callable:
             def emit(x, half, maxima):
                 to = Place(warpgroup, rows, i, half * of.groups + g)
                 _emit_rows(x, to, scale, of.m, out, staging)
-                exchange.rows[warpgroup] = x
+                put(exchange.rows.at[warpgroup], x)
                 _emit_columns(to, scale, out, staging, exchange, maxima)
 
             row_sums = compute([x.astype(jnp.float32) for x in inputs], factor, emit, turn)
@@ -228,8 +228,8 @@ def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging:
     """Quantise this warpgroup's rows of a tile, and send them."""
     values, scales = quantize_registers(x, scale, ROW_LAYOUT)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging.values[to.warpgroup] = values
-    staging.scales[to.warpgroup] = ones_beyond(scales, to.rows.start, m, ROW_LAYOUT)
+    put(staging.values.at[to.warpgroup], values)
+    put(staging.scales.at[to.warpgroup], ones_beyond(scales, to.rows.start, m, ROW_LAYOUT))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging.values.at[to.warpgroup], out.values.at[to.rows, to.column])
     plgpu.copy_smem_to_gmem(staging.scales.at[to.warpgroup], out.scales.at[to.column, to.rows])
@@ -245,7 +245,7 @@ def _emit_columns(to: Place, scale: Scale, out: Outputs, staging: Outputs, excha
     parts = [plgpu.load(exchange.maxima.at[maxima, slab], layout=COLUMN_LAYOUT.reduce(1), optimized=False) for slab in range(SLABS)]
     scales = scale_of(jnp.maximum(jnp.maximum(parts[0], parts[1]), jnp.maximum(parts[2], parts[3])), scale)
     scaled = x * spread(1.0 / scales, x.shape, COLUMN_LAYOUT, (0,))
-    staging.values_t[to.warpgroup] = plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3)
+    put(staging.values_t.at[to.warpgroup], plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3))
 
     @pl.when(to.warpgroup == 0)
     def _():

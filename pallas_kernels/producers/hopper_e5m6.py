@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.producers import e5m6
 from pallas_kernels.quantized import GROUP, scales_shape
-from pallas_kernels.stream import APPROXIMATE, TILE_GROUPS, TILE_ROWS, TuningConfig, launch, ones_beyond, place, spread
+from pallas_kernels.stream import APPROXIMATE, TILE_GROUPS, TILE_ROWS, TuningConfig, launch, ones_beyond, place, put, spread
 
 PACK = TuningConfig(rows=8, warpgroups=4, stages=3, out_slots=3)
 HALF_TILE = plgpu.Layout.TILED(  # `stream.TILE` of half groups
@@ -45,7 +45,7 @@ def e5m6_pack(x: Array, config: TuningConfig = PACK) -> tuple[Array, Array]:
             out = turn.take_out_slot()
             for plane, values in zip(PLANES, e5m6.pack(e5m6.encode(first * inverse), e5m6.encode(second * inverse)), strict=True):
                 packed_slots[out, :, :, plane] = values.astype(jnp.uint8)
-            scale_slots.at[out].transpose((1, 0))[...] = ones_beyond(tile_scales, at_rows.start, m, HALF_TILE)
+            put(scale_slots.at[out].transpose((1, 0)), ones_beyond(tile_scales, at_rows.start, m, HALF_TILE))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(packed_slots.at[out], packed.at[at_rows, at_groups], commit_group=False)
             plgpu.copy_smem_to_gmem(scale_slots.at[out], scales.at[at_groups, at_rows])

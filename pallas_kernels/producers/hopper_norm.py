@@ -27,6 +27,7 @@ from pallas_kernels.stream import (
     launch,
     load_tile,
     ones_beyond,
+    put,
     quantize_registers,
     quantized_type,
     spread,
@@ -80,8 +81,8 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, config: T
                 # The first piece also waits for the scales of the tile before, which left last.
                 plgpu.wait_smem_to_gmem(OUT_SLOTS - 1 if piece else 0, wait_read_only=True)
                 out = value_slots.at[warpgroup, piece % OUT_SLOTS]
-                out[...] = piece_values
-                scale_slots.at[warpgroup, at_groups].transpose((1, 0))[...] = ones_beyond(piece_scales, at_rows.start, m, TILE)
+                put(out, piece_values)
+                put(scale_slots.at[warpgroup, at_groups].transpose((1, 0)), ones_beyond(piece_scales, at_rows.start, m, TILE))
                 plgpu.commit_smem()
                 if piece == num_pieces - 1:
                     turn.release()
