@@ -175,10 +175,20 @@ def test_the_gradient_adds_on_its_way_out(monkeypatch):
     assert adds != lower(lambda *o: hopper_gradient.grouped_matmul_accumulate(*o), *operands)
 
 
-def test_products_lower_for_cuda():
+def test_few_tiles_are_made_smaller(monkeypatch):
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 132)
+    assert hopper.default_config(128, 7168) == hopper.SMALL
+    assert hopper.default_config(128, 24576) == hopper.default_config(4096, 7168) == hopper.LARGE
+
+
+def test_products_lower_for_cuda(monkeypatch):
     """V3's shapes, through the public functions."""
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 132)
     a, b = jax.eval_shape(lambda: (tiles(4096, 2048), blocks(7168, 2048)))
     assert "mosaic_gpu" in lower(lambda a, b: matmul.matmul(a, b, implementation="hopper"), a, b)
+    few = jax.eval_shape(lambda: tiles(128, 2048))
+    for out_dtype in (jnp.bfloat16, jnp.float32):  # the small tiles fill shared memory
+        assert "mosaic_gpu" in lower(lambda a, b, d=out_dtype: matmul.matmul(a, b, out_dtype=d, implementation="hopper"), few, b)
     experts = jax.eval_shape(lambda: blocks(8, 7168, 2048))
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
     assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul(a, b, s, implementation="hopper"), a, experts, sizes)
