@@ -141,6 +141,7 @@ def test_a_run_leaves_lines_evaluations_and_checkpoints(fake_model, config, tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_continues_exactly(fake_model, config, tmp_path, monkeypatch, number, capsys):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    handler = signal.getsignal(signal.SIGINT)
     expected = jax.device_get(train(config, whole).state)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 17, number)
@@ -149,7 +150,7 @@ def test_an_interrupted_run_continues_exactly(fake_model, config, tmp_path, monk
     assert result.step == 18  # 18 was on the device when the metrics of 17 were shown
     assert checkpoint_steps(interrupted)[-1] == 18
     assert "finishing the step and saving" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     final = jax.device_get(train(config, interrupted).state)
     assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
     assert lines(interrupted) == lines(whole)
