@@ -15,6 +15,7 @@ Rows are stored by the copy engine, which takes rectangles of fixed size: 64 row
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -120,5 +121,7 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
 
         hopper.by_role(copy_all, lambda wg: over_visits(functools.partial(compute, wg)))
 
-    run = hopper.launch(kernel, hopper.shape_of((lead, rows, columns), out_dtype), num_multiprocessors(), hopper.scratch(config, out_dtype))
+    run = hopper.launch(
+        kernel, jax.ShapeDtypeStruct((lead, rows, columns), out_dtype), num_multiprocessors(), hopper.scratch(config, out_dtype)
+    )
     return run(hopper.whole_tiles(values), scales, hopper.whole_tiles(b.values), b.scales, *tables)[..., :n]

@@ -10,6 +10,7 @@ wgmma takes BF16 operands with either dim contiguous, so the input gradient mult
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -137,7 +138,7 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
         plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # two copies per slot
         plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
     ]
-    run = hopper.launch(kernel, hopper.shape_of((rows, columns), out_dtype), num_multiprocessors(), scratch)
+    run = hopper.launch(kernel, jax.ShapeDtypeStruct((rows, columns), out_dtype), num_multiprocessors(), scratch)
     return run(a, b, *tables)[:num_rows, :num_columns]
 
 

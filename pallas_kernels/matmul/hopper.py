@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -68,5 +69,5 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
         hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
 
     num_blocks = min(num_multiprocessors(), tiles[0] * tiles[1])
-    run = hopper.launch(kernel, hopper.shape_of((m, columns), out_dtype), num_blocks, hopper.scratch(config, out_dtype))
+    run = hopper.launch(kernel, jax.ShapeDtypeStruct((m, columns), out_dtype), num_blocks, hopper.scratch(config, out_dtype))
     return run(hopper.whole_tiles(a.values), a.scales, hopper.whole_tiles(b.values), b.scales)[:, :n]
