@@ -4,34 +4,36 @@ The problem. Tensor cores multiply E4M3 at twice the rate of BF16 but add in abo
 them, is multiplied by the scales of its two groups and added in FP32 by the ordinary units ("promotion", DeepSeek-V3, arXiv 2412.19437,
 section 3.3.2). The tensor cores must not wait for that, nor for memory, nor for addresses.
 
-The plan of one thread block, one output tile of 128 x 128 at a time, grid persistent:
+The plan of one thread block, one output tile of 128 x 256 at a time, grid persistent:
 
-    warpgroup 2           copies A, B and the scales of A into a ring of `stages` slots, 128 along k each, ahead of the others
-    warpgroups 0 and 1    half of the tile each: wait for a slot, multiply 64 x 128, free the slot, promote
+    warpgroup 2           copies A, B and the scales of A into a ring of slots, 128 along k each, ahead of the others
+    warpgroups 0 and 1    64 x 256 of the tile each, as two products of 64 x 128: start a product, meanwhile wait for the next slot and
+                          read its scales; finish the product, free the slot, promote
 
-The assembler (ptxas 13.0) begins the next product before it has promoted the last one, on its own account: two products of 64 registers a
-thread and the FP32 sum of 64 fit into the 232 there are. What is left to lose is shared memory: products of 64 x 128 read 96 bytes per
-cycle and filling the ring writes 64 more, of the 128 that an SM has.
+While one warpgroup promotes, the other multiplies. A thread holds 128 sums and one product of 64 registers (`hopper_product.py`).
 
-What lost, on an H200, against 1304 TFLOP/s at (4096, 4096, 7168) beside XLA's per-tensor product at 1564 (the reasons are from the
-machine code; experiments/log.md has all figures):
+What bounds it, on an H100 at (4096, 4096, 7168), where XLA's product per tensor takes 156 us and this 166:
 
-    two products per step           a tile of 256 x 128 fills the ring slower (48 bytes a cycle), but its sums need 128 registers. With the
-                                    products that the assembler begins early it spills: 915 (*)
-    the same, held in order         by a branch never taken that reads the sums: nothing spills, nothing overlaps any more: 825 (*)
-    early products in the source    `wgmma_accumulator_load(..., wait_n=1)`: accumulators are zeroed by moves instead of read as zero: 1179
-    warpgroups take turns           a barrier around the start of each product: 1213
-    five slots instead of four      1243
-    asking who I am in the loop     `lax.axis_index("wg")` is a shuffle before each address, which no compiler hoists: 1145
+    multiplying without copies    154 us    the promotion is hidden
+    copying without multiplying   112 us    from the L2 cache; tiles of 128 x 128 move a third more and take 171, tiles of 256 x 128, with
+                                            the same bytes as these, 149
+    both                          166 us    shared memory: products read 96 bytes a cycle of the 128 there are, copies write 48
 
-(*) with the shuffle of the last line still in the loop: to be compared with 1145, and not measured without it.
+What lost (experiments/log.md has all figures):
 
-The ring is a Python list of slots: each step's slot is known when the kernel is compiled. A tile begins at slot 0, whatever the number of
-steps; slots that the last turn leaves over are passed over by both sides. It is not drained between tiles.
+    `plgpu.wgmma`                 spills with 128 sums: 735 TFLOP/s with all addresses computed ahead (LLVM hoists 36 descriptors of 64
+                                  bits out of the loop), 1130 with addresses computed in the loop, 1249 held in order by a branch
+    tiles of 128 x 128            1305; the assembler may begin products early, there are registers for it; copies are the bound
+    clusters of two blocks        B or A copied once for both: 1403 to 1425, where 1444 without
+    warpgroups take turns         a barrier around the start of each product: 542 to 1079
+    five slots of 128 x 128       1305 where the ring goes on from tile to tile; 1176 where every tile begins at slot 0
+
+Slots are numbers at run time: the ring goes on from tile to tile, whatever the number of steps. Addresses cost little as long as they are
+computed from the slot before the wait for it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,12 +41,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper_product
+from pallas_kernels.hopper_product import ROWS
 from pallas_kernels.quantized import E4M3, GROUP
 
-ROWS = 64  # of one product: wgmma's m
 WARPGROUPS = 2  # that multiply
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232  # per thread; an SM has 65,536
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread; an SM has 65,536
 SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8
+TURN = 4  # steps that are unrolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +57,19 @@ class TuningConfig:
 
     Attributes:
         columns: of one product, 64 or 128; its rows are 64.
+        products: of each warpgroup and step, side by side.
         split: "m" or "n", the dim along which the two warpgroups share a tile.
         stages: slots of the ring.
+        pieces: of the result, 64 rows of 128 bytes each, that may be on their way out per warpgroup.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
     """
 
     columns: int = 128
+    products: int = 2
     split: str = "m"
     stages: int = 4
+    pieces: int = 1
     grid_minor: int = 0
     grid_width: int = 8
 
@@ -71,25 +79,69 @@ class TuningConfig:
         return ROWS * (WARPGROUPS if self.split == "m" else 1)
 
     @property
+    def width(self) -> int:
+        """Columns of a warpgroup."""
+        return self.columns * self.products
+
+    @property
     def tile_n(self) -> int:
         """Columns of an output tile."""
-        return self.columns * (WARPGROUPS if self.split == "n" else 1)
+        return self.width * (WARPGROUPS if self.split == "n" else 1)
 
     def origin(self, wg: Array) -> tuple[Any, Any]:
         """Return the first row and column, within the tile, of what warpgroup `wg` computes."""
-        return (wg * ROWS, 0) if self.split == "m" else (0, wg * self.columns)
+        return (wg * ROWS, 0) if self.split == "m" else (0, wg * self.width)
 
 
-def scratch(config: TuningConfig, out_dtype: Any) -> list:
-    """Return the shared memory and barriers of a kernel: slots of A, B and the scales of A, output, full, empty."""
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The slots through which operands pass.
+
+    Attributes:
+        operands: refs [stages, ...] of A, B, the scales of A, and what else a step needs.
+        full: barriers, one per slot: its copies have arrived.
+        empty: likewise: both warpgroups are done with it.
+    """
+
+    operands: Sequence[Any]
+    full: Any
+    empty: Any
+
+    @property
+    def stages(self) -> int:
+        """The number of slots."""
+        return self.operands[0].shape[0]
+
+    def after(self, slot: Array) -> Array:
+        """Return the slot that follows."""
+        return jnp.where(slot == self.stages - 1, 0, slot + 1)
+
+    def fill(self, slot: Array, sources: Sequence[Any]) -> Array:
+        """Copy one step into a slot, once it is free; return the next slot."""
+        plgpu.barrier_wait(self.empty.at[slot])
+        for source, operand in zip(sources, self.operands, strict=True):
+            plgpu.copy_gmem_to_smem(source, operand.at[slot], self.full.at[slot])
+        return self.after(slot)
+
+    def drain(self) -> None:
+        """Wait until every slot is free again: the memory warpgroup's last act."""
+        for slot in range(self.stages):
+            plgpu.barrier_wait(self.empty.at[slot])
+
+
+def slots(config: TuningConfig) -> list:
+    """Return the shared memory of the ring: slots of A, B and the scales of A."""
     return [
         tiled((config.stages, config.tile_m, GROUP), E4M3),
         tiled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
-        staging(config.columns, out_dtype),
-        plgpu.Barrier(num_arrivals=3, num_barriers=config.stages),  # three copies per slot
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages),
     ]
+
+
+def barriers(copies: int, stages: int) -> list:
+    """Return the barriers of a ring, full and empty, for a number of copies per slot."""
+    arrivals = copies, WARPGROUPS
+    return [plgpu.Barrier(num_arrivals=count, num_barriers=stages) for count in arrivals]
 
 
 def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
@@ -98,55 +150,95 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((SWIZZLE_ROWS, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
 
 
-def staging(width: int, dtype: Any) -> plgpu.SMEM:
-    """Where results wait for their way out: columns swizzled, rows as they are, because tiled rows would have to be a multiple of 8."""
+def staging(pieces: int, dtype: Any) -> plgpu.SMEM:
+    """Where pieces wait for their way out: columns swizzled, rows as they are, because tiled rows would have to be a multiple of 8."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
     transforms = plgpu.TilingTransform((columns,)), plgpu.SwizzleTransform(SWIZZLE_BYTES)
-    return plgpu.SMEM((WARPGROUPS, ROWS, width), dtype, transforms=transforms)
+    return plgpu.SMEM((WARPGROUPS, pieces, ROWS, columns), dtype, transforms=transforms)
 
 
-def over_steps(num_steps: int, stages: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
-    """Fold `body(first step, number of steps, carry)` over the turns of the ring; the number is static, slots begin at 0 in each turn."""
-    turns, rest = divmod(num_steps, stages)
-    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * stages, stages, carry), carry)
-    return body(turns * stages, rest, carry) if rest else carry
+def over_steps(num_steps: Any, turn: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
+    """Fold `body(first step, number of steps, carry)` over `num_steps`, a number or a scalar: `turn` of them at a time, then the rest."""
+    if isinstance(num_steps, int):
+        turns, rest = divmod(num_steps, turn)
+        carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
+        return body(turns * turn, rest, carry) if rest else carry
+    turns = lax.div(num_steps, jnp.int32(turn))
+    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
+    return lax.fori_loop(turns * turn, num_steps, lambda i, carry: body(i, 1, carry), carry)
 
 
-def multiply(config: TuningConfig, num_steps: int, slots: tuple, wg: Array, b_scale: Callable[[Array], Array]) -> Array:
-    """Return the sum of warpgroup `wg` over the steps of a tile, FP32 [64, columns].
+def multiply(
+    config: TuningConfig,
+    num_steps: Any,
+    ring: Ring,
+    wg: Array,
+    slot: Array,
+    *,
+    ahead: Callable[[Any, int], list],
+    scale: Callable[[Array, int, Any], Array],
+    promote: Callable[[Array, Array, Array, Array], Array],
+) -> tuple[Array, ...]:
+    """Return the sums of warpgroup `wg` over the steps of a tile: `config.products` times FP32 [64, columns].
 
     Args:
         config: how the tile is cut.
-        num_steps: k / 128.
-        slots: refs of A, B, scales of A, and the barriers full and empty.
+        num_steps: k / 128, at least 1; a number, or a scalar.
+        ring: its first three operands are A, B and the scales of A.
         wg: the warpgroup's number.
-        b_scale: step -> the scale of the block of B, a scalar from global memory.
+        slot: of the first step.
+        ahead: first step, count -> for each step what is read of global memory before its products.
+        scale: slot, number of the product, what was read ahead -> the scales of B of one product.
+        promote: sum, product, scales of A [64], scales of B -> the sum with the scaled product.
     """
-    a_slots, b_slots, a_scale_slots, full, empty = slots
+    a_slots, b_slots, a_scale_slots, *_ = ring.operands
     row, column = config.origin(wg)
-    rows, columns = pl.ds(row, ROWS), pl.ds(column, config.columns)
+    rows = pl.ds(row, ROWS)
+    add = hopper_product.never(wg)
 
-    def turn(first, count, total):
-        b_scales = [b_scale(first + slot) for slot in range(count)]  # at once: global memory is far
-        for slot in range(count):
-            plgpu.barrier_wait(full.at[slot])
-            a_scale = plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            product = multiply_slot(a_slots.at[slot, rows], b_slots.at[slot, columns])
-            plgpu.barrier_arrive(empty.at[slot])
-            total += product * lax.broadcast_in_dim(a_scale * b_scales[slot], product.shape, [0])
-        return total
+    def receive(slot):
+        plgpu.barrier_wait(ring.full.at[slot])
+        return plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
-    return over_steps(num_steps, config.stages, turn, zero_sum(config))
+    def step(carry, found, more):
+        slot, a_scale, product, *totals = carry
+        following, received = ring.after(slot), a_scale
+        for i in range(config.products):
+            columns = pl.ds(column + i * config.columns, config.columns)
+            product = hopper_product.start(a_slots.at[slot, rows], b_slots.at[slot, columns], product, add)
+            b_scale = scale(slot, i, found)
+            last = i == config.products - 1
+            if last and more:
+                received = receive(following)
+            product = hopper_product.finish(product)
+            if last:
+                plgpu.barrier_arrive(ring.empty.at[slot])
+            totals[i] = promote(totals[i], product, a_scale, b_scale)
+        return following, received, product, *totals
+
+    def turn(first, count, carry):
+        for found in ahead(first, count):
+            carry = step(carry, found, more=True)
+        return carry
+
+    carry = slot, receive(slot), zero_sum(config), *zero_sums(config)
+    carry = over_steps(num_steps - 1, TURN, turn, carry)
+    (found,) = ahead(num_steps - 1, 1)
+    _, _, _, *totals = step(carry, found, more=False)
+    return tuple(totals)
 
 
-def multiply_slot(a: Any, b: Any) -> Array:
-    """The FP32 product a b^T of refs [64, 128] and [columns, 128] in shared memory, waited for."""
+def multiply_blocks(config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, block_scale: Callable) -> tuple[Array, ...]:
+    """Return `multiply` for B in blocks: `block_scale(column, step)` reads the scale of the block of B at a column of the tile."""
+    _, column = config.origin(wg)
 
-    def run(product):
-        plgpu.wgmma(product, a, b.transpose((1, 0)))
-        return product[...]
+    def ahead(first, count):
+        return [[block_scale(column + i * config.columns, first + j) for i in range(config.products)] for j in range(count)]
 
-    return pl.run_scoped(run, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+    def promote(total, product, a_scale, b_scale):
+        return total + product * lax.broadcast_in_dim(a_scale * b_scale, product.shape, [0])
+
+    return multiply(config, num_steps, ring, wg, slot, ahead=ahead, scale=lambda _, i, found: found[i], promote=promote)
 
 
 def zero_sum(config: TuningConfig) -> Array:
@@ -154,32 +246,32 @@ def zero_sum(config: TuningConfig) -> Array:
     return plgpu.layout_cast(jnp.zeros((ROWS, config.columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def copy_step(slots: tuple, slot: int, reused: Array, a: Any, a_scales: Any, b: Any) -> None:
-    """Fill one slot with refs [tile_m, 128], [tile_m] and [tile_n, 128], if `reused` once it is free."""
-    a_slots, b_slots, a_scale_slots, full, empty = slots
-
-    @pl.when(reused)
-    def _():
-        plgpu.barrier_wait(empty.at[slot])
-
-    plgpu.copy_gmem_to_smem(a, a_slots.at[slot], full.at[slot])
-    plgpu.copy_gmem_to_smem(b, b_slots.at[slot], full.at[slot])
-    plgpu.copy_gmem_to_smem(a_scales, a_scale_slots.at[slot], full.at[slot])
+def zero_sums(config: TuningConfig) -> tuple[Array, ...]:
+    """Return the sums of a warpgroup before its first step."""
+    return tuple(zero_sum(config) for _ in range(config.products))
 
 
-def drain(stages: int, num_steps: int, empty: Any) -> None:
-    """Wait until every slot that was used is free again: the memory warpgroup's last act."""
-    for slot in range(min(stages, num_steps)):
-        plgpu.barrier_wait(empty.at[slot])
+def store(totals: Sequence[Array], out_slots: Any, room: Any, send: Callable[[Any, int], None]) -> None:
+    """Send finished sums out through shared memory, piece by piece.
 
+    Args:
+        totals: FP32 [64, columns] each, side by side.
+        out_slots: ref [pieces, 64, width].
+        room: how many columns there are from the first one on; pieces that begin beyond are dropped.
+        send: ref [64, width], first column -> starts copies, uncommitted.
+    """
+    pieces, _, width = out_slots.shape
+    cut = [total[:, left : left + width] for total in totals for left in range(0, total.shape[1], width)]
+    for number, piece in enumerate(cut):
 
-def store(total: Array, out_slot: Any, send: Callable[[Any], None]) -> None:
-    """Send a finished sum out through shared memory: `send(ref)` starts copies of [64, columns], uncommitted."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    out_slot[...] = total.astype(out_slot.dtype)
-    plgpu.commit_smem()
-    send(out_slot)
-    plgpu.commit_smem_to_gmem_group()
+        @pl.when(number * width < room)
+        def _(number=number, piece=piece):
+            ref = out_slots.at[number % pieces]
+            plgpu.wait_smem_to_gmem(pieces - 1 if number else 0, wait_read_only=True)
+            ref[...] = piece.astype(ref.dtype)
+            plgpu.commit_smem()
+            send(ref, number * width)
+            plgpu.commit_smem_to_gmem_group()
 
 
 def store_rows(ref: Any, out: Any, first: Array, start: Array, end: Array, columns: Any) -> None:
@@ -212,8 +304,8 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
     )
 
 
-def by_role(copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
-    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers.
+def by_role(ring: Ring, copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
+    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers; all slots begin free and end free.
 
     The number of the warpgroup is asked for here and nowhere else: it is a shuffle, which the compiler leaves where it stands.
     """
@@ -223,10 +315,13 @@ def by_role(copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
     def _():
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         copy()
+        ring.drain()
 
     @pl.when(wg < WARPGROUPS)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        for slot in range(ring.stages):
+            plgpu.barrier_arrive(ring.empty.at[slot])
         compute(wg)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -26,7 +26,7 @@ from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
 from pallas_kernels.quantized import GROUP, Quantized
 
 GROUPED = hopper.TuningConfig()
-MASKED = hopper.TuningConfig(split="n")  # tiles of 64 rows: an expert that decodes has few
+MASKED = hopper.TuningConfig(products=1, split="n", stages=5)  # tiles of 64 x 256: an expert that decodes has few rows
 
 
 def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED) -> Array:
@@ -71,57 +71,53 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
         out_dtype: BF16 or FP32.
     """
     (lead, rows, k), (num_groups, n, _) = values.shape, b.shape
-    num_steps, columns, tiles_n = k // GROUP, hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
+    num_steps, padded, tiles_n = k // GROUP, hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, a_scales, b_ref, b_scales, *refs):
-        tables, (out, *slots, out_slots, full, empty) = refs[: len(refs) - 7], refs[-7:]
-        slots = *slots, full, empty
+        tables, (out, *operands, out_slots, full, empty) = refs[: len(refs) - 7], refs[-7:]
+        ring = hopper.Ring(operands, full, empty)
         num_visits, find = schedule(*tables)
         over_visits = functools.partial(visit_tiles, config, num_visits, tiles_n, num_groups, find)
+
+        def first_slot(used):
+            return lax.rem(used * num_steps, jnp.int32(config.stages))
 
         def copy(visit, column, used):
             first, row, group, *_ = visit
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def turn(start, count, _):
+            def turn(start, count, slot):
                 for i in range(count):
-                    step = start + i
-                    ks = pl.ds(step * GROUP, GROUP)
-                    reused = (used > 0) | (step >= config.stages)
-                    sources = a_ref.at[first, rows, ks], a_scales.at[first, step, rows], b_ref.at[group, columns, ks]
-                    hopper.copy_step(slots, i % config.stages, reused, *sources)
+                    ks = pl.ds((start + i) * GROUP, GROUP)
+                    slot = ring.fill(slot, [a_ref.at[first, rows, ks], b_ref.at[group, columns, ks], a_scales.at[first, start + i, rows]])
+                return slot
 
             @pl.when(group < num_groups)
             def _():
-                hopper.over_steps(num_steps, config.stages, turn)
+                hopper.over_steps(num_steps, hopper.TURN, turn, first_slot(used))
 
-        def compute(wg, visit, column, _):
+        def compute(wg, visit, column, used):
             first, row, group, start, end = visit
             down, right = config.origin(wg)
-            block = jnp.minimum(lax.div(column + right, jnp.int32(GROUP)), b_scales.shape[1] - 1)
 
-            def send(ref):
-                hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right, config.columns))
+            def block_scale(within, step):
+                return b_scales[group, jnp.minimum(lax.div(column + within, jnp.int32(GROUP)), b_scales.shape[1] - 1), step]
+
+            def send(ref, left):
+                hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right + left, ref.shape[1]))
+
+            store = functools.partial(hopper.store, out_slots=out_slots.at[wg], room=padded - column - right, send=send)
 
             @pl.when(group < num_groups)
             def _():
-                total = hopper.multiply(config, num_steps, slots, wg, lambda step: b_scales[group, block, step])
-                hopper.store(total, out_slots.at[wg], send)
+                store(hopper.multiply_blocks(config, num_steps, ring, wg, first_slot(used), block_scale))
 
             @pl.when(group == num_groups)
             def _():
-                hopper.store(hopper.zero_sum(config), out_slots.at[wg], send)
+                store(hopper.zero_sums(config))
 
-        def copy_all():
-            used = over_visits(copy)
+        hopper.by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
 
-            @pl.when(used > 0)
-            def _():
-                hopper.drain(config.stages, num_steps, empty)
-
-        hopper.by_role(copy_all, lambda wg: over_visits(functools.partial(compute, wg)))
-
-    run = hopper.launch(
-        kernel, jax.ShapeDtypeStruct((lead, rows, columns), out_dtype), num_multiprocessors(), hopper.scratch(config, out_dtype)
-    )
+    scratch = [*hopper.slots(config), hopper.staging(config.pieces, out_dtype), *hopper.barriers(3, config.stages)]
+    run = hopper.launch(kernel, jax.ShapeDtypeStruct((lead, rows, padded), out_dtype), num_multiprocessors(), scratch)
     return run(hopper.whole_tiles(values), scales, hopper.whole_tiles(b.values), b.scales, *tables)[..., :n]

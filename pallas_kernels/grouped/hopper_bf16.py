@@ -21,7 +21,7 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
 
 STEP = 64  # of k: one swizzled line of BF16
-OUT_BYTES = 256  # of a row that waits in shared memory for its way out
+PIECES = 2  # of the result on their way out, per warpgroup
 ALIGNMENT = 8  # BF16 numbers in the 16 bytes that the copy engine wants of a row
 
 
@@ -47,31 +47,23 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
     a, b = whole_lines(a), whole_lines(b)
     (rows, k), num_groups = a.shape, b.shape[0]
     n = b.shape[2 if transpose_b else 1]
-    num_steps, columns, tiles_n = pl.cdiv(k, STEP), hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
+    num_steps, padded, tiles_n = pl.cdiv(k, STEP), hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
     tables, schedule = schedule_groups(group_sizes, rows, config.tile_m)
-    piece = OUT_BYTES // jnp.dtype(out_dtype).itemsize
 
     def kernel(a_ref, b_ref, *refs):
         tables, (out, a_slots, b_slots, out_slots, full, empty) = refs[: len(refs) - 6], refs[-6:]
+        ring = hopper.Ring((a_slots, b_slots), full, empty)
         num_visits, find = schedule(*tables)
         over_visits = functools.partial(visit_tiles, config, num_visits, tiles_n, num_groups, find)
 
-        def copy(visit, column, used):
+        def copy(visit, column, _):
             _, row, group, *_ = visit
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
             def turn(first, count, _):
                 for slot in range(count):
-                    step = first + slot
-                    ks = pl.ds(step * STEP, STEP)
-
-                    @pl.when((used > 0) | (step >= config.stages))
-                    def _(slot=slot):
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    b_tile = b_ref.at[group, ks, columns] if transpose_b else b_ref.at[group, columns, ks]
-                    plgpu.copy_gmem_to_smem(a_ref.at[rows, ks], a_slots.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(b_tile, b_slots.at[slot], full.at[slot])
+                    ks = pl.ds((first + slot) * STEP, STEP)
+                    ring.fill(slot, [a_ref.at[rows, ks], b_ref.at[group, ks, columns] if transpose_b else b_ref.at[group, columns, ks]])
 
             @pl.when(group < num_groups)
             def _():
@@ -103,15 +95,11 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
         def compute(wg, visit, column, _):
             _, row, group, start, end = visit
 
-            def store(total):
-                for right in range(0, config.tile_n, piece):
-                    place = functools.partial(
-                        hopper.store_rows, out=out, first=row + wg * hopper.ROWS, start=start, end=end, columns=pl.ds(column + right, piece)
-                    )
+            def send(ref, left):
+                hopper.store_rows(ref, out, row + wg * hopper.ROWS, start, end, pl.ds(column + left, ref.shape[1]))
 
-                    @pl.when(column + right < columns)
-                    def _(right=right, place=place):
-                        hopper.store(total[:, right : right + piece], out_slots.at[wg], place)
+            def store(total):
+                hopper.store([total], out_slots.at[wg], padded - column, send)
 
             @pl.when(group < num_groups)
             def _():
@@ -121,24 +109,16 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
             def _():
                 store(plgpu.layout_cast(jnp.zeros((hopper.ROWS, config.tile_n), jnp.float32), plgpu.Layout.WGMMA))
 
-        def copy_all():
-            used = over_visits(copy)
-
-            @pl.when(used > 0)
-            def _():
-                hopper.drain(config.stages, num_steps, empty)
-
-        hopper.by_role(copy_all, lambda wg: over_visits(functools.partial(compute, wg)))
+        hopper.by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
 
     b_tile = (STEP, config.tile_n) if transpose_b else (config.tile_n, STEP)
     scratch = [
         hopper.tiled((config.stages, config.tile_m, STEP), jnp.bfloat16),
         hopper.tiled((config.stages, *b_tile), jnp.bfloat16),
-        hopper.staging(piece, out_dtype),
-        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # two copies per slot
-        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
+        hopper.staging(PIECES, out_dtype),
+        *hopper.barriers(2, config.stages),
     ]
-    run = hopper.launch(kernel, jax.ShapeDtypeStruct((rows, columns), out_dtype), num_multiprocessors(), scratch)
+    run = hopper.launch(kernel, jax.ShapeDtypeStruct((rows, padded), out_dtype), num_multiprocessors(), scratch)
     return run(a, b, *tables)[:num_rows, :num_columns]
 
 

@@ -21,22 +21,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.grouped.hopper_bf16 import TuningConfig, whole_lines
+from pallas_kernels.grouped.hopper_bf16 import PIECES, TuningConfig, whole_lines
 from pallas_kernels.matmul import hopper_gradient
-from pallas_kernels.matmul.hopper_gradient import drain_used, over_group_tiles
+from pallas_kernels.matmul.hopper_gradient import over_group_tiles
 
 STEP = 64  # rows
-PIECE = 64  # columns of FP32 that wait in shared memory for their way out
 
 
 def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array, *, config: TuningConfig | None = None) -> Array:
     """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n]; rows of no group never leak, NaN included."""
     config = config or TuningConfig()
     num_groups, m, n = c.shape
-    columns = hopper.padded_columns(n, c.dtype)
+    padded = hopper.padded_columns(n, c.dtype)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, b_ref, offsets, out, a_slots, b_slots, out_slots, full, empty, cleared):
+        ring = hopper.Ring((a_slots, b_slots), full, empty)
+
         def steps_of(group):
             start, end = offsets[group], offsets[group + 1]
             first = lax.div(start, jnp.int32(STEP))
@@ -44,27 +45,22 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
 
         over_tiles = functools.partial(over_group_tiles, config, num_groups, tiles, steps_of)
 
-        def copy(row, column, _, first, num_steps, used):
-            def step(i, _):
-                slot = lax.rem(used + i, jnp.int32(config.stages))
+        def copy(row, column, _, first, num_steps, slot):
+            a_columns, b_columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-                @pl.when(used + i >= config.stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
+            def step(i, slot):
                 rows = pl.ds((first + i) * STEP, STEP)
-                plgpu.copy_gmem_to_smem(a_ref.at[rows, pl.ds(row, config.tile_m)], a_slots.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(b_ref.at[rows, pl.ds(column, config.tile_n)], b_slots.at[slot], full.at[slot])
+                return ring.fill(slot, [a_ref.at[rows, a_columns], b_ref.at[rows, b_columns]])
 
-            lax.fori_loop(0, num_steps, step, None)
+            lax.fori_loop(0, num_steps, step, slot)
 
-        def multiply(wg, group, first, num_steps, used):
+        def multiply(wg, group, first, num_steps, slot):
             mine = pl.ds(wg * hopper.ROWS, hopper.ROWS)
             half = config.tile_n // hopper.WARPGROUPS
 
             def run(total):
-                def step(i, _):
-                    slot = lax.rem(used + i, jnp.int32(config.stages))
+                def step(i, slots):
+                    slot, before = slots
                     plgpu.barrier_wait(full.at[slot])
                     row = (first + i) * STEP
                     start, end = offsets[group] - row, offsets[group + 1] - row
@@ -82,42 +78,35 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
 
                     @pl.when(i > 0)
                     def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(used + i - 1, jnp.int32(config.stages))])
+                        plgpu.barrier_arrive(empty.at[before])
 
-                lax.fori_loop(0, num_steps, step, None)
+                    return ring.after(slot), slot
+
+                _, last = lax.fori_loop(0, num_steps, step, (slot, slot))
                 result = total[...]
-                plgpu.barrier_arrive(empty.at[lax.rem(used + num_steps - 1, jnp.int32(config.stages))])
+                plgpu.barrier_arrive(empty.at[last])
                 return result
 
             return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
 
-        def compute(wg, row, column, group, first, num_steps, used):
-            total = multiply(wg, group, first, num_steps, used)
-            for right in range(0, config.tile_n, PIECE):
+        def compute(wg, row, column, group, first, num_steps, slot):
+            def send(ref, left):
+                target = out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + left, ref.shape[1])]
+                plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=hopper_gradient.ON_THE_WAY_OUT)
 
-                def send(ref, right=right):
-                    target = out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + right, PIECE)]
-                    plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=hopper_gradient.ON_THE_WAY_OUT)
+            hopper.store([multiply(wg, group, first, num_steps, slot)], out_slots.at[wg], padded - column, send)
 
-                @pl.when(column + right < columns)
-                def _(right=right, send=send):
-                    hopper.store(total[:, right : right + PIECE], out_slots.at[wg], send)
-
-        def copy_all():
-            drain_used(config.stages, over_tiles(copy), empty)
-
-        hopper.by_role(copy_all, lambda wg: over_tiles(functools.partial(compute, wg)))
+        hopper.by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))
 
     scratch = [
         hopper.tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
         hopper.tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
-        hopper.staging(PIECE, jnp.float32),
-        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # two copies per slot
-        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS, num_barriers=config.stages),
+        hopper.staging(PIECES, jnp.float32),
+        *hopper.barriers(2, config.stages),
         plgpu.Barrier(num_arrivals=hopper.WARPGROUPS),
     ]
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
-    total = jax.new_ref(jnp.pad(c, ((0, 0), (0, 0), (0, columns - n))))
+    total = jax.new_ref(jnp.pad(c, ((0, 0), (0, 0), (0, padded - n))))
     run = hopper.launch(kernel, (), min(num_multiprocessors(), num_groups * tiles[0] * tiles[1]), scratch)
     run(whole_lines(a), whole_lines(b), offsets, total)
     return jax.freeze(total)[..., :n]

@@ -21,14 +21,11 @@ class Order(Protocol):
     grid_width: int
 
 
-def visit_tiles(config: Order, num_visits: Any, tiles_n: int, num_groups: int, find: Callable[[Array], Visit], body: Callable) -> Array:
-    """Run `body(visit, column, used)` for this block's visits that store something; `used` counts those before it that multiplied.
-
-    Returns that count at the end.
-    """
+def visit_tiles(config: Order, num_visits: Any, tiles_n: int, num_groups: int, find: Callable[[Array], Visit], body: Callable) -> None:
+    """Run `body(visit, column, used)` for this block's visits that store something; `used` counts those before it that multiplied."""
 
     @plgpu.nd_loop((num_visits * tiles_n,), collective_axes="sm", init_carry=jnp.int32(0))
-    def used(info, carry):
+    def _(info, carry):
         visit, ni = plgpu.planar_snake(info.index[0], (num_visits, tiles_n), config.grid_minor, config.grid_width)
         visit = find(visit)
         *_, group, start, end = visit
@@ -38,8 +35,6 @@ def visit_tiles(config: Order, num_visits: Any, tiles_n: int, num_groups: int, f
             body(visit, ni * config.tile_n, carry)
 
         return carry + ((start < end) & (group < num_groups)).astype(jnp.int32)
-
-    return used
 
 
 def schedule_groups(group_sizes: Array, rows: int, tile_m: int) -> tuple[Any, Callable]:
