@@ -262,13 +262,15 @@ def store(totals: Sequence[Array], out_slots: Any, room: Any, send: Callable[[An
     """
     pieces, _, width = out_slots.shape
     cut = [total[:, left : left + width] for total in totals for left in range(0, total.shape[1], width)]
+    # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it spills.
+    cut = [lax.optimization_barrier(piece.astype(out_slots.dtype)) for piece in cut]
     for number, piece in enumerate(cut):
 
         @pl.when(number * width < room)
         def _(number=number, piece=piece):
             ref = out_slots.at[number % pieces]
             plgpu.wait_smem_to_gmem(pieces - 1 if number else 0, wait_read_only=True)
-            ref[...] = piece.astype(ref.dtype)
+            ref[...] = piece
             plgpu.commit_smem()
             send(ref, number * width)
             plgpu.commit_smem_to_gmem_group()
