@@ -48,7 +48,6 @@ from pallas_kernels.quantized import E4M3, GROUP
 WARPGROUPS = 2  # that multiply
 MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread; an SM has 65,536
 SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8
-TURN = 4  # steps that are unrolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +59,7 @@ class TuningConfig:
         products: of each warpgroup and step, side by side.
         split: "m" or "n", the dim along which the two warpgroups share a tile.
         stages: slots of the ring.
+        turn: steps that are unrolled.
         pieces: of the result, 64 rows of 128 bytes each, that may be on their way out per warpgroup.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
@@ -69,6 +69,7 @@ class TuningConfig:
     products: int = 2
     split: str = "m"
     stages: int = 4
+    turn: int = 4
     pieces: int = 1
     grid_minor: int = 0
     grid_width: int = 8
@@ -222,7 +223,7 @@ def multiply(
         return carry
 
     carry = slot, receive(slot), zero_sum(config), *zero_sums(config)
-    carry = over_steps(num_steps - 1, TURN, turn, carry)
+    carry = over_steps(num_steps - 1, config.turn, turn, carry)
     (found,) = ahead(num_steps - 1, 1)
     _, _, _, *totals = step(carry, found, more=False)
     return tuple(totals)

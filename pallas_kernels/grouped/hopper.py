@@ -94,7 +94,7 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
 
             @pl.when(group < num_groups)
             def _():
-                hopper.over_steps(num_steps, hopper.TURN, turn, first_slot(used))
+                hopper.over_steps(num_steps, config.turn, turn, first_slot(used))
 
         def compute(wg, visit, column, used):
             first, row, group, start, end = visit

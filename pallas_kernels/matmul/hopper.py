@@ -54,7 +54,7 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
                     slot = ring.fill(slot, [a_ref.at[rows, ks], b_ref.at[columns, ks], a_scales.at[first + i, rows]])
                 return slot
 
-            hopper.over_steps(num_steps, hopper.TURN, turn, slot)
+            hopper.over_steps(num_steps, config.turn, turn, slot)
 
         def compute(wg, row, column, slot):
             down, right = config.origin(wg)

@@ -139,7 +139,8 @@ def test_masked_rooms(races, config):
         assert not count or error(actual[e, :count], expected[e, :count]) < BF16_ERROR
 
 
-def test_weight_gradients(races, monkeypatch):
+@pytest.mark.parametrize("config", [TuningConfig(stages=2, turn=1), TuningConfig(products=1, stages=3, turn=2, pieces=2)])
+def test_weight_gradients(races, monkeypatch, config):
     """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to zeros."""
     monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
     sizes, m, n = (128, 0, 384, 256), 136, 72
@@ -147,7 +148,6 @@ def test_weight_gradients(races, monkeypatch):
     poison = sum(sizes)
     a = Quantized(a.values.at[:, poison:].set(jnp.nan), a.scales.at[poison // 128 :].set(jnp.nan), "tile")
     c, group_sizes = jnp.zeros((len(sizes), m, n)), jnp.asarray(sizes, jnp.int32)
-    config = TuningConfig(products=1, stages=2, pieces=2)
     actual = interpret(races, lambda *o: hopper_gradient.grouped_matmul_accumulate(*o, config=config), a, b, group_sizes, c)
     expected = np.asarray(grouped.grouped_matmul_accumulate(a, b, group_sizes, c, implementation="reference"), np.float64)
     assert error(actual, expected) < FP32_ERROR
