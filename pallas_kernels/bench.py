@@ -6,7 +6,7 @@ slows down while it gets warm. Launches follow each other: operands that fit the
 
     of peak       of the dense FP8 or BF16 rate of H100 and H200; for GB/s, of the device copy beside it
     error         relative L2 error against the reference in FP32 (BF16 rounding alone is 1.7e-3); 0 for equal bits
-    first         seconds of the first call, which traces and compiles, beside up to seven others
+    first         seconds of the first call, which traces and compiles
     x XLA         the rate over that of the first yardstick
     x DeepGEMM    the last, over DeepGEMM's own (`shapes.DeepGemm`)
 """
@@ -15,7 +15,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
-import functools
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from pallas_kernels.yardsticks import yardsticks
 PEAK = {"fp8": 1979e12, "bf16": 989.5e12}  # FLOP/s, dense, of H100 and H200 SXM (NVIDIA's data sheets)
 ONE = {"TFLOP/s": 1e12, "GB/s": 1e9}
 ROUNDS, LAUNCHES = 5, 5
-COMPILERS = 8  # threads
+COMPILERS = 8  # threads that compile references and yardsticks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,31 +123,32 @@ def take_gpu() -> jax.Device:
 
 
 def measure_operation(operation: Operation) -> Iterable[Row]:
-    """Yield the rows of an operation, or say that it has no kernel; all are compiled and checked, side by side, before one is timed."""
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+    """Yield the rows of an operation, or say that it has no kernel; all are compiled and checked before one is timed."""
+    prepared = []
+    for seed, shape in enumerate(operation.rows):
+        program = operation.program(shape, operation.make_operands(jax.random.key(seed), shape))
+        start = time.perf_counter()
         try:
-            prepared = list(pool.map(functools.partial(prepare, operation), range(len(operation.rows)), operation.rows))
+            result = jax.block_until_ready(program.function(*program.operands))
         except NotImplementedError as reason:
             print(reason)
             return
-    for (shape, figure), (programs, error, first) in zip(operation.rows.items(), prepared, strict=True):
+        prepared.append((program, result, time.perf_counter() - start))
+
+    def check(shape, entry):
+        program, result, _ = entry
+        beside = yardsticks(shape, operation.precision)
+        for yardstick in beside.values():
+            jax.block_until_ready(yardstick.function(*yardstick.operands))
+        return operation.error(program.operands, result), {operation.name: program} | beside
+
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+        checked = list(pool.map(check, operation.rows, prepared))
+    for (shape, figure), (*_, first), (error, programs) in zip(operation.rows.items(), prepared, checked, strict=True):
         seconds, kernels = measure(programs)
         rates = {name: program.work / seconds[name] / ONE[shape.unit] for name, program in programs.items()}
         rate, microseconds = rates.pop(operation.name), 1e6 * seconds[operation.name]
         yield Row(operation.name, operation.precision, shape, figure, microseconds, kernels[operation.name], rate, error, first, rates)
-
-
-def prepare(operation: Operation, seed: int, shape: Shape) -> tuple[dict[str, Program], float, float]:
-    """Return an operation and its yardsticks on a shape, each called once, the operation's error, and the seconds of its first call."""
-    program = operation.program(shape, operation.make_operands(jax.random.key(seed), shape))
-    start = time.perf_counter()
-    result = jax.block_until_ready(program.function(*program.operands))
-    first = time.perf_counter() - start
-    error = operation.error(program.operands, result)
-    beside = yardsticks(shape, operation.precision)
-    for yardstick in beside.values():
-        jax.block_until_ready(yardstick.function(*yardstick.operands))
-    return {operation.name: program} | beside, error, first
 
 
 def measure(programs: Mapping[str, Program]) -> tuple[dict[str, float], dict[str, float]]:

@@ -19,14 +19,16 @@ What bounds it, on an H100 at (4096, 4096, 7168), where XLA's product per tensor
                                             the same bytes as these, 149
     both                          166 us    shared memory: products read 96 bytes a cycle of the 128 there are, copies write 48
 
-What lost (experiments/log.md has all figures):
+What lost (TFLOP/s, the same shape; this form gives 1440; experiments/log.md has all figures):
 
-    `plgpu.wgmma`                 spills with 128 sums: 735 TFLOP/s with all addresses computed ahead (LLVM hoists 36 descriptors of 64
-                                  bits out of the loop), 1130 with addresses computed in the loop, 1249 held in order by a branch
+    `plgpu.wgmma`                 spills with 128 sums: 735 with all addresses computed ahead (LLVM hoists 36 descriptors of 64 bits out of
+                                  the loop), 1130 with addresses computed in the loop, 1249 held in order by a branch
+    sums alive in branches        after the loop: the assembler serialises the products, 232 (`store` rounds before it branches)
     tiles of 128 x 128            1305; the assembler may begin products early, there are registers for it; copies are the bound
-    clusters of two blocks        B or A copied once for both: 1403 to 1425, where 1444 without
+    A in registers                read once for both products: 1336; the reads stand between a product and the next
+    clusters of two blocks        B or A copied once for both: 1403 to 1425
     warpgroups take turns         a barrier around the start of each product: 542 to 1079
-    five slots of 128 x 128       1305 where the ring goes on from tile to tile; 1176 where every tile begins at slot 0
+    a ring that starts at slot 0  in every tile: five slots of 128 x 128 give 1176, 1305 where the ring goes on
 
 Slots are numbers at run time: the ring goes on from tile to tile, whatever the number of steps. Addresses cost little as long as they are
 computed from the slot before the wait for it.

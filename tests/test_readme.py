@@ -66,6 +66,7 @@ def test_the_tree_names_every_module():
 
 def test_measurements_are_those_of_the_records():
     assert results_table.table() in README
+    assert results_table.kernel_tables() in README
 
 
 BYTES_PER_PARAMETER = 4 + 2 + 2 + 4  # FP32 weight, two BF16 moments, FP32 gradient
@@ -75,7 +76,8 @@ CARDS = (24e9, 80e9, 141e9)
 
 def fit_rows():
     """Return (config name, [parameters, state, cards of each size]) of the table of configs and cards."""
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", README, re.MULTILINE)
+    table = README.partition("| Config |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", table, re.MULTILINE)
     return [(name, [cell.strip() for cell in cells.split("|")]) for name, cells in rows]
 
 

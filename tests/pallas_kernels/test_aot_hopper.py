@@ -1,0 +1,58 @@
+"""Every kernel for Hopper is compiled to machine code on a machine that has no GPU, by XLA's CUDA plugin and NVIDIA's assembler.
+
+The interpreter checks what a kernel computes; this checks what the assembler makes of it. It has 65,536 registers a multiprocessor to give,
+and a kernel that wants more is right and several times slower: it keeps values in memory, or runs its products one after the other.
+"""
+
+import functools
+import re
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels import workloads
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
+pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Linux")
+
+# What XLA asks of a device, for an H100 SXM (`cudaGetDeviceProperties`).
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  clock_rate_ghz: 1.98  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84978434048
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 19 }
+runtime_version { major: 13 }
+"""
+SPILLS = {"masked_matmul": 16}  # bytes a thread, outside of the loop over steps; all others none
+OPERATIONS = {operation.name: operation for operation in workloads.operations(seed=1)}
+
+
+@pytest.fixture(scope="module")
+def h100():
+    """Return an H100 to compile for."""
+    return topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_assembler_has_registers_enough(name, h100, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    operation = OPERATIONS[name]
+    for shape in list(operation.rows)[:2]:
+        operands = jax.eval_shape(functools.partial(operation.operands, shape=shape), jax.random.key(0))
+        operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100)), operands)
+        kernel = jax.jit(functools.partial(operation.call, implementation="hopper"))
+        kernel.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+        report = "".join(capfd.readouterr())
+        spills = [int(size) for size in re.findall(r"(\d+) bytes spill stores", report)]
+        assert spills, report
+        assert max(spills) <= SPILLS.get(name, 0), (shape, report)
+        assert "are serialized" not in report, (shape, report)
