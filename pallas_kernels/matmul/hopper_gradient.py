@@ -3,9 +3,9 @@
 What differs from the other products (`pallas_kernels/hopper.py`):
 
     two vectors of scales   every element of a partial product has a scale of its own, row times column: two operations of the FP32 units
-                            per element and step instead of one, and the scales of 32 columns in registers. Measured on an H200, 4 groups
-                            of 7,104 rows, (4096, 7168): 888 TFLOP/s, where one vector of scales gives 1304.
-    steps per group         known on the device only. The ring goes on from slot to slot across tiles, so a slot is a number at run time.
+                            per element and step instead of one, and the scales of 32 columns in registers. With 128 x 128 and
+                            `plgpu.wgmma` that gave 888 TFLOP/s on an H200 (4 groups, 28,416 rows, (4096, 7168)); this form is not timed.
+    steps per group         known on the device only.
     accumulation            the finished tile is *added* to C by the copy engine on its way out (one FP32 addition in the L2 cache), so C is
                             never read into an SM and a group without rows costs nothing.
 
