@@ -12,7 +12,6 @@ slows down while it gets warm. Launches follow each other: operands that fit the
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import datetime
 import statistics
@@ -33,7 +32,6 @@ from pallas_kernels.yardsticks import yardsticks
 PEAK = {"fp8": 1979e12, "bf16": 989.5e12}  # FLOP/s, dense, of H100 and H200 SXM (NVIDIA's data sheets)
 ONE = {"TFLOP/s": 1e12, "GB/s": 1e9}
 ROUNDS, LAUNCHES = 5, 5
-COMPILERS = 8  # threads that compile references and yardsticks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,28 +121,18 @@ def take_gpu() -> jax.Device:
 
 
 def measure_operation(operation: Operation) -> Iterable[Row]:
-    """Yield the rows of an operation, or say that it has no kernel; all are compiled and checked before one is timed."""
-    prepared = []
-    for seed, shape in enumerate(operation.rows):
-        program = operation.program(shape, operation.make_operands(jax.random.key(seed), shape))
+    """Yield the rows of an operation, or say that it has no kernel."""
+    for number, (shape, figure) in enumerate(operation.rows.items()):
+        program = operation.program(shape, operation.make_operands(jax.random.key(number), shape))
         start = time.perf_counter()
         try:
             result = jax.block_until_ready(program.function(*program.operands))
         except NotImplementedError as reason:
             print(reason)
             return
-        prepared.append((program, result, time.perf_counter() - start))
-
-    def check(shape, entry):
-        program, result, _ = entry
-        beside = yardsticks(shape, operation.precision)
-        for yardstick in beside.values():
-            jax.block_until_ready(yardstick.function(*yardstick.operands))
-        return operation.error(program.operands, result), {operation.name: program} | beside
-
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        checked = list(pool.map(check, operation.rows, prepared))
-    for (shape, figure), (*_, first), (error, programs) in zip(operation.rows.items(), prepared, checked, strict=True):
+        first = time.perf_counter() - start
+        error = operation.error(program.operands, result)
+        programs = {operation.name: program} | yardsticks(shape, operation.precision)
         seconds, kernels = measure(programs)
         rates = {name: program.work / seconds[name] / ONE[shape.unit] for name, program in programs.items()}
         rate, microseconds = rates.pop(operation.name), 1e6 * seconds[operation.name]
