@@ -48,7 +48,7 @@ from pallas_kernels.hopper_product import ROWS
 from pallas_kernels.quantized import E4M3, GROUP
 
 WARPGROUPS = 2  # that multiply
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread; an SM has 65,536
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread; together the 168 for each of 384 threads that a block starts with
 SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8
 
 
@@ -231,12 +231,18 @@ def multiply(
     return tuple(totals)
 
 
-def multiply_blocks(config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, block_scale: Callable) -> tuple[Array, ...]:
-    """Return `multiply` for B in blocks: `block_scale(column, step)` reads the scale of the block of B at a column of the tile."""
+def multiply_blocks(
+    config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, b_scales: Any, first_column: Array
+) -> tuple[Array, ...]:
+    """Return `multiply` for B in blocks, whose scales are the ref `b_scales` [n / 128, k / 128]; the tile begins at `first_column`."""
     _, column = config.origin(wg)
 
+    def block_scale(i, step):
+        block = lax.div(first_column + column + i * config.columns, jnp.int32(GROUP))
+        return b_scales[jnp.minimum(block, b_scales.shape[0] - 1), step]  # a tile may end beyond the last block
+
     def ahead(first, count):
-        return [[block_scale(column + i * config.columns, first + j) for i in range(config.products)] for j in range(count)]
+        return [[block_scale(i, first + j) for i in range(config.products)] for j in range(count)]
 
     def promote(total, product, a_scale, b_scale):
         return total + product * lax.broadcast_in_dim(a_scale * b_scale, product.shape, [0])

@@ -24,7 +24,7 @@ ROWS, DEPTH = 64, 128  # of a product: wgmma's m, and one swizzled line of FP8
 INSTRUCTION_DEPTH = 32  # of one wgmma
 
 OPERAND = plgpu.RefType((plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH)))
-DESCRIPTOR = 0x40000040  # upper half, in shared memory: swizzle of 128 bytes, 1024 bytes from 8 rows to the next (PTX ISA, wgmma)
+DESCRIPTOR = 0x40000040  # upper half of an operand's descriptor: swizzle of 128 bytes, 1024 bytes from 8 rows to the next (PTX ISA)
 
 
 def never(wg: Array) -> Array:
@@ -34,7 +34,7 @@ def never(wg: Array) -> Array:
 
 
 def start(a, b, product: Array, add: Array) -> Array:
-    """Start the FP32 product a b^T of refs [64, 128] and [columns, 128] in the registers of `product`, until `finish` not to be touched.
+    """Return the FP32 product a b^T of refs [64, 128] and [columns, 128], in the registers of `product`; `finish` it before reading it.
 
     Args:
         a: E4M3 in swizzled shared memory.

@@ -100,9 +100,6 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
             first, row, group, start, end = visit
             down, right = config.origin(wg)
 
-            def block_scale(within, step):
-                return b_scales[group, jnp.minimum(lax.div(column + within, jnp.int32(GROUP)), b_scales.shape[1] - 1), step]
-
             def send(ref, left):
                 hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right + left, ref.shape[1]))
 
@@ -110,7 +107,7 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
 
             @pl.when(group < num_groups)
             def _():
-                store(hopper.multiply_blocks(config, num_steps, ring, wg, first_slot(used), block_scale))
+                store(hopper.multiply_blocks(config, num_steps, ring, wg, first_slot(used), b_scales.at[group], column))
 
             @pl.when(group == num_groups)
             def _():

@@ -59,14 +59,11 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
         def compute(wg, row, column, slot):
             down, right = config.origin(wg)
 
-            def block_scale(within, step):
-                return b_scales[jnp.minimum(lax.div(column + within, jnp.int32(GROUP)), b_scales.shape[0] - 1), step]
-
             def send(ref, left):
                 target = out.at[pl.ds(row + down, hopper.ROWS), pl.ds(column + right + left, ref.shape[1])]
                 plgpu.copy_smem_to_gmem(ref, target, commit_group=False)
 
-            totals = hopper.multiply_blocks(config, num_steps, ring, wg, slot, block_scale)
+            totals = hopper.multiply_blocks(config, num_steps, ring, wg, slot, b_scales, column)
             hopper.store(totals, out_slots.at[wg], padded - column - right, send)
 
         hopper.by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))

@@ -32,7 +32,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 19 }
 runtime_version { major: 13 }
 """
-SPILLS = {"masked_matmul": 16}  # bytes a thread, outside of the loop over steps; all others none
+SPILLS = {"masked_matmul": 16}  # bytes a thread: the copying warpgroup, once a tile, where it finds its expert; all others none
 OPERATIONS = {operation.name: operation for operation in workloads.operations(seed=1)}
 
 

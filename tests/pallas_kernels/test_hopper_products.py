@@ -179,7 +179,7 @@ def test_the_gradient_adds_on_its_way_out(monkeypatch):
 
 
 def test_tiles_fit_the_machine(monkeypatch):
-    """The choice is the config whose last round of tiles wastes least: 132 multiprocessors, 12 tiles of 128 x 256 or 112 of 64 x 128."""
+    """The choice is the config whose last round of tiles wastes least: at m = 128, 28 tiles of 128 x 256 or 112 of 64 x 128 on 132."""
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 132)
     assert hopper.default_config(128, 7168) == hopper.SMALL
     assert hopper.default_config(128, 24576) == hopper.default_config(4096, 7168) == hopper.LARGE
