@@ -35,7 +35,7 @@ computed from the slot before the wait for it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -58,11 +58,12 @@ class TuningConfig:
 
     Attributes:
         columns: of one product, 64 or 128; its rows are 64.
-        products: of each warpgroup and step, side by side.
-        split: "m" or "n", the dim along which the two warpgroups share a tile.
+        products: of each warpgroup and step.
+        split: "m" or "n", the dim along which the two warpgroups share a tile; the products of one lie along the other.
         stages: slots of the ring.
         turn: steps that are unrolled.
         pieces: of the result, 64 rows of 128 bytes each, that may be on their way out per warpgroup.
+        batch: pieces that are sent together.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
     """
@@ -71,20 +72,26 @@ class TuningConfig:
     products: int = 2
     split: str = "m"
     stages: int = 4
-    turn: int = 4
-    pieces: int = 1
+    turn: int = 8
+    pieces: int = 2
+    batch: int = 2
     grid_minor: int = 0
     grid_width: int = 8
 
     @property
     def tile_m(self) -> int:
         """Rows of an output tile."""
-        return ROWS * (WARPGROUPS if self.split == "m" else 1)
+        return self.height * (WARPGROUPS if self.split == "m" else 1)
+
+    @property
+    def height(self) -> int:
+        """Rows of a warpgroup."""
+        return ROWS * (1 if self.split == "m" else self.products)
 
     @property
     def width(self) -> int:
         """Columns of a warpgroup."""
-        return self.columns * self.products
+        return self.columns * (self.products if self.split == "m" else 1)
 
     @property
     def tile_n(self) -> int:
@@ -94,6 +101,10 @@ class TuningConfig:
     def origin(self, wg: Array) -> tuple[Any, Any]:
         """Return the first row and column, within the tile, of what warpgroup `wg` computes."""
         return (wg * ROWS, 0) if self.split == "m" else (0, wg * self.width)
+
+    def offset(self, product: int) -> tuple[int, int]:
+        """Return the first row and column of a product within what its warpgroup computes."""
+        return (0, product * self.columns) if self.split == "m" else (product * ROWS, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +192,8 @@ def multiply(
     ahead: Callable[[Any, int], list],
     scale: Callable[[Array, int, Any], Array],
     promote: Callable[[Array, Array, Array, Array], Array],
-) -> tuple[Array, ...]:
-    """Return the sums of warpgroup `wg` over the steps of a tile: `config.products` times FP32 [64, columns].
+) -> dict[tuple[int, int], Array]:
+    """Return the sums of warpgroup `wg` over the steps of a tile: FP32 [64, columns] for each product, by `config.offset`.
 
     Args:
         config: how the tile is cut.
@@ -192,31 +203,38 @@ def multiply(
         slot: of the first step.
         ahead: first step, count -> for each step what is read of global memory before its products.
         scale: slot, number of the product, what was read ahead -> the scales of B of one product.
-        promote: sum, product, scales of A [64], scales of B -> the sum with the scaled product.
+        promote: sum, product, scales of A [64], scales of B -> the sum with the scaled product, and what may become of the product's
+            registers, which the next product takes over.
     """
     a_slots, b_slots, a_scale_slots, *_ = ring.operands
     row, column = config.origin(wg)
-    rows = pl.ds(row, ROWS)
+    places = [(row + down, column + right) for down, right in map(config.offset, range(config.products))]
+    shared = config.split == "n"  # the scales of B, by all products
     add = hopper_product.never(wg)
 
     def receive(slot):
         plgpu.barrier_wait(ring.full.at[slot])
-        return plgpu.load(a_scale_slots.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return [
+            plgpu.load(a_scale_slots.at[slot, pl.ds(row, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            for row, _ in (places if shared else places[:1])
+        ]
 
     def step(carry, found, more):
-        slot, a_scale, product, *totals = carry
-        following, received = ring.after(slot), a_scale
-        for i in range(config.products):
-            columns = pl.ds(column + i * config.columns, config.columns)
-            product = hopper_product.start(a_slots.at[slot, rows], b_slots.at[slot, columns], product, add)
-            b_scale = scale(slot, i, found)
+        slot, a_scales, product, *totals = carry
+        following, received = ring.after(slot), a_scales
+        for i, (row, column) in enumerate(places):
+            product = hopper_product.start(
+                a_slots.at[slot, pl.ds(row, ROWS)], b_slots.at[slot, pl.ds(column, config.columns)], product, add
+            )
+            if not (shared and i):
+                b_scale = scale(slot, i, found)
             last = i == config.products - 1
             if last and more:
                 received = receive(following)
             product = hopper_product.finish(product)
             if last:
                 plgpu.barrier_arrive(ring.empty.at[slot])
-            totals[i] = promote(totals[i], product, a_scale, b_scale)
+            totals[i], product = promote(totals[i], product, a_scales[i if shared else 0], b_scale)
         return following, received, product, *totals
 
     def turn(first, count, carry):
@@ -224,30 +242,41 @@ def multiply(
             carry = step(carry, found, more=True)
         return carry
 
-    carry = slot, receive(slot), zero_sum(config), *zero_sums(config)
+    carry = slot, receive(slot), zero_sum(config), *zero_sums(config).values()
     carry = over_steps(num_steps - 1, config.turn, turn, carry)
     (found,) = ahead(num_steps - 1, 1)
     _, _, _, *totals = step(carry, found, more=False)
-    return tuple(totals)
+    return {config.offset(i): total for i, total in enumerate(totals)}
 
 
 def multiply_blocks(
     config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, b_scales: Any, first_column: Array
-) -> tuple[Array, ...]:
+) -> dict[tuple[int, int], Array]:
     """Return `multiply` for B in blocks, whose scales are the ref `b_scales` [n / 128, k / 128]; the tile begins at `first_column`."""
     _, column = config.origin(wg)
 
     def block_scale(i, step):
-        block = lax.div(first_column + column + i * config.columns, jnp.int32(GROUP))
+        block = lax.div(first_column + column + config.offset(i)[1], jnp.int32(GROUP))
         return b_scales[jnp.minimum(block, b_scales.shape[0] - 1), step]  # a tile may end beyond the last block
 
     def ahead(first, count):
         return [[block_scale(i, first + j) for i in range(config.products)] for j in range(count)]
 
     def promote(total, product, a_scale, b_scale):
-        return total + product * lax.broadcast_in_dim(a_scale * b_scale, product.shape, [0])
+        return total + product * lax.broadcast_in_dim(a_scale * b_scale, product.shape, [0]), product
 
     return multiply(config, num_steps, ring, wg, slot, ahead=ahead, scale=lambda _, i, found: found[i], promote=promote)
+
+
+def skip(num_steps: int, ring: Ring, slot: Array) -> None:
+    """Let the steps of a tile pass: what a warpgroup does that has no rows in it."""
+
+    def step(_, slot):
+        plgpu.barrier_wait(ring.full.at[slot])
+        plgpu.barrier_arrive(ring.empty.at[slot])
+        return ring.after(slot)
+
+    lax.fori_loop(0, num_steps, step, slot)
 
 
 def zero_sum(config: TuningConfig) -> Array:
@@ -255,33 +284,41 @@ def zero_sum(config: TuningConfig) -> Array:
     return plgpu.layout_cast(jnp.zeros((ROWS, config.columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def zero_sums(config: TuningConfig) -> tuple[Array, ...]:
-    """Return the sums of a warpgroup before its first step."""
-    return tuple(zero_sum(config) for _ in range(config.products))
+def zero_sums(config: TuningConfig) -> dict[tuple[int, int], Array]:
+    """Return the sums of a warpgroup before its first step, as `multiply` returns them."""
+    return {config.offset(i): zero_sum(config) for i in range(config.products)}
 
 
-def store(totals: Sequence[Array], out_slots: Any, room: Any, send: Callable[[Any, int], None]) -> None:
-    """Send finished sums out through shared memory, piece by piece.
+def store(
+    totals: Mapping[tuple[int, int], Array], out_slots: Any, room: Any, send: Callable[[Any, int, int], None], batch: int = 1
+) -> None:
+    """Send the sums of a warpgroup out through shared memory, some pieces at a time.
 
     Args:
-        totals: FP32 [64, columns] each, side by side.
+        totals: by their first row and column within what the warpgroup computes, FP32 [64, columns].
         out_slots: ref [pieces, 64, width].
-        room: how many columns there are from the first one on; pieces that begin beyond are dropped.
-        send: ref [64, width], first column -> starts copies, uncommitted.
+        room: how many columns there are from the warpgroup's first one on; pieces that begin beyond are dropped.
+        send: ref [64, width], its first row and column -> starts copies, uncommitted.
+        batch: how many pieces are sent together.
     """
     pieces, _, width = out_slots.shape
-    cut = [total[:, left : left + width] for total in totals for left in range(0, total.shape[1], width)]
-    # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it spills.
-    cut = [lax.optimization_barrier(piece.astype(out_slots.dtype)) for piece in cut]
-    for number, piece in enumerate(cut):
+    cut = []
+    for (down, right), total in totals.items():
+        # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it spills.
+        rounded = [lax.optimization_barrier(total[:, x : x + width].astype(out_slots.dtype)) for x in range(0, total.shape[1], width)]
+        cut += [(down, right + j * width, piece) for j, piece in enumerate(rounded)]
+    for first in range(0, len(cut), batch):
+        together = cut[first : first + batch]
 
-        @pl.when(number * width < room)
-        def _(number=number, piece=piece):
-            ref = out_slots.at[number % pieces]
-            plgpu.wait_smem_to_gmem(pieces - 1 if number else 0, wait_read_only=True)
-            ref[...] = piece
+        @pl.when(together[0][1] < room)
+        def _(first=first, together=together):
+            plgpu.wait_smem_to_gmem(pieces // batch - 1 if first else 0, wait_read_only=True)
+            refs = [out_slots.at[(first + j) % pieces] for j in range(len(together))]
+            for ref, (*_, piece) in zip(refs, together, strict=True):
+                ref[...] = piece
             plgpu.commit_smem()
-            send(ref, number * width)
+            for ref, (down, right, _) in zip(refs, together, strict=True):
+                send(ref, down, right)
             plgpu.commit_smem_to_gmem_group()
 
 
@@ -311,7 +348,7 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch_types,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
 
 

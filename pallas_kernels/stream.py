@@ -11,7 +11,8 @@ block have in common is the kernel's choice (`Share`):
 
     "nothing"    each has tiles and slots of its own; nobody waits for anybody. Whatever works along rows
     "tiles"      they work on one tile, from slots of their own: each copies its rows, and all meet for the maxima of the columns
-    "slots"      they work on one tile in one slot, which each reads along rows and along columns: the last one to read gives it back
+    "slots"      they work on one tile in one slot, of which each reads a part along rows, or along rows and columns: the last one to read
+                 gives it back
 
 What lost: loads straight into registers (no shared memory, but masks for the edges of an odd m, and a register for each byte under way);
 and a warpgroup for the copies alone, as in a product: 128 threads that arithmetic can use here.
@@ -31,11 +32,10 @@ the target is 0.94. The reasons are what the design suggests; none is proven by 
     quantize_tiles_both         (4096, 7168)         3538         0.82    each element is read twice, and written two bytes at a time
     requantize_transposed       (4096, 7168)         3115         0.72    the detour through FP16: shared memory written and read once more
     swiglu_quantize_both        (8192, 2048)         3131         0.73    exp, a division, and each value in FP32 through shared memory
-    swiglu_quantize             (8192, 2048)         3130         0.73    exp, a division, and barriers that Pallas puts (`APPROXIMATE`)
+    swiglu_quantize             (8192, 2048)         3130         0.73    exp, a division, and barriers that Pallas put then
     swiglu_backward_quantize    (8192, 2048)         2956         0.69    both
     e5m6_pack                   (4096, 7168)         2907         0.67    rounding by integers, and stores of single bytes
-    rms_norm_quantize           (4096, 7168)         2236         0.52    a block of 3 warpgroups with one stage each: in a warpgroup, reads
-                                                                          and computes do not overlap
+    rms_norm_quantize           (4096, 7168)         2236         0.52    a form that is gone: see `producers.hopper_norm`
 """
 
 import dataclasses
@@ -57,11 +57,12 @@ LOAD_BYTES = 16  # that a lane reads at once
 TILE_ROWS, TILE_GROUPS = 4, 4  # of the smallest tile of `TILE`: a row per warp, 8 lanes per group
 TILE = plgpu.Layout.TILED(plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, GROUP), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1)
 
-# Quantisers divide exactly, and put `commit_smem` between a store to shared memory and a load of what other threads stored. Producers may
-# take the hardware's exp, rsqrt and division; Pallas puts barriers around each of their accesses, until a card has shown that they can do
-# without. They are lowered lane by lane, for otherwise Pallas chooses tiled layouts for their slots, which an odd m does not fit.
+# All put `commit_smem` between a store to shared memory and a load of what other threads of the warpgroup stored, and between a load and a
+# store over it, in place of the barriers that Pallas would put around each of their accesses. Quantisers divide exactly. Producers may take
+# the hardware's exp, rsqrt and division, and are lowered lane by lane, for otherwise Pallas chooses tiled layouts for their slots, which an
+# odd m does not fit.
 EXACT = plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=True)
-APPROXIMATE = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+APPROXIMATE = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Operation:
         precision: "fp8" or "bf16": which peak counts, and which XLA product stands first beside it.
         accumulates: whether the last operand is an accumulator that the result replaces.
         exact: keywords with which the reference is as exact as FP32.
+        hint: the keyword with which a caller tells about how large the shape's `rows` are, where sizes are known on the device only.
     """
 
     name: str
@@ -73,6 +74,12 @@ class Operation:
     precision: str = "fp8"
     accumulates: bool = False
     exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hint: str | None = None
+
+    def kernel(self, shape: Shape) -> Callable:
+        """Return `call` on a shape's operands by the Hopper kernel."""
+        hints = {self.hint: shape.rows} if self.hint else {}
+        return functools.partial(self.call, implementation="hopper", **hints)
 
     def make_operands(self, key: Array, shape: Shape) -> tuple:
         """Return the operands on the device."""
@@ -81,21 +88,21 @@ class Operation:
     def program(self, shape: Shape, operands: tuple) -> Program:
         """Return what is timed: the Hopper kernel, for an accumulating operation several times in place."""
         result = jax.eval_shape(functools.partial(self.call, implementation="reference"), *operands)
-        function = jax.jit(functools.partial(self.repeat, implementation="hopper"))
+        function = jax.jit(functools.partial(self.repeat, self.kernel(shape)))
         return Program(function, operands, work_of(shape, operands, result), CHAIN if self.accumulates else 1)
 
-    def repeat(self, *operands: Any, **how: Any) -> Any:
+    def repeat(self, call: Callable, *operands: Any) -> Any:
         """Call the operation once, or `CHAIN` times if it accumulates, each time into the result of the last."""
         if not self.accumulates:
-            return self.call(*operands, **how)
+            return call(*operands)
         *factors, total = operands
         for _ in range(CHAIN):
-            total = self.call(*factors, total, **how)
+            total = call(*factors, total)
         return total
 
     def error(self, operands: tuple, result: Any) -> float:
         """Return the relative L2 error of what the program made of `operands`, against the reference in FP32; 0 means equal."""
-        exact = jax.jit(functools.partial(self.repeat, implementation="reference", **self.exact))
+        exact = jax.jit(functools.partial(self.repeat, functools.partial(self.call, implementation="reference", **self.exact)))
         return relative_error(result, exact(*operands))
 
 
@@ -254,7 +261,7 @@ def operations(seed: int) -> list[Operation]:
         Operation("matmul_drawn", matmul.matmul, drawn, _dense, exact=fp32),
         Operation("matmul_accumulate", matmul.matmul_accumulate, DENSE_GRADIENTS, _dense_gradient, accumulates=True),
         Operation("grouped_matmul", grouped.grouped_matmul, GROUPED, _grouped, exact=fp32),
-        Operation("masked_matmul", grouped.masked_matmul, MASKED, _masked, exact=fp32),
+        Operation("masked_matmul", grouped.masked_matmul, MASKED, _masked, exact=fp32, hint="expected_rows"),
         Operation("grouped_matmul_accumulate", grouped.grouped_matmul_accumulate, GRADIENTS, _gradients, accumulates=True),
         Operation("grouped_matmul_bf16", grouped.grouped_matmul_bf16, dict.fromkeys(GROUPED), _grouped_bf16, "bf16", exact=fp32),
         Operation(

@@ -4,6 +4,8 @@ Group sizes are int32 arrays of the device, and no shape depends on them. Inside
 numbers, also checks them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,13 @@ def grouped_matmul(
 
 
 def masked_matmul(
-    a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto"
+    a: Quantized,
+    b: Quantized,
+    valid_rows: Array,
+    *,
+    expected_rows: int | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: str = "auto",
 ) -> Array:
     """Return a_e b_e^T for the first rows of each expert e: decoding, where an expert has room for r rows and receives few.
 
@@ -52,6 +60,7 @@ def masked_matmul(
         a: tile [E, r, k], scales [E, k / 128, pad4(r)].
         b: block [E, n, k].
         valid_rows: int32 [E], at most r each.
+        expected_rows: about how many valid rows an expert has, r unless given: a kernel chooses its tiles by it. Any number is right.
         out_dtype: BF16 or FP32.
         implementation: "auto", "reference", "hopper" or "tpu".
 
@@ -59,7 +68,8 @@ def masked_matmul(
         [E, r, n] of `out_dtype`. Rows from `valid_rows[e]` on are unspecified: a kernel does not write them.
 
     Raises:
-        ValueError: an operand's grouping, dtype or layout, two different k or E, more valid rows than r, or `out_dtype`.
+        ValueError: an operand's grouping, dtype or layout, two different k or E, more valid rows than r, `expected_rows` below 1, or
+            `out_dtype`.
         NotImplementedError: there is no such kernel here.
     """
     check_quantized("a", a, "tile", num_dims=3)
@@ -69,7 +79,13 @@ def masked_matmul(
         raise ValueError(f"a has shape {a.shape} and b {b.shape}: the first dims, the experts, must be equal")
     check_group_sizes("valid_rows", valid_rows, b.shape[0], a.shape[0] * a.shape[1], largest=a.shape[1])
     check_out_dtype(out_dtype)
-    faces = {"reference": reference.masked_matmul, "hopper": hopper.masked_matmul, "tpu": tpu.masked_matmul}
+    if expected_rows is not None and expected_rows < 1:
+        raise ValueError(f"expected_rows is {expected_rows}: give the valid rows of an average expert, at least 1, or None")
+    faces = {
+        "reference": reference.masked_matmul,
+        "hopper": functools.partial(hopper.masked_matmul, expected_rows=expected_rows),
+        "tpu": tpu.masked_matmul,
+    }
     return dispatch.choose("masked_matmul", implementation, faces)(a, b, valid_rows, out_dtype=out_dtype)
 
 

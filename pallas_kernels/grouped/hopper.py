@@ -7,7 +7,10 @@ another. Where groups are multiples of the tile, no work is wasted; else each gr
     grouped   visits come from `visits.make_visits`, a small XLA program on the group sizes. Rows of no group are visited too, without
               products: their zeros are stored, whatever A holds there.
     masked    expert e has the tiles 0 to ceil(valid / tile) of its own room; each block finds its visit by counting through the experts,
-              because decoding has no time for a second kernel.
+              because decoding has no time for a second kernel. Many rows take the tiles of `grouped`; a few, which wait for
+              weights only, small ones, so that the last round of tiles wastes little.
+
+A warpgroup none of whose rows are kept lets the steps pass without multiplying: 192 rows are a tile and a half.
 
 Rows are stored by the copy engine, which takes rectangles of fixed size: 64 rows at once, or powers of two that add up to fewer.
 """
@@ -26,7 +29,8 @@ from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
 from pallas_kernels.quantized import GROUP, Quantized
 
 GROUPED = hopper.TuningConfig()
-MASKED = hopper.TuningConfig(products=1, split="n", stages=5)  # tiles of 64 x 256: an expert that decodes has few rows
+MANY_ROWS = hopper.TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)  # 128 x 256; with more of either, it spills
+FEW_ROWS = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
 
 
 def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED) -> Array:
@@ -35,9 +39,12 @@ def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=
     return _run(config, a.values[None], a.scales[None], b, visits, schedule, out_dtype)[0]
 
 
-def masked_matmul(a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype=jnp.bfloat16, config=MASKED) -> Array:
+def masked_matmul(
+    a: Quantized, b: Quantized, valid_rows: Array, *, expected_rows: int | None = None, out_dtype=jnp.bfloat16, config=None
+) -> Array:
     """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k]; rows from `valid_rows[e]` on are not written."""
     num_experts = b.shape[0]
+    config = config or (MANY_ROWS if (expected_rows or a.shape[1]) > FEW_ROWS.tile_m else FEW_ROWS)
 
     def schedule(valid_ref):
         def num_tiles(expert):
@@ -100,12 +107,17 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
             first, row, group, start, end = visit
             down, right = config.origin(wg)
 
-            def send(ref, left):
-                hopper.store_rows(ref, out.at[first], row + down, start, end, pl.ds(column + right + left, ref.shape[1]))
+            def send(ref, i, j):
+                hopper.store_rows(ref, out.at[first], row + down + i, start, end, pl.ds(column + right + j, ref.shape[1]))
 
-            store = functools.partial(hopper.store, out_slots=out_slots.at[wg], room=padded - column - right, send=send)
+            store = functools.partial(hopper.store, out_slots=out_slots.at[wg], room=padded - column - right, send=send, batch=config.batch)
+            mine = (row + down < end) & (row + down + config.height > start)
 
-            @pl.when(group < num_groups)
+            @pl.when((group < num_groups) & ~mine)
+            def _():
+                hopper.skip(num_steps, ring, first_slot(used))
+
+            @pl.when((group < num_groups) & mine)
             def _():
                 store(hopper.multiply_blocks(config, num_steps, ring, wg, first_slot(used), b_scales.at[group], column))
 

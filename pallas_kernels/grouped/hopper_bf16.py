@@ -95,11 +95,11 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
         def compute(wg, visit, column, _):
             _, row, group, start, end = visit
 
-            def send(ref, left):
-                hopper.store_rows(ref, out, row + wg * hopper.ROWS, start, end, pl.ds(column + left, ref.shape[1]))
+            def send(ref, _, j):
+                hopper.store_rows(ref, out, row + wg * hopper.ROWS, start, end, pl.ds(column + j, ref.shape[1]))
 
             def store(total):
-                hopper.store([total], out_slots.at[wg], padded - column, send)
+                hopper.store({(0, 0): total}, out_slots.at[wg], padded - column, send)
 
             @pl.when(group < num_groups)
             def _():

@@ -90,11 +90,11 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
             return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
 
         def compute(wg, row, column, group, first, num_steps, slot):
-            def send(ref, left):
-                target = out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + left, ref.shape[1])]
+            def send(ref, _, j):
+                target = out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])]
                 plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=hopper_gradient.ON_THE_WAY_OUT)
 
-            hopper.store([multiply(wg, group, first, num_steps, slot)], out_slots.at[wg], padded - column, send)
+            hopper.store({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
 
         hopper.by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))
 

@@ -13,8 +13,8 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.quantized import GROUP, Quantized
 
 LARGE = hopper.TuningConfig()  # tiles of 128 x 256
-MEDIUM = hopper.TuningConfig(products=1, stages=5, pieces=2)  # 128 x 128
-SMALL = hopper.TuningConfig(columns=64, products=1, split="n", stages=8)  # 64 x 128
+MEDIUM = hopper.TuningConfig(products=1, stages=5, turn=4)  # 128 x 128
+SMALL = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
 RATE = {LARGE: 1.0, MEDIUM: 0.9, SMALL: 0.6}  # with all multiprocessors at work; from 1444, 1305 and, by shared memory, about 900 TFLOP/s
 
 
@@ -59,12 +59,12 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper
         def compute(wg, row, column, slot):
             down, right = config.origin(wg)
 
-            def send(ref, left):
-                target = out.at[pl.ds(row + down, hopper.ROWS), pl.ds(column + right + left, ref.shape[1])]
+            def send(ref, i, j):
+                target = out.at[pl.ds(row + down + i, hopper.ROWS), pl.ds(column + right + j, ref.shape[1])]
                 plgpu.copy_smem_to_gmem(ref, target, commit_group=False)
 
             totals = hopper.multiply_blocks(config, num_steps, ring, wg, slot, b_scales, column)
-            hopper.store(totals, out_slots.at[wg], padded - column - right, send)
+            hopper.store(totals, out_slots.at[wg], padded - column - right, send, config.batch)
 
         hopper.by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))
 

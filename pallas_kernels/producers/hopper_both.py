@@ -211,6 +211,7 @@ def _body(of: Pass, compute: Callable, scale: Scale) -> Callable:
                 to = Place(warpgroup, rows, i, half * of.groups + g)
                 _emit_rows(x, to, scale, of.m, out, staging)
                 put(exchange.rows.at[warpgroup], x)
+                plgpu.commit_smem()
                 _emit_columns(to, scale, out, staging, exchange, maxima)
 
             row_sums = compute([x.astype(jnp.float32) for x in inputs], factor, emit, turn)

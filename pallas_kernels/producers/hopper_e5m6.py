@@ -17,7 +17,7 @@ from pallas_kernels.producers import e5m6
 from pallas_kernels.quantized import GROUP, scales_shape
 from pallas_kernels.stream import APPROXIMATE, TILE_GROUPS, TILE_ROWS, TuningConfig, launch, ones_beyond, place, put, spread
 
-PACK = TuningConfig(rows=8, warpgroups=4, stages=3, out_slots=3)
+PACK = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
 HALF_TILE = plgpu.Layout.TILED(  # `stream.TILE` of half groups
     plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, e5m6.HALF), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
 )

@@ -21,9 +21,9 @@ from pallas_kernels.stream import TuningConfig, launch, lines, ones_beyond, plac
 
 __all__ = ["quantize_blocks", "quantize_rows", "quantize_tiles", "quantize_tiles_both", "requantize_transposed"]
 
-TILES = TuningConfig(blocks=4)
+TILES = TuningConfig(blocks=6)
 BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)
-GATHERED = TuningConfig(blocks=4)
+GATHERED = TuningConfig(blocks=3, stages=3)
 ROWS = GROUP // 2  # of a block that a warpgroup holds at a time
 SLAB = 8  # rows of a gathered tile, and groups along k: a slab is 8 x 8 groups
 SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane, the same in each warp

@@ -18,6 +18,8 @@ A tile is 128 x 128. With two warpgroups per block, each takes 64 of its rows fo
 columns stand whole in one warpgroup, so that the warpgroups share nothing but the ring.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -27,15 +29,16 @@ from pallas_kernels.hopper import SWIZZLE_ROWS, tiled
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
 from pallas_kernels.stream import TuningConfig, launch, lines, ones_beyond, place, quantize_registers, quantized_type, row_layout, spread
 
-BOTH = TuningConfig(blocks=2, warpgroups=2, stages=2, out_slots=1)
+BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
 REQUANTIZED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
 ROWS = GROUP // 2  # or columns, that a warpgroup holds at a time
 TRANSPOSED = plgpu.Layout.WGMMA  # registers as `ldmatrix` fills them
 
 
-def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig = BOTH) -> tuple[Quantized, Quantized]:
+def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = None) -> tuple[Quantized, Quantized]:
     """See `quantize.quantize_tiles_both`. An m that is no multiple of 8, the rows of a transposed tile, costs a copy of x."""
     m, k = x.shape
+    config = config or dataclasses.replace(BOTH, stages=BOTH.stages * 2 // x.dtype.itemsize)
     x = jnp.pad(x, ((0, -m % SWIZZLE_ROWS), (0, 0))) if m % SWIZZLE_ROWS else x
     tall, groups = pl.cdiv(m, GROUP), k // GROUP
     layout = row_layout(x.dtype)

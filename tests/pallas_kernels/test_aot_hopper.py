@@ -49,7 +49,7 @@ def test_the_assembler_has_registers_enough(name, h100, monkeypatch, capfd):
     for shape in list(operation.rows)[:2]:
         operands = jax.eval_shape(functools.partial(operation.operands, shape=shape), jax.random.key(0))
         operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100)), operands)
-        kernel = jax.jit(functools.partial(operation.call, implementation="hopper"))
+        kernel = jax.jit(operation.kernel(shape))
         kernel.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
         report = "".join(capfd.readouterr())
         spills = [int(size) for size in re.findall(r"(\d+) bytes spill stores", report)]

@@ -291,3 +291,8 @@ def test_experts_of_both_operands_are_equal():
     fewer = Quantized(abstract((3, 300, 256), E4M3), abstract((3, 2, 300), jnp.float32), "tile")
     with pytest.raises(ValueError, match=r"\(3, 300, 256\).*\(4, 150, 256\)"):
         grouped.masked_matmul(**right | {"a": fewer})
+
+
+def test_a_hint_of_no_rows_is_refused():
+    with pytest.raises(ValueError, match="expected_rows is 0"):
+        grouped.masked_matmul(**operands("masked_matmul"), expected_rows=0)

@@ -20,7 +20,7 @@ from pallas_kernels.grouped import hopper_bf16, hopper_bf16_gradient
 from pallas_kernels.hopper import TuningConfig
 from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import E4M3, Quantized
 
 # The scales of A are read by ordinary loads and overwritten by the copy engine. The detector wants a proxy fence between the two, as for
 # writes; a read that has returned needs none, the barrier orders it (PTX ISA, "async proxy"; CUTLASS has none there either).
@@ -82,6 +82,7 @@ def error(actual, expected):
         (133, 128, 128, TuningConfig()),  # a single step; rows that are no multiple of 8; half of a tile's columns
         (136, 520, 896, TuningConfig(stages=3)),  # two products per step; slots go on from tile to tile
         (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2)),  # half a block of columns per warpgroup
+        (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2)),  # a warpgroup's products below each other
     ],
 )
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
@@ -139,7 +140,7 @@ def test_masked_rooms(races, config):
         assert not count or error(actual[e, :count], expected[e, :count]) < BF16_ERROR
 
 
-@pytest.mark.parametrize("config", [TuningConfig(stages=2, turn=1), TuningConfig(products=1, stages=3, turn=2, pieces=2)])
+@pytest.mark.parametrize("config", [TuningConfig(split="n", stages=2, turn=1), TuningConfig(products=1, stages=3, turn=2, pieces=2)])
 def test_weight_gradients(races, monkeypatch, config):
     """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to zeros."""
     monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
@@ -184,6 +185,17 @@ def test_tiles_fit_the_machine(monkeypatch):
     assert hopper.default_config(128, 7168) == hopper.SMALL
     assert hopper.default_config(128, 24576) == hopper.default_config(4096, 7168) == hopper.LARGE
     assert hopper.default_config(2048, 1024) == hopper.MEDIUM
+
+
+@pytest.mark.parametrize(("expected_rows", "tile"), [(None, (128, 256)), (65, (128, 256)), (64, (64, 128)), (1, (64, 128))])
+def test_masked_tiles_fit_the_rows(expected_rows, tile):
+    """The caller's hint changes the tiles, and nothing else."""
+    a = jax.eval_shape(lambda: Quantized(jnp.zeros((2, 4096, 256), E4M3), jnp.zeros((2, 2, 4096), jnp.float32), "tile"))
+    operands = a, jax.eval_shape(lambda: blocks(2, 512, 256)), jax.ShapeDtypeStruct((2,), jnp.int32)
+    with mock.patch.object(grouped_hopper.hopper, "slots", wraps=grouped_hopper.hopper.slots) as slots:
+        lower(lambda *o: grouped.masked_matmul(*o, expected_rows=expected_rows, implementation="hopper"), *operands)
+    (config,) = slots.call_args.args
+    assert (config.tile_m, config.tile_n) == tile
 
 
 def test_products_lower_for_cuda(monkeypatch):
