@@ -1,4 +1,7 @@
-"""Print the tables of measurements in the README from the records in `experiments/results`: `python -m experiments.results_table`."""
+"""Make the tables of measurements from the records in `experiments/results`: `python -m experiments.results_table`.
+
+Prints those of the README; writes the long one of the kernels to `experiments/results/kernels.md`.
+"""
 
 import itertools
 import json
@@ -8,12 +11,35 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("device", "jax", "date", "commit", "command")
 HEAD = "| What | Measured | Yardstick in the same run | On | Date, commit |\n|---|---:|---|---|---|"
+SUMMARY_HEAD = "| Kernel | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---:|---|---:|---:|---:|"
+KERNELS = RESULTS / "kernels.md"
 KERNEL_HEAD = "| Kernel | Shape | Time | Rate | Beside it | x the first | of DeepGEMM | Error |\n|---|---|---:|---:|---|---:|---:|---:|"
 
 
 def table(folder: Path = RESULTS) -> str:
     """Return one Markdown row per record of a config, files and records in order."""
     return "\n".join([HEAD, *(_row(record) for record in _records(folder) if "config" in record)])
+
+
+def kernel_summary(folder: Path = RESULTS) -> str:
+    """Return one Markdown row per kernel and unit: from the lowest to the highest ratio over its shapes."""
+    kernels = [record for record in _records(folder) if "config" not in record]
+    rates = {}
+    for record in kernels:
+        if record["mode"] == "rate":
+            rates.setdefault((record["op"], *_shape_of(record)), record)  # the first yardstick is the one that counts
+    groups: dict[tuple, list[dict]] = {}
+    for rate in rates.values():
+        groups.setdefault((rate["op"], rate["yardstick"]["name"]), []).append(rate)
+    others = {(record["op"], *_shape_of(record), record["mode"]): record for record in kernels}
+    rows = []
+    for (op, yardstick), members in groups.items():
+        ratios = [rate["value"] / rate["yardstick"]["value"] for rate in members]
+        theirs = [others.get((op, *_shape_of(rate), "ratio to the yardstick")) for rate in members]
+        over = [ratio / record["yardstick"]["value"] for ratio, record in zip(ratios, theirs, strict=True) if record]
+        error = max(others[(op, *_shape_of(rate), "relative L2 error")]["value"] for rate in members)
+        rows.append(f"| `{op}` | {len(members)} | {yardstick} | {_range(ratios)} | {_range(over)} | {error:.1e} |")
+    return "\n".join([SUMMARY_HEAD, *rows])
 
 
 def kernel_tables(folder: Path = RESULTS) -> str:
@@ -62,6 +88,15 @@ def _kernel_row(records: list[dict]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _shape_of(record: dict) -> tuple:
+    return tuple(record["shape"].items())
+
+
+def _range(values: list[float]) -> str:
+    texts = sorted({f"{value:.2f}" for value in values}, key=float)
+    return " to ".join(dict.fromkeys([texts[0], texts[-1]])) if texts else ""
+
+
 def _shape(shape: dict) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shape.items())
 
@@ -71,4 +106,5 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), kernel_tables(), sep="\n\n")
+    KERNELS.write_text(kernel_tables() + "\n")
+    print(table(), kernel_summary(), sep="\n\n")

@@ -26,12 +26,12 @@ from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import records
 from pallas_kernels.shapes import DeepGemm, Shape
-from pallas_kernels.workloads import Operation, Program, operations
+from pallas_kernels.workloads import LAUNCHES, Operation, Program, operations
 from pallas_kernels.yardsticks import yardsticks
 
 PEAK = {"fp8": 1979e12, "bf16": 989.5e12}  # FLOP/s, dense, of H100 and H200 SXM (NVIDIA's data sheets)
 ONE = {"TFLOP/s": 1e12, "GB/s": 1e9}
-ROUNDS, LAUNCHES = 5, 5
+ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Row:
     shape: Shape
     figure: DeepGemm | None
     microseconds: float
-    kernels: float
+    kernels: int
     rate: float
     error: float
     first: float
@@ -139,15 +139,15 @@ def measure_operation(operation: Operation) -> Iterable[Row]:
         yield Row(operation.name, operation.precision, shape, figure, microseconds, kernels[operation.name], rate, error, first, rates)
 
 
-def measure(programs: Mapping[str, Program]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the median seconds on the GPU of one repetition of each program, and the kernels it launches, taking turns."""
+def measure(programs: Mapping[str, Program]) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the median seconds on the GPU of one call of each program, and the kernels it launches, taking turns."""
     milliseconds: dict[str, list[float]] = {name: [] for name in programs}
     kernels = {}
     for _ in range(ROUNDS):
         for name, program in programs.items():
             _, launches = profiler.measure(program.function, aggregate=False, iterations=LAUNCHES)(*program.operands)
-            milliseconds[name] += [sum(time for _, time in launch) / program.repetitions for launch in launches]
-            kernels[name] = len(launches[0]) / program.repetitions
+            milliseconds[name] += [sum(time for _, time in launch) for launch in launches]
+            kernels[name] = len(launches[0])
     return {name: 1e-3 * statistics.median(times) for name, times in milliseconds.items()}, kernels
 
 
@@ -181,7 +181,7 @@ def format_row(row: Row) -> str:
     deepgemm = f"{row.over_deepgemm:.3f}" if row.over_deepgemm else ""
     beside = ", ".join(f"{name} {rate:,.0f}" for name, rate in row.beside.items())
     return (
-        f"{shape:{SHAPE_WIDTH}}{row.microseconds:9.1f} {row.kernels:7.3g} {row.rate:6,.0f} {row.shape.unit:7} {row.share:8.1%}"
+        f"{shape:{SHAPE_WIDTH}}{row.microseconds:9.1f} {row.kernels:7d} {row.rate:6,.0f} {row.shape.unit:7} {row.share:8.1%}"
         f" {row.error:8.1e} {row.first:6.1f} {row.ratio:6.3f} {deepgemm:>10}   {beside}"
     )
 

@@ -3,6 +3,7 @@
 Operands are what `quantize_*` emits from normal data: speed depends on the bits (products of zeros draw less power, so clocks stay high).
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -38,18 +39,40 @@ from pallas_kernels.shapes import (
     draw_dense,
 )
 
-CHAIN = 4  # accumulations of one timed program: XLA may copy the accumulator, which is not donated, once
+LAUNCHES = 5  # that the profiler times one after the other
 NORM_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Something to time: a jitted function with its operands, and how often it does its work."""
+    """Something to time: a jitted function with its operands, and the FLOPs or bytes of one call."""
 
     function: Callable
     operands: tuple
-    work: int  # FLOPs or bytes of one repetition
-    repetitions: int = 1
+    work: int
+
+
+class InPlace:
+    """A function that adds to its last operand, jitted so that the last of its results takes that operand's place.
+
+    The caller may repeat the operands: after the first call they give way to the results of earlier calls. There are as many accumulators
+    as results that the profiler holds on to, and one more: a result that is given away is gone. To the profiler this is a jitted function
+    (`jax.stages.Wrapped`).
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self._jitted = jax.jit(lambda total, *factors: function(*factors, total), donate_argnums=0)
+        self._totals: collections.deque[Array] = collections.deque()
+        self.trace, self.lower, self.eval_shape = self._jitted.trace, self._jitted.lower, self._jitted.eval_shape
+
+    def __call__(self, *operands: Any) -> Any:
+        """Return the function's result, for the operands but the last."""
+        *factors, total = operands
+        if not self._totals:
+            self._totals.extend(total.copy() for _ in range(LAUNCHES + 1))
+        result = self._jitted(self._totals.popleft(), *factors)
+        self._totals.append(jax.tree.leaves(result)[-1])
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +85,7 @@ class Operation:
         rows: its shapes, with DeepGEMM's figures where there are any.
         operands: makes them from a key and a shape.
         precision: "fp8" or "bf16": which peak counts, and which XLA product stands first beside it.
-        accumulates: whether the last operand is an accumulator that the result replaces.
+        accumulates: whether the last operand is an accumulator that the last result replaces.
         exact: keywords with which the reference is as exact as FP32.
         hint: the keyword with which a caller tells about how large the shape's `rows` are, where sizes are known on the device only.
     """
@@ -86,23 +109,14 @@ class Operation:
         return jax.jit(lambda key: self.operands(key, shape))(key)
 
     def program(self, shape: Shape, operands: tuple) -> Program:
-        """Return what is timed: the Hopper kernel, for an accumulating operation several times in place."""
+        """Return what is timed: the Hopper kernel, for an accumulating operation in place."""
         result = jax.eval_shape(functools.partial(self.call, implementation="reference"), *operands)
-        function = jax.jit(functools.partial(self.repeat, self.kernel(shape)))
-        return Program(function, operands, work_of(shape, operands, result), CHAIN if self.accumulates else 1)
-
-    def repeat(self, call: Callable, *operands: Any) -> Any:
-        """Call the operation once, or `CHAIN` times if it accumulates, each time into the result of the last."""
-        if not self.accumulates:
-            return call(*operands)
-        *factors, total = operands
-        for _ in range(CHAIN):
-            total = call(*factors, total)
-        return total
+        function = (InPlace if self.accumulates else jax.jit)(self.kernel(shape))
+        return Program(function, operands, work_of(shape, operands, result))
 
     def error(self, operands: tuple, result: Any) -> float:
-        """Return the relative L2 error of what the program made of `operands`, against the reference in FP32; 0 means equal."""
-        exact = jax.jit(functools.partial(self.repeat, functools.partial(self.call, implementation="reference", **self.exact)))
+        """Return the relative L2 error of what the program first made of `operands`, against the reference in FP32; 0 means equal."""
+        exact = jax.jit(functools.partial(self.call, implementation="reference", **self.exact))
         return relative_error(result, exact(*operands))
 
 
@@ -272,8 +286,8 @@ def operations(seed: int) -> list[Operation]:
             "bf16",
             accumulates=True,
         ),
-        Operation("linear", linear, LINEAR, _linear),
-        Operation("linear_with_weights", linear_with_weights, LINEAR, _linear_bf16),
+        Operation("linear", linear, LINEAR, _linear, accumulates=True),
+        Operation("linear_with_weights", linear_with_weights, LINEAR, _linear_bf16, accumulates=True),
         Operation("quantize_tiles", quantize.quantize_tiles, MODEL_ROWS, _rows),
         Operation("quantize_tiles_both", quantize.quantize_tiles_both, MODEL_ROWS, _rows),
         Operation("quantize_rows", quantize.quantize_rows, MODEL_ROWS, _permutation),

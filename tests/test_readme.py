@@ -66,7 +66,8 @@ def test_the_tree_names_every_module():
 
 def test_measurements_are_those_of_the_records():
     assert results_table.table() in README
-    assert results_table.kernel_tables() in README
+    assert results_table.kernel_summary() in README
+    assert results_table.KERNELS.read_text() == results_table.kernel_tables() + "\n"
 
 
 BYTES_PER_PARAMETER = 4 + 2 + 2 + 4  # FP32 weight, two BF16 moments, FP32 gradient

@@ -42,17 +42,33 @@ def h100():
     return topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0]
 
 
+def operands_on(device, operation, shape):
+    """Return the shapes of a benchmark's operands, placed on `device`."""
+    operands = jax.eval_shape(functools.partial(operation.operands, shape=shape), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), operands)
+
+
+def compile_for_cuda(jitted, *operands):
+    return jitted.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_assembler_has_registers_enough(name, h100, monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     operation = OPERATIONS[name]
     for shape in list(operation.rows)[:2]:
-        operands = jax.eval_shape(functools.partial(operation.operands, shape=shape), jax.random.key(0))
-        operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100)), operands)
-        kernel = jax.jit(operation.kernel(shape))
-        kernel.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+        compile_for_cuda(jax.jit(operation.kernel(shape)), *operands_on(h100, operation, shape))
         report = "".join(capfd.readouterr())
         spills = [int(size) for size in re.findall(r"(\d+) bytes spill stores", report)]
         assert spills, report
         assert max(spills) <= SPILLS.get(name, 0), (shape, report)
         assert "are serialized" not in report, (shape, report)
+
+
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.accumulates])
+def test_a_donated_accumulator_is_not_copied(name, h100):
+    operation = OPERATIONS[name]
+    shape = next(iter(operation.rows))
+    *factors, total = operands_on(h100, operation, shape)
+    assert " copy(" not in compile_for_cuda(workloads.InPlace(operation.kernel(shape)), total, *factors).as_text()
+    assert " copy(" in compile_for_cuda(jax.jit(operation.kernel(shape)), *factors, total).as_text()
