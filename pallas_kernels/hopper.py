@@ -27,7 +27,7 @@ What lost (TFLOP/s, the same shape; this form gives 1440; experiments/log.md has
     tiles of 128 x 128            1305; the assembler may begin products early, there are registers for it; copies are the bound
     A in registers                read once for both products: 1336; the reads stand between a product and the next
     clusters of two blocks        B or A copied once for both: 1403 to 1425
-    warpgroups take turns         a barrier around the start of each product: 542 to 1079
+    warpgroups take turns         named barriers, from the start of the other's product 1425, from its third quarter 1382, from its end 1244
     a ring that starts at slot 0  in every tile: five slots of 128 x 128 give 1176, 1305 where the ring goes on
 
 Slots are numbers at run time: the ring goes on from tile to tile, whatever the number of steps. Addresses cost little as long as they are

@@ -23,19 +23,21 @@ A row in registers: eight lanes hold the 128 elements of a group, so that its la
     `TILE`          4 elements of each 32, neighbouring lanes at neighbouring words of plain shared memory whatever the type: for tiles of
                     several groups, where one-byte and four-byte elements meet
 
-Measured on an H200 (jax 0.11.2, 2026-11-24, when each family still had a stream of its own), as a share of the copy bandwidth of 4312 GB/s;
-the target is 0.94. The reasons are what the design suggests; none is proven by a run without it.
+Measured on an H100, as a share of its copy bandwidth of 3030 GB/s (experiments/results/kernels.md has each shape; an H200 copies 4310 GB/s
+with the same multiprocessors, so that arithmetic shows more there). The target is 0.94. The reasons are what the design suggests; none is
+proven by a run without it.
 
-    quantize_blocks             (7168, 4096) FP32    4060 GB/s    0.94
-    quantize_tiles              (4096, 7168)         3852         0.89    a run of 23 us, of which the grid's start and end are part
-    quantize_rows               (4096, 7168)         3564         0.83    copies of 2 KB, each behind a load of its row's index
-    quantize_tiles_both         (4096, 7168)         3538         0.82    each element is read twice, and written two bytes at a time
-    requantize_transposed       (4096, 7168)         3115         0.72    the detour through FP16: shared memory written and read once more
-    swiglu_quantize_both        (8192, 2048)         3131         0.73    exp, a division, and each value in FP32 through shared memory
-    swiglu_quantize             (8192, 2048)         3130         0.73    exp, a division, and barriers that Pallas put then
-    swiglu_backward_quantize    (8192, 2048)         2956         0.69    both
-    e5m6_pack                   (4096, 7168)         2907         0.67    rounding by integers, and stores of single bytes
-    rms_norm_quantize           (4096, 7168)         2236         0.52    a form that is gone: see `producers.hopper_norm`
+    quantize_blocks             0.98 to 0.99
+    swiglu_quantize             0.97 to 0.99
+    quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, of which the grid's start and end are part
+    swiglu_quantize_both        0.88 to 0.95    exp, a division, and each value in FP32 through shared memory
+    swiglu_backward_quantize    0.89 to 0.90    the same twice
+    quantize_rows               0.86 to 0.87    copies of 2 KB, each behind a load of its row's index
+    quantize_tiles_both         0.85 to 0.88    each element is read twice, and written two bytes at a time
+    e5m6_unpack                 0.87
+    rms_norm_quantize           0.81 to 0.89    a barrier of all warpgroups in each tile; narrow loads (`producers.hopper_norm`)
+    e5m6_pack                   0.82 to 0.83    rounding by integers, and stores of single bytes
+    requantize_transposed       0.79 to 0.80    the detour through FP16: shared memory written and read once more
 """
 
 import dataclasses

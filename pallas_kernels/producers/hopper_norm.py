@@ -22,9 +22,9 @@ TILE's loads and stores of fewer than 16 bytes a lane meet in banks of shared me
 
 What lost. A tile for each warpgroup, with one slot each: in a warpgroup, reads and computes did not overlap, and 1024 tiles over 396
 warpgroups were three rounds of 2.6 (0.675 for 4096 x 7168). Four or five warpgroups (0.79), a third slot in the gain's place (0.72 and
-0.89), two results on their way out (0.82). Pieces held as BF16, half the registers:
-the compiler keeps the numbers that the first pass widened (without room for those, k = 16384 spills); `lax.optimization_barrier`, which
-would hide them from it, changes the order of BF16 values in jax 0.11.2 where a thread holds four neighbours (read in its source, not run).
+0.89), two results on their way out (0.82). Pieces held as BF16, half the registers: the compiler keeps the numbers that the first pass
+widened (without room for those, k = 16384 spills); `lax.optimization_barrier`, which would hide them from it, changes the order of BF16
+values in jax 0.11.2 where a thread holds four neighbours (read in its source, not run).
 """
 
 import dataclasses
