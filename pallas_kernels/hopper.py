@@ -312,7 +312,8 @@ def store(
 
         @pl.when(together[0][1] < room)
         def _(first=first, together=together):
-            plgpu.wait_smem_to_gmem(pieces // batch - 1 if first else 0, wait_read_only=True)
+            # A total's first pieces wait for all: how many of the one before were dropped, only the run knows.
+            plgpu.wait_smem_to_gmem(pieces // batch - 1 if first % len(rounded) else 0, wait_read_only=True)
             refs = [out_slots.at[(first + j) % pieces] for j in range(len(together))]
             for ref, (*_, piece) in zip(refs, together, strict=True):
                 ref[...] = piece

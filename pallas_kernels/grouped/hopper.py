@@ -29,6 +29,7 @@ from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
 from pallas_kernels.quantized import GROUP, Quantized
 
 GROUPED = hopper.TuningConfig()
+EXPERTS_AT_ONCE = 16  # whose numbers of rows are read together
 MANY_ROWS = hopper.TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)  # 128 x 256; with more of either, it spills
 FEW_ROWS = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
 
@@ -51,16 +52,21 @@ def masked_matmul(
             return lax.div(valid_ref[expert] + (config.tile_m - 1), jnp.int32(config.tile_m))
 
         def find(visit):
-            def look(expert, found):
+            def look(first, count, found):
                 before, chosen, tile = found
-                after = before + num_tiles(expert)
-                here = (before <= visit) & (visit < after)
-                return after, jnp.where(here, expert, chosen), jnp.where(here, visit - before, tile)
+                for i, tiles in enumerate([num_tiles(first + i) for i in range(count)]):
+                    here = (before <= visit) & (visit < before + tiles)
+                    chosen, tile = jnp.where(here, first + i, chosen), jnp.where(here, visit - before, tile)
+                    before += tiles
+                return before, chosen, tile
 
-            _, expert, tile = lax.fori_loop(0, num_experts, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+            _, expert, tile = hopper.over_steps(num_experts, EXPERTS_AT_ONCE, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
             return expert, tile * config.tile_m, expert, jnp.int32(0), valid_ref[expert]
 
-        return lax.fori_loop(0, num_experts, lambda e, total: total + num_tiles(e), jnp.int32(0)), find
+        def add(first, count, total):
+            return total + sum(num_tiles(first + i) for i in range(count))
+
+        return hopper.over_steps(num_experts, EXPERTS_AT_ONCE, add, jnp.int32(0)), find
 
     return _run(config, a.values, a.scales, b, (valid_rows,), schedule, out_dtype)
 
