@@ -5,13 +5,14 @@ Prints those of the README; writes the long one of the kernels to `experiments/r
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("device", "jax", "date", "commit", "command")
 HEAD = "| What | Measured | Yardstick in the same run | On | Date, commit |\n|---|---:|---|---|---|"
-SUMMARY_HEAD = "| Kernel | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---:|---|---:|---:|---:|"
+SUMMARY_HEAD = "| Kernel | On | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---|---:|---|---:|---:|---:|"
 KERNELS = RESULTS / "kernels.md"
 KERNEL_HEAD = "| Kernel | Shape | Time | Rate | Beside it | x the first | of DeepGEMM | Error |\n|---|---|---:|---:|---|---:|---:|---:|"
 
@@ -22,23 +23,16 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def kernel_summary(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per kernel and unit: from the lowest to the highest ratio over its shapes."""
-    kernels = [record for record in _records(folder) if "config" not in record]
-    rates = {}
-    for record in kernels:
-        if record["mode"] == "rate":
-            rates.setdefault((record["op"], *_shape_of(record)), record)  # the first yardstick is the one that counts
-    groups: dict[tuple, list[dict]] = {}
-    for rate in rates.values():
-        groups.setdefault((rate["op"], rate["yardstick"]["name"]), []).append(rate)
-    others = {(record["op"], *_shape_of(record), record["mode"]): record for record in kernels}
+    """Return one Markdown row per kernel, yardstick and card: from the lowest to the highest ratio over its shapes."""
+    members: dict[tuple, list[Measured]] = {}
+    for group in _by_shape(record for record in _records(folder) if "config" not in record):
+        measured = _measured(group)
+        members.setdefault((measured.rate["op"], measured.rate["yardstick"]["name"], measured.rate["device"]), []).append(measured)
     rows = []
-    for (op, yardstick), members in groups.items():
-        ratios = [rate["value"] / rate["yardstick"]["value"] for rate in members]
-        theirs = [others.get((op, *_shape_of(rate), "ratio to the yardstick")) for rate in members]
-        over = [ratio / record["yardstick"]["value"] for ratio, record in zip(ratios, theirs, strict=True) if record]
-        error = max(others[(op, *_shape_of(rate), "relative L2 error")]["value"] for rate in members)
-        rows.append(f"| `{op}` | {len(members)} | {yardstick} | {_range(ratios)} | {_range(over)} | {error:.1e} |")
+    for (op, yardstick, device), rates in members.items():
+        over = [measured.over_deepgemm for measured in rates if measured.over_deepgemm]
+        cells = f"`{op}`", device, f"{len(rates)}", yardstick, _range([measured.ratio for measured in rates]), _range(over)
+        rows.append(f"| {' | '.join(cells)} | {max(measured.error for measured in rates):.1e} |")
     return "\n".join([SUMMARY_HEAD, *rows])
 
 
@@ -50,9 +44,8 @@ def kernel_tables(folder: Path = RESULTS) -> str:
 
 
 def _kernel_table(run: dict, records: list[dict]) -> str:
-    groups = itertools.groupby(records, key=lambda record: (record["op"], record["shape"]))
     caption = f"{run['device']}, jax {run['jax']}, {run['date']}, {run['commit']}: `{run['command']}`"
-    return "\n".join([caption, "", KERNEL_HEAD, *(_kernel_row(list(group)) for _, group in groups)])
+    return "\n".join([caption, "", KERNEL_HEAD, *map(_kernel_row, _by_shape(records))])
 
 
 def _records(folder: Path) -> Iterator[dict]:
@@ -68,33 +61,50 @@ def _row(record: dict) -> str:
     return f"| {what} | {_number(record['value'])} {record['unit']} | {beside} | {where} | {record['date']}, {record['commit']} |"
 
 
-def _kernel_row(records: list[dict]) -> str:
-    """`records` are of one kernel on one shape, told apart by their mode; "rate" has one for each yardstick."""
-    rates = [record for record in records if record["mode"] == "rate"]
-    rate, modes = rates[0], {record["mode"]: record for record in records}
-    beside = ", ".join(f"{record['yardstick']['name']} {_number(record['yardstick']['value'])}" for record in rates)
+class Measured(NamedTuple):
+    """What was found of one kernel on one shape."""
+
+    rate: dict  # the record whose yardstick counts
+    beside: list[dict]  # one record per yardstick
+    microseconds: float
+    ratio: float  # to the yardstick that counts
+    over_deepgemm: float | None
+    error: float
+
+
+def _by_shape(records: Iterable[dict]) -> Iterator[list[dict]]:
+    """Yield the records of each kernel on each shape: they follow each other, told apart by their mode."""
+    for _, group in itertools.groupby(records, key=lambda record: (record["op"], record["shape"])):
+        yield list(group)
+
+
+def _measured(records: list[dict]) -> Measured:
+    beside, modes = [record for record in records if record["mode"] == "rate"], {record["mode"]: record for record in records}
+    rate, deepgemm = beside[0], modes.get("ratio to the yardstick")
     ratio = rate["value"] / rate["yardstick"]["value"]
-    deepgemm = modes.get("ratio to the yardstick")
+    over = ratio / deepgemm["yardstick"]["value"] if deepgemm else None
+    return Measured(rate, beside, modes["median"]["value"], ratio, over, modes["relative L2 error"]["value"])
+
+
+def _kernel_row(records: list[dict]) -> str:
+    measured = _measured(records)
+    rate = measured.rate
     cells = [
         f"`{rate['op']}`",
         _shape(rate["shape"]),
-        f"{_number(modes['median']['value'])} us",
+        f"{_number(measured.microseconds)} us",
         f"{_number(rate['value'])} {rate['unit']}",
-        beside,
-        f"{ratio:.2f}",
-        f"{ratio / deepgemm['yardstick']['value']:.2f}" if deepgemm else "",
-        f"{modes['relative L2 error']['value']:.1e}",
+        ", ".join(f"{record['yardstick']['name']} {_number(record['yardstick']['value'])}" for record in measured.beside),
+        f"{measured.ratio:.2f}",
+        f"{measured.over_deepgemm:.2f}" if measured.over_deepgemm else "",
+        f"{measured.error:.1e}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _shape_of(record: dict) -> tuple:
-    return tuple(record["shape"].items())
-
-
 def _range(values: list[float]) -> str:
-    texts = sorted({f"{value:.2f}" for value in values}, key=float)
-    return " to ".join(dict.fromkeys([texts[0], texts[-1]])) if texts else ""
+    ends = (f"{end:.2f}" for end in (min(values), max(values))) if values else ()
+    return " to ".join(dict.fromkeys(ends))  # once, if they are equal
 
 
 def _shape(shape: dict) -> str:

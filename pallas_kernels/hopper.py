@@ -209,14 +209,14 @@ def multiply(
     a_slots, b_slots, a_scale_slots, *_ = ring.operands
     row, column = config.origin(wg)
     places = [(row + down, column + right) for down, right in map(config.offset, range(config.products))]
-    shared = config.split == "n"  # the scales of B, by all products
+    below = config.split == "n"  # products lie below each other: they share the scales of B; side by side, those of A
     add = hopper_product.never(wg)
 
     def receive(slot):
         plgpu.barrier_wait(ring.full.at[slot])
         return [
             plgpu.load(a_scale_slots.at[slot, pl.ds(row, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            for row, _ in (places if shared else places[:1])
+            for row, _ in (places if below else places[:1])
         ]
 
     def step(carry, found, more):
@@ -226,7 +226,7 @@ def multiply(
             product = hopper_product.start(
                 a_slots.at[slot, pl.ds(row, ROWS)], b_slots.at[slot, pl.ds(column, config.columns)], product, add
             )
-            if not (shared and i):
+            if not (below and i):
                 b_scale = scale(slot, i, found)
             last = i == config.products - 1
             if last and more:
@@ -234,7 +234,7 @@ def multiply(
             product = hopper_product.finish(product)
             if last:
                 plgpu.barrier_arrive(ring.empty.at[slot])
-            totals[i], product = promote(totals[i], product, a_scales[i if shared else 0], b_scale)
+            totals[i], product = promote(totals[i], product, a_scales[i if below else 0], b_scale)
         return following, received, product, *totals
 
     def turn(first, count, carry):

@@ -30,7 +30,7 @@ from pallas_kernels.quantized import GROUP, Quantized
 
 GROUPED = hopper.TuningConfig()
 EXPERTS_AT_ONCE = 16  # whose numbers of rows are read together
-MANY_ROWS = hopper.TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)  # 128 x 256; with more of either, it spills
+MANY_ROWS = hopper.TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)  # 128 x 256; more steps unrolled, or pieces sent together, spill
 FEW_ROWS = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
 
 

@@ -11,17 +11,17 @@ What differs from the other products (`pallas_kernels/hopper.py`):
 
 The result is exact in the sense that matters: one rounding of C + the sum, as if C had been read, and the same on every run.
 
-Where the time goes, on an H100 with 4 groups, 28,416 rows, (4096, 7168), in us; XLA's dense rate would be 1073:
+Where the time goes, on an H100 with 4 groups, 28,416 rows, (4096, 7168), in us; at XLA's dense rate it would be 1073. Left out one after
+the other, of a form whose products lie side by side:
 
-    this form                                    1669 to 1691
-    one piece of eight stored                    1608    the way out; reading C ahead into the L2 cache makes it worse (1757)
-    ... the scales of columns in one register    1497    before products shared them; then 1646 with the line above
-    ... one operation per element                1226    what the second one costs, the most: it takes as many cycles of a scheduler as it
-                                                         has elements, while the accumulators of the other warpgroup's product go through
-                                                         the same registers' ports
+    all                                     1796
+    seven of eight pieces are not stored    1646
+    ... nor are scales of columns read      1497
+    ... nor multiplied with                 1226    the second operation costs most; why more than its cycles is not known
+    this form                               1669 to 1691, and 1608 if seven pieces are not stored
 
-What lost: products side by side 1765 to 1834; one product of 64 x 128 and five slots 1880; three slots and four pieces 1687; warpgroups
-that take turns, from the start of a product (1692), from its third quarter (1678), or from its end (1784).
+What lost: products side by side 1765 to 1834; one product of 64 x 128 and five slots 1880; three slots and four pieces 1687; C read ahead
+into the L2 cache 1757; warpgroups that take turns, from the start of a product 1692, from its third quarter 1678, from its end 1784.
 """
 
 import functools

@@ -83,6 +83,7 @@ def error(actual, expected):
         (136, 520, 896, TuningConfig(stages=3)),  # two products per step; slots go on from tile to tile
         (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2)),  # half a block of columns per warpgroup
         (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2)),  # a warpgroup's products below each other
+        (200, 160, 128, TuningConfig(split="n", stages=2, pieces=2, batch=1)),  # ... of which most pieces lie beyond the last column
     ],
 )
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
