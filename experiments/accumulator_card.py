@@ -1,6 +1,6 @@
 """Find out how a Hopper card adds FP8 products: `python -m experiments.accumulator_card`.
 
-Multiplies the same FP8 values (every scale is 1) by three programs of the card, and by the emulator (`pallas_kernels/accumulator.py`) with
+Multiplies the same FP8 values (every scale is 1) by four programs of the card, and by the emulator (`pallas_kernels/accumulator.py`) with
 several parameters. Prints the relative L2 error of each against the exact product, and how far each program is from each emulated one: the
 parameters at distance 0 are the card's. Needs an NVIDIA GPU of the Hopper generation; takes two minutes, most of them emulating.
 """
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from absl import app, flags
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import matmul, records
+from pallas_kernels import hopper, matmul, records
 from pallas_kernels.accumulator import ROUNDINGS, Accumulator, multiply
 from pallas_kernels.quantized import GROUP, LARGEST, Quantized, scales_shape
 
@@ -96,6 +98,34 @@ def _promoted(a: np.ndarray, b: np.ndarray) -> jax.Array:
     return product(_unit_scales(a, "tile"), _unit_scales(b, "block"))
 
 
+@jax.jit
+def unpromoted(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return FP32 a b^T of E4M3 [128, k], one tile, whose sum stays in the tensor cores from the first product to the last."""
+
+    def kernel(a_ref, b_ref, out, a_slot, b_slot, out_slot, barrier):
+        def accumulate(sums):
+            @pl.loop(0, a.shape[1] // GROUP)
+            def _(step):
+                depth = pl.ds(step * GROUP, GROUP)
+                for ref, slot in ((a_ref, a_slot), (b_ref, b_slot)):
+                    plgpu.copy_gmem_to_smem(ref.at[:, depth], slot, barrier)
+                plgpu.barrier_wait(barrier)
+                plgpu.wgmma(sums, a_slot, b_slot.transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+
+            return sums[...]
+
+        out_slot[...] = pl.run_scoped(accumulate, plgpu.ACC((SIZE, SIZE), jnp.float32))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_slot, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    operand = hopper.tiled((SIZE, GROUP), hopper.E4M3)
+    result = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+    scratch = [operand, operand, plgpu.SMEM(result.shape, result.dtype), plgpu.Barrier(num_arrivals=2)]
+    return plgpu.kernel(kernel, out_type=result, scratch_types=scratch)(a, b)
+
+
 def _xla(precision: jax.lax.Precision) -> Callable:
     """XLA hands the precision to cuBLASLt as its choice between fast accumulation and promotion of its own."""
     return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32))
@@ -105,6 +135,7 @@ PROGRAMS = {
     "XLA, default precision": _xla(jax.lax.Precision.DEFAULT),
     "XLA, highest precision": _xla(jax.lax.Precision.HIGHEST),
     "matmul, promoted every 128": _promoted,
+    "the same products, never promoted": unpromoted,
 }
 
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from experiments import accumulator_card
 from pallas_kernels.accumulator import ROUNDINGS, STEP, Accumulator, block_scaled_multiply, multiply
 from pallas_kernels.quantized import GROUP, LARGEST, Quantized, dequantize, encode, scale_of
 
@@ -198,3 +199,10 @@ def test_operands_are_checked():
     q = jax.tree.map(np.asarray, tiles(draw("normal", (4, 256)), "fp32"))
     with pytest.raises(ValueError, match="must divide 128"):
         block_scaled_multiply(q, q, Accumulator(promotion_interval=256))
+
+
+def test_the_product_that_a_card_never_promotes(on_hopper):
+    a, b = accumulator_card.draw("standard_normal", 384)
+    exact = a.astype(np.float64) @ b.astype(np.float64).T
+    product = on_hopper(accumulator_card.unpromoted, a, b)  # the interpreter adds in FP32
+    assert accumulator_card.relative(np.asarray(product), exact) < 1e-4
