@@ -146,8 +146,8 @@ class Ring:
 def slots(config: TuningConfig) -> list:
     """Return the shared memory of the ring: slots of A, B and the scales of A."""
     return [
-        tiled((config.stages, config.tile_m, GROUP), E4M3),
-        tiled((config.stages, config.tile_n, GROUP), E4M3),
+        swizzled((config.stages, config.tile_m, GROUP), E4M3),
+        swizzled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
     ]
 
@@ -165,10 +165,13 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
 
 
 def staging(pieces: int, dtype: Any) -> plgpu.SMEM:
-    """Where pieces wait for their way out: columns swizzled, rows as they are, because tiled rows would have to be a multiple of 8."""
-    columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    transforms = plgpu.TilingTransform((columns,)), plgpu.SwizzleTransform(SWIZZLE_BYTES)
-    return plgpu.SMEM((WARPGROUPS, pieces, ROWS, columns), dtype, transforms=transforms)
+    """Where pieces wait for their way out."""
+    return swizzled((WARPGROUPS, pieces, ROWS, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize), dtype)
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
+    """Shared memory in rows of 128 bytes: the bytes of `tiled`, but the matrix in global memory may have any number of rows."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(shape[-1:]), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
 
 
 def over_steps(num_steps: Any, turn: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
@@ -250,14 +253,19 @@ def multiply(
 
 
 def multiply_blocks(
-    config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, b_scales: Any, first_column: Array
+    config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, b_scales: Any, first_column: Array, first_step: Any = None
 ) -> dict[tuple[int, int], Array]:
-    """Return `multiply` for B in blocks, whose scales are the ref `b_scales` [n / 128, k / 128]; the tile begins at `first_column`."""
+    """Return `multiply` for B in blocks, whose scales are the ref `b_scales` [n / 128, k / 128].
+
+    The tile begins at `first_column` and may end beyond the last block; likewise along k, where `first_step` is given.
+    """
     _, column = config.origin(wg)
 
     def block_scale(i, step):
         block = lax.div(first_column + column + config.offset(i)[1], jnp.int32(GROUP))
-        return b_scales[jnp.minimum(block, b_scales.shape[0] - 1), step]  # a tile may end beyond the last block
+        if first_step is not None:
+            step = jnp.minimum(first_step + step, b_scales.shape[1] - 1)
+        return b_scales[jnp.minimum(block, b_scales.shape[0] - 1), step]
 
     def ahead(first, count):
         return [[block_scale(i, first + j) for i in range(config.products)] for j in range(count)]
@@ -379,9 +387,3 @@ def padded_columns(n: int, dtype: Any) -> int:
     """Return n rounded up to whole swizzled lines, of which the copy engine wants a multiple."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
     return n if n < columns else -(-n // columns) * columns
-
-
-def whole_tiles(values: Array) -> Array:
-    """Pad the rows [..., m, k] to a multiple of the 8 that one swizzle covers: a copy, where m is not one already."""
-    missing = -values.shape[-2] % SWIZZLE_ROWS
-    return jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, missing), (0, 0)]) if missing else values

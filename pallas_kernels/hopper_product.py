@@ -23,7 +23,7 @@ PTX = True
 ROWS, DEPTH = 64, 128  # of a product: wgmma's m, and one swizzled line of FP8
 INSTRUCTION_DEPTH = 32  # of one wgmma
 
-OPERAND = plgpu.RefType((plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(DEPTH)))
+OPERAND = plgpu.RefType((plgpu.TilingTransform((DEPTH,)), plgpu.SwizzleTransform(DEPTH)))  # rows of 128 bytes
 DESCRIPTOR = 0x40000040  # upper half of an operand's descriptor: swizzle of 128 bytes, 1024 bytes from 8 rows to the next (PTX ISA)
 
 

@@ -76,20 +76,22 @@ def error(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "config"),
+    ("m", "n", "k", "config", "parts"),
     [
-        (200, 264, 640, TuningConfig(products=1, stages=2, pieces=2)),  # steps left over by the last turn, edges in m and n
-        (133, 128, 128, TuningConfig()),  # a single step; rows that are no multiple of 8; half of a tile's columns
-        (136, 520, 896, TuningConfig(stages=3)),  # two products per step; slots go on from tile to tile
-        (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2)),  # half a block of columns per warpgroup
-        (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2)),  # a warpgroup's products below each other
-        (200, 160, 128, TuningConfig(split="n", stages=2, pieces=2, batch=1)),  # ... of which most pieces lie beyond the last column
+        (200, 264, 640, TuningConfig(products=1, stages=2, pieces=2), 1),  # steps left over by the last turn, edges in m and n
+        (133, 128, 128, TuningConfig(), 1),  # a single step; rows that are no multiple of 8; half of a tile's columns
+        (136, 520, 896, TuningConfig(stages=3), 1),  # two products per step; slots go on from tile to tile
+        (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2), 1),  # half a block of columns per warpgroup
+        (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2), 1),  # a warpgroup's products below each other
+        (200, 160, 128, TuningConfig(split="n", stages=2, pieces=2, batch=1), 1),  # ... of which most pieces lie beyond the last column
+        (133, 264, 512, TuningConfig(stages=2), 2),  # two parts of k
+        (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),  # the last of which ends beyond it
     ],
 )
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
-def test_dense_product(races, m, n, k, config, out_dtype):
+def test_dense_product(races, m, n, k, config, parts, out_dtype):
     a, b = tiles(m, k), blocks(n, k)
-    actual = interpret(races, lambda a, b: hopper.matmul(a, b, out_dtype=out_dtype, config=config), a, b)
+    actual = interpret(races, lambda a, b: hopper.matmul(a, b, out_dtype=out_dtype, config=config, parts=parts), a, b)
     expected = np.asarray(matmul.matmul(a, b, out_dtype=jnp.float32, implementation="reference"), np.float64)
     assert actual.shape == (m, n)
     assert error(actual, expected) < (BF16_ERROR if out_dtype == jnp.bfloat16 else FP32_ERROR)
@@ -183,9 +185,10 @@ def test_the_gradient_adds_on_its_way_out(monkeypatch):
 def test_tiles_fit_the_machine(monkeypatch):
     """The choice is the config whose last round of tiles wastes least: at m = 128, 28 tiles of 128 x 256 or 112 of 64 x 128 on 132."""
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 132)
-    assert hopper.default_config(128, 7168) == hopper.SMALL
-    assert hopper.default_config(128, 24576) == hopper.default_config(4096, 7168) == hopper.LARGE
-    assert hopper.default_config(2048, 1024) == hopper.MEDIUM
+    assert hopper.plan(128, 7168, 16) == (hopper.SMALL, 1)
+    assert hopper.plan(4096, 7168, 16) == hopper.plan(8192, 24576, 12) == (hopper.LARGE, 1)
+    assert hopper.plan(2048, 1024, 16) == (hopper.MEDIUM, 1)
+    assert hopper.plan(128, 512, 56)[1] > 4
 
 
 @pytest.mark.parametrize(("expected_rows", "tile"), [(None, (128, 256)), (65, (128, 256)), (64, (64, 128)), (1, (64, 128))])
