@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
             },
             "mesh": {"pipe": 1, "data": -1, "node": 8, "expert": 8, "tensor": 1},  # -1: whatever the other axes leave
             "execution": {
-                "precision": "bf16",  # or "fp32"
+                "precision": "bf16",  # or "fp8" (section 3.3), "fp32"
                 "remat": "selective",  # "none", "selective" (spec of section 3.2.3: norms and up-projections), "full"
                 "scan_unroll": 1,
                 "gather": "layer",  # sharded weights are gathered per "layer" (ZeRO-3) or once per "step" (ZeRO-1)

@@ -298,8 +298,8 @@ def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
         return "splash", "the Pallas kernel for TPU"
     if platform != "gpu":
         return "xla", f"no flash attention for {platform}"
-    if config.execution.precision != "bf16":
-        return "xla", "cuDNN flash attention takes BF16, the precision is " + config.execution.precision
+    if config.execution.precision == "fp32":
+        return "xla", "cuDNN flash attention takes BF16, the precision is fp32"
     if config.data.mask_documents:
         return "xla", "cuDNN flash attention takes one segment per row, and data.mask_documents is on"
     return "cudnn", "cuDNN flash attention"

@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pallas_kernels.quantized import GROUP
+
 if TYPE_CHECKING:
     from deepseek_jax.config import Config, Model, Schedule
 
@@ -11,7 +13,7 @@ CHOICES = {
     "model.group_score": ("top2", "max"),
     "loss.balance_frequency": ("unbiased", "selected"),
     "data.on_error": ("refuse", "skip"),
-    "execution.precision": ("fp32", "bf16"),
+    "execution.precision": ("fp32", "bf16", "fp8"),
     "execution.remat": ("none", "selective", "full"),
     "execution.gather": ("layer", "step"),
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
@@ -54,6 +56,8 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
     _check_ranges(config, leaves)
     _check_model(config.model)
     _check_training(config)
+    if config.execution.precision == "fp8":
+        _check_fp8(config)
 
 
 def check_schedule(path: str, pieces: "Schedule") -> None:
@@ -111,6 +115,24 @@ def _check_model(model: "Model") -> None:
         refuse("MTP layers are MoE layers; set num_mtp_layers = 0 or num_dense_layers < num_layers")
     if model.yarn.factor < 1.0:
         refuse(f"yarn.factor = {model.yarn.factor} must be at least 1")
+
+
+def _check_fp8(config: "Config") -> None:
+    """Every product in FP8 sums over groups of 128."""
+    model = config.model
+    sums = {
+        "width": model.width,
+        "query_latent": model.query_latent,
+        "kv_latent": model.kv_latent,
+        "num_heads * value_dim": model.num_heads * model.value_dim,
+        "dense_hidden": model.dense_hidden if model.num_dense_layers else 0,
+        "expert_hidden": model.expert_hidden if model.num_moe_layers else 0,
+    }
+    for name, size in sums.items():
+        if size % GROUP:
+            raise ValueError(
+                f"config.model: {name} = {size} must be a multiple of {GROUP} for execution.precision = 'fp8'; change it, or use 'bf16'"
+            )
 
 
 def _check_training(config: "Config") -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.extend import backend
 
+from pallas_kernels import manual_axes
+
 LOGGER = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("auto", "reference", "hopper", "tpu")
 
@@ -34,7 +36,8 @@ def choose(operation: str, implementation: str, faces: Mapping[str, Callable]) -
         _log_once(operation, implementation, reason)
     if implementation not in faces:
         raise NotImplementedError(f"{operation} has no {implementation!r} kernel; it has {sorted(faces)}")
-    return faces[implementation]
+    face = faces[implementation]
+    return face if implementation == "reference" else functools.partial(manual_axes.call, face)
 
 
 def _best(faces: frozenset[str], platform: str, kind: str) -> tuple[str, str]:
@@ -61,7 +64,8 @@ def _log_once(operation: str, implementation: str, reason: str) -> None:
 
 def num_multiprocessors() -> int:
     """Return the streaming multiprocessors of the GPU that runs the program, 132 (an H100's and H200's) where it is not visible."""
-    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract and abstract.num_cores:
         return abstract.num_cores
     device = backend.get_default_device()
     return device.core_count if device.platform == "gpu" else 132

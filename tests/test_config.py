@@ -189,6 +189,20 @@ def test_bad_value_is_refused_by_name(path, value, message):
         from_config_dict(changed(path, value))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("width", 192), ("query_latent", 64), ("kv_latent", 64), ("value_dim", 48), ("dense_hidden", 832), ("expert_hidden", 64)],
+)
+def test_fp8_sums_over_groups_of_128(name, value):
+    tree = changed("execution.precision", "fp8")
+    tree["model"] |= {"kv_latent": 128}
+    from_config_dict(tree)
+    tree["model"][name] = value
+    said = f"num_heads \\* value_dim = {4 * value}" if name == "value_dim" else f"{name} = {value}"
+    with pytest.raises(ValueError, match=f"{said} must be a multiple of 128 for execution.precision = 'fp8'"):
+        from_config_dict(tree)
+
+
 def test_two_best_scores_of_a_group_need_two_experts():
     tree = changed("model.num_groups", 16)
     tree["model"]["num_kept_groups"] = 8
@@ -273,6 +287,7 @@ def test_a_piece_contains_its_start_and_not_its_end():
 RESOLVED = {
     ("cpu", "bf16", False): "xla",
     ("gpu", "bf16", False): "cudnn",
+    ("gpu", "fp8", False): "cudnn",  # the attention core stays in BF16
     ("gpu", "fp32", False): "xla",  # cuDNN has no FP32
     ("gpu", "bf16", True): "xla",  # nor several segments per row
     ("tpu", "bf16", True): "splash",
@@ -284,6 +299,7 @@ RESOLVED = {
 def test_resolve_chooses_attention(platform, precision, mask):
     tree = changed("execution.precision", precision)
     tree["data"]["mask_documents"] = mask
+    tree["model"]["kv_latent"] = 128
     resolved = resolve(from_config_dict(tree), platform, 1)
     assert resolved.execution.attention == RESOLVED[platform, precision, mask]
     assert resolve(resolved, platform, 1) == resolved

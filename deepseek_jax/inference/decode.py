@@ -30,7 +30,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.cache import Cache, make_cache
 from deepseek_jax.inference.sampling import Sampling, sample
 from deepseek_jax.model.transformer import compute_dtype, decode_step
-from deepseek_jax.parallel.mesh import FP32_WHEN_GATHERED, leaf_name
+from deepseek_jax.parallel.mesh import leaf_name
+from deepseek_jax.parallel.weights import FP32_WHEN_GATHERED
 
 Tree = dict[str, Any]
 

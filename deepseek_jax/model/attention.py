@@ -28,6 +28,8 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import Config
 from deepseek_jax.model import flash
 from deepseek_jax.model.layers import gain, matrix, rms_norm
+from deepseek_jax.model.linear import linear
+from deepseek_jax.model.precision import ATTENTION_OUTPUT
 from deepseek_jax.model.rope import rotate, softmax_scale
 
 Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
@@ -57,13 +59,13 @@ class Attention(nnx.Module):
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         q_BSNQ = self._queries(h_BSD, table)
         latent_BSC, rotary_BSR = self._latents(h_BSD, table)
-        kv_BSNX = jnp.einsum("bsc,cnx->bsnx", latent_BSC, self.kv_b_CNX[...])
+        kv_BSNX = linear(latent_BSC, self.kv_b_CNX.get_value())
         content_BSNP, v_BSNH = lax.split(kv_BSNX, (model.content_dim, model.value_dim), axis=3)
         rotary_BSNR = jnp.broadcast_to(rotary_BSR[:, :, None], (*q_BSNQ.shape[:3], model.rotary_dim))
         k_BSNQ = jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1)
         with jax.named_scope("attention"):
             out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, softmax_scale(model))
-        return jnp.einsum("bsnh,nhd->bsd", out_BSNH, self.o_NHD[...])
+        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT)
 
     def absorbed(
         self, x_BSD: jax.Array, table: Table, cache: dict[str, jax.Array], positions_BS: jax.Array
@@ -95,21 +97,21 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(seen, scores * softmax_scale(model), -jnp.inf), axis=-1).astype(x_BSD.dtype)
         mean_BSNC = jnp.einsum("bnsm,bmc->bsnc", weights, latent_BMC)
         out_BSNH = jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
-        return jnp.einsum("bsnh,nhd->bsd", out_BSNH, self.o_NHD[...]), {"latent": latent_BMC, "rotary": rotary_BMR}
+        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT), {"latent": latent_BMC, "rotary": rotary_BMR}
 
     def _queries(self, h_BSD: jax.Array, table: Table) -> jax.Array:
         """q_BSNQ: content channels, then rotated ones."""
         model = self.config.model
         if model.query_latent:
-            latent_BSA = checkpoint_name(h_BSD @ self.q_a_DA[...], "query_latent")
-            q_BSNQ = jnp.einsum("bsa,anq->bsnq", rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ[...])
+            latent_BSA = checkpoint_name(linear(h_BSD, self.q_a_DA.get_value()), "query_latent")
+            q_BSNQ = linear(rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ.get_value())
         else:
-            q_BSNQ = jnp.einsum("bsd,dnq->bsnq", h_BSD, self.q_DNQ[...])
+            q_BSNQ = linear(h_BSD, self.q_DNQ.get_value())
         return rotate(q_BSNQ, table)
 
     def _latents(self, h_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array]:
         """The two things a cache holds: normalised latent [B, S, C] and rotated shared key [B, S, R]."""
         model = self.config.model
-        kv_BSC = checkpoint_name(h_BSD @ self.kv_a_DC[...], "kv_latent")
+        kv_BSC = checkpoint_name(linear(h_BSD, self.kv_a_DC.get_value()), "kv_latent")
         latent_BSC, rotary_BSR = lax.split(kv_BSC, (model.kv_latent, model.rotary_dim), axis=2)
         return rms_norm(latent_BSC, self.kv_norm_C[...], model.norm_eps), rotate(rotary_BSR, table)

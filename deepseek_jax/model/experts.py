@@ -40,6 +40,7 @@ class Blocks(NamedTuple):
     source_Z: jax.Array  # assignment in each slot, T * K where empty
     slots_TK: jax.Array  # slot of each assignment, Z where it has no expert here
     expert: jax.Array  # [blocks] expert of each block
+    rows_E: jax.Array  # slots of each expert, empty ones included
     waves: jax.Array  # number of waves that hold a block with rows
 
 
@@ -63,7 +64,7 @@ def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) 
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
     clipped = jnp.clip(flat, 0, num_experts - 1)
     slot = jnp.where((flat >= 0) & (flat < num_experts), first_slot[clipped] + rank - start[clipped], num_blocks * block)
-    return Blocks(source_Z, slot.reshape(experts_TK.shape), expert, (block_end[-1] + wave - 1) // wave)
+    return Blocks(source_Z, slot.reshape(experts_TK.shape), expert, blocks * block, (block_end[-1] + wave - 1) // wave)
 
 
 def expert_ffn(

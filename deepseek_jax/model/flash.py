@@ -18,13 +18,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import vary
+from pallas_kernels import manual_axes
 
 MOST_UNROLLED_CHUNKS = 8  # more are scanned: the program must not grow with the sequence
 
@@ -40,7 +38,9 @@ def attend(config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Arr
         return _xla(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale, config.execution.attention_chunk)
     if implementation == "cudnn":
         if q_BSNQ.dtype != jnp.bfloat16 or config.data.mask_documents:
-            raise ValueError("execution.attention = 'cudnn' needs precision 'bf16' and data.mask_documents = False; use 'auto' or 'xla'")
+            raise ValueError(
+                "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use 'auto' or 'xla'"
+            )
         return _opaque(functools.partial(_cudnn, scale), q_BSNQ, k_BSNQ, v_BSNH)
     if implementation == "splash":
         return _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS)
@@ -136,14 +136,14 @@ def _over_chunks(block, carry, arrays, chunk):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """Run a kernel that declares no varying axes inside a shard_map that checks them. Its float arguments come first and have gradients."""
-    with jax_config._check_vma(False):
-        out = kernel(*_invariant(args))
+    with manual_axes.unchecked():
+        out = kernel(*manual_axes.invariant(args))
     return vary(out, args[0])
 
 
 def _opaque_forward(kernel, *args):
-    inner = _invariant(args)
-    with jax_config._check_vma(False):
+    inner = manual_axes.invariant(args)
+    with manual_axes.unchecked():
         out, pull = jax.vjp(functools.partial(_call_with_rest, kernel, inner), *_floats(inner))
     named_out = checkpoint_name(vary(out, args[0]), "attention_out")
 
@@ -159,24 +159,12 @@ def _opaque_forward(kernel, *args):
 
 def _opaque_backward(kernel, residuals, g):
     pull, num_args = residuals
-    with jax_config._check_vma(False):
-        grads = _invariant(pull)(_invariant(g))
+    with manual_axes.unchecked():
+        grads = manual_axes.invariant(pull)(manual_axes.invariant(g))
     return *(vary(grad, g) for grad in grads), *(None,) * (num_args - len(grads))
 
 
 _opaque.defvjp(_opaque_forward, _opaque_backward)
-
-# `vary` backwards: the same array, declared to be equal on all devices. Without it the kernel's equations mix types and fail where
-# JAX traces them again. It has no public name because the claim is false: what is computed from it must be declared to vary again,
-# as above.
-_invariant_p = Primitive("invariant")
-_invariant_p.def_impl(lambda x: x)
-_invariant_p.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
-mlir.register_lowering(_invariant_p, lambda ctx, x: [x])
-
-
-def _invariant(tree):
-    return jax.tree.map(_invariant_p.bind, tree)
 
 
 def _floats(args):

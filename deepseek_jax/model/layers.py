@@ -7,6 +7,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
+from deepseek_jax.model.linear import linear
 from deepseek_jax.parallel.mesh import LAYOUT
 
 
@@ -55,9 +56,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Map [B, S, D] to [B, S, D]."""
-        hidden = checkpoint_name(jnp.einsum("bsd,dgf->bsgf", x_BSD, self.gate_up_D2F[...]), "ffn_hidden")
+        hidden = checkpoint_name(linear(x_BSD, self.gate_up_D2F.get_value()), "ffn_hidden")
         act = swiglu(hidden.astype(jnp.float32)).astype(x_BSD.dtype)
-        return jnp.einsum("bsf,fd->bsd", act, self.down_FD[...])
+        return linear(act, self.down_FD.get_value())
 
 
 class DenseFeedForward(FeedForward):

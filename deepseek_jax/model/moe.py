@@ -15,7 +15,9 @@ from jax import lax
 from deepseek_jax.config import Config, Model
 from deepseek_jax.model.balance import RouterStats, router_stats
 from deepseek_jax.model.experts import expert_ffn
+from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
+from deepseek_jax.model.precision import Fp8Weight
 from deepseek_jax.parallel.expert import exchange
 
 
@@ -91,7 +93,7 @@ class MoE(nnx.Module):
             h_BSD.reshape(-1, model.width),
             experts_BSK.reshape(-1, model.experts_per_token),
             gates_BSK.reshape(-1, model.experts_per_token),
-            {"gate_up_ED2F": self.gate_up_ED2F[...], "down_EFD": self.down_EFD[...]},
+            {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()},
             _expert_fn(execution.expert_block, execution.expert_wave),
             transport=execution.exchange,
             num_experts=model.num_experts,
@@ -102,5 +104,11 @@ class MoE(nnx.Module):
 
 @functools.cache
 def _expert_fn(block: int, wave: int):
-    """One function object per block shape: it is a static argument of the exchange's derivative."""
-    return functools.partial(expert_ffn, block=block, wave=wave)
+    """The experts' arithmetic by the kind of weights. One function object per block shape: the exchange's derivative has it as static."""
+
+    def expert_fn(weights, x_TD, gates_TK, experts_TK):
+        if isinstance(weights["down_EFD"], Fp8Weight):
+            return expert_ffn_fp8(weights, x_TD, gates_TK, experts_TK)
+        return expert_ffn(weights, x_TD, gates_TK, experts_TK, block=block, wave=wave)
+
+    return expert_fn

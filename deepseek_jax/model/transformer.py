@@ -176,8 +176,8 @@ def decode_step(
 
 
 def compute_dtype(config: Config) -> jnp.dtype:
-    """The dtype of activations and of weights where they are multiplied."""
-    return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.execution.precision])
+    """The dtype of activations, and of weights where they are multiplied and not in FP8."""
+    return jnp.dtype(jnp.float32 if config.execution.precision == "fp32" else jnp.bfloat16)
 
 
 def _stacks(config: Config):

@@ -1,4 +1,4 @@
-"""The mesh, the layout table, and the two movements of a weight: gather before use, reduce-scatter of its gradient.
+"""The mesh and the layout table.
 
 A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name; its
 gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on (`node`,
@@ -11,16 +11,15 @@ gradient per island and micro-batch. With one island a gather is a function call
 step (ZeRO-1) is the only difference between the two: the layout table does not change.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax import config as config_lib
+from pallas_kernels.quantized import GROUP
 
 P = jax.P
 AXES = ("pipe", "data", "node", "expert", "tensor")
@@ -51,7 +50,6 @@ LAYOUT = {
     "final_norm_D": P(None),
     "bias_E": P(None),
 }
-FP32_WHEN_GATHERED = {"embed_VD", "router_DE"}  # the embedding's gradient is a scatter-add; the router is FP32 throughout
 
 
 def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -95,6 +93,13 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
             raise ValueError(
                 f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the mesh"
             )
+    tokens = config.training.micro_batch_size // rows * config.data.sequence_length
+    if config.execution.precision == "fp8" and tokens % GROUP:
+        raise ValueError(
+            f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of {rows} devices;"
+            f" in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by data.sequence_length"
+            " or training.micro_batch_size, or use execution.precision = 'bf16'"
+        )
 
 
 def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
@@ -125,60 +130,3 @@ def vary(x: jax.Array, like: jax.Array) -> jax.Array:
     """Let `x` vary over the manual axes that `like` varies over: a loop's carry must start with the type it ends with."""
     missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)
     return lax.pcast(x, missing, to="varying") if missing else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_split(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: jnp.dtype) -> jax.Array:
-    whole = lax.axis_size(axes) == 1  # a collective over one device is a copy to XLA:CPU
-    return w.astype(dtype) if whole else lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
-
-
-def _gather_split_forward(w, axes, dim, dtype):
-    return _gather_split(w, axes, dim, dtype), None
-
-
-def _gather_split_backward(axes, dim, dtype, _, g):
-    return (_scatter_sum(g, axes, dim),)
-
-
-def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    g = g.astype(jnp.float32)
-    return g if lax.axis_size(axes) == 1 else lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-
-
-_gather_split.defvjp(_gather_split_forward, _gather_split_backward)
-
-
-def gather(tree: Any, dtype: jnp.dtype) -> Any:
-    """Make every weight of `tree` whole on every device that multiplies with it, in `dtype`; call inside the step's shard_map.
-
-    The bytes travel in `dtype`; the gradient comes back by a reduce-scatter in FP32. A leaf that is everywhere already (norm gains) becomes
-    varying, so that its gradient is summed once, at the transpose of that cast, and keeps FP32.
-    """
-
-    def one(path, w):
-        name = leaf_name(path)
-        for dim, axes in _split_dims(name, w):
-            return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
-        missing = tuple(set(ROWS) - jax.typeof(w).manual_axis_type.varying)
-        return lax.pcast(w, missing, to="varying") if missing else w
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def reduce_gradients(tree: Any) -> Any:
-    """Sum whole gradients over devices, each device keeping its part of the layout: what `gather` transposes to, as a call of its own."""
-
-    def one(path, g):
-        for dim, axes in _split_dims(leaf_name(path), g):
-            return _scatter_sum(g, axes, dim)
-        return lax.psum(g, ROWS)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
-    """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is never gathered."""
-    layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
-    dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in enumerate(layout) if axes is not None]
-    return [(dim, axes) for dim, axes in dims if axes != EXPERTS]

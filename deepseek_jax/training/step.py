@@ -20,7 +20,8 @@ from jax import lax
 from deepseek_jax.config import Config, resolve
 from deepseek_jax.model.balance import RouterStats, max_violation, update_bias
 from deepseek_jax.model.transformer import Output, apply, compute_dtype
-from deepseek_jax.parallel.mesh import EXPERTS, ROWS, P, axis_size, check_fit, gather, partition_specs, reduce_gradients
+from deepseek_jax.parallel.mesh import EXPERTS, ROWS, P, axis_size, check_fit, partition_specs
+from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
 from deepseek_jax.training.losses import cross_entropy, mtp_targets
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
 from deepseek_jax.training.state import State
@@ -139,6 +140,7 @@ def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> di
 
     def local(params, router_bias, batch):
         load = functools.partial(gather, dtype=compute_dtype(config))
+        params = _with_fp8(config, params)
         output = apply(config, params, router_bias, batch, load)
         sums = _token_sums(config, output, load({"head_DV": params["head_DV"]})["head_DV"], batch)
         return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
@@ -153,9 +155,11 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
     norms = _normalisers(batch)
     load = functools.partial(gather, dtype=compute_dtype(config))
     once = config.execution.gather == "step"
-    weights = load(params) if once else params
+    weights = _with_fp8(config, params)
+    weights, quantized = detach(load(weights) if once else weights)
 
     def loss(weights, micro_batch):
+        weights = attach(weights, quantized)
         layer_load = (lambda tree: tree) if once else load
         output = apply(config, weights, router_bias, micro_batch, layer_load)
         sums = _token_sums(config, output, layer_load({"head_DV": weights["head_DV"]})["head_DV"], micro_batch)
@@ -173,6 +177,11 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
         rest = jax.tree.map(lambda x: x[1:], micro_batches)
         grads, sums = lax.scan(lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None), one(first), rest)[0]
     return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
+
+
+def _with_fp8(config: Config, params: Any) -> Any:
+    """Quantise this device's part of the weights, where the precision is FP8."""
+    return attach(params, quantize_weights(params)) if config.execution.precision == "fp8" else params
 
 
 def _split(config: Config, batch: Batch) -> Batch:

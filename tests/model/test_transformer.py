@@ -9,7 +9,8 @@ import pytest
 
 from deepseek_jax.config import from_config_dict, resolve
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import FP32_WHEN_GATHERED, leaf_name
+from deepseek_jax.parallel.mesh import leaf_name
+from deepseek_jax.parallel.weights import FP32_WHEN_GATHERED
 from tests import small
 
 pytestmark = pytest.mark.xdist_group("transformer")
@@ -38,7 +39,7 @@ def make_inputs():
 def objective(config, params, router_bias, batch):
     """A scalar of every output, and the output."""
 
-    def cast(tree):  # as `parallel.mesh.gather` does
+    def cast(tree):  # as `parallel.weights.gather` does
         dtype = transformer.compute_dtype(config)
         keep = FP32_WHEN_GATHERED
         return jax.tree_util.tree_map_with_path(lambda path, w: w if leaf_name(path) in keep or w.ndim == 1 else w.astype(dtype), tree)

@@ -18,6 +18,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.model.precision import INPUT_DIMS
 from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, make_mesh
 from deepseek_jax.training.step import resolve_for
 from tests import abstract, small
@@ -26,6 +27,7 @@ MESH = (2, 1, 4)
 MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}
 GATHER, SCATTER, EXCHANGE = "all_gather", "reduce_scatter", "all_to_all"
 SUMS = ("psum", "psum_invariant")
+LARGEST = "pmax"
 
 
 class Collective(NamedTuple):
@@ -42,7 +44,7 @@ def collectives_of(jaxpr, loops=(), times=1) -> list[Collective]:
     found = []
     for eqn in jaxpr.eqns:
         kind = eqn.primitive.name
-        if kind in (GATHER, SCATTER, EXCHANGE, *SUMS):
+        if kind in (GATHER, SCATTER, EXCHANGE, LARGEST, *SUMS):
             found += [Collective(kind, var.aval.dtype, var.aval.shape, loops, times) for var in eqn.invars]
         inner_loops = (*loops, kind) if kind in ("scan", "while") else loops
         inner_times = times * eqn.params["length"] if kind == "scan" else times
@@ -67,7 +69,7 @@ def traced(sizes=MESH, *, gather="layer", precision="fp32", remat="none") -> Tra
 
 @functools.cache
 def _traced(sizes, gather, precision, remat):
-    tree = small.config_dict()
+    tree = small.fp8_config_dict() if precision == "fp8" else small.config_dict()
     tree.mesh.update(dict(zip(("data", "node", "expert"), sizes, strict=True)))
     tree.execution.update({"gather": gather, "precision": precision, "remat": remat})
     config = from_config_dict(tree)
@@ -146,6 +148,30 @@ def test_weights_travel_in_bf16(gather):
     in_fp32 = 1 + stacks if gather == "step" else num_micro_batches(step.config) * (1 + num_routers(step.config))
     assert dtypes[jnp.dtype(jnp.float32)] == in_fp32
     assert dtypes[jnp.dtype(jnp.bfloat16)] > 3 * in_fp32
+
+
+@pytest.mark.parametrize("gather", ["layer", "step"])
+def test_fp8_weights_travel_in_bytes(gather):
+    """As many as there are, quantised once per step: what the devices agree on beforehand is scales, once for each stack of a weight."""
+    step = traced(gather=gather, precision="fp8")
+    split = split_leaves(step.params, MESH)
+    in_fp8 = [name for name in split if name in INPUT_DIMS]
+    moved = [c for c in step.of(GATHER) if c.dtype == jnp.uint8]
+    once = (
+        len(in_fp8)
+        if gather == "step"
+        else num_micro_batches(step.config)
+        * sum(
+            sum(name in INPUT_DIMS for name in split_leaves(stack, MESH)) * len(jax.tree.leaves(stack)[0])
+            for stack in (step.params["dense_layers"], step.params["moe_layers"])
+        )
+    )
+    assert sum(c.times for c in moved) == once
+    assert {c.dtype for c in step.of(SCATTER)} == {jnp.dtype(jnp.float32)}
+    agreed = step.of(LARGEST)
+    assert len([c for c in agreed if c.loops == () and len(c.shape) > 1]) == len(in_fp8)
+    largest = max(math.prod(c.shape) for c in agreed)
+    assert largest < min(leaf.size for name, leaf in named_leaves(step.params) if name in INPUT_DIMS) / 100
 
 
 @pytest.mark.parametrize("remat", ["none", "selective"])

@@ -12,7 +12,8 @@ import pytest
 
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import AXES, EXPERTS, LAYOUT, ROWS, P, check_fit, gather, make_mesh, partition_specs, reduce_gradients
+from deepseek_jax.parallel.mesh import AXES, EXPERTS, LAYOUT, ROWS, P, check_fit, make_mesh, partition_specs
+from deepseek_jax.parallel.weights import gather, reduce_gradients
 from tests import small
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
@@ -64,6 +65,18 @@ def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts
     config = from_config_dict(tree)
     with pytest.raises(ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*change it or the mesh"):
         check_fit(config, make_mesh(config.mesh))
+
+
+def test_tokens_that_share_no_scale_are_refused_in_fp8():
+    tree = small.fp8_config_dict()
+    tree.mesh.update({"data": 1, "expert": 8})
+    check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
+    tree.data.sequence_length = 192
+    message = "micro_batch_size = 8 leaves 192 tokens to each of 8 devices; in FP8 128 tokens share .* make it a multiple of 128"
+    with pytest.raises(ValueError, match=message):
+        check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
+    tree.training.micro_batch_size = 16
+    check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
 
 
 @functools.cache

@@ -1,0 +1,96 @@
+"""The routed experts' FFN in FP8 (DeepSeek-V3 sections 3.3.1 to 3.3.3): six products over all rows, quantised by their producers.
+
+Assignments are sorted by expert, each expert's rows filled up to a multiple of 128 with zeros (`experts.plan_blocks`): 128 rows whose
+weight gradients share a scale belong to one expert. Z rows in all, a static number; the last ones may belong to no expert.
+
+    forward     x        rows read by slot, quantised on the way             powers of two
+                hidden = x gate_up
+                act      silu(gate) * up * weight of the assignment
+                y      = act down, summed per token
+    backward    dy       rows read by slot, quantised on the way             powers of two
+                dact   = dy down^T
+                act      recomputed from hidden, in both groupings
+                dhidden, and the gradient of the weight: one pass
+                dx     = dhidden gate_up^T, summed per token
+                dgate_up = x^T dhidden, ddown = act^T dy                     FP32
+
+What lives from forward to backward: x in E4M3, hidden in BF16.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.model.experts import plan_blocks
+from deepseek_jax.model.precision import DISPATCH, Fp8Weight, as_stored, matrix_shape, transposed
+from deepseek_jax.parallel.expert import collect
+from deepseek_jax.parallel.mesh import vary
+from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate
+from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_both
+from pallas_kernels.quantize import quantize_rows, requantize_transposed
+from pallas_kernels.quantized import GROUP
+
+
+def expert_ffn_fp8(weights: dict[str, Fp8Weight], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array) -> jax.Array:
+    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
+
+    Args:
+        weights: `gate_up_ED2F` and `down_EFD` of the experts that are here.
+        x_TD: BF16 rows; D and F are multiples of 128.
+        gates_TK: FP32 gate weights.
+        experts_TK: int32 ids into the weights; others contribute nothing.
+    """
+    gate_up, down = (_as_matrices(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
+    num_experts = down.values.shape[0]
+    blocks = plan_blocks(experts_TK, num_experts, GROUP, 1)
+    places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
+    with jax.named_scope("experts"):
+        return _ffn(x_TD, gates_TK, gate_up.carrier, down.carrier, (gate_up.values, gate_up.scales), (down.values, down.scales), places)
+
+
+def _as_matrices(weight: Fp8Weight) -> Fp8Weight:
+    """[E, in, *out] as [E, in, out]."""
+    shape = matrix_shape(weight.values.shape, 1, weight.values.ndim - 1)
+    return Fp8Weight(weight.carrier.reshape(shape), weight.values.reshape(shape), weight.scales)
+
+
+@jax.custom_vjp
+def _ffn(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places):
+    return _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places)[0]
+
+
+def _read(x_TD, gates_TK, source_Z):
+    """Rows in slot order, quantised; zeros in empty slots."""
+    rows_Z = jnp.where(source_Z < gates_TK.size, source_Z // gates_TK.shape[1], -1)
+    return quantize_rows(x_TD, rows_Z, scale=DISPATCH)
+
+
+def _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places):
+    source_Z, slots_TK, rows_E = places
+    x_ZD = _read(x_TD, gates_TK, source_Z)
+    hidden_ZH = checkpoint_name(grouped_matmul(x_ZD, transposed(*gate_up), rows_E), "expert_hidden")
+    weight_Z = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)
+    y_ZD = grouped_matmul(swiglu_quantize(hidden_ZH, weight_Z), transposed(*down), rows_E)
+    return collect(y_ZD, source_Z, slots_TK), (gates_TK, gate_up, down, places, x_ZD, hidden_ZH, weight_Z)
+
+
+def _backward(residuals, g_TD):
+    gates_TK, gate_up, down, (source_Z, slots_TK, rows_E), x_ZD, hidden_ZH, weight_Z = residuals
+    with jax.named_scope("experts"):
+        dy_ZD = _read(g_TD, gates_TK, source_Z)
+        dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
+        _, act_FZ = swiglu_quantize_both(hidden_ZH, weight_Z)
+        ddown = _accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
+        dhidden_ZH, dhidden_HZ, dweight_Z = swiglu_backward_quantize(hidden_ZH, dact_ZF, weight_Z)
+        dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
+        dgate_up = _accumulate(requantize_transposed(x_ZD, scale=DISPATCH), dhidden_HZ, rows_E)
+        dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)
+        return collect(dx_ZD, source_Z, slots_TK), dgates_TK, dgate_up, ddown, None, None, None
+
+
+def _accumulate(a, b, rows_E):
+    zeros = jnp.zeros((rows_E.size, a.shape[0], b.shape[0]))
+    return grouped_matmul_accumulate(a, b, rows_E, vary(zeros, a.values))
+
+
+_ffn.defvjp(_forward, _backward)

@@ -1,0 +1,161 @@
+"""The movements of a weight: quantised where it lies, gathered before its use, its gradient reduced and scattered.
+
+FP8 weights are quantised once per optimizer step, by the devices that store them: a block of 128 x 128 may lie on several, so its largest
+magnitude is found together, and every device has the scales of the whole matrix. What a layer's gather moves are E4M3 bytes: half of BF16.
+
+Derivatives do not flow through E4M3. An `Fp8Weight` has a carrier beside its values: the stored FP32 weight before the gather, zeros after,
+whose cotangent is the gradient. No program reads those zeros, so none holds them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, Fp8Weight, matrix_shape
+from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, ROWS, P, leaf_name, vary
+from pallas_kernels.quantize import quantize_blocks
+from pallas_kernels.quantized import GROUP, encode, largest_magnitude, scale_of
+
+FP32_WHEN_GATHERED = {"embed_VD", "router_DE"}  # the embedding's gradient is a scatter-add; the router is FP32 throughout
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Fp8Weight)
+
+
+def gather(tree: Any, dtype: jnp.dtype) -> Any:
+    """Make every weight of `tree` whole on every device that multiplies with it; call inside the step's shard_map.
+
+    Arrays travel in `dtype` and FP8 weights in E4M3; the gradient comes back by a reduce-scatter in FP32. A leaf that is everywhere already
+    (norm gains) becomes varying, so that its gradient is summed once, at the transpose of that cast, and keeps FP32.
+    """
+
+    def one(path, w):
+        name = leaf_name(path)
+        if _is_weight(w):
+            ((dim, axes),) = _split_dims(name, w.values)
+            moved = _gather_bytes(w.values, axes, dim)
+            return Fp8Weight(_carry(w.carrier, axes, dim), moved, w.scales)
+        for dim, axes in _split_dims(name, w):
+            return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
+        missing = tuple(set(ROWS) - jax.typeof(w).manual_axis_type.varying)
+        return lax.pcast(w, missing, to="varying") if missing else w
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_weight)
+
+
+def reduce_gradients(tree: Any) -> Any:
+    """Sum whole gradients over devices, each device keeping its part of the layout: what `gather` transposes to, as a call of its own."""
+
+    def one(path, g):
+        for dim, axes in _split_dims(leaf_name(path), g):
+            return _scatter_sum(g, axes, dim)
+        return lax.psum(g, ROWS)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def quantize_weights(params: Any) -> Any:
+    """Quantise the stored FP32 weights that are multiplied in FP8; call inside the step's shard_map.
+
+    Args:
+        params: this device's part of the parameters.
+
+    Returns:
+        a tree of the same shape with (values, scales) of `Fp8Weight` for those weights and None for the others.
+    """
+
+    def one(path, w):
+        name = leaf_name(path)
+        if name not in INPUT_DIMS:
+            return None
+        with jax.named_scope("quantize_weights"):
+            return _quantize(name, w)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def attach(tree: Any, quantized: Any) -> Any:
+    """Put each weight of `tree` that has (values, scales) in `quantized` into an `Fp8Weight`, as its carrier."""
+    return jax.tree.map(lambda w, q: w if q is None else Fp8Weight(w, *q), tree, quantized)
+
+
+def detach(tree: Any) -> tuple[Any, Any]:
+    """Undo `attach`: return what is differentiated, and the rest."""
+    carriers = jax.tree.map(lambda w: w.carrier if _is_weight(w) else w, tree, is_leaf=_is_weight)
+    return carriers, jax.tree.map(lambda w: (w.values, w.scales) if _is_weight(w) else None, tree, is_leaf=_is_weight)
+
+
+def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return E4M3 values of the shape of `w`, and the scales of the whole matrix."""
+    num_dims = len(LAYOUT[name]) - (name in PER_EXPERT)
+    ((dim, axes),) = _split_dims(name, w)
+    split = -2 if dim - (w.ndim - num_dims) < INPUT_DIMS[name] else -1  # the dim of the matrix that is split
+    matrix = w.reshape(matrix_shape(w.shape, INPUT_DIMS[name], num_dims))
+    if lax.axis_size(axes) == 1:
+        stacked = quantize_blocks(matrix.reshape(-1, *matrix.shape[-2:]))
+        return stacked.values.reshape(w.shape), stacked.scales.reshape(*matrix.shape[:-2], *stacked.scales.shape[-2:])
+    rows = jnp.moveaxis(matrix, split, 0)  # the split dim first, the other last
+    blocks_of_rows = (lax.axis_index(axes) * rows.shape[0] + jnp.arange(rows.shape[0])) // GROUP
+    whole = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % GROUP)])
+    largest = largest_magnitude(whole.reshape(*whole.shape[:-1], -1, GROUP), axis=-1)
+    num_blocks = -(-rows.shape[0] * lax.axis_size(axes) // GROUP)
+    # As integers, which are in the order of the magnitudes: a maximum of floats may lose a NaN.
+    found = lax.bitcast_convert_type(largest, jnp.int32)
+    found = vary(jnp.zeros((num_blocks, *largest.shape[1:]), jnp.int32), found).at[blocks_of_rows].max(found)
+    scales = scale_of(lax.bitcast_convert_type(lax.pmax(found, axes), jnp.float32), "fp32")
+    columns = jnp.repeat(scales[blocks_of_rows], GROUP, axis=-1)[..., : rows.shape[-1]]
+    values = jnp.moveaxis(encode(rows, columns), 0, split).reshape(w.shape)
+    return values, jnp.moveaxis(scales, 0, split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_split(w: jax.Array, axes: tuple[str, ...], dim: int, dtype: jnp.dtype) -> jax.Array:
+    return _all_gather(w.astype(dtype), axes, dim)
+
+
+def _gather_split_forward(w, axes, dim, dtype):
+    return _gather_split(w, axes, dim, dtype), None
+
+
+def _gather_split_backward(axes, dim, dtype, _, g):
+    return (_scatter_sum(g, axes, dim),)
+
+
+_gather_split.defvjp(_gather_split_forward, _gather_split_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _carry(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Zeros of the shape that `w` has when it is whole; the derivative is that of gathering `w`."""
+    shape = list(w.shape)
+    shape[dim] *= lax.axis_size(axes)
+    return vary(jnp.zeros(shape, jnp.float32), w)
+
+
+_carry.defvjp(lambda w, axes, dim: (_carry(w, axes, dim), None), lambda axes, dim, _, g: (_scatter_sum(g, axes, dim),))
+
+
+def _gather_bytes(values: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Gather E4M3 as bytes: not every backend's collectives know the type."""
+    return lax.bitcast_convert_type(_all_gather(lax.bitcast_convert_type(values, jnp.uint8), axes, dim), values.dtype)
+
+
+def _all_gather(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    whole = lax.axis_size(axes) == 1  # a collective over one device is a copy to XLA:CPU
+    return w if whole else lax.all_gather(w, axes, axis=dim, tiled=True)
+
+
+def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    g = g.astype(jnp.float32)
+    return g if lax.axis_size(axes) == 1 else lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+
+
+def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
+    """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is never gathered."""
+    layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
+    dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in enumerate(layout) if axes is not None]
+    return [(dim, axes) for dim, axes in dims if axes != EXPERTS]

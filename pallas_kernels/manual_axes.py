@@ -1,0 +1,55 @@
+"""Kernels inside a `shard_map` that checks over which mesh axes arrays vary.
+
+A kernel's equations know nothing of mesh axes: JAX refuses references that vary, and takes what a kernel returns for equal on all devices,
+so that its gradient would be summed over them once more. `invariant` hides the axes from the kernel, `vary` declares them again after it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+unchecked = functools.partial(jax_config._check_vma, False)
+
+# `vary` backwards: the same array, declared to be equal on all devices. Without it the kernel's equations mix types and fail where
+# JAX traces them again. It has no public name because the claim is false: what is computed from it must be declared to vary again.
+_invariant_p = Primitive("invariant")
+_invariant_p.def_impl(lambda x: x)
+_invariant_p.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_invariant_p, lambda ctx, x: [x])
+
+
+def invariant(tree: Any) -> Any:
+    """Return the same arrays, declared to be equal on all devices."""
+    return jax.tree.map(lambda x: _invariant_p.bind(x) if varies_over(x) else x, tree)
+
+
+def varies_over(tree: Any) -> frozenset[str]:
+    """Return the mesh axes that any array of `tree` varies over; what is no array varies over none."""
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """Return the same arrays, declared to vary over `axes`."""
+
+    def one(x):
+        missing = tuple(axes - varies_over(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def call(kernel: Callable, *operands: Any, **options: Any) -> Any:
+    """Return `kernel(*operands, **options)`, varying over the mesh axes that any array among the operands varies over."""
+    axes = varies_over(operands)
+    if not axes:
+        return kernel(*operands, **options)
+    with unchecked():
+        result = kernel(*invariant(operands), **options)
+    return vary(result, axes)

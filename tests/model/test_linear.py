@@ -1,0 +1,104 @@
+"""The FP8 linear layer: its three products are the recipe's to the bit, close to FP32, and say what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model.linear import linear
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Fp8Weight
+from pallas_kernels.producers import e5m6_pack, e5m6_unpack
+from pallas_kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, requantize_transposed
+from pallas_kernels.quantized import dequantize
+
+T, NUM_IN = 256, 384
+
+
+def draw(seed, *shape, outliers=False):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if outliers:
+        x[:, rng.integers(0, shape[1], 4)] *= 50.0
+    return jnp.asarray(x, jnp.float32)
+
+
+def fp8(w, input_dims=1):
+    """An `Fp8Weight` as the step makes it."""
+    matrix = w.reshape(np.prod(w.shape[:input_dims]), -1)
+    q = quantize_blocks(matrix)
+    return Fp8Weight(jnp.zeros_like(w), q.values.reshape(w.shape), q.scales)
+
+
+def gradients(x, w, g, **kwargs):
+    """y, and the gradients by x and by the weight."""
+
+    def apply(x, carrier):
+        weight = Fp8Weight(carrier, w.values, w.scales) if isinstance(w, Fp8Weight) else carrier
+        return linear(x, weight, **kwargs)
+
+    y, pull = jax.vjp(apply, x, w.carrier if isinstance(w, Fp8Weight) else w)
+    return y, *pull(g.astype(y.dtype))
+
+
+def cosine(a, b):
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("num_out", [256, 144], ids=["whole blocks", "a partial block"])
+@pytest.mark.parametrize("recipe", [HIDDEN, ATTENTION_OUTPUT], ids=["hidden", "attention output"])
+def test_three_products_of_what_was_quantised(recipe, num_out):
+    """Each product, against FP64 products of the operands that the recipe names: only BF16 or FP32 rounding is left."""
+    x, w, g = draw(0, T, NUM_IN).astype(jnp.bfloat16), fp8(draw(1, NUM_IN, num_out)), draw(2, T, num_out).astype(jnp.bfloat16)
+    y, dx, dw = gradients(x, w, g, recipe=recipe)
+    weight = np.asarray(dequantize(quantize_blocks(draw(1, NUM_IN, num_out))), np.float64)
+    g_tiles, g_columns = quantize_tiles_both(jnp.pad(g, ((0, 0), (0, -num_out % 128))))
+    tiles = quantize_tiles(x, scale=recipe.scale)
+    if recipe is ATTENTION_OUTPUT:
+        kept = e5m6_unpack(*e5m6_pack(x), m=T)
+        x_columns = quantize_tiles_both(kept, scale="pow2")[1]
+    else:
+        x_columns = requantize_transposed(tiles)
+    numbers = [np.asarray(dequantize(q), np.float64) for q in (tiles, g_tiles, x_columns, g_columns)]
+    for got, want, error in (
+        (y, numbers[0] @ weight, 2e-3),
+        (dx, numbers[1][:, :num_out] @ weight.T, 2e-3),
+        (dw, (numbers[2] @ numbers[3].T)[:, :num_out], 3e-7),
+    ):
+        assert got.shape == want.shape
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= error * np.linalg.norm(want)
+    assert dw.dtype == jnp.float32 and y.dtype == dx.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("outliers", [False, True], ids=["normal", "outlier channels"])
+def test_close_to_fp32_and_without_bias(outliers):
+    x, w, g = draw(3, T, NUM_IN, outliers=outliers), draw(4, NUM_IN, 256), draw(5, T, 256, outliers=outliers)
+    exact = gradients(x, w, g)
+    got = gradients(x.astype(jnp.bfloat16), fp8(w), g.astype(jnp.bfloat16))
+    for name, a, b, least in zip(("y", "dx", "dw"), got, exact, (0.999, 0.999, 0.9985), strict=True):
+        assert cosine(a, b) >= least, name
+        error = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+        assert abs(error.mean()) <= 4 * error.std() / np.sqrt(error.size), name  # of a mean that is zero
+
+
+def test_dims_of_inputs_and_outputs_stay():
+    x = draw(6, 2, 128, 4, 32).astype(jnp.bfloat16)
+    w = draw(7, 4, 32, 3, 64)
+    y = linear(x, fp8(w, input_dims=2), input_dims=2)
+    assert y.shape == (2, 128, 3, 64)
+    flat = linear(x.reshape(256, 128), fp8(w.reshape(128, 192)))
+    np.testing.assert_array_equal(y.reshape(256, 192), flat)
+
+
+def test_an_array_is_multiplied_as_it_is():
+    x, w = draw(8, 6, 4, 32).reshape(6, 4, 32), draw(9, 4, 32, 16)
+    np.testing.assert_allclose(linear(x, w, input_dims=2), jnp.einsum("tnh,nhd->td", x, w), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_seen(bad):
+    """In the row where it entered, and in every gradient that read it; nowhere else."""
+    x, w, g = draw(10, T, 256).at[5, 7].set(bad), fp8(draw(11, 256, 128)), draw(12, T, 128)
+    y, dx, dw = gradients(x.astype(jnp.bfloat16), w, g.astype(jnp.bfloat16))
+    assert np.isnan(y[5]).all() and np.isfinite(np.delete(np.asarray(y, np.float32), 5, 0)).all()
+    assert np.isfinite(np.asarray(dx, np.float32)).all() and np.isnan(dw[7]).all()

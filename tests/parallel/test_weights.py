@@ -1,0 +1,93 @@
+"""FP8 weights on a mesh: quantised where they lie to the same bits as on one device, moved as bytes, their gradients summed in FP32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from deepseek_jax import config as config_lib
+from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, matrix_shape
+from deepseek_jax.parallel.mesh import LAYOUT, ROWS, P, make_mesh, partition_specs
+from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
+from pallas_kernels.quantize import quantize_blocks
+
+E = 8
+# Eight parts of 16, 24 and 40 rows: most blocks lie on several devices, and their last is partial.
+WHOLE = {
+    "q_a_DA": (128, 136),
+    "kv_a_DC": (3, 192, 200),
+    "o_NHD": (2, 4, 32, 320),
+    "gate_up_D2F": (128, 2, 128),
+    "down_FD": (2, 256, 192),
+    "gate_up_ED2F": (2, E, 192, 2, 128),
+    "down_EFD": (E, 128, 144),
+    "router_DE": (128, E),
+}
+FP8 = [name for name in WHOLE if name in INPUT_DIMS]
+
+
+@functools.cache
+def on_eight_devices():
+    """On 2x2x2: each device's gathered FP8 weights, and the gradients that come back by both ways."""
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WHOLE.items()}
+    params["q_a_DA"][100, 5] = np.nan
+    params["kv_a_DC"][1, :128, :128] = 0.0
+
+    def cotangent(name, shape):
+        device = 1 + jax.lax.axis_index(ROWS)
+        return (device * jnp.arange(np.prod(shape), dtype=jnp.float32) % 7).reshape(shape)
+
+    def local(params):
+        quantized = quantize_weights(params)
+        weights, pull = jax.vjp(lambda tree: detach(gather(attach(tree, quantized), jnp.bfloat16))[0], params)
+        _, moved = detach(gather(attach(params, quantized), jnp.bfloat16))
+        mine = {name: cotangent(name, w.shape).astype(w.dtype) for name, w in weights.items()}
+        return jax.tree.map(lambda w: w[None], ({name: moved[name] for name in FP8}, mine)), pull(mine)[0], reduce_gradients(mine)
+
+    tree = {"pipe": 1, "data": 2, "node": 2, "expert": 2, "tensor": 1}
+    with jax.set_mesh(make_mesh(config_lib.Mesh(**ConfigDict(tree)))):
+        specs = partition_specs(params)
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(ROWS), specs, specs)))
+        return params, *jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
+
+
+def mine(name, w, device):
+    """What a device has of a whole array when it is gathered."""
+    return np.split(w, 4, WHOLE[name].index(E))[device % 4] if name in PER_EXPERT else w
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_every_device_has_the_bits_of_one_device(name):
+    params, (moved, _), *_ = on_eight_devices()
+    values, scales = moved[name]
+    for device in range(8):
+        w = mine(name, params[name], device)
+        matrix = matrix_shape(w.shape, INPUT_DIMS[name], len(LAYOUT[name]) - (name in PER_EXPERT))
+        want = quantize_blocks(jnp.asarray(w.reshape(-1, *matrix[-2:])))
+        np.testing.assert_array_equal(values[device].view(np.uint8).ravel(), np.asarray(want.values).view(np.uint8).ravel())
+        np.testing.assert_array_equal(scales[device].ravel(), np.ravel(want.scales))
+    assert values.shape[1:] == mine(name, params[name], 0).shape
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_gradients_come_back_summed(name):
+    """Small integers: the sum in FP32 is exact."""
+    _, (_, cotangents), transposed, reduced = on_eight_devices()
+    c = cotangents[name].astype(np.float32)
+    if name in PER_EXPERT:
+        want = np.concatenate(list(c.reshape(2, 4, *c.shape[1:]).sum(0)), axis=WHOLE[name].index(E))
+    else:
+        want = c.sum(0)
+    assert transposed[name].dtype == reduced[name].dtype == np.float32
+    np.testing.assert_array_equal(transposed[name], want)
+    np.testing.assert_array_equal(reduced[name], want)
+
+
+def test_the_table_names_every_linear_layer():
+    """What stays out is what V3 keeps in higher precision (section 3.3.1), and the merging matrix, stored in BF16."""
+    matrices = {name for name, spec in LAYOUT.items() if len(spec) > 1}
+    assert matrices - set(INPUT_DIMS) == {"embed_VD", "head_DV", "router_DE", "merge_2DD"}
