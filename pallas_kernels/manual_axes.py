@@ -4,6 +4,7 @@ A kernel's equations know nothing of mesh axes: JAX refuses references that vary
 so that its gradient would be summed over them once more. `invariant` hides the axes from the kernel, `vary` declares them again after it.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -46,10 +47,21 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def call(kernel: Callable, *operands: Any, **options: Any) -> Any:
-    """Return `kernel(*operands, **options)`, varying over the mesh axes that any array among the operands varies over."""
-    axes = varies_over(operands)
-    if not axes:
-        return kernel(*operands, **options)
-    with unchecked():
-        result = kernel(*invariant(operands), **options)
+    """Return `kernel(*operands, **options)`, varying over the mesh axes that any array among the operands varies over.
+
+    The kernel is a jitted function of its own: a program that calls it ten times with the same shapes lowers it once.
+    """
+    leaves, tree = jax.tree.flatten((operands, options))
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    others = tuple(None if isinstance(x, jax.Array) else x for x in leaves)
+    axes = varies_over(arrays)
+    with unchecked() if axes else contextlib.nullcontext():
+        result = _call(kernel, tree, others, invariant(arrays))
     return vary(result, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(kernel: Callable, tree: Any, others: tuple, arrays: list[jax.Array]) -> Any:
+    rest = iter(arrays)
+    operands, options = jax.tree.unflatten(tree, [next(rest) if x is None else x for x in others])
+    return kernel(*operands, **options)

@@ -16,6 +16,7 @@ from configs import tiny, v3_5b
 from deepseek_jax.config import from_config_dict, resolve
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.step import jit_train_step
+from pallas_kernels import dispatch
 from tests import abstract
 
 
@@ -85,3 +86,21 @@ def test_cudnn_attention_brings_no_collective_of_its_own(hopper_by_name):
 def test_fp32_refuses_cudnn():
     with pytest.raises(ValueError, match="'cudnn' needs precision 'bf16'"):
         lower("cudnn", precision="fp32")
+
+
+@pytest.mark.slow
+def test_fp8_reaches_the_program_as_kernels(hopper_by_name, monkeypatch):
+    """On a mesh, inside the checked shard_map: no product of a linear layer is left to XLA, and no gradient is summed twice."""
+    monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", "9.0"))
+    fp8, bf16 = (lower("auto", precision) for precision in ("fp8", "bf16"))
+    assert "f8E4M3" not in "".join(line for line in fp8.splitlines() if "stablehlo.dot_general" in line)
+    assert len(products(fp8)) < len(products(bf16)) / 3  # router, head and the sums of their gradients
+    assert fp8.count("mosaic_gpu") > 60
+    found, expected = collectives(fp8), collectives(bf16)
+    agreed = found.pop("all_reduce") - expected.pop("all_reduce")  # one on the scales of each stack of a weight
+    assert found == expected
+    assert agreed == 7 + 9  # attention's five and two of the dense layer; five, two shared and two of the experts
+
+
+def products(text):
+    return [line for line in text.splitlines() if "stablehlo.dot_general" in line]
