@@ -92,7 +92,9 @@ def test_dims_of_inputs_and_outputs_stay():
 
 def test_an_array_is_multiplied_as_it_is():
     x, w = draw(8, 6, 4, 32).reshape(6, 4, 32), draw(9, 4, 32, 16)
-    np.testing.assert_allclose(linear(x, w, input_dims=2), jnp.einsum("tnh,nhd->td", x, w), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        linear(x, w, input_dims=2), jnp.einsum("tnh,nhd->td", x, w), rtol=0, atol=5e-5
+    )  # sums of 128 products in another order
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
