@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
 from jax.extend.core import Primitive
@@ -51,9 +53,12 @@ def call(kernel: Callable, *operands: Any, **options: Any) -> Any:
 
     The kernel is a jitted function of its own: a program that calls it ten times with the same shapes lowers it once.
     """
+    if isinstance(kernel, functools.partial):  # a new object at every call; its function is what jit shall remember
+        kernel, options = kernel.func, kernel.keywords | options
     leaves, tree = jax.tree.flatten((operands, options))
-    arrays = [x for x in leaves if isinstance(x, jax.Array)]
-    others = tuple(None if isinstance(x, jax.Array) else x for x in leaves)
+    is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
+    arrays = [jnp.asarray(x) for x, array in zip(leaves, is_array, strict=True) if array]
+    others = tuple(None if array else x for x, array in zip(leaves, is_array, strict=True))
     axes = varies_over(arrays)
     with unchecked() if axes else contextlib.nullcontext():
         result = _call(kernel, tree, others, invariant(arrays))

@@ -9,7 +9,7 @@ weight gradients share a scale belong to one expert. Z rows in all, a static num
                 y      = act down, summed per token
     backward    dy       rows read by slot, quantised on the way             powers of two
                 dact   = dy down^T
-                act      recomputed from hidden, in both groupings
+                act      recomputed from hidden, in tiles of 128 rows
                 dhidden, and the gradient of the weight: one pass
                 dx     = dhidden gate_up^T, summed per token
                 dgate_up = x^T dhidden, ddown = act^T dy                     FP32

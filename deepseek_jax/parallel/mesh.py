@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import lax
 
 from deepseek_jax import config as config_lib
+from pallas_kernels import manual_axes
 from pallas_kernels.quantized import GROUP
 
 P = jax.P
@@ -128,5 +128,4 @@ def partition_specs(tree: Any) -> Any:
 
 def vary(x: jax.Array, like: jax.Array) -> jax.Array:
     """Let `x` vary over the manual axes that `like` varies over: a loop's carry must start with the type it ends with."""
-    missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
+    return manual_axes.vary(x, manual_axes.varies_over(like))

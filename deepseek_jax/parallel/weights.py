@@ -16,6 +16,7 @@ from jax import lax
 
 from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, Fp8Weight, matrix_shape
 from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, ROWS, P, leaf_name, vary
+from pallas_kernels import manual_axes
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import GROUP, encode, largest_magnitude, scale_of
 
@@ -41,8 +42,7 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
             return Fp8Weight(_carry(w.carrier, axes, dim), moved, w.scales)
         for dim, axes in _split_dims(name, w):
             return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
-        missing = tuple(set(ROWS) - jax.typeof(w).manual_axis_type.varying)
-        return lax.pcast(w, missing, to="varying") if missing else w
+        return manual_axes.vary(w, frozenset(ROWS))
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_weight)
 
