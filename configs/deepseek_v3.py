@@ -117,7 +117,8 @@ def get_config() -> ConfigDict:
                 "attention_chunk": 512,  # queries at a time of the XLA path
                 "exchange": "auto",  # or "local", "all_to_all"
                 "exchange_slack": 2.0,  # one round carries this many times the balanced number of rows
-                "expert_block": 256,  # rows of one block of the grouped matmul: all of one expert
+                "experts": "auto",  # or "blocks" (a loop over XLA's matmuls), "grouped" (one kernel for all experts)
+                "expert_block": 256,  # rows of one block: all of one expert
                 "expert_wave": 16,  # blocks multiplied at once
                 "loss_chunk": 2048,  # tokens whose logits exist at once, per device
             },

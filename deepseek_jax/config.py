@@ -13,6 +13,8 @@ import typing
 from typing import Any
 
 from deepseek_jax.config_checks import check, check_schedule
+from pallas_kernels import dispatch
+from pallas_kernels.quantized import GROUP
 
 Piece = tuple[str, float, float]  # shape, end as a fraction of training.num_tokens, value at the end
 Schedule = tuple[Piece, ...]
@@ -168,6 +170,7 @@ class Execution:
     attention_chunk: int
     exchange: str
     exchange_slack: float
+    experts: str
     expert_block: int
     expert_wave: int
     loss_chunk: int
@@ -279,7 +282,7 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         expert_devices: devices along the expert axes of the mesh.
     """
     execution = config.execution
-    attention, exchange = execution.attention, execution.exchange
+    attention, exchange, experts = execution.attention, execution.exchange, execution.experts
     if attention == "auto":
         attention, reason = _choose_attention(config, platform)
         logging.info("attention: %s (%s)", attention, reason)
@@ -290,7 +293,10 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         raise ValueError(
             f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share them; use 'auto'"
         )
-    return dataclasses.replace(config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange))
+    if experts == "auto":
+        experts, reason = _choose_experts(config, platform)
+        logging.info("experts: %s (%s)", experts, reason)
+    return dataclasses.replace(config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange, experts=experts))
 
 
 def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
@@ -303,3 +309,13 @@ def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
     if config.data.mask_documents:
         return "xla", "cuDNN flash attention takes one segment per row, and data.mask_documents is on"
     return "cudnn", "cuDNN flash attention"
+
+
+def _choose_experts(config: Config, platform: str) -> tuple[str, str]:
+    if config.execution.precision == "fp8":
+        return "grouped", "products in FP8 are grouped"
+    if config.execution.precision == "fp32" or platform != "gpu" or not dispatch.on_hopper():
+        return "blocks", "the grouped kernels are for BF16 on Hopper GPUs"
+    if config.model.width % GROUP or config.model.expert_hidden % GROUP:
+        return "blocks", f"the grouped kernels want widths that are multiples of {GROUP}"
+    return "grouped", "the Pallas kernels for Hopper"

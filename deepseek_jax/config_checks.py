@@ -18,6 +18,7 @@ CHOICES = {
     "execution.gather": ("layer", "step"),
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
     "execution.exchange": ("auto", "local", "all_to_all"),
+    "execution.experts": ("auto", "blocks", "grouped"),
 }
 MAY_BE_ZERO = {  # every other number is positive
     "seed",
@@ -58,6 +59,11 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
     _check_training(config)
     if config.execution.precision == "fp8":
         _check_fp8(config)
+    if (config.execution.precision, config.execution.experts) in {("fp8", "blocks"), ("fp32", "grouped")}:
+        raise ValueError(
+            f"config.execution.experts = {config.execution.experts!r} does not exist for execution.precision ="
+            f" {config.execution.precision!r}: 'grouped' is BF16 or FP8, 'blocks' BF16 or FP32; use 'auto'"
+        )
 
 
 def check_schedule(path: str, pieces: "Schedule") -> None:

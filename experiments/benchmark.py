@@ -1,7 +1,8 @@
 """Measure the training step of a configuration: `python -m experiments.benchmark --config=configs/tiny.py`.
 
-Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, memory, and the cold times of tracing and compiling; then the rate of
-the loader alone, which must stay well above the step's. --json writes the same numbers as records (design: a measured claim is a file).
+Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, what memory holds, and the cold times of tracing and compiling; where
+the time goes, by scope and pass and by kernel; then the rate of the loader alone, which must stay well above the step's. --json writes the
+same numbers as records (design: a measured claim is a file).
 
 A step is timed from its call until its results are there, and the median of --steps is reported. Tokens are random unless --data is given:
 a fresh model routes both nearly evenly.
@@ -24,13 +25,12 @@ from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch, next_token_batch
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader, open_tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import environment
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import session
+from experiments import breakdown, session
 from pallas_kernels.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
@@ -38,11 +38,13 @@ JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=20)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences per step; the first size of the recipe by default.")
 DATA = flags.DEFINE_bool("data", False, "Train on the configured corpus instead of random tokens.")
+BREAKDOWN = flags.DEFINE_bool("breakdown", True, "Profile a few steps, too: on a GPU they are compiled once more.")
 LOADER = flags.DEFINE_bool("loader", True, "Measure the loader alone, too.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the tokenizer and the tokenised corpus for the next time.")
 
 WARMUP_STEPS = 3  # the first steps touch fresh memory, and wait for clocks to rise
 NUM_RANDOM_BATCHES = 4
+PROFILED_STEPS = 3
 
 
 class Measurement(NamedTuple):
@@ -51,9 +53,11 @@ class Measurement(NamedTuple):
     trace_seconds: float  # cold, lowering included
     compile_seconds: float  # cold: no persistent cache
     step_seconds: list[float]
-    bytes_per_device: int  # arguments, results and temporaries of the compiled step
+    memory: dict[str, int]  # bytes per device by what they hold
+    peak_bytes: int | None  # most in use on the device so far, where its allocator counts
     first_loss: float  # nats per token
     last_loss: float
+    events: list[breakdown.Event]
 
 
 def main(_) -> None:
@@ -67,12 +71,14 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workdir = Path(WORKDIR.value or scratch)
         batches = corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
-        measurement = measure_step(config, mesh, batches, STEPS.value)
+        measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value)
         step_records = describe_step(config, mesh, size, measurement)
         records = step_records + (measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else [])
-    common = provenance("experiments.benchmark", describe_device(mesh))
+    common = provenance("experiments.benchmark", session.describe_device(mesh))
     records = [record | common for record in records]
     print_table(config, common["device"], records)
+    if measurement.events:
+        print(f"\n{breakdown.table(measurement.events)}\n\n{breakdown.kernel_table(measurement.events)}")
     if mesh.devices.flat[0].platform == "cpu" and busy > 0.5:
         print(f"\nOther programs kept {busy:.1f} cores busy when this one started: times are too long, and vary.")
     if JSON.value:
@@ -96,9 +102,10 @@ def corpus_batches(config: Config, workdir: Path, size: int) -> Iterator[Batch]:
         yield loader.next_batch(size)
 
 
-def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int) -> Measurement:
-    """Compile the train step, warm it up, and time `num_steps` of it."""
+def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int, profile: bool) -> Measurement:
+    """Compile the train step, warm it up, time `num_steps` of it, and profile a few more."""
     losses, seconds = [], []
+    platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
         state = create_state(config)
         batch = place_batch(next(batches), mesh)
@@ -107,19 +114,38 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batc
         traced = time.perf_counter()
         step = lowered.compile()
         compiled = time.perf_counter()
-        for i in range(WARMUP_STEPS + num_steps):
-            arguments = place_batch(next(batches), mesh), rates(config, i, i * batch["tokens_BS"].size)
+
+        def run(step):
+            nonlocal state
+            arguments = place_batch(next(batches), mesh), rates(config, len(losses), len(losses) * batch["tokens_BS"].size)
             begin = time.perf_counter()
             state, metrics = jax.block_until_ready(step(state, *arguments))
             seconds.append(time.perf_counter() - begin)
             losses.append(float(metrics["loss"]))
-    return Measurement(traced - start, compiled - traced, seconds[WARMUP_STEPS:], _bytes_per_device(step), losses[0], losses[-1])
+
+        for _ in range(WARMUP_STEPS + num_steps):
+            run(step)
+        memory, peak = _memory(state, step), (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+        timed, first, last, events = seconds[WARMUP_STEPS:], losses[0], losses[-1], []
+        if profile:
+            options = breakdown.WITHOUT_COMMAND_BUFFERS.get(platform)
+            step = lowered.compile(compiler_options=options) if options else step
+            run(step)
+            events = breakdown.trace_steps(lambda: run(step), PROFILED_STEPS, step.as_text())
+    return Measurement(traced - start, compiled - traced, timed, memory, peak, first, last, events)
 
 
-def _bytes_per_device(step: jax.stages.Compiled) -> int:
-    memory = step.memory_analysis()
-    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
-    return sum(sizes) - memory.alias_size_in_bytes  # the state is donated: argument and result are one
+def _memory(state: Any, step: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes per device: the state by its parts, and what the compiled step needs beside it."""
+
+    def local_bytes(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    found = step.memory_analysis()
+    held = {name: local_bytes(state[name]) for name in ("params", "optimizer", "ema") if name in state}
+    beside = found.argument_size_in_bytes - sum(held.values()) + found.output_size_in_bytes - found.alias_size_in_bytes
+    # The state is donated: argument and result are one.
+    return held | {"gradients, activations, copies": found.temp_size_in_bytes, "batch, metrics": beside}
 
 
 def describe_step(config: Config, mesh: jax.sharding.Mesh, size: int, measurement: Measurement) -> list[dict[str, Any]]:
@@ -134,15 +160,20 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, size: int, measuremen
         ("train step, median", 1e3 * seconds, "ms"),
         ("train step, fastest", 1e3 * min(measurement.step_seconds), "ms"),
         ("model FLOPs", flops * tokens_per_second / 1e12, "TFLOP/s"),
-        ("memory per device, compiled", measurement.bytes_per_device / 2**30, "GiB"),
+        *((f"memory, {name}", size / 2**30, "GiB") for name, size in measurement.memory.items()),
+        ("memory per device, compiled", sum(measurement.memory.values()) / 2**30, "GiB"),
         ("trace, cold", measurement.trace_seconds, "s"),
         ("compile, cold", measurement.compile_seconds, "s"),
         ("loss of step 1", measurement.first_loss, "nats/token"),
         (f"loss of step {WARMUP_STEPS + len(measurement.step_seconds)}", measurement.last_loss, "nats/token"),
     ]
+    if measurement.peak_bytes:
+        values.insert(-4, ("memory per device, peak", measurement.peak_bytes / 2**30, "GiB"))
     if peak:
         utilization = model_flops_utilization(flops, tokens_per_second, peak * mesh.size)
         values.insert(4, ("MFU of the BF16 peak", 100 * utilization, "%"))
+    scopes = dict.fromkeys(event.scope for event in measurement.events)
+    values += [(f"time in {scope}", sum(e.milliseconds for e in measurement.events if e.scope == scope), "ms") for scope in scopes]
     return [_record(config, mode, size, value, unit) for mode, value, unit in values]
 
 
@@ -157,13 +188,6 @@ def _record(config: Config, mode: str, size: int, value: float, unit: str) -> di
     shape = {"batch": size, "sequence": config.data.sequence_length, "mtp_layers": config.model.num_mtp_layers}
     record = {"config": config.name, "mode": mode, "precision": config.execution.precision, "shape": shape}
     return record | {"value": value, "unit": unit, "yardstick": None}
-
-
-def describe_device(mesh: jax.sharding.Mesh) -> str:
-    """Return number and kind of the devices, with the cores of a CPU."""
-    here = environment(mesh)
-    cores = f", {here['cores']} cores" if here["platform"] == "cpu" else ""
-    return f"{mesh.size} x {here['device_kind']}{cores}"
 
 
 def print_table(config: Config, device: str, records: list[dict[str, Any]]) -> None:

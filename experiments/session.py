@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
+from deepseek_jax.training.checkpoint import environment
+
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Be one of several processes, found by JAX on TPU pods, SLURM, Open MPI and Kubernetes."
@@ -54,6 +56,13 @@ def computes_on_cpu() -> bool:
         return jax.config.jax_platforms == "cpu"
     devices = Path("/dev")
     return not any([*devices.glob("nvidia[0-9]*"), *devices.glob("accel*"), *devices.glob("vfio/[0-9]*")])
+
+
+def describe_device(mesh: jax.sharding.Mesh) -> str:
+    """Return number and kind of the devices, with the cores of a CPU."""
+    here = environment(mesh)
+    cores = f", {here['cores']} cores" if here["platform"] == "cpu" else ""
+    return f"{mesh.size} x {here['device_kind']}{cores}"
 
 
 # The step's temporaries on a CPU are one malloc. Above 32 MiB glibc maps such a block anew and unmaps it when it is freed, so every step of

@@ -14,6 +14,7 @@ from jax.extend import backend
 from pallas_kernels import manual_axes
 
 LOGGER = logging.getLogger(__name__)
+HOPPER = "9.0"  # compute capability
 IMPLEMENTATIONS = ("auto", "reference", "hopper", "tpu")
 
 
@@ -44,11 +45,16 @@ def _best(faces: frozenset[str], platform: str, kind: str) -> tuple[str, str]:
     wanted = {"gpu": "hopper", "tpu": "tpu"}.get(platform)
     if wanted is None:
         return "reference", f"there are no kernels for {platform}"
-    if wanted == "hopper" and kind != "9.0":
+    if wanted == "hopper" and kind != HOPPER:
         return "reference", f"the kernels are for compute capability 9.0, this GPU has {kind}"
     if wanted not in faces:
         return "reference", f"there is no {wanted} kernel of this operation"
     return wanted, f"{platform} {kind}"
+
+
+def on_hopper() -> bool:
+    """Whether a program traced now will run on a GPU that the Hopper kernels are for."""
+    return _hardware() == ("gpu", HOPPER)
 
 
 def _hardware() -> tuple[str, str]:

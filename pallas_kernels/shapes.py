@@ -198,6 +198,10 @@ DENSE: Mapping[Dense, DeepGemm] = {
 DENSE_GRADIENTS: Mapping[Dense, None] = dict.fromkeys(
     [Dense(4096, 7168, 4096), Dense(7168, 2048, 4096), Dense(24576, 1536, 4096), Dense(7168, 16384, 4096)]
 )
+# Layers of `configs/v3_5b.py` with 32,768 tokens on a GPU: fewer tiles than multiprocessors, or a few more.
+FEW_TILES: Mapping[Dense, None] = dict.fromkeys(
+    Dense(m, n, 32768) for m, n in [(2048, 640), (1536, 3072), (2048, 2048), (2048, 1536), (1024, 2048), (512, 4096)]
+)
 
 GROUPED: Mapping[Grouped, DeepGemm] = {
     Grouped(4, 8192, 4096, 7168): DeepGemm(1432, _XLA_FP8),

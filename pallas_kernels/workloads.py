@@ -19,6 +19,7 @@ from pallas_kernels.shapes import (
     ATTENTION_ROWS,
     DENSE,
     DENSE_GRADIENTS,
+    FEW_TILES,
     FFN_ROWS,
     GRADIENTS,
     GROUPED,
@@ -197,6 +198,11 @@ def _gradients_bf16(key: Array, shape: Gradients) -> tuple:
     return _normal(a, shape.rows, shape.m), _normal(b, shape.rows, shape.n), jnp.asarray(shape.sizes), total
 
 
+def _without_c(operands: Callable[[Array, Any], tuple]) -> Callable[[Array, Any], tuple]:
+    """The operands of a gradient that begins at zero."""
+    return lambda key, shape: operands(key, shape)[:-1]
+
+
 def _rows(key: Array, shape: Rows) -> tuple:
     return (_normal(key, shape.m, shape.k),)
 
@@ -269,23 +275,20 @@ def linear_with_weights(x: Array, dy: Array, w: Array, dw: Array, **how: Any) ->
 def operations(seed: int) -> list[Operation]:
     """Return all benchmarks; `seed` draws the shapes of "matmul_drawn"."""
     fp32 = {"out_dtype": jnp.float32}
-    drawn = dict.fromkeys(draw_dense(seed))
+    drawn, dense_gradients = dict.fromkeys(draw_dense(seed)), {**DENSE_GRADIENTS, **FEW_TILES}
+    accumulate_bf16, gradients_bf16 = grouped.grouped_matmul_accumulate_bf16, dict.fromkeys(GRADIENTS)
     return [
         Operation("matmul", matmul.matmul, DENSE, _dense, exact=fp32),
         Operation("matmul_drawn", matmul.matmul, drawn, _dense, exact=fp32),
-        Operation("matmul_accumulate", matmul.matmul_accumulate, DENSE_GRADIENTS, _dense_gradient, accumulates=True),
+        Operation("matmul_accumulate", matmul.matmul_accumulate, dense_gradients, _dense_gradient, accumulates=True),
+        Operation("matmul_gradient", matmul.matmul_accumulate, dense_gradients, _without_c(_dense_gradient)),
         Operation("grouped_matmul", grouped.grouped_matmul, GROUPED, _grouped, exact=fp32),
         Operation("masked_matmul", grouped.masked_matmul, MASKED, _masked, exact=fp32, hint="expected_rows"),
         Operation("grouped_matmul_accumulate", grouped.grouped_matmul_accumulate, GRADIENTS, _gradients, accumulates=True),
+        Operation("grouped_matmul_gradient", grouped.grouped_matmul_accumulate, dict.fromkeys(GRADIENTS), _without_c(_gradients)),
         Operation("grouped_matmul_bf16", grouped.grouped_matmul_bf16, dict.fromkeys(GROUPED), _grouped_bf16, "bf16", exact=fp32),
-        Operation(
-            "grouped_matmul_accumulate_bf16",
-            grouped.grouped_matmul_accumulate_bf16,
-            dict.fromkeys(GRADIENTS),
-            _gradients_bf16,
-            "bf16",
-            accumulates=True,
-        ),
+        Operation("grouped_matmul_accumulate_bf16", accumulate_bf16, gradients_bf16, _gradients_bf16, "bf16", accumulates=True),
+        Operation("grouped_matmul_gradient_bf16", accumulate_bf16, gradients_bf16, _without_c(_gradients_bf16), "bf16"),
         Operation("linear", linear, LINEAR, _linear, accumulates=True),
         Operation("linear_with_weights", linear_with_weights, LINEAR, _linear_bf16, accumulates=True),
         Operation("quantize_tiles", quantize.quantize_tiles, MODEL_ROWS, _rows),

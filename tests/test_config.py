@@ -15,10 +15,11 @@ from configs import deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax import config as config_lib
 from deepseek_jax.config import from_config_dict, resolve, schedule_value, to_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
+from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-PARTS = ["tiny", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b"]
+PARTS = ["tiny", "v3_300m", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b"]
 
 
 def changed(path, value, base=tiny):
@@ -308,7 +309,7 @@ def test_resolve_chooses_attention(platform, precision, mask):
 def test_resolve_keeps_what_was_asked_for_and_changes_nothing_else():
     config = from_config_dict(changed("execution.attention", "xla"))
     resolved = resolve(config, "tpu", 8)
-    assert resolved == dataclasses.replace(config, execution=dataclasses.replace(config.execution, exchange="all_to_all"))
+    assert resolved == dataclasses.replace(config, execution=dataclasses.replace(config.execution, exchange="all_to_all", experts="blocks"))
 
 
 def test_resolve_chooses_exchange():
@@ -345,3 +346,29 @@ def test_command_line_refuses(override, message):
     done = train_command(override)
     assert done.returncode != 0 and not done.stdout
     assert message in done.stderr.replace("\\n", "\n").replace('\\"', '"')
+
+
+@pytest.mark.parametrize(
+    ("precision", "hardware", "width", "experts"),
+    [
+        ("bf16", ("gpu", "9.0"), 256, "grouped"),
+        ("bf16", ("gpu", "9.0"), 192, "blocks"),
+        ("bf16", ("gpu", "8.0"), 256, "blocks"),
+        ("fp32", ("gpu", "9.0"), 256, "blocks"),
+        ("fp8", ("gpu", "8.0"), 256, "grouped"),
+    ],
+)
+def test_resolve_chooses_the_experts_arithmetic(precision, hardware, width, experts, monkeypatch):
+    monkeypatch.setattr(dispatch, "_hardware", lambda: hardware)
+    tree = changed("execution.precision", precision)
+    tree["model"] |= {"width": width, "kv_latent": 128, "expert_hidden": 128}
+    assert resolve(from_config_dict(tree), "gpu", 1).execution.experts == experts
+
+
+@pytest.mark.parametrize(("precision", "experts"), [("fp8", "blocks"), ("fp32", "grouped")])
+def test_experts_of_another_precision_are_refused(precision, experts):
+    tree = changed("execution.precision", precision)
+    tree["execution"]["experts"] = experts
+    tree["model"]["kv_latent"] = 128
+    with pytest.raises(ValueError, match=f"execution.experts = '{experts}' does not exist .* '{precision}'.*use 'auto'"):
+        from_config_dict(tree)

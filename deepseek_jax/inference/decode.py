@@ -139,7 +139,9 @@ def in_chunks(prompts_BS: np.ndarray) -> np.ndarray:
 
 def decode_config(config: Config) -> Config:
     """Return `config` as one device decodes with it: all experts here, in small blocks, and no balance statistics."""
-    execution = dataclasses.replace(config.execution, exchange="local", expert_block=EXPERT_BLOCK, expert_wave=EXPERT_WAVE)
+    execution = dataclasses.replace(
+        config.execution, exchange="local", experts="blocks", expert_block=EXPERT_BLOCK, expert_wave=EXPERT_WAVE
+    )
     loss = dataclasses.replace(config.loss, sequence_balance_weight=0.0, batch_balance_weight=0.0)
     return dataclasses.replace(config, execution=execution, loss=loss)
 

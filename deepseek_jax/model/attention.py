@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import flash
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.linear import linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT
+from deepseek_jax.model.recompute import keep
 from deepseek_jax.model.rope import rotate, softmax_scale
 
 Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
@@ -53,6 +53,7 @@ class Attention(nnx.Module):
         self.kv_b_CNX = matrix(rngs, "kv_b_CNX", (model.kv_latent, model.num_heads, model.content_dim + model.value_dim), std)
         self.o_NHD = matrix(rngs, "o_NHD", (model.num_heads, model.value_dim, model.width), model.residual_std)
 
+    @jax.named_scope("attention")
     def __call__(self, x_BSD: jax.Array, table: Table, segment_ids_BS: jax.Array) -> jax.Array:
         """Expanded form, causal within each segment. Maps [B, S, D] to [B, S, D]; the caller adds the residual."""
         model = self.config.model
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
         content_BSNP, v_BSNH = lax.split(kv_BSNX, (model.content_dim, model.value_dim), axis=3)
         rotary_BSNR = jnp.broadcast_to(rotary_BSR[:, :, None], (*q_BSNQ.shape[:3], model.rotary_dim))
         k_BSNQ = jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1)
-        with jax.named_scope("attention"):
+        with jax.named_scope("attention_core"):
             out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, softmax_scale(model))
         return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT)
 
@@ -103,7 +104,7 @@ class Attention(nnx.Module):
         """q_BSNQ: content channels, then rotated ones."""
         model = self.config.model
         if model.query_latent:
-            latent_BSA = checkpoint_name(linear(h_BSD, self.q_a_DA.get_value()), "query_latent")
+            latent_BSA = keep(linear(h_BSD, self.q_a_DA.get_value()), "query_latent")
             q_BSNQ = linear(rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ.get_value())
         else:
             q_BSNQ = linear(h_BSD, self.q_DNQ.get_value())
@@ -112,6 +113,6 @@ class Attention(nnx.Module):
     def _latents(self, h_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array]:
         """The two things a cache holds: normalised latent [B, S, C] and rotated shared key [B, S, R]."""
         model = self.config.model
-        kv_BSC = checkpoint_name(linear(h_BSD, self.kv_a_DC.get_value()), "kv_latent")
+        kv_BSC = keep(linear(h_BSD, self.kv_a_DC.get_value()), "kv_latent")
         latent_BSC, rotary_BSR = lax.split(kv_BSC, (model.kv_latent, model.rotary_dim), axis=2)
         return rms_norm(latent_BSC, self.kv_norm_C[...], model.norm_eps), rotate(rotary_BSR, table)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import Config
+from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import ROWS
 
 
@@ -49,6 +50,7 @@ def router_stats(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, 
     chosen_BE = counts_BE
     if loss.balance_frequency == "unbiased":
         chosen_BE = _count(lax.top_k(lax.stop_gradient(scores_BSE), model.experts_per_token)[1], valid_BS, model.num_experts)
+    chosen_BE = keep(chosen_BE, "routing")
     share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
     share_BE = jnp.where(valid_BS[..., None], share_BSE, 0.0).sum(1)
     if loss.sequence_balance_weight:

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.expert import collect
 from deepseek_jax.parallel.mesh import vary
 
@@ -49,13 +49,14 @@ def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) 
     flat = experts_TK.reshape(-1)
     num_blocks = -(-(flat.size // block + num_experts) // wave) * wave
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1)).astype(jnp.int32)
+    bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1), method="compare_all").astype(jnp.int32)
     start, count = bounds[:-1], jnp.diff(bounds)
     blocks = (count + block - 1) // block
     block_end = jnp.cumsum(blocks)
     first_slot = (block_end - blocks) * block
 
-    expert = jnp.minimum(jnp.searchsorted(block_end, jnp.arange(num_blocks), side="right"), num_experts - 1)
+    expert = jnp.searchsorted(block_end, jnp.arange(num_blocks), side="right", method="compare_all")
+    expert = jnp.minimum(expert, num_experts - 1)
     slot_expert = jnp.repeat(expert, block)
     offset = jnp.arange(num_blocks * block, dtype=jnp.int32) - first_slot[slot_expert]
     filled = offset < count[slot_expert]
@@ -82,7 +83,8 @@ def expert_ffn(
     """
     num_experts = weights["down_EFD"].shape[0]
     wave = min(wave, experts_TK.size // block + num_experts)
-    blocks = plan_blocks(experts_TK, num_experts, block, wave)
+    with jax.named_scope("route"):
+        blocks = keep(plan_blocks(experts_TK, num_experts, block, wave), "routing")
     return _blocked_ffn((block, wave), x_TD, gates_TK, weights["gate_up_ED2F"], weights["down_EFD"], blocks)
 
 
@@ -125,7 +127,7 @@ def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
     with jax.named_scope("experts"):
         zeros = [vary(jnp.zeros((num_slots, width), dtype), x_TD) for width in (x_TD.shape[1], hidden_size, hidden_size)]
         y_ZD, gate_ZF, up_ZF = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, tuple(zeros))
-        hidden = checkpoint_name((gate_ZF, up_ZF), "expert_hidden")
+        hidden = keep((gate_ZF, up_ZF), "expert_hidden")
         y_TD = collect(y_ZD, blocks.source_Z, blocks.slots_TK)
     return y_TD, (x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden)
 

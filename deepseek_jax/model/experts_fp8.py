@@ -19,12 +19,11 @@ What lives from forward to backward: x in E4M3, hidden in BF16.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.experts import plan_blocks
-from deepseek_jax.model.precision import DISPATCH, Fp8Weight, as_stored, matrix_shape, transposed
+from deepseek_jax.model.precision import DISPATCH, Fp8Weight, as_stored, transposed
+from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.expert import collect
-from deepseek_jax.parallel.mesh import vary
 from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate
 from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_both
 from pallas_kernels.quantize import quantize_rows, requantize_transposed
@@ -40,18 +39,13 @@ def expert_ffn_fp8(weights: dict[str, Fp8Weight], x_TD: jax.Array, gates_TK: jax
         gates_TK: FP32 gate weights.
         experts_TK: int32 ids into the weights; others contribute nothing.
     """
-    gate_up, down = (_as_matrices(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
+    gate_up, down = (weights[name].as_matrix(stacked=1) for name in ("gate_up_ED2F", "down_EFD"))
     num_experts = down.values.shape[0]
-    blocks = plan_blocks(experts_TK, num_experts, GROUP, 1)
+    with jax.named_scope("route"):
+        blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
     places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
     with jax.named_scope("experts"):
         return _ffn(x_TD, gates_TK, gate_up.carrier, down.carrier, (gate_up.values, gate_up.scales), (down.values, down.scales), places)
-
-
-def _as_matrices(weight: Fp8Weight) -> Fp8Weight:
-    """[E, in, *out] as [E, in, out]."""
-    shape = matrix_shape(weight.values.shape, 1, weight.values.ndim - 1)
-    return Fp8Weight(weight.carrier.reshape(shape), weight.values.reshape(shape), weight.scales)
 
 
 @jax.custom_vjp
@@ -67,8 +61,8 @@ def _read(x_TD, gates_TK, source_Z):
 
 def _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places):
     source_Z, slots_TK, rows_E = places
-    x_ZD = _read(x_TD, gates_TK, source_Z)
-    hidden_ZH = checkpoint_name(grouped_matmul(x_ZD, transposed(*gate_up), rows_E), "expert_hidden")
+    x_ZD = keep(_read(x_TD, gates_TK, source_Z), "expert_rows")
+    hidden_ZH = keep(grouped_matmul(x_ZD, transposed(*gate_up), rows_E), "expert_hidden")
     weight_Z = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)
     y_ZD = grouped_matmul(swiglu_quantize(hidden_ZH, weight_Z), transposed(*down), rows_E)
     return collect(y_ZD, source_Z, slots_TK), (gates_TK, gate_up, down, places, x_ZD, hidden_ZH, weight_Z)
@@ -80,17 +74,12 @@ def _backward(residuals, g_TD):
         dy_ZD = _read(g_TD, gates_TK, source_Z)
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
         _, act_FZ = swiglu_quantize_both(hidden_ZH, weight_Z)
-        ddown = _accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
+        ddown = grouped_matmul_accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
         dhidden_ZH, dhidden_HZ, dweight_Z = swiglu_backward_quantize(hidden_ZH, dact_ZF, weight_Z)
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
-        dgate_up = _accumulate(requantize_transposed(x_ZD, scale=DISPATCH), dhidden_HZ, rows_E)
+        dgate_up = grouped_matmul_accumulate(requantize_transposed(x_ZD, scale=DISPATCH), dhidden_HZ, rows_E)
         dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)
         return collect(dx_ZD, source_Z, slots_TK), dgates_TK, dgate_up, ddown, None, None, None
-
-
-def _accumulate(a, b, rows_E):
-    zeros = jnp.zeros((rows_E.size, a.shape[0], b.shape[0]))
-    return grouped_matmul_accumulate(a, b, rows_E, vary(zeros, a.values))
 
 
 _ffn.defvjp(_forward, _backward)

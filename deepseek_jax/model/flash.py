@@ -18,9 +18,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Config
+from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import vary
 from pallas_kernels import manual_axes
 
@@ -63,7 +63,7 @@ def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
         return None, (out.astype(v_BMNH.dtype), (top + jnp.log(total)).swapaxes(1, 2))
 
     _, (out_BSNH, lse_BSN) = _over_chunks(block, None, (q_BSNQ, segments_BS), chunk)
-    out_BSNH, lse_BSN = checkpoint_name(out_BSNH, "attention_out"), checkpoint_name(lse_BSN, "attention_out")
+    out_BSNH, lse_BSN = keep(out_BSNH, "attention_out"), keep(lse_BSN, "attention_out")
     return out_BSNH, (q_BSNQ, k_BMNQ, v_BMNH, segments_BS, out_BSNH, lse_BSN)
 
 
@@ -145,14 +145,14 @@ def _opaque_forward(kernel, *args):
     inner = manual_axes.invariant(args)
     with manual_axes.unchecked():
         out, pull = jax.vjp(functools.partial(_call_with_rest, kernel, inner), *_floats(inner))
-    named_out = checkpoint_name(vary(out, args[0]), "attention_out")
+    named_out = keep(vary(out, args[0]), "attention_out")
 
     def residual(leaf):
         """Arguments as they came, for the policy to judge; what the kernel made (output, softmax statistics) is worth keeping."""
         for known, outer in zip((*inner, out), (*args, named_out), strict=True):
             if leaf is known:
                 return outer
-        return checkpoint_name(vary(leaf, args[0]), "attention_out")
+        return keep(vary(leaf, args[0]), "attention_out")
 
     return named_out, (jax.tree.map(residual, pull), len(args))
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Model
-from deepseek_jax.model.linear import linear
+from deepseek_jax.model.linear import linear, swiglu_linear
+from deepseek_jax.model.precision import Fp8Weight
+from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import LAYOUT
 
 
@@ -54,11 +55,14 @@ class FeedForward(nnx.Module):
         self.gate_up_D2F = matrix(rngs, "gate_up_D2F", (model.width, 2, hidden), model.init_std)
         self.down_FD = matrix(rngs, "down_FD", (hidden, model.width), model.residual_std)
 
+    @jax.named_scope("ffn")
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Map [B, S, D] to [B, S, D]."""
-        hidden = checkpoint_name(linear(x_BSD, self.gate_up_D2F.get_value()), "ffn_hidden")
-        act = swiglu(hidden.astype(jnp.float32)).astype(x_BSD.dtype)
-        return linear(act, self.down_FD.get_value())
+        gate_up, down = self.gate_up_D2F.get_value(), self.down_FD.get_value()
+        if isinstance(gate_up, Fp8Weight):
+            return swiglu_linear(x_BSD, gate_up, down)
+        hidden = keep(linear(x_BSD, gate_up), "ffn_hidden")
+        return linear(swiglu(hidden.astype(jnp.float32)).astype(x_BSD.dtype), down)
 
 
 class DenseFeedForward(FeedForward):

@@ -1,10 +1,13 @@
-"""A linear layer in the precision of its weight: one product, or DeepSeek-V3's three in FP8 (section 3.3.1, figure 6).
+"""Linear layers in the precision of their weights: one product, or DeepSeek-V3's three in FP8 (section 3.3.1, figure 6).
 
     forward           y = x W         x in tiles [T, in], W^T in blocks [out, in]                                           BF16
     input gradient    dx = dy W^T     dy in tiles [T, out], W in blocks [in, out]                                           BF16
     weight gradient   dW = x^T dy     both in tiles of 128 tokens: x regrouped from what was kept, dy quantised once more   FP32
 
 The kernels sum over the last dim of both operands, so W is transposed for the forward product: blocks are square, and no number changes.
+
+Two layers with a SwiGLU between them are one function with one derivative: what stands between products is quantised as it is computed, in
+both groupings, and exists in BF16 nowhere but before the SwiGLU.
 """
 
 import functools
@@ -15,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.precision import HIDDEN, Fp8Weight, Input, as_stored, transposed
-from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.model.recompute import keep
 from pallas_kernels.matmul import matmul, matmul_accumulate
-from pallas_kernels.producers import e5m6_pack, e5m6_unpack
+from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_both
 from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import GROUP
 
@@ -38,33 +41,71 @@ def linear(x: jax.Array, weight: jax.Array | Fp8Weight, input_dims: int = 1, rec
         last = tuple(range(x.ndim - input_dims, x.ndim))
         return lax.dot_general(x, weight, ((last, tuple(range(input_dims))), ((), ())))
     rows, out = x.shape[: x.ndim - input_dims], weight.values.shape[input_dims:]
-    matrix = math.prod(x.shape[x.ndim - input_dims :]), math.prod(out)
-    carrier, values = weight.carrier.reshape(matrix), weight.values.reshape(matrix)
-    return _linear(recipe, x.reshape(-1, matrix[0]), carrier, values, weight.scales).reshape(*rows, *out)
+    matrix = weight.as_matrix(input_dims)
+    x_TI = x.reshape(math.prod(rows), -1)
+    return _linear(recipe, x_TI, matrix.carrier, (matrix.values, matrix.scales)).reshape(*rows, *out)
+
+
+def swiglu_linear(x: jax.Array, gate_up_D2F: Fp8Weight, down_FD: Fp8Weight) -> jax.Array:
+    """Return down(silu(x gate) * (x up)) with both weights in FP8.
+
+    Args:
+        x: [..., D], BF16.
+        gate_up_D2F: gate first; D and F are multiples of 128.
+        down_FD: the projection back.
+
+    Returns:
+        BF16 [..., D].
+    """
+    gate_up, down = gate_up_D2F.as_matrix(), down_FD.as_matrix()
+    weights = (gate_up.values, gate_up.scales), (down.values, down.scales)
+    return _swiglu_linear(x.reshape(-1, x.shape[-1]), gate_up.carrier, down.carrier, *weights).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(recipe, x_TI, carrier_IO, values_IO, scales):
-    return _forward(recipe, x_TI, carrier_IO, values_IO, scales)[0]
+def _linear(recipe, x_TI, carrier_IO, weight):
+    return _forward(recipe, x_TI, carrier_IO, weight)[0]
 
 
-def _forward(recipe, x_TI, carrier_IO, values_IO, scales):
+def _forward(recipe, x_TI, carrier_IO, weight):
     tiles = quantize_tiles(x_TI, scale=recipe.scale)
-    y_TO = matmul(tiles, transposed(values_IO, scales))
-    return y_TO, (e5m6_pack(x_TI) if recipe.kept == "e5m6" else tiles, values_IO, scales)
+    y_TO = matmul(tiles, transposed(*weight))
+    return y_TO, (e5m6_pack(x_TI) if recipe.kept == "e5m6" else tiles, weight)
 
 
 def _backward(recipe, residuals, g_TO):
-    kept, values_IO, scales = residuals
-    (num_inputs, num_outputs), num_rows = values_IO.shape, g_TO.shape[0]
+    kept, weight = residuals
+    num_rows, num_outputs = g_TO.shape
     g_tiles, g_columns = quantize_tiles_both(jnp.pad(g_TO, ((0, 0), (0, -num_outputs % GROUP))))
-    dx_TI = matmul(g_tiles, as_stored(values_IO, scales))
+    dx_TI = matmul(g_tiles, as_stored(*weight))
     if recipe.kept == "e5m6":
         _, x_columns = quantize_tiles_both(e5m6_unpack(*kept, m=num_rows), scale=recipe.scale)
     else:
         x_columns = requantize_transposed(kept, scale=recipe.scale)
-    zeros = vary(jnp.zeros((num_inputs, g_columns.shape[0])), g_TO)
-    return dx_TI, matmul_accumulate(x_columns, g_columns, zeros)[:, :num_outputs], None, None
+    return dx_TI, matmul_accumulate(x_columns, g_columns)[:, :num_outputs], None
 
 
 _linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _swiglu_linear(x_TD, gate_up_carrier, down_carrier, gate_up, down):
+    return _swiglu_forward(x_TD, gate_up_carrier, down_carrier, gate_up, down)[0]
+
+
+def _swiglu_forward(x_TD, gate_up_carrier, down_carrier, gate_up, down):
+    tiles = quantize_tiles(x_TD)
+    hidden_TH = keep(matmul(tiles, transposed(*gate_up)), "ffn_hidden")
+    return matmul(swiglu_quantize(hidden_TH), transposed(*down)), (tiles, hidden_TH, gate_up, down)
+
+
+def _swiglu_backward(residuals, g_TD):
+    tiles, hidden_TH, gate_up, down = residuals
+    g_tiles, g_columns = quantize_tiles_both(g_TD)
+    _, act_columns = swiglu_quantize_both(hidden_TH)
+    dhidden, dhidden_columns, _ = swiglu_backward_quantize(hidden_TH, matmul(g_tiles, as_stored(*down)))
+    dgate_up = matmul_accumulate(requantize_transposed(tiles), dhidden_columns)
+    return matmul(dhidden, as_stored(*gate_up)), dgate_up, matmul_accumulate(act_columns, g_columns), None, None
+
+
+_swiglu_linear.defvjp(_swiglu_forward, _swiglu_backward)

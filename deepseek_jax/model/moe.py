@@ -1,53 +1,24 @@
-"""DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16).
-
-The router is FP32 from its logits on. In BF16, 0.6 + 0.001 == 0.6: the bias steps of auxiliary-loss-free balancing would
-vanish. The bias only selects; gates come from the unbiased scores. Experts of groups that are not kept get -inf: with 0
-instead, any negative biased score loses against them.
-"""
+"""DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16)."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from deepseek_jax.config import Config, Model
+from deepseek_jax.config import Config
 from deepseek_jax.model.balance import RouterStats, router_stats
 from deepseek_jax.model.experts import expert_ffn
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
+from deepseek_jax.model.experts_grouped import expert_ffn_grouped
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.precision import Fp8Weight
+from deepseek_jax.model.router import route, router_scores
 from deepseek_jax.parallel.expert import exchange
 
 
 class RouterBias(nnx.Variable):
     """The selection bias. A variable type of its own: Optax, weight decay, clipping and averaging never see it."""
-
-
-def route(model: Model, scores_TE: jax.Array, bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Choose K experts per token and weigh them.
-
-    Args:
-        model: groups, K, and how gates are normalised.
-        scores_TE: sigmoid or softmax scores [..., E], FP32.
-        bias_E: selection bias, FP32.
-
-    Returns:
-        experts [..., K] int32, best first, ties to the lowest index; gates [..., K] FP32, differentiable in the scores.
-    """
-    biased = lax.stop_gradient(scores_TE) + bias_E
-    if model.num_groups > model.num_kept_groups:
-        grouped = biased.reshape(*biased.shape[:-1], model.num_groups, -1)
-        top = lax.top_k(grouped, 2)[0].sum(-1) if model.group_score == "top2" else grouped.max(-1)
-        kept_group = lax.top_k(top, model.num_kept_groups)[1]
-        keep = (kept_group[..., None, :] == jnp.arange(model.num_groups)[:, None]).any(-1)
-        biased = jnp.where(jnp.repeat(keep, model.num_experts // model.num_groups, axis=-1), biased, -jnp.inf)
-    experts = lax.top_k(biased, model.experts_per_token)[1]
-    gates = jnp.take_along_axis(scores_TE, experts, axis=-1)
-    if model.normalize_gates:
-        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
-    return experts, gates * model.routed_scale
 
 
 class MoE(nnx.Module):
@@ -69,7 +40,7 @@ class MoE(nnx.Module):
         config = self.config
         h_BSD = rms_norm(x_BSD, self.norm_D[...], config.model.norm_eps)
         with jax.named_scope("route"):
-            scores_BSE = self._scores(h_BSD)
+            scores_BSE = router_scores(config.model, h_BSD, self.router_DE[...])
             experts_BSK, gates_BSK = route(config.model, scores_BSE, self.bias_E[...])
             stats = router_stats(config, scores_BSE, experts_BSK, valid_BS)
             experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, config.model.num_experts)
@@ -81,11 +52,7 @@ class MoE(nnx.Module):
     def routed_experts(self, x_BSD: jax.Array) -> jax.Array:
         """The routed experts' indices [B, S, K] for a residual stream: what tests and notebooks look at."""
         h_BSD = rms_norm(x_BSD, self.norm_D[...], self.config.model.norm_eps)
-        return route(self.config.model, self._scores(h_BSD), self.bias_E[...])[0]
-
-    def _scores(self, h_BSD: jax.Array) -> jax.Array:
-        logits_BSE = jnp.einsum("bsd,de->bse", h_BSD.astype(jnp.float32), self.router_DE[...].astype(jnp.float32), precision="highest")
-        return jax.nn.sigmoid(logits_BSE) if self.config.model.gate == "sigmoid" else jax.nn.softmax(logits_BSE, axis=-1)
+        return route(self.config.model, router_scores(self.config.model, h_BSD, self.router_DE[...]), self.bias_E[...])[0]
 
     def _routed(self, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array) -> jax.Array:
         execution, model = self.config.execution, self.config.model
@@ -94,7 +61,7 @@ class MoE(nnx.Module):
             experts_BSK.reshape(-1, model.experts_per_token),
             gates_BSK.reshape(-1, model.experts_per_token),
             {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()},
-            _expert_fn(execution.expert_block, execution.expert_wave),
+            _expert_fn(execution.experts, execution.expert_block, execution.expert_wave),
             transport=execution.exchange,
             num_experts=model.num_experts,
             slack=execution.exchange_slack,
@@ -103,12 +70,14 @@ class MoE(nnx.Module):
 
 
 @functools.cache
-def _expert_fn(block: int, wave: int):
-    """The experts' arithmetic by the kind of weights. One function object per block shape: the exchange's derivative has it as static."""
+def _expert_fn(experts: str, block: int, wave: int):
+    """The experts' arithmetic. One function object per choice: the exchange's derivative has it as static."""
 
     def expert_fn(weights, x_TD, gates_TK, experts_TK):
         if isinstance(weights["down_EFD"], Fp8Weight):
             return expert_ffn_fp8(weights, x_TD, gates_TK, experts_TK)
+        if experts == "grouped":
+            return expert_ffn_grouped(weights, x_TD, gates_TK, experts_TK)
         return expert_ffn(weights, x_TD, gates_TK, experts_TK, block=block, wave=wave)
 
     return expert_fn

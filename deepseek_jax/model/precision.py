@@ -65,6 +65,11 @@ class Fp8Weight:
     values: jax.Array
     scales: jax.Array
 
+    def as_matrix(self, input_dims: int = 1, stacked: int = 0) -> "Fp8Weight":
+        """Return the weight as a matrix [in, out], behind `stacked` dims that stay."""
+        shape = matrix_shape(self.values.shape, input_dims, self.values.ndim - stacked)
+        return Fp8Weight(self.carrier.reshape(shape), self.values.reshape(shape), self.scales)
+
 
 def matrix_shape(shape: tuple[int, ...], input_dims: int, num_dims: int) -> tuple[int, ...]:
     """Return (..., in, out): the last `num_dims` dims of a weight as a matrix whose rows are its first `input_dims`."""

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.attention import Attention
@@ -27,13 +26,10 @@ from deepseek_jax.model.balance import RouterStats
 from deepseek_jax.model.layers import DenseFeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.moe import MoE, RouterBias
 from deepseek_jax.model.mtp import MtpLayer
+from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.model.rope import rotary_table
 
 Tree = dict[str, Any]
-
-# What "selective" recomputation keeps (V3 section 3.2.3): inputs of the large matmuls. Norms, MLA up-projections and SwiGLU
-# outputs are recomputed.
-SAVED_NAMES = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "expert_hidden")
 
 
 class Output(NamedTuple):
@@ -62,7 +58,7 @@ class MoELayer(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, table: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
         """Map the residual stream [B, S, D] to the next one; causal within segments, segment 0 is padding."""
-        x_BSD = checkpoint_name(x_BSD + self.attention(x_BSD, table, segment_ids_BS), "middle")
+        x_BSD = keep(x_BSD + self.attention(x_BSD, table, segment_ids_BS), "middle")
         y_BSD, stats = self.moe(x_BSD, segment_ids_BS > 0)
         return x_BSD + y_BSD, stats
 
@@ -106,7 +102,7 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
 
     def dense_layer(x_BSD, weights):
         layer = _merge(DenseLayer, config, gather(weights), {})
-        x_BSD = checkpoint_name(x_BSD + layer.attention(x_BSD, table, segments), "middle")
+        x_BSD = keep(x_BSD + layer.attention(x_BSD, table, segments), "middle")
         return x_BSD + layer.ffn(x_BSD), None
 
     def moe_layer(x_BSD, weights_and_bias):
@@ -125,7 +121,7 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
     for depth in range(config.model.num_mtp_layers):
         weights, bias = jax.tree.map(lambda a, i=depth: a[i], (params["mtp_layers"], router_bias["mtp_layers"]))
         embedded_BSD = embed(_ahead(batch["targets_BS"], depth))
-        state_BSD, mtp_stats = _remat(config, functools.partial(_mtp_depth, config, gather), scanned=False)(
+        state_BSD, mtp_stats = recomputed(config, functools.partial(_mtp_depth, config, gather), scanned=False)(
             state_BSD, embedded_BSD, weights, bias, table, segments
         )
         mtp_hidden.append(state_BSD)
@@ -197,6 +193,7 @@ def _merge(make: Callable, config: Config, weights: Tree, bias: Tree) -> Any:
     return nnx.merge(_graphdef(make, config), weights, bias)
 
 
+@jax.named_scope("embedding")
 def _embed(config: Config, embed_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
     return embed_VD[tokens_BS].astype(compute_dtype(config))
 
@@ -212,25 +209,23 @@ def _mtp_depth(config, gather, state_BSD, embedded_BSD, weights, bias, table, se
     return layer.final(x_BSD), stats
 
 
-def _remat(config: Config, body: Callable, scanned: bool) -> Callable:
-    """Recompute by config. Outside a scan, whose two passes are separate loops, XLA would merge the recomputation with the forward pass."""
-    if config.execution.remat == "none":
-        return body
-    policies = jax.checkpoint_policies
-    selective = config.execution.remat == "selective"
-    return jax.checkpoint(
-        body, prevent_cse=not scanned, policy=policies.save_only_these_names(*SAVED_NAMES) if selective else policies.nothing_saveable
-    )
-
-
 def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):
     num = len(jax.tree.leaves(layers)[0])
     scanned = config.execution.scan_unroll < num
-    body = _remat(config, body, scanned)
+    body = recomputed(config, body, scanned)
     if scanned:
         return lax.scan(body, x_BSD, layers, unroll=config.execution.scan_unroll)
     outputs = []  # unrolled altogether, nothing that the backward pass needs is stacked and cut apart again
-    for i in range(num):
-        x_BSD, out = body(x_BSD, jax.tree.map(lambda a, i=i: a[i], layers))
+    for layer in _unstack(layers):
+        x_BSD, out = body(x_BSD, layer)
         outputs.append(out)
     return x_BSD, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+
+@jax.custom_vjp
+def _unstack(layers: Any) -> list[Any]:
+    """The layers one by one. Their gradients are stacked; that of an index would be a sum of arrays, zero but for one layer each."""
+    return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
+
+
+_unstack.defvjp(lambda layers: (_unstack(layers), None), lambda _, grads: (jax.tree.map(lambda *parts: jnp.stack(parts), *grads),))

@@ -117,7 +117,7 @@ def _plan(route: _Route, experts_TK: jax.Array) -> _Plan:
     expert = experts_TK.reshape(-1)
     order = jnp.argsort(expert, stable=True)
     destination_sorted = expert[order] // route.num_local
-    start = jnp.searchsorted(destination_sorted, jnp.arange(route.parts + 1), side="left").astype(jnp.int32)
+    start = jnp.searchsorted(destination_sorted, jnp.arange(route.parts + 1), method="compare_all").astype(jnp.int32)
     position_sorted = jnp.arange(expert.size, dtype=jnp.int32) - start[destination_sorted]
     position = jnp.zeros_like(expert).at[order].set(position_sorted, unique_indices=True)
     rounds = (jnp.diff(start).max() + route.capacity - 1) // route.capacity

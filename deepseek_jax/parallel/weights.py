@@ -27,6 +27,7 @@ def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Fp8Weight)
 
 
+@jax.named_scope("gather")
 def gather(tree: Any, dtype: jnp.dtype) -> Any:
     """Make every weight of `tree` whole on every device that multiplies with it; call inside the step's shard_map.
 

@@ -25,6 +25,7 @@ from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weigh
 from deepseek_jax.training.losses import cross_entropy, mtp_targets
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
 from deepseek_jax.training.state import State
+from pallas_kernels.manual_axes import varies_over
 
 Batch = dict[str, jax.Array]
 
@@ -124,15 +125,38 @@ def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalis
             new["ema"] = ema_update(state["ema"], new["params"], config.optimizer.ema_decay)
         finite = nonfinite == 0
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new})
+        param_norm, direction_norm = _norms(new["params"], direction)
     new |= {"step": state["step"] + 1, "skipped": jnp.where(finite, 0, state["skipped"] + 1)}
     metrics |= {
         "grad_norm": grad_norm,
-        "update_norm": rates.learning_rate * optax.tree.norm(direction),
-        "param_norm": optax.tree.norm(new["params"]),
+        "update_norm": rates.learning_rate * direction_norm,
+        "param_norm": param_norm,
         "nonfinite": nonfinite,
         "skipped": new["skipped"],
     }
     return new, metrics | _bias_metrics(new["router_bias"])
+
+
+def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the global L2 norms of two trees in the layout of the parameters, with one reduction of two operands per leaf.
+
+    XLA:GPU then makes parameters, moments and both sums in one pass and in place (tests/training/test_aot_update.py). A fusion may
+    overwrite what one reduction reads, not two: with a reduction per norm the direction went to memory and back. Rows are summed first
+    because a single sum over all dims becomes blocks of 1024 threads, and a multiprocessor has registers for one of those. Each device
+    sums its own part because the partitioner gathers the operands' partial sums, where it would add those of a plain reduction.
+    """
+
+    def local(first, second):
+        def squares(x, y):
+            zero = jnp.zeros((), x.dtype)
+            rows = lax.reduce((x * x, y * y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 1,))
+            return lax.psum(jnp.stack([row.sum() for row in rows]), tuple(sorted(varies_over(x))))
+
+        first_norm, second_norm = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, first, second))))
+        return first_norm, second_norm
+
+    specs = partition_specs(params)
+    return jax.shard_map(local, in_specs=(specs, specs), out_specs=P())(params, direction)
 
 
 def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -89,7 +89,9 @@ def masked_matmul(
     return dispatch.choose("masked_matmul", implementation, faces)(a, b, valid_rows, out_dtype=out_dtype)
 
 
-def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c: Array, *, implementation: str = "auto") -> Array:
+def grouped_matmul_accumulate(
+    a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None, *, implementation: str = "auto"
+) -> Array:
     """Return c[g] + a_g b_g^T, promoted every 128: the experts' weight gradients, with the rows of all experts along K.
 
     Args:
@@ -97,11 +99,11 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
         b: tile [n, K].
         group_sizes: int32 [G], columns of each group: multiples of 128, none included, with a sum of at most K.
         c: FP32 [G, m, n], what is added to; in shard_map it varies over the mesh axes that a and b vary over. A kernel writes the sum in
-            its place where the caller donates it.
+            its place where the caller donates it. None is zero, for the first gradient of a step: on a GPU no zeros are made or read.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
-        FP32 [G, m, n]; c[g] itself where group g is empty. Columns of no group never leak, NaN included.
+        FP32 [G, m, n]; c[g] itself, or zeros, where group g is empty. Columns of no group never leak, NaN included.
 
     Raises:
         ValueError: an operand's grouping, dtype or layout, two different K, sizes that do not fit or are no multiples of 128 (pad each
@@ -111,8 +113,8 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
     check_quantized("a", a, "tile", num_dims=2)
     check_quantized("b", b, "tile", num_dims=2)
     check_inner("a", a.shape, "b", b.shape)
-    check_accumulator(c, (*c.shape[:1], a.shape[0], b.shape[0]))
-    check_group_sizes("group_sizes", group_sizes, c.shape[0], a.shape[1], multiple=GROUP)
+    num_groups = _check_accumulators(c, group_sizes, a.shape[0], b.shape[0])
+    check_group_sizes("group_sizes", group_sizes, num_groups, a.shape[1], multiple=GROUP)
     faces = {
         "reference": reference.grouped_matmul_accumulate,
         "hopper": hopper_gradient.grouped_matmul_accumulate,
@@ -162,18 +164,20 @@ def grouped_matmul_bf16(
     return chosen(a, b, group_sizes, transpose_b=transpose_b, out_dtype=out_dtype)
 
 
-def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array, *, implementation: str = "auto") -> Array:
+def grouped_matmul_accumulate_bf16(
+    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, implementation: str = "auto"
+) -> Array:
     """Return c[g] + a_g^T b_g over the rows of each group g, in BF16 with FP32 accumulation: the weight gradients without FP8.
 
     Args:
         a: BF16 [K, m], rows of a group contiguous, group 0 first.
         b: BF16 [K, n].
         group_sizes: int32 [G], any sizes with a sum of at most K.
-        c: FP32 [G, m, n], what is added to, as in `grouped_matmul_accumulate`.
+        c: FP32 [G, m, n], what is added to, or None, as in `grouped_matmul_accumulate`.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
-        FP32 [G, m, n]; c[g] itself where group g is empty. Rows of no group never leak, NaN included.
+        FP32 [G, m, n]; c[g] itself, or zeros, where group g is empty. Rows of no group never leak, NaN included.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or sizes that do not fit.
@@ -182,8 +186,8 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
     _check_bf16("a", a, num_dims=2)
     _check_bf16("b", b, num_dims=2)
     check_inner("a^T", a.shape[::-1], "b^T", b.shape[::-1])
-    check_accumulator(c, (*c.shape[:1], a.shape[1], b.shape[1]))
-    check_group_sizes("group_sizes", group_sizes, c.shape[0], a.shape[0])
+    num_groups = _check_accumulators(c, group_sizes, a.shape[1], b.shape[1])
+    check_group_sizes("group_sizes", group_sizes, num_groups, a.shape[0])
     faces = {
         "reference": reference.grouped_matmul_accumulate_bf16,
         "hopper": hopper_bf16_gradient.grouped_matmul_accumulate_bf16,
@@ -216,6 +220,14 @@ def check_group_sizes(name: str, sizes: Array, num_groups: int, rows: int, *, la
         raise ValueError(f"{name} = {numbers} with sum {numbers.sum()}; each must be in [0, {largest}] and the sum at most {rows}")
     if (numbers % multiple).any():
         raise ValueError(f"{name} = {numbers}; each must be a multiple of {multiple}: pad groups with zeros")
+
+
+def _check_accumulators(c: Array | None, group_sizes: Array, m: int, n: int) -> int:
+    """The number of groups: of `c` [G, m, n], or of the sizes without one."""
+    if c is None:
+        return group_sizes.size
+    check_accumulator(c, (*c.shape[:1], m, n))
+    return c.shape[0]
 
 
 def _check_bf16(name: str, x: Array, num_dims: int) -> None:

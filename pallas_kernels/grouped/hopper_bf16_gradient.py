@@ -1,4 +1,4 @@
-"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out as in FP8.
+"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out or stored, as in FP8.
 
 wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left them. Rows come in
 steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows of its neighbours, or of no group,
@@ -13,26 +13,28 @@ only.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.hopper_bf16 import PIECES, TuningConfig, whole_lines
-from pallas_kernels.matmul import hopper_gradient
-from pallas_kernels.matmul.hopper_gradient import over_group_tiles
+from pallas_kernels.matmul.hopper_gradient import clear_empty_groups, launch_onto, over_group_tiles, send_out
 
 STEP = 64  # rows
 
 
-def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array, *, config: TuningConfig | None = None) -> Array:
-    """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n]; rows of no group never leak, NaN included."""
+def grouped_matmul_accumulate_bf16(
+    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config: TuningConfig | None = None
+) -> Array:
+    """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n], A_g^T B_g without a `c`.
+
+    Rows of no group never leak, NaN included.
+    """
     config = config or TuningConfig()
-    num_groups, m, n = c.shape
-    padded = hopper.padded_columns(n, c.dtype)
+    num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
+    padded = hopper.padded_columns(n, jnp.float32)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, b_ref, offsets, out, a_slots, b_slots, out_slots, full, empty, cleared):
@@ -91,12 +93,16 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
 
         def compute(wg, row, column, group, first, num_steps, slot):
             def send(ref, _, j):
-                target = out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])]
-                plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=hopper_gradient.ON_THE_WAY_OUT)
+                send_out(c, ref, out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])])
 
             hopper.store({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
 
-        hopper.by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))
+        def over_results(wg):
+            over_tiles(functools.partial(compute, wg))
+            if c is None:
+                clear_empty_groups(lambda group: offsets[group + 1] - offsets[group], wg, out_slots.at[wg, 0], out)
+
+        hopper.by_role(ring, lambda: over_tiles(copy), over_results)
 
     scratch = [
         hopper.tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
@@ -106,10 +112,8 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
         plgpu.Barrier(num_arrivals=hopper.WARPGROUPS),
     ]
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
-    total = jax.new_ref(jnp.pad(c, ((0, 0), (0, 0), (0, padded - n))))
-    run = hopper.launch(kernel, (), min(num_multiprocessors(), num_groups * tiles[0] * tiles[1]), scratch)
-    run(whole_lines(a), whole_lines(b), offsets, total)
-    return jax.freeze(total)[..., :n]
+    operands = whole_lines(a), whole_lines(b), offsets
+    return launch_onto(c, (num_groups, m, n), kernel, num_groups * tiles[0] * tiles[1], scratch, operands)
 
 
 def _clear(ref, start: Array, end: Array) -> None:

@@ -12,11 +12,13 @@ A row of no group is in no block: it is never read, so what it holds (NaN includ
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import manual_axes
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.quantized import GROUP, Quantized
 
@@ -44,10 +46,11 @@ def masked_matmul(a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype: j
     return jnp.where(valid[:, :, None], product, jnp.nan)
 
 
-def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c: Array) -> Array:
+def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None) -> Array:
     """Return c[g] + a_g b_g^T, FP32 [G, m, n], where group g is `group_sizes[g]` columns of `a` tile [m, K] and `b` tile [n, K].
 
-    A group is a multiple of 128 columns, so each segment belongs to one group, or to none: then its index is G, and the sum is dropped.
+    No `c` is zero. A group is a multiple of 128 columns, so each segment belongs to one group, or to none: then its index is G, and the sum
+    is dropped.
     """
     num_segments = a.shape[1] // GROUP
     group = jnp.searchsorted(jnp.cumsum(group_sizes), GROUP * jnp.arange(num_segments), side="right")
@@ -58,6 +61,7 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
 
     a_segments, b_segments = (matmul_reference.split_segments(x.values) for x in (a, b))
     a_scales, b_scales = (x.scales[:, : x.shape[0]] for x in (a, b))
+    c = _zeros(group_sizes, a.shape[0], b.shape[0], like=(a, b)) if c is None else c
     return jax.lax.scan(add_segment, c, (group, a_segments, b_segments, a_scales, b_scales))[0]
 
 
@@ -73,14 +77,20 @@ def grouped_matmul_bf16(
     return _map_blocks(multiply, group_sizes, a.shape[0])
 
 
-def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]."""
+def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array | None = None) -> Array:
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no `c` is zero."""
 
     def add_block(c: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
         group, rows = block
         return c.at[group].add(_product_of_bf16(take(a, rows).T, take(b, rows)), mode="drop"), None
 
+    c = _zeros(group_sizes, a.shape[1], b.shape[1], like=(a, b)) if c is None else c
     return jax.lax.scan(add_block, c, _blocks(group_sizes, a.shape[0]))[0]
+
+
+def _zeros(group_sizes: Array, m: int, n: int, like: Any) -> Array:
+    """FP32 [G, m, n] that varies over the mesh axes that the sizes and the arrays of `like` vary over, as the carry of a loop must."""
+    return manual_axes.vary(jnp.zeros((group_sizes.shape[0], m, n), jnp.float32), manual_axes.varies_over((group_sizes, like)))
 
 
 def _blocks(group_sizes: Array, num_rows: int) -> tuple[Array, Array]:

@@ -155,10 +155,20 @@ def _masked_kernel(valid_rows, a, b, a_scales, b_scales, out, total, *, num_segm
 
 
 def grouped_matmul_accumulate(
-    a: Quantized, b: Quantized, group_sizes: Array, c: Array, *, config: TuningConfig = ACCUMULATE, interpret: Interpret = False
+    a: Quantized,
+    b: Quantized,
+    group_sizes: Array,
+    c: Array | None = None,
+    *,
+    config: TuningConfig = ACCUMULATE,
+    interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b` tile [n, K]."""
-    (m, k), n, num_groups = a.shape, b.shape[0], c.shape[0]
+    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b` tile [n, K].
+
+    Without a `c` it is made of zeros: a group without visits has no other.
+    """
+    (m, k), n, num_groups = a.shape, b.shape[0], group_sizes.shape[0]
+    c = jnp.zeros((num_groups, m, n), jnp.float32) if c is None else c
     tile_m, tile_n = fit(config.tile_m, m), fit(config.tile_n, n)
     segments = min(SEGMENTS, k // GROUP)
     visits = make_visits(group_sizes, k, segments * GROUP)

@@ -99,10 +99,11 @@ def _grouped_kernel(visits, a, b, out, total, *, num_groups: int, contraction):
 
 
 def grouped_matmul_accumulate_bf16(
-    a: Array, b: Array, group_sizes: Array, c: Array, *, config: TuningConfig = ACCUMULATE, interpret: Interpret = False
+    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config: TuningConfig = ACCUMULATE, interpret: Interpret = False
 ) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]."""
-    num_groups, m, n = c.shape
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no `c` is zeros."""
+    num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
+    c = jnp.zeros((num_groups, m, n), jnp.float32) if c is None else c
     tile_m, tile_n, tile_k = fit(config.tile_m, m), fit(config.tile_n, n), fit(config.tile_k, a.shape[0])
     visits = make_visits(group_sizes, a.shape[0], tile_k)
 

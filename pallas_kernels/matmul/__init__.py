@@ -37,13 +37,14 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.
     return dispatch.choose("matmul", implementation, faces)(a, b, out_dtype=out_dtype)
 
 
-def matmul_accumulate(a: Quantized, b: Quantized, c: Array, *, implementation: str = "auto") -> Array:
+def matmul_accumulate(a: Quantized, b: Quantized, c: Array | None = None, *, implementation: str = "auto") -> Array:
     """Return c + a b^T, promoted every 128 like `matmul`: the weight gradient dW += dy^T x, with tokens along k ("1D x 1D").
 
     Args:
         a: tile [m, k]; k a multiple of 128 (`quantize_tiles_both` pads it with zeros), any m.
         b: tile [n, k]; any n.
-        c: FP32 [m, n], what is added to. A kernel writes the sum in its place where the caller donates it.
+        c: FP32 [m, n], what is added to. A kernel writes the sum in its place where the caller donates it. None is zero, for the first
+            gradient of a step: no zeros are made or read.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
@@ -56,7 +57,8 @@ def matmul_accumulate(a: Quantized, b: Quantized, c: Array, *, implementation: s
     check_quantized("a", a, "tile", num_dims=2)
     check_quantized("b", b, "tile", num_dims=2)
     check_inner("a", a.shape, "b", b.shape)
-    check_accumulator(c, (a.shape[0], b.shape[0]))
+    if c is not None:
+        check_accumulator(c, (a.shape[0], b.shape[0]))
     faces = {"reference": reference.matmul_accumulate, "hopper": hopper_gradient.matmul_accumulate, "tpu": tpu.matmul_accumulate}
     return dispatch.choose("matmul_accumulate", implementation, faces)(a, b, c)
 

@@ -27,9 +27,10 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.
     return _product(a.values, b.values, a.scales, b_scales).astype(out_dtype)
 
 
-def matmul_accumulate(a: Quantized, b: Quantized, c: Array) -> Array:
-    """Return c + a b^T, FP32 [m, n]; `a` tile [m, k], `b` tile [n, k]."""
-    return c + _product(a.values, b.values, a.scales, b.scales)
+def matmul_accumulate(a: Quantized, b: Quantized, c: Array | None = None) -> Array:
+    """Return c + a b^T, a b^T without a `c`, FP32 [m, n]; `a` tile [m, k], `b` tile [n, k]."""
+    product = _product(a.values, b.values, a.scales, b.scales)
+    return product if c is None else c + product
 
 
 def _product(a: Array, b: Array, a_scales: Array, b_scales: Array) -> Array:

@@ -57,8 +57,10 @@ def matmul(
     return _product(a, b.values, spread_scales(b), None, out_dtype, config, interpret)
 
 
-def matmul_accumulate(a: Quantized, b: Quantized, c: Array, *, config: TuningConfig = DEFAULT, interpret: Interpret = False) -> Array:
-    """Return c + a b^T, FP32 [m, n], in the place of c where the caller donates it; `a` tile [m, k], `b` tile [n, k]."""
+def matmul_accumulate(
+    a: Quantized, b: Quantized, c: Array | None = None, *, config: TuningConfig = DEFAULT, interpret: Interpret = False
+) -> Array:
+    """Return c + a b^T, FP32 [m, n], in the place of c where the caller donates it, a b^T without a `c`; both tiles, [m, k] and [n, k]."""
     return _product(a, b.values, b.scales, c, jnp.float32, config, interpret)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.balance import max_violation, router_stats, update_bias
-from deepseek_jax.model.moe import route
+from deepseek_jax.model.router import route
 from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
 from tests import small
 

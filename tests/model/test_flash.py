@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from deepseek_jax.config import Mesh, from_config_dict, resolve
 from deepseek_jax.model import flash, transformer
-from deepseek_jax.model.transformer import SAVED_NAMES
+from deepseek_jax.model.recompute import KEPT
 from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
 from tests import small
 
@@ -44,7 +44,7 @@ def layers(core):
             def body(x, _):
                 return x + core(q * 1.0, k, x, segments), None
 
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT)
             return jax.lax.scan(jax.checkpoint(body, policy=policy, prevent_cse=False), v, jnp.zeros(NUM_LAYERS))[0]
 
         out, pull = jax.vjp(forward, q, k, v)

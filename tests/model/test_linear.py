@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.linear import linear
+from deepseek_jax.model.layers import swiglu
+from deepseek_jax.model.linear import linear, swiglu_linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Fp8Weight
-from pallas_kernels.producers import e5m6_pack, e5m6_unpack
+from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize_both
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import dequantize
 
@@ -104,3 +105,47 @@ def test_what_is_not_finite_is_seen(bad):
     y, dx, dw = gradients(x.astype(jnp.bfloat16), w, g.astype(jnp.bfloat16))
     assert np.isnan(y[5]).all() and np.isfinite(np.delete(np.asarray(y, np.float32), 5, 0)).all()
     assert np.isfinite(np.asarray(dx, np.float32)).all() and np.isnan(dw[7]).all()
+
+
+def ffn(x, gate_up, down, g):
+    """y, and the gradients by x and both weights of down(swiglu(x gate_up)), in the precision of the weights."""
+    in_fp8 = isinstance(down, Fp8Weight)
+
+    def apply(x, *carriers):
+        if in_fp8:
+            return swiglu_linear(x, *(Fp8Weight(c, w.values, w.scales) for c, w in zip(carriers, (gate_up, down), strict=True)))
+        return linear(swiglu(linear(x, carriers[0])), carriers[1])
+
+    y, pull = jax.vjp(apply, x, *((gate_up.carrier, down.carrier) if in_fp8 else (gate_up, down)))
+    return y, *pull(g.astype(y.dtype))
+
+
+def test_two_layers_with_a_swiglu_are_close_to_fp32():
+    x, gate_up, down, g = draw(13, T, 256), draw(14, 256, 2, 128) / 16, draw(15, 128, 256), draw(16, T, 256)
+    exact = ffn(x, gate_up, down, g)
+    got = ffn(x.astype(jnp.bfloat16), fp8(gate_up), fp8(down), g.astype(jnp.bfloat16))
+    for name, a, b, least in zip(("y", "dx", "dgate_up", "ddown"), got, exact, (0.9975, 0.9975, 0.9975, 0.9975), strict=True):
+        assert a.shape == b.shape and cosine(a, b) >= least, name
+
+
+def test_two_layers_with_a_swiglu_are_the_recipe():
+    """Each product of what it is said to multiply: only BF16 or FP32 rounding is left."""
+    x, g = draw(17, T, 256).astype(jnp.bfloat16), draw(18, T, 256).astype(jnp.bfloat16)
+    matrices = draw(19, 256, 256) / 16, draw(20, 128, 256)
+    gate_up, down = fp8(matrices[0].reshape(256, 2, 128)), fp8(matrices[1])
+    y, dx, dgate_up, ddown = ffn(x, gate_up, down, g)
+    wide = [np.asarray(dequantize(quantize_blocks(w)), np.float64) for w in matrices]
+    tiles = quantize_tiles(x)
+    hidden = (np.asarray(dequantize(tiles), np.float64) @ wide[0]).astype(jnp.bfloat16)
+    g_tiles, g_columns = quantize_tiles_both(g)
+    dact = (np.asarray(dequantize(g_tiles), np.float64) @ wide[1].T).astype(jnp.bfloat16)
+    act, act_columns = swiglu_quantize_both(jnp.asarray(hidden))
+    dhidden, dhidden_columns, _ = swiglu_backward_quantize(jnp.asarray(hidden), jnp.asarray(dact))
+    columns = [np.asarray(dequantize(q), np.float64) for q in (requantize_transposed(tiles), dhidden_columns, act_columns, g_columns)]
+    for got, want in (
+        (y, np.asarray(dequantize(act), np.float64) @ wide[1]),
+        (dx, np.asarray(dequantize(dhidden), np.float64) @ wide[0].T),
+        (dgate_up.reshape(256, 256), columns[0] @ columns[1].T),
+        (ddown, columns[2] @ columns[3].T),
+    ):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 3e-3 * np.linalg.norm(want)  # a BF16 ulp before the SwiGLU

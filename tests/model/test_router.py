@@ -10,7 +10,8 @@ from flax import nnx
 
 from configs import deepseek_v2, deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.model.moe import MoE, route
+from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.router import _rank, _sum_of_best_two, route, router_scores
 
 V3, V2, LITE, TINY = (from_config_dict(c.get_config()).model for c in (deepseek_v3, deepseek_v2, deepseek_v2_lite, tiny))
 MODELS = {"V3": V3, "V2": V2, "V2-Lite": LITE, "tiny": TINY}
@@ -164,3 +165,31 @@ def test_logits_are_fp32_for_bf16_inputs():
     layer.bias_E[...] = jnp.zeros(model.num_experts)
     experts_BSK = layer.routed_experts(jnp.ones((1, 1, model.width), jnp.bfloat16))
     assert int(experts_BSK[0, 0, 0]) == 9
+
+
+def relative_error(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+def test_bf16_activations_are_scored_as_in_fp32():
+    """Three BF16 products are an FP32 one: logits and the router's gradient to FP32 rounding, the activations' gradient to BF16's."""
+    rng = np.random.default_rng(5)
+    h, router, g = rng.normal(size=(1, 64, 512)), rng.normal(size=(512, 64)), rng.normal(size=(1, 64, 64))
+    h, router, g = jnp.asarray(h, jnp.bfloat16), jnp.asarray(router, jnp.float32), jnp.asarray(g, jnp.float32)
+    exact_h, exact_router = np.asarray(h[0], np.float64), np.asarray(router, np.float64)
+    scores, pull = jax.vjp(lambda h, router: router_scores(V3, h, router), h, router)
+    logits = exact_h @ exact_router
+    wanted = 1 / (1 + np.exp(-logits))
+    dlogits = np.asarray(g[0], np.float64) * wanted * (1 - wanted)
+    dh, drouter = pull(g)
+    assert scores.dtype == drouter.dtype == jnp.float32 and dh.dtype == jnp.bfloat16
+    assert relative_error(scores[0], wanted) < 1e-6
+    assert relative_error(drouter, exact_h.T @ dlogits) < 2e-6
+    assert relative_error(dh[0], dlogits @ exact_router.T) < 2.5e-3
+
+
+@pytest.mark.parametrize("values", [[3.0, 3.0, 1.0], [-1.0, -2.0, -3.0], [0.5, 0.25, 0.5]])
+def test_best_two_and_ranks_with_ties(values):
+    x = jnp.asarray(values)
+    assert _sum_of_best_two(x) == sum(sorted(values)[-2:])
+    assert _rank(x).tolist() == [sorted(range(3), key=lambda i: (-values[i], i)).index(i) for i in range(3)]

@@ -139,13 +139,13 @@ def test_bf16_is_finite_and_near_fp32():
     want_grads, want = differentiate(remat="none")
     grads, output = differentiate(remat="none", precision="bf16")
     assert output.hidden_BSD.dtype == jnp.bfloat16
-    hidden = np.float32(output.hidden_BSD)
-    assert np.linalg.norm(hidden - want.hidden_BSD) < 0.04 * np.linalg.norm(want.hidden_BSD)  # measured 0.02
+    error = np.linalg.norm(np.float32(output.hidden_BSD) - want.hidden_BSD, axis=-1) / np.linalg.norm(want.hidden_BSD, axis=-1)
+    assert np.median(error) < 0.02  # by token; measured 0.010, and up to 0.4 where experts change
     assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(grads))
     errors = relative_errors(grads, want_grads)
-    assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, errors  # measured 0.09 (a router) and 0.03
+    assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, errors  # measured 0.11 (a router) and 0.04
     moved = np.abs(output.stats.counts_E - want.stats.counts_E).sum() / 2
-    assert moved <= 0.02 * want.stats.counts_E.sum()  # measured 1 of 992
+    assert moved <= 0.02 * want.stats.counts_E.sum()  # measured 6 of 992
 
 
 def test_what_writes_into_the_residual_stream_can_start_smaller():

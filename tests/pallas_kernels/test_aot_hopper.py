@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import workloads
+from pallas_kernels.shapes import FEW_TILES, Gradients
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Linux")
@@ -32,6 +33,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 19 }
 runtime_version { major: 13 }
 """
+EXPERTS = Gradients(64, 262144, 2048, 2048), Gradients(64, 262144, 1024, 2048)  # of `configs/v3_5b.py`, 32,768 tokens
 OPERATIONS = {operation.name: operation for operation in workloads.operations(seed=1)}
 
 
@@ -51,17 +53,38 @@ def compile_for_cuda(jitted, *operands):
     return jitted.trace(*operands).lower(lowering_platforms=("cuda",)).compile()
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_the_assembler_has_registers_enough(name, h100, monkeypatch, capfd):
+@pytest.fixture
+def assemble(h100, monkeypatch, capfd):
+    """Return a function that compiles an operation and fails if the assembler spills or serialises."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    operation = OPERATIONS[name]
-    for shape in list(operation.rows)[:3]:
+
+    def run(operation, shape):
         compile_for_cuda(jax.jit(operation.kernel(shape)), *operands_on(h100, operation, shape))
         report = "".join(capfd.readouterr())
         spills = [int(size) for size in re.findall(r"(\d+) bytes spill stores", report)]
         assert spills, report
         assert not any(spills), (shape, report)
         assert "are serialized" not in report, (shape, report)
+
+    return run
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_assembler_has_registers_enough(name, assemble):
+    for shape in list(OPERATIONS[name].rows)[:3]:
+        assemble(OPERATIONS[name], shape)
+
+
+@pytest.mark.parametrize("name", ["matmul_gradient", "matmul_accumulate"])
+def test_so_it_has_for_parts_of_k(name, assemble):
+    for shape in FEW_TILES:
+        assemble(OPERATIONS[name], shape)
+
+
+@pytest.mark.parametrize("name", ["grouped_matmul_gradient", "grouped_matmul_gradient_bf16"])
+def test_so_it_has_for_many_experts(name, assemble):
+    for shape in EXPERTS:
+        assemble(OPERATIONS[name], shape)
 
 
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.accumulates])
@@ -71,3 +94,13 @@ def test_a_donated_accumulator_is_not_copied(name, h100):
     *factors, total = operands_on(h100, operation, shape)
     assert " copy(" not in compile_for_cuda(workloads.InPlace(operation.kernel(shape)), total, *factors).as_text()
     assert " copy(" in compile_for_cuda(jax.jit(operation.kernel(shape)), *factors, total).as_text()
+
+
+def test_parts_of_k_are_added_in_one_pass(h100):
+    """By one fusion after the kernel, in the place of a donated accumulator."""
+    operation, shape = OPERATIONS["matmul_accumulate"], next(iter(FEW_TILES))
+    *factors, total = operands_on(h100, operation, shape)
+    onto_c = compile_for_cuda(workloads.InPlace(operation.kernel(shape)), total, *factors).as_text()
+    from_zero = compile_for_cuda(jax.jit(operation.kernel(shape)), *factors).as_text()
+    for program in (onto_c, from_zero):
+        assert program.count(" custom-call(") == program.count(" fusion(") == 1 and " copy(" not in program

@@ -100,6 +100,15 @@ def assert_near(result, expected, magnitude) -> None:
     assert np.all(error <= bound), np.max(error / np.maximum(magnitude, 1e-30))
 
 
+def assert_begins_at_zero(accumulate, factors, sizes) -> None:
+    """Without c, the result is that of zeros bit for bit, and zero for an empty group."""
+    sizes = jnp.array(sizes, jnp.int32)
+    result = np.asarray(accumulate(*factors, sizes))
+    of_zeros = np.asarray(accumulate(*factors, sizes, jnp.zeros((NUM_GROUPS, M, N))))
+    np.testing.assert_array_equal(result.view(np.uint32), of_zeros.view(np.uint32))
+    assert not result[sizes == 0].any()
+
+
 def expect_rows(a, b, sizes) -> tuple[np.ndarray, np.ndarray]:
     """FP64 products of the rows [rows, k] of each group with its [n, k], zeros elsewhere; and the sums of magnitudes."""
     expected, magnitude = np.zeros((2, a.shape[0], b.shape[1]))
@@ -134,8 +143,9 @@ def test_grouped_matmul_accumulate(name, sizes):
     """`sizes` in segments of 128."""
     a, b, c = tiles(M, SEGMENTS * GROUP, 2), tiles(N, SEGMENTS * GROUP, 3), normal(NUM_GROUPS, M, N)
     columns = [GROUP * size for size in sizes]
-    poisoned = (poison_columns(x, sum(columns)) for x in (a, b))
-    result = face(name, "grouped_matmul_accumulate")(*poisoned, jnp.array(columns, jnp.int32), jnp.asarray(c))
+    accumulate, factors = face(name, "grouped_matmul_accumulate"), [poison_columns(x, sum(columns)) for x in (a, b)]
+    result = accumulate(*factors, jnp.array(columns, jnp.int32), jnp.asarray(c))
+    assert_begins_at_zero(accumulate, factors, columns)
     for group, span in enumerate(spans(columns)):
         left, right = fp64(a)[:, span], fp64(b)[:, span]
         magnitude = (np.abs(left) @ np.abs(right).T + np.abs(c[group])) * (span.stop > span.start)  # an empty group keeps its c exactly
@@ -147,8 +157,9 @@ def test_grouped_matmul_accumulate(name, sizes):
 def test_grouped_matmul_accumulate_bf16(name, sizes):
     a, b = (jnp.asarray(normal(ROWS, width)).astype(jnp.bfloat16) for width in (M, N))
     c = normal(NUM_GROUPS, M, N)
-    poisoned = (x.at[sum(sizes) :].set(jnp.nan) for x in (a, b))
-    result = face(name, "grouped_matmul_accumulate_bf16")(*poisoned, jnp.array(sizes, jnp.int32), jnp.asarray(c))
+    accumulate, factors = face(name, "grouped_matmul_accumulate_bf16"), [x.at[sum(sizes) :].set(jnp.nan) for x in (a, b)]
+    result = accumulate(*factors, jnp.array(sizes, jnp.int32), jnp.asarray(c))
+    assert_begins_at_zero(accumulate, factors, sizes)
     for group, span in enumerate(spans(sizes)):
         left, right = fp64(a)[span].T, fp64(b)[span]
         magnitude = (np.abs(left) @ np.abs(right) + np.abs(c[group])) * (span.stop > span.start)
@@ -217,10 +228,13 @@ def test_references_run_inside_shard_map():
     def one_device(a, b, left, right, c):
         a, c = jax.tree.map(lambda x: jax.lax.pcast(x, "x", to="varying"), (a, c))
         rows = reference.grouped_matmul(a, b, sizes, out_dtype=jnp.float32)
-        return rows[None], reference.grouped_matmul_accumulate(left, right, columns, c)[None]
+        left = jax.lax.pcast(left, "x", to="varying")
+        from_zero = reference.grouped_matmul_accumulate(left, right, columns)
+        return rows[None], reference.grouped_matmul_accumulate(left, right, columns, c)[None], from_zero[None]
 
     run = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P(),) * 5, out_specs=P("x")))
-    rows, gradient = run(a, b, left, right, c)
+    rows, gradient, from_zero = run(a, b, left, right, c)
+    np.testing.assert_array_equal(gradient, from_zero)
     np.testing.assert_array_equal(rows[5], reference.grouped_matmul(a, b, sizes, out_dtype=jnp.float32))
     np.testing.assert_array_equal(gradient[5], reference.grouped_matmul_accumulate(left, right, columns, c))
 
@@ -272,6 +286,8 @@ def test_sizes_that_do_not_fit_are_refused(operation, sizes, numbers):
         ("grouped_matmul_accumulate", {"c": abstract((NUM_GROUPS, N, M), jnp.float32)}, r"\(4, 20, 150\)"),
         ("grouped_matmul_accumulate_bf16", {"c": abstract((NUM_GROUPS, M, N), jnp.bfloat16)}, "bfloat16"),
         ("grouped_matmul_accumulate_bf16", {"b": abstract((256, N), jnp.bfloat16)}, "must be equal"),
+        ("grouped_matmul_accumulate", {"c": None, "group_sizes": np.array(128, np.int32)}, r"int32 \(\)"),
+        ("grouped_matmul_accumulate_bf16", {"c": None, "group_sizes": np.zeros(0, np.int32)}, "at least one group"),
         ("grouped_matmul_bf16", {"a": abstract((512, 256), jnp.float32)}, "float32"),
         ("grouped_matmul_bf16", {"transpose_b": True}, r"\(512, 256\).*\(4, 256, 150\)"),
         ("grouped_matmul_bf16", {"out_dtype": jnp.float16}, "float16"),

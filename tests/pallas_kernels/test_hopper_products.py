@@ -5,6 +5,7 @@ Two thread blocks and small rings: each block has several tiles, and every slot 
 """
 
 import dataclasses
+import functools
 import re
 from unittest import mock
 
@@ -16,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped, hopper_product, matmul
 from pallas_kernels.grouped import hopper as grouped_hopper
-from pallas_kernels.grouped import hopper_bf16, hopper_bf16_gradient
+from pallas_kernels.grouped import hopper_bf16, hopper_bf16_gradient, reference
 from pallas_kernels.hopper import TuningConfig
 from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
@@ -30,7 +31,7 @@ BF16_ERROR, FP32_ERROR = 2.0e-3, 1.0e-6  # relative L2; measured 1.68e-3, which 
 
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
-    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16, hopper_bf16_gradient):
+    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16):  # of which the BF16 gradients use the second
         monkeypatch.setattr(module, "num_multiprocessors", lambda: 2)
 
 
@@ -174,12 +175,73 @@ def test_weight_gradients_in_bf16(races, monkeypatch):
     assert error(actual, expected) < FP32_ERROR
 
 
-def test_the_gradient_adds_on_its_way_out(monkeypatch):
-    """What the interpreter cannot run is at least in the program that a GPU gets."""
-    operands = tiles(128, 256), tiles(128, 256, seed=1), jnp.asarray([256], jnp.int32), jnp.ones((1, 128, 128))
-    adds = lower(lambda *o: hopper_gradient.grouped_matmul_accumulate(*o), *operands)
+def from_zero_and_zeros(races, monkeypatch, function, operands, group_sizes, c):
+    """Return what `function` makes without a `c`, and of the zeros `c`, in every bit the same."""
     monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
-    assert adds != lower(lambda *o: hopper_gradient.grouped_matmul_accumulate(*o), *operands)
+    sizes = jnp.asarray(group_sizes, jnp.int32)
+    from_zero, of_zeros = interpret(races, function, *operands, sizes), interpret(races, function, *operands, sizes, c)
+    np.testing.assert_array_equal(from_zero.view(np.uint64), of_zeros.view(np.uint64))
+    return from_zero
+
+
+@pytest.mark.parametrize("sizes", [(128, 0, 256, 128), (0, 128, 0, 0), (0, 640, 0, 0), (0, 0, 0, 0)])
+def test_gradients_that_begin_at_zero(races, monkeypatch, sizes):
+    """The interpreter fills a new array with NaN, so an element that nobody writes is seen; so are the columns of no group."""
+    m, n, used = 136, 72, sum(sizes)
+    a, b = (tiles(size, 640, seed=i) for i, size in enumerate((m, n)))
+    a, b = (Quantized(x.values.at[:, used:].set(jnp.nan), x.scales.at[used // 128 :].set(jnp.nan), "tile") for x in (a, b))
+    gradient = functools.partial(hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1))
+    actual = from_zero_and_zeros(races, monkeypatch, gradient, (a, b), sizes, jnp.zeros((4, m, n)))
+    expected = np.asarray(reference.grouped_matmul_accumulate(a, b, jnp.asarray(sizes, jnp.int32)), np.float64)
+    for product, exact, size in zip(actual, expected, sizes, strict=True):
+        assert error(product, exact) < FP32_ERROR if size else not product.any()
+
+
+@pytest.mark.parametrize("sizes", [(50, 0, 100, 1, 64), (0, 1, 0, 0, 0), (0, 0, 264, 0, 0), (0, 0, 0, 0, 0)])
+def test_gradients_in_bf16_that_begin_at_zero(races, monkeypatch, sizes):
+    rows, m, n = 264, 136, 320
+    a, b = (normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n)))
+    config = hopper_bf16_gradient.TuningConfig(stages=2)
+    gradient = functools.partial(hopper_bf16_gradient.grouped_matmul_accumulate_bf16, config=config)
+    actual = from_zero_and_zeros(races, monkeypatch, gradient, (a, b), sizes, jnp.zeros((5, m, n)))
+    expected = np.asarray(reference.grouped_matmul_accumulate_bf16(a, b, jnp.asarray(sizes, jnp.int32)), np.float64)
+    for product, exact, size in zip(actual, expected, sizes, strict=True):
+        assert error(product, exact) < FP32_ERROR if size else not product.any()
+
+
+def test_parts_of_a_dense_gradient(races):
+    """Seven steps in three parts, of 2, 2 and 3."""
+    m, n = 136, 72
+    a, b, c = tiles(m, 896), tiles(n, 896, seed=1), normal(m, n, seed=2)
+    gradient = functools.partial(hopper_gradient.matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1))
+    whole = interpret(races, functools.partial(gradient, parts=1), a, b)
+    assert error(whole, np.asarray(matmul.matmul_accumulate(a, b, implementation="reference"), np.float64)) < FP32_ERROR
+    from_zero, onto_c = (interpret(races, functools.partial(gradient, parts=3), *operands) for operands in ((a, b), (a, b, c)))
+    assert 0 < error(from_zero, whole) < FP32_ERROR  # other sums
+    np.testing.assert_array_equal(onto_c, np.float32(c) + np.float32(from_zero))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_the_gradient_adds_on_its_way_out(precision):
+    """What the interpreter cannot run is at least in the program; and without a `c`, nothing is added, and nothing to add to is made."""
+    x, sizes, c = jnp.ones((256, 128), jnp.bfloat16), jnp.asarray([256], jnp.int32), jnp.ones((1, 128, 128))
+    if precision == "fp8":
+        gradient, operands = hopper_gradient.grouped_matmul_accumulate, (tiles(128, 256), tiles(128, 256, seed=1), sizes)
+    else:
+        gradient, operands = hopper_bf16_gradient.grouped_matmul_accumulate_bf16, (x, x, sizes)
+    onto_c, from_zero = (str(jax.make_jaxpr(gradient)(*operands, *last)) for last in ((c,), ()))
+    for word in ("reduction_op=add", "new_ref"):
+        assert word in onto_c and word not in from_zero
+
+
+def test_parts_fill_the_machine(monkeypatch):
+    """The table of `plan_parts`; large gradients, and those of few steps, stay whole."""
+    monkeypatch.setattr(hopper_gradient, "num_multiprocessors", lambda: 132)
+    plan = functools.partial(hopper_gradient.plan_parts, hopper_gradient.CONFIG)
+    few_tiles = {(2048, 640): 8, (512, 4096): 2, (1024, 2048): 2, (2048, 1536): 4, (2048, 2048): 1, (1536, 3072): 6}
+    assert {shape: plan(*shape, 256) for shape in few_tiles} == few_tiles
+    assert plan(4096, 7168, 256) == plan(7168, 2048, 32) == plan(128, 256, 1) == 1
+    assert 1 < plan(128, 256, 12) <= 12 and 1 < plan(128, 256, 256) <= hopper_gradient.MOST_PARTS
 
 
 def test_tiles_fit_the_machine(monkeypatch):

@@ -67,6 +67,7 @@ def test_accumulate_adds_the_product_to_c(face, m, n, k):
     assert np.all(np.abs(np.asarray(result, np.float64) - expected) <= FP32_ERROR * magnitude)
     nothing = Quantized(jnp.zeros_like(a.values), a.scales, "tile")
     np.testing.assert_array_equal(FACES[face][1](nothing, b, jnp.asarray(c)), c)
+    np.testing.assert_array_equal(FACES[face][1](a, b), FACES[face][1](a, b, jnp.zeros((m, n))))
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -184,3 +185,5 @@ def test_auto_is_the_reference_on_a_cpu():
     rng = np.random.default_rng(7)
     a, b = tiles(rng, 16, 256), blocks(rng, 24, 256)
     np.testing.assert_array_equal(matmul(a, b), reference.matmul(a, b))
+    right = tiles(rng, 24, 256)
+    np.testing.assert_array_equal(matmul_accumulate(a, right), reference.matmul_accumulate(a, right))

@@ -44,9 +44,11 @@ def fp8_programs(array: Callable, m: int, n: int, k: int) -> Iterator[tuple[str,
     block, blocks = quantized((n, k), "block"), quantized((NUM_GROUPS, n, k), "block")
     yield "matmul", matmul.matmul, (left, block)
     yield "matmul_accumulate", matmul.matmul_accumulate, (left, right, c)
+    yield "matmul_accumulate, no c", matmul.matmul_accumulate, (left, right)
     yield "grouped_matmul", grouped.grouped_matmul, (left, blocks, sizes)
     yield "masked_matmul", grouped.masked_matmul, (quantized((NUM_GROUPS, m, k), "tile"), blocks, sizes)
     yield "grouped_matmul_accumulate", grouped.grouped_matmul_accumulate, (left, right, sizes, cs)
+    yield "grouped_matmul_accumulate, no c", grouped.grouped_matmul_accumulate, (left, right, sizes)
 
 
 def bf16_programs(array: Callable, m: int, n: int, k: int) -> Iterator[tuple[str, Callable, tuple]]:
@@ -59,7 +61,9 @@ def bf16_programs(array: Callable, m: int, n: int, k: int) -> Iterator[tuple[str
     transposed = functools.partial(grouped_bf16.grouped_matmul_bf16, transpose_b=True)
     yield "grouped_matmul_bf16", grouped_bf16.grouped_matmul_bf16, (bf16(m, k), bf16(NUM_GROUPS, n, k), sizes)
     yield "grouped_matmul_bf16, b transposed", transposed, (bf16(m, k), bf16(NUM_GROUPS, k, n), sizes)
-    yield "grouped_matmul_accumulate_bf16", grouped_bf16.grouped_matmul_accumulate_bf16, (bf16(k, m), bf16(k, n), sizes, cs)
+    accumulate = grouped_bf16.grouped_matmul_accumulate_bf16
+    yield "grouped_matmul_accumulate_bf16", accumulate, (bf16(k, m), bf16(k, n), sizes, cs)
+    yield "grouped_matmul_accumulate_bf16, no c", accumulate, (bf16(k, m), bf16(k, n), sizes)
 
 
 def compile_all(topology: str) -> dict:

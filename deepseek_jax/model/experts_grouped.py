@@ -1,0 +1,83 @@
+"""The routed experts' FFN in BF16 through grouped products: `experts_fp8` without FP8, for hardware that has the kernels.
+
+Rows lie in the order of `experts.plan_blocks`, each expert's filled up to a multiple of 128 with zeros, so that no tile of a product
+belongs to two experts. Six products over all rows read the weights as they are stored. The loop over blocks of `experts` gathers a weight
+per block and scatters its gradient; here neither moves.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.experts import plan_blocks
+from deepseek_jax.model.recompute import keep
+from deepseek_jax.parallel.expert import collect
+from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmul_bf16
+from pallas_kernels.quantized import GROUP
+
+
+def expert_ffn_grouped(weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array) -> jax.Array:
+    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
+
+    Args:
+        weights: BF16 `gate_up_ED2F` and `down_EFD` of the experts that are here.
+        x_TD: BF16 rows.
+        gates_TK: FP32 gate weights.
+        experts_TK: int32 ids into the weights; others contribute nothing.
+    """
+    num_experts, hidden, width = weights["down_EFD"].shape
+    with jax.named_scope("route"):
+        blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
+    places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
+    with jax.named_scope("experts"):
+        return _ffn(x_TD, gates_TK, weights["gate_up_ED2F"].reshape(num_experts, width, 2 * hidden), weights["down_EFD"], places)
+
+
+@jax.custom_vjp
+def _ffn(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
+    return _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, places)[0]
+
+
+def _read(x_TD, gates_TK, source_Z):
+    """Rows in slot order; zeros in empty slots."""
+    return jnp.take(x_TD, source_Z // gates_TK.shape[1], axis=0, mode="fill", fill_value=0)
+
+
+def _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
+    source_Z, slots_TK, rows_E = places
+    x_ZD = keep(_read(x_TD, gates_TK, source_Z), "expert_rows")
+    hidden_ZH = keep(grouped_matmul_bf16(x_ZD, gate_up_EDH, rows_E, transpose_b=True), "expert_hidden")
+    weight_Z1 = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)[:, None]
+    act_ZF = _act(hidden_ZH, weight_Z1)
+    y_ZD = grouped_matmul_bf16(act_ZF, down_EFD, rows_E, transpose_b=True)
+    return collect(y_ZD, source_Z, slots_TK), (gates_TK, gate_up_EDH, down_EFD, places, x_ZD, hidden_ZH, weight_Z1)
+
+
+def _halves(hidden_ZH):
+    """Gate and up in FP32."""
+    return jnp.split(hidden_ZH.astype(jnp.float32), 2, axis=1)
+
+
+def _act(hidden_ZH, weight_Z1):
+    gate, up = _halves(hidden_ZH)
+    return (jax.nn.silu(gate) * up * weight_Z1).astype(hidden_ZH.dtype)
+
+
+def _backward(residuals, g_TD):
+    gates_TK, gate_up_EDH, down_EFD, (source_Z, slots_TK, rows_E), x_ZD, hidden_ZH, weight_Z1 = residuals
+    with jax.named_scope("experts"):
+        dy_ZD = _read(g_TD, gates_TK, source_Z)
+        dact_ZF = grouped_matmul_bf16(dy_ZD, down_EFD, rows_E).astype(jnp.float32)
+        ddown = grouped_matmul_accumulate_bf16(_act(hidden_ZH, weight_Z1), dy_ZD, rows_E)
+        gate, up = _halves(hidden_ZH)
+        sigmoid = jax.nn.sigmoid(gate)
+        silu = gate * sigmoid
+        dweight_Z = (dact_ZF * silu * up).sum(-1)
+        dact_ZF = dact_ZF * weight_Z1
+        dhidden_ZH = jnp.concatenate([dact_ZF * up * (sigmoid + silu * (1.0 - sigmoid)), dact_ZF * silu], axis=1).astype(hidden_ZH.dtype)
+        dx_ZD = grouped_matmul_bf16(dhidden_ZH, gate_up_EDH, rows_E)
+        dgate_up = grouped_matmul_accumulate_bf16(x_ZD, dhidden_ZH, rows_E)
+        dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)
+        return collect(dx_ZD, source_Z, slots_TK), dgates_TK, dgate_up.astype(gate_up_EDH.dtype), ddown.astype(down_EFD.dtype), None
+
+
+_ffn.defvjp(_forward, _backward)
