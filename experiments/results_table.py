@@ -11,15 +11,21 @@ from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("device", "jax", "date", "commit", "command")
-HEAD = "| What | Measured | Yardstick in the same run | On | Date, commit |\n|---|---:|---|---|---|"
+HEAD = (
+    "| Config | Precision | Tokens a step | Tokens/s | Step | Model FLOPs | of the BF16 peak | Memory | Trace, compile | Beside it | On "
+    "| Date, commit |\n"
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|---|"
+)
 SUMMARY_HEAD = "| Kernel | On | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---|---:|---|---:|---:|---:|"
 KERNELS = RESULTS / "kernels.md"
 KERNEL_HEAD = "| Kernel | Shape | Time | Rate | Beside it | x the first | of DeepGEMM | Error |\n|---|---|---:|---:|---|---:|---:|---:|"
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per record of a config, files and records in order."""
-    return "\n".join([HEAD, *(_row(record) for record in _records(folder) if "config" in record)])
+    """Return one Markdown row per run of `experiments.benchmark`: a config, a precision, a batch."""
+    steps = (record for record in _records(folder) if "config" in record)
+    runs = itertools.groupby(steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)])
+    return "\n".join([HEAD, *(_row(list(records)) for _, records in runs)])
 
 
 def kernel_summary(folder: Path = RESULTS) -> str:
@@ -53,12 +59,30 @@ def _records(folder: Path) -> Iterator[dict]:
         yield from json.loads(path.read_text())
 
 
-def _row(record: dict) -> str:
-    what = f"`{record['config']}`, {record['precision']}: {record['mode']} ({_shape(record['shape'])})"
-    yardstick = record["yardstick"]
-    beside = f"{yardstick['name']} {yardstick['version']}: {_number(yardstick['value'])}" if yardstick else ""
-    where = f"{record['device']}, jax {record['jax']}"
-    return f"| {what} | {_number(record['value'])} {record['unit']} | {beside} | {where} | {record['date']}, {record['commit']} |"
+def _row(records: list[dict]) -> str:
+    modes = {record["mode"]: record for record in records}
+    first, shape = records[0], records[0]["shape"]
+    yardstick = modes["train step"]["yardstick"]
+
+    def measured(mode: str) -> str:
+        record = modes.get(mode)
+        return f"{_number(record['value'])} {record['unit']}" if record else ""
+
+    cells = [
+        f"`{first['config']}`",
+        first["precision"].upper(),
+        f"{shape['batch']} x {shape['sequence']}",
+        _number(modes["train step"]["value"]),
+        measured("train step, median"),
+        measured("model FLOPs"),
+        measured("MFU of the BF16 peak"),
+        measured("memory per device, compiled"),
+        f"{measured('trace, cold')}, {measured('compile, cold')}",
+        f"{yardstick['name']} {yardstick['version']}: {_number(yardstick['value'])}" if yardstick else "",
+        f"{first['device']}, jax {first['jax']}",
+        f"{first['date']}, {first['commit']}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 class Measured(NamedTuple):

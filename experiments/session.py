@@ -8,6 +8,7 @@ import jax
 from absl import flags, logging
 
 from deepseek_jax.training.checkpoint import environment
+from pallas_kernels import ahead
 
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1)
 DISTRIBUTED = flags.DEFINE_bool(
@@ -16,6 +17,8 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX does not find the processes by itself.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.", lower_bound=0)
+
+KERNEL_COMPILE_SECONDS = 0.2  # what takes longer is kept. A kernel takes 0.3 to 2 s, and JAX itself keeps programs from 1 s on
 
 
 def start() -> None:
@@ -34,6 +37,9 @@ def start() -> None:
     if not jax.config.jax_compilation_cache_dir:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "deepseek_jax" / "compiled"))
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KERNEL_COMPILE_SECONDS)
+    ahead.enable(None if "://" in cache else Path(cache) / "kernels")  # a bucket keeps only what JAX writes
     if computes_on_cpu():
         keep_freed_memory(CPU_HEAP_BYTES)
     join_processes()

@@ -43,7 +43,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper_product
+from pallas_kernels import (
+    hopper_product,
+    layout_inference,  # noqa: F401  for what it does when imported
+    manual_axes,
+)
 from pallas_kernels.hopper_product import ROWS
 from pallas_kernels.quantized import E4M3, GROUP
 
@@ -351,6 +355,7 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
     """Return the kernel of `body(*refs)` on a persistent grid of `num_blocks`, three warpgroups each."""
     return plgpu.kernel(
         body,
+        kernel_name=manual_axes.operation(body),
         out_type=out_type,
         grid=(num_blocks,),
         grid_names=("sm",),

@@ -5,6 +5,7 @@ so that its gradient would be summed over them once more. `invariant` hides the 
 """
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from jax import lax
 from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+
+from pallas_kernels import ahead
 
 unchecked = functools.partial(jax_config._check_vma, False)
 
@@ -67,6 +70,23 @@ def call(kernel: Callable, *operands: Any, **options: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _call(kernel: Callable, tree: Any, others: tuple, arrays: list[jax.Array]) -> Any:
-    rest = iter(arrays)
-    operands, options = jax.tree.unflatten(tree, [next(rest) if x is None else x for x in others])
-    return kernel(*operands, **options)
+    def run(arrays):
+        rest = iter(arrays)
+        operands, options = jax.tree.unflatten(tree, [next(rest) if x is None else x for x in others])
+        token = _OPERATION.set(kernel.__name__)
+        try:
+            return kernel(*operands, **options)
+        finally:
+            _OPERATION.reset(token)
+
+    if not ahead.applies():
+        return run(arrays)
+    return ahead.call(run, kernel.__name__, (kernel.__module__, kernel.__qualname__, tree, others), arrays)
+
+
+_OPERATION: contextvars.ContextVar[str | None] = contextvars.ContextVar("operation", default=None)
+
+
+def operation(body: Callable) -> str:
+    """Return the name of the operation that is being called, for profiles; outside of `call`, of the function that defines `body`."""
+    return _OPERATION.get() or body.__qualname__.split(".")[0]

@@ -50,6 +50,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import manual_axes
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.hopper import SWIZZLE_BYTES
 from pallas_kernels.quantized import E4M3, GROUP, Scale, largest_magnitude, scale_of, scales_shape
@@ -144,6 +145,7 @@ def launch(
 
     return plgpu.kernel(
         kernel,
+        kernel_name=manual_axes.operation(body),
         out_type=out_type,
         grid=(min(sharing_blocks, config.blocks * num_multiprocessors()),),
         grid_names=("block",),

@@ -1,0 +1,105 @@
+"""Kernels lowered apart: found again, told apart, and the same for their callers. On a CPU, with functions in the place of kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.mosaic.gpu import constraints
+
+from pallas_kernels import ahead, layout_inference, manual_axes, quantize
+from pallas_kernels.quantized import Quantized
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_SETTINGS", ahead._Settings())
+    monkeypatch.setattr(ahead, "PLATFORMS", {"cpu": "cpu"})
+    ahead.enable(tmp_path / "kernels")
+    yield tmp_path / "kernels"
+    ahead._compilers().shutdown()
+    ahead._compilers.cache_clear()
+    jax.config.update("jax_export_ignore_forward_compatibility", False)
+
+
+def kernel_of(traces):
+    def kernel(x, q, factor):
+        traces.append(factor)
+        return {"product": x @ q.values * factor, "q": q, "none": None}
+
+    return kernel
+
+
+def test_a_file_stands_for_the_same_operation_options_and_shapes_only(folder):
+    traces = []
+    kernel = kernel_of(traces)
+    q = Quantized(jnp.ones((4, 2)), jnp.ones((1, 2)), "tile")
+
+    def run(x, q, factor):
+        jax.clear_caches()  # a new process
+        return manual_axes.call(kernel, x, q, factor)
+
+    for _ in range(2):
+        result = run(X, q, 2)
+        np.testing.assert_array_equal(result["product"], 2 * X @ q.values)
+        assert result["none"] is None
+        assert result["q"].grouping == "tile"
+    assert traces == [2]
+    run(X, q, 3)
+    run(X[:2], q, 3)
+    run(X, Quantized(q.values, q.scales, "block"), 3)
+    assert traces == [2, 3, 3, 3]
+    assert len(list(folder.glob("kernel-*"))) == 4
+
+
+def test_cold_times_stay_cold(folder):
+    traces = []
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        for _ in range(2):
+            jax.clear_caches()
+            manual_axes.call(kernel_of(traces), X, Quantized(X.T, X, "tile"), 2)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert traces == [2, 2]
+    assert not folder.exists()
+
+
+def test_a_caller_on_a_mesh_sees_no_difference(folder, monkeypatch):
+    def run():
+        def local(x):
+            kernel = kernel_of([])
+            product = jax.checkpoint(lambda x: manual_axes.call(kernel, x, Quantized(x.T, x, "tile"), 2)["product"])(x)
+            return jax.lax.psum(product, "data")
+
+        with jax.set_mesh(jax.make_mesh((2, 2), ("data", "expert"))):
+            x = jax.device_put(np.arange(8, dtype=np.float32).reshape(4, 2), jax.P("data", None))
+            return jax.jit(jax.shard_map(local, in_specs=jax.P("data"), out_specs=jax.P()))(x)
+
+    apart = run()
+    assert len(list(folder.iterdir())) == 1
+    monkeypatch.setattr(ahead, "applies", lambda: False)
+    np.testing.assert_array_equal(apart, run())
+
+
+def test_kernels_are_compiled_meanwhile(folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(ahead, "_compile", lambda exported, shapes, compile=ahead._compile: compiled.append(compile(exported, shapes)))
+    manual_axes.call(kernel_of([]), X, Quantized(X.T, X, "tile"), 2)
+    ahead._compilers().shutdown()  # waits
+    assert len(compiled) == 1
+
+
+def test_kernels_are_called_after_their_operations():
+    lowered = jax.jit(lambda x: quantize.quantize_tiles(x, implementation="hopper")).trace(jnp.zeros((64, 128)))
+    assert "quantize_tiles_mosaic_gpu" in lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_equal_variables():
+    a, b, c, d, e, f = map(constraints.Variable, "abcdef")
+    pairs = [(a, b), (c, d), (d, e), (b, e)]
+    system = constraints.ConstraintSystem(constraints=[constraints.Equals(*pair) for pair in pairs] + [constraints.NotOfType(f, int)])
+    found = layout_inference.equal_variables(system)
+    assert {variable: set(equal) for variable, equal in found.items()} == {v: {a, b, c, d, e} - {v} for v in (a, b, c, d, e)}
+    assert found == layout_inference.equal_variables(system)
