@@ -228,8 +228,8 @@ def _unstack(layers: Any) -> list[Any]:
     """The layers one by one.
 
     Their gradients are put into one array one after the other, each in its place, where XLA lets kernels write them. Those of indices are a
-    sum of arrays, zero but for one layer each. A concatenation XLA moves into the optimizer's pass over all parameters, of which it then makes
-    two; behind a barrier it copies at half the memory's rate (21 ms of a step).
+    sum of arrays, zero but for one layer each. A concatenation XLA moves into the optimizer's pass over all parameters, and makes two
+    passes of it; behind a barrier it copies at half the memory's rate (21 ms of a step).
     """
     return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
 
