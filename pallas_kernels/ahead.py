@@ -85,10 +85,18 @@ def call(function: Callable[[list[jax.Array]], Any], name: str, identity: Any, a
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     kept = _SETTINGS.folder if jax.config.jax_enable_compilation_cache else None
     path = kept and kept / f"{name}-{_digest(identity, shapes)}"
-    program = pickle.loads(path.read_bytes()) if path and path.exists() else _lower(function, name, shapes, path)
+    program = (path and _read(path)) or _lower(function, name, shapes, path)
     _compilers().submit(_compile, program.exported, shapes)
     results = program.exported.call(arrays)
     return jax.tree.map(lambda i: results[i], program.result)
+
+
+def _read(path: Path) -> Program | None:
+    try:
+        return pickle.loads(path.read_bytes()) if path.exists() else None
+    except Exception as error:  # noqa: BLE001  unpickling raises what it likes
+        LOGGER.warning("%s is damaged and made again: %r", path, error)
+        return None
 
 
 def _lower(function: Callable, name: str, shapes: list, path: Path | None) -> Program:

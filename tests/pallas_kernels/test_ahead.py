@@ -53,6 +53,20 @@ def test_a_file_stands_for_the_same_operation_options_and_shapes_only(folder):
     assert len(list(folder.glob("kernel-*"))) == 4
 
 
+def test_a_damaged_file_is_made_again(folder, caplog):
+    traces = []
+    kernel, q = kernel_of(traces), Quantized(X.T, X, "tile")
+    manual_axes.call(kernel, X, q, 2)
+    (path,) = folder.glob("kernel-*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        jax.clear_caches()
+        manual_axes.call(kernel, X, q, 2)
+    assert traces == [2, 2]
+    assert "is damaged and made again" in caplog.text
+
+
 def test_cold_times_stay_cold(folder):
     traces = []
     jax.config.update("jax_enable_compilation_cache", False)
