@@ -4,23 +4,20 @@ Emulates products of 64 x 64 outputs (`pallas_kernels/accumulator.py`) and draws
 FP8 values, over K and over the promotion interval. Writes the drawing and the records of its points. Takes ten seconds.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import app
 
+from experiments import studies
 from pallas_kernels import records
 from pallas_kernels.accumulator import Accumulator, multiply
 from pallas_kernels.quantized import GROUP, LARGEST
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
-
-# Not in `results` itself: the README's table holds what lies there, and these points are a drawing.
-FOLDER = flags.DEFINE_string("folder", str(Path(__file__).parent / "results" / "accumulator"), "Where drawing and records are written.")
 
 SIZE = 64  # m and n: 4,096 outputs make the relative L2 error stable to 5% over seeds
 LENGTHS = [2**i for i in range(8, 15)]  # of K
@@ -50,7 +47,7 @@ def main(_) -> None:
     """Emulate, write, draw."""
     points = [record for case in CASES for record in measure(case)]
     common = records.provenance("experiments.accumulator_study", "NumPy, emulated")
-    folder = Path(FOLDER.value)
+    folder = studies.folder("accumulator")
     records.write(folder / "accumulator_study.json", [point | common for point in points])
     figure = draw(points, quantisation_error())
     figure.savefig(folder / "accumulator_study.png", dpi=110)

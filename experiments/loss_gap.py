@@ -33,15 +33,13 @@ from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import session
+from experiments import session, studies
 from pallas_kernels import records
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/v3_300m.py", "Configuration; its precision is set by the arm.")
-RESULTS = Path(__file__).parent / "results" / "loss_gap"
-FOLDER = flags.DEFINE_string("folder", str(RESULTS), "Where losses, records and drawing are written.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/loss_gap", "Keeps the tokenizer and the tokenised corpus.")
 SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds.", lower_bound=1)
 
@@ -70,7 +68,7 @@ def main(_) -> None:
         batches = _batches(seeded, size, num_steps)
         for arm in ARMS:
             losses[seed, arm] = train(seeded, mesh, steps[arm.split()[0]], batches, arm.endswith("noise"), f"seed {seed}, {arm}")
-            write(Path(FOLDER.value), config, session.describe_device(mesh), losses)
+            write(studies.folder("loss_gap"), config, session.describe_device(mesh), losses)
 
 
 def _with(config: Config, precision: str) -> Config:

@@ -13,21 +13,19 @@ For the input gradient, the error of a token is relative to that token: one larg
 Writes records and the drawing. Takes some seconds.
 """
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import app
 
+from experiments import studies
 from pallas_kernels import records
 from pallas_kernels.quantized import GROUP
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
-
-FOLDER = flags.DEFINE_string("folder", str(Path(__file__).parent / "results" / "scaling"), "Where drawing and records are written.")
 
 NUM_TOKENS = NUM_OUTPUTS = NUM_INPUTS = 1024
 SPREADS = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # standard deviation of the logarithm of a token's magnitude
@@ -43,7 +41,7 @@ COLORS = {"tiles": "#009E73", "blocks": "#D55E00", "tensor": "#0072B2", "hybrid"
 def main(_) -> None:
     """Measure, write, draw."""
     points = [record for spread in SPREADS for record in measure(spread)]
-    folder = Path(FOLDER.value)
+    folder = studies.folder("scaling")
     common = records.provenance("experiments.scaling_study", "NumPy, emulated")
     records.write(folder / "scaling_study.json", [point | common for point in points])
     draw(points).savefig(folder / "scaling_study.png", dpi=110)

@@ -34,7 +34,7 @@ def lower(attention, precision="bf16"):
     tree = v3_5b.get_config()
     tree.mesh.update({"data": 2, "expert": 4})
     tree.training.update({"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8})
-    tree.execution.update({"attention": attention, "precision": precision})
+    tree.execution.update({"attention": attention, "precision": precision, "scan_unroll": 1})
     config = from_config_dict(tree)
     mesh = make_mesh(config.mesh)
     traced = abstract.trace(resolve(config, "gpu", expert_devices=4), mesh)
