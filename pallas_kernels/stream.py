@@ -30,7 +30,6 @@ proven by a run without it.
     quantize_blocks             0.98 to 0.99
     swiglu_quantize             0.97 to 0.99
     quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, of which the grid's start and end are part
-    swiglu_quantize_both        0.88 to 0.95    exp, a division, and each value in FP32 through shared memory
     swiglu_backward_quantize    0.89 to 0.90    the same twice
     quantize_rows               0.86 to 0.87    copies of 2 KB, each behind a load of its row's index
     quantize_tiles_both         0.85 to 0.88    each element is read twice, and written two bytes at a time

@@ -298,7 +298,6 @@ def operations(seed: int) -> list[Operation]:
         Operation("quantize_blocks", quantize.quantize_blocks, WEIGHTS, _weights),
         Operation("rms_norm_quantize", _rms_norm_quantize, NORM_ROWS, _norm),
         Operation("swiglu_quantize", producers.swiglu_quantize, FFN_ROWS, _swiglu),
-        Operation("swiglu_quantize_both", producers.swiglu_quantize_both, FFN_ROWS, _swiglu),
         Operation("swiglu_backward_quantize", producers.swiglu_backward_quantize, FFN_ROWS, _swiglu_backward),
         Operation("e5m6_pack", producers.e5m6_pack, ATTENTION_ROWS, _rows),
         Operation("e5m6_unpack", _e5m6_unpack, ATTENTION_ROWS, _packed),

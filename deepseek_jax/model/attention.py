@@ -28,6 +28,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import flash
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.linear import linear
+from deepseek_jax.model.norm_linear import norm_linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.model.rope import rotate, softmax_scale
@@ -57,9 +58,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BSD: jax.Array, table: Table, segment_ids_BS: jax.Array) -> jax.Array:
         """Expanded form, causal within each segment. Maps [B, S, D] to [B, S, D]; the caller adds the residual."""
         model = self.config.model
-        h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
-        q_BSNQ = self._queries(h_BSD, table)
-        latent_BSC, rotary_BSR = self._latents(h_BSD, table)
+        q_BSNQ, latent_BSC, rotary_BSR = self._project(x_BSD, table)
         kv_BSNX = linear(latent_BSC, self.kv_b_CNX.get_value())
         content_BSNP, v_BSNH = lax.split(kv_BSNX, (model.content_dim, model.value_dim), axis=3)
         rotary_BSNR = jnp.broadcast_to(rotary_BSR[:, :, None], (*q_BSNQ.shape[:3], model.rotary_dim))
@@ -83,9 +82,7 @@ class Attention(nnx.Module):
             The layer's output [B, S, D] and the cache with the new tokens in it.
         """
         model = self.config.model
-        h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
-        q_BSNQ = self._queries(h_BSD, table)
-        latent_BSC, rotary_BSR = self._latents(h_BSD, table)
+        q_BSNQ, latent_BSC, rotary_BSR = self._project(x_BSD, table)
         rows = jnp.arange(x_BSD.shape[0])[:, None]
         latent_BMC = cache["latent"].at[rows, positions_BS].set(latent_BSC.astype(cache["latent"].dtype))
         rotary_BMR = cache["rotary"].at[rows, positions_BS].set(rotary_BSR.astype(cache["rotary"].dtype))
@@ -100,19 +97,12 @@ class Attention(nnx.Module):
         out_BSNH = jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
         return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT), {"latent": latent_BMC, "rotary": rotary_BMR}
 
-    def _queries(self, h_BSD: jax.Array, table: Table) -> jax.Array:
-        """q_BSNQ: content channels, then rotated ones."""
-        model = self.config.model
+    def _project(self, x_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return q_BSNQ, content then rotated channels, and what a cache holds: normalised latent [B, S, C] and rotated key [B, S, R]."""
+        model, eps = self.config.model, self.config.model.norm_eps
+        queries = self.q_a_DA if model.query_latent else self.q_DNQ
+        q, kv_BSC = norm_linear(x_BSD, self.norm_D[...], eps, queries.get_value(), self.kv_a_DC.get_value())
         if model.query_latent:
-            latent_BSA = keep(linear(h_BSD, self.q_a_DA.get_value()), "query_latent")
-            q_BSNQ = linear(rms_norm(latent_BSA, self.q_norm_A[...], model.norm_eps), self.q_b_ANQ.get_value())
-        else:
-            q_BSNQ = linear(h_BSD, self.q_DNQ.get_value())
-        return rotate(q_BSNQ, table)
-
-    def _latents(self, h_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array]:
-        """The two things a cache holds: normalised latent [B, S, C] and rotated shared key [B, S, R]."""
-        model = self.config.model
-        kv_BSC = keep(linear(h_BSD, self.kv_a_DC.get_value()), "kv_latent")
-        latent_BSC, rotary_BSR = lax.split(kv_BSC, (model.kv_latent, model.rotary_dim), axis=2)
-        return rms_norm(latent_BSC, self.kv_norm_C[...], model.norm_eps), rotate(rotary_BSR, table)
+            (q,) = norm_linear(keep(q, "query_latent"), self.q_norm_A[...], eps, self.q_b_ANQ.get_value())
+        latent_BSC, rotary_BSR = lax.split(keep(kv_BSC, "kv_latent"), (model.kv_latent, model.rotary_dim), axis=2)
+        return rotate(q, table), rms_norm(latent_BSC, self.kv_norm_C[...], eps), rotate(rotary_BSR, table)

@@ -9,8 +9,7 @@ weight gradients share a scale belong to one expert. Z rows in all, a static num
                 y      = act down, summed per token
     backward    dy       rows read by slot, quantised on the way             powers of two
                 dact   = dy down^T
-                act      recomputed from hidden, in tiles of 128 rows
-                dhidden, and the gradient of the weight: one pass
+                dhidden, act recomputed, and the gradient of the weight: one pass
                 dx     = dhidden gate_up^T, summed per token
                 dgate_up = x^T dhidden, ddown = act^T dy                     FP32
 
@@ -25,7 +24,7 @@ from deepseek_jax.model.precision import DISPATCH, Fp8Weight, as_stored, transpo
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.expert import collect
 from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate
-from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_both
+from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_rows, requantize_transposed
 from pallas_kernels.quantized import GROUP
 
@@ -73,9 +72,8 @@ def _backward(residuals, g_TD):
     with jax.named_scope("experts"):
         dy_ZD = _read(g_TD, gates_TK, source_Z)
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
-        _, act_FZ = swiglu_quantize_both(hidden_ZH, weight_Z)
+        dhidden_ZH, dhidden_HZ, act_FZ, dweight_Z = swiglu_backward_quantize(hidden_ZH, dact_ZF, weight_Z)
         ddown = grouped_matmul_accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
-        dhidden_ZH, dhidden_HZ, dweight_Z = swiglu_backward_quantize(hidden_ZH, dact_ZF, weight_Z)
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
         dgate_up = grouped_matmul_accumulate(requantize_transposed(x_ZD, scale=DISPATCH), dhidden_HZ, rows_E)
         dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)

@@ -20,7 +20,7 @@ from jax import lax
 from deepseek_jax.model.precision import HIDDEN, Fp8Weight, Input, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from pallas_kernels.matmul import matmul, matmul_accumulate
-from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize, swiglu_quantize_both
+from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import GROUP
 
@@ -102,8 +102,7 @@ def _swiglu_forward(x_TD, gate_up_carrier, down_carrier, gate_up, down):
 def _swiglu_backward(residuals, g_TD):
     tiles, hidden_TH, gate_up, down = residuals
     g_tiles, g_columns = quantize_tiles_both(g_TD)
-    _, act_columns = swiglu_quantize_both(hidden_TH)
-    dhidden, dhidden_columns, _ = swiglu_backward_quantize(hidden_TH, matmul(g_tiles, as_stored(*down)))
+    dhidden, dhidden_columns, act_columns, _ = swiglu_backward_quantize(hidden_TH, matmul(g_tiles, as_stored(*down)))
     dgate_up = matmul_accumulate(requantize_transposed(tiles), dhidden_columns)
     return matmul(dhidden, as_stored(*gate_up)), dgate_up, matmul_accumulate(act_columns, g_columns), None, None
 

@@ -2,8 +2,7 @@
 
     rms_norm_quantize           the input of attention and of an FFN
     swiglu_quantize             the input of the down projection, forward
-    swiglu_quantize_both        the same, and its transpose, for the weight gradient
-    swiglu_backward_quantize    the gradient of the pre-activations as both products of the backward pass read it
+    swiglu_backward_quantize    the gradient of the pre-activations as both products of the backward pass read it, and the recomputed output
     e5m6_pack, e5m6_unpack      attention's output between the passes
 
 Separate passes would move each tensor once more in BF16 and eat what FP8 gains; DeepSeek-V3 (arXiv 2412.19437, sections 3.3.3 and 3.5.2)
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.producers import e5m6, hopper, hopper_both, hopper_e5m6, hopper_norm, reference, tpu
+from pallas_kernels.producers import e5m6, hopper, hopper_backward, hopper_e5m6, hopper_norm, reference, tpu
 from pallas_kernels.quantized import GROUP, Quantized, Scale, check_scale, scales_shape
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -67,26 +66,10 @@ def swiglu_quantize(hidden: Array, weight: Array | None = None, *, scale: Scale 
     return choose("swiglu_quantize", implementation, faces)(hidden, weight, scale)
 
 
-def swiglu_quantize_both(
-    hidden: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
-) -> tuple[Quantized, Quantized]:
-    """Quantise silu(gate) * up in tiles, and its transpose in tiles: `swiglu_quantize` for a pass that also needs the weight gradient.
-
-    Returns:
-        tiles [m, f], and tiles [f, m rounded up to 128], whose columns beyond m are zeros; both of the same FP32 numbers.
-
-    Raises:
-        ValueError: shapes, dtypes or `scale`.
-    """
-    _check_swiglu(hidden, weight, scale)
-    faces = {"reference": reference.swiglu_quantize_both, "hopper": hopper_both.swiglu_quantize_both, "tpu": tpu.swiglu_quantize_both}
-    return choose("swiglu_quantize_both", implementation, faces)(hidden, weight, scale)
-
-
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
-) -> tuple[Quantized, Quantized, Array | None]:
-    """Differentiate silu(gate) * up * weight, and quantise the gradient of the pre-activations in both groupings.
+) -> tuple[Quantized, Quantized, Quantized, Array | None]:
+    """Differentiate silu(gate) * up * weight, quantise the gradient of the pre-activations in both groupings, and recompute the output.
 
     Args:
         hidden: BF16 [m, 2f], as in `swiglu_quantize`.
@@ -96,8 +79,9 @@ def swiglu_backward_quantize(
         implementation: see `dispatch.choose`.
 
     Returns:
-        tiles [m, 2f] of the gradient of `hidden`; tiles [2f, m rounded up to 128] of its transpose, zeros beyond m; and the gradient of
-        `weight`, FP32 [m], or None.
+        tiles [m, 2f] of the gradient of `hidden`; tiles [2f, m rounded up to 128] of its transpose, zeros beyond m; tiles [f, m rounded up
+        to 128] of the transposed output, of the same FP32 numbers as `swiglu_quantize`, for the weight gradient of the down projection; and
+        the gradient of `weight`, FP32 [m], or None.
 
     Raises:
         ValueError: shapes, dtypes or `scale`.
@@ -106,7 +90,7 @@ def swiglu_backward_quantize(
     expected = (hidden.shape[0], hidden.shape[1] // 2)
     if grad.shape != expected or grad.dtype != jnp.bfloat16:
         raise ValueError(f"grad has shape {grad.shape} and dtype {grad.dtype}; for hidden {hidden.shape} it must be bfloat16 {expected}")
-    faces = {"reference": reference, "hopper": hopper_both, "tpu": tpu}
+    faces = {"reference": reference, "hopper": hopper_backward, "tpu": tpu}
     faces = {name: module.swiglu_backward_quantize for name, module in faces.items()}
     return choose("swiglu_backward_quantize", implementation, faces)(hidden, grad, weight, scale)
 

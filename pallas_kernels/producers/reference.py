@@ -4,8 +4,7 @@ Where numbers are rounded on the way to E4M3:
 
     rms_norm_quantize           statistics, product with the gain: FP32; then BF16; then E4M3   (the numbers of norm, then quantise)
     swiglu_quantize             everything FP32; then E4M3
-    swiglu_quantize_both        the same, twice from the same FP32 numbers: neither copy is made of the other
-    swiglu_backward_quantize    everything FP32; then E4M3, twice
+    swiglu_backward_quantize    everything FP32; then E4M3, twice from the same numbers: neither copy is made of the other
 
 The rounding to BF16 is a `reduce_precision`: a cast to BF16 and back is one that XLA may leave out of a compiled program.
 
@@ -16,7 +15,6 @@ file on one H200 (jax 0.11.2, 2026-11-24):
                                                values    scales    transposed values    scales
     rms_norm_quantize           (4096, 7168)   4.8e-7    0
     swiglu_quantize             (8192, 2048)   0         0.2%
-    swiglu_quantize_both        (8192, 2048)   0         0.2%      1.8e-7               0.7%
     swiglu_backward_quantize    (8192, 2048)   5.4e-7    8.7%      4.2e-7               8.8%      gradient of the weight: 81%
 
 The gradients of the weight are sums of 2048 numbers, added in another order. `e5m6` and all of `quantize` are equal in every bit.
@@ -48,17 +46,15 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale) -> Quanti
     return quantize_tiles(_swiglu(hidden, weight), scale)
 
 
-def swiglu_quantize_both(hidden: Array, weight: Array | None, scale: Scale) -> tuple[Quantized, Quantized]:
-    """Return the same in tiles [m, f], and transposed in tiles [f, pad128(m)]."""
-    return quantize_tiles_both(_swiglu(hidden, weight), scale)
-
-
-def swiglu_backward_quantize(hidden: Array, grad: Array, weight: Array | None, scale: Scale) -> tuple[Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed in tiles [2f, pad128(m)], and that of the weight."""
+def swiglu_backward_quantize(
+    hidden: Array, grad: Array, weight: Array | None, scale: Scale
+) -> tuple[Quantized, Quantized, Quantized, Array | None]:
+    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the weight's gradient."""
     gate, up = _halves(hidden)
     grad_gate, grad_up, product = swiglu_gradients(gate, up, grad.astype(jnp.float32), _column(weight))
     rows, columns = quantize_tiles_both(jnp.concatenate([grad_gate, grad_up], axis=1), scale)
-    return rows, columns, None if weight is None else product.sum(axis=1)
+    _, activation_columns = quantize_tiles_both(swiglu(gate, up, _column(weight)), scale)
+    return rows, columns, activation_columns, None if weight is None else product.sum(axis=1)
 
 
 def swiglu(gate: Array, up: Array, weight: Array | None = None) -> Array:

@@ -61,26 +61,10 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, interpret
     return Quantized(*call(*inputs), "tile")
 
 
-def swiglu_quantize_both(hidden: Array, weight: Array | None, scale: Scale, interpret: Any = False) -> tuple[Quantized, Quantized]:
-    """Return silu(gate) * up (* weight) in tiles [m, f], and transposed in tiles [f, pad128(m)]."""
-    m, f = hidden.shape[0], hidden.shape[1] // 2
-
-    def body(gate_ref, up_ref, *refs):
-        *weight_ref, values_ref, scales_ref, values_t_ref, scales_t_ref = refs
-        factors = [ref[...] for ref in weight_ref]
-        products = [_inside(swiglu(_group(gate_ref, g), _group(up_ref, g), *factors), m) for g in range(BLOCK_GROUPS)]
-        scales_ref[...] = _rows(products.__getitem__, BLOCK_GROUPS, scale, m, values_ref)
-        _columns(products, scale, values_t_ref, scales_t_ref)
-
-    inputs, specs = _swiglu_inputs(hidden, weight)
-    results = _call(body, _grid(m, f), specs, _both_specs(), _both_shapes(m, f), interpret)(*inputs)
-    return Quantized(*results[:2], "tile"), _transposed(*results[2:])
-
-
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale, interpret: Any = False
-) -> tuple[Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed in tiles [2f, pad128(m)], and that of the weight.
+) -> tuple[Quantized, Quantized, Quantized, Array | None]:
+    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the weight's gradient.
 
     Gate and up leave as two tensors, because a block of one cannot span both, and are joined by XLA.
     """
@@ -88,13 +72,20 @@ def swiglu_backward_quantize(
     weighted = int(weight is not None)
 
     def body(gate_ref, up_ref, grad_ref, *refs):
-        weight_ref, outputs, sums_ref = refs[:weighted], refs[weighted : weighted + 8], refs[weighted + 8 :]
+        weight_ref, outputs, act_refs, sums_ref = (
+            refs[:weighted],
+            refs[weighted : weighted + 8],
+            refs[weighted + 8 : weighted + 10],
+            refs[weighted + 10 :],
+        )
         factor = weight_ref[0][...] if weighted else None
         gradients = [swiglu_gradients(_group(gate_ref, g), _group(up_ref, g), _group(grad_ref, g), factor) for g in range(BLOCK_GROUPS)]
         for half, (values_ref, scales_ref, values_t_ref, scales_t_ref) in enumerate((outputs[:4], outputs[4:])):
             x = [_inside(gradient[half], m) for gradient in gradients]
             scales_ref[...] = _rows(x.__getitem__, BLOCK_GROUPS, scale, m, values_ref)
             _columns(x, scale, values_t_ref, scales_t_ref)
+        activations = (swiglu(_group(gate_ref, g), _group(up_ref, g), factor) for g in range(BLOCK_GROUPS))
+        _columns([_inside(x, m) for x in activations], scale, *act_refs)
         for ref in sums_ref:
             first_group = pl.program_id(1) * BLOCK_GROUPS
             products = [jnp.where(first_group + g < f // GROUP, gradient[2], 0.0) for g, gradient in enumerate(gradients)]
@@ -103,12 +94,13 @@ def swiglu_backward_quantize(
     (gate, up, *weights), (gate_spec, up_spec, *weight_specs) = _swiglu_inputs(hidden, weight)
     specs = [gate_spec, up_spec, pl.BlockSpec((GROUP, WIDTH), lambda i, j: (i, j)), *weight_specs]
     column = pl.BlockSpec((GROUP, 1), lambda i, j: (i, 0))
-    shapes = _both_shapes(m, f) * 2 + [jax.ShapeDtypeStruct((m, 1), jnp.float32)] * weighted
-    call = _call(body, _grid(m, f), specs, _both_specs() * 2 + [column] * weighted, shapes, interpret)
+    both_shapes, both_specs = _both_shapes(m, f), _both_specs()
+    shapes = both_shapes * 2 + both_shapes[2:] + [jax.ShapeDtypeStruct((m, 1), jnp.float32)] * weighted
+    call = _call(body, _grid(m, f), specs, both_specs * 2 + both_specs[2:] + [column] * weighted, shapes, interpret)
     *results, sums = [*call(gate, up, grad, *weights), *([] if weighted else [None])]
     axes = (1, 0, 0, 2)
-    joined = [jnp.concatenate(pair, axis) for *pair, axis in zip(results[:4], results[4:], axes, strict=True)]
-    return Quantized(*joined[:2], "tile"), _transposed(*joined[2:]), None if sums is None else sums[:, 0]
+    joined = [jnp.concatenate(pair, axis) for *pair, axis in zip(results[:4], results[4:8], axes, strict=True)]
+    return Quantized(*joined[:2], "tile"), _transposed(*joined[2:]), _transposed(*results[8:]), None if sums is None else sums[:, 0]
 
 
 def e5m6_pack(x: Array, interpret: Any = False) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ elements between lanes, at half the speed or less, which no hot path of V3 asks 
 The alternative that lost before it was measured: pairs of bytes as sixteen-bit elements, transposed and taken apart by permutes. It saves
 the FP16 detour, but is written in inline PTX, which the interpreter cannot check.
 
-The producers also write both forms of a tile (`producers/hopper_both.py`), and share with this file how tiles stream and how groups are
+The producers also write both forms of a tile (`producers/hopper_backward.py`), and share with this file how tiles stream and how groups are
 quantised, but not the transpose: their values are FP32 in registers when they are made, not BF16 in shared memory.
 
 A tile is 128 x 128. With two warpgroups per block, each takes 64 of its rows for the one form and 64 of its columns for the other: a tile's

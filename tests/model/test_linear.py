@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.model.layers import swiglu
 from deepseek_jax.model.linear import linear, swiglu_linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Fp8Weight
-from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize_both
+from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import dequantize
 
@@ -139,8 +139,8 @@ def test_two_layers_with_a_swiglu_are_the_recipe():
     hidden = (np.asarray(dequantize(tiles), np.float64) @ wide[0]).astype(jnp.bfloat16)
     g_tiles, g_columns = quantize_tiles_both(g)
     dact = (np.asarray(dequantize(g_tiles), np.float64) @ wide[1].T).astype(jnp.bfloat16)
-    act, act_columns = swiglu_quantize_both(jnp.asarray(hidden))
-    dhidden, dhidden_columns, _ = swiglu_backward_quantize(jnp.asarray(hidden), jnp.asarray(dact))
+    act = swiglu_quantize(jnp.asarray(hidden))
+    dhidden, dhidden_columns, act_columns, _ = swiglu_backward_quantize(jnp.asarray(hidden), jnp.asarray(dact))
     columns = [np.asarray(dequantize(q), np.float64) for q in (requantize_transposed(tiles), dhidden_columns, act_columns, g_columns)]
     for got, want in (
         (y, np.asarray(dequantize(act), np.float64) @ wide[1]),

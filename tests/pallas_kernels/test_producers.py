@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.model import layers
 from pallas_kernels import producers, stream
-from pallas_kernels.producers import hopper, hopper_both, hopper_norm, reference, tpu
+from pallas_kernels.producers import hopper, hopper_backward, hopper_norm, reference, tpu
 from pallas_kernels.quantized import GROUP, dequantize
 
 EPS = 1e-6
@@ -46,6 +46,18 @@ def same(kernel, expected, scale_ulps=0):
     assert kernel.grouping == expected.grouping == "tile"
     np.testing.assert_array_equal(bytes_of(kernel.values), bytes_of(expected.values))
     np.testing.assert_array_max_ulp(np.asarray(kernel.scales), np.asarray(expected.scales), maxulp=scale_ulps)
+
+
+def same_gradients(kernel, expected):
+    """Require equal results of `swiglu_backward_quantize`."""
+    *kernel, kernel_weight = kernel
+    *expected, expected_weight = expected
+    for one, other in zip(kernel, expected, strict=True):
+        same(one, other, scale_ulps=4)
+    if expected_weight is None:
+        assert kernel_weight is None
+    else:
+        np.testing.assert_allclose(kernel_weight, expected_weight, rtol=1e-5, atol=1e-4)
 
 
 def bytes_of(values):
@@ -117,20 +129,25 @@ def test_backward_is_the_derivative_of_forward():
 
     _, transpose = jax.vjp(product, hidden.astype(jnp.float32), weight)
     expected, expected_weight = transpose(grad.astype(jnp.float32))
-    rows, columns, grad_weight = producers.swiglu_backward_quantize(hidden, grad, weight, implementation="reference")
+    rows, columns, activation, grad_weight = producers.swiglu_backward_quantize(hidden, grad, weight, implementation="reference")
     close(rows, expected)
     close(columns, np.pad(np.asarray(expected).T, ((0, 0), (0, GROUP - 6))))
+    close(activation, np.pad(np.asarray(product(hidden.astype(jnp.float32), weight)).T, ((0, 0), (0, GROUP - 6))))
     np.testing.assert_allclose(grad_weight, expected_weight, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_poison_is_seen_and_stays_in_its_tile(poison):
-    hidden, _, _ = swiglu_inputs(130, 256, False)
-    rows, columns = producers.swiglu_quantize_both(hidden.at[2, 5].set(poison), implementation="reference")
-    for q, row in ((rows, 2), (columns, 5)):
+    hidden, grad, _ = swiglu_inputs(130, 256, False)
+    hidden = hidden.at[2, 5].set(poison)
+    rows, columns, activation, _ = producers.swiglu_backward_quantize(hidden, grad, implementation="reference")
+    tiles = producers.swiglu_quantize(hidden, implementation="reference")
+    for q, tiles_hit in ((tiles, [(2, 0)]), (rows, [(2, 0), (2, 2)]), (columns, [(5, 0), (261, 0)]), (activation, [(5, 0)])):
         nan = np.isnan(dequantize(q))
-        assert nan[row, :GROUP].all()
-        nan[row, :GROUP] = False
+        for row, group in tiles_hit:
+            tile = nan[row, group * GROUP : (group + 1) * GROUP]
+            assert tile.all()
+            tile[...] = False
         assert not nan.any()
 
 
@@ -161,35 +178,23 @@ def test_swiglu_on_hopper(weighted, on_hopper):
     same(on_hopper(hopper.swiglu_quantize, hidden, weight, "fp32", config), reference.swiglu_quantize(hidden, weight, "fp32"))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_swiglu_both_on_hopper(weighted, on_hopper):
-    hidden, _, weight = swiglu_inputs(130, 128, weighted)
-    for kernel, expected in zip(
-        on_hopper(hopper_both.swiglu_quantize_both, hidden, weight, "pow2"),
-        reference.swiglu_quantize_both(hidden, weight, "pow2"),
-        strict=True,
-    ):
-        same(kernel, expected)
-
-
-def test_swiglu_backward_on_hopper(on_hopper):
-    hidden, grad, weight = swiglu_inputs(19, 256, True)
-    *kernel, kernel_weight = on_hopper(hopper_both.swiglu_backward_quantize, hidden, grad, weight, "fp32")
-    *expected, expected_weight = reference.swiglu_backward_quantize(hidden, grad, weight, "fp32")
-    for one, other in zip(kernel, expected, strict=True):
-        same(one, other, scale_ulps=4)
-    np.testing.assert_allclose(kernel_weight, expected_weight, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize(("m", "f", "weighted"), [(19, 256, True), (130, 128, True), (130, 128, False)])
+def test_swiglu_backward_on_hopper(m, f, weighted, on_hopper):
+    hidden, grad, weight = swiglu_inputs(m, f, weighted)
+    same_gradients(
+        on_hopper(hopper_backward.swiglu_backward_quantize, hidden, grad, weight, "fp32"),
+        reference.swiglu_backward_quantize(hidden, grad, weight, "fp32"),
+    )
 
 
 def test_infinity_on_hopper(on_hopper):
-    hidden, _, _ = swiglu_inputs(3, 128, False)
-    for kernel, expected in zip(
-        on_hopper(hopper_both.swiglu_quantize_both, hidden.at[2, 9].set(jnp.inf), None, "fp32"),
-        reference.swiglu_quantize_both(hidden.at[2, 9].set(jnp.inf), None, "fp32"),
-        strict=True,
-    ):
-        assert np.isnan(dequantize(kernel)).sum() == GROUP
-        np.testing.assert_array_equal(dequantize(kernel), dequantize(expected))
+    hidden, grad, _ = swiglu_inputs(3, 128, False)
+    inputs = hidden.at[2, 9].set(jnp.inf), grad, None, "fp32"
+    *kernel, _ = on_hopper(hopper_backward.swiglu_backward_quantize, *inputs)
+    *expected, _ = reference.swiglu_backward_quantize(*inputs)
+    for one, other, tiles in zip(kernel, expected, (2, 2, 1), strict=True):
+        assert np.isnan(dequantize(one)).sum() == tiles * GROUP
+        np.testing.assert_array_equal(np.isnan(dequantize(one)), np.isnan(dequantize(other)))
 
 
 def lower(f, *shapes):
@@ -206,8 +211,7 @@ def test_norm_lowers_for_hopper(k):
 def test_swiglu_lowers_for_hopper(m, f):
     hidden, grad, weight = ((m, 2 * f), jnp.bfloat16), ((m, f), jnp.bfloat16), ((m,), jnp.float32)
     assert "mosaic_gpu" in lower(lambda h, w: hopper.swiglu_quantize(h, w, "fp32"), hidden, weight)
-    assert "mosaic_gpu" in lower(lambda h, w: hopper_both.swiglu_quantize_both(h, w, "fp32"), hidden, weight)
-    assert "mosaic_gpu" in lower(lambda h, g, w: hopper_both.swiglu_backward_quantize(h, g, w, "fp32"), hidden, grad, weight)
+    assert "mosaic_gpu" in lower(lambda h, g, w: hopper_backward.swiglu_backward_quantize(h, g, w, "fp32"), hidden, grad, weight)
 
 
 def test_norm_on_tpu():
@@ -219,15 +223,9 @@ def test_norm_on_tpu():
 def test_swiglu_on_tpu(m, f, weighted):
     hidden, grad, weight = swiglu_inputs(m, f, weighted)
     same(tpu.swiglu_quantize(hidden, weight, "pow2", TPU), reference.swiglu_quantize(hidden, weight, "pow2"))
-    both = tpu.swiglu_quantize_both(hidden, weight, "pow2", TPU)
-    for kernel, expected in zip(both, reference.swiglu_quantize_both(hidden, weight, "pow2"), strict=True):
-        same(kernel, expected)
-    *kernel, kernel_weight = tpu.swiglu_backward_quantize(hidden, grad, weight, "fp32", TPU)
-    *expected, expected_weight = reference.swiglu_backward_quantize(hidden, grad, weight, "fp32")
-    for one, other in zip(kernel, expected, strict=True):
-        same(one, other, scale_ulps=4)
-    if weighted:
-        np.testing.assert_allclose(kernel_weight, expected_weight, rtol=1e-5, atol=1e-4)
+    same_gradients(
+        tpu.swiglu_backward_quantize(hidden, grad, weight, "pow2", TPU), reference.swiglu_backward_quantize(hidden, grad, weight, "pow2")
+    )
 
 
 X, GAIN, HIDDEN, GRAD = draw((3, 128)), jnp.ones(128), draw((3, 256)), draw((3, 128))
@@ -237,7 +235,7 @@ MISTAKES = {
     r"gain has shape \(64,\)": lambda: producers.rms_norm_quantize(X, GAIN[:64], EPS),
     "scale = 'int8'": lambda: producers.swiglu_quantize(HIDDEN, scale="int8"),
     "multiple of 256; pad": lambda: producers.swiglu_quantize(X),
-    r"weight has shape \(2,\)": lambda: producers.swiglu_quantize_both(HIDDEN, jnp.ones(2)),
+    r"weight has shape \(2,\)": lambda: producers.swiglu_backward_quantize(HIDDEN, GRAD, jnp.ones(2)),
     r"grad has shape \(3, 256\)": lambda: producers.swiglu_backward_quantize(HIDDEN, HIDDEN),
     "2 dims of at least 1": lambda: producers.swiglu_quantize(HIDDEN[:0]),
 }

@@ -33,7 +33,6 @@ def compile_all(topology: str) -> None:
     for f, inputs in (
         (lambda x, gain: producers.rms_norm_quantize(x, gain, 1e-6, **on_tpu), (x, gain)),
         (lambda h, w: producers.swiglu_quantize(h, w, **on_tpu), (hidden, weight)),
-        (lambda h, w: producers.swiglu_quantize_both(h, w, **on_tpu), (hidden, weight)),
         (lambda h, g, w: producers.swiglu_backward_quantize(h, g, w, **on_tpu), (hidden, grad, weight)),
         (lambda x: producers.e5m6_pack(x, **on_tpu), (x,)),
         (lambda p, s: producers.e5m6_unpack(p, s, m=ROWS, **on_tpu), (packed, scales)),

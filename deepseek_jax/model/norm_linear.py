@@ -1,0 +1,68 @@
+"""RMSNorm and the linear layers that read it: in FP8 one pass norms and quantises, and the norm exists in BF16 nowhere.
+
+Several layers of one norm (attention's two down-projections) share its tiles. Backward they are one product: their gradients stand side by
+side, and so do their weights, so that the sum of what each says about the norm is made in the product's FP32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.model.layers import rms_norm
+from deepseek_jax.model.linear import linear
+from deepseek_jax.model.precision import Fp8Weight, as_stored, transposed
+from pallas_kernels.matmul import matmul, matmul_accumulate
+from pallas_kernels.producers import rms_norm_quantize
+from pallas_kernels.quantize import quantize_tiles_both, requantize_transposed
+from pallas_kernels.quantized import GROUP, Quantized
+
+
+def norm_linear(x: jax.Array, gain_D: jax.Array, eps: float, *weights: jax.Array | Fp8Weight) -> tuple[jax.Array, ...]:
+    """Return rms_norm(x) W for each W.
+
+    Args:
+        x: [..., D], BF16 if the weights are in FP8.
+        gain_D: of the norm.
+        eps: of the norm.
+        weights: [D, *out] each, all of one precision.
+
+    Returns:
+        [..., *out] in the dtype of `x` each.
+    """
+    if not isinstance(weights[0], Fp8Weight):
+        h = rms_norm(x, gain_D, eps)
+        return tuple(linear(h, weight) for weight in weights)
+    matrices = [weight.as_matrix() for weight in weights]
+    carriers = tuple(matrix.carrier for matrix in matrices)
+    quantized = tuple((matrix.values, matrix.scales) for matrix in matrices)
+    results = _norm_linear(eps, x.reshape(-1, x.shape[-1]), gain_D.astype(jnp.float32), carriers, quantized)
+    return tuple(y.reshape(*x.shape[:-1], *weight.values.shape[1:]) for y, weight in zip(results, weights, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm_linear(eps, x_TD, gain_D, carriers, weights):
+    return _forward(eps, x_TD, gain_D, carriers, weights)[0]
+
+
+def _forward(eps, x_TD, gain_D, carriers, weights):
+    tiles = rms_norm_quantize(x_TD, gain_D, eps)
+    return tuple(matmul(tiles, transposed(*weight)) for weight in weights), (x_TD, gain_D, tiles, weights)
+
+
+def _backward(eps, residuals, grads):
+    x_TD, gain_D, tiles, weights = residuals
+    sizes = [g.shape[1] for g in grads]
+    padded = [size + -size % GROUP for size in sizes]
+    g_TO = jnp.concatenate([jnp.pad(g, ((0, 0), (0, -g.shape[1] % GROUP))) for g in grads], axis=1)
+    g_tiles, g_columns = quantize_tiles_both(g_TO)
+    stored = [as_stored(*weight) for weight in weights]
+    values, scales = (jnp.concatenate(parts, axis=1) for parts in zip(*((w.values, w.scales) for w in stored), strict=True))
+    _, pull = jax.vjp(lambda x, gain: rms_norm(x, gain, eps), x_TD, gain_D)
+    dx_TD, dgain_D = pull(matmul(g_tiles, Quantized(values, scales, "block")))
+    parts = lax.split(matmul_accumulate(requantize_transposed(tiles), g_columns), padded, axis=1)
+    return dx_TD, dgain_D, tuple(dw[:, :size] for dw, size in zip(parts, sizes, strict=True)), None
+
+
+_norm_linear.defvjp(_forward, _backward)
