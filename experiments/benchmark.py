@@ -30,7 +30,7 @@ from deepseek_jax.training.flops import flops_per_token, model_flops_utilization
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import breakdown, session
+from experiments import breakdown, report, session
 from pallas_kernels.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
@@ -44,7 +44,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the tokenizer and the toke
 
 WARMUP_STEPS = 3  # the first steps touch fresh memory, and wait for clocks to rise
 NUM_RANDOM_BATCHES = 4
-PROFILED_STEPS = 3
 
 
 class Measurement(NamedTuple):
@@ -76,11 +75,10 @@ def main(_) -> None:
         records = step_records + (measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else [])
     common = provenance("experiments.benchmark", session.describe_device(mesh))
     records = [record | common for record in records]
-    print_table(config, common["device"], records)
-    if measurement.events:
-        print(f"\n{breakdown.table(measurement.events)}\n\n{breakdown.kernel_table(measurement.events)}")
-    if mesh.devices.flat[0].platform == "cpu" and busy > 0.5:
-        print(f"\nOther programs kept {busy:.1f} cores busy when this one started: times are too long, and vary.")
+    work = f"{size} x {config.data.sequence_length} tokens a step, {config.model.num_mtp_layers} MTP layers"
+    report.print_records(f"{config.name}, {config.execution.precision}, {work}", records)
+    report.print_events(measurement.events)
+    report.warn_if_busy(busy)
     if JSON.value:
         write(Path(JSON.value), records)
 
@@ -105,7 +103,6 @@ def corpus_batches(config: Config, workdir: Path, size: int) -> Iterator[Batch]:
 def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int, profile: bool) -> Measurement:
     """Compile the train step, warm it up, time `num_steps` of it, and profile a few more."""
     losses, seconds = [], []
-    platform = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
         state = create_state(config)
         batch = place_batch(next(batches), mesh)
@@ -126,12 +123,8 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batc
         for _ in range(WARMUP_STEPS + num_steps):
             run(step)
         memory, peak = _memory(state, step), (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use")
-        timed, first, last, events = seconds[WARMUP_STEPS:], losses[0], losses[-1], []
-        if profile:
-            options = breakdown.WITHOUT_COMMAND_BUFFERS.get(platform)
-            step = lowered.compile(compiler_options=options) if options else step
-            run(step)
-            events = breakdown.trace_steps(lambda: run(step), PROFILED_STEPS, step.as_text())
+        timed, first, last = seconds[WARMUP_STEPS:], losses[0], losses[-1]
+        events = report.profile(lowered, step, run) if profile else []
     return Measurement(traced - start, compiled - traced, timed, memory, peak, first, last, events)
 
 
@@ -172,8 +165,7 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, size: int, measuremen
     if peak:
         utilization = model_flops_utilization(flops, tokens_per_second, peak * mesh.size)
         values.insert(4, ("MFU of the BF16 peak", 100 * utilization, "%"))
-    scopes = dict.fromkeys(event.scope for event in measurement.events)
-    values += [(f"time in {scope}", sum(e.milliseconds for e in measurement.events if e.scope == scope), "ms") for scope in scopes]
+    values += report.scope_times(measurement.events)
     return [_record(config, mode, size, value, unit) for mode, value, unit in values]
 
 
@@ -186,21 +178,7 @@ def measure_loader(config: Config, workdir: Path, size: int, step_rate: float) -
 
 def _record(config: Config, mode: str, size: int, value: float, unit: str) -> dict[str, Any]:
     shape = {"batch": size, "sequence": config.data.sequence_length, "mtp_layers": config.model.num_mtp_layers}
-    record = {"config": config.name, "mode": mode, "precision": config.execution.precision, "shape": shape}
-    return record | {"value": value, "unit": unit, "yardstick": None}
-
-
-def print_table(config: Config, device: str, records: list[dict[str, Any]]) -> None:
-    """Print one line per record."""
-    shape = records[0]["shape"]
-    batch = f"{shape['batch']} x {shape['sequence']} tokens a step"
-    print(f"\n{config.name}, {config.execution.precision}, {batch}, {shape['mtp_layers']} MTP layers; {device}, jax {jax.__version__}\n")
-    for record in records:
-        digits = 0 if record["value"] >= 1000 else 4
-        line = f"{record['mode']:<28} {record['value']:>12,.{digits}f} {record['unit']}"
-        if record["yardstick"]:
-            line += f"   {record['value'] / record['yardstick']['value']:.1f} x the {record['yardstick']['name']}"
-        print(line)
+    return report.record(config, mode, shape, value, unit)
 
 
 if __name__ == "__main__":

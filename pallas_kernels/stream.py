@@ -30,7 +30,7 @@ proven by a run without it.
     quantize_blocks             0.98 to 0.99
     swiglu_quantize             0.97 to 0.99
     quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, of which the grid's start and end are part
-    swiglu_backward_quantize    0.63 to 0.65    (of an H200) three tensors in FP32 through shared memory, a barrier for each; one block has all registers
+    swiglu_backward_quantize    0.63 to 0.65    (an H200) three tensors through shared memory in FP32, a barrier each
     quantize_rows               0.86 to 0.87    copies of 2 KB, each behind a load of its row's index
     quantize_tiles_both         0.85 to 0.88    each element is read twice, and written two bytes at a time
     e5m6_unpack                 0.87
