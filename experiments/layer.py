@@ -1,0 +1,169 @@
+"""One MoE layer as one of many expert-parallel devices computes it, forward and backward in FP8, without the exchange between them.
+
+Each of 64 devices holds 4 of DeepSeek-V3's 256 experts, has 4,096 tokens, and is sent the rows that all devices' tokens want from its
+experts: 64 * 4096 * 8 / 256 = 8,192 per expert. What a device computes between and beside the exchanges:
+
+    its tokens         x + attention(x);  norm, router and choice of experts;  x + shared expert
+    rows that arrive   experts, one assignment per row, rows of all experts mixed
+
+Rows and gates are inputs, experts' outputs and gates are outputs with gradients of their own: the exchange would connect them. Sums over a
+token's experts and the balance loss are left out. The layer is recomputed as in training (`model/recompute.py`).
+
+DeepSeek's public profile of training (github.com/deepseek-ai/profile-data) spends 94.5 ms of computation on four such layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from configs import deepseek_v3
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
+from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
+from deepseek_jax.model.precision import PER_EXPERT
+from deepseek_jax.model.recompute import keep, recomputed
+from deepseek_jax.model.rope import rotary_table
+from deepseek_jax.model.router import route, router_scores
+from deepseek_jax.parallel.mesh import AXES, P, leaf_name
+from deepseek_jax.parallel.weights import attach, quantize_weights
+from deepseek_jax.training.flops import FLOPS_PER_WEIGHT
+from pallas_kernels.quantized import GROUP
+
+TOTAL, OF_COMPUTATION = 132, 112  # multiprocessors of an H800; the other 20 communicate
+TARGET = {  # the profile's milliseconds of four layers, as if computation had all multiprocessors
+    "name": f"DeepSeek's profile, {OF_COMPUTATION} of {TOTAL} multiprocessors, scaled",
+    "version": None,
+    "value": round(94.5 / 4 * OF_COMPUTATION / TOTAL, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How much one device has to do.
+
+    Raises:
+        ValueError: a number that the layer cannot be computed for.
+    """
+
+    tokens: int  # of one sequence
+    rows: int  # that arrive for each expert
+    local_experts: int  # that live on the device
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} = {value} must be positive")
+        if self.tokens % GROUP:
+            raise ValueError(f"tokens = {self.tokens} must be a multiple of {GROUP}: so many share the scale of a weight gradient in FP8")
+
+
+PROFILED = Load(tokens=4096, rows=8192, local_experts=4)
+
+
+class Outputs(NamedTuple):
+    """What leaves the layer, and how its gradient comes back."""
+
+    y_BSD: jax.Array  # residual stream
+    y_WD: jax.Array  # experts' rows, on their way home
+    gates_BSK: jax.Array  # of this device's tokens, which travel with their rows
+
+
+class Inputs(NamedTuple):
+    """What enters the layer and has a gradient."""
+
+    x_BSD: jax.Array
+    rows_WD: jax.Array
+    gates_W1: jax.Array
+
+
+class Layer(nnx.Module):
+    """`transformer.MoELayer` with the routed experts of one device."""
+
+    def __init__(self, config: Config, local_experts: int, rngs: nnx.Rngs):
+        model, std = config.model, config.model.init_std
+        self.config = config
+        self.attention = Attention(config, rngs)
+        self.norm_D = gain(model.width)
+        self.router_DE = matrix(rngs, "router_DE", (model.width, model.num_experts), std)
+        self.shared = FeedForward(model.num_shared_experts * model.expert_hidden, model, rngs)
+        self.gate_up_ED2F = matrix(rngs, "gate_up_ED2F", (local_experts, model.width, 2, model.expert_hidden), std)
+        self.down_EFD = matrix(rngs, "down_EFD", (local_experts, model.expert_hidden, model.width), model.residual_std)
+
+    def __call__(self, inputs: Inputs, experts_W1: jax.Array) -> Outputs:
+        """Compute what `Outputs` holds. `experts_W1`: the local expert of each row that arrives."""
+        model, (x_BSD, rows_WD, gates_W1) = self.config.model, inputs
+        positions_BS = jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2])
+        x_BSD = keep(x_BSD + self.attention(x_BSD, rotary_table(model, positions_BS), jnp.ones_like(positions_BS)), "middle")
+        h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
+        with jax.named_scope("route"):
+            scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
+            _, gates_BSK = route(model, scores_BSE, jnp.zeros((model.num_experts,)))
+        experts = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
+        return Outputs(x_BSD + self.shared(h_BSD), expert_ffn_fp8(experts, rows_WD, gates_W1, experts_W1), gates_BSK)
+
+
+def make_weights(config: Config, load: Load) -> tuple[Any, Any]:
+    """Return FP32 weights, and (values, scales) of those that are multiplied in FP8: quantised once per optimizer step, not per layer."""
+    layer = Layer(config, load.local_experts, nnx.Rngs(params=config.seed))
+    weights = nnx.to_pure_dict(nnx.split(layer, nnx.Param)[1])
+    mesh = jax.make_mesh((1,) * len(AXES), AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
+    return weights, jax.jit(jax.shard_map(quantize_weights, mesh=mesh, in_specs=P(), out_specs=P()))(weights)
+
+
+def make_inputs(config: Config, load: Load) -> tuple[Inputs, Outputs, jax.Array]:
+    """Return random inputs, random gradients of the outputs, and the expert of each row: equal numbers for all, in random order."""
+    model, num_rows = config.model, load.rows * load.local_experts
+    keys = iter(jax.random.split(jax.random.key(config.seed), 7))
+
+    def normal(*shape, dtype=jnp.bfloat16):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    stream, rows = (1, load.tokens, model.width), (num_rows, model.width)
+    inputs = Inputs(normal(*stream), normal(*rows), jax.random.uniform(next(keys), (num_rows, 1)))
+    gradients = Outputs(normal(*stream), normal(*rows), normal(1, load.tokens, model.experts_per_token, dtype=jnp.float32))
+    experts_W = jax.random.permutation(next(keys), jnp.repeat(jnp.arange(load.local_experts, dtype=jnp.int32), load.rows))
+    return inputs, gradients, experts_W[:, None]
+
+
+def make_step(config: Config, load: Load) -> Callable[..., tuple[Outputs, tuple[Any, Inputs]]]:
+    """Return (weights, quantized, inputs, gradients, experts_W1) -> outputs, and gradients of the weights (FP32) and of the inputs.
+
+    Args:
+        config: resolved, in FP8.
+        load: says how many experts there are.
+    """
+    abstract = jax.eval_shape(lambda: Layer(config, load.local_experts, nnx.Rngs(params=0)))
+    graph = nnx.split(abstract, nnx.Param)[0]
+
+    def step(weights, quantized, inputs, gradients, experts_W1):
+        def forward(weights, inputs):
+            return nnx.merge(graph, attach(weights, quantized))(inputs, experts_W1)
+
+        outputs, pull = jax.vjp(recomputed(config, forward, scanned=False), weights, inputs)
+        return outputs, pull(gradients)
+
+    return step
+
+
+def yardstick(config: Config, load: Load) -> dict[str, Any] | None:
+    """Return what DeepSeek's profile says of a layer, in ms; None for any other layer than the one profiled."""
+    same = config.model == from_config_dict(deepseek_v3.get_config()).model and load == PROFILED
+    return TARGET if same else None
+
+
+def flops(config: Config, load: Load, weights: Any) -> int:
+    """Return the FLOPs of products with weights and of causal attention, forward and backward; what is computed twice counts once."""
+    model = config.model
+
+    def of_weight(path, w):
+        rows = load.rows if leaf_name(path) in PER_EXPERT else load.tokens
+        return w.size * rows if w.ndim > 1 else 0  # norms have gains
+
+    products = sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(of_weight, weights)))
+    pairs = load.tokens * load.tokens // 2
+    return FLOPS_PER_WEIGHT * (products + pairs * model.num_heads * (model.query_dim + model.value_dim))
