@@ -16,7 +16,8 @@ one piece. Hopper's copy engine wants rows of a multiple of 16 bytes, so m is pa
 
 Three decisions about special values, each of which has gone wrong silently in a serious system:
 
-    zeros        max|x| is at least 1e-4 (the released kernels' guard), so a group of zeros has a finite scale and zeros as values
+    zeros        max|x| counts as 2^-100 at least, so a group of zeros has a finite scale and zeros as values. The released kernels' 1e-4
+                 suits activations; gradients of a mean over millions of tokens all lie below it, and would lose their bits
     rounding     a power-of-two scale is rounded up *before* it divides; rounding a stored FP32 scale later corrupts the tensor
     NaN, inf     max|x| is NaN or inf, the scale is NaN, and so is everything that a product makes of the group: never a silent 448
 
@@ -34,7 +35,7 @@ from jax import Array
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3 ("fn": finite, with NaN and without infinities)
-SMALLEST_AMAX = 1e-4  # the guard of DeepSeek's released kernels since 2025-08-27
+SMALLEST_AMAX = 2.0**-100  # its scale and the inverse of that are normal numbers of FP32
 GROUP = 128  # elements along k that share a scale
 ROW_ALIGNMENT = 4  # FP32 scales in 16 bytes
 

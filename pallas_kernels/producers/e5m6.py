@@ -8,7 +8,7 @@ bias and packing open; here the format is FP16 with its mantissa rounded to 6 bi
     exponent 0         mantissa * 2^-20                              zero has a sign
     exponent 31        NaN; there is no infinity
 
-    scale = 2^ceil(log2(max|x| / 65024)): the largest of a tile lands in (32512, 65024]; max|x| counts as 1e-4 at least
+    scale = 2^ceil(log2(max|x| / 65024)): the largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at least
     NaN or inf in a tile: its scale is NaN and every one of its values is NaN, as with E4M3
 
 A value is off by at most 2^-7 of itself, or by 2^-21 of the scale, which is about 2^-37 of the tile's largest.

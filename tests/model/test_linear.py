@@ -82,6 +82,18 @@ def test_close_to_fp32_and_without_bias(outliers):
         assert abs(error.mean()) <= 4 * error.std() / np.sqrt(error.size), name  # of a mean that is zero
 
 
+@pytest.mark.parametrize(
+    "layer", [gradients, lambda x, w, g: ffn(x, fp8(draw(7, NUM_IN, 2, 128)), fp8(draw(8, 128, NUM_IN)), g)], ids=["linear", "swiglu"]
+)
+def test_gradients_of_a_large_batch_lose_nothing(layer):
+    """A mean over 2^26 tokens makes them small: by a power of two, so that no bit may change."""
+    x, w, g = draw(3, T, NUM_IN).astype(jnp.bfloat16), fp8(draw(4, NUM_IN, NUM_IN)), draw(5, T, NUM_IN).astype(jnp.bfloat16)
+    _, *large = layer(x, w, g)
+    _, *small = layer(x, w, g * 2.0**-26)
+    for a, b in zip(large, small, strict=True):
+        np.testing.assert_array_equal(np.asarray(b, np.float32), np.asarray(a, np.float32) * 2.0**-26)
+
+
 def test_dims_of_inputs_and_outputs_stay():
     x = draw(6, 2, 128, 4, 32).astype(jnp.bfloat16)
     w = draw(7, 4, 32, 3, 64)

@@ -33,7 +33,7 @@ def sample(dtype=jnp.bfloat16, shape=(M, K), seed=0) -> jax.Array:
 
 
 def numpy_scales(amax: np.ndarray, scale: str) -> np.ndarray:
-    quotient = np.maximum(amax, np.float32(1e-4)) * np.float32(1 / 448)
+    quotient = np.maximum(amax, np.float32(2.0**-100)) * np.float32(1 / 448)
     if scale == "pow2":
         mantissa, exponent = np.frexp(quotient)
         quotient = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
