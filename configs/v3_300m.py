@@ -6,7 +6,7 @@ from configs import deepseek_v3
 
 
 def get_config() -> ConfigDict:
-    """Return a variant whose every linear dim is a multiple of 128: 2,000 steps of 8,192 tokens."""
+    """Return a variant whose every linear dim is a multiple of 128: 2,000 steps of 32,768 tokens."""
     config = deepseek_v3.get_config()
     config.name = "v3_300m"
     config.model.update(
@@ -28,13 +28,13 @@ def get_config() -> ConfigDict:
             "init_std": 0.016,  # 0.006 at width 7168, scaled by 1 / sqrt(width)
         }
     )
-    config.optimizer.learning_rate = (("constant", 0.5, 6e-4), ("cosine", 1.0, 6e-5))
+    config.optimizer.learning_rate = (("constant", 0.5, 3e-4), ("cosine", 1.0, 3e-5))
     config.optimizer.warmup_steps = 200
     config.optimizer.bias_update_rate = (("constant", 0.9, 2e-3), ("constant", 1.0, 0.0))  # twice the recipe's: 2,000 steps, not 200,000
     config.data.sequence_length = 1024
     config.data.fim_rate = 0.0
     config.data.split_rate = 0.0
-    config.training.update({"num_tokens": 2000 * 8192.0, "batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8, "eval_every": 0})
+    config.training.update({"num_tokens": 2000 * 32768.0, "batch_size": (("constant", 1.0, 32),), "micro_batch_size": 32, "eval_every": 0})
     config.mesh.update({"node": 1, "expert": 1})
     config.execution.gather = "step"
     return config

@@ -311,7 +311,7 @@ def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> plt.Fig
             right.plot(sizes, [record["yardstick"]["value"] for record in own], ":", color=color, label=f"{op}, emulated")
     left.set(title="Error of each linear (rings: the recipe emulated)", xlabel="relative L2 error, %", xlim=(0, None))
     left.invert_yaxis()
-    right.set(title="Gradients as small as larger batches make them", xlabel="tokens of the batch", xscale="log", yscale="log")
+    right.set(title="Gradients as small as larger batches make them", xlabel="tokens of the batch", xscale="log", ylim=(0, None))
     right.yaxis.set_major_formatter("{x:g}")
     right.set_ylabel("relative L2 error, %, median of all linears")
     for axes in (left, right):
