@@ -81,8 +81,8 @@ def collect(events: Iterator[tuple[str, str, float]], program: str, num_steps: i
 
 
 def place(op_name: str) -> tuple[str, str]:
-    """Return scope and pass of an instruction from its `op_name` metadata."""
-    names = [word for word in re.findall(r"\w+", op_name) if word in SCOPES]
+    """Return scope and pass of an instruction from its `op_name` metadata, whose last part is the operation (a `gather`, say), no scope."""
+    names = [word for word in re.findall(r"\w+", op_name.rpartition("/")[0]) if word in SCOPES]
     direction = "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"
     return names[-1] if names else OTHER, direction
 

@@ -15,6 +15,8 @@ from experiments import breakdown
         ("jit(run)/transpose(jvp())/checkpoint/rematted_computation/route/top_k", ("route", "recomputed")),
         ("jit(run)/jvp()/while/body/add", ("other", "forward")),
         ("jit(run)/headless/add", ("other", "forward")),
+        ("jit(run)/jvp(experts)/gather", ("experts", "forward")),
+        ("jit(run)/gather/all_gather", ("gather", "forward")),
     ],
 )
 def test_place(op_name, expected):
