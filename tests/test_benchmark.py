@@ -1,14 +1,9 @@
 """The command `experiments.benchmark`: its records are complete and agree with each other."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import benchmarks
+
 SMALL = {
     "model": {"vocab_size": 300, "width": 32, "num_layers": 2, "num_heads": 2, "dense_hidden": 32, "expert_hidden": 16},
     "data": {"sequence_length": 32, "tokenizer": "byte"},
@@ -25,25 +20,12 @@ def test_records_of_a_small_model(tmp_path):
     results = tmp_path / "results" / "step.json"
     overrides = [f"--config.{section}.{key}={value}" for section, values in SMALL.items() for key, value in values.items()]
     overrides.append(f"--config.data.sources=({{'path': '{corpus}', 'weight': 1.0}},)")
-    arguments = ["--config=configs/tiny.py", *overrides, "--cpu_devices=2", "--batch_size=16", f"--json={results}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    records = json.loads(results.read_text())
-    keys = {"config", "mode", "precision", "shape", "value", "unit", "yardstick", "device", "jax", "date", "commit", "command"}
-    assert all(set(record) == keys for record in records)
+    arguments = ["--config=configs/tiny.py", *overrides, "--cpu_devices=2", "--batch_size=16"]
+    records, printed = benchmarks.run("experiments.benchmark", arguments, results)
     values = {record["mode"]: record["value"] for record in records}
     assert values["train step"] == pytest.approx(16 * 32 / (values["train step, median"] / 1e3))
     assert values["train step, fastest"] <= values["train step, median"]
     assert values["loss of step 23"] < values["loss of step 1"], "four batches over and over are learnt"
     assert records[0]["shape"] == {"batch": 16, "sequence": 32, "mtp_layers": 1} and records[0]["device"].startswith("2 x cpu")
     loader = next(record for record in records if record["mode"] == "loader alone")
-    assert loader["yardstick"]["value"] == values["train step"] and "loader alone" in done.stdout
+    assert loader["yardstick"]["value"] == values["train step"] and "loader alone" in printed

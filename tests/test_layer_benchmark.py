@@ -1,11 +1,6 @@
 """One MoE layer by itself: every weight and input has a gradient; the command `experiments.layer_benchmark` and its records."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +10,8 @@ import pytest
 from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict, resolve
 from experiments.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
+from tests import benchmarks
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"width": 128, "num_heads": 1, "query_latent": 128, "kv_latent": 128, "expert_hidden": 128, "num_experts": 16}
 LOAD = Load(tokens=128, rows=100, local_experts=2)
 
@@ -64,20 +59,9 @@ def test_impossible_loads_are_refused(change, message):
 def test_records_of_a_small_layer(tmp_path):
     results = tmp_path / "results" / "layer.json"
     sizes = [f"--{name}={value}" for name, value in dataclasses.asdict(LOAD).items()]
-    arguments = [*(f"--config.model.{name}={value}" for name, value in SMALL.items()), *sizes, f"--json={results}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.layer_benchmark", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    records = json.loads(results.read_text())
-    keys = {"config", "mode", "precision", "shape", "value", "unit", "yardstick", "device", "jax", "date", "commit", "command"}
-    assert all(set(record) == keys and record["shape"] == dataclasses.asdict(LOAD) and record["precision"] == "fp8" for record in records)
+    arguments = [*(f"--config.model.{name}={value}" for name, value in SMALL.items()), *sizes]
+    records, printed = benchmarks.run("experiments.layer_benchmark", arguments, results, "--xla_backend_optimization_level=0")
+    assert all(record["shape"] == dataclasses.asdict(LOAD) and record["precision"] == "fp8" for record in records)
     values = {record["mode"]: record["value"] for record in records}
     assert records[0]["mode"] == "layer, median" and records[0]["yardstick"] is None
     assert values["layer, fastest"] <= values["layer, median"]
@@ -85,4 +69,4 @@ def test_records_of_a_small_layer(tmp_path):
     scopes = {mode: value for mode, value in values.items() if mode.startswith("time in ") and mode != "time in kernels"}
     assert values["time in kernels"] == pytest.approx(sum(scopes.values()))
     assert {"time in attention", "time in experts", "time in ffn", "time in route"} <= set(scopes)
-    assert "remat selective" in done.stdout and "recomputed" in done.stdout and " x  " in done.stdout
+    assert "remat selective" in printed and "recomputed" in printed and " x  " in printed

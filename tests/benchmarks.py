@@ -1,0 +1,28 @@
+"""Benchmarks run as users run them: as commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+KEYS = {"config", "mode", "precision", "shape", "value", "unit", "yardstick", "device", "jax", "date", "commit", "command"}
+
+
+def run(module: str, arguments: list[str], results: Path, xla_flags: str = "") -> tuple[list[dict[str, Any]], str]:
+    """Run `python -m module` on the CPU; return the records that it wrote to `results`, all of them complete, and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments, f"--json={results}"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads(results.read_text())
+    assert all(set(record) == KEYS for record in records)
+    return records, done.stdout
