@@ -15,6 +15,7 @@ A tokenizer is one `tokenizers.Tokenizer` plus the ids of its special tokens, wh
 merges. It is saved as `tokenizer.json` with a `tokenizer_config.json` beside it that names BOS, EOS and padding, as Hugging Face has it.
 """
 
+import codecs
 import functools
 import hashlib
 import json
@@ -35,6 +36,10 @@ from deepseek_jax.config import Config
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
+THINK_TOKENS = ("<think>", "</think>")  # R1's marks around its reasoning: tokens, and yet part of the text that a reader sees
+
+# The released file calls most of its own special tokens, <｜User｜> and <｜Assistant｜> among them, not special; their form tells.
+SPECIAL_FORM = re.compile("<[｜|][^<>｜|]+[｜|]>|</?think>")
 
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
@@ -52,15 +57,24 @@ class Tokenizer:
     """Text to ids and back.
 
     `bos`, `eos` and `pad` are ids; `fim_begin`, `fim_hole` and `fim_end` are ids, or None where the tokenizer has no such token.
-    `vocab_size` is the largest id plus one, the least `model.vocab_size` that fits.
+    `special_ids` maps the text of every special token to its id. `vocab_size` is the largest id plus one, the least `model.vocab_size`
+    that fits.
     """
 
     def __init__(self, encoder: tokenizers.Tokenizer, bos: str, eos: str, pad: str):
         """Wrap `encoder`; `bos`, `eos` and `pad` are the texts of tokens that it has."""
         encoder.no_truncation()
         encoder.no_padding()
+        self._file = encoder.to_str()
+        added = encoder.get_added_tokens_decoder().items()
+        special = {token_id: token for token_id, token in added if token.special or SPECIAL_FORM.fullmatch(token.content)}
+        for token in special.values():
+            if not token.special:
+                token.special = True
+                encoder.add_special_tokens([token])
         encoder.encode_special_tokens = True  # the text "<｜end▁of▁sentence｜>" in a document is text, not the end of it
         self._encoder = encoder
+        self.special_ids = {token.content: token_id for token_id, token in special.items()}
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.bos, self.eos, self.pad = (encoder.token_to_id(name) for name in (bos, eos, pad))
         self.fim_begin, self.fim_hole, self.fim_end = (encoder.token_to_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
@@ -96,7 +110,7 @@ class Tokenizer:
         path = Path(path)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._names}
         _write_whole(path.with_name("tokenizer_config.json"), json.dumps(settings, ensure_ascii=False, indent=2))
-        _write_whole(path, self._encoder.to_str(pretty=True))
+        _write_whole(path, tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with no BOS or EOS added. Special tokens spelled out in `text` are encoded as ordinary characters."""
@@ -107,8 +121,8 @@ class Tokenizer:
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self._encoder.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Return the text of `ids` without special tokens, except `THINK_TOKENS`; bytes that are not UTF-8 become U+FFFD."""
+        return self._encoder.decode([int(i) for i in ids if self.token_bytes[int(i)]], skip_special_tokens=False)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of `ids` without special tokens: exact where a piece of text starts or ends inside a character."""
@@ -116,16 +130,17 @@ class Tokenizer:
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes each id stands for; none for special tokens and unused ids.
+        """The bytes each id stands for; none for unused ids and for special tokens other than `THINK_TOKENS`.
 
         Exact for byte-level tokenizers. For SentencePiece-style ones "▁" is a space and "<0x0A>" a byte.
         """
-        decode = _from_byte_level if '"ByteLevel"' in self._encoder.to_str() else _from_sentencepiece
+        decode = _from_byte_level if '"ByteLevel"' in self._file else _from_sentencepiece
         pieces = [b""] * self.vocab_size
         for token, token_id in self._encoder.get_vocab(with_added_tokens=False).items():
             pieces[token_id] = decode(token)
         for token_id, added in self._encoder.get_added_tokens_decoder().items():
-            pieces[token_id] = b"" if added.special or added.content in SPECIAL_TOKENS else added.content.encode()
+            hidden = added.content in self.special_ids and added.content not in THINK_TOKENS
+            pieces[token_id] = b"" if hidden else added.content.encode()
         return tuple(pieces)
 
     @functools.cached_property
@@ -136,7 +151,27 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer: equal for tokenizers that encode alike."""
-        return hashlib.sha256((self._encoder.to_str() + json.dumps(self._names)).encode()).hexdigest()
+        return hashlib.sha256((self._file + json.dumps(self._names)).encode()).hexdigest()
+
+
+class StreamDecoder:
+    """Decodes ids as they come. A character whose bytes span tokens comes out whole, with its last byte.
+
+    The pieces joined are `Tokenizer.decode` of all ids: bytes that are not UTF-8 become U+FFFD, special tokens nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Start an empty text."""
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the text that `ids` complete, perhaps none."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """Return what is left at the end: U+FFFD if the last character lacks bytes. The next `push` starts a new text."""
+        return self._decoder.decode(b"", final=True)
 
 
 def make_tokenizer(config: Config, workdir: str | os.PathLike, documents: Iterable[str]) -> Tokenizer:

@@ -14,7 +14,6 @@ Steps run on the device in bursts of a few tokens, a `lax.while_loop` each, betw
 the seed, the row and the position alone, not on where a burst ends.
 """
 
-import codecs
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
 from deepseek_jax.inference.cache import Cache, make_cache
 from deepseek_jax.inference.sampling import Sampling, sample
 from deepseek_jax.model.transformer import compute_dtype, decode_step
@@ -79,11 +78,11 @@ def stream(
         raise ValueError("the prompt is empty; give at least one character to continue")
     prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)]  # as every document begins in training
     check_lengths(config, len(prompt_ids), max_new_tokens)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens, and so bursts
+    decoder = StreamDecoder(tokenizer)  # a character may span tokens, and so bursts
     params = params | {"head_DV": params["head_DV"][:, : tokenizer.vocab_size]}  # ids that no token has are never trained
     for ids in stream_ids(config, params, router_bias, np.array([prompt_ids]), max_new_tokens, sampling, seed, tokenizer.eos):
-        yield decoder.decode(tokenizer.decode_bytes(ids[0][ids[0] != tokenizer.eos]))
-    yield decoder.decode(b"", final=True)
+        yield decoder.push(ids[0][ids[0] != tokenizer.eos])
+    yield decoder.finish()
 
 
 def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:

@@ -1,13 +1,15 @@
 """DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16)."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Config
-from deepseek_jax.model.balance import RouterStats, router_stats
+from deepseek_jax.model.balance import router_stats
 from deepseek_jax.model.experts import expert_ffn
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.experts_grouped import expert_ffn_grouped
@@ -15,6 +17,8 @@ from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.precision import Fp8Weight
 from deepseek_jax.model.router import route, router_scores
 from deepseek_jax.parallel.expert import exchange
+
+Observer = Callable[[Config, jax.Array, jax.Array, jax.Array], Any]
 
 
 class RouterBias(nnx.Variable):
@@ -35,19 +39,22 @@ class MoE(nnx.Module):
         if model.num_shared_experts:
             self.shared = FeedForward(model.num_shared_experts * model.expert_hidden, model, rngs)
 
-    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """Map [B, S, D] to [B, S, D] (the caller adds the residual). Padding (`valid_BS` False) reaches no routed expert."""
+    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer = router_stats) -> tuple[jax.Array, Any]:
+        """Map [B, S, D] to [B, S, D] (the caller adds the residual). Padding (`valid_BS` False) reaches no routed expert.
+
+        Beside it, what `observe` makes of config, scores [B, S, E], chosen experts [B, S, K] and `valid_BS`.
+        """
         config = self.config
         h_BSD = rms_norm(x_BSD, self.norm_D[...], config.model.norm_eps)
         with jax.named_scope("route"):
             scores_BSE = router_scores(config.model, h_BSD, self.router_DE[...])
             experts_BSK, gates_BSK = route(config.model, scores_BSE, self.bias_E[...])
-            stats = router_stats(config, scores_BSE, experts_BSK, valid_BS)
+            observed = observe(config, scores_BSE, experts_BSK, valid_BS)
             experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, config.model.num_experts)
         out_BSD = self._routed(h_BSD, experts_BSK, gates_BSK)
         if config.model.num_shared_experts:
             out_BSD += self.shared(h_BSD)
-        return out_BSD, stats
+        return out_BSD, observed
 
     def routed_experts(self, x_BSD: jax.Array) -> jax.Array:
         """The routed experts' indices [B, S, K] for a residual stream: what tests and notebooks look at."""

@@ -49,10 +49,15 @@ def route(model: Model, scores_TE: jax.Array, bias_E: jax.Array) -> tuple[jax.Ar
         keep_group = _rank(top) < model.num_kept_groups
         biased = jnp.where(jnp.repeat(keep_group, grouped.shape[-1], axis=-1), biased, -jnp.inf)
     experts = keep(lax.top_k(biased, model.experts_per_token)[1], "routing")
+    return experts, weigh(model, scores_TE, experts)
+
+
+def weigh(model: Model, scores_TE: jax.Array, experts: jax.Array) -> jax.Array:
+    """Return the gates [..., K] of chosen experts: their unbiased scores, normalised and scaled as the model says."""
     gates = jnp.take_along_axis(scores_TE, experts, axis=-1)
     if model.normalize_gates:
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
-    return experts, gates * model.routed_scale
+    return gates * model.routed_scale
 
 
 def _sum_of_best_two(x: jax.Array) -> jax.Array:

@@ -22,9 +22,9 @@ from jax import lax
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.attention import Attention
-from deepseek_jax.model.balance import RouterStats
+from deepseek_jax.model.balance import router_stats
 from deepseek_jax.model.layers import DenseFeedForward, gain, matrix, rms_norm
-from deepseek_jax.model.moe import MoE, RouterBias
+from deepseek_jax.model.moe import MoE, Observer, RouterBias
 from deepseek_jax.model.mtp import MtpLayer
 from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.model.rope import rotary_table
@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
     hidden_BSD: jax.Array  # after the final norm: the head's input
     mtp_hidden: tuple[jax.Array, ...]  # one per depth, after its own final norm
-    stats: RouterStats  # leading dim: MoE layers, then MTP layers
+    stats: Any  # `RouterStats`, or what else was observed; leading dim: MoE layers, then MTP layers
 
 
 class DenseLayer(nnx.Module):
@@ -57,11 +57,13 @@ class MoELayer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.moe = MoE(config, rngs)
 
-    def __call__(self, x_BSD: jax.Array, table: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x_BSD: jax.Array, table: tuple[jax.Array, jax.Array], segment_ids_BS: jax.Array, observe: Observer
+    ) -> tuple[jax.Array, Any]:
         """Map the residual stream [B, S, D] to the next one; causal within segments, segment 0 is padding."""
         x_BSD = keep(x_BSD + self.attention(x_BSD, table, segment_ids_BS), "middle")
-        y_BSD, stats = self.moe(x_BSD, segment_ids_BS > 0)
-        return x_BSD + y_BSD, stats
+        y_BSD, observed = self.moe(x_BSD, segment_ids_BS > 0, observe)
+        return x_BSD + y_BSD, observed
 
 
 def _mtp_layer(config: Config, rngs: nnx.Rngs) -> MtpLayer:
@@ -86,7 +88,14 @@ def init(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
     return params, router_bias
 
 
-def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: Callable[[Tree], Tree] = lambda tree: tree) -> Output:
+def apply(
+    config: Config,
+    params: Tree,
+    router_bias: Tree,
+    batch: Tree,
+    gather: Callable[[Tree], Tree] = lambda tree: tree,
+    observe: Observer = router_stats,
+) -> Output:
     """Run the network over this device's rows.
 
     Args:
@@ -95,6 +104,7 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
         router_bias: selection biases.
         batch: `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` (0 is padding).
         gather: makes a layer's split weights whole and casts them; identity where they are already.
+        observe: what to report of each MoE layer (see `moe.MoE`); by default what balancing needs.
     """
     top = gather({name: params[name] for name in ("embed_VD", "final_norm_D")})
     table = rotary_table(config.model, batch["positions_BS"])
@@ -108,7 +118,7 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
 
     def moe_layer(x_BSD, weights_and_bias):
         weights, bias = weights_and_bias
-        return _merge(MoELayer, config, gather(weights), bias)(x_BSD, table, segments)
+        return _merge(MoELayer, config, gather(weights), bias)(x_BSD, table, segments, observe)
 
     x_BSD = embed(batch["tokens_BS"])
     stats = []
@@ -122,7 +132,7 @@ def apply(config: Config, params: Tree, router_bias: Tree, batch: Tree, gather: 
     for depth in range(config.model.num_mtp_layers):
         weights, bias = jax.tree.map(lambda a, i=depth: a[i], (params["mtp_layers"], router_bias["mtp_layers"]))
         embedded_BSD = embed(_ahead(batch["targets_BS"], depth))
-        state_BSD, mtp_stats = recomputed(config, functools.partial(_mtp_depth, config, gather), scanned=False)(
+        state_BSD, mtp_stats = recomputed(config, functools.partial(_mtp_depth, config, gather, observe), scanned=False)(
             state_BSD, embedded_BSD, weights, bias, table, segments
         )
         mtp_hidden.append(state_BSD)
@@ -204,10 +214,10 @@ def _ahead(targets_BS: jax.Array, steps: int) -> jax.Array:
     return jnp.pad(targets_BS[:, steps:], ((0, 0), (0, steps)))
 
 
-def _mtp_depth(config, gather, state_BSD, embedded_BSD, weights, bias, table, segments):
+def _mtp_depth(config, gather, observe, state_BSD, embedded_BSD, weights, bias, table, segments):
     layer = _merge(_mtp_layer, config, gather(weights), bias)
-    x_BSD, stats = layer.block(layer.merge(embedded_BSD, state_BSD), table, segments)
-    return layer.final(x_BSD), stats
+    x_BSD, observed = layer.block(layer.merge(embedded_BSD, state_BSD), table, segments, observe)
+    return layer.final(x_BSD), observed
 
 
 def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):

@@ -41,7 +41,11 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
 
 
 def _initial_state(config: Config) -> State:
-    params, router_bias = transformer.init(config, jax.random.key(config.seed))
+    return state_around(config, *transformer.init(config, jax.random.key(config.seed)))
+
+
+def state_around(config: Config, params: Any, router_bias: Any) -> State:
+    """Make the state of step 0 around given FP32 weights; call it jitted, under `jax.set_mesh`."""
     state = {"params": params, "router_bias": router_bias, "optimizer": make_optimizer(config.optimizer).init(params)}
     if config.optimizer.ema_decay > 0.0:
         state["ema"] = jax.tree.map(jnp.copy, params)

@@ -50,15 +50,15 @@ class Normalisers(NamedTuple):
 def jit_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
     """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under `jax.set_mesh(mesh)`."""
     check_fit(config, mesh)
-    return _jit(train_step, config, mesh, donate_argnums=0)
+    return jit_on(train_step, config, mesh, donate_argnums=0)
 
 
 def jit_eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
     """Compile-ready `eval_step` for a mesh. Call it under `jax.set_mesh(mesh)`."""
-    return _jit(eval_step, config, mesh)
+    return jit_on(eval_step, config, mesh)
 
 
-def _jit(step: Callable, config: Config, mesh: jax.sharding.Mesh, **options) -> Callable:
+def jit_on(step: Callable, config: Config, mesh: jax.sharding.Mesh, **options) -> Callable:
     """Jit `step` so that "fp32" is FP32 everywhere: unless told not to, GPUs multiply FP32 in TF32 and TPUs in BF16.
 
     On a GPU cuBLAS alone does these products: choosing among Triton kernels of full precision took more than 500 s for `tiny` on an
@@ -164,7 +164,7 @@ def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> di
 
     def local(params, router_bias, batch):
         load = functools.partial(gather, dtype=compute_dtype(config))
-        params = _with_fp8(config, params)
+        params = with_fp8(config, params)
         output = apply(config, params, router_bias, batch, load)
         sums = _token_sums(config, output, load({"head_DV": params["head_DV"]})["head_DV"], batch)
         return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
@@ -179,7 +179,7 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
     norms = _normalisers(batch)
     load = functools.partial(gather, dtype=compute_dtype(config))
     once = config.execution.gather == "step"
-    weights = _with_fp8(config, params)
+    weights = with_fp8(config, params)
     weights, quantized = detach(load(weights) if once else weights)
 
     def loss(weights, micro_batch):
@@ -203,7 +203,7 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
     return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
 
 
-def _with_fp8(config: Config, params: Any) -> Any:
+def with_fp8(config: Config, params: Any) -> Any:
     """Quantise this device's part of the weights, where the precision is FP8."""
     return attach(params, quantize_weights(params)) if config.execution.precision == "fp8" else params
 

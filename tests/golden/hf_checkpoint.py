@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 from configs import deepseek_v3
 from deepseek_jax import config as config_lib
+from deepseek_jax.huggingface.config import read_model
 from tests.golden import cases
 
 FOLDER = pathlib.Path(__file__).parent
@@ -64,50 +65,6 @@ def batch(expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def read_gradients(case: str, model: config_lib.Model) -> dict[str, Any]:
     """Read the oracle's gradients as a tree like the parameters."""
     return read_trees(load_file(FOLDER / case / "gradients.safetensors"), model)[0]
-
-
-def read_model(hf: dict[str, Any]) -> config_lib.Model:
-    """Translate a released config.json; YaRN is on where `rope_scaling` is set."""
-    yarn = hf["rope_scaling"]
-    v2 = hf["model_type"] == "deepseek_v2"
-    grouped = hf["topk_method"] != "greedy"
-    return config_lib.Model(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_dense_layers=hf["first_k_dense_replace"],
-        num_heads=hf["num_attention_heads"],
-        query_latent=hf["q_lora_rank"] or 0,
-        kv_latent=hf["kv_lora_rank"],
-        content_dim=hf["qk_nope_head_dim"],
-        rotary_dim=hf["qk_rope_head_dim"],
-        value_dim=hf["v_head_dim"],
-        dense_hidden=hf["intermediate_size"],
-        num_experts=hf["n_routed_experts"],
-        num_shared_experts=hf["n_shared_experts"],
-        experts_per_token=hf["num_experts_per_tok"],
-        expert_hidden=hf["moe_intermediate_size"],
-        num_groups=hf["n_group"] if grouped else 1,
-        num_kept_groups=hf["topk_group"] if grouped else 1,
-        gate=hf["scoring_func"],
-        group_score="max" if v2 else "top2",
-        normalize_gates=hf["norm_topk_prob"],
-        routed_scale=hf["routed_scaling_factor"],
-        num_mtp_layers=hf["num_nextn_predict_layers"],
-        rope_base=hf["rope_theta"],
-        yarn=config_lib.Yarn(
-            enabled=yarn is not None,
-            factor=yarn["factor"] if yarn else 1.0,
-            original_length=yarn["original_max_position_embeddings"] if yarn else hf["max_position_embeddings"],
-            beta_fast=yarn["beta_fast"] if yarn else 32.0,
-            beta_slow=yarn["beta_slow"] if yarn else 1.0,
-            mscale=yarn["mscale"] if yarn else 1.0,
-            mscale_all_dim=yarn["mscale_all_dim"] if yarn else 1.0,
-        ),
-        norm_eps=hf["rms_norm_eps"],
-        init_std=0.006,  # a checkpoint does not say; its weights are given
-        residual_init_scale=1.0,
-    )
 
 
 def run_config(name: str, model: config_lib.Model, shape_BS: tuple[int, int]) -> config_lib.Config:

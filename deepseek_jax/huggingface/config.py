@@ -1,0 +1,307 @@
+"""config.json of a released checkpoint <-> our `Model`.
+
+Two families are read: "deepseek_v3" (V3, R1, and models of its architecture such as Moonlight) and "deepseek_v2" (V2, V2.5, V2-Lite).
+What a file says and our model cannot do is refused; what only concerns training or serving (aux_loss_alpha, seq_aux, ep_size,
+pretraining_tp, use_cache, ids of special tokens) is ignored. A missing or null key takes the value that transformers and DeepSeek's
+own code give it:
+
+                                deepseek_v3    deepseek_v2
+    topk_method                 noaux_tc       greedy         with "greedy" n_group and topk_group do not apply
+    scoring_func                sigmoid        softmax        transformers 5 does not write it
+    norm_topk_prob              true           false
+    n_group, topk_group         1              1
+    num_nextn_predict_layers    0              0              the released V3 says 1; without the key there are no MTP layers
+    q_lora_rank                 none           none           only null: the key itself must be there
+    n_shared_experts            none           none
+    rms_norm_eps                1e-6           1e-6
+    rope_theta                  10000          10000
+
+YaRN is on where the file has it, because the released weights are those after context extension. It is spelled `rope_scaling` beside
+`rope_theta`, or, by transformers 5, both in `rope_parameters`. Where mscale is left out it is 1, mscale_all_dim 0: the cosines are
+stretched and the softmax scale stays (DeepSeek's and transformers' code agree). Without YaRN `model.yarn` is off and has the numbers
+that the family's extension uses, with `original_length` the file's `max_position_embeddings`.
+
+How weights were initialised a released file does not say (`initializer_range` 0.02 is transformers' default, not the report's 0.006). Files
+written here do: `initializer_range` and, as a key of our own that others ignore, `residual_init_scale`.
+"""
+
+import copy
+import dataclasses
+from typing import Any, NoReturn
+
+from deepseek_jax import config as config_lib
+from pallas_kernels.quantized import GROUP
+
+FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+DEFAULTS = {  # of keys that may be absent
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
+    "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
+}
+TOPK_METHODS = {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy")}
+MSCALE = {"deepseek_v3": 1.0, "deepseek_v2": 0.707}  # of a model without YaRN, should it be extended
+FIXED = {  # keys that may only have one value, which is also their default
+    "attention_bias": (False, "linear layers here have no biases"),
+    "mlp_bias": (False, "linear layers here have no biases"),
+    "tie_word_embeddings": (False, "embedding and head are separate here"),
+    "hidden_act": ("silu", "feed-forwards here are SwiGLU"),
+    "moe_layer_freq": (1, "here every layer after the first dense ones has experts"),
+    "rope_interleave": (True, "rotary channels here are interleaved pairs, as in the released files"),
+}
+QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [GROUP, GROUP], "activation_scheme": "dynamic"}
+ROPE_KEYS = {  # what a rope section may hold
+    *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim"),
+}
+
+
+def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Model:
+    """Translate a config.json.
+
+    Args:
+        hf: the parsed file.
+        origin: its name, for messages.
+
+    Raises:
+        ValueError: it describes a model that this code is not, or lacks a key; the message names origin, key, value and remedy.
+    """
+    keys = _Keys(hf, origin)
+    family = _family(keys)
+    for key, (value, reason) in FIXED.items():
+        if keys.take(key, type(value), value) != value:
+            keys.refuse(key, f"{reason}; only {value!r} can be converted")
+    heads = keys.take("num_attention_heads", int)
+    if keys.take("num_key_value_heads", int, heads) != heads:
+        keys.refuse("num_key_value_heads", f"latent attention has as many key and value heads as query heads, {heads}")
+    if "q_lora_rank" not in hf:
+        keys.refuse("q_lora_rank", "write null where queries have no latent")
+    is_fp8(hf, origin)
+    return config_lib.Model(
+        vocab_size=keys.take("vocab_size", int),
+        width=keys.take("hidden_size", int),
+        num_layers=keys.take("num_hidden_layers", int),
+        num_dense_layers=keys.take("first_k_dense_replace", int),
+        num_heads=heads,
+        query_latent=keys.take("q_lora_rank", int, 0),
+        kv_latent=keys.take("kv_lora_rank", int),
+        content_dim=keys.take("qk_nope_head_dim", int),
+        rotary_dim=keys.take("qk_rope_head_dim", int),
+        value_dim=keys.take("v_head_dim", int),
+        dense_hidden=keys.take("intermediate_size", int),
+        num_shared_experts=keys.take("n_shared_experts", int, 0),
+        expert_hidden=keys.take("moe_intermediate_size", int),
+        num_mtp_layers=keys.take("num_nextn_predict_layers", int, 0),
+        norm_eps=keys.take("rms_norm_eps", float, 1e-6),
+        **_router(keys, family),
+        **_rope(keys, family),
+        **_init(keys),
+    )
+
+
+def is_fp8(hf: dict[str, Any], origin: str = "config.json") -> bool:
+    """Whether the weights are FP8 with one scale per block of 128 x 128: `quantization_config` says so, or is absent.
+
+    Raises:
+        ValueError: another quantisation. `scale_fmt` "ue8m0" (V3.1) is this one with powers of two as scales.
+    """
+    section = _Keys(hf, origin).take("quantization_config", dict, None)
+    if section is None:
+        return False
+    keys = _Keys(section, f"{origin}: quantization_config")
+    for key, expected in QUANTIZATION.items():
+        absent = expected if key in ("fmt", "activation_scheme") else None  # transformers does not write fmt
+        if section.get(key, absent) != expected:
+            keys.refuse(key, f"only {expected!r} can be read; convert the checkpoint to BF16 first")
+    if section.get("scale_fmt") not in (None, "ue8m0"):
+        keys.refuse("scale_fmt", "only 'ue8m0' or none can be read; convert the checkpoint to BF16 first")
+    return True
+
+
+def write_model(model: config_lib.Model, fp8: bool, bos_token_id: int = 0, eos_token_id: int = 1) -> dict[str, Any]:
+    """Make the config.json of `model`, as transformers, vLLM and SGLang read it; `read_model` of it is `model`.
+
+    `max_position_embeddings` is the length YaRN extends to, or the original length without YaRN.
+
+    Raises:
+        ValueError: neither family has the router of `model`.
+    """
+    family = {("sigmoid", "top2"): "deepseek_v3", ("softmax", "max"): "deepseek_v2"}.get((model.gate, model.group_score))
+    if family is None:
+        raise ValueError(
+            f"config.model: gate = {model.gate!r} with group_score = {model.group_score!r} has no config.json; 'sigmoid' goes with 'top2'"
+            " (V3) and 'softmax' with 'max' (V2)"
+        )
+    yarn = model.yarn
+    hf = {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.dense_hidden,
+        "moe_intermediate_size": model.expert_hidden,
+        "num_hidden_layers": model.num_layers,
+        "num_nextn_predict_layers": model.num_mtp_layers,
+        "first_k_dense_replace": model.num_dense_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_heads,
+        "q_lora_rank": model.query_latent or None,
+        "kv_lora_rank": model.kv_latent,
+        "qk_nope_head_dim": model.content_dim,
+        "qk_rope_head_dim": model.rotary_dim,
+        "v_head_dim": model.value_dim,
+        "n_routed_experts": model.num_experts,
+        "n_shared_experts": model.num_shared_experts or None,
+        "num_experts_per_tok": model.experts_per_token,
+        "n_group": model.num_groups,
+        "topk_group": model.num_kept_groups,
+        "topk_method": _topk_method(model, family),
+        "scoring_func": model.gate,
+        "norm_topk_prob": model.normalize_gates,
+        "routed_scaling_factor": model.routed_scale,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_base,
+        "rope_scaling": _write_yarn(yarn) if yarn.enabled else None,
+        "max_position_embeddings": round(yarn.factor * yarn.original_length) if yarn.enabled else yarn.original_length,
+        "initializer_range": model.init_std,
+        "residual_init_scale": model.residual_init_scale,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+    hf |= {key: value for key, (value, _) in FIXED.items()}
+    return hf | {"quantization_config": copy.deepcopy(QUANTIZATION)} if fp8 else hf
+
+
+def run_config(base: config_lib.Config, name: str, model: config_lib.Model) -> config_lib.Config:
+    """Put `model` into the run that `base` describes.
+
+    Raises:
+        ValueError: `model` is impossible, or does not fit the rest of `base`.
+    """
+    return config_lib.from_config_dict(config_lib.to_dict(dataclasses.replace(base, name=name, model=model)))
+
+
+_REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """A section of the file, whose values are taken by key with their type checked."""
+
+    section: dict[str, Any]
+    origin: str
+
+    def take(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """The value of `key`; `default` where it is absent or null."""
+        value = self.section.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                self.refuse(key, "the key is required; take the config.json that belongs to the weights")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            self.refuse(key, f"it must be of type {kind.__name__}")
+        return value
+
+    def refuse(self, key: str, text: str) -> NoReturn:
+        value = repr(self.section[key]) if key in self.section else "absent"
+        raise ValueError(f"{self.origin}: {key} is {value}: {text}")
+
+
+def _family(keys: _Keys) -> str:
+    family = keys.take("model_type", str)
+    if family not in FAMILIES:
+        keys.refuse("model_type", f"choose a checkpoint of one of {sorted(FAMILIES)}")
+    if keys.take("architectures", list, [FAMILIES[family]]) != [FAMILIES[family]]:
+        keys.refuse("architectures", f"model_type {family!r} goes with {[FAMILIES[family]]}")
+    return family
+
+
+def _router(keys: _Keys, family: str) -> dict[str, Any]:
+    values = {key: keys.take(key, type(default), default) for key, default in DEFAULTS[family].items()}
+    if values["topk_method"] not in TOPK_METHODS[family]:
+        keys.refuse("topk_method", f"{family} selects experts by {' or '.join(map(repr, TOPK_METHODS[family]))}")
+    if values["scoring_func"] != DEFAULTS[family]["scoring_func"]:
+        keys.refuse("scoring_func", f"{family} has a {DEFAULTS[family]['scoring_func']} gate")
+    grouped = values["topk_method"] != "greedy"
+    scale = keys.take("routed_scaling_factor", float)
+    if family == "deepseek_v2" and values["norm_topk_prob"] and scale != 1.0:
+        keys.refuse("norm_topk_prob", f"programs disagree whether routed_scaling_factor = {scale} then applies; set that to 1.0")
+    return {
+        "num_experts": keys.take("n_routed_experts", int),
+        "experts_per_token": keys.take("num_experts_per_tok", int),
+        "num_groups": keys.take("n_group", int, 1) if grouped else 1,
+        "num_kept_groups": keys.take("topk_group", int, 1) if grouped else 1,
+        "gate": values["scoring_func"],
+        "group_score": "top2" if family == "deepseek_v3" else "max",
+        "normalize_gates": values["norm_topk_prob"],
+        "routed_scale": scale,
+    }
+
+
+def _topk_method(model: config_lib.Model, family: str) -> str:
+    if family == "deepseek_v3":
+        return "noaux_tc"
+    return "group_limited_greedy" if model.num_groups > 1 else "greedy"
+
+
+def _rope(keys: _Keys, family: str) -> dict[str, Any]:
+    """Base and YaRN, from either spelling."""
+    name = "rope_parameters" if keys.section.get("rope_parameters") else "rope_scaling"
+    section = keys.take(name, dict, {})
+    rope = _Keys(section, f"{keys.origin}: {name}")
+    base = rope.take("rope_theta", float, keys.take("rope_theta", float, 10000.0))
+    spelled = "rope_type" if "rope_type" in section else "type"
+    kind = rope.take(spelled, str) if section.keys() - {"rope_theta"} else "default"
+    if kind not in ("default", "yarn"):
+        rope.refuse(spelled, "only 'yarn', or no scaling, can be converted")
+    for key in sorted(section.keys() - ROPE_KEYS):
+        if section[key] is not None and (key, section[key]) != ("truncate", True):
+            rope.refuse(key, f"it has no counterpart here; known keys are {sorted(ROPE_KEYS)}")
+    return {"rope_base": base, "yarn": _read_yarn(rope) if kind == "yarn" else _no_yarn(keys, family)}
+
+
+def _read_yarn(rope: _Keys) -> config_lib.Yarn:
+    return config_lib.Yarn(
+        enabled=True,
+        factor=rope.take("factor", float),
+        original_length=rope.take("original_max_position_embeddings", int),
+        beta_fast=rope.take("beta_fast", float, 32.0),
+        beta_slow=rope.take("beta_slow", float, 1.0),
+        mscale=rope.take("mscale", float, 1.0),
+        mscale_all_dim=rope.take("mscale_all_dim", float, 0.0),
+    )
+
+
+def _no_yarn(keys: _Keys, family: str) -> config_lib.Yarn:
+    return config_lib.Yarn(
+        enabled=False,
+        factor=40.0,
+        original_length=keys.take("max_position_embeddings", int, 4096),
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=MSCALE[family],
+        mscale_all_dim=MSCALE[family],
+    )
+
+
+def _write_yarn(yarn: config_lib.Yarn) -> dict[str, Any]:
+    return {
+        "type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_length,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+    }
+
+
+def _init(keys: _Keys) -> dict[str, float]:
+    ours = "residual_init_scale" in keys.section
+    return {
+        "init_std": keys.take("initializer_range", float) if ours else 0.006,
+        "residual_init_scale": keys.take("residual_init_scale", float, 1.0),
+    }

@@ -1,0 +1,93 @@
+"""Logits, routes and gates of a checkpoint for given tokens: what one compares with another implementation."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Config
+from deepseek_jax.huggingface.load import Tree, with_carriers
+from deepseek_jax.model import transformer
+from deepseek_jax.model.precision import Fp8Weight
+from deepseek_jax.model.router import weigh
+from deepseek_jax.parallel.mesh import ROWS, P, axis_size
+from deepseek_jax.parallel.weights import gather
+from deepseek_jax.training.evaluation import place_batch
+from deepseek_jax.training.step import jit_on, with_fp8
+
+PER_LAYER = ("experts", "expert_weights")
+
+
+def logits(config: Config, weights: Tree, tokens_BS: np.ndarray, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+    """Run the model over whole rows, one document each.
+
+    Args:
+        config: `execution.precision` is that of the arithmetic. In FP8, FP32 weights are quantised and FP8 weights taken as they are.
+        weights: of `load.load` on `mesh`.
+        tokens_BS: int32; all rows are run at once, split over the devices.
+        mesh: of the weights.
+
+    Returns:
+        `logits` [B, S, V] FP32; `experts` [moe layers, B, S, K] int32, the largest gate first, with their gates `expert_weights` in FP32;
+        where the model has an MTP layer, `mtp_logits` [B, S - 1, V] FP32 of its first.
+
+    Raises:
+        ValueError: tokens of another shape or dtype, or beyond the vocabulary.
+    """
+    if tokens_BS.ndim != 2 or not np.issubdtype(tokens_BS.dtype, np.integer) or not tokens_BS.size:
+        raise ValueError(f"tokens are {tokens_BS.dtype} {tokens_BS.shape}; give int32 [B, S]")
+    if tokens_BS.min() < 0 or tokens_BS.max() >= config.model.vocab_size:
+        raise ValueError(f"tokens lie in {tokens_BS.min()} to {tokens_BS.max()}, the vocabulary in 0 to {config.model.vocab_size - 1}")
+    num_rows = len(tokens_BS)
+    tokens_BS = np.pad(tokens_BS, ((0, -num_rows % axis_size(mesh, ROWS)), (0, 0)), mode="edge").astype(np.int32)
+    with jax.set_mesh(mesh):
+        found = jit_on(_forward, config, mesh)(weights["params"], weights["router_bias"], place_batch({"tokens_BS": tokens_BS}, mesh))
+    return {name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows] for name, array in found.items()}
+
+
+def _forward(config: Config, params: Tree, router_bias: Tree, batch: Tree) -> dict[str, jax.Array]:
+    def local(params, router_bias, batch):
+        load = functools.partial(gather, dtype=transformer.compute_dtype(config))
+        stored_in_fp8 = any(isinstance(w, Fp8Weight) for w in jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Fp8Weight)))
+        params = with_carriers(params) if stored_in_fp8 else with_fp8(config, params)
+        output = transformer.apply(config, params, router_bias, _unpadded(batch["tokens_BS"]), load, _chosen)
+        head_DV = load({"head_DV": params["head_DV"]})["head_DV"]
+
+        def head(hidden_BSD):
+            return jnp.matmul(hidden_BSD, head_DV, preferred_element_type=jnp.float32)
+
+        found = {"logits": head(output.hidden_BSD)}
+        if output.stats is not None:
+            experts, gates = (array[: config.model.num_moe_layers] for array in output.stats)
+            found |= {"experts": experts, "expert_weights": gates}
+        if output.mtp_hidden:
+            found["mtp_logits"] = head(output.mtp_hidden[0][:, :-1])
+        return found
+
+    names = ["logits"]
+    if config.model.num_moe_layers or config.model.num_mtp_layers:
+        names += PER_LAYER
+    if config.model.num_mtp_layers:
+        names.append("mtp_logits")
+    laid_out = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (params, router_bias, batch))
+    out_specs = {name: P(None, ROWS) if name in PER_LAYER else P(ROWS) for name in names}
+    return jax.shard_map(local, in_specs=laid_out, out_specs=out_specs)(params, router_bias, batch)
+
+
+def _unpadded(tokens_BS: jax.Array) -> Tree:
+    """A batch of rows that are one document each."""
+    return {
+        "tokens_BS": tokens_BS,
+        "targets_BS": jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1))),  # the last one is unknown, and no logits are made from it
+        "positions_BS": jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape),
+        "segment_ids_BS": jnp.ones_like(tokens_BS),
+    }
+
+
+def _chosen(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> tuple[Any, ...]:
+    """Experts and gates, the largest gate first: selection is in the order of the biased scores."""
+    gates_BSK = weigh(config.model, scores_BSE, experts_BSK)
+    order = jnp.argsort(-gates_BSK, axis=-1, stable=True)
+    return jnp.take_along_axis(experts_BSK, order, axis=-1), jnp.take_along_axis(gates_BSK, order, axis=-1)

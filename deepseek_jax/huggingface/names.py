@@ -1,0 +1,229 @@
+"""Every tensor of a Hugging Face checkpoint, and the part of our parameter tree that it fills.
+
+Import, export and the check that nothing is left over all derive from this one table. A checkpoint stores a linear weight as
+[out, in]; ours is [in, out], with the heads, the halves of a gated FFN, the layers and the experts as dims of their own:
+
+    stored                                          fills
+    embed_tokens         [V, D]                     embed_VD        as it is
+    lm_head              [V, D]                     head_DV
+    q_a_proj             [A, D]                     q_a_DA
+    q_b_proj             [(N Q), A]                 q_b_ANQ         a head's Q rows are its P content rows, then its R rotary rows
+    q_proj               [(N Q), D]                 q_DNQ           where there is no query latent
+    kv_a_proj_with_mqa   [C + R, D]                 kv_a_DC         latent rows, then those of the shared rotary key
+    kv_b_proj            [(N X), C]                 kv_b_CNX        a head's X rows are its P content rows, then its H value rows
+    o_proj               [D, (N H)]                 o_NHD
+    gate_proj, up_proj   [F, D] each                gate_up_D2F     gate is half 0, up is half 1
+    down_proj            [D, F]                     down_FD
+    mlp.gate             [E, D]                     router_DE
+    eh_proj              [D, (2 D)]                 merge_2DD       columns: embedding first, hidden state second
+
+So every matrix except the embedding fills `stored.T.reshape(piece_shape)`, and vectors and the embedding fill as they are. Rotary rows keep
+the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers; each repeats the embedding and the head
+(DeepSeek-V3's README_WEIGHTS calls them shared: the values are equal).
+
+In the released FP8 form every linear layer is F8_E4M3 with one FP32 multiplier per block of 128 x 128 beside it, under the name of the
+weight and `_scale_inv`; the router, `eh_proj`, embedding, head and norms are BF16, the selection bias FP32. A softmax gate (V2) has
+no selection bias: its leaf `bias_E` is filled by no tensor and stays zero.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.config import Model
+from pallas_kernels.quantized import GROUP
+
+FP8, BF16, FP32 = "F8_E4M3", "BF16", "F32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of the checkpoint.
+
+    Attributes:
+        name: in the checkpoint, "model.layers.3.mlp.experts.17.gate_proj.weight".
+        shape: as stored, [out, in] for matrices.
+        quantized: F8_E4M3 with a scale tensor beside it in the released FP8 form.
+        dtype: of the released FP8 form, as safetensors spells it: "F8_E4M3", "BF16" or "F32".
+        leaf: path in {"params": ..., "router_bias": ...}.
+        index: leading dims of the leaf that this tensor is one element of: (), (layer,) or (layer, expert).
+        half: 0 gate, 1 up: which part of the dim "2" of `gate_up_*`; None for all others.
+        copied: an MTP layer's copy of the embedding or head; `leaf` is the shared one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    quantized: bool
+    dtype: str
+    leaf: tuple[str, ...]
+    index: tuple[int, ...]
+    half: int | None
+    copied: bool
+
+    @property
+    def scale_name(self) -> str:
+        """Name of the scales, which despite it are the multipliers that dequantise."""
+        return f"{self.name}_scale_inv"
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """One scale per block of 128 x 128, blocks at the edges partly filled."""
+        out_dim, in_dim = self.shape
+        return math.ceil(out_dim / GROUP), math.ceil(in_dim / GROUP)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the tensor fills its leaf transposed: matrices do, all but the embedding."""
+        return len(self.shape) == 2 and self.leaf[-1] != "embed_VD"
+
+    @property
+    def place(self) -> tuple[int | slice, ...]:
+        """Where in the leaf the tensor goes: `leaf[tensor.place] = piece`."""
+        return self.index if self.half is None else (*self.index, slice(None), self.half)
+
+
+def tensors(model: Model) -> list[Tensor]:
+    """Return all tensors but scales, in the released order: embedding, layers, final norm, head, MTP layers."""
+    listed = [_top("model.embed_tokens", model, "embed_VD")]
+    listed += _layers(range(model.num_dense_layers), model, ("dense_layers",), _DENSE)
+    listed += _layers(range(model.num_dense_layers, model.num_layers), model, ("moe_layers",), _MOE)
+    listed += [_top("model.norm", model, "final_norm_D"), _top("lm_head", model, "head_DV")]
+    for depth in range(model.num_mtp_layers):
+        layer = model.num_layers + depth
+        listed.append(_top(f"model.layers.{layer}.embed_tokens", model, "embed_VD", copied=True))
+        listed += _rows(_MTP, layer, model, ("mtp_layers",), depth)
+        listed += _rows(_MOE, layer, model, ("mtp_layers", "block"), depth)
+        listed.append(_top(f"model.layers.{layer}.shared_head.head", model, "head_DV", copied=True))
+    return listed
+
+
+def piece_shape(tensor: Tensor, model: Model) -> tuple[int, ...]:
+    """Shape of what `tensor` fills in its leaf, without the dims of `index` and `half`: [A, N, Q] for q_b_proj, [D, F] for gate_proj."""
+    if not tensor.transposed:
+        return tensor.shape
+    out_dim, in_dim = tensor.shape
+    match tensor.leaf[-1]:
+        case "q_b_ANQ" | "q_DNQ" | "kv_b_CNX":
+            return in_dim, model.num_heads, out_dim // model.num_heads
+        case "o_NHD":
+            return model.num_heads, in_dim // model.num_heads, out_dim
+        case "merge_2DD":
+            return 2, in_dim // 2, out_dim
+    return in_dim, out_dim
+
+
+def to_piece(tensor: Tensor, stored: np.ndarray, model: Model) -> np.ndarray:
+    """Turn a stored array into the piece of its leaf; a view where that is possible."""
+    return stored.T.reshape(piece_shape(tensor, model)) if tensor.transposed else stored
+
+
+def to_stored(tensor: Tensor, piece: np.ndarray) -> np.ndarray:
+    """Turn a piece of a leaf into the array that is stored: `to_piece` undone."""
+    return piece.reshape(tensor.shape[::-1]).T if tensor.transposed else piece
+
+
+class _Row(NamedTuple):
+    """One kind of tensor within a layer. Sizes of `shape` are keys of `_sizes`; an "{expert}" in the name stands for each of them."""
+
+    name: str
+    leaf: str
+    shape: str
+    dtype: str = FP8
+    half: int | None = None
+
+
+_ATTENTION = (
+    _Row("input_layernorm", "attention norm_D", "D", BF16),
+    _Row("self_attn.q_proj", "attention q_DNQ", "NQ D"),
+    _Row("self_attn.q_a_proj", "attention q_a_DA", "A D"),
+    _Row("self_attn.q_a_layernorm", "attention q_norm_A", "A", BF16),
+    _Row("self_attn.q_b_proj", "attention q_b_ANQ", "NQ A"),
+    _Row("self_attn.kv_a_proj_with_mqa", "attention kv_a_DC", "C+R D"),
+    _Row("self_attn.kv_a_layernorm", "attention kv_norm_C", "C", BF16),
+    _Row("self_attn.kv_b_proj", "attention kv_b_CNX", "NX C"),
+    _Row("self_attn.o_proj", "attention o_NHD", "D NH"),
+)
+_DENSE = (
+    *_ATTENTION,
+    _Row("post_attention_layernorm", "ffn norm_D", "D", BF16),
+    _Row("mlp.gate_proj", "ffn gate_up_D2F", "dense D", half=0),
+    _Row("mlp.up_proj", "ffn gate_up_D2F", "dense D", half=1),
+    _Row("mlp.down_proj", "ffn down_FD", "D dense"),
+)
+_MOE = (
+    *_ATTENTION,
+    _Row("post_attention_layernorm", "moe norm_D", "D", BF16),
+    _Row("mlp.gate", "moe router_DE", "E D", BF16),
+    _Row("mlp.gate.e_score_correction_bias", "moe bias_E", "E", FP32),
+    _Row("mlp.experts.{expert}.gate_proj", "moe gate_up_ED2F", "expert D", half=0),
+    _Row("mlp.experts.{expert}.up_proj", "moe gate_up_ED2F", "expert D", half=1),
+    _Row("mlp.experts.{expert}.down_proj", "moe down_EFD", "D expert"),
+    _Row("mlp.shared_experts.gate_proj", "moe shared gate_up_D2F", "shared D", half=0),
+    _Row("mlp.shared_experts.up_proj", "moe shared gate_up_D2F", "shared D", half=1),
+    _Row("mlp.shared_experts.down_proj", "moe shared down_FD", "D shared"),
+)
+_MTP = (
+    _Row("enorm", "embed_norm_D", "D", BF16),
+    _Row("hnorm", "hidden_norm_D", "D", BF16),
+    _Row("eh_proj", "merge_2DD", "D 2D", BF16),
+    _Row("shared_head.norm", "final_norm_D", "D", BF16),
+)
+
+
+def _sizes(model: Model) -> dict[str, int]:
+    """Sizes of stored dims in the letters of the package; 0 where the model has no such part."""
+    return {
+        "D": model.width,
+        "2D": 2 * model.width,
+        "A": model.query_latent,
+        "C": model.kv_latent,
+        "C+R": model.kv_latent + model.rotary_dim,
+        "NQ": model.num_heads * model.query_dim,
+        "NX": model.num_heads * (model.content_dim + model.value_dim),
+        "NH": model.num_heads * model.value_dim,
+        "E": model.num_experts,
+        "dense": model.dense_hidden,
+        "expert": model.expert_hidden,
+        "shared": model.num_shared_experts * model.expert_hidden,
+    }
+
+
+def _exists(row: _Row, model: Model) -> bool:
+    if row.leaf.endswith("q_DNQ"):
+        return not model.query_latent
+    if row.leaf.endswith("bias_E"):
+        return model.gate == "sigmoid"
+    return all(_sizes(model)[size] for size in row.shape.split())
+
+
+def _top(name: str, model: Model, leaf: str, copied: bool = False) -> Tensor:
+    shape = (model.width,) if leaf == "final_norm_D" else (model.vocab_size, model.width)
+    return Tensor(f"{name}.weight", shape, False, BF16, ("params", leaf), (), None, copied)
+
+
+def _layers(layers: range, model: Model, stack: tuple[str, ...], rows: tuple[_Row, ...]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in _rows(rows, layer, model, stack, layer - layers.start)]
+
+
+def _rows(rows: tuple[_Row, ...], layer: int, model: Model, stack: tuple[str, ...], place: int) -> list[Tensor]:
+    """The tensors of layer `layer` of the checkpoint, which is number `place` of its stack in the tree. Experts one after the other."""
+    sizes, listed = _sizes(model), []
+
+    def add(row: _Row, index: tuple[int, ...]) -> None:
+        bias = row.dtype == FP32
+        name = row.name.format(expert=index[-1]) + ("" if bias else ".weight")
+        shape = tuple(sizes[size] for size in row.shape.split())
+        leaf = ("router_bias" if bias else "params", *stack, *row.leaf.split())
+        listed.append(Tensor(f"model.layers.{layer}.{name}", shape, row.dtype == FP8, row.dtype, leaf, index, row.half, False))
+
+    kept = [row for row in rows if _exists(row, model)]
+    per_expert = [row for row in kept if "{expert}" in row.name]
+    for row in kept:
+        if row not in per_expert:
+            add(row, (place,))
+    for expert in range(model.num_experts if per_expert else 0):
+        for row in per_expert:
+            add(row, (place, expert))
+    return listed

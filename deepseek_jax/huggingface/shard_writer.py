@@ -1,0 +1,316 @@
+"""Write a folder of safetensors, tensor by tensor, so that an interrupted conversion goes on where it stopped.
+
+Names, dtypes and shapes are known before the first byte is: `plan` divides them over files, which fixes every header. Then each file is
+
+    streamed to <file>.partial-<pid>, its SHA-256 computed on the way -> fsync -> renamed -> recorded in conversion.json
+
+and after the last one the index is written. A folder with shards and without index is refused by `Shards`, so that nobody loads half a
+checkpoint. conversion.json has the digest of the plan: a folder is continued only with the same tensors, files, metadata and source.
+
+    {"plan": "3f1c...", "num_shards": 163, "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...", "bytes": 5234139343}, ...}}
+
+Tensors lie in a file as planned, without padding between them, which the format does not allow: order them so that a wide dtype does not
+follow an odd number of bytes, where readers that map files need it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from deepseek_jax.huggingface.shards import DTYPES, INDEX
+
+RECORD = "conversion.json"
+
+_CHUNK_BYTES = 2**24  # written, hashed and reported at a time
+_PARTIAL = re.compile(r"(model-\d+-of-\d+\.safetensors|conversion\.json|model\.safetensors\.index\.json)\.partial-\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to write. `dtype` is safetensors' name for it, as in `shards.DTYPES`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.name} has the unknown dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
+        if self.name == "__metadata__" or any(size < 0 for size in self.shape):
+            raise ValueError(f"a tensor cannot be called {self.name!r} with shape {self.shape}: give it another name or shape")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def plan(tensors: Sequence[Planned], max_shard_bytes: int) -> list[list[Planned]]:
+    """Divide the tensors, in their order, over shards of at most `max_shard_bytes` (a larger tensor has its own)."""
+    if not tensors or max_shard_bytes < 1:
+        raise ValueError(f"{len(tensors)} tensors cannot be divided over shards of {max_shard_bytes} bytes: at least 1 of each")
+    seen: set[str] = set()
+    shards: list[list[Planned]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise ValueError(f"tensor {tensor.name} is planned twice: give every tensor its own name")
+        seen.add(tensor.name)
+        if shards[-1] and tensor.num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    return shards
+
+
+def file_name(number: int, num_shards: int) -> str:
+    """Return a shard's name, with the digits of the released checkpoint; `number` counts from 1."""
+    return f"model-{number:05d}-of-{num_shards:06d}.safetensors"
+
+
+class ShardWriter:
+    """A conversion into `folder`, which is made and marked as one (by its conversion.json) here, or continued.
+
+    `source` says where the values come from, for example a checkpoint's path and step: only the same source continues a conversion.
+
+    Raises:
+        ValueError: the folder holds something else, or a conversion of another plan.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        tensors: Sequence[Planned],
+        max_shard_bytes: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
+        source: str = "",
+    ):
+        self.folder = Path(folder)
+        metadata = {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))  # "pt": what transformers insists on
+        shards = plan(tensors, int(max_shard_bytes))
+        self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
+        self._headers = {file: _header(shard, metadata) for file, shard in self.shards.items()}
+        digest = hashlib.sha256(source.encode())
+        for file, header in self._headers.items():
+            digest.update(file.encode() + header)
+        self.digest = digest.hexdigest()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: choose a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / RECORD).exists():
+            self._finished()
+        elif there := sorted(file.name for file in self.folder.iterdir() if not _PARTIAL.fullmatch(file.name)):
+            raise ValueError(f"{self.folder} holds {', '.join(there[:5])} and no conversion: choose another folder or empty it")
+        else:
+            self._record_finished({})
+
+    def num_bytes(self, file: str) -> int:
+        """Size of a shard's file."""
+        return len(self._headers[file]) + sum(tensor.num_bytes for tensor in self.shards[file])
+
+    def missing(self) -> list[list[Planned]]:
+        """Return the shards that `write` still has to write."""
+        return [self.shards[file] for file in self._missing()]
+
+    def write(self, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None] = lambda count: None) -> None:
+        """Write the missing shards and the index; ask `get` for each tensor once, in the planned order.
+
+        `on_bytes` hears of every piece written, in bytes of the files. An interrupted write is continued by calling it again.
+
+        Raises:
+            ValueError: a tensor has another dtype or shape than planned, or another process writes into the folder.
+            OSError: the disk has too little room, before the first byte or later; finished shards stay.
+        """
+        with _locked(self.folder):
+            for file in self.folder.iterdir():
+                if _PARTIAL.fullmatch(file.name):
+                    file.unlink()
+            missing = self._missing()
+            if missing:
+                (self.folder / INDEX).unlink(missing_ok=True)
+            needed, free = sum(map(self.num_bytes, missing)), shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise OSError(errno.ENOSPC, f"{len(missing)} shards need {needed} bytes and {free} are free: make room", str(self.folder))
+            for file in missing:
+                sha256 = self._write_shard(file, get, on_bytes)
+                self._record_finished(self._finished() | {file: {"sha256": sha256, "bytes": self.num_bytes(file)}})
+            if not (self.folder / INDEX).exists():
+                total = sum(tensor.num_bytes for shard in self.shards.values() for tensor in shard)
+                weight_map = {tensor.name: file for file, shard in self.shards.items() for tensor in shard}
+                _replace(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _finished(self) -> dict[str, dict]:
+        record = _record(self.folder)
+        if record["plan"] != self.digest:
+            what = "other tensors, shard sizes, metadata or source"
+            raise ValueError(f"{self.folder} holds a conversion of {what}: choose another folder, or delete this one")
+        return record["shards"]
+
+    def _record_finished(self, shards: dict[str, dict]) -> None:
+        _replace(self.folder / RECORD, {"plan": self.digest, "num_shards": len(self.shards), "shards": shards})
+
+    def _missing(self) -> list[str]:
+        finished = self._finished()
+        return [file for file in self.shards if file not in finished or _size(self.folder / file) != finished[file]["bytes"]]
+
+    def _write_shard(self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None]) -> str:
+        path = self.folder / file
+        with _partial(path) as descriptor, ThreadPoolExecutor(1) as pool:
+            sha256 = hashlib.sha256()
+
+            def put(what: str, data: memoryview, left: int) -> None:
+                for at in range(0, len(data), _CHUNK_BYTES):
+                    chunk = data[at : at + _CHUNK_BYTES]
+                    hashed = pool.submit(sha256.update, chunk)  # while the disk works
+                    with _room_for(what, path, left - at):
+                        _write(descriptor, chunk)
+                    hashed.result()
+                    on_bytes(len(chunk))
+
+            left = self.num_bytes(file)
+            put("the header", memoryview(self._headers[file]), left)
+            left -= len(self._headers[file])
+            for tensor in self.shards[file]:
+                put(tensor.name, _bytes(get(tensor.name), tensor), left)
+                left -= tensor.num_bytes
+            with _room_for("the last tensors", path, self.num_bytes(file)):
+                os.fsync(descriptor)
+        return sha256.hexdigest()
+
+
+def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Compute the SHA-256 of every shard anew and compare it with conversion.json.
+
+    Raises:
+        ValueError: names the damaged and absent shards, or says that the conversion is unfinished.
+    """
+    folder = Path(folder)
+    record = _record(folder)
+    damaged = []
+    for file, expected in record["shards"].items():
+        if _size(folder / file) != expected["bytes"] or _sha256(folder / file, on_bytes) != expected["sha256"]:
+            damaged.append(file)
+    if damaged:
+        raise ValueError(f"damaged or absent in {folder}: {', '.join(damaged)}; delete these files and convert into the same folder again")
+    if len(record["shards"]) < record["num_shards"] or not (folder / INDEX).exists():
+        raise ValueError(f"{folder} has {len(record['shards'])} of {record['num_shards']} shards, or no index: run the conversion again")
+
+
+def _header(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+    """Return the length and the header, padded as by the safetensors library so that tensors begin at a multiple of 8 bytes."""
+    fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for tensor in shard:
+        begin, end = end, end + tensor.num_bytes
+        fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(array: np.ndarray, tensor: Planned) -> memoryview:
+    array = np.asarray(array)
+    dtype = DTYPES[tensor.dtype]
+    if array.dtype != dtype or array.shape != tuple(tensor.shape):
+        raise ValueError(f"{tensor.name} is {array.dtype} {list(array.shape)}, planned is {dtype} {list(tensor.shape)}: convert it first")
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _record(folder: Path) -> dict:
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        if not isinstance(record["plan"], str) or not isinstance(record["num_shards"], int) or not isinstance(record["shards"], dict):
+            raise ValueError("plan, num_shards and shards are not what they should be")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / RECORD} does not describe a conversion ({error!r}): delete the folder and convert again") from error
+    return record
+
+
+def _replace(path: Path, content: object) -> None:
+    data = memoryview((json.dumps(content, indent=2) + "\n").encode())
+    with _partial(path) as descriptor, _room_for(path.name, path, len(data)):
+        _write(descriptor, data)
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[int]:
+    """Open a file beside `path` that takes its place in the end, or vanishes after an exception."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _room_for(what: str, path: Path, num_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        message = f"the disk is full at {what}: the rest of the file needs {num_bytes} bytes, {free} are free; make room and run again"
+        raise OSError(error.errno, message, str(path)) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process writes into {folder}: wait for it, or choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            on_bytes(len(chunk))
+    return sha256.hexdigest()

@@ -1,0 +1,221 @@
+"""Released checkpoints in and out, in Hugging Face's format: `python -m experiments.convert_hf COMMAND --hf=DIR`.
+
+    import   --hf=DIR --workdir=W --config=C   step 0 of a run in W, with C's recipe and the checkpoint's model, and its W/config.py
+    export   --workdir=W --hf=DIR              a checkpoint of W in FP8 (--precision=bf16: in BF16), with config and tokenizer
+    verify   --hf=DIR                          names, shapes, dtypes and sizes against its config.json; checksums where it is ours
+    logits   --hf=DIR --tokens=T.npy --output=O.npz    logits, routes and gates for int32 tokens [B, S]
+
+An interrupted export is continued by the same command. `--dry_run` lists tensors and bytes and stops. Weights are split over all devices.
+"""
+
+import dataclasses
+import json
+import pprint
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
+from deepseek_jax.huggingface import config as hf_config
+from deepseek_jax.huggingface import shard_writer
+from deepseek_jax.huggingface.load import check, expected, load
+from deepseek_jax.huggingface.logits import logits
+from deepseek_jax.huggingface.save import SHARD_BYTES, save
+from deepseek_jax.huggingface.shards import DTYPES, Shards
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoints,
+    Progress,
+    check_workdir,
+    claim_workdir,
+    put_tokenizer,
+    read_config,
+    read_tokenizer,
+    restore_weights,
+    write_atomically,
+)
+from deepseek_jax.training.state import state_around
+from experiments import session
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/deepseek_v3.py", "Recipe around the model, which is the checkpoint's.")
+HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; the newest intact one by default.")
+PRECISION = flags.DEFINE_enum("precision", None, ["fp8", "bf16", "fp32"], "export: of the files, fp8 or bf16. logits: of the arithmetic.")
+TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy with int32 [B, S].")
+OUTPUT = flags.DEFINE_string("output", None, "logits: .npz to write.")
+SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=0.01)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
+
+# What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same.
+COMPANIONS = ("config.json", "generation_config.json", "chat_template.jinja", *TOKENIZER_FILES)
+
+CONFIG_FILE = '''"""The recipe of a run that began with the weights of {folder}."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the configuration."""
+    return ConfigDict(
+{config}
+    )
+'''
+
+
+def main(argv: list[str]) -> None:
+    """Parse and call."""
+    commands = {"import": import_, "export": export, "verify": verify, "logits": write_logits}
+    if len(argv) != 2 or argv[1] not in commands:
+        raise app.UsageError(f"give one of {', '.join(commands)}, not {' '.join(argv[1:]) or 'nothing'}")
+    session.start()
+    commands[argv[1]]()
+
+
+def import_() -> None:
+    """Write step 0 of a run."""
+    folder, workdir = Path(HF.value), Path(_needed("workdir"))
+    config, shards, fp8 = open_checkpoint(folder)
+    if DRY_RUN.value:
+        list_tensors(config, fp8)
+        return
+    missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
+    check_workdir(workdir, config)
+    checkpoints = Checkpoints(workdir, keep=config.training.keep_checkpoints)
+    if checkpoints.steps():
+        raise ValueError(f"{workdir} holds checkpoints {checkpoints.steps()}; import into another --workdir")
+    mesh = all_devices(config)
+    with bar(shards.num_bytes, "import") as progress:
+        weights = load(shards, config, mesh, "fp32", progress.update)
+    with jax.set_mesh(mesh):
+        state = jax.jit(state_around, static_argnums=0, donate_argnums=(1, 2))(config, weights["params"], weights["router_bias"])
+    (workdir / "huggingface").mkdir(exist_ok=True)
+    for name in COMPANIONS:
+        if (folder / name).exists():
+            write_atomically(workdir / "huggingface" / name, (folder / name).read_text(encoding="utf-8"))
+    put_tokenizer(workdir, {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES})
+    claim_workdir(workdir, config)
+    checkpoints.save(state, Progress(step=0, tokens_seen=0, data=None), config, read_tokenizer(workdir), mesh)
+    checkpoints.close()
+    write_atomically(workdir / "config.py", CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)))
+    print(f"{workdir}: step 0 of a run with the weights of {folder}; to train on:")
+    print(f"  python -m experiments.train --config={workdir / 'config.py'} --workdir={workdir}")
+
+
+def export() -> None:
+    """Write a checkpoint of a run."""
+    folder, workdir = Path(HF.value), Path(_needed("workdir"))
+    config, fp8 = read_config(workdir), PRECISION.value != "bf16"
+    if PRECISION.value == "fp32":
+        raise ValueError("--precision=fp32: released checkpoints are in FP8 or BF16; choose one")
+    if DRY_RUN.value:
+        list_tensors(config, fp8)
+        return
+    mesh = all_devices(config)
+    weights, progress = restore_weights(config, workdir, mesh, STEP.value)
+    with bar(num_bytes(config, fp8), "export") as written:
+        save(weights, config.model, folder, fp8, int(SHARD_GIGABYTES.value * 1e9), written.update, f"{workdir.resolve()} {progress.step}")
+    for name, content in companions(workdir, config, fp8).items():
+        write_atomically(folder / name, content)
+    print(f"{folder}: step {progress.step} of {workdir} in {'FP8' if fp8 else 'BF16'}")
+
+
+def verify() -> None:
+    """Check a folder."""
+    folder = Path(HF.value)
+    config, shards, fp8 = open_checkpoint(folder)
+    files = {entry.file for entry in shards.entries.values()}
+    form = "FP8" if fp8 else "not FP8"
+    print(f"{folder}: {len(shards.entries):,} tensors, {shards.num_bytes:,} bytes in {len(files)} files, {form}: complete")
+    if (folder / shard_writer.RECORD).exists():
+        with bar(sum(file.stat().st_size for file in files), "checksums") as progress:
+            shard_writer.verify(folder, progress.update)
+        print("SHA-256 of every file: as written")
+
+
+def write_logits() -> None:
+    """Run a checkpoint over tokens."""
+    tokens_BS, output = np.load(_needed("tokens")), Path(_needed("output"))
+    config, shards, fp8 = open_checkpoint(Path(HF.value))
+    precision = PRECISION.value or ("fp8" if fp8 else "bf16")
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
+    mesh = all_devices(config)
+    with bar(shards.num_bytes, "load") as progress:
+        # A checkpoint that is not in FP8 is quantised from FP32, as in training.
+        weights = load(shards, config, mesh, "fp32" if precision == "fp8" and not fp8 else precision, progress.update)
+    found = logits(config, weights, tokens_BS, mesh)
+    with output.open("wb") as file:
+        np.savez(file, **found)
+    print(f"{output}: " + ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items()))
+
+
+def open_checkpoint(folder: Path) -> tuple[Config, Shards, bool]:
+    """Return the recipe around a checkpoint's model, its shards, checked, and whether it is in FP8."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; a checkpoint in Hugging Face's format has one")
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+    fp8 = hf_config.is_fp8(hf, str(path))
+    config = hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, hf_config.read_model(hf, str(path)))
+    shards = Shards(folder)
+    check(shards, config.model, fp8)
+    return config, shards, fp8
+
+
+def all_devices(config: Config) -> jax.sharding.Mesh:
+    """Return the mesh of a conversion: experts split over all devices, and with them everything else."""
+    count = jax.device_count()
+    model = config.model
+    for name, size in {"width": model.width, "num_experts": model.num_experts, "kv_latent": model.kv_latent}.items():
+        if size % count:
+            raise ValueError(f"{count} devices do not divide the model's {name} = {size}; show it fewer of them")
+    return make_mesh(Mesh(pipe=1, data=1, node=1, expert=count, tensor=1))
+
+
+def companions(workdir: Path, config: Config, fp8: bool) -> dict[str, str]:
+    """Return the files that go with the weights: those that came with an import, where they still fit, or new ones."""
+    kept = {name: workdir / "huggingface" / name for name in COMPANIONS}
+    found = {name: path.read_text(encoding="utf-8") for name, path in kept.items() if path.exists()} or read_tokenizer(workdir)
+    hf = json.loads(found["config.json"]) if "config.json" in found else None
+    if hf is None or hf_config.read_model(hf) != config.model or hf_config.is_fp8(hf) != fp8:
+        found["config.json"] = json.dumps(hf_config.write_model(config.model, fp8), indent=2) + "\n"
+    return found
+
+
+def list_tensors(config: Config, fp8: bool) -> None:
+    """Print every tensor with its dtype, shape and bytes, and the sums."""
+    tensors = expected(config.model, fp8)
+    for name, (dtype, shape) in tensors.items():
+        print(f"{name}  {dtype}  {list(shape)}  {DTYPES[dtype].itemsize * int(np.prod(shape)):,}")
+    print(f"{len(tensors):,} tensors, {num_bytes(config, fp8):,} bytes")
+
+
+def num_bytes(config: Config, fp8: bool) -> int:
+    """Return the bytes of all tensors."""
+    return sum(DTYPES[dtype].itemsize * int(np.prod(shape)) for dtype, shape in expected(config.model, fp8).values())
+
+
+def bar(total: int, what: str) -> tqdm:
+    """Return a progress bar in bytes."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5)
+
+
+def _needed(flag: str) -> str:
+    value = flags.FLAGS[flag].value
+    if value is None:
+        raise app.UsageError(f"--{flag} is missing")
+    return value
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,125 @@
+"""How fast, and in how much memory, checkpoints are read and written: `python -m experiments.hf_benchmark --hf=/tmp/hf --gigabytes=8`.
+
+Makes a synthetic FP8 checkpoint (`experiments.synthetic_checkpoint`), then in turn, with cold files (`posix_fadvise`): a plain read of all
+files, import into weights in FP8 on the first device, export of these weights into another folder. Memory is the peak of RssAnon (pages of
+no file) above the weights themselves, where the device is the host. Prints records and, with --json, writes them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from configs import deepseek_v3
+from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.huggingface.load import check, load
+from deepseek_jax.huggingface.save import save
+from deepseek_jax.huggingface.shards import Shards
+from deepseek_jax.parallel.mesh import make_mesh
+from experiments import session, synthetic_checkpoint
+from pallas_kernels import records
+
+JSON = flags.DEFINE_string("json", None, "File for the records.")
+KEEP = flags.DEFINE_bool("keep", False, "Leave both folders.")
+
+READ_BYTES = 2**24
+SAMPLE_SECONDS = 0.02
+
+
+def main(_) -> None:
+    """Make, measure, print."""
+    session.start()
+    folder = Path(synthetic_checkpoint.HF.value)
+    source, target = folder / "source", folder / "target"
+    config = from_config_dict(deepseek_v3.get_config())
+    model = synthetic_checkpoint.sized(config.model, synthetic_checkpoint.GIGABYTES.value * 1e9)
+    config = dataclasses.replace(config, model=model)
+    shard_bytes = int(synthetic_checkpoint.SHARD_GIGABYTES.value * 1e9)
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    synthetic_checkpoint.write(model, source, fp8=True, max_shard_bytes=shard_bytes)
+    files = sorted(source.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+
+    found = []
+    with measured(found, "plain cold read", files):
+        plain_read(files)
+    with measured(found, "import", files):
+        shards = Shards(source)
+        check(shards, model, fp8=True)
+        weights = jax.block_until_ready(load(shards, config, mesh, "fp8"))
+    on_host = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) if mesh.devices.flat[0].platform == "cpu" else 0
+    with measured(found, "export", files):
+        save(weights, model, target, fp8=True, max_shard_bytes=shard_bytes)
+    with measured(found, "plain cold read again", files):
+        plain_read(files)
+    rate = size / min(seconds for mode, seconds, _ in found if "plain" in mode) / 1e9
+    written = [
+        {"op": "convert_hf", "mode": mode, "precision": "fp8", "shape": {"bytes": size, "files": len(files)}, "value": size / seconds / 1e9}
+        | {"unit": "GB/s", "yardstick": {"name": "plain cold read", "version": "the faster of two", "value": rate}}
+        | {"seconds": seconds, "peak_anonymous_bytes_beyond_weights": anonymous - (on_host if mode == "import" else 0)}
+        for mode, seconds, anonymous in found
+    ]
+    written = [record | records.provenance("experiments.hf_benchmark", session.describe_device(mesh)) for record in written]
+    for record in written:
+        share, memory = record["value"] / rate, record["peak_anonymous_bytes_beyond_weights"] / 1e9
+        print(
+            f"{record['mode']:24} {record['seconds']:7.2f} s  {record['value']:6.3f} GB/s  {100 * share:4.0f}%  {memory:5.2f} GB anonymous"
+        )
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(written, indent=1) + "\n")
+    if not KEEP.value:
+        shutil.rmtree(source)
+        shutil.rmtree(target)
+
+
+def plain_read(files: list[Path]) -> None:
+    """Read every byte, once, into one buffer."""
+    buffer = bytearray(READ_BYTES)
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+
+@contextlib.contextmanager
+def measured(found: list[tuple[str, float, int]], mode: str, files: list[Path]) -> Iterator[None]:
+    """Append mode, seconds, and by how much anonymous memory rose, to `found`; `files` are cold at the start."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before, peak, done = anonymous_bytes(), [0], threading.Event()
+
+    def sample():
+        while not done.wait(SAMPLE_SECONDS):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - start
+        done.set()
+        sampler.join()
+    found.append((mode, seconds, max(peak[0], anonymous_bytes()) - before))
+    print(f"{mode}: {seconds:.1f} s", flush=True)
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,143 @@
+"""The table of tensors: counted against the released checkpoint, against the parameter tree, and value by value against the goldens."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.huggingface import names
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
+from tests.golden import hf_checkpoint
+
+BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+CONFIGS = ("tiny", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2")
+VARIANTS = {
+    "no_dense_layers": {"num_dense_layers": 0},
+    "only_dense_layers": {"num_dense_layers": 4, "num_mtp_layers": 0},
+    "no_shared_experts": {"num_shared_experts": 0},
+    "three_mtp_layers": {"num_mtp_layers": 3},
+    "softmax_with_mtp": {"gate": "softmax", "query_latent": 0},
+}
+
+
+def published(name: str) -> Config:
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+
+
+def config_of(case: str) -> Config:
+    if case in CONFIGS:
+        return published(case)
+    if case in VARIANTS:
+        tiny = published("tiny")
+        return dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **VARIANTS[case]))
+    hf = json.loads((hf_checkpoint.FOLDER / case / "config.json").read_text())
+    return hf_checkpoint.run_config(case, hf_checkpoint.read_model(hf), (1, 64))
+
+
+def leaves_of(tree, path=()):
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {leaf: value for key, branch in tree.items() for leaf, value in leaves_of(branch, (*path, key)).items()}
+
+
+def shapes_of_init(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1))
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
+        params, bias = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in leaves_of({"params": params, "router_bias": bias}).items()}
+
+
+def test_released_checkpoint_to_the_byte():
+    """Counted from the headers of deepseek-ai/DeepSeek-V3."""
+    listed = names.tensors(published("deepseek_v3").model)
+    scales = [tensor for tensor in listed if tensor.quantized]
+    assert len(listed) + len(scales) == 91_991
+    stored = sum(BYTES[tensor.dtype] * math.prod(tensor.shape) for tensor in listed)
+    assert stored + 4 * sum(math.prod(tensor.scale_shape) for tensor in scales) == 688_574_839_360
+    every_name = [tensor.name for tensor in listed] + [tensor.scale_name for tensor in scales]
+    assert len(set(every_name)) == 91_991
+    assert all(tensor.quantized == (tensor.dtype == "F8_E4M3") for tensor in listed)
+
+
+def test_released_order_shapes_and_dtypes():
+    """One of each kind, as the released headers have them."""
+    listed = {tensor.name: tensor for tensor in names.tensors(published("deepseek_v3").model)}
+    order = [name.split(".")[2] if ".layers." in name else name for name in listed]
+    layers = [str(layer) for layer in range(61)]
+    assert list(dict.fromkeys(order)) == ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight", "61"]
+
+    def kind(name: str) -> tuple:
+        tensor = listed[name]
+        return tensor.dtype, tensor.shape, tensor.scale_shape if tensor.quantized else None
+
+    attention = "model.layers.60.self_attn"
+    assert kind(f"{attention}.q_a_proj.weight") == ("F8_E4M3", (1536, 7168), (12, 56))
+    assert kind(f"{attention}.q_b_proj.weight") == ("F8_E4M3", (24576, 1536), (192, 12))
+    assert kind(f"{attention}.kv_a_proj_with_mqa.weight") == ("F8_E4M3", (576, 7168), (5, 56))
+    assert kind(f"{attention}.kv_b_proj.weight") == ("F8_E4M3", (32768, 512), (256, 4))
+    assert kind(f"{attention}.o_proj.weight") == ("F8_E4M3", (7168, 16384), (56, 128))
+    assert kind("model.layers.2.mlp.up_proj.weight") == ("F8_E4M3", (18432, 7168), (144, 56))
+    assert kind("model.layers.2.mlp.down_proj.weight") == ("F8_E4M3", (7168, 18432), (56, 144))
+    assert kind("model.layers.3.mlp.gate.weight") == ("BF16", (256, 7168), None)
+    assert kind("model.layers.3.mlp.gate.e_score_correction_bias") == ("F32", (256,), None)
+    assert kind("model.layers.61.eh_proj.weight") == ("BF16", (7168, 14336), None)
+    assert kind("model.layers.61.shared_head.head.weight") == ("BF16", (129280, 7168), None)
+    assert listed["model.layers.3.mlp.experts.17.gate_proj.weight"].scale_name == "model.layers.3.mlp.experts.17.gate_proj.weight_scale_inv"
+
+
+@pytest.mark.parametrize("case", [*CONFIGS, *VARIANTS, *hf_checkpoint.CASES])
+def test_every_element_of_every_leaf_is_filled_once(case):
+    config = config_of(case)
+    model, shapes = config.model, shapes_of_init(config)
+    if model.gate == "softmax":  # no selection bias is stored
+        shapes = {leaf: shape for leaf, shape in shapes.items() if leaf[-1] != "bias_E"}
+    pieces = {leaf: [] for leaf in shapes}
+    for tensor in names.tensors(model):
+        shape = shapes[tensor.leaf]
+        piece = shape[len(tensor.index) :]
+        if tensor.half is not None:
+            assert piece[1] == 2
+            piece = piece[:1] + piece[2:]
+        assert names.piece_shape(tensor, model) == piece, tensor
+        assert math.prod(piece) == math.prod(tensor.shape)
+        if not tensor.copied:
+            pieces[tensor.leaf].append((*tensor.index, tensor.half or 0))
+    for leaf, filled in pieces.items():
+        stacked = (len(leaf) > 2) + (leaf[-1] in ("gate_up_ED2F", "down_EFD"))  # dims of layers and experts
+        indices = np.ndindex(*shapes[leaf][:stacked], 2 if "2F" in leaf[-1] else 1)
+        assert sorted(filled) == list(indices), leaf
+
+
+@pytest.mark.parametrize("case", hf_checkpoint.CASES)
+def test_names_and_shapes_are_those_of_the_goldens(case):
+    stored = load_file(hf_checkpoint.FOLDER / case / "model.safetensors")
+    listed = names.tensors(config_of(case).model)
+    assert {tensor.name: tensor.shape for tensor in listed} == {name: array.shape for name, array in stored.items()}
+
+
+@pytest.mark.parametrize("case", hf_checkpoint.CASES)
+def test_values_are_those_of_the_reader_and_go_back(case):
+    """Assembled through the table, the trees equal the ones the golden tests run; taken apart again, the file."""
+    config = config_of(case)
+    stored = load_file(hf_checkpoint.FOLDER / case / "model.safetensors")
+    expected = leaves_of(dict(zip(("params", "router_bias"), hf_checkpoint.read_trees(stored, config.model), strict=True)))
+    ours = {leaf: np.full(shape, np.nan, np.float32) for leaf, shape in shapes_of_init(config).items()}
+    if config.model.gate == "softmax":
+        ours |= {leaf: np.zeros_like(array) for leaf, array in ours.items() if leaf[-1] == "bias_E"}
+    listed = names.tensors(config.model)
+    for tensor in listed:
+        if not tensor.copied:
+            ours[tensor.leaf][tensor.place] = names.to_piece(tensor, stored[tensor.name], config.model)
+    assert ours.keys() == expected.keys()
+    for leaf, array in ours.items():
+        np.testing.assert_array_equal(array, expected[leaf], err_msg=str(leaf))
+    for tensor in listed:  # copies too
+        np.testing.assert_array_equal(names.to_stored(tensor, ours[tensor.leaf][tensor.place]), stored[tensor.name])
