@@ -8,8 +8,11 @@ scale s, and the largest q is 448, so max|w| / 448 is s up to its last bit. Of t
 every w exactly; trained weights have none such, and keep max|w| / 448.
 """
 
+import collections
 import functools
 import math
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
-from deepseek_jax.huggingface.load import LEADING_DIMS, OnBytes, Tree, expected, flat, place_in, ranges_of
+from deepseek_jax.huggingface.load import LEADING_DIMS, NUM_THREADS, OnBytes, Tree, expected, flat, place_in, ranges_of
 from deepseek_jax.huggingface.names import Tensor, piece_shape, tensors
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
 from deepseek_jax.huggingface.shards import DTYPES
@@ -59,20 +62,63 @@ def save(
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights)):
         raise ValueError("a part of the weights is on other processes' devices; export from one process that restores the checkpoint alone")
     writer = ShardWriter(folder, plan(model, fp8), max_shard_bytes, source=source)
-    writer.write(_Source(weights, model, fp8).get, on_bytes)
+    names = [tensor.name for shard in writer.missing() for tensor in shard]
+    with _Ahead(_Source(weights, model, fp8), names) as ahead:
+        writer.write(ahead.get, on_bytes)
+
+
+class _Ahead:
+    """Makes the next tensors in threads while the writer hashes and writes, which asks for each once and in order."""
+
+    def __init__(self, source: "_Source", names: list[str]):
+        self.source = source
+        self.jobs = iter([[name, *scales] for name, scales in _with_scales(names, source.scaled)])
+        self.made: collections.deque[tuple[str, Callable[[], np.ndarray]]] = collections.deque()
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(NUM_THREADS)
+        for _ in range(NUM_THREADS):
+            self._start()
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(cancel_futures=True)
+
+    def get(self, name: str) -> np.ndarray:
+        of, array = self.made.popleft()
+        assert name == of, f"{name} asked for, {of} made"
+        if not self.made or name not in self.source.scaled:
+            self._start()
+        return array()
+
+    def _start(self) -> None:
+        job = next(self.jobs, None)
+        if job is not None:
+            future = self.pool.submit(lambda: [self.source.get(name) for name in job])
+            self.made += [(name, lambda i=i: future.result()[i]) for i, name in enumerate(job)]
+
+
+def _with_scales(names: list[str], scaled: Container[str]) -> Iterator[tuple[str, list[str]]]:
+    """Pair each name with that of its scales, where these come next."""
+    for i, name in enumerate(names):
+        follows = [other for other in names[i + 1 : i + 2] if other in scaled and other.startswith(name)]
+        if name not in scaled or i == 0:
+            yield name, follows
 
 
 class _Source:
-    """Makes tensors in their stored form. Values and scales of a weight are asked for one after the other: the last pair is kept."""
+    """Makes tensors in their stored form. Scales that were made with the values of their weight are kept until they are asked for."""
 
     def __init__(self, weights: Tree, model: Model, fp8: bool):
         self.weights, self.model, self.fp8 = weights, model, fp8
         self.table = {tensor.name: tensor for tensor in tensors(model)}
         self.scaled = {tensor.scale_name: tensor for tensor in self.table.values() if tensor.quantized}
-        self.last: tuple[str, np.ndarray, np.ndarray] | None = None
+        self.made: dict[str, np.ndarray] = {}
 
     def get(self, name: str) -> np.ndarray:
-        tensor = self.scaled.get(name) or self.table[name]
+        if name in self.scaled:
+            return self._scales(name)
+        tensor = self.table[name]
         if not (self.fp8 and tensor.quantized):
             matrix = self._matrix(tensor)
             leaf = self._leaf(tensor)
@@ -80,9 +126,14 @@ class _Source:
                 matrix = np.asarray(_dequantize(matrix, _scales_of(leaf.scales, tensor)))
             dtype = DTYPES["BF16" if tensor.quantized else tensor.dtype]
             return _contiguous(matrix.T if tensor.transposed else matrix, dtype).reshape(tensor.shape)
-        if self.last is None or self.last[0] != tensor.name:
-            self.last = (tensor.name, *self._quantized(tensor))
-        return self.last[2 if name == tensor.scale_name else 1]
+        values, scales = self._quantized(tensor)
+        self.made[tensor.scale_name] = scales
+        return values
+
+    def _scales(self, name: str) -> np.ndarray:
+        """Made with the values, unless an interrupted call wrote those."""
+        made = self.made.pop(name, None)
+        return self._quantized(self.scaled[name])[1] if made is None else made
 
     def _leaf(self, tensor: Tensor) -> Any:
         return functools.reduce(lambda node, key: node[key], tensor.leaf, self.weights)
@@ -110,9 +161,11 @@ class _Source:
                 continue
             start, dims, extent = inside
             rows, columns = flat(dims[:split], shape[:split]), flat(dims[split:], shape[split:])
-            block = np.asarray(_read(shard.data, tuple(np.int32(i) for i in start), extent, (len(rows), len(columns))))
+            # A GPU transposes faster than its host; then the stored order is the one in memory.
+            transposed = tensor.transposed and shard.device.platform != "cpu"
+            block = np.asarray(_read(shard.data, tuple(np.int32(i) for i in start), extent, (len(rows), len(columns)), transposed))
+            block = (block.T if transposed else block).view(dtype)
             sizes = math.prod(shape[:split]), math.prod(shape[split:])
-            block = block.view(dtype)
             if block.shape == sizes:
                 return block
             whole = np.empty(sizes, block.dtype) if whole is None else whole
@@ -125,11 +178,12 @@ def _distinct(array: jax.Array) -> list[Any]:
     return list({str(shard.index): shard for shard in array.addressable_shards}.values())
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _read(shard: jax.Array, start: tuple, extent: tuple[int, ...], matrix: tuple[int, int]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _read(shard: jax.Array, start: tuple, extent: tuple[int, ...], matrix: tuple[int, int], transposed: bool) -> jax.Array:
     if shard.dtype == E4M3:  # XLA:CPU would convert all of it to FP16
         shard = jax.lax.bitcast_convert_type(shard, jnp.uint8)
-    return jax.lax.dynamic_slice(shard, start, extent).reshape(matrix)
+    block = jax.lax.dynamic_slice(shard, start, extent).reshape(matrix)
+    return block.T if transposed else block
 
 
 def _scales_of(scales: jax.Array, tensor: Tensor) -> np.ndarray:
