@@ -1,8 +1,8 @@
 """How fast, and in how much memory, checkpoints are read and written: `python -m experiments.hf_benchmark --hf=/tmp/hf --gigabytes=8`.
 
 Makes a synthetic FP8 checkpoint (`experiments.synthetic_checkpoint`), then in turn, with cold files (`posix_fadvise`): a plain read of all
-files and import into weights in FP8 on the first device, both twice; then export of these weights into another folder. Memory is the peak of RssAnon (pages of
-no file) above the weights themselves, where the device is the host. Prints records and, with --json, writes them.
+files and import into weights in FP8 on the first device, both twice; then export of these weights into another folder. Memory is the peak
+of RssAnon (pages of no file) above the weights themselves, where the device is the host. Prints records and, with --json, writes them.
 """
 
 import contextlib
