@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -97,7 +97,9 @@ def load(
     parts = _parts(config, mesh, weights)
     buffers = {key: _Buffers(part) for key, part in parts.items()}
 
-    def put(tensor: Tensor, values: np.ndarray, scales: np.ndarray | None) -> int:
+    def put(tensor: Tensor, values: np.ndarray) -> int:
+        # Read here and not ahead: they are small, they lie beside their weight, and a checkpoint may have them in another file.
+        scales = shards.read(tensor.scale_name) if tensor.scale_name in shards.entries else None
         if tensor.copied:
             _check_copy(shards, tensor, values)
         elif weights == "fp8" and tensor.quantized:
@@ -109,9 +111,9 @@ def load(
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:  # a host transposes with one thread per tensor
         busy = collections.deque()
-        for name, values, scales in _sequence(shards, table):
-            busy.append(pool.submit(put, table[name], values, scales))
-            del values, scales
+        for name, values in shards.read_all([name for name in shards.entries if name in table]):
+            busy.append(pool.submit(put, table[name], values))
+            del values
             if len(busy) > NUM_THREADS:
                 on_bytes(busy.popleft().result())
         for future in busy:
@@ -218,21 +220,6 @@ def _as(buffer: jax.Array, dtype: Any) -> jax.Array:
 
 
 # ---- one tensor
-
-
-def _sequence(shards: Shards, table: dict[str, Tensor]) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Yield name, values and scales in the order of the files, the fastest to read; of values and scales, what comes first waits."""
-    scale_of = {tensor.scale_name: tensor.name for tensor in table.values() if tensor.scale_name in shards.entries}
-    has_scale, waiting = set(scale_of.values()), {}
-    for name, array in shards.read_all([name for name in shards.entries if name in table or name in scale_of]):
-        own = scale_of.get(name, name)
-        if own not in has_scale:
-            yield own, array, None
-        elif own in waiting:
-            other = waiting.pop(own)
-            yield (own, other, array) if name != own else (own, array, other)
-        else:
-            waiting[own] = array
 
 
 def _check_copy(shards: Shards, tensor: Tensor, values: np.ndarray) -> None:

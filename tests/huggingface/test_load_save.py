@@ -11,6 +11,7 @@ import pytest
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
+from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
 from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
 from experiments import synthetic_checkpoint
@@ -54,6 +55,15 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
     check(shards, config().model, fp8=True)
     loaded = load(shards, config(), mesh_of(sizes), weights)
     save(loaded, config().model, tmp_path / "back", fp8=True, max_shard_bytes=200_000)
+    assert hashes(tmp_path / "back") == hashes(checkpoint)
+
+
+def test_scales_may_lie_in_other_files(checkpoint, tmp_path):
+    shards = Shards(checkpoint)
+    order = sorted(shards.entries.values(), key=lambda entry: entry.name.endswith("_scale_inv"))
+    planned = [Planned(entry.name, entry.dtype, entry.shape) for entry in order]
+    ShardWriter(tmp_path / "apart", planned, 200_000).write(shards.read)
+    save(load(Shards(tmp_path / "apart"), config(), mesh_of((1, 1, 1)), "fp8"), config().model, tmp_path / "back", True, 200_000)
     assert hashes(tmp_path / "back") == hashes(checkpoint)
 
 
