@@ -11,7 +11,7 @@ every w exactly; trained weights have none such, and keep max|w| / 448.
 import collections
 import functools
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,13 @@ class _Ahead:
     """Makes the next tensors in threads while the writer hashes and writes, which asks for each once and in order."""
 
     def __init__(self, source: "_Source", names: list[str]):
-        self.source = source
-        self.jobs = iter([[name, *scales] for name, scales in _with_scales(names, source.scaled)])
+        jobs: list[list[str]] = []  # a weight, and its scales where they come next
+        for name in names:
+            if jobs and name == f"{jobs[-1][0]}_scale_inv":
+                jobs[-1].append(name)
+            else:
+                jobs.append([name])
+        self.source, self.jobs = source, iter(jobs)
         self.made: collections.deque[tuple[str, Callable[[], np.ndarray]]] = collections.deque()
 
     def __enter__(self):
@@ -85,10 +90,10 @@ class _Ahead:
         self.pool.shutdown(cancel_futures=True)
 
     def get(self, name: str) -> np.ndarray:
-        of, array = self.made.popleft()
-        assert name == of, f"{name} asked for, {of} made"
-        if not self.made or name not in self.source.scaled:
-            self._start()
+        made, array = self.made.popleft()
+        assert name == made, f"{name} asked for, {made} made"
+        if not self.made or self.made[0][0] != f"{name}_scale_inv":
+            self._start()  # that was the last of its job
         return array()
 
     def _start(self) -> None:
@@ -96,14 +101,6 @@ class _Ahead:
         if job is not None:
             future = self.pool.submit(lambda: [self.source.get(name) for name in job])
             self.made += [(name, lambda i=i: future.result()[i]) for i, name in enumerate(job)]
-
-
-def _with_scales(names: list[str], scaled: Container[str]) -> Iterator[tuple[str, list[str]]]:
-    """Pair each name with that of its scales, where these come next."""
-    for i, name in enumerate(names):
-        follows = [other for other in names[i + 1 : i + 2] if other in scaled and other.startswith(name)]
-        if name not in scaled or i == 0:
-            yield name, follows
 
 
 class _Source:

@@ -12,7 +12,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
-from deepseek_jax.huggingface.shards import Shards
+from deepseek_jax.huggingface.shards import Shards, read_header
 from deepseek_jax.parallel.mesh import make_mesh
 from experiments import synthetic_checkpoint
 from tests import small
@@ -64,6 +64,20 @@ def test_scales_may_lie_in_other_files(checkpoint, tmp_path):
     planned = [Planned(entry.name, entry.dtype, entry.shape) for entry in order]
     ShardWriter(tmp_path / "apart", planned, 200_000).write(shards.read)
     save(load(Shards(tmp_path / "apart"), config(), mesh_of((1, 1, 1)), "fp8"), config().model, tmp_path / "back", True, 200_000)
+    assert hashes(tmp_path / "back") == hashes(checkpoint)
+
+
+def test_missing_shards_are_made_again(checkpoint, tmp_path):
+    """Some begin with the scales of a weight that another shard holds."""
+    loaded, arguments = load(Shards(checkpoint), config(), mesh_of((1, 1, 1)), "fp8"), (config().model, tmp_path / "back", True, 20_000)
+    save(loaded, *arguments)
+    shards = sorted((tmp_path / "back").glob("*.safetensors"))
+    first = {shard: min(read_header(shard)[0], key=lambda entry: entry.offset).name for shard in shards}
+    missing = [shard for i, shard in enumerate(shards) if i % 2 or first[shard].endswith("_scale_inv")]
+    assert any(first[shard].endswith("_scale_inv") for shard in missing[1:])
+    for shard in missing:
+        shard.unlink()
+    save(loaded, *arguments)
     assert hashes(tmp_path / "back") == hashes(checkpoint)
 
 
