@@ -49,11 +49,11 @@ STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; the n
 PRECISION = flags.DEFINE_enum("precision", None, ["fp8", "bf16", "fp32"], "export: of the files, fp8 or bf16. logits: of the arithmetic.")
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy with int32 [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz to write.")
-SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=0.01)
+SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=1e-4)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
-# What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same.
-COMPANIONS = ("config.json", "generation_config.json", "chat_template.jinja", *TOKENIZER_FILES)
+# What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same. The last one marks an export whole.
+COMPANIONS = ("generation_config.json", "chat_template.jinja", *TOKENIZER_FILES, "config.json")
 
 CONFIG_FILE = '''"""The recipe of a run that began with the weights of {folder}."""
 
@@ -99,12 +99,12 @@ def import_() -> None:
     (workdir / "huggingface").mkdir(exist_ok=True)
     for name in COMPANIONS:
         if (folder / name).exists():
-            write_atomically(workdir / "huggingface" / name, (folder / name).read_text(encoding="utf-8"))
-    put_tokenizer(workdir, {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES})
+            write_atomically(workdir / "huggingface" / name, _text(folder / name))
+    put_tokenizer(workdir, {name: _text(folder / name) for name in TOKENIZER_FILES})
     claim_workdir(workdir, config)
+    write_atomically(workdir / "config.py", CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)))
     checkpoints.save(state, Progress(step=0, tokens_seen=0, data=None), config, read_tokenizer(workdir), mesh)
     checkpoints.close()
-    write_atomically(workdir / "config.py", CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)))
     print(f"{workdir}: step 0 of a run with the weights of {folder}; to train on:")
     print(f"  python -m experiments.train --config={workdir / 'config.py'} --workdir={workdir}")
 
@@ -142,8 +142,11 @@ def verify() -> None:
 
 def write_logits() -> None:
     """Run a checkpoint over tokens."""
-    tokens_BS, output = np.load(_needed("tokens")), Path(_needed("output"))
+    path, output = Path(_needed("tokens")), Path(_needed("output"))
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} for --output; make it")
     config, shards, fp8 = open_checkpoint(Path(HF.value))
+    tokens_BS = read_tokens(path, config.model.vocab_size)
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
     mesh = all_devices(config)
@@ -156,9 +159,28 @@ def write_logits() -> None:
     print(f"{output}: " + ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items()))
 
 
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """Return tokens [B, S] of a file; what is wrong with them is found here, before weights are read."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing; --tokens is a file that np.save made of int32 [B, S]")
+    try:
+        tokens_BS = np.load(path)
+    except (EOFError, ValueError) as error:  # empty, or of another format
+        raise ValueError(f"{path} is no .npy file ({error}); make it with np.save of int32 [B, S]") from error
+    if not isinstance(tokens_BS, np.ndarray) or not np.issubdtype(tokens_BS.dtype, np.integer) or tokens_BS.ndim != 2 or not tokens_BS.size:
+        found = f"{tokens_BS.dtype} {list(tokens_BS.shape)}" if isinstance(tokens_BS, np.ndarray) else "several arrays"
+        raise ValueError(f"{path} has {found}; give int32 [B, S]")
+    low, high = tokens_BS.min(), tokens_BS.max()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{path} has tokens from {low} to {high}, the vocabulary is 0 to {vocab_size - 1}; use the checkpoint's tokenizer")
+    return tokens_BS
+
+
 def open_checkpoint(folder: Path) -> tuple[Config, Shards, bool]:
     """Return the recipe around a checkpoint's model, its shards, checked, and whether it is in FP8."""
     path = folder / "config.json"
+    if not path.exists() and (folder / shard_writer.RECORD).exists():  # config.json is written last
+        raise ValueError(f"{path} is missing: the export into this folder is unfinished; run the same command again")
     if not path.exists():
         raise ValueError(f"{path} is missing; a checkpoint in Hugging Face's format has one")
     try:
@@ -185,7 +207,7 @@ def all_devices(config: Config) -> jax.sharding.Mesh:
 def companions(workdir: Path, config: Config, fp8: bool) -> dict[str, str]:
     """Return the files that go with the weights: those that came with an import, where they still fit, or new ones."""
     kept = {name: workdir / "huggingface" / name for name in COMPANIONS}
-    found = {name: path.read_text(encoding="utf-8") for name, path in kept.items() if path.exists()} or read_tokenizer(workdir)
+    found = {name: _text(path) for name, path in kept.items() if path.exists()} or read_tokenizer(workdir)
     hf = json.loads(found["config.json"]) if "config.json" in found else None
     if hf is None or hf_config.read_model(hf) != config.model or hf_config.is_fp8(hf) != fp8:
         found["config.json"] = json.dumps(hf_config.write_model(config.model, fp8), indent=2) + "\n"
@@ -210,10 +232,15 @@ def bar(total: int, what: str) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5)
 
 
+def _text(path: Path) -> str:
+    """The text of a file, its line ends as they are."""
+    return path.read_bytes().decode()
+
+
 def _needed(flag: str) -> str:
     value = flags.FLAGS[flag].value
     if value is None:
-        raise app.UsageError(f"--{flag} is missing")
+        raise app.UsageError(f"--{flag} is missing; give it: {flags.FLAGS[flag].help}")
     return value
 
 

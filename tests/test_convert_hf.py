@@ -1,0 +1,404 @@
+"""The command `experiments.convert_hf` from its arguments to its files.
+
+Each command runs in a process of its own, forked from one that has imported what they all need: an import takes seconds, a command less.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import deepseek_v3
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.huggingface.config import read_model, write_model
+from deepseek_jax.huggingface.load import expected, load
+from deepseek_jax.huggingface.shards import INDEX, Shards
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.checkpoint import claim_workdir, read_config, restore_weights
+from experiments import synthetic_checkpoint
+from tests.huggingface.test_load_save import config as small_config
+from tests.training.runs import finish, start, write_corpus
+
+pytestmark = pytest.mark.xdist_group("huggingface")
+
+ROOT = Path(__file__).parents[1]
+DEADLINE = 120.0  # seconds for one command, on a loaded machine with nothing compiled
+CONFIG = ("--config=configs/tiny.py", "--config.data.sequence_length=128")
+SHARD_BYTES = 500_000
+TINY_SHARDS = "--shard_gigabytes=0.0001"
+
+# Reads {"arguments": [...], "log": path} by line; answers with the process's id, and with its exit code when it has ended.
+SERVER = """
+import gc, json, os, sys, warnings
+from absl import app
+from experiments import convert_hf
+
+gc.freeze()  # or each process, when it ends, visits every object that was imported
+
+for line in sys.stdin:
+    request = json.loads(line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX has threads once it has computed, and here it has not
+        pid = os.fork()
+    if pid == 0:
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = ["convert_hf", *request["arguments"]]
+        app.run(convert_hf.main)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Commands:
+    """Runs `python -m experiments.convert_hf *arguments`, one after the other."""
+
+    def __init__(self, server: subprocess.Popen, log: Path):
+        self.server, self.log = server, log
+
+    def start(self, *arguments: str) -> int:
+        """Start a command and return its process id; `end` must follow."""
+        self.server.stdin.write(json.dumps({"arguments": [str(argument) for argument in arguments], "log": str(self.log)}) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def end(self) -> int:
+        """Wait for the command and return its exit code."""
+        return int(self.server.stdout.readline())
+
+    def __call__(self, *arguments: str) -> str:
+        """Run a command that succeeds and return what it printed."""
+        self.start(*arguments)
+        assert self.end() == 0, self.log.read_text()[-4000:]
+        return self.log.read_text()
+
+    def fails(self, *arguments: str) -> str:
+        """Run a command that ends with an error and return what it printed."""
+        self.start(*arguments)
+        assert self.end() == 1, self.log.read_text()[-4000:]
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def convert(tmp_path_factory):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        yield Commands(process, tmp_path_factory.mktemp("log") / "log")
+        process.stdin.close()
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A folder in FP8, of several files, with everything that goes along with weights."""
+    folder = tmp_path_factory.mktemp("released") / "small"
+    synthetic_checkpoint.write(small_config().model, folder, fp8=True, max_shard_bytes=SHARD_BYTES)
+    (folder / "conversion.json").unlink()  # as downloaded
+    byte_tokenizer().save(folder / "tokenizer.json")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+    (folder / "chat_template.jinja").write_bytes("{{ bos_token }}\r\n<｜User｜>".encode())  # a line end of Windows
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | {"ep_size": 1}))  # a key that says nothing of the model, on one line
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(convert, checkpoint, tmp_path_factory) -> Path:
+    """What import made of it."""
+    folder = tmp_path_factory.mktemp("run") / "W"
+    printed = convert("import", f"--hf={checkpoint}", f"--workdir={folder}", *CONFIG)
+    assert f"python -m experiments.train --config={folder}/config.py --workdir={folder}" in printed
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(convert, workdir, tmp_path_factory) -> Path:
+    """An export that nothing interrupted, in many files."""
+    folder = tmp_path_factory.mktemp("whole") / "small"
+    convert("export", f"--workdir={workdir}", f"--hf={folder}", TINY_SHARDS)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Dtype, shape and SHA-256 of every tensor."""
+    shards = Shards(folder)
+    read = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in shards.read_all(list(shards.entries))}
+    return {name: (entry.dtype, entry.shape, read[name]) for name, entry in shards.entries.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder; empty if there is none."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def changed(folder: Path, copy: Path, **keys: object) -> Path:
+    """A copy of a checkpoint, by links, with other values in config.json."""
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            (copy / path.name).symlink_to(path)
+    (copy / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | keys))
+    return copy
+
+
+# ---- import, export, verify
+
+
+def test_every_byte_comes_back(convert, checkpoint, whole):
+    assert {dtype for dtype, _, _ in tensors(checkpoint).values()} == {"F8_E4M3", "BF16", "F32"}
+    assert tensors(whole) == tensors(checkpoint)
+    assert len(list(whole.glob("*.safetensors"))) > 2 * len(list(checkpoint.glob("*.safetensors"))) > 6
+    kept = {name: data for name, data in contents(checkpoint).items() if not name.startswith("model")}
+    assert len(kept) == 5
+    assert {name: data for name, data in contents(whole).items() if not name.startswith(("model", "conversion"))} == kept
+    printed = convert("verify", f"--hf={whole}", *CONFIG)
+    assert "FP8: complete" in printed and "SHA-256 of every file: as written" in printed
+    printed = convert("verify", f"--hf={checkpoint}", *CONFIG)  # nobody recorded its checksums
+    assert "FP8: complete" in printed and "SHA-256" not in printed
+
+
+def test_bf16_has_no_scales(convert, checkpoint, workdir, tmp_path):
+    convert("export", f"--workdir={workdir}", f"--hf={tmp_path / 'bf16'}", "--precision=bf16")
+    found = tensors(tmp_path / "bf16")
+    assert found.keys() == {name for name in tensors(checkpoint) if not name.endswith("_scale_inv")}
+    assert {dtype for dtype, _, _ in found.values()} == {"BF16", "F32"}
+    hf = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert "quantization_config" not in hf and read_model(hf) == small_config().model
+    assert (tmp_path / "bf16" / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    assert "not FP8: complete" in convert("verify", f"--hf={tmp_path / 'bf16'}", *CONFIG)
+
+
+def test_the_run_owns_recipe_and_model(workdir, checkpoint):
+    spec = importlib.util.spec_from_file_location("imported", workdir / "config.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = from_config_dict(module.get_config())
+    assert config == read_config(workdir)
+    assert config.model == small_config().model
+    assert (config.name, config.data.sequence_length, config.execution.precision) == ("small", 128, "fp32")
+    # The checkpoint comes last: what a killed import leaves can be imported into again.
+    assert (workdir / "config.py").stat().st_mtime_ns < (workdir / "checkpoints" / "0" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
+
+
+def test_a_killed_export_continues(convert, workdir, whole, tmp_path):
+    folder = tmp_path / "small"
+    command = ("export", f"--workdir={workdir}", f"--hf={folder}", TINY_SHARDS)
+    pid, give_up = convert.start(*command), time.monotonic() + DEADLINE
+    while time.monotonic() < give_up:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / "conversion.json").read_text())["shards"]:
+                break
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert convert.end() == -signal.SIGKILL
+    record = json.loads((folder / "conversion.json").read_text())
+    assert 0 < len(record["shards"]) < record["num_shards"] and not (folder / INDEX).exists()
+    finished = {file: (folder / file).stat() for file in record["shards"]}
+
+    said = convert.fails("verify", f"--hf={folder}", *CONFIG)
+    assert f"{folder}" in said and "unfinished" in said and "run the same command again" in said
+    said = convert.fails("export", f"--workdir={workdir}", f"--hf={folder}", "--shard_gigabytes=0.0002")
+    assert "holds a conversion of other tensors, shard sizes, metadata or source: choose another folder, or delete this one" in said
+
+    convert(*command)
+    assert contents(folder) == contents(whole)
+    for file, before in finished.items():
+        after = (folder / file).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_flipped_bit_is_found(convert, whole, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name, data in contents(whole).items():
+        (folder / name).write_bytes(data)
+    file = sorted(folder.glob("*.safetensors"))[3]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    said = convert.fails("verify", f"--hf={folder}", *CONFIG)
+    assert f"damaged or absent in {folder}: {file.name}; delete these files and convert into the same folder again" in said
+
+
+# ---- --dry_run
+
+
+def lines(model: object, fp8: bool) -> tuple[list[str], str]:
+    """The list, made anew."""
+    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+    rows = {name: (dtype, list(shape), sizes[dtype] * int(np.prod(shape))) for name, (dtype, shape) in expected(model, fp8).items()}
+    total = sum(size for _, _, size in rows.values())
+    listed = [f"{name}  {dtype}  {shape}  {size:,}" for name, (dtype, shape, size) in rows.items()]
+    return listed, f"{len(rows):,} tensors, {total:,} bytes"
+
+
+@pytest.mark.parametrize(("command", "fp8"), [("import", True), ("export", True), ("export", False)])
+def test_dry_run_lists_and_writes_nothing(convert, checkpoint, workdir, tmp_path, command, fp8):
+    if command == "import":
+        arguments = (f"--hf={checkpoint}", f"--workdir={tmp_path / 'new'}", *CONFIG)
+    else:
+        arguments = (f"--hf={tmp_path / 'new'}", f"--workdir={workdir}", f"--precision={'fp8' if fp8 else 'bf16'}")
+    before = contents(workdir)
+    printed = convert(command, "--dry_run", *arguments)
+    listed, total = lines(small_config().model, fp8)
+    assert printed.splitlines() == [*listed, total]
+    assert "lm_head.weight  BF16  [512, 128]  131,072" in listed
+    assert not list(tmp_path.iterdir()) and contents(workdir) == before
+
+
+def test_dry_run_of_v3_is_the_released_checkpoint(convert, tmp_path):
+    base = from_config_dict(deepseek_v3.get_config())
+    model = read_model(json.loads(json.dumps(write_model(base.model, fp8=True))))
+    claim_workdir(tmp_path, dataclasses.replace(base, model=model))
+    printed = convert("export", "--dry_run", f"--workdir={tmp_path}", f"--hf={tmp_path / 'hf'}").splitlines()
+    assert printed[-1] == "91,991 tensors, 688,574,839,360 bytes"
+    assert "model.layers.60.mlp.experts.255.down_proj.weight_scale_inv  F32  [56, 16]  3,584" in printed
+    assert len(printed) == 91_992 and not (tmp_path / "hf").exists()
+
+
+# ---- errors
+
+
+def test_a_folder_without_a_readable_config(convert, checkpoint, tmp_path):
+    new = tmp_path / "W"
+    said = convert.fails("import", f"--hf={tmp_path}", f"--workdir={new}", *CONFIG)
+    assert f"{tmp_path / 'config.json'} is missing; a checkpoint in Hugging Face's format has one" in said
+    broken = changed(checkpoint, tmp_path / "broken")
+    (broken / "config.json").write_text('{"model_type": ')
+    said = convert.fails("import", f"--hf={broken}", f"--workdir={new}", *CONFIG)
+    assert f"{broken / 'config.json'} is not valid JSON" in said and "download it again" in said
+    assert not new.exists()
+
+
+def test_a_config_that_does_not_fit_the_tensors(convert, checkpoint, tmp_path):
+    fewer = changed(checkpoint, tmp_path / "fewer", num_hidden_layers=2)
+    for command in (("verify",), ("import", f"--workdir={tmp_path / 'W'}")):
+        said = convert.fails(*command, f"--hf={fewer}", *CONFIG)
+        assert f"{fewer} does not hold this model; choose its config, or another checkpoint:" in said
+        assert "extra: model.layers.3." in said
+    assert not (tmp_path / "W").exists()
+
+
+def test_a_folder_without_tokenizer(convert, checkpoint, tmp_path):
+    without = changed(checkpoint, tmp_path / "without")
+    (without / "tokenizer_config.json").unlink()
+    said = convert.fails("import", f"--hf={without}", f"--workdir={tmp_path / 'W'}", *CONFIG)
+    assert f"{without} lacks ['tokenizer_config.json']; a run needs its tokenizer: put these files there" in said
+    assert not (tmp_path / "W").exists()
+
+
+def test_a_workdir_that_is_taken(convert, checkpoint, workdir):
+    before = contents(workdir)
+    said = convert.fails("import", f"--hf={checkpoint}", f"--workdir={workdir}", *CONFIG)
+    assert f"{workdir} holds checkpoints [0]; import into another --workdir" in said
+    said = convert.fails("import", f"--hf={checkpoint}", f"--workdir={workdir}", *CONFIG, "--config.seed=7")
+    assert "seed: 0 in the workdir, 7 given" in said
+    assert contents(workdir) == before
+
+
+def test_wrong_arguments(convert, checkpoint, workdir, tmp_path):
+    hf = f"--hf={tmp_path / 'new'}"
+    assert "give one of import, export, verify, logits, not exprot" in convert.fails("exprot", hf)
+    assert "give one of import, export, verify, logits, not nothing" in convert.fails(hf)
+    assert "--workdir is missing; give it: Folder of the run." in convert.fails("import", f"--hf={checkpoint}")
+    assert "--workdir is missing; give it: Folder of the run." in convert.fails("export", hf)
+    said = convert.fails("export", hf, f"--workdir={workdir}", "--precision=fp32")
+    assert "--precision=fp32: released checkpoints are in FP8 or BF16; choose one" in said
+    assert f"{tmp_path} holds no run: config.json is missing" in convert.fails("export", hf, f"--workdir={tmp_path}")
+    assert "has no checkpoint of step 4; it has [0]" in convert.fails("export", hf, f"--workdir={workdir}", "--step=4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_folder_stays_as_it_is(convert, workdir, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    said = convert.fails("export", f"--workdir={workdir}", f"--hf={tmp_path}")
+    assert f"{tmp_path} holds notes.txt and no conversion: choose another folder or empty it" in said
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint, tmp_path):
+    tokens, output = tmp_path / "tokens.npy", tmp_path / "out.npz"
+    arguments = ("logits", f"--hf={checkpoint}", f"--tokens={tokens}", *CONFIG)
+    assert f"{tokens} is missing" in convert.fails(*arguments, f"--output={output}")
+    size = small_config().model.vocab_size
+    tokens.write_text("1 2 3")
+    assert f"{tokens} is no .npy file" in convert.fails(*arguments, f"--output={output}")
+    cases = {
+        "has int32 [5]; give int32 [B, S]": np.zeros(5, np.int32),
+        "has float32 [1, 5]; give int32 [B, S]": np.zeros((1, 5), np.float32),
+        "has int32 [0, 5]; give int32 [B, S]": np.zeros((0, 5), np.int32),
+        f"has tokens from 0 to {size}, the vocabulary is 0 to {size - 1}; use the checkpoint's tokenizer": np.array([[0, size]], np.int32),
+    }
+    for text, array in cases.items():
+        np.save(tokens, array)
+        said = convert.fails(*arguments, f"--output={output}")
+        assert f"{tokens} {text}" in said and "load:" not in said
+    np.save(tokens, np.zeros((1, 5), np.int32))
+    said = convert.fails(*arguments, f"--output={tmp_path / 'absent' / 'out.npz'}")
+    assert f"there is no folder {tmp_path / 'absent'} for --output; make it" in said and "load:" not in said
+    assert "--output is missing; give it: logits: .npz to write." in convert.fails(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
+
+
+# ---- what a model is used for
+
+
+@pytest.mark.slow
+def test_logits(convert, checkpoint, tmp_path):
+    model = small_config().model
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, model.vocab_size, (2, 128), np.int32))
+    arguments = ("logits", f"--hf={checkpoint}", f"--tokens={tmp_path / 'tokens.npy'}", *CONFIG)
+    found = {}
+    for precision in ("fp8", "fp32"):
+        printed = convert(*arguments, f"--output={tmp_path / 'out.npz'}", f"--precision={precision}")
+        with np.load(tmp_path / "out.npz") as file:
+            found[precision] = dict(file)
+        shapes = {name: (array.dtype.name, array.shape) for name, array in found[precision].items()}
+        assert shapes == {
+            "logits": ("float32", (2, 128, model.vocab_size)),
+            "experts": ("int32", (2, 2, 128, model.experts_per_token)),
+            "expert_weights": ("float32", (2, 2, 128, model.experts_per_token)),
+            "mtp_logits": ("float32", (2, 127, model.vocab_size)),
+        }
+        assert f"logits float32 [2, 128, {model.vocab_size}]" in printed
+    error = np.linalg.norm(found["fp8"]["logits"] - found["fp32"]["logits"])
+    assert 0 < error < 0.1 * np.linalg.norm(found["fp32"]["logits"])
+
+
+@pytest.mark.slow
+def test_the_run_is_trained_on_and_continues_a_prompt(convert, checkpoint, tmp_path):
+    """Two steps at a learning rate of almost nothing leave the weights that were imported."""
+    corpus, workdir, log = write_corpus(tmp_path / "corpus"), tmp_path / "W", tmp_path / "log"
+    recipe = (f"--config=tests/training/nano.py:{corpus}", f"--config.training.num_tokens={2 * 8 * 32}")
+    recipe += ("--config.optimizer.warmup_steps=100000000", "--config.training.eval_every=0")
+    convert("import", f"--hf={checkpoint}", f"--workdir={workdir}", *recipe, "--cpu_devices=2")
+    finish(start(["-m", "experiments.train", f"--config={workdir / 'config.py'}", f"--workdir={workdir}"], log), log)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    config = read_config(workdir)
+    mesh = make_mesh(dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    trained, progress = restore_weights(config, workdir, mesh)
+    imported = load(Shards(checkpoint), config, mesh, "fp32")
+    assert (progress.step, progress.tokens_seen) == (2, 2 * 8 * 32)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6), trained["params"], imported["params"])
+    assert not np.array_equal(trained["params"]["embed_VD"], imported["params"]["embed_VD"])
+
+    text = tmp_path / "text"
+    finish(start(["-m", "experiments.generate", f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=3"], text), text)
+    assert text.read_text(errors="replace").startswith("the ")
