@@ -22,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("golden_gradients")  # what one worker comp
 MTP_WEIGHT = json.loads((hf_checkpoint.FOLDER / "versions.json").read_text())["mtp_weight"]
 LOSS_RTOL = 1e-6
 GRADIENT_RTOL = 6e-6  # of each leaf (layers stacked), in norm: five times the largest measured
+REMATS = ("none", "selective", pytest.param("full", marks=pytest.mark.slow))
 
 
 def training_losses(config, params, router_bias, batch):
@@ -48,7 +49,7 @@ def differentiate(remat):
     return golden, parts, gradients
 
 
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize("remat", REMATS)
 def test_losses_and_counts(remat):
     golden, (main, mtp, counts_LE), _ = differentiate(remat)
     np.testing.assert_allclose(main, golden.expected["loss"], rtol=LOSS_RTOL)
@@ -57,7 +58,7 @@ def test_losses_and_counts(remat):
     np.testing.assert_array_equal(counts_LE, chosen_LTKE.sum((1, 2)))
 
 
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize("remat", REMATS)
 def test_gradient_of_every_weight(remat):
     golden, _, (gradients, _) = differentiate(remat)
     expected = hf_checkpoint.read_gradients("base", golden.config.model)

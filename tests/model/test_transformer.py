@@ -89,7 +89,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "full")) for name in VARIANTS])
 def test_recomputation_and_unrolling_change_no_number(name):
     want_grads, want = differentiate(remat="none")
     grads, output = differentiate(**{"remat": "none"} | VARIANTS[name])
