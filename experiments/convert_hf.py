@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     commands = {"import": import_, "export": export, "verify": verify, "logits": write_logits}
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"give one of {', '.join(commands)}, not {' '.join(argv[1:]) or 'nothing'}")
-    session.start()
+    session.start(keep_heap=False)
     commands[argv[1]]()
 
 

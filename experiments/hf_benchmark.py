@@ -38,7 +38,7 @@ SAMPLE_SECONDS = 0.02
 
 def main(_) -> None:
     """Make, measure, print."""
-    session.start()
+    session.start(keep_heap=False)
     folder = Path(synthetic_checkpoint.HF.value)
     source, target = folder / "source", folder / "target"
     config = from_config_dict(deepseek_v3.get_config())

@@ -21,11 +21,12 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which
 KERNEL_COMPILE_SECONDS = 0.2  # what takes longer is kept. A kernel takes 0.3 to 2 s, and JAX itself keeps programs from 1 s on
 
 
-def start() -> None:
+def start(keep_heap: bool = True) -> None:
     """Join the other processes if there are any, apply --cpu_devices (of each process), and use the persistent compilation cache
     ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
 
-    Without --cpu_devices JAX chooses the platform itself. Call it before anything runs on a device.
+    Without --cpu_devices JAX chooses the platform itself. Call it before anything runs on a device. `keep_heap` is for steps that allocate
+    the same again and again; what moves a model once gives its memory back.
 
     Raises:
         ValueError: some, but not all, of --coordinator, --num_processes and --process_id.
@@ -40,7 +41,7 @@ def start() -> None:
     cache = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KERNEL_COMPILE_SECONDS)
     ahead.enable(None if "://" in cache else Path(cache) / "kernels")  # a bucket keeps only what JAX writes
-    if computes_on_cpu():
+    if keep_heap and computes_on_cpu():
         keep_freed_memory(CPU_HEAP_BYTES)
     join_processes()
 
