@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("golden_gradients")  # what one worker comp
 MTP_WEIGHT = json.loads((hf_checkpoint.FOLDER / "versions.json").read_text())["mtp_weight"]
 LOSS_RTOL = 1e-6
 GRADIENT_RTOL = 6e-6  # of each leaf (layers stacked), in norm: five times the largest measured
-REMATS = ("none", "selective", pytest.param("full", marks=pytest.mark.slow))
+REMATS = ("selective", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("none", "full")))
 
 
 def training_losses(config, params, router_bias, batch):

@@ -89,7 +89,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "full")) for name in VARIANTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("full", "unrolled in part"))) for name in VARIANTS]
+)
 def test_recomputation_and_unrolling_change_no_number(name):
     want_grads, want = differentiate(remat="none")
     grads, output = differentiate(**{"remat": "none"} | VARIANTS[name])
@@ -121,6 +123,7 @@ def test_recomputation_keeps_less():
     assert full == pytest.approx(tokens * model.width, rel=0.1)
 
 
+@pytest.mark.slow
 def test_recomputation_survives_the_compiler():
     """Outside a scan (MTP, unrolled layers) XLA merges a recomputation with the forward pass it repeats, and all is kept after all."""
 

@@ -229,6 +229,7 @@ def compiled_collectives() -> list[Instruction]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group(small.group(MESH))
 def test_the_partitioner_moves_no_weight_on_its_own_account():
     """Every gather, scatter and exchange comes from a statement inside the shard_map; what it adds outside are sums for norms: scalars."""

@@ -22,6 +22,7 @@ def take(sizes, seed=0, state=None):
         return jax.device_get(on.step(on.state if state is None else state, arrays(seed), small.RATES))
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("mesh-2x1x4-fp8")
 def test_a_mesh_equals_one_device():
     grads, _, _, _, metrics = take(EIGHT)

@@ -87,6 +87,7 @@ CUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "training", "execution"), CUTS.values(), ids=CUTS)
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(sizes, training, execution):
     config = small.config(sizes)
