@@ -22,7 +22,7 @@ from tqdm import tqdm
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface import shard_writer
-from deepseek_jax.huggingface.load import check, expected, load
+from deepseek_jax.huggingface.load import check, expected, load, num_bytes
 from deepseek_jax.huggingface.logits import logits
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.huggingface.shards import DTYPES, Shards
@@ -120,7 +120,7 @@ def export() -> None:
         return
     mesh = all_devices(config)
     weights, progress = restore_weights(config, workdir, mesh, STEP.value)
-    with bar(num_bytes(config, fp8), "export") as written:
+    with bar(num_bytes(config.model, fp8), "export") as written:
         save(weights, config.model, folder, fp8, int(SHARD_GIGABYTES.value * 1e9), written.update, f"{workdir.resolve()} {progress.step}")
     for name, content in companions(workdir, config, fp8).items():
         write_atomically(folder / name, content)
@@ -219,12 +219,7 @@ def list_tensors(config: Config, fp8: bool) -> None:
     tensors = expected(config.model, fp8)
     for name, (dtype, shape) in tensors.items():
         print(f"{name}  {dtype}  {list(shape)}  {DTYPES[dtype].itemsize * int(np.prod(shape)):,}")
-    print(f"{len(tensors):,} tensors, {num_bytes(config, fp8):,} bytes")
-
-
-def num_bytes(config: Config, fp8: bool) -> int:
-    """Return the bytes of all tensors."""
-    return sum(DTYPES[dtype].itemsize * int(np.prod(shape)) for dtype, shape in expected(config.model, fp8).values())
+    print(f"{len(tensors):,} tensors, {num_bytes(config.model, fp8):,} bytes")
 
 
 def bar(total: int, what: str) -> tqdm:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configs import deepseek_v3
 from deepseek_jax.config import Model, from_config_dict
 from deepseek_jax.huggingface.config import write_model
-from deepseek_jax.huggingface.load import expected
+from deepseek_jax.huggingface.load import expected, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, plan
 from deepseek_jax.huggingface.shard_writer import ShardWriter
 from deepseek_jax.huggingface.shards import DTYPES
@@ -35,11 +35,6 @@ def main(_) -> None:
     with tqdm(total=num_bytes(model, fp8=True), unit="B", unit_scale=True, desc="write") as bar:
         write(model, Path(HF.value), fp8=True, max_shard_bytes=int(SHARD_GIGABYTES.value * 1e9), on_bytes=bar.update)
     print(f"{HF.value}: {model.num_layers} layers, {model.num_experts} experts, {bar.total / 1e9:.2f} GB")
-
-
-def num_bytes(model: Model, fp8: bool) -> int:
-    """Return the bytes of all tensors of a checkpoint of `model`."""
-    return sum(DTYPES[dtype].itemsize * int(np.prod(shape)) for dtype, shape in expected(model, fp8).values())
 
 
 def sized(model: Model, goal: float) -> Model:

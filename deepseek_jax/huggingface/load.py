@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, Model
 from deepseek_jax.huggingface.names import Tensor, piece_shape, tensors
-from deepseek_jax.huggingface.shards import Shards, compare
+from deepseek_jax.huggingface.shards import DTYPES, Shards, compare
 from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, Fp8Weight, matrix_shape
 from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, P, partition_specs, vary
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     sharding: jax.sharding.NamedSharding
 
 
-def expected(model: Any, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected(model: Model, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of every tensor that a checkpoint of `model` has, by name."""
     found = {}
     for tensor in tensors(model):
@@ -60,7 +60,12 @@ def expected(model: Any, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def check(shards: Shards, model: Any, fp8: bool) -> None:
+def num_bytes(model: Model, fp8: bool) -> int:
+    """Return the bytes of all tensors of a checkpoint of `model`."""
+    return sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in expected(model, fp8).values())
+
+
+def check(shards: Shards, model: Model, fp8: bool) -> None:
     """Refuse a folder that is not a checkpoint of `model`; MTP layers may leave out their copies of the embedding and the head.
 
     Raises:
