@@ -22,10 +22,11 @@ from tqdm import tqdm
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface import shard_writer
+from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import check, expected, load, num_bytes
 from deepseek_jax.huggingface.logits import logits
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
-from deepseek_jax.huggingface.shards import DTYPES, Shards
+from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import (
     TOKENIZER_FILES,
@@ -118,6 +119,7 @@ def export() -> None:
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
+    shard_writer.check_target(folder, num_bytes(config.model, fp8))
     mesh = all_devices(config)
     weights, progress = restore_weights(config, workdir, mesh, STEP.value)
     with bar(num_bytes(config.model, fp8), "export") as written:

@@ -138,7 +138,7 @@ def whole(convert, workdir, tmp_path_factory) -> Path:
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """Dtype, shape and SHA-256 of every tensor."""
     shards = Shards(folder)
-    read = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in shards.read_all(list(shards.entries))}
+    read = {name: hashlib.sha256(shards.read(name).tobytes()).hexdigest() for name in shards.entries}
     return {name: (entry.dtype, entry.shape, read[name]) for name, entry in shards.entries.items()}
 
 

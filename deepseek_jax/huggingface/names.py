@@ -79,6 +79,19 @@ class Tensor:
         return len(self.shape) == 2 and self.leaf[-1] != "embed_VD"
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of what fills the leaf: [in, out], [V, D] of the embedding, one column of a vector."""
+        rows, columns = self.shape[::-1] if self.transposed else (*self.shape, 1)[:2]
+        return rows, columns
+
+    @property
+    def scales(self) -> "Tensor":
+        """The tensor of the scales, which fill an array "scales" beside the values, transposed like these."""
+        return dataclasses.replace(
+            self, name=self.scale_name, shape=self.scale_shape, quantized=False, dtype=FP32, leaf=(*self.leaf, "scales")
+        )
+
+    @property
     def place(self) -> tuple[int | slice, ...]:
         """Where in the leaf the tensor goes: `leaf[tensor.place] = piece`."""
         return self.index if self.half is None else (*self.index, slice(None), self.half)

@@ -8,11 +8,8 @@ scale s, and the largest q is 448, so max|w| / 448 is s up to its last bit. Of t
 every w exactly; trained weights have none such, and keep max|w| / 448.
 """
 
-import collections
 import functools
-import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
-from deepseek_jax.huggingface.load import LEADING_DIMS, NUM_THREADS, OnBytes, Tree, expected, flat, place_in, ranges_of
-from deepseek_jax.huggingface.names import Tensor, piece_shape, tensors
+from deepseek_jax.huggingface.header import DTYPES
+from deepseek_jax.huggingface.load import OnBytes, Tree, copy_matrix, expected
+from deepseek_jax.huggingface.names import Tensor, tensors
+from deepseek_jax.huggingface.places import Held, as_matrices, held
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
-from deepseek_jax.huggingface.shards import DTYPES
 from deepseek_jax.model.precision import Fp8Weight
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, dequantize, encode, largest_magnitude, scale_of
+from pallas_kernels.quantized import GROUP, Quantized, dequantize, encode, largest_magnitude, scale_of
 
+SHARDS_AT_ONCE = min(8, os.cpu_count() or 1)  # SHA-256 takes a core each
 SHARD_BYTES = 4_300_000_000  # of the released checkpoint: 688.6 GB in 163 files
 
 
@@ -62,49 +61,11 @@ def save(
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights)):
         raise ValueError("a part of the weights is on other processes' devices; export from one process that restores the checkpoint alone")
     writer = ShardWriter(folder, plan(model, fp8), max_shard_bytes, source=source)
-    names = [tensor.name for shard in writer.missing() for tensor in shard]
-    with _Ahead(_Source(weights, model, fp8), names) as ahead:
-        writer.write(ahead.get, on_bytes)
-
-
-class _Ahead:
-    """Makes the next tensors in threads while the writer hashes and writes, which asks for each once and in order."""
-
-    def __init__(self, source: "_Source", names: list[str]):
-        jobs: list[list[str]] = []  # a weight, and its scales where they come next
-        for name in names:
-            if jobs and name == f"{jobs[-1][0]}_scale_inv":
-                jobs[-1].append(name)
-            else:
-                jobs.append([name])
-        self.source, self.jobs = source, iter(jobs)
-        self.made: collections.deque[tuple[str, Callable[[], np.ndarray]]] = collections.deque()
-
-    def __enter__(self):
-        self.pool = ThreadPoolExecutor(NUM_THREADS)
-        for _ in range(NUM_THREADS):
-            self._start()
-        return self
-
-    def __exit__(self, *error):
-        self.pool.shutdown(cancel_futures=True)
-
-    def get(self, name: str) -> np.ndarray:
-        made, array = self.made.popleft()
-        assert name == made, f"{name} asked for, {made} made"
-        if not self.made or self.made[0][0] != f"{name}_scale_inv":
-            self._start()  # that was the last of its job
-        return array()
-
-    def _start(self) -> None:
-        job = next(self.jobs, None)
-        if job is not None:
-            future = self.pool.submit(lambda: [self.source.get(name) for name in job])
-            self.made += [(name, lambda i=i: future.result()[i]) for i, name in enumerate(job)]
+    writer.write(_Source(weights, model, fp8).get, on_bytes, SHARDS_AT_ONCE)
 
 
 class _Source:
-    """Makes tensors in their stored form. Scales that were made with the values of their weight are kept until they are asked for."""
+    """Makes tensors in their stored form, for several threads. Scales made with the values of their weight are kept until asked for."""
 
     def __init__(self, weights: Tree, model: Model, fp8: bool):
         self.weights, self.model, self.fp8 = weights, model, fp8
@@ -128,7 +89,7 @@ class _Source:
         return values
 
     def _scales(self, name: str) -> np.ndarray:
-        """Made with the values, unless an interrupted call wrote those."""
+        """Made with the values, unless those are in another shard."""
         made = self.made.pop(name, None)
         return self._quantized(self.scaled[name])[1] if made is None else made
 
@@ -144,29 +105,20 @@ class _Source:
         return _contiguous(values.T), np.ascontiguousarray(scales.T)
 
     def _matrix(self, tensor: Tensor) -> np.ndarray:
-        """The matrix [in, out] of a tensor; [V, D] of the embedding; one column of a vector."""
+        """The matrix of a tensor, as in its leaf."""
         leaf = self._leaf(tensor)
         if isinstance(leaf, Fp8Weight):
             leaf = leaf.values
-        dtype = np.dtype(leaf.dtype)
-        shape = piece_shape(tensor, self.model)
-        split = LEADING_DIMS.get(tensor.leaf[-1], 1)
         whole = None
         for shard in _distinct(leaf):
-            inside = place_in(tensor, ranges_of(shard.index, leaf.shape))
+            inside = held(tensor, shard.index, leaf.shape)
             if inside is None:
                 continue
-            start, dims, extent = inside
-            rows, columns = flat(dims[:split], shape[:split]), flat(dims[split:], shape[split:])
-            # A GPU transposes faster than its host; then the stored order is the one in memory.
-            transposed = tensor.transposed and shard.device.platform != "cpu"
-            block = np.asarray(_read(shard.data, tuple(np.int32(i) for i in start), extent, (len(rows), len(columns)), transposed))
-            block = (block.T if transposed else block).view(dtype)
-            sizes = math.prod(shape[:split]), math.prod(shape[split:])
-            if block.shape == sizes:
+            block = _block(shard, tensor, inside)
+            if block.shape == tensor.matrix_shape:
                 return block
-            whole = np.empty(sizes, block.dtype) if whole is None else whole
-            whole[rows.start : rows.stop, columns.start : columns.stop] = block
+            whole = np.empty(tensor.matrix_shape, block.dtype) if whole is None else whole
+            whole[inside.rows.start : inside.rows.stop, inside.columns.start : inside.columns.stop] = block
         return whole
 
 
@@ -175,33 +127,42 @@ def _distinct(array: jax.Array) -> list[Any]:
     return list({str(shard.index): shard for shard in array.addressable_shards}.values())
 
 
+def _block(shard: Any, tensor: Tensor, inside: Held) -> np.ndarray:
+    """What a shard holds of a tensor. From a CPU a view; a GPU transposes faster than its host, so that the stored order is in memory."""
+    matrices = as_matrices(tensor.leaf[-1], shard.data.shape, len(tensor.index))
+    sizes = len(inside.rows), len(inside.columns)
+    if shard.device.platform == "cpu":
+        *lead, row, column = inside.start
+        return np.asarray(shard.data).reshape(matrices)[*lead, row : row + sizes[0], column : column + sizes[1]]
+    block = np.asarray(_read(shard.data, tuple(map(np.int32, inside.start)), matrices, sizes, tensor.transposed))
+    return block.T if tensor.transposed else block
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _read(shard: jax.Array, start: tuple, extent: tuple[int, ...], matrix: tuple[int, int], transposed: bool) -> jax.Array:
-    if shard.dtype == E4M3:  # XLA:CPU would convert all of it to FP16
-        shard = jax.lax.bitcast_convert_type(shard, jnp.uint8)
-    block = jax.lax.dynamic_slice(shard, start, extent).reshape(matrix)
+def _read(shard: jax.Array, start: tuple, matrices: tuple[int, ...], sizes: tuple[int, int], transposed: bool) -> jax.Array:
+    block = jax.lax.dynamic_slice(shard.reshape(matrices), start, (1,) * (len(matrices) - 2) + sizes).reshape(sizes)
     return block.T if transposed else block
 
 
 def _scales_of(scales: jax.Array, tensor: Tensor) -> np.ndarray:
     """Scales [in / 128, out / 128] of one tensor."""
     for shard in scales.addressable_shards:
-        ranges = ranges_of(shard.index, scales.shape)
-        if all(i in r for i, r in zip(tensor.index, ranges, strict=False)):
-            inside = tuple(i - r.start for i, r in zip(tensor.index, ranges, strict=False))
-            found = np.asarray(shard.data[inside])
-            return found if tensor.half is None else np.split(found, 2, axis=1)[tensor.half]
+        inside = held(tensor.scales, shard.index, scales.shape)
+        if inside is not None:
+            return _block(shard, tensor.scales, inside)
     raise AssertionError(f"no shard holds the scales of {tensor.name}")
 
 
 def _contiguous(view: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """A copy of `view` in its own memory order. XLA's host transpose runs at 1 to 2 GB/s of bytes, NumPy's at 0.3."""
-    dtype = dtype or view.dtype
+    """`view` in its own memory order and, if need be, another dtype."""
+    dtype = np.dtype(dtype or view.dtype)
     if view.dtype != dtype:
-        view = np.asarray(_cast(view, np.dtype(dtype)))
+        view = np.asarray(_cast(view, dtype))
     if view.flags.c_contiguous:
         return view
-    return np.asarray(jax.device_put(view, jax.local_devices(backend="cpu")[0]))
+    copy = np.empty(view.shape, dtype)
+    copy_matrix(copy, view)
+    return copy
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -23,13 +23,15 @@ import math
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.huggingface.shards import DTYPES, INDEX
+from deepseek_jax.huggingface.header import DTYPES
+from deepseek_jax.huggingface.shards import INDEX
 
 RECORD = "conversion.json"
 
@@ -81,6 +83,10 @@ def file_name(number: int, num_shards: int) -> str:
     return f"model-{number:05d}-of-{num_shards:06d}.safetensors"
 
 
+class _CancelledError(Exception):
+    """Another shard could not be written."""
+
+
 class ShardWriter:
     """A conversion into `folder`, which is made and marked as one (by its conversion.json) here, or continued.
 
@@ -107,13 +113,10 @@ class ShardWriter:
         for file, header in self._headers.items():
             digest.update(file.encode() + header)
         self.digest = digest.hexdigest()
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file: choose a folder")
+        _check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / RECORD).exists():
             self._finished()
-        elif there := sorted(file.name for file in self.folder.iterdir() if not _PARTIAL.fullmatch(file.name)):
-            raise ValueError(f"{self.folder} holds {', '.join(there[:5])} and no conversion: choose another folder or empty it")
         else:
             self._record_finished({})
 
@@ -121,32 +124,58 @@ class ShardWriter:
         """Size of a shard's file."""
         return len(self._headers[file]) + sum(tensor.num_bytes for tensor in self.shards[file])
 
-    def missing(self) -> list[list[Planned]]:
-        """Return the shards that `write` still has to write."""
-        return [self.shards[file] for file in self._missing()]
+    def missing(self) -> list[str]:
+        """Return the files that `write` still has to write."""
+        finished = self._finished()
+        return [file for file in self.shards if file not in finished or _size(self.folder / file) != finished[file]["bytes"]]
 
-    def write(self, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None] = lambda count: None) -> None:
-        """Write the missing shards and the index; ask `get` for each tensor once, in the planned order.
+    def write(
+        self, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None] = lambda count: None, shards_at_once: int = 1
+    ) -> None:
+        """Write the missing shards and the index. An interrupted write is continued by calling it again.
 
-        `on_bytes` hears of every piece written, in bytes of the files. An interrupted write is continued by calling it again.
+        Args:
+            get: asked for each tensor once, in the planned order within a shard, from as many threads as there are shards at once.
+            on_bytes: hears of every piece written, in bytes of the files; from one thread at a time.
+            shards_at_once: written side by side. SHA-256 is what takes longest, and a file has one.
 
         Raises:
             ValueError: a tensor has another dtype or shape than planned, or another process writes into the folder.
             OSError: the disk has too little room, before the first byte or later; finished shards stay.
         """
+        lock, cancelled, failures = threading.Lock(), threading.Event(), []
+
+        def hear(count: int) -> None:
+            with lock:
+                on_bytes(count)
+
+        def write_one(file: str) -> None:
+            try:
+                sha256 = self._write_shard(file, get, hear, cancelled)
+                with lock:
+                    self._record_finished(self._finished() | {file: {"sha256": sha256, "bytes": self.num_bytes(file)}})
+            except _CancelledError:
+                pass
+            except BaseException as error:
+                failures.append(error)
+                cancelled.set()
+
         with _locked(self.folder):
             for file in self.folder.iterdir():
                 if _PARTIAL.fullmatch(file.name):
                     file.unlink()
-            missing = self._missing()
+            missing = self.missing()
             if missing:
                 (self.folder / INDEX).unlink(missing_ok=True)
-            needed, free = sum(map(self.num_bytes, missing)), shutil.disk_usage(self.folder).free
-            if needed > free:
-                raise OSError(errno.ENOSPC, f"{len(missing)} shards need {needed} bytes and {free} are free: make room", str(self.folder))
-            for file in missing:
-                sha256 = self._write_shard(file, get, on_bytes)
-                self._record_finished(self._finished() | {file: {"sha256": sha256, "bytes": self.num_bytes(file)}})
+            _check_room(self.folder, sum(map(self.num_bytes, missing)))
+            with ThreadPoolExecutor(shards_at_once, thread_name_prefix="shards") as pool:
+                try:
+                    for job in [pool.submit(write_one, file) for file in missing]:
+                        job.result()
+                finally:  # also when this thread is interrupted
+                    cancelled.set()
+            if failures:
+                raise failures[0]
             if not (self.folder / INDEX).exists():
                 total = sum(tensor.num_bytes for shard in self.shards.values() for tensor in shard)
                 weight_map = {tensor.name: file for file, shard in self.shards.items() for tensor in shard}
@@ -160,24 +189,20 @@ class ShardWriter:
         return record["shards"]
 
     def _record_finished(self, shards: dict[str, dict]) -> None:
-        _replace(self.folder / RECORD, {"plan": self.digest, "num_shards": len(self.shards), "shards": shards})
+        _replace(self.folder / RECORD, {"plan": self.digest, "num_shards": len(self.shards), "shards": dict(sorted(shards.items()))})
 
-    def _missing(self) -> list[str]:
-        finished = self._finished()
-        return [file for file in self.shards if file not in finished or _size(self.folder / file) != finished[file]["bytes"]]
-
-    def _write_shard(self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None]) -> str:
-        path = self.folder / file
-        with _partial(path) as descriptor, ThreadPoolExecutor(1) as pool:
-            sha256 = hashlib.sha256()
+    def _write_shard(self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None], cancelled: threading.Event) -> str:
+        path, sha256 = self.folder / file, hashlib.sha256()
+        with _partial(path) as descriptor:
 
             def put(what: str, data: memoryview, left: int) -> None:
                 for at in range(0, len(data), _CHUNK_BYTES):
+                    if cancelled.is_set():
+                        raise _CancelledError
                     chunk = data[at : at + _CHUNK_BYTES]
-                    hashed = pool.submit(sha256.update, chunk)  # while the disk works
                     with _room_for(what, path, left - at):
                         _write(descriptor, chunk)
-                    hashed.result()
+                    sha256.update(chunk)
                     on_bytes(len(chunk))
 
             left = self.num_bytes(file)
@@ -189,6 +214,34 @@ class ShardWriter:
             with _room_for("the last tensors", path, self.num_bytes(file)):
                 os.fsync(descriptor)
         return sha256.hexdigest()
+
+
+def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
+    """Refuse a folder that cannot take a conversion of `num_bytes`, before the work that it takes to make them.
+
+    Raises:
+        ValueError: it is a file, or holds something else; OSError: the disk has too little room for what is missing.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    written = sum(shard["bytes"] for shard in _record(folder)["shards"].values()) if (folder / RECORD).exists() else 0
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    _check_room(parent, num_bytes - written)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder")
+    if not folder.exists() or (folder / RECORD).exists():
+        return
+    if there := sorted(file.name for file in folder.iterdir() if not _PARTIAL.fullmatch(file.name)):
+        raise ValueError(f"{folder} holds {', '.join(there[:5])} and no conversion: choose another folder or empty it")
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"the missing shards need {needed} bytes and {free} are free: make room", str(folder))
 
 
 def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:

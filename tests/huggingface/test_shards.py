@@ -1,6 +1,5 @@
 """What is written is read, by us and by the safetensors library; what is damaged is refused; a killed conversion goes on."""
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.huggingface import shard_writer
-from deepseek_jax.huggingface import shards as module
-from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter, file_name, plan, verify
-from deepseek_jax.huggingface.shards import DTYPES, INDEX, Shards, compare
+from deepseek_jax.huggingface import shards as shards_module
+from deepseek_jax.huggingface.header import DTYPES
+from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter, check_target, file_name, plan, verify
+from deepseek_jax.huggingface.shards import INDEX, Shards, compare
 
 SIZE = 130  # bytes; tensors a and b, c, and d to f fill a shard each
 FILES = [file_name(i, 3) for i in (1, 2, 3)]
@@ -82,9 +83,8 @@ def test_what_is_written_is_read(expected, max_shard_bytes):
         shards = Shards(folder)
         assert {name: (entry.dtype, entry.shape) for name, entry in shards.entries.items()} == expected
         assert list(shards.entries) == list(expected)
-        for name, array in shards.read_all(expected):
-            same(array, values(name, expected))
-            same(shards.read(name), array)
+        for name in expected:
+            same(shards.read(name), values(name, expected))
         compare(shards, expected)
         verify(folder)
         lengths = [int.from_bytes(file.read_bytes()[:8], "little") for file in Path(folder).glob("*.safetensors")]
@@ -140,116 +140,31 @@ def test_arrays_are_aligned_and_own_their_memory(tmp_path):
     same(shards.read("a"), values("a"))
 
 
-# Reading ahead
-
-
-@pytest.fixture
-def many(tmp_path):
-    shapes = {f"tensor{i:02d}": ("U8", (size,)) for i, size in enumerate([300, 100, 0, 1000, 50, 4000, 10, 10, 700, 299] * 3)}
-    return Shards(write(tmp_path, shapes, 2500)), shapes
-
-
-@pytest.mark.parametrize("num_threads", [1, 4])
-@pytest.mark.parametrize("limit", [1, 1000, 10**6])
-def test_read_all_keeps_order_and_limit(many, monkeypatch, limit, num_threads):
-    shards, shapes = many
-    made, taken, most = [], 0, 0
-    buffer = module._buffer
-
-    def counted(num_bytes):
-        made.append(num_bytes)
-        alone = len(made) == position + 1
-        assert sum(made) - taken <= limit or alone
-        return buffer(num_bytes)
-
-    monkeypatch.setattr(module, "_buffer", counted)
-    monkeypatch.setattr(module, "_RANGE_BYTES", 128)
-    order = list(np.random.default_rng(0).permutation(list(shapes)))
-    position = 0
-    for name, array in shards.read_all(order, limit, num_threads):
-        assert name == order[position]
-        same(array, values(name, shapes))
-        most = max(most, sum(made) - taken)
-        taken += array.nbytes
-        position += 1
-    assert position == len(order)
-    assert most > 0.6 * min(limit, shards.num_bytes)  # it does read ahead
-
-
-def test_a_large_tensor_is_read_by_all_threads(tmp_path, monkeypatch):
-    shapes = {"large": ("U8", (4000,))}
-    shards = Shards(write(tmp_path, shapes))
-    barrier, preadv = threading.Barrier(4, timeout=5), os.preadv
-    monkeypatch.setattr(module, "_RANGE_BYTES", 1000)
-    monkeypatch.setattr(os, "preadv", lambda *args: (barrier.wait(), preadv(*args))[1])
-    [(_, array)] = shards.read_all(["large"], num_threads=4)
-    same(array, values("large", shapes))
-
-
-def test_short_reads_are_continued(many, monkeypatch):
-    shards, shapes = many
-    preadv = os.preadv
+def test_short_reads_are_continued(tmp_path, monkeypatch):
+    shards, preadv = Shards(write(tmp_path)), os.preadv
     monkeypatch.setattr(os, "preadv", lambda number, buffers, offset: preadv(number, [buffers[0][:77]], offset))
-    same(shards.read("tensor05"), values("tensor05", shapes))
+    same(shards.read("c"), values("c"))
 
 
-def open_files(shards):
-    """Those of the folder that this process has open."""
-    links = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            links.append(os.readlink(f"/proc/self/fd/{number}"))
-    return [link for link in links if link.startswith(f"{shards.folder}/")]
-
-
-def running():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("shards")]
-
-
-def test_an_exception_reaches_the_consumer(many):
-    shards, shapes = many
-    entry = shards.entries["tensor05"]
-    os.truncate(entry.file, entry.offset + 100)
-    with pytest.raises(ValueError, match=f"{entry.file.name} ends within tensor05"):
-        shards.read("tensor05")
-    taken = []
-    with pytest.raises(ValueError, match=f"{entry.file.name} ends within tensor05"):
-        taken.extend(name for name, _ in shards.read_all(shapes))
-    assert taken == list(shapes)[:5]
-    assert not running()
-    assert not open_files(shards)
-
-
-def test_a_failing_disk_is_named(many, monkeypatch):
-    shards, _ = many
-
-    def fail(*args):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(OSError, match="Input/output error while reading tensor03.*model-0000"):
-        list(shards.read_all(["tensor03"]))
-
-
-def test_closing_ends_the_threads(many, monkeypatch):
-    shards, shapes = many
-    reads, preadv = [], os.preadv
-    monkeypatch.setattr(module, "_RANGE_BYTES", 16)
-    monkeypatch.setattr(os, "preadv", lambda *args: (reads.append(1), threading.Event().wait(0.001), preadv(*args))[2])
-    iterator = shards.read_all(shapes)
-    next(iterator)
-    assert running()
-    assert open_files(shards)
-    iterator.close()
-    assert not running()
-    assert len(reads) < shards.num_bytes / 16 / 2
-    assert not open_files(shards)
-
-
-@pytest.mark.parametrize("call", [lambda s: s.read("no"), lambda s: s.read_all(["a", "no"])])
+@pytest.mark.parametrize("call", [lambda s: s.read("no"), lambda s: s.stream(["a", "no"]), lambda s: s.equal("a", "no")])
 def test_unknown_names_are_refused_at_once(tmp_path, call):
     with pytest.raises(ValueError, match="has no tensor no"):
         call(Shards(write(tmp_path)))
+
+
+@pytest.mark.parametrize("changed", [None, 0, 45_000, 89_999])
+def test_equal_tells_one_wrong_byte(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(shards_module.pieces, "PIECE_BYTES", 4096)
+    data = np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)
+    other = data.copy()
+    if changed is not None:
+        other.flat[changed] ^= 1
+    arrays = {"a": data, "b": other, "c": data.view(np.int8), "d": data.reshape(900, 100)}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    assert shards.equal("a", "b") == (changed is None)
+    assert not shards.equal("a", "c")
+    assert not shards.equal("a", "d")
 
 
 # What is refused
@@ -370,7 +285,7 @@ def test_continuing_keeps_finished_shards(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         writer.write(get, seen.append)
-    assert [[tensor.name for tensor in shard] for shard in writer.missing()] == [["d", "e", "f"]]
+    assert writer.missing() == FILES[2:]
     assert sorted(hashes(folder)) == sorted([*FILES[:2], "conversion.json"])
     with pytest.raises(ValueError, match="has 2 shards.*unfinished"):
         Shards(folder)
@@ -389,6 +304,46 @@ def test_continuing_keeps_finished_shards(tmp_path):
     writer.write(lambda name: asked.append(name))
     assert not asked
     assert not writer.missing()
+
+
+def test_shards_side_by_side(tmp_path):
+    """As many as asked for, each in its order; the same bytes as one after the other."""
+    shapes = {f"{shard}{i}": ("U8", (size,)) for shard in "abcdefg" for i, size in enumerate([60, 5, 65])}
+    asked, barrier, seen = [], threading.Barrier(3, timeout=5), []
+
+    def get(name):
+        asked.append(name)
+        if name[0] in "abc" and name[1] == "1":
+            barrier.wait()  # these three are written at the same time
+        return values(name, shapes)
+
+    writer = ShardWriter(tmp_path / "new", planned(shapes), SIZE)
+    writer.write(get, seen.append, shards_at_once=3)
+    assert sorted(asked) == sorted(shapes)
+    assert all([name for name in asked if name[0] == shard] == [f"{shard}{i}" for i in range(3)] for shard in "abcdefg")
+    assert sum(seen) == sum(map(writer.num_bytes, writer.shards))
+    assert hashes(tmp_path / "new") == hashes(write(tmp_path / "old", shapes))
+
+
+def test_the_first_failure_ends_the_other_shards(tmp_path, monkeypatch):
+    """It is the one that is raised, and those beside it stop at their next chunk."""
+    monkeypatch.setattr(shard_writer, "_CHUNK_BYTES", 10)
+    shapes = dict.fromkeys("abcd", ("U8", (SIZE,)))
+    failed, asked = threading.Event(), []
+
+    def get(name):
+        asked.append(name)
+        if name == "b":
+            failed.set()
+            raise KeyError(name)
+        assert failed.wait(5)
+        time.sleep(0.05)
+        return values(name, shapes)
+
+    with pytest.raises(KeyError, match="b"):
+        ShardWriter(tmp_path, planned(shapes), SIZE).write(get, shards_at_once=2)
+    assert sorted(asked) == ["a", "b"]
+    assert [file.name for file in tmp_path.iterdir()] == ["conversion.json"]
 
 
 def test_a_shard_that_was_cut_or_deleted_is_written_again(tmp_path):
@@ -494,10 +449,31 @@ def test_too_little_room_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     needed = sum(writer.num_bytes(file) for file in FILES)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(OSError, match=f"3 shards need {needed} bytes and {needed - 1} are free"):
+    with pytest.raises(OSError, match=f"missing shards need {needed} bytes and {needed - 1} are free"):
         writer.write(lambda name: pytest.fail("asked for a tensor"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     writer.write(values)
+
+
+def test_a_target_is_checked_without_being_made(tmp_path, monkeypatch):
+    absent = tmp_path / "a" / "b"
+    check_target(absent, 1)
+    assert not absent.parent.exists()
+    folder = write(tmp_path / "new")
+    (folder / FILES[2]).unlink()
+    needed = sum(ShardWriter(folder, planned(), SIZE).num_bytes(file) for file in FILES)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    check_target(folder, needed + 10)  # what is finished needs no more room
+    for target, size in ((folder, needed + 11), (absent, 11)):
+        with pytest.raises(OSError, match="need 11 bytes and 10 are free"):
+            check_target(target, size)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes").touch()
+    with pytest.raises(ValueError, match="holds notes and no conversion"):
+        check_target(tmp_path / "foreign", 1)
+    with pytest.raises(ValueError, match="notes is a file"):
+        check_target(tmp_path / "foreign" / "notes", 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""The header of a safetensors file.
+
+A file is 8 bytes (the length of the header, little-endian), a header in JSON and the tensors' bytes:
+
+    {"__metadata__": {"format": "pt"}, "model.norm.weight": {"dtype": "BF16", "shape": [7168], "data_offsets": [0, 14336]}, ...}
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {  # what safetensors calls each dtype
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+AGAIN = "download or convert the file again"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies. `offset` counts from the start of the file."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
+    """Return a file's entries by offset, and its metadata; check that they cover its bytes exactly."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{file} ({size} bytes) is truncated or no safetensors file: its header would have {length} bytes; {AGAIN}")
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+        metadata = header.pop("__metadata__", {})
+        if any(not isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds more than strings")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"the header of {file} cannot be understood ({error}): {AGAIN}") from error
+    entries = [_parse(name, fields, file, 8 + length) for name, fields in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
+    end = 8 + length
+    for entry in entries:
+        if entry.offset != end:
+            kind = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
+            raise ValueError(f"{file}: {entry.name} {kind} (it starts at byte {entry.offset}, the one before ends at {end}): {AGAIN}")
+        end += entry.num_bytes
+        if end > size:
+            raise ValueError(f"{file} is truncated: it has {size} bytes, and {entry.name} ends at byte {end}; {AGAIN}")
+    if end < size:
+        last = entries[-1].name if entries else "the header"
+        raise ValueError(f"{file} has {size} bytes, but its last tensor ({last}) ends at byte {end}: {AGAIN}")
+    return entries, metadata
+
+
+def _parse(name: str, fields: object, file: Path, start: int) -> Entry:
+    try:
+        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]  # type: ignore[index]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError("sizes and offsets must be integers >= 0")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: the header does not describe {name} (dtype, shape, data_offsets): {error!r}; {AGAIN}") from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{file}: {name} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}: convert it to one of them")
+    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != num_bytes:
+        raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, {num_bytes} bytes, but has {end - begin}: {AGAIN}")
+    return Entry(name, file, dtype, shape, start + begin, num_bytes)
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An `object_pairs_hook` that refuses a key that stands in an object twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        name = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name} stands in it twice")
+    return result
