@@ -106,6 +106,7 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 500,
                 "keep_checkpoints": 3,
                 "max_skipped_steps": 20,  # consecutive non-finite steps after which the run stops
+                "initial_weights": "",  # random, or a released checkpoint's folder (experiments.convert_hf import)
             },
             "mesh": {"pipe": 1, "data": -1, "node": 8, "expert": 8, "tensor": 1},  # -1: whatever the other axes leave
             "execution": {

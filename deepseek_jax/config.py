@@ -145,6 +145,7 @@ class Training:
     checkpoint_every: int
     keep_checkpoints: int
     max_skipped_steps: int
+    initial_weights: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

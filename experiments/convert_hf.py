@@ -1,6 +1,6 @@
 """Released checkpoints in and out, in Hugging Face's format: `python -m experiments.convert_hf COMMAND --hf=DIR`.
 
-    import   --hf=DIR --workdir=W --config=C   step 0 of a run in W, with C's recipe and the checkpoint's model, and its W/config.py
+    import   --hf=DIR --workdir=W --config=C   a run in W that begins with DIR, with C's recipe and the checkpoint's model: W/config.py
     export   --workdir=W --hf=DIR              a checkpoint of W in FP8 (--precision=bf16: in BF16), with config and tokenizer
     verify   --hf=DIR                          names, shapes, dtypes and sizes against its config.json; checksums where it is ours
     logits   --hf=DIR --tokens=T.npy --output=O.npz    logits, routes and gates for int32 tokens [B, S]
@@ -17,30 +17,28 @@ import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface import shard_writer
+from deepseek_jax.huggingface.folder import open_folder, progress_bar
 from deepseek_jax.huggingface.header import DTYPES
-from deepseek_jax.huggingface.load import check, expected, load, num_bytes
+from deepseek_jax.huggingface.load import expected, load, num_bytes
 from deepseek_jax.huggingface.logits import logits
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import (
     TOKENIZER_FILES,
-    Checkpoints,
-    Progress,
     check_workdir,
     claim_workdir,
+    initial_tokenizer,
     put_tokenizer,
     read_config,
     read_tokenizer,
     restore_weights,
     write_atomically,
 )
-from deepseek_jax.training.state import state_around
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/deepseek_v3.py", "Recipe around the model, which is the checkpoint's.")
@@ -79,34 +77,25 @@ def main(argv: list[str]) -> None:
 
 
 def import_() -> None:
-    """Write step 0 of a run."""
-    folder, workdir = Path(HF.value), Path(_needed("workdir"))
-    config, shards, fp8 = open_checkpoint(folder)
+    """Make a workdir whose run begins with a folder's weights. They stay where they are, and are read onto the mesh when it starts."""
+    folder, workdir = Path(HF.value).absolute(), Path(_needed("workdir"))
+    config, _, fp8 = open_checkpoint(folder)
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
-    missing = [name for name in TOKENIZER_FILES if not (folder / name).exists()]
-    if missing:
-        raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=str(folder)))
+    tokenizer = initial_tokenizer(config)
     check_workdir(workdir, config)
-    checkpoints = Checkpoints(workdir, keep=config.training.keep_checkpoints)
-    if checkpoints.steps():
-        raise ValueError(f"{workdir} holds checkpoints {checkpoints.steps()}; import into another --workdir")
-    mesh = all_devices(config)
-    with bar(shards.num_bytes, "import") as progress:
-        weights = load(shards, config, mesh, "fp32", progress.update)
-    with jax.set_mesh(mesh):
-        state = jax.jit(state_around, static_argnums=0, donate_argnums=(1, 2))(config, weights["params"], weights["router_bias"])
+    if (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir} holds a run with checkpoints; import into another --workdir")
     (workdir / "huggingface").mkdir(exist_ok=True)
     for name in COMPANIONS:
         if (folder / name).exists():
             write_atomically(workdir / "huggingface" / name, _text(folder / name))
-    put_tokenizer(workdir, {name: _text(folder / name) for name in TOKENIZER_FILES})
-    claim_workdir(workdir, config)
+    put_tokenizer(workdir, tokenizer)
     write_atomically(workdir / "config.py", CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)))
-    checkpoints.save(state, Progress(step=0, tokens_seen=0, data=None), config, read_tokenizer(workdir), mesh)
-    checkpoints.close()
-    print(f"{workdir}: step 0 of a run with the weights of {folder}; to train on:")
+    claim_workdir(workdir, config)
+    print(f"{workdir}: a run that begins with the weights of {folder}, which must stay there until the first checkpoint; to train on:")
     print(f"  python -m experiments.train --config={workdir / 'config.py'} --workdir={workdir}")
 
 
@@ -121,8 +110,8 @@ def export() -> None:
         return
     shard_writer.check_target(folder, num_bytes(config.model, fp8))
     mesh = all_devices(config)
-    weights, progress = restore_weights(config, workdir, mesh, STEP.value)
-    with bar(num_bytes(config.model, fp8), "export") as written:
+    weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
+    with progress_bar(num_bytes(config.model, fp8), "export") as written:
         save(weights, config.model, folder, fp8, int(SHARD_GIGABYTES.value * 1e9), written.update, f"{workdir.resolve()} {progress.step}")
     for name, content in companions(workdir, config, fp8).items():
         write_atomically(folder / name, content)
@@ -137,7 +126,7 @@ def verify() -> None:
     form = "FP8" if fp8 else "not FP8"
     print(f"{folder}: {len(shards.entries):,} tensors, {shards.num_bytes:,} bytes in {len(files)} files, {form}: complete")
     if (folder / shard_writer.RECORD).exists():
-        with bar(sum(file.stat().st_size for file in files), "checksums") as progress:
+        with progress_bar(sum(file.stat().st_size for file in files), "checksums") as progress:
             shard_writer.verify(folder, progress.update)
         print("SHA-256 of every file: as written")
 
@@ -152,7 +141,7 @@ def write_logits() -> None:
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
     mesh = all_devices(config)
-    with bar(shards.num_bytes, "load") as progress:
+    with progress_bar(shards.num_bytes, "load") as progress:
         # A checkpoint that is not in FP8 is quantised from FP32, as in training.
         weights = load(shards, config, mesh, "fp32" if precision == "fp8" and not fp8 else precision, progress.update)
     found = logits(config, weights, tokens_BS, mesh)
@@ -180,20 +169,8 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 def open_checkpoint(folder: Path) -> tuple[Config, Shards, bool]:
     """Return the recipe around a checkpoint's model, its shards, checked, and whether it is in FP8."""
-    path = folder / "config.json"
-    if not path.exists() and (folder / shard_writer.RECORD).exists():  # config.json is written last
-        raise ValueError(f"{path} is missing: the export into this folder is unfinished; run the same command again")
-    if not path.exists():
-        raise ValueError(f"{path} is missing; a checkpoint in Hugging Face's format has one")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
-    fp8 = hf_config.is_fp8(hf, str(path))
-    config = hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, hf_config.read_model(hf, str(path)))
-    shards = Shards(folder)
-    check(shards, config.model, fp8)
-    return config, shards, fp8
+    model, shards, fp8 = open_folder(folder)
+    return hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, model), shards, fp8
 
 
 def all_devices(config: Config) -> jax.sharding.Mesh:
@@ -222,11 +199,6 @@ def list_tensors(config: Config, fp8: bool) -> None:
     for name, (dtype, shape) in tensors.items():
         print(f"{name}  {dtype}  {list(shape)}  {DTYPES[dtype].itemsize * int(np.prod(shape)):,}")
     print(f"{len(tensors):,} tensors, {num_bytes(config.model, fp8):,} bytes")
-
-
-def bar(total: int, what: str) -> tqdm:
-    """Return a progress bar in bytes."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5)
 
 
 def _text(path: Path) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.huggingface.config import read_model, write_model
+from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import expected, load
 from deepseek_jax.huggingface.shards import INDEX, Shards
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import claim_workdir, read_config, restore_weights
+from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, read_config, read_tokenizer, restore_weights
+from deepseek_jax.training.state import jit_state_around
 from experiments import synthetic_checkpoint
 from tests.huggingface.test_load_save import config as small_config
 from tests.training.runs import finish, start, write_corpus
@@ -192,8 +195,36 @@ def test_the_run_owns_recipe_and_model(workdir, checkpoint):
     assert config == read_config(workdir)
     assert config.model == small_config().model
     assert (config.name, config.data.sequence_length, config.execution.precision) == ("small", 128, "fp32")
-    # The checkpoint comes last: what a killed import leaves can be imported into again.
-    assert (workdir / "config.py").stat().st_mtime_ns < (workdir / "checkpoints" / "0" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
+    assert config.training.initial_weights == str(checkpoint)
+
+
+def test_an_import_copies_no_weights(workdir, checkpoint):
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file()) < weights / 10
+    assert not (workdir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("saved_on", "exported_on"), [((2, 1, 4), 1), pytest.param((1, 1, 1), 2, marks=pytest.mark.slow)])
+def test_through_a_checkpoint_of_the_run(convert, checkpoint, workdir, whole, tmp_path, saved_on, exported_on):
+    """FP32 masters, split over one mesh, saved by Orbax, restored onto another: the stored bytes come back."""
+    copy = tmp_path / "W"
+    shutil.copytree(workdir, copy)
+    config = read_config(copy)
+    data, node, expert = saved_on
+    sizes = dataclasses.replace(config.mesh, pipe=1, data=data, node=node, expert=expert, tensor=1)
+    mesh = make_mesh(sizes, jax.devices()[: data * node * expert])
+    with jax.set_mesh(mesh):
+        weights = load(Shards(checkpoint), config, mesh, "fp32")
+        state = jit_state_around(config, weights["params"], weights["router_bias"])
+    checkpoints = Checkpoints(copy, keep=1)
+    checkpoints.save(state, Progress(step=3, tokens_seen=0, data=None), config, read_tokenizer(copy), mesh)
+    checkpoints.close()
+    (copy / "config.json").write_text((copy / "config.json").read_text().replace(str(checkpoint), "/gone"))
+    printed = convert("export", f"--workdir={copy}", f"--hf={tmp_path / 'small'}", TINY_SHARDS, f"--cpu_devices={exported_on}")
+    assert "step 3 of" in printed
+    assert tensors(tmp_path / "small") == tensors(whole)
+    said = convert.fails("export", f"--workdir={copy}", f"--hf={tmp_path / 'none'}", "--step=0")
+    assert "/gone/tokenizer.json" in said or "/gone lacks" in said
 
 
 def test_a_killed_export_continues(convert, workdir, whole, tmp_path):
@@ -303,10 +334,14 @@ def test_a_folder_without_tokenizer(convert, checkpoint, tmp_path):
     assert not (tmp_path / "W").exists()
 
 
-def test_a_workdir_that_is_taken(convert, checkpoint, workdir):
+def test_a_workdir_that_is_taken(convert, checkpoint, workdir, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    said = convert.fails("import", f"--hf={checkpoint}", f"--workdir={tmp_path}", *CONFIG)
+    assert f"{tmp_path} holds a run with checkpoints; import into another --workdir" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     before = contents(workdir)
-    said = convert.fails("import", f"--hf={checkpoint}", f"--workdir={workdir}", *CONFIG)
-    assert f"{workdir} holds checkpoints [0]; import into another --workdir" in said
+    convert("import", f"--hf={checkpoint}", f"--workdir={workdir}", *CONFIG)  # the same again
+    assert contents(workdir) == before
     said = convert.fails("import", f"--hf={checkpoint}", f"--workdir={workdir}", *CONFIG, "--config.seed=7")
     assert "seed: 0 in the workdir, 7 given" in said
     assert contents(workdir) == before
@@ -321,8 +356,21 @@ def test_wrong_arguments(convert, checkpoint, workdir, tmp_path):
     said = convert.fails("export", hf, f"--workdir={workdir}", "--precision=fp32")
     assert "--precision=fp32: released checkpoints are in FP8 or BF16; choose one" in said
     assert f"{tmp_path} holds no run: config.json is missing" in convert.fails("export", hf, f"--workdir={tmp_path}")
-    assert "has no checkpoint of step 4; it has [0]" in convert.fails("export", hf, f"--workdir={workdir}", "--step=4")
+    assert f"has no checkpoint of step 4; the run has not trained since {checkpoint}" in convert.fails(
+        "export", hf, f"--workdir={workdir}", "--step=4"
+    )
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_model_are_not_begun_with(checkpoint, workdir, tmp_path):
+    """Neither tensors of another shape nor, what no shape shows, another scaling of the gates."""
+    config = read_config(workdir)
+    other = changed(checkpoint, tmp_path / "other", routed_scaling_factor=1.5)
+    mesh = make_mesh(dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    training = dataclasses.replace(config.training, initial_weights=str(other))
+    message = f"(?s)initial_weights = '{other}' is another model than the config's.*import makes.*1.5 in the folder, 2.5 in the config"
+    with pytest.raises(ValueError, match=message):
+        initial_weights(dataclasses.replace(config, training=training), mesh)
 
 
 def test_a_foreign_folder_stays_as_it_is(convert, workdir, tmp_path):

@@ -17,8 +17,8 @@ Import, export and the check that nothing is left over all derive from this one 
     mlp.gate             [E, D]                     router_DE
     eh_proj              [D, (2 D)]                 merge_2DD       columns: embedding first, hidden state second
 
-So every matrix except the embedding fills `stored.T.reshape(piece_shape)`, and vectors and the embedding fill as they are. Rotary rows keep
-the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers; each repeats the embedding and the head
+So every matrix except the embedding fills its leaf transposed; vectors and the embedding fill theirs as they are (`places`). Rotary rows
+keep the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers; each repeats the embedding and the head
 (DeepSeek-V3's README_WEIGHTS calls them shared: the values are equal).
 
 In the released FP8 form every linear layer is F8_E4M3 with one FP32 multiplier per block of 128 x 128 beside it, under the name of the
@@ -29,8 +29,6 @@ no selection bias: its leaf `bias_E` is filled by no tensor and stays zero.
 import dataclasses
 import math
 from typing import NamedTuple
-
-import numpy as np
 
 from deepseek_jax.config import Model
 from pallas_kernels.quantized import GROUP
@@ -91,11 +89,6 @@ class Tensor:
             self, name=self.scale_name, shape=self.scale_shape, quantized=False, dtype=FP32, leaf=(*self.leaf, "scales")
         )
 
-    @property
-    def place(self) -> tuple[int | slice, ...]:
-        """Where in the leaf the tensor goes: `leaf[tensor.place] = piece`."""
-        return self.index if self.half is None else (*self.index, slice(None), self.half)
-
 
 def tensors(model: Model) -> list[Tensor]:
     """Return all tensors but scales, in the released order: embedding, layers, final norm, head, MTP layers."""
@@ -110,31 +103,6 @@ def tensors(model: Model) -> list[Tensor]:
         listed += _rows(_MOE, layer, model, ("mtp_layers", "block"), depth)
         listed.append(_top(f"model.layers.{layer}.shared_head.head", model, "head_DV", copied=True))
     return listed
-
-
-def piece_shape(tensor: Tensor, model: Model) -> tuple[int, ...]:
-    """Shape of what `tensor` fills in its leaf, without the dims of `index` and `half`: [A, N, Q] for q_b_proj, [D, F] for gate_proj."""
-    if not tensor.transposed:
-        return tensor.shape
-    out_dim, in_dim = tensor.shape
-    match tensor.leaf[-1]:
-        case "q_b_ANQ" | "q_DNQ" | "kv_b_CNX":
-            return in_dim, model.num_heads, out_dim // model.num_heads
-        case "o_NHD":
-            return model.num_heads, in_dim // model.num_heads, out_dim
-        case "merge_2DD":
-            return 2, in_dim // 2, out_dim
-    return in_dim, out_dim
-
-
-def to_piece(tensor: Tensor, stored: np.ndarray, model: Model) -> np.ndarray:
-    """Turn a stored array into the piece of its leaf; a view where that is possible."""
-    return stored.T.reshape(piece_shape(tensor, model)) if tensor.transposed else stored
-
-
-def to_stored(tensor: Tensor, piece: np.ndarray) -> np.ndarray:
-    """Turn a piece of a leaf into the array that is stored: `to_piece` undone."""
-    return piece.reshape(tensor.shape[::-1]).T if tensor.transposed else piece
 
 
 class _Row(NamedTuple):

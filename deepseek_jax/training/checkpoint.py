@@ -31,6 +31,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
+from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.training.fingerprint import fingerprints
 from deepseek_jax.training.state import abstract_state
 
@@ -50,6 +51,7 @@ FREE_KEYS = {
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.max_skipped_steps",
+    "training.initial_weights",  # a folder may move, and a run with a checkpoint does not read it again
 }
 BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what is computed
 
@@ -132,6 +134,18 @@ def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
             write_atomically(path, content)
         elif path.read_text(encoding="utf-8") != content:
             raise ValueError(f"{path} is not the tokenizer of the checkpoint; remove it, and the checkpoint's own is put back")
+
+
+def initial_tokenizer(config: Config) -> dict[str, str]:
+    """Return the content of the tokenizer files in the folder `training.initial_weights`, by name.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    folder = Path(config.training.initial_weights)
+    if missing := [name for name in TOKENIZER_FILES if not (folder / name).exists()]:
+        raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
+    return {name: (folder / name).read_bytes().decode() for name in TOKENIZER_FILES}
 
 
 def _is_free(key: str) -> bool:
@@ -341,24 +355,37 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_weights(config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[dict[str, Any], Progress]:
+def restore_weights(
+    config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None, as_stored: bool = False
+) -> tuple[dict[str, Any], Progress]:
     """Return what a model is used with, `params` and `router_bias`, and where the run stood; put the run's tokenizer into the workdir.
 
     Args:
         config: of the run; another mesh will do.
         workdir: of the run.
         mesh: to restore onto.
-        step: of the checkpoint; the newest intact one if None.
+        step: of the checkpoint; the newest intact one if None. 0 is `training.initial_weights`, where the run began with such.
+        as_stored: initial weights in FP8 where they are stored so; all others are FP32.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
-    whole = abstract_state(config, mesh)
-    checkpoints = Checkpoints(workdir, keep=None)
-    restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
-    checkpoints.close()
-    if restored is None:
+    begins, directory = bool(config.training.initial_weights), workdir / "checkpoints"
+    restored = None
+    if directory.exists() or not begins:
+        whole = abstract_state(config, mesh)
+        checkpoints = Checkpoints(workdir, keep=None)
+        if not (begins and step == 0):
+            restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
+        checkpoints.close()
+    if restored is not None:
+        weights, progress, tokenizer = restored
+    elif not begins:
         raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
-    weights, progress, tokenizer = restored
+    elif step:
+        raise ValueError(f"{directory} has no checkpoint of step {step}; the run has not trained since {config.training.initial_weights}")
+    else:
+        tokenizer = initial_tokenizer(config)
+        weights, progress = initial_weights(config, mesh, as_stored), Progress(step=0, tokens_seen=0, data=None)
     put_tokenizer(workdir, tokenizer)
     return weights, progress

@@ -30,14 +30,23 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import Checkpoints, Progress, check_workdir, claim_workdir, put_tokenizer, read_tokenizer
+from deepseek_jax.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    check_workdir,
+    claim_workdir,
+    initial_tokenizer,
+    put_tokenizer,
+    read_tokenizer,
+)
 from deepseek_jax.training.evaluation import evaluate, place_batch
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.metrics import MetricsLog, Speedometer, eval_row, train_row
 from deepseek_jax.training.optimizer import Rates, batch_size, rates
 from deepseek_jax.training.report import ProgressBar
-from deepseek_jax.training.state import State, abstract_state, create_state
+from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 
 BEFORE_THE_FIRST = -1  # a run without a checkpoint starts its metrics anew, the evaluation before the first step included
@@ -155,12 +164,19 @@ class Trainer:
         """Set state, step and tokens seen; return the data position to continue from, None at the start."""
         restored = self.checkpoints.restore(abstract_state(self.config, self.mesh), self.mesh)
         if restored is None:
-            self.state, self.step, self.tokens_seen = create_state(self.config), 0, 0
+            self.state, self.step, self.tokens_seen = self._initial_state(workdir), 0, 0
             return None
         self.state, progress, tokenizer_files = restored
         put_tokenizer(workdir, tokenizer_files)
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
         return progress.data
+
+    def _initial_state(self, workdir: Path) -> State:
+        if not self.config.training.initial_weights:
+            return create_state(self.config)
+        put_tokenizer(workdir, initial_tokenizer(self.config))
+        weights = initial_weights(self.config, self.mesh)
+        return jit_state_around(self.config, weights["params"], weights["router_bias"])
 
     @property
     def complete(self) -> bool:

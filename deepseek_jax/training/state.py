@@ -45,8 +45,11 @@ def _initial_state(config: Config) -> State:
 
 
 def state_around(config: Config, params: Any, router_bias: Any) -> State:
-    """Make the state of step 0 around given FP32 weights; call it jitted, under `jax.set_mesh`."""
+    """Make the state of step 0 around given FP32 weights; call it under `jax.jit` and `jax.set_mesh`."""
     state = {"params": params, "router_bias": router_bias, "optimizer": make_optimizer(config.optimizer).init(params)}
     if config.optimizer.ema_decay > 0.0:
         state["ema"] = jax.tree.map(jnp.copy, params)
     return state | {"step": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32)}
+
+
+jit_state_around = jax.jit(state_around, static_argnums=0, donate_argnums=(1, 2))
