@@ -40,8 +40,8 @@ class MtpLayer(nnx.Module):
         eps = self.config.model.norm_eps
         embedded_BSD = rms_norm(embedded_BSD, self.embed_norm_D[...], eps)
         hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm_D[...], eps)
-        merge_2DD = self.merge_2DD[...]
-        return jnp.einsum("bsd,de->bse", embedded_BSD, merge_2DD[0]) + jnp.einsum("bsd,de->bse", hidden_BSD, merge_2DD[1])
+        # One product: the sum of two would be rounded to BF16 twice.
+        return jnp.einsum("bsnd,nde->bse", jnp.stack((embedded_BSD, hidden_BSD), axis=-2), self.merge_2DD[...])
 
     def final(self, hidden_BSD: jax.Array) -> jax.Array:
         """The norm before the shared head; its output is also what a further depth continues from."""

@@ -92,6 +92,34 @@ CASES = (
 )
 
 
+# Blocks of 128 x 128 along both dims, partly filled at the edge in kv_a (136 rows) and kv_b (192). Not in `CASES`: E4M3 and BF16.
+FP8 = Case(
+    "fp8",
+    4,
+    {
+        "vocab_size": 32,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 128,
+        "num_nextn_predict_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+    },
+    length=32,
+)
+
+
 def draw_weights(config: dict, bias_range: tuple[float, float] | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Return random float32 tensors under the released names: matrices [out, in] of unit gain, norm gains around 1."""
     tensors = {}

@@ -1,13 +1,14 @@
 """Make the tiny Hugging Face checkpoints of this folder, and the numbers that transformers computes from them.
 
-    python tests/golden/make_goldens.py        Python 3.11 with CPU torch 2.13, transformers 5.23, safetensors, numpy
+    python tests/golden/make_goldens.py [case ...]     Python 3.11 with CPU torch 2.13, transformers 5.23, accelerate, safetensors, numpy
 
 An oracle that nobody here wrote: weights are drawn with numpy, stored under the names and in the layout of the released checkpoints, read
 by transformers' own loader, and run by its `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM` and `MtpModel`. Nothing is restated. The
 model runs in float64 (`double_precision`), so what a golden stores is the correct value rounded once to float32, and the tolerance of a
 test is the error of our own float32 arithmetic. `versions.json` records the versions, how far transformers' own float32 run is from the
 float64 one, and the smallest distance between a chosen and a rejected expert or group: routes that nearly tie could flip by rounding,
-so a seed with a margin below `MIN_MARGIN` is refused.
+so a seed with a margin below `MIN_MARGIN` is refused. Run again, the script makes the same bytes; the float32 errors in `versions.json`
+differ from one CPU to the next.
 
 Each case is a folder with config.json and model.safetensors, as released, and golden.npz:
     tokens_BS, targets_BS int32           targets are the next tokens
@@ -17,28 +18,39 @@ Each case is a folder with config.json and model.safetensors, as released, and g
     loss, mtp_loss_K                      mean cross entropy; MTP sums over the S - k positions, divided by B * S (arXiv 2412.19437, eq. 24)
 and, for the base case, gradients.safetensors: d(loss + MTP_WEIGHT * mean(mtp_loss)) / d(weight) under the checkpoint's names.
 
+The case fp8 is a checkpoint in the released FP8 form. Its golden.npz has logits, routes and gates three times: those of the dequantised
+weights in float64 as above, and with "training_" and "inference_" in front those of FP8 arithmetic (restated in `fp8_arithmetic`; all
+else is transformers' model). Its weights are dequantised here: transformers 5.23 takes rows / (number of rows of scales) for the block,
+so it reads the 136 rows of kv_a, scaled as 128 and 8, as 68 and 68, and refuses the 576 rows of V3's. All other weights of the main
+model are checked against its loader.
+
 The masking value of the router (0.0 in transformers before pull request 45441) is -inf in the version used, so the case with only
 negative biases needs no restatement. `MtpModel` chains depth k + 1 on the state after depth k's own final norm.
 """
 
+import argparse
 import contextlib
 import json
 import pathlib
 import platform
+import tempfile
 from unittest import mock
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+import safetensors.torch
 import torch
 import transformers
-from cases import CASES, V3, Case, draw_weights
+from cases import CASES, FP8, V3, Case, draw_weights
+from fp8_arithmetic import GROUP, INFERENCE, TRAINING, bf16, replace, store
 from transformers.modeling_layers import MtpModel
 
 FOLDER = pathlib.Path(__file__).parent
 BATCH = 2
 MTP_WEIGHT = 0.3
 MIN_MARGIN = 2e-5  # of a routing decision, in units of a score: hundreds of roundings of one
+MIN_FP8_MARGIN = 2e-3  # of a decision in BF16 and FP8
 
 
 def load(folder: pathlib.Path, config: dict) -> tuple[torch.nn.Module, MtpModel | None]:
@@ -195,14 +207,85 @@ def make(case: Case) -> dict[str, float]:
     return {"float32_error_logits": noise["logits_BSV"], "float32_error_weights": noise["weights_LTK"], "routing_margin": margin}
 
 
+def make_fp8(case: Case) -> dict[str, float]:
+    """Write the folder of a case in FP8; return what versions.json records, distances as shares of the logits."""
+    config, folder = V3 | case.changes, FOLDER / case.name
+    rng = np.random.default_rng(case.seed)
+    drawn = {name: torch.from_numpy(weight) for name, weight in draw_weights(config, case.bias_range, rng).items()}
+    stored, weights = store(drawn, rng)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_torch(stored, folder / "model.safetensors")
+    ids = torch.from_numpy(rng.integers(0, config["vocab_size"], (BATCH, case.length + 1)))
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    outputs = {}
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        dequantized = pathlib.Path(name)
+        wide = config | {"torch_dtype": "float32"}
+        del wide["quantization_config"]
+        (dequantized / "config.json").write_text(json.dumps(wide))
+        write_torch(weights, dequantized / "model.safetensors")
+        model, mtp = load(dequantized, wide)
+        check_reader(folder, model)
+        single = run(model, mtp, tokens, targets)
+        with double_precision():
+            widen(model, mtp)
+            outputs[""] = run(model, mtp, tokens, targets)
+        for prefix, arithmetic in (("training_", TRAINING), ("inference_", INFERENCE)):
+            model, mtp = load(dequantized, wide)
+            replace(model, mtp, stored, arithmetic)
+            with bf16(arithmetic):
+                outputs[prefix] = run(model, mtp, tokens, targets)
+    right = outputs[""]
+    numbers = {name: weight.numpy() for name, weight in weights.items()}
+    margins = [routing_margin(config, numbers, out | {"router_input_LTD": out["router_input_LTD"].double()}) for out in outputs.values()]
+    equal = all(torch.equal(out["experts_LTK"], right["experts_LTK"]) for out in (single, *outputs.values()))
+    if not equal or min(margins) < MIN_FP8_MARGIN:
+        raise ValueError(f"case {case.name}: routes equal: {equal}, closest decisions {margins}, not {MIN_FP8_MARGIN}; change its seed")
+    names = ("logits_BSV", "mtp_logits_KBSV", "experts_LTK", "weights_LTK")
+    arrays = {"tokens_BS": tokens, "targets_BS": targets} | {p + name: out[name] for p, out in outputs.items() for name in names}
+    np.savez_compressed(
+        folder / "golden.npz", **{name: x.numpy().astype(np.float32 if x.is_floating_point() else np.int32) for name, x in arrays.items()}
+    )
+    noise = {name: (single[name] - right[name]).abs().max().item() for name in ("logits_BSV", "weights_LTK")}
+    record = {"float32_error_logits": noise["logits_BSV"], "float32_error_weights": noise["weights_LTK"], "routing_margin": min(margins)}
+    for prefix in ("training", "inference"):
+        error = outputs[f"{prefix}_"]["logits_BSV"] - right["logits_BSV"]
+        record[f"{prefix}_distance_logits"] = (error.norm() / right["logits_BSV"].norm()).item()
+    return record
+
+
+def write_torch(tensors: dict[str, torch.Tensor], path: pathlib.Path) -> None:
+    """Write a checkpoint; MTP layers' copies of the embedding and the head are tensors of their own."""
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def check_reader(folder: pathlib.Path, model: torch.nn.Module) -> None:
+    """Check our dequantised weights against those that transformers makes of the FP8 folder, where it can read them."""
+    options = {"dtype": torch.float32, "quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    theirs = dict(type(model).from_pretrained(folder, **options).named_parameters())
+    for name, weight in model.named_parameters():
+        partly_filled = ".self_attn.kv_" in name and weight.ndim == 2 and weight.shape[0] % GROUP
+        if not partly_filled and not torch.equal(weight, theirs[name]):
+            raise RuntimeError(f"transformers dequantises {name} to other numbers")
+
+
 def main() -> None:
-    """Make every case, and record what made it."""
+    """Make the cases named, or every one, and record what made them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", help="cases; all of them by default")
+    names = parser.parse_args().names
     transformers.logging.set_verbosity_error()  # its notes about the MTP tensors, which `load` checks itself
     transformers.logging.disable_progress_bar()
     versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "safetensors": safetensors.__version__}
-    record = {"versions": versions, "mtp_weight": MTP_WEIGHT, "cases": {case.name: make(case) for case in CASES}}
-    (FOLDER / "versions.json").write_text(json.dumps(record, indent=2) + "\n")
+    made = {case.name: (make_fp8 if case is FP8 else make)(case) for case in (*CASES, FP8) if not names or case.name in names}
+    path = FOLDER / "versions.json"
+    kept = json.loads(path.read_text()) if names else {"versions": versions, "cases": {}}
+    if kept["versions"] != versions:
+        raise ValueError(f"the other cases were made with {kept['versions']}, not with {versions}; make all of them")
+    record = {"versions": versions, "mtp_weight": MTP_WEIGHT, "cases": kept["cases"] | made}
+    path.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 
