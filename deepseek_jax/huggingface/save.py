@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
+from deepseek_jax.huggingface.buffers import copy_matrix
 from deepseek_jax.huggingface.header import DTYPES
-from deepseek_jax.huggingface.load import OnBytes, Tree, copy_matrix, expected
+from deepseek_jax.huggingface.load import OnBytes, Tree, expected
 from deepseek_jax.huggingface.names import Tensor, tensors
 from deepseek_jax.huggingface.places import Held, as_matrices, held
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
