@@ -7,13 +7,15 @@ same bytes, and the first to finish wins.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,11 @@ from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files
 from deepseek_jax.data.tokenizer import Tokenizer
 
 LAYOUT = 1  # of the cache folder; part of the key
-BATCH_CHARACTERS = 4_000_000  # of text tokenised at once: enough for every core, little memory
+BATCH_CHARACTERS = 1_000_000  # of text that one process encodes at once: under a second
+SMALL_CORPUS = 2_000_000  # bytes of files; less is encoded here before processes have started
+FEW_CORES = 2  # which the tokenizer's own threads keep as busy as processes would
+
+EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]]  # batches of texts to their ids, in order
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +116,12 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     problems, digest = Problems(config.data.on_error), hashlib.sha256()
     total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source))
-    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5) as bar:
+    bar = tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5)
+    with bar, _encode_batches(tokenizer, total) as encode_batches:
         for i, source in enumerate(config.data.sources):
-            documents = read_documents(source, config.data.text_field, problems)
+            documents = _checked(read_documents(source, config.data.text_field, problems), tokenizer, source.path)
             with _Writer(folder / f"{i}-train", dtype) as train, _Writer(folder / f"{i}-heldout", dtype) as heldout:
-                for document, ids in _encode(documents, tokenizer, source.path):
+                for document, ids in _encode(documents, encode_batches):
                     content_digest = document.digest()
                     digest.update(f"{len(document.name.encode())} {document.name}".encode() + content_digest)
                     writer = heldout if is_heldout(content_digest, config.data.heldout_fraction) else train
@@ -132,32 +139,55 @@ def _num_bytes(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> int
     return len(text.encode()) if isinstance(text, str) else int(tokenizer.num_bytes_V[ids].sum())
 
 
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[tuple[Document, np.ndarray]]:
-    """Pair documents with their ids, encoding many texts at once."""
-    batch, room = [], BATCH_CHARACTERS
+@contextlib.contextmanager
+def _encode_batches(tokenizer: Tokenizer, num_bytes: int) -> Iterator[EncodeBatches]:
+    """Give what encodes batches of texts in order: one process per core, or this process where that is no slower."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_bytes < SMALL_CORPUS or num_cores <= FEW_CORES:
+        yield functools.partial(map, tokenizer.encode_batch)
+    else:
+        with tokenizer.encoders(num_cores) as encoders:
+            yield encoders.map
+
+
+def _checked(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[Document]:
+    """Refuse documents whose ids the tokenizer does not have."""
     for document in documents:
-        batch.append(document)
-        room -= len(document.content)
-        if room <= 0:
-            yield from _encode_batch(batch, tokenizer, origin)
-            batch, room = [], BATCH_CHARACTERS
-    yield from _encode_batch(batch, tokenizer, origin)
-
-
-def _encode_batch(batch: list[Document], tokenizer: Tokenizer, origin: str) -> Iterator[tuple[Document, np.ndarray]]:
-    encoded = iter(tokenizer.encode_batch([document.content for document in batch if isinstance(document.content, str)]))
-    for document in batch:
-        if isinstance(document.content, str):
-            yield document, np.array(next(encoded), np.int64)
-            continue
         ids = document.content
-        if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(
                 f"{origin}: {document.name} has token id {wrong} and the vocabulary ends at {tokenizer.vocab_size - 1};"
                 " set data.tokenizer to the tokenizer.json that made these ids"
             )
-        yield document, ids
+        yield document
+
+
+def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Iterator[tuple[Document, np.ndarray]]:
+    """Pair documents with their ids. `encode_batches` may read batches ahead."""
+    read: deque[list[Document]] = deque()
+
+    def texts() -> Iterator[list[str]]:
+        for batch in _batches(documents):
+            read.append(batch)
+            yield [document.content for document in batch if isinstance(document.content, str)]
+
+    for encoded in encode_batches(texts()):
+        ids = iter(encoded)
+        for document in read.popleft():
+            yield document, np.array(next(ids), np.int64) if isinstance(document.content, str) else document.content
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Group documents until they have `BATCH_CHARACTERS`; none is split."""
+    batch, room = [], BATCH_CHARACTERS
+    for document in documents:
+        batch.append(document)
+        room -= len(document.content)
+        if room <= 0:
+            yield batch
+            batch, room = [], BATCH_CHARACTERS
+    yield batch
 
 
 class _Writer(contextlib.AbstractContextManager):

@@ -31,6 +31,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.encoders import Encoders
 
 # V3's names. BOS, EOS and padding have V3's ids too, 0 to 2; its FIM tokens are 128,800 to 128,802, ours follow at 3 to 5.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -119,6 +120,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts, in parallel over the cores."""
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encoders(self, num_processes: int) -> Encoders:
+        """Return processes that encode as `encode_batch` does, for much text."""
+        return Encoders(self._encoder, num_processes)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` without special tokens, except `THINK_TOKENS`; bytes that are not UTF-8 become U+FFFD."""

@@ -1,0 +1,134 @@
+"""Processes that turn texts into ids.
+
+The threads of `tokenizers` keep two cores busy, but not many: 7 MB/s on 16 cores, where 16 processes encode 19. Those of `multiprocessing`
+would be forks of a program full of threads, or run its main module once more (and import jax with it), which fails for a script without
+a guard. So this file is both sides: `Encoders` starts it as a script of its own, which imports tokenizers and no jax, and talks to it
+through a socket:
+
+    to a process      the tokenizer, then lists of texts
+    from a process    for each list the ids of its texts, or the exception that encoding them raised
+
+A process ends when its socket closes, so it does not outlive the program, however that ends.
+"""
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import tokenizers
+
+BATCHES_PER_PROCESS = 2  # on their way at once: one is encoded, one waits
+
+Ids = list[array]  # of each text
+
+
+class Encoders(contextlib.AbstractContextManager):
+    """Up to `num_processes` processes that encode. They start when there is work for them, and are gone when the context ends."""
+
+    def __init__(self, encoder: tokenizers.Tokenizer, num_processes: int):
+        """Take `encoder` as it is now; no process is started."""
+        self._encoder = encoder.to_str(), encoder.encode_special_tokens  # the string does not hold the latter
+        self._num_processes = num_processes
+        self._processes: list[_Process] = []
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="encode")  # each waits for a process
+
+    def __exit__(self, *error):
+        """End the processes, whatever they are doing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.kill()  # and the thread that waits for it gets an error
+        self._threads.shutdown()
+        for process in self._processes:
+            process.close()
+
+    def map(self, batches: Iterable[Sequence[str]]) -> Iterator[Ids]:
+        """Yield the ids of each batch of texts, in order. At most `BATCHES_PER_PROCESS` batches per process are read ahead.
+
+        Raises:
+            ChildProcessError: a process was killed. What the tokenizer raises in a process is raised here.
+        """
+        pending: deque[Future[Ids]] = deque()
+        for batch in batches:
+            if batch and len(self._processes) < min(self._num_processes, len(pending) + 1):
+                self._processes.append(_Process(self._encoder))
+                self._idle.put(self._processes[-1])
+            pending.append(self._threads.submit(self._encode, batch))
+            while pending and (pending[0].done() or len(pending) >= BATCHES_PER_PROCESS * self._num_processes):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _encode(self, texts: Sequence[str]) -> Ids:
+        if not texts:
+            return []
+        process = self._idle.get()
+        try:
+            return process.encode(texts)
+        finally:
+            self._idle.put(process)  # a dead one too: a thread that waited for it would wait forever
+
+
+class _Process:
+    """This side of one process."""
+
+    def __init__(self, encoder: tuple[str, bool]):
+        self._encoder: tuple[str, bool] | None = encoder  # not sent yet: that would wait until the process runs
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # the program decides what Ctrl-C means
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "TOKENIZERS_PARALLELISM": "false"},
+            )
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        try:
+            if self._encoder:
+                self._connection.send(self._encoder)
+                self._encoder = None
+            self._connection.send(texts)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            status = self._process.wait()
+            raise ChildProcessError(f"a process that tokenises ended with status {status}; -9 is often a lack of memory") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self._process.wait()
+        self._connection.close()
+
+
+def _serve(connection: Connection) -> None:
+    """The other side: answer until the socket closes."""
+    text, encode_special_tokens = connection.recv()
+    encoder = tokenizers.Tokenizer.from_str(text)
+    encoder.encode_special_tokens = encode_special_tokens
+    while True:
+        texts = connection.recv()
+        try:
+            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+            answer = [array("I", encoding.ids) for encoding in encodings]
+        except Exception as error:  # the Rust side raises plain Exception
+            answer = error
+        connection.send(answer)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, OSError), Connection(int(sys.argv[1])) as connection:
+        _serve(connection)
