@@ -7,6 +7,8 @@ bytes and half of the tensors, are put together on the host for any device.
 import functools
 import math
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +17,12 @@ import numpy as np
 
 from deepseek_jax.huggingface.names import Tensor
 from deepseek_jax.huggingface.pieces import aligned
-from deepseek_jax.huggingface.places import held
+from deepseek_jax.huggingface.places import held, ranges_of
 from pallas_kernels.quantized import E4M3, GROUP
 
 Key = tuple[str, ...]
 STRIP = 32  # columns
+HOST_PLATFORMS = {"cpu"}  # whose arrays lie in the memory of the host
 
 
 class Part(NamedTuple):
@@ -42,19 +45,32 @@ class Buffers:
 
     def __init__(self, part: Part):
         self.part = part
-        self.indices = part.sharding.addressable_devices_indices_map(part.shape)
+        indices = part.sharding.addressable_devices_indices_map(part.shape)
+        self.ranges = {device: ranges_of(index, part.shape) for device, index in indices.items()}
         # FP8 as bytes: to write one tensor, XLA:CPU would convert the whole buffer to FP16 and back.
         self.dtype = np.dtype(np.uint8 if part.dtype == E4M3 else part.dtype)
-        self.on_host = part.small or all(device.platform == "cpu" for device in self.indices)
-        self.locks = {device: threading.Lock() for device in self.indices}  # a shard is donated to each write
+        self.on_host = part.small or all(device.platform in HOST_PLATFORMS for device in self.ranges)
+        self.locks = {device: threading.Lock() for device in self.ranges}  # a shard is donated to each write
         self.shards: dict[jax.Device, Any] = {}
+        self.programs: dict[tuple, Future] = {}
         if self.on_host:
             size = math.prod(part.matrices) * self.dtype.itemsize
-            self.shards = {device: aligned(size, np.zeros).view(self.dtype).reshape(part.matrices) for device in self.indices}
+            self.shards = {device: aligned(size, np.zeros).view(self.dtype).reshape(part.matrices) for device in self.ranges}
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a part of the tensor belongs to one of these shards."""
-        return any(held(tensor, index, self.part.shape) is not None for index in self.indices.values())
+    def holders(self, tensor: Tensor) -> tuple[jax.Device, ...]:
+        """Return the devices that hold a part of the tensor."""
+        return tuple(device for device, ranges in self.ranges.items() if held(tensor, ranges, self.part.shape) is not None)
+
+    def prepare(self, compilers: Executor, tensor: Tensor, rows: range, dtype: np.dtype, scaled: bool) -> None:
+        """Have the programs compiled that `put` needs for some rows of a tensor."""
+        if self.on_host:
+            return
+        shape = (len(rows), *tensor.shape[1:])
+        values = np.broadcast_to(np.zeros((), np.uint8 if self.part.dtype == E4M3 else dtype), shape)  # takes no memory
+        for block in self._blocks(tensor, values, rows.start):
+            key = self._program(block, tensor, scaled)
+            if key not in self.programs:
+                self.programs[key] = compilers.submit(_compiled, self.part.matrices, self.dtype, tensor, *key)
 
     def put(self, tensor: Tensor, values: np.ndarray, first_row: int, scales: np.ndarray | None) -> None:
         """Write what each device holds of some rows of a tensor.
@@ -68,42 +84,66 @@ class Buffers:
         values = values.view(np.uint8) if self.part.dtype == E4M3 else values
         if self.on_host and (scales is not None or values.dtype != self.dtype):
             values, scales = _converted(values, first_row, scales, self.dtype), None
+        for block in self._blocks(tensor, values, first_row):
+            *lead, row, column = block.start
+            if self.on_host:
+                rows, columns = block.values.shape
+                copy_matrix(self.shards[block.device][tuple(lead)][row : row + rows, column : column + columns], block.values)
+                continue
+            # A GPU transposes faster than its host.
+            sent = jax.block_until_ready(jax.device_put(block.values.T if tensor.transposed else block.values, block.device))
+            factors = None if scales is None else (*map(np.int32, block.first), np.ascontiguousarray(scales.T))
+            write = self.programs[self._program(block, tensor, scales is not None)].result()
+            with self.locks[block.device]:
+                written = write(self.shards[block.device], sent, tuple(map(np.int32, block.start)), factors)
+                self.shards[block.device] = jax.block_until_ready(written)  # or pieces would wait in line, as many as were read
+
+    def _blocks(self, tensor: Tensor, values: np.ndarray, first_row: int) -> Iterator["_Block"]:
+        """Divide rows of a tensor over the devices."""
         matrix = values.T if tensor.transposed else values.reshape(len(values), -1)
-        first = (0, first_row) if tensor.transposed else (first_row, 0)
-        for device, index in self.indices.items():
-            inside = held(tensor, index, self.part.shape)
+        at = (0, first_row) if tensor.transposed else (first_row, 0)  # in the tensor's matrix
+        for device, ranges in self.ranges.items():
+            inside = held(tensor, ranges, self.part.shape)
             if inside is None:
                 continue
-            # In the tensor's matrix: what is here of what is held.
             rows, columns = (
-                range(max(kept.start, at), min(kept.stop, at + size))
-                for kept, at, size in zip((inside.rows, inside.columns), first, matrix.shape, strict=True)
+                range(max(kept.start, start), min(kept.stop, start + size))
+                for kept, start, size in zip((inside.rows, inside.columns), at, matrix.shape, strict=True)
             )
-            if not rows or not columns:
-                continue
-            block = matrix[rows.start - first[0] : rows.stop - first[0], columns.start - first[1] : columns.stop - first[1]]
-            *lead, row, column = inside.start
-            start = (*lead, row + rows.start - inside.rows.start, column + columns.start - inside.columns.start)
-            if self.on_host:
-                place = self.shards[device][tuple(lead)]
-                copy_matrix(place[start[-2] : start[-2] + len(rows), start[-1] : start[-1] + len(columns)], block)
-            else:
-                self._send(device, block, tensor.transposed, start, (rows.start, columns.start), scales)
+            if rows and columns:
+                *lead, row, column = inside.start
+                block = matrix[rows.start - at[0] : rows.stop - at[0], columns.start - at[1] : columns.stop - at[1]]
+                start = (*lead, row + rows.start - inside.rows.start, column + columns.start - inside.columns.start)
+                yield _Block(device, block, start, (rows.start, columns.start))
 
-    def _send(self, device, block, transposed, start, first, scales) -> None:
-        # A GPU transposes faster than its host.
-        sent = jax.block_until_ready(jax.device_put(block.T if transposed else block, device))
-        factors = None if scales is None else (np.int32(first[0]), np.int32(first[1]), scales.T)
-        with self.locks[device]:
-            written = _write(self.shards[device], sent, tuple(map(np.int32, start)), transposed, factors)
-            self.shards[device] = jax.block_until_ready(written)  # or pieces would wait in line, as many as were read
+    def _program(self, block: "_Block", tensor: Tensor, scaled: bool) -> tuple:
+        return block.device, block.values.shape, block.values.dtype, tensor.scale_shape if scaled else None
+
+
+class _Block(NamedTuple):
+    """What a device gets: a matrix, where it begins in the shard, and where in the tensor's matrix."""
+
+    device: jax.Device
+    values: np.ndarray
+    start: tuple[int, ...]
+    first: tuple[int, int]
+
+
+def _compiled(buffer: tuple[int, ...], buffer_dtype, tensor: Tensor, device, block: tuple[int, int], dtype, scales) -> Any:
+    """Compile `_write` for a block on a device; `scales` is the shape of the scales as stored, if there are any."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    sent = block[::-1] if tensor.transposed else block
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    factors = None if scales is None else (index, index, jax.ShapeDtypeStruct(scales[::-1], jnp.float32))
+    arrays = (jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in ((buffer, buffer_dtype), (sent, dtype)))
+    return _write.lower(*arrays, (index,) * len(buffer), factors, tensor.transposed).compile()
 
 
 def allocate(parts: dict[Key, Part]) -> dict[Key, Buffers]:
     """Make the arrays, zeros, with one program per device."""
     buffers = {key: Buffers(part) for key, part in parts.items()}
     elsewhere = [buffer for buffer in buffers.values() if not buffer.on_host]
-    for device in elsewhere[0].indices if elsewhere else ():
+    for device in elsewhere[0].ranges if elsewhere else ():
         with jax.default_device(device):
             zeros = _zeros(tuple((buffer.part.matrices, buffer.dtype) for buffer in elsewhere))
         for buffer, shard in zip(elsewhere, zeros, strict=True):
@@ -115,7 +155,7 @@ def hand_over(buffers: dict[Key, Buffers]) -> dict[Key, jax.Array]:
     """Return the arrays in their own shapes and dtypes; nothing can be written any more."""
     found: dict[Key, list[jax.Array]] = {key: [] for key in buffers}
     final = {key: (np.dtype(buffer.part.dtype), buffer.part.sharding.shard_shape(buffer.part.shape)) for key, buffer in buffers.items()}
-    for device in next(iter(buffers.values())).indices:
+    for device in next(iter(buffers.values())).ranges:
         elsewhere = [key for key, buffer in buffers.items() if not buffer.on_host]
         whole = _as([buffers[key].shards.pop(device) for key in elsewhere], tuple(final[key] for key in elsewhere)) if elsewhere else []
         for key, array in zip(elsewhere, whole, strict=True):
@@ -160,8 +200,8 @@ def _multiplied(values: jax.Array, first_row: jax.Array, scales: jax.Array | Non
     return values.astype(dtype)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(buffer, block, start, transposed, factors):
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _write(buffer, block, start, factors, transposed):
     """Put a block into `buffer`; `factors` are the first row and column of the block in its matrix, and the scales of that."""
     block = block.T if transposed else block
     if factors is not None:

@@ -16,7 +16,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config, Model
+from deepseek_jax.huggingface import pieces
 from deepseek_jax.huggingface.buffers import Buffers, Part, allocate, hand_over
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.pieces import Piece
 from deepseek_jax.huggingface.places import as_matrices, num_lead
 from deepseek_jax.huggingface.shards import Shards, compare
 from deepseek_jax.model import transformer
@@ -103,7 +103,8 @@ def load(
             table[tensor.scale_name] = tensor.scales, buffers[*tensor.leaf, "scales"]
         else:
             table[tensor.name] = tensor, buffers[tensor.leaf]
-    names = [name for name in shards.entries if name in table and table[name][1].holds(table[name][0])]
+    holders = {name: table[name][1].holders(table[name][0]) for name in shards.entries if name in table}
+    names = [name for name, devices in holders.items() if devices]
     on_bytes(shards.num_bytes - sum(shards.entries[name].num_bytes for name in names))  # copies, and what is not read ahead or not here
 
     @functools.lru_cache(maxsize=4 * NUM_THREADS)
@@ -111,7 +112,15 @@ def load(
         # Read here and not ahead: they are small, they lie beside their weight, and a checkpoint may have them in another file.
         return shards.read(tensor.scale_name) if weights != "fp8" and tensor.scale_name in shards.entries else None
 
-    def put(piece: Piece) -> int:
+    def prepare(compilers: Executor) -> None:
+        alike = {(table[name][1], shards.entries[name].shape, holders[name]): name for name in reversed(names)}
+        for name in reversed(alike.values()):  # in the order in which they are read
+            (tensor, into), entry = table[name], shards.entries[name]
+            scaled = weights != "fp8" and tensor.scale_name in shards.entries
+            for rows in pieces.row_ranges(entry, pieces.PIECE_BYTES):
+                into.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scaled)
+
+    def put(piece: pieces.Piece) -> int:
         try:
             tensor, into = table[piece.name]
             into.put(tensor, piece.values, piece.first_row, scales_of(tensor))
@@ -119,7 +128,8 @@ def load(
         finally:
             piece.release()
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:  # a host transposes with one thread per piece
+    with ThreadPoolExecutor() as compilers, ThreadPoolExecutor(NUM_THREADS) as pool:  # a host transposes with one thread per piece
+        prepare(compilers)
         busy = collections.deque()
         for piece in shards.stream(names):
             busy.append(pool.submit(put, piece))

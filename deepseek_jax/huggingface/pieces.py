@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 def pieces(
-    entries: Sequence[Entry], piece_bytes: int = PIECE_BYTES, num_buffers: int = NUM_BUFFERS, num_threads: int = NUM_THREADS
+    entries: Sequence[Entry], piece_bytes: int, num_buffers: int = NUM_BUFFERS, num_threads: int = NUM_THREADS
 ) -> Generator[Piece, None, None]:
     """Yield every row of the tensors, in order.
 
@@ -57,11 +57,12 @@ def pieces(
     return _read_ahead(entries, piece_bytes, num_buffers, num_threads)
 
 
-def rows_per_piece(entry: Entry, piece_bytes: int) -> int:
-    """Return how many rows a piece has: a divisor of all, where that costs less than half the size, so that pieces are of one shape."""
+def row_ranges(entry: Entry, piece_bytes: int) -> list[range]:
+    """Return the rows of each piece. Pieces have as many where that makes them no less than half as large as they may be."""
     rows = entry.shape[0] if entry.shape else 1
     most = max(1, min(rows, piece_bytes * rows // max(entry.num_bytes, 1)))
-    return next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
+    size = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
+    return [range(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
 
 def read(entry: Entry) -> np.ndarray:
@@ -123,14 +124,14 @@ def _read_ahead(entries: Sequence[Entry], piece_bytes: int, num_buffers: int, nu
     opened = weakref.WeakSet[Descriptor]()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="pieces")
 
-    def fill(descriptor: Descriptor, entry: Entry, first_row: int, num_rows: int, buffer: np.ndarray | None) -> Piece:
+    def fill(descriptor: Descriptor, entry: Entry, rows: range, buffer: np.ndarray | None) -> Piece:
         row_bytes = entry.num_bytes // entry.shape[0] if entry.shape and entry.shape[0] else entry.num_bytes
-        size = num_rows * row_bytes
+        size = len(rows) * row_bytes
         if buffer is None or buffer.size < size:
             buffer = aligned(size if size > piece_bytes else piece_bytes)
-        descriptor.read(entry, first_row * row_bytes, buffer[:size])
-        shape = (num_rows, *entry.shape[1:]) if entry.shape else ()
-        return Piece(entry.name, first_row, _typed(buffer, entry, shape), lambda: free.put(buffer))
+        descriptor.read(entry, rows.start * row_bytes, buffer[:size])
+        shape = (len(rows), *entry.shape[1:]) if entry.shape else ()
+        return Piece(entry.name, rows.start, _typed(buffer, entry, shape), lambda: free.put(buffer))
 
     try:
         file, descriptor = None, None
@@ -138,11 +139,10 @@ def _read_ahead(entries: Sequence[Entry], piece_bytes: int, num_buffers: int, nu
             if entry.file != file:
                 file, descriptor = entry.file, Descriptor(entry.file)
                 opened.add(descriptor)
-            rows, step = entry.shape[0] if entry.shape else 1, rows_per_piece(entry, piece_bytes)
-            for first_row in range(0, max(rows, 1), step):
+            for rows in row_ranges(entry, piece_bytes):
                 while reading and (free.empty() or reading[0].done()):
                     yield reading.popleft().result()
-                reading.append(pool.submit(fill, descriptor, entry, first_row, min(step, rows - first_row), free.get()))
+                reading.append(pool.submit(fill, descriptor, entry, rows, free.get()))
         while reading:
             yield reading.popleft().result()
     finally:

@@ -39,15 +39,19 @@ def as_matrices(name: str, shape: tuple[int, ...], lead: int) -> tuple[int, ...]
     return (*shape[:lead], math.prod(shape[lead:split]), math.prod(shape[split:]))
 
 
-def held(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> Held | None:
+def ranges_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+    """Return what a shard at `index` of an array (as JAX gives it) holds of each dim."""
+    return tuple(range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+
+
+def held(tensor: Tensor, ranges: tuple[range, ...], shape: tuple[int, ...]) -> Held | None:
     """Return what a shard holds of a tensor, or None if nothing.
 
     Args:
         tensor: of the table, or the scales of one.
-        index: of the shard, as JAX gives it.
+        ranges: of the shard.
         shape: of the leaf.
     """
-    ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     lead = len(tensor.index)
     if any(i not in r for i, r in zip(tensor.index, ranges, strict=False)):
         return None
@@ -60,7 +64,7 @@ def held(tensor: Tensor, index: tuple[slice, ...], shape: tuple[int, ...]) -> He
     return Held(rows, range(first, last), (*start, 0, first + offset - columns.start))
 
 
-def _flat(ranges: list[range], shape: tuple[int, ...]) -> range:
+def _flat(ranges: tuple[range, ...], shape: tuple[int, ...]) -> range:
     """The range of flattened dims of `shape` that `ranges` are, all whole but the first."""
     if not ranges:
         return range(1)

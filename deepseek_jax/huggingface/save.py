@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
-from deepseek_jax.huggingface.buffers import copy_matrix
+from deepseek_jax.huggingface import buffers
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import OnBytes, Tree, expected
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.places import Held, as_matrices, held
+from deepseek_jax.huggingface.places import Held, as_matrices, held, ranges_of
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
 from deepseek_jax.model.precision import Fp8Weight
 from pallas_kernels.quantized import GROUP, Quantized, dequantize, encode, largest_magnitude, scale_of
@@ -112,7 +112,7 @@ class _Source:
             leaf = leaf.values
         whole = None
         for shard in _distinct(leaf):
-            inside = held(tensor, shard.index, leaf.shape)
+            inside = held(tensor, ranges_of(shard.index, leaf.shape), leaf.shape)
             if inside is None:
                 continue
             block = _block(shard, tensor, inside)
@@ -132,7 +132,7 @@ def _block(shard: Any, tensor: Tensor, inside: Held) -> np.ndarray:
     """What a shard holds of a tensor. From a CPU a view; a GPU transposes faster than its host, so that the stored order is in memory."""
     matrices = as_matrices(tensor.leaf[-1], shard.data.shape, len(tensor.index))
     sizes = len(inside.rows), len(inside.columns)
-    if shard.device.platform == "cpu":
+    if shard.device.platform in buffers.HOST_PLATFORMS:
         *lead, row, column = inside.start
         return np.asarray(shard.data).reshape(matrices)[*lead, row : row + sizes[0], column : column + sizes[1]]
     block = np.asarray(_read(shard.data, tuple(map(np.int32, inside.start)), matrices, sizes, tensor.transposed))
@@ -148,7 +148,7 @@ def _read(shard: jax.Array, start: tuple, matrices: tuple[int, ...], sizes: tupl
 def _scales_of(scales: jax.Array, tensor: Tensor) -> np.ndarray:
     """Scales [in / 128, out / 128] of one tensor."""
     for shard in scales.addressable_shards:
-        inside = held(tensor.scales, shard.index, scales.shape)
+        inside = held(tensor.scales, ranges_of(shard.index, scales.shape), scales.shape)
         if inside is not None:
             return _block(shard, tensor.scales, inside)
     raise AssertionError(f"no shard holds the scales of {tensor.name}")
@@ -162,7 +162,7 @@ def _contiguous(view: np.ndarray, dtype: Any = None) -> np.ndarray:
     if view.flags.c_contiguous:
         return view
     copy = np.empty(view.shape, dtype)
-    copy_matrix(copy, view)
+    buffers.copy_matrix(copy, view)
     return copy
 
 

@@ -52,7 +52,7 @@ class Shards:
 
     def stream(self, names: Iterable[str], **options: int) -> Generator[pieces.Piece, None, None]:
         """Yield the rows of the tensors as `pieces.pieces` does. In the order of `entries`, each file is read from front to back."""
-        return pieces.pieces([self._entry(name) for name in names], **options)
+        return pieces.pieces([self._entry(name) for name in names], **{"piece_bytes": pieces.PIECE_BYTES} | options)
 
     def equal(self, name: str, other: str) -> bool:
         """Return whether two tensors of one shape and dtype hold the same bytes."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.huggingface import buffers, pieces
 from deepseek_jax.huggingface.header import read_header
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
@@ -64,6 +65,23 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
     loaded = load(shards, config(), mesh_of(sizes), weights)
     save(loaded, config().model, tmp_path / "back", fp8=True, max_shard_bytes=200_000)
     assert hashes(tmp_path / "back") == hashes(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes"), [("fp8", MESHES[0]), ("bf16", MESHES[1]), pytest.param("fp32", MESHES[2], marks=pytest.mark.slow)]
+)
+def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch, sizes, weights):
+    """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in pieces."""
+    shards, mesh = Shards(checkpoint), mesh_of(sizes)
+    expected = load(shards, config(), mesh, weights)
+    monkeypatch.setattr(buffers, "HOST_PLATFORMS", set())
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 5000)
+    found = load(shards, config(), mesh, weights)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    save(found, config().model, tmp_path / "theirs", weights == "fp8", 200_000)
+    monkeypatch.undo()
+    save(expected, config().model, tmp_path / "ours", weights == "fp8", 200_000)
+    assert hashes(tmp_path / "theirs") == hashes(tmp_path / "ours")
 
 
 def test_scales_may_lie_in_other_files(checkpoint, tmp_path):

@@ -84,9 +84,11 @@ def test_a_large_tensor_is_read_by_all_threads(tmp_path, monkeypatch):
 def test_pieces_are_of_one_shape_where_that_is_cheap(many):
     shards, _ = many
     entry = shards.entries["tensor05"]  # 400 rows of 10 bytes
-    assert [pieces.rows_per_piece(entry, size) for size in (1, 10, 999, 1000, 1999, 5000)] == [1, 1, 80, 100, 100, 400]
+    for size, rows in {1: 1, 10: 1, 999: 80, 1000: 100, 1999: 100, 5000: 400}.items():
+        assert pieces.row_ranges(entry, size) == [range(first, first + rows) for first in range(0, 400, rows)]
     prime = shards.entries["tensor09"]  # 13 rows of 23
-    assert [pieces.rows_per_piece(prime, size) for size in (100, 12 * 23, 13 * 23)] == [4, 12, 13]
+    assert pieces.row_ranges(prime, 12 * 23) == [range(12), range(12, 13)]
+    assert pieces.row_ranges(prime, 13 * 23) == [range(13)]
 
 
 def test_an_exception_reaches_the_consumer(many):
