@@ -21,7 +21,7 @@ from deepseek_jax.huggingface.places import held, ranges_of
 from pallas_kernels.quantized import E4M3, GROUP
 
 Key = tuple[str, ...]
-STRIP = 32  # columns
+STRIP = 16  # columns
 HOST_PLATFORMS = {"cpu"}  # whose arrays lie in the memory of the host
 
 
@@ -88,7 +88,7 @@ class Buffers:
             *lead, row, column = block.start
             if self.on_host:
                 rows, columns = block.values.shape
-                copy_matrix(self.shards[block.device][tuple(lead)][row : row + rows, column : column + columns], block.values)
+                copy_matrix(self.shards[block.device][tuple(lead)][row : row + rows, column : column + columns], block.values, block.device)
                 continue
             # A GPU transposes faster than its host.
             sent = jax.block_until_ready(jax.device_put(block.values.T if tensor.transposed else block.values, block.device))
@@ -168,13 +168,20 @@ def hand_over(buffers: dict[Key, Buffers]) -> dict[Key, jax.Array]:
     return {key: jax.make_array_from_single_device_arrays(parts[key].shape, parts[key].sharding, arrays) for key, arrays in found.items()}
 
 
-def copy_matrix(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source` of two matrices; a transposed source in strips, whose lines of cache are used whole (3x as fast)."""
+def copy_matrix(target: np.ndarray, source: np.ndarray, device: jax.Device) -> None:
+    """`target[...] = source` of two matrices on the host, of which `source` may be transposed."""
+    source = in_order(source, device)
     if source.strides[0] >= source.strides[1]:
         target[...] = source
         return
-    for at in range(0, source.shape[1], STRIP):
+    for at in range(0, source.shape[1], STRIP):  # whose lines of cache are used whole: 1.1 GB/s, 2.3 of FP32, where at once 0.5
         target[:, at : at + STRIP] = source[:, at : at + STRIP]
+
+
+def in_order(matrix: np.ndarray, device: jax.Device) -> np.ndarray:
+    """Return a transposed matrix in its own memory order, where XLA does that faster than `copy_matrix`: 2 GB/s of E4M3 or BF16."""
+    transposed = matrix.strides[0] < matrix.strides[1]
+    return np.asarray(jax.device_put(matrix, device)) if transposed and matrix.itemsize < 4 and device.platform == "cpu" else matrix
 
 
 def _converted(values: np.ndarray, first_row: int, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:

@@ -72,6 +72,7 @@ class _Source:
         self.weights, self.model, self.fp8 = weights, model, fp8
         self.table = {tensor.name: tensor for tensor in tensors(model)}
         self.scaled = {tensor.scale_name: tensor for tensor in self.table.values() if tensor.quantized}
+        self.device = jax.tree.leaves(weights)[0].addressable_shards[0].device
         self.made: dict[str, np.ndarray] = {}
 
     def get(self, name: str) -> np.ndarray:
@@ -84,7 +85,7 @@ class _Source:
             if isinstance(leaf, Fp8Weight):
                 matrix = np.asarray(_dequantize(matrix, _scales_of(leaf.scales, tensor)))
             dtype = DTYPES["BF16" if tensor.quantized else tensor.dtype]
-            return _contiguous(matrix.T if tensor.transposed else matrix, dtype).reshape(tensor.shape)
+            return self._stored(matrix.T if tensor.transposed else matrix, dtype).reshape(tensor.shape)
         values, scales = self._quantized(tensor)
         self.made[tensor.scale_name] = scales
         return values
@@ -93,6 +94,19 @@ class _Source:
         """Made with the values, unless those are in another shard."""
         made = self.made.pop(name, None)
         return self._quantized(self.scaled[name])[1] if made is None else made
+
+    def _stored(self, view: np.ndarray, dtype: Any = None) -> np.ndarray:
+        """`view` in its own memory order and, if need be, another dtype."""
+        dtype = np.dtype(dtype or view.dtype)
+        if view.dtype != dtype:
+            view = np.asarray(_cast(view, dtype))
+        if not view.flags.c_contiguous:
+            view = buffers.in_order(view, self.device)
+        if view.flags.c_contiguous:
+            return view
+        copy = np.empty(view.shape, dtype)
+        buffers.copy_matrix(copy, view, self.device)
+        return copy
 
     def _leaf(self, tensor: Tensor) -> Any:
         return functools.reduce(lambda node, key: node[key], tensor.leaf, self.weights)
@@ -103,7 +117,7 @@ class _Source:
             values, scales = self._matrix(tensor), _scales_of(leaf.scales, tensor)
         else:
             values, scales = map(np.asarray, _quantize(self._matrix(tensor)))
-        return _contiguous(values.T), np.ascontiguousarray(scales.T)
+        return self._stored(values.T), np.ascontiguousarray(scales.T)
 
     def _matrix(self, tensor: Tensor) -> np.ndarray:
         """The matrix of a tensor, as in its leaf."""
@@ -152,18 +166,6 @@ def _scales_of(scales: jax.Array, tensor: Tensor) -> np.ndarray:
         if inside is not None:
             return _block(shard, tensor.scales, inside)
     raise AssertionError(f"no shard holds the scales of {tensor.name}")
-
-
-def _contiguous(view: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """`view` in its own memory order and, if need be, another dtype."""
-    dtype = np.dtype(dtype or view.dtype)
-    if view.dtype != dtype:
-        view = np.asarray(_cast(view, dtype))
-    if view.flags.c_contiguous:
-        return view
-    copy = np.empty(view.shape, dtype)
-    buffers.copy_matrix(copy, view)
-    return copy
 
 
 @functools.partial(jax.jit, static_argnums=1)
