@@ -48,7 +48,7 @@ STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; the n
 PRECISION = flags.DEFINE_enum("precision", None, ["fp8", "bf16", "fp32"], "export: of the files, fp8 or bf16. logits: of the arithmetic.")
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy with int32 [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz to write.")
-SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=1e-4)
+SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=1e-6)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
 # What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same. The last one marks an export whole.
@@ -113,6 +113,8 @@ def export() -> None:
     weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
         save(weights, config.model, folder, fp8, int(SHARD_GIGABYTES.value * 1e9), written.update, f"{workdir.resolve()} {progress.step}")
+    if jax.process_index() > 0:
+        return
     for name, content in companions(workdir, config, fp8).items():
         write_atomically(folder / name, content)
     print(f"{folder}: step {progress.step} of {workdir} in {'FP8' if fp8 else 'BF16'}")

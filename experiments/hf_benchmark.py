@@ -80,10 +80,8 @@ def main(_) -> None:
     written = [record | records.provenance("experiments.hf_benchmark", session.describe_device(mesh)) for record in written]
     for record in written:
         rate, memory = record["yardstick"]["value"], record["peak_anonymous_bytes_beyond_weights"] / 1e9
-        print(
-            f"{record['mode']:36} {record['seconds']:7.2f} s  {record['value']:6.3f} GB/s  {100 * record['value'] / rate:4.0f}% of a plain cold"
-            f" read ({rate:.3f})  {memory:5.2f} GB anonymous"
-        )
+        share = f"{100 * record['value'] / rate:.0f}% of a plain cold read ({rate:.3f})"
+        print(f"{record['mode']:36} {record['seconds']:7.2f} s  {record['value']:6.3f} GB/s, {share}  {memory:5.2f} GB anonymous")
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(written, indent=1) + "\n")
     if not KEEP.value:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
-from deepseek_jax.huggingface import buffers
+from deepseek_jax.huggingface import buffers, together
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import OnBytes, Tree, expected
 from deepseek_jax.huggingface.names import Tensor, tensors
@@ -48,7 +48,7 @@ def save(
     """Write the tensors of `weights` into `folder`; shards that an interrupted call has finished are kept.
 
     Args:
-        weights: `params` and `router_bias` as `load.load` or a training state has them, whole on this process's devices.
+        weights: `params` and `router_bias` as `load.load` or a training state has them. Of several processes each calls this.
         model: of the weights.
         folder: new, or one that this call was writing.
         fp8: quantised weights in FP8 with scales, or everything in BF16.
@@ -57,15 +57,17 @@ def save(
         source: where the weights come from; only the same continues an interrupted call.
 
     Raises:
-        ValueError: the folder holds something else, there is no room, or the weights live on other processes' devices, too.
+        ValueError: the folder holds something else, or several processes do not share it; OSError: there is no room.
     """
-    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(weights)):
-        raise ValueError("a part of the weights is on other processes' devices; export from one process that restores the checkpoint alone")
-    writer = ShardWriter(folder, plan(model, fp8), max_shard_bytes, source=source)
-    writer.write(_Source(weights, model, fp8).get, on_bytes, SHARDS_AT_ONCE)
+    tensors_of = Source(weights, model, fp8)
+    new_writer = functools.partial(ShardWriter, folder, plan(model, fp8), max_shard_bytes, source=source)
+    if jax.process_count() > 1:
+        together.write(Path(folder), new_writer, tensors_of, on_bytes)
+    else:
+        new_writer().write(tensors_of.get, on_bytes, SHARDS_AT_ONCE)
 
 
-class _Source:
+class Source:
     """Makes tensors in their stored form, for several threads. Scales made with the values of their weight are kept until asked for."""
 
     def __init__(self, weights: Tree, model: Model, fp8: bool):
@@ -76,24 +78,40 @@ class _Source:
         self.made: dict[str, np.ndarray] = {}
 
     def get(self, name: str) -> np.ndarray:
+        """Return one tensor."""
+        if name in self.made:  # unless its weight is in another shard
+            return self.made.pop(name)
+        values, scales = self.stored(name, *self.fetch(name))
         if name in self.scaled:
-            return self._scales(name)
-        tensor = self.table[name]
-        if not (self.fp8 and tensor.quantized):
-            matrix = self._matrix(tensor)
-            leaf = self._leaf(tensor)
-            if isinstance(leaf, Fp8Weight):
-                matrix = np.asarray(_dequantize(matrix, _scales_of(leaf.scales, tensor)))
-            dtype = DTYPES["BF16" if tensor.quantized else tensor.dtype]
-            return self._stored(matrix.T if tensor.transposed else matrix, dtype).reshape(tensor.shape)
-        values, scales = self._quantized(tensor)
-        self.made[tensor.scale_name] = scales
+            return scales
+        if scales is not None:
+            self.made[self.table[name].scale_name] = scales
         return values
 
-    def _scales(self, name: str) -> np.ndarray:
-        """Made with the values, unless those are in another shard."""
-        made = self.made.pop(name, None)
-        return self._quantized(self.scaled[name])[1] if made is None else made
+    def fetch(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Bring the matrix of a weight to the host, as in its leaf, and its scales if it is in FP8. `name` is the weight's or its scales'.
+
+        Where the weights are spread over processes, all of them call this for the same names in the same order.
+        """
+        tensor = self._tensor(name)
+        leaf = functools.reduce(lambda node, key: node[key], tensor.leaf, self.weights)
+        if isinstance(leaf, Fp8Weight):
+            return _matrix(leaf.values, tensor), _matrix(leaf.scales, tensor.scales)
+        return _matrix(leaf, tensor), None
+
+    def stored(self, name: str, matrix: np.ndarray, scales: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Turn what was fetched into a tensor and, in FP8, its scales."""
+        tensor = self._tensor(name)
+        if self.fp8 and tensor.quantized:
+            values, scales = map(np.asarray, _quantize(matrix)) if scales is None else (matrix, scales)
+            return self._stored(values.T), np.ascontiguousarray(scales.T)
+        if scales is not None:
+            matrix = np.asarray(_dequantize(matrix, scales))
+        dtype = DTYPES["BF16" if tensor.quantized else tensor.dtype]
+        return self._stored(matrix.T if tensor.transposed else matrix, dtype).reshape(tensor.shape), None
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.scaled[name] if name in self.scaled else self.table[name]
 
     def _stored(self, view: np.ndarray, dtype: Any = None) -> np.ndarray:
         """`view` in its own memory order and, if need be, another dtype."""
@@ -108,33 +126,22 @@ class _Source:
         buffers.copy_matrix(copy, view, self.device)
         return copy
 
-    def _leaf(self, tensor: Tensor) -> Any:
-        return functools.reduce(lambda node, key: node[key], tensor.leaf, self.weights)
 
-    def _quantized(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        leaf = self._leaf(tensor)
-        if isinstance(leaf, Fp8Weight):
-            values, scales = self._matrix(tensor), _scales_of(leaf.scales, tensor)
-        else:
-            values, scales = map(np.asarray, _quantize(self._matrix(tensor)))
-        return self._stored(values.T), np.ascontiguousarray(scales.T)
-
-    def _matrix(self, tensor: Tensor) -> np.ndarray:
-        """The matrix of a tensor, as in its leaf."""
-        leaf = self._leaf(tensor)
-        if isinstance(leaf, Fp8Weight):
-            leaf = leaf.values
-        whole = None
-        for shard in _distinct(leaf):
-            inside = held(tensor, ranges_of(shard.index, leaf.shape), leaf.shape)
-            if inside is None:
-                continue
-            block = _block(shard, tensor, inside)
-            if block.shape == tensor.matrix_shape:
-                return block
-            whole = np.empty(tensor.matrix_shape, block.dtype) if whole is None else whole
-            whole[inside.rows.start : inside.rows.stop, inside.columns.start : inside.columns.stop] = block
-        return whole
+def _matrix(array: jax.Array, tensor: Tensor) -> np.ndarray:
+    """The matrix of a tensor, as in `array`: its leaf, or the values or scales of one."""
+    if not array.is_fully_addressable:
+        return together.gathered(array, tensor)
+    whole = None
+    for shard in _distinct(array):
+        inside = held(tensor, ranges_of(shard.index, array.shape), array.shape)
+        if inside is None:
+            continue
+        block = _block(shard, tensor, inside)
+        if block.shape == tensor.matrix_shape:
+            return block
+        whole = np.empty(tensor.matrix_shape, block.dtype) if whole is None else whole
+        whole[inside.rows.start : inside.rows.stop, inside.columns.start : inside.columns.stop] = block
+    return whole
 
 
 def _distinct(array: jax.Array) -> list[Any]:
@@ -157,15 +164,6 @@ def _block(shard: Any, tensor: Tensor, inside: Held) -> np.ndarray:
 def _read(shard: jax.Array, start: tuple, matrices: tuple[int, ...], sizes: tuple[int, int], transposed: bool) -> jax.Array:
     block = jax.lax.dynamic_slice(shard.reshape(matrices), start, (1,) * (len(matrices) - 2) + sizes).reshape(sizes)
     return block.T if transposed else block
-
-
-def _scales_of(scales: jax.Array, tensor: Tensor) -> np.ndarray:
-    """Scales [in / 128, out / 128] of one tensor."""
-    for shard in scales.addressable_shards:
-        inside = held(tensor.scales, ranges_of(shard.index, scales.shape), scales.shape)
-        if inside is not None:
-            return _block(shard, tensor.scales, inside)
-    raise AssertionError(f"no shard holds the scales of {tensor.name}")
 
 
 @functools.partial(jax.jit, static_argnums=1)

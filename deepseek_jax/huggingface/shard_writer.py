@@ -83,8 +83,8 @@ def file_name(number: int, num_shards: int) -> str:
     return f"model-{number:05d}-of-{num_shards:06d}.safetensors"
 
 
-class _CancelledError(Exception):
-    """Another shard could not be written."""
+class CancelledError(Exception):
+    """A shard is given up, because another could not be written."""
 
 
 class ShardWriter:
@@ -151,23 +151,16 @@ class ShardWriter:
 
         def write_one(file: str) -> None:
             try:
-                sha256 = self._write_shard(file, get, hear, cancelled)
+                sha256 = self.write_shard(file, get, hear, cancelled)
                 with lock:
-                    self._record_finished(self._finished() | {file: {"sha256": sha256, "bytes": self.num_bytes(file)}})
-            except _CancelledError:
+                    self.record({file: sha256})
+            except CancelledError:
                 pass
             except BaseException as error:
                 failures.append(error)
                 cancelled.set()
 
-        with _locked(self.folder):
-            for file in self.folder.iterdir():
-                if _PARTIAL.fullmatch(file.name):
-                    file.unlink()
-            missing = self.missing()
-            if missing:
-                (self.folder / INDEX).unlink(missing_ok=True)
-            _check_room(self.folder, sum(map(self.num_bytes, missing)))
+        with self.writing() as missing:
             with ThreadPoolExecutor(shards_at_once, thread_name_prefix="shards") as pool:
                 try:
                     for job in [pool.submit(write_one, file) for file in missing]:
@@ -176,10 +169,31 @@ class ShardWriter:
                     cancelled.set()
             if failures:
                 raise failures[0]
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[list[str]]:
+        """Keep other processes out and yield the missing shards; when they have been written and recorded, write the index.
+
+        Raises:
+            ValueError: another process writes into the folder; OSError: the disk has too little room.
+        """
+        with _locked(self.folder):
+            for file in self.folder.iterdir():
+                if _PARTIAL.fullmatch(file.name):
+                    file.unlink()
+            missing = self.missing()
+            if missing:
+                (self.folder / INDEX).unlink(missing_ok=True)
+            _check_room(self.folder, sum(map(self.num_bytes, missing)))
+            yield missing
             if not (self.folder / INDEX).exists():
                 total = sum(tensor.num_bytes for shard in self.shards.values() for tensor in shard)
                 weight_map = {tensor.name: file for file, shard in self.shards.items() for tensor in shard}
                 _replace(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def record(self, sha256: Mapping[str, str]) -> None:
+        """Note that shards are finished; by one process."""
+        self._record_finished(self._finished() | {file: {"sha256": sha256[file], "bytes": self.num_bytes(file)} for file in sha256})
 
     def _finished(self) -> dict[str, dict]:
         record = _record(self.folder)
@@ -191,14 +205,19 @@ class ShardWriter:
     def _record_finished(self, shards: dict[str, dict]) -> None:
         _replace(self.folder / RECORD, {"plan": self.digest, "num_shards": len(self.shards), "shards": dict(sorted(shards.items()))})
 
-    def _write_shard(self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None], cancelled: threading.Event) -> str:
+    def write_shard(self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None], cancelled: threading.Event) -> str:
+        """Write one file and return its SHA-256.
+
+        Raises:
+            CancelledError: `cancelled` was set.
+        """
         path, sha256 = self.folder / file, hashlib.sha256()
         with _partial(path) as descriptor:
 
             def put(what: str, data: memoryview, left: int) -> None:
                 for at in range(0, len(data), _CHUNK_BYTES):
                     if cancelled.is_set():
-                        raise _CancelledError
+                        raise CancelledError
                     chunk = data[at : at + _CHUNK_BYTES]
                     with _room_for(what, path, left - at):
                         _write(descriptor, chunk)

@@ -1,4 +1,4 @@
-"""Two processes of four devices train as one process of eight does: each loads its own rows, and process 0 alone writes and prints."""
+"""Two processes of four devices do as one process of eight does: each trains on its own rows, and they write one export together."""
 
 import socket
 
@@ -41,3 +41,34 @@ def test_two_processes_equal_one(tmp_path):
     assert (two / "checkpoints" / str(STEPS)).is_dir()
     assert "held-out bits per byte, after" in logs[1].read_text()
     assert "held-out bits per byte" not in logs[2].read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_export_what_one_does(tmp_path):
+    """FP32 masters that neither process has whole, in more files than there are processes; one file is already there."""
+    corpus = write_corpus(tmp_path / "corpus")
+    workdir, one, two = tmp_path / "run", tmp_path / "one", tmp_path / "two"
+    steps = f"--config.training.num_tokens={2 * 8 * 32}"
+    finish(start([*command(corpus, workdir, steps), "--cpu_devices=8"], tmp_path / "log"), tmp_path / "log")
+    export = ["-m", "experiments.convert_hf", "export", f"--workdir={workdir}", "--shard_gigabytes=0.00001"]
+    finish(start([*export, f"--hf={one}", "--cpu_devices=8"], tmp_path / "log"), tmp_path / "log")
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert len(files) > 4
+
+    def export_together() -> list[str]:
+        together = [f"--hf={two}", "--cpu_devices=4", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+        logs = [tmp_path / f"log{i}" for i in range(2)]
+        for process, log in zip([start([*export, *together, f"--process_id={i}"], logs[i]) for i in range(2)], logs, strict=True):
+            finish(process, log)
+        return [log.read_text() for log in logs]
+
+    said = export_together()
+    assert "step 2 of" in said[0] and "step 2 of" not in said[1]
+    contents = {path.name: path.read_bytes() for path in one.iterdir()}
+    assert {path.name: path.read_bytes() for path in two.iterdir()} == contents
+    kept, lost = two / files[0], two / files[2]
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    export_together()
+    assert {path.name: path.read_bytes() for path in two.iterdir()} == contents
+    assert kept.stat().st_mtime_ns == before

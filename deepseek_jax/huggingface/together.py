@@ -1,0 +1,168 @@
+"""Weights spread over processes, written into one folder that all of them share.
+
+The missing files are dealt out round by round, one to each process. In a round the processes go through the tensors of all its files in
+step: each tensor is put together, by one program that all run, from the devices that hold a part of it, and the process whose file it
+belongs to stores, hashes and writes it in a thread while the next ones are on their way. Process 0 keeps the record.
+"""
+
+import contextlib
+import functools
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deepseek_jax.huggingface.names import Tensor
+from deepseek_jax.huggingface.places import ROW_DIMS, as_matrices
+from deepseek_jax.huggingface.shard_writer import RECORD, CancelledError, Planned, ShardWriter
+from deepseek_jax.parallel.mesh import P
+
+AHEAD = 2  # tensors that wait for a process's disk
+
+
+def write(folder: Path, new_writer: Callable[[], ShardWriter], source: Any, on_bytes: Callable[[int], None]) -> None:
+    """Write the missing shards of a conversion and the index. Every process calls it.
+
+    Args:
+        folder: of the conversion.
+        new_writer: makes its writer, which marks the folder the first time.
+        source: a `save.Source` of the weights.
+        on_bytes: called in process 0, with the bytes that all processes have written.
+
+    Raises:
+        ValueError: the processes do not share the folder. What fails in one process is raised there, and a `RuntimeError` in the others.
+    """
+    rank, count = jax.process_index(), jax.process_count()
+    writer, missing, stack = None, [], contextlib.ExitStack()
+
+    def begin() -> None:
+        nonlocal writer, missing
+        if rank and not (folder / RECORD).exists():
+            raise ValueError(
+                f"process {rank} does not see {folder / RECORD}, which process 0 wrote; choose a folder that all of them share"
+            )
+        writer = new_writer()
+        if rank == 0:
+            missing = stack.enter_context(writer.writing())
+
+    with stack:
+        _all_or_none(begin if rank == 0 else None)
+        _all_or_none(begin if rank else None)
+        flags = multihost_utils.broadcast_one_to_all(np.array([file in missing for file in writer.shards]))
+        for files in itertools.batched(itertools.compress(writer.shards, flags), count):
+            digest = _all_or_none(functools.partial(_write_round, writer, source, files))
+            digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+            if rank == 0:
+                writer.record({file: row.tobytes().hex() for file, row in zip(files, digests, strict=False)})
+                on_bytes(sum(map(writer.num_bytes, files)))
+        _all_or_none(stack.close)  # process 0 writes the index
+
+
+def _all_or_none(action: Callable[[], Any] | None) -> Any:
+    """Do something in this process; if it fails in any of them, raise in all."""
+    result = error = None
+    try:
+        result = action() if action else None
+    except Exception as caught:  # whatever it is, the others must not wait for this process
+        error = caught
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if error:
+        raise error
+    if failed.any():
+        raise RuntimeError(f"process {np.flatnonzero(failed)[0]} failed; what it printed says why")
+    return result
+
+
+def _write_round(writer: ShardWriter, source: Any, files: Sequence[str]) -> str:
+    """Write one file per process; return the SHA-256 of this process's, zeros if it has none."""
+    rank = jax.process_index()
+    mine = files[rank] if rank < len(files) else None
+    made: queue.Queue[np.ndarray | None] = queue.Queue(AHEAD)
+    failure = None
+
+    def take(_: str) -> np.ndarray:
+        array = made.get()
+        if array is None:
+            raise CancelledError
+        return array
+
+    def give(array: np.ndarray | None) -> None:
+        while not written.done():  # it may have failed
+            with contextlib.suppress(queue.Full):
+                made.put(array, timeout=0.1)
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        job = functools.partial(writer.write_shard, mine, take, lambda _: None, threading.Event()) if mine else bytes(32).hex
+        written: Future[str] = pool.submit(job)
+        for jobs in itertools.zip_longest(*(_jobs(writer.shards[file], source) for file in files)):
+            for file, names in zip(files, jobs, strict=True):
+                if names is None:
+                    continue
+                fetched = source.fetch(names[0])
+                if file != mine or failure:
+                    continue
+                try:
+                    values, scales = source.stored(names[0], *fetched)
+                    for name in names:
+                        give(scales if name in source.scaled else values)
+                except Exception as error:  # the others go on fetching, and so does this process
+                    failure = error
+                    give(None)
+        if failure:
+            raise failure
+        return written.result()
+
+
+def _jobs(shard: Sequence[Planned], source: Any) -> Iterator[list[str]]:
+    """Names of a shard, the scales beside their weight where both are in it."""
+    names = [tensor.name for tensor in shard]
+    weight_of = {name: source.scaled[name].name for name in names if name in source.scaled}
+    for name, after in itertools.zip_longest(names, names[1:]):
+        if weight_of.get(name) not in names:
+            yield [name, after] if weight_of.get(after) == name else [name]
+
+
+def gathered(array: jax.Array, tensor: Tensor) -> np.ndarray:
+    """Return the matrix of a tensor from an array that is spread over processes, all of which call this."""
+    sharding = array.sharding
+    name, half = tensor.leaf[-1], tensor.half or 0
+    whole = _gather(array, np.array(tensor.index, np.int32), sharding.mesh, sharding.spec, name, half, tensor.matrix_shape)
+    return np.asarray(whole.addressable_data(0)).view(array.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int, matrix: tuple[int, int]) -> jax.Array:
+    """The bits of a matrix, everywhere: each device adds what it holds of it, replicas nothing."""
+    parts = (*spec, *(None,) * (array.ndim - len(spec)))
+    axes = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
+    lead, unsigned = len(index), jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+
+    def local(shard: jax.Array, index: jax.Array) -> jax.Array:
+        starts = [jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, shard.shape, strict=True)]
+        inside = [index[dim] - starts[dim] for dim in range(lead)]
+        held = functools.reduce(jnp.logical_and, [(i >= 0) & (i < shard.shape[dim]) for dim, i in enumerate(inside)], True)
+        for axis in set(mesh.axis_names) - {axis for names in axes for axis in names}:
+            held &= jax.lax.axis_index(axis) == 0
+        matrices = as_matrices(name, shard.shape, lead)
+        rows, columns = matrices[-2], min(matrices[-1], matrix[1])
+        begin = (*(jnp.clip(i, 0, shard.shape[dim] - 1) for dim, i in enumerate(inside)), 0, half * columns)
+        bits = jax.lax.bitcast_convert_type(shard, unsigned).reshape(matrices)  # of floats, -0 + 0 is not -0
+        bits = jax.lax.dynamic_slice(bits, begin, (1,) * lead + (rows, columns)).reshape(rows, columns).astype(jnp.uint32)
+        # Only the first dim of the rows, or of the columns, is split.
+        split = lead + ROW_DIMS.get(name, 1)
+        row = starts[lead] * (rows // shard.shape[lead])
+        column = starts[split] * (matrices[-1] // shard.shape[split]) if split < shard.ndim else 0
+        placed = jax.lax.dynamic_update_slice(jnp.zeros(matrix, jnp.uint32), bits, (row, column))
+        return jax.lax.psum(jnp.where(held, placed, 0), mesh.axis_names).astype(unsigned)
+
+    # Unchecked: what varies over which axes follows from `spec`, and the sum is over all.
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec, P()), out_specs=P(), check_vma=False)(array, index)
