@@ -25,8 +25,9 @@ from deepseek_jax.huggingface.names import Tensor, tensors
 from deepseek_jax.huggingface.places import Held, as_matrices, held, ranges_of
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
 from deepseek_jax.model.precision import Fp8Weight
-from pallas_kernels.quantized import GROUP, Quantized, dequantize, encode, largest_magnitude, scale_of
+from pallas_kernels.quantized import GROUP, Quantized, decode, dequantize, encode, largest_magnitude, scale_of
 
+Array = np.ndarray | jax.Array
 SHARDS_AT_ONCE = min(8, os.cpu_count() or 1)  # SHA-256 takes a core each
 SHARD_BYTES = 4_300_000_000  # of the released checkpoint: 688.6 GB in 163 files
 
@@ -88,8 +89,8 @@ class Source:
             self.made[self.table[name].scale_name] = scales
         return values
 
-    def fetch(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Bring the matrix of a weight to the host, as in its leaf, and its scales if it is in FP8. `name` is the weight's or its scales'.
+    def fetch(self, name: str) -> tuple[Array, Array | None]:
+        """Return the matrix of a weight, as in its leaf, and its scales if it is in FP8. `name` is the weight's or its scales'.
 
         Where the weights are spread over processes, all of them call this for the same names in the same order.
         """
@@ -99,36 +100,39 @@ class Source:
             return _matrix(leaf.values, tensor), _matrix(leaf.scales, tensor.scales)
         return _matrix(leaf, tensor), None
 
-    def stored(self, name: str, matrix: np.ndarray, scales: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Turn what was fetched into a tensor and, in FP8, its scales."""
+    def stored(self, name: str, matrix: Array, scales: Array | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Turn what was fetched into a tensor and, in FP8, its scales; on the device where it is."""
         tensor = self._tensor(name)
         if self.fp8 and tensor.quantized:
-            values, scales = map(np.asarray, _quantize(matrix)) if scales is None else (matrix, scales)
-            return self._stored(values.T), np.ascontiguousarray(scales.T)
+            if scales is None:
+                matrix, scales = _quantize(matrix)
+            return self._on_host(matrix, transposed=True), np.ascontiguousarray(np.asarray(scales).T)
         if scales is not None:
-            matrix = np.asarray(_dequantize(matrix, scales))
+            matrix = _dequantize(matrix, scales)
         dtype = DTYPES["BF16" if tensor.quantized else tensor.dtype]
-        return self._stored(matrix.T if tensor.transposed else matrix, dtype).reshape(tensor.shape), None
+        matrix = matrix if matrix.dtype == dtype else _cast(matrix, dtype)
+        return self._on_host(matrix, tensor.transposed).reshape(tensor.shape), None
 
     def _tensor(self, name: str) -> Tensor:
         return self.scaled[name] if name in self.scaled else self.table[name]
 
-    def _stored(self, view: np.ndarray, dtype: Any = None) -> np.ndarray:
-        """`view` in its own memory order and, if need be, another dtype."""
-        dtype = np.dtype(dtype or view.dtype)
-        if view.dtype != dtype:
-            view = np.asarray(_cast(view, dtype))
+    def _on_host(self, matrix: Array, transposed: bool) -> np.ndarray:
+        """The matrix, or the transposed one, in its own memory order."""
+        if isinstance(matrix, jax.Array) and self.device.platform not in buffers.HOST_PLATFORMS:
+            return np.asarray(_transposed(matrix) if transposed else matrix)  # faster than on its host
+        matrix = np.asarray(matrix)
+        view = matrix.T if transposed else matrix
         if not view.flags.c_contiguous:
             view = buffers.in_order(view, self.device)
         if view.flags.c_contiguous:
             return view
-        copy = np.empty(view.shape, dtype)
+        copy = np.empty(view.shape, view.dtype)
         buffers.copy_matrix(copy, view, self.device)
         return copy
 
 
-def _matrix(array: jax.Array, tensor: Tensor) -> np.ndarray:
-    """The matrix of a tensor, as in `array`: its leaf, or the values or scales of one."""
+def _matrix(array: jax.Array, tensor: Tensor) -> Array:
+    """The matrix of a tensor, as in `array`: its leaf, or the values or scales of one. On its device, if that holds it whole."""
     if not array.is_fully_addressable:
         return together.gathered(array, tensor)
     whole = None
@@ -149,21 +153,24 @@ def _distinct(array: jax.Array) -> list[Any]:
     return list({str(shard.index): shard for shard in array.addressable_shards}.values())
 
 
-def _block(shard: Any, tensor: Tensor, inside: Held) -> np.ndarray:
-    """What a shard holds of a tensor. From a CPU a view; a GPU transposes faster than its host, so that the stored order is in memory."""
+def _block(shard: Any, tensor: Tensor, inside: Held) -> Array:
+    """What a shard holds of a tensor; from a CPU a view."""
     matrices = as_matrices(tensor.leaf[-1], shard.data.shape, len(tensor.index))
     sizes = len(inside.rows), len(inside.columns)
     if shard.device.platform in buffers.HOST_PLATFORMS:
         *lead, row, column = inside.start
         return np.asarray(shard.data).reshape(matrices)[*lead, row : row + sizes[0], column : column + sizes[1]]
-    block = np.asarray(_read(shard.data, tuple(map(np.int32, inside.start)), matrices, sizes, tensor.transposed))
-    return block.T if tensor.transposed else block
+    return _read(shard.data, tuple(map(np.int32, inside.start)), matrices, sizes)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _read(shard: jax.Array, start: tuple, matrices: tuple[int, ...], sizes: tuple[int, int], transposed: bool) -> jax.Array:
-    block = jax.lax.dynamic_slice(shard.reshape(matrices), start, (1,) * (len(matrices) - 2) + sizes).reshape(sizes)
-    return block.T if transposed else block
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _read(shard: jax.Array, start: tuple, matrices: tuple[int, ...], sizes: tuple[int, int]) -> jax.Array:
+    return jax.lax.dynamic_slice(shard.reshape(matrices), start, (1,) * (len(matrices) - 2) + sizes).reshape(sizes)
+
+
+@jax.jit
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return matrix.T
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -197,4 +204,4 @@ def _encoded(blocks: jax.Array, scales: jax.Array) -> jax.Array:
 
 def _exact(blocks: jax.Array, scales: jax.Array) -> jax.Array:
     """Which blocks are their E4M3 values times the scale, to the last bit."""
-    return (_encoded(blocks, scales).astype(jnp.float32) * scales[:, None, :, None] == blocks).all(axis=(1, 3))
+    return (decode(_encoded(blocks, scales)) * scales[:, None, :, None] == blocks).all(axis=(1, 3))

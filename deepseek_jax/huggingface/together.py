@@ -131,17 +131,17 @@ def _jobs(shard: Sequence[Planned], source: Any) -> Iterator[list[str]]:
             yield [name, after] if weight_of.get(after) == name else [name]
 
 
-def gathered(array: jax.Array, tensor: Tensor) -> np.ndarray:
-    """Return the matrix of a tensor from an array that is spread over processes, all of which call this."""
+def gathered(array: jax.Array, tensor: Tensor) -> jax.Array:
+    """Return the matrix of a tensor, on one of this process's devices, from an array spread over processes, all of which call this."""
     sharding = array.sharding
     name, half = tensor.leaf[-1], tensor.half or 0
     whole = _gather(array, np.array(tensor.index, np.int32), sharding.mesh, sharding.spec, name, half, tensor.matrix_shape)
-    return np.asarray(whole.addressable_data(0)).view(array.dtype)
+    return whole.addressable_data(0)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int, matrix: tuple[int, int]) -> jax.Array:
-    """The bits of a matrix, everywhere: each device adds what it holds of it, replicas nothing."""
+    """A matrix, everywhere: of its bits each device adds what it holds of it, replicas nothing."""
     parts = (*spec, *(None,) * (array.ndim - len(spec)))
     axes = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
     lead, unsigned = len(index), jnp.dtype(f"uint{8 * array.dtype.itemsize}")
@@ -162,7 +162,7 @@ def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int
         row = starts[lead] * (rows // shard.shape[lead])
         column = starts[split] * (matrices[-1] // shard.shape[split]) if split < shard.ndim else 0
         placed = jax.lax.dynamic_update_slice(jnp.zeros(matrix, jnp.uint32), bits, (row, column))
-        return jax.lax.psum(jnp.where(held, placed, 0), mesh.axis_names).astype(unsigned)
+        return jax.lax.bitcast_convert_type(jax.lax.psum(jnp.where(held, placed, 0), mesh.axis_names).astype(unsigned), array.dtype)
 
     # Unchecked: what varies over which axes follows from `spec`, and the sum is over all.
     return jax.shard_map(local, mesh=mesh, in_specs=(spec, P()), out_specs=P(), check_vma=False)(array, index)

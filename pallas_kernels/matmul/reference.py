@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import GROUP, Quantized, decode
 
 
 def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:
@@ -52,5 +52,5 @@ def split_segments(x: Array) -> Array:
 
 def segment_product(a: Array, b: Array, a_scales: Array, b_scales: Array) -> Array:
     """Return the scaled product of one segment, FP32 [m, n]; a [m, 128], b [n, 128]; scales [m] and [n]."""
-    partial = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    partial = jnp.matmul(decode(a), decode(b).T, precision=jax.lax.Precision.HIGHEST)
     return partial * (a_scales[:, None] * b_scales[None, :])

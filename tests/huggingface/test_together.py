@@ -41,7 +41,7 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
             leaf = leaf[key]
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]
         for array, part in pairs:
-            expected, found = save._matrix(array, part), together.gathered(array, part)
+            expected, found = (np.asarray(matrix) for matrix in (save._matrix(array, part), together.gathered(array, part)))
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             np.testing.assert_array_equal(found.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8), err_msg=name)
             assert expected.view(np.uint8).any()
@@ -56,7 +56,7 @@ def test_bits_that_are_no_numbers_survive():
     bits[..., :2] = 0x80000000, 0x7FC00001
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, None, ("data", "node", "expert")))
     found = together.gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
-    np.testing.assert_array_equal(found.view(np.uint32), bits[tensor.index])
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint32), bits[tensor.index])
 
 
 def new_writer(source, folder):

@@ -10,8 +10,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import quantize, stream
+from pallas_kernels.grouped import reference as grouped_reference
+from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.quantize import hopper
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, dequantize
+from pallas_kernels.quantize import reference as quantize_reference
+from pallas_kernels.quantized import E4M3, GROUP, Quantized, decode, dequantize
 
 M, K = 70, 256  # m is a multiple of neither 64 nor 4
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -102,6 +105,49 @@ def test_blocks_are_numpy_to_the_bit(scale):
         with np.errstate(invalid="ignore"):
             values = np.clip(w[at] * (np.float32(1) / block_scale), -448, 448).astype(ml_dtypes.float8_e4m3fn)
         assert_same((q.values[at], q.scales[i, j]), (values, block_scale))
+
+
+def test_every_code_is_decoded_as_by_numpy():
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(decode(jnp.asarray(codes)), codes.astype(np.float32))
+    assert np.signbit(decode(jnp.asarray(codes[0x80:0x81]))).all()  # -0
+
+
+def casts_from_fp8(jaxpr) -> list:
+    """All operations of a program, inner programs included, that cast E4M3 to another floating-point number."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "convert_element_type" and equation.invars[0].aval.dtype == E4M3:
+            found.append(equation)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns") or hasattr(value, "jaxpr")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += casts_from_fp8(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def test_what_was_rounded_is_not_cast_back():
+    """XLA for GPUs leaves out a cast to E4M3 that a cast from it follows, in one program: references would not quantise at all."""
+    x, w, sizes = (
+        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((256, 256), jnp.float32), ((2, 128, 256), jnp.float32), ((2,), jnp.int32))
+    )
+
+    def tiles(x):
+        return quantize_reference.quantize_tiles(x, "fp32")
+
+    def blocks(w):
+        return quantize_reference.quantize_blocks(w, "fp32")
+
+    programs = {
+        "the search itself": (lambda x: tiles(x).values.astype(jnp.float32), (x,)),
+        "dequantize": (lambda x: dequantize(tiles(x)), (x,)),
+        "matmul": (lambda x: matmul_reference.matmul(tiles(x), blocks(x)), (x,)),
+        "grouped": (lambda x, w, sizes: grouped_reference.grouped_matmul(tiles(x), blocks(w), sizes), (x, w, sizes)),
+        "requantised": (lambda x: quantize_reference.requantize_transposed(tiles(x), "pow2"), (x,)),
+    }
+    casts = {name: len(casts_from_fp8(jax.make_jaxpr(program)(*arguments).jaxpr)) for name, (program, arguments) in programs.items()}
+    assert casts == {name: int(name == "the search itself") for name in programs}
 
 
 def test_transposed_forms_are_the_tiles_of_the_transpose():
