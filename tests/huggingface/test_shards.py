@@ -329,10 +329,11 @@ def test_the_first_failure_ends_the_other_shards(tmp_path, monkeypatch):
     """It is the one that is raised, and those beside it stop at their next chunk."""
     monkeypatch.setattr(shard_writer, "_CHUNK_BYTES", 10)
     shapes = dict.fromkeys("abcd", ("U8", (SIZE,)))
-    failed, asked = threading.Event(), []
+    both, failed, asked = threading.Barrier(2, timeout=5), threading.Event(), []
 
     def get(name):
         asked.append(name)
+        both.wait()
         if name == "b":
             failed.set()
             raise KeyError(name)
