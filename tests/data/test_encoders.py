@@ -45,8 +45,7 @@ def cores(monkeypatch):
 @pytest.fixture(scope="session")
 def words():
     """A tokenizer that fails on every word but "good"."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by may ignore it
-encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "<eos>": 1, "good": 2}, unk_token="<unk>"))
+    encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "<eos>": 1, "good": 2}, unk_token="<unk>"))
     encoder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return Tokenizer(encoder, "<bos>", "<eos>", "<eos>")
 
@@ -149,6 +148,7 @@ import os, signal, sys
 import tokenizers
 from deepseek_jax.data.encoders import Encoders
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started by may ignore it
 encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"good": 0}, unk_token="good"))
 with Encoders(encoder, 2) as encoders:
     for i, _ in enumerate(encoders.map(["good " * 10_000] for _ in range(1000))):
