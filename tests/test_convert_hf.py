@@ -224,7 +224,20 @@ def test_through_a_checkpoint_of_the_run(convert, checkpoint, workdir, whole, tm
     assert "step 3 of" in printed
     assert tensors(tmp_path / "small") == tensors(whole)
     said = convert.fails("export", f"--workdir={copy}", f"--hf={tmp_path / 'none'}", "--step=0")
-    assert "/gone/tokenizer.json" in said or "/gone lacks" in said
+    assert "training.initial_weights = '/gone' does not exist; put the checkpoint back there, or import it from where it is now" in said
+
+
+def test_a_folder_that_moved_is_imported_from_where_it_is(convert, checkpoint, tmp_path):
+    (tmp_path / "old").mkdir()
+    moved = changed(checkpoint, tmp_path / "old" / "small")
+    arguments = (f"--workdir={tmp_path / 'W'}", *CONFIG)
+    convert("import", f"--hf={moved}", *arguments)
+    moved = moved.rename(tmp_path / "small")
+    said = convert.fails("export", f"--workdir={tmp_path / 'W'}", f"--hf={tmp_path / 'out'}")
+    assert f"training.initial_weights = '{tmp_path / 'old' / 'small'}' does not exist" in said
+    assert not (tmp_path / "out").exists()
+    convert("import", f"--hf={moved}", *arguments)
+    assert read_config(tmp_path / "W").training.initial_weights == str(moved)
 
 
 def test_a_killed_export_continues(convert, workdir, whole, tmp_path):

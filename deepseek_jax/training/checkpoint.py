@@ -140,9 +140,13 @@ def initial_tokenizer(config: Config) -> dict[str, str]:
     """Return the content of the tokenizer files in the folder `training.initial_weights`, by name.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: one is missing, or the folder is.
     """
     folder = Path(config.training.initial_weights)
+    if not folder.is_dir():
+        raise ValueError(
+            f"training.initial_weights = {str(folder)!r} does not exist; put the checkpoint back there, or import it from where it is now"
+        )
     if missing := [name for name in TOKENIZER_FILES if not (folder / name).exists()]:
         raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
     return {name: (folder / name).read_bytes().decode() for name in TOKENIZER_FILES}
