@@ -24,7 +24,7 @@ from deepseek_jax.huggingface import shard_writer
 from deepseek_jax.huggingface.folder import open_folder, progress_bar
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import expected, load, num_bytes
-from deepseek_jax.huggingface.logits import logits
+from deepseek_jax.huggingface.logits import check_tokens, logits
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
@@ -160,12 +160,9 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
         tokens_BS = np.load(path)
     except (EOFError, ValueError) as error:  # empty, or of another format
         raise ValueError(f"{path} is no .npy file ({error}); make it with np.save of int32 [B, S]") from error
-    if not isinstance(tokens_BS, np.ndarray) or not np.issubdtype(tokens_BS.dtype, np.integer) or tokens_BS.ndim != 2 or not tokens_BS.size:
-        found = f"{tokens_BS.dtype} {list(tokens_BS.shape)}" if isinstance(tokens_BS, np.ndarray) else "several arrays"
-        raise ValueError(f"{path} has {found}; give int32 [B, S]")
-    low, high = tokens_BS.min(), tokens_BS.max()
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"{path} has tokens from {low} to {high}, the vocabulary is 0 to {vocab_size - 1}; use the checkpoint's tokenizer")
+    if not isinstance(tokens_BS, np.ndarray):
+        raise ValueError(f"{path} has several arrays; give int32 [B, S]")
+    check_tokens(tokens_BS, vocab_size, str(path))
     return tokens_BS
 
 

@@ -36,15 +36,23 @@ def logits(config: Config, weights: Tree, tokens_BS: np.ndarray, mesh: jax.shard
     Raises:
         ValueError: tokens of another shape or dtype, or beyond the vocabulary.
     """
-    if tokens_BS.ndim != 2 or not np.issubdtype(tokens_BS.dtype, np.integer) or not tokens_BS.size:
-        raise ValueError(f"tokens are {tokens_BS.dtype} {tokens_BS.shape}; give int32 [B, S]")
-    if tokens_BS.min() < 0 or tokens_BS.max() >= config.model.vocab_size:
-        raise ValueError(f"tokens lie in {tokens_BS.min()} to {tokens_BS.max()}, the vocabulary in 0 to {config.model.vocab_size - 1}")
+    check_tokens(tokens_BS, config.model.vocab_size, "tokens_BS")
     num_rows = len(tokens_BS)
     tokens_BS = np.pad(tokens_BS, ((0, -num_rows % axis_size(mesh, ROWS)), (0, 0)), mode="edge").astype(np.int32)
     with jax.set_mesh(mesh):
         found = jit_on(_forward, config, mesh)(weights["params"], weights["router_bias"], place_batch({"tokens_BS": tokens_BS}, mesh))
     return {name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows] for name, array in found.items()}
+
+
+def check_tokens(tokens_BS: np.ndarray, vocab_size: int, origin: str) -> None:
+    """Refuse tokens of another shape or dtype, or beyond the vocabulary; `origin` says where they come from."""
+    if not np.issubdtype(tokens_BS.dtype, np.integer) or tokens_BS.ndim != 2 or not tokens_BS.size:
+        raise ValueError(f"{origin} has {tokens_BS.dtype} {list(tokens_BS.shape)}; give int32 [B, S]")
+    low, high = tokens_BS.min(), tokens_BS.max()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{origin} has tokens from {low} to {high}, the vocabulary is 0 to {vocab_size - 1}; use the checkpoint's tokenizer"
+        )
 
 
 def _forward(config: Config, params: Tree, router_bias: Tree, batch: Tree) -> dict[str, jax.Array]:

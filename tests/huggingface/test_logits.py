@@ -117,7 +117,7 @@ def test_fp8_arithmetic_is_that_of_the_recipe(tmp_path):
 def test_bad_tokens_are_named():
     golden = hf_checkpoint.read("base")
     weights = {"params": golden.params, "router_bias": golden.router_bias}
-    with pytest.raises(ValueError, match=r"tokens are float64 \(2, 2\); give int32"):
+    with pytest.raises(ValueError, match=r"tokens_BS has float64 \[2, 2\]; give int32"):
         logits(golden.config, weights, np.zeros((2, 2)), one_device(golden.config))
-    with pytest.raises(ValueError, match="the vocabulary in 0 to"):
+    with pytest.raises(ValueError, match="tokens_BS has tokens from .*, the vocabulary is 0 to"):
         logits(golden.config, weights, np.full((1, 2), golden.config.model.vocab_size), one_device(golden.config))
