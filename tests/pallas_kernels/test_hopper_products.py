@@ -89,7 +89,7 @@ def error(actual, expected):
         (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),  # the last of which ends beyond it
     ],
 )
-@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_dense_product(races, m, n, k, config, parts, out_dtype):
     a, b = tiles(m, k), blocks(n, k)
     actual = interpret(races, lambda a, b: hopper.matmul(a, b, out_dtype=out_dtype, config=config, parts=parts), a, b)
@@ -113,7 +113,7 @@ def test_groups_anywhere(races, sizes):
 
 
 @pytest.mark.parametrize("transpose_b", [False, True])
-@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_groups_in_bf16(races, transpose_b, out_dtype):
     sizes, rows, n, k = (100, 0, 57, 1), 196, 264, 200  # k ends within a step, rows and n within a tile
     used = sum(sizes)
