@@ -24,8 +24,14 @@ def provenance(module: str, device: str) -> dict[str, str]:
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": git.stdout.strip() or "not a git checkout",
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *_without_json(sys.argv[1:])]),
     }
+
+
+def _without_json(arguments: list[str]) -> list[str]:
+    """Arguments without --json: where a record was written is no part of what made it, and names a folder of one machine."""
+    pairs = zip([None, *arguments], arguments, strict=False)
+    return [argument for before, argument in pairs if before != "--json" and argument != "--json" and not argument.startswith("--json=")]
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:

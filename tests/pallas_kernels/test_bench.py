@@ -226,6 +226,12 @@ def _without_kernel(x, implementation):
     return 2 * x
 
 
+@pytest.mark.parametrize("where", [["--json=/a/rows.json"], ["--json", "/a/rows.json"]])
+def test_a_record_does_not_say_where_it_was_written(monkeypatch, where):
+    monkeypatch.setattr(sys, "argv", ["bench", "--op=matmul", *where, "--seed", "1"])
+    assert records.provenance("a.b", "device")["command"] == "python -m a.b --op=matmul --seed 1"
+
+
 def test_the_command_from_operands_to_records(monkeypatch, capsys, tmp_path):
     """With a profiler that runs the program and says one millisecond."""
 
