@@ -1,7 +1,7 @@
 """A checkpoint's folder in Hugging Face's format as a whole, and the weights of a run that starts from one.
 
 `training.initial_weights` names such a folder. Its weights are read onto the mesh when a run without checkpoints starts, or when one is
-evaluated or asked for text before its first step: no copy in another format is made, and none of FP8 in FP32 but the one in training.
+evaluated or asked for text before its first checkpoint: the folder is not copied into another format first.
 """
 
 import dataclasses
