@@ -1,7 +1,8 @@
-"""DeepSeek-V2, 236B (arXiv 2405.04434); V2.5 has the same shape. Softmax gate, groups by their best expert, no bias, no MTP.
+"""DeepSeek-V2, 236B (arXiv 2405.04434); V2.5 has the same shape. Softmax gate, groups by their best expert, no bias, no
+MTP.
 
-The report's device-level and communication balance losses (0.05 and 0.02) are not here: they exist to balance its hardware, not
-its experts.
+The report's device-level and communication balance losses (0.05 and 0.02) are not here: they exist to balance its
+hardware, not its experts.
 """
 
 from ml_collections import ConfigDict
@@ -36,11 +37,20 @@ def get_config() -> ConfigDict:
     config.loss.update({"sequence_balance_weight": 0.003, "balance_frequency": "selected"})
     config.optimizer.update(
         {
-            "learning_rate": (("constant", 0.6, 2.4e-4), ("constant", 0.9, 2.4e-4 * 0.316), ("constant", 1.0, 2.4e-4 * 0.316**2)),
+            "learning_rate": (
+                ("constant", 0.6, 2.4e-4),
+                ("constant", 0.9, 2.4e-4 * 0.316),
+                ("constant", 1.0, 2.4e-4 * 0.316**2),
+            ),
             "bias_update_rate": (("constant", 1.0, 0.0),),
         }
     )
     config.data.update({"fim_rate": 0.0, "split_rate": 0.0})
-    ramp = (("constant", 0.009, 2304), ("constant", 0.018, 4608), ("constant", 0.028, 6912), ("constant", 1.0, 9216))  # over 225B tokens
+    ramp = (
+        ("constant", 0.009, 2304),
+        ("constant", 0.018, 4608),
+        ("constant", 0.028, 6912),
+        ("constant", 1.0, 9216),
+    )  # over 225B tokens
     config.training.update({"num_tokens": 8.1e12, "batch_size": ramp, "micro_batch_size": 128})
     return config

@@ -1,4 +1,6 @@
-"""DeepSeek-V2-Lite, 16B: the smallest published shape of the family. No query latent, no groups, softmax gate without renormalisation."""
+"""DeepSeek-V2-Lite, 16B: the smallest published shape of the family. No query latent, no groups, softmax gate without
+renormalisation.
+"""
 
 from ml_collections import ConfigDict
 
@@ -24,7 +26,11 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss.sequence_balance_weight = 0.001
-    config.optimizer.learning_rate = (("constant", 0.8, 4.2e-4), ("constant", 0.9, 4.2e-4 * 0.316), ("constant", 1.0, 4.2e-4 * 0.316**2))
+    config.optimizer.learning_rate = (
+        ("constant", 0.8, 4.2e-4),
+        ("constant", 0.9, 4.2e-4 * 0.316),
+        ("constant", 1.0, 4.2e-4 * 0.316**2),
+    )
     config.training.update({"num_tokens": 5.7e12, "batch_size": (("constant", 1.0, 4608),)})
     config.mesh.update({"node": 1, "expert": 8})
     return config

@@ -1,8 +1,8 @@
 """DeepSeek-V3, 671B: every constant of the report (arXiv 2412.19437), and the base of every other config here.
 
-A config is data. Other files call this `get_config()` and change what differs, so an ablation reads as a diff. Schedules are
-pieces `(shape, until, value)`: `until` is a fraction of `training.num_tokens`, `shape` is "constant" (the value holds over the piece),
-"linear" or "cosine" (from the previous piece's value to this one).
+A config is data. Other files call this `get_config()` and change what differs, so an ablation reads as a diff.
+Schedules are pieces `(shape, until, value)`: `until` is a fraction of `training.num_tokens`, `shape` is "constant" (the
+value holds over the piece), "linear" or "cosine" (from the previous piece's value to this one).
 """
 
 from ml_collections import ConfigDict
@@ -48,8 +48,10 @@ def get_config() -> ConfigDict:
                     "mscale_all_dim": 1.0,
                 },
                 "norm_eps": 1e-6,
-                "init_std": 0.006,  # of every matrix; norm gains start at 1 and router biases at 0 (unstated in the report)
-                "residual_init_scale": 1.0,  # times init_std: of the matrices that write into the residual stream (o, down)
+                # of every matrix; norm gains start at 1 and router biases at 0 (unstated in the report)
+                "init_std": 0.006,
+                # times init_std: of the matrices that write into the residual stream (o, down)
+                "residual_init_scale": 1.0,
             },
             "loss": {
                 "mtp_weight": (("constant", 10.0 / 14.8, 0.3), ("constant", 1.0, 0.1)),
@@ -75,7 +77,8 @@ def get_config() -> ConfigDict:
                 "ema_decay": 0.0,  # 0: no average is kept. The report keeps one, its decay is unstated
             },
             "data": {
-                # "stdlib" is the source text of the running Python's standard library: real text that is already on the machine.
+                # "stdlib" is the source text of the running Python's standard library: real text that is already on the
+                # machine.
                 "sources": ({"path": "stdlib", "weight": 1.0},),
                 "text_field": "text",
                 "on_error": "refuse",  # or "skip": what to do with an unreadable file, line or record
@@ -83,15 +86,16 @@ def get_config() -> ConfigDict:
                 "sequence_length": 4096,
                 "heldout_fraction": 0.02,
                 "fim_rate": 0.1,
-                "split_rate": 0.1,  # of tokens joining punctuation and line breaks; the report says "a certain proportion"
+                # of tokens joining punctuation and line breaks; the report says "a certain proportion"
+                "split_rate": 0.1,
                 "mask_documents": False,
                 "reset_positions": False,
                 "prefetch": 4,
             },
             "training": {
                 "num_tokens": 14.8e12,
-                # Sequences per optimizer step. The report ramps 3072 -> 15360 over the first 469B tokens and does not give the
-                # shape: four steps.
+                # Sequences per optimizer step. The report ramps 3072 -> 15360 over the first 469B tokens and does not
+                # give the shape: four steps.
                 "batch_size": (
                     ("constant", 0.117 / 14.8, 3072),
                     ("constant", 0.234 / 14.8, 6144),

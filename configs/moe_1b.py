@@ -1,9 +1,9 @@
 """1.3B parameters, 0.3B of them active: an ablation shape.
 
-Why this shape. The report ablates on a 1B MoE and does not give it, so the proportions of V3 are kept where a ratio decides
-behaviour (8 of 64 experts in 8 groups with 4 kept, one shared expert, head dims 128 + 64 / 128, query latent 3/4 and key-value
-latent 1/2 of the width) and the rest is small enough that state and activations fit one 24 GB card and 10B tokens take a day on
-one H200.
+Why this shape. The report ablates on a 1B MoE and does not give it, so the proportions of V3 are kept where a ratio
+decides behaviour (8 of 64 experts in 8 groups with 4 kept, one shared expert, head dims 128 + 64 / 128, query latent
+3/4 and key-value latent 1/2 of the width) and the rest is small enough that state and activations fit one 24 GB card
+and 10B tokens take a day on one H200.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,10 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss.mtp_weight = (("constant", 0.67, 0.3), ("constant", 1.0, 0.1))
-    config.optimizer.learning_rate = (("constant", 0.8, 1.08e-3), ("cosine", 1.0, 1.08e-4))  # peak of the DeepSeekMoE 2B validation model
+    config.optimizer.learning_rate = (
+        ("constant", 0.8, 1.08e-3),
+        ("cosine", 1.0, 1.08e-4),
+    )  # peak of the DeepSeekMoE 2B validation model
     config.optimizer.warmup_steps = 500
     config.data.sequence_length = 2048
     config.training.update({"num_tokens": 20e9, "batch_size": (("constant", 1.0, 256),), "micro_batch_size": 16})

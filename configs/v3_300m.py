@@ -1,4 +1,6 @@
-"""0.3B parameters, V3-shaped and ready for FP8: small enough to train twice, which is how a precision is compared with another."""
+"""0.3B parameters, V3-shaped and ready for FP8: small enough to train twice, which is how a precision is compared with
+another.
+"""
 
 from ml_collections import ConfigDict
 
@@ -30,11 +32,16 @@ def get_config() -> ConfigDict:
     )
     config.optimizer.learning_rate = (("constant", 0.5, 3e-4), ("cosine", 1.0, 3e-5))
     config.optimizer.warmup_steps = 200
-    config.optimizer.bias_update_rate = (("constant", 0.9, 2e-3), ("constant", 1.0, 0.0))  # twice the recipe's: 2,000 steps, not 200,000
+    config.optimizer.bias_update_rate = (
+        ("constant", 0.9, 2e-3),
+        ("constant", 1.0, 0.0),
+    )  # twice the recipe's: 2,000 steps, not 200,000
     config.data.sequence_length = 1024
     config.data.fim_rate = 0.0
     config.data.split_rate = 0.0
-    config.training.update({"num_tokens": 2000 * 32768.0, "batch_size": (("constant", 1.0, 32),), "micro_batch_size": 32, "eval_every": 0})
+    config.training.update(
+        {"num_tokens": 2000 * 32768.0, "batch_size": (("constant", 1.0, 32),), "micro_batch_size": 32, "eval_every": 0}
+    )
     config.mesh.update({"node": 1, "expert": 1})
     config.execution.gather = "step"
     return config

@@ -1,4 +1,6 @@
-"""4.87B parameters, V3-shaped: the one shape of every comparison on a single GPU. No MTP, so that peers can run it too."""
+"""4.87B parameters, V3-shaped: the one shape of every comparison on a single GPU. No MTP, so that peers can run it
+too.
+"""
 
 from ml_collections import ConfigDict
 

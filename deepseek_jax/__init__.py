@@ -1,6 +1,7 @@
 """DeepSeek-V3 in JAX.
 
-Arrays carry their shape in their name. Sharding does not change the letters; inside the training step's `shard_map` they are local sizes.
+Arrays carry their shape in their name. Sharding does not change the letters; inside the training step's `shard_map`
+they are local sizes.
 
     B batch (sequences)       N attention heads                 E routed experts
     S sequence                A query latent                    K experts per token

@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, and the one strict way from a `ConfigDict` into them.
 
-The files in `configs/` are complete, so the dataclasses have no defaults: what a run does is what its file says. `from_config_dict` refuses
-unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with the value and the remedy, before any array
-exists.
+The files in `configs/` are complete, so the dataclasses have no defaults: what a run does is what its file says.
+`from_config_dict` refuses unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with
+the value and the remedy, before any array exists.
 """
 
 import dataclasses
@@ -196,7 +196,8 @@ def from_config_dict(config_dict) -> Config:
     """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly.
 
     Raises:
-        ValueError: unknown, missing or ill-typed key, or an impossible shape; the message names the value and the remedy.
+        ValueError: unknown, missing or ill-typed key, or an impossible shape; the message names the value and the
+            remedy.
     """
     tree = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
     config = _convert(Config, tree, "config")
@@ -212,8 +213,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 def schedule_value(pieces: Schedule, fraction: float) -> float:
     """Evaluate a schedule at `fraction` of the run's tokens. Host-side and in double precision.
 
-    A piece reaches from the previous piece's end to its own. "constant" holds its value over it; "linear" and "cosine" lead from the
-    previous piece's value. A piece contains its start and not its end; past the last end its value holds.
+    A piece reaches from the previous piece's end to its own. "constant" holds its value over it; "linear" and "cosine"
+    lead from the previous piece's value. A piece contains its start and not its end; past the last end its value holds.
     """
     start, before = 0.0, pieces[0][2]
     for shape, until, value in pieces:
@@ -240,7 +241,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             parts = (parts[0],) * len(value)
         elif len(parts) != len(value):
             raise ValueError(f"{path} = {value!r} must have {len(parts)} entries: shape, end fraction, value")
-        items = tuple(_convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+        items = tuple(
+            _convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True))
+        )
         if kind == Schedule:
             check_schedule(path, items)
         return items
@@ -253,12 +256,17 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 def _convert_section(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{path} = {value!r} must be a section with the keys {[field.name for field in dataclasses.fields(kind)]}")
+        raise ValueError(
+            f"{path} = {value!r} must be a section with the keys {[field.name for field in dataclasses.fields(kind)]}"
+        )
     fields = typing.get_type_hints(kind)
     for key in value:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            raise ValueError(f"{path}.{key} is unknown" + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {sorted(fields)}"))
+            raise ValueError(
+                f"{path}.{key} is unknown"
+                + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {sorted(fields)}")
+            )
     missing = [key for key in fields if key not in value]
     if missing:
         raise ValueError(f"{path} lacks {missing}; start from configs/deepseek_v3.py, which has every key")
@@ -275,7 +283,8 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def resolve(config: Config, platform: str, expert_devices: int) -> Config:
-    """Replace every "auto" of `execution` by what it means on `platform` ("cpu", "gpu", "tpu"), and log the choice with its reason.
+    """Replace every "auto" of `execution` by what it means on `platform` ("cpu", "gpu", "tpu"), and log the choice with
+    its reason.
 
     Args:
         config: any valid config.
@@ -292,12 +301,15 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         logging.info("expert exchange: %s (%d devices hold experts)", exchange, expert_devices)
     if exchange == "local" and expert_devices > 1:
         raise ValueError(
-            f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share them; use 'auto'"
+            f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share"
+            " them; use 'auto'"
         )
     if experts == "auto":
         experts, reason = _choose_experts(config, platform)
         logging.info("experts: %s (%s)", experts, reason)
-    return dataclasses.replace(config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange, experts=experts))
+    return dataclasses.replace(
+        config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange, experts=experts)
+    )
 
 
 def _choose_attention(config: Config, platform: str) -> tuple[str, str]:

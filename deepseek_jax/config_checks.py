@@ -70,7 +70,9 @@ def check_schedule(path: str, pieces: "Schedule") -> None:
     """Refuse a schedule whose ends do not rise to 1, or with an unknown shape or an impossible value."""
     ends = [until for _, until, _ in pieces]
     if not all(a < b for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1:] != [1.0]:
-        raise ValueError(f"{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0")
+        raise ValueError(
+            f"{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0"
+        )
     for shape, _, value in pieces:
         if shape not in ("constant", "linear", "cosine"):
             raise ValueError(f"{path}: shape {shape!r} is unknown; choose 'constant', 'linear' or 'cosine'")
@@ -93,7 +95,9 @@ def _check_ranges(config: "Config", leaves: dict[str, Any]) -> None:
             raise ValueError(f"config.data.{name} = {getattr(data, name)} is a fraction; it must lie in [0, 1]")
     for name in ("b1", "b2", "ema_decay"):
         if getattr(optimizer, name) >= 1.0:
-            raise ValueError(f"config.optimizer.{name} = {getattr(optimizer, name)} must be below 1: such an average never moves")
+            raise ValueError(
+                f"config.optimizer.{name} = {getattr(optimizer, name)} must be below 1: such an average never moves"
+            )
 
 
 def _check_model(model: "Model") -> None:
@@ -112,7 +116,8 @@ def _check_model(model: "Model") -> None:
     kept = model.num_kept_groups * group_size
     if model.experts_per_token > kept:
         refuse(
-            f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept groups of"
+            f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept"
+            " groups of"
             f" {group_size}; lower it or keep more groups"
         )
     if model.group_score == "top2" and group_size < 2:
@@ -137,7 +142,8 @@ def _check_fp8(config: "Config") -> None:
     for name, size in sums.items():
         if size % GROUP:
             raise ValueError(
-                f"config.model: {name} = {size} must be a multiple of {GROUP} for execution.precision = 'fp8'; change it, or use 'bf16'"
+                f"config.model: {name} = {size} must be a multiple of {GROUP} for execution.precision = 'fp8'; change"
+                " it, or use 'bf16'"
             )
 
 
@@ -145,20 +151,25 @@ def _check_training(config: "Config") -> None:
     shortest = config.model.num_mtp_layers + 2
     if config.data.sequence_length < shortest:
         raise ValueError(
-            f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers} MTP layers"
+            f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers}"
+            " MTP layers"
             f" need at least {shortest}"
         )
     for shape, _, value in config.training.batch_size:
         if shape != "constant" or not value or value % config.training.micro_batch_size:
             raise ValueError(
-                f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of micro_batch_size ="
+                f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of"
+                " micro_batch_size ="
                 f" {config.training.micro_batch_size}: every size is compiled once"
             )
     if config.optimizer.b2 > 0.99:
         raise ValueError(f"config.optimizer.b2 = {config.optimizer.b2}: BF16 moments lose updates above 0.99; lower it")
     if not config.data.sources:
-        raise ValueError("config.data.sources is empty; name at least one, for example {'path': 'stdlib', 'weight': 1.0}")
+        raise ValueError(
+            "config.data.sources is empty; name at least one, for example {'path': 'stdlib', 'weight': 1.0}"
+        )
     if config.execution.exchange_slack < 1.0:
         raise ValueError(
-            f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries the balanced load"
+            f"config.execution.exchange_slack = {config.execution.exchange_slack} must be at least 1: a round carries"
+            " the balanced load"
         )

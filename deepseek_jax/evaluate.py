@@ -6,15 +6,16 @@ The yardsticks answer "compared with what?" without another model:
     gzip pieces  knows what the model knows at best: nothing beyond the context, which is shorter than gzip's window
     gzip, xz     know each whole document
 
-The bigram is interpolated by Witten and Bell's rule (1991), which has no free parameter: a context that was followed by T different
-tokens in n occurrences gives T / (n + T) of its probability to the shorter context; below the shortest, all V ids are equally likely:
+The bigram is interpolated by Witten and Bell's rule (1991), which has no free parameter: a context that was followed by
+T different tokens in n occurrences gives T / (n + T) of its probability to the shorter context; below the shortest, all
+V ids are equally likely:
 
     p(b | a) = (n(a, b) + T(a) p(b)) / (n(a) + T(a))          p(b) = (n(b) + T / V) / (n + T)
 
-Its counts are in no checkpoint. The data stream is a function of the configuration, so the tokens that a run has seen are counted by
-reading the stream again from its start: exact whatever interruptions there were, no byte of state, and possible later, from the workdir
-alone. The loader is many times as fast as a step, so this costs a few percent of the run. Beyond `MOST_COUNTED_TOKENS` it is left out,
-and says so, because the table of pairs outgrows the host.
+Its counts are in no checkpoint. The data stream is a function of the configuration, so the tokens that a run has seen
+are counted by reading the stream again from its start: exact whatever interruptions there were, no byte of state, and
+possible later, from the workdir alone. The loader is many times as fast as a step, so this costs a few percent of the
+run. Beyond `MOST_COUNTED_TOKENS` it is left out, and says so, because the table of pairs outgrows the host.
 """
 
 import functools
@@ -51,8 +52,8 @@ class Bigram(NamedTuple):
 
 
 def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> tuple[Evaluation, Progress]:
-    """Evaluate a checkpoint of `workdir` (the newest, or of `step`) on the held-out split; return the result and where the run
-    stood.
+    """Evaluate a checkpoint of `workdir` (the newest, or of `step`) on the held-out split; return the result and where
+    the run stood.
 
     `config` says on which mesh and on how many batches; the rest of it is the workdir's.
 
@@ -63,7 +64,9 @@ def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> 
     weights, progress = restore_weights(config, workdir, mesh, step)
     held_out = open_held_out(config, open_tokenizer(config, workdir), workdir)
     with jax.set_mesh(mesh):
-        return evaluate(jit_eval_step(config, mesh), weights["params"], weights["router_bias"], held_out, mesh), progress
+        return evaluate(
+            jit_eval_step(config, mesh), weights["params"], weights["router_bias"], held_out, mesh
+        ), progress
 
 
 def open_held_out(config: Config, tokenizer: Tokenizer, workdir: Path) -> HeldOut:
@@ -73,8 +76,12 @@ def open_held_out(config: Config, tokenizer: Tokenizer, workdir: Path) -> HeldOu
     return heldout_batches(config, tokenizer, workdir, training.micro_batch_size, training.eval_batches, *processes)
 
 
-def add_yardsticks(config: Config, workdir: Path, tokenizer: Tokenizer, step: int, tokens_seen: int) -> dict[str, float | None]:
-    """Return the yardsticks of a run after `step`, computing them and writing them to its metrics if they are not there yet."""
+def add_yardsticks(
+    config: Config, workdir: Path, tokenizer: Tokenizer, step: int, tokens_seen: int
+) -> dict[str, float | None]:
+    """Return the yardsticks of a run after `step`, computing them and writing them to its metrics if they are not there
+    yet.
+    """
     for row in read_rows(workdir):
         if row["step"] == step and "yardstick/bigram_bits_per_byte" in row:
             return row
@@ -85,8 +92,12 @@ def add_yardsticks(config: Config, workdir: Path, tokenizer: Tokenizer, step: in
     return yardsticks
 
 
-def measure_yardsticks(config: Config, workdir: Path, tokenizer: Tokenizer, tokens_seen: int) -> dict[str, float | None]:
-    """Return bits per byte of every yardstick on the held-out text, under their keys in the metrics; None for a bigram not counted."""
+def measure_yardsticks(
+    config: Config, workdir: Path, tokenizer: Tokenizer, tokens_seen: int
+) -> dict[str, float | None]:
+    """Return bits per byte of every yardstick on the held-out text, under their keys in the metrics; None for a bigram
+    not counted.
+    """
     held_out = open_held_out(config, tokenizer, workdir)
     held_out.process_index, held_out.process_count = 0, 1  # every process measures all of it
     bigram_bits = None
@@ -96,7 +107,9 @@ def measure_yardsticks(config: Config, workdir: Path, tokenizer: Tokenizer, toke
         loader.close()
         bigram_bits = bigram_nats(bigram, held_out) / np.log(2.0) / held_out.num_bytes
     else:
-        logging.warning("the bigram yardstick is left out: %d tokens seen, at most %d are counted", tokens_seen, MOST_COUNTED_TOKENS)
+        logging.warning(
+            "the bigram yardstick is left out: %d tokens seen, at most %d are counted", tokens_seen, MOST_COUNTED_TOKENS
+        )
     texts = list(held_out.texts())
     gzip9 = functools.partial(gzip.compress, compresslevel=9, mtime=0)
     xz9 = functools.partial(lzma.compress, preset=9)

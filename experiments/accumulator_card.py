@@ -1,8 +1,9 @@
 """Find out how a Hopper card adds FP8 products: `python -m experiments.accumulator_card`.
 
-Multiplies the same FP8 values (every scale is 1) by four programs of the card, and by the emulator (`pallas_kernels/accumulator.py`) with
-several parameters. Prints the relative L2 error of each against the exact product, and how far each program is from each emulated one: the
-parameters at distance 0 are the card's. Needs an NVIDIA GPU of the Hopper generation; takes two minutes, most of them emulating.
+Multiplies the same FP8 values (every scale is 1) by four programs of the card, and by the emulator
+(`pallas_kernels/accumulator.py`) with several parameters. Prints the relative L2 error of each against the exact
+product, and how far each program is from each emulated one: the parameters at distance 0 are the card's. Needs an
+NVIDIA GPU of the Hopper generation; takes two minutes, most of them emulating.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,9 @@ JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 SIZE = 128  # m and n: one tile of the kernel
 LENGTHS = (4096, 16384)  # of K
 DISTRIBUTIONS = {"N(0, 1)": "standard_normal", "uniform(0, 1)": "random"}  # names and methods of numpy.random.Generator
-EMULATED = [Accumulator(bits, rounding, interval) for interval in (None, GROUP) for bits in (13, 14) for rounding in ROUNDINGS]
+EMULATED = [
+    Accumulator(bits, rounding, interval) for interval in (None, GROUP) for bits in (13, 14) for rounding in ROUNDINGS
+]
 
 
 def main(_) -> None:
@@ -64,7 +67,8 @@ def compare(name: str, a: np.ndarray, b: np.ndarray, programs: dict[str, Callabl
         print(f"{label:52}{relative(product, exact):8.4f}{distances}")
     shape = {"m": a.shape[0], "n": b.shape[0], "k": a.shape[1]}
     return [
-        _record(name, label, shape, relative(product, exact), *_nearest(product, emulated, exact)) for label, product in products.items()
+        _record(name, label, shape, relative(product, exact), *_nearest(product, emulated, exact))
+        for label, product in products.items()
     ]
 
 
@@ -80,12 +84,23 @@ def _nearest(product: np.ndarray, emulated: dict[str, np.ndarray], exact: np.nda
 
 
 def _label(accumulator: Accumulator) -> str:
-    promoted = f"promoted every {accumulator.promotion_interval}" if accumulator.promotion_interval else "never promoted"
+    promoted = (
+        f"promoted every {accumulator.promotion_interval}" if accumulator.promotion_interval else "never promoted"
+    )
     return f"emulated, {accumulator.fraction_bits} bits, {accumulator.rounding}, {promoted}"
 
 
-def _record(name: str, label: str, shape: dict[str, int], error: float, nearest: str, emulated: float) -> dict[str, Any]:
-    record = {"op": "FP8 product", "mode": f"{label}, {name}", "precision": "fp8", "shape": shape, "value": error, "unit": "% relative L2"}
+def _record(
+    name: str, label: str, shape: dict[str, int], error: float, nearest: str, emulated: float
+) -> dict[str, Any]:
+    record = {
+        "op": "FP8 product",
+        "mode": f"{label}, {name}",
+        "precision": "fp8",
+        "shape": shape,
+        "value": error,
+        "unit": "% relative L2",
+    }
     return record | {"yardstick": {"name": nearest, "version": None, "value": emulated}}
 
 
@@ -100,7 +115,9 @@ def _promoted(a: np.ndarray, b: np.ndarray) -> jax.Array:
 
 @jax.jit
 def unpromoted(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return FP32 a b^T of E4M3 [128, k], one tile, whose sum stays in the tensor cores from the first product to the last."""
+    """Return FP32 a b^T of E4M3 [128, k], one tile, whose sum stays in the tensor cores from the first product to the
+    last.
+    """
 
     def kernel(a_ref, b_ref, out, a_slot, b_slot, out_slot, barrier):
         def accumulate(sums):
@@ -128,7 +145,9 @@ def unpromoted(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _xla(precision: jax.lax.Precision) -> Callable:
     """XLA hands the precision to cuBLASLt as its choice between fast accumulation and promotion of its own."""
-    return jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32))
+    return jax.jit(
+        lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32)
+    )
 
 
 PROGRAMS = {

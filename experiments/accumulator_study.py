@@ -1,7 +1,8 @@
 """Draw what the limited FP8 accumulator costs, and what promotion cures: `python -m experiments.accumulator_study`.
 
-Emulates products of 64 x 64 outputs (`pallas_kernels/accumulator.py`) and draws the relative L2 error against the exact product of the same
-FP8 values, over K and over the promotion interval. Writes the drawing and the records of its points. Takes ten seconds.
+Emulates products of 64 x 64 outputs (`pallas_kernels/accumulator.py`) and draws the relative L2 error against the exact
+product of the same FP8 values, over K and over the promotion interval. Writes the drawing and the records of its
+points. Takes ten seconds.
 """
 
 from typing import Any, NamedTuple
@@ -55,7 +56,9 @@ def main(_) -> None:
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """Return the records of a case: over K, never promoted and promoted every 128, then over the interval at K = 4096."""
+    """Return the records of a case: over K, never promoted and promoted every 128, then over the interval at K =
+    4096.
+    """
     never = {k: relative_error(case, k, None) for k in LENGTHS}
     promoted = [(k, GROUP) for k in LENGTHS] + [(LENGTH, interval) for interval in INTERVALS if interval != GROUP]
     found = [_record(case, k, None, error, None) for k, error in never.items()]
@@ -63,14 +66,18 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 
 def relative_error(case: Case, k: int, interval: int | None) -> float:
-    """Return the relative L2 error in percent, over 64 x 64 outputs, against the exact product of the same FP8 values."""
+    """Return the relative L2 error in percent, over 64 x 64 outputs, against the exact product of the same FP8
+    values.
+    """
     a, b = (_whole_tensor(x) for x in _operands(case.distribution, k))
     emulated = multiply(a, b, Accumulator(case.fraction_bits, case.rounding, interval))
     return _percent(emulated, a.astype(np.float64) @ b.astype(np.float64).T)
 
 
 def quantisation_error() -> float:
-    """Return what rounding N(0, 1) to FP8 costs the product, in percent: the yardstick that an accumulator must stay far below."""
+    """Return what rounding N(0, 1) to FP8 costs the product, in percent: the yardstick that an accumulator must stay
+    far below.
+    """
     x, w = _operands("standard_normal", LENGTH)
     a, b = (_whole_tensor(y).astype(np.float64) / (LARGEST / abs(y).max()) for y in (x, w))
     return _percent(a @ b.T, x @ w.T)
@@ -92,7 +99,14 @@ def _percent(product: np.ndarray, exact: np.ndarray) -> float:
 
 def _record(case: Case, k: int, interval: int | None, error: float, never: float | None) -> dict[str, Any]:
     shape = {"m": SIZE, "n": SIZE, "k": k, "promotion_interval": interval}
-    record = {"op": "limited accumulator", "mode": case.label, "precision": "fp8", "shape": shape, "value": error, "unit": "% relative L2"}
+    record = {
+        "op": "limited accumulator",
+        "mode": case.label,
+        "precision": "fp8",
+        "shape": shape,
+        "value": error,
+        "unit": "% relative L2",
+    }
     return record | {"yardstick": never and {"name": "never promoted", "version": None, "value": never}}
 
 
@@ -101,22 +115,33 @@ def draw(points: list[dict[str, Any]], quantisation: float) -> plt.Figure:
     figure, (over_k, over_interval) = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True, layout="constrained")
     for case in CASES:
         of_case = {
-            (point["shape"]["k"], point["shape"]["promotion_interval"]): point["value"] for point in points if point["mode"] == case.label
+            (point["shape"]["k"], point["shape"]["promotion_interval"]): point["value"]
+            for point in points
+            if point["mode"] == case.label
         }
         style = {"color": case.color, "marker": "o", "markersize": 4, "linewidth": 1.8}
         over_k.plot(LENGTHS, [of_case[k, None] for k in LENGTHS], label=case.label, **style)
         over_k.plot(LENGTHS, [of_case[k, GROUP] for k in LENGTHS], linestyle="--", **style)
-        over_interval.plot([*INTERVALS, LENGTH], [of_case[LENGTH, interval] for interval in [*INTERVALS, None]], **style)
+        over_interval.plot(
+            [*INTERVALS, LENGTH], [of_case[LENGTH, interval] for interval in [*INTERVALS, None]], **style
+        )
     over_k.plot([], [], color="black", label="never promoted")
     over_k.plot([], [], color="black", linestyle="--", label=f"promoted every {GROUP}")
-    over_k.set(title="Error grows with K; promotion holds it down", xlabel="K", ylabel="relative L2 error of the product, %")
+    over_k.set(
+        title="Error grows with K; promotion holds it down", xlabel="K", ylabel="relative L2 error of the product, %"
+    )
     over_interval.set(title=f"Each promotion less costs accuracy (K = {LENGTH})", xlabel="promotion interval along K")
     over_interval.axvline(GROUP, color="black", linewidth=0.8, linestyle=":")
     over_interval.annotate("DeepSeek-V3", (GROUP, 0.0025), xytext=(4, 0), textcoords="offset points", fontsize=9)
     _label_lengths(over_k, LENGTHS, [f"{k}" for k in LENGTHS])
     _label_lengths(over_interval, [*INTERVALS, LENGTH], [*(f"{interval}" for interval in INTERVALS), "never"])
     over_k.annotate(
-        "rounding N(0, 1) to FP8", (LENGTHS[0], quantisation), xytext=(0, 3), textcoords="offset points", color="gray", fontsize=9
+        "rounding N(0, 1) to FP8",
+        (LENGTHS[0], quantisation),
+        xytext=(0, 3),
+        textcoords="offset points",
+        color="gray",
+        fontsize=9,
     )
     for axes in (over_k, over_interval):
         axes.axhline(quantisation, color="gray", linewidth=0.8)

@@ -1,22 +1,26 @@
 """Compare FP8 linears with FP32 on the activations of a trained model: `python -m experiments.activation_study`.
 
-Normal numbers flatter a quantiser: what a model computes has outliers, and gradients that differ between tokens by orders of magnitude. So
-`configs/tiny.py`, with a latent that FP8 can multiply, is trained as it says. In one more batch, run in BF16, every `linear` has an input x
-and a gradient g of its output. Of these, and of its FP32 weight W, it makes y = x W, dx = g W^T and dW = x^T g in three ways:
+Normal numbers flatter a quantiser: what a model computes has outliers, and gradients that differ between tokens by
+orders of magnitude. So `configs/tiny.py`, with a latent that FP8 can multiply, is trained as it says. In one more
+batch, run in BF16, every `linear` has an input x and a gradient g of its output. Of these, and of its FP32 weight W, it
+makes y = x W, dx = g W^T and dW = x^T g in three ways:
 
     exact       NumPy in FP32
     ours        `model.linear` with an `Fp8Weight`: kernels on their hardware, their references elsewhere
-    emulated    the recipe as the report words it (DeepSeek-V3, arXiv 2412.19437, section 3.3), quantised in NumPy, products in FP32
+    emulated    the recipe as the report words it (DeepSeek-V3, arXiv 2412.19437, section 3.3), quantised in NumPy,
+                products in FP32
 
-Expected: cosines to exact of at least 0.999, and 0.9985 for dW, whose x is rounded twice; an error at most 1.1 times the emulated recipe's;
-no bias. Bias is a slope of ours against exact that is not 1, or a mean error that is not 0; the latter is given in percent of the root mean
-square of exact, for errors that share the rounding of one weight are not independent, and their standard error would be too small.
+Expected: cosines to exact of at least 0.999, and 0.9985 for dW, whose x is rounded twice; an error at most 1.1 times
+the emulated recipe's; no bias. Bias is a slope of ours against exact that is not 1, or a mean error that is not 0; the
+latter is given in percent of the root mean square of exact, for errors that share the rounding of one weight are not
+independent, and their standard error would be too small.
 
-g is divided by the tokens of a whole batch. The last records say what is left of the gradients where g is as small as larger batches make
-it, as medians over all linears: a smallest scale that suits activations (1e-4 in the released kernels) costs 60% at 67 million tokens.
+g is divided by the tokens of a whole batch. The last records say what is left of the gradients where g is as small as
+larger batches make it, as medians over all linears: a smallest scale that suits activations (1e-4 in the released
+kernels) costs 60% at 67 million tokens.
 
-The FFN's two matrices are measured one by one; the model joins them (`swiglu_linear`) and rounds the input of the second only once for dW.
-Writes records and the drawing. Takes ten minutes on one core, nine of them for training.
+The FFN's two matrices are measured one by one; the model joins them (`swiglu_linear`) and rounds the input of the
+second only once for dW. Writes records and the drawing. Takes ten minutes on one core, nine of them for training.
 """
 
 import contextlib
@@ -59,7 +63,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 WORKDIR = Path("runs/activation_study")  # keeps the tokenizer and the tokenised corpus
 ROWS = 16  # of the batch that is measured: 4,096 tokens
-MATRICES = ("q_a_DA", "kv_a_DC", "q_b_ANQ", "kv_b_CNX", "o_NHD", "gate_up_D2F", "down_FD")  # of a layer, in the order of their products
+MATRICES = (
+    "q_a_DA",
+    "kv_a_DC",
+    "q_b_ANQ",
+    "kv_b_CNX",
+    "o_NHD",
+    "gate_up_D2F",
+    "down_FD",
+)  # of a layer, in the order of their products
 PRODUCTS = ("output", "input gradient", "weight gradient")
 LARGEST_E4M3, LARGEST_E5M6 = 448.0, 65024.0
 COLORS = dict(zip(PRODUCTS, ("#0072B2", "#009E73", "#D55E00"), strict=True))  # Okabe and Ito's palette
@@ -94,7 +106,9 @@ def main(_) -> None:
     loader.close()
     points = [point for one in found for point in measure(one)]
     report(points)
-    batches = [record for tokens in BATCH_TOKENS for record in medians([p for one in found for p in measure(one, tokens)])]
+    batches = [
+        record for tokens in BATCH_TOKENS for record in medians([p for one in found for p in measure(one, tokens)])
+    ]
     folder = studies.folder("activation")
     common = records.provenance("experiments.activation_study", session.describe_device(mesh))
     records.write(folder / "activation_study.json", [point | common for point in points + batches])
@@ -124,7 +138,8 @@ def train(config: Config, mesh: jax.sharding.Mesh, loader: Loader) -> State:
 
 
 def take(config: Config, params: Any, router_bias: Any, batch: Batch) -> list[Linear]:
-    """Run a batch forward and backward in BF16; return its linears, without those of routed experts, in the order of their products.
+    """Run a batch forward and backward in BF16; return its linears, without those of routed experts, in the order of
+    their products.
 
     g is the gradient by zeros that are added to each output, of the loss with MTP.
 
@@ -134,7 +149,9 @@ def take(config: Config, params: Any, router_bias: Any, batch: Batch) -> list[Li
         router_bias: likewise.
         batch: one that fits into memory.
     """
-    execution = dataclasses.replace(config.execution, precision="bf16", remat="none", scan_unroll=config.model.num_layers)
+    execution = dataclasses.replace(
+        config.execution, precision="bf16", remat="none", scan_unroll=config.model.num_layers
+    )
     config = dataclasses.replace(config, execution=execution)
 
     def loss(zeros, params):
@@ -163,7 +180,9 @@ def take(config: Config, params: Any, router_bias: Any, batch: Batch) -> list[Li
 
 
 def _cast(tree: Any) -> Any:
-    """Weights in BF16 but for those that are not multiplied in it; what `parallel.weights.gather` does on one device."""
+    """Weights in BF16 but for those that are not multiplied in it; what `parallel.weights.gather` does on one
+    device.
+    """
 
     def one(path, w):
         return w.astype(jnp.bfloat16) if w.ndim > 1 and leaf_name(path) not in FP32_WHEN_GATHERED else w
@@ -176,7 +195,9 @@ def _loss(config: Config, output: transformer.Output, head_DV: jax.Array, batch:
 
     def one(hidden_BSD, targets_BS, weights_BS):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        return losses.cross_entropy(hidden_TD, head_DV, targets_BS.ravel(), weights_BS.ravel(), config.execution.loss_chunk, 0.0)[0]
+        return losses.cross_entropy(
+            hidden_TD, head_DV, targets_BS.ravel(), weights_BS.ravel(), config.execution.loss_chunk, 0.0
+        )[0]
 
     total = one(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
     for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
@@ -193,21 +214,46 @@ def _weights(params: Any) -> Iterator[tuple[str, str, np.ndarray]]:
         for layer in range(len(parts["attention"]["norm_D"]) if parts else 0):
             owners = parts["attention"], parts["ffn"] if "ffn" in parts else parts["moe"]["shared"]
             for owner in owners:
-                yield from ((f"{stack.split('_')[0]} {layer}", matrix, owner[matrix][layer]) for matrix in MATRICES if matrix in owner)
+                yield from (
+                    (f"{stack.split('_')[0]} {layer}", matrix, owner[matrix][layer])
+                    for matrix in MATRICES
+                    if matrix in owner
+                )
 
 
 def measure(one: Linear, batch_tokens: int | None = None) -> list[dict[str, Any]]:
-    """Return the records of the three products of a linear; with `batch_tokens`, g is what it would be in a batch of so many tokens."""
+    """Return the records of the three products of a linear; with `batch_tokens`, g is what it would be in a batch of so
+    many tokens.
+    """
     tokens = len(one.x_TI)
-    g_TO = one.g_TO if batch_tokens is None else (one.g_TO.astype(np.float32) * np.float32(tokens / batch_tokens)).astype(one.g_TO.dtype)
+    g_TO = (
+        one.g_TO
+        if batch_tokens is None
+        else (one.g_TO.astype(np.float32) * np.float32(tokens / batch_tokens)).astype(one.g_TO.dtype)
+    )
     x_TI, wide_g_TO = one.x_TI.astype(np.float32), g_TO.astype(np.float32)
-    ways = exact(x_TI, wide_g_TO, one.w_IO), ours(one.recipe, one.x_TI, g_TO, one.w_IO), emulated(one.recipe, x_TI, wide_g_TO, one.w_IO)
-    shape = {"tokens": tokens, "inputs": one.w_IO.shape[0], "outputs": one.w_IO.shape[1], "batch_tokens": batch_tokens or tokens}
+    ways = (
+        exact(x_TI, wide_g_TO, one.w_IO),
+        ours(one.recipe, one.x_TI, g_TO, one.w_IO),
+        emulated(one.recipe, x_TI, wide_g_TO, one.w_IO),
+    )
+    shape = {
+        "tokens": tokens,
+        "inputs": one.w_IO.shape[0],
+        "outputs": one.w_IO.shape[1],
+        "batch_tokens": batch_tokens or tokens,
+    }
     found = []
     for op, want, *others in zip(PRODUCTS, *ways, strict=True):
         ours_is, emulated_is = (_compare(np.asarray(other, np.float64), want.astype(np.float64)) for other in others)
         yardstick = {"name": "the recipe emulated"} | emulated_is
-        record = {"op": op, "mode": f"{one.layer}, {one.matrix}", "precision": "fp8", "shape": shape, "unit": "% relative L2"}
+        record = {
+            "op": op,
+            "mode": f"{one.layer}, {one.matrix}",
+            "precision": "fp8",
+            "shape": shape,
+            "unit": "% relative L2",
+        }
         found.append(record | ours_is | {"yardstick": yardstick})
     return found
 
@@ -230,9 +276,15 @@ def medians(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for op in PRODUCTS[1:]:
         own = [point for point in points if point["op"] == op]
         middle = {key: float(np.median([point[key] for point in own])) for key in ("value", "cosine")}
-        yardstick = {"name": "the recipe emulated", "value": float(np.median([point["yardstick"]["value"] for point in own]))}
+        yardstick = {
+            "name": "the recipe emulated",
+            "value": float(np.median([point["yardstick"]["value"] for point in own])),
+        }
         shape = {key: own[0]["shape"][key] for key in ("tokens", "batch_tokens")}
-        found.append({"op": op, "mode": "median of all linears", "precision": "fp8", "shape": shape, "unit": "% relative L2"} | middle)
+        found.append(
+            {"op": op, "mode": "median of all linears", "precision": "fp8", "shape": shape, "unit": "% relative L2"}
+            | middle
+        )
         found[-1]["yardstick"] = yardstick
     return found
 
@@ -246,15 +298,23 @@ def exact(x_TI: np.ndarray, g_TO: np.ndarray, w_IO: np.ndarray) -> tuple[np.ndar
 def ours(recipe: Input, x_TI: jax.Array, g_TO: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, ...]:
     """Return y, dx and dW of `model.linear` in FP8."""
     blocks = quantize_blocks(w_IO)
-    y_TO, pull = jax.vjp(lambda x, carrier: linear(x, Fp8Weight(carrier, blocks.values, blocks.scales), recipe=recipe), x_TI, w_IO)
+    y_TO, pull = jax.vjp(
+        lambda x, carrier: linear(x, Fp8Weight(carrier, blocks.values, blocks.scales), recipe=recipe), x_TI, w_IO
+    )
     return y_TO, *pull(g_TO)
 
 
 def emulated(recipe: Input, x_TI: np.ndarray, g_TO: np.ndarray, w_IO: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return y, dx and dW in FP32 of operands that are quantised as the report says: figure 6, sections 3.3.2 and 3.3.3."""
+    """Return y, dx and dW in FP32 of operands that are quantised as the report says: figure 6, sections 3.3.2 and
+    3.3.3.
+    """
     pow2 = recipe.scale == "pow2"
     tiles_TI, blocks_IO = quantized(x_TI, (1, GROUP), pow2=pow2), quantized(w_IO, (GROUP, GROUP))
-    kept_TI = quantized(x_TI, (1, GROUP), pow2=True, rounded=e5m6, largest=LARGEST_E5M6) if recipe.kept == "e5m6" else tiles_TI
+    kept_TI = (
+        quantized(x_TI, (1, GROUP), pow2=True, rounded=e5m6, largest=LARGEST_E5M6)
+        if recipe.kept == "e5m6"
+        else tiles_TI
+    )
     columns_TI = quantized(kept_TI, (GROUP, 1), pow2=pow2)
     return tiles_TI @ blocks_IO, quantized(g_TO, (1, GROUP)) @ blocks_IO.T, columns_TI.T @ quantized(g_TO, (GROUP, 1))
 
@@ -273,7 +333,9 @@ def e5m6(x: np.ndarray) -> np.ndarray:
 def quantized(
     x: np.ndarray, group: tuple[int, int], pow2: bool = False, rounded: Callable = e4m3, largest: float = LARGEST_E4M3
 ) -> np.ndarray:
-    """Return FP32 `x` [m, n] with one scale per group of (rows, columns), the last of which may be partial, after rounding."""
+    """Return FP32 `x` [m, n] with one scale per group of (rows, columns), the last of which may be partial, after
+    rounding.
+    """
     (m, n), (rows, columns) = x.shape, group
     padded = np.pad(x, ((0, -m % rows), (0, -n % columns)))
     parts = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).astype(np.float64)
@@ -285,7 +347,10 @@ def quantized(
 
 def report(points: list[dict[str, Any]]) -> None:
     """Print a line per product of every linear, and say what misses a bound."""
-    print(f"{'':<42}{'cosine':>10}{'error %':>9}{'to emulated':>12}{'slope - 1':>11}{'emulated':>10}{'mean %':>8}{'emulated':>10}")
+    print(
+        f"{'':<42}{'cosine':>10}{'error %':>9}{'to emulated':>12}{'slope - 1':>11}{'emulated':>10}"
+        f"{'mean %':>8}{'emulated':>10}"
+    )
     for point in points:
         other = point["yardstick"]
         ratio = point["value"] / other["value"]
@@ -303,15 +368,29 @@ def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> plt.Fig
     for op, color in COLORS.items():
         own = [point for point in points if point["op"] == op]
         left.plot([point["value"] for point in own], names, "o", color=color, label=op)
-        left.plot([point["yardstick"]["value"] for point in own], names, "o", color=color, markerfacecolor="none", markersize=9)
+        left.plot(
+            [point["yardstick"]["value"] for point in own],
+            names,
+            "o",
+            color=color,
+            markerfacecolor="none",
+            markersize=9,
+        )
         own = [record for record in batches if record["op"] == op]
         if own:
             sizes = [record["shape"]["batch_tokens"] for record in own]
             right.plot(sizes, [record["value"] for record in own], "o-", color=color, label=op)
-            right.plot(sizes, [record["yardstick"]["value"] for record in own], ":", color=color, label=f"{op}, emulated")
+            right.plot(
+                sizes, [record["yardstick"]["value"] for record in own], ":", color=color, label=f"{op}, emulated"
+            )
     left.set(title="Error of each linear (rings: the recipe emulated)", xlabel="relative L2 error, %", xlim=(0, None))
     left.invert_yaxis()
-    right.set(title="Gradients as small as larger batches make them", xlabel="tokens of the batch", xscale="log", ylim=(0, None))
+    right.set(
+        title="Gradients as small as larger batches make them",
+        xlabel="tokens of the batch",
+        xscale="log",
+        ylim=(0, None),
+    )
     right.yaxis.set_major_formatter("{x:g}")
     right.set_ylabel("relative L2 error, %, median of all linears")
     for axes in (left, right):

@@ -1,11 +1,11 @@
 """Measure the training step of a configuration: `python -m experiments.benchmark --config=configs/tiny.py`.
 
-Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, what memory holds, and the cold times of tracing and compiling; where
-the time goes, by scope and pass and by kernel; then the rate of the loader alone, which must stay well above the step's. --json writes the
-same numbers as records (design: a measured claim is a file).
+Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, what memory holds, and the cold times of tracing
+and compiling; where the time goes, by scope and pass and by kernel; then the rate of the loader alone, which must stay
+well above the step's. --json writes the same numbers as records (design: a measured claim is a file).
 
-A step is timed from its call until its results are there, and the median of --steps is reported. Tokens are random unless --data is given:
-a fresh model routes both nearly evenly.
+A step is timed from its call until its results are there, and the median of --steps is reported. Tokens are random
+unless --data is given: a fresh model routes both nearly evenly.
 """
 
 import os
@@ -33,7 +33,9 @@ from deepseek_jax.training.step import jit_train_step
 from experiments import breakdown, report, session
 from pallas_kernels.records import provenance, write
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
+)
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=20)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences per step; the first size of the recipe by default.")
@@ -72,7 +74,9 @@ def main(_) -> None:
         batches = corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
         measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value)
         step_records = describe_step(config, mesh, size, measurement)
-        records = step_records + (measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else [])
+        records = step_records + (
+            measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else []
+        )
     common = provenance("experiments.benchmark", session.describe_device(mesh))
     records = [record | common for record in records]
     work = f"{size} x {config.data.sequence_length} tokens a step, {config.model.num_mtp_layers} MTP layers"
@@ -95,12 +99,16 @@ def random_batches(config: Config, size: int) -> Iterator[Batch]:
 
 def corpus_batches(config: Config, workdir: Path, size: int) -> Iterator[Batch]:
     """Yield the batches that training would see first."""
-    loader = make_train_loader(config, open_tokenizer(config, workdir), workdir, jax.process_index(), jax.process_count())
+    loader = make_train_loader(
+        config, open_tokenizer(config, workdir), workdir, jax.process_index(), jax.process_count()
+    )
     while True:
         yield loader.next_batch(size)
 
 
-def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int, profile: bool) -> Measurement:
+def measure_step(
+    config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int, profile: bool
+) -> Measurement:
     """Compile the train step, warm it up, time `num_steps` of it, and profile a few more."""
     losses, seconds = [], []
     with jax.set_mesh(mesh):
@@ -114,7 +122,10 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batc
 
         def run(step):
             nonlocal state
-            arguments = place_batch(next(batches), mesh), rates(config, len(losses), len(losses) * batch["tokens_BS"].size)
+            arguments = (
+                place_batch(next(batches), mesh),
+                rates(config, len(losses), len(losses) * batch["tokens_BS"].size),
+            )
             begin = time.perf_counter()
             state, metrics = jax.block_until_ready(step(state, *arguments))
             seconds.append(time.perf_counter() - begin)

@@ -1,8 +1,8 @@
 """Where the time of a compiled step goes: device time by named scope and pass, and by kernel, from a profiler's trace.
 
-A trace names the instruction behind each event, the compiled program names the scope behind each instruction. XLA launches many kernels at
-once as a command buffer, of which a trace knows the kernels but not the instructions: the program that is traced is compiled without them
-(`WITHOUT_COMMAND_BUFFERS`); its kernels are the same.
+A trace names the instruction behind each event, the compiled program names the scope behind each instruction. XLA
+launches many kernels at once as a command buffer, of which a trace knows the kernels but not the instructions: the
+program that is traced is compiled without them (`WITHOUT_COMMAND_BUFFERS`); its kernels are the same.
 """
 
 import collections
@@ -81,9 +81,13 @@ def collect(events: Iterator[tuple[str, str, float]], program: str, num_steps: i
 
 
 def place(op_name: str) -> tuple[str, str]:
-    """Return scope and pass of an instruction from its `op_name` metadata, whose last part is the operation (a `gather`, say), no scope."""
+    """Return scope and pass of an instruction from its `op_name` metadata, whose last part is the operation (a
+    `gather`, say), no scope.
+    """
     names = [word for word in re.findall(r"\w+", op_name.rpartition("/")[0]) if word in SCOPES]
-    direction = "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"
+    direction = (
+        "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else "forward"
+    )
     return names[-1] if names else OTHER, direction
 
 
@@ -94,7 +98,9 @@ def table(events: list[Event]) -> str:
     for scope in (*SCOPES, OTHER):
         found = [sum(e.milliseconds for e in events if (e.scope, e.direction) == (scope, name)) for name in PASSES]
         if any(found):
-            lines.append(f"{scope:<18}" + "".join(f"{ms:>12.2f}" for ms in (*found, sum(found))) + f"{sum(found) / whole:>7.1%}")
+            lines.append(
+                f"{scope:<18}" + "".join(f"{ms:>12.2f}" for ms in (*found, sum(found))) + f"{sum(found) / whole:>7.1%}"
+            )
     passes = [sum(e.milliseconds for e in events if e.direction == name) for name in PASSES]
     return "\n".join([*lines, f"{'all':<18}" + "".join(f"{ms:>12.2f}" for ms in (*passes, whole)) + "   ms"])
 
@@ -106,7 +112,9 @@ def kernel_table(events: list[Event], count: int = 25) -> str:
         sums[event.kernel][0] += event.milliseconds
         sums[event.kernel][1] += event.launches
     longest = sorted(sums.items(), key=lambda item: -item[1][0])[:count]
-    lines = [f"{milliseconds:>10.2f} ms {launches:>8.0f} x  {kernel[:90]}" for kernel, (milliseconds, launches) in longest]
+    lines = [
+        f"{milliseconds:>10.2f} ms {launches:>8.0f} x  {kernel[:90]}" for kernel, (milliseconds, launches) in longest
+    ]
     rest = sum(total[0] for total in sums.values()) - sum(total[0] for _, total in longest)
     return "\n".join([*lines, f"{rest:>10.2f} ms            in {len(sums) - len(longest)} others"])
 

@@ -1,11 +1,15 @@
 """Released checkpoints in and out, in Hugging Face's format: `python -m experiments.convert_hf COMMAND --hf=DIR`.
 
-    import   --hf=DIR --workdir=W --config=C   a run in W that begins with DIR, with C's recipe and the checkpoint's model: W/config.py
-    export   --workdir=W --hf=DIR              a checkpoint of W in FP8 (--precision=bf16: in BF16), with config and tokenizer
-    verify   --hf=DIR                          names, shapes, dtypes and sizes against its config.json; checksums where it is ours
+    import   --hf=DIR --workdir=W --config=C   a run in W that begins with DIR, with C's recipe and the checkpoint's
+                                               model: W/config.py
+    export   --workdir=W --hf=DIR              a checkpoint of W in FP8 (--precision=bf16: in BF16), with config and
+                                               tokenizer
+    verify   --hf=DIR                          names, shapes, dtypes and sizes against its config.json; checksums where
+                                               it is ours
     logits   --hf=DIR --tokens=T.npy --output=O.npz    logits, routes and gates for int32 tokens [B, S]
 
-An interrupted export is continued by the same command. `--dry_run` lists tensors and bytes and stops. Weights are split over all devices.
+An interrupted export is continued by the same command. `--dry_run` lists tensors and bytes and stops. Weights are split
+over all devices.
 """
 
 import dataclasses
@@ -41,17 +45,22 @@ from deepseek_jax.training.checkpoint import (
 )
 from experiments import session
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/deepseek_v3.py", "Recipe around the model, which is the checkpoint's.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/deepseek_v3.py", "Recipe around the model, which is the checkpoint's."
+)
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; the newest intact one by default.")
-PRECISION = flags.DEFINE_enum("precision", None, ["fp8", "bf16", "fp32"], "export: of the files, fp8 or bf16. logits: of the arithmetic.")
+PRECISION = flags.DEFINE_enum(
+    "precision", None, ["fp8", "bf16", "fp32"], "export: of the files, fp8 or bf16. logits: of the arithmetic."
+)
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy with int32 [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz to write.")
 SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=1e-6)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
-# What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same. The last one marks an export whole.
+# What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same. The last one
+# marks an export whole.
 COMPANIONS = ("generation_config.json", "chat_template.jinja", *TOKENIZER_FILES, "config.json")
 
 CONFIG_FILE = '''"""The recipe of a run that began with the weights of {folder}."""
@@ -77,7 +86,9 @@ def main(argv: list[str]) -> None:
 
 
 def import_() -> None:
-    """Make a workdir whose run begins with a folder's weights. They stay where they are, and are read onto the mesh when it starts."""
+    """Make a workdir whose run begins with a folder's weights. They stay where they are, and are read onto the mesh
+    when it starts.
+    """
     folder, workdir = Path(HF.value).absolute(), Path(_needed("workdir"))
     config, _, fp8 = open_checkpoint(folder)
     if DRY_RUN.value:
@@ -93,9 +104,15 @@ def import_() -> None:
         if (folder / name).exists():
             write_atomically(workdir / "huggingface" / name, _text(folder / name))
     put_tokenizer(workdir, tokenizer)
-    write_atomically(workdir / "config.py", CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)))
+    write_atomically(
+        workdir / "config.py",
+        CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)),
+    )
     claim_workdir(workdir, config)
-    print(f"{workdir}: a run that begins with the weights of {folder}, which must stay there until the first checkpoint; to train on:")
+    print(
+        f"{workdir}: a run that begins with the weights of {folder}, which must stay there until the first checkpoint;"
+        " to train on:"
+    )
     print(f"  python -m experiments.train --config={workdir / 'config.py'} --workdir={workdir}")
 
 
@@ -112,7 +129,15 @@ def export() -> None:
     mesh = all_devices(config)
     weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
-        save(weights, config.model, folder, fp8, int(SHARD_GIGABYTES.value * 1e9), written.update, f"{workdir.resolve()} {progress.step}")
+        save(
+            weights,
+            config.model,
+            folder,
+            fp8,
+            int(SHARD_GIGABYTES.value * 1e9),
+            written.update,
+            f"{workdir.resolve()} {progress.step}",
+        )
     if jax.process_index() > 0:
         return
     for name, content in companions(workdir, config, fp8).items():
@@ -126,7 +151,9 @@ def verify() -> None:
     config, shards, fp8 = open_checkpoint(folder)
     files = {entry.file for entry in shards.entries.values()}
     form = "FP8" if fp8 else "not FP8"
-    print(f"{folder}: {len(shards.entries):,} tensors, {shards.num_bytes:,} bytes in {len(files)} files, {form}: complete")
+    print(
+        f"{folder}: {len(shards.entries):,} tensors, {shards.num_bytes:,} bytes in {len(files)} files, {form}: complete"
+    )
     if (folder / shard_writer.RECORD).exists():
         with progress_bar(sum(file.stat().st_size for file in files), "checksums") as progress:
             shard_writer.verify(folder, progress.update)

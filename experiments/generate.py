@@ -1,6 +1,7 @@
 """Continue a prompt with a trained model: `python -m experiments.generate --workdir=runs/tiny --prompt="def "`.
 
-Text appears as it is made. Configuration, tokenizer and weights come from the workdir's newest intact checkpoint; one device decodes.
+Text appears as it is made. Configuration, tokenizer and weights come from the workdir's newest intact checkpoint; one
+device decodes.
 """
 
 from pathlib import Path

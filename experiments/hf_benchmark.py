@@ -1,9 +1,11 @@
-"""How fast, and in how much memory, checkpoints are read and written: `python -m experiments.hf_benchmark --hf=/tmp/hf --gigabytes=8`.
+"""How fast, and in how much memory, checkpoints are read and written: `python -m experiments.hf_benchmark --hf=/tmp/hf
+--gigabytes=8`.
 
-Makes a synthetic FP8 checkpoint (`experiments.synthetic_checkpoint`), then, with cold files (`posix_fadvise`) and a plain read of all files
-before and after each: import into weights in FP8 on the first device, twice, and export of these weights into another folder. Each is
-compared with the two plain reads around it: disks change their speed by the minute. Memory is the peak of RssAnon (pages of no file) above
-the weights themselves, where the device is the host. Prints records and, with --json, writes them.
+Makes a synthetic FP8 checkpoint (`experiments.synthetic_checkpoint`), then, with cold files (`posix_fadvise`) and a
+plain read of all files before and after each: import into weights in FP8 on the first device, twice, and export of
+these weights into another folder. Each is compared with the two plain reads around it: disks change their speed by the
+minute. Memory is the peak of RssAnon (pages of no file) above the weights themselves, where the device is the host.
+Prints records and, with --json, writes them.
 """
 
 import contextlib
@@ -69,19 +71,32 @@ def main(_) -> None:
     with measured(found, PLAIN, files):
         plain_read(files)
     written = []
-    for (_, before, _), (mode, seconds, anonymous), (_, after, _) in zip(found[::2], found[1::2], found[2::2], strict=False):
+    for (_, before, _), (mode, seconds, anonymous), (_, after, _) in zip(
+        found[::2], found[1::2], found[2::2], strict=False
+    ):
         written.append(
             {"op": "convert_hf", "mode": mode, "precision": "fp8", "shape": {"bytes": size, "files": len(files)}}
             | {"value": size / seconds / 1e9, "unit": "GB/s"}
-            | {"yardstick": {"name": PLAIN, "version": "mean of before and after", "value": 2 * size / (before + after) / 1e9}}
+            | {
+                "yardstick": {
+                    "name": PLAIN,
+                    "version": "mean of before and after",
+                    "value": 2 * size / (before + after) / 1e9,
+                }
+            }
             | {"yardstick_values": [size / before / 1e9, size / after / 1e9], "seconds": seconds}
             | {"peak_anonymous_bytes_beyond_weights": anonymous - (on_host if mode.startswith("import") else 0)}
         )
-    written = [record | records.provenance("experiments.hf_benchmark", session.describe_device(mesh)) for record in written]
+    written = [
+        record | records.provenance("experiments.hf_benchmark", session.describe_device(mesh)) for record in written
+    ]
     for record in written:
         rate, memory = record["yardstick"]["value"], record["peak_anonymous_bytes_beyond_weights"] / 1e9
         share = f"{100 * record['value'] / rate:.0f}% of a plain cold read ({rate:.3f})"
-        print(f"{record['mode']:36} {record['seconds']:7.2f} s  {record['value']:6.3f} GB/s, {share}  {memory:5.2f} GB anonymous")
+        print(
+            f"{record['mode']:36} {record['seconds']:7.2f} s  {record['value']:6.3f} GB/s, {share}  {memory:5.2f} GB"
+            " anonymous"
+        )
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(written, indent=1) + "\n")
     if not KEEP.value:

@@ -1,15 +1,18 @@
-"""One MoE layer as one of many expert-parallel devices computes it, forward and backward in FP8, without the exchange between them.
+"""One MoE layer as one of many expert-parallel devices computes it, forward and backward in FP8, without the exchange
+between them.
 
-Each of 64 devices holds 4 of DeepSeek-V3's 256 experts, has 4,096 tokens, and is sent the rows that all devices' tokens want from its
-experts: 64 * 4096 * 8 / 256 = 8,192 per expert. What a device computes between and beside the exchanges:
+Each of 64 devices holds 4 of DeepSeek-V3's 256 experts, has 4,096 tokens, and is sent the rows that all devices' tokens
+want from its experts: 64 * 4096 * 8 / 256 = 8,192 per expert. What a device computes between and beside the exchanges:
 
     its tokens         x + attention(x);  norm, router and choice of experts;  x + shared expert
     rows that arrive   experts, one assignment per row, rows of all experts mixed
 
-Rows and gates are inputs, experts' outputs and gates are outputs with gradients of their own: the exchange would connect them. Sums over a
-token's experts and the balance loss are left out. The layer is recomputed as in training (`model/recompute.py`).
+Rows and gates are inputs, experts' outputs and gates are outputs with gradients of their own: the exchange would
+connect them. Sums over a token's experts and the balance loss are left out. The layer is recomputed as in training
+(`model/recompute.py`).
 
-DeepSeek's public profile of training (github.com/deepseek-ai/profile-data) spends 94.5 ms of computation on four such layers.
+DeepSeek's public profile of training (github.com/deepseek-ai/profile-data) spends 94.5 ms of computation on four such
+layers.
 """
 
 import dataclasses
@@ -59,7 +62,10 @@ class Load:
             if value < 1:
                 raise ValueError(f"{name} = {value} must be positive")
         if self.tokens % GROUP:
-            raise ValueError(f"tokens = {self.tokens} must be a multiple of {GROUP}: so many share the scale of a weight gradient in FP8")
+            raise ValueError(
+                f"tokens = {self.tokens} must be a multiple of {GROUP}: so many share the scale of a weight gradient"
+                " in FP8"
+            )
 
 
 PROFILED = Load(tokens=4096, rows=8192, local_experts=4)
@@ -98,7 +104,9 @@ class Layer(nnx.Module):
         """Compute what `Outputs` holds. `experts_W1`: the local expert of each row that arrives."""
         model, (x_BSD, rows_WD, gates_W1) = self.config.model, inputs
         positions_BS = jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2])
-        x_BSD = keep(x_BSD + self.attention(x_BSD, rotary_table(model, positions_BS), jnp.ones_like(positions_BS)), "middle")
+        x_BSD = keep(
+            x_BSD + self.attention(x_BSD, rotary_table(model, positions_BS), jnp.ones_like(positions_BS)), "middle"
+        )
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         with jax.named_scope("route"):
             scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
@@ -108,7 +116,9 @@ class Layer(nnx.Module):
 
 
 def make_weights(config: Config, load: Load) -> tuple[Any, Any]:
-    """Return FP32 weights, and (values, scales) of those that are multiplied in FP8: quantised once per optimizer step, not per layer."""
+    """Return FP32 weights, and (values, scales) of those that are multiplied in FP8: quantised once per optimizer step,
+    not per layer.
+    """
     layer = Layer(config, load.local_experts, nnx.Rngs(params=config.seed))
     weights = nnx.to_pure_dict(nnx.split(layer, nnx.Param)[1])
     mesh = jax.make_mesh((1,) * len(AXES), AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
@@ -116,7 +126,9 @@ def make_weights(config: Config, load: Load) -> tuple[Any, Any]:
 
 
 def make_inputs(config: Config, load: Load) -> tuple[Inputs, Outputs, jax.Array]:
-    """Return random inputs, random gradients of the outputs, and the expert of each row: equal numbers for all, in random order."""
+    """Return random inputs, random gradients of the outputs, and the expert of each row: equal numbers for all, in
+    random order.
+    """
     model, num_rows = config.model, load.rows * load.local_experts
     keys = iter(jax.random.split(jax.random.key(config.seed), 7))
 
@@ -125,13 +137,18 @@ def make_inputs(config: Config, load: Load) -> tuple[Inputs, Outputs, jax.Array]
 
     stream, rows = (1, load.tokens, model.width), (num_rows, model.width)
     inputs = Inputs(normal(*stream), normal(*rows), jax.random.uniform(next(keys), (num_rows, 1)))
-    gradients = Outputs(normal(*stream), normal(*rows), normal(1, load.tokens, model.experts_per_token, dtype=jnp.float32))
-    experts_W = jax.random.permutation(next(keys), jnp.repeat(jnp.arange(load.local_experts, dtype=jnp.int32), load.rows))
+    gradients = Outputs(
+        normal(*stream), normal(*rows), normal(1, load.tokens, model.experts_per_token, dtype=jnp.float32)
+    )
+    experts_W = jax.random.permutation(
+        next(keys), jnp.repeat(jnp.arange(load.local_experts, dtype=jnp.int32), load.rows)
+    )
     return inputs, gradients, experts_W[:, None]
 
 
 def make_step(config: Config, load: Load) -> Callable[..., tuple[Outputs, tuple[Any, Inputs]]]:
-    """Return (weights, quantized, inputs, gradients, experts_W1) -> outputs, and gradients of the weights (FP32) and of the inputs.
+    """Return (weights, quantized, inputs, gradients, experts_W1) -> outputs, and gradients of the weights (FP32) and of
+    the inputs.
 
     Args:
         config: resolved, in FP8.
@@ -157,7 +174,9 @@ def yardstick(config: Config, load: Load) -> dict[str, Any] | None:
 
 
 def flops(config: Config, load: Load, weights: Any) -> int:
-    """Return the FLOPs of products with weights and of causal attention, forward and backward; what is computed twice counts once."""
+    """Return the FLOPs of products with weights and of causal attention, forward and backward; what is computed twice
+    counts once.
+    """
     model = config.model
 
     def of_weight(path, w):

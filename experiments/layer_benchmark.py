@@ -1,10 +1,12 @@
-"""Measure one full-width MoE layer of DeepSeek-V3 as one of 64 devices computes it: `python -m experiments.layer_benchmark`.
+"""Measure one full-width MoE layer of DeepSeek-V3 as one of 64 devices computes it: `python -m
+experiments.layer_benchmark`.
 
-Forward and backward in FP8 on one device, without the exchange (`experiments/layer.py`). The yardstick is DeepSeek's public profile: 94.5
-ms of computation for four such layers on the 112 multiprocessors of an H800 that do not communicate, which is 20 ms a layer on all 132.
+Forward and backward in FP8 on one device, without the exchange (`experiments/layer.py`). The yardstick is DeepSeek's
+public profile: 94.5 ms of computation for four such layers on the 112 multiprocessors of an H800 that do not
+communicate, which is 20 ms a layer on all 132.
 
-A run is several calls one after the other and one wait, so that what the host does in between is hidden; the median of --steps runs is
-reported, per call. Weights are quantised before. --json writes the numbers as records.
+A run is several calls one after the other and one wait, so that what the host does in between is hidden; the median of
+--steps runs is reported, per call. Weights are quantised before. --json writes the numbers as records.
 """
 
 import os
@@ -23,7 +25,9 @@ from experiments import breakdown, report, session
 from experiments.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
 from pallas_kernels.records import provenance, write
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/deepseek_v3.py", "Configuration of the layer; its precision is FP8.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/deepseek_v3.py", "Configuration of the layer; its precision is FP8."
+)
 TOKENS = flags.DEFINE_integer("tokens", PROFILED.tokens, "Tokens of the device, one sequence.")
 ROWS = flags.DEFINE_integer("rows", PROFILED.rows, "Rows that arrive for each expert.")
 LOCAL_EXPERTS = flags.DEFINE_integer("local_experts", PROFILED.local_experts, "Routed experts on the device.")
@@ -59,10 +63,14 @@ def main(_) -> None:
         raise ValueError("config.model.num_shared_experts = 0: the layer has a shared expert; set it to 1")
     load = Load(TOKENS.value, ROWS.value, LOCAL_EXPERTS.value)
     measurement = measure(config, load, STEPS.value, BREAKDOWN.value)
-    common = provenance("experiments.layer_benchmark", session.describe_device(jax.sharding.Mesh(jax.devices()[:1], "x")))
+    common = provenance(
+        "experiments.layer_benchmark", session.describe_device(jax.sharding.Mesh(jax.devices()[:1], "x"))
+    )
     records = [record | common for record in describe(config, load, measurement)]
     work = f"{load.tokens} tokens, {load.local_experts} experts x {load.rows} rows"
-    report.print_records(f"One layer of {config.name}, {config.execution.precision}, remat {config.execution.remat}, {work}", records)
+    report.print_records(
+        f"One layer of {config.name}, {config.execution.precision}, remat {config.execution.remat}, {work}", records
+    )
     report.print_events(measurement.events)
     report.warn_if_busy(busy)
     if JSON.value:
@@ -88,9 +96,13 @@ def measure(config: Config, load: Load, num_runs: int, profile: bool) -> Measure
     nonfinite = sum(int((~jnp.isfinite(x)).sum()) for x in jax.tree.leaves(step(*arguments)))
     seconds = [run(step, CALLS) for _ in range(WARMUP_RUNS + num_runs)][WARMUP_RUNS:]
     found = step.memory_analysis()
-    size = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    size = (
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
     events = report.profile(lowered, step, run) if profile else []
-    return Measurement(traced - start, compiled - traced, seconds, flops(config, load, arguments[0]), size, nonfinite, events)
+    return Measurement(
+        traced - start, compiled - traced, seconds, flops(config, load, arguments[0]), size, nonfinite, events
+    )
 
 
 def describe(config: Config, load: Load, measurement: Measurement) -> list[dict[str, Any]]:

@@ -1,15 +1,15 @@
 """Train in FP8 and in BF16 on the same data from the same weights, and draw the gap: `python -m experiments.loss_gap`.
 
-Two runs in BF16 whose weights begin 1e-7 apart part, too: rounding decides ties between experts, and from there on they are two runs. What
-they differ by is the noise floor. Three runs per seed:
+Two runs in BF16 whose weights begin 1e-7 apart part, too: rounding decides ties between experts, and from there on they
+are two runs. What they differ by is the noise floor. Three runs per seed:
 
     bf16         the yardstick
     bf16 noise   the same, every initial weight multiplied by 1 + 1e-7 n, n normal
     fp8          the recipe (`model/precision.py`)
 
-The numbers: the largest gap of the smoothed losses after warm-up, and the mean signed gap over the last quarter of the steps, in percent of
-the yardstick's loss (DeepSeek-V3 reports less than 0.25% for 16B and 230B models, appendix B.1). Writes loss_gap.json, .png, and .csv with
-every loss.
+The numbers: the largest gap of the smoothed losses after warm-up, and the mean signed gap over the last quarter of the
+steps, in percent of the yardstick's loss (DeepSeek-V3 reports less than 0.25% for 16B and 230B models, appendix B.1).
+Writes loss_gap.json, .png, and .csv with every loss.
 """
 
 import csv
@@ -39,7 +39,9 @@ from pallas_kernels import records
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/v3_300m.py", "Configuration; its precision is set by the arm.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/v3_300m.py", "Configuration; its precision is set by the arm."
+)
 WORKDIR = flags.DEFINE_string("workdir", "runs/loss_gap", "Keeps the tokenizer and the tokenised corpus.")
 SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds.", lower_bound=1)
 
@@ -67,7 +69,9 @@ def main(_) -> None:
         seeded = dataclasses.replace(config, seed=seed)
         batches = _batches(seeded, size, num_steps)
         for arm in ARMS:
-            losses[seed, arm] = train(seeded, mesh, steps[arm.split()[0]], batches, arm.endswith("noise"), f"seed {seed}, {arm}")
+            losses[seed, arm] = train(
+                seeded, mesh, steps[arm.split()[0]], batches, arm.endswith("noise"), f"seed {seed}, {arm}"
+            )
             write(studies.folder("loss_gap"), config, session.describe_device(mesh), losses)
 
 
@@ -82,7 +86,9 @@ def _batches(config: Config, size: int, count: int) -> list[Batch]:
     return batches
 
 
-def train(config: Config, mesh: jax.sharding.Mesh, step: Any, batches: list[Batch], perturbed: bool, label: str) -> np.ndarray:
+def train(
+    config: Config, mesh: jax.sharding.Mesh, step: Any, batches: list[Batch], perturbed: bool, label: str
+) -> np.ndarray:
     """Return the loss of every step, nats per token."""
     found, start = [], time.perf_counter()
     with jax.set_mesh(mesh):
@@ -99,7 +105,9 @@ def train(config: Config, mesh: jax.sharding.Mesh, step: Any, batches: list[Batc
         skipped = int(metrics["skipped"])
     losses = np.array(jax.device_get(found), np.float64)
     if skipped or not np.isfinite(losses).all():
-        raise ValueError(f"{label}: {np.sum(~np.isfinite(losses))} losses are not finite; this configuration does not train")
+        raise ValueError(
+            f"{label}: {np.sum(~np.isfinite(losses))} losses are not finite; this configuration does not train"
+        )
     return losses
 
 
@@ -114,12 +122,16 @@ def _perturb(state: State) -> Any:
 
 def smooth(losses: np.ndarray) -> np.ndarray:
     """Return the exponential moving average, its start corrected for the zeros before it."""
-    averages = list(itertools.accumulate(losses, lambda before, x: SMOOTHING * before + (1 - SMOOTHING) * x, initial=0.0))[1:]
+    averages = list(
+        itertools.accumulate(losses, lambda before, x: SMOOTHING * before + (1 - SMOOTHING) * x, initial=0.0)
+    )[1:]
     return np.array(averages) / (1 - SMOOTHING ** np.arange(1, len(losses) + 1))
 
 
 def gaps(losses: np.ndarray, yardstick: np.ndarray, warmup_steps: int) -> tuple[np.ndarray, float, float]:
-    """Return, in %: the gap of the smoothed losses at every step, its largest magnitude after warm-up, the mean gap of the last quarter."""
+    """Return, in %: the gap of the smoothed losses at every step, its largest magnitude after warm-up, the mean gap of
+    the last quarter.
+    """
     gap = 100 * (smooth(losses) / smooth(yardstick) - 1)
     last = slice(3 * len(losses) // 4, None)
     return gap, float(np.abs(gap[warmup_steps:]).max()), float(100 * (losses[last].mean() / yardstick[last].mean() - 1))
@@ -131,11 +143,15 @@ def write(folder: Path, config: Config, device: str, losses: dict[tuple[int, str
     with (folder / "loss_gap.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(f"seed {seed}, {arm}" for seed, arm in losses)])
-        writer.writerows([i + 1, *(f"{x:.6f}" for x in row)] for i, row in enumerate(zip(*losses.values(), strict=True)))
+        writer.writerows(
+            [i + 1, *(f"{x:.6f}" for x in row)] for i, row in enumerate(zip(*losses.values(), strict=True))
+        )
     seeds = [seed for seed, arm in losses if arm == ARMS[-1]]
     if seeds:
         found = [record for seed in seeds for record in describe(config, seed, losses)]
-        records.write(folder / "loss_gap.json", [record | records.provenance("experiments.loss_gap", device) for record in found])
+        records.write(
+            folder / "loss_gap.json", [record | records.provenance("experiments.loss_gap", device) for record in found]
+        )
         draw(config, seeds, losses).savefig(folder / "loss_gap.png", dpi=110)
         for record in found:
             print(f"{record['mode']}: {record['value']:.4f} {record['unit']}")
@@ -149,7 +165,12 @@ def describe(config: Config, seed: int, losses: dict[tuple[int, str], np.ndarray
         _, largest, mean = gaps(losses[seed, arm], losses[seed, "bf16"], config.optimizer.warmup_steps)
         values = {"largest gap of the smoothed loss after warm-up": largest, "mean gap over the last quarter": mean}
         found += [
-            {"op": config.name, "mode": f"seed {seed}, {arm} against bf16, {name}", "precision": arm.split()[0], "shape": shape}
+            {
+                "op": config.name,
+                "mode": f"seed {seed}, {arm} against bf16, {name}",
+                "precision": arm.split()[0],
+                "shape": shape,
+            }
             | {"value": value, "unit": "%", "yardstick": None}
             for name, value in values.items()
         ]

@@ -11,7 +11,9 @@ from experiments import breakdown
 PROFILED_STEPS = 3
 
 
-def profile(lowered: jax.stages.Lowered, step: jax.stages.Compiled, run: Callable[[jax.stages.Compiled], Any]) -> list[breakdown.Event]:
+def profile(
+    lowered: jax.stages.Lowered, step: jax.stages.Compiled, run: Callable[[jax.stages.Compiled], Any]
+) -> list[breakdown.Event]:
     """Return what runs in a step, compiled once more where the profile of `step` would not say.
 
     Args:
@@ -34,7 +36,10 @@ def record(config: Config, mode: str, shape: dict[str, int], value: float, unit:
 def scope_times(events: list[breakdown.Event]) -> list[tuple[str, float, str]]:
     """Return mode, value and unit of the records of a profile: the time in each scope, the longest kernel's first."""
     scopes = dict.fromkeys(event.scope for event in events)
-    return [(f"time in {scope}", sum(event.milliseconds for event in events if event.scope == scope), "ms") for scope in scopes]
+    return [
+        (f"time in {scope}", sum(event.milliseconds for event in events if event.scope == scope), "ms")
+        for scope in scopes
+    ]
 
 
 def print_records(title: str, records: list[dict[str, Any]]) -> None:

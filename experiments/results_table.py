@@ -12,19 +12,27 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("device", "jax", "date", "commit", "command")
 HEAD = (
-    "| Config | Precision | Tokens a step | Tokens/s | Step | Model FLOPs | of the BF16 peak | Memory | Trace, compile | Beside it | On "
+    "| Config | Precision | Tokens a step | Tokens/s | Step | Model FLOPs | of the BF16 peak | Memory | Trace, compile"
+    " | Beside it | On "
     "| Date, commit |\n"
     "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|---|"
 )
-SUMMARY_HEAD = "| Kernel | On | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---|---:|---|---:|---:|---:|"
+SUMMARY_HEAD = (
+    "| Kernel | On | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---|---:|---|---:|---:|---:|"
+)
 KERNELS = RESULTS / "kernels.md"
-KERNEL_HEAD = "| Kernel | Shape | Time | Rate | Beside it | x the first | of DeepGEMM | Error |\n|---|---|---:|---:|---|---:|---:|---:|"
+KERNEL_HEAD = (
+    "| Kernel | Shape | Time | Rate | Beside it | x the first | of DeepGEMM | Error |\n"
+    "|---|---|---:|---:|---|---:|---:|---:|"
+)
 
 
 def table(folder: Path = RESULTS) -> str:
     """Return one Markdown row per run of `experiments.benchmark`: a config, a precision, a batch."""
     steps = (record for record in _records(folder) if "config" in record)
-    runs = itertools.groupby(steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)])
+    runs = itertools.groupby(
+        steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)]
+    )
     return "\n".join([HEAD, *(_row(list(records)) for _, records in runs)])
 
 
@@ -33,11 +41,20 @@ def kernel_summary(folder: Path = RESULTS) -> str:
     members: dict[tuple, list[Measured]] = {}
     for group in _by_shape(record for record in _records(folder) if "config" not in record):
         measured = _measured(group)
-        members.setdefault((measured.rate["op"], measured.rate["yardstick"]["name"], measured.rate["device"]), []).append(measured)
+        members.setdefault(
+            (measured.rate["op"], measured.rate["yardstick"]["name"], measured.rate["device"]), []
+        ).append(measured)
     rows = []
     for (op, yardstick, device), rates in members.items():
         over = [measured.over_deepgemm for measured in rates if measured.over_deepgemm]
-        cells = f"`{op}`", device, f"{len(rates)}", yardstick, _range([measured.ratio for measured in rates]), _range(over)
+        cells = (
+            f"`{op}`",
+            device,
+            f"{len(rates)}",
+            yardstick,
+            _range([measured.ratio for measured in rates]),
+            _range(over),
+        )
         rows.append(f"| {' | '.join(cells)} | {max(measured.error for measured in rates):.1e} |")
     return "\n".join([SUMMARY_HEAD, *rows])
 
@@ -103,7 +120,10 @@ def _by_shape(records: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def _measured(records: list[dict]) -> Measured:
-    beside, modes = [record for record in records if record["mode"] == "rate"], {record["mode"]: record for record in records}
+    beside, modes = (
+        [record for record in records if record["mode"] == "rate"],
+        {record["mode"]: record for record in records},
+    )
     rate, deepgemm = beside[0], modes.get("ratio to the yardstick")
     ratio = rate["value"] / rate["yardstick"]["value"]
     over = ratio / deepgemm["yardstick"]["value"] if deepgemm else None
@@ -118,7 +138,9 @@ def _kernel_row(records: list[dict]) -> str:
         _shape(rate["shape"]),
         f"{_number(measured.microseconds)} us",
         f"{_number(rate['value'])} {rate['unit']}",
-        ", ".join(f"{record['yardstick']['name']} {_number(record['yardstick']['value'])}" for record in measured.beside),
+        ", ".join(
+            f"{record['yardstick']['name']} {_number(record['yardstick']['value'])}" for record in measured.beside
+        ),
         f"{measured.ratio:.2f}",
         f"{measured.over_deepgemm:.2f}" if measured.over_deepgemm else "",
         f"{measured.error:.1e}",

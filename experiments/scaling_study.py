@@ -1,16 +1,18 @@
 """Draw what the scaling of gradients costs where tokens differ: `python -m experiments.scaling_study`.
 
-DeepSeek-V3 saw a 16B model diverge when gradients of activations were scaled in blocks of 128 x 128 as weights are, and suspected outliers
-that go by token (arXiv 2412.19437, appendix B.2). Here gradients g = exp(s n_t) n_tj of 1,024 tokens, n normal, with a spread s between
-tokens, are quantised in four ways; both products of the backward pass are then exact: nothing but the quantisation of g is wrong.
+DeepSeek-V3 saw a 16B model diverge when gradients of activations were scaled in blocks of 128 x 128 as weights are, and
+suspected outliers that go by token (arXiv 2412.19437, appendix B.2). Here gradients g = exp(s n_t) n_tj of 1,024
+tokens, n normal, with a spread s between tokens, are quantised in four ways; both products of the backward pass are
+then exact: nothing but the quantisation of g is wrong.
 
-    tiles     E4M3, 1 token x 128 channels for the input gradient, 128 tokens x 1 channel for the weight gradient: the recipe
+    tiles     E4M3, 1 token x 128 channels for the input gradient, 128 tokens x 1 channel for the weight gradient: the
+              recipe
     blocks    E4M3, 128 x 128
     tensor    E4M3, one scale
     hybrid    E5M2, one scale: the format with more range that others take for gradients
 
-For the input gradient, the error of a token is relative to that token: one large token in a block leaves small ones few bits or none.
-Writes records and the drawing. Takes some seconds.
+For the input gradient, the error of a token is relative to that token: one large token in a block leaves small ones few
+bits or none. Writes records and the drawing. Takes some seconds.
 """
 
 from typing import Any
@@ -71,7 +73,9 @@ def operands(spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def quantized(x: np.ndarray, dtype: Any, group: tuple[int, int] | None) -> np.ndarray:
-    """Return `x` [m, n] rounded to `dtype` with one scale per group of (rows, columns), which divide m and n; in FP64."""
+    """Return `x` [m, n] rounded to `dtype` with one scale per group of (rows, columns), which divide m and n; in
+    FP64.
+    """
     rows, columns = group or x.shape
     parts = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
     scale = abs(parts).max(axis=(1, 3), keepdims=True) / float(ml_dtypes.finfo(dtype).max)
@@ -84,7 +88,15 @@ def _norms(x: np.ndarray) -> np.ndarray:
 
 def _record(way: str, spread: float, name: str, error: float) -> dict[str, Any]:
     shape = {"tokens": NUM_TOKENS, "outputs": NUM_OUTPUTS, "inputs": NUM_INPUTS, "spread": spread}
-    return {"op": name, "mode": way, "precision": "fp8", "shape": shape, "value": error, "unit": "% relative L2", "yardstick": None}
+    return {
+        "op": name,
+        "mode": way,
+        "precision": "fp8",
+        "shape": shape,
+        "value": error,
+        "unit": "% relative L2",
+        "yardstick": None,
+    }
 
 
 def draw(points: list[dict[str, Any]]) -> plt.Figure:
@@ -95,7 +107,12 @@ def draw(points: list[dict[str, Any]]) -> plt.Figure:
         for way in WAYS:
             values = [point["value"] for point in points if (point["op"], point["mode"]) == (name, way)]
             axes.plot(SPREADS, values, label=way, color=COLORS[way], marker="o", markersize=4, linewidth=1.8)
-        axes.set(title=name[0].upper() + name[1:], xlabel="spread between tokens (s)", ylabel="relative L2 error, %", yscale="log")
+        axes.set(
+            title=name[0].upper() + name[1:],
+            xlabel="spread between tokens (s)",
+            ylabel="relative L2 error, %",
+            yscale="log",
+        )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False)

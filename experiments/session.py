@@ -1,4 +1,6 @@
-"""What every command does before it touches a device: other processes, the simulated mesh, the compilation cache, the CPU's memory."""
+"""What every command does before it touches a device: other processes, the simulated mesh, the compilation cache, the
+CPU's memory.
+"""
 
 import ctypes
 import os
@@ -10,23 +12,33 @@ from absl import flags, logging
 from deepseek_jax.training.checkpoint import environment
 from pallas_kernels import ahead
 
-CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1)
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Be one of several processes, found by JAX on TPU pods, SLURM, Open MPI and Kubernetes."
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX does not find the processes by itself.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.", lower_bound=0)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where JAX does not find the processes by itself."
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator: which of them this is, from 0.", lower_bound=0
+)
 
-KERNEL_COMPILE_SECONDS = 0.2  # what takes longer is kept. A kernel takes 0.3 to 2 s, and JAX itself keeps programs from 1 s on
+KERNEL_COMPILE_SECONDS = (
+    0.2  # what takes longer is kept. A kernel takes 0.3 to 2 s, and JAX itself keeps programs from 1 s on
+)
 
 
 def start(keep_heap: bool = True) -> None:
-    """Join the other processes if there are any, apply --cpu_devices (of each process), and use the persistent compilation cache
-    ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
+    """Join the other processes if there are any, apply --cpu_devices (of each process), and use the persistent
+    compilation cache ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
 
-    Without --cpu_devices JAX chooses the platform itself. Call it before anything runs on a device. `keep_heap` is for steps that allocate
-    the same again and again; what moves a model once gives its memory back.
+    Without --cpu_devices JAX chooses the platform itself. Call it before anything runs on a device. `keep_heap` is for
+    steps that allocate the same again and again; what moves a model once gives its memory back.
 
     Raises:
         ValueError: some, but not all, of --coordinator, --num_processes and --process_id.
@@ -48,11 +60,18 @@ def start(keep_heap: bool = True) -> None:
 
 def join_processes() -> None:
     """Start `jax.distributed` if the flags ask for it."""
-    given = {"coordinator_address": COORDINATOR.value, "num_processes": NUM_PROCESSES.value, "process_id": PROCESS_ID.value}
+    given = {
+        "coordinator_address": COORDINATOR.value,
+        "num_processes": NUM_PROCESSES.value,
+        "process_id": PROCESS_ID.value,
+    }
     if all(value is not None for value in given.values()):
         jax.distributed.initialize(**given)
     elif any(value is not None for value in given.values()):
-        raise ValueError(f"--coordinator, --num_processes and --process_id belong together; got {given}; give all three, or --distributed")
+        raise ValueError(
+            f"--coordinator, --num_processes and --process_id belong together; got {given}; give all three, or"
+            " --distributed"
+        )
     elif DISTRIBUTED.value:
         jax.distributed.initialize()
 
@@ -72,19 +91,25 @@ def describe_device(mesh: jax.sharding.Mesh) -> str:
     return f"{mesh.size} x {here['device_kind']}{cores}"
 
 
-# The step's temporaries on a CPU are one malloc. Above 32 MiB glibc maps such a block anew and unmaps it when it is freed, so every step of
-# `tiny` touched 0.5 GiB of fresh pages: 132,000 page faults, a fifth of the step (experiments/log.md). Address space costs nothing.
+# The step's temporaries on a CPU are one malloc. Above 32 MiB glibc maps such a block anew and unmaps it when it is
+# freed, so every step of `tiny` touched 0.5 GiB of fresh pages: 132,000 page faults, a fifth of the step
+# (experiments/log.md). Address space costs nothing.
 CPU_HEAP_BYTES = 4 << 30
-MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # parameter and value, glibc's malloc.h
+MALLOPT = {
+    "M_TRIM_THRESHOLD": (-1, -1),
+    "M_MMAP_MAX": (-4, 0),
+    "M_ARENA_MAX": (-8, 1),
+}  # parameter and value, glibc's malloc.h
 MADV_HUGEPAGE = 14
 HUGE_PAGE_BYTES = 2 << 20
 
 
 def keep_freed_memory(heap_bytes: int) -> bool:
-    """Have malloc serve large blocks from one heap that is never given back, on huge pages where the kernel allows them.
+    """Have malloc serve large blocks from one heap that is never given back, on huge pages where the kernel allows
+    them.
 
-    Takes effect for threads that have not allocated yet: call it before JAX starts its backend. Returns False, and does nothing, where the
-    C library is not glibc.
+    Takes effect for threads that have not allocated yet: call it before JAX starts its backend. Returns False, and does
+    nothing, where the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):

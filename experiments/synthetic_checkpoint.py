@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint of any size with random weights: `python -m experiments.synthetic_checkpoint --hf=DIR --gigabytes=8`.
+"""A Hugging Face checkpoint of any size with random weights: `python -m experiments.synthetic_checkpoint --hf=DIR
+--gigabytes=8`.
 
-V3's names, dtypes and proportions in FP8, the number of experts and layers cut to the size. In every block of 128 x 128 the largest number
-is 448, as quantisation leaves it. For trying conversion, not for talking to.
+V3's names, dtypes and proportions in FP8, the number of experts and layers cut to the size. In every block of 128 x 128
+the largest number is 448, as quantisation leaves it. For trying conversion, not for talking to.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ def main(_) -> None:
 def sized(model: Model, goal: float) -> Model:
     """Return V3 with fewer experts and layers, as near to `goal` bytes as they allow."""
     shapes = [
-        dataclasses.replace(model, vocab_size=16384, num_layers=layers, num_dense_layers=1, num_experts=experts, num_mtp_layers=1)
+        dataclasses.replace(
+            model, vocab_size=16384, num_layers=layers, num_dense_layers=1, num_experts=experts, num_mtp_layers=1
+        )
         for layers in range(2, 62)
         for experts in range(8, 257, 8)
     ]
@@ -52,10 +55,19 @@ def num_bytes_estimate(model: Model) -> float:
     attention, expert, dense = 187.1e6, 44.04e6, 396.4e6
     moe = attention + (model.num_experts + 1) * expert
     top = 2 * 2 * model.vocab_size * model.width
-    return attention + dense + model.num_moe_layers * moe + top + model.num_mtp_layers * (moe + top + 4 * model.width**2)
+    return (
+        attention + dense + model.num_moe_layers * moe + top + model.num_mtp_layers * (moe + top + 4 * model.width**2)
+    )
 
 
-def write(model: Model, folder: Path, fp8: bool, max_shard_bytes: int, seed: int = 0, on_bytes: Callable[[int], None] = lambda n: None):
+def write(
+    model: Model,
+    folder: Path,
+    fp8: bool,
+    max_shard_bytes: int,
+    seed: int = 0,
+    on_bytes: Callable[[int], None] = lambda n: None,
+):
     """Write a checkpoint of `model` with random weights, config.json included.
 
     Args:
@@ -100,7 +112,10 @@ def _with_copies(model: Model, get: Callable[[str], np.ndarray]) -> Callable[[st
     shared = {}
 
     def copied(name: str) -> np.ndarray:
-        for suffix, original in ((".embed_tokens.weight", "model.embed_tokens.weight"), (".shared_head.head.weight", "lm_head.weight")):
+        for suffix, original in (
+            (".embed_tokens.weight", "model.embed_tokens.weight"),
+            (".shared_head.head.weight", "lm_head.weight"),
+        ):
             if name == original:
                 shared[name] = get(name)
                 return shared[name]

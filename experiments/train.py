@@ -1,6 +1,7 @@
 """Train a model: `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
 
-Ctrl-C or SIGTERM saves, and the same command continues. Exit codes: 0 complete, 130 after Ctrl-C, 143 after SIGTERM, 1 on an error.
+Ctrl-C or SIGTERM saves, and the same command continues. Exit codes: 0 complete, 130 after Ctrl-C, 143 after SIGTERM, 1
+on an error.
 """
 
 import json
@@ -22,8 +23,12 @@ from deepseek_jax.training.loop import Result, train
 from deepseek_jax.training.report import draw_sheet, final_table
 from experiments import session
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. A run that is there continues.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. A run that is there continues."
+)
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration as JSON and stop.")
 
 PROMPT = "def "

@@ -1,4 +1,5 @@
-"""An emulator of the limited accumulator of Hopper's FP8 Tensor Cores, and why DeepSeek-V3 promotes partial sums every 128 along k.
+"""An emulator of the limited accumulator of Hopper's FP8 Tensor Cores, and why DeepSeek-V3 promotes partial sums every
+128 along k.
 
 An FP8 product on Hopper does not add in FP32 (arXiv 2412.19437, section 3.5.2). Each step takes 32 products per output:
 
@@ -6,22 +7,24 @@ An FP8 product on Hopper does not add in FP32 (arXiv 2412.19437, section 3.5.2).
     2. Of each, `fraction_bits` bits behind the leading one of the largest are kept; what was shifted out is cut off.
     3. The 33 integers that remain are added without error, and are the new accumulator.
 
-Worked example with 3 fraction bits: accumulator 8, products 1.5 and 0.75. The largest exponent is 3, so the last bit kept is worth
-2^(3 - 3) = 1: they become 8 + 1 + 0 = 9 instead of 10.25. The larger the sum has grown, the more of each product is lost; with data of one
-sign all losses point the same way, and the error grows with k.
+Worked example with 3 fraction bits: accumulator 8, products 1.5 and 0.75. The largest exponent is 3, so the last bit
+kept is worth 2^(3 - 3) = 1: they become 8 + 1 + 0 = 9 instead of 10.25. The larger the sum has grown, the more of each
+product is lost; with data of one sign all losses point the same way, and the error grows with k.
 
-The cure ("promotion", section 3.3.2): every 128 along k, four steps, the accumulator is added to an FP32 sum and starts again at zero.
+The cure ("promotion", section 3.3.2): every 128 along k, four steps, the accumulator is added to an FP32 sum and starts
+again at zero.
 
-Sources disagree about the parameters. The report says that the top 14 bits are kept, Zhao et al. (arXiv 2505.09343) 13 fraction bits, and
-nobody says which way negative numbers are cut: "toward_zero" acts on sign and magnitude, "floor" on two's complement. Hence they are
-parameters; the card decides. An interpreter decides nothing: it accumulates in FP32, and so does XLA on a CPU.
+Sources disagree about the parameters. The report says that the top 14 bits are kept, Zhao et al. (arXiv 2505.09343) 13
+fraction bits, and nobody says which way negative numbers are cut: "toward_zero" acts on sign and magnitude, "floor" on
+two's complement. Hence they are parameters; the card decides. An interpreter decides nothing: it accumulates in FP32,
+and so does XLA on a CPU.
 
-Two details that no source states, and that matter little: the exponent of a product is that of its value (the sum of its factors'
-exponents, one less where the significands' product reaches two, changes the floor's promoted error by 4% and nothing else), and the
-accumulator is read as the sum stands, since only the next alignment cuts it.
+Two details that no source states, and that matter little: the exponent of a product is that of its value (the sum of
+its factors' exponents, one less where the significands' product reaches two, changes the floor's promoted error by 4%
+and nothing else), and the accumulator is read as the sum stands, since only the next alignment cuts it.
 
-NumPy in FP64, where every quantity above is exact: products of E4M3 have 8 significant bits, and the integers stay below 2^53. Doing the
-same in int32 would be no shorter and not faster; a test compares with Python's integers.
+NumPy in FP64, where every quantity above is exact: products of E4M3 have 8 significant bits, and the integers stay
+below 2^53. Doing the same in int32 would be no shorter and not faster; a test compares with Python's integers.
 """
 
 import dataclasses
@@ -53,11 +56,16 @@ class Accumulator:
 
     def __post_init__(self):
         if not 1 <= self.fraction_bits <= MOST_FRACTION_BITS:
-            raise ValueError(f"fraction_bits = {self.fraction_bits} must be from 1 to {MOST_FRACTION_BITS}, where FP64 emulates it exactly")
+            raise ValueError(
+                f"fraction_bits = {self.fraction_bits} must be from 1 to {MOST_FRACTION_BITS}, where FP64 emulates it"
+                " exactly"
+            )
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding = {self.rounding!r} must be one of {tuple(ROUNDINGS)}")
         if self.promotion_interval is not None and (self.promotion_interval < STEP or self.promotion_interval % STEP):
-            raise ValueError(f"promotion_interval = {self.promotion_interval} must be a positive multiple of {STEP}, or None")
+            raise ValueError(
+                f"promotion_interval = {self.promotion_interval} must be a positive multiple of {STEP}, or None"
+            )
 
 
 def multiply(a: ArrayLike, b: ArrayLike, accumulator: Accumulator) -> np.ndarray:
@@ -77,7 +85,9 @@ def multiply(a: ArrayLike, b: ArrayLike, accumulator: Accumulator) -> np.ndarray
     if a.dtype != E4M3 or b.dtype != E4M3:
         raise ValueError(f"a is {a.dtype} and b is {b.dtype}; the emulator adds products of float8_e4m3fn")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] % STEP:
-        raise ValueError(f"a has shape {a.shape} and b {b.shape}; they must be [m, k] and [n, k] with k a multiple of {STEP}")
+        raise ValueError(
+            f"a has shape {a.shape} and b {b.shape}; they must be [m, k] and [n, k] with k a multiple of {STEP}"
+        )
     k = a.shape[1]
     a, b = a.astype(np.float64), b.astype(np.float64)
     interval = accumulator.promotion_interval or k
@@ -92,7 +102,9 @@ def multiply(a: ArrayLike, b: ArrayLike, accumulator: Accumulator) -> np.ndarray
 
 
 def _add_step(partial: np.ndarray, products: np.ndarray, accumulator: Accumulator) -> np.ndarray:
-    """Return `partial` [m, n] plus `products` [m, n, 32], all aligned to the largest and cut to units of its last fraction bit."""
+    """Return `partial` [m, n] plus `products` [m, n, 32], all aligned to the largest and cut to units of its last
+    fraction bit.
+    """
     cut = ROUNDINGS[accumulator.rounding]
     _, exponent = np.frexp(np.maximum(np.abs(products).max(axis=-1), np.abs(partial)))  # of a significand in [0.5, 1)
     units = np.ldexp(1.0, accumulator.fraction_bits - (exponent - 1))
@@ -100,7 +112,8 @@ def _add_step(partial: np.ndarray, products: np.ndarray, accumulator: Accumulato
 
 
 def block_scaled_multiply(a: Quantized, b: Quantized, accumulator: Accumulator) -> np.ndarray:
-    """Return a b^T in FP32 [m, n] with scales applied to the partial sum of every 128 along k: what the Hopper kernels compute.
+    """Return a b^T in FP32 [m, n] with scales applied to the partial sum of every 128 along k: what the Hopper kernels
+    compute.
 
     Args:
         a: tiles [m, k].
@@ -111,7 +124,10 @@ def block_scaled_multiply(a: Quantized, b: Quantized, accumulator: Accumulator) 
         ValueError: the promotion interval, or what `multiply` refuses.
     """
     if accumulator.promotion_interval is None or GROUP % accumulator.promotion_interval:
-        raise ValueError(f"promotion_interval = {accumulator.promotion_interval} must divide {GROUP}: scales change every {GROUP} along k")
+        raise ValueError(
+            f"promotion_interval = {accumulator.promotion_interval} must divide {GROUP}: scales change every {GROUP}"
+            " along k"
+        )
     a_values, b_values = np.asarray(a.values), np.asarray(b.values)
     a_scales, b_scales = _scales_of_rows(a), _scales_of_rows(b)
     total = np.zeros((a_values.shape[0], b_values.shape[0]), np.float32)

@@ -1,25 +1,28 @@
 """Kernels that a machine lowers once, and that are compiled side by side before the program that calls them.
 
-The problem. The FP8 training step of configs/v3_5b.py calls 69 different kernels, each made for its shapes. JAX turns each into the
-language of Mosaic GPU in Python, 0.4 s apiece, and XLA compiles them one after the other in the middle of compiling the step. JAX's
-persistent cache keeps what the compiler made, but asks for it by the lowered program: every start pays for lowering. And a lowered kernel
-names the lines of the call stack that led to it, so that a change in any file on the way, or another command, is a miss.
+The problem. The FP8 training step of configs/v3_5b.py calls 69 different kernels, each made for its shapes. JAX turns
+each into the language of Mosaic GPU in Python, 0.4 s apiece, and XLA compiles them one after the other in the middle of
+compiling the step. JAX's persistent cache keeps what the compiler made, but asks for it by the lowered program: every
+start pays for lowering. And a lowered kernel names the lines of the call stack that led to it, so that a change in any
+file on the way, or another command, is a miss.
 
 The choice. A kernel's call is a program of its own (`jax.export`), which the caller's program contains:
 
-    lowered     in a fresh thread, which knows nothing of the caller's mesh, axes and call stack; kept in a file named by all that the
-                program depends on: the operation, its options and shapes, the text of this package, JAX, the device
-    compiled    by a pool of threads. Mosaic GPU keeps what it compiled for the rest of the process, so the caller's program finds it, and
-                JAX's persistent cache keeps it for programs that differ elsewhere
+    lowered     in a fresh thread, which knows nothing of the caller's mesh, axes and call stack; kept in a file named
+                by all that the program depends on: the operation, its options and shapes, the text of this package,
+                JAX, the device
+    compiled    by a pool of threads. Mosaic GPU keeps what it compiled for the rest of the process, so the caller's
+                program finds it, and JAX's persistent cache keeps it for programs that differ elsewhere
 
-The kernels stay the same but for the lines they name. The same step for one H100, on a machine with two CPU cores, 2026-11:
+The kernels stay the same but for the lines they name. The same step for one H100, on a machine with two CPU cores,
+2026-11:
 
                                in the caller's program        ahead
     trace and lower            31 s                           32 s; 2 s from files (before `layout_inference`, 52 s)
     compile, CPU time          97 s                           46 s, and 45 s in the pool
 
-Only on GPUs: Mosaic lowers kernels for TPUs quickly. And only after `enable`: in a test, an error whose call stack ends in the kernel is
-worth more.
+Only on GPUs: Mosaic lowers kernels for TPUs quickly. And only after `enable`: in a test, an error whose call stack ends
+in the kernel is worth more.
 """
 
 import dataclasses
@@ -64,7 +67,9 @@ _SETTINGS = _Settings()
 
 def enable(folder: Path | None) -> None:
     """Lower kernels apart from now on, and keep them in `folder`, if there is one."""
-    jax.config.update("jax_export_ignore_forward_compatibility", True)  # the same kernels as without export; files are for one version
+    jax.config.update(
+        "jax_export_ignore_forward_compatibility", True
+    )  # the same kernels as without export; files are for one version
     _SETTINGS.enabled, _SETTINGS.folder = True, folder
 
 
@@ -112,7 +117,9 @@ def _lower(function: Callable, name: str, shapes: list, path: Path | None) -> Pr
     export = jax.export.export(jax.jit(flat), platforms=[PLATFORMS.get(jax.default_backend(), jax.default_backend())])
     with ThreadPoolExecutor(1) as fresh:  # JAX's contexts are the thread's: here there are none
         exported = fresh.submit(export, shapes).result()
-    program = Program(dataclasses.replace(exported, _get_vjp=None), result)  # no derivative, which pickle could not keep
+    program = Program(
+        dataclasses.replace(exported, _get_vjp=None), result
+    )  # no derivative, which pickle could not keep
     if path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Time the kernels on one Hopper GPU: `python -m pallas_kernels.bench [--op=matmul] [--json=results.json]`.
 
-A row is an operation on a shape. Its time is the sum over every kernel that the public call launches, by CUPTI, so neither the host nor
-the gaps between kernels count; the median of 25. What a row is compared with runs in turns with it, five launches each, because a card
-slows down while it gets warm. Launches follow each other: operands that fit the L2 cache are read from there, here and in the yardsticks.
+A row is an operation on a shape. Its time is the sum over every kernel that the public call launches, by CUPTI, so
+neither the host nor the gaps between kernels count; the median of 25. What a row is compared with runs in turns with
+it, five launches each, because a card slows down while it gets warm. Launches follow each other: operands that fit the
+L2 cache are read from there, here and in the yardsticks.
 
     of peak       of the dense FP8 or BF16 rate of H100 and H200; for GB/s, of the device copy beside it
     error         relative L2 error against the reference in FP32 (BF16 rounding alone is 1.7e-3); 0 for equal bits
@@ -103,15 +104,21 @@ def parse() -> argparse.Namespace:
     """Return the arguments."""
     today = int(datetime.date.today().strftime("%Y%m%d"))
     names = [operation.name for operation in operations(today)]
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description="Time the kernels on one Hopper GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench", description="Time the kernels on one Hopper GPU."
+    )
     parser.add_argument("--op", action="append", choices=names, help="this operation only; may be repeated")
     parser.add_argument("--json", type=Path, help="write the records to this file")
-    parser.add_argument("--seed", type=int, default=today, help="draws the shapes of matmul_drawn; today's date by default")
+    parser.add_argument(
+        "--seed", type=int, default=today, help="draws the shapes of matmul_drawn; today's date by default"
+    )
     return parser.parse_args()
 
 
 def take_gpu() -> jax.Device:
-    """Return the first NVIDIA GPU, with JAX's compilation cache off, so that first calls compile; or end the program with one line."""
+    """Return the first NVIDIA GPU, with JAX's compilation cache off, so that first calls compile; or end the program
+    with one line.
+    """
     try:
         device = jax.devices("cuda")[0]
     except RuntimeError:
@@ -136,7 +143,18 @@ def measure_operation(operation: Operation) -> Iterable[Row]:
         seconds, kernels = measure(programs)
         rates = {name: program.work / seconds[name] / ONE[shape.unit] for name, program in programs.items()}
         rate, microseconds = rates.pop(operation.name), 1e6 * seconds[operation.name]
-        yield Row(operation.name, operation.precision, shape, figure, microseconds, kernels[operation.name], rate, error, first, rates)
+        yield Row(
+            operation.name,
+            operation.precision,
+            shape,
+            figure,
+            microseconds,
+            kernels[operation.name],
+            rate,
+            error,
+            first,
+            rates,
+        )
 
 
 def measure(programs: Mapping[str, Program]) -> tuple[dict[str, float], dict[str, int]]:
@@ -161,7 +179,10 @@ def describe(row: Row) -> list[dict[str, Any]]:
         yardstick = {"name": name, "version": version, "value": beside} if name else None
         return base | {"mode": mode, "value": value, "unit": unit, "yardstick": yardstick}
 
-    found = [record("rate", row.rate, row.shape.unit, name, beside, f"jax {jax.__version__}") for name, beside in row.beside.items()]
+    found = [
+        record("rate", row.rate, row.shape.unit, name, beside, f"jax {jax.__version__}")
+        for name, beside in row.beside.items()
+    ]
     found.append(record("median", row.microseconds, "us"))
     found.append(record("relative L2 error", row.error, ""))
     found.append(record("first call", row.first, "s"))
@@ -181,7 +202,8 @@ def format_row(row: Row) -> str:
     deepgemm = f"{row.over_deepgemm:.3f}" if row.over_deepgemm else ""
     beside = ", ".join(f"{name} {rate:,.0f}" for name, rate in row.beside.items())
     return (
-        f"{shape:{SHAPE_WIDTH}}{row.microseconds:9.1f} {row.kernels:7d} {row.rate:6,.0f} {row.shape.unit:7} {row.share:8.1%}"
+        f"{shape:{SHAPE_WIDTH}}{row.microseconds:9.1f} {row.kernels:7d} {row.rate:6,.0f} {row.shape.unit:7}"
+        f" {row.share:8.1%}"
         f" {row.error:8.1e} {row.first:6.1f} {row.ratio:6.3f} {deepgemm:>10}   {beside}"
     )
 

@@ -1,7 +1,7 @@
 """Which face of an operation runs: its Hopper kernel, its TPU kernel, or the reference.
 
-"auto" takes the kernel of the hardware that the program will run on, and the reference elsewhere; it logs each choice once, with its
-reason. A named implementation runs or raises: nothing falls back silently.
+"auto" takes the kernel of the hardware that the program will run on, and the reference elsewhere; it logs each choice
+once, with its reason. A named implementation runs or raises: nothing falls back silently.
 """
 
 import functools
@@ -58,7 +58,9 @@ def on_hopper() -> bool:
 
 
 def _hardware() -> tuple[str, str]:
-    """Platform and kind of the device a program traced now will run on: "gpu" and its compute capability, or "tpu" and its name."""
+    """Platform and kind of the device a program traced now will run on: "gpu" and its compute capability, or "tpu" and
+    its name.
+    """
     device = backend.get_default_device()
     return device.platform, str(getattr(device, "compute_capability", device.device_kind))
 
@@ -69,7 +71,9 @@ def _log_once(operation: str, implementation: str, reason: str) -> None:
 
 
 def num_multiprocessors() -> int:
-    """Return the streaming multiprocessors of the GPU that runs the program, 132 (an H100's and H200's) where it is not visible."""
+    """Return the streaming multiprocessors of the GPU that runs the program, 132 (an H100's and H200's) where it is not
+    visible.
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract and abstract.num_cores:
         return abstract.num_cores

@@ -1,37 +1,44 @@
 """The main loop of every FP8 product on Hopper: D[m, n] = sum over k of A[m, k] B[n, k], scaled every 128 along k.
 
-The problem. Tensor cores multiply E4M3 at twice the rate of BF16 but add in about 14 bits, so after every 128 of k the partial sum leaves
-them, is multiplied by the scales of its two groups and added in FP32 by the ordinary units ("promotion", DeepSeek-V3, arXiv 2412.19437,
-section 3.3.2). The tensor cores must not wait for that, nor for memory, nor for addresses.
+The problem. Tensor cores multiply E4M3 at twice the rate of BF16 but add in about 14 bits, so after every 128 of k the
+partial sum leaves them, is multiplied by the scales of its two groups and added in FP32 by the ordinary units
+("promotion", DeepSeek-V3, arXiv 2412.19437, section 3.3.2). The tensor cores must not wait for that, nor for memory,
+nor for addresses.
 
 The plan of one thread block, one output tile of 128 x 256 at a time, grid persistent:
 
     warpgroup 2           copies A, B and the scales of A into a ring of slots, 128 along k each, ahead of the others
-    warpgroups 0 and 1    64 x 256 of the tile each, as two products of 64 x 128: start a product, meanwhile wait for the next slot and
-                          read its scales; finish the product, free the slot, promote
+    warpgroups 0 and 1    64 x 256 of the tile each, as two products of 64 x 128: start a product, meanwhile wait for
+                          the next slot and read its scales; finish the product, free the slot, promote
 
-While one warpgroup promotes, the other multiplies. A thread holds 128 sums and one product of 64 registers (`hopper_product.py`).
+While one warpgroup promotes, the other multiplies. A thread holds 128 sums and one product of 64 registers
+(`hopper_product.py`).
 
 What bounds it, on an H100 at (4096, 4096, 7168), where XLA's product per tensor takes 156 us and this 166:
 
     multiplying without copies    154 us    the promotion is hidden
-    copying without multiplying   112 us    from the L2 cache; tiles of 128 x 128 move a third more and take 171, tiles of 256 x 128, with
-                                            the same bytes as these, 149
-    both                          166 us    shared memory: products read 96 bytes a cycle of the 128 there are, copies write 48
+    copying without multiplying   112 us    from the L2 cache; tiles of 128 x 128 move a third more and take 171, tiles
+                                            of 256 x 128, with the same bytes as these, 149
+    both                          166 us    shared memory: products read 96 bytes a cycle of the 128 there are, copies
+                                            write 48
 
 What lost (TFLOP/s, the same shape; this form gives 1440; experiments/log.md has all figures):
 
-    `plgpu.wgmma`                 spills with 128 sums: 735 with all addresses computed ahead (LLVM hoists 36 descriptors of 64 bits out of
-                                  the loop), 1130 with addresses computed in the loop, 1249 held in order by a branch
-    sums alive in branches        after the loop: the assembler serialises the products, 232 (`store` rounds before it branches)
-    tiles of 128 x 128            1305; the assembler may begin products early, there are registers for it; copies are the bound
+    `plgpu.wgmma`                 spills with 128 sums: 735 with all addresses computed ahead (LLVM hoists 36
+                                  descriptors of 64 bits out of the loop), 1130 with addresses computed in the loop,
+                                  1249 held in order by a branch
+    sums alive in branches        after the loop: the assembler serialises the products, 232 (`store` rounds before it
+                                  branches)
+    tiles of 128 x 128            1305; the assembler may begin products early, there are registers for it; copies are
+                                  the bound
     A in registers                read once for both products: 1336; the reads stand between a product and the next
     clusters of two blocks        B or A copied once for both: 1403 to 1425
-    warpgroups take turns         named barriers, from the start of the other's product 1425, from its third quarter 1382, from its end 1244
+    warpgroups take turns         named barriers, from the start of the other's product 1425, from its third quarter
+                                  1382, from its end 1244
     a ring that starts at slot 0  in every tile: five slots of 128 x 128 give 1176, 1305 where the ring goes on
 
-Slots are numbers at run time: the ring goes on from tile to tile, whatever the number of steps. Addresses cost little as long as they are
-computed from the slot before the wait for it.
+Slots are numbers at run time: the ring goes on from tile to tile, whatever the number of steps. Addresses cost little
+as long as they are computed from the slot before the wait for it.
 """
 
 import dataclasses
@@ -52,7 +59,10 @@ from pallas_kernels.hopper_product import ROWS
 from pallas_kernels.quantized import E4M3, GROUP
 
 WARPGROUPS = 2  # that multiply
-MEMORY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread; together the 168 for each of 384 threads that a block starts with
+MEMORY_REGISTERS, COMPUTE_REGISTERS = (
+    24,
+    240,
+)  # per thread; together the 168 for each of 384 threads that a block starts with
 SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8
 
 
@@ -165,7 +175,9 @@ def barriers(copies: int, stages: int) -> list:
 def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
     """Shared memory in the swizzled layout of TMA and wgmma."""
     columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((SWIZZLE_ROWS, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((SWIZZLE_ROWS, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
+    )
 
 
 def staging(pieces: int, dtype: Any) -> plgpu.SMEM:
@@ -174,12 +186,18 @@ def staging(pieces: int, dtype: Any) -> plgpu.SMEM:
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
-    """Shared memory in rows of 128 bytes: the bytes of `tiled`, but the matrix in global memory may have any number of rows."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform(shape[-1:]), plgpu.SwizzleTransform(SWIZZLE_BYTES)))
+    """Shared memory in rows of 128 bytes: the bytes of `tiled`, but the matrix in global memory may have any number of
+    rows.
+    """
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform(shape[-1:]), plgpu.SwizzleTransform(SWIZZLE_BYTES))
+    )
 
 
 def over_steps(num_steps: Any, turn: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
-    """Fold `body(first step, number of steps, carry)` over `num_steps`, a number or a scalar: `turn` of them at a time, then the rest."""
+    """Fold `body(first step, number of steps, carry)` over `num_steps`, a number or a scalar: `turn` of them at a time,
+    then the rest.
+    """
     if isinstance(num_steps, int):
         turns, rest = divmod(num_steps, turn)
         carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
@@ -200,7 +218,8 @@ def multiply(
     scale: Callable[[Array, int, Any], Array],
     promote: Callable[[Array, Array, Array, Array], Array],
 ) -> dict[tuple[int, int], Array]:
-    """Return the sums of warpgroup `wg` over the steps of a tile: FP32 [64, columns] for each product, by `config.offset`.
+    """Return the sums of warpgroup `wg` over the steps of a tile: FP32 [64, columns] for each product, by
+    `config.offset`.
 
     Args:
         config: how the tile is cut.
@@ -210,8 +229,8 @@ def multiply(
         slot: of the first step.
         ahead: first step, count -> for each step what is read of global memory before its products.
         scale: slot, number of the product, what was read ahead -> the scales of B of one product.
-        promote: sum, product, scales of A [64], scales of B -> the sum with the scaled product, and what may become of the product's
-            registers, which the next product takes over.
+        promote: sum, product, scales of A [64], scales of B -> the sum with the scaled product, and what may become of
+            the product's registers, which the next product takes over.
     """
     a_slots, b_slots, a_scale_slots, *_ = ring.operands
     row, column = config.origin(wg)
@@ -257,7 +276,14 @@ def multiply(
 
 
 def multiply_blocks(
-    config: TuningConfig, num_steps: int, ring: Ring, wg: Array, slot: Array, b_scales: Any, first_column: Array, first_step: Any = None
+    config: TuningConfig,
+    num_steps: int,
+    ring: Ring,
+    wg: Array,
+    slot: Array,
+    b_scales: Any,
+    first_column: Array,
+    first_step: Any = None,
 ) -> dict[tuple[int, int], Array]:
     """Return `multiply` for B in blocks, whose scales are the ref `b_scales` [n / 128, k / 128].
 
@@ -302,7 +328,11 @@ def zero_sums(config: TuningConfig) -> dict[tuple[int, int], Array]:
 
 
 def store(
-    totals: Mapping[tuple[int, int], Array], out_slots: Any, room: Any, send: Callable[[Any, int, int], None], batch: int = 1
+    totals: Mapping[tuple[int, int], Array],
+    out_slots: Any,
+    room: Any,
+    send: Callable[[Any, int, int], None],
+    batch: int = 1,
 ) -> None:
     """Send the sums of a warpgroup out through shared memory, some pieces at a time.
 
@@ -316,8 +346,12 @@ def store(
     pieces, _, width = out_slots.shape
     cut = []
     for (down, right), total in totals.items():
-        # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it spills.
-        rounded = [lax.optimization_barrier(total[:, x : x + width].astype(out_slots.dtype)) for x in range(0, total.shape[1], width)]
+        # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it
+        # spills.
+        rounded = [
+            lax.optimization_barrier(total[:, x : x + width].astype(out_slots.dtype))
+            for x in range(0, total.shape[1], width)
+        ]
         cut += [(down, right + j * width, piece) for j, piece in enumerate(rounded)]
     for first in range(0, len(cut), batch):
         together = cut[first : first + batch]
@@ -336,7 +370,9 @@ def store(
 
 
 def store_rows(ref: Any, out: Any, first: Array, start: Array, end: Array, columns: Any) -> None:
-    """Copy those rows of `ref` [64, n] to the columns of `out` that lie from `start` to `end`; row 0 of `ref` is row `first` of `out`."""
+    """Copy those rows of `ref` [64, n] to the columns of `out` that lie from `start` to `end`; row 0 of `ref` is row
+    `first` of `out`.
+    """
     skip = jnp.clip(start - first, 0, ROWS)
     count = jnp.clip(end - first, 0, ROWS) - skip
     size = ROWS
@@ -345,7 +381,9 @@ def store_rows(ref: Any, out: Any, first: Array, start: Array, end: Array, colum
 
         @pl.when(part)
         def _(skip=skip, size=size):
-            plgpu.copy_smem_to_gmem(ref.at[pl.ds(skip, size)], out.at[pl.ds(first + skip, size), columns], commit_group=False)
+            plgpu.copy_smem_to_gmem(
+                ref.at[pl.ds(skip, size)], out.at[pl.ds(first + skip, size), columns], commit_group=False
+            )
 
         skip += jnp.where(part, size, 0)
         size //= 2
@@ -367,9 +405,11 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
 
 
 def by_role(ring: Ring, copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
-    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers; all slots begin free and end free.
+    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers; all slots begin
+    free and end free.
 
-    The number of the warpgroup is asked for here and nowhere else: it is a shuffle, which the compiler leaves where it stands.
+    The number of the warpgroup is asked for here and nowhere else: it is a shuffle, which the compiler leaves where it
+    stands.
     """
     wg = lax.axis_index("wg")
 

@@ -1,10 +1,11 @@
 """One FP8 product of a warpgroup on Hopper, started and finished in PTX.
 
-`plgpu.wgmma` does this too. What it cannot say is what becomes of the accumulator: it is made zero by instructions, and the assembler gives
-every product registers of its own, so that it can begin the next one early. Next to 128 registers of sums, two products do not fit: they
-spill. Here, all products of a warpgroup share one accumulator. The first wgmma does not add to it, but the assembler cannot know: it is
-told by a predicate that only the run shows to be false. So it keeps the registers, and waits until the last product has been promoted. The
-tensor cores are busy with the other warpgroup meanwhile.
+`plgpu.wgmma` does this too. What it cannot say is what becomes of the accumulator: it is made zero by instructions, and
+the assembler gives every product registers of its own, so that it can begin the next one early. Next to 128 registers
+of sums, two products do not fit: they spill. Here, all products of a warpgroup share one accumulator. The first wgmma
+does not add to it, but the assembler cannot know: it is told by a predicate that only the run shows to be false. So it
+keeps the registers, and waits until the last product has been promoted. The tensor cores are busy with the other
+warpgroup meanwhile.
 
 GPU interpreters know no PTX: tests in the interpreter set `PTX` to False and get `plgpu.wgmma`.
 """
@@ -24,7 +25,8 @@ ROWS, DEPTH = 64, 128  # of a product: wgmma's m, and one swizzled line of FP8
 INSTRUCTION_DEPTH = 32  # of one wgmma
 
 OPERAND = plgpu.RefType((plgpu.TilingTransform((DEPTH,)), plgpu.SwizzleTransform(DEPTH)))  # rows of 128 bytes
-DESCRIPTOR = 0x40000040  # upper half of an operand's descriptor: swizzle of 128 bytes, 1024 bytes from 8 rows to the next (PTX ISA)
+# upper half of an operand's descriptor: swizzle of 128 bytes, 1024 bytes from 8 rows to the next (PTX ISA)
+DESCRIPTOR = 0x40000040
 
 
 def never(wg: Array) -> Array:
@@ -34,7 +36,8 @@ def never(wg: Array) -> Array:
 
 
 def start(a, b, product: Array, add: Array) -> Array:
-    """Return the FP32 product a b^T of refs [64, 128] and [columns, 128], in the registers of `product`; `finish` it before reading it.
+    """Return the FP32 product a b^T of refs [64, 128] and [columns, 128], in the registers of `product`; `finish` it
+    before reading it.
 
     Args:
         a: E4M3 in swizzled shared memory.
@@ -50,14 +53,20 @@ def start(a, b, product: Array, add: Array) -> Array:
     lines = ["{ .reg .pred add, always;  .reg .b64 a, b;  .reg .b32 low;", "wgmma.fence.sync.aligned;"]
     lines += [f"setp.ne.b32 add, {add_flag}, 0;", "setp.ne.b32 always, 1, 0;"]
     for descriptor, address in (("a", a_address), ("b", b_address)):
-        lines += [f"shr.u32 low, {address}, 4;", "and.b32 low, low, 0x3fff;", f"mov.b64 {descriptor}, {{low, {DESCRIPTOR}}};"]
+        lines += [
+            f"shr.u32 low, {address}, 4;",
+            "and.b32 low, low, 0x3fff;",
+            f"mov.b64 {descriptor}, {{low, {DESCRIPTOR}}};",
+        ]
     for depth in range(0, DEPTH, INSTRUCTION_DEPTH):
         kind, predicate = f"m{ROWS}n{b.shape[0]}k{INSTRUCTION_DEPTH}.f32.e4m3.e4m3", "always" if depth else "add"
         lines.append(f"wgmma.mma_async.sync.aligned.{kind} {accumulator}, a, b, {predicate}, 1, 1;")
         lines += [f"add.s64 {descriptor}, {descriptor}, {INSTRUCTION_DEPTH // 16};" for descriptor in ("a", "b")]
     lines += ["wgmma.commit_group.sync.aligned;", "}"]
 
-    @plgpu.inline_mgpu(arg_types=(OPERAND, OPERAND, plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT), return_type=_accumulator(product))
+    @plgpu.inline_mgpu(
+        arg_types=(OPERAND, OPERAND, plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT), return_type=_accumulator(product)
+    )
     def emit(_, a, b, product, add):
         return _emit("\n".join(lines), product, [_address(a), _address(b), add.registers.item()])
 
@@ -86,7 +95,9 @@ def _address(ref: ir.Value) -> ir.Value:
 
 
 def _emit(ptx: str, product: fa.FragmentedArray, inputs: list[ir.Value]) -> fa.FragmentedArray:
-    """Insert PTX that changes the registers of `product` ($0 and on; as inputs they are counted once more) and reads 32-bit `inputs`."""
+    """Insert PTX that changes the registers of `product` ($0 and on; as inputs they are counted once more) and reads
+    32-bit `inputs`.
+    """
     product = product.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT)
     registers = list(product.registers.flat)
     constraints = ["=f"] * len(registers) + [str(i) for i in range(len(registers))] + ["r"] * len(inputs)

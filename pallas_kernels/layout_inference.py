@@ -1,12 +1,12 @@
 """One pass of JAX's Mosaic GPU, made faster where it is slow: import this before a kernel is lowered.
 
-Layout inference wants the sets of equal variables in a reproducible order, and sorts them by their text. The text of a variable is that of
-its operation, for which MLIR numbers every value of the kernel, and that of a loop is all that stands in it. Products have loops of
-thousands of operations, unrolled, that carry all their sums: the texts were 24 of the 54 s in which the FP8 step of configs/v3_5b.py was
-lowered (jax 0.11.2, one CPU core).
+Layout inference wants the sets of equal variables in a reproducible order, and sorts them by their text. The text of a
+variable is that of its operation, for which MLIR numbers every value of the kernel, and that of a loop is all that
+stands in it. Products have loops of thousands of operations, unrolled, that carry all their sums: the texts were 24 of
+the 54 s in which the FP8 step of configs/v3_5b.py was lowered (jax 0.11.2, one CPU core).
 
-The order in which constraints mention the variables is as reproducible and costs nothing. All 69 kernels of that step stay the same, byte
-for byte.
+The order in which constraints mention the variables is as reproducible and costs nothing. All 69 kernels of that step
+stay the same, byte for byte.
 """
 
 import jax

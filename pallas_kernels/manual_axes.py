@@ -1,7 +1,8 @@
 """Kernels inside a `shard_map` that checks over which mesh axes arrays vary.
 
-A kernel's equations know nothing of mesh axes: JAX refuses references that vary, and takes what a kernel returns for equal on all devices,
-so that its gradient would be summed over them once more. `invariant` hides the axes from the kernel, `vary` declares them again after it.
+A kernel's equations know nothing of mesh axes: JAX refuses references that vary, and takes what a kernel returns for
+equal on all devices, so that its gradient would be summed over them once more. `invariant` hides the axes from the
+kernel, `vary` declares them again after it.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import config as jax_config  # the switch of shard_map's check_vma; there is no public scope for a single call
+from jax._src import (
+    config as jax_config,
+)  # the switch of shard_map's check_vma; there is no public scope for a single call
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -22,8 +25,9 @@ from pallas_kernels import ahead
 
 unchecked = functools.partial(jax_config._check_vma, False)
 
-# `vary` backwards: the same array, declared to be equal on all devices. Without it the kernel's equations mix types and fail where
-# JAX traces them again. It has no public name because the claim is false: what is computed from it must be declared to vary again.
+# `vary` backwards: the same array, declared to be equal on all devices. Without it the kernel's equations mix types and
+# fail where JAX traces them again. It has no public name because the claim is false: what is computed from it must be
+# declared to vary again.
 _invariant_p = Primitive("invariant")
 _invariant_p.def_impl(lambda x: x)
 _invariant_p.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
@@ -88,5 +92,7 @@ _OPERATION: contextvars.ContextVar[str | None] = contextvars.ContextVar("operati
 
 
 def operation(body: Callable) -> str:
-    """Return the name of the operation that is being called, for profiles; outside of `call`, of the function that defines `body`."""
+    """Return the name of the operation that is being called, for profiles; outside of `call`, of the function that
+    defines `body`.
+    """
     return _OPERATION.get() or body.__qualname__.split(".")[0]

@@ -18,7 +18,13 @@ def provenance(module: str, device: str) -> dict[str, str]:
         module: what `python -m` was called with; its arguments are those of this process.
         device: number and kind of the devices, such as "1 x NVIDIA H200".
     """
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
     return {
         "device": device,
         "jax": jax.__version__,
@@ -29,9 +35,15 @@ def provenance(module: str, device: str) -> dict[str, str]:
 
 
 def _without_json(arguments: list[str]) -> list[str]:
-    """Arguments without --json: where a record was written is no part of what made it, and names a folder of one machine."""
+    """Arguments without --json: where a record was written is no part of what made it, and names a folder of one
+    machine.
+    """
     pairs = zip([None, *arguments], arguments, strict=False)
-    return [argument for before, argument in pairs if before != "--json" and argument != "--json" and not argument.startswith("--json=")]
+    return [
+        argument
+        for before, argument in pairs
+        if before != "--json" and argument != "--json" and not argument.startswith("--json=")
+    ]
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:

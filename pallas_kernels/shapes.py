@@ -1,7 +1,8 @@
 """The shapes that tests, benchmarks and tuning share, and DeepGEMM's speed on those it was measured on.
 
-Cards differ and slow down under load, so a speed of another day is no yardstick: what carries over is its ratio to something that runs on
-the same card a moment earlier or later. A `DeepGemm` holds both numbers of its day, on an H200: its own, and XLA's.
+Cards differ and slow down under load, so a speed of another day is no yardstick: what carries over is its ratio to
+something that runs on the same card a moment earlier or later. A `DeepGemm` holds both numbers of its day, on an H200:
+its own, and XLA's.
 
     this card, now       ours / XLA's FP8 product       = 1390 / 1500 = 0.927
     that card, then      DeepGEMM / XLA's FP8 product   = 1454 / 1545 = 0.941       so ours is at 0.985 of DeepGEMM
@@ -158,7 +159,8 @@ class DeepGemm(NamedTuple):
 
 
 def group_sizes(rows: int, groups: int, multiple: int = GROUP) -> np.ndarray:
-    """Return int32 [groups] with sum `rows`, drawn within 0.7 to 1.3 of the mean and rounded to `multiple`; the same at every call.
+    """Return int32 [groups] with sum `rows`, drawn within 0.7 to 1.3 of the mean and rounded to `multiple`; the same at
+    every call.
 
     Raises:
         ValueError: `rows` is no multiple of `multiple`.
@@ -170,7 +172,9 @@ def group_sizes(rows: int, groups: int, multiple: int = GROUP) -> np.ndarray:
 
 
 def draw_dense(seed: int, count: int = 20) -> list[Dense]:
-    """Return dense shapes nobody tuned for: odd m from 65 to 8,191, n and k in V3's ranges, each as often small as large."""
+    """Return dense shapes nobody tuned for: odd m from 65 to 8,191, n and k in V3's ranges, each as often small as
+    large.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(low: int, high: int, multiple: int) -> int:
@@ -232,9 +236,12 @@ MASKED: Mapping[Masked, DeepGemm] = {
 
 LINEAR: Mapping[Linear, None] = dict.fromkeys([Linear(8192, 7168, 4096)])
 
-# Large enough that an L2 cache of 50 MB does not hold them, with the widths of V3: model, query latent, expert, dense FFN, heads.
+# Large enough that an L2 cache of 50 MB does not hold them, with the widths of V3: model, query latent, expert, dense
+# FFN, heads.
 MODEL_ROWS: Mapping[Rows, None] = dict.fromkeys([Rows(16384, 7168), Rows(4096, 7168), Rows(16384, 2048)])
 NORM_ROWS: Mapping[Rows, None] = dict.fromkeys([Rows(16384, 7168), Rows(4096, 7168), Rows(32768, 1536)])
 FFN_ROWS: Mapping[Rows, None] = dict.fromkeys([Rows(32768, 2048), Rows(4096, 18432)])
 ATTENTION_ROWS: Mapping[Rows, None] = dict.fromkeys([Rows(8192, 16384), Rows(4096, 16384)])
-WEIGHTS: Mapping[Weights, None] = dict.fromkeys([Weights(1, 7168, 16384), Weights(8, 4096, 7168), Weights(8, 7168, 2048)])
+WEIGHTS: Mapping[Weights, None] = dict.fromkeys(
+    [Weights(1, 7168, 16384), Weights(8, 4096, 7168), Weights(8, 7168, 2048)]
+)

@@ -1,40 +1,45 @@
 """How tiles stream through a Hopper multiprocessor: a ring of copies in, arithmetic in registers, copies out.
 
-The problem. Quantisers and producers read and write each byte once and do ten to thirty operations per element: they are bound by memory.
-An H200 moves about 4.3 TB/s, 33 bytes per nanosecond and multiprocessor, with about a microsecond between question and answer. So each
-multiprocessor must have some 32 KB of questions open at all times, whatever its arithmetic is doing, and answer at six elements per clock.
+The problem. Quantisers and producers read and write each byte once and do ten to thirty operations per element: they
+are bound by memory. An H200 moves about 4.3 TB/s, 33 bytes per nanosecond and multiprocessor, with about a microsecond
+between question and answer. So each multiprocessor must have some 32 KB of questions open at all times, whatever its
+arithmetic is doing, and answer at six elements per clock.
 
-The choice. A persistent grid, one or several thread blocks per multiprocessor. The copy engine (TMA) fills a ring of slots in shared memory
-ahead of the arithmetic, results wait in out slots until the copy engine has taken them away, and warpgroups that compute hide the waits of
-those that don't. The copy engine also does the edges: it reads zeros outside an array, and writes nothing there. What the warpgroups of a
-block have in common is the kernel's choice (`Share`):
+The choice. A persistent grid, one or several thread blocks per multiprocessor. The copy engine (TMA) fills a ring of
+slots in shared memory ahead of the arithmetic, results wait in out slots until the copy engine has taken them away, and
+warpgroups that compute hide the waits of those that don't. The copy engine also does the edges: it reads zeros outside
+an array, and writes nothing there. What the warpgroups of a block have in common is the kernel's choice (`Share`):
 
     "nothing"    each has tiles and slots of its own; nobody waits for anybody. Whatever works along rows
-    "tiles"      they work on one tile, from slots of their own: each copies its rows, and all meet for the maxima of the columns
-    "slots"      they work on one tile in one slot, of which each reads a part along rows, or along rows and columns: the last one to read
-                 gives it back
+    "tiles"      they work on one tile, from slots of their own: each copies its rows, and all meet for the maxima of
+                 the columns
+    "slots"      they work on one tile in one slot, of which each reads a part along rows, or along rows and columns:
+                 the last one to read gives it back
 
-What lost: loads straight into registers (no shared memory, but masks for the edges of an odd m, and a register for each byte under way);
-and a warpgroup for the copies alone, as in a product: 128 threads that arithmetic can use here.
+What lost: loads straight into registers (no shared memory, but masks for the edges of an odd m, and a register for each
+byte under way); and a warpgroup for the copies alone, as in a product: 128 threads that arithmetic can use here.
 
-A row in registers: eight lanes hold the 128 elements of a group, so that its largest magnitude takes three exchanges between lanes.
+A row in registers: eight lanes hold the 128 elements of a group, so that its largest magnitude takes three exchanges
+between lanes.
 
     `row_layout`    16 bytes per load, a line of swizzled shared memory at a time: for tiles that are one group wide
-    `TILE`          4 elements of each 32, neighbouring lanes at neighbouring words of plain shared memory whatever the type: for tiles of
-                    several groups, where one-byte and four-byte elements meet
+    `TILE`          4 elements of each 32, neighbouring lanes at neighbouring words of plain shared memory whatever the
+                    type: for tiles of several groups, where one-byte and four-byte elements meet
 
-Measured on an H100, as a share of its copy bandwidth of 3030 GB/s (experiments/results/kernels.md has each shape; an H200 copies 4310 GB/s
-with the same multiprocessors, so that arithmetic shows more there). The target is 0.94. The reasons are what the design suggests; none is
-proven by a run without it.
+Measured on an H100, as a share of its copy bandwidth of 3030 GB/s (experiments/results/kernels.md has each shape; an
+H200 copies 4310 GB/s with the same multiprocessors, so that arithmetic shows more there). The target is 0.94. The
+reasons are what the design suggests; none is proven by a run without it.
 
     quantize_blocks             0.98 to 0.99
     swiglu_quantize             0.97 to 0.99
-    quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, of which the grid's start and end are part
+    quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, of which the grid's start and end are
+                                                part
     swiglu_backward_quantize    0.63 to 0.65    (an H200) three tensors through shared memory in FP32, a barrier each
     quantize_rows               0.86 to 0.87    copies of 2 KB, each behind a load of its row's index
     quantize_tiles_both         0.85 to 0.88    each element is read twice, and written two bytes at a time
     e5m6_unpack                 0.87
-    rms_norm_quantize           0.81 to 0.89    a barrier of all warpgroups in each tile; narrow loads (`producers.hopper_norm`)
+    rms_norm_quantize           0.81 to 0.89    a barrier of all warpgroups in each tile; narrow loads
+                                                (`producers.hopper_norm`)
     e5m6_pack                   0.82 to 0.83    rounding by integers, and stores of single bytes
     requantize_transposed       0.79 to 0.80    the detour through FP16: shared memory written and read once more
 """
@@ -57,14 +62,18 @@ from pallas_kernels.quantized import E4M3, GROUP, Scale, largest_magnitude, scal
 Share = Literal["nothing", "tiles", "slots"]
 LOAD_BYTES = 16  # that a lane reads at once
 TILE_ROWS, TILE_GROUPS = 4, 4  # of the smallest tile of `TILE`: a row per warp, 8 lanes per group
-TILE = plgpu.Layout.TILED(plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, GROUP), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1)
+TILE = plgpu.Layout.TILED(
+    plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, GROUP), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
+)
 
-# All put `commit_smem` between a store to shared memory and a load of what other threads of the warpgroup stored, and between a load and a
-# store over it, in place of the barriers that Pallas would put around each of their accesses. Quantisers divide exactly. Producers may take
-# the hardware's exp, rsqrt and division, and are lowered lane by lane, for otherwise Pallas chooses tiled layouts for their slots, which an
-# odd m does not fit.
+# All put `commit_smem` between a store to shared memory and a load of what other threads of the warpgroup stored, and
+# between a load and a store over it, in place of the barriers that Pallas would put around each of their accesses.
+# Quantisers divide exactly. Producers may take the hardware's exp, rsqrt and division, and are lowered lane by lane,
+# for otherwise Pallas chooses tiled layouts for their slots, which an odd m does not fit.
 EXACT = plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=True)
-APPROXIMATE = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+APPROXIMATE = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +103,10 @@ class Turn:
         tile: its number among those of all blocks.
         number: how many tiles this warpgroup had before.
         slot: where it lies, counted through the rings of all warpgroups unless they share one.
-        release: () gives the slot back and starts the copies of a later tile into it. Between the last read of the slot and this call there
-            must be a `commit_smem`.
-        take_out_slot: () waits until the results in the next out slot have left, and returns its number, counted as in `slot`. A turn's
-            copies of results must be one group.
+        release: () gives the slot back and starts the copies of a later tile into it. Between the last read of the slot
+            and this call there must be a `commit_smem`.
+        take_out_slot: () waits until the results in the next out slot have left, and returns its number, counted as in
+            `slot`. A turn's copies of results must be one group.
     """
 
     tile: Array
@@ -121,8 +130,9 @@ def launch(
     """Return the kernel that takes each block through its tiles.
 
     Args:
-        body: (*inputs, *outputs, *scratch) -> (fetch, work). `fetch(tile, slot, copied)` starts the copies of a tile into a slot, with the
-            barrier `copied`; `work(turn)` reads the slot, calls `turn.release()` and starts the copies of the results.
+        body: (*inputs, *outputs, *scratch) -> (fetch, work). `fetch(tile, slot, copied)` starts the copies of a tile
+            into a slot, with the barrier `copied`; `work(turn)` reads the slot, calls `turn.release()` and starts the
+            copies of the results.
         config: how tiles stream.
         num_tiles: of all blocks together.
         out_type: of the outputs.
@@ -155,7 +165,9 @@ def launch(
     )
 
 
-def _stream(config: TuningConfig, share: Share, num_tiles: int, barriers: tuple, fetch: Callable, work: Callable) -> None:
+def _stream(
+    config: TuningConfig, share: Share, num_tiles: int, barriers: tuple, fetch: Callable, work: Callable
+) -> None:
     """Take this warpgroup through tile `worker`, then every `num_workers`-th."""
     copied, *read = barriers  # a slot is full; with shared slots: a slot has been read by all
     warpgroup = lax.axis_index("warpgroup")
@@ -233,8 +245,8 @@ def spread(x: Array, shape: tuple[int, ...], layout: plgpu.Layout, dims: tuple[i
 def quantize_registers(x: Array, scale: Scale, layout: plgpu.Layout) -> tuple[Array, Array]:
     """Return the values E4M3 [..., 128] and scales FP32 [...] of groups held in registers.
 
-    `quantized.encode` without its clip: an element is at most its group's largest magnitude, so that the product is at most 448 and a
-    rounding error, which the cast takes to 448.
+    `quantized.encode` without its clip: an element is at most its group's largest magnitude, so that the product is at
+    most 448 and a rounding error, which the cast takes to 448.
     """
     last = x.ndim - 1
     if x.dtype == jnp.bfloat16:
@@ -248,8 +260,8 @@ def quantize_registers(x: Array, scale: Scale, layout: plgpu.Layout) -> tuple[Ar
 def put(slot: Any, value: Array) -> None:
     """Write `value` to shared memory.
 
-    From jax 0.12 on, a plain assignment also reads what was there, and refuses patterns whose banks meet; `plgpu.store`, which 0.11 does
-    not have, does neither.
+    From jax 0.12 on, a plain assignment also reads what was there, and refuses patterns whose banks meet;
+    `plgpu.store`, which 0.11 does not have, does neither.
     """
     if hasattr(plgpu, "store"):
         plgpu.store(slot, value, optimized=False)
@@ -258,7 +270,9 @@ def put(slot: Any, value: Array) -> None:
 
 
 def ones_beyond(scales: Array, first_row: Array, m: int, layout: plgpu.Layout) -> Array:
-    """Return `scales` [rows, ...] of groups in `layout` from row `first_row`, 1 from row m on: the scales of tiles are padded with ones."""
+    """Return `scales` [rows, ...] of groups in `layout` from row `first_row`, 1 from row m on: the scales of tiles are
+    padded with ones.
+    """
     rows = first_row + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout.reduce(scales.ndim))
     return jnp.where(rows < m, scales, 1.0)
 

@@ -1,6 +1,8 @@
-"""What the benchmark runs: every public operation with its shapes and random operands. A new benchmark is one line of `operations`.
+"""What the benchmark runs: every public operation with its shapes and random operands. A new benchmark is one line of
+`operations`.
 
-Operands are what `quantize_*` emits from normal data: speed depends on the bits (products of zeros draw less power, so clocks stay high).
+Operands are what `quantize_*` emits from normal data: speed depends on the bits (products of zeros draw less power, so
+clocks stay high).
 """
 
 import collections
@@ -56,9 +58,9 @@ class Program:
 class InPlace:
     """A function that adds to its last operand, jitted so that the last of its results takes that operand's place.
 
-    The caller may repeat the operands: after the first call they give way to the results of earlier calls. There are as many accumulators
-    as results that the profiler holds on to, and one more: a result that is given away is gone. To the profiler this is a jitted function
-    (`jax.stages.Wrapped`).
+    The caller may repeat the operands: after the first call they give way to the results of earlier calls. There are as
+    many accumulators as results that the profiler holds on to, and one more: a result that is given away is gone. To
+    the profiler this is a jitted function (`jax.stages.Wrapped`).
     """
 
     def __init__(self, function: Callable) -> None:
@@ -88,7 +90,8 @@ class Operation:
         precision: "fp8" or "bf16": which peak counts, and which XLA product stands first beside it.
         accumulates: whether the last operand is an accumulator that the last result replaces.
         exact: keywords with which the reference is as exact as FP32.
-        hint: the keyword with which a caller tells about how large the shape's `rows` are, where sizes are known on the device only.
+        hint: the keyword with which a caller tells about how large the shape's `rows` are, where sizes are known on the
+            device only.
     """
 
     name: str
@@ -116,13 +119,17 @@ class Operation:
         return Program(function, operands, work_of(shape, operands, result))
 
     def error(self, operands: tuple, result: Any) -> float:
-        """Return the relative L2 error of what the program first made of `operands`, against the reference in FP32; 0 means equal."""
+        """Return the relative L2 error of what the program first made of `operands`, against the reference in FP32; 0
+        means equal.
+        """
         exact = jax.jit(functools.partial(self.call, implementation="reference", **self.exact))
         return relative_error(result, exact(*operands))
 
 
 def work_of(shape: Shape, operands: Any, result: Any) -> int:
-    """Return FLOPs, or the bytes that must move where memory binds: each operand in and each result out, unless the shape knows better."""
+    """Return FLOPs, or the bytes that must move where memory binds: each operand in and each result out, unless the
+    shape knows better.
+    """
     if shape.unit == "TFLOP/s":
         return shape.flops
     if isinstance(shape, Masked):
@@ -244,7 +251,9 @@ def _linear(key: Array, shape: Linear) -> tuple:
 
 
 def _linear_bf16(key: Array, shape: Linear) -> tuple:
-    x, dy, w = (_normal(jax.random.fold_in(key, i), *dims) for i, dims in enumerate([(shape.m, shape.k), shape[:2], shape[1:]]))
+    x, dy, w = (
+        _normal(jax.random.fold_in(key, i), *dims) for i, dims in enumerate([(shape.m, shape.k), shape[:2], shape[1:]])
+    )
     return x, dy, w, jnp.zeros((shape.n, shape.k), jnp.float32)
 
 
@@ -259,8 +268,12 @@ def _e5m6_unpack(packed: Array, scales: Array, **how: Any) -> Array:
     return producers.e5m6_unpack(packed, scales, m=packed.shape[0], **how)
 
 
-def linear(x: Array, dy: Array, w: Quantized, w_transposed: Quantized, dw: Array, **how: Any) -> tuple[Array, Array, Array]:
-    """Return y, dx and dw of a linear layer from BF16 `x` [m, k] and `dy` [m, n]; weights were quantised once in this optimizer step."""
+def linear(
+    x: Array, dy: Array, w: Quantized, w_transposed: Quantized, dw: Array, **how: Any
+) -> tuple[Array, Array, Array]:
+    """Return y, dx and dw of a linear layer from BF16 `x` [m, k] and `dy` [m, n]; weights were quantised once in this
+    optimizer step.
+    """
     x_tiles, x_columns = quantize.quantize_tiles_both(x, **how)
     dy_tiles, dy_columns = quantize.quantize_tiles_both(dy, **how)
     y, dx = matmul.matmul(x_tiles, w, **how), matmul.matmul(dy_tiles, w_transposed, **how)
@@ -284,10 +297,26 @@ def operations(seed: int) -> list[Operation]:
         Operation("matmul_gradient", matmul.matmul_accumulate, dense_gradients, _without_c(_dense_gradient)),
         Operation("grouped_matmul", grouped.grouped_matmul, GROUPED, _grouped, exact=fp32),
         Operation("masked_matmul", grouped.masked_matmul, MASKED, _masked, exact=fp32, hint="expected_rows"),
-        Operation("grouped_matmul_accumulate", grouped.grouped_matmul_accumulate, GRADIENTS, _gradients, accumulates=True),
-        Operation("grouped_matmul_gradient", grouped.grouped_matmul_accumulate, dict.fromkeys(GRADIENTS), _without_c(_gradients)),
-        Operation("grouped_matmul_bf16", grouped.grouped_matmul_bf16, dict.fromkeys(GROUPED), _grouped_bf16, "bf16", exact=fp32),
-        Operation("grouped_matmul_accumulate_bf16", accumulate_bf16, gradients_bf16, _gradients_bf16, "bf16", accumulates=True),
+        Operation(
+            "grouped_matmul_accumulate", grouped.grouped_matmul_accumulate, GRADIENTS, _gradients, accumulates=True
+        ),
+        Operation(
+            "grouped_matmul_gradient",
+            grouped.grouped_matmul_accumulate,
+            dict.fromkeys(GRADIENTS),
+            _without_c(_gradients),
+        ),
+        Operation(
+            "grouped_matmul_bf16",
+            grouped.grouped_matmul_bf16,
+            dict.fromkeys(GROUPED),
+            _grouped_bf16,
+            "bf16",
+            exact=fp32,
+        ),
+        Operation(
+            "grouped_matmul_accumulate_bf16", accumulate_bf16, gradients_bf16, _gradients_bf16, "bf16", accumulates=True
+        ),
         Operation("grouped_matmul_gradient_bf16", accumulate_bf16, gradients_bf16, _without_c(_gradients_bf16), "bf16"),
         Operation("linear", linear, LINEAR, _linear, accumulates=True),
         Operation("linear_with_weights", linear_with_weights, LINEAR, _linear_bf16, accumulates=True),

@@ -18,18 +18,22 @@ CUBLAS_ALIGNMENT = 16  # rows of an FP8 operand; XLA would pad others inside the
 def yardsticks(shape: Shape, precision: str) -> dict[str, Program]:
     """Return what stands beside an operation on `shape`; the first is what its ratio is taken to.
 
-    Memory-bound shapes are compared with a device copy. Others with XLA's products, in FP8 and BF16 or in BF16 alone: of the same shape
-    where it is dense, else of `shapes.XLA_DENSE`.
+    Memory-bound shapes are compared with a device copy. Others with XLA's products, in FP8 and BF16 or in BF16 alone:
+    of the same shape where it is dense, else of `shapes.XLA_DENSE`.
     """
     if shape.unit == "GB/s":
         return {COPY: Program(_invert, (jnp.arange(COPY_WORDS, dtype=jnp.uint32),), 2 * 4 * COPY_WORDS)}
     if isinstance(shape, Linear):
-        x, dy, w = (_normal(i, dims) for i, dims in enumerate([(shape.m, shape.k), (shape.m, shape.n), (shape.n, shape.k)]))
+        x, dy, w = (
+            _normal(i, dims) for i, dims in enumerate([(shape.m, shape.k), (shape.m, shape.n), (shape.n, shape.k)])
+        )
         return {XLA_BF16: Program(_linear, (x, dy, w), shape.flops)}
     dense = shape if isinstance(shape, Dense) else XLA_DENSE
     rows = -(-dense.m // CUBLAS_ALIGNMENT) * CUBLAS_ALIGNMENT
     operands = _normal(0, (rows, dense.k)), _normal(1, (dense.n, dense.k))
-    found = {XLA_FP8: Program(_multiply, tuple(map(_whole_tensor, operands)), dense.flops)} if precision == "fp8" else {}
+    found = (
+        {XLA_FP8: Program(_multiply, tuple(map(_whole_tensor, operands)), dense.flops)} if precision == "fp8" else {}
+    )
     return found | {XLA_BF16: Program(_multiply, operands, dense.flops)}
 
 

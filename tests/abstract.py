@@ -1,4 +1,6 @@
-"""Inputs of the train step without an array: shapes, dtypes and shardings, for programs that are lowered or compiled and never run."""
+"""Inputs of the train step without an array: shapes, dtypes and shardings, for programs that are lowered or compiled
+and never run.
+"""
 
 from typing import Any
 
@@ -25,7 +27,11 @@ def inputs(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Rates]:
     rows, everywhere = (jax.sharding.NamedSharding(mesh, spec) for spec in (P(ROWS, None), P()))
     shape = int(config.training.batch_size[-1][2]), config.data.sequence_length
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in BATCH_DTYPES.items()}
-    return abstract_state(config, mesh), batch, Rates(*(jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),) * 3)
+    return (
+        abstract_state(config, mesh),
+        batch,
+        Rates(*(jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),) * 3),
+    )
 
 
 def trace(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Traced:

@@ -8,11 +8,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-KEYS = {"config", "mode", "precision", "shape", "value", "unit", "yardstick", "device", "jax", "date", "commit", "command"}
+KEYS = {
+    "config",
+    "mode",
+    "precision",
+    "shape",
+    "value",
+    "unit",
+    "yardstick",
+    "device",
+    "jax",
+    "date",
+    "commit",
+    "command",
+}
 
 
 def run(module: str, arguments: list[str], results: Path, xla_flags: str = "") -> tuple[list[dict[str, Any]], str]:
-    """Run `python -m module` on the CPU; return the records that it wrote to `results`, all of them complete, and what it printed."""
+    """Run `python -m module` on the CPU; return the records that it wrote to `results`, all of them complete, and what
+    it printed.
+    """
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments, f"--json={results}"],
         cwd=ROOT,

@@ -1,7 +1,7 @@
 """The one small configuration of the full-model tests, its batch, and its step, compiled once per mesh and worker.
 
-A full model costs some ten seconds to compile, so tests of the whole step share `on_mesh`: put them into the xdist group of their mesh,
-`@pytest.mark.xdist_group(group(mesh))`.
+A full model costs some ten seconds to compile, so tests of the whole step share `on_mesh`: put them into the xdist
+group of their mesh, `@pytest.mark.xdist_group(group(mesh))`.
 """
 
 import functools
@@ -39,7 +39,8 @@ def config_dict() -> ConfigDict:
             "value_dim": 16,
             "dense_hidden": 128,
             "expert_hidden": 32,
-            "residual_init_scale": 1.0,  # the recipe's, as b2 below: tolerances were measured with these, whatever `tiny` is tuned to
+            # the recipe's, as b2 below: tolerances were measured with these, whatever `tiny` is tuned to
+            "residual_init_scale": 1.0,
         }
     )
     config.optimizer.b2 = 0.95
@@ -50,9 +51,20 @@ def config_dict() -> ConfigDict:
 
 
 def fp8_config_dict() -> ConfigDict:
-    """The same in FP8, with dims that products in groups of 128 allow; without MTP, which compiles as long as all other layers."""
+    """The same in FP8, with dims that products in groups of 128 allow; without MTP, which compiles as long as all other
+    layers.
+    """
     config = config_dict()
-    config.model.update({"width": 128, "query_latent": 128, "kv_latent": 128, "value_dim": 32, "expert_hidden": 128, "num_mtp_layers": 0})
+    config.model.update(
+        {
+            "width": 128,
+            "query_latent": 128,
+            "kv_latent": 128,
+            "value_dim": 32,
+            "expert_hidden": 128,
+            "num_mtp_layers": 0,
+        }
+    )
     config.data.sequence_length = 128  # 128 tokens for each of eight devices
     config.execution.precision = "fp8"
     return config
@@ -75,7 +87,10 @@ def batch(seed: int = 0, rows: int = 16, length: int = 64, vocab: int = 512) -> 
     weights[:, 29] = 0.0  # the first document's last token has no target of its own
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     arrays = {"tokens_BS": tokens[:, :-1], "targets_BS": tokens[:, 1:], "positions_BS": positions}
-    return {name: np.ascontiguousarray(a) for name, a in arrays.items()} | {"segment_ids_BS": segments, "loss_weights_BS": weights}
+    return {name: np.ascontiguousarray(a) for name, a in arrays.items()} | {
+        "segment_ids_BS": segments,
+        "loss_weights_BS": weights,
+    }
 
 
 def put(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -89,7 +104,9 @@ def group(sizes: Sizes) -> str:
 
 
 class OnMesh(NamedTuple):
-    """A compiled step on a mesh. `step(state, batch, RATES) -> (grads, sums, norms, state, metrics)`; the state is not donated."""
+    """A compiled step on a mesh. `step(state, batch, RATES) -> (grads, sums, norms, state, metrics)`; the state is not
+    donated.
+    """
 
     config: Config
     mesh: jax.sharding.Mesh

@@ -1,10 +1,12 @@
-"""The train step compiles for TPUs on a machine that has none: the TPU compiler of the libtpu wheel, abstract inputs, splash attention.
+"""The train step compiles for TPUs on a machine that has none: the TPU compiler of the libtpu wheel, abstract inputs,
+splash attention.
 
-It proves that the step traces for a TPU mesh inside the checked shard_map, that the Pallas kernels of attention compile forward and
-backward (tiny's 48/32 head dims, V3's 192/128), and that the program fits the chip's memory, which the compiler checks. It proves
-nothing about speed.
+It proves that the step traces for a TPU mesh inside the checked shard_map, that the Pallas kernels of attention compile
+forward and backward (tiny's 48/32 head dims, V3's 192/128), and that the program fits the chip's memory, which the
+compiler checks. It proves nothing about speed.
 
-Each program compiles in a process of its own, `python -m tests.test_aot_tpu PROGRAM TOPOLOGY`: libtpu reads its environment once.
+Each program compiles in a process of its own, `python -m tests.test_aot_tpu PROGRAM TOPOLOGY`: libtpu reads its
+environment once.
 """
 
 import importlib.util
@@ -32,7 +34,9 @@ KERNELS_PER_ATTENTION = 3  # forward, dq, dkv; more would be the forward again i
 
 
 def program(name: str) -> Config:
-    """`tiny` as it is, on 2 x 4 devices; or one layer of V3's width with all its experts, BF16, sequence 4096, on 1 x 8."""
+    """`tiny` as it is, on 2 x 4 devices; or one layer of V3's width with all its experts, BF16, sequence 4096, on 1 x
+    8.
+    """
     if name == "tiny":
         tree = tiny.get_config()
         tree.mesh.update({"data": 2, "expert": 4})
@@ -65,7 +69,9 @@ def compile_program(name: str, topology: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize(("name", "attentions"), [("tiny", 5), ("v3_layer", 1)])  # layers and MTP layers: tiny's are unrolled
+@pytest.mark.parametrize(
+    ("name", "attentions"), [("tiny", 5), ("v3_layer", 1)]
+)  # layers and MTP layers: tiny's are unrolled
 def test_step_compiles_for_tpu(name, attentions, topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")

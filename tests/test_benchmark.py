@@ -18,7 +18,9 @@ def test_records_of_a_small_model(tmp_path):
     for i in range(30):
         (corpus / f"{i}.txt").write_text(f"text number {i}\n" * 50)
     results = tmp_path / "results" / "step.json"
-    overrides = [f"--config.{section}.{key}={value}" for section, values in SMALL.items() for key, value in values.items()]
+    overrides = [
+        f"--config.{section}.{key}={value}" for section, values in SMALL.items() for key, value in values.items()
+    ]
     overrides.append(f"--config.data.sources=({{'path': '{corpus}', 'weight': 1.0}},)")
     arguments = ["--config=configs/tiny.py", *overrides, "--cpu_devices=2", "--batch_size=16"]
     records, printed = benchmarks.run("experiments.benchmark", arguments, results)
@@ -26,6 +28,8 @@ def test_records_of_a_small_model(tmp_path):
     assert values["train step"] == pytest.approx(16 * 32 / (values["train step, median"] / 1e3))
     assert values["train step, fastest"] <= values["train step, median"]
     assert values["loss of step 23"] < values["loss of step 1"], "four batches over and over are learnt"
-    assert records[0]["shape"] == {"batch": 16, "sequence": 32, "mtp_layers": 1} and records[0]["device"].startswith("2 x cpu")
+    assert records[0]["shape"] == {"batch": 16, "sequence": 32, "mtp_layers": 1} and records[0]["device"].startswith(
+        "2 x cpu"
+    )
     loader = next(record for record in records if record["mode"] == "loader alone")
     assert loader["yardstick"]["value"] == values["train step"] and "loader alone" in printed

@@ -28,9 +28,17 @@ def test_events_are_summed_per_step_without_the_loops_around_them():
   %body.1 = f32[8] fusion(%x), metadata={op_name="jit(f)/jvp(ffn)/while/body/dot_general"}
   ROOT %while.2 = (s32[], f32[8]) while(%x), body=%b, metadata={op_name="jit(f)/while"}
 """
-    events = [("body.1", "kernel", 2e6), ("while.2", "while.2", 5e6), ("body.1", "kernel", 4e6), ("unknown", "copy", 1e6)]
+    events = [
+        ("body.1", "kernel", 2e6),
+        ("while.2", "while.2", 5e6),
+        ("body.1", "kernel", 4e6),
+        ("unknown", "copy", 1e6),
+    ]
     found = breakdown.collect(iter(events), program, num_steps=2)
-    assert found == [breakdown.Event("ffn", "forward", "kernel", 3.0, 1.0), breakdown.Event("other", "forward", "copy", 0.5, 0.5)]
+    assert found == [
+        breakdown.Event("ffn", "forward", "kernel", 3.0, 1.0),
+        breakdown.Event("other", "forward", "copy", 0.5, 0.5),
+    ]
     assert "ffn" in breakdown.table(found) and "85.7%" in breakdown.table(found)
     assert "in 0 others" in breakdown.kernel_table(found) and "in 1 others" in breakdown.kernel_table(found, 1)
 

@@ -1,4 +1,6 @@
-"""Configuration: the published numbers, strict conversion, schedules, the choices of `resolve`, and the command line."""
+"""Configuration: the published numbers, strict conversion, schedules, the choices of `resolve`, and the command
+line.
+"""
 
 import dataclasses
 import importlib
@@ -102,9 +104,16 @@ def test_published_671b_values():
         "yarn": (yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim),
     }
     assert ours == published
-    assert model.init_std == 0.006 and not yarn.enabled  # training values: config.json has 0.02, and YaRN for the long context
+    assert (
+        model.init_std == 0.006 and not yarn.enabled
+    )  # training values: config.json has 0.02, and YaRN for the long context
     assert (config.loss.sequence_balance_weight, config.loss.balance_frequency) == (1e-4, "unbiased")
-    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip_norm) == (
+        0.9,
+        0.95,
+        0.1,
+        1.0,
+    )
     assert (config.data.fim_rate, config.data.mask_documents, config.data.sequence_length) == (0.1, False, 4096)
 
 
@@ -123,22 +132,50 @@ def test_v2_lite_has_the_other_router_and_no_query_latent():
 # Keys and types.
 STRICT = {
     "typo": ("model.num_layer", 8, r"config\.model\.num_layer is unknown; did you mean 'num_layers'"),
-    "typo in a nested section": ("model.yarn.beta_fats", 8.0, r"config\.model\.yarn\.beta_fats is unknown; did you mean 'beta_fast'"),
+    "typo in a nested section": (
+        "model.yarn.beta_fats",
+        8.0,
+        r"config\.model\.yarn\.beta_fats is unknown; did you mean 'beta_fast'",
+    ),
     "nothing like it": ("mesh.zebra", 8, r"config\.mesh\.zebra is unknown; known keys: \['data', 'expert'"),
     "a float for a count": ("model.num_layers", 8.0, r"config\.model\.num_layers = 8\.0 is a float; it must be a int"),
     "text for a number": ("optimizer.b1", "0.9", r"config\.optimizer\.b1 = '0\.9' is a str; it must be a float"),
     "a bool for a number": ("model.num_layers", True, r"config\.model\.num_layers = True is a bool"),
     "a number for a bool": ("data.mask_documents", 1, r"config\.data\.mask_documents = 1 is a int; it must be a bool"),
     "nothing": ("model.width", None, r"config\.model\.width = None is a NoneType"),
-    "a number for a section": ("model.yarn", 40.0, r"config\.model\.yarn = 40\.0 must be a section with the keys \['enabled'"),
-    "a number for a schedule": ("optimizer.learning_rate", 1e-3, r"config\.optimizer\.learning_rate = 0\.001 must be a sequence"),
-    "a flat schedule": ("optimizer.learning_rate", ("constant", 1.0, 1e-3), r"config\.optimizer\.learning_rate\[0\] = 'constant' must be"),
-    "half a piece": ("optimizer.learning_rate", (("constant", 1.0),), r"must have 3 entries: shape, end fraction, value"),
+    "a number for a section": (
+        "model.yarn",
+        40.0,
+        r"config\.model\.yarn = 40\.0 must be a section with the keys \['enabled'",
+    ),
+    "a number for a schedule": (
+        "optimizer.learning_rate",
+        1e-3,
+        r"config\.optimizer\.learning_rate = 0\.001 must be a sequence",
+    ),
+    "a flat schedule": (
+        "optimizer.learning_rate",
+        ("constant", 1.0, 1e-3),
+        r"config\.optimizer\.learning_rate\[0\] = 'constant' must be",
+    ),
+    "half a piece": (
+        "optimizer.learning_rate",
+        (("constant", 1.0),),
+        r"must have 3 entries: shape, end fraction, value",
+    ),
 }
 # Values that cannot be, each with what the message must name.
 IMPOSSIBLE = {
-    "experts in groups": ("model.num_experts", 18, r"num_experts = 18 is not divisible by num_groups = 4; change either"),
-    "top-k above the kept experts": ("model.experts_per_token", 9, r"= 9 exceeds the 8 experts of 2 kept groups of 4; lower it or keep"),
+    "experts in groups": (
+        "model.num_experts",
+        18,
+        r"num_experts = 18 is not divisible by num_groups = 4; change either",
+    ),
+    "top-k above the kept experts": (
+        "model.experts_per_token",
+        9,
+        r"= 9 exceeds the 8 experts of 2 kept groups of 4; lower it or keep",
+    ),
     "kept groups": ("model.num_kept_groups", 5, r"num_kept_groups = 5 exceeds num_groups = 4"),
     "odd rotary dim": ("model.rotary_dim", 15, r"rotary_dim = 15 must be even"),
     "dense layers": ("model.num_dense_layers", 5, r"num_dense_layers = 5 exceeds num_layers = 4"),
@@ -146,7 +183,11 @@ IMPOSSIBLE = {
     "YaRN that shortens": ("model.yarn.factor", 0.5, r"yarn.factor = 0\.5 must be at least 1"),
     "no width": ("model.width", 0, r"model\.width = 0 must be positive"),
     "negative count": ("model.num_mtp_layers", -1, r"model\.num_mtp_layers = -1 must be at least 0"),
-    "sequence shorter than MTP needs": ("data.sequence_length", 2, r"sequence_length = 2 is too short: 1 MTP layers need at least 3"),
+    "sequence shorter than MTP needs": (
+        "data.sequence_length",
+        2,
+        r"sequence_length = 2 is too short: 1 MTP layers need at least 3",
+    ),
     "no sources": ("data.sources", (), r"data\.sources is empty; name at least one"),
     "unknown gate": ("model.gate", "tanh", r"model\.gate = 'tanh' is unknown; choose one of \('sigmoid', 'softmax'\)"),
     "unknown remat": ("execution.remat", "some", r"execution\.remat = 'some' is unknown"),
@@ -159,15 +200,31 @@ IMPOSSIBLE = {
     "slack": ("execution.exchange_slack", 0.5, r"exchange_slack = 0\.5 must be at least 1"),
     "empty schedule": ("optimizer.learning_rate", (), r"config\.optimizer\.learning_rate: the ends \[\]"),
     "empty batch schedule": ("training.batch_size", (), r"config\.training\.batch_size: the ends \[\]"),
-    "schedule ends early": ("loss.mtp_weight", (("constant", 0.5, 0.3),), r"config\.loss\.mtp_weight: the ends \[0\.5\].*to exactly 1\.0"),
+    "schedule ends early": (
+        "loss.mtp_weight",
+        (("constant", 0.5, 0.3),),
+        r"config\.loss\.mtp_weight: the ends \[0\.5\].*to exactly 1\.0",
+    ),
     "schedule falls back": (
         "loss.mtp_weight",
         (("constant", 0.7, 0.3), ("linear", 0.7, 0.1), ("linear", 1.0, 0.1)),
         r"\[0\.7, 0\.7, 1\.0\]",
     ),
-    "schedule starts at 0": ("loss.mtp_weight", (("constant", 0.0, 0.3), ("constant", 1.0, 0.1)), r"must rise from above 0"),
-    "schedule shape": ("optimizer.learning_rate", (("cubic", 1.0, 1e-3),), r"shape 'cubic' is unknown; choose 'constant'"),
-    "negative rate": ("optimizer.learning_rate", (("constant", 1.0, -1e-3),), r"value -0\.001 must be finite and not negative"),
+    "schedule starts at 0": (
+        "loss.mtp_weight",
+        (("constant", 0.0, 0.3), ("constant", 1.0, 0.1)),
+        r"must rise from above 0",
+    ),
+    "schedule shape": (
+        "optimizer.learning_rate",
+        (("cubic", 1.0, 1e-3),),
+        r"shape 'cubic' is unknown; choose 'constant'",
+    ),
+    "negative rate": (
+        "optimizer.learning_rate",
+        (("constant", 1.0, -1e-3),),
+        r"value -0\.001 must be finite and not negative",
+    ),
     "infinite rate": ("optimizer.learning_rate", (("constant", 1.0, float("inf")),), r"value inf must be finite"),
     "batch between micro-batches": (
         "training.batch_size",
@@ -184,7 +241,9 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("path", "value", "message"), [*STRICT.values(), *IMPOSSIBLE.values()], ids=[*STRICT, *IMPOSSIBLE])
+@pytest.mark.parametrize(
+    ("path", "value", "message"), [*STRICT.values(), *IMPOSSIBLE.values()], ids=[*STRICT, *IMPOSSIBLE]
+)
 def test_bad_value_is_refused_by_name(path, value, message):
     with pytest.raises(ValueError, match=message):
         from_config_dict(changed(path, value))
@@ -192,7 +251,14 @@ def test_bad_value_is_refused_by_name(path, value, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("width", 192), ("query_latent", 64), ("kv_latent", 64), ("value_dim", 48), ("dense_hidden", 832), ("expert_hidden", 64)],
+    [
+        ("width", 192),
+        ("query_latent", 64),
+        ("kv_latent", 64),
+        ("value_dim", 48),
+        ("dense_hidden", 832),
+        ("expert_hidden", 64),
+    ],
 )
 def test_fp8_sums_over_groups_of_128(name, value):
     tree = changed("execution.precision", "fp8")
@@ -207,7 +273,9 @@ def test_fp8_sums_over_groups_of_128(name, value):
 def test_two_best_scores_of_a_group_need_two_experts():
     tree = changed("model.num_groups", 16)
     tree["model"]["num_kept_groups"] = 8
-    with pytest.raises(ValueError, match="group_score 'top2' needs groups of 2 experts or more, got 1; use 'max' or fewer groups"):
+    with pytest.raises(
+        ValueError, match="group_score 'top2' needs groups of 2 experts or more, got 1; use 'max' or fewer groups"
+    ):
         from_config_dict(tree)
     tree["model"]["group_score"] = "max"
     assert from_config_dict(tree).model.num_groups == 16
@@ -216,7 +284,9 @@ def test_two_best_scores_of_a_group_need_two_experts():
 def test_missing_keys_are_named():
     tree = tiny.get_config().to_dict()
     del tree["model"]["width"], tree["model"]["gate"]
-    with pytest.raises(ValueError, match=r"config\.model lacks \['width', 'gate'\]; start from configs/deepseek_v3\.py"):
+    with pytest.raises(
+        ValueError, match=r"config\.model lacks \['width', 'gate'\]; start from configs/deepseek_v3\.py"
+    ):
         from_config_dict(tree)
     del tree["model"]
     with pytest.raises(ValueError, match=r"config lacks \['model'\]"):
@@ -276,7 +346,19 @@ def test_model_that_the_mesh_cannot_split_is_refused(path, value, message):
 
 def test_schedule_shapes_meet_at_their_ends():
     pieces = (("linear", 0.25, 4.0), ("cosine", 0.75, 2.0), ("linear", 0.875, 0.0), ("constant", 1.0, 1.0))
-    at = {0.0: 4.0, 0.2: 4.0, 0.25: 4.0, 0.375: 3.0 + 0.5**0.5, 0.5: 3.0, 0.75: 2.0, 0.8125: 1.0, 0.875: 1.0, 0.99: 1.0, 1.0: 1.0, 7.0: 1.0}
+    at = {
+        0.0: 4.0,
+        0.2: 4.0,
+        0.25: 4.0,
+        0.375: 3.0 + 0.5**0.5,
+        0.5: 3.0,
+        0.75: 2.0,
+        0.8125: 1.0,
+        0.875: 1.0,
+        0.99: 1.0,
+        1.0: 1.0,
+        7.0: 1.0,
+    }
     assert {fraction: schedule_value(pieces, fraction) for fraction in at} == pytest.approx(at, abs=1e-12)
 
 
@@ -309,25 +391,33 @@ def test_resolve_chooses_attention(platform, precision, mask):
 def test_resolve_keeps_what_was_asked_for_and_changes_nothing_else():
     config = from_config_dict(changed("execution.attention", "xla"))
     resolved = resolve(config, "tpu", 8)
-    assert resolved == dataclasses.replace(config, execution=dataclasses.replace(config.execution, exchange="all_to_all", experts="blocks"))
+    assert resolved == dataclasses.replace(
+        config, execution=dataclasses.replace(config.execution, exchange="all_to_all", experts="blocks")
+    )
 
 
 def test_resolve_chooses_exchange():
     config = from_config_dict(tiny.get_config())
     assert [resolve(config, "cpu", devices).execution.exchange for devices in (1, 8)] == ["local", "all_to_all"]
-    with pytest.raises(ValueError, match="'local' needs every expert on every device, but 8 devices share them; use 'auto'"):
+    with pytest.raises(
+        ValueError, match="'local' needs every expert on every device, but 8 devices share them; use 'auto'"
+    ):
         resolve(from_config_dict(changed("execution.exchange", "local")), "cpu", 8)
 
 
 def train_command(*overrides):
     """Run `experiments.train --print_config` with overrides."""
     command = [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", "--print_config", *overrides]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_command_line_overrides():
     done = train_command(
-        "--config.model.num_layers=8", "--config.loss.mtp_weight=(('linear', 1.0, 0.5),)", "--config.execution.precision=bf16"
+        "--config.model.num_layers=8",
+        "--config.loss.mtp_weight=(('linear', 1.0, 0.5),)",
+        "--config.execution.precision=bf16",
     )
     printed = from_config_dict(json.loads(done.stdout))
     want = tiny.get_config()
@@ -370,5 +460,7 @@ def test_experts_of_another_precision_are_refused(precision, experts):
     tree = changed("execution.precision", precision)
     tree["execution"]["experts"] = experts
     tree["model"]["kv_latent"] = 128
-    with pytest.raises(ValueError, match=f"execution.experts = '{experts}' does not exist .* '{precision}'.*use 'auto'"):
+    with pytest.raises(
+        ValueError, match=f"execution.experts = '{experts}' does not exist .* '{precision}'.*use 'auto'"
+    ):
         from_config_dict(tree)

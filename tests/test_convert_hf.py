@@ -1,6 +1,7 @@
 """The command `experiments.convert_hf` from its arguments to its files.
 
-Each command runs in a process of its own, forked from one that has imported what they all need: an import takes seconds, a command less.
+Each command runs in a process of its own, forked from one that has imported what they all need: an import takes
+seconds, a command less.
 """
 
 import contextlib
@@ -28,7 +29,14 @@ from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import expected, load
 from deepseek_jax.huggingface.shards import INDEX, Shards
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, read_config, read_tokenizer, restore_weights
+from deepseek_jax.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    claim_workdir,
+    read_config,
+    read_tokenizer,
+    restore_weights,
+)
 from deepseek_jax.training.state import jit_state_around
 from experiments import synthetic_checkpoint
 from tests.huggingface.test_load_save import config as small_config
@@ -42,7 +50,8 @@ CONFIG = ("--config=configs/tiny.py", "--config.data.sequence_length=128")
 SHARD_BYTES = 500_000
 TINY_SHARDS = "--shard_gigabytes=0.0001"
 
-# Reads {"arguments": [...], "log": path} by line; answers with the process's id, and with its exit code when it has ended.
+# Reads {"arguments": [...], "log": path} by line; answers with the process's id, and with its exit code when it has
+# ended.
 SERVER = """
 import gc, json, os, sys, warnings
 from absl import app
@@ -74,7 +83,9 @@ class Commands:
 
     def start(self, *arguments: str) -> int:
         """Start a command and return its process id; `end` must follow."""
-        self.server.stdin.write(json.dumps({"arguments": [str(argument) for argument in arguments], "log": str(self.log)}) + "\n")
+        self.server.stdin.write(
+            json.dumps({"arguments": [str(argument) for argument in arguments], "log": str(self.log)}) + "\n"
+        )
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
@@ -97,9 +108,17 @@ class Commands:
 
 @pytest.fixture(scope="module")
 def convert(tmp_path_factory):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", SERVER],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     with process:
         yield Commands(process, tmp_path_factory.mktemp("log") / "log")
@@ -117,7 +136,9 @@ def checkpoint(tmp_path_factory) -> Path:
     (folder / "generation_config.json").write_text('{"temperature": 0.6}')
     (folder / "chat_template.jinja").write_bytes("{{ bos_token }}\r\n<｜User｜>".encode())  # a line end of Windows
     hf = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(hf | {"ep_size": 1}))  # a key that says nothing of the model, on one line
+    (folder / "config.json").write_text(
+        json.dumps(hf | {"ep_size": 1})
+    )  # a key that says nothing of the model, on one line
     return folder
 
 
@@ -169,7 +190,9 @@ def test_every_byte_comes_back(convert, checkpoint, whole):
     assert len(list(whole.glob("*.safetensors"))) > 2 * len(list(checkpoint.glob("*.safetensors"))) > 6
     kept = {name: data for name, data in contents(checkpoint).items() if not name.startswith("model")}
     assert len(kept) == 5
-    assert {name: data for name, data in contents(whole).items() if not name.startswith(("model", "conversion"))} == kept
+    assert {
+        name: data for name, data in contents(whole).items() if not name.startswith(("model", "conversion"))
+    } == kept
     printed = convert("verify", f"--hf={whole}", *CONFIG)
     assert "FP8: complete" in printed and "SHA-256 of every file: as written" in printed
     printed = convert("verify", f"--hf={checkpoint}", *CONFIG)  # nobody recorded its checksums
@@ -204,7 +227,9 @@ def test_an_import_copies_no_weights(workdir, checkpoint):
     assert not (workdir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("saved_on", "exported_on"), [((2, 1, 4), 1), pytest.param((1, 1, 1), 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("saved_on", "exported_on"), [((2, 1, 4), 1), pytest.param((1, 1, 1), 2, marks=pytest.mark.slow)]
+)
 def test_through_a_checkpoint_of_the_run(convert, checkpoint, workdir, whole, tmp_path, saved_on, exported_on):
     """FP32 masters, split over one mesh, saved by Orbax, restored onto another: the stored bytes come back."""
     copy = tmp_path / "W"
@@ -220,11 +245,16 @@ def test_through_a_checkpoint_of_the_run(convert, checkpoint, workdir, whole, tm
     checkpoints.save(state, Progress(step=3, tokens_seen=0, data=None), config, read_tokenizer(copy), mesh)
     checkpoints.close()
     (copy / "config.json").write_text((copy / "config.json").read_text().replace(str(checkpoint), "/gone"))
-    printed = convert("export", f"--workdir={copy}", f"--hf={tmp_path / 'small'}", TINY_SHARDS, f"--cpu_devices={exported_on}")
+    printed = convert(
+        "export", f"--workdir={copy}", f"--hf={tmp_path / 'small'}", TINY_SHARDS, f"--cpu_devices={exported_on}"
+    )
     assert "step 3 of" in printed
     assert tensors(tmp_path / "small") == tensors(whole)
     said = convert.fails("export", f"--workdir={copy}", f"--hf={tmp_path / 'none'}", "--step=0")
-    assert "training.initial_weights = '/gone' does not exist; put the checkpoint back there, or import it from where it is now" in said
+    assert (
+        "training.initial_weights = '/gone' does not exist; put the checkpoint back there, or import it from where it"
+        " is now" in said
+    )
 
 
 def test_a_folder_that_moved_is_imported_from_where_it_is(convert, checkpoint, tmp_path):
@@ -258,7 +288,10 @@ def test_a_killed_export_continues(convert, workdir, whole, tmp_path):
     said = convert.fails("verify", f"--hf={folder}", *CONFIG)
     assert f"{folder}" in said and "unfinished" in said and "run the same command again" in said
     said = convert.fails("export", f"--workdir={workdir}", f"--hf={folder}", "--shard_gigabytes=0.0002")
-    assert "holds a conversion of other tensors, shard sizes, metadata or source: choose another folder, or delete this one" in said
+    assert (
+        "holds a conversion of other tensors, shard sizes, metadata or source: choose another folder, or delete this"
+        " one" in said
+    )
 
     convert(*command)
     assert contents(folder) == contents(whole)
@@ -277,7 +310,9 @@ def test_a_flipped_bit_is_found(convert, whole, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     said = convert.fails("verify", f"--hf={folder}", *CONFIG)
-    assert f"damaged or absent in {folder}: {file.name}; delete these files and convert into the same folder again" in said
+    assert (
+        f"damaged or absent in {folder}: {file.name}; delete these files and convert into the same folder again" in said
+    )
 
 
 # ---- --dry_run
@@ -286,7 +321,10 @@ def test_a_flipped_bit_is_found(convert, whole, tmp_path):
 def lines(model: object, fp8: bool) -> tuple[list[str], str]:
     """The list, made anew."""
     sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-    rows = {name: (dtype, list(shape), sizes[dtype] * int(np.prod(shape))) for name, (dtype, shape) in expected(model, fp8).items()}
+    rows = {
+        name: (dtype, list(shape), sizes[dtype] * int(np.prod(shape)))
+        for name, (dtype, shape) in expected(model, fp8).items()
+    }
     total = sum(size for _, _, size in rows.values())
     listed = [f"{name}  {dtype}  {shape}  {size:,}" for name, (dtype, shape, size) in rows.items()]
     return listed, f"{len(rows):,} tensors, {total:,} bytes"
@@ -381,7 +419,10 @@ def test_weights_of_another_model_are_not_begun_with(checkpoint, workdir, tmp_pa
     other = changed(checkpoint, tmp_path / "other", routed_scaling_factor=1.5)
     mesh = make_mesh(dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
     training = dataclasses.replace(config.training, initial_weights=str(other))
-    message = f"(?s)initial_weights = '{other}' is another model than the config's.*import makes.*1.5 in the folder, 2.5 in the config"
+    message = (
+        f"(?s)initial_weights = '{other}' is another model than the config's"
+        ".*import makes.*1.5 in the folder, 2.5 in the config"
+    )
     with pytest.raises(ValueError, match=message):
         initial_weights(dataclasses.replace(config, training=training), mesh)
 
@@ -404,7 +445,9 @@ def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint,
         "has int32 [5]; give int32 [B, S]": np.zeros(5, np.int32),
         "has float32 [1, 5]; give int32 [B, S]": np.zeros((1, 5), np.float32),
         "has int32 [0, 5]; give int32 [B, S]": np.zeros((0, 5), np.int32),
-        f"has tokens from 0 to {size}, the vocabulary is 0 to {size - 1}; use the checkpoint's tokenizer": np.array([[0, size]], np.int32),
+        f"has tokens from 0 to {size}, the vocabulary is 0 to {size - 1}; use the checkpoint's tokenizer": np.array(
+            [[0, size]], np.int32
+        ),
     }
     for text, array in cases.items():
         np.save(tokens, array)
@@ -457,9 +500,15 @@ def test_the_run_is_trained_on_and_continues_a_prompt(convert, checkpoint, tmp_p
     trained, progress = restore_weights(config, workdir, mesh)
     imported = load(Shards(checkpoint), config, mesh, "fp32")
     assert (progress.step, progress.tokens_seen) == (2, 2 * 8 * 32)
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6), trained["params"], imported["params"])
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6),
+        trained["params"],
+        imported["params"],
+    )
     assert not np.array_equal(trained["params"]["embed_VD"], imported["params"]["embed_VD"])
 
     text = tmp_path / "text"
-    finish(start(["-m", "experiments.generate", f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=3"], text), text)
+    finish(
+        start(["-m", "experiments.generate", f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=3"], text), text
+    )
     assert text.read_text(errors="replace").startswith("the ")

@@ -13,7 +13,15 @@ from absl import logging
 from deepseek_jax import evaluate as evaluation
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
-from deepseek_jax.evaluate import Bigram, bigram_nats, bits_per_byte, count_bigrams, measure_yardsticks, open_held_out, pieces
+from deepseek_jax.evaluate import (
+    Bigram,
+    bigram_nats,
+    bits_per_byte,
+    count_bigrams,
+    measure_yardsticks,
+    open_held_out,
+    pieces,
+)
 from tests.training.nano import get_config
 
 
@@ -47,7 +55,11 @@ def tokenizer(config, workdir):
 
 def batch_of(pairs: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     tokens, targets = np.array(pairs, np.int32).T
-    return {"tokens_BS": tokens[None], "targets_BS": targets[None], "loss_weights_BS": np.ones((1, len(pairs)), np.float32)}
+    return {
+        "tokens_BS": tokens[None],
+        "targets_BS": targets[None],
+        "loss_weights_BS": np.ones((1, len(pairs)), np.float32),
+    }
 
 
 def witten_bell(pairs: list[tuple[int, int]], size: int, a: int, b: int) -> float:
@@ -100,7 +112,9 @@ def test_exactly_the_tokens_of_the_run_are_counted(config, workdir, tokenizer, m
     fresh = make_train_loader(config, tokenizer, workdir)
     bigram = count_bigrams(fresh, 30 * 8, size)
     fresh.close()
-    assert {divmod(key, size): count for key, count in zip(bigram.keys.tolist(), bigram.counts.tolist(), strict=True)} == seen
+    assert {
+        divmod(key, size): count for key, count in zip(bigram.keys.tolist(), bigram.counts.tolist(), strict=True)
+    } == seen
 
 
 def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer):
@@ -111,8 +125,12 @@ def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer)
     assert max(map(len, rows)) <= config.data.sequence_length  # bytes are tokens here
     found = measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30)
     num_bits = 8 / held_out.num_bytes
-    assert found["yardstick/gzip_pieces_bits_per_byte"] == pytest.approx(num_bits * sum(len(gzip.compress(row, 9)) for row in rows if row))
-    assert found["yardstick/gzip_files_bits_per_byte"] == pytest.approx(num_bits * sum(len(gzip.compress(text, 9)) for text in documents))
+    assert found["yardstick/gzip_pieces_bits_per_byte"] == pytest.approx(
+        num_bits * sum(len(gzip.compress(row, 9)) for row in rows if row)
+    )
+    assert found["yardstick/gzip_files_bits_per_byte"] == pytest.approx(
+        num_bits * sum(len(gzip.compress(text, 9)) for text in documents)
+    )
     assert found["yardstick/xz_files_bits_per_byte"] == pytest.approx(
         num_bits * sum(len(lzma.compress(text, preset=9)) for text in documents)
     )

@@ -16,7 +16,9 @@ OLD = "#!/bin/sh\nexit 1\n"  # what the version check of an older Python does
 
 @pytest.fixture
 def machine(tmp_path):
-    """A function that finds a Python on a machine with the given `{path: script}` files and nothing else of Python's or uv's."""
+    """A function that finds a Python on a machine with the given `{path: script}` files and nothing else of Python's or
+    uv's.
+    """
     for tool in ("bash", "ls", "sort"):
         link = tmp_path / "bin" / tool
         link.parent.mkdir(exist_ok=True)
@@ -29,7 +31,9 @@ def machine(tmp_path):
             path.write_text(script)
             path.chmod(0o755)
         environment = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path), **variables}
-        return subprocess.run([shutil.which("bash"), SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [shutil.which("bash"), SCRIPT], env=environment, capture_output=True, text=True, timeout=60
+        )
 
     return find
 
@@ -56,7 +60,9 @@ def test_pyenv_versions_are_sorted_as_versions(machine, tmp_path):
 
 
 def test_a_named_python_comes_first_and_is_not_dropped_silently(machine, tmp_path):
-    machine({"mine": traced(tmp_path, "mine"), "bin/python3.14": traced(tmp_path, "3.14")}, PYTHON=str(tmp_path / "mine"))
+    machine(
+        {"mine": traced(tmp_path, "mine"), "bin/python3.14": traced(tmp_path, "3.14")}, PYTHON=str(tmp_path / "mine")
+    )
     assert (tmp_path / "tried").read_text() == "mine\n"
     result = machine({"old": OLD, "bin/python3.14": WORKS}, PYTHON=str(tmp_path / "old"))
     assert result.returncode == 0 and f"PYTHON={tmp_path / 'old'}" in result.stderr

@@ -1,4 +1,6 @@
-"""One MoE layer by itself: every weight and input has a gradient; the command `experiments.layer_benchmark` and its records."""
+"""One MoE layer by itself: every weight and input has a gradient; the command `experiments.layer_benchmark` and its
+records.
+"""
 
 import dataclasses
 
@@ -38,17 +40,23 @@ def test_every_weight_and_input_has_a_gradient():
 
 
 def test_the_profiled_layer_and_its_arithmetic():
-    """6 x 4,096 tokens x (187.1M of attention, 44.0M shared, 1.8M router), 6 x 8,192 rows x 4 x 44.0M, and 128 heads' causal pairs."""
+    """6 x 4,096 tokens x (187.1M of attention, 44.0M shared, 1.8M router), 6 x 8,192 rows x 4 x 44.0M, and 128 heads'
+    causal pairs.
+    """
     config = make_config({})
     weights, quantized = jax.eval_shape(lambda: make_weights(config, PROFILED))
     assert flops(config, PROFILED, weights) == pytest.approx(16.45e12, rel=1e-3)
     assert len(jax.tree.leaves(quantized)) == 2 * 9  # values and scales of all matrices but the router's
     assert yardstick(config, PROFILED)["value"] == 20.0
-    assert yardstick(config, dataclasses.replace(PROFILED, rows=4096)) is None and yardstick(make_config(SMALL), PROFILED) is None
+    assert (
+        yardstick(config, dataclasses.replace(PROFILED, rows=4096)) is None
+        and yardstick(make_config(SMALL), PROFILED) is None
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"tokens": 200}, "tokens = 200 must be a multiple of 128"), ({"rows": 0}, "rows = 0 must be positive")]
+    ("change", "message"),
+    [({"tokens": 200}, "tokens = 200 must be a multiple of 128"), ({"rows": 0}, "rows = 0 must be positive")],
 )
 def test_impossible_loads_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -60,13 +68,17 @@ def test_records_of_a_small_layer(tmp_path):
     results = tmp_path / "results" / "layer.json"
     sizes = [f"--{name}={value}" for name, value in dataclasses.asdict(LOAD).items()]
     arguments = [*(f"--config.model.{name}={value}" for name, value in SMALL.items()), *sizes]
-    records, printed = benchmarks.run("experiments.layer_benchmark", arguments, results, "--xla_backend_optimization_level=0")
+    records, printed = benchmarks.run(
+        "experiments.layer_benchmark", arguments, results, "--xla_backend_optimization_level=0"
+    )
     assert all(record["shape"] == dataclasses.asdict(LOAD) and record["precision"] == "fp8" for record in records)
     values = {record["mode"]: record["value"] for record in records}
     assert records[0]["mode"] == "layer, median" and records[0]["yardstick"] is None
     assert values["layer, fastest"] <= values["layer, median"]
     assert values["results not finite"] == 0
-    scopes = {mode: value for mode, value in values.items() if mode.startswith("time in ") and mode != "time in kernels"}
+    scopes = {
+        mode: value for mode, value in values.items() if mode.startswith("time in ") and mode != "time in kernels"
+    }
     assert values["time in kernels"] == pytest.approx(sum(scopes.values()))
     assert {"time in attention", "time in experts", "time in ffn", "time in route"} <= set(scopes)
     assert "remat selective" in printed and "recomputed" in printed and " x  " in printed

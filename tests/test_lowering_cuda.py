@@ -1,8 +1,9 @@
-"""The train step of `v3_5b` lowers for NVIDIA GPUs on a machine that has none, with cuDNN attention, forward and backward.
+"""The train step of `v3_5b` lowers for NVIDIA GPUs on a machine that has none, with cuDNN attention, forward and
+backward.
 
-It proves that the kernel behind `flash._opaque` traces inside the checked shard_map, differentiates under the recomputation
-policy with the types that its inputs have, and reaches the program as cuDNN's custom calls on 192/128 head dims. It cannot prove
-speed, or that cuDNN accepts them.
+It proves that the kernel behind `flash._opaque` traces inside the checked shard_map, differentiates under the
+recomputation policy with the types that its inputs have, and reaches the program as cuDNN's custom calls on 192/128
+head dims. It cannot prove speed, or that cuDNN accepts them.
 """
 
 import re
@@ -22,7 +23,9 @@ from tests import abstract
 
 @pytest.fixture
 def hopper_by_name(monkeypatch):
-    """Before it lowers, JAX asks the installed cuDNN for its version and the GPU for its generation: answered for the machine meant."""
+    """Before it lowers, JAX asks the installed cuDNN for its version and the GPU for its generation: answered for the
+    machine meant.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -47,7 +50,9 @@ def lower(attention, precision="bf16"):
     [("gpu", "fp32", {"HIGHEST"}), ("cpu", "fp32", {"HIGHEST", "DEFAULT"}), ("gpu", "bf16", {"DEFAULT"})],
 )
 def test_fp32_is_multiplied_as_fp32_on_a_gpu(platform, precision, kinds):
-    """Unless told not to, XLA multiplies FP32 in TF32 there; the router asks for FP32, and with BF16 activations multiplies BF16 parts."""
+    """Unless told not to, XLA multiplies FP32 in TF32 there; the router asks for FP32, and with BF16 activations
+    multiplies BF16 parts.
+    """
     tree = tiny.get_config()
     tree.execution.update({"attention": "xla", "precision": precision})
     config = from_config_dict(tree)
@@ -59,7 +64,9 @@ def test_fp32_is_multiplied_as_fp32_on_a_gpu(platform, precision, kinds):
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     found = [re.search(r"precision = \[(\w+), \1\]", line)[1] for line in products]
     assert set(found) == kinds
-    assert precision == "fp32" or not any(re.search(r"\(tensor<[\dx]+xf32>, tensor<[\dx]+xf32>\)", line) for line in products)
+    assert precision == "fp32" or not any(
+        re.search(r"\(tensor<[\dx]+xf32>, tensor<[\dx]+xf32>\)", line) for line in products
+    )
 
 
 def collectives(text):
@@ -71,17 +78,24 @@ def test_cudnn_attention_reaches_the_program_forward_and_backward(hopper_by_name
     text = lower("auto")
     calls = re.findall(r"@(__cudnn\$\w+)\(.*?: \((tensor<.*?)\) -> (.*)", text)
     names = [name for name, _, _ in calls]
-    # One per stack of layers (dense, MoE). A third forward call would be attention recomputed, which the saved output avoids.
+    # One per stack of layers (dense, MoE). A third forward call would be attention recomputed, which the saved output
+    # avoids.
     assert sorted(names) == ["__cudnn$fmhaSoftmax"] * 2 + ["__cudnn$fmhaSoftmaxBackward"] * 2
     for name, operands, results in calls:
-        assert operands.startswith("tensor<1x4096x16x192xbf16>, tensor<1x4096x16x192xbf16>, tensor<1x4096x16x128xbf16>"), (name, operands)
-        assert "tensor<1x16x4096x128xbf16>" in results if name == "__cudnn$fmhaSoftmax" else "tensor<1x16x4096x192xbf16>" in results, (
-            results
-        )
+        assert operands.startswith(
+            "tensor<1x4096x16x192xbf16>, tensor<1x4096x16x192xbf16>, tensor<1x4096x16x128xbf16>"
+        ), (name, operands)
+        assert (
+            "tensor<1x16x4096x128xbf16>" in results
+            if name == "__cudnn$fmhaSoftmax"
+            else "tensor<1x16x4096x192xbf16>" in results
+        ), results
 
 
 def test_cudnn_attention_brings_no_collective_of_its_own(hopper_by_name):
-    """A kernel that is differentiated with wrong types has its gradients summed over devices once more: the counts would differ."""
+    """A kernel that is differentiated with wrong types has its gradients summed over devices once more: the counts
+    would differ.
+    """
     assert collectives(lower("cudnn")) == collectives(lower("xla"))
 
 
@@ -92,7 +106,9 @@ def test_fp32_refuses_cudnn():
 
 @pytest.mark.slow
 def test_fp8_reaches_the_program_as_kernels(hopper_by_name, monkeypatch):
-    """On a mesh, inside the checked shard_map: no product of a linear layer is left to XLA, and no gradient is summed twice."""
+    """On a mesh, inside the checked shard_map: no product of a linear layer is left to XLA, and no gradient is summed
+    twice.
+    """
     monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", "9.0"))
     fp8, bf16 = (lower("auto", precision) for precision in ("fp8", "bf16"))
     assert "f8E4M3" not in "".join(line for line in fp8.splitlines() if "stablehlo.dot_general" in line)

@@ -39,7 +39,11 @@ def test_the_notebook_runs(tmp_path):
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     assert "bits per byte" in output_text(notebook) and "def " in output_text(notebook)
     images = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if "image/png" in output.get("data", {})
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
     ]
     assert len(images) == 3
 

@@ -60,7 +60,9 @@ def test_each_path_of_the_tree_exists(path):
 
 
 def test_the_tree_names_every_module():
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "deepseek_jax").rglob("*.py") if path.name != "__init__.py"}
+    modules = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "deepseek_jax").rglob("*.py") if path.name != "__init__.py"
+    }
     assert modules <= set(tree_paths())
 
 
@@ -96,7 +98,10 @@ def test_the_table_of_cards_follows_from_the_config(name, cells):
         params, _ = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = BYTES_PER_PARAMETER * count
-    expected = [in_units(count, ((1e9, "B", 3), (1e6, "M", 1))), in_units(state, ((1e12, " TB", 2), (1e9, " GB", 1), (1e6, " MB", 0)))]
+    expected = [
+        in_units(count, ((1e9, "B", 3), (1e6, "M", 1))),
+        in_units(state, ((1e12, " TB", 2), (1e9, " GB", 1), (1e6, " MB", 0))),
+    ]
     assert cells == expected + [str(math.ceil(state / (USABLE * memory))) for memory in CARDS]
 
 

@@ -1,4 +1,5 @@
-"""What changes a document from epoch to epoch: fill-in-the-middle and boundary splitting (DeepSeek-V3, arXiv 2412.19437, section 4.1).
+"""What changes a document from epoch to epoch: fill-in-the-middle and boundary splitting (DeepSeek-V3, arXiv
+2412.19437, section 4.1).
 
 Fill-in-the-middle (FIM), in prefix-suffix-middle order, on whole documents before packing:
 
@@ -7,9 +8,10 @@ Fill-in-the-middle (FIM), in prefix-suffix-middle order, on whole documents befo
 
 The three parts are tokenised apart, as they are when an editor asks for a completion.
 
-Boundary splitting. V3's tokens may join punctuation and the line breaks after it, like "):\\n". A prompt that ends in "):" then ends inside
-a token the model always saw whole, and its continuation is off (token boundary bias). So a proportion of these tokens is replaced by
-the tokens of "):" and of "\\n". The report leaves the proportion and the place of the cut open; we cut between punctuation and line breaks.
+Boundary splitting. V3's tokens may join punctuation and the line breaks after it, like "):\\n". A prompt that ends in
+"):" then ends inside a token the model always saw whole, and its continuation is off (token boundary bias). So a
+proportion of these tokens is replaced by the tokens of "):" and of "\\n". The report leaves the proportion and the
+place of the cut open; we cut between punctuation and line breaks.
 """
 
 import unicodedata
@@ -29,7 +31,9 @@ class Augmentation:
             ValueError: FIM is asked for and the tokenizer lacks its tokens.
         """
         if fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
-            raise ValueError(f"data.fim_rate = {fim_rate} needs a tokenizer with V3's FIM tokens; set data.fim_rate = 0 for this one")
+            raise ValueError(
+                f"data.fim_rate = {fim_rate} needs a tokenizer with V3's FIM tokens; set data.fim_rate = 0 for this one"
+            )
         self._tokenizer = tokenizer
         self._fim_rate = fim_rate
         self._split_rate = split_rate
@@ -37,7 +41,9 @@ class Augmentation:
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return int32 ids with BOS and EOS; a function of `ids` and the state of `rng`."""
-        is_text = self._tokenizer.num_bytes_V[ids].all()  # special tokens, as in a chat given as ids, would not survive the decoding
+        is_text = self._tokenizer.num_bytes_V[
+            ids
+        ].all()  # special tokens, as in a chat given as ids, would not survive the decoding
         if rng.random() < self._fim_rate and is_text:
             ids = fill_in_middle(ids, self._tokenizer, rng)
         if self._split_rate:
@@ -46,14 +52,18 @@ class Augmentation:
 
 
 def fill_in_middle(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> np.ndarray:
-    """Rearrange a document as `<fim_begin> prefix <fim_hole> suffix <fim_end> middle`, cut at two characters drawn uniformly."""
+    """Rearrange a document as `<fim_begin> prefix <fim_hole> suffix <fim_end> middle`, cut at two characters drawn
+    uniformly.
+    """
     text = tokenizer.decode(ids)
     start, end = np.sort(rng.integers(0, len(text) + 1, size=2))
     prefix, middle, suffix = (tokenizer.encode(part) for part in (text[:start], text[start:end], text[end:]))
     return np.array([tokenizer.fim_begin, *prefix, tokenizer.fim_hole, *suffix, tokenizer.fim_end, *middle], np.int32)
 
 
-def split_joined(ids: np.ndarray, parts_VK: np.ndarray, num_parts_V: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+def split_joined(
+    ids: np.ndarray, parts_VK: np.ndarray, num_parts_V: np.ndarray, rate: float, rng: np.random.Generator
+) -> np.ndarray:
     """Replace joined tokens by their parts, each with probability `rate`. The tables are those of `joined_tokens`."""
     chosen = (num_parts_V[ids] > 1) & (rng.random(len(ids)) < rate)
     lengths = np.where(chosen, num_parts_V[ids], 1)

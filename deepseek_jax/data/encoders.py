@@ -1,9 +1,9 @@
 """Processes that turn texts into ids.
 
-The threads of `tokenizers` keep two cores busy, but not many: 7 MB/s on 16 cores, where 16 processes encode 19. Those of `multiprocessing`
-would be forks of a program full of threads, or run its main module once more (and import jax with it), which fails for a script without
-a guard. So this file is both sides: `Encoders` starts it as a script of its own, which imports tokenizers and no jax, and talks to it
-through a socket:
+The threads of `tokenizers` keep two cores busy, but not many: 7 MB/s on 16 cores, where 16 processes encode 19. Those
+of `multiprocessing` would be forks of a program full of threads, or run its main module once more (and import jax with
+it), which fails for a script without a guard. So this file is both sides: `Encoders` starts it as a script of its own,
+which imports tokenizers and no jax, and talks to it through a socket:
 
     to a process      the tokenizer, then lists of texts
     from a process    for each list the ids of its texts, or the exception that encoding them raised
@@ -31,7 +31,9 @@ Ids = list[array]  # of each text
 
 
 class Encoders(contextlib.AbstractContextManager):
-    """Up to `num_processes` processes that encode. They start when there is work for them, and are gone when the context ends."""
+    """Up to `num_processes` processes that encode. They start when there is work for them, and are gone when the
+    context ends.
+    """
 
     def __init__(self, encoder: tokenizers.Tokenizer, num_processes: int):
         """Take `encoder` as it is now; no process is started."""
@@ -51,7 +53,8 @@ class Encoders(contextlib.AbstractContextManager):
             process.close()
 
     def map(self, batches: Iterable[Sequence[str]]) -> Iterator[Ids]:
-        """Yield the ids of each batch of texts, in order. At most `BATCHES_PER_PROCESS` batches per process are read ahead.
+        """Yield the ids of each batch of texts, in order. At most `BATCHES_PER_PROCESS` batches per process are read
+        ahead.
 
         Raises:
             ChildProcessError: a process was killed. What the tokenizer raises in a process is raised here.
@@ -101,7 +104,9 @@ class _Process:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             status = self._process.wait()
-            raise ChildProcessError(f"a process that tokenises ended with status {status}; -9 is often a lack of memory") from error
+            raise ChildProcessError(
+                f"a process that tokenises ended with status {status}; -9 is often a lack of memory"
+            ) from error
         if isinstance(answer, Exception):
             raise answer
         return answer

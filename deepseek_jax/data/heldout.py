@@ -1,9 +1,9 @@
 """The held-out split as batches in which every byte counts exactly once.
 
-Documents are put in one fixed order and joined into one sequence of (input, target) pairs: for BOS t1 .. tn EOS these are (BOS, t1),
-(t1, t2), ..., (tn, EOS). EOS is never an input and BOS never a target, so all text is predicted, from the first byte of each document on,
-and nothing else. The sequence is cut into rows of S pairs; a row may start inside a document, whose earlier part is then out of sight.
-Rows are full but for the last, which is padded with weight 0.
+Documents are put in one fixed order and joined into one sequence of (input, target) pairs: for BOS t1 .. tn EOS these
+are (BOS, t1), (t1, t2), ..., (tn, EOS). EOS is never an input and BOS never a target, so all text is predicted, from
+the first byte of each document on, and nothing else. The sequence is cut into rows of S pairs; a row may start inside a
+document, whose earlier part is then out of sight. Rows are full but for the last, which is padded with weight 0.
 
     bits per byte = (sum of the nats of all targets) / ln 2 / num_bytes
 
@@ -24,7 +24,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 class HeldOut:
     """A finite, repeatable sequence of batches, and the text that they cover.
 
-    `num_rows`, `num_tokens` (targets with weight) and `num_bytes` (their UTF-8 bytes) count all processes' parts together.
+    `num_rows`, `num_tokens` (targets with weight) and `num_bytes` (their UTF-8 bytes) count all processes' parts
+    together.
     """
 
     def __init__(
@@ -40,13 +41,19 @@ class HeldOut:
         """Use `heldout_batches`."""
         self._data, self._tokenizer, self._documents = config.data, tokenizer, documents
         self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
-        self._addresses = np.concatenate([[(s, i) for i in range(len(source))] for s, source in enumerate(documents) if len(source)])
-        order = np.random.default_rng(0).permutation(len(self._addresses))  # so that the first few batches are a fair sample
+        self._addresses = np.concatenate(
+            [[(s, i) for i in range(len(source))] for s, source in enumerate(documents) if len(source)]
+        )
+        order = np.random.default_rng(0).permutation(
+            len(self._addresses)
+        )  # so that the first few batches are a fair sample
         self._addresses = self._addresses[order]
         num_pairs = np.concatenate([np.diff(source.ends, prepend=0) for source in documents])[order] + 1
         self._starts = np.concatenate([[0], np.cumsum(num_pairs)])  # of each document in the sequence of pairs
         total = int(self._starts[-1])
-        self.num_tokens = total if num_batches is None else min(total, num_batches * batch_size * config.data.sequence_length)
+        self.num_tokens = (
+            total if num_batches is None else min(total, num_batches * batch_size * config.data.sequence_length)
+        )
         self.num_rows = -(-self.num_tokens // config.data.sequence_length)
         self.num_bytes = self._count_bytes(np.concatenate([source.num_bytes for source in documents])[order])
 
@@ -111,7 +118,8 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> HeldOut:
-    """Return the held-out split in batches of `batch_size` rows over all processes; the first `num_batches` of them if given.
+    """Return the held-out split in batches of `batch_size` rows over all processes; the first `num_batches` of them if
+    given.
 
     Raises:
         ValueError: the split is empty, or `batch_size` does not divide over the processes.
@@ -119,7 +127,11 @@ def heldout_batches(
     corpus = open_corpus(config, tokenizer, workdir)
     if not sum(len(documents) for documents in corpus.heldout):
         total = sum(len(documents) for documents in corpus.train)
-        raise ValueError(f"none of {total} documents is held out at data.heldout_fraction = {config.data.heldout_fraction}; raise it")
+        raise ValueError(
+            f"none of {total} documents is held out at data.heldout_fraction = {config.data.heldout_fraction}; raise it"
+        )
     if batch_size % process_count:
-        raise ValueError(f"a batch of {batch_size} sequences does not divide over {process_count} processes; use a multiple")
+        raise ValueError(
+            f"a batch of {batch_size} sequences does not divide over {process_count} processes; use a multiple"
+        )
     return HeldOut(config, tokenizer, corpus.heldout, batch_size, num_batches, process_index, process_count)

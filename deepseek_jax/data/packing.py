@@ -1,13 +1,15 @@
 """Best-fit packing of documents into rows, and batches made of rows.
 
-A row holds S + 1 tokens: inputs are its first S, targets its last S. Concatenating documents and cutting every S + 1 tokens would truncate
-almost every one. Best-fit packing (Ding et al. 2024, arXiv 2404.10830) cuts only documents longer than a row: whole rows come off their
-front, and what is left, longest piece first, goes to the fullest row that still has room. Every token is in exactly one row.
+A row holds S + 1 tokens: inputs are its first S, targets its last S. Concatenating documents and cutting every S + 1
+tokens would truncate almost every one. Best-fit packing (Ding et al. 2024, arXiv 2404.10830) cuts only documents longer
+than a row: whole rows come off their front, and what is left, longest piece first, goes to the fullest row that still
+has room. Every token is in exactly one row.
 
 Example with S + 1 = 6 and documents A (9 tokens, BOS and EOS included), B (4) and C (2):
 
     pieces   A0..A5 (a whole row)   A6 A7 A8   B0 B1 B2 B3   C0 C1
-    placed   B opens row 1 (room 2);  A6..A8 does not fit there and opens row 2 (room 3);  C fits rows 1 and 2: 1 is fuller
+    placed   B opens row 1 (room 2);  A6..A8 does not fit there and opens row 2 (room 3);
+             C fits rows 1 and 2: 1 is fuller
 
     row 1            B0 B1 B2 B3 C0 C1          row 2            A6 A7 A8  .  .  .
     inputs           B0 B1 B2 B3 C0             inputs           A6 A7 A8  .  .
@@ -16,8 +18,9 @@ Example with S + 1 = 6 and documents A (9 tokens, BOS and EOS included), B (4) a
     weights, masked   1  1  1  0  1             weights           1  1  0  0  0
     positions, reset  0  1  2  3  0             positions, reset  0  1  2  0  1
 
-B3 is B's EOS. With `mask_documents` it has no target of its own, so its weight is 0. Without, the row is one stream of text, as in the
-report's pre-training: every real token is a target, all segments are 1, and C0 (a BOS) is predicted from B3.
+B3 is B's EOS. With `mask_documents` it has no target of its own, so its weight is 0. Without, the row is one stream of
+text, as in the report's pre-training: every real token is a target, all segments are 1, and C0 (a BOS) is predicted
+from B3.
 """
 
 import bisect
@@ -34,9 +37,12 @@ def pack(documents: Sequence[np.ndarray], row_length: int, pad: int) -> tuple[np
     """Pack documents into rows.
 
     Returns:
-        tokens and segments, both int32 [rows, row_length]: ids, `pad` where nothing is; and 1, 2, ... for a row's pieces, 0 for padding.
+        tokens and segments, both int32 [rows, row_length]: ids, `pad` where nothing is; and 1, 2, ... for a row's
+            pieces, 0 for padding.
     """
-    pieces = [document[start : start + row_length] for document in documents for start in range(0, len(document), row_length)]
+    pieces = [
+        document[start : start + row_length] for document in documents for start in range(0, len(document), row_length)
+    ]
     rows = best_fit([len(piece) for piece in pieces], row_length)
     tokens = np.full((len(rows), row_length), pad, np.int32)
     segments = np.zeros((len(rows), row_length), np.int32)
@@ -51,7 +57,9 @@ def pack(documents: Sequence[np.ndarray], row_length: int, pad: int) -> tuple[np
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute items over rows, longest first, each into the row with the least room that suffices; return the items of each row."""
+    """Distribute items over rows, longest first, each into the row with the least room that suffices; return the items
+    of each row.
+    """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (room, row), sorted
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -75,8 +83,12 @@ def next_token_batch(tokens: np.ndarray, segments: np.ndarray, data: Data) -> Ba
     return assemble(tokens[:, :-1], tokens[:, 1:], segments[:, :-1], weights_BS, data)
 
 
-def assemble(tokens_BS: np.ndarray, targets_BS: np.ndarray, segments_BS: np.ndarray, weights_BS: np.ndarray, data: Data) -> Batch:
-    """Return the batch dict: int32 arrays, loss weights float32. `segments_BS` tells documents apart, whatever `data` says of masks."""
+def assemble(
+    tokens_BS: np.ndarray, targets_BS: np.ndarray, segments_BS: np.ndarray, weights_BS: np.ndarray, data: Data
+) -> Batch:
+    """Return the batch dict: int32 arrays, loss weights float32. `segments_BS` tells documents apart, whatever `data`
+    says of masks.
+    """
     batch_size, sequence_length = tokens_BS.shape
     positions_BS = np.broadcast_to(np.arange(sequence_length, dtype=np.int32), (batch_size, sequence_length))
     if data.reset_positions:

@@ -1,14 +1,16 @@
 """The training loader: shuffled, augmented, packed, sharded, prefetched; its position is two numbers.
 
-    documents of a source -> shuffle, anew each epoch -> FIM, splitting      (Grain; random numbers of a document's place in the sequence)
-    sources -> mix by weight in tokens -> windows of a fixed number of documents -> pack each into rows, shuffle the rows
-    windows -> a thread packs ahead -> rows, one global sequence -> each process takes its part of every batch
+    documents of a source -> shuffle, anew each epoch -> FIM, splitting
+                            (Grain; random numbers of a document's place in the sequence)
+    sources -> mix by weight in tokens -> windows of a fixed number of documents -> pack each into rows, shuffle the
+    rows windows -> a thread packs ahead -> rows, one global sequence -> each process takes its part of every batch
 
-Best-fit packing wants many documents at once, and a packer with a running buffer would have that buffer in its position. So windows are
-packed alone: every window is a function of its index, and the position in the data is (window, row). It holds for any number of
-processes and any batch size, so a run continues on another mesh with the very rows it would have seen, and windows that were packed ahead
-are simply packed again. Epochs are per source; a window may hold the end of one and the start of the next. Each process packs the whole
-sequence, so one process's speed bounds the global rate: `loader_throughput` measures it.
+Best-fit packing wants many documents at once, and a packer with a running buffer would have that buffer in its
+position. So windows are packed alone: every window is a function of its index, and the position in the data is (window,
+row). It holds for any number of processes and any batch size, so a run continues on another mesh with the very rows it
+would have seen, and windows that were packed ahead are simply packed again. Epochs are per source; a window may hold
+the end of one and the start of the next. Each process packs the whole sequence, so one process's speed bounds the
+global rate: `loader_throughput` measures it.
 """
 
 import os
@@ -25,8 +27,9 @@ from deepseek_jax.data.sources import train_texts
 from deepseek_jax.data.token_cache import Corpus, Documents, open_corpus
 from deepseek_jax.data.tokenizer import Tokenizer, make_tokenizer
 
-# Per window, about. Rows of one window come from the same documents, so it must hold many more tokens than a short run sees: at 2**20,
-# `tiny` met an eighth of its corpus and its loss rose by 0.8 nats where the second window began. Packing one takes a second or two.
+# Per window, about. Rows of one window come from the same documents, so it must hold many more tokens than a short run
+# sees: at 2**20, `tiny` met an eighth of its corpus and its loss rose by 0.8 nats where the second window began.
+# Packing one takes a second or two.
 WINDOW_TOKENS = 2**23
 WINDOW_ROWS = 64  # at least, where rows are long
 
@@ -34,7 +37,14 @@ WINDOW_ROWS = 64  # at least, where rows are long
 class Loader:
     """An endless sequence of batches with an exact position."""
 
-    def __init__(self, config: Config, windows: grain.IterDataset, made_from: dict[str, Any], process_index: int, process_count: int):
+    def __init__(
+        self,
+        config: Config,
+        windows: grain.IterDataset,
+        made_from: dict[str, Any],
+        process_index: int,
+        process_count: int,
+    ):
         """Use `make_train_loader`."""
         self._data = config.data
         self._iterator = iter(windows)
@@ -47,16 +57,21 @@ class Loader:
     def next_batch(self, batch_size: int) -> Batch:
         """Return this process's part of the next `batch_size` rows of the global sequence.
 
-        Process p of P gets rows [p, p + 1) * batch_size / P of the batch, the order of `jax.make_array_from_process_local_data`.
+        Process p of P gets rows [p, p + 1) * batch_size / P of the batch, the order of
+        `jax.make_array_from_process_local_data`.
 
         Returns:
-            tokens_BS, targets_BS, positions_BS, segment_ids_BS (int32) and loss_weights_BS (float32), with B = batch_size / P.
+            tokens_BS, targets_BS, positions_BS, segment_ids_BS (int32) and loss_weights_BS (float32), with B =
+            batch_size / P.
 
         Raises:
             ValueError: `batch_size` is not a multiple of the number of processes.
         """
         if batch_size <= 0 or batch_size % self._process_count:
-            raise ValueError(f"a batch of {batch_size} sequences does not divide over {self._process_count} processes; use a multiple")
+            raise ValueError(
+                f"a batch of {batch_size} sequences does not divide over {self._process_count} processes; use a"
+                " multiple"
+            )
         share = batch_size // self._process_count
         before = self._process_index * share
         self._advance(before)
@@ -76,10 +91,15 @@ class Loader:
             ValueError: the position belongs to other data or settings; the differences are named.
         """
         theirs = state["made_from"]
-        differences = [f"{key} was {theirs.get(key)!r}, is {value!r}" for key, value in self._made_from.items() if theirs.get(key) != value]
+        differences = [
+            f"{key} was {theirs.get(key)!r}, is {value!r}"
+            for key, value in self._made_from.items()
+            if theirs.get(key) != value
+        ]
         if differences:
             raise ValueError(
-                f"the data position belongs to another data stream ({'; '.join(differences)}); restore these or start a new workdir"
+                f"the data position belongs to another data stream ({'; '.join(differences)}); restore these or start"
+                " a new workdir"
             )
         self._iterator.set_state(state["windows"])
         self._window_state, self._row, self._window = state["windows"], state["row"], None
@@ -115,7 +135,8 @@ def make_train_loader(
     """Return the loader of the train split at its start. The corpus is tokenised into `workdir` the first time.
 
     Raises:
-        ValueError: bad input (see `sources`, `token_cache`), a source without training documents, or FIM without a tokenizer for it.
+        ValueError: bad input (see `sources`, `token_cache`), a source without training documents, or FIM without a
+            tokenizer for it.
     """
     data = config.data
     corpus = open_corpus(config, tokenizer, workdir)
@@ -127,8 +148,12 @@ def make_train_loader(
     return Loader(config, windows.to_iter_dataset(options), made_from, process_index, process_count)
 
 
-def loader_throughput(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, batch_size: int, num_windows: int = 4) -> float:
-    """Return the tokens per second that one process's loader delivers on its own, packing included, averaged over whole windows."""
+def loader_throughput(
+    config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, batch_size: int, num_windows: int = 4
+) -> float:
+    """Return the tokens per second that one process's loader delivers on its own, packing included, averaged over whole
+    windows.
+    """
     loader = make_train_loader(config, tokenizer, workdir)
     num_tokens, start = 0, time.perf_counter()
     while num_tokens < num_windows * WINDOW_TOKENS:
@@ -147,7 +172,8 @@ def _windows(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> grain.MapD
     for source, documents, seed in zip(data.sources, corpus.train, seeds, strict=False):
         if not len(documents):
             raise ValueError(
-                f"data source {source.path!r} has no document in the train split; add documents or lower data.heldout_fraction"
+                f"data source {source.path!r} has no document in the train split; add documents or lower"
+                " data.heldout_fraction"
             )
         streams.append(grain.MapDataset.source(documents).seed(int(seed)).shuffle().repeat().random_map(augment))
         densities.append(source.weight / _mean_length(documents))  # weights count tokens, mixing counts documents

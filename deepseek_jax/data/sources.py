@@ -1,14 +1,17 @@
 """Documents from the files people have.
 
-A source is the standard library of the running Python ("stdlib"), a folder, or a file. Inside it a file's name decides how it is read:
+A source is the standard library of the running Python ("stdlib"), a folder, or a file. Inside it a file's name decides
+how it is read:
 
     *.jsonl, *.jsonl.gz, *.jsonl.zst     one document per line, under the key `data.text_field`
     *.parquet                            one document per row, in the column `data.text_field`
     *.array_record, *.arrayrecord        one document per record: token ids as little-endian int32, without BOS and EOS
-    anything else                        UTF-8 text. In a folder one document per file; a single file is cut at line ends into about 1000
+    anything else                        UTF-8 text. In a folder one document per file; a single file is cut at line
+                                         ends into about 1000
 
-Documents come in a fixed order: files by relative name, then lines, rows or records. Which split a document belongs to depends on its
-content alone (`is_heldout`), so adding files moves none, and two copies of one text are never on both sides.
+Documents come in a fixed order: files by relative name, then lines, rows or records. Which split a document belongs to
+depends on its content alone (`is_heldout`), so adding files moves none, and two copies of one text are never on both
+sides.
 """
 
 import gzip
@@ -29,11 +32,15 @@ from deepseek_jax.config import Config, Source
 
 STDLIB = "stdlib"
 NOT_STDLIB = {"site-packages", "dist-packages"}  # folders inside the standard library's that hold something else
-LARGEST_STDLIB_FILE = 200_000  # bytes: larger ones are generated tables, and one of them would be most of a 2% held-out split
+LARGEST_STDLIB_FILE = (
+    200_000  # bytes: larger ones are generated tables, and one of them would be most of a 2% held-out split
+)
 BLOCKS_PER_FILE = 1000  # a single text file is cut into about so many documents, so that a hash can split it
 SHORTEST_BLOCK = 4096  # bytes: a document shorter than a context teaches little
 KEPT_MESSAGES = 20  # of skipped items; all are counted
-TOKENIZER_CHARACTERS = 200_000_000  # of text that BPE is trained on: merges change little beyond, and a large corpus is not read twice
+TOKENIZER_CHARACTERS = (
+    200_000_000  # of text that BPE is trained on: merges change little beyond, and a large corpus is not read twice
+)
 
 
 class Document(NamedTuple):
@@ -46,7 +53,9 @@ class Document(NamedTuple):
     def digest(self) -> bytes:
         """SHA-256 of the content."""
         content = self.content
-        return hashlib.sha256(content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()).digest()
+        return hashlib.sha256(
+            content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
+        ).digest()
 
 
 class Problems:
@@ -88,19 +97,24 @@ def list_files(source: Source) -> list[tuple[str, Path]]:
     left_out = NOT_STDLIB if source.path == STDLIB else set()
     files = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse_folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__" and name not in left_out]
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and name != "__pycache__" and name not in left_out
+        ]
         paths = [Path(folder) / name for name in names if not name.startswith(".")]
         paths = [path for path in paths if path.is_file() and (source.path != STDLIB or _is_stdlib_source(path))]
         files += [(path.relative_to(root).as_posix(), path) for path in paths]
     if not files:
-        raise ValueError(f"data source {source.path!r} is an empty folder; put text, .jsonl, .parquet or .array_record files there")
+        raise ValueError(
+            f"data source {source.path!r} is an empty folder; put text, .jsonl, .parquet or .array_record files there"
+        )
     return sorted(files)
 
 
 def read_documents(source: Source, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield the documents of `source` in their fixed order; empty ones are left out.
 
-    So are the few files of "stdlib" that are not UTF-8: its test suite has some on purpose, and the user cannot repair them.
+    So are the few files of "stdlib" that are not UTF-8: its test suite has some on purpose, and the user cannot repair
+    them.
 
     Raises:
         ValueError: an item cannot be read and `problems` refuses it; file and line, row or record are named.
@@ -133,7 +147,9 @@ def train_texts(config: Config) -> Iterator[str]:
             empty = False
             yield document.content
     if empty:
-        raise ValueError("no training text in data.sources to train a tokenizer on; set data.tokenizer to a tokenizer.json or 'byte'")
+        raise ValueError(
+            "no training text in data.sources to train a tokenizer on; set data.tokenizer to a tokenizer.json or 'byte'"
+        )
 
 
 def _is_stdlib_source(path: Path) -> bool:
@@ -141,7 +157,9 @@ def _is_stdlib_source(path: Path) -> bool:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise ValueError(f"corpus folder {error.filename} cannot be listed: {error.strerror}; check its permissions") from error
+    raise ValueError(
+        f"corpus folder {error.filename} cannot be listed: {error.strerror}; check its permissions"
+    ) from error
 
 
 def _reader(path: Path, whole: bool):
@@ -176,7 +194,9 @@ def _read_blocks(name: str, path: Path, text_field: str, problems: Problems) -> 
                 try:
                     yield Document(f"{name}:{first_line}", block.decode("utf-8"), len(block))
                 except UnicodeDecodeError as error:
-                    problems.report(f"{path} is not UTF-8 text (line {first_line + block.count(b'\n', 0, error.start)})")
+                    problems.report(
+                        f"{path} is not UTF-8 text (line {first_line + block.count(b'\n', 0, error.start)})"
+                    )
                 first_line += len(lines)
     except OSError as error:
         problems.report(f"{path} cannot be read: {error.strerror}")
@@ -224,7 +244,9 @@ def _read_parquet(name: str, path: Path, text_field: str, problems: Problems) ->
     try:
         with parquet.ParquetFile(path) as file:
             if text_field not in file.schema_arrow.names:
-                return problems.report(f"{path} has no column data.text_field = {text_field!r} (it has {file.schema_arrow.names})")
+                return problems.report(
+                    f"{path} has no column data.text_field = {text_field!r} (it has {file.schema_arrow.names})"
+                )
             share = path.stat().st_size // max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
@@ -266,4 +288,6 @@ def _extra(module: str, package: str | None = None) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = package or module.split(".")[0]
-        raise ValueError(f"reading this corpus needs {package}; install it with: pip install 'deepseek-jax[data]'") from error
+        raise ValueError(
+            f"reading this corpus needs {package}; install it with: pip install 'deepseek-jax[data]'"
+        ) from error

@@ -1,9 +1,9 @@
 """Tokenise the corpus once, and read the ids through memory maps ever after.
 
-A folder `tokens-<key>` in the workdir holds, for every source and split, one flat file of ids and the offsets of its documents. The key
-covers what the ids depend on: tokenizer, files (name, size, time of change) and the data settings. The folder is written under another name
-and renamed when complete, so a process killed at any moment leaves a complete cache or none; processes that share a workdir write the
-same bytes, and the first to finish wins.
+A folder `tokens-<key>` in the workdir holds, for every source and split, one flat file of ids and the offsets of its
+documents. The key covers what the ids depend on: tokenizer, files (name, size, time of change) and the data settings.
+The folder is written under another name and renamed when complete, so a process killed at any moment leaves a complete
+cache or none; processes that share a workdir write the same bytes, and the first to finish wins.
 """
 
 import contextlib
@@ -31,20 +31,28 @@ BATCH_CHARACTERS = 1_000_000  # of text that one process encodes at once: under 
 SMALL_CORPUS = 2_000_000  # bytes of files; less is encoded here before processes have started
 FEW_CORES = 2  # which the tokenizer's own threads keep as busy as processes would
 
-EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]]  # batches of texts to their ids, in order
+EncodeBatches = Callable[
+    [Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]
+]  # batches of texts to their ids, in order
 
 log = logging.getLogger(__name__)
 
 
 class Documents:
-    """The tokenised documents of one source and split: a sequence of arrays of ids, without BOS and EOS, mapped from disk."""
+    """The tokenised documents of one source and split: a sequence of arrays of ids, without BOS and EOS, mapped from
+    disk.
+    """
 
     def __init__(self, stem: Path, dtype: np.dtype):
-        """Open `<stem>.ids.bin` (flat), `<stem>.ends.npy` (one past each document's last id) and `<stem>.bytes.npy` (its UTF-8 bytes)."""
+        """Open `<stem>.ids.bin` (flat), `<stem>.ends.npy` (one past each document's last id) and `<stem>.bytes.npy`
+        (its UTF-8 bytes).
+        """
         self.ends = np.load(f"{stem}.ends.npy", mmap_mode="r")
         self.num_bytes = np.load(f"{stem}.bytes.npy", mmap_mode="r")
         self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
-        self._ids = np.memmap(f"{stem}.ids.bin", dtype, "r") if self.num_tokens else np.zeros(0, dtype)  # an empty file cannot be mapped
+        self._ids = (
+            np.memmap(f"{stem}.ids.bin", dtype, "r") if self.num_tokens else np.zeros(0, dtype)
+        )  # an empty file cannot be mapped
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -70,11 +78,14 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
     """Return the tokenised corpus of `config.data`, tokenising it into `workdir` first if need be.
 
     Raises:
-        ValueError: a source is missing, empty or unreadable, a weight is not positive, or ids lie beyond the vocabulary.
+        ValueError: a source is missing, empty or unreadable, a weight is not positive, or ids lie beyond the
+            vocabulary.
     """
     for source in config.data.sources:
         if source.weight <= 0:
-            raise ValueError(f"data source {source.path!r} has weight {source.weight}; give it a positive one or remove it")
+            raise ValueError(
+                f"data source {source.path!r} has weight {source.weight}; give it a positive one or remove it"
+            )
     folder = Path(workdir) / f"tokens-{_key(config, tokenizer)}"
     if not folder.exists():
         _remove_abandoned(folder.parent)
@@ -84,7 +95,9 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
         log.warning("%d items of the corpus were skipped, for example: %s", about["num_skipped"], about["skipped"][0])
     dtype = np.dtype(about["dtype"])
     splits = ("train", "heldout")
-    train, heldout = (tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in splits)
+    train, heldout = (
+        tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in splits
+    )
     return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]))
 
 
@@ -128,8 +141,16 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
                     writer.add(ids, _num_bytes(document, ids, tokenizer))
                     bar.update(document.num_file_bytes)
             if not len(train) + len(heldout):
-                raise ValueError(f"data source {source.path!r} holds no readable document ({problems.count} items skipped); add text to it")
-    about = {"digest": digest.hexdigest(), "dtype": dtype.name, "num_skipped": problems.count, "skipped": problems.messages}
+                raise ValueError(
+                    f"data source {source.path!r} holds no readable document ({problems.count} items skipped); add"
+                    " text to it"
+                )
+    about = {
+        "digest": digest.hexdigest(),
+        "dtype": dtype.name,
+        "num_skipped": problems.count,
+        "skipped": problems.messages,
+    }
     (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 

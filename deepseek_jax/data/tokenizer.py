@@ -1,18 +1,19 @@
 """Byte-level BPE with DeepSeek-V3's pre-tokenizer, a byte tokenizer, and any other `tokenizer.json`.
 
-The pre-tokenizer cuts text into words that no merge may cross. V3's has four stages; each isolates what it matches and leaves the rest to
-the next (the released tokenizer.json; report section 4.1):
+The pre-tokenizer cuts text into words that no merge may cross. V3's has four stages; each isolates what it matches and
+leaves the rest to the next (the released tokenizer.json; report section 4.1):
 
     1. digits        "12345" -> "123" "45"              numbers become groups of at most three digits
     2. CJK and kana  "東京は3" -> "東京は" "3"           runs without spaces stay apart from Latin text
     3. words         "foo(bar):\\n\\n  x" -> "foo" "(bar" "):\\n\\n" " " " x"
     4. bytes         every UTF-8 byte becomes one of 256 printable characters, so no text is unknown
 
-In stage 3 one ASCII punctuation mark sticks to the letters after it ("(bar"), and a run of punctuation takes the line breaks that follow
-("):\\n\\n"). The latter is new in V3 and the reason for `augmentation.split_joined`.
+In stage 3 one ASCII punctuation mark sticks to the letters after it ("(bar"), and a run of punctuation takes the line
+breaks that follow ("):\\n\\n"). The latter is new in V3 and the reason for `augmentation.split_joined`.
 
-A tokenizer is one `tokenizers.Tokenizer` plus the ids of its special tokens, whatever it was made from; the byte tokenizer is BPE without
-merges. It is saved as `tokenizer.json` with a `tokenizer_config.json` beside it that names BOS, EOS and padding, as Hugging Face has it.
+A tokenizer is one `tokenizers.Tokenizer` plus the ids of its special tokens, whatever it was made from; the byte
+tokenizer is BPE without merges. It is saved as `tokenizer.json` with a `tokenizer_config.json` beside it that names
+BOS, EOS and padding, as Hugging Face has it.
 """
 
 import codecs
@@ -33,13 +34,18 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from deepseek_jax.config import Config
 from deepseek_jax.data.encoders import Encoders
 
-# V3's names. BOS, EOS and padding have V3's ids too, 0 to 2; its FIM tokens are 128,800 to 128,802, ours follow at 3 to 5.
+# V3's names. BOS, EOS and padding have V3's ids too, 0 to 2; its FIM tokens are 128,800 to 128,802, ours follow at 3 to
+# 5.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
-THINK_TOKENS = ("<think>", "</think>")  # R1's marks around its reasoning: tokens, and yet part of the text that a reader sees
+THINK_TOKENS = (
+    "<think>",
+    "</think>",
+)  # R1's marks around its reasoning: tokens, and yet part of the text that a reader sees
 
-# The released file calls most of its own special tokens, <｜User｜> and <｜Assistant｜> among them, not special; their form tells.
+# The released file calls most of its own special tokens, <｜User｜> and <｜Assistant｜> among them, not special;
+# their form tells.
 SPECIAL_FORM = re.compile("<[｜|][^<>｜|]+[｜|]>|</?think>")
 
 DIGITS = r"\p{N}{1,3}"
@@ -57,9 +63,9 @@ WORDS = (
 class Tokenizer:
     """Text to ids and back.
 
-    `bos`, `eos` and `pad` are ids; `fim_begin`, `fim_hole` and `fim_end` are ids, or None where the tokenizer has no such token.
-    `special_ids` maps the text of every special token to its id. `vocab_size` is the largest id plus one, the least `model.vocab_size`
-    that fits.
+    `bos`, `eos` and `pad` are ids; `fim_begin`, `fim_hole` and `fim_end` are ids, or None where the tokenizer has no
+    such token. `special_ids` maps the text of every special token to its id. `vocab_size` is the largest id plus one,
+    the least `model.vocab_size` that fits.
     """
 
     def __init__(self, encoder: tokenizers.Tokenizer, bos: str, eos: str, pad: str):
@@ -68,22 +74,29 @@ class Tokenizer:
         encoder.no_padding()
         self._file = encoder.to_str()
         added = encoder.get_added_tokens_decoder().items()
-        special = {token_id: token for token_id, token in added if token.special or SPECIAL_FORM.fullmatch(token.content)}
+        special = {
+            token_id: token for token_id, token in added if token.special or SPECIAL_FORM.fullmatch(token.content)
+        }
         for token in special.values():
             if not token.special:
                 token.special = True
                 encoder.add_special_tokens([token])
-        encoder.encode_special_tokens = True  # the text "<｜end▁of▁sentence｜>" in a document is text, not the end of it
+        encoder.encode_special_tokens = (
+            True  # the text "<｜end▁of▁sentence｜>" in a document is text, not the end of it
+        )
         self._encoder = encoder
         self.special_ids = {token.content: token_id for token_id, token in special.items()}
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.bos, self.eos, self.pad = (encoder.token_to_id(name) for name in (bos, eos, pad))
-        self.fim_begin, self.fim_hole, self.fim_end = (encoder.token_to_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
+        self.fim_begin, self.fim_hole, self.fim_end = (
+            encoder.token_to_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)
+        )
         self.vocab_size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read a `tokenizer.json`. BOS, EOS and padding are V3's names, or those in the `tokenizer_config.json` beside it.
+        """Read a `tokenizer.json`. BOS, EOS and padding are V3's names, or those in the `tokenizer_config.json` beside
+        it.
 
         A tokenizer without a padding token pads with EOS, which is harmless: padding never has weight in a loss.
 
@@ -100,7 +113,8 @@ class Tokenizer:
         beside = path.with_name("tokenizer_config.json")
         named = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         names = [
-            _special_name(encoder, named.get(key), usual) for key, usual in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
+            _special_name(encoder, named.get(key), usual)
+            for key, usual in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
         ]
         if names[0] is None or names[1] is None:
             raise ValueError(f"{path} has no token {BOS!r} or {EOS!r}; name its bos_token and eos_token in {beside}")
@@ -114,7 +128,9 @@ class Tokenizer:
         _write_whole(path, tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with no BOS or EOS added. Special tokens spelled out in `text` are encoded as ordinary characters."""
+        """Return the ids of `text`, with no BOS or EOS added. Special tokens spelled out in `text` are encoded as
+        ordinary characters.
+        """
         return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -126,11 +142,15 @@ class Tokenizer:
         return Encoders(self._encoder, num_processes)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` without special tokens, except `THINK_TOKENS`; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids` without special tokens, except `THINK_TOKENS`; bytes that are not UTF-8 become
+        U+FFFD.
+        """
         return self._encoder.decode([int(i) for i in ids if self.token_bytes[int(i)]], skip_special_tokens=False)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of `ids` without special tokens: exact where a piece of text starts or ends inside a character."""
+        """Return the bytes of `ids` without special tokens: exact where a piece of text starts or ends inside a
+        character.
+        """
         return b"".join(self.token_bytes[int(i)] for i in ids)
 
     @functools.cached_property
@@ -175,12 +195,15 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """Return what is left at the end: U+FFFD if the last character lacks bytes. The next `push` starts a new text."""
+        """Return what is left at the end: U+FFFD if the last character lacks bytes. The next `push` starts a new
+        text.
+        """
         return self._decoder.decode(b"", final=True)
 
 
 def make_tokenizer(config: Config, workdir: str | os.PathLike, documents: Iterable[str]) -> Tokenizer:
-    """Return the run's tokenizer: the one cached in `workdir`, or a new one made as `data.tokenizer` says and cached there.
+    """Return the run's tokenizer: the one cached in `workdir`, or a new one made as `data.tokenizer` says and cached
+    there.
 
     Args:
         config: "bpe" trains up to `model.vocab_size` entries; "byte"; or the path of a tokenizer.json.
@@ -219,7 +242,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(SPECIAL_TOKENS) + len(alphabet):
         raise ValueError(
-            f"model.vocab_size = {vocab_size} is too small for BPE: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need 262"
+            f"model.vocab_size = {vocab_size} is too small for BPE: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            " need 262"
         )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -262,14 +286,20 @@ def _untrained(model: models.Model | None = None) -> tokenizers.Tokenizer:
 
 
 def _special_name(encoder: tokenizers.Tokenizer, named: str | dict | None, usual: str) -> str | None:
-    """Return the first of `named` (a string, or Hugging Face's dict of an added token) and `usual` that `encoder` has."""
+    """Return the first of `named` (a string, or Hugging Face's dict of an added token) and `usual` that `encoder`
+    has.
+    """
     name = named["content"] if isinstance(named, dict) else named
-    return next((token for token in (name, usual) if token is not None and encoder.token_to_id(token) is not None), None)
+    return next(
+        (token for token in (name, usual) if token is not None and encoder.token_to_id(token) is not None), None
+    )
 
 
 @functools.cache
 def _byte_symbols() -> tuple[str, ...]:
-    """Return the character that stands for each byte: printable Latin-1 for itself, the other 68 from U+0100 on (GPT-2's table)."""
+    """Return the character that stands for each byte: printable Latin-1 for itself, the other 68 from U+0100 on
+    (GPT-2's table).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     table = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
@@ -292,7 +322,9 @@ def _from_sentencepiece(token: str) -> bytes:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path` and move it into place, so that a killed process leaves the old file or the new one."""
+    """Write `text` beside `path` and move it into place, so that a killed process leaves the old file or the new
+    one.
+    """
     partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,7 +1,8 @@
-"""The arrays of a model on this process's devices, as matrices (`places`), while the rows of a checkpoint's tensors are written into them.
+"""The arrays of a model on this process's devices, as matrices (`places`), while the rows of a checkpoint's tensors are
+written into them.
 
-An accelerator's are donated to each write. A CPU's are NumPy's, which JAX takes over as they are. Scales and vectors, a thousandth of the
-bytes and half of the tensors, are put together on the host for any device.
+An accelerator's are donated to each write. A CPU's are NumPy's, which JAX takes over as they are. Scales and vectors, a
+thousandth of the bytes and half of the tensors, are put together on the host for any device.
 """
 
 import functools
@@ -55,11 +56,15 @@ class Buffers:
         self.programs: dict[tuple, Future] = {}
         if self.on_host:
             size = math.prod(part.matrices) * self.dtype.itemsize
-            self.shards = {device: aligned(size, np.zeros).view(self.dtype).reshape(part.matrices) for device in self.ranges}
+            self.shards = {
+                device: aligned(size, np.zeros).view(self.dtype).reshape(part.matrices) for device in self.ranges
+            }
 
     def holders(self, tensor: Tensor) -> tuple[jax.Device, ...]:
         """Return the devices that hold a part of the tensor."""
-        return tuple(device for device, ranges in self.ranges.items() if held(tensor, ranges, self.part.shape) is not None)
+        return tuple(
+            device for device, ranges in self.ranges.items() if held(tensor, ranges, self.part.shape) is not None
+        )
 
     def prepare(self, compilers: Executor, tensor: Tensor, rows: range, dtype: np.dtype, scaled: bool) -> None:
         """Have the programs compiled that `put` needs for some rows of a tensor."""
@@ -88,15 +93,23 @@ class Buffers:
             *lead, row, column = block.start
             if self.on_host:
                 rows, columns = block.values.shape
-                copy_matrix(self.shards[block.device][tuple(lead)][row : row + rows, column : column + columns], block.values, block.device)
+                copy_matrix(
+                    self.shards[block.device][tuple(lead)][row : row + rows, column : column + columns],
+                    block.values,
+                    block.device,
+                )
                 continue
             # A GPU transposes faster than its host.
-            sent = jax.block_until_ready(jax.device_put(block.values.T if tensor.transposed else block.values, block.device))
+            sent = jax.block_until_ready(
+                jax.device_put(block.values.T if tensor.transposed else block.values, block.device)
+            )
             factors = None if scales is None else (*map(np.int32, block.first), np.ascontiguousarray(scales.T))
             write = self.programs[self._program(block, tensor, scales is not None)].result()
             with self.locks[block.device]:
                 written = write(self.shards[block.device], sent, tuple(map(np.int32, block.start)), factors)
-                self.shards[block.device] = jax.block_until_ready(written)  # or pieces would wait in line, as many as were read
+                self.shards[block.device] = jax.block_until_ready(
+                    written
+                )  # or pieces would wait in line, as many as were read
 
     def _blocks(self, tensor: Tensor, values: np.ndarray, first_row: int) -> Iterator["_Block"]:
         """Divide rows of a tensor over the devices."""
@@ -129,13 +142,17 @@ class _Block(NamedTuple):
     first: tuple[int, int]
 
 
-def _compiled(buffer: tuple[int, ...], buffer_dtype, tensor: Tensor, device, block: tuple[int, int], dtype, scales) -> Any:
+def _compiled(
+    buffer: tuple[int, ...], buffer_dtype, tensor: Tensor, device, block: tuple[int, int], dtype, scales
+) -> Any:
     """Compile `_write` for a block on a device; `scales` is the shape of the scales as stored, if there are any."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     sent = block[::-1] if tensor.transposed else block
     index = jax.ShapeDtypeStruct((), jnp.int32)
     factors = None if scales is None else (index, index, jax.ShapeDtypeStruct(scales[::-1], jnp.float32))
-    arrays = (jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in ((buffer, buffer_dtype), (sent, dtype)))
+    arrays = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for shape, kind in ((buffer, buffer_dtype), (sent, dtype))
+    )
     return _write.lower(*arrays, (index,) * len(buffer), factors, tensor.transposed).compile()
 
 
@@ -154,10 +171,17 @@ def allocate(parts: dict[Key, Part]) -> dict[Key, Buffers]:
 def hand_over(buffers: dict[Key, Buffers]) -> dict[Key, jax.Array]:
     """Return the arrays in their own shapes and dtypes; nothing can be written any more."""
     found: dict[Key, list[jax.Array]] = {key: [] for key in buffers}
-    final = {key: (np.dtype(buffer.part.dtype), buffer.part.sharding.shard_shape(buffer.part.shape)) for key, buffer in buffers.items()}
+    final = {
+        key: (np.dtype(buffer.part.dtype), buffer.part.sharding.shard_shape(buffer.part.shape))
+        for key, buffer in buffers.items()
+    }
     for device in next(iter(buffers.values())).ranges:
         elsewhere = [key for key, buffer in buffers.items() if not buffer.on_host]
-        whole = _as([buffers[key].shards.pop(device) for key in elsewhere], tuple(final[key] for key in elsewhere)) if elsewhere else []
+        whole = (
+            _as([buffers[key].shards.pop(device) for key in elsewhere], tuple(final[key] for key in elsewhere))
+            if elsewhere
+            else []
+        )
         for key, array in zip(elsewhere, whole, strict=True):
             found[key].append(array)
         for key, buffer in buffers.items():
@@ -165,7 +189,10 @@ def hand_over(buffers: dict[Key, Buffers]) -> dict[Key, jax.Array]:
                 dtype, shape = final[key]
                 found[key].append(jax.device_put(buffer.shards.pop(device).view(dtype).reshape(shape), device))
     parts = {key: buffer.part for key, buffer in buffers.items()}
-    return {key: jax.make_array_from_single_device_arrays(parts[key].shape, parts[key].sharding, arrays) for key, arrays in found.items()}
+    return {
+        key: jax.make_array_from_single_device_arrays(parts[key].shape, parts[key].sharding, arrays)
+        for key, arrays in found.items()
+    }
 
 
 def copy_matrix(target: np.ndarray, source: np.ndarray, device: jax.Device) -> None:
@@ -174,14 +201,22 @@ def copy_matrix(target: np.ndarray, source: np.ndarray, device: jax.Device) -> N
     if source.strides[0] >= source.strides[1]:
         target[...] = source
         return
-    for at in range(0, source.shape[1], STRIP):  # whose lines of cache are used whole: 1.1 GB/s, 2.3 of FP32, where at once 0.5
+    for at in range(
+        0, source.shape[1], STRIP
+    ):  # whose lines of cache are used whole: 1.1 GB/s, 2.3 of FP32, where at once 0.5
         target[:, at : at + STRIP] = source[:, at : at + STRIP]
 
 
 def in_order(matrix: np.ndarray, device: jax.Device) -> np.ndarray:
-    """Return a transposed matrix in its own memory order, where XLA does that faster than `copy_matrix`: 2 GB/s of E4M3 or BF16."""
+    """Return a transposed matrix in its own memory order, where XLA does that faster than `copy_matrix`: 2 GB/s of E4M3
+    or BF16.
+    """
     transposed = matrix.strides[0] < matrix.strides[1]
-    return np.asarray(jax.device_put(matrix, device)) if transposed and matrix.itemsize < 4 and device.platform == "cpu" else matrix
+    return (
+        np.asarray(jax.device_put(matrix, device))
+        if transposed and matrix.itemsize < 4 and device.platform == "cpu"
+        else matrix
+    )
 
 
 def _converted(values: np.ndarray, first_row: int, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
@@ -196,7 +231,10 @@ def _zeros(arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> list[jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
 def _as(shards: list[jax.Array], final: tuple[tuple[Any, tuple[int, ...]], ...]) -> list[jax.Array]:
-    return [jax.lax.bitcast_convert_type(shard, dtype).reshape(shape) for shard, (dtype, shape) in zip(shards, final, strict=True)]
+    return [
+        jax.lax.bitcast_convert_type(shard, dtype).reshape(shape)
+        for shard, (dtype, shape) in zip(shards, final, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -209,7 +247,9 @@ def _multiplied(values: jax.Array, first_row: jax.Array, scales: jax.Array | Non
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
 def _write(buffer, block, start, factors, transposed):
-    """Put a block into `buffer`; `factors` are the first row and column of the block in its matrix, and the scales of that."""
+    """Put a block into `buffer`; `factors` are the first row and column of the block in its matrix, and the scales of
+    that.
+    """
     block = block.T if transposed else block
     if factors is not None:
         first_row, first_column, scales = factors

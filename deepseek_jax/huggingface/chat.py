@@ -4,19 +4,22 @@ A template is a Jinja program that writes the turns of a conversation one after 
 
     <BOS>system text<｜User｜>question<｜Assistant｜>reply<EOS><｜User｜>question<｜Assistant｜>
 
-without a line break between turns. `V3` and `R1` are ours; `ChatTemplate.load` reads the one a released checkpoint carries.
+without a line break between turns. `V3` and `R1` are ours; `ChatTemplate.load` reads the one a released checkpoint
+carries.
 
-Ids are not simply those of the rendered text: whoever writes "<｜Assistant｜>" into a message would end their turn and speak for the model.
-Only what the template itself writes may become a special token, and the rendered text no longer says who wrote what. Placeholders instead
-of contents would tell, but templates look into contents: R1's drops a reply's reasoning up to `</think>`. So the template is what changes,
-and contents pass through it untouched. Where its program writes a special token, in literal text or in a string that it joins or assigns,
-the token is wrapped in a mark that no message can guess:
+Ids are not simply those of the rendered text: whoever writes "<｜Assistant｜>" into a message would end their turn and
+speak for the model. Only what the template itself writes may become a special token, and the rendered text no longer
+says who wrote what. Placeholders instead of contents would tell, but templates look into contents: R1's drops a reply's
+reasoning up to `</think>`. So the template is what changes, and contents pass through it untouched. Where its program
+writes a special token, in literal text or in a string that it joins or assigns, the token is wrapped in a mark that no
+message can guess:
 
     {{ '<｜User｜>' + message.content.split('</think>')[-1] }}      the template
-    {{ '#<｜User｜>#' + message.content.split('</think>')[-1] }}    with marks; the argument of a call is not written, so it has none
+    {{ '#<｜User｜>#' + message.content.split('</think>')[-1] }}    with marks;
+        the argument of a call is not written, so it has none
 
-After rendering, marked tokens become ids and the rest is encoded as ordinary text. A template that writes special tokens in a way this
-does not see is refused.
+After rendering, marked tokens become ids and the rest is encoded as ordinary text. A template that writes special
+tokens in a way this does not see is refused.
 """
 
 import functools
@@ -35,14 +38,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-MARK = f"\ue000{secrets.token_hex(16)}\ue000"  # private use characters, so that nothing in a template takes it for a space or a letter
+# private use characters, so that nothing in a template takes it for a space or a letter
+MARK = f"\ue000{secrets.token_hex(16)}\ue000"
 
 
 class ChatTemplate:
     """A Jinja chat template, rendered as Hugging Face transformers renders it."""
 
     def __init__(self, source: str, special: Mapping[str, str] | None = None):
-        """Compile `source`; `special` are its variables that name special tokens, by default V3's `bos_token` and `eos_token`.
+        """Compile `source`; `special` are its variables that name special tokens, by default V3's `bos_token` and
+        `eos_token`.
 
         Raises:
             ValueError: `source` is not valid Jinja.
@@ -56,7 +61,8 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ChatTemplate":
-        """Read the template of a folder, or of a `tokenizer_config.json`; a `chat_template.jinja` beside the config goes before it.
+        """Read the template of a folder, or of a `tokenizer_config.json`; a `chat_template.jinja` beside the config
+        goes before it.
 
         Raises:
             ValueError: there is none, or the file that holds it is broken.
@@ -78,13 +84,19 @@ class ChatTemplate:
                 f"{config_file} has no chat_template and there is no {template_file};"
                 " add one of them, or use V3 or R1 of deepseek_jax.huggingface.chat"
             )
-        names = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items() if key.endswith("_token")}
+        names = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token")
+        }
         try:
             return cls(source, {key: name for key, name in names.items() if isinstance(name, str)})
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """Return the text of a conversation.
 
         Args:
@@ -99,35 +111,59 @@ class ChatTemplate:
         return self._run((), messages, add_generation_prompt, variables)
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> list[int]:
-        """Return the ids of a conversation. Special tokens are those of the template; spelled out in a message they are ordinary text.
+        """Return the ids of a conversation. Special tokens are those of the template; spelled out in a message they are
+        ordinary text.
 
-        That holds for `<think>` too: ids of reasoning that the model wrote are to be kept as ids, not read back from text.
+        That holds for `<think>` too: ids of reasoning that the model wrote are to be kept as ids, not read back from
+        text.
 
         Raises:
-            ValueError: as `render`; or the template writes special tokens that the tokenizer lacks, or that cannot be told from contents.
+            ValueError: as `render`; or the template writes special tokens that the tokenizer lacks, or that cannot be
+                told from contents.
         """
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
         harmless = [{**message, "content": "x"} for message in messages]
         for unmarked in _split(self._run(tokens, harmless, add_generation_prompt, variables))[::2]:
-            token = next((token for token in tokens if token in unmarked), None) or next(iter(SPECIAL_FORM.findall(unmarked)), None)
+            token = next((token for token in tokens if token in unmarked), None) or next(
+                iter(SPECIAL_FORM.findall(unmarked)), None
+            )
             if token is not None:
-                known = "in a way that cannot be told from a message's own text" if token in ids else "and the tokenizer has no such token"
+                known = (
+                    "in a way that cannot be told from a message's own text"
+                    if token in ids
+                    else "and the tokenizer has no such token"
+                )
                 raise ValueError(f"the chat template writes {token!r} {known}")
         parts = _split(self._run(tokens, messages, add_generation_prompt, variables))
         if "".join(parts) != text or not ids.keys() >= set(parts[1::2]):
-            raise ValueError("the chat template computes with the special tokens it writes; they cannot be told from a message's own text")
+            raise ValueError(
+                "the chat template computes with the special tokens it writes; they cannot be told from a message's"
+                " own text"
+            )
         return [i for k, part in enumerate(parts) for i in ([ids[part]] if k % 2 else tokenizer.encode(part))]
 
-    def _run(self, tokens: tuple[str, ...], messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, variables: dict) -> str:
+    def _run(
+        self,
+        tokens: tuple[str, ...],
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool,
+        variables: dict,
+    ) -> str:
         """Render with `tokens` marked."""
         special = {key: _marked(name, tokens) for key, name in self._special.items()}
         variables = {"tools": None, "documents": None, **special, **variables}
         try:
             return _compile(self.source, tokens).render(
-                messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **variables
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **variables,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
@@ -154,7 +190,11 @@ def _split(text: str) -> list[str]:
 def _marked(text: str, tokens: tuple[str, ...]) -> str:
     """Return `text` with every token in marks, the longest where several match."""
     longest_first = sorted((token for token in tokens if token in text), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda match: MARK + match[0] + MARK, text) if longest_first else text
+    return (
+        re.sub("|".join(map(re.escape, longest_first)), lambda match: MARK + match[0] + MARK, text)
+        if longest_first
+        else text
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -169,7 +209,9 @@ def _compile(source: str, tokens: tuple[str, ...]) -> jinja2.Template:
 
 
 def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
-    """Mark the literals whose text becomes part of the value of `expression`: not conditions, and no arguments of calls and filters."""
+    """Mark the literals whose text becomes part of the value of `expression`: not conditions, and no arguments of calls
+    and filters.
+    """
     match expression:
         case nodes.TemplateData():
             expression.data = _marked(expression.data, tokens)
@@ -192,13 +234,17 @@ def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return Jinja as transformers sets it up."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = _to_json  # Jinja's own escapes <, >, & and '
     environment.globals["raise_exception"] = _refuse
     return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -207,7 +253,9 @@ def _refuse(message: str) -> None:
 
 
 def _deepseek(reply: str, opening: str) -> ChatTemplate:
-    """Return DeepSeek's format; `reply` and `opening` are the expressions for an assistant's text and for what opens the next one."""
+    """Return DeepSeek's format; `reply` and `opening` are the expressions for an assistant's text and for what opens
+    the next one.
+    """
     return ChatTemplate(
         r"""
         {{- bos_token + messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') }}

@@ -1,28 +1,31 @@
 """config.json of a released checkpoint <-> our `Model`.
 
-Two families are read: "deepseek_v3" (V3, R1, and models of its architecture such as Moonlight) and "deepseek_v2" (V2, V2.5, V2-Lite).
-What a file says and our model cannot do is refused; what only concerns training or serving (aux_loss_alpha, seq_aux, ep_size,
-pretraining_tp, use_cache, ids of special tokens) is ignored. A missing or null key takes the value that transformers and DeepSeek's
-own code give it:
+Two families are read: "deepseek_v3" (V3, R1, and models of its architecture such as Moonlight) and "deepseek_v2" (V2,
+V2.5, V2-Lite). What a file says and our model cannot do is refused; what only concerns training or serving
+(aux_loss_alpha, seq_aux, ep_size, pretraining_tp, use_cache, ids of special tokens) is ignored. A missing or null key
+takes the value that transformers and DeepSeek's own code give it:
 
                                 deepseek_v3    deepseek_v2
     topk_method                 noaux_tc       greedy         with "greedy" n_group and topk_group do not apply
     scoring_func                sigmoid        softmax        transformers 5 does not write it
     norm_topk_prob              true           false
     n_group, topk_group         1              1
-    num_nextn_predict_layers    0              0              the released V3 says 1; without the key there are no MTP layers
+    num_nextn_predict_layers    0              0              the released V3 says 1; without the key there are no MTP
+                                                              layers
     q_lora_rank                 none           none           only null: the key itself must be there
     n_shared_experts            none           none
     rms_norm_eps                1e-6           1e-6
     rope_theta                  10000          10000
 
-YaRN is on where the file has it, because the released weights are those after context extension. It is spelled `rope_scaling` beside
-`rope_theta`, or, by transformers 5, both in `rope_parameters`. Where mscale is left out it is 1, mscale_all_dim 0: the cosines are
-stretched and the softmax scale stays (DeepSeek's and transformers' code agree). Without YaRN `model.yarn` is off and has the numbers
-that the family's extension uses, with `original_length` the file's `max_position_embeddings`.
+YaRN is on where the file has it, because the released weights are those after context extension. It is spelled
+`rope_scaling` beside `rope_theta`, or, by transformers 5, both in `rope_parameters`. Where mscale is left out it is 1,
+mscale_all_dim 0: the cosines are stretched and the softmax scale stays (DeepSeek's and transformers' code agree).
+Without YaRN `model.yarn` is off and has the numbers that the family's extension uses, with `original_length` the file's
+`max_position_embeddings`.
 
-How weights were initialised a released file does not say (`initializer_range` 0.02 is transformers' default, not the report's 0.006). Files
-written here do: `initializer_range` and, as a key of our own that others ignore, `residual_init_scale`.
+How weights were initialised a released file does not say (`initializer_range` 0.02 is transformers' default, not the
+report's 0.006). Files written here do: `initializer_range` and, as a key of our own that others ignore,
+`residual_init_scale`.
 """
 
 import copy
@@ -47,7 +50,12 @@ FIXED = {  # keys that may only have one value, which is also their default
     "moe_layer_freq": (1, "here every layer after the first dense ones has experts"),
     "rope_interleave": (True, "rotary channels here are interleaved pairs, as in the released files"),
 }
-QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [GROUP, GROUP], "activation_scheme": "dynamic"}
+QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [GROUP, GROUP],
+    "activation_scheme": "dynamic",
+}
 ROPE_KEYS = {  # what a rope section may hold
     *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim"),
@@ -62,7 +70,8 @@ def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Mo
         origin: its name, for messages.
 
     Raises:
-        ValueError: it describes a model that this code is not, or lacks a key; the message names origin, key, value and remedy.
+        ValueError: it describes a model that this code is not, or lacks a key; the message names origin, key, value and
+            remedy.
     """
     keys = _Keys(hf, origin)
     family = _family(keys)
@@ -124,10 +133,13 @@ def write_model(model: config_lib.Model, fp8: bool, bos_token_id: int = 0, eos_t
     Raises:
         ValueError: neither family has the router of `model`.
     """
-    family = {("sigmoid", "top2"): "deepseek_v3", ("softmax", "max"): "deepseek_v2"}.get((model.gate, model.group_score))
+    family = {("sigmoid", "top2"): "deepseek_v3", ("softmax", "max"): "deepseek_v2"}.get(
+        (model.gate, model.group_score)
+    )
     if family is None:
         raise ValueError(
-            f"config.model: gate = {model.gate!r} with group_score = {model.group_score!r} has no config.json; 'sigmoid' goes with 'top2'"
+            f"config.model: gate = {model.gate!r} with group_score = {model.group_score!r} has no config.json;"
+            " 'sigmoid' goes with 'top2'"
             " (V3) and 'softmax' with 'max' (V2)"
         )
     yarn = model.yarn
@@ -228,7 +240,9 @@ def _router(keys: _Keys, family: str) -> dict[str, Any]:
     grouped = values["topk_method"] != "greedy"
     scale = keys.take("routed_scaling_factor", float)
     if family == "deepseek_v2" and values["norm_topk_prob"] and scale != 1.0:
-        keys.refuse("norm_topk_prob", f"programs disagree whether routed_scaling_factor = {scale} then applies; set that to 1.0")
+        keys.refuse(
+            "norm_topk_prob", f"programs disagree whether routed_scaling_factor = {scale} then applies; set that to 1.0"
+        )
     return {
         "num_experts": keys.take("n_routed_experts", int),
         "experts_per_token": keys.take("num_experts_per_tok", int),

@@ -1,7 +1,8 @@
 """A checkpoint's folder in Hugging Face's format as a whole, and the weights of a run that starts from one.
 
-`training.initial_weights` names such a folder. Its weights are read onto the mesh when a run without checkpoints starts, or when one is
-evaluated or asked for text before its first checkpoint: the folder is not copied into another format first.
+`training.initial_weights` names such a folder. Its weights are read onto the mesh when a run without checkpoints
+starts, or when one is evaluated or asked for text before its first checkpoint: the folder is not copied into another
+format first.
 """
 
 import dataclasses
@@ -74,7 +75,8 @@ def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = F
         if (theirs := getattr(model, field.name)) != (ours := getattr(config.model, field.name))
     ]:
         raise ValueError(
-            f"training.initial_weights = {str(folder)!r} is another model than the config's; experiments.convert_hf import makes a config"
+            f"training.initial_weights = {str(folder)!r} is another model than the config's; experiments.convert_hf"
+            " import makes a config"
             " that fits:\n" + "\n".join(differences)
         )
     blocks_are_whole = not any(size % GROUP for size in (model.dense_hidden, model.expert_hidden))

@@ -2,7 +2,8 @@
 
 A file is 8 bytes (the length of the header, little-endian), a header in JSON and the tensors' bytes:
 
-    {"__metadata__": {"format": "pt"}, "model.norm.weight": {"dtype": "BF16", "shape": [7168], "data_offsets": [0, 14336]}, ...}
+    {"__metadata__": {"format": "pt"}, "model.norm.weight": {"dtype": "BF16", "shape": [7168], "data_offsets": [0,
+    14336]}, ...}
 """
 
 import collections
@@ -55,7 +56,10 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{file} ({size} bytes) is truncated or no safetensors file: its header would have {length} bytes; {AGAIN}")
+            raise ValueError(
+                f"{file} ({size} bytes) is truncated or no safetensors file: its header would have {length} bytes;"
+                f" {AGAIN}"
+            )
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=unique)
@@ -70,7 +74,9 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
     for entry in entries:
         if entry.offset != end:
             kind = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
-            raise ValueError(f"{file}: {entry.name} {kind} (it starts at byte {entry.offset}, the one before ends at {end}): {AGAIN}")
+            raise ValueError(
+                f"{file}: {entry.name} {kind} (it starts at byte {entry.offset}, the one before ends at {end}): {AGAIN}"
+            )
         end += entry.num_bytes
         if end > size:
             raise ValueError(f"{file} is truncated: it has {size} bytes, and {entry.name} ends at byte {end}; {AGAIN}")
@@ -82,13 +88,18 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
 
 def _parse(name: str, fields: object, file: Path, start: int) -> Entry:
     try:
-        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]  # type: ignore[index]
+        # type: ignore[index]
+        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
             raise ValueError("sizes and offsets must be integers >= 0")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: the header does not describe {name} (dtype, shape, data_offsets): {error!r}; {AGAIN}") from error
+        raise ValueError(
+            f"{file}: the header does not describe {name} (dtype, shape, data_offsets): {error!r}; {AGAIN}"
+        ) from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{file}: {name} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}: convert it to one of them")
+        raise ValueError(
+            f"{file}: {name} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}: convert it to one of them"
+        )
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != num_bytes:
         raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, {num_bytes} bytes, but has {end - begin}: {AGAIN}")

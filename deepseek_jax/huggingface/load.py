@@ -1,14 +1,18 @@
-"""From a checkpoint's tensors to our weights on a mesh, one tensor at a time and straight onto the devices that hold it.
+"""From a checkpoint's tensors to our weights on a mesh, one tensor at a time and straight onto the devices that hold
+it.
 
-Every leaf of our tree stacks many tensors: 58 layers x 256 experts x gate and up. A leaf is born as one array of zeros per device, in the
-layout of `parallel.mesh.LAYOUT`; a tensor is read once, a few MB of rows at a time, which are cut into what each device stores of them and
-written into the arrays in place (`buffers`). So the host holds what is being read and nothing else, whatever the size of the model. A
-process reads the tensors of which its own devices hold a part.
+Every leaf of our tree stacks many tensors: 58 layers x 256 experts x gate and up. A leaf is born as one array of zeros
+per device, in the layout of `parallel.mesh.LAYOUT`; a tensor is read once, a few MB of rows at a time, which are cut
+into what each device stores of them and written into the arrays in place (`buffers`). So the host holds what is being
+read and nothing else, whatever the size of the model. A process reads the tensors of which its own devices hold a part.
 
-    stored [out, in]       ->  the matrix [in, out] of a layer or an expert, its dims split into heads and halves (`names`)
-    weight_scale_inv       ->  scales [in / 128, out / 128]: blocks are square, so a transposed weight has transposed scales
+    stored [out, in]       ->  the matrix [in, out] of a layer or an expert, its dims split into heads and halves
+                               (`names`)
+    weight_scale_inv       ->  scales [in / 128, out / 128]: blocks are square, so a transposed weight has transposed
+                               scales
 
-The bytes of FP8 are moved, never converted, with weights="fp8". To "bf16" and "fp32" they are multiplied by their scale on the device.
+The bytes of FP8 are moved, never converted, with weights="fp8". To "bf16" and "fp32" they are multiplied by their scale
+on the device.
 """
 
 import collections
@@ -61,7 +65,8 @@ def num_bytes(model: Model, fp8: bool) -> int:
 
 
 def check(shards: Shards, model: Model, fp8: bool) -> None:
-    """Refuse a folder that is not a checkpoint of `model`; MTP layers may leave out their copies of the embedding and the head.
+    """Refuse a folder that is not a checkpoint of `model`; MTP layers may leave out their copies of the embedding and
+    the head.
 
     Raises:
         ValueError: missing or unknown tensors, wrong shapes or dtypes; each is named with its file.
@@ -74,7 +79,11 @@ def check(shards: Shards, model: Model, fp8: bool) -> None:
 
 
 def load(
-    shards: Shards, config: Config, mesh: jax.sharding.Mesh, weights: Weights, on_bytes: Callable[[int], None] = lambda n: None
+    shards: Shards,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    weights: Weights,
+    on_bytes: Callable[[int], None] = lambda n: None,
 ) -> Tree:
     """Return `{"params": ..., "router_bias": ...}` on `mesh`.
 
@@ -82,13 +91,13 @@ def load(
         shards: a checkpoint of `config.model` (see `check`).
         config: of the run; model and mesh count.
         mesh: where the weights go, in `LAYOUT`.
-        weights: "fp8" leaves what is stored in FP8 as it is, in `Fp8Weight`s without a carrier, and the rest in BF16; "bf16" and "fp32"
-            give arrays. Router and biases are FP32 always.
+        weights: "fp8" leaves what is stored in FP8 as it is, in `Fp8Weight`s without a carrier, and the rest in BF16;
+            "bf16" and "fp32" give arrays. Router and biases are FP32 always.
         on_bytes: called with the bytes of each tensor that is in its place.
 
     Raises:
-        ValueError: "fp8" of a checkpoint that is not, or whose halves of an FFN are no multiple of 128; an MTP layer with an embedding or
-            head of its own.
+        ValueError: "fp8" of a checkpoint that is not, or whose halves of an FFN are no multiple of 128; an MTP layer
+            with an embedding or head of its own.
     """
     stored_fp8 = any(entry.dtype == "F8_E4M3" for entry in shards.entries.values())
     if weights == "fp8" and not stored_fp8:
@@ -105,11 +114,14 @@ def load(
             table[tensor.name] = tensor, buffers[tensor.leaf]
     holders = {name: table[name][1].holders(table[name][0]) for name in shards.entries if name in table}
     names = [name for name, devices in holders.items() if devices]
-    on_bytes(shards.num_bytes - sum(shards.entries[name].num_bytes for name in names))  # copies, and what is not read ahead or not here
+    on_bytes(
+        shards.num_bytes - sum(shards.entries[name].num_bytes for name in names)
+    )  # copies, and what is not read ahead or not here
 
     @functools.lru_cache(maxsize=4 * NUM_THREADS)
     def scales_of(tensor: Tensor) -> np.ndarray | None:
-        # Read here and not ahead: they are small, they lie beside their weight, and a checkpoint may have them in another file.
+        # Read here and not ahead: they are small, they lie beside their weight, and a checkpoint may have them in
+        # another file.
         return shards.read(tensor.scale_name) if weights != "fp8" and tensor.scale_name in shards.entries else None
 
     def prepare(compilers: Executor) -> None:
@@ -128,7 +140,10 @@ def load(
         finally:
             piece.release()
 
-    with ThreadPoolExecutor() as compilers, ThreadPoolExecutor(NUM_THREADS) as pool:  # a host transposes with one thread per piece
+    with (
+        ThreadPoolExecutor() as compilers,
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+    ):  # a host transposes with one thread per piece
         prepare(compilers)
         busy = collections.deque()
         for piece in shards.stream(names):
@@ -141,10 +156,16 @@ def load(
 
 
 def with_carriers(tree: Any) -> Any:
-    """Give every `Fp8Weight` the carrier that products expect; call inside the jitted function, where it takes no memory."""
+    """Give every `Fp8Weight` the carrier that products expect; call inside the jitted function, where it takes no
+    memory.
+    """
 
     def one(w):
-        return Fp8Weight(vary(jnp.zeros(w.values.shape, jnp.float32), w.values), w.values, w.scales) if isinstance(w, Fp8Weight) else w
+        return (
+            Fp8Weight(vary(jnp.zeros(w.values.shape, jnp.float32), w.values), w.values, w.scales)
+            if isinstance(w, Fp8Weight)
+            else w
+        )
 
     return jax.tree.map(one, tree, is_leaf=lambda w: isinstance(w, Fp8Weight))
 
@@ -158,7 +179,9 @@ def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> Tree:
         params, router_bias = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     tree = {"params": params, "router_bias": router_bias}
     shardings = jax.tree.map(functools.partial(jax.sharding.NamedSharding, mesh), partition_specs(tree))
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def _parts(config: Config, mesh: jax.sharding.Mesh, weights: Weights) -> dict[tuple[str, ...], Part]:
@@ -180,7 +203,10 @@ def _scales_part(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) 
     """Scales of whole matrices, by expert where there are experts: as `parallel.weights` has them."""
     *lead, rows, columns = matrices
     if name.startswith("gate_up") and (columns // 2) % GROUP:
-        raise ValueError(f"{name} has halves of {columns // 2} columns: in FP8 blocks of {GROUP} belong to one half; load it as 'bf16'")
+        raise ValueError(
+            f"{name} has halves of {columns // 2} columns: in FP8 blocks of {GROUP} belong to one half; load it as"
+            " 'bf16'"
+        )
     spec = P(*(None,) * (len(lead) - 1), EXPERTS, None, None) if name in PER_EXPERT else P(*(None,) * (len(lead) + 2))
     shape = (*lead, -(-rows // GROUP), -(-columns // GROUP))
     sharding = jax.sharding.NamedSharding(mesh, spec)
@@ -198,7 +224,11 @@ def _tree(arrays: dict[tuple[str, ...], jax.Array]) -> Tree:
     def pack(node):
         if not isinstance(node, dict):
             return node
-        return Fp8Weight(None, **node) if node.keys() == {"values", "scales"} else {name: pack(child) for name, child in node.items()}
+        return (
+            Fp8Weight(None, **node)
+            if node.keys() == {"values", "scales"}
+            else {name: pack(child) for name, child in node.items()}
+        )
 
     return pack(tree)
 
@@ -211,5 +241,6 @@ def _check_copy(shards: Shards, tensor: Tensor) -> None:
     shared = "model.embed_tokens.weight" if tensor.leaf[-1] == "embed_VD" else "lm_head.weight"
     if tensor.name in shards.entries and not shards.equal(tensor.name, shared):
         raise ValueError(
-            f"{tensor.name} in {shards.entries[tensor.name].file} differs from {shared}; MTP layers here share the main model's"
+            f"{tensor.name} in {shards.entries[tensor.name].file} differs from {shared}; MTP layers here share the"
+            " main model's"
         )

@@ -24,14 +24,15 @@ def logits(config: Config, weights: Tree, tokens_BS: np.ndarray, mesh: jax.shard
     """Run the model over whole rows, one document each.
 
     Args:
-        config: `execution.precision` is that of the arithmetic. In FP8, FP32 weights are quantised and FP8 weights taken as they are.
+        config: `execution.precision` is that of the arithmetic. In FP8, FP32 weights are quantised and FP8 weights
+            taken as they are.
         weights: of `load.load` on `mesh`.
         tokens_BS: int32; all rows are run at once, split over the devices.
         mesh: of the weights.
 
     Returns:
-        `logits` [B, S, V] FP32; `experts` [moe layers, B, S, K] int32, the largest gate first, with their gates `expert_weights` in FP32;
-        where the model has an MTP layer, `mtp_logits` [B, S - 1, V] FP32 of its first.
+        `logits` [B, S, V] FP32; `experts` [moe layers, B, S, K] int32, the largest gate first, with their gates
+        `expert_weights` in FP32; where the model has an MTP layer, `mtp_logits` [B, S - 1, V] FP32 of its first.
 
     Raises:
         ValueError: tokens of another shape or dtype, or beyond the vocabulary.
@@ -40,8 +41,13 @@ def logits(config: Config, weights: Tree, tokens_BS: np.ndarray, mesh: jax.shard
     num_rows = len(tokens_BS)
     tokens_BS = np.pad(tokens_BS, ((0, -num_rows % axis_size(mesh, ROWS)), (0, 0)), mode="edge").astype(np.int32)
     with jax.set_mesh(mesh):
-        found = jit_on(_forward, config, mesh)(weights["params"], weights["router_bias"], place_batch({"tokens_BS": tokens_BS}, mesh))
-    return {name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows] for name, array in found.items()}
+        found = jit_on(_forward, config, mesh)(
+            weights["params"], weights["router_bias"], place_batch({"tokens_BS": tokens_BS}, mesh)
+        )
+    return {
+        name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows]
+        for name, array in found.items()
+    }
 
 
 def check_tokens(tokens_BS: np.ndarray, vocab_size: int, origin: str) -> None:
@@ -51,14 +57,17 @@ def check_tokens(tokens_BS: np.ndarray, vocab_size: int, origin: str) -> None:
     low, high = tokens_BS.min(), tokens_BS.max()
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{origin} has tokens from {low} to {high}, the vocabulary is 0 to {vocab_size - 1}; use the checkpoint's tokenizer"
+            f"{origin} has tokens from {low} to {high}, the vocabulary is 0 to {vocab_size - 1}; use the checkpoint's"
+            " tokenizer"
         )
 
 
 def _forward(config: Config, params: Tree, router_bias: Tree, batch: Tree) -> dict[str, jax.Array]:
     def local(params, router_bias, batch):
         load = functools.partial(gather, dtype=transformer.compute_dtype(config))
-        stored_in_fp8 = any(isinstance(w, Fp8Weight) for w in jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Fp8Weight)))
+        stored_in_fp8 = any(
+            isinstance(w, Fp8Weight) for w in jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Fp8Weight))
+        )
         params = with_carriers(params) if stored_in_fp8 else with_fp8(config, params)
         output = transformer.apply(config, params, router_bias, _unpadded(batch["tokens_BS"]), load, _chosen)
         head_DV = load({"head_DV": params["head_DV"]})["head_DV"]
@@ -88,7 +97,9 @@ def _unpadded(tokens_BS: jax.Array) -> Tree:
     """A batch of rows that are one document each."""
     return {
         "tokens_BS": tokens_BS,
-        "targets_BS": jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1))),  # the last one is unknown, and no logits are made from it
+        "targets_BS": jnp.pad(
+            tokens_BS[:, 1:], ((0, 0), (0, 1))
+        ),  # the last one is unknown, and no logits are made from it
         "positions_BS": jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape),
         "segment_ids_BS": jnp.ones_like(tokens_BS),
     }

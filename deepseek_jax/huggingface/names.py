@@ -1,29 +1,30 @@
 """Every tensor of a Hugging Face checkpoint, and the part of our parameter tree that it fills.
 
-Import, export and the check that nothing is left over all derive from this one table. A checkpoint stores a linear weight as
-[out, in]; ours is [in, out], with the heads, the halves of a gated FFN, the layers and the experts as dims of their own:
+Import, export and the check that nothing is left over all derive from this one table. A checkpoint stores a linear
+weight as [out, in]; ours is [in, out], with the heads, the halves of a gated FFN, the layers and the experts as dims of
+their own:
 
     stored                                          fills
     embed_tokens         [V, D]                     embed_VD        as it is
     lm_head              [V, D]                     head_DV
     q_a_proj             [A, D]                     q_a_DA
-    q_b_proj             [(N Q), A]                 q_b_ANQ         a head's Q rows are its P content rows, then its R rotary rows
+    q_b_proj             [(N Q), A]                 q_b_ANQ         a head's Q rows: P content rows, then R rotary rows
     q_proj               [(N Q), D]                 q_DNQ           where there is no query latent
     kv_a_proj_with_mqa   [C + R, D]                 kv_a_DC         latent rows, then those of the shared rotary key
-    kv_b_proj            [(N X), C]                 kv_b_CNX        a head's X rows are its P content rows, then its H value rows
+    kv_b_proj            [(N X), C]                 kv_b_CNX        a head's X rows: P content rows, then H value rows
     o_proj               [D, (N H)]                 o_NHD
     gate_proj, up_proj   [F, D] each                gate_up_D2F     gate is half 0, up is half 1
     down_proj            [D, F]                     down_FD
     mlp.gate             [E, D]                     router_DE
     eh_proj              [D, (2 D)]                 merge_2DD       columns: embedding first, hidden state second
 
-So every matrix except the embedding fills its leaf transposed; vectors and the embedding fill theirs as they are (`places`). Rotary rows
-keep the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers; each repeats the embedding and the head
-(DeepSeek-V3's README_WEIGHTS calls them shared: the values are equal).
+So every matrix except the embedding fills its leaf transposed; vectors and the embedding fill theirs as they are
+(`places`). Rotary rows keep the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers;
+each repeats the embedding and the head (DeepSeek-V3's README_WEIGHTS calls them shared: the values are equal).
 
-In the released FP8 form every linear layer is F8_E4M3 with one FP32 multiplier per block of 128 x 128 beside it, under the name of the
-weight and `_scale_inv`; the router, `eh_proj`, embedding, head and norms are BF16, the selection bias FP32. A softmax gate (V2) has
-no selection bias: its leaf `bias_E` is filled by no tensor and stays zero.
+In the released FP8 form every linear layer is F8_E4M3 with one FP32 multiplier per block of 128 x 128 beside it, under
+the name of the weight and `_scale_inv`; the router, `eh_proj`, embedding, head and norms are BF16, the selection bias
+FP32. A softmax gate (V2) has no selection bias: its leaf `bias_E` is filled by no tensor and stays zero.
 """
 
 import dataclasses
@@ -106,7 +107,9 @@ def tensors(model: Model) -> list[Tensor]:
 
 
 class _Row(NamedTuple):
-    """One kind of tensor within a layer. Sizes of `shape` are keys of `_sizes`; an "{expert}" in the name stands for each of them."""
+    """One kind of tensor within a layer. Sizes of `shape` are keys of `_sizes`; an "{expert}" in the name stands for
+    each of them.
+    """
 
     name: str
     leaf: str
@@ -189,7 +192,9 @@ def _layers(layers: range, model: Model, stack: tuple[str, ...], rows: tuple[_Ro
 
 
 def _rows(rows: tuple[_Row, ...], layer: int, model: Model, stack: tuple[str, ...], place: int) -> list[Tensor]:
-    """The tensors of layer `layer` of the checkpoint, which is number `place` of its stack in the tree. Experts one after the other."""
+    """The tensors of layer `layer` of the checkpoint, which is number `place` of its stack in the tree. Experts one
+    after the other.
+    """
     sizes, listed = _sizes(model), []
 
     def add(row: _Row, index: tuple[int, ...]) -> None:
@@ -197,7 +202,9 @@ def _rows(rows: tuple[_Row, ...], layer: int, model: Model, stack: tuple[str, ..
         name = row.name.format(expert=index[-1]) + ("" if bias else ".weight")
         shape = tuple(sizes[size] for size in row.shape.split())
         leaf = ("router_bias" if bias else "params", *stack, *row.leaf.split())
-        listed.append(Tensor(f"model.layers.{layer}.{name}", shape, row.dtype == FP8, row.dtype, leaf, index, row.half, False))
+        listed.append(
+            Tensor(f"model.layers.{layer}.{name}", shape, row.dtype == FP8, row.dtype, leaf, index, row.half, False)
+        )
 
     kept = [row for row in rows if _exists(row, model)]
     per_expert = [row for row in kept if "{expert}" in row.name]

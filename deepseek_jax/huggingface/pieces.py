@@ -1,8 +1,8 @@
 """Read tensors in pieces, ahead of their use, with threads and a fixed number of buffers.
 
-A piece is some rows of one tensor: a host holds a few MB of the largest, and several threads work on it. Files are read with preadv into
-buffers that are used again and again, not mapped: pages of a mapping come one fault at a time and stay charged to the process, and to
-touch fresh memory costs as much as to copy a file out of the kernel's cache.
+A piece is some rows of one tensor: a host holds a few MB of the largest, and several threads work on it. Files are read
+with preadv into buffers that are used again and again, not mapped: pages of a mapping come one fault at a time and stay
+charged to the process, and to touch fresh memory costs as much as to copy a file out of the kernel's cache.
 """
 
 import collections
@@ -29,7 +29,9 @@ _READ_BYTES = 2**24  # of one system call; the kernel would stop at 2 GiB
 
 
 class Piece(NamedTuple):
-    """`values` are rows of a tensor, from `first_row` on; all of a scalar. Call `release` when they have been used: they vanish then."""
+    """`values` are rows of a tensor, from `first_row` on; all of a scalar. Call `release` when they have been used:
+    they vanish then.
+    """
 
     name: str
     first_row: int
@@ -45,20 +47,26 @@ def pieces(
     Args:
         entries: what to read.
         piece_bytes: the largest piece, unless one row is larger.
-        num_buffers: pieces that are being read, wait to be taken, or are in use. Who keeps them all without a release waits for ever.
+        num_buffers: pieces that are being read, wait to be taken, or are in use. Who keeps them all without a release
+            waits for ever.
         num_threads: that read. They end when the iterator is closed.
 
     Raises:
-        ValueError: a file is shorter than it was, or an argument is not at least 1; OSError: it cannot be read. Raised where the piece
-            would have been taken.
+        ValueError: a file is shorter than it was, or an argument is not at least 1; OSError: it cannot be read. Raised
+            where the piece would have been taken.
     """
     if min(piece_bytes, num_buffers, num_threads) < 1:
-        raise ValueError(f"piece_bytes ({piece_bytes}), num_buffers ({num_buffers}) and num_threads ({num_threads}) must be at least 1")
+        raise ValueError(
+            f"piece_bytes ({piece_bytes}), num_buffers ({num_buffers}) and num_threads ({num_threads}) must be at"
+            " least 1"
+        )
     return _read_ahead(entries, piece_bytes, num_buffers, num_threads)
 
 
 def row_ranges(entry: Entry, piece_bytes: int) -> list[range]:
-    """Return the rows of each piece. Pieces have as many where that makes them no less than half as large as they may be."""
+    """Return the rows of each piece. Pieces have as many where that makes them no less than half as large as they may
+    be.
+    """
     rows = entry.shape[0] if entry.shape else 1
     most = max(1, min(rows, piece_bytes * rows // max(entry.num_bytes, 1)))
     size = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
@@ -107,7 +115,9 @@ class Descriptor(contextlib.AbstractContextManager):
             except OSError as error:
                 raise OSError(error.errno, f"{error.strerror} while reading {entry.name}", str(entry.file)) from error
             if count == 0:
-                raise ValueError(f"{entry.file} ends within {entry.name}; it was cut after its header was read: {AGAIN}")
+                raise ValueError(
+                    f"{entry.file} ends within {entry.name}; it was cut after its header was read: {AGAIN}"
+                )
             at += count
 
 
@@ -116,7 +126,9 @@ def _typed(buffer: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndarr
     return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-def _read_ahead(entries: Sequence[Entry], piece_bytes: int, num_buffers: int, num_threads: int) -> Generator[Piece, None, None]:
+def _read_ahead(
+    entries: Sequence[Entry], piece_bytes: int, num_buffers: int, num_threads: int
+) -> Generator[Piece, None, None]:
     free: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
     for _ in range(num_buffers):
         free.put(None)  # made when it is first taken

@@ -1,8 +1,9 @@
 """Where a tensor of a checkpoint lies in our weights, seen as matrices.
 
-Every leaf is, on every device, [lead..., rows, columns]: layers, or layers and experts, then the dims that a weight sums over, then its
-others. So `q_b_ANQ` [L, A, N, Q] is L matrices [A, (N Q)], `o_NHD` is [(N H), D], `gate_up_ED2F` is L x E matrices [D, (2 F)] of which the
-tensor of the gate is the first F columns and that of the up projection the last; a vector is one column.
+Every leaf is, on every device, [lead..., rows, columns]: layers, or layers and experts, then the dims that a weight
+sums over, then its others. So `q_b_ANQ` [L, A, N, Q] is L matrices [A, (N Q)], `o_NHD` is [(N H), D], `gate_up_ED2F` is
+L x E matrices [D, (2 F)] of which the tensor of the gate is the first F columns and that of the up projection the last;
+a vector is one column.
 """
 
 import math

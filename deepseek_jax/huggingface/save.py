@@ -1,11 +1,12 @@
 """From our weights on a mesh to a Hugging Face folder, one tensor at a time.
 
-What `load` does, backwards: the blocks that the devices hold of a tensor are fetched, put together on the host and transposed to [out, in].
-A weight that is in FP8 goes back byte for byte. An array is cast to BF16, or quantised in blocks of 128 x 128.
+What `load` does, backwards: the blocks that the devices hold of a tensor are fetched, put together on the host and
+transposed to [out, in]. A weight that is in FP8 goes back byte for byte. An array is cast to BF16, or quantised in
+blocks of 128 x 128.
 
-FP8 that became FP32 masters and was not trained comes back bit for bit, too. w = round(q s) for the E4M3 numbers q of a block and its
-scale s, and the largest q is 448, so max|w| / 448 is s up to its last bit. Of the scales one unit away the one is taken that gives back
-every w exactly; trained weights have none such, and keep max|w| / 448.
+FP8 that became FP32 masters and was not trained comes back bit for bit, too. w = round(q s) for the E4M3 numbers q of a
+block and its scale s, and the largest q is 448, so max|w| / 448 is s up to its last bit. Of the scales one unit away
+the one is taken that gives back every w exactly; trained weights have none such, and keep max|w| / 448.
 """
 
 import functools
@@ -49,7 +50,8 @@ def save(
     """Write the tensors of `weights` into `folder`; shards that an interrupted call has finished are kept.
 
     Args:
-        weights: `params` and `router_bias` as `load.load` or a training state has them. Of several processes each calls this.
+        weights: `params` and `router_bias` as `load.load` or a training state has them. Of several processes each calls
+            this.
         model: of the weights.
         folder: new, or one that this call was writing.
         fp8: quantised weights in FP8 with scales, or everything in BF16.
@@ -69,7 +71,9 @@ def save(
 
 
 class Source:
-    """Makes tensors in their stored form, for several threads. Scales made with the values of their weight are kept until asked for."""
+    """Makes tensors in their stored form, for several threads. Scales made with the values of their weight are kept
+    until asked for.
+    """
 
     def __init__(self, weights: Tree, model: Model, fp8: bool):
         self.weights, self.model, self.fp8 = weights, model, fp8
@@ -90,7 +94,8 @@ class Source:
         return values
 
     def fetch(self, name: str) -> tuple[Array, Array | None]:
-        """Return the matrix of a weight, as in its leaf, and its scales if it is in FP8. `name` is the weight's or its scales'.
+        """Return the matrix of a weight, as in its leaf, and its scales if it is in FP8. `name` is the weight's or its
+        scales'.
 
         Where the weights are spread over processes, all of them call this for the same names in the same order.
         """
@@ -132,7 +137,9 @@ class Source:
 
 
 def _matrix(array: jax.Array, tensor: Tensor) -> Array:
-    """The matrix of a tensor, as in `array`: its leaf, or the values or scales of one. On its device, if that holds it whole."""
+    """The matrix of a tensor, as in `array`: its leaf, or the values or scales of one. On its device, if that holds it
+    whole.
+    """
     if not array.is_fully_addressable:
         return together.gathered(array, tensor)
     whole = None
@@ -185,7 +192,9 @@ def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
 
 @jax.jit
 def _quantize(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """E4M3 values and scales of blocks of a matrix; the scale that gives back every number exactly, where there is one."""
+    """E4M3 values and scales of blocks of a matrix; the scale that gives back every number exactly, where there is
+    one.
+    """
     rows, columns = matrix.shape
     padded = jnp.pad(matrix.astype(jnp.float32), ((0, -rows % GROUP), (0, -columns % GROUP)))
     blocks = padded.reshape(padded.shape[0] // GROUP, GROUP, padded.shape[1] // GROUP, GROUP)

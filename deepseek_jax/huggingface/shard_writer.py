@@ -1,16 +1,19 @@
 """Write a folder of safetensors, tensor by tensor, so that an interrupted conversion goes on where it stopped.
 
-Names, dtypes and shapes are known before the first byte is: `plan` divides them over files, which fixes every header. Then each file is
+Names, dtypes and shapes are known before the first byte is: `plan` divides them over files, which fixes every header.
+Then each file is
 
     streamed to <file>.partial-<pid>, its SHA-256 computed on the way -> fsync -> renamed -> recorded in conversion.json
 
-and after the last one the index is written. A folder with shards and without index is refused by `Shards`, so that nobody loads half a
-checkpoint. conversion.json has the digest of the plan: a folder is continued only with the same tensors, files, metadata and source.
+and after the last one the index is written. A folder with shards and without index is refused by `Shards`, so that
+nobody loads half a checkpoint. conversion.json has the digest of the plan: a folder is continued only with the same
+tensors, files, metadata and source.
 
-    {"plan": "3f1c...", "num_shards": 163, "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...", "bytes": 5234139343}, ...}}
+    {"plan": "3f1c...", "num_shards": 163, "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...",
+    "bytes": 5234139343}, ...}}
 
-Tensors lie in a file as planned, without padding between them, which the format does not allow: order them so that a wide dtype does not
-follow an odd number of bytes, where readers that map files need it.
+Tensors lie in a file as planned, without padding between them, which the format does not allow: order them so that a
+wide dtype does not follow an odd number of bytes, where readers that map files need it.
 """
 
 import contextlib
@@ -51,7 +54,9 @@ class Planned:
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.name} has the unknown dtype {self.dtype!r}: use one of {', '.join(DTYPES)}")
         if self.name == "__metadata__" or any(size < 0 for size in self.shape):
-            raise ValueError(f"a tensor cannot be called {self.name!r} with shape {self.shape}: give it another name or shape")
+            raise ValueError(
+                f"a tensor cannot be called {self.name!r} with shape {self.shape}: give it another name or shape"
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +67,9 @@ class Planned:
 def plan(tensors: Sequence[Planned], max_shard_bytes: int) -> list[list[Planned]]:
     """Divide the tensors, in their order, over shards of at most `max_shard_bytes` (a larger tensor has its own)."""
     if not tensors or max_shard_bytes < 1:
-        raise ValueError(f"{len(tensors)} tensors cannot be divided over shards of {max_shard_bytes} bytes: at least 1 of each")
+        raise ValueError(
+            f"{len(tensors)} tensors cannot be divided over shards of {max_shard_bytes} bytes: at least 1 of each"
+        )
     seen: set[str] = set()
     shards: list[list[Planned]] = [[]]
     room = max_shard_bytes
@@ -90,7 +97,8 @@ class CancelledError(Exception):
 class ShardWriter:
     """A conversion into `folder`, which is made and marked as one (by its conversion.json) here, or continued.
 
-    `source` says where the values come from, for example a checkpoint's path and step: only the same source continues a conversion.
+    `source` says where the values come from, for example a checkpoint's path and step: only the same source continues a
+    conversion.
 
     Raises:
         ValueError: the folder holds something else, or a conversion of another plan.
@@ -105,7 +113,9 @@ class ShardWriter:
         source: str = "",
     ):
         self.folder = Path(folder)
-        metadata = {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))  # "pt": what transformers insists on
+        metadata = (
+            {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))
+        )  # "pt": what transformers insists on
         shards = plan(tensors, int(max_shard_bytes))
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
         self._headers = {file: _header(shard, metadata) for file, shard in self.shards.items()}
@@ -127,15 +137,21 @@ class ShardWriter:
     def missing(self) -> list[str]:
         """Return the files that `write` still has to write."""
         finished = self._finished()
-        return [file for file in self.shards if file not in finished or _size(self.folder / file) != finished[file]["bytes"]]
+        return [
+            file for file in self.shards if file not in finished or _size(self.folder / file) != finished[file]["bytes"]
+        ]
 
     def write(
-        self, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None] = lambda count: None, shards_at_once: int = 1
+        self,
+        get: Callable[[str], np.ndarray],
+        on_bytes: Callable[[int], None] = lambda count: None,
+        shards_at_once: int = 1,
     ) -> None:
         """Write the missing shards and the index. An interrupted write is continued by calling it again.
 
         Args:
-            get: asked for each tensor once, in the planned order within a shard, from as many threads as there are shards at once.
+            get: asked for each tensor once, in the planned order within a shard, from as many threads as there are
+                shards at once.
             on_bytes: hears of every piece written, in bytes of the files; from one thread at a time.
             shards_at_once: written side by side. SHA-256 is what takes longest, and a file has one.
 
@@ -172,7 +188,8 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[list[str]]:
-        """Keep other processes out and yield the missing shards; when they have been written and recorded, write the index.
+        """Keep other processes out and yield the missing shards; when they have been written and recorded, write the
+        index.
 
         Raises:
             ValueError: another process writes into the folder; OSError: the disk has too little room.
@@ -193,7 +210,9 @@ class ShardWriter:
 
     def record(self, sha256: Mapping[str, str]) -> None:
         """Note that shards are finished; by one process."""
-        self._record_finished(self._finished() | {file: {"sha256": sha256[file], "bytes": self.num_bytes(file)} for file in sha256})
+        self._record_finished(
+            self._finished() | {file: {"sha256": sha256[file], "bytes": self.num_bytes(file)} for file in sha256}
+        )
 
     def _finished(self) -> dict[str, dict]:
         record = _record(self.folder)
@@ -203,9 +222,14 @@ class ShardWriter:
         return record["shards"]
 
     def _record_finished(self, shards: dict[str, dict]) -> None:
-        _replace(self.folder / RECORD, {"plan": self.digest, "num_shards": len(self.shards), "shards": dict(sorted(shards.items()))})
+        _replace(
+            self.folder / RECORD,
+            {"plan": self.digest, "num_shards": len(self.shards), "shards": dict(sorted(shards.items()))},
+        )
 
-    def write_shard(self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None], cancelled: threading.Event) -> str:
+    def write_shard(
+        self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None], cancelled: threading.Event
+    ) -> str:
         """Write one file and return its SHA-256.
 
         Raises:
@@ -260,7 +284,9 @@ def _check_folder(folder: Path) -> None:
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"the missing shards need {needed} bytes and {free} are free: make room", str(folder))
+        raise OSError(
+            errno.ENOSPC, f"the missing shards need {needed} bytes and {free} are free: make room", str(folder)
+        )
 
 
 def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:
@@ -276,13 +302,21 @@ def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lam
         if _size(folder / file) != expected["bytes"] or _sha256(folder / file, on_bytes) != expected["sha256"]:
             damaged.append(file)
     if damaged:
-        raise ValueError(f"damaged or absent in {folder}: {', '.join(damaged)}; delete these files and convert into the same folder again")
+        raise ValueError(
+            f"damaged or absent in {folder}: {', '.join(damaged)}; delete these files and convert into the same folder"
+            " again"
+        )
     if len(record["shards"]) < record["num_shards"] or not (folder / INDEX).exists():
-        raise ValueError(f"{folder} has {len(record['shards'])} of {record['num_shards']} shards, or no index: run the conversion again")
+        raise ValueError(
+            f"{folder} has {len(record['shards'])} of {record['num_shards']} shards, or no index: run the conversion"
+            " again"
+        )
 
 
 def _header(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
-    """Return the length and the header, padded as by the safetensors library so that tensors begin at a multiple of 8 bytes."""
+    """Return the length and the header, padded as by the safetensors library so that tensors begin at a multiple of 8
+    bytes.
+    """
     fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for tensor in shard:
@@ -297,17 +331,26 @@ def _bytes(array: np.ndarray, tensor: Planned) -> memoryview:
     array = np.asarray(array)
     dtype = DTYPES[tensor.dtype]
     if array.dtype != dtype or array.shape != tuple(tensor.shape):
-        raise ValueError(f"{tensor.name} is {array.dtype} {list(array.shape)}, planned is {dtype} {list(tensor.shape)}: convert it first")
+        raise ValueError(
+            f"{tensor.name} is {array.dtype} {list(array.shape)}, planned is {dtype} {list(tensor.shape)}: convert it"
+            " first"
+        )
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _record(folder: Path) -> dict:
     try:
         record = json.loads((folder / RECORD).read_bytes())
-        if not isinstance(record["plan"], str) or not isinstance(record["num_shards"], int) or not isinstance(record["shards"], dict):
+        if (
+            not isinstance(record["plan"], str)
+            or not isinstance(record["num_shards"], int)
+            or not isinstance(record["shards"], dict)
+        ):
             raise ValueError("plan, num_shards and shards are not what they should be")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / RECORD} does not describe a conversion ({error!r}): delete the folder and convert again") from error
+        raise ValueError(
+            f"{folder / RECORD} does not describe a conversion ({error!r}): delete the folder and convert again"
+        ) from error
     return record
 
 
@@ -343,7 +386,10 @@ def _room_for(what: str, path: Path, num_bytes: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(path.parent).free
-        message = f"the disk is full at {what}: the rest of the file needs {num_bytes} bytes, {free} are free; make room and run again"
+        message = (
+            f"the disk is full at {what}: the rest of the file needs {num_bytes} bytes, {free} are free;"
+            " make room and run again"
+        )
         raise OSError(error.errno, message, str(path)) from error
 
 

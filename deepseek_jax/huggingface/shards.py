@@ -1,7 +1,8 @@
 """Read a folder of safetensors, as on the Hugging Face Hub: one file, or many with an index.
 
-model.safetensors.index.json says in which file each tensor lies: {"metadata": {"total_size": 14336}, "weight_map": {name: file}}.
-`Shards` reads the index and all headers, so that whatever is missing, cut or foreign is found in a second and not after an hour.
+model.safetensors.index.json says in which file each tensor lies: {"metadata": {"total_size": 14336}, "weight_map":
+{name: file}}. `Shards` reads the index and all headers, so that whatever is missing, cut or foreign is found in a
+second and not after an hour.
 """
 
 import collections
@@ -23,7 +24,8 @@ SHARD_NAME = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 class Shards:
     """The tensors of a folder.
 
-    `entries` is ordered by (file, offset); `metadata` merges that of all files (the first wins); `num_bytes` is the sum over the tensors.
+    `entries` is ordered by (file, offset); `metadata` merges that of all files (the first wins); `num_bytes` is the sum
+    over the tensors.
 
     Raises:
         ValueError: the folder is no complete and sound checkpoint; says which tensor and file, and what to do.
@@ -39,7 +41,9 @@ class Shards:
             for entry in entries:
                 if entry.name in self.entries:
                     other = self.entries[entry.name].file
-                    raise ValueError(f"tensor {entry.name} is in {other} and in {file}: remove the file that does not belong here")
+                    raise ValueError(
+                        f"tensor {entry.name} is in {other} and in {file}: remove the file that does not belong here"
+                    )
                 self.entries[entry.name] = entry
             self.metadata = metadata | self.metadata
         if weight_map is not None:
@@ -51,7 +55,9 @@ class Shards:
         return pieces.read(self._entry(name))
 
     def stream(self, names: Iterable[str], **options: int) -> Generator[pieces.Piece, None, None]:
-        """Yield the rows of the tensors as `pieces.pieces` does. In the order of `entries`, each file is read from front to back."""
+        """Yield the rows of the tensors as `pieces.pieces` does. In the order of `entries`, each file is read from
+        front to back.
+        """
         return pieces.pieces([self._entry(name) for name in names], **{"piece_bytes": pieces.PIECE_BYTES} | options)
 
     def equal(self, name: str, other: str) -> bool:
@@ -77,13 +83,17 @@ class Shards:
         return self.entries[name]
 
 
-def compare(shards: Shards, expected: Mapping[str, tuple[str, tuple[int, ...]]], optional: frozenset[str] = frozenset()) -> None:
-    """Check that the folder holds the `expected` tensors: name -> (dtype, shape), dtypes by safetensors' names as in `DTYPES`.
+def compare(
+    shards: Shards, expected: Mapping[str, tuple[str, tuple[int, ...]]], optional: frozenset[str] = frozenset()
+) -> None:
+    """Check that the folder holds the `expected` tensors: name -> (dtype, shape), dtypes by safetensors' names as in
+    `DTYPES`.
 
     Those in `optional` may be absent, or be there without being expected.
 
     Raises:
-        ValueError: lists missing and extra tensors, wrong shapes and wrong dtypes, each with the first few names and their files.
+        ValueError: lists missing and extra tensors, wrong shapes and wrong dtypes, each with the first few names and
+            their files.
     """
     entries = shards.entries
     found: dict[str, list[str]] = collections.defaultdict(list)
@@ -94,13 +104,19 @@ def compare(shards: Shards, expected: Mapping[str, tuple[str, tuple[int, ...]]],
             continue
         entry = entries[name]
         if entry.shape != tuple(shape):
-            found["of another shape"].append(f"{name} in {entry.file.name} has {list(entry.shape)}, should have {list(shape)}")
+            found["of another shape"].append(
+                f"{name} in {entry.file.name} has {list(entry.shape)}, should have {list(shape)}"
+            )
         if entry.dtype != dtype:
             found["of another dtype"].append(f"{name} in {entry.file.name} has {entry.dtype}, should have {dtype}")
-    found["extra"] = [f"{name} in {entries[name].file.name}" for name in entries if name not in expected and name not in optional]
+    found["extra"] = [
+        f"{name} in {entries[name].file.name}" for name in entries if name not in expected and name not in optional
+    ]
     lines = [f"  {len(names)} {kind}: {_first(names)}" for kind, names in found.items() if names]
     if lines:
-        raise ValueError("\n".join([f"{shards.folder} does not hold this model; choose its config, or another checkpoint:", *lines]))
+        raise ValueError(
+            "\n".join([f"{shards.folder} does not hold this model; choose its config, or another checkpoint:", *lines])
+        )
 
 
 def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
@@ -113,24 +129,34 @@ def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
         parts = sorted(name for name in there if SHARD_NAME.fullmatch(name))
         if parts or (not there and (folder / "conversion.json").exists()):
             raise ValueError(
-                f"{folder} has {len(parts)} shards{f' ({_first(parts)})' if parts else ''} and no {INDEX}: the conversion or download is "
+                f"{folder} has {len(parts)} shards{f' ({_first(parts)})' if parts else ''} and no {INDEX}: the"
+                " conversion or download is "
                 "unfinished; run the same command again"
             )
         if not there:
-            raise ValueError(f"{folder} holds no .safetensors file: give the folder of a checkpoint in Hugging Face's format")
+            raise ValueError(
+                f"{folder} holds no .safetensors file: give the folder of a checkpoint in Hugging Face's format"
+            )
         return None, sorted(folder / name for name in there)
     for name, file in weight_map.items():
         if file not in there:
-            raise ValueError(f"{folder / INDEX} says that {name} is in {file}, which is absent: download or convert this file")
+            raise ValueError(
+                f"{folder / INDEX} says that {name} is in {file}, which is absent: download or convert this file"
+            )
     for file in sorted(there - set(weight_map.values())):
         names = [entry.name for entry in read_header(folder / file)[0]]
-        raise ValueError(f"{folder / INDEX} does not name {file}, which holds {_first(names)}: move this file elsewhere")
+        raise ValueError(
+            f"{folder / INDEX} does not name {file}, which holds {_first(names)}: move this file elsewhere"
+        )
     numbers = collections.defaultdict(set)
     for match in filter(None, map(SHARD_NAME.fullmatch, there)):
         numbers[int(match[2])].add(int(match[1]))
     for total, have in numbers.items():
         if absent := sorted(set(range(1, total + 1)) - have):
-            raise ValueError(f"{folder} lacks {len(absent)} of {total} shards (number {_first(absent)}): finish the conversion or download")
+            raise ValueError(
+                f"{folder} lacks {len(absent)} of {total} shards (number {_first(absent)}): finish the conversion or"
+                " download"
+            )
     return weight_map, sorted(folder / name for name in there)
 
 
@@ -142,7 +168,9 @@ def _weight_map(index: Path) -> dict[str, str] | None:
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError("weight_map must map names to files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of a checkpoint ({error!r}): download it again, or delete it and convert again") from error
+        raise ValueError(
+            f"{index} is no index of a checkpoint ({error!r}): download it again, or delete it and convert again"
+        ) from error
     return weight_map
 
 
@@ -150,7 +178,9 @@ def _check_index(weight_map: dict[str, str], entries: dict[str, Entry], folder: 
     for name, file in weight_map.items():
         if name not in entries or entries[name].file.name != file:
             where = f"it is in {entries[name].file.name}" if name in entries else "no file has it"
-            raise ValueError(f"{folder / INDEX} says that {name} is in {file}, which lacks it ({where}): {AGAIN}, and the index")
+            raise ValueError(
+                f"{folder / INDEX} says that {name} is in {file}, which lacks it ({where}): {AGAIN}, and the index"
+            )
     for name, entry in entries.items():
         if name not in weight_map:
             raise ValueError(f"{entry.file} holds {name}, which {folder / INDEX} does not name: {AGAIN}, and the index")

@@ -1,8 +1,9 @@
 """Weights spread over processes, written into one folder that all of them share.
 
-The missing files are dealt out round by round, one to each process. In a round the processes go through the tensors of all its files in
-step: each tensor is put together, by one program that all run, from the devices that hold a part of it, and the process whose file it
-belongs to stores, hashes and writes it in a thread while the next ones are on their way. Process 0 keeps the record.
+The missing files are dealt out round by round, one to each process. In a round the processes go through the tensors of
+all its files in step: each tensor is put together, by one program that all run, from the devices that hold a part of
+it, and the process whose file it belongs to stores, hashes and writes it in a thread while the next ones are on their
+way. Process 0 keeps the record.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ def write(folder: Path, new_writer: Callable[[], ShardWriter], source: Any, on_b
         on_bytes: called in process 0, with the bytes that all processes have written.
 
     Raises:
-        ValueError: the processes do not share the folder. What fails in one process is raised there, and a `RuntimeError` in the others.
+        ValueError: the processes do not share the folder. What fails in one process is raised there, and a
+            `RuntimeError` in the others.
     """
     rank, count = jax.process_index(), jax.process_count()
     writer, missing, stack = None, [], contextlib.ExitStack()
@@ -47,7 +49,8 @@ def write(folder: Path, new_writer: Callable[[], ShardWriter], source: Any, on_b
         nonlocal writer, missing
         if rank and not (folder / RECORD).exists():
             raise ValueError(
-                f"process {rank} does not see {folder / RECORD}, which process 0 wrote; choose a folder that all of them share"
+                f"process {rank} does not see {folder / RECORD}, which process 0 wrote; choose a folder that all of"
+                " them share"
             )
         writer = new_writer()
         if rank == 0:
@@ -101,7 +104,11 @@ def _write_round(writer: ShardWriter, source: Any, files: Sequence[str]) -> str:
                 return
 
     with ThreadPoolExecutor(1) as pool:
-        job = functools.partial(writer.write_shard, mine, take, lambda _: None, threading.Event()) if mine else bytes(32).hex
+        job = (
+            functools.partial(writer.write_shard, mine, take, lambda _: None, threading.Event())
+            if mine
+            else bytes(32).hex
+        )
         written: Future[str] = pool.submit(job)
         for jobs in itertools.zip_longest(*(_jobs(writer.shards[file], source) for file in files)):
             for file, names in zip(files, jobs, strict=True):
@@ -132,10 +139,14 @@ def _jobs(shard: Sequence[Planned], source: Any) -> Iterator[list[str]]:
 
 
 def gathered(array: jax.Array, tensor: Tensor) -> jax.Array:
-    """Return the matrix of a tensor, on one of this process's devices, from an array spread over processes, all of which call this."""
+    """Return the matrix of a tensor, on one of this process's devices, from an array spread over processes, all of
+    which call this.
+    """
     sharding = array.sharding
     name, half = tensor.leaf[-1], tensor.half or 0
-    whole = _gather(array, np.array(tensor.index, np.int32), sharding.mesh, sharding.spec, name, half, tensor.matrix_shape)
+    whole = _gather(
+        array, np.array(tensor.index, np.int32), sharding.mesh, sharding.spec, name, half, tensor.matrix_shape
+    )
     return whole.addressable_data(0)
 
 
@@ -147,22 +158,30 @@ def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int
     lead, unsigned = len(index), jnp.dtype(f"uint{8 * array.dtype.itemsize}")
 
     def local(shard: jax.Array, index: jax.Array) -> jax.Array:
-        starts = [jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, shard.shape, strict=True)]
+        starts = [
+            jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, shard.shape, strict=True)
+        ]
         inside = [index[dim] - starts[dim] for dim in range(lead)]
-        held = functools.reduce(jnp.logical_and, [(i >= 0) & (i < shard.shape[dim]) for dim, i in enumerate(inside)], True)
+        held = functools.reduce(
+            jnp.logical_and, [(i >= 0) & (i < shard.shape[dim]) for dim, i in enumerate(inside)], True
+        )
         for axis in set(mesh.axis_names) - {axis for names in axes for axis in names}:
             held &= jax.lax.axis_index(axis) == 0
         matrices = as_matrices(name, shard.shape, lead)
         rows, columns = matrices[-2], min(matrices[-1], matrix[1])
         begin = (*(jnp.clip(i, 0, shard.shape[dim] - 1) for dim, i in enumerate(inside)), 0, half * columns)
         bits = jax.lax.bitcast_convert_type(shard, unsigned).reshape(matrices)  # of floats, -0 + 0 is not -0
-        bits = jax.lax.dynamic_slice(bits, begin, (1,) * lead + (rows, columns)).reshape(rows, columns).astype(jnp.uint32)
+        bits = (
+            jax.lax.dynamic_slice(bits, begin, (1,) * lead + (rows, columns)).reshape(rows, columns).astype(jnp.uint32)
+        )
         # Only the first dim of the rows, or of the columns, is split.
         split = lead + ROW_DIMS.get(name, 1)
         row = starts[lead] * (rows // shard.shape[lead])
         column = starts[split] * (matrices[-1] // shard.shape[split]) if split < shard.ndim else 0
         placed = jax.lax.dynamic_update_slice(jnp.zeros(matrix, jnp.uint32), bits, (row, column))
-        return jax.lax.bitcast_convert_type(jax.lax.psum(jnp.where(held, placed, 0), mesh.axis_names).astype(unsigned), array.dtype)
+        return jax.lax.bitcast_convert_type(
+            jax.lax.psum(jnp.where(held, placed, 0), mesh.axis_names).astype(unsigned), array.dtype
+        )
 
     # Unchecked: what varies over which axes follows from `spec`, and the sum is over all.
     return jax.shard_map(local, mesh=mesh, in_specs=(spec, P()), out_specs=P(), check_vma=False)(array, index)

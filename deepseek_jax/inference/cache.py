@@ -2,9 +2,10 @@
 
     {"dense_layers": {"latent": [L, B, M, C], "rotary": [L, B, M, R]}, "moe_layers": same, "length": [B]}
 
-The two parts are separate arrays because absorbed attention reads the latent twice, as key and as value, and the rotary part once
-(`model/attention.py`). `length` counts the tokens written; a slot at or beyond it is never read, so slots need no clearing. At the 671B
-shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would take 4,997,120 (DeepSeek-V3 section 2.1.1).
+The two parts are separate arrays because absorbed attention reads the latent twice, as key and as value, and the rotary
+part once (`model/attention.py`). `length` counts the tokens written; a slot at or beyond it is never read, so slots
+need no clearing. At the 671B shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would
+take 4,997,120 (DeepSeek-V3 section 2.1.1).
 """
 
 import jax
@@ -17,7 +18,9 @@ Cache = dict[str, jax.Array | dict[str, jax.Array]]
 
 
 def make_cache(config: Config, batch_size: int, num_slots: int) -> Cache:
-    """Return an empty cache of M = `num_slots` positions for `batch_size` sequences, in the dtype of the activations."""
+    """Return an empty cache of M = `num_slots` positions for `batch_size` sequences, in the dtype of the
+    activations.
+    """
     model, dtype = config.model, compute_dtype(config)
 
     def layers(count: int) -> dict[str, jax.Array]:

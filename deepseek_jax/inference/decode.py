@@ -1,17 +1,18 @@
 """Generation of text: the prompt through the latent cache in one pass, then token by token.
 
-A position's cache entry is written when its token goes through the model, and logits come out for the next. With prompt t0 t1 t2:
+A position's cache entry is written when its token goes through the model, and logits come out for the next. With prompt
+t0 t1 t2:
 
     prefill   t0 t1 t2       slots 0 1 2 filled, length 3, logits for position 3 -> t3
     step      t3             slot 3 filled, length 4, logits -> t4
     ...                      until EOS or the last token asked for, which is never run through the model
 
-Prefill works on chunks of a fixed number of tokens, so that its scores [B, N, chunk, M] stay small and prompts of many lengths share a
-program. The last chunk is filled up with token 0. Those slots lie at or beyond `length`: a later token overwrites its slot before
-anything reads it.
+Prefill works on chunks of a fixed number of tokens, so that its scores [B, N, chunk, M] stay small and prompts of many
+lengths share a program. The last chunk is filled up with token 0. Those slots lie at or beyond `length`: a later token
+overwrites its slot before anything reads it.
 
-Steps run on the device in bursts of a few tokens, a `lax.while_loop` each, between which the host prints. The noise of a draw depends on
-the seed, the row and the position alone, not on where a burst ends.
+Steps run on the device in bursts of a few tokens, a `lax.while_loop` each, between which the host prints. The noise of
+a draw depends on the seed, the row and the position alone, not on where a burst ends.
 """
 
 import dataclasses
@@ -37,7 +38,8 @@ Tree = dict[str, Any]
 PREFILL_CHUNK = 128  # prompt tokens per pass
 BURST = 16  # tokens between two looks of the host
 CACHE_STEP = 256  # cache sizes are multiples of this, so that few programs are compiled
-# Rows of one expert in a block, and blocks multiplied at once: a decoding batch has far fewer assignments than a training batch.
+# Rows of one expert in a block, and blocks multiplied at once: a decoding batch has far fewer assignments than a
+# training batch.
 EXPERT_BLOCK, EXPERT_WAVE = 16, 8
 
 
@@ -59,7 +61,8 @@ def stream(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Yield the text that continues `prompt` in pieces, up to EOS or `max_new_tokens` tokens; `"".join(...)` is all of it.
+    """Yield the text that continues `prompt` in pieces, up to EOS or `max_new_tokens` tokens; `"".join(...)` is all of
+    it.
 
     Args:
         config: of the model.
@@ -79,8 +82,12 @@ def stream(
     prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)]  # as every document begins in training
     check_lengths(config, len(prompt_ids), max_new_tokens)
     decoder = StreamDecoder(tokenizer)  # a character may span tokens, and so bursts
-    params = params | {"head_DV": params["head_DV"][:, : tokenizer.vocab_size]}  # ids that no token has are never trained
-    for ids in stream_ids(config, params, router_bias, np.array([prompt_ids]), max_new_tokens, sampling, seed, tokenizer.eos):
+    params = params | {
+        "head_DV": params["head_DV"][:, : tokenizer.vocab_size]
+    }  # ids that no token has are never trained
+    for ids in stream_ids(
+        config, params, router_bias, np.array([prompt_ids]), max_new_tokens, sampling, seed, tokenizer.eos
+    ):
         yield decoder.push(ids[0][ids[0] != tokenizer.eos])
     yield decoder.finish()
 
@@ -93,8 +100,13 @@ def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -
         raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     if num_prompt_tokens + max_new_tokens > longest:
         raise ValueError(
-            f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones exceed the {longest} positions this model knows;"
-            + (f" set max_new_tokens to {longest - num_prompt_tokens} or less" if num_prompt_tokens < longest else " shorten the prompt")
+            f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones exceed the {longest} positions this"
+            " model knows;"
+            + (
+                f" set max_new_tokens to {longest - num_prompt_tokens} or less"
+                if num_prompt_tokens < longest
+                else " shorten the prompt"
+            )
         )
 
 
@@ -113,7 +125,9 @@ def stream_ids(
     batch_size, num_prompt_tokens = prompts_BS.shape
     chunks = -(-num_prompt_tokens // PREFILL_CHUNK)
     num_slots = -(-max(num_prompt_tokens + max_new_tokens, chunks * PREFILL_CHUNK) // CACHE_STEP) * CACHE_STEP
-    with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:1])):
+    with jax.set_mesh(
+        jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:1])
+    ):
         params, router_bias = decode_weights(config, params, router_bias)
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch_size))
         cache = make_cache(config, batch_size, num_slots)
@@ -159,7 +173,9 @@ def decode_weights(config: Config, params: Tree, router_bias: Tree) -> tuple[Tre
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def prefill(config: Config, params: Tree, router_bias: Tree, cache: Cache, chunks: Array, lengths_B: Array) -> tuple[Array, Cache]:
+def prefill(
+    config: Config, params: Tree, router_bias: Tree, cache: Cache, chunks: Array, lengths_B: Array
+) -> tuple[Array, Cache]:
     """Run prompts through an empty cache.
 
     Args:

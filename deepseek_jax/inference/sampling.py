@@ -1,7 +1,8 @@
 """From logits to the next token: greedy, or temperature, then top-k, then top-p, then one draw.
 
-Each restriction returns logits with -inf where a token is out, so they compose. The draw is `jax.random.categorical`: Gumbel noise is added
-and the maximum taken, which has the same distribution as the released script's division of probabilities by exponential noise.
+Each restriction returns logits with -inf where a token is out, so they compose. The draw is `jax.random.categorical`:
+Gumbel noise is added and the maximum taken, which has the same distribution as the released script's division of
+probabilities by exponential noise.
 """
 
 import dataclasses
@@ -36,7 +37,9 @@ class Sampling:
 
 
 def sample(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
-    """Return one token id [B] int32 per row of FP32 logits; row b draws with its own key, so its text does not depend on its neighbours."""
+    """Return one token id [B] int32 per row of FP32 logits; row b draws with its own key, so its text does not depend
+    on its neighbours.
+    """
     if sampling.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = keep_top_p(keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
@@ -52,7 +55,9 @@ def keep_top_k(logits_BV: Array, top_k: int) -> Array:
 
 
 def keep_top_p(logits_BV: Array, top_p: float) -> Array:
-    """Keep per row the fewest most probable tokens whose probabilities sum to `top_p` or more; the first is always among them."""
+    """Keep per row the fewest most probable tokens whose probabilities sum to `top_p` or more; the first is always
+    among them.
+    """
     if top_p == 1.0:
         return logits_BV
     ids_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)

@@ -1,20 +1,20 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eq. 1-11), in its two equal forms.
 
-Keys and values of all heads are linear in one latent c_KV of C channels per token; position enters by R rotary channels, one
-key for all heads.
+Keys and values of all heads are linear in one latent c_KV of C channels per token; position enters by R rotary
+channels, one key for all heads.
 
     c_Q = norm(x W_DQ)       q_h = [c_Q W_UQ,h ; rope(c_Q W_QR,h)]                 P + R channels
     c_KV = norm(x W_DKV)     k_h = [c_KV W_UK,h ; rope(x W_KR)]                    P + R
                              v_h = c_KV W_UV,h                                     H
     out = concat_h softmax(q_h k_h^T scale) v_h  W_O
 
-Expanded (training, prefill): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per pair of
-tokens: N (P + R + H).
+Expanded (training, prefill): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per
+pair of tokens: N (P + R + H).
 
-Absorbed (decoding): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move into latent space and all heads attend to
-the C + R cached values themselves, like one key-value head of width 576; W_UV,h is applied to the averaged latent. Arithmetic
-per pair: N (2C + R), 3.4 times more, but the memory read per token is 576 values instead of N (P + R + H) = 40,960, and
-decoding is bound by memory.
+Absorbed (decoding): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move into latent space and all heads
+attend to the C + R cached values themselves, like one key-value head of width 576; W_UV,h is applied to the averaged
+latent. Arithmetic per pair: N (2C + R), 3.4 times more, but the memory read per token is 576 values instead of N (P + R
++ H) = 40,960, and decoding is bound by memory.
 
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
 """
@@ -37,7 +37,9 @@ Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
 
 
 class Attention(nnx.Module):
-    """MLA with its norms. Head dims stay dims of the weights: `q_b_ANQ` holds content then rotary channels, `kv_b_CNX` keys then values."""
+    """MLA with its norms. Head dims stay dims of the weights: `q_b_ANQ` holds content then rotary channels, `kv_b_CNX`
+    keys then values.
+    """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model, std = config.model, config.model.init_std
@@ -51,7 +53,9 @@ class Attention(nnx.Module):
             self.q_DNQ = matrix(rngs, "q_DNQ", (model.width, model.num_heads, model.query_dim), std)
         self.kv_a_DC = matrix(rngs, "kv_a_DC", (model.width, model.kv_latent + model.rotary_dim), std)
         self.kv_norm_C = gain(model.kv_latent)
-        self.kv_b_CNX = matrix(rngs, "kv_b_CNX", (model.kv_latent, model.num_heads, model.content_dim + model.value_dim), std)
+        self.kv_b_CNX = matrix(
+            rngs, "kv_b_CNX", (model.kv_latent, model.num_heads, model.content_dim + model.value_dim), std
+        )
         self.o_NHD = matrix(rngs, "o_NHD", (model.num_heads, model.value_dim, model.width), model.residual_std)
 
     @jax.named_scope("attention")
@@ -75,8 +79,10 @@ class Attention(nnx.Module):
         Args:
             x_BSD: residual stream of the new tokens.
             table: rotary table of `positions_BS`.
-            cache: `latent` [B, M, C] and `rotary` [B, M, R]; slots not yet written get weight zero; they must be finite.
-            positions_BS: cache slots of the new tokens, at which they are written; they attend to slots up to their own.
+            cache: `latent` [B, M, C] and `rotary` [B, M, R]; slots not yet written get weight zero; they must be
+                finite.
+            positions_BS: cache slots of the new tokens, at which they are written; they attend to slots up to their
+                own.
 
         Returns:
             The layer's output [B, S, D] and the cache with the new tokens in it.
@@ -90,15 +96,22 @@ class Attention(nnx.Module):
         key_CNP, value_CNH = lax.split(self.kv_b_CNX[...], (model.content_dim, model.value_dim), axis=2)
         q_BSNC = jnp.einsum("bsnp,cnp->bsnc", q_BSNQ[..., : model.content_dim], key_CNP)
         scores = jnp.einsum("bsnc,bmc->bnsm", q_BSNC, latent_BMC, preferred_element_type=jnp.float32)
-        scores += jnp.einsum("bsnr,bmr->bnsm", q_BSNQ[..., model.content_dim :], rotary_BMR, preferred_element_type=jnp.float32)
+        scores += jnp.einsum(
+            "bsnr,bmr->bnsm", q_BSNQ[..., model.content_dim :], rotary_BMR, preferred_element_type=jnp.float32
+        )
         seen = jnp.arange(latent_BMC.shape[1]) <= positions_BS[:, None, :, None]
         weights = jax.nn.softmax(jnp.where(seen, scores * softmax_scale(model), -jnp.inf), axis=-1).astype(x_BSD.dtype)
         mean_BSNC = jnp.einsum("bnsm,bmc->bsnc", weights, latent_BMC)
         out_BSNH = jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
-        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT), {"latent": latent_BMC, "rotary": rotary_BMR}
+        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT), {
+            "latent": latent_BMC,
+            "rotary": rotary_BMR,
+        }
 
     def _project(self, x_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return q_BSNQ, content then rotated channels, and what a cache holds: normalised latent [B, S, C] and rotated key [B, S, R]."""
+        """Return q_BSNQ, content then rotated channels, and what a cache holds: normalised latent [B, S, C] and rotated
+        key [B, S, R].
+        """
         model, eps = self.config.model, self.config.model.norm_eps
         queries = self.q_a_DA if model.query_latent else self.q_DNQ
         q, kv_BSC = norm_linear(x_BSD, self.norm_D[...], eps, queries.get_value(), self.kv_a_DC.get_value())

@@ -1,11 +1,13 @@
-"""Auxiliary balance losses of the router and its load statistics. No collective but one: the batch-wise loss needs global frequencies.
+"""Auxiliary balance losses of the router and its load statistics. No collective but one: the batch-wise loss needs
+global frequencies.
 
-    f_i = E / (K T) * sum over t of 1[expert i is among token t's top K]       P_i = 1 / T * sum over t of s_ti / sum_j s_tj
+    f_i = E / (K T) * sum over t of 1[expert i is among token t's top K]
+    P_i = 1 / T * sum over t of s_ti / sum_j s_tj
     loss = sum over i of f_i P_i
 
-with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance gives
-exactly 1. As printed, f counts the top K of the unbiased scores without the group limit; most code bases count the actual
-selection. Both are here, by config.
+with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance
+gives exactly 1. As printed, f counts the top K of the unbiased scores without the group limit; most code bases count
+the actual selection. Both are here, by config.
 """
 
 from typing import NamedTuple
@@ -49,7 +51,9 @@ def router_stats(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, 
         return stats
     chosen_BE = counts_BE
     if loss.balance_frequency == "unbiased":
-        chosen_BE = _count(lax.top_k(lax.stop_gradient(scores_BSE), model.experts_per_token)[1], valid_BS, model.num_experts)
+        chosen_BE = _count(
+            lax.top_k(lax.stop_gradient(scores_BSE), model.experts_per_token)[1], valid_BS, model.num_experts
+        )
     chosen_BE = keep(chosen_BE, "routing")
     share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
     share_BE = jnp.where(valid_BS[..., None], share_BSE, 0.0).sum(1)
@@ -83,8 +87,8 @@ def max_violation(counts_LE: jax.Array) -> jax.Array:
 def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array) -> jax.Array:
     """One step of auxiliary-loss-free balancing: b_i + rate * sign(mean(n) - n_i) (V3 section 2.1.2).
 
-    `counts_LE` are the exact integer counts of the whole global batch, all micro-batches and devices. The comparison stays in integers
-    (E * n_i against the sum), so a load at the mean gives exactly no step.
+    `counts_LE` are the exact integer counts of the whole global batch, all micro-batches and devices. The comparison
+    stays in integers (E * n_i against the sum), so a load at the mean gives exactly no step.
     """
     surplus = _compare(counts_LE.sum(-1, keepdims=True), counts_LE, counts_LE.shape[-1])
     return bias_LE + rate * surplus.astype(bias_LE.dtype)

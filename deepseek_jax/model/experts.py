@@ -1,14 +1,14 @@
 """The routed experts' FFN over the rows that are here: work proportional to the assignments, static shapes.
 
-Problem. T rows have K experts each; expert e gets n_e of the T * K assignments, known only at run time. A matmul per expert
-needs dynamic shapes; a buffer of capacity per expert either drops or is sized for the worst case; computing every expert for
-every row wastes E / K.
+Problem. T rows have K experts each; expert e gets n_e of the T * K assignments, known only at run time. A matmul per
+expert needs dynamic shapes; a buffer of capacity per expert either drops or is sized for the worst case; computing
+every expert for every row wastes E / K.
 
-Choice. Sort the assignments by expert and cut each expert's run into blocks of `block` rows; only the last block of an expert
-has empty rows. With static bound W / block + E there are always enough blocks. A block belongs to one expert, so a batched
-matmul of blocks against gathered weights does the work, `wave` blocks at a time. The loop over waves stops at the number of
-blocks that exist (traced), so a buffer sized for twice the balanced load costs no arithmetic when routing is balanced. The gate
-multiplies the SwiGLU output, before the down projection.
+Choice. Sort the assignments by expert and cut each expert's run into blocks of `block` rows; only the last block of an
+expert has empty rows. With static bound W / block + E there are always enough blocks. A block belongs to one expert, so
+a batched matmul of blocks against gathered weights does the work, `wave` blocks at a time. The loop over waves stops at
+the number of blocks that exist (traced), so a buffer sized for twice the balanced load costs no arithmetic when routing
+is balanced. The gate multiplies the SwiGLU output, before the down projection.
 
 Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
 
@@ -17,9 +17,9 @@ Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
     source                1 6 0 2 3 5 4 6           (6 = empty)
     slots                 2 0 3 4 6 5               (where each assignment went)
 
-The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming gradient by
-the same `source`, and accumulates weight gradients in FP32. Gate and up projections are two products: taking one product of both
-apart, and putting its derivative together, are passes over all rows.
+The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming
+gradient by the same `source`, and accumulates weight gradients in FP32. Gate and up projections are two products:
+taking one product of both apart, and putting its derivative together, are passes over all rows.
 """
 
 import functools
@@ -64,14 +64,17 @@ def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) 
 
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
     clipped = jnp.clip(flat, 0, num_experts - 1)
-    slot = jnp.where((flat >= 0) & (flat < num_experts), first_slot[clipped] + rank - start[clipped], num_blocks * block)
+    slot = jnp.where(
+        (flat >= 0) & (flat < num_experts), first_slot[clipped] + rank - start[clipped], num_blocks * block
+    )
     return Blocks(source_Z, slot.reshape(experts_TK.shape), expert, blocks * block, (block_end[-1] + wave - 1) // wave)
 
 
 def expert_ffn(
     weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array, *, block: int, wave: int
 ) -> jax.Array:
-    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
+    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq.
+    12).
 
     Args:
         weights: `gate_up_ED2F` and `down_EFD` of the experts that are here, in the dtype of `x_TD`.
@@ -125,7 +128,9 @@ def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
         return _put(y_ZD, y, i), _put(gate_ZF, gate, i), _put(up_ZF, up, i)
 
     with jax.named_scope("experts"):
-        zeros = [vary(jnp.zeros((num_slots, width), dtype), x_TD) for width in (x_TD.shape[1], hidden_size, hidden_size)]
+        zeros = [
+            vary(jnp.zeros((num_slots, width), dtype), x_TD) for width in (x_TD.shape[1], hidden_size, hidden_size)
+        ]
         y_ZD, gate_ZF, up_ZF = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, tuple(zeros))
         hidden = keep((gate_ZF, up_ZF), "expert_hidden")
         y_TD = collect(y_ZD, blocks.source_Z, blocks.slots_TK)
@@ -140,20 +145,26 @@ def _backward(sizes, residuals, g_TD):
     def body(i, carry):
         dx_ZD, dweight_Z, dgate_up, ddown = carry
         source, x, weight, expert = _wave(sizes, i, x_TD, gates_TK, blocks)
-        gate, up = (lax.dynamic_slice_in_dim(half, i * rows, rows).reshape(*x.shape[:2], -1) for half in (gate_ZF, up_ZF))
+        gate, up = (
+            lax.dynamic_slice_in_dim(half, i * rows, rows).reshape(*x.shape[:2], -1) for half in (gate_ZF, up_ZF)
+        )
         dy = jnp.take(g_TD, source // gates_TK.shape[1], axis=0, mode="fill", fill_value=0).reshape(x.shape)
         act, act_by_gate, act_by_up = _swiglu(gate, up)
         dact = jnp.einsum("wbd,wfd->wbf", dy, down_EFD[expert]).astype(jnp.float32)
         dhalves = [(dact * weight * slope).astype(dtype) for slope in (act_by_gate, act_by_up)]
         dx = sum(jnp.einsum("wbf,wdf->wbd", d, gate_up_ED2F[expert, :, half]) for half, d in enumerate(dhalves))
-        ddown = ddown.at[expert].add(jnp.einsum("wbf,wbd->wfd", (act * weight).astype(dtype), dy, preferred_element_type=jnp.float32))
+        ddown = ddown.at[expert].add(
+            jnp.einsum("wbf,wbd->wfd", (act * weight).astype(dtype), dy, preferred_element_type=jnp.float32)
+        )
         dhalves = [jnp.einsum("wbd,wbf->wdf", x, d, preferred_element_type=jnp.float32) for d in dhalves]
         dgate_up = dgate_up.at[expert].add(jnp.stack(dhalves, axis=2))
         return _put(dx_ZD, dx, i), _put(dweight_Z, (dact * act).sum(-1), i), dgate_up, ddown
 
     with jax.named_scope("experts"):
         buffers = jnp.zeros((num_slots, x_TD.shape[1]), dtype), jnp.zeros((num_slots,))
-        carry = jax.tree.map(lambda a: vary(a, x_TD), (*buffers, jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape)))
+        carry = jax.tree.map(
+            lambda a: vary(a, x_TD), (*buffers, jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape))
+        )
         dx_ZD, dweight_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, carry)
         dx_TD = collect(dx_ZD, blocks.source_Z, blocks.slots_TK)
         dgates_TK = jnp.take(dweight_Z, blocks.slots_TK, mode="fill", fill_value=0)

@@ -1,7 +1,9 @@
-"""The routed experts' FFN in FP8 (DeepSeek-V3 sections 3.3.1 to 3.3.3): six products over all rows, quantised by their producers.
+"""The routed experts' FFN in FP8 (DeepSeek-V3 sections 3.3.1 to 3.3.3): six products over all rows, quantised by their
+producers.
 
-Assignments are sorted by expert, each expert's rows filled up to a multiple of 128 with zeros (`experts.plan_blocks`): 128 rows whose
-weight gradients share a scale belong to one expert. Z rows in all, a static number; the last ones may belong to no expert.
+Assignments are sorted by expert, each expert's rows filled up to a multiple of 128 with zeros (`experts.plan_blocks`):
+128 rows whose weight gradients share a scale belong to one expert. Z rows in all, a static number; the last ones may
+belong to no expert.
 
     forward     x        rows read by slot, quantised on the way             powers of two
                 hidden = x gate_up
@@ -29,8 +31,11 @@ from pallas_kernels.quantize import quantize_rows, requantize_transposed
 from pallas_kernels.quantized import GROUP
 
 
-def expert_ffn_fp8(weights: dict[str, Fp8Weight], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array) -> jax.Array:
-    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
+def expert_ffn_fp8(
+    weights: dict[str, Fp8Weight], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array
+) -> jax.Array:
+    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq.
+    12).
 
     Args:
         weights: `gate_up_ED2F` and `down_EFD` of the experts that are here.
@@ -44,7 +49,15 @@ def expert_ffn_fp8(weights: dict[str, Fp8Weight], x_TD: jax.Array, gates_TK: jax
         blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
     places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
     with jax.named_scope("experts"):
-        return _ffn(x_TD, gates_TK, gate_up.carrier, down.carrier, (gate_up.values, gate_up.scales), (down.values, down.scales), places)
+        return _ffn(
+            x_TD,
+            gates_TK,
+            gate_up.carrier,
+            down.carrier,
+            (gate_up.values, gate_up.scales),
+            (down.values, down.scales),
+            places,
+        )
 
 
 @jax.custom_vjp

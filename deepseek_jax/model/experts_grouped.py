@@ -1,8 +1,9 @@
-"""The routed experts' FFN in BF16 through grouped products: `experts_fp8` without FP8, for hardware that has the kernels.
+"""The routed experts' FFN in BF16 through grouped products: `experts_fp8` without FP8, for hardware that has the
+kernels.
 
-Rows lie in the order of `experts.plan_blocks`, each expert's filled up to a multiple of 128 with zeros, so that no tile of a product
-belongs to two experts. Six products over all rows read the weights as they are stored. The loop over blocks of `experts` gathers a weight
-per block and scatters its gradient; here neither moves.
+Rows lie in the order of `experts.plan_blocks`, each expert's filled up to a multiple of 128 with zeros, so that no tile
+of a product belongs to two experts. Six products over all rows read the weights as they are stored. The loop over
+blocks of `experts` gathers a weight per block and scatters its gradient; here neither moves.
 """
 
 import jax
@@ -15,8 +16,11 @@ from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmu
 from pallas_kernels.quantized import GROUP
 
 
-def expert_ffn_grouped(weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array) -> jax.Array:
-    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq. 12).
+def expert_ffn_grouped(
+    weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array
+) -> jax.Array:
+    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq.
+    12).
 
     Args:
         weights: BF16 `gate_up_ED2F` and `down_EFD` of the experts that are here.
@@ -29,7 +33,9 @@ def expert_ffn_grouped(weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK:
         blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
     places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
     with jax.named_scope("experts"):
-        return _ffn(x_TD, gates_TK, weights["gate_up_ED2F"].reshape(num_experts, width, 2 * hidden), weights["down_EFD"], places)
+        return _ffn(
+            x_TD, gates_TK, weights["gate_up_ED2F"].reshape(num_experts, width, 2 * hidden), weights["down_EFD"], places
+        )
 
 
 @jax.custom_vjp
@@ -73,11 +79,19 @@ def _backward(residuals, g_TD):
         silu = gate * sigmoid
         dweight_Z = (dact_ZF * silu * up).sum(-1)
         dact_ZF = dact_ZF * weight_Z1
-        dhidden_ZH = jnp.concatenate([dact_ZF * up * (sigmoid + silu * (1.0 - sigmoid)), dact_ZF * silu], axis=1).astype(hidden_ZH.dtype)
+        dhidden_ZH = jnp.concatenate(
+            [dact_ZF * up * (sigmoid + silu * (1.0 - sigmoid)), dact_ZF * silu], axis=1
+        ).astype(hidden_ZH.dtype)
         dx_ZD = grouped_matmul_bf16(dhidden_ZH, gate_up_EDH, rows_E)
         dgate_up = grouped_matmul_accumulate_bf16(x_ZD, dhidden_ZH, rows_E)
         dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)
-        return collect(dx_ZD, source_Z, slots_TK), dgates_TK, dgate_up.astype(gate_up_EDH.dtype), ddown.astype(down_EFD.dtype), None
+        return (
+            collect(dx_ZD, source_Z, slots_TK),
+            dgates_TK,
+            dgate_up.astype(gate_up_EDH.dtype),
+            ddown.astype(down_EFD.dtype),
+            None,
+        )
 
 
 _ffn.defvjp(_forward, _backward)

@@ -1,15 +1,18 @@
 """The attention core: softmax(q k^T scale) v, causal within segments, never an S x S array in FP32.
 
-Three implementations of one function, chosen by `execution.attention` (`config.resolve` turns "auto" into one of them and says why):
+Three implementations of one function, chosen by `execution.attention` (`config.resolve` turns "auto" into one of them
+and says why):
 
-    xla      chunks of queries against the keys they can see, in plain XLA; the backward pass remakes the weights from the saved
-             logsumexp, so that nothing of size S x S outlives its chunk. Runs everywhere.
-    cudnn    NVIDIA's flash attention. `jax.nn.dot_product_attention` refuses value heads narrower than key heads; the call beneath it takes
-             192/128 directly, which was measured 1.25x faster than padding the values. BF16 only, one segment per row.
+    xla      chunks of queries against the keys they can see, in plain XLA; the backward pass remakes the weights from
+             the saved logsumexp, so that nothing of size S x S outlives its chunk. Runs everywhere.
+    cudnn    NVIDIA's flash attention. `jax.nn.dot_product_attention` refuses value heads narrower than key heads; the
+             call beneath it takes 192/128 directly, which was measured 1.25x faster than padding the values. BF16 only,
+             one segment per row.
     splash   the Pallas TPU kernel that ships with JAX, with segment ids. Speed on TPU is unmeasured.
 
-The two kernels know nothing of varying axes, so inside the step's shard_map they run behind `_opaque`: forward and backward as
-closed boxes whose results are declared to vary as their inputs do. That is right because both are local to a device.
+The two kernels know nothing of varying axes, so inside the step's shard_map they run behind `_opaque`: forward and
+backward as closed boxes whose results are declared to vary as their inputs do. That is right because both are local to
+a device.
 """
 
 import functools
@@ -27,7 +30,9 @@ from pallas_kernels import manual_axes
 MOST_UNROLLED_CHUNKS = 8  # more are scanned: the program must not grow with the sequence
 
 
-def attend(config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Array, segment_ids_BS: jax.Array, scale: float) -> jax.Array:
+def attend(
+    config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Array, segment_ids_BS: jax.Array, scale: float
+) -> jax.Array:
     """Return out_BSNH; position s sees positions up to s with its own segment id. Segment 0 is padding and sees itself.
 
     Raises:
@@ -39,12 +44,15 @@ def attend(config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Arr
     if implementation == "cudnn":
         if q_BSNQ.dtype != jnp.bfloat16 or config.data.mask_documents:
             raise ValueError(
-                "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use 'auto' or 'xla'"
+                "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use"
+                " 'auto' or 'xla'"
             )
         return _opaque(functools.partial(_cudnn, scale), q_BSNQ, k_BSNQ, v_BSNH)
     if implementation == "splash":
         return _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS)
-    raise ValueError(f"execution.attention = {implementation!r} is not resolved; call deepseek_jax.config.resolve first")
+    raise ValueError(
+        f"execution.attention = {implementation!r} is not resolved; call deepseek_jax.config.resolve first"
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -58,7 +66,9 @@ def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
         total = weights.sum(-1)
-        out = jnp.einsum("bnsm,bmnh->bsnh", weights.astype(v_BMNH.dtype), v_BMNH[:, :end], preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bnsm,bmnh->bsnh", weights.astype(v_BMNH.dtype), v_BMNH[:, :end], preferred_element_type=jnp.float32
+        )
         out = out / total.swapaxes(1, 2)[..., None]
         return None, (out.astype(v_BMNH.dtype), (top + jnp.log(total)).swapaxes(1, 2))
 
@@ -74,8 +84,12 @@ def _xla_backward(scale, chunk, residuals, g_BSNH):
     def block(sums, start, end, q, segments, g, delta, lse):
         dk, dv = sums
         keys, values = k_BMNQ[:, :end], v_BMNH[:, :end]
-        weights = jnp.exp(_scores(start, q, segments, keys, segments_BS[:, :end], scale) - lse.swapaxes(1, 2)[..., None])
-        dv = _add_in_front(dv, jnp.einsum("bnsm,bsnh->bmnh", weights.astype(g.dtype), g, preferred_element_type=jnp.float32))
+        weights = jnp.exp(
+            _scores(start, q, segments, keys, segments_BS[:, :end], scale) - lse.swapaxes(1, 2)[..., None]
+        )
+        dv = _add_in_front(
+            dv, jnp.einsum("bnsm,bsnh->bmnh", weights.astype(g.dtype), g, preferred_element_type=jnp.float32)
+        )
         dweights = jnp.einsum("bsnh,bmnh->bnsm", g, values, preferred_element_type=jnp.float32)
         dscores = (weights * (dweights - delta.swapaxes(1, 2)[..., None]) * scale).astype(q.dtype)
         dk = _add_in_front(dk, jnp.einsum("bnsm,bsnq->bmnq", dscores, q, preferred_element_type=jnp.float32))
@@ -90,7 +104,9 @@ _xla.defvjp(_xla_forward, _xla_backward)
 
 
 def _add_in_front(total, part):
-    """Add to the first keys. `total.at[:, :end].add` with `end` the whole length crashes XLA:CPU on more than one device (jax 0.11.2)."""
+    """Add to the first keys. `total.at[:, :end].add` with `end` the whole length crashes XLA:CPU on more than one
+    device (jax 0.11.2).
+    """
     return lax.dynamic_update_slice_in_dim(total, total[:, : part.shape[1]] + part, 0, axis=1)
 
 
@@ -103,10 +119,12 @@ def _scores(start, q_BSNQ, segments_BS, k_BMNQ, key_segments_BM, scale):
 
 
 def _over_chunks(block, carry, arrays, chunk):
-    """Fold `block(carry, start, end, *chunks) -> carry, outputs` over chunks of the query dim; keys before `end` are all it can see.
+    """Fold `block(carry, start, end, *chunks) -> carry, outputs` over chunks of the query dim; keys before `end` are
+    all it can see.
 
-    A few chunks are unrolled and skip the keys to their right; many are scanned, each against all keys. Unrolled chunks wait for each
-    other: left alone, XLA computes the scores of all first, which took four times the memory (measured, 8 chunks of 512).
+    A few chunks are unrolled and skip the keys to their right; many are scanned, each against all keys. Unrolled chunks
+    wait for each other: left alone, XLA computes the scores of all first, which took four times the memory (measured, 8
+    chunks of 512).
     """
     length = arrays[0].shape[1]
     num = -(-length // chunk)
@@ -130,12 +148,16 @@ def _over_chunks(block, carry, arrays, chunk):
         return block(carry, start, length, *chunks)
 
     carry, outputs = lax.scan(body, carry, (jnp.arange(num) * chunk, jax.tree.map(split, arrays)))
-    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num * chunk, *x.shape[3:])[:, :length], outputs)
+    return carry, jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num * chunk, *x.shape[3:])[:, :length], outputs
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """Run a kernel that declares no varying axes inside a shard_map that checks them. Its float arguments come first and have gradients."""
+    """Run a kernel that declares no varying axes inside a shard_map that checks them. Its float arguments come first
+    and have gradients.
+    """
     with manual_axes.unchecked():
         out = kernel(*manual_axes.invariant(args))
     return vary(out, args[0])
@@ -148,7 +170,9 @@ def _opaque_forward(kernel, *args):
     named_out = keep(vary(out, args[0]), "attention_out")
 
     def residual(leaf):
-        """Arguments as they came, for the policy to judge; what the kernel made (output, softmax statistics) is worth keeping."""
+        """Arguments as they came, for the policy to judge; what the kernel made (output, softmax statistics) is worth
+        keeping.
+        """
         for known, outer in zip((*inner, out), (*args, named_out), strict=True):
             if leaf is known:
                 return outer
@@ -204,5 +228,14 @@ def _splash_blocks(length: int):
     size = next((block for block in (512, 256, 128) if length % block == 0), None)
     if size is None:
         raise ValueError(f"sequence_length = {length}: splash attention on TPU needs a multiple of 128")
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    names = (
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_q_dq",
+        "block_kv_dq",
+    )
     return BlockSizes(**dict.fromkeys(names, size))

@@ -24,7 +24,9 @@ def gain(size: int) -> nnx.Param:
 
 
 def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last dim: statistics and gain in FP32, one cast back (Hugging Face casts before the gain)."""
+    """Root-mean-square norm over the last dim: statistics and gain in FP32, one cast back (Hugging Face casts before
+    the gain).
+    """
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * gain_D).astype(x.dtype)
 

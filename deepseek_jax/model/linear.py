@@ -1,13 +1,15 @@
-"""Linear layers in the precision of their weights: one product, or DeepSeek-V3's three in FP8 (section 3.3.1, figure 6).
+"""Linear layers in the precision of their weights: one product, or DeepSeek-V3's three in FP8 (section 3.3.1, fig. 6).
 
-    forward           y = x W         x in tiles [T, in], W^T in blocks [out, in]                                           BF16
-    input gradient    dx = dy W^T     dy in tiles [T, out], W in blocks [in, out]                                           BF16
-    weight gradient   dW = x^T dy     both in tiles of 128 tokens: x regrouped from what was kept, dy quantised once more   FP32
+    forward           y = x W         x in tiles [T, in], W^T in blocks [out, in]                       BF16
+    input gradient    dx = dy W^T     dy in tiles [T, out], W in blocks [in, out]                       BF16
+    weight gradient   dW = x^T dy     both in tiles of 128 tokens: x regrouped from what was kept,     FP32
+                                      dy quantised once more
 
-The kernels sum over the last dim of both operands, so W is transposed for the forward product: blocks are square, and no number changes.
+The kernels sum over the last dim of both operands, so W is transposed for the forward product: blocks are square, and
+no number changes.
 
-Two layers with a SwiGLU between them are one function with one derivative: what stands between products is quantised as it is computed, in
-both groupings, and exists in BF16 nowhere but before the SwiGLU.
+Two layers with a SwiGLU between them are one function with one derivative: what stands between products is quantised as
+it is computed, in both groupings, and exists in BF16 nowhere but before the SwiGLU.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16)."""
+"""DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2,
+eq. 12-16).
+"""
 
 import functools
 from collections.abc import Callable
@@ -35,12 +37,17 @@ class MoE(nnx.Module):
         self.router_DE = matrix(rngs, "router_DE", (model.width, model.num_experts), std)
         self.bias_E = RouterBias(jnp.zeros((model.num_experts,), jnp.float32))
         self.gate_up_ED2F = matrix(rngs, "gate_up_ED2F", (model.num_experts, model.width, 2, model.expert_hidden), std)
-        self.down_EFD = matrix(rngs, "down_EFD", (model.num_experts, model.expert_hidden, model.width), model.residual_std)
+        self.down_EFD = matrix(
+            rngs, "down_EFD", (model.num_experts, model.expert_hidden, model.width), model.residual_std
+        )
         if model.num_shared_experts:
             self.shared = FeedForward(model.num_shared_experts * model.expert_hidden, model, rngs)
 
-    def __call__(self, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer = router_stats) -> tuple[jax.Array, Any]:
-        """Map [B, S, D] to [B, S, D] (the caller adds the residual). Padding (`valid_BS` False) reaches no routed expert.
+    def __call__(
+        self, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer = router_stats
+    ) -> tuple[jax.Array, Any]:
+        """Map [B, S, D] to [B, S, D] (the caller adds the residual). Padding (`valid_BS` False) reaches no routed
+        expert.
 
         Beside it, what `observe` makes of config, scores [B, S, E], chosen experts [B, S, K] and `valid_BS`.
         """
@@ -59,7 +66,9 @@ class MoE(nnx.Module):
     def routed_experts(self, x_BSD: jax.Array) -> jax.Array:
         """The routed experts' indices [B, S, K] for a residual stream: what tests and notebooks look at."""
         h_BSD = rms_norm(x_BSD, self.norm_D[...], self.config.model.norm_eps)
-        return route(self.config.model, router_scores(self.config.model, h_BSD, self.router_DE[...]), self.bias_E[...])[0]
+        return route(self.config.model, router_scores(self.config.model, h_BSD, self.router_DE[...]), self.bias_E[...])[
+            0
+        ]
 
     def _routed(self, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array) -> jax.Array:
         execution, model = self.config.execution, self.config.model

@@ -1,6 +1,8 @@
-"""Multi-token prediction (DeepSeek-V3 section 2.2): depth k predicts the token k places further, keeping the causal chain.
+"""Multi-token prediction (DeepSeek-V3 section 2.2): depth k predicts the token k places further, keeping the causal
+chain.
 
-    h'_i = M_k [norm(Emb(t_{i+k})) ; norm(h_i^{k-1})]        i = 1 .. T - k, h^0 = the main model's final hidden state, after its final norm
+    h'_i = M_k [norm(Emb(t_{i+k})) ; norm(h_i^{k-1})]        i = 1 .. T - k, h^0 = the main model's final hidden state,
+                                                             after its final norm
     h^k  = Block_k(h')                                       a full MoE layer with its own weights
     P    = softmax(Head(norm_k(h_i^k)))                      predicts t_{i+k+1}; embedding and head are the main model's
 
@@ -10,9 +12,9 @@ Worked example, five positions, t6 = target of position 5, depth 1:
     combines h_i with   t2   t3   t4   t5   -
     predicts            t3   t4   t5   t6   -             divided by T = 5, not by the 4 terms
 
-The report writes [h; emb]; the released checkpoint and every server that loads it concatenate [emb; hnorm(h)] and have a final
-norm of their own before the shared head, as here. Positions are those of h_i. Rows keep their length S: the last k positions
-are computed and carry no loss.
+The report writes [h; emb]; the released checkpoint and every server that loads it concatenate [emb; hnorm(h)] and have
+a final norm of their own before the shared head, as here. Positions are those of h_i. Rows keep their length S: the
+last k positions are computed and carry no loss.
 """
 
 import jax

@@ -1,7 +1,8 @@
 """RMSNorm and the linear layers that read it: in FP8 one pass norms and quantises, and the norm exists in BF16 nowhere.
 
-Several layers of one norm (attention's two down-projections) share its tiles. Backward they are one product: their gradients stand side by
-side, and so do their weights, so that the sum of what each says about the norm is made in the product's FP32.
+Several layers of one norm (attention's two down-projections) share its tiles. Backward they are one product: their
+gradients stand side by side, and so do their weights, so that the sum of what each says about the norm is made in the
+product's FP32.
 """
 
 import functools
@@ -58,7 +59,9 @@ def _backward(eps, residuals, grads):
     g_TO = jnp.concatenate([jnp.pad(g, ((0, 0), (0, -g.shape[1] % GROUP))) for g in grads], axis=1)
     g_tiles, g_columns = quantize_tiles_both(g_TO)
     stored = [as_stored(*weight) for weight in weights]
-    values, scales = (jnp.concatenate(parts, axis=1) for parts in zip(*((w.values, w.scales) for w in stored), strict=True))
+    values, scales = (
+        jnp.concatenate(parts, axis=1) for parts in zip(*((w.values, w.scales) for w in stored), strict=True)
+    )
     _, pull = jax.vjp(lambda x, gain: rms_norm(x, gain, eps), x_TD, gain_D)
     dx_TD, dgain_D = pull(matmul(g_tiles, Quantized(values, scales, "block")))
     parts = lax.split(matmul_accumulate(requantize_transposed(tiles), g_columns), padded, axis=1)

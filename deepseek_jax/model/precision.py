@@ -5,12 +5,15 @@ E4M3 everywhere, scales from the tensor itself:
     weights                          blocks of 128 x 128, once per optimizer step
     inputs of a linear layer         tiles of one token x 128 channels
     gradients of its output          likewise for the input gradient; 128 tokens x one channel for the weight gradient
-    inputs, for the weight gradient  regrouped to 128 tokens x one channel from the E4M3 tiles that the forward pass kept
+    inputs, for the weight gradient  regrouped to 128 tokens x one channel from the E4M3 tiles that the forward pass
+                                     kept
 
-Scales are FP32, and powers of two where V3 says so: around the exchange (the dispatched rows and the gradients that come back), and for the
-output of attention, which is kept in E5M6 (12 bits) because the attention's own derivative reads it too.
+Scales are FP32, and powers of two where V3 says so: around the exchange (the dispatched rows and the gradients that
+come back), and for the output of attention, which is kept in E5M6 (12 bits) because the attention's own derivative
+reads it too.
 
-Not in FP8: the embedding, the head, the router, norms, the attention core, and the matrix that merges an MTP layer's two inputs.
+Not in FP8: the embedding, the head, the router, norms, the attention core, and the matrix that merges an MTP layer's
+two inputs.
 """
 
 import dataclasses
@@ -22,7 +25,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantized import GROUP, Quantized, Scale
 
-INPUT_DIMS = {  # the weights that are multiplied in FP8, and how many of their dims are summed over; E comes before them
+# the weights that are multiplied in FP8, and how many of their dims are summed over; E comes before them
+INPUT_DIMS = {
     "q_DNQ": 1,
     "q_a_DA": 1,
     "q_b_ANQ": 1,
@@ -40,7 +44,9 @@ DISPATCH: Scale = "pow2"  # the rows that travel to the experts, and the gradien
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """How a linear layer treats its input: the kind of scale, and the format in which it is kept for the weight gradient."""
+    """How a linear layer treats its input: the kind of scale, and the format in which it is kept for the weight
+    gradient.
+    """
 
     scale: Scale = "fp32"
     kept: Literal["e4m3", "e5m6"] = "e4m3"
@@ -56,7 +62,8 @@ class Fp8Weight:
     """A weight in FP8, and the way its gradient takes: what a layer finds in place of an array.
 
     Attributes:
-        carrier: FP32, of the weight's shape. Products return the weight's gradient as its cotangent; its numbers are never read.
+        carrier: FP32, of the weight's shape. Products return the weight's gradient as its cotangent; its numbers are
+            never read.
         values: E4M3, of the weight's shape.
         scales: FP32 [..., ceil(in / 128), ceil(out / 128)] of the blocks of the matrix [in, out].
     """
@@ -78,11 +85,17 @@ def matrix_shape(shape: tuple[int, ...], input_dims: int, num_dims: int) -> tupl
 
 
 def as_stored(values: jax.Array, scales: jax.Array) -> Quantized:
-    """Return blocks [..., in, out] with the columns padded by zeros to whole blocks: the right operand of the input gradient."""
+    """Return blocks [..., in, out] with the columns padded by zeros to whole blocks: the right operand of the input
+    gradient.
+    """
     missing = -values.shape[-1] % GROUP
-    return Quantized(jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)]) if missing else values, scales, "block")
+    return Quantized(
+        jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)]) if missing else values, scales, "block"
+    )
 
 
 def transposed(values: jax.Array, scales: jax.Array) -> Quantized:
-    """Return blocks [..., out, in]: the right operand of the forward product. Blocks of 128 x 128 are the same ones, transposed."""
+    """Return blocks [..., out, in]: the right operand of the forward product. Blocks of 128 x 128 are the same ones,
+    transposed.
+    """
     return Quantized(values.swapaxes(-1, -2), scales.swapaxes(-1, -2), "block")

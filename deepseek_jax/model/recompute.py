@@ -1,8 +1,10 @@
-"""What a layer keeps from its forward pass for the backward pass, and what it computes once more (DeepSeek-V3 section 3.2.3).
+"""What a layer keeps from its forward pass for the backward pass, and what it computes once more (DeepSeek-V3 section
+3.2.3).
 
-"selective" keeps the outputs of the large products: both latents of attention, its output, the residual stream in the middle of a layer,
-the SwiGLU's pre-activations and the rows in the experts' order; and small things that took long: the router's logits, the choice of experts
-and the order of their rows. Norms, the up-projections of attention, SwiGLU outputs and quantised copies are computed once more.
+"selective" keeps the outputs of the large products: both latents of attention, its output, the residual stream in the
+middle of a layer, the SwiGLU's pre-activations and the rows in the experts' order; and small things that took long: the
+router's logits, the choice of experts and the order of their rows. Norms, the up-projections of attention, SwiGLU
+outputs and quantised copies are computed once more.
 """
 
 import functools
@@ -22,11 +24,13 @@ KEPT = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "r
 def keep(tree: Any, name: str) -> Any:
     """Return the same arrays, kept by "selective" recomputation under a name of `KEPT`.
 
-    The barrier is for XLA on GPUs: where a kernel's result goes into the stack of all layers' kept arrays and also on to the next
-    operation, XLA lets the kernel write into the stack, and runs it a second time for the other reader (24 of the 489 ms of a step).
+    The barrier is for XLA on GPUs: where a kernel's result goes into the stack of all layers' kept arrays and also on
+    to the next operation, XLA lets the kernel write into the stack, and runs it a second time for the other reader (24
+    of the 489 ms of a step).
 
-    FP8 is kept as bytes: JAX rounds kept floating-point numbers to their own precision (`reduce_precision`), and XLA, where it does not
-    leave that out, takes E4M3's largest numbers, 256 to 448, for an infinity that E4M3 does not have: they become NaN (on CPUs).
+    FP8 is kept as bytes: JAX rounds kept floating-point numbers to their own precision (`reduce_precision`), and XLA,
+    where it does not leave that out, takes E4M3's largest numbers, 256 to 448, for an infinity that E4M3 does not have:
+    they become NaN (on CPUs).
     """
     return jax.tree.map(functools.partial(_keep_array, name=name), lax.optimization_barrier(tree))
 
@@ -40,10 +44,13 @@ def _keep_array(x: jax.Array, name: str) -> jax.Array:
 def recomputed(config: Config, body: Callable, scanned: bool) -> Callable:
     """Return `body` with recomputation by config.
 
-    Outside a scan, whose two passes are separate loops, XLA would merge the recomputation with the forward pass if it were let.
+    Outside a scan, whose two passes are separate loops, XLA would merge the recomputation with the forward pass if it
+    were let.
     """
     if config.execution.remat == "none":
         return body
     policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(*KEPT) if config.execution.remat == "selective" else policies.nothing_saveable
+    policy = (
+        policies.save_only_these_names(*KEPT) if config.execution.remat == "selective" else policies.nothing_saveable
+    )
     return jax.checkpoint(body, prevent_cse=not scanned, policy=policy)

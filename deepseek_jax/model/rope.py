@@ -1,9 +1,9 @@
 """Rotary positions on interleaved channel pairs, with YaRN.
 
-Channels 2i and 2i + 1 form a pair that is rotated by position * theta_i. (Hugging Face permutes the channels and rotates
-halves; scores are equal only if the checkpoint is permuted too, and loading without that is silently wrong.) YaRN (arXiv
-2309.00071) slows the low frequencies down by `factor` and corrects twice: the frequencies here, and the temperature of the
-softmax in `softmax_scale`.
+Channels 2i and 2i + 1 form a pair that is rotated by position * theta_i. (Hugging Face permutes the channels and
+rotates halves; scores are equal only if the checkpoint is permuted too, and loading without that is silently wrong.)
+YaRN (arXiv 2309.00071) slows the low frequencies down by `factor` and corrects twice: the frequencies here, and the
+temperature of the softmax in `softmax_scale`.
 """
 
 import math
@@ -56,7 +56,8 @@ def rotary_table(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the last R channels of x [B, S, ...] or [B, S, N, ...] as interleaved pairs; FP32 inside, cast back.
 
-    Channels before them turn by the angle 0: one pass over all of them is cheaper than taking the rotary ones out and putting them back.
+    Channels before them turn by the angle 0: one pass over all of them is cheaper than taking the rotary ones out and
+    putting them back.
     """
     cos, sin = (t if x.ndim == 3 else t[:, :, None] for t in table)
     still = ((0, 0),) * (x.ndim - 1) + ((x.shape[-1] // 2 - cos.shape[-1], 0),)

@@ -1,12 +1,13 @@
-"""The router: a score for each token and expert, and the choice of K experts per token (DeepSeek-V3 section 2.1.2, eq. 13-16).
+"""The router: a score for each token and expert, and the choice of K experts per token (DeepSeek-V3 section 2.1.2, eq.
+13-16).
 
-It is FP32 from its logits on. In BF16, 0.6 + 0.001 == 0.6: the bias steps of auxiliary-loss-free balancing would vanish. The bias only
-selects; gates come from the unbiased scores. Experts of groups that are not kept get -inf: with 0 instead, any negative biased score loses
-against them.
+It is FP32 from its logits on. In BF16, 0.6 + 0.001 == 0.6: the bias steps of auxiliary-loss-free balancing would
+vanish. The bias only selects; gates come from the unbiased scores. Experts of groups that are not kept get -inf: with 0
+instead, any negative biased score loses against them.
 
-A product in FP32 is slow: tensor cores have none. But a BF16 number has 8 significant bits, and an FP32 number is the sum of three such:
-BF16 activations times FP32 weights are three BF16 products, each exact before its sum in FP32. In FP32 the router's four products took 12.3
-of the 489 ms of a step of `v3_5b` on an H200.
+A product in FP32 is slow: tensor cores have none. But a BF16 number has 8 significant bits, and an FP32 number is the
+sum of three such: BF16 activations times FP32 weights are three BF16 products, each exact before its sum in FP32. In
+FP32 the router's four products took 12.3 of the 489 ms of a step of `v3_5b` on an H200.
 """
 
 import jax
@@ -91,7 +92,8 @@ def _product_forward(h_TD, router_DE):
 def _product_backward(residuals, g_TE):
     h_TD, router_DE = residuals
     w, g = _parts(router_DE), _parts(g_TE)
-    # The gradient of h is rounded to BF16: of the nine products of parts, those below 2^-16 of the largest are left out.
+    # The gradient of h is rounded to BF16: of the nine products of parts, those below 2^-16 of the largest are left
+    # out.
     dh_TD = _matmul(_beside((g[0], g[0], g[1])), _beside((w[0], w[1], w[0])).T).astype(h_TD.dtype)
     return dh_TD, _sum_of_parts(_matmul(h_TD.T, _beside(g)))
 
@@ -100,7 +102,9 @@ _product_of_parts.defvjp(_product_forward, _product_backward)
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three BF16 arrays whose sum is the FP32 array `x`. Not by casts: XLA may drop a cast and its inverse, leaving zeros."""
+    """Three BF16 arrays whose sum is the FP32 array `x`. Not by casts: XLA may drop a cast and its inverse, leaving
+    zeros.
+    """
     found = []
     for _ in range(3):
         part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

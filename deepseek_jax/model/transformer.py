@@ -1,4 +1,5 @@
-"""The whole network behind three functions: `init`, `apply` (training and evaluation) and `decode_step` (the latent cache).
+"""The whole network behind three functions: `init`, `apply` (training and evaluation) and `decode_step` (the latent
+cache).
 
 This is the one file that knows Flax NNX's `split` and `merge`. Everyone else sees nested dicts of arrays:
 
@@ -6,9 +7,9 @@ This is the one file that knows Flax NNX's `split` and `merge`. Everyone else se
                  mtp_layers {..., block {attention, moe}}
     router_bias  moe_layers {moe {bias_E}}, mtp_layers {block {moe {bias_E}}}
 
-Layers of one kind are stacked in a leading dim and scanned, so compile time does not grow with depth. `apply` runs inside the
-step's shard_map on local arrays; `gather`, called on each layer's weights just before their use and again in the backward pass,
-is what makes split weights whole.
+Layers of one kind are stacked in a leading dim and scanned, so compile time does not grow with depth. `apply` runs
+inside the step's shard_map on local arrays; `gather`, called on each layer's weights just before their use and again in
+the backward pass, is what makes split weights whole.
 """
 
 import functools
@@ -82,7 +83,9 @@ def init(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
     router_bias = {}
     for name, make, count in _stacks(config):
         if count:
-            _, weights, bias = nnx.split(jax.vmap(functools.partial(make, config))(rngs.split(count)), nnx.Param, RouterBias)
+            _, weights, bias = nnx.split(
+                jax.vmap(functools.partial(make, config))(rngs.split(count)), nnx.Param, RouterBias
+            )
             params[name] = nnx.to_pure_dict(weights)
             router_bias |= {name: nnx.to_pure_dict(bias)} if bias else {}
     return params, router_bias
@@ -132,9 +135,9 @@ def apply(
     for depth in range(config.model.num_mtp_layers):
         weights, bias = jax.tree.map(lambda a, i=depth: a[i], (params["mtp_layers"], router_bias["mtp_layers"]))
         embedded_BSD = embed(_ahead(batch["targets_BS"], depth))
-        state_BSD, mtp_stats = recomputed(config, functools.partial(_mtp_depth, config, gather, observe), scanned=False)(
-            state_BSD, embedded_BSD, weights, bias, table, segments
-        )
+        state_BSD, mtp_stats = recomputed(
+            config, functools.partial(_mtp_depth, config, gather, observe), scanned=False
+        )(state_BSD, embedded_BSD, weights, bias, table, segments)
         mtp_hidden.append(state_BSD)
         stats.append(jax.tree.map(lambda a: a[None], mtp_stats))
     return Output(hidden_BSD, tuple(mtp_hidden), jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None)
@@ -237,9 +240,10 @@ def _scan(config: Config, body: Callable, x_BSD: jax.Array, layers: Any):
 def _unstack(layers: Any) -> list[Any]:
     """The layers one by one.
 
-    Their gradients are put into one array one after the other, each in its place, where XLA lets kernels write them. Those of indices are a
-    sum of arrays, zero but for one layer each. A concatenation XLA moves into the optimizer's pass over all parameters, and makes two
-    passes of it; behind a barrier it copies at half the memory's rate (21 ms of a step).
+    Their gradients are put into one array one after the other, each in its place, where XLA lets kernels write them.
+    Those of indices are a sum of arrays, zero but for one layer each. A concatenation XLA moves into the optimizer's
+    pass over all parameters, and makes two passes of it; behind a barrier it copies at half the memory's rate (21 ms of
+    a step).
     """
     return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
 

@@ -1,14 +1,14 @@
 """Dropless expert exchange: one seam, `exchange`, between routing and the experts' arithmetic.
 
-Problem. Each of `parts` devices has T tokens, each token wants K of E experts, and E / parts experts live on each device.
-Nothing may be dropped, shapes are static, and memory must not be sized for the worst case, in which every device sends
-everything to one (at 64 devices 64 times the balanced load).
+Problem. Each of `parts` devices has T tokens, each token wants K of E experts, and E / parts experts live on each
+device. Nothing may be dropped, shapes are static, and memory must not be sized for the worst case, in which every
+device sends everything to one (at 64 devices 64 times the balanced load).
 
-Choice. Rounds of one program. A round carries `capacity = slack * T * K / parts` rows for each destination. An assignment whose
-position among its sender's assignments to that destination is p travels in round p // capacity. Balanced routing needs one
-round; all tokens to one expert need parts / slack rounds of the same size. The number of rounds is the maximum over devices, so
-every device runs the same collectives. A loop with a traced bound has no derivative, so the loop has its own: the first round
-keeps its residuals, later rounds (rare) are recomputed.
+Choice. Rounds of one program. A round carries `capacity = slack * T * K / parts` rows for each destination. An
+assignment whose position among its sender's assignments to that destination is p travels in round p // capacity.
+Balanced routing needs one round; all tokens to one expert need parts / slack rounds of the same size. The number of
+rounds is the maximum over devices, so every device runs the same collectives. A loop with a traced bound has no
+derivative, so the loop has its own: the first round keeps its residuals, later rounds (rare) are recomputed.
 
 Worked example, one sender, parts = 2, capacity = 2, five assignments (T = 5, K = 1), one expert per device:
 
@@ -20,13 +20,13 @@ Worked example, one sender, parts = 2, capacity = 2, five assignments (T = 5, K 
 
     round 0 sends rows    [token 0, token 1 | token 2, token 4]      round 1 sends    [token 3, empty | empty, empty]
 
-Rows move by gathers only, both ways: `source` says which assignment fills a slot, `slots` where an assignment went, and the
-derivative of reading by one is reading by the other. The gate weight travels with its row and is applied before the down
-projection (as in DeepSeek's own trace), so combining is a plain sum and the gate's gradient comes out of the expert's backward
-pass.
+Rows move by gathers only, both ways: `source` says which assignment fills a slot, `slots` where an assignment went, and
+the derivative of reading by one is reading by the other. The gate weight travels with its row and is applied before the
+down projection (as in DeepSeek's own trace), so combining is a plain sum and the gate's gradient comes out of the
+expert's backward pass.
 
-What lost: a worst-case buffer (memory), a capacity factor with dropping (wrong mathematics), `lax.ragged_all_to_all` (absent on
-CPU, corrupted gradients on GPU in others' experience).
+What lost: a worst-case buffer (memory), a capacity factor with dropping (wrong mathematics), `lax.ragged_all_to_all`
+(absent on CPU, corrupted gradients on GPU in others' experience).
 """
 
 import functools
@@ -64,7 +64,8 @@ def exchange(
         gates_TK: gate weights, FP32.
         weights: this device's experts, leading dim E / devices.
         expert_fn: the experts' arithmetic on rows that are here.
-        transport: "local" (every expert is here: the specification) or "all_to_all" (inside a shard_map with the `EXPERTS` axes).
+        transport: "local" (every expert is here: the specification) or "all_to_all" (inside a shard_map with the
+            `EXPERTS` axes).
         num_experts: E.
         slack: rows one round can carry, in multiples of the balanced number.
     """
@@ -85,7 +86,9 @@ def spread(x_TD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Arr
 @functools.partial(jax.custom_vjp)
 def collect(y_WD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
     """Sum the rows of each token's assignments, in FP32: the transpose of `spread`. A slot of W contributes nothing."""
-    parts = (_rows(y_WD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1]))  # K gathers fuse with their sum
+    parts = (
+        _rows(y_WD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1])
+    )  # K gathers fuse with their sum
     return sum(parts).astype(y_WD.dtype)
 
 
@@ -93,8 +96,14 @@ def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
-spread.defvjp(lambda x, source, slots: (spread(x, source, slots), (source, slots)), lambda index, g: (collect(g, *index), None, None))
-collect.defvjp(lambda y, source, slots: (collect(y, source, slots), (source, slots)), lambda index, g: (spread(g, *index), None, None))
+spread.defvjp(
+    lambda x, source, slots: (spread(x, source, slots), (source, slots)),
+    lambda index, g: (collect(g, *index), None, None),
+)
+collect.defvjp(
+    lambda y, source, slots: (collect(y, source, slots), (source, slots)),
+    lambda index, g: (spread(g, *index), None, None),
+)
 
 
 class _Route(NamedTuple):
@@ -125,12 +134,18 @@ def _plan(route: _Route, experts_TK: jax.Array) -> _Plan:
 
 
 def _one_round(route, expert_fn, r, plan, experts_TK, x_TD, gates_TK, weights):
-    """Send the assignments of round `r`, apply the experts of this device to what arrived, and bring the results home."""
+    """Send the assignments of round `r`, apply the experts of this device to what arrived, and bring the results
+    home.
+    """
     num_slots, num_assignments = route.parts * route.capacity, experts_TK.size
     here = (plan.position // route.capacity == r) & (plan.destination < route.parts)
     slot = jnp.where(here, plan.destination * route.capacity + plan.position % route.capacity, num_slots)
     index = jnp.arange(num_assignments, dtype=jnp.int32)
-    source_W = vary(jnp.full((num_slots,), num_assignments, jnp.int32), slot).at[slot].set(index, mode="drop", unique_indices=True)
+    source_W = (
+        vary(jnp.full((num_slots,), num_assignments, jnp.int32), slot)
+        .at[slot]
+        .set(index, mode="drop", unique_indices=True)
+    )
     slots_TK = slot.reshape(experts_TK.shape)
 
     def travel(rows):
@@ -152,14 +167,18 @@ def _all_to_all(route, expert_fn, x_TD, experts_TK, gates_TK, weights):
     plan = _plan(route, experts_TK)
     one_round = functools.partial(_one_round, route, expert_fn)
     first = one_round(0, plan, experts_TK, x_TD, gates_TK, weights)
-    return lax.fori_loop(1, plan.rounds, lambda r, y: y + one_round(r, plan, experts_TK, x_TD, gates_TK, weights), first)
+    return lax.fori_loop(
+        1, plan.rounds, lambda r, y: y + one_round(r, plan, experts_TK, x_TD, gates_TK, weights), first
+    )
 
 
 def _all_to_all_forward(route, expert_fn, x_TD, experts_TK, gates_TK, weights):
     plan = _plan(route, experts_TK)
     one_round = functools.partial(_one_round, route, expert_fn)
     first, pull_first = jax.vjp(functools.partial(one_round, 0, plan, experts_TK), x_TD, gates_TK, weights)
-    y_TD = lax.fori_loop(1, plan.rounds, lambda r, y: y + one_round(r, plan, experts_TK, x_TD, gates_TK, weights), first)
+    y_TD = lax.fori_loop(
+        1, plan.rounds, lambda r, y: y + one_round(r, plan, experts_TK, x_TD, gates_TK, weights), first
+    )
     return y_TD, (plan, pull_first, x_TD, experts_TK, gates_TK, weights)
 
 

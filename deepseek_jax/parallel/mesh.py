@@ -1,14 +1,14 @@
 """The mesh and the layout table.
 
-A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name; its
-gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on (`node`,
-`expert`); everything else is split over all of `ROWS`.
+A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name;
+its gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on
+(`node`, `expert`); everything else is split over all of `ROWS`.
 
-The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on: model code
-sees local arrays and says its collectives. The alternative is explicit sharding with one shard_map island per weight. Its glue
-(embedding lookups, scan carries, reshapes of sharded dims) needs more care than the collectives it hides, and it reduces a
-gradient per island and micro-batch. With one island a gather is a function call, and calling it per layer (ZeRO-3) or once per
-step (ZeRO-1) is the only difference between the two: the layout table does not change.
+The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on:
+model code sees local arrays and says its collectives. The alternative is explicit sharding with one shard_map island
+per weight. Its glue (embedding lookups, scan carries, reshapes of sharded dims) needs more care than the collectives it
+hides, and it reduces a gradient per island and micro-batch. With one island a gather is a function call, and calling it
+per layer (ZeRO-3) or once per step (ZeRO-1) is the only difference between the two: the layout table does not change.
 """
 
 import math
@@ -62,7 +62,9 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
     shape = {axis: getattr(sizes, axis) for axis in AXES}
     for axis in ("pipe", "tensor"):
         if shape[axis] != 1:
-            raise ValueError(f"config.mesh.{axis} = {shape[axis]}: this axis is reserved and not built yet; set it to 1")
+            raise ValueError(
+                f"config.mesh.{axis} = {shape[axis]}: this axis is reserved and not built yet; set it to 1"
+            )
     free = [axis for axis, size in shape.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"config.mesh = {shape}: sizes are positive, and at most one is -1")
@@ -91,13 +93,16 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     for name, (size, parts) in divisors.items():
         if size % parts:
             raise ValueError(
-                f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the mesh"
+                f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or"
+                " the mesh"
             )
     tokens = config.training.micro_batch_size // rows * config.data.sequence_length
     if config.execution.precision == "fp8" and tokens % GROUP:
         raise ValueError(
-            f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of {rows} devices;"
-            f" in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by data.sequence_length"
+            f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of"
+            f" {rows} devices;"
+            f" in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by"
+            " data.sequence_length"
             " or training.micro_batch_size, or use execution.precision = 'bf16'"
         )
 
@@ -117,7 +122,9 @@ def leaf_name(path: Sequence[Any]) -> str:
 
 
 def partition_specs(tree: Any) -> Any:
-    """One `PartitionSpec` per leaf of a parameter-shaped tree; leading dims that the name does not have are stacked layers, unsplit."""
+    """One `PartitionSpec` per leaf of a parameter-shaped tree; leading dims that the name does not have are stacked
+    layers, unsplit.
+    """
 
     def spec(path, leaf):
         layout = LAYOUT[leaf_name(path)]
@@ -127,5 +134,7 @@ def partition_specs(tree: Any) -> Any:
 
 
 def vary(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Let `x` vary over the manual axes that `like` varies over: a loop's carry must start with the type it ends with."""
+    """Let `x` vary over the manual axes that `like` varies over: a loop's carry must start with the type it ends
+    with.
+    """
     return manual_axes.vary(x, manual_axes.varies_over(like))

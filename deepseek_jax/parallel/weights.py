@@ -1,10 +1,11 @@
 """The movements of a weight: quantised where it lies, gathered before its use, its gradient reduced and scattered.
 
-FP8 weights are quantised once per optimizer step, by the devices that store them: a block of 128 x 128 may lie on several, so its largest
-magnitude is found together, and every device has the scales of the whole matrix. What a layer's gather moves are E4M3 bytes: half of BF16.
+FP8 weights are quantised once per optimizer step, by the devices that store them: a block of 128 x 128 may lie on
+several, so its largest magnitude is found together, and every device has the scales of the whole matrix. What a layer's
+gather moves are E4M3 bytes: half of BF16.
 
-Derivatives do not flow through E4M3. An `Fp8Weight` has a carrier beside its values: the stored FP32 weight before the gather, zeros after,
-whose cotangent is the gradient. No program reads those zeros, so none holds them.
+Derivatives do not flow through E4M3. An `Fp8Weight` has a carrier beside its values: the stored FP32 weight before the
+gather, zeros after, whose cotangent is the gradient. No program reads those zeros, so none holds them.
 """
 
 import functools
@@ -20,7 +21,10 @@ from pallas_kernels import manual_axes
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import GROUP, encode, largest_magnitude, scale_of
 
-FP32_WHEN_GATHERED = {"embed_VD", "router_DE"}  # the embedding's gradient is a scatter-add; the router is FP32 throughout
+FP32_WHEN_GATHERED = {
+    "embed_VD",
+    "router_DE",
+}  # the embedding's gradient is a scatter-add; the router is FP32 throughout
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -31,8 +35,9 @@ def _is_weight(leaf: Any) -> bool:
 def gather(tree: Any, dtype: jnp.dtype) -> Any:
     """Make every weight of `tree` whole on every device that multiplies with it; call inside the step's shard_map.
 
-    Arrays travel in `dtype` and FP8 weights in E4M3; the gradient comes back by a reduce-scatter in FP32. A leaf that is everywhere already
-    (norm gains) becomes varying, so that its gradient is summed once, at the transpose of that cast, and keeps FP32.
+    Arrays travel in `dtype` and FP8 weights in E4M3; the gradient comes back by a reduce-scatter in FP32. A leaf that
+    is everywhere already (norm gains) becomes varying, so that its gradient is summed once, at the transpose of that
+    cast, and keeps FP32.
     """
 
     def one(path, w):
@@ -49,7 +54,9 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
 
 
 def reduce_gradients(tree: Any) -> Any:
-    """Sum whole gradients over devices, each device keeping its part of the layout: what `gather` transposes to, as a call of its own."""
+    """Sum whole gradients over devices, each device keeping its part of the layout: what `gather` transposes to, as a
+    call of its own.
+    """
 
     def one(path, g):
         for dim, axes in _split_dims(leaf_name(path), g):
@@ -156,7 +163,11 @@ def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 
 def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
-    """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is never gathered."""
+    """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is
+    never gathered.
+    """
     layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
-    dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in enumerate(layout) if axes is not None]
+    dims = [
+        (dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in enumerate(layout) if axes is not None
+    ]
     return [(dim, axes) for dim, axes in dims if axes != EXPERTS]

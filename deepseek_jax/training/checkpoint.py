@@ -1,19 +1,23 @@
 """Checkpoints of a run: written while the training goes on, verified when they are read, restorable onto any mesh.
 
     workdir/config.json                    the configuration that owns the workdir
-    workdir/checkpoints/<step>/state       parameters, router bias, optimizer, counters (Orbax, one logical array whatever the mesh)
-    workdir/checkpoints/<step>/run         step, tokens seen, data position, configuration, environment, fingerprints (JSON)
+    workdir/checkpoints/<step>/state       parameters, router bias, optimizer, counters (Orbax, one logical array
+                                           whatever the mesh)
+    workdir/checkpoints/<step>/run         step, tokens seen, data position, configuration, environment, fingerprints
+                                           (JSON)
     workdir/checkpoints/<step>/tokenizer   content of the workdir's tokenizer files, by name (JSON)
     workdir/checkpoints/damaged/           checkpoints that failed verification; moved here, never deleted
 
-A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it when every byte is
-there. A process killed at any moment therefore leaves complete checkpoints and at most one temporary folder, which the next start removes.
+A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it when
+every byte is there. A process killed at any moment therefore leaves complete checkpoints and at most one temporary
+folder, which the next start removes.
 
-Orbax notices missing files but not a flipped byte in an array. So each save also stores a fingerprint per array, made on the devices and
-equal on every mesh, and each restore makes them again and compares.
+Orbax notices missing files but not a flipped byte in an array. So each save also stores a fingerprint per array, made
+on the devices and equal on every mesh, and each restore makes them again and compares.
 
-Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function of its state, so
-going back costs time and loses nothing. If none is intact the start is refused, and nothing is moved: no silent start from scratch.
+Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function
+of its state, so going back costs time and loses nothing. If none is intact the start is refused, and nothing is moved:
+no silent start from scratch.
 """
 
 import dataclasses
@@ -79,7 +83,9 @@ class Progress:
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Write down that `workdir` belongs to `config`. Call it when everything has been built: a typo should not own a workdir."""
+    """Write down that `workdir` belongs to `config`. Call it when everything has been built: a typo should not own a
+    workdir.
+    """
     if jax.process_index() == 0:
         write_atomically(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
 
@@ -97,7 +103,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
     changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
     lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]
     if any(not _is_free(key) for key in changed):
-        raise ValueError(f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines))
+        raise ValueError(
+            f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines)
+        )
     for line in lines:
         logging.warning("continuing with a changed config:%s", line[1:])
 
@@ -110,7 +118,9 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / "config.json"
     if not path.exists():
-        raise ValueError(f"{workdir} holds no run: {path.name} is missing; train one with experiments.train --workdir={workdir}")
+        raise ValueError(
+            f"{workdir} holds no run: {path.name} is missing; train one with experiments.train --workdir={workdir}"
+        )
     try:
         return from_config_dict(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
@@ -133,7 +143,9 @@ def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
         if not path.exists():
             write_atomically(path, content)
         elif path.read_text(encoding="utf-8") != content:
-            raise ValueError(f"{path} is not the tokenizer of the checkpoint; remove it, and the checkpoint's own is put back")
+            raise ValueError(
+                f"{path} is not the tokenizer of the checkpoint; remove it, and the checkpoint's own is put back"
+            )
 
 
 def initial_tokenizer(config: Config) -> dict[str, str]:
@@ -145,7 +157,8 @@ def initial_tokenizer(config: Config) -> dict[str, str]:
     folder = Path(config.training.initial_weights)
     if not folder.is_dir():
         raise ValueError(
-            f"training.initial_weights = {str(folder)!r} does not exist; put the checkpoint back there, or import it from where it is now"
+            f"training.initial_weights = {str(folder)!r} does not exist; put the checkpoint back there, or import it"
+            " from where it is now"
         )
     if missing := [name for name in TOKENIZER_FILES if not (folder / name).exists()]:
         raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
@@ -183,7 +196,8 @@ def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
     for key in here:
         if stored.get(key) != here[key]:
             logging.warning(
-                "the checkpoint was written with %s = %s, this process has %s: the arrays are equal, the run that follows need not be",
+                "the checkpoint was written with %s = %s, this process has %s: the arrays are equal, the run that"
+                " follows need not be",
                 *(key, stored.get(key), here[key]),
             )
 
@@ -206,7 +220,9 @@ def _crc32(payload: Any) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Return the part of an error that a person can use. TensorStore prints its whole specification; what went wrong is said last."""
+    """Return the part of an error that a person can use. TensorStore prints its whole specification; what went wrong is
+    said last.
+    """
     text = str(error) or repr(error)
     before_spec = text.split(" [tensorstore_spec=")[0].split(" [os_error_code=")[0].split("\n")[0]
     return before_spec if len(before_spec) <= LONGEST_REASON else "... " + before_spec[-LONGEST_REASON:]
@@ -229,7 +245,9 @@ class Checkpoints:
         if self._writes:
             self._remove_unfinished()
         elif not self.directory.exists():
-            raise ValueError(f"{workdir} holds no checkpoints; train there first: python -m experiments.train --workdir={workdir}")
+            raise ValueError(
+                f"{workdir} holds no checkpoints; train there first: python -m experiments.train --workdir={workdir}"
+            )
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -242,7 +260,9 @@ class Checkpoints:
         """Return the steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: Any, progress: Progress, config: Config, tokenizer: dict[str, str], mesh: jax.sharding.Mesh) -> None:
+    def save(
+        self, state: Any, progress: Progress, config: Config, tokenizer: dict[str, str], mesh: jax.sharding.Mesh
+    ) -> None:
         """Start saving; returns when the arrays are copied from the devices, so the caller may donate them.
 
         Args:
@@ -289,20 +309,25 @@ class Checkpoints:
             kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
             free = shutil.disk_usage(self.directory).free / 2**30
             raise SaveError(
-                f"saving into {self.directory} failed: {_reason(error)}\n{kept}. {free:.2f} GiB are free there; make room (or lower"
+                f"saving into {self.directory} failed: {_reason(error)}\n{kept}. {free:.2f} GiB are free there; make"
+                " room (or lower"
                 " training.keep_checkpoints) and run the same command to continue"
             ) from error
 
-    def restore(self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[Any, Progress, dict[str, str]] | None:
-        """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none at all.
+    def restore(
+        self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None
+    ) -> tuple[Any, Progress, dict[str, str]] | None:
+        """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none at
+        all.
 
         Args:
-            abstract_state: `ShapeDtypeStruct`s with the shardings to restore onto; any mesh will do. A part of the saved tree (for
-                example only `params` and `router_bias`) reads that part alone.
+            abstract_state: `ShapeDtypeStruct`s with the shardings to restore onto; any mesh will do. A part of the
+                saved tree (for example only `params` and `router_bias`) reads that part alone.
             mesh: the mesh of those shardings; a difference from the recorded environment is warned about.
 
         Raises:
-            ValueError: `step` does not exist or is damaged, or no checkpoint is intact; each is named with what is wrong.
+            ValueError: `step` does not exist or is damaged, or no checkpoint is intact; each is named with what is
+                wrong.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -319,13 +344,21 @@ class Checkpoints:
                 if not changed:
                     _warn_of_changes(run["environment"], environment(mesh))
                     self._set_aside(list(failures))
-                    return state, Progress(step=run["step"], tokens_seen=run["tokens_seen"], data=run["data"]), tokenizer
+                    return (
+                        state,
+                        Progress(step=run["step"], tokens_seen=run["tokens_seen"], data=run["data"]),
+                        tokenizer,
+                    )
                 failures[candidate] = f"the values of {len(changed)} arrays have changed: {', '.join(changed[:3])}"
             logging.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), failures[candidate])
         if failures:
             named = "\n".join(f"  {self.directory / str(number)}: {reason}" for number, reason in failures.items())
             others = [number for number in steps if number not in failures]
-            remedy = f"the others are {others}" if others else "restore one from a backup, or start again in another --workdir"
+            remedy = (
+                f"the others are {others}"
+                if others
+                else "restore one from a backup, or start again in another --workdir"
+            )
             raise ValueError(f"no intact checkpoint:\n{named}\n{remedy}")
         return None
 
@@ -362,13 +395,15 @@ class Checkpoints:
 def restore_weights(
     config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None, as_stored: bool = False
 ) -> tuple[dict[str, Any], Progress]:
-    """Return what a model is used with, `params` and `router_bias`, and where the run stood; put the run's tokenizer into the workdir.
+    """Return what a model is used with, `params` and `router_bias`, and where the run stood; put the run's tokenizer
+    into the workdir.
 
     Args:
         config: of the run; another mesh will do.
         workdir: of the run.
         mesh: to restore onto.
-        step: of the checkpoint; the newest intact one if None. 0 is `training.initial_weights`, where the run began with such.
+        step: of the checkpoint; the newest intact one if None. 0 is `training.initial_weights`, where the run began
+            with such.
         as_stored: initial weights in FP8 where they are stored so; all others are FP32.
 
     Raises:
@@ -387,7 +422,10 @@ def restore_weights(
     elif not begins:
         raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
     elif step:
-        raise ValueError(f"{directory} has no checkpoint of step {step}; the run has not trained since {config.training.initial_weights}")
+        raise ValueError(
+            f"{directory} has no checkpoint of step {step}; the run has not trained since"
+            f" {config.training.initial_weights}"
+        )
     else:
         tokenizer = initial_tokenizer(config)
         weights, progress = initial_weights(config, mesh, as_stored), Progress(step=0, tokens_seen=0, data=None)

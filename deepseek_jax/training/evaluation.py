@@ -27,8 +27,12 @@ def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def evaluate(eval_step: Callable, params: Any, router_bias: Any, held_out: HeldOut, mesh: jax.sharding.Mesh) -> Evaluation:
-    """Run `eval_step` over every held-out batch, without waiting in between; sums are made on the host in double precision."""
+def evaluate(
+    eval_step: Callable, params: Any, router_bias: Any, held_out: HeldOut, mesh: jax.sharding.Mesh
+) -> Evaluation:
+    """Run `eval_step` over every held-out batch, without waiting in between; sums are made on the host in double
+    precision.
+    """
     pending = [eval_step(params, router_bias, place_batch(batch, mesh)) for batch in held_out]
     total = jax.tree.map(lambda *values: np.sum(np.stack(values).astype(np.float64), axis=0), *jax.device_get(pending))
     counts_LE = total["counts_LE"].astype(np.int64)

@@ -2,9 +2,9 @@
 
     fingerprint(x) = sum over i of bits(x_i) * weight(i)  mod 2^32,    weight(i) odd, from the global index i
 
-Integers add in any order, so the sum is the same on every mesh; an odd weight has an inverse mod 2^32, so no change of one element can go
-unseen. The cost is one pass over memory that is already on the device; a hash of the files would read them all again, and would change
-with the mesh that wrote them.
+Integers add in any order, so the sum is the same on every mesh; an odd weight has an inverse mod 2^32, so no change of
+one element can go unseen. The cost is one pass over memory that is already on the device; a hash of the files would
+read them all again, and would change with the mesh that wrote them.
 """
 
 from typing import Any

@@ -1,19 +1,21 @@
 """Model FLOPs: what the mathematics needs, whatever the hardware did on top (recomputation is not counted).
 
-A weight that multiplies a token costs 2 FLOPs in the forward pass and 4 in the backward pass (input and weight gradient), so a token
-costs 6 per weight it meets: attention projections, dense FFN or the routed and shared experts, router, head. An embedding lookup and
-norms cost none. Attention adds, per layer, head and visible position, P + R channels of score and H channels of value. A causal token
-sees half the square, S / 2 positions; some papers count all S, which is `causal=False`.
+A weight that multiplies a token costs 2 FLOPs in the forward pass and 4 in the backward pass (input and weight
+gradient), so a token costs 6 per weight it meets: attention projections, dense FFN or the routed and shared experts,
+router, head. An embedding lookup and norms cost none. Attention adds, per layer, head and visible position, P + R
+channels of score and H channels of value. A causal token sees half the square, S / 2 positions; some papers count all
+S, which is `causal=False`.
 
-Checked against the 671B model at sequence 4096 without MTP: 219.7 GFLOP for the weights, 250.4 with causal attention, 281.2 with full
-attention (arXiv 2505.09343 reports 250).
+Checked against the 671B model at sequence 4096 without MTP: 219.7 GFLOP for the weights, 250.4 with causal attention,
+281.2 with full attention (arXiv 2505.09343 reports 250).
 """
 
 from deepseek_jax.config import Model
 
 FLOPS_PER_WEIGHT = 6  # forward 2, backward 4
 
-# Dense BF16 peak of one JAX device in FLOP/s, from the vendors' data sheets, without structured sparsity. Keys: how `device_kind` begins.
+# Dense BF16 peak of one JAX device in FLOP/s, from the vendors' data sheets, without structured sparsity. Keys: how
+# `device_kind` begins.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA B200": 2250e12,
@@ -44,7 +46,11 @@ def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool)
 
 def _weights_of_layers(model: Model) -> int:
     dense_ffn = 3 * model.width * model.dense_hidden
-    return model.num_layers * _attention_weights(model) + model.num_dense_layers * dense_ffn + model.num_moe_layers * _moe_weights(model)
+    return (
+        model.num_layers * _attention_weights(model)
+        + model.num_dense_layers * dense_ffn
+        + model.num_moe_layers * _moe_weights(model)
+    )
 
 
 def _attention_weights(model: Model) -> int:

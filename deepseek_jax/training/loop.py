@@ -1,16 +1,17 @@
 """The training loop: config -> mesh -> state -> step -> restore -> batch -> step -> metrics -> checkpoint.
 
-The loop owns time, files and printing; the step owns the mathematics. After step s is dispatched, the metrics of step s - 1 are read, so
-the device always has work while the host writes. Before an evaluation or a checkpoint of step s its own metrics are read too: what
-`metrics.jsonl` says up to s is on disk before the checkpoint of s begins.
+The loop owns time, files and printing; the step owns the mathematics. After step s is dispatched, the metrics of step s
+- 1 are read, so the device always has work while the host writes. Before an evaluation or a checkpoint of step s its
+own metrics are read too: what `metrics.jsonl` says up to s is on disk before the checkpoint of s begins.
 
-A run is a function of (state, data position, tokens seen): nothing else is carried from one step to the next, and all three are in a
-checkpoint. So a killed run that continues repeats the steps since its last checkpoint bit for bit.
+A run is a function of (state, data position, tokens seen): nothing else is carried from one step to the next, and all
+three are in a checkpoint. So a killed run that continues repeats the steps since its last checkpoint bit for bit.
 
 How `train` ends:
 
     the tokens are consumed          returns, `interrupted_by` None
-    Ctrl-C or SIGTERM                the step is finished and saved; returns, `interrupted_by` the signal. A second signal kills at once
+    Ctrl-C or SIGTERM                the step is finished and saved; returns, `interrupted_by` the signal. A second
+                                     signal kills at once
     N consecutive non-finite steps   `NonFiniteError`; nothing is saved, the last good checkpoint stays
     a save or a write fails          `SaveError` or `OSError`; the earlier checkpoints stay
 """
@@ -49,7 +50,9 @@ from deepseek_jax.training.report import ProgressBar
 from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 
-BEFORE_THE_FIRST = -1  # a run without a checkpoint starts its metrics anew, the evaluation before the first step included
+BEFORE_THE_FIRST = (
+    -1
+)  # a run without a checkpoint starts its metrics anew, the evaluation before the first step included
 
 
 class NonFiniteError(RuntimeError):
@@ -86,7 +89,9 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        """Install the handlers. Python allows it in the main thread alone; of several processes JAX's own notice is used."""
+        """Install the handlers. Python allows it in the main thread alone; of several processes JAX's own notice is
+        used.
+        """
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -146,7 +151,9 @@ class Trainer:
         if position is not None:
             self.loader.restore(position)
         training = config.training
-        self.held_out = heldout_batches(config, self.tokenizer, workdir, training.micro_batch_size, training.eval_batches, *processes)
+        self.held_out = heldout_batches(
+            config, self.tokenizer, workdir, training.micro_batch_size, training.eval_batches, *processes
+        )
 
         self.log = MetricsLog(workdir, self.step if self.step else BEFORE_THE_FIRST)
         resources.callback(self.log.close)
@@ -233,7 +240,11 @@ class Trainer:
         self.skipped = int(metrics["skipped"])
         self.bar.show(pending.tokens_seen, pending.step, float(metrics["loss"]))
         if pending.step % self.config.training.log_every == 0 or self.skipped:
-            row = {"step": pending.step, "tokens_seen": pending.tokens_seen} | train_row(metrics, pending.rates) | self.speed.row()
+            row = (
+                {"step": pending.step, "tokens_seen": pending.tokens_seen}
+                | train_row(metrics, pending.rates)
+                | self.speed.row()
+            )
             if self.compile_seconds:
                 row["speed/compile_seconds"], self.compile_seconds = self.compile_seconds, 0.0
             self.log.write(row)
@@ -241,8 +252,10 @@ class Trainer:
             steps = self.checkpoints.steps()
             good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"step {pending.step}: the loss or the gradients were not finite {self.skipped} times in a row; these updates were"
-                f" skipped and {good}. Lower optimizer.learning_rate or loss weights in a new --workdir, or look for bad data"
+                f"step {pending.step}: the loss or the gradients were not finite {self.skipped} times in a row; these"
+                " updates were"
+                f" skipped and {good}. Lower optimizer.learning_rate or loss weights in a new --workdir, or look for"
+                " bad data"
             )
 
     def _evaluate(self) -> None:

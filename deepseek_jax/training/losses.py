@@ -1,11 +1,12 @@
 """Cross entropy whose gradient is made with the forward, and the shifted targets of multi-token prediction.
 
-The problem. With V = 129,280 the logits of one sequence of 4096 tokens are 2.1 GB in FP32, as much again their gradient, and the matmul
-that makes them is one of the largest of the model. Three ways to handle them:
+The problem. With V = 129,280 the logits of one sequence of 4096 tokens are 2.1 GB in FP32, as much again their
+gradient, and the matmul that makes them is one of the largest of the model. Three ways to handle them:
 
     keep the logits      fastest to write, and the first thing that no longer fits
     recompute            chunks under jax.checkpoint: fits, but the head matmul runs twice in the forward direction
-    gradient at once     the loss is the last node of the graph, so its gradient is known but for one scalar, the incoming cotangent
+    gradient at once     the loss is the last node of the graph, so its gradient is known but for one scalar, the
+                         incoming cotangent
 
 The third is used. For a chunk of tokens T, with weights w, target y and z = logsumexp over the vocabulary of l = x W:
 
@@ -13,8 +14,8 @@ The third is used. For a chunk of tokens T, with weights w, target y and z = log
     dl/w   = softmax(l) (1 + 2 z_weight z) - onehot(y)
     dx     = dl W^T                                   dW += x^T dl
 
-Three matmuls per chunk and none repeated; `dx` and `dW` wait as residuals and the backward pass multiplies them by the cotangent. The price
-is a residual of the head's size in FP32, which the gradient of the head would have cost anyway.
+Three matmuls per chunk and none repeated; `dx` and `dW` wait as residuals and the backward pass multiplies them by the
+cotangent. The price is a residual of the head's size in FP32, which the gradient of the head would have cost anyway.
 
 Everything here is per-device code without collectives: inside `jax.shard_map` the caller sums over devices.
 """
@@ -28,15 +29,21 @@ from jax import Array, lax
 from deepseek_jax.parallel.mesh import vary
 
 
-def cross_entropy(hidden_TD: Array, head_DV: Array, targets_T: Array, weights_T: Array, chunk: int, z_weight: float) -> tuple[Array, Array]:
+def cross_entropy(
+    hidden_TD: Array, head_DV: Array, targets_T: Array, weights_T: Array, chunk: int, z_weight: float
+) -> tuple[Array, Array]:
     """Return (loss_sum, z_sum): weighted sums over tokens of the cross entropy and of the logit penalty, FP32, in nats.
 
-    Logits exist for `chunk` tokens at a time. The matmuls run in the dtype of `hidden_TD` and accumulate in FP32; the softmax is FP32.
-    `z_sum` is `z_weight * sum(weights * logsumexp^2)`, zero without cost where `z_weight` is 0. The two are one objective: the gradient of
-    `loss_sum` is that of `loss_sum + z_sum`, and `z_sum` itself is a constant to differentiation, as are the weights.
+    Logits exist for `chunk` tokens at a time. The matmuls run in the dtype of `hidden_TD` and accumulate in FP32; the
+    softmax is FP32. `z_sum` is `z_weight * sum(weights * logsumexp^2)`, zero without cost where `z_weight` is 0. The
+    two are one objective: the gradient of `loss_sum` is that of `loss_sum + z_sum`, and `z_sum` itself is a constant to
+    differentiation, as are the weights.
     """
     if chunk < 1:
-        raise ValueError(f"loss_chunk = {chunk}: at least one token's logits must exist at a time; set execution.loss_chunk to 1 or more")
+        raise ValueError(
+            f"loss_chunk = {chunk}: at least one token's logits must exist at a time; set execution.loss_chunk to 1 or"
+            " more"
+        )
     for other in (head_DV, targets_T, weights_T):
         hidden_TD = vary(hidden_TD, other)
     head_DV, targets_T, weights_T = (vary(other, hidden_TD) for other in (head_DV, targets_T, weights_T))
@@ -79,7 +86,8 @@ def _forward_with_gradient(hidden_TD, head_DV, targets_T, weights_T, chunk, z_we
     zero = vary(jnp.zeros((), jnp.float32), hidden_TD)
     carry = (zero, zero), vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
     (sums, head_grad_DV), hidden_grad = lax.scan(body, carry, _chunks((hidden_TD, targets_T, weights_T), chunk))
-    # Fusing the joined chunks into the norm's derivative crashes the compiler for tpu7x (libtpu 0.0.48.1, "Scaled window bound").
+    # Fusing the joined chunks into the norm's derivative crashes the compiler for tpu7x (libtpu 0.0.48.1, "Scaled
+    # window bound").
     hidden_grad_TD = lax.optimization_barrier(hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]])
     return sums, (hidden_grad_TD, head_grad_DV.astype(head_DV.dtype))
 
@@ -109,22 +117,25 @@ def _chunks(arrays, chunk):
 
 
 def mtp_targets(batch: dict[str, Array], depth: int) -> tuple[Array, Array, Array]:
-    """Return (tokens_BS, targets_BS, weights_BS) of prediction depth `depth` = 1, 2, ... (DeepSeek-V3, arXiv 2412.19437, eq. 21 to 25).
+    """Return (tokens_BS, targets_BS, weights_BS) of prediction depth `depth` = 1, 2, ... (DeepSeek-V3, arXiv
+    2412.19437, eq. 21 to 25).
 
-    Position i combines its hidden state with the embedding of token i + depth and predicts token i + depth + 1. For five tokens t1 .. t5
-    with t6 the target of the last, at depth 1:
+    Position i combines its hidden state with the embedding of token i + depth and predicts token i + depth + 1. For
+    five tokens t1 .. t5 with t6 the target of the last, at depth 1:
 
         position   1    2    3    4    5
         token      t2   t3   t4   t5   -       embedded and merged
         target     t3   t4   t5   t6   -       predicted
         weight     w2   w3   w4   w5   0       0 also where the position `depth` further belongs to another document
 
-    The ids are shifted, never the hidden states. The loss is divided by the main loss's weight (5 here), not by the number of terms.
-    Raises ValueError for a sequence that has no such position.
+    The ids are shifted, never the hidden states. The loss is divided by the main loss's weight (5 here), not by the
+    number of terms. Raises ValueError for a sequence that has no such position.
     """
     length = batch["tokens_BS"].shape[1]
     if depth >= length:
-        raise ValueError(f"a sequence of {length} tokens has no target at MTP depth {depth}; lengthen it or set fewer MTP layers")
+        raise ValueError(
+            f"a sequence of {length} tokens has no target at MTP depth {depth}; lengthen it or set fewer MTP layers"
+        )
 
     def shift(x_BS):
         return jnp.pad(x_BS[:, depth:], ((0, 0), (0, depth)))

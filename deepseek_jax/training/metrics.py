@@ -1,11 +1,12 @@
 """What a run writes down: `metrics.jsonl`, one JSON object per line, and TensorBoard events of the same values.
 
-Each line has `step` and `tokens_seen` and one group of the keys in `KEYS`: a training line every `log_every` steps, an evaluation line, and
-one yardstick line at the end. Lists run over layers, the main model's MoE layers first and then the MTP layers. A value that is not
-finite is null, since JSON has no NaN.
+Each line has `step` and `tokens_seen` and one group of the keys in `KEYS`: a training line every `log_every` steps, an
+evaluation line, and one yardstick line at the end. Lists run over layers, the main model's MoE layers first and then
+the MTP layers. A value that is not finite is null, since JSON has no NaN.
 
-The file is append-only while a process lives. Every line up to a step is on disk before the checkpoint of that step is begun, and a run
-that continues from step s first drops what lies beyond s. So the file of an interrupted run has the lines of an uninterrupted one.
+The file is append-only while a process lives. Every line up to a step is on disk before the checkpoint of that step is
+begun, and a run that continues from step s first drops what lies beyond s. So the file of an interrupted run has the
+lines of an uninterrupted one.
 """
 
 import json
@@ -42,7 +43,9 @@ KEYS = {
     "optimizer/grad_norm": "global L2 norm of the gradient, before clipping",
     "optimizer/update_norm": "global L2 norm of the change of the parameters",
     "optimizer/param_norm": "global L2 norm of the parameters",
-    "optimizer/nonfinite": "gradient elements, gradient norms and losses that are inf or NaN; above 0 the update is skipped",
+    "optimizer/nonfinite": (
+        "gradient elements, gradient norms and losses that are inf or NaN; above 0 the update is skipped"
+    ),
     "optimizer/skipped": "consecutive skipped steps, this one included",
     "router/max_vio": "(max load - mean load) / mean load over the step's batch; list over layers",
     "router/max_vio_sequence": "the same per sequence, averaged; list over layers",
@@ -50,9 +53,13 @@ KEYS = {
     "router/bias_max": "largest router bias after the update; list over layers",
     "router/dead_experts": "experts without a token in the step's batch, summed over layers",
     "router/load": "assignments in the step's batch; list over layers of lists over experts",
-    "speed/tokens_per_second": "tokens over training time since the last line; evaluation and saving are not training time",
+    "speed/tokens_per_second": (
+        "tokens over training time since the last line; evaluation and saving are not training time"
+    ),
     "speed/step_seconds": "training time per step since the last line",
-    "speed/teraflops": "model TFLOP/s over all devices: flops per token (causal attention counted by half) x tokens per second",
+    "speed/teraflops": (
+        "model TFLOP/s over all devices: flops per token (causal attention counted by half) x tokens per second"
+    ),
     "speed/mfu": "speed/teraflops over the devices' dense BF16 peak; absent where the peak is unknown (CPUs)",
     "speed/compile_seconds": "tracing and compiling the step; on the first line of each process",
     "eval/loss": "cross entropy over the held-out batches, nats per token",
@@ -84,7 +91,9 @@ class MetricsLog:
         folder.mkdir(exist_ok=True)
         # Not `SummaryWriter`: its thread would lose events at a kill after `flush`, and hang the run after a full disk.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
-        beyond = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # readers drop earlier files' events from here on
+        beyond = Event(
+            step=step + 1, session_log=SessionLog(status=SessionLog.START)
+        )  # readers drop earlier files' events from here on
         self._events.write_event(beyond)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -121,12 +130,17 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            text = f"writing {self._path} or the events beside it failed: {error.strerror}; make room and run the same command to continue"
+            text = (
+                f"writing {self._path} or the events beside it failed: {error.strerror};"
+                " make room and run the same command to continue"
+            )
             raise OSError(error.errno, text) from error
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a workdir's metrics. A last line cut off by a kill is left out; nothing else may be broken."""
+    """Return the lines of a workdir's metrics. A last line cut off by a kill is left out; nothing else may be
+    broken.
+    """
     path = Path(workdir) / FILE_NAME
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []

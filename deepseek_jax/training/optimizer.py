@@ -1,12 +1,13 @@
 """AdamW with BF16 moments, and everything of the recipe that changes with the tokens seen.
 
-`make_optimizer` is an Optax transformation without a learning rate: gradients are clipped, divided by their running scale and joined by the
-decoupled weight decay, and what comes out is the *direction* of descent, so that
+`make_optimizer` is an Optax transformation without a learning rate: gradients are clipped, divided by their running
+scale and joined by the decoupled weight decay, and what comes out is the *direction* of descent, so that
 
     params <- params - learning_rate * direction            (FP32 master weights)
 
-The learning rate comes from `Rates` with every step. Rates follow the tokens seen, which pass 2^31 within minutes on a cluster, so they are
-computed on the host from an exact Python int and enter the compiled step as three scalars; the step never sees a schedule.
+The learning rate comes from `Rates` with every step. Rates follow the tokens seen, which pass 2^31 within minutes on a
+cluster, so they are computed on the host from an exact Python int and enter the compiled step as three scalars; the
+step never sees a schedule.
 
 Recipe: DeepSeek-V3, arXiv 2412.19437, section 4.2. Moments in BF16: section 3.3.3.
 """
@@ -22,8 +23,8 @@ from jax import Array
 from deepseek_jax.config import Config, Optimizer, schedule_value
 
 MOMENT_DTYPE = jnp.bfloat16
-# Half a unit in the last place of BF16 is 0.2 to 0.4% of a value, and one step lowers the second moment by at most (1 - b2) of it. At
-# b2 = 0.999 that is 0.1%, which rounds away: a moment that has risen never falls. At 0.99 it can.
+# Half a unit in the last place of BF16 is 0.2 to 0.4% of a value, and one step lowers the second moment by at most (1 -
+# b2) of it. At b2 = 0.999 that is 0.1%, which rounds away: a moment that has risen never falls. At 0.99 it can.
 LARGEST_B2 = 0.99
 
 
@@ -49,9 +50,13 @@ def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
 
 
 def scale_by_bf16_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Return `optax.scale_by_adam` with both moments stored in BF16 and updated in FP32; Optax itself has no dtype for the second."""
+    """Return `optax.scale_by_adam` with both moments stored in BF16 and updated in FP32; Optax itself has no dtype for
+    the second.
+    """
     if b2 > LARGEST_B2:
-        raise ValueError(f"optimizer.b2 = {b2}: BF16 moments lose small updates above {LARGEST_B2}; lower it (the report uses 0.95)")
+        raise ValueError(
+            f"optimizer.b2 = {b2}: BF16 moments lose small updates above {LARGEST_B2}; lower it (the report uses 0.95)"
+        )
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def init(params):
@@ -72,7 +77,8 @@ def _cast_moments(state: optax.ScaleByAdamState, dtype) -> optax.ScaleByAdamStat
 def decay_mask(params) -> dict:
     """Return a tree of bools, true where weight decay applies: on matrices, not on norm gains.
 
-    The name decides, because a stack of gains `norm_D` is an [L, D] array: a leaf whose shape suffix names one dim is a gain.
+    The name decides, because a stack of gains `norm_D` is an [L, D] array: a leaf whose shape suffix names one dim is a
+    gain.
     """
     return jax.tree.map_with_path(lambda path, _: _num_named_dims(path) > 1, params)
 
@@ -85,7 +91,8 @@ def _num_named_dims(path) -> int:
 
 
 def rates(config: Config, step: int, tokens_seen: int) -> Rates:
-    """Return the rates of the optimizer step number `step` (from 0), before which the run has consumed `tokens_seen` tokens.
+    """Return the rates of the optimizer step number `step` (from 0), before which the run has consumed `tokens_seen`
+    tokens.
 
     The learning rate rises linearly over the first `warmup_steps` steps, the last of which has all of it.
     """

@@ -1,4 +1,6 @@
-"""What a person sees: the progress bar, the final table, the sheet of curves. All but the bar is drawn from `metrics.jsonl` alone."""
+"""What a person sees: the progress bar, the final table, the sheet of curves. All but the bar is drawn from
+`metrics.jsonl` alone.
+"""
 
 import sys
 import time
@@ -23,7 +25,9 @@ class ProgressBar:
     """Progress in tokens with ETA, tokens/s and loss: a bar on a terminal, an occasional line elsewhere."""
 
     def __init__(self, num_tokens: int, tokens_seen: int, file: TextIO | None = None, silent: bool = False):
-        """Show progress towards `num_tokens`, of which `tokens_seen` are done, on `file` (standard error); nothing if `silent`."""
+        """Show progress towards `num_tokens`, of which `tokens_seen` are done, on `file` (standard error); nothing if
+        `silent`.
+        """
         self._file = file or sys.stderr
         self._silent = silent
         self._lines = silent or not self._file.isatty()
@@ -39,7 +43,9 @@ class ProgressBar:
             disable=self._lines,
         )
         self._num_tokens, self._tokens = num_tokens, tokens_seen
-        self._start: tuple[float, int] | None = None  # time and tokens of the first call of `show`: compilation lies before it
+        self._start: tuple[float, int] | None = (
+            None  # time and tokens of the first call of `show`: compilation lies before it
+        )
         self._last_line = 0.0
 
     def show(self, tokens_seen: int, step: int, loss: float) -> None:
@@ -100,7 +106,10 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) ->
         ("  xz -9 of whole files", f"{yardsticks['yardstick/xz_files_bits_per_byte']:.3f}"),
         ("tokens seen, steps", f"{after['tokens_seen']:,}, {after['step']:,}"),
         ("tokens/s (median)", f"{median(speeds):,.0f}"),
-        ("step time (median), compile time", f"{median(step_seconds):.3f} s, {' + '.join(f'{value:.1f}' for value in compile_seconds)} s"),
+        (
+            "step time (median), compile time",
+            f"{median(step_seconds):.3f} s, {' + '.join(f'{value:.1f}' for value in compile_seconds)} s",
+        ),
         ("corpus (SHA-256)", corpus_hash[:16]),
         ("checkpoints", ", ".join(str(step) for step in checkpoint_steps)),
         ("metrics, curves", f"{workdir / 'metrics.jsonl'}, {workdir / SHEET_NAME}"),
@@ -155,7 +164,10 @@ def _draw_balance(panel, tokens, training) -> None:
     panel.plot(tokens, max_vio.mean(axis=1), linewidth=1, label="MaxVio per batch, mean over layers")
     panel.plot(tokens, max_vio.max(axis=1), linewidth=1, alpha=0.6, label="MaxVio per batch, worst layer")
     panel.plot(
-        tokens, _column(training, "router/max_vio_sequence").mean(axis=1), linewidth=1, label="MaxVio per sequence, mean over layers"
+        tokens,
+        _column(training, "router/max_vio_sequence").mean(axis=1),
+        linewidth=1,
+        label="MaxVio per sequence, mean over layers",
     )
     panel.set(title="Imbalance of the experts", ylabel="(max load - mean load) / mean load", ylim=(0, None))
     panel.legend()
@@ -179,7 +191,9 @@ def _draw_load(panel, tokens, training) -> None:
     )
     for layer in range(1, num_layers):
         panel.axhline(layer * num_experts, color="black", linewidth=0.8)
-    panel.set_yticks([(layer + 0.5) * num_experts for layer in range(num_layers)], [f"layer {layer}" for layer in range(num_layers)])
+    panel.set_yticks(
+        [(layer + 0.5) * num_experts for layer in range(num_layers)], [f"layer {layer}" for layer in range(num_layers)]
+    )
     panel.set(title=f"Load of each expert ({num_experts} per layer; MTP layers last)")
     panel.figure.colorbar(image, ax=panel, label="load / mean load of the layer", extend="max")
 

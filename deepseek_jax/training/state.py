@@ -24,7 +24,9 @@ State = dict[str, Any]
 def create_state(config: Config) -> State:
     """Make the initial state from `config.seed`, every array born in its layout. Call under `jax.set_mesh`."""
     # It runs once. XLA:CPU spends three times as long optimising it (12 s for `tiny`) as compiling it plainly.
-    options = {"xla_backend_optimization_level": 0} if jax.sharding.get_mesh().devices.flat[0].platform == "cpu" else None
+    options = (
+        {"xla_backend_optimization_level": 0} if jax.sharding.get_mesh().devices.flat[0].platform == "cpu" else None
+    )
     return jax.jit(_initial_state, static_argnums=0, compiler_options=options)(config)
 
 

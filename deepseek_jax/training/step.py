@@ -1,9 +1,9 @@
 """The pure training and evaluation steps.
 
-Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer expert
-counts, all inside one shard_map; then the optimizer, then one update of the router biases from the global counts. Losses are
-sums over this device's tokens divided by global normalisers that are known before the first micro-batch, so micro-batches and
-devices only ever add.
+Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer
+expert counts, all inside one shard_map; then the optimizer, then one update of the router biases from the global
+counts. Losses are sums over this device's tokens divided by global normalisers that are known before the first
+micro-batch, so micro-batches and devices only ever add.
 
 A step whose loss or gradients are not finite changes nothing but `step` and `skipped`.
 """
@@ -47,8 +47,12 @@ class Normalisers(NamedTuple):
     sequences: jax.Array  # rows that are not all padding, int32
 
 
-def jit_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
-    """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under `jax.set_mesh(mesh)`."""
+def jit_train_step(
+    config: Config, mesh: jax.sharding.Mesh
+) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
+    """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under
+    `jax.set_mesh(mesh)`.
+    """
     check_fit(config, mesh)
     return jit_on(train_step, config, mesh, donate_argnums=0)
 
@@ -61,8 +65,8 @@ def jit_eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[Any, Any
 def jit_on(step: Callable, config: Config, mesh: jax.sharding.Mesh, **options) -> Callable:
     """Jit `step` so that "fp32" is FP32 everywhere: unless told not to, GPUs multiply FP32 in TF32 and TPUs in BF16.
 
-    On a GPU cuBLAS alone does these products: choosing among Triton kernels of full precision took more than 500 s for `tiny` on an
-    H200, against 10 s without them (experiments/log.md).
+    On a GPU cuBLAS alone does these products: choosing among Triton kernels of full precision took more than 500 s for
+    `tiny` on an H200, against 10 s without them (experiments/log.md).
     """
     platform = mesh.devices.flat[0].platform
     exact = config.execution.precision == "fp32" and platform != "cpu"
@@ -88,8 +92,8 @@ def train_step(config: Config, state: State, batch: Batch, rates: Rates) -> tupl
     Args:
         config: resolved.
         state: see `training.state`.
-        batch: int32 `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` and FP32 `loss_weights_BS`, B sequences over
-            all devices, split over `ROWS`; B is a multiple of `training.micro_batch_size`.
+        batch: int32 `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` and FP32 `loss_weights_BS`, B sequences
+            over all devices, split over `ROWS`; B is a multiple of `training.micro_batch_size`.
         rates: this step's learning rate, MTP weight and bias update rate.
 
     Returns:
@@ -99,7 +103,9 @@ def train_step(config: Config, state: State, batch: Batch, rates: Rates) -> tupl
     return update(config, state, grads, sums, norms, rates)
 
 
-def gradients(config: Config, params: Any, router_bias: Any, batch: Batch, mtp_weight: jax.Array) -> tuple[Any, Sums, Normalisers]:
+def gradients(
+    config: Config, params: Any, router_bias: Any, batch: Batch, mtp_weight: jax.Array
+) -> tuple[Any, Sums, Normalisers]:
     """Differentiate the objective of a whole batch: FP32 gradients in the layout of the parameters, and global sums."""
     specs = partition_specs(params)
     rows = {name: P(ROWS, None) for name in batch}
@@ -108,13 +114,21 @@ def gradients(config: Config, params: Any, router_bias: Any, batch: Batch, mtp_w
     return local(params, router_bias, batch, mtp_weight)
 
 
-def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalisers, rates: Rates) -> tuple[State, dict[str, jax.Array]]:
-    """Apply gradients and expert counts to the state, unless something is not finite; return it with the step's metrics."""
+def update(
+    config: Config, state: State, grads: Any, sums: Sums, norms: Normalisers, rates: Rates
+) -> tuple[State, dict[str, jax.Array]]:
+    """Apply gradients and expert counts to the state, unless something is not finite; return it with the step's
+    metrics.
+    """
     params = state["params"]
     metrics = _loss_metrics(config, sums, norms)
     with jax.named_scope("optimizer"):
-        grad_norm = optax.tree.norm(grads)  # it can overflow where no element does, and clipping then leaves nothing of the gradient
-        nonfinite = sum(jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in (*jax.tree.leaves(grads), grad_norm, metrics["loss"]))
+        grad_norm = optax.tree.norm(
+            grads
+        )  # it can overflow where no element does, and clipping then leaves nothing of the gradient
+        nonfinite = sum(
+            jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in (*jax.tree.leaves(grads), grad_norm, metrics["loss"])
+        )
         direction, optimizer = make_optimizer(config.optimizer).update(grads, state["optimizer"], params)
         new = {
             "params": jax.tree.map(lambda p, d: p - rates.learning_rate * d, params, direction),
@@ -124,7 +138,9 @@ def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalis
         if "ema" in state:
             new["ema"] = ema_update(state["ema"], new["params"], config.optimizer.ema_decay)
         finite = nonfinite == 0
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new})
+        new = jax.tree.map(
+            lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new}
+        )
         param_norm, direction_norm = _norms(new["params"], direction)
     new |= {"step": state["step"] + 1, "skipped": jnp.where(finite, 0, state["skipped"] + 1)}
     metrics |= {
@@ -138,12 +154,14 @@ def update(config: Config, state: State, grads: Any, sums: Sums, norms: Normalis
 
 
 def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the global L2 norms of two trees in the layout of the parameters, with one reduction of two operands per leaf.
+    """Return the global L2 norms of two trees in the layout of the parameters, with one reduction of two operands per
+    leaf.
 
-    XLA:GPU then makes parameters, moments and both sums in one pass and in place (tests/training/test_aot_update.py). A fusion may
-    overwrite what one reduction reads, not two: with a reduction per norm the direction went to memory and back. Rows are summed first
-    because a single sum over all dims becomes blocks of 1024 threads, and a multiprocessor has registers for one of those. Each device
-    sums its own part because the partitioner gathers the operands' partial sums, where it would add those of a plain reduction.
+    XLA:GPU then makes parameters, moments and both sums in one pass and in place (tests/training/test_aot_update.py). A
+    fusion may overwrite what one reduction reads, not two: with a reduction per norm the direction went to memory and
+    back. Rows are summed first because a single sum over all dims becomes blocks of 1024 threads, and a multiprocessor
+    has registers for one of those. Each device sums its own part because the partitioner gathers the operands' partial
+    sums, where it would add those of a plain reduction.
     """
 
     def local(first, second):
@@ -160,7 +178,9 @@ def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> dict[str, jax.Array]:
-    """Sum the losses of a batch: `loss_sum` and `weight_sum` (nats, tokens), `mtp_loss_sum` [MTP layers], `counts_LE` int32."""
+    """Sum the losses of a batch: `loss_sum` and `weight_sum` (nats, tokens), `mtp_loss_sum` [MTP layers], `counts_LE`
+    int32.
+    """
 
     def local(params, router_bias, batch):
         load = functools.partial(gather, dtype=compute_dtype(config))
@@ -199,7 +219,9 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
         grads, sums = one(first)
     else:
         rest = jax.tree.map(lambda x: x[1:], micro_batches)
-        grads, sums = lax.scan(lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None), one(first), rest)[0]
+        grads, sums = lax.scan(
+            lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None), one(first), rest
+        )[0]
     return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
 
 
@@ -215,14 +237,17 @@ def _split(config: Config, batch: Batch) -> Batch:
     count, left = divmod(rows * devices, config.training.micro_batch_size)
     if left or not count:
         raise ValueError(
-            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {config.training.micro_batch_size}"
+            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size ="
+            f" {config.training.micro_batch_size}"
         )
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def _normalisers(batch: Batch) -> Normalisers:
     valid_BS = batch["segment_ids_BS"] > 0
-    local = Normalisers(batch["loss_weights_BS"].sum(), valid_BS.sum(dtype=jnp.int32), valid_BS.any(-1).sum(dtype=jnp.int32))
+    local = Normalisers(
+        batch["loss_weights_BS"].sum(), valid_BS.sum(dtype=jnp.int32), valid_BS.any(-1).sum(dtype=jnp.int32)
+    )
     return lax.psum(local, ROWS)
 
 
@@ -231,7 +256,9 @@ def _token_sums(config: Config, output: Output, head_DV: jax.Array, batch: Batch
 
     def head_loss(hidden_BSD, targets_BS, weights_BS, z_weight):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        return cross_entropy(hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), config.execution.loss_chunk, z_weight)
+        return cross_entropy(
+            hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), config.execution.loss_chunk, z_weight
+        )
 
     with jax.named_scope("head"):
         loss, z = head_loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"], config.loss.z_loss_weight)
@@ -277,7 +304,9 @@ def _update_biases(router_bias, counts_LE: jax.Array, rate: jax.Array):
     leaves, tree = jax.tree.flatten(router_bias)
     starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
     counts = [counts_LE[start : start + leaf.shape[0]] for start, leaf in zip(starts, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [update_bias(leaf, count, rate) for leaf, count in zip(leaves, counts, strict=True)])
+    return jax.tree.unflatten(
+        tree, [update_bias(leaf, count, rate) for leaf, count in zip(leaves, counts, strict=True)]
+    )
 
 
 def _bias_metrics(router_bias) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """Products of consecutive groups of rows, one matrix per group: the experts of a mixture, in FP8 and in BF16.
 
-Group sizes are int32 arrays of the device, and no shape depends on them. Inside jit they are not read; a call outside jit, where they are
-numbers, also checks them.
+Group sizes are int32 arrays of the device, and no shape depends on them. Inside jit they are not read; a call outside
+jit, where they are numbers, also checks them.
 """
 
 import functools
@@ -18,9 +18,15 @@ from pallas_kernels.quantized import GROUP, Quantized, check_quantized
 
 
 def grouped_matmul(
-    a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto"
+    a: Quantized,
+    b: Quantized,
+    group_sizes: Array,
+    *,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: str = "auto",
 ) -> Array:
-    """Return a_g b_g^T for the rows of each group g, promoted every 128 along k like `matmul`: the experts' forward and input gradient.
+    """Return a_g b_g^T for the rows of each group g, promoted every 128 along k like `matmul`: the experts' forward and
+    input gradient.
 
     Args:
         a: tile [rows, k]. The rows of group 0 come first, then those of group 1, and so on.
@@ -54,13 +60,15 @@ def masked_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str = "auto",
 ) -> Array:
-    """Return a_e b_e^T for the first rows of each expert e: decoding, where an expert has room for r rows and receives few.
+    """Return a_e b_e^T for the first rows of each expert e: decoding, where an expert has room for r rows and receives
+    few.
 
     Args:
         a: tile [E, r, k], scales [E, k / 128, pad4(r)].
         b: block [E, n, k].
         valid_rows: int32 [E], at most r each.
-        expected_rows: about how many valid rows an expert has, r unless given: a kernel chooses its tiles by it. Any number is right.
+        expected_rows: about how many valid rows an expert has, r unless given: a kernel chooses its tiles by it. Any
+            number is right.
         out_dtype: BF16 or FP32.
         implementation: "auto", "reference", "hopper" or "tpu".
 
@@ -68,8 +76,8 @@ def masked_matmul(
         [E, r, n] of `out_dtype`. Rows from `valid_rows[e]` on are unspecified: a kernel does not write them.
 
     Raises:
-        ValueError: an operand's grouping, dtype or layout, two different k or E, more valid rows than r, `expected_rows` below 1, or
-            `out_dtype`.
+        ValueError: an operand's grouping, dtype or layout, two different k or E, more valid rows than r,
+            `expected_rows` below 1, or `out_dtype`.
         NotImplementedError: there is no such kernel here.
     """
     check_quantized("a", a, "tile", num_dims=3)
@@ -80,7 +88,9 @@ def masked_matmul(
     check_group_sizes("valid_rows", valid_rows, b.shape[0], a.shape[0] * a.shape[1], largest=a.shape[1])
     check_out_dtype(out_dtype)
     if expected_rows is not None and expected_rows < 1:
-        raise ValueError(f"expected_rows is {expected_rows}: give the valid rows of an average expert, at least 1, or None")
+        raise ValueError(
+            f"expected_rows is {expected_rows}: give the valid rows of an average expert, at least 1, or None"
+        )
     faces = {
         "reference": reference.masked_matmul,
         "hopper": functools.partial(hopper.masked_matmul, expected_rows=expected_rows),
@@ -98,16 +108,17 @@ def grouped_matmul_accumulate(
         a: tile [m, K]. Columns of group 0 come first, then those of group 1, and so on.
         b: tile [n, K].
         group_sizes: int32 [G], columns of each group: multiples of 128, none included, with a sum of at most K.
-        c: FP32 [G, m, n], what is added to; in shard_map it varies over the mesh axes that a and b vary over. A kernel writes the sum in
-            its place where the caller donates it. None is zero, for the first gradient of a step: on a GPU no zeros are made or read.
+        c: FP32 [G, m, n], what is added to; in shard_map it varies over the mesh axes that a and b vary over. A kernel
+            writes the sum in its place where the caller donates it. None is zero, for the first gradient of a step: on
+            a GPU no zeros are made or read.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
         FP32 [G, m, n]; c[g] itself, or zeros, where group g is empty. Columns of no group never leak, NaN included.
 
     Raises:
-        ValueError: an operand's grouping, dtype or layout, two different K, sizes that do not fit or are no multiples of 128 (pad each
-            group with zeros), or c of another shape or dtype.
+        ValueError: an operand's grouping, dtype or layout, two different K, sizes that do not fit or are no multiples
+            of 128 (pad each group with zeros), or c of another shape or dtype.
         NotImplementedError: there is no such kernel here.
     """
     check_quantized("a", a, "tile", num_dims=2)
@@ -136,7 +147,8 @@ def grouped_matmul_bf16(
 
     Args:
         a: BF16 [rows, k], rows of a group contiguous, group 0 first; any k.
-        b: BF16 [G, n, k], or [G, k, n] with `transpose_b`: the input gradient takes the forward's weights as they are stored.
+        b: BF16 [G, n, k], or [G, k, n] with `transpose_b`: the input gradient takes the forward's weights as they are
+            stored.
         group_sizes: int32 [G], any sizes with a sum of at most `rows`.
         transpose_b: whether k is the middle dim of `b`.
         out_dtype: BF16 or FP32.
@@ -167,7 +179,8 @@ def grouped_matmul_bf16(
 def grouped_matmul_accumulate_bf16(
     a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, implementation: str = "auto"
 ) -> Array:
-    """Return c[g] + a_g^T b_g over the rows of each group g, in BF16 with FP32 accumulation: the weight gradients without FP8.
+    """Return c[g] + a_g^T b_g over the rows of each group g, in BF16 with FP32 accumulation: the weight gradients
+    without FP8.
 
     Args:
         a: BF16 [K, m], rows of a group contiguous, group 0 first.
@@ -196,7 +209,9 @@ def grouped_matmul_accumulate_bf16(
     return dispatch.choose("grouped_matmul_accumulate_bf16", implementation, faces)(a, b, group_sizes, c)
 
 
-def check_group_sizes(name: str, sizes: Array, num_groups: int, rows: int, *, largest: int | None = None, multiple: int = 1) -> None:
+def check_group_sizes(
+    name: str, sizes: Array, num_groups: int, rows: int, *, largest: int | None = None, multiple: int = 1
+) -> None:
     """Refuse group sizes of the wrong kind, and, where they are numbers already, sizes that do not fit.
 
     Args:
@@ -217,7 +232,9 @@ def check_group_sizes(name: str, sizes: Array, num_groups: int, rows: int, *, la
     numbers = np.asarray(sizes)
     largest = rows if largest is None else largest
     if numbers.min() < 0 or numbers.max() > largest or numbers.sum() > rows:
-        raise ValueError(f"{name} = {numbers} with sum {numbers.sum()}; each must be in [0, {largest}] and the sum at most {rows}")
+        raise ValueError(
+            f"{name} = {numbers} with sum {numbers.sum()}; each must be in [0, {largest}] and the sum at most {rows}"
+        )
     if (numbers % multiple).any():
         raise ValueError(f"{name} = {numbers}; each must be a multiple of {multiple}: pad groups with zeros")
 

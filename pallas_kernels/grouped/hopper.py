@@ -1,18 +1,21 @@
-"""Grouped FP8 products on Hopper: rows of many experts, one matrix each. The main loop and its reasons are in `pallas_kernels/hopper.py`.
+"""Grouped FP8 products on Hopper: rows of many experts, one matrix each. The main loop and its reasons are in
+`pallas_kernels/hopper.py`.
 
-Both operations are a list of *visits*: some rows of one tile that belong to one expert. A tile of A is multiplied whole, whoever its rows
-belong to, and only the visit's rows are stored, so two visits of one tile never write the same row and nothing of a row leaks into
-another. Where groups are multiples of the tile, no work is wasted; else each group adds at most one more visit.
+Both operations are a list of *visits*: some rows of one tile that belong to one expert. A tile of A is multiplied
+whole, whoever its rows belong to, and only the visit's rows are stored, so two visits of one tile never write the same
+row and nothing of a row leaks into another. Where groups are multiples of the tile, no work is wasted; else each group
+adds at most one more visit.
 
-    grouped   visits come from `visits.make_visits`, a small XLA program on the group sizes. Rows of no group are visited too, without
-              products: their zeros are stored, whatever A holds there.
-    masked    expert e has the tiles 0 to ceil(valid / tile) of its own room; each block finds its visit by counting through the experts,
-              because decoding has no time for a second kernel. Many rows take the tiles of `grouped`; a few, which wait for
-              weights only, small ones, so that the last round of tiles wastes little.
+    grouped   visits come from `visits.make_visits`, a small XLA program on the group sizes. Rows of no group are
+              visited too, without products: their zeros are stored, whatever A holds there.
+    masked    expert e has the tiles 0 to ceil(valid / tile) of its own room; each block finds its visit by counting
+              through the experts, because decoding has no time for a second kernel. Many rows take the tiles of
+              `grouped`; a few, which wait for weights only, small ones, so that the last round of tiles wastes little.
 
 A warpgroup none of whose rows are kept lets the steps pass without multiplying: 192 rows are a tile and a half.
 
-Rows are stored by the copy engine, which takes rectangles of fixed size: 64 rows at once, or powers of two that add up to fewer.
+Rows are stored by the copy engine, which takes rectangles of fixed size: 64 rows at once, or powers of two that add up
+to fewer.
 """
 
 import functools
@@ -28,9 +31,13 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
 from pallas_kernels.quantized import GROUP, Quantized
 
-GROUPED = hopper.TuningConfig(turn=4)  # eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
+GROUPED = hopper.TuningConfig(
+    turn=4
+)  # eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
 EXPERTS_AT_ONCE = 16  # whose numbers of rows are read together
-MANY_ROWS = hopper.TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)  # 128 x 256; more steps unrolled, or pieces sent together, spill
+MANY_ROWS = hopper.TuningConfig(
+    turn=4, pieces=1, batch=1, grid_width=4
+)  # 128 x 256; more steps unrolled, or pieces sent together, spill
 FEW_ROWS = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
 
 
@@ -41,9 +48,17 @@ def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=
 
 
 def masked_matmul(
-    a: Quantized, b: Quantized, valid_rows: Array, *, expected_rows: int | None = None, out_dtype=jnp.bfloat16, config=None
+    a: Quantized,
+    b: Quantized,
+    valid_rows: Array,
+    *,
+    expected_rows: int | None = None,
+    out_dtype=jnp.bfloat16,
+    config=None,
 ) -> Array:
-    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k]; rows from `valid_rows[e]` on are not written."""
+    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k]; rows from `valid_rows[e]` on are not
+    written.
+    """
     num_experts = b.shape[0]
     config = config or (MANY_ROWS if (expected_rows or a.shape[1]) > FEW_ROWS.tile_m else FEW_ROWS)
 
@@ -60,7 +75,9 @@ def masked_matmul(
                     before += tiles
                 return before, chosen, tile
 
-            _, expert, tile = hopper.over_steps(num_experts, EXPERTS_AT_ONCE, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
+            _, expert, tile = hopper.over_steps(
+                num_experts, EXPERTS_AT_ONCE, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0))
+            )
             return expert, tile * config.tile_m, expert, jnp.int32(0), valid_ref[expert]
 
         def add(first, count, total):
@@ -71,7 +88,15 @@ def masked_matmul(
     return _run(config, a.values, a.scales, b, (valid_rows,), schedule, out_dtype)
 
 
-def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized, tables: tuple, schedule: Callable, out_dtype) -> Array:
+def _run(
+    config: hopper.TuningConfig,
+    values: Array,
+    scales: Array,
+    b: Quantized,
+    tables: tuple,
+    schedule: Callable,
+    out_dtype,
+) -> Array:
     """Multiply and store every visit.
 
     Args:
@@ -102,7 +127,10 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
             def turn(start, count, slot):
                 for i in range(count):
                     ks = pl.ds((start + i) * GROUP, GROUP)
-                    slot = ring.fill(slot, [a_ref.at[first, rows, ks], b_ref.at[group, columns, ks], a_scales.at[first, start + i, rows]])
+                    slot = ring.fill(
+                        slot,
+                        [a_ref.at[first, rows, ks], b_ref.at[group, columns, ks], a_scales.at[first, start + i, rows]],
+                    )
                 return slot
 
             @pl.when(group < num_groups)
@@ -114,9 +142,13 @@ def _run(config: hopper.TuningConfig, values: Array, scales: Array, b: Quantized
             down, right = config.origin(wg)
 
             def send(ref, i, j):
-                hopper.store_rows(ref, out.at[first], row + down + i, start, end, pl.ds(column + right + j, ref.shape[1]))
+                hopper.store_rows(
+                    ref, out.at[first], row + down + i, start, end, pl.ds(column + right + j, ref.shape[1])
+                )
 
-            store = functools.partial(hopper.store, out_slots=out_slots.at[wg], room=padded - column - right, send=send, batch=config.batch)
+            store = functools.partial(
+                hopper.store, out_slots=out_slots.at[wg], room=padded - column - right, send=send, batch=config.batch
+            )
             mine = (row + down < end) & (row + down + config.height > start)
 
             @pl.when((group < num_groups) & ~mine)

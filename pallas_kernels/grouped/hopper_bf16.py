@@ -1,10 +1,12 @@
-"""Grouped BF16 products on Hopper, for `precision: "bf16"`: the same visits as in FP8 (`hopper.py`), without scales and promotion.
+"""Grouped BF16 products on Hopper, for `precision: "bf16"`: the same visits as in FP8 (`hopper.py`), without scales and
+promotion.
 
-Tensor cores add BF16 products in FP32, so a sum stays in their accumulator from the first step to the last: a tile of 128 x 256, 64 x 256
-per warpgroup, 128 registers a thread. The next product is started before the last one's slot is given back, so the tensor cores always
-have one queued.
+Tensor cores add BF16 products in FP32, so a sum stays in their accumulator from the first step to the last: a tile of
+128 x 256, 64 x 256 per warpgroup, 128 registers a thread. The next product is started before the last one's slot is
+given back, so the tensor cores always have one queued.
 
-wgmma takes BF16 operands with either dim contiguous, so the input gradient multiplies with the weights as the forward pass stores them.
+wgmma takes BF16 operands with either dim contiguous, so the input gradient multiplies with the weights as the forward
+pass stores them.
 """
 
 import dataclasses
@@ -40,8 +42,12 @@ class TuningConfig:
         return hopper.WARPGROUPS * hopper.ROWS
 
 
-def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=False, out_dtype=jnp.bfloat16, config=None) -> Array:
-    """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`; rows of no group are zero."""
+def grouped_matmul_bf16(
+    a: Array, b: Array, group_sizes: Array, *, transpose_b=False, out_dtype=jnp.bfloat16, config=None
+) -> Array:
+    """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`; rows of no
+    group are zero.
+    """
     config = config or TuningConfig()
     num_rows, num_columns = a.shape[0], b.shape[2 if transpose_b else 1]
     a, b = whole_lines(a), whole_lines(b)
@@ -63,7 +69,13 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
             def turn(first, count, _):
                 for slot in range(count):
                     ks = pl.ds((first + slot) * STEP, STEP)
-                    ring.fill(slot, [a_ref.at[rows, ks], b_ref.at[group, ks, columns] if transpose_b else b_ref.at[group, columns, ks]])
+                    ring.fill(
+                        slot,
+                        [
+                            a_ref.at[rows, ks],
+                            b_ref.at[group, ks, columns] if transpose_b else b_ref.at[group, columns, ks],
+                        ],
+                    )
 
             @pl.when(group < num_groups)
             def _():
@@ -123,7 +135,9 @@ def grouped_matmul_bf16(a: Array, b: Array, group_sizes: Array, *, transpose_b=F
 
 
 def whole_lines(x: Array) -> Array:
-    """Pad the last two dims with zeros to what the copy engine takes: whole swizzles of rows, rows of whole lines or less than one."""
+    """Pad the last two dims with zeros to what the copy engine takes: whole swizzles of rows, rows of whole lines or
+    less than one.
+    """
     rows, columns = x.shape[-2:]
     missing = -rows % hopper.SWIZZLE_ROWS, -columns % (STEP if columns > STEP else ALIGNMENT)
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing[0]), (0, missing[1])]) if any(missing) else x

@@ -1,14 +1,17 @@
-"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out or stored, as in FP8.
+"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out or stored,
+as in FP8.
 
-wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left them. Rows come in
-steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows of its neighbours, or of no group,
-where NaN may stand. These rows are made zero in shared memory, in both operands, before they are multiplied:
+wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left
+them. Rows come in steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows
+of its neighbours, or of no group, where NaN may stand. These rows are made zero in shared memory, in both operands,
+before they are multiplied:
 
-    step         0          1          2            rows 50 to 150 of group g: 14 rows of step 0, all of step 1, 22 of step 2
+    step         0          1          2            rows 50 to 150 of group g: 14 rows of step 0, all of step 1, 22 of
+                                                    step 2
     kept         50 .. 63   64 .. 127  128 .. 149
 
-Each warpgroup clears its half of A, which it alone reads, and half of B, which both read; so the two meet at a barrier, in those steps
-only.
+Each warpgroup clears its half of A, which it alone reads, and half of B, which both read; so the two meet at a barrier,
+in those steps only.
 """
 
 import functools
@@ -93,7 +96,9 @@ def grouped_matmul_accumulate_bf16(
 
         def compute(wg, row, column, group, first, num_steps, slot):
             def send(ref, _, j):
-                send_out(c, ref, out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])])
+                send_out(
+                    c, ref, out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])]
+                )
 
             hopper.store({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
 

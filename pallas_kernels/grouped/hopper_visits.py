@@ -1,4 +1,6 @@
-"""How the grouped kernels on Hopper walk over their visits (see `visits.py`), in an order that shares operands in the L2 cache."""
+"""How the grouped kernels on Hopper walk over their visits (see `visits.py`), in an order that shares operands in the
+L2 cache.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -10,7 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped.visits import make_visits
 
-Visit = tuple[Array, Array, Array, Array, Array]  # first index of A and out, first row of the tile, group, rows to store from and to
+Visit = tuple[
+    Array, Array, Array, Array, Array
+]  # first index of A and out, first row of the tile, group, rows to store from and to
 
 
 class Order(Protocol):
@@ -21,8 +25,12 @@ class Order(Protocol):
     grid_width: int
 
 
-def visit_tiles(config: Order, num_visits: Any, tiles_n: int, num_groups: int, find: Callable[[Array], Visit], body: Callable) -> None:
-    """Run `body(visit, column, used)` for this block's visits that store something; `used` counts those before it that multiplied."""
+def visit_tiles(
+    config: Order, num_visits: Any, tiles_n: int, num_groups: int, find: Callable[[Array], Visit], body: Callable
+) -> None:
+    """Run `body(visit, column, used)` for this block's visits that store something; `used` counts those before it that
+    multiplied.
+    """
 
     @plgpu.nd_loop((num_visits * tiles_n,), collective_axes="sm", init_carry=jnp.int32(0))
     def _(info, carry):
@@ -38,7 +46,9 @@ def visit_tiles(config: Order, num_visits: Any, tiles_n: int, num_groups: int, f
 
 
 def schedule_groups(group_sizes: Array, rows: int, tile_m: int) -> tuple[Any, Callable]:
-    """Return the visits of groups of rows as tables for the kernel, and the function from their refs to what `visit_tiles` takes."""
+    """Return the visits of groups of rows as tables for the kernel, and the function from their refs to what
+    `visit_tiles` takes.
+    """
     visits = make_visits(group_sizes, rows, tile_m)
 
     def schedule(group_ref, tile_ref, offsets_ref):

@@ -1,14 +1,18 @@
-"""Products of groups in plain jnp: what the grouped kernels must compute, on shapes that do not depend on the group sizes.
+"""Products of groups in plain jnp: what the grouped kernels must compute, on shapes that do not depend on the group
+sizes.
 
-The sizes are data of the device, so a program can neither slice a group out nor loop over its rows. Multiplying all rows by every group's
-matrix and keeping one would cost groups times as much. Here each group is cut into blocks of 128 rows, and each block is gathered: at most
-ceil(rows / 128) + groups blocks whatever the sizes are, each with one matrix. For groups of 1, 0 and 3 rows and blocks of two:
+The sizes are data of the device, so a program can neither slice a group out nor loop over its rows. Multiplying all
+rows by every group's matrix and keeping one would cost groups times as much. Here each group is cut into blocks of 128
+rows, and each block is gathered: at most ceil(rows / 128) + groups blocks whatever the sizes are, each with one matrix.
+For groups of 1, 0 and 3 rows and blocks of two:
 
     row              0   1   2   3   4 (of no group)
     block            0   1   1   2
-    blocks           group 0: rows [0, -]     group 2: rows [1, 2]     group 2: rows [3, -]     "-" and later blocks: no row
+    blocks           group 0: rows [0, -]     group 2: rows [1, 2]     group 2: rows [3, -]
+                     "-" and later blocks: no row
 
-A row of no group is in no block: it is never read, so what it holds (NaN included) can't leak, and never written, so it stays zero.
+A row of no group is in no block: it is never read, so what it holds (NaN included) can't leak, and never written, so it
+stays zero.
 """
 
 from collections.abc import Callable
@@ -25,7 +29,9 @@ from pallas_kernels.quantized import GROUP, Quantized
 BLOCK = 128  # rows
 
 
-def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:
+def grouped_matmul(
+    a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Array:
     """Return a_g b_g^T [rows, n] for the rows of each group g; `a` tile [rows, k], `b` block [G, n, k]."""
 
     def multiply(group: Array, rows: Array) -> Array:
@@ -36,7 +42,9 @@ def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype:
     return _map_blocks(multiply, group_sizes, a.shape[0])
 
 
-def masked_matmul(a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:
+def masked_matmul(
+    a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Array:
     """Return a_e b_e^T [E, r, n] for the first `valid_rows[e]` rows; `a` tile [E, r, k], `b` block [E, n, k].
 
     The other rows are unspecified. Here they are NaN, so that a test sees whoever reads them.
@@ -47,10 +55,11 @@ def masked_matmul(a: Quantized, b: Quantized, valid_rows: Array, *, out_dtype: j
 
 
 def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None) -> Array:
-    """Return c[g] + a_g b_g^T, FP32 [G, m, n], where group g is `group_sizes[g]` columns of `a` tile [m, K] and `b` tile [n, K].
+    """Return c[g] + a_g b_g^T, FP32 [G, m, n], where group g is `group_sizes[g]` columns of `a` tile [m, K] and `b`
+    tile [n, K].
 
-    No `c` is zero. A group is a multiple of 128 columns, so each segment belongs to one group, or to none: then its index is G, and the sum
-    is dropped.
+    No `c` is zero. A group is a multiple of 128 columns, so each segment belongs to one group, or to none: then its
+    index is G, and the sum is dropped.
     """
     num_segments = a.shape[1] // GROUP
     group = jnp.searchsorted(jnp.cumsum(group_sizes), GROUP * jnp.arange(num_segments), side="right")
@@ -68,7 +77,9 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
 def grouped_matmul_bf16(
     a: Array, b: Array, group_sizes: Array, *, transpose_b: bool = False, out_dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group; `a` BF16 [rows, k], `b` BF16 [G, n, k], or [G, k, n] with `transpose_b`."""
+    """Return a_g b_g^T [rows, n] for the rows of each group; `a` BF16 [rows, k], `b` BF16 [G, n, k], or [G, k, n] with
+    `transpose_b`.
+    """
     b_GKN = b if transpose_b else b.swapaxes(1, 2)
 
     def multiply(group: Array, rows: Array) -> Array:
@@ -78,7 +89,9 @@ def grouped_matmul_bf16(
 
 
 def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array | None = None) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no `c` is zero."""
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no
+    `c` is zero.
+    """
 
     def add_block(c: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
         group, rows = block
@@ -89,12 +102,18 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
 
 
 def _zeros(group_sizes: Array, m: int, n: int, like: Any) -> Array:
-    """FP32 [G, m, n] that varies over the mesh axes that the sizes and the arrays of `like` vary over, as the carry of a loop must."""
-    return manual_axes.vary(jnp.zeros((group_sizes.shape[0], m, n), jnp.float32), manual_axes.varies_over((group_sizes, like)))
+    """FP32 [G, m, n] that varies over the mesh axes that the sizes and the arrays of `like` vary over, as the carry of
+    a loop must.
+    """
+    return manual_axes.vary(
+        jnp.zeros((group_sizes.shape[0], m, n), jnp.float32), manual_axes.varies_over((group_sizes, like))
+    )
 
 
 def _blocks(group_sizes: Array, num_rows: int) -> tuple[Array, Array]:
-    """Return each block's group [blocks] and its rows [blocks, BLOCK]; past its group's end a row is `num_rows`, past all, a group is G."""
+    """Return each block's group [blocks] and its rows [blocks, BLOCK]; past its group's end a row is `num_rows`, past
+    all, a group is G.
+    """
     num_groups = group_sizes.shape[0]
     ends, blocks = jnp.cumsum(group_sizes), jnp.cumsum(-(-group_sizes // BLOCK))
     block = jnp.arange(-(-num_rows // BLOCK) + num_groups)

@@ -1,16 +1,20 @@
 """Block-scaled FP8 products of groups on TPUs; speed on TPU is unmeasured.
 
-A grid can't depend on where groups end, so its steps are visits (`visits.py`): one group's rows within one tile. The scalar core holds the
-visits in SMEM before the kernel starts, and the index maps of the operands read there which tile of `a` and which group's `b` to copy.
+A grid can't depend on where groups end, so its steps are visits (`visits.py`): one group's rows within one tile. The
+scalar core holds the visits in SMEM before the kernel starts, and the index maps of the operands read there which tile
+of `a` and which group's `b` to copy.
 
-    grouped_matmul               a visit computes its whole tile with its group's matrix, and keeps its rows. A tile that two groups share
-                                 is computed twice: the price of not padding groups in HBM.
-    grouped_matmul_accumulate    tiles lie along K, the dim summed over. A visit adds those of its 128-wide segments that are its group's;
-                                 the output changes when the group does. c and the result share memory: a group without visits keeps its c.
-    masked_matmul                tiles never cross experts: no visits, only a test of the tile's first row against the valid rows.
+    grouped_matmul               a visit computes its whole tile with its group's matrix, and keeps its rows. A tile
+                                 that two groups share is computed twice: the price of not padding groups in HBM.
+    grouped_matmul_accumulate    tiles lie along K, the dim summed over. A visit adds those of its 128-wide segments
+                                 that are its group's; the output changes when the group does. c and the result share
+                                 memory: a group without visits keeps its c.
+    masked_matmul                tiles never cross experts: no visits, only a test of the tile's first row against the
+                                 valid rows.
 
-Where there is nothing to compute (rows of no group, visits that fill up, tiles without valid rows) the index maps stay at one block, so
-nothing is copied either. Such rows are never multiplied into others, and `where` chooses between results, so a NaN in them can't leak.
+Where there is nothing to compute (rows of no group, visits that fill up, tiles without valid rows) the index maps stay
+at one block, so nothing is copied either. Such rows are never multiplied into others, and `where` chooses between
+results, so a NaN in them can't leak.
 
 How one step along k multiplies, and in which dtype, is in `pallas_kernels/matmul/tpu.py`.
 """
@@ -41,7 +45,9 @@ def grouped_matmul(
     config: TuningConfig = GROUPED,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero; `a` tile [rows, k], `b` block [G, n, k]."""
+    """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero; `a` tile [rows, k], `b` block [G, n,
+    k].
+    """
     (rows, k), (num_groups, n, _) = a.shape, b.shape
     tile_m, tile_n = fit(config.tile_m, rows), fit(config.tile_n, n)
     num_segments = k // GROUP
@@ -59,7 +65,9 @@ def grouped_matmul(
         grid=(pl.cdiv(n, tile_n), len(visits.group), pl.cdiv(num_segments, segments)),
         in_specs=[
             pl.BlockSpec((tile_m, segments * GROUP), lambda j, v, step, s: (s.tile[v], step_of(v, step, s))),
-            pl.BlockSpec((None, tile_n, segments * GROUP), lambda j, v, step, s: (group_of(v, s), j, step_of(v, step, s))),
+            pl.BlockSpec(
+                (None, tile_n, segments * GROUP), lambda j, v, step, s: (group_of(v, s), j, step_of(v, step, s))
+            ),
             pl.BlockSpec((segments, tile_m), lambda j, v, step, s: (step_of(v, step, s), s.tile[v])),
             pl.BlockSpec((None, segments, tile_n), lambda j, v, step, s: (group_of(v, s), step_of(v, step, s), j)),
         ],
@@ -92,7 +100,9 @@ def _grouped_kernel(visits, a, b, a_scales, b_scales, out, total, *, num_groups:
 
 
 def keep_rows(visits, v: Array, total: Array, out) -> None:
-    """Write the rows of `total` [tile, n] that are visit `v`'s to `out`, and leave its others as earlier visits of the tile wrote them."""
+    """Write the rows of `total` [tile, n] that are visit `v`'s to `out`, and leave its others as earlier visits of the
+    tile wrote them.
+    """
     group = visits.group[v]
     rows = visits.tile[v] * total.shape[0] + jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
     own = (rows >= visits.offsets[group]) & (rows < visits.offsets[group + 1])
@@ -108,7 +118,9 @@ def masked_matmul(
     config: TuningConfig = MASKED,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows; `a` tile [E, r, k], `b` block [E, n, k]."""
+    """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows; `a` tile [E, r, k], `b` block [E, n,
+    k].
+    """
     (num_experts, rows, k), n = a.shape, b.shape[1]
     tile_m, tile_n = fit(config.tile_m, rows), fit(config.tile_n, n)
     num_segments = k // GROUP
@@ -121,8 +133,12 @@ def masked_matmul(
         num_scalar_prefetch=1,
         grid=(num_experts, pl.cdiv(rows, tile_m), pl.cdiv(n, tile_n), pl.cdiv(num_segments, segments)),
         in_specs=[
-            pl.BlockSpec((None, tile_m, segments * GROUP), lambda e, i, j, step, valid: (e, i, step_of(e, i, step, valid))),
-            pl.BlockSpec((None, tile_n, segments * GROUP), lambda e, i, j, step, valid: (e, j, step_of(e, i, step, valid))),
+            pl.BlockSpec(
+                (None, tile_m, segments * GROUP), lambda e, i, j, step, valid: (e, i, step_of(e, i, step, valid))
+            ),
+            pl.BlockSpec(
+                (None, tile_n, segments * GROUP), lambda e, i, j, step, valid: (e, j, step_of(e, i, step, valid))
+            ),
             pl.BlockSpec((None, segments, tile_m), lambda e, i, j, step, valid: (e, step_of(e, i, step, valid), i)),
             pl.BlockSpec((None, segments, tile_n), lambda e, i, j, step, valid: (e, step_of(e, i, step, valid), j)),
         ],
@@ -163,7 +179,8 @@ def grouped_matmul_accumulate(
     config: TuningConfig = ACCUMULATE,
     interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b` tile [n, K].
+    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b`
+    tile [n, K].
 
     Without a `c` it is made of zeros: a group without visits has no other.
     """
@@ -215,7 +232,9 @@ def _accumulate_kernel(visits, a, b, a_scales, b_scales, c, out, *, num_groups: 
 
 
 def group_of_output(visits, v: Array, num_groups: int) -> Array:
-    """Return whose output visit `v` holds: its group's, and after the last group that of G - 1, which it leaves as it is."""
+    """Return whose output visit `v` holds: its group's, and after the last group that of G - 1, which it leaves as it
+    is.
+    """
     return jnp.minimum(visits.group[v], num_groups - 1)
 
 

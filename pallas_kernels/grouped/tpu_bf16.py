@@ -1,11 +1,13 @@
 """BF16 products of groups on TPUs; speed on TPU is unmeasured.
 
-The FP8 kernels' schedule (`tpu.py`, `visits.py`) without scales: a step along k is one product of the matrix unit. Two things differ.
+The FP8 kernels' schedule (`tpu.py`, `visits.py`) without scales: a step along k is one product of the matrix unit. Two
+things differ.
 
-Groups of the weight gradient end at any row, not at a multiple of 128, so the rows of a tile that are another group's are zeroed before
-the product, in both operands: a NaN times zero would be NaN.
+Groups of the weight gradient end at any row, not at a multiple of 128, so the rows of a tile that are another group's
+are zeroed before the product, in both operands: a NaN times zero would be NaN.
 
-Any k is allowed. Where it is no multiple of a step, both operands are padded with zeros in HBM first; the widths of DeepSeek-V3 never are.
+Any k is allowed. Where it is no multiple of a step, both operands are padded with zeros in HBM first; the widths of
+DeepSeek-V3 never are.
 """
 
 import dataclasses
@@ -48,7 +50,9 @@ def grouped_matmul_bf16(
     config: TuningConfig = GROUPED,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group, the others zero; `a` BF16 [rows, k], `b` BF16 [G, n, k], or [G, k, n]."""
+    """Return a_g b_g^T [rows, n] for the rows of each group, the others zero; `a` BF16 [rows, k], `b` BF16 [G, n, k],
+    or [G, k, n].
+    """
     num_groups, n = b.shape[0], b.shape[2 if transpose_b else 1]
     tile_k = fit(config.tile_k, a.shape[1])
     a, b = _pad(a, 1, tile_k), _pad(b, 1 if transpose_b else 2, tile_k)
@@ -99,9 +103,17 @@ def _grouped_kernel(visits, a, b, out, total, *, num_groups: int, contraction):
 
 
 def grouped_matmul_accumulate_bf16(
-    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config: TuningConfig = ACCUMULATE, interpret: Interpret = False
+    a: Array,
+    b: Array,
+    group_sizes: Array,
+    c: Array | None = None,
+    *,
+    config: TuningConfig = ACCUMULATE,
+    interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no `c` is zeros."""
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no
+    `c` is zeros.
+    """
     num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
     c = jnp.zeros((num_groups, m, n), jnp.float32) if c is None else c
     tile_m, tile_n, tile_k = fit(config.tile_m, m), fit(config.tile_n, n), fit(config.tile_k, a.shape[0])

@@ -11,10 +11,13 @@ from pallas_kernels.quantized import Quantized, check_quantized
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
-def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto") -> Array:
+def matmul(
+    a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto"
+) -> Array:
     """Return D = a b^T, each 128 of the sum over k promoted to FP32 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 
-    The forward product y = x W^T (b the weight), and the input gradient dx = dy W (b the weight's transpose, scales transposed with it).
+    The forward product y = x W^T (b the weight), and the input gradient dx = dy W (b the weight's transpose, scales
+    transposed with it).
 
     Args:
         a: tile [m, k]; k a multiple of 128, any m.
@@ -38,13 +41,14 @@ def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.
 
 
 def matmul_accumulate(a: Quantized, b: Quantized, c: Array | None = None, *, implementation: str = "auto") -> Array:
-    """Return c + a b^T, promoted every 128 like `matmul`: the weight gradient dW += dy^T x, with tokens along k ("1D x 1D").
+    """Return c + a b^T, promoted every 128 like `matmul`: the weight gradient dW += dy^T x, with tokens along k ("1D x
+    1D").
 
     Args:
         a: tile [m, k]; k a multiple of 128 (`quantize_tiles_both` pads it with zeros), any m.
         b: tile [n, k]; any n.
-        c: FP32 [m, n], what is added to. A kernel writes the sum in its place where the caller donates it. None is zero, for the first
-            gradient of a step: no zeros are made or read.
+        c: FP32 [m, n], what is added to. A kernel writes the sum in its place where the caller donates it. None is
+            zero, for the first gradient of a step: no zeros are made or read.
         implementation: "auto", "reference", "hopper" or "tpu".
 
     Returns:
@@ -59,7 +63,11 @@ def matmul_accumulate(a: Quantized, b: Quantized, c: Array | None = None, *, imp
     check_inner("a", a.shape, "b", b.shape)
     if c is not None:
         check_accumulator(c, (a.shape[0], b.shape[0]))
-    faces = {"reference": reference.matmul_accumulate, "hopper": hopper_gradient.matmul_accumulate, "tpu": tpu.matmul_accumulate}
+    faces = {
+        "reference": reference.matmul_accumulate,
+        "hopper": hopper_gradient.matmul_accumulate,
+        "tpu": tpu.matmul_accumulate,
+    }
     return dispatch.choose("matmul_accumulate", implementation, faces)(a, b, c)
 
 

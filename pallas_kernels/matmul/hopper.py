@@ -1,4 +1,6 @@
-"""FP8 products on Hopper: tiles of A with blocks of B. The main loop and its reasons are in `pallas_kernels/hopper.py`."""
+"""FP8 products on Hopper: tiles of A with blocks of B. The main loop and its reasons are in
+`pallas_kernels/hopper.py`.
+"""
 
 import functools
 
@@ -15,7 +17,8 @@ from pallas_kernels.quantized import GROUP, Quantized
 LARGE = hopper.TuningConfig()  # tiles of 128 x 256
 MEDIUM = hopper.TuningConfig(products=1, stages=5, turn=4)  # 128 x 128
 SMALL = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
-# Microseconds on an H100 at work: of a launch, of a tile, of 128 along k in it. It predicts 40 times of 5 to 660 us within -23 to 14%.
+# Microseconds on an H100 at work: of a launch, of a tile, of 128 along k in it. It predicts 40 times of 5 to 660 us
+# within -23 to 14%.
 TIMES = {LARGE: (3.0, 0.9, 0.72), MEDIUM: (2.2, 0.6, 0.39), SMALL: (1.9, 0.5, 0.25)}
 SUM_LAUNCH, SUM_RATE = 1.0, 2.4e6  # of adding parts: us, and bytes/us of reading them
 MOST_PARTS = 16
@@ -36,12 +39,17 @@ def plan(m: int, n: int, num_steps: int) -> tuple[hopper.TuningConfig, int]:
 
 
 def matmul(
-    a: Quantized, b: Quantized, *, out_dtype=jnp.bfloat16, config: hopper.TuningConfig | None = None, parts: int | None = None
+    a: Quantized,
+    b: Quantized,
+    *,
+    out_dtype=jnp.bfloat16,
+    config: hopper.TuningConfig | None = None,
+    parts: int | None = None,
 ) -> Array:
     """Return D[m, n] = A B^T for tiles `a` [m, k] and blocks `b` [n, k].
 
-    Where there are fewer tiles than multiprocessors, k is cut into `parts`, whose FP32 products XLA adds. A last part that ends beyond k
-    reads zeros there.
+    Where there are fewer tiles than multiprocessors, k is cut into `parts`, whose FP32 products XLA adds. A last part
+    that ends beyond k reads zeros there.
     """
     (m, k), n = a.shape, b.shape[0]
     planned = plan(m, n, k // GROUP)
@@ -57,9 +65,18 @@ def matmul(
         def over_tiles(body):
             @plgpu.nd_loop((num_tiles * parts,), collective_axes="sm")
             def _(info):
-                part, tile = (lax.div(info.index[0], num_tiles), lax.rem(info.index[0], num_tiles)) if parts > 1 else (0, info.index[0])
+                part, tile = (
+                    (lax.div(info.index[0], num_tiles), lax.rem(info.index[0], num_tiles))
+                    if parts > 1
+                    else (0, info.index[0])
+                )
                 mi, ni = plgpu.planar_snake(tile, tiles, config.grid_minor, config.grid_width)
-                body(part, mi * config.tile_m, ni * config.tile_n, lax.rem(info.local_index * num_steps, jnp.int32(config.stages)))
+                body(
+                    part,
+                    mi * config.tile_m,
+                    ni * config.tile_n,
+                    lax.rem(info.local_index * num_steps, jnp.int32(config.stages)),
+                )
 
         def copy(part, row, column, slot):
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
@@ -80,7 +97,9 @@ def matmul(
                 target = out.at[part, pl.ds(row + down + i, hopper.ROWS), pl.ds(column + right + j, ref.shape[1])]
                 plgpu.copy_smem_to_gmem(ref, target, commit_group=False)
 
-            totals = hopper.multiply_blocks(config, num_steps, ring, wg, slot, b_scales, column, part * num_steps if parts > 1 else None)
+            totals = hopper.multiply_blocks(
+                config, num_steps, ring, wg, slot, b_scales, column, part * num_steps if parts > 1 else None
+            )
             hopper.store(totals, out_slots.at[wg], padded - column - right, send, config.batch)
 
         hopper.by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))

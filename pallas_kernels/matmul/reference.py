@@ -5,12 +5,14 @@ Scales differ along k, so they can't leave the sum. It is cut into segments of 1
     D[m, n] = sum over s of  (sum over the 128 k of segment s of  A[m, k] B[n, k])  *  (scale_a[s, m] * scale_b[s, n])
                               the partial product, on the matrix unit                   added in FP32: the promotion
 
-The report (arXiv 2412.19437, section 3.3.2) has the second reason for the cut. Hopper's matrix unit adds FP8 products in registers that
-keep about 14 bits, and a sum over thousands of products loses up to two per cent there. Promotion takes the partial product out every 128
-elements, four instructions, and adds it in full FP32. A reference that dequantised both operands and multiplied once would be shorter,
-and equal up to FP32 rounding; this one says in which order a kernel must scale and add.
+The report (arXiv 2412.19437, section 3.3.2) has the second reason for the cut. Hopper's matrix unit adds FP8 products
+in registers that keep about 14 bits, and a sum over thousands of products loses up to two per cent there. Promotion
+takes the partial product out every 128 elements, four instructions, and adds it in full FP32. A reference that
+dequantised both operands and multiplied once would be shorter, and equal up to FP32 rounding; this one says in which
+order a kernel must scale and add.
 
-A partial product here is FP32 at the highest precision. Products of two E4M3 numbers are exact in FP32, so only sums round.
+A partial product here is FP32 at the highest precision. Products of two E4M3 numbers are exact in FP32, so only sums
+round.
 """
 
 import jax

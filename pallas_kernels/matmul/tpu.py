@@ -1,21 +1,23 @@
 """Block-scaled FP8 products on TPUs; speed on TPU is unmeasured.
 
-A TPU adds in full FP32, so promotion has nothing to cure there. The scales still change every 128 along k, and the loop is the
-same: multiply one segment, scale the partial product, add it to an FP32 tile in VMEM. It leaves half of a 256-deep matrix unit (v6e, tpu7x)
-idle. The alternative, scaling the operands first and multiplying all of k at once, would round every element to BF16 a second time.
+A TPU adds in full FP32, so promotion has nothing to cure there. The scales still change every 128 along k, and the loop
+is the same: multiply one segment, scale the partial product, add it to an FP32 tile in VMEM. It leaves half of a
+256-deep matrix unit (v6e, tpu7x) idle. The alternative, scaling the operands first and multiplying all of k at once,
+would round every element to BF16 a second time.
 
 What the two operands are in, where:
 
     HBM, and the copies to VMEM    E4M3 everywhere: half the bytes of BF16
-    matrix unit                    E4M3 on tpu7x, which multiplies it; BF16 on v5p and v6e, converted tile by tile: exact, as E4M3 has
-                                   three bits of mantissa and BF16 seven
+    matrix unit                    E4M3 on tpu7x, which multiplies it; BF16 on v5p and v6e, converted tile by tile:
+                                   exact, as E4M3 has three bits of mantissa and BF16 seven
 
-The scales of blocks are spread over their columns before the kernel, [ceil(n / 128), k / 128] to [k / 128, n]: then both forms of the right
-operand are one kernel. A column's 128 values of one byte get a scale of four: 1/32 of the operand, written once, and read as often as the
-values are. Reading blocks' scales in the kernel would take SMEM, too small for 256 experts, or a block of VMEM narrower than the hardware's
-(8, 128).
+The scales of blocks are spread over their columns before the kernel, [ceil(n / 128), k / 128] to [k / 128, n]: then
+both forms of the right operand are one kernel. A column's 128 values of one byte get a scale of four: 1/32 of the
+operand, written once, and read as often as the values are. Reading blocks' scales in the kernel would take SMEM, too
+small for 256 experts, or a block of VMEM narrower than the hardware's (8, 128).
 
-A step along k is 8 segments, the 8 rows of scales that VMEM holds in one register: k = 1536 takes a step of 8 and a step of 4.
+A step along k is 8 segments, the 8 rows of scales that VMEM holds in one register: k = 1536 takes a step of 8 and a
+step of 4.
 """
 
 import dataclasses
@@ -60,12 +62,20 @@ def matmul(
 def matmul_accumulate(
     a: Quantized, b: Quantized, c: Array | None = None, *, config: TuningConfig = DEFAULT, interpret: Interpret = False
 ) -> Array:
-    """Return c + a b^T, FP32 [m, n], in the place of c where the caller donates it, a b^T without a `c`; both tiles, [m, k] and [n, k]."""
+    """Return c + a b^T, FP32 [m, n], in the place of c where the caller donates it, a b^T without a `c`; both tiles,
+    [m, k] and [n, k].
+    """
     return _product(a, b.values, b.scales, c, jnp.float32, config, interpret)
 
 
 def _product(
-    a: Quantized, b: Array, b_scales: Array, c: Array | None, out_dtype: jax.typing.DTypeLike, config: TuningConfig, interpret: Interpret
+    a: Quantized,
+    b: Array,
+    b_scales: Array,
+    c: Array | None,
+    out_dtype: jax.typing.DTypeLike,
+    config: TuningConfig,
+    interpret: Interpret,
 ) -> Array:
     (m, k), n = a.shape, b.shape[0]
     tile_m, tile_n = fit(config.tile_m, m), fit(config.tile_n, n)
@@ -107,7 +117,9 @@ def _kernel(a, b, a_scales, b_scales, c, out, total, *, num_segments: int):
 
 
 def add_step(a, b, a_scales, b_scales, total, step: Array, num_segments: int) -> None:
-    """Add one step along k, as many segments as `a_scales` has rows, to `total`; the last step has what is left of `num_segments`."""
+    """Add one step along k, as many segments as `a_scales` has rows, to `total`; the last step has what is left of
+    `num_segments`.
+    """
     segments = a_scales.shape[0]
     last, left = divmod(num_segments - 1, segments)
 
@@ -141,7 +153,9 @@ def add_segment(a, b, row_scales: Array, b_scales, total, segment: int) -> None:
 
 
 def matrix_unit_dtype() -> jnp.dtype:
-    """Return what E4M3 tiles are multiplied in: themselves where this TPU can, else BF16, which holds each of their values."""
+    """Return what E4M3 tiles are multiplied in: themselves where this TPU can, else BF16, which holds each of their
+    values.
+    """
     native = pltpu.is_tpu_device() and pltpu.get_tpu_info().is_matmul_supported(E4M3, E4M3)
     return jnp.dtype(E4M3 if native else jnp.bfloat16)
 

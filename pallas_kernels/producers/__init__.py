@@ -1,12 +1,15 @@
-"""Kernels that make FP8 operands out of what the layer computes anyway: a tensor is normed or gated, and quantised, in one pass.
+"""Kernels that make FP8 operands out of what the layer computes anyway: a tensor is normed or gated, and quantised, in
+one pass.
 
     rms_norm_quantize           the input of attention and of an FFN
     swiglu_quantize             the input of the down projection, forward
-    swiglu_backward_quantize    the gradient of the pre-activations as both products of the backward pass read it, and the recomputed output
+    swiglu_backward_quantize    the gradient of the pre-activations as both products of the backward pass read it, and
+                                the recomputed output
     e5m6_pack, e5m6_unpack      attention's output between the passes
 
-Separate passes would move each tensor once more in BF16 and eat what FP8 gains; DeepSeek-V3 (arXiv 2412.19437, sections 3.3.3 and 3.5.2)
-names these fusions. `reference` states where numbers are rounded. All take BF16 rows [m, ...] with any m, and all are memory-bound.
+Separate passes would move each tensor once more in BF16 and eat what FP8 gains; DeepSeek-V3 (arXiv 2412.19437, sections
+3.3.3 and 3.5.2) names these fusions. `reference` states where numbers are rounded. All take BF16 rows [m, ...] with any
+m, and all are memory-bound.
 """
 
 import jax
@@ -20,7 +23,9 @@ from pallas_kernels.quantized import GROUP, Quantized, Scale, check_scale, scale
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
-def rms_norm_quantize(x: Array, gain: Array, eps: float, *, scale: Scale = "fp32", implementation: str = "auto") -> Quantized:
+def rms_norm_quantize(
+    x: Array, gain: Array, eps: float, *, scale: Scale = "fp32", implementation: str = "auto"
+) -> Quantized:
     """Norm each row by its root mean square, multiply by the gain and quantise in tiles.
 
     Args:
@@ -38,7 +43,9 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, *, scale: Scale = "fp32
     """
     _check_rows("x", x, GROUP)
     if gain.shape != x.shape[1:] or gain.dtype != jnp.float32:
-        raise ValueError(f"gain has shape {gain.shape} and dtype {gain.dtype}; for x {x.shape} it must be float32 {x.shape[1:]}")
+        raise ValueError(
+            f"gain has shape {gain.shape} and dtype {gain.dtype}; for x {x.shape} it must be float32 {x.shape[1:]}"
+        )
     check_scale(scale)
     faces = {"reference": reference.rms_norm_quantize, "tpu": tpu.rms_norm_quantize}
     if x.shape[1] <= hopper_norm.WIDEST_ROW:
@@ -46,7 +53,9 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, *, scale: Scale = "fp32
     return choose("rms_norm_quantize", implementation, faces)(x, gain, eps, scale)
 
 
-def swiglu_quantize(hidden: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto") -> Quantized:
+def swiglu_quantize(
+    hidden: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
+) -> Quantized:
     """Quantise silu(gate) * up in tiles.
 
     Args:
@@ -69,7 +78,8 @@ def swiglu_quantize(hidden: Array, weight: Array | None = None, *, scale: Scale 
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Differentiate silu(gate) * up * weight, quantise the gradient of the pre-activations in both groupings, and recompute the output.
+    """Differentiate silu(gate) * up * weight, quantise the gradient of the pre-activations in both groupings, and
+    recompute the output.
 
     Args:
         hidden: BF16 [m, 2f], as in `swiglu_quantize`.
@@ -79,9 +89,9 @@ def swiglu_backward_quantize(
         implementation: see `dispatch.choose`.
 
     Returns:
-        tiles [m, 2f] of the gradient of `hidden`; tiles [2f, m rounded up to 128] of its transpose, zeros beyond m; tiles [f, m rounded up
-        to 128] of the transposed output, of the same FP32 numbers as `swiglu_quantize`, for the weight gradient of the down projection; and
-        the gradient of `weight`, FP32 [m], or None.
+        tiles [m, 2f] of the gradient of `hidden`; tiles [2f, m rounded up to 128] of its transpose, zeros beyond m;
+        tiles [f, m rounded up to 128] of the transposed output, of the same FP32 numbers as `swiglu_quantize`, for the
+        weight gradient of the down projection; and the gradient of `weight`, FP32 [m], or None.
 
     Raises:
         ValueError: shapes, dtypes or `scale`.
@@ -89,14 +99,18 @@ def swiglu_backward_quantize(
     _check_swiglu(hidden, weight, scale)
     expected = (hidden.shape[0], hidden.shape[1] // 2)
     if grad.shape != expected or grad.dtype != jnp.bfloat16:
-        raise ValueError(f"grad has shape {grad.shape} and dtype {grad.dtype}; for hidden {hidden.shape} it must be bfloat16 {expected}")
+        raise ValueError(
+            f"grad has shape {grad.shape} and dtype {grad.dtype}; for hidden {hidden.shape} it must be bfloat16"
+            f" {expected}"
+        )
     faces = {"reference": reference, "hopper": hopper_backward, "tpu": tpu}
     faces = {name: module.swiglu_backward_quantize for name, module in faces.items()}
     return choose("swiglu_backward_quantize", implementation, faces)(hidden, grad, weight, scale)
 
 
 def e5m6_pack(x: Array, *, implementation: str = "auto") -> tuple[Array, Array]:
-    """Round to E5M6 with a power-of-two scale per tile of 1 x 128, and pack 128 values in 192 bytes. `e5m6` tells format and bytes.
+    """Round to E5M6 with a power-of-two scale per tile of 1 x 128, and pack 128 values in 192 bytes. `e5m6` tells
+    format and bytes.
 
     Args:
         x: BF16 [m, k], k a multiple of 128.
@@ -113,7 +127,9 @@ def e5m6_pack(x: Array, *, implementation: str = "auto") -> tuple[Array, Array]:
     return choose("e5m6_pack", implementation, faces)(x)
 
 
-def e5m6_unpack(packed: Array, scales: Array, *, m: int, dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto") -> Array:
+def e5m6_unpack(
+    packed: Array, scales: Array, *, m: int, dtype: jax.typing.DTypeLike = jnp.bfloat16, implementation: str = "auto"
+) -> Array:
     """Return what `e5m6_pack` packed: exact in BF16 and FP32.
 
     Args:
@@ -129,11 +145,22 @@ def e5m6_unpack(packed: Array, scales: Array, *, m: int, dtype: jax.typing.DType
     Raises:
         ValueError: shapes or dtypes.
     """
-    if packed.dtype != jnp.uint8 or packed.ndim != 2 or packed.shape[0] != m or m < 1 or packed.shape[1] % e5m6.TILE_BYTES:
-        raise ValueError(f"packed is {packed.dtype} {packed.shape}; for m = {m} it must be uint8 [{m}, multiple of {e5m6.TILE_BYTES}]")
+    if (
+        packed.dtype != jnp.uint8
+        or packed.ndim != 2
+        or packed.shape[0] != m
+        or m < 1
+        or packed.shape[1] % e5m6.TILE_BYTES
+    ):
+        raise ValueError(
+            f"packed is {packed.dtype} {packed.shape}; for m = {m} it must be uint8 [{m}, multiple of"
+            f" {e5m6.TILE_BYTES}]"
+        )
     expected = scales_shape((m, packed.shape[1] // e5m6.TILE_BYTES * GROUP), "tile")
     if scales.dtype != jnp.float32 or scales.shape != expected:
-        raise ValueError(f"scales is {scales.dtype} {scales.shape}; for packed {packed.shape} it must be float32 {expected}")
+        raise ValueError(
+            f"scales is {scales.dtype} {scales.shape}; for packed {packed.shape} it must be float32 {expected}"
+        )
     if jnp.dtype(dtype) not in OUT_DTYPES:
         raise ValueError(f"dtype = {jnp.dtype(dtype)}; it must be bfloat16 or float32")
     faces = {"reference": e5m6.e5m6_unpack, "hopper": hopper_e5m6.e5m6_unpack, "tpu": tpu.e5m6_unpack}
@@ -143,7 +170,9 @@ def e5m6_unpack(packed: Array, scales: Array, *, m: int, dtype: jax.typing.DType
 def _check_swiglu(hidden: Array, weight: Array | None, scale: str) -> None:
     _check_rows("hidden", hidden, 2 * GROUP)
     if weight is not None and (weight.shape != hidden.shape[:1] or weight.dtype != jnp.float32):
-        raise ValueError(f"weight has shape {weight.shape} and dtype {weight.dtype}; it must be float32 {hidden.shape[:1]}")
+        raise ValueError(
+            f"weight has shape {weight.shape} and dtype {weight.dtype}; it must be float32 {hidden.shape[:1]}"
+        )
     check_scale(scale)
 
 
@@ -153,4 +182,6 @@ def _check_rows(name: str, x: Array, multiple: int) -> None:
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {x.shape}; it must have 2 dims of at least 1")
     if x.shape[1] % multiple:
-        raise ValueError(f"{name} has shape {x.shape}: its last dim must be a multiple of {multiple}; pad it with zeros")
+        raise ValueError(
+            f"{name} has shape {x.shape}: its last dim must be a multiple of {multiple}; pad it with zeros"
+        )

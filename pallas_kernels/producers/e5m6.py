@@ -1,19 +1,22 @@
-"""E5M6: attention outputs kept for the backward pass in 12 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.3, "a customized E5M6").
+"""E5M6: attention outputs kept for the backward pass in 12 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.3, "a
+customized E5M6").
 
-The output of attention is read twice, by the o projection and by attention's own backward pass, which FP8 would harm. So it is cached in
-1 sign, 5 exponent and 6 mantissa bits, with a power-of-two scale per tile of 1 x 128 that divides without a rounding. The report leaves
-bias and packing open; here the format is FP16 with its mantissa rounded to 6 bits, nearest even:
+The output of attention is read twice, by the o projection and by attention's own backward pass, which FP8 would harm.
+So it is cached in 1 sign, 5 exponent and 6 mantissa bits, with a power-of-two scale per tile of 1 x 128 that divides
+without a rounding. The report leaves bias and packing open; here the format is FP16 with its mantissa rounded to 6
+bits, nearest even:
 
     exponent 1..30     (1 + mantissa / 64) * 2^(exponent - 15)       largest 65024, smallest normal 2^-14
     exponent 0         mantissa * 2^-20                              zero has a sign
     exponent 31        NaN; there is no infinity
 
-    scale = 2^ceil(log2(max|x| / 65024)): the largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at least
-    NaN or inf in a tile: its scale is NaN and every one of its values is NaN, as with E4M3
+    scale = 2^ceil(log2(max|x| / 65024)): the largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at
+    least NaN or inf in a tile: its scale is NaN and every one of its values is NaN, as with E4M3
 
 A value is off by at most 2^-7 of itself, or by 2^-21 of the scale, which is about 2^-37 of the tile's largest.
 
-Packing: a tile's 128 codes of 12 bits lie in 192 bytes as two planes, so that no lane of a kernel ever handles a third of a byte:
+Packing: a tile's 128 codes of 12 bits lie in 192 bytes as two planes, so that no lane of a kernel ever handles a third
+of a byte:
 
     byte i         0 <= i < 128    the low 8 bits of code i
     byte 128 + i   0 <= i < 64     the high 4 bits of code i, and above them the high 4 bits of code i + 64
@@ -40,7 +43,9 @@ CARRY = 0x007FFFFF  # the largest mantissa of FP32
 
 
 def scale_of(amax: Array) -> Array:
-    """Return the power-of-two scale of tiles whose largest magnitude is `amax` (FP32): NaN where that is NaN or infinite."""
+    """Return the power-of-two scale of tiles whose largest magnitude is `amax` (FP32): NaN where that is NaN or
+    infinite.
+    """
     bits = lax.bitcast_convert_type(jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / LARGEST), jnp.int32)
     scale = lax.bitcast_convert_type((bits + CARRY) & ~CARRY, jnp.float32)
     return jnp.where(amax < jnp.inf, scale, jnp.nan)
@@ -49,8 +54,9 @@ def scale_of(amax: Array) -> Array:
 def encode(x: Array) -> Array:
     """Return int32 codes of 12 bits of FP32 `x`, already divided by its scale: |x| <= 65024 up to a rounding, or NaN.
 
-    Normal numbers are rounded on their bits; subnormal ones by an addition that leaves multiples of 2^-20. Rounding up out of either
-    range gives the next code by itself, for codes are in the order of magnitudes, with NaN beyond the last.
+    Normal numbers are rounded on their bits; subnormal ones by an addition that leaves multiples of 2^-20. Rounding up
+    out of either range gives the next code by itself, for codes are in the order of magnitudes, with NaN beyond the
+    last.
     """
     magnitude = jnp.abs(x)
     bits = lax.bitcast_convert_type(magnitude, jnp.int32)
@@ -72,7 +78,9 @@ def decode(code: Array) -> Array:
 
 
 def pack(first: Array, second: Array) -> tuple[Array, Array, Array]:
-    """Return the bytes (int32, 0 to 255) of codes 0..63 and 64..127 of tiles: two runs of the low plane, and the high plane."""
+    """Return the bytes (int32, 0 to 255) of codes 0..63 and 64..127 of tiles: two runs of the low plane, and the high
+    plane.
+    """
     return first & 0xFF, second & 0xFF, (first >> 8) | ((second >> 8) << 4)
 
 
@@ -85,7 +93,9 @@ def e5m6_pack(x: Array) -> tuple[Array, Array]:
     """Return x [m, k] as uint8 [m, k * 3 // 2] and FP32 scales [k / 128, pad4(m)]: the reference."""
     m, k = x.shape
     tiles = x.astype(jnp.float32).reshape(m, k // GROUP, GROUP)
-    bits = lax.bitcast_convert_type(jnp.abs(tiles), jnp.int32)  # in the order of magnitudes, NaN last: XLA:CPU's FP32 maximum can lose NaN
+    bits = lax.bitcast_convert_type(
+        jnp.abs(tiles), jnp.int32
+    )  # in the order of magnitudes, NaN last: XLA:CPU's FP32 maximum can lose NaN
     scales = scale_of(lax.bitcast_convert_type(jnp.max(bits, axis=2), jnp.float32))
     codes = encode(tiles * (1.0 / scales[:, :, None]))
     planes = jnp.concatenate(pack(codes[:, :, :HALF], codes[:, :, HALF:]), axis=2)

@@ -1,4 +1,6 @@
-"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value. `pallas_kernels.stream` tells how tiles stream, and what it reaches."""
+"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value. `pallas_kernels.stream` tells how tiles stream, and
+what it reaches.
+"""
 
 import jax
 import jax.numpy as jnp

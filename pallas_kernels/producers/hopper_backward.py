@@ -1,23 +1,28 @@
-"""SwiGLU's gradient on Hopper in both groupings, and its output once more for a weight gradient: 11 bytes moved per value of the output.
+"""SwiGLU's gradient on Hopper in both groupings, and its output once more for a weight gradient: 11 bytes moved per
+value of the output.
 
 A block takes a tile of 128 x 128. Its four warpgroups hold 32 rows each, in FP32:
 
-    along rows      a group lies in 8 lanes of one warp: largest, scale and values at once, as in `pallas_kernels.stream`
-    along columns   the rows go through shared memory in FP32 and come back with a column per thread, so that the largest of 32 is found
-                    without an exchange. The warpgroups' four largest meet in shared memory behind a barrier: the only one between them.
-                    A thread then has 32 neighbours of the transposed row in its registers: 32 bytes to write
+    along rows      a group lies in 8 lanes of one warp: largest, scale and values at once, as in
+                    `pallas_kernels.stream`
+    along columns   the rows go through shared memory in FP32 and come back with a column per thread, so that the
+                    largest of 32 is found without an exchange. The warpgroups' four largest meet in shared memory
+                    behind a barrier: the only one between them. A thread then has 32 neighbours of the transposed row
+                    in its registers: 32 bytes to write
 
-The transpose thus costs one write and one read of shared memory per value. Computing the SwiGLU twice, once in either form, would save it
-and cost two more exponentials; a BF16 copy would halve it, and quantise rounded numbers.
+The transpose thus costs one write and one read of shared memory per value. Computing the SwiGLU twice, once in either
+form, would save it and cost two more exponentials; a BF16 copy would halve it, and quantise rounded numbers.
 
-Each warpgroup copies its own rows in. It reads them twice, for the output and then for the gradient, because 128 registers do not hold the
-operands while the output is transposed; then it asks for those of the next tile, whose copies the gradient's two halves hide.
+Each warpgroup copies its own rows in. It reads them twice, for the output and then for the gradient, because 128
+registers do not hold the operands while the output is transposed; then it asks for those of the next tile, whose copies
+the gradient's two halves hide.
 
-The gradient of the gate weight is a sum over f, which no block sees whole: every tile leaves its 128 sums, and a second, small kernel of
-XLA adds f / 128 of them. Atomic additions would need no second kernel, and give other bits in every run.
+The gradient of the gate weight is a sum over f, which no block sees whole: every tile leaves its 128 sums, and a
+second, small kernel of XLA adds f / 128 of them. Atomic additions would need no second kernel, and give other bits in
+every run.
 
-`quantize.quantize_tiles_both` transposes otherwise: its values lie in shared memory as BF16, which `ldmatrix` transposes on the way to the
-registers. These are made in registers, in FP32, which has no such load.
+`quantize.quantize_tiles_both` transposes otherwise: its values lie in shared memory as BF16, which `ldmatrix`
+transposes on the way to the registers. These are made in registers, in FP32, which has no such load.
 """
 
 from collections.abc import Callable
@@ -31,12 +36,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, largest_magnitude, scale_of, scales_shape
-from pallas_kernels.stream import APPROXIMATE, TuningConfig, launch, ones_beyond, place, put, quantize_registers, quantized_type, spread
+from pallas_kernels.stream import (
+    APPROXIMATE,
+    TuningConfig,
+    launch,
+    ones_beyond,
+    place,
+    put,
+    quantize_registers,
+    quantized_type,
+    spread,
+)
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
 BACKWARD = TuningConfig(warpgroups=SLABS, stages=1)  # only blocks and stages may vary: the tile gives the rest
-ROW_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((16, GROUP), (4, GROUP), (32,), (4,))), warp_dims=(-6,), lane_dims=(-4, -2), vector_dim=-1)
+ROW_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, GROUP), (4, GROUP), (32,), (4,))), warp_dims=(-6,), lane_dims=(-4, -2), vector_dim=-1
+)
 COLUMN_LAYOUT = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)  # [128 columns, rows]: a column per thread
 COLUMN_BYTES_LAYOUT = plgpu.Layout.TCGEN05_TMEM_NATIVE(16)  # the same, 16 rows together: the widest store
 PLANES = 3  # of a tile: gate, up and the gradient
@@ -44,9 +61,11 @@ NUM_MAXIMA = 2  # of which one is filled while a slower warpgroup may still read
 
 
 class Outputs(NamedTuple):
-    """References of the results, of these shapes in global memory; in shared memory [warpgroups, ...], a part of a tile.
+    """References of the results, of these shapes in global memory; in shared memory [warpgroups, ...], a part of a
+    tile.
 
-    `groups` are those of gate and up together for the gradient, and of the activation alone, which has the last two only.
+    `groups` are those of gate and up together for the gradient, and of the activation alone, which has the last two
+    only.
     """
 
     values: Any  # [m, groups, 128]
@@ -75,7 +94,9 @@ class Place(NamedTuple):
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = BACKWARD
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the weight's gradient."""
+    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
+    weight's gradient.
+    """
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, tall, weighted = f // GROUP, pl.cdiv(m, GROUP), weight is not None
     values, scales = quantized_type((m, 2 * f))
@@ -123,7 +144,12 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
 
     def body(hidden, grad, *refs):
         weights, refs = refs[:weighted], refs[weighted:]
-        out, act, sums, refs = Outputs(*refs[:4]), Outputs(None, None, *refs[4:6]), refs[6 : 6 + weighted], refs[6 + weighted :]
+        out, act, sums, refs = (
+            Outputs(*refs[:4]),
+            Outputs(None, None, *refs[4:6]),
+            refs[6 : 6 + weighted],
+            refs[6 + weighted :],
+        )
         slots, staging, exchange, sum_slots = refs[0], Outputs(*refs[1:5]), Exchange(*refs[5:8]), refs[8:]
         warpgroup = lax.axis_index("warpgroup")
 
@@ -142,7 +168,10 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
             factor = spread(factors[0], (SLAB, GROUP), ROW_LAYOUT, (0,)) if factors else None
 
             def load(planes):
-                loads = (plgpu.load(slots.at[turn.slot, plane], layout=ROW_LAYOUT, optimized=False) for plane in range(planes))
+                loads = (
+                    plgpu.load(slots.at[turn.slot, plane], layout=ROW_LAYOUT, optimized=False)
+                    for plane in range(planes)
+                )
                 return (x.astype(jnp.float32) for x in loads)
 
             def emit(x, number, to, group, along_rows):
@@ -182,13 +211,18 @@ def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging:
 
 
 def _emit_columns(to: Place, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
-    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed rows."""
+    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed
+    rows.
+    """
     columns = pl.ds(to.column * GROUP, GROUP)
     x = plgpu.load(exchange.rows.at[to.warpgroup].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
     exchange.maxima[maxima, to.warpgroup] = largest_magnitude(x, axis=1)
     plgpu.barrier_arrive(exchange.ready)
     plgpu.barrier_wait(exchange.ready)
-    parts = [plgpu.load(exchange.maxima.at[maxima, slab], layout=COLUMN_LAYOUT.reduce(1), optimized=False) for slab in range(SLABS)]
+    parts = [
+        plgpu.load(exchange.maxima.at[maxima, slab], layout=COLUMN_LAYOUT.reduce(1), optimized=False)
+        for slab in range(SLABS)
+    ]
     scales = scale_of(jnp.maximum(jnp.maximum(parts[0], parts[1]), jnp.maximum(parts[2], parts[3])), scale)
     scaled = x * spread(1.0 / scales, x.shape, COLUMN_LAYOUT, (0,))
     put(staging.values_t.at[to.warpgroup], plgpu.layout_cast(scaled, COLUMN_BYTES_LAYOUT).astype(E4M3))

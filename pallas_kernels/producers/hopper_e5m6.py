@@ -1,5 +1,5 @@
-"""E5M6 on Hopper: 3.5 bytes moved per value of BF16. `pallas_kernels.stream` tells how tiles stream and what each kernel reaches, `e5m6`
-what the bytes are.
+"""E5M6 on Hopper: 3.5 bytes moved per value of BF16. `pallas_kernels.stream` tells how tiles stream and what each
+kernel reaches, `e5m6` what the bytes are.
 
 The two halves of a tile are worked on side by side, because a byte of the high plane takes a nibble of either.
 """
@@ -15,7 +15,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.producers import e5m6
 from pallas_kernels.quantized import GROUP, scales_shape
-from pallas_kernels.stream import APPROXIMATE, TILE_GROUPS, TILE_ROWS, TuningConfig, launch, ones_beyond, place, put, spread
+from pallas_kernels.stream import (
+    APPROXIMATE,
+    TILE_GROUPS,
+    TILE_ROWS,
+    TuningConfig,
+    launch,
+    ones_beyond,
+    place,
+    put,
+    spread,
+)
 
 PACK = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
 HALF_TILE = plgpu.Layout.TILED(  # `stream.TILE` of half groups
@@ -43,7 +53,9 @@ def e5m6_pack(x: Array, config: TuningConfig = PACK) -> tuple[Array, Array]:
             tile_scales = e5m6.scale_of(jnp.max(jnp.maximum(jnp.abs(first), jnp.abs(second)), axis=2))
             inverse = spread(1.0 / tile_scales, first.shape, HALF_TILE, (0, 1))
             out = turn.take_out_slot()
-            for plane, values in zip(PLANES, e5m6.pack(e5m6.encode(first * inverse), e5m6.encode(second * inverse)), strict=True):
+            for plane, values in zip(
+                PLANES, e5m6.pack(e5m6.encode(first * inverse), e5m6.encode(second * inverse)), strict=True
+            ):
                 packed_slots[out, :, :, plane] = values.astype(jnp.uint8)
             put(scale_slots.at[out].transpose((1, 0)), ones_beyond(tile_scales, at_rows.start, m, HALF_TILE))
             plgpu.commit_smem()
@@ -78,7 +90,9 @@ def e5m6_unpack(packed: Array, scales: Array, m: int, dtype: jnp.dtype, config: 
 
         def work(turn):
             planes = [_load(packed_slots.at[turn.slot, :, :, plane]).astype(jnp.int32) for plane in PLANES]
-            factors = plgpu.load(scale_slots.at[turn.slot].transpose((1, 0)), layout=HALF_TILE.reduce(2), optimized=False)
+            factors = plgpu.load(
+                scale_slots.at[turn.slot].transpose((1, 0)), layout=HALF_TILE.reduce(2), optimized=False
+            )
             plgpu.commit_smem()
             turn.release()
             factors = spread(factors, planes[0].shape, HALF_TILE, (0, 1))

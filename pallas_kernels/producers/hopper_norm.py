@@ -1,30 +1,39 @@
 """RMSNorm to tiles on Hopper: x is read once, 3 bytes moved per value.
 
-The problem. A row's sum of squares must be known before its first value can be quantised, and four rows of V3's width of 7168, the least
-that `stream.TILE` takes, are 56 KiB. A warpgroup that holds them while it computes does not read, unless there is room for more of them.
+The problem. A row's sum of squares must be known before its first value can be quantised, and four rows of V3's width
+of 7168, the least that `stream.TILE` takes, are 56 KiB. A warpgroup that holds them while it computes does not read,
+unless there is room for more of them.
 
-The choice. All warpgroups of a block work on one tile in one slot, each on neighbouring columns of it, a few pieces of 512:
+The choice. All warpgroups of a block work on one tile in one slot, each on neighbouring columns of it, a few pieces of
+512:
 
-    1. It loads its pieces into registers: 16 of a thread's for a piece of 4 rows. That was the only read of the slot, which goes back to
-       the copy engine at once: a slot is where x lands, and nearly all of the ring is under way at all times.
-    2. It leaves the sums of squares of its part of the rows in shared memory. Behind a barrier each adds up all parts, in the same order.
-    3. It norms, rounds and quantises its pieces. They leave together: one fence and one group of copies for a warpgroup and a tile.
+    1. It loads its pieces into registers: 16 of a thread's for a piece of 4 rows. That was the only read of the slot,
+       which goes back to the copy engine at once: a slot is where x lands, and nearly all of the ring is under way at
+       all times.
+    2. It leaves the sums of squares of its part of the rows in shared memory. Behind a barrier each adds up all parts,
+    in the same order.
+    3. It norms, rounds and quantises its pieces. They leave together: one fence and one group of copies for a warpgroup
+    and a tile.
 
-Worked example, k = 7168: 14 pieces, 2 for each of 7 warpgroups, 32 registers of 72; a ring of two slots, 112 KiB, beside gain and results
-of 28 KiB each. With 4 warpgroups a row counts as 16 pieces: the copy engine fills what is beyond the row with zeros, which are normed like
-all else and go nowhere, so that nothing asks how many pieces there are. The default is the number of warpgroups with the fewest of these.
+Worked example, k = 7168: 14 pieces, 2 for each of 7 warpgroups, 32 registers of 72; a ring of two slots, 112 KiB,
+beside gain and results of 28 KiB each. With 4 warpgroups a row counts as 16 pieces: the copy engine fills what is
+beyond the row with zeros, which are normed like all else and go nowhere, so that nothing asks how many pieces there
+are. The default is the number of warpgroups with the fewest of these.
 
-Wider rows give up two things, one after the other. Where registers don't hold the pieces, they are loaded a second time, and the slot goes
-back late. Where shared memory has no room for the gain, it is read from global memory, through the cache.
+Wider rows give up two things, one after the other. Where registers don't hold the pieces, they are loaded a second
+time, and the slot goes back late. Where shared memory has no room for the gain, it is read from global memory, through
+the cache.
 
-Measured on an H100, as a share of its copy bandwidth: 4096 x 7168 0.83, 16384 x 7168 0.86, 32768 x 1536 0.89. What binds was not isolated;
-TILE's loads and stores of fewer than 16 bytes a lane meet in banks of shared memory (counted, not measured).
+Measured on an H100, as a share of its copy bandwidth: 4096 x 7168 0.83, 16384 x 7168 0.86, 32768 x 1536 0.89. What
+binds was not isolated; TILE's loads and stores of fewer than 16 bytes a lane meet in banks of shared memory (counted,
+not measured).
 
-What lost. A tile for each warpgroup, with one slot each: in a warpgroup, reads and computes did not overlap, and 1024 tiles over 396
-warpgroups were three rounds of 2.6 (0.675 for 4096 x 7168). Four or five warpgroups (0.79), a third slot in the gain's place (0.72 and
-0.89), two results on their way out (0.82). Pieces held as BF16, half the registers: the compiler keeps the numbers that the first pass
-widened (without room for those, k = 16384 spills); `lax.optimization_barrier`, which would hide them from it, changes the order of BF16
-values in jax 0.11.2 where a thread holds four neighbours (read in its source, not run).
+What lost. A tile for each warpgroup, with one slot each: in a warpgroup, reads and computes did not overlap, and 1024
+tiles over 396 warpgroups were three rounds of 2.6 (0.675 for 4096 x 7168). Four or five warpgroups (0.79), a third slot
+in the gain's place (0.72 and 0.89), two results on their way out (0.82). Pieces held as BF16, half the registers: the
+compiler keeps the numbers that the first pass widened (without room for those, k = 16384 spills);
+`lax.optimization_barrier`, which would hide them from it, changes the order of BF16 values in jax 0.11.2 where a thread
+holds four neighbours (read in its source, not run).
 """
 
 import dataclasses
@@ -54,7 +63,10 @@ WIDEST_ROW = 18432  # 4 rows in BF16 and their results fill shared memory
 WIDTH = TILE_GROUPS * GROUP  # of a piece
 MOST_ROWS = 16  # of a tile: 64 values of a piece per thread
 TILE_VALUES = 2**14  # of a multiprocessor's blocks together: 32 KiB of BF16
-WARPGROUPS = (4, 7)  # at least on a multiprocessor, to hide each other's waits; at most in a block: 72 registers for each thread
+WARPGROUPS = (
+    4,
+    7,
+)  # at least on a multiprocessor, to hide each other's waits; at most in a block: 72 registers for each thread
 MOST_STAGES = 3
 NUM_SUMS = 2  # of which one is filled while a slower warpgroup may still read the other
 ALIGNED_GROUPS = 8  # scales of 8 groups and 4 rows are 128 bytes: the copy engine starts at multiples of them
@@ -65,7 +77,9 @@ SMALL_BYTES = 8 * 1024  # of a block: scales, sums, barriers, 2 KiB that Pallas 
 
 
 def default_config(k: int) -> TuningConfig:
-    """Return tiles of 32 KiB per multiprocessor or of 4 rows, as many slots as fit, and the fewest warpgroups that cut k most evenly."""
+    """Return tiles of 32 KiB per multiprocessor or of 4 rows, as many slots as fit, and the fewest warpgroups that cut
+    k most evenly.
+    """
     num_pieces = pl.cdiv(k, WIDTH)
     fewest, most = (min(num_pieces, bound) for bound in WARPGROUPS)
     warpgroups = min(range(fewest, most + 1), key=lambda count: -num_pieces % count)
@@ -104,7 +118,8 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, config: T
         pieces = [pl.ds(warpgroup * each + first, TILE_GROUPS) for first in range(0, each, TILE_GROUPS)]
 
         def fetch(tile, slot, copied):
-            # Pallas refuses slices that it sees end beyond their tensor; a product with zero hides where this one starts.
+            # Pallas refuses slices that it sees end beyond their tensor; a product with zero hides where this one
+            # starts.
             plgpu.copy_gmem_to_smem(x.at[pl.ds(tile * rows, rows), pl.ds(0 * tile, wide)], x_slots.at[slot], copied)
 
         def work(turn):
@@ -124,13 +139,18 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, config: T
             inverse = spread(lax.rsqrt(total / k + eps), squares.shape, TILE, (0,))
             out, at_rows = turn.take_out_slot(), pl.ds(turn.tile * rows, rows)
             for piece, at_groups, first in zip(held, pieces, range(0, each, TILE_GROUPS), strict=True):
-                gains = spread(plgpu.load(gain_in.at[at_groups], layout=TILE.reduce(0), optimized=False), piece.shape, TILE, (1, 2))
+                gains = spread(
+                    plgpu.load(gain_in.at[at_groups], layout=TILE.reduce(0), optimized=False), piece.shape, TILE, (1, 2)
+                )
                 piece = piece if holds else load(at_groups)
                 normed = (piece.astype(jnp.float32) * inverse * gains).astype(jnp.bfloat16)
                 piece_values, piece_scales = quantize_registers(normed, scale, TILE)
                 at_out = pl.ds(first, TILE_GROUPS)
                 put(value_slots.at[out, warpgroup, :, at_out], piece_values)
-                put(scale_slots.at[out, warpgroup, at_out].transpose((1, 0)), ones_beyond(piece_scales, at_rows.start, m, TILE))
+                put(
+                    scale_slots.at[out, warpgroup, at_out].transpose((1, 0)),
+                    ones_beyond(piece_scales, at_rows.start, m, TILE),
+                )
             plgpu.commit_smem()
             if not holds:
                 turn.release()

@@ -1,23 +1,27 @@
-"""The fused producers in plain jnp: the specification of the kernels, and the arithmetic of one element that all faces share.
+"""The fused producers in plain jnp: the specification of the kernels, and the arithmetic of one element that all faces
+share.
 
 Where numbers are rounded on the way to E4M3:
 
-    rms_norm_quantize           statistics, product with the gain: FP32; then BF16; then E4M3   (the numbers of norm, then quantise)
+    rms_norm_quantize           statistics, product with the gain: FP32; then BF16; then E4M3 (norm, then quantise)
     swiglu_quantize             everything FP32; then E4M3
-    swiglu_backward_quantize    everything FP32; then E4M3, twice from the same numbers: neither copy is made of the other
+    swiglu_backward_quantize    everything FP32; then E4M3, twice from the same numbers: neither copy is made of the
+                                other
 
-The rounding to BF16 is a `reduce_precision`: a cast to BF16 and back is one that XLA may leave out of a compiled program.
+The rounding to BF16 is a `reduce_precision`: a cast to BF16 and back is one that XLA may leave out of a compiled
+program.
 
-The kernels differ from this file where a machine's rsqrt and exp do, by the last bits of FP32, and where they add in another order: a
-value then lies one step of E4M3 away, a scale some units in the last place. Shares of all that differ between the Hopper kernel and this
-file on one H200 (jax 0.11.2, 2026-11-24):
+The kernels differ from this file where a machine's rsqrt and exp do, by the last bits of FP32, and where they add in
+another order: a value then lies one step of E4M3 away, a scale some units in the last place. Shares of all that differ
+between the Hopper kernel and this file on one H200 (jax 0.11.2, 2026-11-24):
 
                                                values    scales    transposed values    scales
     rms_norm_quantize           (4096, 7168)   4.8e-7    0
     swiglu_quantize             (8192, 2048)   0         0.2%
-    swiglu_backward_quantize    (8192, 2048)   5.4e-7    8.7%      4.2e-7               8.8%      gradient of the weight: 81%
+    swiglu_backward_quantize    (8192, 2048)   5.4e-7    8.7%      4.2e-7               8.8%   weight's gradient: 81%
 
-The gradients of the weight are sums of 2048 numbers, added in another order. `e5m6` and all of `quantize` are equal in every bit.
+The gradients of the weight are sums of 2048 numbers, added in another order. `e5m6` and all of `quantize` are equal in
+every bit.
 """
 
 import jax.numpy as jnp
@@ -49,7 +53,9 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale) -> Quanti
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the weight's gradient."""
+    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
+    weight's gradient.
+    """
     gate, up = _halves(hidden)
     grad_gate, grad_up, product = swiglu_gradients(gate, up, grad.astype(jnp.float32), _column(weight))
     rows, columns = quantize_tiles_both(jnp.concatenate([grad_gate, grad_up], axis=1), scale)
@@ -58,7 +64,9 @@ def swiglu_backward_quantize(
 
 
 def swiglu(gate: Array, up: Array, weight: Array | None = None) -> Array:
-    """Return silu(gate) * up, times `weight` (of a shape that broadcasts). FP32 in and out, inside a kernel and outside."""
+    """Return silu(gate) * up, times `weight` (of a shape that broadcasts). FP32 in and out, inside a kernel and
+    outside.
+    """
     product = gate * sigmoid(gate) * up
     return product if weight is None else product * weight
 

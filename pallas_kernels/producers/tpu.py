@@ -1,9 +1,9 @@
 """The producers as Pallas kernels for TPUs: correct and compiled, their speed on a TPU is unmeasured.
 
-A block is 128 rows by 1024 columns (whole rows for the norm). Its groups of 128 are the lanes of a register, so the largest of a group is
-one reduction along lanes. Scales come out as columns and are stored as rows: they are gathered in the lanes of one matrix of 128 x 128,
-which is transposed once. Edge blocks hold rubbish beyond the tensor; what is written there is dropped, and where 128 rows form a group,
-rows beyond m are set to zero first.
+A block is 128 rows by 1024 columns (whole rows for the norm). Its groups of 128 are the lanes of a register, so the
+largest of a group is one reduction along lanes. Scales come out as columns and are stored as rows: they are gathered in
+the lanes of one matrix of 128 x 128, which is transposed once. Edge blocks hold rubbish beyond the tensor; what is
+written there is dropped, and where 128 rows form a group, rows beyond m are set to zero first.
 """
 
 import functools
@@ -35,11 +35,15 @@ def rms_norm_quantize(x: Array, gain: Array, eps: float, scale: Scale, interpret
 
         def group(g):
             at = pl.ds(g * GROUP, GROUP)
-            return (x_ref[:, at].astype(jnp.float32) * inverse * gain_ref[:, at]).astype(jnp.bfloat16).astype(jnp.float32)
+            return (
+                (x_ref[:, at].astype(jnp.float32) * inverse * gain_ref[:, at]).astype(jnp.bfloat16).astype(jnp.float32)
+            )
 
         for first in range(0, k // GROUP, GROUP):
             size = min(GROUP, k // GROUP - first)
-            scales_ref[pl.ds(first, size)] = _rows(lambda g, first=first: group(first + g), size, scale, m, values_ref, first)
+            scales_ref[pl.ds(first, size)] = _rows(
+                lambda g, first=first: group(first + g), size, scale, m, values_ref, first
+            )
 
     specs = [pl.BlockSpec((GROUP, k), lambda i: (i, 0)), pl.BlockSpec((1, k), lambda i: (0, 0))]
     out_specs = [pl.BlockSpec((GROUP, k), lambda i: (i, 0)), pl.BlockSpec((k // GROUP, GROUP), lambda i: (0, i))]
@@ -54,7 +58,9 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, interpret
     def body(gate_ref, up_ref, *refs):
         *weight_ref, values_ref, scales_ref = refs
         factors = [ref[...] for ref in weight_ref]
-        scales_ref[...] = _rows(lambda g: swiglu(_group(gate_ref, g), _group(up_ref, g), *factors), BLOCK_GROUPS, scale, m, values_ref)
+        scales_ref[...] = _rows(
+            lambda g: swiglu(_group(gate_ref, g), _group(up_ref, g), *factors), BLOCK_GROUPS, scale, m, values_ref
+        )
 
     inputs, specs = _swiglu_inputs(hidden, weight)
     call = _call(body, _grid(m, f), specs, _both_specs()[:2], _tile_shapes((m, f)), interpret)
@@ -64,7 +70,8 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, interpret
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale, interpret: Any = False
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the weight's gradient.
+    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
+    weight's gradient.
 
     Gate and up leave as two tensors, because a block of one cannot span both, and are joined by XLA.
     """
@@ -79,7 +86,10 @@ def swiglu_backward_quantize(
             refs[weighted + 10 :],
         )
         factor = weight_ref[0][...] if weighted else None
-        gradients = [swiglu_gradients(_group(gate_ref, g), _group(up_ref, g), _group(grad_ref, g), factor) for g in range(BLOCK_GROUPS)]
+        gradients = [
+            swiglu_gradients(_group(gate_ref, g), _group(up_ref, g), _group(grad_ref, g), factor)
+            for g in range(BLOCK_GROUPS)
+        ]
         for half, (values_ref, scales_ref, values_t_ref, scales_t_ref) in enumerate((outputs[:4], outputs[4:])):
             x = [_inside(gradient[half], m) for gradient in gradients]
             scales_ref[...] = _rows(x.__getitem__, BLOCK_GROUPS, scale, m, values_ref)
@@ -88,8 +98,12 @@ def swiglu_backward_quantize(
         _columns([_inside(x, m) for x in activations], scale, *act_refs)
         for ref in sums_ref:
             first_group = pl.program_id(1) * BLOCK_GROUPS
-            products = [jnp.where(first_group + g < f // GROUP, gradient[2], 0.0) for g, gradient in enumerate(gradients)]
-            ref[...] = jnp.where(pl.program_id(1) == 0, 0.0, ref[...]) + sum(jnp.sum(x, axis=1, keepdims=True) for x in products)
+            products = [
+                jnp.where(first_group + g < f // GROUP, gradient[2], 0.0) for g, gradient in enumerate(gradients)
+            ]
+            ref[...] = jnp.where(pl.program_id(1) == 0, 0.0, ref[...]) + sum(
+                jnp.sum(x, axis=1, keepdims=True) for x in products
+            )
 
     (gate, up, *weights), (gate_spec, up_spec, *weight_specs) = _swiglu_inputs(hidden, weight)
     specs = [gate_spec, up_spec, pl.BlockSpec((GROUP, WIDTH), lambda i, j: (i, j)), *weight_specs]
@@ -100,7 +114,12 @@ def swiglu_backward_quantize(
     *results, sums = [*call(gate, up, grad, *weights), *([] if weighted else [None])]
     axes = (1, 0, 0, 2)
     joined = [jnp.concatenate(pair, axis) for *pair, axis in zip(results[:4], results[4:8], axes, strict=True)]
-    return Quantized(*joined[:2], "tile"), _transposed(*joined[2:]), _transposed(*results[8:]), None if sums is None else sums[:, 0]
+    return (
+        Quantized(*joined[:2], "tile"),
+        _transposed(*joined[2:]),
+        _transposed(*results[8:]),
+        None if sums is None else sums[:, 0],
+    )
 
 
 def e5m6_pack(x: Array, interpret: Any = False) -> tuple[Array, Array]:
@@ -119,7 +138,10 @@ def e5m6_pack(x: Array, interpret: Any = False) -> tuple[Array, Array]:
         scales_ref[...] = _scale_rows(scales, m)
 
     packed_width = k // GROUP * e5m6.TILE_BYTES
-    shapes = [jax.ShapeDtypeStruct((m, packed_width), jnp.uint8), jax.ShapeDtypeStruct(scales_shape(x.shape, "tile"), jnp.float32)]
+    shapes = [
+        jax.ShapeDtypeStruct((m, packed_width), jnp.uint8),
+        jax.ShapeDtypeStruct(scales_shape(x.shape, "tile"), jnp.float32),
+    ]
     packed_spec = pl.BlockSpec((GROUP, BLOCK_GROUPS * e5m6.TILE_BYTES), lambda i, j: (i, j))
     values_spec, scales_spec = _both_specs()[:2]
     return tuple(_call(body, _grid(m, k), [values_spec], [packed_spec, scales_spec], shapes, interpret)(x))
@@ -140,14 +162,24 @@ def e5m6_unpack(packed: Array, scales: Array, m: int, dtype: jnp.dtype, interpre
 
     packed_spec = pl.BlockSpec((GROUP, BLOCK_GROUPS * e5m6.TILE_BYTES), lambda i, j: (i, j))
     values_spec, scales_spec = _both_specs()[:2]
-    call = _call(body, _grid(m, k), [packed_spec, scales_spec], [values_spec], [jax.ShapeDtypeStruct((m, k), dtype)], interpret)
+    call = _call(
+        body, _grid(m, k), [packed_spec, scales_spec], [values_spec], [jax.ShapeDtypeStruct((m, k), dtype)], interpret
+    )
     return call(packed, scales)[0]
 
 
-def _call(body: Callable, grid: tuple[int, ...], in_specs: list, out_specs: list, out_shape: list, interpret: Any) -> Callable:
+def _call(
+    body: Callable, grid: tuple[int, ...], in_specs: list, out_specs: list, out_shape: list, interpret: Any
+) -> Callable:
     params = pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES)
     return pl.pallas_call(
-        body, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, compiler_params=params, interpret=interpret
+        body,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=params,
+        interpret=interpret,
     )
 
 
@@ -161,7 +193,10 @@ def _swiglu_inputs(hidden: Array, weight: Array | None) -> tuple[list[Array], li
     whole = f % WIDTH == 0
     halves = [hidden, hidden] if whole else jnp.split(hidden, 2, axis=1)
     first_of_up = f // WIDTH if whole else 0
-    specs = [pl.BlockSpec((GROUP, WIDTH), lambda i, j: (i, j)), pl.BlockSpec((GROUP, WIDTH), lambda i, j: (i, j + first_of_up))]
+    specs = [
+        pl.BlockSpec((GROUP, WIDTH), lambda i, j: (i, j)),
+        pl.BlockSpec((GROUP, WIDTH), lambda i, j: (i, j + first_of_up)),
+    ]
     if weight is None:
         return halves, specs
     return [*halves, weight.reshape(m, 1)], [*specs, pl.BlockSpec((GROUP, 1), lambda i, j: (i, 0))]
@@ -172,7 +207,9 @@ def _tile_shapes(shape: tuple[int, int]) -> list[jax.ShapeDtypeStruct]:
 
 
 def _both_shapes(m: int, f: int) -> list[jax.ShapeDtypeStruct]:
-    """Tiles and their scales, transposed tiles and their scales [pad128(m) / 128, 1, f], the 1 so that a block may be one row of them."""
+    """Tiles and their scales, transposed tiles and their scales [pad128(m) / 128, 1, f], the 1 so that a block may be
+    one row of them.
+    """
     tall = pl.cdiv(m, GROUP)
     return [
         *_tile_shapes((m, f)),
@@ -205,7 +242,9 @@ def _inside(x: Array, m: int) -> Array:
 
 
 def _rows(group: Callable[[int], Array], count: int, scale: Scale, m: int, values_ref, first: int = 0) -> Array:
-    """Quantise the rows of `count` groups of a block into `values_ref` from group `first` on; return the scales [count, 128]."""
+    """Quantise the rows of `count` groups of a block into `values_ref` from group `first` on; return the scales [count,
+    128].
+    """
     columns = []
     for g in range(count):
         x = group(g)
@@ -217,7 +256,9 @@ def _rows(group: Callable[[int], Array], count: int, scale: Scale, m: int, value
 def _scale_rows(columns: Any, m: int) -> Array:
     """Return scales of groups, a column [128, 1] each, as rows; 1 beyond m."""
     lanes = lax.broadcasted_iota(jnp.int32, (GROUP, GROUP), 1)
-    matrix = functools.reduce(lambda matrix, g: jnp.where(lanes == g, columns[g], matrix), range(len(columns)), jnp.ones((GROUP, GROUP)))
+    matrix = functools.reduce(
+        lambda matrix, g: jnp.where(lanes == g, columns[g], matrix), range(len(columns)), jnp.ones((GROUP, GROUP))
+    )
     rows = pl.program_id(0) * GROUP + lax.broadcasted_iota(jnp.int32, (GROUP, GROUP), 0)
     return jnp.where(rows < m, matrix, 1.0).T[: len(columns)]
 

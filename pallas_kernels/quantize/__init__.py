@@ -2,12 +2,13 @@
 
     quantize_tiles           activations and gradients, as the left operand of a product
     quantize_blocks          weights, once per optimizer step
-    quantize_tiles_both      a gradient, which both products of the backward pass read: dx along its row, dW along its column
+    quantize_tiles_both      a gradient, which both products of the backward pass read: dx along its row, dW along its
+                             column
     requantize_transposed    the cached activation as dW wants it: dequantised, transposed, quantised along the tokens
     quantize_rows            the dispatch: the rows that go to the experts, in their order
 
-Scales cannot be transposed with a tensor: a tile is 128 neighbours along k, and its transpose needs 128 neighbours along m. So the
-transposed forms are quantised anew, from x itself where it is at hand.
+Scales cannot be transposed with a tensor: a tile is 128 neighbours along k, and its transpose needs 128 neighbours
+along m. So the transposed forms are quantised anew, from x itself where it is at hand.
 """
 
 import jax.numpy as jnp
@@ -58,7 +59,9 @@ def quantize_blocks(w: Array, *, scale: Scale = "fp32", implementation: str = "a
     return _face("quantize_blocks", implementation)(w, scale)
 
 
-def quantize_tiles_both(x: Array, *, scale: Scale = "fp32", implementation: str = "auto") -> tuple[Quantized, Quantized]:
+def quantize_tiles_both(
+    x: Array, *, scale: Scale = "fp32", implementation: str = "auto"
+) -> tuple[Quantized, Quantized]:
     """Quantise in tiles, and the transpose in tiles, reading x once.
 
     Args:
@@ -67,7 +70,8 @@ def quantize_tiles_both(x: Array, *, scale: Scale = "fp32", implementation: str 
         implementation: see `dispatch.choose`.
 
     Returns:
-        tiles [m, k], and tiles [k, m rounded up to 128], whose columns beyond m are zeros: 128 tokens of one channel share a scale.
+        tiles [m, k], and tiles [k, m rounded up to 128], whose columns beyond m are zeros: 128 tokens of one channel
+        share a scale.
 
     Raises:
         ValueError: shape, dtype or `scale`.
@@ -80,7 +84,8 @@ def quantize_tiles_both(x: Array, *, scale: Scale = "fp32", implementation: str 
 def requantize_transposed(q: Quantized, *, scale: Scale = "fp32", implementation: str = "auto") -> Quantized:
     """Transpose a quantised tensor: dequantise in FP32, transpose, quantise along what were its rows.
 
-    With power-of-two scales on both sides the second rounding loses next to nothing, which is why V3 uses them where it matters.
+    With power-of-two scales on both sides the second rounding loses next to nothing, which is why V3 uses them where it
+    matters.
 
     Args:
         q: tiles [m, k].
@@ -104,7 +109,8 @@ def quantize_rows(x: Array, rows: Array, *, scale: Scale = "pow2", implementatio
 
     Args:
         x: BF16 or FP32 [m, k], any m >= 1, k a multiple of 128.
-        rows: int32 [w], w >= 1. Row i of the result is x[rows[i]], or zeros where rows[i] is outside [0, m), negative included.
+        rows: int32 [w], w >= 1. Row i of the result is x[rows[i]], or zeros where rows[i] is outside [0, m), negative
+            included.
         scale: "pow2", which V3 uses before the experts, or "fp32".
         implementation: see `dispatch.choose`.
 

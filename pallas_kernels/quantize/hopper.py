@@ -1,12 +1,14 @@
-"""Quantisation on Hopper: what a tile is, and where its results go. `pallas_kernels.stream` tells how tiles stream and what each kernel
-reaches; the transposed forms are in `hopper_transposed.py`.
+"""Quantisation on Hopper: what a tile is, and where its results go. `pallas_kernels.stream` tells how tiles stream and
+what each kernel reaches; the transposed forms are in `hopper_transposed.py`.
 
     quantize_tiles     a tile is 64 rows of 128: 64 scales leave as one piece of 256 bytes
-    quantize_blocks    a tile is a block of 128 x 128, read twice from shared memory: for its largest magnitude, then for its values
-    quantize_rows      a tile is 8 gathered rows x 1024. A row of x is k / 128 groups behind one another, so that eight groups
-                       of a row are one piece of memory, and a slab of 8 x 128 like any other
+    quantize_blocks    a tile is a block of 128 x 128, read twice from shared memory: for its largest magnitude, then
+                       for its values
+    quantize_rows      a tile is 8 gathered rows x 1024. A row of x is k / 128 groups behind one another, so that eight
+                       groups of a row are one piece of memory, and a slab of 8 x 128 like any other
 
-Rows that are not there: the copy engine reads zeros outside x, so `quantize_rows` asks for row m in place of any row outside.
+Rows that are not there: the copy engine reads zeros outside x, so `quantize_rows` asks for row m in place of any row
+outside.
 """
 
 import jax
@@ -17,7 +19,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantize.hopper_transposed import quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, pad_rows, scale_of, scales_shape
-from pallas_kernels.stream import TuningConfig, launch, lines, ones_beyond, place, quantize_registers, quantized_type, row_layout, spread
+from pallas_kernels.stream import (
+    TuningConfig,
+    launch,
+    lines,
+    ones_beyond,
+    place,
+    quantize_registers,
+    quantized_type,
+    row_layout,
+    spread,
+)
 
 __all__ = ["quantize_blocks", "quantize_rows", "quantize_tiles", "quantize_tiles_both", "requantize_transposed"]
 
@@ -48,7 +60,9 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quan
 
         def work(turn):
             (rows, g), out = at(turn.tile), turn.take_out_slot()
-            value_slots[out], tile_scales = quantize_registers(plgpu.load(x_slots.at[turn.slot], layout=layout), scale, layout)
+            value_slots[out], tile_scales = quantize_registers(
+                plgpu.load(x_slots.at[turn.slot], layout=layout), scale, layout
+            )
             scale_slots[out] = ones_beyond(tile_scales, rows.start, m, layout)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(value_slots.at[out], values.at[rows, pl.ds(g * GROUP, GROUP)], commit_group=False)
@@ -67,7 +81,9 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quan
 
 
 def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = BLOCKS) -> Quantized:
-    """See `quantize.quantize_blocks`. A `k` that is no multiple of 128 is padded by a copy: the copy engine moves whole swizzled lines."""
+    """See `quantize.quantize_blocks`. A `k` that is no multiple of 128 is padded by a copy: the copy engine moves whole
+    swizzled lines.
+    """
     if w.ndim == 2:
         q = quantize_blocks(w[None], scale, config)
         return Quantized(q.values[0], q.scales[0], "block")

@@ -1,21 +1,24 @@
 """The transposed forms on Hopper: 128 neighbours along m share a scale, and the result has m along its rows.
 
-The problem. Eight-bit elements have no transposing load on Hopper, and a transpose by single bytes is slow. Sixteen-bit elements have one:
-`ldmatrix` with `.trans` gives a lane two neighbours along m from shared memory that has k along its rows.
+The problem. Eight-bit elements have no transposing load on Hopper, and a transpose by single bytes is slow. Sixteen-bit
+elements have one: `ldmatrix` with `.trans` gives a lane two neighbours along m from shared memory that has k along its
+rows.
 
-The choice. Transpose at sixteen bits, quantise after. BF16 is transposed as it comes; E4M3 is first written to shared memory as FP16, which
-holds it exactly, and its scales are multiplied in after the transpose, in FP32, as `dequantize` does. A lane then holds pairs of neighbours
-along m, and writes two bytes at a time, in swizzled lines without collisions. FP32 has no such load either; the compiler exchanges
-elements between lanes, at half the speed or less, which no hot path of V3 asks for.
+The choice. Transpose at sixteen bits, quantise after. BF16 is transposed as it comes; E4M3 is first written to shared
+memory as FP16, which holds it exactly, and its scales are multiplied in after the transpose, in FP32, as `dequantize`
+does. A lane then holds pairs of neighbours along m, and writes two bytes at a time, in swizzled lines without
+collisions. FP32 has no such load either; the compiler exchanges elements between lanes, at half the speed or less,
+which no hot path of V3 asks for.
 
-The alternative that lost before it was measured: pairs of bytes as sixteen-bit elements, transposed and taken apart by permutes. It saves
-the FP16 detour, but is written in inline PTX, which the interpreter cannot check.
+The alternative that lost before it was measured: pairs of bytes as sixteen-bit elements, transposed and taken apart by
+permutes. It saves the FP16 detour, but is written in inline PTX, which the interpreter cannot check.
 
-The producers also write both forms of a tile (`producers/hopper_backward.py`), and share with this file how tiles stream and how groups are
-quantised, but not the transpose: their values are FP32 in registers when they are made, not BF16 in shared memory.
+The producers also write both forms of a tile (`producers/hopper_backward.py`), and share with this file how tiles
+stream and how groups are quantised, but not the transpose: their values are FP32 in registers when they are made, not
+BF16 in shared memory.
 
-A tile is 128 x 128. With two warpgroups per block, each takes 64 of its rows for the one form and 64 of its columns for the other: a tile's
-columns stand whole in one warpgroup, so that the warpgroups share nothing but the ring.
+A tile is 128 x 128. With two warpgroups per block, each takes 64 of its rows for the one form and 64 of its columns for
+the other: a tile's columns stand whole in one warpgroup, so that the warpgroups share nothing but the ring.
 """
 
 import dataclasses
@@ -27,7 +30,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import SWIZZLE_ROWS, tiled
 from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
-from pallas_kernels.stream import TuningConfig, launch, lines, ones_beyond, place, quantize_registers, quantized_type, row_layout, spread
+from pallas_kernels.stream import (
+    TuningConfig,
+    launch,
+    lines,
+    ones_beyond,
+    place,
+    quantize_registers,
+    quantized_type,
+    row_layout,
+    spread,
+)
 
 BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
 REQUANTIZED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
@@ -36,7 +49,9 @@ TRANSPOSED = plgpu.Layout.WGMMA  # registers as `ldmatrix` fills them
 
 
 def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = None) -> tuple[Quantized, Quantized]:
-    """See `quantize.quantize_tiles_both`. An m that is no multiple of 8, the rows of a transposed tile, costs a copy of x."""
+    """See `quantize.quantize_tiles_both`. An m that is no multiple of 8, the rows of a transposed tile, costs a copy of
+    x.
+    """
     m, k = x.shape
     config = config or dataclasses.replace(BOTH, stages=BOTH.stages * 2 // x.dtype.itemsize)
     x = jnp.pad(x, ((0, -m % SWIZZLE_ROWS), (0, 0))) if m % SWIZZLE_ROWS else x
@@ -62,9 +77,13 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
             plgpu.commit_smem()
             for first in parts:
                 part, rows, columns = pl.ds(first, ROWS), pl.ds(i * GROUP + first, ROWS), pl.ds(g * GROUP + first, ROWS)
-                plgpu.copy_smem_to_gmem(value_slots.at[out, part], values.at[rows, pl.ds(g * GROUP, GROUP)], commit_group=False)
+                plgpu.copy_smem_to_gmem(
+                    value_slots.at[out, part], values.at[rows, pl.ds(g * GROUP, GROUP)], commit_group=False
+                )
                 plgpu.copy_smem_to_gmem(scale_slots.at[out, part], scales.at[g, rows], commit_group=False)
-                plgpu.copy_smem_to_gmem(value_t_slots.at[out, part], values_t.at[columns, pl.ds(i * GROUP, GROUP)], commit_group=False)
+                plgpu.copy_smem_to_gmem(
+                    value_t_slots.at[out, part], values_t.at[columns, pl.ds(i * GROUP, GROUP)], commit_group=False
+                )
                 plgpu.copy_smem_to_gmem(scale_t_slots.at[out, part], scales_t.at[i, columns], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
             turn.release()
@@ -106,7 +125,9 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
             plgpu.commit_smem()
             for first in parts:
                 part, columns = pl.ds(first, ROWS), pl.ds(g * GROUP + first, ROWS)
-                plgpu.copy_smem_to_gmem(value_t_slots.at[out, part], values_t.at[columns, pl.ds(i * GROUP, GROUP)], commit_group=False)
+                plgpu.copy_smem_to_gmem(
+                    value_t_slots.at[out, part], values_t.at[columns, pl.ds(i * GROUP, GROUP)], commit_group=False
+                )
                 plgpu.copy_smem_to_gmem(scale_t_slots.at[out, part], scales_t.at[i, columns], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
             turn.release()
@@ -120,7 +141,9 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
         lines((config.out_slots, GROUP, GROUP), E4M3),
         plgpu.SMEM((config.out_slots, GROUP), jnp.float32),
     ]
-    kernel = launch(body, config, tall * groups, quantized_type((k, tall * GROUP)), scratch, share="slots", copies_per_slot=2)
+    kernel = launch(
+        body, config, tall * groups, quantized_type((k, tall * GROUP)), scratch, share="slots", copies_per_slot=2
+    )
     return Quantized(*kernel(q.values, q.scales), "tile")
 
 

@@ -1,9 +1,10 @@
 """Quantisation as Pallas kernels for TPUs: correct and compiled, their speed on a TPU is unmeasured.
 
-A grid step takes 128 rows by 1024 columns, eight groups; a group's 128 elements are the lanes of a register. The scales of rows come out as
-columns and are stored as rows: they are gathered in the lanes of a 128 x 128 matrix, which is transposed once. The transposed forms
-transpose each 128 x 128 in FP32 and quantise its rows. Blocks at an edge hold rubbish outside the tensor: what is written there is dropped,
-and where it would share a group with the tensor it is set to zero first.
+A grid step takes 128 rows by 1024 columns, eight groups; a group's 128 elements are the lanes of a register. The scales
+of rows come out as columns and are stored as rows: they are gathered in the lanes of a 128 x 128 matrix, which is
+transposed once. The transposed forms transpose each 128 x 128 in FP32 and quantise its rows. Blocks at an edge hold
+rubbish outside the tensor: what is written there is dropped, and where it would share a group with the tensor it is set
+to zero first.
 """
 
 from collections.abc import Callable, Sequence
@@ -148,6 +149,10 @@ def _transposed(values: Array, scales: Array) -> Quantized:
     return Quantized(values, scales[:, 0], "tile")
 
 
-def _call(body: Callable, grid: tuple[int, ...], in_specs: Sequence, out_specs: Sequence, out_types: Sequence) -> Callable:
+def _call(
+    body: Callable, grid: tuple[int, ...], in_specs: Sequence, out_specs: Sequence, out_types: Sequence
+) -> Callable:
     params = pltpu.CompilerParams(dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=VMEM_BYTES)
-    return pl.pallas_call(body, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_types, compiler_params=params)
+    return pl.pallas_call(
+        body, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_types, compiler_params=params
+    )

@@ -22,7 +22,13 @@ def make_config():
         config.seed = seed
         config.model.vocab_size = vocab_size
         sources = tuple({"path": str(path), "weight": 1.0} for path in paths)
-        settings = {"sources": sources, "sequence_length": 64, "heldout_fraction": 0.2, "fim_rate": 0.0, "split_rate": 0.0}
+        settings = {
+            "sources": sources,
+            "sequence_length": 64,
+            "heldout_fraction": 0.2,
+            "fim_rate": 0.0,
+            "split_rate": 0.0,
+        }
         config.data.update(settings | data)
         return from_config_dict(config)
 

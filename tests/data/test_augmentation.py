@@ -47,7 +47,9 @@ def test_fim_leaves_documents_with_special_tokens_alone(bpe):
 def test_fim_without_its_tokens_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.fim_hole = None
-    with pytest.raises(ValueError, match="data.fim_rate = 0.1 needs a tokenizer with V3's FIM tokens; set data.fim_rate = 0"):
+    with pytest.raises(
+        ValueError, match="data.fim_rate = 0.1 needs a tokenizer with V3's FIM tokens; set data.fim_rate = 0"
+    ):
         Augmentation(tokenizer, 0.1, 0.0)
 
 

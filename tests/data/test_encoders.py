@@ -50,7 +50,9 @@ def words():
     return Tokenizer(encoder, "<bos>", "<eos>", "<eos>")
 
 
-def test_the_cache_does_not_depend_on_the_number_of_processes(tmp_path, make_config, corpus_folder, bpe, cores, started, monkeypatch):
+def test_the_cache_does_not_depend_on_the_number_of_processes(
+    tmp_path, make_config, corpus_folder, bpe, cores, started, monkeypatch
+):
     writer = ArrayRecordWriter(str(tmp_path / "ids.array_record"), "group_size:1")
     for i in range(20):
         writer.write(np.arange(i + 1, dtype="<i4").tobytes())
@@ -70,7 +72,9 @@ def test_the_cache_does_not_depend_on_the_number_of_processes(tmp_path, make_con
     assert 3 < len(started) <= 3 + 4
 
 
-def test_a_small_corpus_and_few_cores_start_no_process(tmp_path, make_config, corpus_folder, bpe, cores, started, monkeypatch):
+def test_a_small_corpus_and_few_cores_start_no_process(
+    tmp_path, make_config, corpus_folder, bpe, cores, started, monkeypatch
+):
     cores(2)
     open_corpus(make_config(corpus_folder), bpe, tmp_path / "few cores")
     cores(64)
@@ -83,7 +87,10 @@ def test_a_small_corpus_and_few_cores_start_no_process(tmp_path, make_config, co
     ("bad", "error"),
     [
         (b"good evil", "^WordLevel error: Missing .UNK. token from the vocabulary$"),  # of the tokenizer, in a process
-        (b"good \xff", r"bad.txt is not UTF-8 text \(byte 5\); repair or remove it"),  # of the reader, while processes work
+        (
+            b"good \xff",
+            r"bad.txt is not UTF-8 text \(byte 5\); repair or remove it",
+        ),  # of the reader, while processes work
     ],
 )
 def test_an_error_is_raised_here_and_leaves_nothing(tmp_path, make_config, words, cores, started, bad, error):
@@ -99,11 +106,15 @@ def test_an_error_is_raised_here_and_leaves_nothing(tmp_path, make_config, words
         open_corpus(make_config(tmp_path / "corpus"), words, tmp_path / "work")
     assert 0 < len(started) <= 3
     assert not list((tmp_path / "work").iterdir())
-    assert caught.tb and all(process.returncode is not None for process in started)  # also while the traceback holds its frames
+    assert caught.tb and all(
+        process.returncode is not None for process in started
+    )  # also while the traceback holds its frames
 
 
 def test_order_and_bound_of_what_is_read_ahead(bpe, started):
-    batches = [[f"text {i} {j}" * (1 if i % 7 else 5000) for j in range(i % 4)] for i in range(1, 41)]  # some slow, some empty
+    batches = [
+        [f"text {i} {j}" * (1 if i % 7 else 5000) for j in range(i % 4)] for i in range(1, 41)
+    ]  # some slow, some empty
     batches.insert(0, ["slow " * 50_000])
     unread = iter(batches)
     with bpe.encoders(2) as encoders:
@@ -138,7 +149,10 @@ def test_a_killed_process_is_an_error(bpe, started):
         for _ in range(20):
             yield ["more"]
 
-    with bpe.encoders(2) as encoders, pytest.raises(ChildProcessError, match="a process that tokenises ended with status -9"):
+    with (
+        bpe.encoders(2) as encoders,
+        pytest.raises(ChildProcessError, match="a process that tokenises ended with status -9"),
+    ):
         list(encoders.map(batches()))
 
 

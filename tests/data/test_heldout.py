@@ -50,9 +50,15 @@ def test_inputs_are_the_tokens_before_the_targets(work, make_config, corpus_fold
         assert (tokens[:, 1:] == targets[:, :-1])[~starts & ~padding[:, 1:]].all()
         assert (targets[:, :-1][starts] == bpe.eos).all()
         np.testing.assert_array_equal(padding, batch["loss_weights_BS"] == 0)
-        np.testing.assert_array_equal(np.diff(segments, axis=1)[~padding[:, 1:]], (starts if mask else 0 * starts)[~padding[:, 1:]])
+        np.testing.assert_array_equal(
+            np.diff(segments, axis=1)[~padding[:, 1:]], (starts if mask else 0 * starts)[~padding[:, 1:]]
+        )
         assert (segments[:, 0][~padding[:, 0]] == 1).all()
-        assert (batch["positions_BS"][:, 1:][starts] == 0).all() if mask else (batch["positions_BS"] == np.arange(64)).all()
+        assert (
+            (batch["positions_BS"][:, 1:][starts] == 0).all()
+            if mask
+            else (batch["positions_BS"] == np.arange(64)).all()
+        )
 
 
 def test_a_limited_evaluation_is_the_start_of_the_whole(work, make_config, corpus_folder, bpe):

@@ -24,12 +24,18 @@ def equal(a, b) -> bool:
 def rows(batches) -> list[tuple]:
     """Rows as hashable (tokens, last target, weights)."""
     names = ("tokens_BS", "targets_BS", "segment_ids_BS", "loss_weights_BS")
-    return [tuple(np.concatenate(row).tolist()) for batch in batches for row in zip(*(batch[name] for name in names), strict=True)]
+    return [
+        tuple(np.concatenate(row).tolist())
+        for batch in batches
+        for row in zip(*(batch[name] for name in names), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_every_token_once_per_epoch(work, make_config, corpus_folder, bpe, mask):
-    config = make_config(corpus_folder, mask_documents=mask)  # the corpus is smaller than a window: a window is an epoch
+    config = make_config(
+        corpus_folder, mask_documents=mask
+    )  # the corpus is smaller than a window: a window is an epoch
     loader = make_train_loader(config, bpe, work)
     corpus = open_corpus(config, bpe, work)
     documents = [[bpe.bos, *corpus.train[0][i], bpe.eos] for i in range(len(corpus.train[0]))]
@@ -54,7 +60,9 @@ def test_epochs_and_seeds_differ_and_repeat(work, make_config, corpus_folder, bp
     assert len(set(first) & set(second)) < 0.5 * len(first)  # documents are cut anew; some rows lie before both cuts
     first, second = first_rows(0)
     assert first != second
-    assert len(set(first) & set(second)) > 0.5 * len(first)  # the same documents in another order: whole rows come again
+    assert len(set(first) & set(second)) > 0.5 * len(
+        first
+    )  # the same documents in another order: whole rows come again
     assert first_rows(0)[0] != first_rows(1)[0]
 
 
@@ -63,7 +71,9 @@ def test_neighbouring_rows_come_from_different_documents(tmp_path, make_config):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(chr(ord("a") + i) * (8000 if i == 0 else 400))
     tokenizer = byte_tokenizer()
-    loader = make_train_loader(make_config(tmp_path, sequence_length=32, heldout_fraction=0.0), tokenizer, tmp_path / "work")
+    loader = make_train_loader(
+        make_config(tmp_path, sequence_length=32, heldout_fraction=0.0), tokenizer, tmp_path / "work"
+    )
     is_long = [(loader.next_batch(10)["tokens_BS"][:, 5] == tokenizer.encode("a")[0]).sum() for _ in range(40)]
     assert max(is_long) < 10
     assert min(is_long) > 0
@@ -71,7 +81,10 @@ def test_neighbouring_rows_come_from_different_documents(tmp_path, make_config):
 
 def test_augmentation_reaches_the_batches(work, make_config, corpus_folder, bpe):
     batch = make_train_loader(make_config(corpus_folder, fim_rate=0.5), bpe, work).next_batch(200)
-    count = {name: int((batch["tokens_BS"] == getattr(bpe, name)).sum()) for name in ("bos", "fim_begin", "fim_hole", "fim_end")}
+    count = {
+        name: int((batch["tokens_BS"] == getattr(bpe, name)).sum())
+        for name in ("bos", "fim_begin", "fim_hole", "fim_end")
+    }
     assert 0.3 < count["fim_begin"] / count["bos"] < 0.7
 
 
@@ -150,7 +163,9 @@ def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows)
 
 
 def test_a_source_without_training_documents_is_refused(work, make_config, corpus_folder, bpe):
-    with pytest.raises(ValueError, match="has no document in the train split; add documents or lower data.heldout_fraction"):
+    with pytest.raises(
+        ValueError, match="has no document in the train split; add documents or lower data.heldout_fraction"
+    ):
         make_train_loader(make_config(corpus_folder, heldout_fraction=1.0), bpe, work)
 
 

@@ -41,13 +41,19 @@ def test_every_token_is_in_exactly_one_row(seed, row_length):
 def test_a_segment_is_a_contiguous_piece_of_one_document(seed):
     tokens, segments = pack(documents(seed), 33, PAD)
     follows = tokens[:, 1:] == tokens[:, :-1] + 1
-    np.testing.assert_array_equal(follows & (segments[:, 1:] > 0), (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0))
+    np.testing.assert_array_equal(
+        follows & (segments[:, 1:] > 0), (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    )
 
 
 def test_only_documents_longer_than_a_row_are_cut():
     texts = documents(0, longest=33)
     tokens, segments = pack(texts, 33, PAD)
-    pieces = [row[ids == segment].tolist() for row, ids in zip(tokens, segments, strict=True) for segment in range(1, ids.max() + 1)]
+    pieces = [
+        row[ids == segment].tolist()
+        for row, ids in zip(tokens, segments, strict=True)
+        for segment in range(1, ids.max() + 1)
+    ]
     assert sorted(pieces) == [text.tolist() for text in texts]
 
 

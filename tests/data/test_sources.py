@@ -37,7 +37,9 @@ def write_array_record(path, records) -> None:
 def test_the_same_texts_from_every_format(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl(TEXTS[:1])) + zstandard.compress(b"\n\n" + jsonl(TEXTS[1:])))
+    (tmp_path / "c.jsonl.zst").write_bytes(
+        zstandard.compress(jsonl(TEXTS[:1])) + zstandard.compress(b"\n\n" + jsonl(TEXTS[1:]))
+    )
     pq.write_table(pa.table({"text": TEXTS, "other": [1, 2, 3]}), tmp_path / "d.parquet")
     (tmp_path / "e").mkdir()
     for i, text in enumerate(TEXTS):
@@ -129,9 +131,19 @@ def bad_inputs(folder):
         ("garbage.jsonl.zst", b"not zstandard at all", "garbage.jsonl.zst cannot be read after line 0", 0),
         ("latin.txt", b"caf\xe9", r"latin.txt is not UTF-8 text", 0),
         ("null.parquet", made["made.parquet"], "null.parquet row 2 has None in 'text', not text", 2),
-        ("column.parquet", made["column.parquet"], r"has no column data.text_field = 'text' \(it has \['content'\]\)", 0),
+        (
+            "column.parquet",
+            made["column.parquet"],
+            r"has no column data.text_field = 'text' \(it has \['content'\]\)",
+            0,
+        ),
         ("cut.parquet", made["made.parquet"][:-9], "cut.parquet cannot be read after row 0", 0),
-        ("odd.array_record", made["odd.array_record"], "odd.array_record record 0 has 9 bytes, not a whole number of int32", 1),
+        (
+            "odd.array_record",
+            made["odd.array_record"],
+            "odd.array_record record 0 has 9 bytes, not a whole number of int32",
+            1,
+        ),
         ("garbage.array_record", b"garbage" * 100, "garbage.array_record has no records", 0),
     ]
 

@@ -15,7 +15,9 @@ from deepseek_jax.data.tokenizer import byte_tokenizer
 
 def texts_of(corpus, tokenizer) -> list[str]:
     """All documents of both splits, sorted."""
-    return sorted(tokenizer.decode(documents[i]) for split in corpus[:2] for documents in split for i in range(len(documents)))
+    return sorted(
+        tokenizer.decode(documents[i]) for split in corpus[:2] for documents in split for i in range(len(documents))
+    )
 
 
 def test_the_cache_holds_the_corpus(tmp_path, make_config, corpus_folder, bpe):
@@ -23,7 +25,9 @@ def test_the_cache_holds_the_corpus(tmp_path, make_config, corpus_folder, bpe):
     files = [path.read_text("utf-8") for path in corpus_folder.iterdir()]
     assert texts_of(corpus, bpe) == sorted(files)
     assert 0 < len(corpus.heldout[0]) < len(corpus.train[0])
-    assert sum(int(documents.num_bytes.sum()) for split in corpus[:2] for documents in split) == sum(len(text.encode()) for text in files)
+    assert sum(int(documents.num_bytes.sum()) for split in corpus[:2] for documents in split) == sum(
+        len(text.encode()) for text in files
+    )
 
 
 def test_it_is_written_once(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
@@ -118,7 +122,9 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, make_config, wrong):
         writer.write(np.array(ids, "<i4").tobytes())
     writer.close()
     config = make_config(tmp_path / "ids.array_record", on_error="skip", tokenizer="byte")
-    with pytest.raises(ValueError, match=f"ids.array_record:1 has token id {wrong} and the vocabulary ends at 261; set data.tokenizer"):
+    with pytest.raises(
+        ValueError, match=f"ids.array_record:1 has token id {wrong} and the vocabulary ends at 261; set data.tokenizer"
+    ):
         open_corpus(config, byte_tokenizer(), tmp_path / "work")
 
 

@@ -6,7 +6,17 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from deepseek_jax.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, Tokenizer, byte_tokenizer, make_tokenizer, pre_tokenizer, train_bpe
+from deepseek_jax.data.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    byte_tokenizer,
+    make_tokenizer,
+    pre_tokenizer,
+    train_bpe,
+)
 
 TEXTS = [
     "",
@@ -14,7 +24,9 @@ TEXTS = [
     "  leading and trailing   ",
     "π ≈ 3.14159, 東京タワー333m 👩‍🔬é\u0301\x00\x7f\ufeff",
     "a\u2028b \u00a0 c\ufffd",
-    "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x777), *range(0xE000, 0x110000, 0x7777)])),  # nearly every byte that UTF-8 has
+    "".join(
+        map(chr, [*range(0x800), *range(0x800, 0xD800, 0x777), *range(0xE000, 0x110000, 0x7777)])
+    ),  # nearly every byte that UTF-8 has
 ]
 
 
@@ -92,7 +104,9 @@ def test_saved_tokenizer_is_the_same_and_not_trained_again(tmp_path, make_config
 
 
 def test_any_tokenizer_json_is_loaded_and_kept_with_the_run(tmp_path, make_config):
-    encoder = tokenizers.Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "<0x0A>": 2, "▁": 3, "a": 4, "▁a": 5}, merges=[("▁", "a")]))
+    encoder = tokenizers.Tokenizer(
+        models.BPE(vocab={"<s>": 0, "</s>": 1, "<0x0A>": 2, "▁": 3, "a": 4, "▁a": 5}, merges=[("▁", "a")])
+    )
     encoder.pre_tokenizer = pre_tokenizers.Metaspace()
     encoder.add_special_tokens(["<s>", "</s>"])
     encoder.save(str(tmp_path / "theirs.json"))
@@ -105,7 +119,10 @@ def test_any_tokenizer_json_is_loaded_and_kept_with_the_run(tmp_path, make_confi
 
 
 def test_a_model_with_too_few_ids_is_refused(tmp_path, make_config):
-    with pytest.raises(ValueError, match=r"byte tokenizer needs 262 ids and model.vocab_size = 200; set model.vocab_size to at least 262"):
+    with pytest.raises(
+        ValueError,
+        match=r"byte tokenizer needs 262 ids and model.vocab_size = 200; set model.vocab_size to at least 262",
+    ):
         make_tokenizer(make_config("unused", tokenizer="byte", vocab_size=200), tmp_path, [])
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="model.vocab_size = 100 is too small for BPE"):

@@ -1,7 +1,9 @@
-"""The golden checkpoints before anything reads them: their config.json values and random weights, under the released names.
+"""The golden checkpoints before anything reads them: their config.json values and random weights, under the released
+names.
 
-Shapes are tiny, everything else is as in the released files: layouts [out, in], fused rows, MTP layers behind the last layer with their own
-copies of the embedding and the head. Imports numpy only, so the oracle (Python 3.11) and the tests (newer) share it.
+Shapes are tiny, everything else is as in the released files: layouts [out, in], fused rows, MTP layers behind the last
+layer with their own copies of the embedding and the head. Imports numpy only, so the oracle (Python 3.11) and the tests
+(newer) share it.
 """
 
 import dataclasses
@@ -92,7 +94,8 @@ CASES = (
 )
 
 
-# Blocks of 128 x 128 along both dims, partly filled at the edge in kv_a (136 rows) and kv_b (192). Not in `CASES`: E4M3 and BF16.
+# Blocks of 128 x 128 along both dims, partly filled at the edge in kv_a (136 rows) and kv_b (192). Not in `CASES`: E4M3
+# and BF16.
 FP8 = Case(
     "fp8",
     4,
@@ -114,13 +117,20 @@ FP8 = Case(
         "n_group": 2,
         "topk_group": 1,
         "torch_dtype": "bfloat16",
-        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
     },
     length=32,
 )
 
 
-def draw_weights(config: dict, bias_range: tuple[float, float] | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def draw_weights(
+    config: dict, bias_range: tuple[float, float] | None, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Return random float32 tensors under the released names: matrices [out, in] of unit gain, norm gains around 1."""
     tensors = {}
 
@@ -158,7 +168,9 @@ def draw_weights(config: dict, bias_range: tuple[float, float] | None, rng: np.r
             return
         matrix(f"{name}.mlp.gate", config["n_routed_experts"], width)
         if bias_range is not None:
-            tensors[f"{name}.mlp.gate.e_score_correction_bias"] = rng.uniform(*bias_range, config["n_routed_experts"]).astype(np.float32)
+            tensors[f"{name}.mlp.gate.e_score_correction_bias"] = rng.uniform(
+                *bias_range, config["n_routed_experts"]
+            ).astype(np.float32)
         for expert in range(config["n_routed_experts"]):
             ffn(f"{name}.mlp.experts.{expert}", config["moe_intermediate_size"])
         ffn(f"{name}.mlp.shared_experts", config["moe_intermediate_size"] * config["n_shared_experts"])
@@ -176,6 +188,8 @@ def draw_weights(config: dict, bias_range: tuple[float, float] | None, rng: np.r
         norm(f"{name}.hnorm", width)
         norm(f"{name}.shared_head.norm", width)
         matrix(f"{name}.eh_proj", width, 2 * width)
-        tensors[f"{name}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]  # repeated, as in the released files
+        tensors[f"{name}.embed_tokens.weight"] = tensors[
+            "model.embed_tokens.weight"
+        ]  # repeated, as in the released files
         tensors[f"{name}.shared_head.head.weight"] = tensors["lm_head.weight"]
     return tensors

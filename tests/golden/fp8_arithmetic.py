@@ -1,23 +1,27 @@
-"""DeepSeek-V3's FP8 restated in torch: stored weights, and transformers' model with its linear layers replaced. Shares no code with ours.
+"""DeepSeek-V3's FP8 restated in torch: stored weights, and transformers' model with its linear layers replaced. Shares
+no code with ours.
 
-Weights are stored as E4M3 with one FP32 scale per 128 x 128 block, amax / 448; blocks at the edge are partly filled. An input is quantised
-on its way into each linear layer, one token x 128 channels at a time, likewise by amax / 448. Between them the model is BF16. Where the
-sources differ there are two versions:
+Weights are stored as E4M3 with one FP32 scale per 128 x 128 block, amax / 448; blocks at the edge are partly filled. An
+input is quantised on its way into each linear layer, one token x 128 channels at a time, likewise by amax / 448.
+Between them the model is BF16. Where the sources differ there are two versions:
 
                                    INFERENCE (inference/kernel.py, model.py)    TRAINING (arXiv 2412.19437, section 3.3)
     scales of attention's output
     and of rows sent to experts    amax / 448                                   the next power of two
     amax / 448, x / scale          divisions                                    products with the reciprocals
     SwiGLU                         silu and product each rounded to BF16        FP32 up to the quantisation
-    gates, sum of the experts      on the output, BF16 after each addition      on the down-projection's input, sum in FP32
+    gates, sum of the experts      on the output, BF16 after each addition      on down's input, sum in FP32
     attention scores               BF16, softmax in FP32, then BF16             FP32 (flash attention)
 
-INFERENCE is `attn_impl = "naive"`, in which kv_b is a linear layer as all others. In both, as transformers has it, the router's product is
-FP32 (model.py: BF16). Norms are rounded once (F.rms_norm of model.py; transformers rounds before the gain, too), rotary angles are FP32.
+INFERENCE is `attn_impl = "naive"`, in which kv_b is a linear layer as all others. In both, as transformers has it, the
+router's product is FP32 (model.py: BF16). Norms are rounded once (F.rms_norm of model.py; transformers rounds before
+the gain, too), rotary angles are FP32.
 
-The last bit of a quotient matters: BF16 inputs have so few bits that many lie in the middle between two E4M3 numbers, 6% or more apart.
+The last bit of a quotient matters: BF16 inputs have so few bits that many lie in the middle between two E4M3 numbers,
+6% or more apart.
 
-Matrix products are float64, rounded once to BF16: those of E4M3 are exact, and no sum depends on the order in which a machine adds.
+Matrix products are float64, rounded once to BF16: those of E4M3 are exact, and no sum depends on the order in which a
+machine adds.
 """
 
 import contextlib
@@ -51,10 +55,13 @@ TRAINING = Arithmetic(powers_of_two=True, reciprocal=True, fused=True)
 
 QUANTIZED = re.compile(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 INTO_RESIDUAL = re.compile(r"\.(o_proj|down_proj)\.weight$")
-RESIDUAL_GAIN = 0.3  # layers add little to the stream, as in trained models: the next layer multiplies what rounding changed in this one
+# layers add little to the stream, as in trained models: the next layer multiplies what rounding changed in this one
+RESIDUAL_GAIN = 0.3
 
 
-def store(drawn: dict[str, torch.Tensor], rng: np.random.Generator) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def store(
+    drawn: dict[str, torch.Tensor], rng: np.random.Generator
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Round float32 weights to what a released checkpoint stores, after giving every block a magnitude of its own.
 
     Args:
@@ -121,7 +128,9 @@ class Linear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU between linear layers of stored bytes: a dense one, the shared expert, or an expert with the gates of its rows."""
+    """SwiGLU between linear layers of stored bytes: a dense one, the shared expert, or an expert with the gates of its
+    rows.
+    """
 
     def __init__(self, layers: dict[str, Linear], arithmetic: Arithmetic):
         super().__init__()
@@ -176,21 +185,31 @@ def replace(model: nn.Module, mtp: nn.Module, stored: dict[str, torch.Tensor], a
 
     def feed_forward(name: str, power_of_two: bool = False) -> FeedForward:
         parts = ("gate_proj", "up_proj", "down_proj")
-        return FeedForward({part: linear(f"{name}.{part}", power_of_two and part != "down_proj") for part in parts}, arithmetic)
+        return FeedForward(
+            {part: linear(f"{name}.{part}", power_of_two and part != "down_proj") for part in parts}, arithmetic
+        )
 
     for index, layer in enumerate([*model.model.layers, *(layer.mtp_block for layer in mtp.layers)]):
         name = f"model.layers.{index}"
         for projection in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
-            setattr(layer.self_attn, projection, linear(f"{name}.self_attn.{projection}", power_of_two=projection == "o_proj"))
+            setattr(
+                layer.self_attn,
+                projection,
+                linear(f"{name}.self_attn.{projection}", power_of_two=projection == "o_proj"),
+            )
         if not hasattr(layer.mlp, "gate"):
             layer.mlp = feed_forward(f"{name}.mlp")
             continue
         count = model.config.n_routed_experts
-        layer.mlp.experts = Experts([feed_forward(f"{name}.mlp.experts.{i}", power_of_two=True) for i in range(count)], arithmetic)
+        layer.mlp.experts = Experts(
+            [feed_forward(f"{name}.mlp.experts.{i}", power_of_two=True) for i in range(count)], arithmetic
+        )
         layer.mlp.shared_experts = feed_forward(f"{name}.mlp.shared_experts")
     for part in (model, mtp):
         for parameter in part.parameters():
-            parameter.data = parameter.data.to(BF16)  # what is left is stored in BF16; the selection bias is a buffer and stays FP32
+            parameter.data = parameter.data.to(
+                BF16
+            )  # what is left is stored in BF16; the selection bias is a buffer and stays FP32
     model.lm_head = Head(model.lm_head.weight)
 
 
@@ -201,7 +220,9 @@ def bf16(arithmetic: Arithmetic):
 
     def norm(self, x):
         x64 = x.double()
-        return (x64 * torch.rsqrt(x64.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight.double()).to(x.dtype)
+        return (x64 * torch.rsqrt(x64.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight.double()).to(
+            x.dtype
+        )
 
     def rotated(q, k, cos, sin):
         return tuple(x.to(BF16) for x in rotate(q.float(), k.float(), cos, sin))

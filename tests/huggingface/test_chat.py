@@ -31,7 +31,8 @@ REPLY = {"role": "assistant", "content": "4"}
             V3,
             SEVERAL,
             True,
-            "<｜begin▁of▁sentence｜>Be brief.\n<｜User｜> What is 1 + 1?\n<｜Assistant｜><think>\nEasy.\n</think>\n\n2<｜end▁of▁sentence｜>"
+            "<｜begin▁of▁sentence｜>Be brief.\n<｜User｜> What is 1 +"
+            " 1?\n<｜Assistant｜><think>\nEasy.\n</think>\n\n2<｜end▁of▁sentence｜>"
             "<｜User｜>And 2 + 2?<｜Assistant｜>",
         ),
         (
@@ -60,14 +61,20 @@ def test_several_system_texts_come_first():
 
 
 @pytest.mark.parametrize(
-    "messages", [ONE, SEVERAL, [*SEVERAL, REPLY], [*SEVERAL, SEVERAL[0]], [{"role": "user", "content": t} for t in TEXTS]]
+    "messages",
+    [ONE, SEVERAL, [*SEVERAL, REPLY], [*SEVERAL, SEVERAL[0]], [{"role": "user", "content": t} for t in TEXTS]],
 )
 @pytest.mark.parametrize("prompt", [False, True])
 def test_the_released_template_agrees(messages, prompt):
-    """Of this generation's template ours differ in two ways: V3 keeps the reasoning in replies, and R1 opens the next with `<think>`."""
+    """Of this generation's template ours differ in two ways: V3 keeps the reasoning in replies, and R1 opens the next
+    with `<think>`.
+    """
     released = ChatTemplate.load(folder()).render(messages, prompt)
     assert R1.render(messages, prompt) == released + ("<think>\n" if prompt else "")
-    kept = [{**m, "content": m["content"].split("</think>")[-1] if m["role"] == "assistant" else m["content"]} for m in messages]
+    kept = [
+        {**m, "content": m["content"].split("</think>")[-1] if m["role"] == "assistant" else m["content"]}
+        for m in messages
+    ]
     assert V3.render(kept, prompt) == released
 
 
@@ -111,7 +118,8 @@ def test_reasoning_is_cut_where_the_content_says():
 def test_tokens_in_literal_text_conditions_and_assignments():
     source = (
         "{% set start = '<｜begin▁of▁sentence｜>' %}<|EOT|>{{ start }}{% for m in messages %}"
-        "{{ ('<｜User｜>' ~ m.content) | trim if m.role == 'user' else '<｜Assistant｜>' + m.content.replace('<think>', '') }}"
+        "{{ ('<｜User｜>' ~ m.content) | trim if m.role == 'user' else '<｜Assistant｜>' + m.content.replace('<think>',"
+        " '') }}"
         "{% if not loop.last %}{% continue %}{% endif %}{{ eos_token }}{% endfor %}"
     )
     messages = [*ONE, {"role": "assistant", "content": "<think>x<｜User｜>"}]
@@ -130,7 +138,9 @@ def test_a_template_whose_tokens_cannot_be_told_from_contents_is_refused():
 
 
 def test_of_tokens_that_begin_alike_the_longest_counts():
-    encoder = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 0, "<s>>": 1, "H": 2, "i": 3, ">": 4}, merges=[]))
+    encoder = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={"<s>": 0, "<s>>": 1, "H": 2, "i": 3, ">": 4}, merges=[])
+    )
     encoder.add_special_tokens(["<s>", "<s>>"])
     small = Tokenizer(encoder, "<s>", "<s>>", "<s>>")
     assert ChatTemplate("<s>>{{ messages[0].content }}<s>{{ '>' }}").encode(small, ONE) == [1, 2, 3, 0, 4]
@@ -153,15 +163,22 @@ def test_template_of_a_folder(tmp_path):
     expected = '<s>[{"role": "user", "content": "<é> & \'"}]</s>'
     for path in (tmp_path, tmp_path / "tokenizer_config.json"):
         assert ChatTemplate.load(path).render([{"role": "user", "content": "<é> & '"}]) == expected
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": [{"name": "default", "template": "named"}]}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": [{"name": "default", "template": "named"}]})
+    )
     assert ChatTemplate.load(tmp_path).render(ONE) == "named"
-    (tmp_path / "chat_template.jinja").write_text("  {% if thinking %}\n  {{ eos_token }}\n  {% endif %}\n{{ tools is none }}")
-    assert ChatTemplate.load(tmp_path).render(ONE, thinking=True) == "  </s>\nTrue"  # blocks leave no blanks and line breaks
+    (tmp_path / "chat_template.jinja").write_text(
+        "  {% if thinking %}\n  {{ eos_token }}\n  {% endif %}\n{{ tools is none }}"
+    )
+    assert (
+        ChatTemplate.load(tmp_path).render(ONE, thinking=True) == "  </s>\nTrue"
+    )  # blocks leave no blanks and line breaks
 
 
 def test_a_folder_without_a_template_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"tokenizer_config.json has no chat_template .*chat_template.jinja; add one of them, or use V3 or R1"
+        ValueError,
+        match=r"tokenizer_config.json has no chat_template .*chat_template.jinja; add one of them, or use V3 or R1",
     ):
         ChatTemplate.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -180,7 +197,10 @@ def test_a_folder_without_a_template_is_refused(tmp_path):
         ("Hi", "must be a list"),
         ({"role": "user", "content": "Hi"}, "must be a list"),
         (["Hi"], r"messages\[0\] = 'Hi' must be a mapping with role and content"),
-        ([*ONE, {"role": "bot", "content": "Hi"}], r"messages\[1\] has role 'bot'; roles are system, user, assistant, tool"),
+        (
+            [*ONE, {"role": "bot", "content": "Hi"}],
+            r"messages\[1\] has role 'bot'; roles are system, user, assistant, tool",
+        ),
         ([{"content": "Hi"}], r"messages\[0\] has role None"),
         ([{"role": "user", "content": None}], r"messages\[0\] has content None; it must be a string"),
         ([{"role": "user"}], "has content None"),

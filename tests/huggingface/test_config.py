@@ -1,4 +1,6 @@
-"""config.json both ways: published files read as our configs, ours come back unchanged, and what cannot be converted is refused."""
+"""config.json both ways: published files read as our configs, ours come back unchanged, and what cannot be converted is
+refused.
+"""
 
 import dataclasses
 import importlib
@@ -142,10 +144,15 @@ def without(hf: dict, *keys: str) -> dict:
 
 def new_spelling(hf: dict) -> dict:
     """As transformers 5 saves it: one section for the rotary part, no keys its class does not know."""
-    rope = {"rope_theta": hf["rope_theta"]} | ({"rope_type": "default"} if hf["rope_scaling"] is None else hf["rope_scaling"])
+    rope = {"rope_theta": hf["rope_theta"]} | (
+        {"rope_type": "default"} if hf["rope_scaling"] is None else hf["rope_scaling"]
+    )
     if "type" in rope:
         rope |= {"rope_type": rope["type"]}
-    return without(hf, "rope_theta", "rope_scaling", "scoring_func", "torch_dtype") | {"rope_parameters": rope, "dtype": "bfloat16"}
+    return without(hf, "rope_theta", "rope_scaling", "scoring_func", "torch_dtype") | {
+        "rope_parameters": rope,
+        "dtype": "bfloat16",
+    }
 
 
 @pytest.mark.parametrize("spelling", [dict, new_spelling])
@@ -186,7 +193,15 @@ def test_a_model_of_the_architecture_by_someone_else(spelling):
 
 
 def test_absent_and_null_keys_have_the_defaults_of_the_family():
-    absent = ("topk_method", "scoring_func", "norm_topk_prob", "num_nextn_predict_layers", "moe_layer_freq", "rms_norm_eps", "rope_theta")
+    absent = (
+        "topk_method",
+        "scoring_func",
+        "norm_topk_prob",
+        "num_nextn_predict_layers",
+        "moe_layer_freq",
+        "rms_norm_eps",
+        "rope_theta",
+    )
     v3 = hf_config.read_model(without(V3, *absent) | {"n_group": None, "topk_group": None, "n_shared_experts": None})
     released = with_yarn(published("deepseek_v3").model)
     assert v3 == dataclasses.replace(released, num_mtp_layers=0, num_groups=1, num_kept_groups=1, num_shared_experts=0)
@@ -221,7 +236,9 @@ def test_written_values_are_the_published_ones(hf, ids):
     written = hf_config.write_model(hf_config.read_model(hf), hf_config.is_fp8(hf), *ids)
     published_values = hf | {"bos_token_id": ids[0], "eos_token_id": ids[1], "initializer_range": 0.006}
     ignored = ("aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
-    assert {key: written.get(key, "missing") for key in without(published_values, *ignored)} == without(published_values, *ignored)
+    assert {key: written.get(key, "missing") for key in without(published_values, *ignored)} == without(
+        published_values, *ignored
+    )
 
 
 def test_no_shared_experts_come_back():
@@ -231,7 +248,9 @@ def test_no_shared_experts_come_back():
 
 def test_a_router_of_neither_family_is_not_written():
     model = dataclasses.replace(published("tiny").model, group_score="max")
-    with pytest.raises(ValueError, match="gate = 'sigmoid' with group_score = 'max' has no config.json; 'sigmoid' goes with 'top2'"):
+    with pytest.raises(
+        ValueError, match="gate = 'sigmoid' with group_score = 'max' has no config.json; 'sigmoid' goes with 'top2'"
+    ):
         hf_config.write_model(model, fp8=False)
 
 
@@ -255,30 +274,66 @@ REFUSED = {
     "mixed": ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' goes with ['DeepseekV2ForCausalLM']"),
     "attention_bias": ({"attention_bias": True}, "attention_bias is True: linear layers here have no biases"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True: embedding and head are separate here"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu': feed-forwards here are SwiGLU; only 'silu' can be converted"),
-    "moe_layer_freq": ({"moe_layer_freq": 2}, "moe_layer_freq is 2: here every layer after the first dense ones has experts"),
-    "rope_interleave": ({"rope_interleave": False}, "rope_interleave is False: rotary channels here are interleaved pairs"),
+    "activation": (
+        {"hidden_act": "gelu"},
+        "hidden_act is 'gelu': feed-forwards here are SwiGLU; only 'silu' can be converted",
+    ),
+    "moe_layer_freq": (
+        {"moe_layer_freq": 2},
+        "moe_layer_freq is 2: here every layer after the first dense ones has experts",
+    ),
+    "rope_interleave": (
+        {"rope_interleave": False},
+        "rope_interleave is False: rotary channels here are interleaved pairs",
+    ),
     "key_value_heads": ({"num_key_value_heads": 8}, "num_key_value_heads is 8: latent attention has as many"),
-    "null": ({"hidden_size": None}, "hidden_size is None: the key is required; take the config.json that belongs to the weights"),
+    "null": (
+        {"hidden_size": None},
+        "hidden_size is None: the key is required; take the config.json that belongs to the weights",
+    ),
     "type": ({"hidden_size": "7168"}, "hidden_size is '7168': it must be of type int"),
     "bool": ({"norm_topk_prob": 1}, "norm_topk_prob is 1: it must be of type bool"),
     "bool_as_number": ({"n_group": True}, "n_group is True: it must be of type int"),
     "topk_method": ({"topk_method": "greedy"}, "topk_method is 'greedy': deepseek_v3 selects experts by 'noaux_tc'"),
     "scoring_func": ({"scoring_func": "softmax"}, "scoring_func is 'softmax': deepseek_v3 has a sigmoid gate"),
-    "rope_type": ({"rope_scaling": ROPE | {"type": "linear"}}, "rope_scaling: type is 'linear': only 'yarn', or no scaling"),
+    "rope_type": (
+        {"rope_scaling": ROPE | {"type": "linear"}},
+        "rope_scaling: type is 'linear': only 'yarn', or no scaling",
+    ),
     "rope_type_absent": ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: type is absent: the key is required"),
-    "rope_key": ({"rope_scaling": ROPE | {"attention_factor": 1.5}}, "rope_scaling: attention_factor is 1.5: it has no counterpart"),
-    "rope_truncate": ({"rope_scaling": ROPE | {"truncate": False}}, "rope_scaling: truncate is False: it has no counterpart"),
+    "rope_key": (
+        {"rope_scaling": ROPE | {"attention_factor": 1.5}},
+        "rope_scaling: attention_factor is 1.5: it has no counterpart",
+    ),
+    "rope_truncate": (
+        {"rope_scaling": ROPE | {"truncate": False}},
+        "rope_scaling: truncate is False: it has no counterpart",
+    ),
     "rope_factor": ({"rope_scaling": ROPE | {"factor": None}}, "rope_scaling: factor is None: the key is required"),
-    "new_rope_type": ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: rope_type is 'llama3': only 'yarn'"),
+    "new_rope_type": (
+        {"rope_parameters": {"rope_type": "llama3"}},
+        "rope_parameters: rope_type is 'llama3': only 'yarn'",
+    ),
     "quant_method": (
         {"quantization_config": {"quant_method": "gptq"}},
         "quantization_config: quant_method is 'gptq': only 'fp8' can be read",
     ),
-    "fmt": ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "quantization_config: fmt is 'e5m2': only 'e4m3' can be read"),
-    "blocks": ({"quantization_config": without(FP8, "weight_block_size")}, "weight_block_size is absent: only [128, 128] can be read"),
-    "static": ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme is 'static': only 'dynamic'"),
-    "scale_fmt": ({"quantization_config": FP8 | {"scale_fmt": "e4m3"}}, "scale_fmt is 'e4m3': only 'ue8m0' or none can be read"),
+    "fmt": (
+        {"quantization_config": FP8 | {"fmt": "e5m2"}},
+        "quantization_config: fmt is 'e5m2': only 'e4m3' can be read",
+    ),
+    "blocks": (
+        {"quantization_config": without(FP8, "weight_block_size")},
+        "weight_block_size is absent: only [128, 128] can be read",
+    ),
+    "static": (
+        {"quantization_config": FP8 | {"activation_scheme": "static"}},
+        "activation_scheme is 'static': only 'dynamic'",
+    ),
+    "scale_fmt": (
+        {"quantization_config": FP8 | {"scale_fmt": "e4m3"}},
+        "scale_fmt is 'e4m3': only 'ue8m0' or none can be read",
+    ),
     "no_section": ({"quantization_config": "fp8"}, "quantization_config is 'fp8': it must be of type dict"),
 }
 
@@ -293,8 +348,14 @@ def test_refused(case):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc': deepseek_v2 selects experts by 'greedy' or 'group_limited_greedy'"),
-        ({"norm_topk_prob": True}, "norm_topk_prob is True: programs disagree whether routed_scaling_factor = 16.0 then applies"),
+        (
+            {"topk_method": "noaux_tc"},
+            "topk_method is 'noaux_tc': deepseek_v2 selects experts by 'greedy' or 'group_limited_greedy'",
+        ),
+        (
+            {"norm_topk_prob": True},
+            "norm_topk_prob is True: programs disagree whether routed_scaling_factor = 16.0 then applies",
+        ),
     ],
 )
 def test_refused_of_v2(changes, message):
@@ -312,7 +373,15 @@ REQUIRED = (
         "num_hidden_layers",
         "first_k_dense_replace",
     ),
-    *("num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts"),
+    *(
+        "num_attention_heads",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+    ),
     *("num_experts_per_tok", "routed_scaling_factor"),
 )
 

@@ -1,4 +1,6 @@
-"""Checkpoint -> weights on a mesh -> checkpoint: every byte comes back, from FP8 and through FP32 masters, on any mesh."""
+"""Checkpoint -> weights on a mesh -> checkpoint: every byte comes back, from FP8 and through FP32 masters, on any
+mesh.
+"""
 
 import dataclasses
 import functools
@@ -68,10 +70,13 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
 
 
 @pytest.mark.parametrize(
-    ("weights", "sizes"), [("fp8", MESHES[0]), ("bf16", MESHES[1]), pytest.param("fp32", MESHES[2], marks=pytest.mark.slow)]
+    ("weights", "sizes"),
+    [("fp8", MESHES[0]), ("bf16", MESHES[1]), pytest.param("fp32", MESHES[2], marks=pytest.mark.slow)],
 )
 def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch, sizes, weights):
-    """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in pieces."""
+    """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in
+    pieces.
+    """
     shards, mesh = Shards(checkpoint), mesh_of(sizes)
     expected = load(shards, config(), mesh, weights)
     monkeypatch.setattr(buffers, "HOST_PLATFORMS", set())
@@ -89,13 +94,22 @@ def test_scales_may_lie_in_other_files(checkpoint, tmp_path):
     order = sorted(shards.entries.values(), key=lambda entry: entry.name.endswith("_scale_inv"))
     planned = [Planned(entry.name, entry.dtype, entry.shape) for entry in order]
     ShardWriter(tmp_path / "apart", planned, 200_000).write(shards.read)
-    save(load(Shards(tmp_path / "apart"), config(), mesh_of((1, 1, 1)), "fp8"), config().model, tmp_path / "back", True, 200_000)
+    save(
+        load(Shards(tmp_path / "apart"), config(), mesh_of((1, 1, 1)), "fp8"),
+        config().model,
+        tmp_path / "back",
+        True,
+        200_000,
+    )
     assert hashes(tmp_path / "back") == hashes(checkpoint)
 
 
 def test_missing_shards_are_made_again(checkpoint, tmp_path):
     """Some begin with the scales of a weight that another shard holds."""
-    loaded, arguments = load(Shards(checkpoint), config(), mesh_of((1, 1, 1)), "fp8"), (config().model, tmp_path / "back", True, 20_000)
+    loaded, arguments = (
+        load(Shards(checkpoint), config(), mesh_of((1, 1, 1)), "fp8"),
+        (config().model, tmp_path / "back", True, 20_000),
+    )
     save(loaded, *arguments)
     shards = sorted((tmp_path / "back").glob("*.safetensors"))
     first = {shard: min(read_header(shard)[0], key=lambda entry: entry.offset).name for shard in shards}
@@ -110,7 +124,13 @@ def test_missing_shards_are_made_again(checkpoint, tmp_path):
 def test_bf16_of_fp8_is_the_product_rounded_once(checkpoint, tmp_path):
     shards = Shards(checkpoint)
     for weights in ("fp8", "bf16"):
-        save(load(shards, config(), mesh_of((2, 1, 4)), weights), config().model, tmp_path / weights, fp8=False, max_shard_bytes=10**9)
+        save(
+            load(shards, config(), mesh_of((2, 1, 4)), weights),
+            config().model,
+            tmp_path / weights,
+            fp8=False,
+            max_shard_bytes=10**9,
+        )
     assert hashes(tmp_path / "fp8") == hashes(tmp_path / "bf16")
     back, name = Shards(tmp_path / "bf16"), "model.layers.1.mlp.experts.3.down_proj.weight"
     check(back, config().model, fp8=False)
@@ -122,7 +142,9 @@ def test_bf16_of_fp8_is_the_product_rounded_once(checkpoint, tmp_path):
 @pytest.mark.parametrize("case", hf_checkpoint.CASES)
 def test_weights_are_those_of_the_goldens(case, tmp_path):
     golden = hf_checkpoint.read(case)
-    (tmp_path / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / case / "model.safetensors")  # gradients lie beside it
+    (tmp_path / "model.safetensors").symlink_to(
+        hf_checkpoint.FOLDER / case / "model.safetensors"
+    )  # gradients lie beside it
     shards = Shards(tmp_path)
     check(shards, golden.config.model, fp8=False)
     found = load(shards, golden.config, mesh_of((1, 1, 1)), "fp32")

@@ -29,7 +29,9 @@ def one_device(config):
 
 def run_golden(case, precision, folder):
     """`logits` of a golden checkpoint loaded and run in `precision`, with experts and gates [layers, tokens, K]."""
-    (folder / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / case / "model.safetensors")  # gradients lie beside it
+    (folder / "model.safetensors").symlink_to(
+        hf_checkpoint.FOLDER / case / "model.safetensors"
+    )  # gradients lie beside it
     config, expected = hf_checkpoint.read_expected(case)
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
     mesh, tokens_BS = one_device(config), expected["tokens_BS"]
@@ -58,22 +60,25 @@ def test_goldens_in_fp32(case, tmp_path):
     np.testing.assert_array_equal(experts, expected["experts_LTK"][: len(experts)])
     np.testing.assert_allclose(gates, expected["weights_LTK"][: len(gates)], rtol=GATES_RTOL)
     if config.model.num_mtp_layers:
-        np.testing.assert_allclose(found["mtp_logits"], expected["mtp_logits_KBSV"][0][:, :-1], rtol=0, atol=LOGITS_ATOL)
+        np.testing.assert_allclose(
+            found["mtp_logits"], expected["mtp_logits_KBSV"][0][:, :-1], rtol=0, atol=LOGITS_ATOL
+        )
 
 
 def test_fp8_golden_in_fp8(tmp_path, monkeypatch):
     """From the stored bytes, logits are those of the report's arithmetic restated in torch, to the last bits of FP32.
 
-    Only where BF16 is rounded as the program says: XLA may leave out a rounding that a cast to FP32 follows, and does so before the head
-    (errors are then 2.7e-3 and 9.1e-2). One last bit changes an E4M3 number by 6% or more, so an arithmetic that is not quite the same is
-    as far away as the dequantised weights' is, or further:
+    Only where BF16 is rounded as the program says: XLA may leave out a rounding that a cast to FP32 follows, and does
+    so before the head (errors are then 2.7e-3 and 9.1e-2). One last bit changes an E4M3 number by 6% or more, so an
+    arithmetic that is not quite the same is as far away as the dequantised weights' is, or further:
 
         error of logits, of MTP logits    1.2e-7  9.9e-4    measured
                                           4.4e-2  7.0e-2    inputs not quantised: BF16 products
                                           5.1e-2  1.1e-1    FP32 scales where the report has powers of two
                                           1.7e-1  2.1e-1    inputs quantised with one scale per tensor
 
-    The tolerance leaves room for an E4M3 number changed by another order of FP32 sums (7.5e-3 with a seed where one is).
+    The tolerance leaves room for an E4M3 number changed by another order of FP32 sums (7.5e-3 with a seed where one
+    is).
     """
     rounding_as_written = functools.partial(jit_on, compiler_options={"xla_allow_excess_precision": False})
     monkeypatch.setattr(logits_lib, "jit_on", rounding_as_written)
@@ -84,27 +89,36 @@ def test_fp8_golden_in_fp8(tmp_path, monkeypatch):
     np.testing.assert_allclose(gates, expected["training_weights_LTK"][: len(gates)], rtol=GATES_RTOL)
     assert distance(found["logits"], expected["training_logits_BSV"]) < 0.01
     assert distance(found["mtp_logits"], expected["training_mtp_logits_KBSV"][0][:, :-1]) < 0.01
-    # The published inference code rounds elsewhere (`fp8_arithmetic`), so only the size of the error is alike: 0.0439, 0.0416 (BF16 0.0067)
+    # The published inference code rounds elsewhere (`fp8_arithmetic`), so only the size of the error is alike: 0.0439,
+    # 0.0416 (BF16 0.0067)
     theirs = distance(expected["inference_logits_BSV"], expected["logits_BSV"])
     assert abs(distance(found["logits"], expected["logits_BSV"]) - theirs) < 0.1 * theirs
 
 
 @pytest.mark.slow
 def test_fp8_arithmetic_is_that_of_the_recipe(tmp_path):
-    """From the stored bytes, on one device and on eight: what training in FP8 computes from FP32 masters. BF16 is near."""
+    """From the stored bytes, on one device and on eight: what training in FP8 computes from FP32 masters. BF16 is
+    near.
+    """
     synthetic_checkpoint.write(fp8_config().model, tmp_path, fp8=True, max_shard_bytes=10**9)
     shards = Shards(tmp_path)
     tokens_BS = np.random.default_rng(0).integers(0, fp8_config().model.vocab_size, (3, 128), dtype=np.int32)
 
     def run(precision, weights, expert):
-        config = dataclasses.replace(fp8_config(), execution=dataclasses.replace(fp8_config().execution, precision=precision))
-        mesh = make_mesh(dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=expert, tensor=1), jax.devices()[:expert])
+        config = dataclasses.replace(
+            fp8_config(), execution=dataclasses.replace(fp8_config().execution, precision=precision)
+        )
+        mesh = make_mesh(
+            dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=expert, tensor=1), jax.devices()[:expert]
+        )
         return logits(config, load(shards, config, mesh, weights), tokens_BS, mesh)
 
     stored = run("fp8", "fp8", 1)
     assert stored["mtp_logits"].shape == (3, 127, fp8_config().model.vocab_size)
     others = {  # error of the logits, share of equal routes; measured 0.011, 0.992; 0.0005, 1; 0.041, 0.938
-        (0.02, 0.98): run("fp8", "fp32", 1),  # scales may differ in their last bit, and where that flips a route a token's logits change
+        (0.02, 0.98): run(
+            "fp8", "fp32", 1
+        ),  # scales may differ in their last bit, and where that flips a route a token's logits change
         (0.002, 0.998): run("fp8", "fp8", 4),
         (0.08, 0.9): run("bf16", "bf16", 1),
     }

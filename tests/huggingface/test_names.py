@@ -1,4 +1,6 @@
-"""The table of tensors: counted against the released checkpoint, the parameter tree and the goldens. Their values: test_load_save."""
+"""The table of tensors: counted against the released checkpoint, the parameter tree and the goldens. Their values:
+test_load_save.
+"""
 
 import dataclasses
 import functools
@@ -49,9 +51,13 @@ def leaves_of(tree, path=()):
 
 
 def shapes_of_init(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1))
+    config = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1)
+    )
     with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
-        params, bias = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
+        params, bias = jax.eval_shape(
+            functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0))
+        )
     return {path: leaf.shape for path, leaf in leaves_of({"params": params, "router_bias": bias}).items()}
 
 
@@ -72,7 +78,13 @@ def test_released_order_shapes_and_dtypes():
     listed = {tensor.name: tensor for tensor in names.tensors(published("deepseek_v3").model)}
     order = [name.split(".")[2] if ".layers." in name else name for name in listed]
     layers = [str(layer) for layer in range(61)]
-    assert list(dict.fromkeys(order)) == ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight", "61"]
+    assert list(dict.fromkeys(order)) == [
+        "model.embed_tokens.weight",
+        *layers,
+        "model.norm.weight",
+        "lm_head.weight",
+        "61",
+    ]
 
     def kind(name: str) -> tuple:
         tensor = listed[name]
@@ -90,7 +102,10 @@ def test_released_order_shapes_and_dtypes():
     assert kind("model.layers.3.mlp.gate.e_score_correction_bias") == ("F32", (256,), None)
     assert kind("model.layers.61.eh_proj.weight") == ("BF16", (7168, 14336), None)
     assert kind("model.layers.61.shared_head.head.weight") == ("BF16", (129280, 7168), None)
-    assert listed["model.layers.3.mlp.experts.17.gate_proj.weight"].scale_name == "model.layers.3.mlp.experts.17.gate_proj.weight_scale_inv"
+    assert (
+        listed["model.layers.3.mlp.experts.17.gate_proj.weight"].scale_name
+        == "model.layers.3.mlp.experts.17.gate_proj.weight_scale_inv"
+    )
 
 
 @pytest.mark.parametrize("case", [*CONFIGS, *VARIANTS, *hf_checkpoint.CASES])

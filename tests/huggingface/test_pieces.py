@@ -1,4 +1,6 @@
-"""Tensors arrive in order and in pieces, from a fixed number of buffers; what fails reaches the consumer, and nothing stays open."""
+"""Tensors arrive in order and in pieces, from a fixed number of buffers; what fails reaches the consumer, and nothing
+stays open.
+"""
 
 import contextlib
 import errno

@@ -7,11 +7,31 @@ import numpy as np
 import pytest
 import tokenizers
 
-from deepseek_jax.data.tokenizer import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, PAD, StreamDecoder, Tokenizer, pre_tokenizer
+from deepseek_jax.data.tokenizer import (
+    BOS,
+    EOS,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    PAD,
+    StreamDecoder,
+    Tokenizer,
+    pre_tokenizer,
+)
 from tests.huggingface.released import TEXTS, folder, tokenizer
 
 SHA256 = "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d"
-TOOL_PARTS = ["calls▁begin", "calls▁end", "call▁begin", "call▁end", "outputs▁begin", "outputs▁end", "output▁begin", "output▁end", "sep"]
+TOOL_PARTS = [
+    "calls▁begin",
+    "calls▁end",
+    "call▁begin",
+    "call▁end",
+    "outputs▁begin",
+    "outputs▁end",
+    "output▁begin",
+    "output▁end",
+    "sep",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +46,21 @@ def test_it_is_the_file_we_know():
 
 def test_special_ids():
     ours = tokenizer()
-    expected = {BOS: 0, EOS: 1, PAD: 2, "<think>": 128_798, "</think>": 128_799, FIM_HOLE: 128_800, FIM_BEGIN: 128_801, FIM_END: 128_802}
+    expected = {
+        BOS: 0,
+        EOS: 1,
+        PAD: 2,
+        "<think>": 128_798,
+        "</think>": 128_799,
+        FIM_HOLE: 128_800,
+        FIM_BEGIN: 128_801,
+        FIM_END: 128_802,
+    }
     expected |= {"<｜User｜>": 128_803, "<｜Assistant｜>": 128_804, "<|EOT|>": 128_805}
     expected |= {f"<｜tool▁{part}｜>": 128_806 + i for i, part in enumerate(TOOL_PARTS)}
-    placeholders = {f"<｜place▁holder▁no▁{i}｜>": 128_000 + i for i in range(798)}  # two of 800 became R1's think tokens
+    placeholders = {
+        f"<｜place▁holder▁no▁{i}｜>": 128_000 + i for i in range(798)
+    }  # two of 800 became R1's think tokens
     assert ours.special_ids == expected | placeholders
     assert (ours.bos, ours.eos, ours.fim_hole, ours.fim_begin, ours.fim_end) == (0, 1, 128_800, 128_801, 128_802)
     assert ours.vocab_size == 128_815
@@ -118,6 +149,11 @@ def test_stream_marks_what_is_really_broken():
     ours = tokenizer()
     first = next(i for i, piece in enumerate(ours.token_bytes) if piece == b"\xe6")
     decoder = StreamDecoder(ours)
-    assert [decoder.push([first]), decoder.push(ours.encode("a")), decoder.push([first]), decoder.finish()] == ["", "\ufffda", "", "\ufffd"]
+    assert [decoder.push([first]), decoder.push(ours.encode("a")), decoder.push([first]), decoder.finish()] == [
+        "",
+        "\ufffda",
+        "",
+        "\ufffd",
+    ]
     assert [decoder.push(ours.encode("b")), decoder.finish()] == ["b", ""]  # a new text
     assert decoder.push([]) == ""

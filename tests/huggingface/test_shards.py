@@ -1,4 +1,6 @@
-"""What is written is read, by us and by the safetensors library; what is damaged is refused; a killed conversion goes on."""
+"""What is written is read, by us and by the safetensors library; what is damaged is refused; a killed conversion goes
+on.
+"""
 
 import errno
 import fcntl
@@ -29,7 +31,14 @@ from deepseek_jax.huggingface.shards import INDEX, Shards, compare
 
 SIZE = 130  # bytes; tensors a and b, c, and d to f fill a shard each
 FILES = [file_name(i, 3) for i in (1, 2, 3)]
-SHAPES = {"a": ("F32", (3, 5)), "b": ("BF16", (7,)), "c": ("F8_E4M3", (64, 2)), "d": ("I32", ()), "e": ("F32", (0, 4)), "f": ("F32", (31,))}
+SHAPES = {
+    "a": ("F32", (3, 5)),
+    "b": ("BF16", (7,)),
+    "c": ("F8_E4M3", (64, 2)),
+    "d": ("I32", ()),
+    "e": ("F32", (0, 4)),
+    "f": ("F32", (31,)),
+}
 
 
 def planned(shapes=SHAPES):
@@ -76,7 +85,10 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lam
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.dictionaries(names, st.tuples(st.sampled_from(list(DTYPES)), shapes), min_size=1, max_size=8), st.integers(1, 300))
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from(list(DTYPES)), shapes), min_size=1, max_size=8),
+    st.integers(1, 300),
+)
 def test_what_is_written_is_read(expected, max_shard_bytes):
     with tempfile.TemporaryDirectory() as folder:
         write(folder, expected, max_shard_bytes)
@@ -89,9 +101,15 @@ def test_what_is_written_is_read(expected, max_shard_bytes):
         verify(folder)
         lengths = [int.from_bytes(file.read_bytes()[:8], "little") for file in Path(folder).glob("*.safetensors")]
         assert not any(length % 8 for length in lengths)
-        theirs = [item for file in sorted(Path(folder).glob("*.safetensors")) for item in safetensors.deserialize(file.read_bytes())]
+        theirs = [
+            item
+            for file in sorted(Path(folder).glob("*.safetensors"))
+            for item in safetensors.deserialize(file.read_bytes())
+        ]
         found = {name: (item["dtype"], tuple(item["shape"]), bytes(item["data"])) for name, item in theirs}
-        assert found == {name: (dtype, shape, values(name, expected).tobytes()) for name, (dtype, shape) in expected.items()}
+        assert found == {
+            name: (dtype, shape, values(name, expected).tobytes()) for name, (dtype, shape) in expected.items()
+        }
 
 
 def test_the_library_loads_our_files(tmp_path):
@@ -146,7 +164,9 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     same(shards.read("c"), values("c"))
 
 
-@pytest.mark.parametrize("call", [lambda s: s.read("no"), lambda s: s.stream(["a", "no"]), lambda s: s.equal("a", "no")])
+@pytest.mark.parametrize(
+    "call", [lambda s: s.read("no"), lambda s: s.stream(["a", "no"]), lambda s: s.equal("a", "no")]
+)
 def test_unknown_names_are_refused_at_once(tmp_path, call):
     with pytest.raises(ValueError, match="has no tensor no"):
         call(Shards(write(tmp_path)))
@@ -194,7 +214,10 @@ WRONG_HEADERS = {
     "gap": ({"header": {"t": tensor(0, 4), "u": tensor(5, 8)}, "data": b"12345678"}, "u leaves a gap"),
     "first gap": ({"header": {"t": tensor(1, 4)}, "data": b"1234"}, "t leaves a gap"),
     "overlap": ({"header": {"t": tensor(0, 4), "u": tensor(3, 8)}, "data": b"12345678"}, "u overlaps"),
-    "short": ({"header": {"u": tensor(4, 8), "t": tensor(0, 4), "v": tensor(8, 9)}, "data": b"12345"}, "truncated: .*, and u ends at"),
+    "short": (
+        {"header": {"u": tensor(4, 8), "t": tensor(0, 4), "v": tensor(8, 9)}, "data": b"12345"},
+        "truncated: .*, and u ends at",
+    ),
     "long": ({"header": {"t": tensor(0, 4)}, "data": b"12345"}, r"its last tensor \(t\) ends at"),
 }
 
@@ -225,12 +248,24 @@ def edit_index(folder, change):
 WRONG_FOLDERS = {
     "absent file": (lambda f: (f / FILES[1]).unlink(), f"says that c is in {FILES[1]}, which is absent"),
     "outside": (lambda f: edit_index(f, lambda m: m.update(c=f"../{FILES[1]}")), "which is absent"),
-    "absent tensor": (lambda f: edit_index(f, lambda m: m.update(z=FILES[0])), f"says that z is in {FILES[0]}, which lacks it .no file"),
-    "other file": (lambda f: edit_index(f, lambda m: m.update(a=FILES[1])), f"a is in {FILES[1]}, which lacks it .it is in {FILES[0]}"),
+    "absent tensor": (
+        lambda f: edit_index(f, lambda m: m.update(z=FILES[0])),
+        f"says that z is in {FILES[0]}, which lacks it .no file",
+    ),
+    "other file": (
+        lambda f: edit_index(f, lambda m: m.update(a=FILES[1])),
+        f"a is in {FILES[1]}, which lacks it .it is in {FILES[0]}",
+    ),
     "extra tensor": (lambda f: edit_index(f, lambda m: m.pop("b")), f"{FILES[0]} holds b, which .*does not name"),
-    "extra file": (lambda f: raw(f / "z.safetensors", {"t": tensor(0, 1)}, b"1"), r"does not name z\.safetensors, which holds t"),
+    "extra file": (
+        lambda f: raw(f / "z.safetensors", {"t": tensor(0, 1)}, b"1"),
+        r"does not name z\.safetensors, which holds t",
+    ),
     "no index": (lambda f: (f / INDEX).unlink(), "has 3 shards.*unfinished"),
-    "fewer": (lambda f: (edit_index(f, lambda m: m.pop("c")), (f / FILES[1]).unlink()), "lacks 1 of 3 shards .number 2"),
+    "fewer": (
+        lambda f: (edit_index(f, lambda m: m.pop("c")), (f / FILES[1]).unlink()),
+        "lacks 1 of 3 shards .number 2",
+    ),
     "json": (lambda f: (f / INDEX).write_text("{"), "is no index"),
     "no map": (lambda f: (f / INDEX).write_text("{}"), "is no index.*weight_map"),
     "numbers": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), "is no index"),
@@ -416,7 +451,9 @@ print(n)
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     """SIGKILL before each write, fsync and rename in turn; then the same command again."""
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30  # moments
 
@@ -437,7 +474,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", limited)
-        with pytest.raises(OSError, match=rf"full at c: the rest of the file needs 128 bytes, \d+ are free.*{FILES[1]}") as caught:
+        with pytest.raises(
+            OSError, match=rf"full at c: the rest of the file needs 128 bytes, \d+ are free.*{FILES[1]}"
+        ) as caught:
             writer.write(values)
     assert caught.value.errno == errno.ENOSPC
     assert sorted(hashes(folder)) == sorted([FILES[0], "conversion.json"])
@@ -479,12 +518,19 @@ def test_a_target_is_checked_without_being_made(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"shapes": SHAPES | {"a": ("F32", (5, 3))}}, {"max_shard_bytes": 200}, {"metadata": {"format": "np"}}, {"source": "step 2"}],
+    [
+        {"shapes": SHAPES | {"a": ("F32", (5, 3))}},
+        {"max_shard_bytes": 200},
+        {"metadata": {"format": "np"}},
+        {"source": "step 2"},
+    ],
     ids=["shape", "size", "metadata", "source"],
 )
 def test_another_plan_does_not_continue_a_folder(tmp_path, change):
     before = hashes(write(tmp_path, source="step 1"))
-    with pytest.raises(ValueError, match="other tensors, shard sizes, metadata or source: choose another folder, or delete"):
+    with pytest.raises(
+        ValueError, match="other tensors, shard sizes, metadata or source: choose another folder, or delete"
+    ):
         write(tmp_path, **({"source": "step 1"} | change))
     assert hashes(tmp_path) == before
 
@@ -512,14 +558,18 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
     writer.write(values)
 
 
-@pytest.mark.parametrize("wrong", [lambda a: a.T, lambda a: a.astype(np.float64), lambda a: a.astype(">f4"), lambda a: a.reshape(-1)])
+@pytest.mark.parametrize(
+    "wrong", [lambda a: a.T, lambda a: a.astype(np.float64), lambda a: a.astype(">f4"), lambda a: a.reshape(-1)]
+)
 def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"a is .*, planned is float32 \[3, 5\]"):
         ShardWriter(tmp_path, planned(), SIZE).write(lambda name: wrong(values(name)))
     assert sorted(hashes(tmp_path)) == ["conversion.json"]
 
 
-@pytest.mark.parametrize("array", [np.arange(15, dtype=np.float32).reshape(5, 3).T, np.arange(15, dtype=np.float32)[::2]])
+@pytest.mark.parametrize(
+    "array", [np.arange(15, dtype=np.float32).reshape(5, 3).T, np.arange(15, dtype=np.float32)[::2]]
+)
 def test_a_view_is_written_in_its_own_order(tmp_path, array):
     ShardWriter(tmp_path, [Planned("a", "F32", array.shape)]).write(lambda name: array)
     same(Shards(tmp_path).read("a"), array)

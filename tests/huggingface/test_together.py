@@ -1,4 +1,6 @@
-"""What several processes do to write one folder, as far as one process can show it; with two: tests/training/test_processes.py."""
+"""What several processes do to write one folder, as far as one process can show it; with two:
+tests/training/test_processes.py.
+"""
 
 import jax
 import numpy as np
@@ -13,7 +15,14 @@ from tests.huggingface.test_load_save import config, hashes, mesh_of
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 
-KINDS = ("self_attn.q_b_proj", "self_attn.o_proj", "self_attn.kv_a_proj_with_mqa", "mlp.down_proj", "mlp.experts.3.up_proj", "norm")
+KINDS = (
+    "self_attn.q_b_proj",
+    "self_attn.o_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "mlp.down_proj",
+    "mlp.experts.3.up_proj",
+    "norm",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +50,13 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
             leaf = leaf[key]
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]
         for array, part in pairs:
-            expected, found = (np.asarray(matrix) for matrix in (save._matrix(array, part), together.gathered(array, part)))
+            expected, found = (
+                np.asarray(matrix) for matrix in (save._matrix(array, part), together.gathered(array, part))
+            )
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-            np.testing.assert_array_equal(found.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8), err_msg=name)
+            np.testing.assert_array_equal(
+                found.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8), err_msg=name
+            )
             assert expected.view(np.uint8).any()
     assert len(seen) > len(KINDS)
 

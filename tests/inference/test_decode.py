@@ -25,7 +25,9 @@ PROMPT = np.array([[7, 3, 250, 12, 88]], np.int32)
 
 def make_config(precision="fp32", **model):
     config = get_config()
-    config.model.update(vocab_size=300, width=32, num_layers=3, num_heads=2, query_latent=16, kv_latent=24, content_dim=8)
+    config.model.update(
+        vocab_size=300, width=32, num_layers=3, num_heads=2, query_latent=16, kv_latent=24, content_dim=8
+    )
     config.model.update(rotary_dim=4, value_dim=8, dense_hidden=48, num_experts=8, expert_hidden=16, num_mtp_layers=0)
     config.model.update(model)
     config.execution.update(precision=precision, scan_unroll=1)
@@ -38,11 +40,15 @@ CONFIG = make_config()
 
 @functools.cache
 def make_weights(config=CONFIG):
-    """Weights in the shapes of `init` (compiling its random numbers takes longer than the tests), and biases of both signs."""
+    """Weights in the shapes of `init` (compiling its random numbers takes longer than the tests), and biases of both
+    signs.
+    """
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
     params, router_bias = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    params = jax.tree.map_with_path(lambda path, leaf: jnp.array(1 + 0.1 * leaf if "norm" in path[-1].key else 0.3 * leaf), params)
+    params = jax.tree.map_with_path(
+        lambda path, leaf: jnp.array(1 + 0.1 * leaf if "norm" in path[-1].key else 0.3 * leaf), params
+    )
     return params, jax.tree.map(lambda leaf: jnp.array(0.05 * leaf), router_bias)
 
 
@@ -50,13 +56,20 @@ def make_weights(config=CONFIG):
 def expanded_logits(config, params, router_bias, tokens_BS):
     """The training form: expanded attention over the whole sequence, no cache."""
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    batch = {"tokens_BS": tokens_BS, "targets_BS": tokens_BS, "positions_BS": positions_BS, "segment_ids_BS": jnp.ones_like(tokens_BS)}
+    batch = {
+        "tokens_BS": tokens_BS,
+        "targets_BS": tokens_BS,
+        "positions_BS": positions_BS,
+        "segment_ids_BS": jnp.ones_like(tokens_BS),
+    }
     return transformer.apply(config, params, router_bias, batch).hidden_BSD @ params["head_DV"]
 
 
 def ids(prompts=PROMPT, num_tokens=12, sampling=GREEDY, seed=0, eos=NEVER, weights=None):
     params, router_bias = weights or make_weights()
-    return np.concatenate(list(decode.stream_ids(CONFIG, params, router_bias, prompts, num_tokens, sampling, seed, eos)), axis=1)
+    return np.concatenate(
+        list(decode.stream_ids(CONFIG, params, router_bias, prompts, num_tokens, sampling, seed, eos)), axis=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,9 @@ def test_prefill_and_steps_equal_the_expanded_form(model):
     config = decode.decode_config(config)
     prompts_BS = np.where(np.arange(11) < np.array([[7], [11]]), tokens_BS[:, :11], 0)  # two lengths in one batch
     cache = make_cache(config, 2, decode.PREFILL_CHUNK)
-    logits_BV, cache = decode.prefill(config, params, router_bias, cache, decode.in_chunks(prompts_BS), np.array([7, 11], np.int32))
+    logits_BV, cache = decode.prefill(
+        config, params, router_bias, cache, decode.in_chunks(prompts_BS), np.array([7, 11], np.int32)
+    )
     step = jax.jit(decode.decode_token, static_argnums=0)
     for i in range(9):
         want_BV = want_BSV[[0, 1], [6 + i, 10 + i]]
@@ -99,8 +114,12 @@ def test_prompts_longer_than_a_chunk(monkeypatch):
         monkeypatch.setattr(decode, "PREFILL_CHUNK", size)
         chunks = decode.in_chunks(np.random.default_rng(1).integers(0, 300, (1, 21)))
         assert chunks.shape == (-(-21 // size), 1, size)
-        logits_BV, cache = decode.prefill(config, params, router_bias, make_cache(config, 1, 256), chunks, np.array([21], np.int32))
-        results.append([logits_BV, cache["moe_layers"]["latent"][:, :, :21], cache["dense_layers"]["rotary"][:, :, :21]])
+        logits_BV, cache = decode.prefill(
+            config, params, router_bias, make_cache(config, 1, 256), chunks, np.array([21], np.int32)
+        )
+        results.append(
+            [logits_BV, cache["moe_layers"]["latent"][:, :, :21], cache["dense_layers"]["rotary"][:, :, :21]]
+        )
     for one_pass, three_passes in zip(*results, strict=True):
         np.testing.assert_allclose(one_pass, three_passes, atol=1e-5 * np.abs(one_pass).max())
 
@@ -111,7 +130,9 @@ def test_slots_beyond_the_length_are_never_read():
     logits = []
     for poison in (0.0, 1e3):
         cache = make_cache(config, 1, 256)
-        cache = jax.tree.map(lambda leaf, poison=poison: leaf + leaf.dtype.type(poison) if leaf.ndim > 1 else leaf, cache)
+        cache = jax.tree.map(
+            lambda leaf, poison=poison: leaf + leaf.dtype.type(poison) if leaf.ndim > 1 else leaf, cache
+        )
         logits.append(decode.prefill(config, params, router_bias, cache, chunks, np.array([5], np.int32))[0])
     np.testing.assert_array_equal(*logits)
 
@@ -125,13 +146,19 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_bursts(monkeypatch):
 
 
 def test_the_seed_decides():
-    assert ids(sampling=WARM, seed=1).tolist() == ids(sampling=WARM, seed=1).tolist() != ids(sampling=WARM, seed=2).tolist()
+    assert (
+        ids(sampling=WARM, seed=1).tolist()
+        == ids(sampling=WARM, seed=1).tolist()
+        != ids(sampling=WARM, seed=2).tolist()
+    )
 
 
 def test_a_row_ends_at_eos_while_the_other_goes_on():
     prompts = np.concatenate([PROMPT, PROMPT[:, ::-1]])
     free = ids(prompts=prompts, num_tokens=40)
-    eos = next(token for i, token in enumerate(free[0]) if i > 2 and token not in free[0, :i] and token not in free[1, : i + 8])
+    eos = next(
+        token for i, token in enumerate(free[0]) if i > 2 and token not in free[0, :i] and token not in free[1, : i + 8]
+    )
     ended = ids(prompts=prompts, num_tokens=40, eos=eos)
     ends = [row.tolist().index(eos) if eos in row else 40 for row in free]
     assert ends[0] + 8 <= ends[1] and ended.shape[1] > ends[0] + 8
@@ -163,7 +190,9 @@ def test_streamed_text_is_that_of_the_ids():
 def test_stream_holds_back_half_a_character(monkeypatch):
     tokenizer = byte_tokenizer()
     euro = [tokenizer.encode("€")[i] for i in range(3)]
-    monkeypatch.setattr(decode, "stream_ids", lambda *_: iter([np.array([[euro[0]]]), np.array([euro[1:]]), np.array([euro[:1]])]))
+    monkeypatch.setattr(
+        decode, "stream_ids", lambda *_: iter([np.array([[euro[0]]]), np.array([euro[1:]]), np.array([euro[:1]])])
+    )
     pieces = list(decode.stream(CONFIG, *make_weights(), tokenizer, "x", 5, GREEDY, seed=0))
     assert pieces == ["", "€", "", "�"]
 
@@ -215,8 +244,12 @@ def test_mtp_layers_stay_behind():
 def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
     params, _ = decode.decode_weights(make_config(precision="bf16"), *make_weights())
     attention, moe = params["moe_layers"]["attention"], params["moe_layers"]["moe"]
-    assert {leaf.dtype for leaf in (params["head_DV"], attention["q_b_ANQ"], moe["down_EFD"])} == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for leaf in (params["embed_VD"], attention["kv_norm_C"], moe["router_DE"])} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in (params["head_DV"], attention["q_b_ANQ"], moe["down_EFD"])} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert {leaf.dtype for leaf in (params["embed_VD"], attention["kv_norm_C"], moe["router_DE"])} == {
+        jnp.dtype(jnp.float32)
+    }
 
 
 def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
@@ -227,6 +260,8 @@ def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
         functools.partial(decode.prefill, config), params, router_bias, cache, decode.in_chunks(PROMPT), np.array([5])
     )
     assert logits_BV.dtype == jnp.float32
-    logits_BV, after = jax.eval_shape(functools.partial(decode.decode_token, config), params, router_bias, after, np.array([1]))
+    logits_BV, after = jax.eval_shape(
+        functools.partial(decode.decode_token, config), params, router_bias, after, np.array([1])
+    )
     assert logits_BV.dtype == jnp.float32 and after["moe_layers"]["latent"].dtype == jnp.bfloat16
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 def make_config():
     config = get_config()
-    config.model.update(vocab_size=262, width=32, num_layers=2, num_heads=2, query_latent=16, kv_latent=16, content_dim=8, rotary_dim=4)
+    config.model.update(
+        vocab_size=262, width=32, num_layers=2, num_heads=2, query_latent=16, kv_latent=16, content_dim=8, rotary_dim=4
+    )
     config.model.update(value_dim=8, dense_hidden=32, num_experts=8, expert_hidden=16)
     config.data.update(tokenizer="byte", sequence_length=64)
     config.mesh.data = 1
@@ -53,7 +55,9 @@ def run(tmp_path_factory):
 def command(workdir, *options):
     arguments = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.mark.slow

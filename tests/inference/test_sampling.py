@@ -27,7 +27,9 @@ def test_greedy_takes_the_best_and_of_equals_the_lowest_id():
     assert sample(GREEDY, logits_BV, jax.random.split(jax.random.key(0), 2)).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("top_k", "ids"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("top_k", "ids"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
 def test_top_k_keeps_the_best(top_k, ids):
     assert kept(keep_top_k(LOGITS_BV, top_k)) == [ids, sorted(3 - i for i in ids)]
 

@@ -1,4 +1,6 @@
-"""Attention: the chunked core against a plain softmax, its memory, documents, and the absorbed form against the expanded one (golden 2)."""
+"""Attention: the chunked core against a plain softmax, its memory, documents, and the absorbed form against the
+expanded one (golden 2).
+"""
 
 import dataclasses
 import functools
@@ -57,7 +59,12 @@ def plain_with_gradients(q, k, v, segments, g):
 def draw(length=S):
     keys = jax.random.split(jax.random.key(0), 4)
     q, k = jax.random.normal(keys[0], (B, length, N, Q)), jax.random.normal(keys[1], (B, length, N, Q))
-    return 2.0 * q, 2.0 * k, jax.random.normal(keys[2], (B, length, N, H)), jax.random.normal(keys[3], (B, length, N, H))
+    return (
+        2.0 * q,
+        2.0 * k,
+        jax.random.normal(keys[2], (B, length, N, H)),
+        jax.random.normal(keys[3], (B, length, N, H)),
+    )
 
 
 def draw_segments(case, length=S):
@@ -81,7 +88,9 @@ def test_chunks_equal_the_plain_softmax_in_value_and_gradient(chunk, case):
 
 @pytest.mark.parametrize("chunk", [64, 7, 4])
 def test_two_devices_equal_one(chunk):
-    """Inside a checked shard_map: loop carries vary as their updates do, and XLA compiles it (it once crashed on more than one device)."""
+    """Inside a checked shard_map: loop carries vary as their updates do, and XLA compiles it (it once crashed on more
+    than one device).
+    """
     q, k, v, g = draw()
     arrays = [np.asarray(a) for a in (q, k, v, draw_segments("packed"), g)]
     specs = tuple(P(ROWS, *(None,) * (a.ndim - 1)) for a in arrays)
@@ -94,7 +103,9 @@ def test_two_devices_equal_one(chunk):
 
 @pytest.mark.parametrize("chunk", [64, 7, 4])
 def test_documents_do_not_see_each_other(chunk):
-    """Queries and keys of 1e12 in one document reach neither values nor gradients of the others, to the bit, and overflow nowhere."""
+    """Queries and keys of 1e12 in one document reach neither values nor gradients of the others, to the bit, and
+    overflow nowhere.
+    """
     q, k, v, g = draw()
     segments = draw_segments("packed")
     other = (segments == 2) | (segments == 0)
@@ -117,7 +128,9 @@ def largest_intermediate(jaxpr):
 
 @pytest.mark.parametrize("chunk", [64, 32], ids=["unrolled", "scanned"])
 def test_no_array_of_s_times_s(chunk):
-    """Forward and backward: no intermediate reaches S x S per head, nothing of that size is kept, the program's memory stays below."""
+    """Forward and backward: no intermediate reaches S x S per head, nothing of that size is kept, the program's memory
+    stays below.
+    """
     length = 512
     args = *draw(length)[:3], draw_segments("one document", length), draw(length)[3]
     assert (length // chunk <= flash.MOST_UNROLLED_CHUNKS) == (chunk == 64)
@@ -125,14 +138,23 @@ def test_no_array_of_s_times_s(chunk):
     assert largest_intermediate(jax.make_jaxpr(core(chunk))(*args).jaxpr) <= square * chunk // length
     assert core(chunk).lower(*args).compile().memory_analysis().temp_size_in_bytes < 4 * square // 2
     config = with_execution(small.config(), attention="xla", attention_chunk=chunk)
-    _, pull = jax.eval_shape(lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(config, *qkv, args[3], SCALE), q, k, v), *args[:3])
+    _, pull = jax.eval_shape(
+        lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(config, *qkv, args[3], SCALE), q, k, v), *args[:3]
+    )
     inputs_and_output = sum(a.size for a in args[:4]) + B * length * N * H
-    assert sum(leaf.size for leaf in jax.tree.leaves(pull)) <= inputs_and_output + B * length * N  # and one statistic per query
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(pull)) <= inputs_and_output + B * length * N
+    )  # and one statistic per query
 
 
 def test_program_does_not_grow_with_the_number_of_chunks():
     def lines(length):
-        return core(3).lower(*draw(length)[:3], draw_segments("one document", length), draw(length)[3]).as_text().count("\n")
+        return (
+            core(3)
+            .lower(*draw(length)[:3], draw_segments("one document", length), draw(length)[3])
+            .as_text()
+            .count("\n")
+        )
 
     assert lines(3 * 20) == lines(3 * 40)
 
@@ -153,7 +175,9 @@ VARIANTS = {
 
 @functools.cache
 def layer(variant):
-    """One attention layer with weights large enough that its softmax is far from uniform, and its jitted expanded form."""
+    """One attention layer with weights large enough that its softmax is far from uniform, and its jitted expanded
+    form.
+    """
     tree = small.config_dict()
     for key, value in VARIANTS[variant].items():
         tree.model[key].update(value) if key == "yarn" else tree.model.update({key: value})
@@ -168,11 +192,17 @@ def layer(variant):
     def absorbed(attention, x_BSD, cache, positions_BS):
         return attention.absorbed(x_BSD, rotary_table(config.model, positions_BS), cache, positions_BS)
 
-    return config.model, functools.partial(nnx.jit(expanded), attention), functools.partial(nnx.jit(absorbed), attention)
+    return (
+        config.model,
+        functools.partial(nnx.jit(expanded), attention),
+        functools.partial(nnx.jit(absorbed), attention),
+    )
 
 
 def draw_stream(model, length=40):
-    return jax.random.normal(jax.random.key(2), (B, length, model.width)), np.tile(np.arange(length, dtype=np.int32), (B, 1))
+    return jax.random.normal(jax.random.key(2), (B, length, model.width)), np.tile(
+        np.arange(length, dtype=np.int32), (B, 1)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,7 +212,10 @@ def test_absorbed_equals_expanded(variant):
     x_BSD, positions_BS = draw_stream(model)
     want_BSD = expanded(x_BSD, positions_BS, np.ones_like(positions_BS))
     slots = 48
-    cache = {"latent": jnp.full((B, slots, model.kv_latent), 7.0), "rotary": jnp.full((B, slots, model.rotary_dim), 7.0)}
+    cache = {
+        "latent": jnp.full((B, slots, model.kv_latent), 7.0),
+        "rotary": jnp.full((B, slots, model.rotary_dim), 7.0),
+    }
     assert sum(a.size for a in jax.tree.leaves(cache)) == B * slots * (model.kv_latent + model.rotary_dim)
     parts = []
     for new in (slice(0, 37), slice(37, 38), slice(38, 39), slice(39, 40)):
@@ -198,7 +231,9 @@ def test_only_differences_of_positions_matter():
     x_BSD, positions_BS = draw_stream(model)
     ones = np.ones_like(positions_BS)
     near, far = expanded(x_BSD, positions_BS, ones), expanded(x_BSD, positions_BS + 1000, ones)
-    np.testing.assert_allclose(far, near, rtol=0, atol=1e-4 * np.abs(near).max())  # FP32 angles near 1000 are 6e-5 apart
+    np.testing.assert_allclose(
+        far, near, rtol=0, atol=1e-4 * np.abs(near).max()
+    )  # FP32 angles near 1000 are 6e-5 apart
     reversed_BSD = expanded(x_BSD, positions_BS[:, ::-1], ones)
     assert np.abs(reversed_BSD - near).max() > 0.05 * np.abs(near).max()  # they do matter
 

@@ -1,4 +1,6 @@
-"""Goldens 6 and 7: the bias update is an exact integer comparison that balances, and the balance losses are 1 at balance."""
+"""Goldens 6 and 7: the bias update is an exact integer comparison that balances, and the balance losses are 1 at
+balance.
+"""
 
 import dataclasses
 import functools
@@ -59,7 +61,9 @@ def test_update_of_random_counts_layer_by_layer():
 def test_nothing_moves_at_exact_balance_nor_at_rate_zero():
     bias = np.random.default_rng(0).normal(size=(2, 256)).astype(np.float32)
     np.testing.assert_array_equal(jit_update(bias, np.full((2, 256), 1_966_080, np.int32), GAMMA), bias)
-    np.testing.assert_array_equal(jit_update(bias, np.arange(512, dtype=np.int32).reshape(2, 256), np.float32(0.0)), bias)
+    np.testing.assert_array_equal(
+        jit_update(bias, np.arange(512, dtype=np.int32).reshape(2, 256), np.float32(0.0)), bias
+    )
 
 
 def test_max_violation():
@@ -68,7 +72,9 @@ def test_max_violation():
 
 
 def test_updates_balance_a_skewed_router():
-    """Scores that prefer low indices, the same tokens every step: MaxVio falls by more than ten times and stays down."""
+    """Scores that prefer low indices, the same tokens every step: MaxVio falls by more than ten times and stays
+    down.
+    """
     skew_E = np.linspace(1.0, -1.0, E)
     logits_TE = (np.random.default_rng(0).normal(size=(2048, E)) + skew_E).astype(np.float32)
     scores_TE = jax.nn.sigmoid(logits_TE)
@@ -87,7 +93,9 @@ def test_updates_balance_a_skewed_router():
 
 def loss_config(frequency="unbiased", sequence=0.0, batch=0.0, sizes=(1, 1, 1)):
     config = small.config(sizes)
-    loss = dataclasses.replace(config.loss, balance_frequency=frequency, sequence_balance_weight=sequence, batch_balance_weight=batch)
+    loss = dataclasses.replace(
+        config.loss, balance_frequency=frequency, sequence_balance_weight=sequence, batch_balance_weight=batch
+    )
     return dataclasses.replace(config, loss=loss)
 
 
@@ -117,7 +125,9 @@ def test_sequence_loss_is_alpha_at_uniform_scores():
     """Equal scores, whatever the routing: sum of f_i is E and each P_i is 1 / E."""
     _, experts_BSK, valid_BS = draw()
     for frequency in ("unbiased", "selected"):
-        stats = router_stats(loss_config(frequency, sequence=1e-4), jnp.full((*valid_BS.shape, E), 0.7), experts_BSK, valid_BS)
+        stats = router_stats(
+            loss_config(frequency, sequence=1e-4), jnp.full((*valid_BS.shape, E), 0.7), experts_BSK, valid_BS
+        )
         assert float(stats.sequence_balance) / valid_BS.any(-1).sum() == pytest.approx(1.0, rel=2e-7)
 
 
@@ -140,7 +150,9 @@ def test_sequence_loss_of_a_collapsed_router_is_e_over_k():
 def test_statistics_equal_loops_and_exclude_padding(frequency):
     scores_BSE, experts_BSK, valid_BS = draw()
     poisoned = np.where(valid_BS[..., None], scores_BSE, np.nan)  # padding may hold anything
-    stats = jax.jit(functools.partial(router_stats, loss_config(frequency, sequence=1e-4)))(poisoned, experts_BSK, valid_BS)
+    stats = jax.jit(functools.partial(router_stats, loss_config(frequency, sequence=1e-4)))(
+        poisoned, experts_BSK, valid_BS
+    )
     np.testing.assert_array_equal(stats.counts_E, np.bincount(experts_BSK[valid_BS].ravel(), minlength=E))
     assert stats.counts_E.dtype == jnp.int32 and int(stats.counts_E.sum()) == K * valid_BS.sum()
     chosen_BSK = chosen_by(frequency, scores_BSE, experts_BSK)

@@ -1,7 +1,9 @@
-"""Causality by differentiating: which tokens can move which prediction, for the main head and two MTP depths, packed and not.
+"""Causality by differentiating: which tokens can move which prediction, for the main head and two MTP depths, packed
+and not.
 
-Every position of the row holds another token id, so the gradient of an output with respect to row v of the embedding table is its
-gradient with respect to the token at position v, wherever that token enters: as input, or shifted into an MTP layer.
+Every position of the row holds another token id, so the gradient of an output with respect to row v of the embedding
+table is its gradient with respect to the token at position v, wherever that token enters: as input, or shifted into an
+MTP layer.
 """
 
 import functools
@@ -47,7 +49,9 @@ def model():
 
 @functools.cache
 def compiled():
-    """Outputs [1 + depths, S] (a random projection of each hidden state), and the pullback to the tokens: [1 + depths, S] to [V]."""
+    """Outputs [1 + depths, S] (a random projection of each hidden state), and the pullback to the tokens: [1 + depths,
+    S] to [V].
+    """
     config, params, bias = model()
     direction_D = jax.random.normal(jax.random.key(1), (config.model.width,))
 
@@ -79,7 +83,9 @@ def test_main_head_sees_all_tokens_up_to_its_own():
 def test_mtp_sees_depth_tokens_more_and_never_its_target(depth):
     """Position i of depth k depends on exactly the tokens up to i + k; it predicts token i + k + 1."""
     carries_loss = slice(0, S - depth)
-    np.testing.assert_array_equal(dependence("one document")[depth, carries_loss], np.tri(S, S + 1, k=depth, dtype=bool)[carries_loss])
+    np.testing.assert_array_equal(
+        dependence("one document")[depth, carries_loss], np.tri(S, S + 1, k=depth, dtype=bool)[carries_loss]
+    )
 
 
 def test_packed_documents_are_independent():
@@ -96,8 +102,8 @@ def test_packed_documents_are_independent():
 
 @pytest.mark.parametrize("changed", [3, 6, 11])
 def test_a_later_token_changes_nothing_before_it(changed):
-    """Routing is discrete and has no gradient: replace tokens from `changed` on. Outputs are near 10; here the earlier ones are bit-equal,
-    which is not promised, because rows of one expert share a matmul."""
+    """Routing is discrete and has no gradient: replace tokens from `changed` on. Outputs are near 10; here the earlier
+    ones are bit-equal, which is not promised, because rows of one expert share a matmul."""
     none = np.zeros((1 + DEPTHS, S), np.float32)
     batch, other = make_batch("one document"), make_batch("one document")
     other["tokens_BS"] = np.where(np.arange(S) >= changed, 31 - other["tokens_BS"], other["tokens_BS"])

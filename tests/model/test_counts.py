@@ -1,7 +1,7 @@
 """Parameter counts of spec section 1.3 (golden 1), from shapes alone: no array of these models is ever made.
 
-The spec's items leave out norm gains and router biases; its totals contain them. Printed numbers are rounded to 1e3 (items) and
-1e6 (totals), so each test asks for half a unit in the last place.
+The spec's items leave out norm gains and router biases; its totals contain them. Printed numbers are rounded to 1e3
+(items) and 1e6 (totals), so each test asks for half a unit in the last place.
 """
 
 import functools
@@ -92,7 +92,9 @@ def test_mtp_of_the_671b_model():
     unique = count(params["mtp_layers"]) + count(bias["mtp_layers"])
     ends = count((params["embed_VD"], params["head_DV"]))
     active = unique - idle(config, params) // config.model.num_moe_layers + ends
-    assert [n / BILLION for n in (unique, unique + ends, active)] == pytest.approx((11.610, 13.463, 2.541), rel=0, abs=0.5e-3)
+    assert [n / BILLION for n in (unique, unique + ends, active)] == pytest.approx(
+        (11.610, 13.463, 2.541), rel=0, abs=0.5e-3
+    )
     # The released checkpoint repeats embedding and head for its MTP layer; here they are the main model's.
     released = count(params) + count(bias) + ends
     assert released / BILLION == pytest.approx(684.490, rel=0, abs=0.5e-3)
@@ -104,7 +106,10 @@ def test_main_model_is_exact():
     attention = 1536 * 7168 + 24576 * 1536 + 576 * 7168 + 32768 * 512 + 7168 * 16384 + 1536 + 512 + 7168
     ffn = 3 * 18432 * 7168 + 7168
     moe = 257 * 3 * 2048 * 7168 + 256 * 7168 + 256 + 7168
-    assert count(main_model(params)) + count(bias["moe_layers"]) == 61 * attention + 3 * ffn + 58 * moe + 2 * 129280 * 7168 + 7168
+    assert (
+        count(main_model(params)) + count(bias["moe_layers"])
+        == 61 * attention + 3 * ffn + 58 * moe + 2 * 129280 * 7168 + 7168
+    )
     mtp = attention + moe + 2 * 7168 * 7168 + 3 * 7168
     assert count(params["mtp_layers"]) + count(bias["mtp_layers"]) == mtp
     assert config.model.num_layers == 61

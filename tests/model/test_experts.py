@@ -1,4 +1,6 @@
-"""The blocked grouped matmul against every expert computed for every row, in value and in every derivative; golden 20."""
+"""The blocked grouped matmul against every expert computed for every row, in value and in every derivative; golden
+20.
+"""
 
 import functools
 
@@ -42,7 +44,10 @@ CASES = ("random", "one expert", "last expert", "empty experts", "padding", "not
 @functools.cache
 def draw_inputs():
     keys = jax.random.split(jax.random.key(0), 5)
-    weights = {"gate_up_ED2F": jax.random.normal(keys[0], (E, D, 2, F)), "down_EFD": jax.random.normal(keys[1], (E, F, D))}
+    weights = {
+        "gate_up_ED2F": jax.random.normal(keys[0], (E, D, 2, F)),
+        "down_EFD": jax.random.normal(keys[1], (E, F, D)),
+    }
     cotangent_TD = jax.random.normal(keys[4], (T, D))
     return weights, jax.random.normal(keys[2], (T, D)), jax.random.uniform(keys[3], (T, K), minval=0.1), cotangent_TD
 
@@ -53,7 +58,9 @@ def dense(weights, x_TD, gates_TK, experts_TK):
     y_TD = jnp.zeros_like(x_TD)
     for expert in range(E):
         gate_up_D2F, down_FD = weights["gate_up_ED2F"][expert], weights["down_EFD"][expert]
-        y_TD += gate_TE[:, expert, None] * ((jax.nn.silu(x_TD @ gate_up_D2F[:, 0]) * (x_TD @ gate_up_D2F[:, 1])) @ down_FD)
+        y_TD += gate_TE[:, expert, None] * (
+            (jax.nn.silu(x_TD @ gate_up_D2F[:, 0]) * (x_TD @ gate_up_D2F[:, 1])) @ down_FD
+        )
     return y_TD
 
 
@@ -72,7 +79,9 @@ compiled_dense = jax.jit(functools.partial(value_and_pullback, dense))
 
 def assert_close(got, want):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=RTOL * max(1.0, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=RTOL * max(1.0, np.abs(b).max()), err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,7 +96,9 @@ def test_equals_dense_in_value_and_every_gradient(block, wave, case):
 
 @pytest.mark.parametrize(("block", "wave"), SIZES)
 def test_rows_without_an_expert_do_not_leak(block, wave):
-    """NaN in such a row, its gates, and its incoming gradient is not read: neither here nor as the filling of a block."""
+    """NaN in such a row, its gates, and its incoming gradient is not read: neither here nor as the filling of a
+    block.
+    """
     weights, x_TD, gates_TK, cotangent_TD = draw_inputs()
     ids = draw_ids("padding")
     nowhere_TK = (ids < 0) | (ids >= E)
@@ -103,7 +114,11 @@ def test_rows_without_an_expert_do_not_leak(block, wave):
     )
     jax.tree.map(np.testing.assert_array_equal, poisoned, run(weights, x_TD, gates_TK, ids, cotangent_TD))
     y_TD, (_, dx_TD, dgates_TK) = poisoned
-    assert not np.asarray(y_TD)[nowhere_T].any() and not np.asarray(dx_TD)[nowhere_T].any() and not np.asarray(dgates_TK)[nowhere_TK].any()
+    assert (
+        not np.asarray(y_TD)[nowhere_T].any()
+        and not np.asarray(dx_TD)[nowhere_T].any()
+        and not np.asarray(dgates_TK)[nowhere_TK].any()
+    )
 
 
 def test_bf16_is_near_fp32_and_keeps_its_dtypes():
@@ -112,9 +127,14 @@ def test_bf16_is_near_fp32_and_keeps_its_dtypes():
     weights16, x16_TD, cotangent16_TD = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (weights, x_TD, cotangent_TD))
     got = compiled(16, 2)(weights16, x16_TD, gates_TK, ids, cotangent16_TD)
     y_TD, (dweights, dx_TD, dgates_TK) = got
-    assert {a.dtype for a in jax.tree.leaves((y_TD, dx_TD, dweights))} == {jnp.dtype(jnp.bfloat16)} and dgates_TK.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves((y_TD, dx_TD, dweights))} == {
+        jnp.dtype(jnp.bfloat16)
+    } and dgates_TK.dtype == jnp.float32
     want = compiled_dense(
-        *jax.tree.map(lambda a: a.astype(jnp.float32), (weights16, x16_TD)), gates_TK, ids, cotangent16_TD.astype(jnp.float32)
+        *jax.tree.map(lambda a: a.astype(jnp.float32), (weights16, x16_TD)),
+        gates_TK,
+        ids,
+        cotangent16_TD.astype(jnp.float32),
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.linalg.norm(np.float32(a) - b) <= 1e-2 * np.linalg.norm(b)  # measured 5e-3: a few roundings of 2^-9
@@ -160,7 +180,9 @@ def test_work_follows_the_assignments(case, monkeypatch):
     ids = draw_ids(case)
     weights, x_TD, gates_TK, cotangent_TD = draw_inputs()
     function = functools.partial(experts.expert_ffn, block=block, wave=wave)
-    jax.block_until_ready(jax.jit(functools.partial(value_and_pullback, function))(weights, x_TD, gates_TK, ids, cotangent_TD))
+    jax.block_until_ready(
+        jax.jit(functools.partial(value_and_pullback, function))(weights, x_TD, gates_TK, ids, cotangent_TD)
+    )
     jax.effects_barrier()
     blocks = sum(-(-int((ids == expert).sum()) // block) for expert in range(E))
     assert sorted(ran) == sorted(2 * list(range(-(-blocks // wave))))
@@ -168,7 +190,9 @@ def test_work_follows_the_assignments(case, monkeypatch):
 
 
 def test_no_token_is_dropped_when_all_want_the_same_experts():
-    """Golden 20 on the whole layer: a bias that sends every token to the same experts, against all experts for all tokens."""
+    """Golden 20 on the whole layer: a bias that sends every token to the same experts, against all experts for all
+    tokens.
+    """
     config = resolve(small.config(), "cpu", 1)
     model, layer = config.model, MoE(config, nnx.Rngs(params=0))
     layer.bias_E[...] = jnp.zeros(model.num_experts).at[jnp.asarray([4, 5, 6, 7])].set(9.0)
@@ -185,5 +209,7 @@ def test_no_token_is_dropped_when_all_want_the_same_experts():
         gate_T = model.routed_scale * scores_TE[:, expert] / scores_TE[:, 4:8].sum(-1)
         routed_TD += gate_T[:, None] * ((jax.nn.silu(hidden[:, 0]) * hidden[:, 1]) @ layer.down_EFD[expert])
     shared_BSD = layer.shared(h_TD.reshape(x_BSD.shape))
-    want_BSD = shared_BSD + jnp.where(valid_BS[..., None], routed_TD.reshape(x_BSD.shape), 0.0)  # padding has no routed expert
+    want_BSD = shared_BSD + jnp.where(
+        valid_BS[..., None], routed_TD.reshape(x_BSD.shape), 0.0
+    )  # padding has no routed expert
     np.testing.assert_allclose(y_BSD, want_BSD, rtol=0, atol=1e-6 * np.abs(want_BSD).max())

@@ -1,4 +1,6 @@
-"""The routed experts in BF16 through grouped products equal the loop over blocks in FP32, in value and in every derivative."""
+"""The routed experts in BF16 through grouped products equal the loop over blocks in FP32, in value and in every
+derivative.
+"""
 
 import functools
 

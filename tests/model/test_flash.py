@@ -1,4 +1,6 @@
-"""Attention implementations agree, inside the checked shard_map in which the step calls them, under its recomputation policy."""
+"""Attention implementations agree, inside the checked shard_map in which the step calls them, under its recomputation
+policy.
+"""
 
 import functools
 
@@ -37,7 +39,9 @@ def xla(q, k, v, segments):
 
 
 def layers(core):
-    """A scan of two layers that recompute all but what the model saves: output and gradients by q, k, v, each device its own rows."""
+    """A scan of two layers that recompute all but what the model saves: output and gradients by q, k, v, each device
+    its own rows.
+    """
 
     def local(q, k, v, segments, g):
         def forward(q, k, v):
@@ -73,7 +77,9 @@ def test_splash_equals_xla_in_value_and_gradients(interpreted, arrays):
 
 
 def test_splash_runs_once_forward_and_brings_no_collective(interpreted, arrays):
-    """Three kernels: forward, dq, dkv. A fourth would be the forward again, for an output or statistics that the policy did not save."""
+    """Three kernels: forward, dq, dkv. A fourth would be the forward again, for an output or statistics that the policy
+    did not save.
+    """
     text = str(layers(splash).trace(*arrays).jaxpr)
     assert text.count("pallas_call[") == 3
     assert "psum" not in text
@@ -85,7 +91,9 @@ def test_splash_refuses_odd_lengths(arrays):
 
 
 def test_attention_output_is_saved_once(capsys):
-    """Under selective recomputation a layer keeps one output and one logsumexp. At V3's width a second copy is 134 MB per sequence."""
+    """Under selective recomputation a layer keeps one output and one logsumexp. At V3's width a second copy is 134 MB
+    per sequence.
+    """
     tree = small.config_dict()
     tree.model.update({"num_layers": 1, "num_mtp_layers": 0})
     tree.execution.remat = "selective"

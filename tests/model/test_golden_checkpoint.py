@@ -39,7 +39,9 @@ def test_every_stored_number_arrives_once(case):
 def test_trees_are_those_of_init(case):
     golden = hf_checkpoint.read(case)
     with jax.set_mesh(make_mesh(golden.config.mesh, jax.devices()[:1])):
-        ours = jax.eval_shape(functools.partial(transformer.init, golden.config), jax.eval_shape(lambda: jax.random.key(0)))
+        ours = jax.eval_shape(
+            functools.partial(transformer.init, golden.config), jax.eval_shape(lambda: jax.random.key(0))
+        )
     shapes = [jax.tree.map(lambda leaf: leaf.shape, trees) for trees in (ours, (golden.params, golden.router_bias))]
     assert shapes[0] == shapes[1]
 
@@ -53,9 +55,18 @@ def test_layout_of_one_of_each_kind():
     layer, head, row, column = 1, 2, 3, 5
     name = f"model.layers.{layer + 1}"  # one dense layer comes first
     q_b, kv_b = tensors[f"{name}.self_attn.q_b_proj.weight"], tensors[f"{name}.self_attn.kv_b_proj.weight"]
-    assert attention["q_b_ANQ"][layer, column, head, content + row] == q_b[head * (content + rotary) + content + row, column]
-    assert attention["kv_b_CNX"][layer, column, head, content + row] == kv_b[head * (content + value) + content + row, column]
-    assert attention["o_NHD"][layer, head, row, column] == tensors[f"{name}.self_attn.o_proj.weight"][column, head * value + row]
+    assert (
+        attention["q_b_ANQ"][layer, column, head, content + row]
+        == q_b[head * (content + rotary) + content + row, column]
+    )
+    assert (
+        attention["kv_b_CNX"][layer, column, head, content + row]
+        == kv_b[head * (content + value) + content + row, column]
+    )
+    assert (
+        attention["o_NHD"][layer, head, row, column]
+        == tensors[f"{name}.self_attn.o_proj.weight"][column, head * value + row]
+    )
     up = tensors[f"{name}.mlp.experts.7.up_proj.weight"]
     assert moe["gate_up_ED2F"][layer, 7, column, 1, row] == up[row, column]
     merge = tensors["model.layers.4.eh_proj.weight"]
@@ -66,11 +77,15 @@ def test_reader_refuses_what_does_not_belong():
     hf, tensors = released("base")
     model = hf_checkpoint.read_model(hf)
     with pytest.raises(ValueError, match="no tensor 'model.norm.weight'"):
-        hf_checkpoint.read_trees({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, model)
+        hf_checkpoint.read_trees(
+            {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, model
+        )
     with pytest.raises(ValueError, match="unknown tensors"):
         hf_checkpoint.read_trees(tensors | {"model.layers.1.self_attn.q_proj.weight": np.zeros(1)}, model)
     with pytest.raises(ValueError, match="differs from the shared tensor"):
-        hf_checkpoint.read_trees(tensors | {"model.layers.3.embed_tokens.weight": 2 * tensors["model.embed_tokens.weight"]}, model)
+        hf_checkpoint.read_trees(
+            tensors | {"model.layers.3.embed_tokens.weight": 2 * tensors["model.embed_tokens.weight"]}, model
+        )
 
 
 def select(scores_TE, hf, mask):
@@ -91,7 +106,9 @@ def router_scores(case):
 
 @pytest.mark.parametrize(("case", "mask_can_be_zero"), [("base", True), ("negative_bias", False)])
 def test_goldens_tell_routers_apart(case, mask_can_be_zero):
-    """The rule reproduces the oracle; without the bias, or masking a negative score with 0.0, many tokens go elsewhere."""
+    """The rule reproduces the oracle; without the bias, or masking a negative score with 0.0, many tokens go
+    elsewhere.
+    """
     hf, _ = released(case)
     golden, scores_TE, bias_E = router_scores(case)
     right = golden.expected["experts_LTK"][0]

@@ -1,7 +1,8 @@
 """Losses and the gradient of every weight against torch autograd in float64, through the losses the trainer uses.
 
-The objective is the main cross entropy plus MTP_WEIGHT times the mean MTP loss over two depths, divided by the main loss's token count.
-Biases of both signs are in place, so a gradient that leaked through the selection, or gates taken from biased scores, would show.
+The objective is the main cross entropy plus MTP_WEIGHT times the mean MTP loss over two depths, divided by the main
+loss's token count. Biases of both signs are in place, so a gradient that leaked through the selection, or gates taken
+from biased scores, would show.
 """
 
 import dataclasses
@@ -32,16 +33,24 @@ def training_losses(config, params, router_bias, batch):
     def loss(hidden_BSD, targets_BS, weights_BS):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         chunk = config.execution.loss_chunk
-        return losses.cross_entropy(hidden_TD, params["head_DV"], targets_BS.ravel(), weights_BS.ravel(), chunk, 0.0)[0] / targets_BS.size
+        return (
+            losses.cross_entropy(hidden_TD, params["head_DV"], targets_BS.ravel(), weights_BS.ravel(), chunk, 0.0)[0]
+            / targets_BS.size
+        )
 
     main = loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
-    mtp = [loss(hidden_BSD, *losses.mtp_targets(batch, depth)[1:]) for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1)]
+    mtp = [
+        loss(hidden_BSD, *losses.mtp_targets(batch, depth)[1:])
+        for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1)
+    ]
     return main + MTP_WEIGHT * sum(mtp) / len(mtp), (main, jnp.stack(mtp), output.stats.counts_E)
 
 
 @functools.cache
 def differentiate(remat):
-    """Return the golden, the auxiliary values, and the gradients of parameters and selection biases, under one recomputation policy."""
+    """Return the golden, the auxiliary values, and the gradients of parameters and selection biases, under one
+    recomputation policy.
+    """
     golden = hf_checkpoint.read("base")
     config = dataclasses.replace(golden.config, execution=dataclasses.replace(golden.config.execution, remat=remat))
     objective = jax.jit(jax.value_and_grad(functools.partial(training_losses, config), argnums=(0, 1), has_aux=True))
@@ -63,7 +72,9 @@ def test_gradient_of_every_weight(remat):
     golden, _, (gradients, _) = differentiate(remat)
     expected = hf_checkpoint.read_gradients("base", golden.config.model)
     assert jax.tree.structure(gradients) == jax.tree.structure(expected)
-    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
         name, norm = jax.tree_util.keystr(path), np.linalg.norm(theirs)
         assert norm > 1e-4, f"{name}: a golden of zeros shows nothing"
         assert np.linalg.norm(ours - theirs) < GRADIENT_RTOL * norm, name

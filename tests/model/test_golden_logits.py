@@ -1,7 +1,9 @@
-"""The whole forward pass against transformers' float64: logits, hidden states, routes and gates of every layer, MTP, decoding.
+"""The whole forward pass against transformers' float64: logits, hidden states, routes and gates of every layer, MTP,
+decoding.
 
-The goldens are exact to float32, so the tolerances are our own FP32 error, measured and multiplied by five: 3e-6 in logits (of unit
-standard deviation), 1.6e-6 in gates. transformers' own float32 run is no closer to the goldens (`versions.json`).
+The goldens are exact to float32, so the tolerances are our own FP32 error, measured and multiplied by five: 3e-6 in
+logits (of unit standard deviation), 1.6e-6 in gates. transformers' own float32 run is no closer to the goldens
+(`versions.json`).
 """
 
 import functools
@@ -22,7 +24,9 @@ GATES_RTOL = 8e-6
 
 @functools.cache
 def forward(case):
-    """Run `apply` once per case; return the golden, the output, and each MoE layer's (experts, gates) in the order of the layers."""
+    """Run `apply` once per case; return the golden, the output, and each MoE layer's (experts, gates) in the order of
+    the layers.
+    """
     golden = hf_checkpoint.read(case)
     routes = []
 
@@ -48,7 +52,9 @@ def logits(golden, hidden_BSD):
 def test_logits(case):
     golden, output, _ = forward(case)
     np.testing.assert_allclose(output.hidden_BSD, golden.expected["hidden_BSD"], rtol=0, atol=LOGITS_ATOL)
-    np.testing.assert_allclose(logits(golden, output.hidden_BSD), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
+    np.testing.assert_allclose(
+        logits(golden, output.hidden_BSD), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL
+    )
 
 
 @pytest.mark.parametrize("case", hf_checkpoint.CASES)
@@ -59,7 +65,9 @@ def test_routes_and_gates_of_every_layer(case):
     for layer, (experts_BSK, gates_BSK) in enumerate(routes):
         experts_TK = experts_BSK.reshape(-1, experts_BSK.shape[-1])
         order = np.argsort(experts_TK, axis=-1)
-        np.testing.assert_array_equal(np.take_along_axis(experts_TK, order, -1), expected["experts_LTK"][layer], err_msg=f"layer {layer}")
+        np.testing.assert_array_equal(
+            np.take_along_axis(experts_TK, order, -1), expected["experts_LTK"][layer], err_msg=f"layer {layer}"
+        )
         gates_TK = np.take_along_axis(gates_BSK.reshape(experts_TK.shape), order, -1)
         np.testing.assert_allclose(gates_TK, expected["weights_LTK"][layer], rtol=GATES_RTOL, err_msg=f"layer {layer}")
         counts_E = np.bincount(experts_TK.ravel(), minlength=golden.config.model.num_experts)
@@ -67,7 +75,9 @@ def test_routes_and_gates_of_every_layer(case):
 
 
 def test_mtp_logits():
-    """Both depths: [embedding; hidden] order, the state after the final norm, the layer's own final norm, the chain from depth to depth."""
+    """Both depths: [embedding; hidden] order, the state after the final norm, the layer's own final norm, the chain
+    from depth to depth.
+    """
     golden, output, _ = forward("base")
     length = golden.expected["tokens_BS"].shape[1]
     assert len(output.mtp_hidden) == 2
@@ -75,20 +85,29 @@ def test_mtp_logits():
         defined = slice(0, length - depth)
         ours = logits(golden, hidden_BSD)[:, defined]
         np.testing.assert_allclose(
-            ours, golden.expected["mtp_logits_KBSV"][depth - 1][:, defined], rtol=0, atol=LOGITS_ATOL, err_msg=f"depth {depth}"
+            ours,
+            golden.expected["mtp_logits_KBSV"][depth - 1][:, defined],
+            rtol=0,
+            atol=LOGITS_ATOL,
+            err_msg=f"depth {depth}",
         )
 
 
 @pytest.mark.parametrize("case", ["yarn", "no_query_latent"])
 def test_absorbed_decoding_gives_the_same_logits(case):
-    """A prompt in one step, then single tokens, over a latent cache with room left over, full of garbage; YaRN past the original length."""
+    """A prompt in one step, then single tokens, over a latent cache with room left over, full of garbage; YaRN past the
+    original length.
+    """
     golden, _, _ = forward(case)
     model, tokens_BS = golden.config.model, golden.expected["tokens_BS"]
     batch, length = tokens_BS.shape
 
     def empty(layers):
         shape = (layers, batch, length + 7)
-        return {"latent": jnp.full((*shape, model.kv_latent), 99.0), "rotary": jnp.full((*shape, model.rotary_dim), 99.0)}
+        return {
+            "latent": jnp.full((*shape, model.kv_latent), 99.0),
+            "rotary": jnp.full((*shape, model.rotary_dim), 99.0),
+        }
 
     cache = {"dense_layers": empty(model.num_dense_layers), "moe_layers": empty(model.num_moe_layers)}
     decode = jax.jit(functools.partial(transformer.decode_step, golden.config))
@@ -99,4 +118,6 @@ def test_absorbed_decoding_gives_the_same_logits(case):
         step, cache = decode(golden.params, golden.router_bias, cache, tokens_BS[:, new], positions_BS)
         hidden.append(step)
         start += size
-    np.testing.assert_allclose(logits(golden, np.concatenate(hidden, axis=1)), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
+    np.testing.assert_allclose(
+        logits(golden, np.concatenate(hidden, axis=1)), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL
+    )

@@ -1,4 +1,6 @@
-"""Rotary positions and YaRN against published constants and against the half-split form that other implementations use."""
+"""Rotary positions and YaRN against published constants and against the half-split form that other implementations
+use.
+"""
 
 import dataclasses
 
@@ -16,7 +18,9 @@ EXTENDED = dataclasses.replace(MODEL, yarn=dataclasses.replace(MODEL.yarn, enabl
 
 
 def test_yarn_frequencies_of_the_released_model():
-    """Pairs 10 to 23 are the ramp: below it theta_i, above it theta_i / 40 (factor 40, beta 32 and 1, 4096 positions, 64 channels)."""
+    """Pairs 10 to 23 are the ramp: below it theta_i, above it theta_i / 40 (factor 40, beta 32 and 1, 4096 positions,
+    64 channels).
+    """
     expected = {0: 1.0, 10: 0.0562341, 11: 0.0390069, 16: 0.0055, 22: 1.77828e-4, 23: 3.3338e-5, 31: 3.3338e-6}
     theta = rope.frequencies(EXTENDED)
     assert theta.shape == (32,)
@@ -37,11 +41,15 @@ def test_yarn_leaves_the_released_models_rotation_unscaled():
 
 
 def half_split_scores(q_BSNR, k_BSR, angles_SR2):
-    """Scores in the other convention: pair i is (i, i + R / 2), reached by moving the even channels in front of the odd ones."""
+    """Scores in the other convention: pair i is (i, i + R / 2), reached by moving the even channels in front of the odd
+    ones.
+    """
 
     def rotate(x, angles):
         front, back = x[..., 0::2], x[..., 1::2]
-        return jnp.concatenate([front * jnp.cos(angles) - back * jnp.sin(angles), back * jnp.cos(angles) + front * jnp.sin(angles)], -1)
+        return jnp.concatenate(
+            [front * jnp.cos(angles) - back * jnp.sin(angles), back * jnp.cos(angles) + front * jnp.sin(angles)], -1
+        )
 
     return jnp.einsum("bsnr,bmr->bnsm", rotate(q_BSNR, angles_SR2[:, None]), rotate(k_BSR, angles_SR2))
 
@@ -64,5 +72,7 @@ def test_rotation_depends_on_the_distance_only():
         table = rope.rotary_table(MODEL, first + jnp.arange(8)[None])
         return jnp.einsum("bsr,bmr->bsm", rope.rotate(q_BSR, table), rope.rotate(k_BSR, table))
 
-    np.testing.assert_allclose(scores(0), scores(1000), atol=3e-4)  # FP32 angles near 1000 radians are exact to 6e-5 each
+    np.testing.assert_allclose(
+        scores(0), scores(1000), atol=3e-4
+    )  # FP32 angles near 1000 radians are exact to 6e-5 each
     assert np.abs(np.diff(scores(0)[0, 0])).min() > 0.05

@@ -50,7 +50,11 @@ def cosine(a, b):
 @pytest.mark.parametrize("recipe", [HIDDEN, ATTENTION_OUTPUT], ids=["hidden", "attention output"])
 def test_three_products_of_what_was_quantised(recipe, num_out):
     """Each product, against FP64 products of the operands that the recipe names: only BF16 or FP32 rounding is left."""
-    x, w, g = draw(0, T, NUM_IN).astype(jnp.bfloat16), fp8(draw(1, NUM_IN, num_out)), draw(2, T, num_out).astype(jnp.bfloat16)
+    x, w, g = (
+        draw(0, T, NUM_IN).astype(jnp.bfloat16),
+        fp8(draw(1, NUM_IN, num_out)),
+        draw(2, T, num_out).astype(jnp.bfloat16),
+    )
     y, dx, dw = gradients(x, w, g, recipe=recipe)
     weight = np.asarray(dequantize(quantize_blocks(draw(1, NUM_IN, num_out))), np.float64)
     g_tiles, g_columns = quantize_tiles_both(jnp.pad(g, ((0, 0), (0, -num_out % 128))))
@@ -83,11 +87,17 @@ def test_close_to_fp32_and_without_bias(outliers):
 
 
 @pytest.mark.parametrize(
-    "layer", [gradients, lambda x, w, g: ffn(x, fp8(draw(7, NUM_IN, 2, 128)), fp8(draw(8, 128, NUM_IN)), g)], ids=["linear", "swiglu"]
+    "layer",
+    [gradients, lambda x, w, g: ffn(x, fp8(draw(7, NUM_IN, 2, 128)), fp8(draw(8, 128, NUM_IN)), g)],
+    ids=["linear", "swiglu"],
 )
 def test_gradients_of_a_large_batch_lose_nothing(layer):
     """A mean over 2^26 tokens makes them small: by a power of two, so that no bit may change."""
-    x, w, g = draw(3, T, NUM_IN).astype(jnp.bfloat16), fp8(draw(4, NUM_IN, NUM_IN)), draw(5, T, NUM_IN).astype(jnp.bfloat16)
+    x, w, g = (
+        draw(3, T, NUM_IN).astype(jnp.bfloat16),
+        fp8(draw(4, NUM_IN, NUM_IN)),
+        draw(5, T, NUM_IN).astype(jnp.bfloat16),
+    )
     _, *large = layer(x, w, g)
     _, *small = layer(x, w, g * 2.0**-26)
     for a, b in zip(large, small, strict=True):
@@ -125,7 +135,9 @@ def ffn(x, gate_up, down, g):
 
     def apply(x, *carriers):
         if in_fp8:
-            return swiglu_linear(x, *(Fp8Weight(c, w.values, w.scales) for c, w in zip(carriers, (gate_up, down), strict=True)))
+            return swiglu_linear(
+                x, *(Fp8Weight(c, w.values, w.scales) for c, w in zip(carriers, (gate_up, down), strict=True))
+            )
         return linear(swiglu(linear(x, carriers[0])), carriers[1])
 
     y, pull = jax.vjp(apply, x, *((gate_up.carrier, down.carrier) if in_fp8 else (gate_up, down)))
@@ -136,7 +148,9 @@ def test_two_layers_with_a_swiglu_are_close_to_fp32():
     x, gate_up, down, g = draw(13, T, 256), draw(14, 256, 2, 128) / 16, draw(15, 128, 256), draw(16, T, 256)
     exact = ffn(x, gate_up, down, g)
     got = ffn(x.astype(jnp.bfloat16), fp8(gate_up), fp8(down), g.astype(jnp.bfloat16))
-    for name, a, b, least in zip(("y", "dx", "dgate_up", "ddown"), got, exact, (0.9975, 0.9975, 0.9975, 0.9975), strict=True):
+    for name, a, b, least in zip(
+        ("y", "dx", "dgate_up", "ddown"), got, exact, (0.9975, 0.9975, 0.9975, 0.9975), strict=True
+    ):
         assert a.shape == b.shape and cosine(a, b) >= least, name
 
 
@@ -153,11 +167,16 @@ def test_two_layers_with_a_swiglu_are_the_recipe():
     dact = (np.asarray(dequantize(g_tiles), np.float64) @ wide[1].T).astype(jnp.bfloat16)
     act = swiglu_quantize(jnp.asarray(hidden))
     dhidden, dhidden_columns, act_columns, _ = swiglu_backward_quantize(jnp.asarray(hidden), jnp.asarray(dact))
-    columns = [np.asarray(dequantize(q), np.float64) for q in (requantize_transposed(tiles), dhidden_columns, act_columns, g_columns)]
+    columns = [
+        np.asarray(dequantize(q), np.float64)
+        for q in (requantize_transposed(tiles), dhidden_columns, act_columns, g_columns)
+    ]
     for got, want in (
         (y, np.asarray(dequantize(act), np.float64) @ wide[1]),
         (dx, np.asarray(dequantize(dhidden), np.float64) @ wide[0].T),
         (dgate_up.reshape(256, 256), columns[0] @ columns[1].T),
         (ddown, columns[2] @ columns[3].T),
     ):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 3e-3 * np.linalg.norm(want)  # a BF16 ulp before the SwiGLU
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 3e-3 * np.linalg.norm(
+            want
+        )  # a BF16 ulp before the SwiGLU

@@ -35,7 +35,9 @@ def results(f, x, gain, weights, grads):
         y, pull = jax.vjp(f, x, gain, *weights)
     else:
         y, pull = jax.vjp(
-            lambda x, gain, *c: f(x, gain, *(Fp8Weight(c, w.values, w.scales) for c, w in zip(c, weights, strict=True))),
+            lambda x, gain, *c: f(
+                x, gain, *(Fp8Weight(c, w.values, w.scales) for c, w in zip(c, weights, strict=True))
+            ),
             x,
             gain,
             *(w.carrier for w in weights),
@@ -55,14 +57,22 @@ def test_in_fp8_the_same_as_norm_then_layers(case):
     for a, b in zip(dw, expected_dw, strict=True):
         assert a.shape == b.shape and a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
-    for a, b in ((dx, expected_dx), (dgain, expected_dgain)):  # one by one, each layer's share is rounded to BF16 and so is each sum
+    for a, b in (
+        (dx, expected_dx),
+        (dgain, expected_dgain),
+    ):  # one by one, each layer's share is rounded to BF16 and so is each sum
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 4e-3 * np.linalg.norm(b)
 
 
 def test_arrays_are_multiplied_as_they_are():
-    x, gain, weights, grads = draw(0, 6, 32), draw(1, 32), [draw(2, 32, 8), draw(3, 32, 2, 5)], [draw(4, 6, 8), draw(5, 6, 2, 5)]
+    x, gain, weights, grads = (
+        draw(0, 6, 32),
+        draw(1, 32),
+        [draw(2, 32, 8), draw(3, 32, 2, 5)],
+        [draw(4, 6, 8), draw(5, 6, 2, 5)],
+    )
     found = results(lambda x, gain, *w: norm_linear(x, gain, EPS, *w), x, gain, weights, grads)
     expected = results(one_by_one, x, gain, weights, grads)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

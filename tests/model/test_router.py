@@ -1,4 +1,6 @@
-"""The router against loops in NumPy, and golden 5: the bias selects and does nothing else, groups stay closed, FP32 throughout."""
+"""The router against loops in NumPy, and golden 5: the bias selects and does nothing else, groups stay closed, FP32
+throughout.
+"""
 
 import functools
 
@@ -13,7 +15,9 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.router import _rank, _sum_of_best_two, route, router_scores
 
-V3, V2, LITE, TINY = (from_config_dict(c.get_config()).model for c in (deepseek_v3, deepseek_v2, deepseek_v2_lite, tiny))
+V3, V2, LITE, TINY = (
+    from_config_dict(c.get_config()).model for c in (deepseek_v3, deepseek_v2, deepseek_v2_lite, tiny)
+)
 MODELS = {"V3": V3, "V2": V2, "V2-Lite": LITE, "tiny": TINY}
 BIASES = {"zero": (0.0, 0.0), "both signs": (-0.3, 0.3), "negative": (-1.5, -1.1), "as released": (2.0, 6.0)}
 NUM_TOKENS = 40
@@ -64,7 +68,9 @@ def test_router_equals_loops(name, bias_name):
 
 
 def test_negative_biases_stay_inside_kept_groups():
-    """With a mask of 0 instead of -inf the 128 experts of the dropped groups, at 0, would beat every negative biased score."""
+    """With a mask of 0 instead of -inf the 128 experts of the dropped groups, at 0, would beat every negative biased
+    score.
+    """
     scores_TE, bias_E = draw_scores(V3), draw_bias(V3, "negative")
     assert (scores_TE + bias_E < 0).all()
     experts_TK, gates_TK = jit_route(V3, scores_TE, bias_E)
@@ -76,7 +82,9 @@ def test_negative_biases_stay_inside_kept_groups():
 
 
 def test_gates_do_not_depend_on_the_bias_that_chose_them():
-    """Different biases that choose the same set, in different orders, give each expert the same gate, to the bit of the sum's order."""
+    """Different biases that choose the same set, in different orders, give each expert the same gate, to the bit of the
+    sum's order.
+    """
     scores_TE = draw_scores(TINY)
     chosen = np.array([1, 3, 8, 11])  # two groups of four
     gates = []
@@ -123,10 +131,14 @@ def test_gradient_flows_through_chosen_scores_only(name):
     assert (np.asarray(dscores_TE)[~chosen_TE] == 0).all()
     assert (np.asarray(dscores_TE)[chosen_TE] != 0).all()
     assert (np.asarray(dbias_E) == 0).all()
-    if model.normalize_gates:  # gates do not change when a token's scores are all multiplied: the gradient is orthogonal to them
+    if (
+        model.normalize_gates
+    ):  # gates do not change when a token's scores are all multiplied: the gradient is orthogonal to them
         np.testing.assert_allclose((dscores_TE * scores_TE).sum(-1), 0.0, atol=1e-5)
     else:
-        np.testing.assert_allclose(np.asarray(dscores_TE)[chosen_TE].sum(), model.routed_scale * weight_TK.sum(), rtol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(dscores_TE)[chosen_TE].sum(), model.routed_scale * weight_TK.sum(), rtol=1e-4
+        )
 
 
 @functools.cache
@@ -144,7 +156,9 @@ def test_a_bias_step_of_a_thousandth_survives(precision):
     """0.6 + 0.001 == 0.6 in BF16: balancing would never move."""
     assert jnp.bfloat16(0.6) + jnp.bfloat16(0.001) == jnp.bfloat16(0.6)
     layer, model = moe_layer(precision), TINY
-    layer.router_DE[...] = jnp.full((model.width, model.num_experts), np.log(0.6 / 0.4) / model.width)  # score 0.6, for an input of ones
+    layer.router_DE[...] = jnp.full(
+        (model.width, model.num_experts), np.log(0.6 / 0.4) / model.width
+    )  # score 0.6, for an input of ones
     x_BSD = jnp.ones((1, 8, model.width), DTYPES[precision])
     bias_E = jnp.zeros(model.num_experts).at[13].set(0.001)
     counts = []
@@ -172,7 +186,9 @@ def relative_error(got, want):
 
 
 def test_bf16_activations_are_scored_as_in_fp32():
-    """Three BF16 products are an FP32 one: logits and the router's gradient to FP32 rounding, the activations' gradient to BF16's."""
+    """Three BF16 products are an FP32 one: logits and the router's gradient to FP32 rounding, the activations' gradient
+    to BF16's.
+    """
     rng = np.random.default_rng(5)
     h, router, g = rng.normal(size=(1, 64, 512)), rng.normal(size=(512, 64)), rng.normal(size=(1, 64, 64))
     h, router, g = jnp.asarray(h, jnp.bfloat16), jnp.asarray(router, jnp.float32), jnp.asarray(g, jnp.float32)

@@ -1,4 +1,6 @@
-"""The stack: a program whose size does not grow with depth, recomputation and unrolling that change no number, and BF16."""
+"""The stack: a program whose size does not grow with depth, recomputation and unrolling that change no number, and
+BF16.
+"""
 
 import functools
 
@@ -42,12 +44,16 @@ def objective(config, params, router_bias, batch):
     def cast(tree):  # as `parallel.weights.gather` does
         dtype = transformer.compute_dtype(config)
         keep = FP32_WHEN_GATHERED
-        return jax.tree_util.tree_map_with_path(lambda path, w: w if leaf_name(path) in keep or w.ndim == 1 else w.astype(dtype), tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: w if leaf_name(path) in keep or w.ndim == 1 else w.astype(dtype), tree
+        )
 
     output = transformer.apply(config, params, router_bias, batch, cast)
     directions = jax.random.normal(jax.random.key(2), (1 + config.model.num_mtp_layers, config.model.width))
     hidden = jnp.stack([h.astype(jnp.float32) for h in (output.hidden_BSD, *output.mtp_hidden)])
-    return jnp.tanh(jnp.einsum("kbsd,kd->kbs", hidden, directions)).mean() + output.stats.sequence_balance.mean(), output
+    return jnp.tanh(
+        jnp.einsum("kbsd,kd->kbs", hidden, directions)
+    ).mean() + output.stats.sequence_balance.mean(), output
 
 
 @functools.cache
@@ -71,7 +77,9 @@ def abstract_inputs(config):
 
 
 def test_program_does_not_grow_with_depth():
-    """6 and 24 layers lower to the same number of lines, forward and backward: compile time follows it (at most 1.2x is asked for)."""
+    """6 and 24 layers lower to the same number of lines, forward and backward: compile time follows it (at most 1.2x is
+    asked for).
+    """
 
     def lines(num_layers):
         config = make_config(num_layers, remat="selective")
@@ -99,7 +107,9 @@ def test_recomputation_and_unrolling_change_no_number(name):
     errors = relative_errors(grads, want_grads)
     assert max(errors.values()) < 5e-6, errors  # fused differently: measured 1.7e-6
     np.testing.assert_allclose(output.hidden_BSD, want.hidden_BSD, rtol=0, atol=2e-6 * np.abs(want.hidden_BSD).max())
-    np.testing.assert_array_equal(output.stats.counts_E, want.stats.counts_E)  # a forward pass that runs twice counts once
+    np.testing.assert_array_equal(
+        output.stats.counts_E, want.stats.counts_E
+    )  # a forward pass that runs twice counts once
     assert want.stats.counts_E.sum() == 62 * 4 * 4  # valid tokens, 4 experts each, 3 layers and MTP
 
 
@@ -125,7 +135,9 @@ def test_recomputation_keeps_less():
 
 @pytest.mark.slow
 def test_recomputation_survives_the_compiler():
-    """Outside a scan (MTP, unrolled layers) XLA merges a recomputation with the forward pass it repeats, and all is kept after all."""
+    """Outside a scan (MTP, unrolled layers) XLA merges a recomputation with the forward pass it repeats, and all is
+    kept after all.
+    """
 
     def temporary_bytes(remat):
         config = make_config(remat=remat, scan_unroll=3)
@@ -138,15 +150,21 @@ def test_recomputation_survives_the_compiler():
 
 
 def test_bf16_is_finite_and_near_fp32():
-    """A few percent: rounding of 2^-9 per operation over four layers, and the few tokens that change their experts with it."""
+    """A few percent: rounding of 2^-9 per operation over four layers, and the few tokens that change their experts with
+    it.
+    """
     want_grads, want = differentiate(remat="none")
     grads, output = differentiate(remat="none", precision="bf16")
     assert output.hidden_BSD.dtype == jnp.bfloat16
-    error = np.linalg.norm(np.float32(output.hidden_BSD) - want.hidden_BSD, axis=-1) / np.linalg.norm(want.hidden_BSD, axis=-1)
+    error = np.linalg.norm(np.float32(output.hidden_BSD) - want.hidden_BSD, axis=-1) / np.linalg.norm(
+        want.hidden_BSD, axis=-1
+    )
     assert np.median(error) < 0.02  # by token; measured 0.010, and up to 0.4 where experts change
     assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(grads))
     errors = relative_errors(grads, want_grads)
-    assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, errors  # measured 0.11 (a router) and 0.04
+    assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, (
+        errors
+    )  # measured 0.11 (a router) and 0.04
     moved = np.abs(output.stats.counts_E - want.stats.counts_E).sum() / 2
     assert moved <= 0.02 * want.stats.counts_E.sum()  # measured 6 of 992
 

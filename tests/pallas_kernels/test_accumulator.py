@@ -1,4 +1,6 @@
-"""The emulator of the limited accumulator: exact against integers, and the figures that the specification of this project quotes."""
+"""The emulator of the limited accumulator: exact against integers, and the figures that the specification of this
+project quotes.
+"""
 
 import math
 from fractions import Fraction
@@ -16,7 +18,9 @@ E4M3 = ml_dtypes.float8_e4m3fn
 
 
 def whole_tensor(x):
-    """Return E4M3 with the largest magnitude at 448, the per-tensor quantisation of the quoted figures (their scale divides out)."""
+    """Return E4M3 with the largest magnitude at 448, the per-tensor quantisation of the quoted figures (their scale
+    divides out).
+    """
     return (x * (LARGEST / np.abs(x).max())).astype(E4M3)
 
 
@@ -28,7 +32,9 @@ def draw(distribution, shape, seed=0):
 def tiles(x, scale):
     groups = x.astype(np.float32).reshape(x.shape[0], -1, GROUP)
     scales = scale_of(abs(groups).max(axis=-1), scale)
-    return Quantized(encode(groups, scales[..., None]).reshape(x.shape), scales.T, "tile")  # m a multiple of 4: no padding
+    return Quantized(
+        encode(groups, scales[..., None]).reshape(x.shape), scales.T, "tile"
+    )  # m a multiple of 4: no padding
 
 
 def blocks(x):
@@ -55,7 +61,9 @@ def dot_in_integers(a, b, fraction_bits, rounding):
     cut = {"toward_zero": math.trunc, "floor": math.floor}[rounding]
     accumulator = Fraction(0)
     for step in range(0, len(a), STEP):
-        summands = [Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a[step:][:STEP], b[step:][:STEP], strict=True)] + [accumulator]
+        summands = [
+            Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a[step:][:STEP], b[step:][:STEP], strict=True)
+        ] + [accumulator]
         largest = max(abs(x) for x in summands)
         if largest:
             unit = Fraction(2) ** (exponent_of(largest) - fraction_bits)
@@ -92,7 +100,8 @@ def test_enough_bits_are_exact():
     np.testing.assert_array_equal(multiply(a, b, Accumulator(44, "floor", None)), exact)
 
 
-# Relative L2 and largest error in percent at 64 x 64, K = 4096. The tolerance of the largest error is its range over eight seeds.
+# Relative L2 and largest error in percent at 64 x 64, K = 4096. The tolerance of the largest error is its range over
+# eight seeds.
 FIGURES = [
     ("normal", Accumulator(13, "toward_zero", None), 0.13, 0.29),
     ("normal", Accumulator(13, "floor", None), 4.0, 5.2),
@@ -112,7 +121,8 @@ def test_figures_at_4096(distribution, accumulator, l2, largest):
 
 
 @pytest.mark.parametrize(
-    ("distribution", "rounding", "cure"), [("normal", "toward_zero", 10), ("normal", "floor", 25), ("uniform", "toward_zero", 135)]
+    ("distribution", "rounding", "cure"),
+    [("normal", "toward_zero", 10), ("normal", "floor", 25), ("uniform", "toward_zero", 135)],
 )
 def test_promotion_cures(distribution, rounding, cure):
     a, b = (whole_tensor(draw(distribution, (64, 4096), seed)) for seed in (2, 3))
@@ -123,8 +133,12 @@ def test_promotion_cures(distribution, rounding, cure):
 
 def test_one_long_interval_is_no_promotion():
     a, b = (whole_tensor(draw("normal", (8, 512), seed)) for seed in (0, 1))
-    np.testing.assert_array_equal(multiply(a, b, Accumulator(13, "floor", 512)), multiply(a, b, Accumulator(13, "floor", None)))
-    np.testing.assert_array_equal(multiply(a, b, Accumulator(13, "floor", 4096)), multiply(a, b, Accumulator(13, "floor", None)))
+    np.testing.assert_array_equal(
+        multiply(a, b, Accumulator(13, "floor", 512)), multiply(a, b, Accumulator(13, "floor", None))
+    )
+    np.testing.assert_array_equal(
+        multiply(a, b, Accumulator(13, "floor", 4096)), multiply(a, b, Accumulator(13, "floor", None))
+    )
 
 
 def metric(x, y):
@@ -159,7 +173,9 @@ def test_regrouping_with_powers_of_two_loses_range_only():
     def regrouped_error(scale):
         once = np.asarray(dequantize(tiles(x, scale)))
         twice = np.asarray(dequantize(tiles(once.T, scale))).T
-        normal = abs(once) > 2.0**-6 * abs(once).max(axis=0)  # far above where a column's E4M3 becomes denormal, 2^-15 of its largest
+        normal = abs(once) > 2.0**-6 * abs(once).max(
+            axis=0
+        )  # far above where a column's E4M3 becomes denormal, 2^-15 of its largest
         return np.linalg.norm((twice - once)[normal]) / np.linalg.norm(once[normal])
 
     assert regrouped_error("pow2") == 0
@@ -170,7 +186,9 @@ def test_nan_stays_visible():
     a, b = whole_tensor(draw("normal", (4, 256))), whole_tensor(draw("normal", (4, 256), seed=1))
     a[1, 130] = np.nan
     for interval in (None, 128):
-        assert (np.isnan(multiply(a, b, Accumulator(13, "floor", interval))).all(axis=1) == [False, True, False, False]).all()
+        assert (
+            np.isnan(multiply(a, b, Accumulator(13, "floor", interval))).all(axis=1) == [False, True, False, False]
+        ).all()
 
 
 @pytest.mark.parametrize(

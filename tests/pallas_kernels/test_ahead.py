@@ -1,4 +1,6 @@
-"""Kernels lowered apart: found again, told apart, and the same for their callers. On a CPU, with functions in the place of kernels."""
+"""Kernels lowered apart: found again, told apart, and the same for their callers. On a CPU, with functions in the place
+of kernels.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +101,9 @@ def test_a_caller_on_a_mesh_sees_no_difference(folder, monkeypatch):
 
 def test_kernels_are_compiled_meanwhile(folder, monkeypatch):
     compiled = []
-    monkeypatch.setattr(ahead, "_compile", lambda exported, shapes, compile=ahead._compile: compiled.append(compile(exported, shapes)))
+    monkeypatch.setattr(
+        ahead, "_compile", lambda exported, shapes, compile=ahead._compile: compiled.append(compile(exported, shapes))
+    )
     manual_axes.call(kernel_of([]), X, Quantized(X.T, X, "tile"), 2)
     ahead._compilers().shutdown()  # waits
     assert len(compiled) == 1
@@ -113,7 +117,11 @@ def test_kernels_are_called_after_their_operations():
 def test_equal_variables():
     a, b, c, d, e, f = map(constraints.Variable, "abcdef")
     pairs = [(a, b), (c, d), (d, e), (b, e)]
-    system = constraints.ConstraintSystem(constraints=[constraints.Equals(*pair) for pair in pairs] + [constraints.NotOfType(f, int)])
+    system = constraints.ConstraintSystem(
+        constraints=[constraints.Equals(*pair) for pair in pairs] + [constraints.NotOfType(f, int)]
+    )
     found = layout_inference.equal_variables(system)
-    assert {variable: set(equal) for variable, equal in found.items()} == {v: {a, b, c, d, e} - {v} for v in (a, b, c, d, e)}
+    assert {variable: set(equal) for variable, equal in found.items()} == {
+        v: {a, b, c, d, e} - {v} for v in (a, b, c, d, e)
+    }
     assert found == layout_inference.equal_variables(system)

@@ -1,7 +1,9 @@
-"""Every kernel for Hopper is compiled to machine code on a machine that has no GPU, by XLA's CUDA plugin and NVIDIA's assembler.
+"""Every kernel for Hopper is compiled to machine code on a machine that has no GPU, by XLA's CUDA plugin and NVIDIA's
+assembler.
 
-The interpreter checks what a kernel computes; this checks what the assembler makes of it. It has 65,536 registers a multiprocessor to give,
-and a kernel that wants more is right and several times slower: it keeps values in memory, or runs its products one after the other.
+The interpreter checks what a kernel computes; this checks what the assembler makes of it. It has 65,536 registers a
+multiprocessor to give, and a kernel that wants more is right and several times slower: it keeps values in memory, or
+runs its products one after the other.
 """
 
 import functools
@@ -46,7 +48,9 @@ def h100():
 def operands_on(device, operation, shape):
     """Return the shapes of a benchmark's operands, placed on `device`."""
     operands = jax.eval_shape(functools.partial(operation.operands, shape=shape), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), operands)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), operands
+    )
 
 
 def compile_for_cuda(jitted, *operands):

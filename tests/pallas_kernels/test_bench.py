@@ -49,7 +49,9 @@ def test_group_sizes_fill_the_rows(shape):
     rows = shape.rows * (shape.groups if isinstance(shape, Grouped) else 1)
     assert shape.sizes.dtype == np.int32 and shape.sizes.sum() == rows and not (shape.sizes % 128).any()
     mean = rows / shape.groups
-    assert shape.sizes.min() > 0.5 * mean and 1.05 * mean < shape.sizes.max() < 1.7 * mean  # 0.7 to 1.3 before they are scaled to the sum
+    assert (
+        shape.sizes.min() > 0.5 * mean and 1.05 * mean < shape.sizes.max() < 1.7 * mean
+    )  # 0.7 to 1.3 before they are scaled to the sum
     np.testing.assert_array_equal(shape.sizes, shape.sizes)  # drawn anew, and the same
 
 
@@ -59,7 +61,11 @@ def test_rows_that_cannot_be_cut_are_refused():
 
 
 def test_flops_are_those_of_the_groups():
-    grouped, gradients, masked = Grouped(4, 8192, 4096, 7168), Gradients(16, 33152, 4096, 7168), Masked(32, 192, 6144, 7168)
+    grouped, gradients, masked = (
+        Grouped(4, 8192, 4096, 7168),
+        Gradients(16, 33152, 4096, 7168),
+        Masked(32, 192, 6144, 7168),
+    )
     assert grouped.flops == sum(Dense(int(rows), grouped.n, grouped.k).flops for rows in grouped.sizes)
     assert gradients.flops == sum(Dense(gradients.m, gradients.n, int(rows)).flops for rows in gradients.sizes)
     assert masked.flops == sum(Dense(int(rows), masked.n, masked.k).flops for rows in masked.sizes)
@@ -68,16 +74,23 @@ def test_flops_are_those_of_the_groups():
 
 def test_masked_counts_the_bytes_of_its_valid_rows():
     shape = Masked(3, 20, 200, 384, room=64)
-    a, b, sizes = jax.eval_shape(functools.partial(_operation("masked_matmul").operands, shape=shape), jax.random.key(0))
+    a, b, sizes = jax.eval_shape(
+        functools.partial(_operation("masked_matmul").operands, shape=shape), jax.random.key(0)
+    )
     row = a.values.shape[-1] + 4 * a.scales.shape[1] + 2 * shape.n  # bytes of one row: values, scales, output
-    assert sizes.shape == (3,) and shape.bytes == sum(x.size * x.dtype.itemsize for x in (b.values, b.scales)) + row * shape.sizes.sum()
+    assert (
+        sizes.shape == (3,)
+        and shape.bytes == sum(x.size * x.dtype.itemsize for x in (b.values, b.scales)) + row * shape.sizes.sum()
+    )
 
 
 def test_masked_operands_have_the_scales_of_each_expert():
     shape, key = Masked(3, 2, 128, 256, room=8), jax.random.key(0)
     a, _, sizes = _operation("masked_matmul").make_operands(key, shape)
     x = jax.random.normal(jax.random.split(key)[0], (3, 8, 256), jnp.bfloat16)
-    np.testing.assert_allclose(dequantize(a), x, rtol=2**-4 + 2**-8, atol=2**-9 * a.scales.max())  # half a step of E4M3, and of BF16
+    np.testing.assert_allclose(
+        dequantize(a), x, rtol=2**-4 + 2**-8, atol=2**-9 * a.scales.max()
+    )  # half a step of E4M3, and of BF16
     assert sizes.shape == (3,) and sizes.max() <= shape.room
 
 
@@ -105,10 +118,15 @@ def test_drawn_shapes_are_odd_within_range_and_repeatable():
 def test_every_row_is_a_valid_call(operation):
     for shape in operation.rows:
         operands = jax.eval_shape(functools.partial(operation.operands, shape=shape), jax.random.key(0))
-        result = jax.eval_shape(functools.partial(operation.call, implementation="reference", **operation.exact), *operands)
+        result = jax.eval_shape(
+            functools.partial(operation.call, implementation="reference", **operation.exact), *operands
+        )
         assert workloads.work_of(shape, operands, result) > 0
         if operation.accumulates:
-            assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.tree.leaves(result)[-1]) == (operands[-1].shape, operands[-1].dtype)
+            assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.tree.leaves(result)[-1]) == (
+                operands[-1].shape,
+                operands[-1].dtype,
+            )
 
 
 def test_operands_are_normal_and_different():
@@ -123,7 +141,9 @@ def test_an_accumulating_operation_is_timed_in_place():
     call = lambda a, c, implementation: c + a  # noqa: E731
     operation = workloads.Operation("sum", call, {}, lambda key, shape: (), accumulates=True)
     program = operation.program(Dense(1, 1, 1), (jnp.float32(3), jnp.float32(1)))
-    assert isinstance(program.function, jax.stages.Wrapped)  # the profiler would jit anything else, and undo the donation
+    assert isinstance(
+        program.function, jax.stages.Wrapped
+    )  # the profiler would jit anything else, and undo the donation
     results = [program.function(*program.operands) for _ in range(workloads.LAUNCHES + 1)]
     assert not any(result.is_deleted() for result in results) and not program.operands[1].is_deleted()
     again = program.function(*program.operands)
@@ -166,7 +186,9 @@ def test_times_are_medians_of_sums_in_turns(monkeypatch):
         def run(*operands):
             turns.append(function)
             slow = 9.0 if len(turns) == 1 else 0.0  # the first turn's first launch
-            return None, [[("first", 1.0 * operands[0] + (slow if i == 0 else 0)), ("second", 0.5)] for i in range(iterations)]
+            return None, [
+                [("first", 1.0 * operands[0] + (slow if i == 0 else 0)), ("second", 0.5)] for i in range(iterations)
+            ]
 
         return run
 
@@ -177,7 +199,9 @@ def test_times_are_medians_of_sums_in_turns(monkeypatch):
     assert turns == ["a", "b"] * bench.ROUNDS and bench.ROUNDS * bench.LAUNCHES >= 20
 
 
-ROW = bench.Row("matmul", "fp8", XLA_DENSE, DENSE[XLA_DENSE], 175.0, 1, 1385.3, 1.7e-3, 4.2, {XLA_FP8: 1500.0, XLA_BF16: 800.0})
+ROW = bench.Row(
+    "matmul", "fp8", XLA_DENSE, DENSE[XLA_DENSE], 175.0, 1, 1385.3, 1.7e-3, 4.2, {XLA_FP8: 1500.0, XLA_BF16: 800.0}
+)
 COPYING = bench.Row("quantize_tiles", "fp8", Rows(16384, 7168), None, 83.0, 1, 4050.0, 0.0, 2.1, {COPY: 4200.0})
 
 
@@ -191,17 +215,34 @@ def test_rates_are_held_against_the_same_run():
 def test_records_say_all_and_can_be_written(tmp_path):
     common = records.provenance("pallas_kernels.bench", "1 x NVIDIA H200")
     found = [record | common for row in (ROW, COPYING) for record in bench.describe(row)]
-    keys = {"op", "mode", "precision", "shape", "value", "unit", "yardstick", "device", "jax", "date", "commit", "command"}
+    keys = {
+        "op",
+        "mode",
+        "precision",
+        "shape",
+        "value",
+        "unit",
+        "yardstick",
+        "device",
+        "jax",
+        "date",
+        "commit",
+        "command",
+    }
     assert all(set(record) == keys for record in found)
     records.write(tmp_path / "new" / "kernels.json", found)
     assert json.loads((tmp_path / "new" / "kernels.json").read_text()) == found
     rates = [record for record in found if record["mode"] == "rate"]
-    assert [record["yardstick"]["value"] for record in rates] == [1500, 800, 4200] and {record["unit"] for record in rates} == {
+    assert [record["yardstick"]["value"] for record in rates] == [1500, 800, 4200] and {
+        record["unit"] for record in rates
+    } == {
         "TFLOP/s",
         "GB/s",
     }
     assert all(record["shape"] in ({"m": 4096, "n": 4096, "k": 7168}, {"m": 16384, "k": 7168}) for record in found)
-    (deepgemm,) = (record for record in found if record["yardstick"] and record["yardstick"]["name"].startswith("DeepGEMM"))
+    (deepgemm,) = (
+        record for record in found if record["yardstick"] and record["yardstick"]["name"].startswith("DeepGEMM")
+    )
     assert deepgemm["value"] / deepgemm["yardstick"]["value"] == pytest.approx(ROW.over_deepgemm)
     assert common["command"].startswith("python -m pallas_kernels.bench")
 
@@ -211,9 +252,15 @@ def test_lines_stand_under_their_heads():
         line = bench.format_row(row)
         assert line.index("XLA FP8" if row is ROW else COPY) == bench.HEAD.index("beside it")
         assert line[: bench.SHAPE_WIDTH].startswith(f"m={row.shape.m} ")
-    widest = max((bench.format_row(dataclasses.replace(ROW, shape=shape)) for op in OPERATIONS for shape in op.rows), key=len)
+    widest = max(
+        (bench.format_row(dataclasses.replace(ROW, shape=shape)) for op in OPERATIONS for shape in op.rows), key=len
+    )
     assert len(widest) == len(bench.format_row(ROW))
-    assert "0.981" in bench.format_row(ROW) and "0.981" in bench.summarize([ROW, ROW]) and "0.964" in bench.summarize([COPYING])
+    assert (
+        "0.981" in bench.format_row(ROW)
+        and "0.981" in bench.summarize([ROW, ROW])
+        and "0.964" in bench.summarize([COPYING])
+    )
 
 
 def _doubled(x, implementation):
@@ -241,19 +288,29 @@ def test_the_command_from_operands_to_records(monkeypatch, capsys, tmp_path):
     def one_row(seed):
         rows = {Dense(8, 16, 32): DENSE[XLA_DENSE]}
         operands = lambda key, shape: (jax.random.normal(key, shape[:2]),)  # noqa: E731
-        return [workloads.Operation(name, call, rows, operands) for name, call in (("doubled", _doubled), ("other", _without_kernel))]
+        return [
+            workloads.Operation(name, call, rows, operands)
+            for name, call in (("doubled", _doubled), ("other", _without_kernel))
+        ]
 
     monkeypatch.setattr(bench.profiler, "measure", fake)
     monkeypatch.setattr(bench, "operations", one_row)
     monkeypatch.setattr(bench, "take_gpu", lambda: jax.devices()[0])
-    for arguments, shown in ([], ("doubled\n", "other\n", "has no 'hopper' kernel")), (["--op=doubled"], ("doubled\n",)):
+    for arguments, shown in (
+        ([], ("doubled\n", "other\n", "has no 'hopper' kernel")),
+        (["--op=doubled"], ("doubled\n",)),
+    ):
         monkeypatch.setattr(sys, "argv", ["bench", f"--json={tmp_path}/rows.json", *arguments])
         bench.main()
         printed = capsys.readouterr().out
         assert all(text in printed for text in shown) and ("other" in printed) == ("other\n" in shown)
         values = {record["mode"]: record["value"] for record in json.loads((tmp_path / "rows.json").read_text())}
-        assert values["rate"] == pytest.approx(2 * 8 * 16 * 32 / 1e-3 / 1e12) and values["median"] == pytest.approx(1000)
-        assert values["relative L2 error"] == pytest.approx(0.01, rel=1e-4) and values["ratio to the yardstick"] == pytest.approx(1)
+        assert values["rate"] == pytest.approx(2 * 8 * 16 * 32 / 1e-3 / 1e12) and values["median"] == pytest.approx(
+            1000
+        )
+        assert values["relative L2 error"] == pytest.approx(0.01, rel=1e-4) and values[
+            "ratio to the yardstick"
+        ] == pytest.approx(1)
         assert 0 < values["first call"] < 60
 
 

@@ -57,11 +57,15 @@ def test_a_value_comes_back_within_its_rounding():
     exact, scale = np.asarray(x, np.float32), np.repeat(np.asarray(scales).T[:5], 128, axis=1)
     assert np.all(np.abs(back - exact) <= np.maximum(np.abs(exact) * 2.0**-7, scale * 2.0**-21))
     np.testing.assert_array_equal(np.signbit(back), np.signbit(exact))
-    np.testing.assert_array_equal(producers.e5m6_unpack(packed, scales, m=5, implementation="reference").astype(jnp.float32), back)
+    np.testing.assert_array_equal(
+        producers.e5m6_unpack(packed, scales, m=5, implementation="reference").astype(jnp.float32), back
+    )
 
 
 def test_seven_significant_bits_come_back_exactly():
-    x = jnp.asarray(np.arange(64, 128).repeat(2)[None] * 2.0 ** np.random.default_rng(0).integers(-10, 10, (3, 128)), jnp.bfloat16)
+    x = jnp.asarray(
+        np.arange(64, 128).repeat(2)[None] * 2.0 ** np.random.default_rng(0).integers(-10, 10, (3, 128)), jnp.bfloat16
+    )
     packed, scales = producers.e5m6_pack(x, implementation="reference")
     np.testing.assert_array_equal(producers.e5m6_unpack(packed, scales, m=3, implementation="reference"), x)
 
@@ -69,7 +73,9 @@ def test_seven_significant_bits_come_back_exactly():
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_poison_fills_its_tile(poison):
     x = wide((130, 256)).at[2, 5].set(poison)
-    nan = np.isnan(producers.e5m6_unpack(*producers.e5m6_pack(x, implementation="reference"), m=130, implementation="reference"))
+    nan = np.isnan(
+        producers.e5m6_unpack(*producers.e5m6_pack(x, implementation="reference"), m=130, implementation="reference")
+    )
     assert nan[2, :128].all()
     assert nan.sum() == 128
 
@@ -93,7 +99,10 @@ def test_hopper(dtype, on_hopper):
 @pytest.mark.parametrize(("m", "k"), [(1, 128), (4097, 16384)])
 def test_lowers_for_hopper(m, k):
     packed, scales = jax.eval_shape(e5m6.e5m6_pack, x := jax.ShapeDtypeStruct((m, k), jnp.bfloat16))
-    for f, inputs in ((hopper_e5m6.e5m6_pack, (x,)), (lambda p, s: hopper_e5m6.e5m6_unpack(p, s, m, x.dtype), (packed, scales))):
+    for f, inputs in (
+        (hopper_e5m6.e5m6_pack, (x,)),
+        (lambda p, s: hopper_e5m6.e5m6_unpack(p, s, m, x.dtype), (packed, scales)),
+    ):
         assert "mosaic_gpu" in jax.jit(f).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
 
 

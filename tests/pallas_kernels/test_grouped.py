@@ -24,22 +24,34 @@ from pallas_kernels.quantized import E4M3, GROUP, Quantized, dequantize, scales_
 NUM_GROUPS, ROWS, M, N, K = 4, 300, 20, 150, 384  # rows: two tiles of 128 and part of one; n: a block and part of one
 SEGMENTS = 20  # of the k-grouped product: two steps of 8 and half of one
 VISIT_TILE = 8  # rows
-FP32_ERROR = 6.0e-7  # of sum |a| |b|: measured up to 3.5e-7 in BF16, where 200 terms are summed at once, and 1.2e-7 in FP8
+FP32_ERROR = (
+    6.0e-7  # of sum |a| |b|: measured up to 3.5e-7 in BF16, where 200 terms are summed at once, and 1.2e-7 in FP8
+)
 DETERMINISTIC = settings(derandomize=True, max_examples=15, deadline=None, database=None)
 
 SMALL, SMALL_BF16 = TuningConfig(tile_m=128, tile_n=128), tpu_bf16.TuningConfig(tile_m=128, tile_n=128, tile_k=128)
-OPERATIONS = ("grouped_matmul", "masked_matmul", "grouped_matmul_accumulate", "grouped_matmul_bf16", "grouped_matmul_accumulate_bf16")
+OPERATIONS = (
+    "grouped_matmul",
+    "masked_matmul",
+    "grouped_matmul_accumulate",
+    "grouped_matmul_bf16",
+    "grouped_matmul_accumulate_bf16",
+)
 FACES = ("reference", "tpu")
 
 
 def sizes_of(total: int):
-    """Group sizes with a sum of at most `total`: distances between sorted cuts, so that empty groups and rows of no group are common."""
+    """Group sizes with a sum of at most `total`: distances between sorted cuts, so that empty groups and rows of no
+    group are common.
+    """
     cuts = st.lists(st.integers(0, total), min_size=NUM_GROUPS, max_size=NUM_GROUPS)
     return cuts.map(lambda cuts: tuple(int(size) for size in np.diff([0, *sorted(cuts)])))
 
 
 def any_sizes(total: int):
-    """Decorate a test of `sizes`: drawn ones, and always none, one row, all in one group, all in the last, and no tile boundary."""
+    """Decorate a test of `sizes`: drawn ones, and always none, one row, all in one group, all in the last, and no tile
+    boundary.
+    """
 
     def decorate(test):
         for sizes in ((0, 0, 0, 0), (0, 1, 0, 0), (0, total, 0, 0), (0, 0, 0, total), (1, total // 2, 0, 3)):
@@ -66,13 +78,17 @@ def normal(*shape, seed: int = 0) -> np.ndarray:
 def tiles(m: int, k: int, seed: int) -> Quantized:
     """Tiles whose magnitudes differ from row to row and along k."""
     magnitudes = np.exp2(np.random.default_rng(seed).integers(-5, 6, size=(m, k // GROUP)))
-    return quantize_tiles(jnp.asarray(normal(m, k, seed=seed) * np.repeat(magnitudes, GROUP, 1)), implementation="reference")
+    return quantize_tiles(
+        jnp.asarray(normal(m, k, seed=seed) * np.repeat(magnitudes, GROUP, 1)), implementation="reference"
+    )
 
 
 @functools.cache
 def weights() -> Quantized:
     magnitudes = np.exp2(np.arange(NUM_GROUPS) - 2.0)[:, None, None]
-    return quantize_blocks(jnp.asarray(normal(NUM_GROUPS, N, K, seed=1) * magnitudes, jnp.float32), implementation="reference")
+    return quantize_blocks(
+        jnp.asarray(normal(NUM_GROUPS, N, K, seed=1) * magnitudes, jnp.float32), implementation="reference"
+    )
 
 
 def fp64(x) -> np.ndarray:
@@ -110,7 +126,9 @@ def assert_begins_at_zero(accumulate, factors, sizes) -> None:
 
 
 def expect_rows(a, b, sizes) -> tuple[np.ndarray, np.ndarray]:
-    """FP64 products of the rows [rows, k] of each group with its [n, k], zeros elsewhere; and the sums of magnitudes."""
+    """FP64 products of the rows [rows, k] of each group with its [n, k], zeros elsewhere; and the sums of
+    magnitudes.
+    """
     expected, magnitude = np.zeros((2, a.shape[0], b.shape[1]))
     for matrix, rows in zip(b, spans(sizes), strict=True):
         expected[rows], magnitude[rows] = a[rows] @ matrix.T, np.abs(a[rows]) @ np.abs(matrix).T
@@ -130,7 +148,9 @@ def test_grouped_matmul(name, sizes):
 @pytest.mark.parametrize("name", FACES)
 @any_sizes(ROWS)
 def test_grouped_matmul_bf16(name, transpose_b, sizes):
-    a, b = (jnp.asarray(normal(*shape)).astype(jnp.bfloat16) for shape in ((ROWS, 200), (NUM_GROUPS, N, 200)))  # k: no multiple of 128
+    a, b = (
+        jnp.asarray(normal(*shape)).astype(jnp.bfloat16) for shape in ((ROWS, 200), (NUM_GROUPS, N, 200))
+    )  # k: no multiple of 128
     poisoned = a.at[sum(sizes) :].set(jnp.nan)
     multiply = face(name, "grouped_matmul_bf16", transpose_b=transpose_b, out_dtype=jnp.float32)
     result = multiply(poisoned, b.swapaxes(1, 2) if transpose_b else b, jnp.array(sizes, jnp.int32))
@@ -148,7 +168,9 @@ def test_grouped_matmul_accumulate(name, sizes):
     assert_begins_at_zero(accumulate, factors, columns)
     for group, span in enumerate(spans(columns)):
         left, right = fp64(a)[:, span], fp64(b)[:, span]
-        magnitude = (np.abs(left) @ np.abs(right).T + np.abs(c[group])) * (span.stop > span.start)  # an empty group keeps its c exactly
+        magnitude = (np.abs(left) @ np.abs(right).T + np.abs(c[group])) * (
+            span.stop > span.start
+        )  # an empty group keeps its c exactly
         assert_near(result[group], c[group] + left @ right.T, magnitude)
 
 
@@ -157,7 +179,10 @@ def test_grouped_matmul_accumulate(name, sizes):
 def test_grouped_matmul_accumulate_bf16(name, sizes):
     a, b = (jnp.asarray(normal(ROWS, width)).astype(jnp.bfloat16) for width in (M, N))
     c = normal(NUM_GROUPS, M, N)
-    accumulate, factors = face(name, "grouped_matmul_accumulate_bf16"), [x.at[sum(sizes) :].set(jnp.nan) for x in (a, b)]
+    accumulate, factors = (
+        face(name, "grouped_matmul_accumulate_bf16"),
+        [x.at[sum(sizes) :].set(jnp.nan) for x in (a, b)],
+    )
     result = accumulate(*factors, jnp.array(sizes, jnp.int32), jnp.asarray(c))
     assert_begins_at_zero(accumulate, factors, sizes)
     for group, span in enumerate(spans(sizes)):
@@ -190,11 +215,15 @@ def test_unspecified_rows_of_the_masked_reference_are_nan():
 def test_bf16_is_the_fp32_result_rounded_once(name):
     a, b, sizes = tiles(ROWS, K, 0), weights(), jnp.array([100, 0, 30, 1], jnp.int32)
     full = face(name, "grouped_matmul", out_dtype=jnp.float32)(a, b, sizes)
-    np.testing.assert_array_equal(face(name, "grouped_matmul", out_dtype=jnp.bfloat16)(a, b, sizes), full.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        face(name, "grouped_matmul", out_dtype=jnp.bfloat16)(a, b, sizes), full.astype(jnp.bfloat16)
+    )
 
 
 def test_tpu_kernels_in_the_simulated_memory_of_a_tpu():
-    """Copies between HBM and VMEM are simulated, with NaN where nothing was written; c has whole tiles, as donated ones must here."""
+    """Copies between HBM and VMEM are simulated, with NaN where nothing was written; c has whole tiles, as donated ones
+    must here.
+    """
     sizes, interpret = jnp.array([100, 0, 130, 1], jnp.int32), pltpu.InterpretParams()
     a, b = poison_rows(tiles(ROWS, K, 0), 231), weights()
     result = tpu.grouped_matmul(a, b, sizes, config=SMALL, interpret=interpret)
@@ -207,15 +236,21 @@ def test_tpu_kernels_in_the_simulated_memory_of_a_tpu():
 
 @any_sizes(ROWS)
 def test_visits_keep_every_row_once_for_its_group(sizes):
-    visits = jax.tree.map(np.asarray, jax.jit(make_visits, static_argnums=(1, 2))(jnp.array(sizes, jnp.int32), ROWS, VISIT_TILE))
+    visits = jax.tree.map(
+        np.asarray, jax.jit(make_visits, static_argnums=(1, 2))(jnp.array(sizes, jnp.int32), ROWS, VISIT_TILE)
+    )
     rows = np.arange(ROWS)
     of_tile = rows // VISIT_TILE == visits.tile[:, None]
-    kept = of_tile & (rows >= visits.offsets[visits.group][:, None]) & (rows < visits.offsets[visits.group + 1][:, None])
+    kept = (
+        of_tile & (rows >= visits.offsets[visits.group][:, None]) & (rows < visits.offsets[visits.group + 1][:, None])
+    )
     np.testing.assert_array_equal(kept.sum(axis=0), 1)
     groups = np.repeat(np.arange(NUM_GROUPS + 1), [*sizes, ROWS - sum(sizes)])
     np.testing.assert_array_equal(visits.group[kept.argmax(axis=0)], groups)
     assert np.all(np.diff(visits.tile) >= 0)  # a tile's visits are neighbours
-    assert np.all(visits.group[~kept.any(axis=1)] > NUM_GROUPS)  # only fill-ups keep nothing: an empty group costs nothing
+    assert np.all(
+        visits.group[~kept.any(axis=1)] > NUM_GROUPS
+    )  # only fill-ups keep nothing: an empty group costs nothing
 
 
 def test_references_run_inside_shard_map():
@@ -255,13 +290,20 @@ def operands(operation: str) -> dict:
     return {
         "grouped_matmul": {"a": rows, "b": blocks, "group_sizes": sizes},
         "masked_matmul": {"a": quantized((NUM_GROUPS, 300, 256), "tile"), "b": blocks, "valid_rows": sizes},
-        "grouped_matmul_accumulate": {"a": quantized((M, 512), "tile"), "b": quantized((N, 512), "tile"), "group_sizes": sizes, "c": c},
+        "grouped_matmul_accumulate": {
+            "a": quantized((M, 512), "tile"),
+            "b": quantized((N, 512), "tile"),
+            "group_sizes": sizes,
+            "c": c,
+        },
         "grouped_matmul_bf16": {"a": bf16((512, 256)), "b": bf16((NUM_GROUPS, N, 256)), "group_sizes": sizes},
         "grouped_matmul_accumulate_bf16": {"a": bf16((512, M)), "b": bf16((512, N)), "group_sizes": sizes, "c": c},
     }[operation]
 
 
-SIZES_ARGUMENT = {operation: "valid_rows" if operation == "masked_matmul" else "group_sizes" for operation in OPERATIONS}
+SIZES_ARGUMENT = {
+    operation: "valid_rows" if operation == "masked_matmul" else "group_sizes" for operation in OPERATIONS
+}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """FP8 products on Hopper, in Mosaic GPU's interpreter with its race detector, and lowered for a GPU that is not there.
 
-The interpreter multiplies in FP32, so what a tensor core's short accumulator does is not seen here; order, edges, groups and barriers are.
-Two thread blocks and small rings: each block has several tiles, and every slot is used again and again.
+The interpreter multiplies in FP32, so what a tensor core's short accumulator does is not seen here; order, edges,
+groups and barriers are. Two thread blocks and small rings: each block has several tiles, and every slot is used again
+and again.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.quantized import E4M3, Quantized
 
-# The scales of A are read by ordinary loads and overwritten by the copy engine. The detector wants a proxy fence between the two, as for
-# writes; a read that has returned needs none, the barrier orders it (PTX ISA, "async proxy"; CUTLASS has none there either).
+# The scales of A are read by ordinary loads and overwritten by the copy engine. The detector wants a proxy fence
+# between the two, as for writes; a read that has returned needs none, the barrier orders it (PTX ISA, "async proxy";
+# CUTLASS has none there either).
 SCALE_READS = {"receive", "scale"}
 BF16_ERROR, FP32_ERROR = 2.0e-3, 1.0e-6  # relative L2; measured 1.68e-3, which is the rounding of the output, and 1e-7
 
@@ -49,7 +51,9 @@ def blocks(*shape, seed=1):
 
 @pytest.fixture
 def races(capfd, caplog):
-    """Return a function that says which races were reported since the test began: printed by jax 0.11, logged from 0.12 on."""
+    """Return a function that says which races were reported since the test began: printed by jax 0.11, logged from 0.12
+    on.
+    """
     return lambda: "".join([*capfd.readouterr(), caplog.text]).split("RACE DETECTED")[1:]
 
 
@@ -79,14 +83,44 @@ def error(actual, expected):
 @pytest.mark.parametrize(
     ("m", "n", "k", "config", "parts"),
     [
-        (200, 264, 640, TuningConfig(products=1, stages=2, pieces=2), 1),  # steps left over by the last turn, edges in m and n
+        (
+            200,
+            264,
+            640,
+            TuningConfig(products=1, stages=2, pieces=2),
+            1,
+        ),  # steps left over by the last turn, edges in m and n
         (133, 128, 128, TuningConfig(), 1),  # a single step; rows that are no multiple of 8; half of a tile's columns
         (136, 520, 896, TuningConfig(stages=3), 1),  # two products per step; slots go on from tile to tile
-        (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2), 1),  # half a block of columns per warpgroup
-        (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2), 1),  # a warpgroup's products below each other
-        (200, 160, 128, TuningConfig(split="n", stages=2, pieces=2, batch=1), 1),  # ... of which most pieces lie beyond the last column
+        (
+            70,
+            300,
+            384,
+            TuningConfig(columns=64, products=1, split="n", stages=2),
+            1,
+        ),  # half a block of columns per warpgroup
+        (
+            200,
+            264,
+            256,
+            TuningConfig(split="n", stages=2, pieces=2, batch=2),
+            1,
+        ),  # a warpgroup's products below each other
+        (
+            200,
+            160,
+            128,
+            TuningConfig(split="n", stages=2, pieces=2, batch=1),
+            1,
+        ),  # ... of which most pieces lie beyond the last column
         (133, 264, 512, TuningConfig(stages=2), 2),  # two parts of k
-        (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),  # the last of which ends beyond it
+        (
+            70,
+            136,
+            640,
+            TuningConfig(columns=64, products=1, split="n", stages=3),
+            3,
+        ),  # the last of which ends beyond it
     ],
 )
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
@@ -106,8 +140,12 @@ def test_groups_anywhere(races, sizes):
     a = tiles(rows, k)
     a = Quantized(a.values.at[used:].set(jnp.nan), a.scales.at[:, used:].set(jnp.nan), "tile")
     b, group_sizes = blocks(len(sizes), n, k), jnp.asarray(sizes, jnp.int32)
-    actual = interpret(races, lambda a, b, s: grouped_hopper.grouped_matmul(a, b, s, config=TuningConfig(stages=2)), a, b, group_sizes)
-    expected = np.asarray(grouped.grouped_matmul(a, b, group_sizes, out_dtype=jnp.float32, implementation="reference"), np.float64)
+    actual = interpret(
+        races, lambda a, b, s: grouped_hopper.grouped_matmul(a, b, s, config=TuningConfig(stages=2)), a, b, group_sizes
+    )
+    expected = np.asarray(
+        grouped.grouped_matmul(a, b, group_sizes, out_dtype=jnp.float32, implementation="reference"), np.float64
+    )
     assert not actual[used:].any()
     assert not used or error(actual[:used], expected[:used]) < BF16_ERROR
 
@@ -139,22 +177,32 @@ def test_masked_rooms(races, config):
     a = Quantized(jnp.stack([q.values for q in each]), jnp.stack([q.scales for q in each]), "tile")
     b, valid_rows = blocks(len(valid), n, k), jnp.asarray(valid, jnp.int32)
     actual = interpret(races, lambda a, b, v: grouped_hopper.masked_matmul(a, b, v, config=config), a, b, valid_rows)
-    expected = np.asarray(grouped.masked_matmul(a, b, valid_rows, out_dtype=jnp.float32, implementation="reference"), np.float64)
+    expected = np.asarray(
+        grouped.masked_matmul(a, b, valid_rows, out_dtype=jnp.float32, implementation="reference"), np.float64
+    )
     for e, count in zip(experts, valid, strict=True):
         assert not count or error(actual[e, :count], expected[e, :count]) < BF16_ERROR
 
 
-@pytest.mark.parametrize("config", [TuningConfig(split="n", stages=2, turn=1), TuningConfig(products=1, stages=3, turn=2, pieces=2)])
+@pytest.mark.parametrize(
+    "config", [TuningConfig(split="n", stages=2, turn=1), TuningConfig(products=1, stages=3, turn=2, pieces=2)]
+)
 def test_weight_gradients(races, monkeypatch, config):
-    """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to zeros."""
+    """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to
+    zeros.
+    """
     monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
     sizes, m, n = (128, 0, 384, 256), 136, 72
     a, b = tiles(m, 896), tiles(n, 896, seed=1)
     poison = sum(sizes)
     a = Quantized(a.values.at[:, poison:].set(jnp.nan), a.scales.at[poison // 128 :].set(jnp.nan), "tile")
     c, group_sizes = jnp.zeros((len(sizes), m, n)), jnp.asarray(sizes, jnp.int32)
-    actual = interpret(races, lambda *o: hopper_gradient.grouped_matmul_accumulate(*o, config=config), a, b, group_sizes, c)
-    expected = np.asarray(grouped.grouped_matmul_accumulate(a, b, group_sizes, c, implementation="reference"), np.float64)
+    actual = interpret(
+        races, lambda *o: hopper_gradient.grouped_matmul_accumulate(*o, config=config), a, b, group_sizes, c
+    )
+    expected = np.asarray(
+        grouped.grouped_matmul_accumulate(a, b, group_sizes, c, implementation="reference"), np.float64
+    )
     assert error(actual, expected) < FP32_ERROR
 
 
@@ -162,7 +210,9 @@ def test_weight_gradients_in_bf16(races, monkeypatch):
     """Groups begin and end within steps of 64 rows; the rows after the last are NaN in both operands."""
     monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
     sizes, rows, m, n = (50, 0, 100, 1, 64), 264, 136, 320
-    a, b = (normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n)))
+    a, b = (
+        normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n))
+    )
     c, group_sizes = jnp.zeros((len(sizes), m, n)), jnp.asarray(sizes, jnp.int32)
     config = hopper_bf16_gradient.TuningConfig(stages=2)
 
@@ -170,7 +220,9 @@ def test_weight_gradients_in_bf16(races, monkeypatch):
         return hopper_bf16_gradient.grouped_matmul_accumulate_bf16(*operands, config=config)
 
     actual = interpret(races, gradient, a, b, group_sizes, c)
-    expected = np.asarray(grouped.grouped_matmul_accumulate_bf16(a, b, group_sizes, c, implementation="reference"), np.float64)
+    expected = np.asarray(
+        grouped.grouped_matmul_accumulate_bf16(a, b, group_sizes, c, implementation="reference"), np.float64
+    )
     assert not actual[1].any()
     assert error(actual, expected) < FP32_ERROR
 
@@ -186,11 +238,17 @@ def from_zero_and_zeros(races, monkeypatch, function, operands, group_sizes, c):
 
 @pytest.mark.parametrize("sizes", [(128, 0, 256, 128), (0, 128, 0, 0), (0, 640, 0, 0), (0, 0, 0, 0)])
 def test_gradients_that_begin_at_zero(races, monkeypatch, sizes):
-    """The interpreter fills a new array with NaN, so an element that nobody writes is seen; so are the columns of no group."""
+    """The interpreter fills a new array with NaN, so an element that nobody writes is seen; so are the columns of no
+    group.
+    """
     m, n, used = 136, 72, sum(sizes)
     a, b = (tiles(size, 640, seed=i) for i, size in enumerate((m, n)))
-    a, b = (Quantized(x.values.at[:, used:].set(jnp.nan), x.scales.at[used // 128 :].set(jnp.nan), "tile") for x in (a, b))
-    gradient = functools.partial(hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1))
+    a, b = (
+        Quantized(x.values.at[:, used:].set(jnp.nan), x.scales.at[used // 128 :].set(jnp.nan), "tile") for x in (a, b)
+    )
+    gradient = functools.partial(
+        hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1)
+    )
     actual = from_zero_and_zeros(races, monkeypatch, gradient, (a, b), sizes, jnp.zeros((4, m, n)))
     expected = np.asarray(reference.grouped_matmul_accumulate(a, b, jnp.asarray(sizes, jnp.int32)), np.float64)
     for product, exact, size in zip(actual, expected, sizes, strict=True):
@@ -200,7 +258,9 @@ def test_gradients_that_begin_at_zero(races, monkeypatch, sizes):
 @pytest.mark.parametrize("sizes", [(50, 0, 100, 1, 64), (0, 1, 0, 0, 0), (0, 0, 264, 0, 0), (0, 0, 0, 0, 0)])
 def test_gradients_in_bf16_that_begin_at_zero(races, monkeypatch, sizes):
     rows, m, n = 264, 136, 320
-    a, b = (normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n)))
+    a, b = (
+        normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n))
+    )
     config = hopper_bf16_gradient.TuningConfig(stages=2)
     gradient = functools.partial(hopper_bf16_gradient.grouped_matmul_accumulate_bf16, config=config)
     actual = from_zero_and_zeros(races, monkeypatch, gradient, (a, b), sizes, jnp.zeros((5, m, n)))
@@ -216,17 +276,24 @@ def test_parts_of_a_dense_gradient(races):
     gradient = functools.partial(hopper_gradient.matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1))
     whole = interpret(races, functools.partial(gradient, parts=1), a, b)
     assert error(whole, np.asarray(matmul.matmul_accumulate(a, b, implementation="reference"), np.float64)) < FP32_ERROR
-    from_zero, onto_c = (interpret(races, functools.partial(gradient, parts=3), *operands) for operands in ((a, b), (a, b, c)))
+    from_zero, onto_c = (
+        interpret(races, functools.partial(gradient, parts=3), *operands) for operands in ((a, b), (a, b, c))
+    )
     assert 0 < error(from_zero, whole) < FP32_ERROR  # other sums
     np.testing.assert_array_equal(onto_c, np.float32(c) + np.float32(from_zero))
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 def test_the_gradient_adds_on_its_way_out(precision):
-    """What the interpreter cannot run is at least in the program; and without a `c`, nothing is added, and nothing to add to is made."""
+    """What the interpreter cannot run is at least in the program; and without a `c`, nothing is added, and nothing to
+    add to is made.
+    """
     x, sizes, c = jnp.ones((256, 128), jnp.bfloat16), jnp.asarray([256], jnp.int32), jnp.ones((1, 128, 128))
     if precision == "fp8":
-        gradient, operands = hopper_gradient.grouped_matmul_accumulate, (tiles(128, 256), tiles(128, 256, seed=1), sizes)
+        gradient, operands = (
+            hopper_gradient.grouped_matmul_accumulate,
+            (tiles(128, 256), tiles(128, 256, seed=1), sizes),
+        )
     else:
         gradient, operands = hopper_bf16_gradient.grouped_matmul_accumulate_bf16, (x, x, sizes)
     onto_c, from_zero = (str(jax.make_jaxpr(gradient)(*operands, *last)) for last in ((c,), ()))
@@ -245,7 +312,9 @@ def test_parts_fill_the_machine(monkeypatch):
 
 
 def test_tiles_fit_the_machine(monkeypatch):
-    """The choice is the config whose last round of tiles wastes least: at m = 128, 28 tiles of 128 x 256 or 112 of 64 x 128 on 132."""
+    """The choice is the config whose last round of tiles wastes least: at m = 128, 28 tiles of 128 x 256 or 112 of 64 x
+    128 on 132.
+    """
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 132)
     assert hopper.plan(128, 7168, 16) == (hopper.SMALL, 1)
     assert hopper.plan(4096, 7168, 16) == hopper.plan(8192, 24576, 12) == (hopper.LARGE, 1)
@@ -253,7 +322,9 @@ def test_tiles_fit_the_machine(monkeypatch):
     assert hopper.plan(128, 512, 56)[1] > 4
 
 
-@pytest.mark.parametrize(("expected_rows", "tile"), [(None, (128, 256)), (65, (128, 256)), (64, (64, 128)), (1, (64, 128))])
+@pytest.mark.parametrize(
+    ("expected_rows", "tile"), [(None, (128, 256)), (65, (128, 256)), (64, (64, 128)), (1, (64, 128))]
+)
 def test_masked_tiles_fit_the_rows(expected_rows, tile):
     """The caller's hint changes the tiles, and nothing else."""
     a = jax.eval_shape(lambda: Quantized(jnp.zeros((2, 4096, 256), E4M3), jnp.zeros((2, 2, 4096), jnp.float32), "tile"))
@@ -271,15 +342,25 @@ def test_products_lower_for_cuda(monkeypatch):
     assert "mosaic_gpu" in lower(lambda a, b: matmul.matmul(a, b, implementation="hopper"), a, b)
     few = jax.eval_shape(lambda: tiles(128, 2048))
     for out_dtype in (jnp.bfloat16, jnp.float32):  # the small tiles fill shared memory
-        assert "mosaic_gpu" in lower(lambda a, b, d=out_dtype: matmul.matmul(a, b, out_dtype=d, implementation="hopper"), few, b)
+        assert "mosaic_gpu" in lower(
+            lambda a, b, d=out_dtype: matmul.matmul(a, b, out_dtype=d, implementation="hopper"), few, b
+        )
     experts = jax.eval_shape(lambda: blocks(8, 7168, 2048))
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
-    assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul(a, b, s, implementation="hopper"), a, experts, sizes)
+    assert "mosaic_gpu" in lower(
+        lambda a, b, s: grouped.grouped_matmul(a, b, s, implementation="hopper"), a, experts, sizes
+    )
     rows, weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 2048), (8, 7168, 2048)))
-    assert "mosaic_gpu" in lower(lambda a, b, s: grouped.grouped_matmul_bf16(a, b, s, implementation="hopper"), rows, weights, sizes)
+    assert "mosaic_gpu" in lower(
+        lambda a, b, s: grouped.grouped_matmul_bf16(a, b, s, implementation="hopper"), rows, weights, sizes
+    )
     c = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.float32)
     operands = rows, rows, sizes, c
-    assert "mosaic_gpu" in lower(lambda *o: grouped.grouped_matmul_accumulate_bf16(*o, implementation="hopper"), *operands)
+    assert "mosaic_gpu" in lower(
+        lambda *o: grouped.grouped_matmul_accumulate_bf16(*o, implementation="hopper"), *operands
+    )
     c = jax.ShapeDtypeStruct((4096, 7168), jnp.float32)
     gradient = jax.eval_shape(lambda: tiles(7168, 2048))
-    assert "mosaic_gpu" in lower(lambda a, b, c: matmul.matmul_accumulate(a, b, c, implementation="hopper"), a, gradient, c)
+    assert "mosaic_gpu" in lower(
+        lambda a, b, c: matmul.matmul_accumulate(a, b, c, implementation="hopper"), a, gradient, c
+    )

@@ -1,4 +1,6 @@
-"""Products of block-scaled matrices: the reference and the TPU kernel against FP64, exact where it can be, and the published accuracy."""
+"""Products of block-scaled matrices: the reference and the TPU kernel against FP64, exact where it can be, and the
+published accuracy.
+"""
 
 import functools
 
@@ -15,9 +17,15 @@ from pallas_kernels.quantized import E4M3, GROUP, LARGEST, Quantized, dequantize
 SMALL = tpu.TuningConfig(tile_m=128, tile_n=128)
 FACES = {
     "reference": (reference.matmul, reference.matmul_accumulate),
-    "tpu": tuple(functools.partial(kernel, config=SMALL, interpret=True) for kernel in (tpu.matmul, tpu.matmul_accumulate)),
+    "tpu": tuple(
+        functools.partial(kernel, config=SMALL, interpret=True) for kernel in (tpu.matmul, tpu.matmul_accumulate)
+    ),
 }
-SHAPES = [(1, 1, 128), (7, 150, 384), (130, 3, 1152)]  # m, n, k: less than a tile, partial tiles, a step along k and a part of one
+SHAPES = [
+    (1, 1, 128),
+    (7, 150, 384),
+    (130, 3, 1152),
+]  # m, n, k: less than a tile, partial tiles, a step along k and a part of one
 FP32_ERROR = 2.0e-7  # of sum |a| |b|: measured up to 7.2e-8
 
 
@@ -78,9 +86,16 @@ def test_small_integers_and_powers_of_two_multiply_exactly(face):
 
     def integers(shape, grouping):
         values = jnp.asarray(rng.integers(-4, 5, size=shape), jnp.float32).astype(E4M3)
-        return Quantized(values, jnp.asarray(np.exp2(rng.integers(-2, 3, size=scales_shape(shape, grouping))), jnp.float32), grouping)
+        return Quantized(
+            values, jnp.asarray(np.exp2(rng.integers(-2, 3, size=scales_shape(shape, grouping))), jnp.float32), grouping
+        )
 
-    a, b, right, c = integers((m, k), "tile"), integers((n, k), "block"), integers((n, k), "tile"), rng.integers(-9, 10, size=(m, n))
+    a, b, right, c = (
+        integers((m, k), "tile"),
+        integers((n, k), "block"),
+        integers((n, k), "tile"),
+        rng.integers(-9, 10, size=(m, n)),
+    )
     product, accumulate = FACES[face]
     np.testing.assert_array_equal(product(a, b, out_dtype=jnp.float32), fp64(a) @ fp64(b).T)
     np.testing.assert_array_equal(accumulate(a, right, jnp.asarray(c, jnp.float32)), c + fp64(a) @ fp64(right).T)
@@ -97,7 +112,9 @@ def test_a_row_of_nan_stays_in_its_row(face):
 
 
 def test_tpu_kernel_in_the_simulated_memory_of_a_tpu():
-    """Copies between HBM and VMEM are simulated, with NaN where nothing was written. (It mistakes the shape of a donated c: not here.)"""
+    """Copies between HBM and VMEM are simulated, with NaN where nothing was written. (It mistakes the shape of a
+    donated c: not here.)
+    """
     rng = np.random.default_rng(4)
     a, b = tiles(rng, 7, 1152), blocks(rng, 150, 1152)
     result = tpu.matmul(a, b, config=SMALL, interpret=pltpu.InterpretParams())
@@ -111,7 +128,9 @@ def difference(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("k", "scale"), [(512, "fp32"), (4096, "fp32"), (4096, "pow2")])
 def test_gaussian_accuracy_is_the_published_one_at_any_k(k, scale):
-    """Golden 11 of the specification: 6.5e-4 to 7.2e-4 on N(0, 1), below DeepGEMM's 1e-3, with scales of either kind."""
+    """Golden 11 of the specification: 6.5e-4 to 7.2e-4 on N(0, 1), below DeepGEMM's 1e-3, with scales of either
+    kind.
+    """
     rng = np.random.default_rng(5)
     x, w = rng.normal(size=(128, k)), rng.normal(size=(128, k))
     a = quantize_tiles(jnp.asarray(x, jnp.float32), scale=scale, implementation="reference")
@@ -120,10 +139,12 @@ def test_gaussian_accuracy_is_the_published_one_at_any_k(k, scale):
 
 
 def test_a_channel_of_outliers_costs_its_own_tiles_only():
-    """On Gaussian data one scale for the whole tensor is as accurate, so the test above can't tell them apart; this one does.
+    """On Gaussian data one scale for the whole tensor is as accurate, so the test above can't tell them apart; this one
+    does.
 
-    One channel of 2,048 is 1e5 times the others, and the weights ignore it. With one scale the others are near E4M3's smallest number, and
-    the error is 4.5e-2. Tiles lose precision only where they share one with the outlier, 127 channels: 1.15e-3.
+    One channel of 2,048 is 1e5 times the others, and the weights ignore it. With one scale the others are near E4M3's
+    smallest number, and the error is 4.5e-2. Tiles lose precision only where they share one with the outlier, 127
+    channels: 1.15e-3.
     """
     rng = np.random.default_rng(6)
     x, w = rng.normal(size=(64, 2048)), rng.normal(size=(128, 2048))
@@ -134,7 +155,9 @@ def test_a_channel_of_outliers_costs_its_own_tiles_only():
     one_scale = np.abs(x).max() / LARGEST
     values = jnp.asarray(x / one_scale, jnp.float32).astype(E4M3)
     by_tensor = Quantized(values, jnp.full(by_tile.scales.shape, one_scale, jnp.float32), "tile")
-    tile_error, tensor_error = (difference(np.asarray(reference.matmul(a, b), np.float64), x @ w.T) for a in (by_tile, by_tensor))
+    tile_error, tensor_error = (
+        difference(np.asarray(reference.matmul(a, b), np.float64), x @ w.T) for a in (by_tile, by_tensor)
+    )
     assert tile_error < 1.3e-3
     assert tensor_error > 30 * tile_error
 

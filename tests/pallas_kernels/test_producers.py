@@ -1,7 +1,7 @@
 """The fused producers: what they mean, and that every kernel makes the same bytes as the reference.
 
-Hopper kernels run in GPU interpret mode with race detection on a machine of one multiprocessor, so that a few tiles already go round the
-rings, and are lowered for CUDA at V3's shapes; TPU kernels run in TPU interpret mode.
+Hopper kernels run in GPU interpret mode with race detection on a machine of one multiprocessor, so that a few tiles
+already go round the rings, and are lowered for CUDA at V3's shapes; TPU kernels run in TPU interpret mode.
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ def swiglu_inputs(m, f, weighted):
 
 
 def same(kernel, expected, scale_ulps=0):
-    """Require equal values and scales; scales may differ by units in the last place where FP32 sums are contracted differently."""
+    """Require equal values and scales; scales may differ by units in the last place where FP32 sums are contracted
+    differently.
+    """
     assert kernel.shape == expected.shape
     assert kernel.grouping == expected.grouping == "tile"
     np.testing.assert_array_equal(bytes_of(kernel.values), bytes_of(expected.values))
@@ -65,7 +67,9 @@ def bytes_of(values):
 
 
 def close(q, x):
-    """Require that tiles stand for FP32 x up to E4M3's rounding: a part of each value, or half a subnormal step of the scale."""
+    """Require that tiles stand for FP32 x up to E4M3's rounding: a part of each value, or half a subnormal step of the
+    scale.
+    """
     x = np.asarray(x, np.float32)
     scales = np.repeat(np.asarray(q.scales).T[: x.shape[0]], GROUP, axis=1)
     assert np.all(np.abs(np.asarray(dequantize(q)) - x) <= np.maximum(np.abs(x) * STEP * (1 + 1e-5), scales * 2.0**-10))
@@ -87,9 +91,13 @@ def test_norm_is_rounded_to_bf16_before_quantisation():
 def test_norm_is_numpys_rounding_compiled_or_not():
     """Rows of one magnitude, a power of two: their norm is exact, and what is quantised is the gain, rounded to BF16.
 
-    XLA may leave out a cast to BF16 and back, but not on CPUs (jax 0.11.2), so that the program's text must show what forbids it.
+    XLA may leave out a cast to BF16 and back, but not on CPUs (jax 0.11.2), so that the program's text must show what
+    forbids it.
     """
-    signs, gain = np.sign(np.random.default_rng(0).normal(size=(5, 256))), np.random.default_rng(1).normal(size=256).astype(np.float32)
+    signs, gain = (
+        np.sign(np.random.default_rng(0).normal(size=(5, 256))),
+        np.random.default_rng(1).normal(size=256).astype(np.float32),
+    )
     x = jnp.asarray(signs * np.exp2(np.arange(5.0))[:, None], jnp.bfloat16)
     normed = (signs * gain).astype(ml_dtypes.bfloat16).astype(np.float32).reshape(5, 2, GROUP)
     scales = np.abs(normed).max(axis=2) * np.float32(1 / 448)
@@ -108,7 +116,10 @@ def test_norm_is_numpys_rounding_compiled_or_not():
 def test_swiglu_is_the_models(weighted):
     hidden, _, weight = swiglu_inputs(5, 256, weighted)
     expected = layers.swiglu(hidden.astype(jnp.float32).reshape(5, 2, 256))
-    close(producers.swiglu_quantize(hidden, weight, implementation="reference"), expected * weight[:, None] if weighted else expected)
+    close(
+        producers.swiglu_quantize(hidden, weight, implementation="reference"),
+        expected * weight[:, None] if weighted else expected,
+    )
 
 
 def test_swiglu_is_quantised_without_a_rounding_to_bf16():
@@ -129,7 +140,9 @@ def test_backward_is_the_derivative_of_forward():
 
     _, transpose = jax.vjp(product, hidden.astype(jnp.float32), weight)
     expected, expected_weight = transpose(grad.astype(jnp.float32))
-    rows, columns, activation, grad_weight = producers.swiglu_backward_quantize(hidden, grad, weight, implementation="reference")
+    rows, columns, activation, grad_weight = producers.swiglu_backward_quantize(
+        hidden, grad, weight, implementation="reference"
+    )
     close(rows, expected)
     close(columns, np.pad(np.asarray(expected).T, ((0, 0), (0, GROUP - 6))))
     close(activation, np.pad(np.asarray(product(hidden.astype(jnp.float32), weight)).T, ((0, 0), (0, GROUP - 6))))
@@ -142,7 +155,12 @@ def test_poison_is_seen_and_stays_in_its_tile(poison):
     hidden = hidden.at[2, 5].set(poison)
     rows, columns, activation, _ = producers.swiglu_backward_quantize(hidden, grad, implementation="reference")
     tiles = producers.swiglu_quantize(hidden, implementation="reference")
-    for q, tiles_hit in ((tiles, [(2, 0)]), (rows, [(2, 0), (2, 2)]), (columns, [(5, 0), (261, 0)]), (activation, [(5, 0)])):
+    for q, tiles_hit in (
+        (tiles, [(2, 0)]),
+        (rows, [(2, 0), (2, 2)]),
+        (columns, [(5, 0), (261, 0)]),
+        (activation, [(5, 0)]),
+    ):
         nan = np.isnan(dequantize(q))
         for row, group in tiles_hit:
             tile = nan[row, group * GROUP : (group + 1) * GROUP]
@@ -151,8 +169,8 @@ def test_poison_is_seen_and_stays_in_its_tile(poison):
         assert not nan.any()
 
 
-# Rows and columns, most of them with an odd m and rings that wrap. The kernel adds squares in another order than the reference, which may
-# round a norm to the other neighbour in BF16, one of 29 x 7168: these have none.
+# Rows and columns, most of them with an odd m and rings that wrap. The kernel adds squares in another order than the
+# reference, which may round a norm to the other neighbour in BF16, one of 29 x 7168: these have none.
 NORMS = {
     "a partial last piece": (19, 640, stream.TuningConfig(rows=4, warpgroups=2, stages=2, out_slots=1)),
     "pieces beyond the row": (13, 2432, stream.TuningConfig(rows=4, warpgroups=3, stages=1, out_slots=2)),
@@ -168,14 +186,20 @@ NORMS = {
 def test_norm_on_hopper(case, on_hopper):
     m, k, config = NORMS[case]
     x, gain = draw((m, k)), draw(k, seed=1, dtype=jnp.float32)
-    same(on_hopper(hopper_norm.rms_norm_quantize, x, gain, EPS, "pow2", config), reference.rms_norm_quantize(x, gain, EPS, "pow2"))
+    same(
+        on_hopper(hopper_norm.rms_norm_quantize, x, gain, EPS, "pow2", config),
+        reference.rms_norm_quantize(x, gain, EPS, "pow2"),
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_swiglu_on_hopper(weighted, on_hopper):
     hidden, _, weight = swiglu_inputs(35, 640, weighted)
     config = dataclasses.replace(hopper.SWIGLU, warpgroups=2, stages=2, out_slots=2)
-    same(on_hopper(hopper.swiglu_quantize, hidden, weight, "fp32", config), reference.swiglu_quantize(hidden, weight, "fp32"))
+    same(
+        on_hopper(hopper.swiglu_quantize, hidden, weight, "fp32", config),
+        reference.swiglu_quantize(hidden, weight, "fp32"),
+    )
 
 
 @pytest.mark.parametrize(("m", "f", "weighted"), [(19, 256, True), (130, 128, True), (130, 128, False)])
@@ -198,12 +222,21 @@ def test_infinity_on_hopper(on_hopper):
 
 
 def lower(f, *shapes):
-    return jax.jit(f).trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).lower(lowering_platforms=("cuda",)).as_text()
+    return (
+        jax.jit(f)
+        .trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize("k", [128, 512, 1536, 7168, 7680, hopper_norm.WIDEST_ROW])
 def test_norm_lowers_for_hopper(k):
-    text = lower(lambda x, gain: hopper_norm.rms_norm_quantize(x, gain, EPS, "fp32"), ((4097, k), jnp.bfloat16), ((k,), jnp.float32))
+    text = lower(
+        lambda x, gain: hopper_norm.rms_norm_quantize(x, gain, EPS, "fp32"),
+        ((4097, k), jnp.bfloat16),
+        ((k,), jnp.float32),
+    )
     assert "mosaic_gpu" in text
 
 
@@ -211,7 +244,9 @@ def test_norm_lowers_for_hopper(k):
 def test_swiglu_lowers_for_hopper(m, f):
     hidden, grad, weight = ((m, 2 * f), jnp.bfloat16), ((m, f), jnp.bfloat16), ((m,), jnp.float32)
     assert "mosaic_gpu" in lower(lambda h, w: hopper.swiglu_quantize(h, w, "fp32"), hidden, weight)
-    assert "mosaic_gpu" in lower(lambda h, g, w: hopper_backward.swiglu_backward_quantize(h, g, w, "fp32"), hidden, grad, weight)
+    assert "mosaic_gpu" in lower(
+        lambda h, g, w: hopper_backward.swiglu_backward_quantize(h, g, w, "fp32"), hidden, grad, weight
+    )
 
 
 def test_norm_on_tpu():
@@ -224,7 +259,8 @@ def test_swiglu_on_tpu(m, f, weighted):
     hidden, grad, weight = swiglu_inputs(m, f, weighted)
     same(tpu.swiglu_quantize(hidden, weight, "pow2", TPU), reference.swiglu_quantize(hidden, weight, "pow2"))
     same_gradients(
-        tpu.swiglu_backward_quantize(hidden, grad, weight, "pow2", TPU), reference.swiglu_backward_quantize(hidden, grad, weight, "pow2")
+        tpu.swiglu_backward_quantize(hidden, grad, weight, "pow2", TPU),
+        reference.swiglu_backward_quantize(hidden, grad, weight, "pow2"),
     )
 
 

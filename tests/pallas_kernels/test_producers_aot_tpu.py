@@ -1,4 +1,6 @@
-"""The producers' TPU kernels compile for real TPUs at V3's shapes, on a machine that has none. `tests.test_aot_tpu` tells how."""
+"""The producers' TPU kernels compile for real TPUs at V3's shapes, on a machine that has none. `tests.test_aot_tpu`
+tells how.
+"""
 
 import functools
 import importlib.util

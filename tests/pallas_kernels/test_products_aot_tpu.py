@@ -1,7 +1,8 @@
 """The product kernels compile for TPUs on a machine that has none, at DeepSeek-V3's widths and at odd sizes.
 
-Each topology is a process of its own, `python -m tests.pallas_kernels.test_products_aot_tpu TOPOLOGY`: libtpu reads its environment once.
-Compiling checks what interpreting can't: tiling, VMEM, and which dtypes the matrix unit takes. It says nothing about speed.
+Each topology is a process of its own, `python -m tests.pallas_kernels.test_products_aot_tpu TOPOLOGY`: libtpu reads its
+environment once. Compiling checks what interpreting can't: tiling, VMEM, and which dtypes the matrix unit takes. It
+says nothing about speed.
 """
 
 import functools
@@ -34,7 +35,9 @@ NUM_GROUPS = 4
 
 
 def fp8_programs(array: Callable, m: int, n: int, k: int) -> Iterator[tuple[str, Callable, tuple]]:
-    """Every FP8 product at one size: its name, the kernel, and abstract operands; `array` makes one of a shape and dtype."""
+    """Every FP8 product at one size: its name, the kernel, and abstract operands; `array` makes one of a shape and
+    dtype.
+    """
 
     def quantized(shape, grouping):
         return Quantized(array(shape, E4M3), array(scales_shape(shape, grouping), jnp.float32), grouping)
@@ -67,14 +70,19 @@ def bf16_programs(array: Callable, m: int, n: int, k: int) -> Iterator[tuple[str
 
 
 def compile_all(topology: str) -> dict:
-    """Compile every product at every size for one device; return the kernels in each program and what the matrix unit multiplies."""
+    """Compile every product at every size for one device; return the kernels in each program and what the matrix unit
+    multiplies.
+    """
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     mesh = Mesh(np.array([device]), "x")
     array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     kernels = {}
     with jax.set_mesh(mesh):
         for size in SIZES:
-            for name, kernel, operands in (*fp8_programs(array, *SIZES[size]), *bf16_programs(array, *BF16_SIZES[size])):
+            for name, kernel, operands in (
+                *fp8_programs(array, *SIZES[size]),
+                *bf16_programs(array, *BF16_SIZES[size]),
+            ):
                 text = jax.jit(kernel).lower(*operands).compile().as_text()
                 kernels[f"{name}: {size}"] = text.count('custom_call_target="tpu_custom_call"')
         return {"kernels": kernels, "matrix_unit": str(matmul.matrix_unit_dtype())}

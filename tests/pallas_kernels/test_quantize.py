@@ -1,4 +1,6 @@
-"""Quantisation: what NumPy and ml_dtypes give to the bit, for every kind of number; kernels equal the reference to the bit."""
+"""Quantisation: what NumPy and ml_dtypes give to the bit, for every kind of number; kernels equal the reference to the
+bit.
+"""
 
 import functools
 
@@ -22,7 +24,9 @@ ROWS = (3, 0, 69, 70, -1, 5, 5, 2**30, -(2**31), 10, 33)  # in and out of order,
 
 
 def sample(dtype=jnp.bfloat16, shape=(M, K), seed=0) -> jax.Array:
-    """Outlier channels, and rows with each special value: NaN, infinities, zeros, denormals, the largest and the smallest normal number."""
+    """Outlier channels, and rows with each special value: NaN, infinities, zeros, denormals, the largest and the
+    smallest normal number.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape) * np.exp2(6 * rng.normal(size=shape[-1]))
     x[..., 0, 7] = np.nan
@@ -48,7 +52,9 @@ def numpy_tiles(x: np.ndarray, scale: str) -> tuple[np.ndarray, np.ndarray]:
     scales = numpy_scales(np.abs(groups).max(axis=2), scale)
     with np.errstate(invalid="ignore"):
         values = np.clip(groups * (np.float32(1) / scales)[..., None], -448, 448)
-    return values.reshape(x.shape).astype(ml_dtypes.float8_e4m3fn), np.pad(scales.T, ((0, 0), (0, -len(x) % 4)), constant_values=1)
+    return values.reshape(x.shape).astype(ml_dtypes.float8_e4m3fn), np.pad(
+        scales.T, ((0, 0), (0, -len(x) % 4)), constant_values=1
+    )
 
 
 def assert_same(actual, expected) -> None:
@@ -66,13 +72,20 @@ def cases() -> dict:
     """Each operation with its operands: all that a kernel must do."""
     tiles = {f"tiles {dtype.dtype}": (quantize.quantize_tiles, (sample(dtype),)) for dtype in DTYPES}
     both = {f"both {dtype.dtype}": (quantize.quantize_tiles_both, (sample(dtype),)) for dtype in DTYPES}
-    rows = {f"rows {dtype.dtype}": (quantize.quantize_rows, (sample(dtype), jnp.array(ROWS, jnp.int32))) for dtype in DTYPES}
+    rows = {
+        f"rows {dtype.dtype}": (quantize.quantize_rows, (sample(dtype), jnp.array(ROWS, jnp.int32))) for dtype in DTYPES
+    }
     blocks = {
         "blocks": (quantize.quantize_blocks, (sample(jnp.float32, (200, K)),)),
         "blocks, n and k partial": (quantize.quantize_blocks, (sample(jnp.float32, (M, 200)),)),
         "blocks of groups": (quantize.quantize_blocks, (sample(jnp.bfloat16, (2, M, K)),)),
     }
-    requantized = {"requantized": (quantize.requantize_transposed, (quantize.quantize_tiles(sample(), implementation="reference"),))}
+    requantized = {
+        "requantized": (
+            quantize.requantize_transposed,
+            (quantize.quantize_tiles(sample(), implementation="reference"),),
+        )
+    }
     return tiles | both | rows | blocks | requantized
 
 
@@ -128,9 +141,12 @@ def casts_from_fp8(jaxpr) -> list:
 
 
 def test_what_was_rounded_is_not_cast_back():
-    """XLA for GPUs leaves out a cast to E4M3 that a cast from it follows, in one program: references would not quantise at all."""
+    """XLA for GPUs leaves out a cast to E4M3 that a cast from it follows, in one program: references would not quantise
+    at all.
+    """
     x, w, sizes = (
-        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((256, 256), jnp.float32), ((2, 128, 256), jnp.float32), ((2,), jnp.int32))
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((256, 256), jnp.float32), ((2, 128, 256), jnp.float32), ((2,), jnp.int32))
     )
 
     def tiles(x):
@@ -146,7 +162,10 @@ def test_what_was_rounded_is_not_cast_back():
         "grouped": (lambda x, w, sizes: grouped_reference.grouped_matmul(tiles(x), blocks(w), sizes), (x, w, sizes)),
         "requantised": (lambda x: quantize_reference.requantize_transposed(tiles(x), "pow2"), (x,)),
     }
-    casts = {name: len(casts_from_fp8(jax.make_jaxpr(program)(*arguments).jaxpr)) for name, (program, arguments) in programs.items()}
+    casts = {
+        name: len(casts_from_fp8(jax.make_jaxpr(program)(*arguments).jaxpr))
+        for name, (program, arguments) in programs.items()
+    }
     assert casts == {name: int(name == "the search itself") for name in programs}
 
 
@@ -181,7 +200,9 @@ def test_rows_outside_are_zeros_and_leak_no_nan():
 @pytest.mark.parametrize("case", cases())
 def test_kernels_are_the_reference_to_the_bit(case, on_hopper):
     operation, args = cases()[case]
-    operation = functools.partial(operation, scale="pow2" if case in ("tiles bfloat16", "both float32", "blocks") else "fp32")
+    operation = functools.partial(
+        operation, scale="pow2" if case in ("tiles bfloat16", "both float32", "blocks") else "fp32"
+    )
     expected = operation(*args, implementation="reference")
     assert_same(on_hopper(operation, *args, implementation="hopper"), expected)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
@@ -197,7 +218,9 @@ def test_one_block_takes_more_tiles_than_its_ring_has_slots(operation, warpgroup
     config = stream.TuningConfig(blocks=1, warpgroups=warpgroups, stages=2, out_slots=2)
     x = sample(shape=(140, 3 * GROUP))  # a tile at the edge, and one whose second warpgroup has no rows
     tiles = quantize.quantize_tiles(x, implementation="reference")
-    args = {"requantize_transposed": (tiles,), "quantize_rows": (x, jnp.arange(33, dtype=jnp.int32))}.get(operation, (x,))
+    args = {"requantize_transposed": (tiles,), "quantize_rows": (x, jnp.arange(33, dtype=jnp.int32))}.get(
+        operation, (x,)
+    )
     actual = on_hopper(getattr(hopper, operation), *args, "fp32", config)
     assert_same(actual, getattr(quantize, operation)(*args, scale="fp32", implementation="reference"))
 
@@ -205,7 +228,12 @@ def test_one_block_takes_more_tiles_than_its_ring_has_slots(operation, warpgroup
 @pytest.mark.parametrize("case", cases())
 def test_hopper_kernels_lower_for_cuda(case):
     operation, args = cases()[case]
-    program = jax.jit(functools.partial(operation, implementation="hopper")).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    program = (
+        jax.jit(functools.partial(operation, implementation="hopper"))
+        .trace(*args)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
     assert program.count("mosaic_gpu") >= 1
 
 
@@ -219,7 +247,10 @@ def test_hopper_kernels_lower_for_cuda(case):
         (lambda: quantize.quantize_tiles(jnp.zeros((4, 128)), scale="fp16"), "fp16.*must be one of"),
         (lambda: quantize.quantize_blocks(jnp.zeros(128)), "must have 2 or 3 dims"),
         (lambda: quantize.quantize_rows(jnp.zeros((4, 128)), jnp.zeros(4)), "float32.*must be int32"),
-        (lambda: quantize.requantize_transposed(Quantized(jnp.zeros((5, 128), E4M3), jnp.ones((1, 5)), "tile")), r"laid out as \(1, 8\)"),
+        (
+            lambda: quantize.requantize_transposed(Quantized(jnp.zeros((5, 128), E4M3), jnp.ones((1, 5)), "tile")),
+            r"laid out as \(1, 8\)",
+        ),
     ],
 )
 def test_wrong_operands_are_refused_with_their_numbers(call, message):

@@ -1,4 +1,6 @@
-"""The quantisers' TPU kernels compile for real TPUs at V3's widths, on a machine that has none. `tests.test_aot_tpu` tells how."""
+"""The quantisers' TPU kernels compile for real TPUs at V3's widths, on a machine that has none. `tests.test_aot_tpu`
+tells how.
+"""
 
 import functools
 import importlib.util

@@ -1,9 +1,9 @@
 """The collectives of the train step: which, how many, of what type and where.
 
-They are counted in two programs, because each hides what the other shows. The traced program (jaxpr) has every collective that the
-code asks for, with its dtype, the loops around it and their trip counts. It is also what is looked at in BF16: XLA:CPU would turn
-BF16 collectives into FP32. The compiled program has what XLA's partitioner added on its own account outside the shard_map: a reshard
-of a weight or an all-reduce of its gradient would appear only there.
+They are counted in two programs, because each hides what the other shows. The traced program (jaxpr) has every
+collective that the code asks for, with its dtype, the loops around it and their trip counts. It is also what is looked
+at in BF16: XLA:CPU would turn BF16 collectives into FP32. The compiled program has what XLA's partitioner added on its
+own account outside the shard_map: a reshard of a weight or an all-reduce of its gradient would appear only there.
 """
 
 import collections
@@ -79,7 +79,9 @@ def _traced(sizes, gather, precision, remat):
 
 
 def split_leaves(tree, sizes) -> list[str]:
-    """Names of the leaves that a gather makes whole: split over something besides their experts, by more than one device."""
+    """Names of the leaves that a gather makes whole: split over something besides their experts, by more than one
+    device.
+    """
     gathered = {"data": sizes[0], ("data", "node", "expert"): math.prod(sizes)}
     return [name for name, _ in named_leaves(tree) if any(gathered.get(axes, 1) > 1 for axes in LAYOUT[name])]
 
@@ -103,7 +105,9 @@ def times_by_loops(collectives):
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("remat", ["none", "selective"])
 def test_layerwise_gathers_and_reductions_are_as_many_as_weights_used(sizes, remat):
-    """Per micro-batch: each weight of each layer once forward, once more where the backward pass recomputes, and one reduction."""
+    """Per micro-batch: each weight of each layer once forward, once more where the backward pass recomputes, and one
+    reduction.
+    """
     step = traced(sizes, gather="layer", remat=remat)
     stacks = {name: step.params[name] for name in ("dense_layers", "moe_layers", "mtp_layers")}
     in_layers = sum(len(split_leaves(stack, sizes)) * len(jax.tree.leaves(stack)[0]) for stack in stacks.values())
@@ -152,7 +156,9 @@ def test_weights_travel_in_bf16(gather):
 
 @pytest.mark.parametrize("gather", ["layer", "step"])
 def test_fp8_weights_travel_in_bytes(gather):
-    """As many as there are, quantised once per step: what the devices agree on beforehand is scales, once for each stack of a weight."""
+    """As many as there are, quantised once per step: what the devices agree on beforehand is scales, once for each
+    stack of a weight.
+    """
     step = traced(gather=gather, precision="fp8")
     split = split_leaves(step.params, MESH)
     in_fp8 = [name for name in split if name in INPUT_DIMS]
@@ -178,8 +184,9 @@ def test_fp8_weights_travel_in_bytes(gather):
 def test_balanced_exchange_costs_seven_all_to_alls(remat):
     """Rows, gates and ids out, results home; in the backward pass the gradients of results, rows and gates.
 
-    Recomputing sends rows and gates again, ids not: the order of the rows is kept. (MTP, outside any scan, asks for the results too and
-    leaves it to XLA to see that nobody reads them.) All else sits in loops that run no round when the first carries everything.
+    Recomputing sends rows and gates again, ids not: the order of the rows is kept. (MTP, outside any scan, asks for the
+    results too and leaves it to XLA to see that nobody reads them.) All else sits in loops that run no round when the
+    first carries everything.
     """
     step = traced(remat=remat, precision="bf16")
     routers, mtp = num_routers(step.config), step.config.model.num_mtp_layers
@@ -198,7 +205,9 @@ def test_no_sum_has_the_size_of_a_weight():
 
 
 def largest_everywhere(step):
-    """Elements of the largest gain (stacked) or of the counts: less than any weight of one layer, whole or of this device's experts."""
+    """Elements of the largest gain (stacked) or of the counts: less than any weight of one layer, whole or of this
+    device's experts.
+    """
     leaves = named_leaves(step.params)
     largest = max(leaf.size for name, leaf in leaves if not any(LAYOUT[name]))
     largest = max(largest, num_routers(step.config) * step.config.model.num_experts)
@@ -232,7 +241,9 @@ def compiled_collectives() -> list[Instruction]:
 @pytest.mark.slow
 @pytest.mark.xdist_group(small.group(MESH))
 def test_the_partitioner_moves_no_weight_on_its_own_account():
-    """Every gather, scatter and exchange comes from a statement inside the shard_map; what it adds outside are sums for norms: scalars."""
+    """Every gather, scatter and exchange comes from a statement inside the shard_map; what it adds outside are sums for
+    norms: scalars.
+    """
     instructions = compiled_collectives()
     kinds = collections.Counter(i.kind for i in instructions)
     assert kinds["collective-permute"] == 0

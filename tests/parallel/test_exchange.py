@@ -1,6 +1,7 @@
 """`all_to_all` equals `local`, its specification: values, every gradient, rounds, and memory that knows no worst case.
 
-The experts of most tests are tanh(x W_e), dense and written here, so that a fault of the exchange cannot hide behind one of the FFN.
+The experts of most tests are tanh(x W_e), dense and written here, so that a fault of the exchange cannot hide behind
+one of the FFN.
 """
 
 import collections
@@ -25,7 +26,9 @@ ROUNDING = 1e-6
 
 
 def mesh_of(sizes):
-    return make_mesh(Mesh(pipe=1, data=sizes[0], node=sizes[1], expert=sizes[2], tensor=1), jax.devices()[: math.prod(sizes)])
+    return make_mesh(
+        Mesh(pipe=1, data=sizes[0], node=sizes[1], expert=sizes[2], tensor=1), jax.devices()[: math.prod(sizes)]
+    )
 
 
 def tanh_experts(weights, x_TD, gates_TK, experts_TK):
@@ -39,7 +42,9 @@ def routes(case, rng):
     """Expert ids [DEVICES * T, K]."""
     tokens = DEVICES * T
     balanced = np.stack([rng.permutation(E)[:K] for _ in range(tokens)])
-    skewed_half = np.where(np.arange(tokens)[:, None] < tokens // 2, balanced, 5)  # on 2x2x2 the data groups need different rounds
+    skewed_half = np.where(
+        np.arange(tokens)[:, None] < tokens // 2, balanced, 5
+    )  # on 2x2x2 the data groups need different rounds
     return {
         "balanced": balanced,
         "one expert": np.full((tokens, K), 5),
@@ -87,7 +92,12 @@ def sharded(sizes, local, out_specs):
     def call(*arrays):
         with jax.set_mesh(mesh_of(sizes)):
             return jax.device_get(
-                compiled(*(jax.device_put(a, spec) for a, spec in zip(arrays, (rows, rows, rows, P(EXPERTS), rows), strict=True)))
+                compiled(
+                    *(
+                        jax.device_put(a, spec)
+                        for a, spec in zip(arrays, (rows, rows, rows, P(EXPERTS), rows), strict=True)
+                    )
+                )
             )
 
     compiled = jax.jit(run)
@@ -97,7 +107,16 @@ def sharded(sizes, local, out_specs):
 @functools.cache
 def on_mesh(sizes, slack):
     def apply(experts_TK, x_TD, gates_TK, weights):
-        return exchange(x_TD, experts_TK, gates_TK, vary(weights, x_TD), tanh_experts, transport="all_to_all", num_experts=E, slack=slack)
+        return exchange(
+            x_TD,
+            experts_TK,
+            gates_TK,
+            vary(weights, x_TD),
+            tanh_experts,
+            transport="all_to_all",
+            num_experts=E,
+            slack=slack,
+        )
 
     rows = P(ROWS, None)
     return sharded(sizes, value_and_gradients(apply), {"y": rows, "x": rows, "gates": rows, "weights": P(EXPERTS)})
@@ -115,7 +134,9 @@ def test_all_to_all_equals_local(sizes, slack, case):
 
 
 def predicted_rounds(experts_TK, sizes, slack):
-    """Rounds of each device, from the definition: the fullest (sender, destination) pair of its data group, in capacities."""
+    """Rounds of each device, from the definition: the fullest (sender, destination) pair of its data group, in
+    capacities.
+    """
     parts = sizes[1] * sizes[2]
     capacity = math.ceil(slack * T * K / parts)
     destination = experts_TK.reshape(sizes[0], parts, T * K) // (E // parts)
@@ -137,12 +158,24 @@ def test_rounds_are_as_many_as_the_fullest_destination_needs(sizes, slack, case,
     calls = collections.Counter()
 
     def counting(weights, x_TD, gates_TK, experts_TK):
-        device = sum(jax.lax.axis_index(axis) * stride for axis, stride in zip(ROWS, (sizes[1] * sizes[2], sizes[2], 1), strict=True))
+        device = sum(
+            jax.lax.axis_index(axis) * stride
+            for axis, stride in zip(ROWS, (sizes[1] * sizes[2], sizes[2], 1), strict=True)
+        )
         jax.debug.callback(lambda d: calls.update([int(d)]), device)
         return tanh_experts(weights, x_TD, gates_TK, experts_TK)
 
     def local(experts_TK, x_TD, gates_TK, weights, _):
-        return exchange(x_TD, experts_TK, gates_TK, vary(weights, x_TD), counting, transport="all_to_all", num_experts=E, slack=slack)
+        return exchange(
+            x_TD,
+            experts_TK,
+            gates_TK,
+            vary(weights, x_TD),
+            counting,
+            transport="all_to_all",
+            num_experts=E,
+            slack=slack,
+        )
 
     arrays = inputs(case)
     sharded(sizes, local, P(ROWS, None))(*arrays)
@@ -154,7 +187,9 @@ def test_rounds_are_as_many_as_the_fullest_destination_needs(sizes, slack, case,
 
 @pytest.mark.parametrize("case", ["balanced", "one expert", "padding"])
 def test_combine_of_dispatch_is_the_identity(case):
-    """With experts that return their rows, and gates that sum to one, every token comes back, bit for bit; padding comes back as zero."""
+    """With experts that return their rows, and gates that sum to one, every token comes back, bit for bit; padding
+    comes back as zero.
+    """
 
     def identity(weights, x_TD, gates_TK, experts_TK):
         here = (experts_TK >= 0) & (experts_TK < E // DEVICES)
@@ -170,7 +205,9 @@ def test_combine_of_dispatch_is_the_identity(case):
 
 
 def test_spread_and_collect_transpose_each_other():
-    """<spread(x), y> = <x, collect(y)>, with a row of its own for each slot, empty slots, and an assignment without a slot."""
+    """<spread(x), y> = <x, collect(y)>, with a row of its own for each slot, empty slots, and an assignment without a
+    slot.
+    """
     rng = np.random.default_rng(0)
     slots_TK = np.array([[0, 4], [2, 6], [5, 1]], np.int32)  # 6 is no slot; slot 3 is empty
     source_W = np.array([0, 5, 2, 6, 1, 4], np.int32)
@@ -187,19 +224,26 @@ BIG_T, BIG_K, BIG_D, BIG_F, LOCAL = 512, 8, 224, 64, 4  # V3's proportions: K = 
 
 @functools.cache
 def peak_bytes(devices, slack):
-    """Compiled bytes per device (arguments, results, temporaries) of an exchange with the real experts, forward and backward, FP32."""
+    """Compiled bytes per device (arguments, results, temporaries) of an exchange with the real experts, forward and
+    backward, FP32.
+    """
     mesh, ffn = mesh_of((1, 1, devices)), functools.partial(expert_ffn, block=16, wave=4)
 
     def loss(x_TD, gates_TK, weights, experts_TK):
         weights = jax.tree.map(lambda w: vary(w, x_TD), weights)
-        y_TD = exchange(x_TD, experts_TK, gates_TK, weights, ffn, transport="all_to_all", num_experts=LOCAL * devices, slack=slack)
+        y_TD = exchange(
+            x_TD, experts_TK, gates_TK, weights, ffn, transport="all_to_all", num_experts=LOCAL * devices, slack=slack
+        )
         return jnp.sum(y_TD * y_TD)
 
     def abstract(axes, leading, *dims, dtype=jnp.float32):
         sharding = jax.sharding.NamedSharding(mesh, P(axes, *(None,) * len(dims)))
         return jax.ShapeDtypeStruct((leading * devices, *dims), dtype, sharding=sharding)
 
-    weights = {"gate_up_ED2F": abstract(EXPERTS, LOCAL, BIG_D, 2, BIG_F), "down_EFD": abstract(EXPERTS, LOCAL, BIG_F, BIG_D)}
+    weights = {
+        "gate_up_ED2F": abstract(EXPERTS, LOCAL, BIG_D, 2, BIG_F),
+        "down_EFD": abstract(EXPERTS, LOCAL, BIG_F, BIG_D),
+    }
     x_TD, gates_TK = abstract(ROWS, BIG_T, BIG_D), abstract(ROWS, BIG_T, BIG_K)
     experts_TK = abstract(ROWS, BIG_T, BIG_K, dtype=jnp.int32)
     specs = (P(ROWS), P(ROWS), P(EXPERTS))
@@ -210,11 +254,12 @@ def peak_bytes(devices, slack):
 
 
 def balanced_minimum():
-    """What a perfect exchange holds while the experts' backward pass runs, with no row to spare and nothing computed twice.
+    """What a perfect exchange holds while the experts' backward pass runs, with no row to spare and nothing computed
+    twice.
 
-    Per row, T * K of them: the input that arrived, the pre-activations (2 F), the gradient that arrived, and the gradient to send back.
-    Besides, arguments and results: tokens, gates and weights with their gradients, and the ids. Buffers of the other collectives fit where
-    these will be or were.
+    Per row, T * K of them: the input that arrived, the pre-activations (2 F), the gradient that arrived, and the
+    gradient to send back. Besides, arguments and results: tokens, gates and weights with their gradients, and the ids.
+    Buffers of the other collectives fit where these will be or were.
     """
     per_row = 3 * BIG_D + 2 * BIG_F
     in_and_out = 2 * (BIG_T * BIG_D + BIG_T * BIG_K + LOCAL * 3 * BIG_D * BIG_F) + BIG_T * BIG_K
@@ -227,5 +272,7 @@ def test_peak_memory_is_at_most_three_times_the_balanced_minimum():
 
 
 def test_peak_memory_does_not_know_the_worst_case():
-    """In the worst case a device of eight receives four times what a device of two does. Measured: the same within 1%."""
+    """In the worst case a device of eight receives four times what a device of two does. Measured: the same within
+    1%.
+    """
     assert peak_bytes(8, 2.0) <= 1.05 * peak_bytes(2, 2.0)

@@ -1,4 +1,6 @@
-"""The mesh refuses what does not fit; the layout covers every parameter; gathering a weight and reducing its gradient are transposes."""
+"""The mesh refuses what does not fit; the layout covers every parameter; gathering a weight and reducing its gradient
+are transposes.
+"""
 
 import functools
 import importlib
@@ -63,7 +65,9 @@ def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts
     check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
     tree[section][name] = value
     config = from_config_dict(tree)
-    with pytest.raises(ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*change it or the mesh"):
+    with pytest.raises(
+        ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*change it or the mesh"
+    ):
         check_fit(config, make_mesh(config.mesh))
 
 
@@ -72,7 +76,10 @@ def test_tokens_that_share_no_scale_are_refused_in_fp8():
     tree.mesh.update({"data": 1, "expert": 8})
     check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
     tree.data.sequence_length = 192
-    message = "micro_batch_size = 8 leaves 192 tokens to each of 8 devices; in FP8 128 tokens share .* make it a multiple of 128"
+    message = (
+        "micro_batch_size = 8 leaves 192 tokens to each of 8 devices; in FP8 128 tokens share"
+        " .* make it a multiple of 128"
+    )
     with pytest.raises(ValueError, match=message):
         check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
     tree.training.micro_batch_size = 16
@@ -91,7 +98,9 @@ def named_leaves(tree):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layout_covers_every_parameter(name):
-    """Stacked leaves have one dim more than their layout, others as many; no axis splits two dims; matrices are split over all of ROWS."""
+    """Stacked leaves have one dim more than their layout, others as many; no axis splits two dims; matrices are split
+    over all of ROWS.
+    """
     params, router_bias = parameters(name)
     specs = jax.tree.leaves(partition_specs((params, router_bias)), is_leaf=lambda spec: isinstance(spec, P))
     for (leaf_name, leaf), spec in zip(named_leaves((params, router_bias)), specs, strict=True):
@@ -135,11 +144,15 @@ def local_shape(name):
 
 @functools.cache
 def gathered_and_reduced(dtype):
-    """On 2x2x2: each device's gathered weights, and its gradients by both ways, for cotangents that differ on every device."""
+    """On 2x2x2: each device's gathered weights, and its gradients by both ways, for cotangents that differ on every
+    device.
+    """
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WHOLE.items()}
     # 256 on one device and 1 on seven: a sum in BF16 stays at 256.
-    cotangents = {name: np.ones((8, *local_shape(name)), np.float32) * rng.integers(1, 4, local_shape(name)) for name in WHOLE}
+    cotangents = {
+        name: np.ones((8, *local_shape(name)), np.float32) * rng.integers(1, 4, local_shape(name)) for name in WHOLE
+    }
     for c in cotangents.values():
         c[0] *= 256
 
@@ -151,7 +164,10 @@ def gathered_and_reduced(dtype):
     with jax.set_mesh(make_mesh(sizes(data=2, node=2, expert=2))):
         specs = partition_specs(params)
         run = jax.jit(jax.shard_map(local, in_specs=(specs, P(ROWS)), out_specs=(P(ROWS), specs, specs)))
-        arrays = jax.tree.map(jax.device_put, params, specs), jax.tree.map(lambda c: jax.device_put(c, P(ROWS)), cotangents)
+        arrays = (
+            jax.tree.map(jax.device_put, params, specs),
+            jax.tree.map(lambda c: jax.device_put(c, P(ROWS)), cotangents),
+        )
         return params, cotangents, *jax.device_get(run(*arrays))
 
 
@@ -170,7 +186,9 @@ def test_gather_makes_the_weight_whole_everywhere(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", WHOLE)
 def test_gradients_are_summed_over_devices_in_fp32(name, dtype):
-    """By transposing `gather` and by `reduce_gradients`: small integers, so the sum in FP32 is exact, and in BF16 it would be wrong."""
+    """By transposing `gather` and by `reduce_gradients`: small integers, so the sum in FP32 is exact, and in BF16 it
+    would be wrong.
+    """
     _, cotangents, _, transposed, reduced = gathered_and_reduced(dtype)
     c = cotangents[name]
     if expert_dim(name) is None:

@@ -10,13 +10,15 @@ ONE = small.MESHES[0]
 QUICK = ((2, 1, 4), (2, 2, 2))  # the others compile for a minute each
 OTHERS = [
     pytest.param(
-        sizes, marks=[pytest.mark.xdist_group(small.group(sizes))] + [pytest.mark.slow] * (sizes not in QUICK), id=small.group(sizes)
+        sizes,
+        marks=[pytest.mark.xdist_group(small.group(sizes))] + [pytest.mark.slow] * (sizes not in QUICK),
+        id=small.group(sizes),
     )
     for sizes in small.MESHES[1:]
 ]
 NUM_STEPS = 50
-# Rounding differs by 1e-7 between meshes and flips near-tied routes within a few steps. Measured on four meshes over 50 steps:
-# at most 8e-3 nats.
+# Rounding differs by 1e-7 between meshes and flips near-tied routes within a few steps. Measured on four meshes over 50
+# steps: at most 8e-3 nats.
 DRIFT = 2.5e-2
 
 

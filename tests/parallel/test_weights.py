@@ -1,4 +1,6 @@
-"""FP8 weights on a mesh: quantised where they lie to the same bits as on one device, moved as bytes, their gradients summed in FP32."""
+"""FP8 weights on a mesh: quantised where they lie to the same bits as on one device, moved as bytes, their gradients
+summed in FP32.
+"""
 
 import functools
 
@@ -46,7 +48,11 @@ def on_eight_devices():
         weights, pull = jax.vjp(lambda tree: detach(gather(attach(tree, quantized), jnp.bfloat16))[0], params)
         _, moved = detach(gather(attach(params, quantized), jnp.bfloat16))
         mine = {name: cotangent(name, w.shape).astype(w.dtype) for name, w in weights.items()}
-        return jax.tree.map(lambda w: w[None], ({name: moved[name] for name in FP8}, mine)), pull(mine)[0], reduce_gradients(mine)
+        return (
+            jax.tree.map(lambda w: w[None], ({name: moved[name] for name in FP8}, mine)),
+            pull(mine)[0],
+            reduce_gradients(mine),
+        )
 
     tree = {"pipe": 1, "data": 2, "node": 2, "expert": 2, "tensor": 1}
     with jax.set_mesh(make_mesh(config_lib.Mesh(**ConfigDict(tree)))):
@@ -68,7 +74,9 @@ def test_every_device_has_the_bits_of_one_device(name):
         w = mine(name, params[name], device)
         matrix = matrix_shape(w.shape, INPUT_DIMS[name], len(LAYOUT[name]) - (name in PER_EXPERT))
         want = quantize_blocks(jnp.asarray(w.reshape(-1, *matrix[-2:])))
-        np.testing.assert_array_equal(values[device].view(np.uint8).ravel(), np.asarray(want.values).view(np.uint8).ravel())
+        np.testing.assert_array_equal(
+            values[device].view(np.uint8).ravel(), np.asarray(want.values).view(np.uint8).ravel()
+        )
         np.testing.assert_array_equal(scales[device].ravel(), np.ravel(want.scales))
     assert values.shape[1:] == mine(name, params[name], 0).shape
 

@@ -27,7 +27,18 @@ def get_config(corpus: str) -> ConfigDict:
         }
     )
     config.optimizer.warmup_steps = 5
-    config.data.update({"sources": ({"path": corpus, "weight": 1.0},), "tokenizer": "byte", "sequence_length": 32, "heldout_fraction": 0.2})
-    config.training.update({"num_tokens": 60 * 8 * 32, "eval_every": 20, "eval_batches": 2, "checkpoint_every": 5, "keep_checkpoints": 2})
-    config.execution.update({"expert_block": 8, "expert_wave": 8, "loss_chunk": 64, "attention_chunk": 32, "scan_unroll": 1})
+    config.data.update(
+        {
+            "sources": ({"path": corpus, "weight": 1.0},),
+            "tokenizer": "byte",
+            "sequence_length": 32,
+            "heldout_fraction": 0.2,
+        }
+    )
+    config.training.update(
+        {"num_tokens": 60 * 8 * 32, "eval_every": 20, "eval_batches": 2, "checkpoint_every": 5, "keep_checkpoints": 2}
+    )
+    config.execution.update(
+        {"expert_block": 8, "expert_wave": 8, "loss_chunk": 64, "attention_chunk": 32, "scan_unroll": 1}
+    )
     return config

@@ -28,7 +28,9 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
     if jax.config.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     with log.open("ab") as output:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:

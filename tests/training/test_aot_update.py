@@ -1,6 +1,8 @@
-"""The update compiled for a GPU that is not there: what XLA fuses decides how often the parameters are read and written.
+"""The update compiled for a GPU that is not there: what XLA fuses decides how often the parameters are read and
+written.
 
-The floor, per parameter: gradients once for their norm, then parameters, gradients and moments once, 16 bytes read and 8 written.
+The floor, per parameter: gradients once for their norm, then parameters, gradients and moments once, 16 bytes read and
+8 written.
 """
 
 import functools
@@ -21,14 +23,20 @@ from tests.pallas_kernels.test_aot_hopper import H100
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 LAYERS, EXPERTS = 11, 64
-LEAVES = {"gate_up_ED2F": (LAYERS, EXPERTS, 2048, 2, 1024), "down_EFD": (LAYERS, EXPERTS, 1024, 2048), "norm_D": (LAYERS, 2048)}
+LEAVES = {
+    "gate_up_ED2F": (LAYERS, EXPERTS, 2048, 2, 1024),
+    "down_EFD": (LAYERS, EXPERTS, 1024, 2048),
+    "norm_D": (LAYERS, 2048),
+}
 
 
 def arguments(config, mesh):
     """What `update` takes for a model of `LEAVES` alone, without an array."""
 
     def place(tree, specs):
-        return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)), tree, specs)
+        return jax.tree.map(
+            lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)), tree, specs
+        )
 
     def zeros(dtype, *shapes):
         return (place(jax.ShapeDtypeStruct(shape, dtype), P()) for shape in shapes)
@@ -41,7 +49,13 @@ def arguments(config, mesh):
     scalar, per_layer, none = zeros(jnp.float32, (), (LAYERS,), (0,))
     integer, counts = zeros(jnp.int32, (), (LAYERS, EXPERTS))
     (bias,) = zeros(jnp.float32, (LAYERS, EXPERTS))
-    state = {"params": params, "router_bias": {"bias_E": bias}, "optimizer": optimizer, "step": integer, "skipped": integer}
+    state = {
+        "params": params,
+        "router_bias": {"bias_E": bias},
+        "optimizer": optimizer,
+        "step": integer,
+        "skipped": integer,
+    }
     sums = step_lib.Sums(scalar, scalar, none, RouterStats(counts, per_layer, per_layer, per_layer))
     return state, params, sums, step_lib.Normalisers(scalar, integer, integer), Rates(scalar, scalar, scalar)
 
@@ -49,15 +63,22 @@ def arguments(config, mesh):
 def test_update_passes_over_the_parameters_once_and_in_place():
     """The direction is no array. 1%: partial sums, and what is no parameter."""
     config = from_config_dict(v3_5b.get_config())
-    target = H100.replace("device_memory_size: 84978434048", "device_memory_size: 150754820096")  # an H200's, for all of it to fit
-    mesh = make_mesh(config.mesh, topologies.get_topology_desc("h200", "cuda", target_config=target, topology="1x1x1").devices)
+    target = H100.replace(
+        "device_memory_size: 84978434048", "device_memory_size: 150754820096"
+    )  # an H200's, for all of it to fit
+    mesh = make_mesh(
+        config.mesh, topologies.get_topology_desc("h200", "cuda", target_config=target, topology="1x1x1").devices
+    )
     with jax.set_mesh(mesh):
         update = jax.jit(functools.partial(step_lib.update, config), donate_argnums=0)
         compiled = update.trace(*arguments(config, mesh)).lower(lowering_platforms=("cuda",)).compile()
     text = compiled.as_text()
     kernels = [line for line in text[text.index("ENTRY ") :].splitlines() if " fusion(" in line or " copy(" in line]
     for name in ("gate_up_ED2F", "down_EFD"):
-        passes = {part: sum(bool(re.search(f"{part}_+{name}", line)) for line in kernels) for part in ("grads", "params", "mu", "nu")}
+        passes = {
+            part: sum(bool(re.search(f"{part}_+{name}", line)) for line in kernels)
+            for part in ("grads", "params", "mu", "nu")
+        }
         assert passes == {"grads": 2, "params": 1, "mu": 1, "nu": 1}, name
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 0.01 * memory.alias_size_in_bytes

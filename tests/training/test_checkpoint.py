@@ -186,7 +186,9 @@ def test_damage_to_any_file_is_harmless_or_detected(original, tmp_path, kind, ca
 def test_a_flipped_bit_that_decodes_is_seen_by_the_fingerprints(original, tmp_path, caplog):
     """Arrays are compressed without a checksum, so Orbax and TensorStore read many a flipped bit as a value."""
     mesh, generator = make_mesh(2, 4), np.random.default_rng(2)
-    largest = max((original / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size).relative_to(original)
+    largest = max((original / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size).relative_to(
+        original
+    )
     for number in range(8):
         workdir = shutil.copytree(original, tmp_path / str(number))
         flip(workdir / largest, generator)
@@ -205,7 +207,9 @@ def test_the_largest_file_truncated_is_named_and_the_newest_intact_one_used(work
 def test_no_intact_checkpoint_is_refused_and_nothing_moved(workdir):
     for step in ("2", "3"):
         (workdir / "checkpoints" / step / "run" / "metadata").write_text("{")
-    with pytest.raises(ValueError, match=r"(?s)no intact checkpoint.*checkpoints/3: .*checkpoints/2: .*another --workdir"):
+    with pytest.raises(
+        ValueError, match=r"(?s)no intact checkpoint.*checkpoints/3: .*checkpoints/2: .*another --workdir"
+    ):
         restore(workdir, make_mesh(2, 4))
     with opened(workdir, None) as checkpoints:
         assert checkpoints.steps() == [2, 3]
@@ -236,7 +240,9 @@ def test_a_half_deleted_old_checkpoint_does_no_harm(workdir):
 
 
 def test_a_full_disk_while_saving_is_a_clear_error(workdir):
-    """The limit on the size of a file makes real writes fail in the background, as a full disk does (it needs no mount)."""
+    """The limit on the size of a file makes real writes fail in the background, as a full disk does (it needs no
+    mount).
+    """
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     mesh = make_mesh(2, 4)

@@ -42,7 +42,9 @@ def test_matmul_weights_of_671b():
 
 
 def test_mtp_adds_one_layer_a_merge_and_a_head():
-    """Active weights of one MTP layer with its head: 2.541B less the embedding (spec section 1.3), and one layer of attention."""
+    """Active weights of one MTP layer with its head: 2.541B less the embedding (spec section 1.3), and one layer of
+    attention.
+    """
     added = flops_per_token(V3, 0, causal=False, mtp=True) - flops_per_token(V3, 0, causal=False, mtp=False)
     assert added / 6e9 == pytest.approx(2.541 - 0.927, abs=1e-3)
 
@@ -77,7 +79,13 @@ def test_weights_equal_a_count_of_xla():
 
 @pytest.mark.parametrize(
     ("kind", "teraflops"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v6 lite", 918)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+    ],
 )
 def test_longest_name_wins(kind, teraflops):
     assert peak_flops(kind) == teraflops * 1e12

@@ -7,8 +7,8 @@ import pytest
 from tests import small
 
 ONE, EIGHT = (1, 1, 1), (2, 1, 4)
-# Rounding to BF16 differs by mesh, and flips routes whose scores are near ties: measured on four batches 3.1e-5 in the loss and 0.054 in
-# gradients (the query latent; norms of the difference over that of the gradient).
+# Rounding to BF16 differs by mesh, and flips routes whose scores are near ties: measured on four batches 3.1e-5 in the
+# loss and 0.054 in gradients (the query latent; norms of the difference over that of the gradient).
 LOSS, GRADIENT = 1e-4, 0.08
 
 

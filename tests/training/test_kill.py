@@ -1,7 +1,7 @@
 """A run that is killed with SIGKILL and started again, over and over, ends with the parameters of a run that never was.
 
-The parent only watches the workdir; nothing in the trainer knows of it. Some kills strike at a random moment, some while a save's
-temporary folder exists.
+The parent only watches the workdir; nothing in the trainer knows of it. Some kills strike at a random moment, some
+while a save's temporary folder exists.
 """
 
 import os
@@ -42,7 +42,9 @@ def kill_in_mid_save(process: subprocess.Popen, workdir: Path) -> bool:
 
 
 def kill_at_random(process: subprocess.Popen, workdir: Path, rng: random.Random) -> None:
-    """Kill up to a second after the first change of the checkpoints: in a step, between two, in a save, in an evaluation."""
+    """Kill up to a second after the first change of the checkpoints: in a step, between two, in a save, in an
+    evaluation.
+    """
     before, deadline = saves(workdir), time.monotonic() + DEADLINE
     while process.poll() is None and saves(workdir) == before and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -68,7 +70,13 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def command(corpus: Path, workdir: Path) -> list[str]:
-    return ["-m", "experiments.train", f"--config=tests/training/nano.py:{corpus}", f"--workdir={workdir}", "--cpu_devices=1"]
+    return [
+        "-m",
+        "experiments.train",
+        f"--config=tests/training/nano.py:{corpus}",
+        f"--workdir={workdir}",
+        "--cpu_devices=1",
+    ]
 
 
 @pytest.mark.slow

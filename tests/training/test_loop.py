@@ -1,7 +1,9 @@
-"""The loop: order of files and steps, interruption, skipped steps, and a sheet and a table that can be drawn from the metrics alone.
+"""The loop: order of files and steps, interruption, skipped steps, and a sheet and a table that can be drawn from the
+metrics alone.
 
-All but the last test replace the model by a table of numbers that remembers every token it has seen, in order: a lost, repeated or
-reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoints and metrics are the real ones.
+All but the last test replace the model by a table of numbers that remembers every token it has seen, in order: a lost,
+repeated or reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoints and metrics are the real
+ones.
 """
 
 import dataclasses
@@ -33,9 +35,15 @@ LAYERS, EXPERTS = 2, 8
 
 
 def fake_step(state, batch, rates):
-    """Fold the batch and the rates into the state, in an order-dependent way; non-finite batches are skipped as in the real step."""
+    """Fold the batch and the rates into the state, in an order-dependent way; non-finite batches are skipped as in the
+    real step.
+    """
     finite = jnp.isfinite(batch["loss_weights_BS"]).all()
-    text = (batch["tokens_BS"] * (1 + jnp.arange(batch["tokens_BS"].shape[1], dtype=jnp.int32))).sum(dtype=jnp.int32).astype(jnp.float32)
+    text = (
+        (batch["tokens_BS"] * (1 + jnp.arange(batch["tokens_BS"].shape[1], dtype=jnp.int32)))
+        .sum(dtype=jnp.int32)
+        .astype(jnp.float32)
+    )
     table = state["params"]["table"] * 0.75 + text * rates.learning_rate
     table = jnp.where(finite, table, state["params"]["table"])
     skipped = jnp.where(finite, 0, state["skipped"] + 1)
@@ -56,7 +64,12 @@ def fake_step(state, batch, rates):
 def fake_eval_step(params, router_bias, batch):
     weight = batch["loss_weights_BS"].sum()
     counts_LE = jnp.ones((LAYERS, EXPERTS), jnp.int32)
-    return {"loss_sum": weight * 2 + params["table"][0] * 0, "weight_sum": weight, "mtp_loss_sum": weight[None], "counts_LE": counts_LE}
+    return {
+        "loss_sum": weight * 2 + params["table"][0] * 0,
+        "weight_sum": weight,
+        "mtp_loss_sum": weight[None],
+        "counts_LE": counts_LE,
+    }
 
 
 def fake_state(mesh) -> dict:
@@ -266,10 +279,22 @@ def test_the_batch_ramp_follows_the_tokens(fake_model, config, tmp_path):
 def test_the_report_is_drawn_from_the_metrics_alone(fake_model, config, tmp_path):
     result = train(config, tmp_path)
     first = add_yardsticks(config, tmp_path, result.tokenizer, result.step, result.tokens_seen)
-    assert add_yardsticks(config, tmp_path, result.tokenizer, result.step, result.tokens_seen) == {"step": 60, "tokens_seen": 15360} | first
+    assert (
+        add_yardsticks(config, tmp_path, result.tokenizer, result.step, result.tokens_seen)
+        == {"step": 60, "tokens_seen": 15360} | first
+    )
     digest = open_corpus(config, result.tokenizer, tmp_path).digest
     table = final_table(tmp_path, digest, checkpoint_steps(tmp_path))
-    for expected in ("before", "bigram", "gzip -9 of pieces", "xz -9", "tokens/s", "compile time", digest[:16], "55, 60"):
+    for expected in (
+        "before",
+        "bigram",
+        "gzip -9 of pieces",
+        "xz -9",
+        "tokens/s",
+        "compile time",
+        digest[:16],
+        "55, 60",
+    ):
         assert expected in table
     path = draw_sheet(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000

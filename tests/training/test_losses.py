@@ -55,7 +55,9 @@ def test_equals_plain_value_and_gradient(chunk, z_weight):
 def test_tokens_without_weight_have_no_gradient():
     hidden_TD, head_DV, targets_T, weights_T = make_inputs()
     weights_T = weights_T.at[:9].set(0.0)
-    _, (hidden_grad_TD, _) = gradients(functools.partial(cross_entropy, chunk=16, z_weight=1e-2), hidden_TD, head_DV, targets_T, weights_T)
+    _, (hidden_grad_TD, _) = gradients(
+        functools.partial(cross_entropy, chunk=16, z_weight=1e-2), hidden_TD, head_DV, targets_T, weights_T
+    )
     assert not hidden_grad_TD[:9].any() and hidden_grad_TD[-1].any()
     loss_sum, z_sum = cross_entropy(hidden_TD, head_DV, targets_T, 0 * weights_T, 16, 1e-2)
     assert loss_sum == 0.0 and z_sum == 0.0
@@ -78,7 +80,9 @@ def test_bf16_accumulates_the_head_gradient_in_fp32():
     num_tokens = 16384
     hidden_TD, head_DV = jnp.ones((num_tokens, 4), jnp.bfloat16), jnp.zeros((4, 8))
     ones, zeros = jnp.ones(num_tokens), jnp.zeros(num_tokens, jnp.int32)
-    _, (hidden_grad_TD, head_grad_DV) = gradients(functools.partial(cross_entropy, chunk=16, z_weight=0.0), hidden_TD, head_DV, zeros, ones)
+    _, (hidden_grad_TD, head_grad_DV) = gradients(
+        functools.partial(cross_entropy, chunk=16, z_weight=0.0), hidden_TD, head_DV, zeros, ones
+    )
     assert hidden_grad_TD.dtype == jnp.bfloat16 and head_grad_DV.dtype == jnp.float32
     np.testing.assert_allclose(head_grad_DV[:, 1:], 0.37 * num_tokens / 8, rtol=1e-6)
 
@@ -129,7 +133,9 @@ def test_forward_alone_makes_no_gradient_and_gradient_repeats_no_matmul():
 
 @pytest.mark.parametrize("head_sharded", [False, True], ids=["replicated head", "gathered head"])
 def test_inside_shard_map_equals_one_device(head_sharded):
-    """Tokens over eight devices; a replicated head receives the sum of its gradients through the transpose of its cast to varying."""
+    """Tokens over eight devices; a replicated head receives the sum of its gradients through the transpose of its cast
+    to varying.
+    """
     mesh = jax.make_mesh((8,), ("data",))
     hidden_TD, head_DV, targets_T, weights_T = (x[:48] if x.shape[0] == T else x for x in make_inputs())
     rows, head_spec = jax.P("data"), jax.P("data") if head_sharded else jax.P()
@@ -140,7 +146,9 @@ def test_inside_shard_map_equals_one_device(head_sharded):
 
     with jax.set_mesh(mesh):
         specs = rows, head_spec, rows, rows
-        inputs = [jax.device_put(x, spec) for x, spec in zip((hidden_TD, head_DV, targets_T, weights_T), specs, strict=True)]
+        inputs = [
+            jax.device_put(x, spec) for x, spec in zip((hidden_TD, head_DV, targets_T, weights_T), specs, strict=True)
+        ]
         island = jax.shard_map(local, in_specs=specs, out_specs=jax.P())
         value, grads = jax.jit(jax.value_and_grad(island, argnums=(0, 1)))(*inputs)
     want_value, want_grads = jax.value_and_grad(objective, argnums=(0, 1))(hidden_TD, head_DV, targets_T, weights_T)

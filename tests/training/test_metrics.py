@@ -23,7 +23,11 @@ def step_metrics(loss: float) -> dict[str, np.ndarray]:
     counts = ("nonfinite", "skipped", "dead_experts", "tokens")
     layers = ("max_vio_L", "max_vio_sequence_L", "bias_min_L", "bias_max_L")
     return (
-        {"loss": np.float32(loss), "mtp_loss": np.float32([loss]), "counts_LE": np.arange(8, dtype=np.int32).reshape(2, 4)}
+        {
+            "loss": np.float32(loss),
+            "mtp_loss": np.float32([loss]),
+            "counts_LE": np.arange(8, dtype=np.int32).reshape(2, 4),
+        }
         | {name: np.float32(0.5) for name in scalars}
         | {name: np.int32(0) for name in counts}
         | {name: np.float32([0.1, 0.2]) for name in layers}
@@ -43,7 +47,9 @@ def test_every_key_is_documented_and_every_documented_key_written():
     speed = Speedometer(1e9, jax.devices())
     speed.count(10)
     written = train_row(step_metrics(1.0), RATES).keys() | eval_row(1.0, [1.0], 1.0, [0.0]).keys() | speed.row().keys()
-    by_others = {"step", "tokens_seen", "speed/mfu", "speed/compile_seconds"} | {key for key in KEYS if key.startswith("yardstick/")}
+    by_others = {"step", "tokens_seen", "speed/mfu", "speed/compile_seconds"} | {
+        key for key in KEYS if key.startswith("yardstick/")
+    }
     assert written | by_others == KEYS.keys()
     assert not written & by_others
 
@@ -56,7 +62,10 @@ def test_an_undocumented_key_is_refused(tmp_path):
 def test_lines_are_strict_json_and_nothing_is_rounded(tmp_path):
     loss = np.float32(0.1)
     with closing(MetricsLog(tmp_path, 0)) as log:
-        log.write({"step": 1, "tokens_seen": 2**60 + 1} | train_row(step_metrics(loss) | {"grad_norm": np.float32(np.nan)}, RATES))
+        log.write(
+            {"step": 1, "tokens_seen": 2**60 + 1}
+            | train_row(step_metrics(loss) | {"grad_norm": np.float32(np.nan)}, RATES)
+        )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert row["tokens_seen"] == 2**60 + 1

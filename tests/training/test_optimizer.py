@@ -1,4 +1,6 @@
-"""AdamW with BF16 moments against a hand-written one, the decay mask, and the published schedules at their switch points."""
+"""AdamW with BF16 moments against a hand-written one, the decay mask, and the published schedules at their switch
+points.
+"""
 
 import dataclasses
 
@@ -11,7 +13,14 @@ import pytest
 from configs.deepseek_v3 import get_config
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import LAYOUT
-from deepseek_jax.training.optimizer import batch_size, decay_mask, ema_update, make_optimizer, rates, scale_by_bf16_adam
+from deepseek_jax.training.optimizer import (
+    batch_size,
+    decay_mask,
+    ema_update,
+    make_optimizer,
+    rates,
+    scale_by_bf16_adam,
+)
 
 V3 = from_config_dict(get_config())
 TRILLION = 10**12
@@ -29,7 +38,9 @@ def make_params():
 def make_gradients(step):
     leaves, tree = jax.tree.flatten(make_params())
     keys = jax.random.split(jax.random.key(step + 1), len(leaves))
-    return jax.tree.unflatten(tree, [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(
+        tree, [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    )
 
 
 def test_direction_equals_adamw_written_out():
@@ -62,7 +73,9 @@ def test_moments_are_stored_in_bf16_and_the_direction_in_fp32():
 
 
 def test_bf16_second_moment_follows_a_falling_gradient():
-    """What b2 <= 0.99 buys: after gradients of 1, gradients of 0.1 bring the moment to 0.01, but for rounding (0.004 / (1 - b2) of it)."""
+    """What b2 <= 0.99 buys: after gradients of 1, gradients of 0.1 bring the moment to 0.01, but for rounding (0.004 /
+    (1 - b2) of it).
+    """
     for b2, largest in ((0.95, 0.011), (0.99, 0.017)):
         adam = scale_by_bf16_adam(0.9, b2, 1e-8)
         update, state = jax.jit(adam.update), adam.init(jnp.zeros(()))
@@ -105,7 +118,9 @@ def test_decay_alone_moves_matrices_only():
     ],
 )
 def test_published_learning_rate(tokens_seen, learning_rate):
-    assert rates(V3, LATE, tokens_seen).learning_rate == pytest.approx(learning_rate, rel=1e-7)  # FP32's own rounding is 6e-8
+    assert rates(V3, LATE, tokens_seen).learning_rate == pytest.approx(
+        learning_rate, rel=1e-7
+    )  # FP32's own rounding is 6e-8
 
 
 def test_cosine_is_the_printed_formula():
@@ -117,8 +132,12 @@ def test_cosine_is_the_printed_formula():
 def test_warmup_is_linear_in_steps_and_scales_nothing_else():
     steps = [0, 1, 999, 1999, 2000]
     got = [rates(V3, step, 0) for step in steps]
-    assert [float(r.learning_rate) for r in got] == pytest.approx([2.2e-4 * min(1, (step + 1) / 2000) for step in steps], rel=1e-7)
-    assert {(float(r.mtp_weight), float(r.bias_update_rate)) for r in got} == {(float(np.float32(0.3)), float(np.float32(1e-3)))}
+    assert [float(r.learning_rate) for r in got] == pytest.approx(
+        [2.2e-4 * min(1, (step + 1) / 2000) for step in steps], rel=1e-7
+    )
+    assert {(float(r.mtp_weight), float(r.bias_update_rate)) for r in got} == {
+        (float(np.float32(0.3)), float(np.float32(1e-3)))
+    }
 
 
 def test_mtp_weight_and_bias_rate_switch_at_their_tokens():

@@ -1,4 +1,6 @@
-"""Two processes of four devices do as one process of eight does: each trains on its own rows, and they write one export together."""
+"""Two processes of four devices do as one process of eight does: each trains on its own rows, and they write one export
+together.
+"""
 
 import socket
 
@@ -14,7 +16,15 @@ STEPS = 12
 def command(corpus, workdir, *options):
     size = f"--config.training.num_tokens={STEPS * 8 * 32}"
     mesh = ["--config.mesh.data=2", "--config.mesh.expert=4"]
-    return ["-m", "experiments.train", f"--config=tests/training/nano.py:{corpus}", f"--workdir={workdir}", size, *mesh, *options]
+    return [
+        "-m",
+        "experiments.train",
+        f"--config=tests/training/nano.py:{corpus}",
+        f"--workdir={workdir}",
+        size,
+        *mesh,
+        *options,
+    ]
 
 
 def free_port() -> int:
@@ -37,7 +47,9 @@ def test_two_processes_equal_one(tmp_path):
     for key, count in (("train/loss", STEPS), ("optimizer/grad_norm", STEPS), ("eval/bits_per_byte", 2)):
         of_one, of_two = ([row[key] for row in read_rows(workdir) if key in row] for workdir in (one, two))
         assert len(of_one) == count
-        np.testing.assert_allclose(of_two, of_one, rtol=5e-6, err_msg=key)  # sums over processes add in another order: 4e-7 was seen
+        np.testing.assert_allclose(
+            of_two, of_one, rtol=5e-6, err_msg=key
+        )  # sums over processes add in another order: 4e-7 was seen
     assert (two / "checkpoints" / str(STEPS)).is_dir()
     assert "held-out bits per byte, after" in logs[1].read_text()
     assert "held-out bits per byte" not in logs[2].read_text()
@@ -45,7 +57,9 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_export_what_one_does(tmp_path):
-    """FP32 masters that neither process has whole, in more files than there are processes; one file is already there."""
+    """FP32 masters that neither process has whole, in more files than there are processes; one file is already
+    there.
+    """
     corpus = write_corpus(tmp_path / "corpus")
     workdir, one, two = tmp_path / "run", tmp_path / "one", tmp_path / "two"
     steps = f"--config.training.num_tokens={2 * 8 * 32}"
@@ -58,7 +72,9 @@ def test_two_processes_export_what_one_does(tmp_path):
     def export_together() -> list[str]:
         together = [f"--hf={two}", "--cpu_devices=4", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
         logs = [tmp_path / f"log{i}" for i in range(2)]
-        for process, log in zip([start([*export, *together, f"--process_id={i}"], logs[i]) for i in range(2)], logs, strict=True):
+        for process, log in zip(
+            [start([*export, *together, f"--process_id={i}"], logs[i]) for i in range(2)], logs, strict=True
+        ):
             finish(process, log)
         return [log.read_text() for log in logs]
 

@@ -1,4 +1,6 @@
-"""The step: its gradient is that of a plain objective however it is cut up, padding counts nowhere, and nothing survives a NaN."""
+"""The step: its gradient is that of a plain objective however it is cut up, padding counts nowhere, and nothing
+survives a NaN.
+"""
 
 import dataclasses
 import functools
@@ -37,7 +39,9 @@ def run():
 
 
 def plain_objective(config, params, router_bias, batch, mtp_weight):
-    """The paper's objective on the whole batch: logits of every token, targets shifted by loops, no chunks, no collectives."""
+    """The paper's objective on the whole batch: logits of every token, targets shifted by loops, no chunks, no
+    collectives.
+    """
     output = transformer.apply(config, params, router_bias, batch)
     tokens = batch["loss_weights_BS"].sum()
 
@@ -60,7 +64,9 @@ def plain_gradients():
     """Value and gradients of the plain objective, of the initial state."""
     on = small.on_mesh(ONE)
     params, router_bias = jax.device_get((on.state["params"], on.state["router_bias"]))
-    objective = functools.partial(plain_objective, on.config, router_bias=router_bias, batch=uneven_batch(), mtp_weight=0.3)
+    objective = functools.partial(
+        plain_objective, on.config, router_bias=router_bias, batch=uneven_batch(), mtp_weight=0.3
+    )
     return jax.device_get(jax.jit(jax.value_and_grad(objective))(params))
 
 
@@ -72,7 +78,9 @@ def assert_gradients_equal(got, want, tolerance):
 
 
 def test_gradients_and_losses_are_those_of_the_plain_objective():
-    """Two micro-batches, chunked cross entropy, one device of a mesh. 1e-5: FP32 sums in another order; measured 9e-7."""
+    """Two micro-batches, chunked cross entropy, one device of a mesh. 1e-5: FP32 sums in another order; measured
+    9e-7.
+    """
     grads, _, _, _, metrics = run()
     value, want = plain_gradients()
     assert_gradients_equal(grads, want, 1e-5)
@@ -103,29 +111,42 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(sizes, training, execut
         params = jax.tree.map(jax.device_put, params, step_lib.partition_specs(params))
         router_bias = jax.tree.map(lambda b: jax.device_put(b, jax.P()), router_bias)
         gradients = jax.jit(functools.partial(step_lib.gradients, config))
-        grads, sums, _ = jax.device_get(gradients(params, router_bias, small.put(uneven_batch()), small.RATES.mtp_weight))
+        grads, sums, _ = jax.device_get(
+            gradients(params, router_bias, small.put(uneven_batch()), small.RATES.mtp_weight)
+        )
     assert_gradients_equal(grads, plain_gradients()[1], 1e-5)
     np.testing.assert_array_equal(sums.router.counts_E, run()[1].router.counts_E)
 
 
 def test_batch_that_is_no_multiple_is_refused():
     on = small.on_mesh(ONE)
-    with jax.set_mesh(on.mesh), pytest.raises(ValueError, match="a batch of 12 sequences is no multiple of training.micro_batch_size = 8"):
+    with (
+        jax.set_mesh(on.mesh),
+        pytest.raises(ValueError, match="a batch of 12 sequences is no multiple of training.micro_batch_size = 8"),
+    ):
         batch = small.put(small.batch(rows=12))
         jax.eval_shape(lambda s: step_lib.gradients(on.config, s["params"], s["router_bias"], batch, 0.3), on.state)
 
 
 def test_counts_are_exact_and_biases_move_once():
-    """K assignments per valid token and layer, over both micro-batches; one step of the sign of the total, for MTP's router too."""
+    """K assignments per valid token and layer, over both micro-batches; one step of the sign of the total, for MTP's
+    router too.
+    """
     on = small.on_mesh(ONE)
     _, sums, _, state, metrics = run()
     counts_LE, valid = metrics["counts_LE"], int((uneven_batch()["segment_ids_BS"] > 0).sum())
     model = on.config.model
-    assert counts_LE.dtype == np.int32 and counts_LE.shape == (model.num_moe_layers + model.num_mtp_layers, model.num_experts)
+    assert counts_LE.dtype == np.int32 and counts_LE.shape == (
+        model.num_moe_layers + model.num_mtp_layers,
+        model.num_experts,
+    )
     np.testing.assert_array_equal(counts_LE.sum(-1), model.experts_per_token * valid)
     assert metrics["tokens"] == valid < uneven_batch()["tokens_BS"].size
     signs = np.sign(counts_LE.sum(-1, keepdims=True) - counts_LE.astype(np.int64) * model.num_experts)
-    moe, mtp = state["router_bias"]["moe_layers"]["moe"]["bias_E"], state["router_bias"]["mtp_layers"]["block"]["moe"]["bias_E"]
+    moe, mtp = (
+        state["router_bias"]["moe_layers"]["moe"]["bias_E"],
+        state["router_bias"]["mtp_layers"]["block"]["moe"]["bias_E"],
+    )
     np.testing.assert_array_equal(np.concatenate([moe, mtp]), np.float32(1e-3) * signs)
     np.testing.assert_array_equal(metrics["bias_max_L"], np.concatenate([moe, mtp]).max(-1))
     np.testing.assert_array_equal(metrics["bias_min_L"], np.concatenate([moe, mtp]).min(-1))
@@ -134,14 +155,21 @@ def test_counts_are_exact_and_biases_move_once():
 
 
 def test_padding_changes_nothing():
-    """Other tokens, targets and positions on padding, and a row of nothing but padding instead of another: the same step, to the bit."""
+    """Other tokens, targets and positions on padding, and a row of nothing but padding instead of another: the same
+    step, to the bit.
+    """
     on = small.on_mesh(ONE)
     batch = uneven_batch()
     valid_BS = batch["segment_ids_BS"] > 0
     valid_BS[5] = False
-    batch = batch | {"segment_ids_BS": batch["segment_ids_BS"] * valid_BS, "loss_weights_BS": batch["loss_weights_BS"] * valid_BS}
+    batch = batch | {
+        "segment_ids_BS": batch["segment_ids_BS"] * valid_BS,
+        "loss_weights_BS": batch["loss_weights_BS"] * valid_BS,
+    }
     noise = small.batch(seed=9)
-    other = batch | {name: np.where(valid_BS, batch[name], noise[name]) for name in ("tokens_BS", "targets_BS", "positions_BS")}
+    other = batch | {
+        name: np.where(valid_BS, batch[name], noise[name]) for name in ("tokens_BS", "targets_BS", "positions_BS")
+    }
     # The token after a document's end is the target of its last position, whose weight is 0, and enters MTP there.
     with jax.set_mesh(on.mesh):
         first, second = (jax.device_get(on.step(on.state, small.put(b), small.RATES)) for b in (batch, other))
@@ -151,11 +179,15 @@ def test_padding_changes_nothing():
 
 
 def test_loss_is_normalised_by_the_global_weight():
-    """Three times the weights are the same loss and gradients; the divisor is the sum over all micro-batches, and MTP's too."""
+    """Three times the weights are the same loss and gradients; the divisor is the sum over all micro-batches, and MTP's
+    too.
+    """
     on = small.on_mesh(ONE)
     batch = uneven_batch()
     with jax.set_mesh(on.mesh):
-        grads, _, norms, _, metrics = on.step(on.state, small.put(batch | {"loss_weights_BS": 3 * batch["loss_weights_BS"]}), small.RATES)
+        grads, _, norms, _, metrics = on.step(
+            on.state, small.put(batch | {"loss_weights_BS": 3 * batch["loss_weights_BS"]}), small.RATES
+        )
     want_grads, want_sums, want_norms, _, want = run()
     np.testing.assert_allclose(norms.weight, 3 * batch["loss_weights_BS"].sum())
     for name in ("loss", "mtp_loss", "balance_loss"):
@@ -182,7 +214,9 @@ POISONS = {"a weight of the loss": np.inf, "a parameter": np.nan}
 
 @pytest.mark.parametrize("name", POISONS)
 def test_a_step_that_is_not_finite_changes_nothing(name):
-    """Parameters, moments and biases keep every bit; `skipped` counts consecutive such steps and a good one resets it."""
+    """Parameters, moments and biases keep every bit; `skipped` counts consecutive such steps and a good one resets
+    it.
+    """
     on = small.on_mesh(ONE)
     batch = uneven_batch()
     with jax.set_mesh(on.mesh):
@@ -217,7 +251,8 @@ def update(ema_decay):
     config = small.on_mesh(ONE).config
     return jax.jit(
         functools.partial(
-            step_lib.update, dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=ema_decay))
+            step_lib.update,
+            dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=ema_decay)),
         )
     )
 
@@ -228,14 +263,18 @@ def test_average_follows_the_new_parameters():
         grads, sums, norms, want, _ = on.step(on.state, small.put(uneven_batch()), small.RATES)
         start = jax.tree.map(lambda p: p + 1.0, on.state["params"])
         state, _ = update(0.9)(on.state | {"ema": start}, grads, sums, norms, small.RATES)
-        broken, _ = update(0.9)(on.state | {"ema": start}, jax.tree.map(lambda g: g * jnp.nan, grads), sums, norms, small.RATES)
+        broken, _ = update(0.9)(
+            on.state | {"ema": start}, jax.tree.map(lambda g: g * jnp.nan, grads), sums, norms, small.RATES
+        )
     for got, p, p0 in zip(*map(jax.tree.leaves, jax.device_get((state["ema"], want["params"], start))), strict=True):
         np.testing.assert_allclose(got, 0.9 * p0 + 0.1 * p, rtol=0, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(broken["ema"]), jax.device_get(start))
 
 
 def test_a_norm_that_overflows_is_not_finite():
-    """Elements of 1e30 are finite and their norm is not: clipping would make a step of zero gradient of it, silently."""
+    """Elements of 1e30 are finite and their norm is not: clipping would make a step of zero gradient of it,
+    silently.
+    """
     on = small.on_mesh(ONE)
     with jax.set_mesh(on.mesh):
         grads, sums, norms, _, _ = on.step(on.state, small.put(uneven_batch()), small.RATES)
@@ -254,17 +293,24 @@ def test_norms_are_those_of_the_new_parameters_and_of_their_change():
     """1e-6: the change is what FP32 parameters keep of the update; measured 7e-8."""
     before, after, metrics = small.on_mesh(ONE).state["params"], run()[3]["params"], run()[-1]
     np.testing.assert_allclose(metrics["param_norm"], norm(after), rtol=1e-6)
-    np.testing.assert_allclose(metrics["update_norm"], norm(jax.tree.map(lambda a, b: a - np.float64(b), after, before)), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["update_norm"], norm(jax.tree.map(lambda a, b: a - np.float64(b), after, before)), rtol=1e-6
+    )
     assert norm(after) != norm(before)
 
 
 def test_norms_count_every_element_once_however_it_lies():
     """Split along rows, along columns, over some axes and over none."""
     shapes = {"down_EFD": (3, 8, 4, 16), "gate_up_D2F": (16, 2, 4), "o_NHD": (2, 3, 16), "norm_D": (3, 16)}
-    first, second = ({name: np.random.default_rng(i).normal(size=shape) for name, shape in shapes.items()} for i in range(2))
+    first, second = (
+        {name: np.random.default_rng(i).normal(size=shape) for name, shape in shapes.items()} for i in range(2)
+    )
     mesh = make_mesh(small.config((2, 2, 2)).mesh)
     with jax.set_mesh(mesh):
-        trees = [jax.tree.map(lambda x, spec: jax.device_put(np.float32(x), spec), t, step_lib.partition_specs(t)) for t in (first, second)]
+        trees = [
+            jax.tree.map(lambda x, spec: jax.device_put(np.float32(x), spec), t, step_lib.partition_specs(t))
+            for t in (first, second)
+        ]
         got = jax.jit(step_lib._norms)(*trees)
     np.testing.assert_allclose(got, [norm(first), norm(second)], rtol=1e-6)
 
