@@ -45,9 +45,9 @@ from deepseek_jax.data.packing import Batch
 from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
 from deepseek_jax.model import attention, layers, norm_linear, transformer
 from deepseek_jax.model.linear import linear
-from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, INPUT_DIMS, Fp8Weight, Input
-from deepseek_jax.parallel.mesh import leaf_name, make_mesh
-from deepseek_jax.parallel.weights import FP32_WHEN_GATHERED
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Input
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import PARAMETERS, Fp8Weight, leaf_name
 from deepseek_jax.training import losses
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.optimizer import rates
@@ -173,7 +173,7 @@ def take(config: Config, params: Any, router_bias: Any, batch: Batch) -> list[Li
     gradients, taken = jax.jit(jax.grad(loss, has_aux=True))(zeros, params)
     found = []
     for (layer, matrix, weight), (x, _), g in zip(_weights(params), taken, gradients, strict=True):
-        inputs = math.prod(weight.shape[: INPUT_DIMS[matrix]])
+        inputs = math.prod(weight.shape[: PARAMETERS[matrix].input_dims])
         x_TI, g_TO = np.asarray(x).reshape(-1, inputs), np.asarray(g).reshape(batch["tokens_BS"].size, -1)
         found.append(Linear(layer, matrix, x_TI, g_TO, weight.reshape(inputs, -1)))
     return found
@@ -185,7 +185,7 @@ def _cast(tree: Any) -> Any:
     """
 
     def one(path, w):
-        return w.astype(jnp.bfloat16) if w.ndim > 1 and leaf_name(path) not in FP32_WHEN_GATHERED else w
+        return w.astype(jnp.bfloat16) if w.ndim > 1 and PARAMETERS[leaf_name(path)].precision != "fp32" else w
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

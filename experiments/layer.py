@@ -28,12 +28,12 @@ from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.model.attention import Attention
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
-from deepseek_jax.model.precision import PER_EXPERT
 from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.model.router import route, router_scores
-from deepseek_jax.parallel.mesh import AXES, P, leaf_name
+from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.weights import attach, quantize_weights
+from deepseek_jax.parameters import PARAMETERS, P, leaf_name
 from deepseek_jax.training.flops import FLOPS_PER_WEIGHT
 from pallas_kernels.quantized import GROUP
 
@@ -180,7 +180,7 @@ def flops(config: Config, load: Load, weights: Any) -> int:
     model = config.model
 
     def of_weight(path, w):
-        rows = load.rows if leaf_name(path) in PER_EXPERT else load.tokens
+        rows = load.rows if PARAMETERS[leaf_name(path)].per_expert else load.tokens
         return w.size * rows if w.ndim > 1 else 0  # norms have gains
 
     products = sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(of_weight, weights)))

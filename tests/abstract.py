@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel.mesh import ROWS, P
+from deepseek_jax.parameters import ROWS, P
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import jit_train_step

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from configs import tiny
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import ROWS, P
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import create_state

@@ -2,7 +2,7 @@
 it.
 
 Every leaf of our tree stacks many tensors: 58 layers x 256 experts x gate and up. A leaf is born as one array of zeros
-per device, in the layout of `parallel.mesh.LAYOUT`; a tensor is read once, a few MB of rows at a time, which are cut
+per device, in the layout of `parameters.PARAMETERS`; a tensor is read once, a few MB of rows at a time, which are cut
 into what each device stores of them and written into the arrays in place (`buffers`). So the host holds what is being
 read and nothing else, whatever the size of the model. A process reads the tensors of which its own devices hold a part.
 
@@ -32,11 +32,10 @@ from deepseek_jax.huggingface import pieces
 from deepseek_jax.huggingface.buffers import Buffers, Part, allocate, hand_over
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.places import as_matrices, num_lead
 from deepseek_jax.huggingface.shards import Shards, compare
 from deepseek_jax.model import transformer
-from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, Fp8Weight
-from deepseek_jax.parallel.mesh import EXPERTS, P, partition_specs, vary
+from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parameters import EXPERTS, PARAMETERS, Fp8Weight, P, matrix_shape, num_lead_dims, partition_specs
 from pallas_kernels.quantized import E4M3, GROUP
 
 Tree = dict[str, Any]
@@ -45,7 +44,6 @@ OnBytes = Callable[[int], None]
 
 NUM_THREADS = min(4, os.cpu_count() or 1)  # pieces put into place at once
 UNQUANTIZED = ("BF16", "F16", "F32")  # what stands for BF16 in checkpoints of others
-FP32 = {"bias_E", "router_DE"}  # never rounded to BF16 here: the router computes in FP32
 
 
 def expected(model: Model, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -90,7 +88,7 @@ def load(
     Args:
         shards: a checkpoint of `config.model` (see `check`).
         config: of the run; model and mesh count.
-        mesh: where the weights go, in `LAYOUT`.
+        mesh: where the weights go, each in its layout.
         weights: "fp8" leaves what is stored in FP8 as it is, in `Fp8Weight`s without a carrier, and the rest in BF16;
             "bf16" and "fp32" give arrays. Router and biases are FP32 always.
         on_bytes: called with the bytes of each tensor that is in its place.
@@ -188,13 +186,14 @@ def _parts(config: Config, mesh: jax.sharding.Mesh, weights: Weights) -> dict[tu
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_weights(config, mesh))[0]:
         key = tuple(entry.key for entry in path)
-        name, lead = key[-1], num_lead(key[-1], leaf.shape)
-        matrices = as_matrices(name, leaf.sharding.shard_shape(leaf.shape), lead)
-        if weights == "fp8" and name in INPUT_DIMS:
+        name, lead = key[-1], num_lead_dims(key[-1], leaf.ndim)
+        row_dims = PARAMETERS[name].row_dims
+        matrices = matrix_shape(leaf.sharding.shard_shape(leaf.shape), lead, row_dims)
+        if weights == "fp8" and PARAMETERS[name].precision == "fp8":
             found[*key, "values"] = Part(leaf.shape, E4M3, leaf.sharding, matrices, small=False)
-            found[*key, "scales"] = _scales_part(name, as_matrices(name, leaf.shape, lead), mesh)
+            found[*key, "scales"] = _scales_part(name, matrix_shape(leaf.shape, lead, row_dims), mesh)
         else:
-            dtype = jnp.float32 if weights == "fp32" or name in FP32 else jnp.bfloat16
+            dtype = jnp.float32 if weights == "fp32" or PARAMETERS[name].keeps_fp32 else jnp.bfloat16
             found[key] = Part(leaf.shape, dtype, leaf.sharding, matrices, small=matrices[-1] == 1)
     return found
 
@@ -207,7 +206,8 @@ def _scales_part(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) 
             f"{name} has halves of {columns // 2} columns: in FP8 blocks of {GROUP} belong to one half; load it as"
             " 'bf16'"
         )
-    spec = P(*(None,) * (len(lead) - 1), EXPERTS, None, None) if name in PER_EXPERT else P(*(None,) * (len(lead) + 2))
+    split = [EXPERTS] if PARAMETERS[name].per_expert else []
+    spec = P(*[None] * (len(lead) - len(split)), *split, None, None)
     shape = (*lead, -(-rows // GROUP), -(-columns // GROUP))
     sharding = jax.sharding.NamedSharding(mesh, spec)
     return Part(shape, jnp.float32, sharding, sharding.shard_shape(shape), small=True)

@@ -10,10 +10,10 @@ import numpy as np
 from deepseek_jax.config import Config
 from deepseek_jax.huggingface.load import Tree, with_carriers
 from deepseek_jax.model import transformer
-from deepseek_jax.model.precision import Fp8Weight
 from deepseek_jax.model.router import weigh
-from deepseek_jax.parallel.mesh import ROWS, P, axis_size
+from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.weights import gather
+from deepseek_jax.parameters import ROWS, Fp8Weight, P
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.step import jit_on, with_fp8
 

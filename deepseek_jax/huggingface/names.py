@@ -32,9 +32,11 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.config import Model
+from deepseek_jax.parameters import PARAMETERS
 from pallas_kernels.quantized import GROUP
 
 FP8, BF16, FP32 = "F8_E4M3", "BF16", "F32"
+SCALES = "scales"  # the array beside a leaf in FP8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,13 @@ class Tensor:
 
     @property
     def transposed(self) -> bool:
-        """Whether the tensor fills its leaf transposed: matrices do, all but the embedding."""
-        return len(self.shape) == 2 and self.leaf[-1] != "embed_VD"
+        """Whether the tensor fills its leaf transposed: matrices that are multiplied do, and their scales."""
+        return len(self.shape) == 2 and (self.leaf[-1] == SCALES or PARAMETERS[self.leaf[-1]].input_dims > 0)
+
+    @property
+    def row_dims(self) -> int:
+        """How many dims of the leaf are the rows of its matrix."""
+        return 1 if self.leaf[-1] == SCALES else PARAMETERS[self.leaf[-1]].row_dims
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -87,7 +94,7 @@ class Tensor:
     def scales(self) -> "Tensor":
         """The tensor of the scales, which fill an array "scales" beside the values, transposed like these."""
         return dataclasses.replace(
-            self, name=self.scale_name, shape=self.scale_shape, quantized=False, dtype=FP32, leaf=(*self.leaf, "scales")
+            self, name=self.scale_name, shape=self.scale_shape, quantized=False, dtype=FP32, leaf=(*self.leaf, SCALES)
         )
 
 
@@ -114,33 +121,40 @@ class _Row(NamedTuple):
     name: str
     leaf: str
     shape: str
-    dtype: str = FP8
     half: int | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of the released FP8 form: FP8 what is multiplied in FP8, FP32 the selection bias, BF16 the rest."""
+        name = self.leaf.split()[-1]
+        if PARAMETERS[name].precision == "fp8":
+            return FP8
+        return FP32 if name == "bias_E" else BF16
 
 
 _ATTENTION = (
-    _Row("input_layernorm", "attention norm_D", "D", BF16),
+    _Row("input_layernorm", "attention norm_D", "D"),
     _Row("self_attn.q_proj", "attention q_DNQ", "NQ D"),
     _Row("self_attn.q_a_proj", "attention q_a_DA", "A D"),
-    _Row("self_attn.q_a_layernorm", "attention q_norm_A", "A", BF16),
+    _Row("self_attn.q_a_layernorm", "attention q_norm_A", "A"),
     _Row("self_attn.q_b_proj", "attention q_b_ANQ", "NQ A"),
     _Row("self_attn.kv_a_proj_with_mqa", "attention kv_a_DC", "C+R D"),
-    _Row("self_attn.kv_a_layernorm", "attention kv_norm_C", "C", BF16),
+    _Row("self_attn.kv_a_layernorm", "attention kv_norm_C", "C"),
     _Row("self_attn.kv_b_proj", "attention kv_b_CNX", "NX C"),
     _Row("self_attn.o_proj", "attention o_NHD", "D NH"),
 )
 _DENSE = (
     *_ATTENTION,
-    _Row("post_attention_layernorm", "ffn norm_D", "D", BF16),
+    _Row("post_attention_layernorm", "ffn norm_D", "D"),
     _Row("mlp.gate_proj", "ffn gate_up_D2F", "dense D", half=0),
     _Row("mlp.up_proj", "ffn gate_up_D2F", "dense D", half=1),
     _Row("mlp.down_proj", "ffn down_FD", "D dense"),
 )
 _MOE = (
     *_ATTENTION,
-    _Row("post_attention_layernorm", "moe norm_D", "D", BF16),
-    _Row("mlp.gate", "moe router_DE", "E D", BF16),
-    _Row("mlp.gate.e_score_correction_bias", "moe bias_E", "E", FP32),
+    _Row("post_attention_layernorm", "moe norm_D", "D"),
+    _Row("mlp.gate", "moe router_DE", "E D"),
+    _Row("mlp.gate.e_score_correction_bias", "moe bias_E", "E"),
     _Row("mlp.experts.{expert}.gate_proj", "moe gate_up_ED2F", "expert D", half=0),
     _Row("mlp.experts.{expert}.up_proj", "moe gate_up_ED2F", "expert D", half=1),
     _Row("mlp.experts.{expert}.down_proj", "moe down_EFD", "D expert"),
@@ -149,10 +163,10 @@ _MOE = (
     _Row("mlp.shared_experts.down_proj", "moe shared down_FD", "D shared"),
 )
 _MTP = (
-    _Row("enorm", "embed_norm_D", "D", BF16),
-    _Row("hnorm", "hidden_norm_D", "D", BF16),
-    _Row("eh_proj", "merge_2DD", "D 2D", BF16),
-    _Row("shared_head.norm", "final_norm_D", "D", BF16),
+    _Row("enorm", "embed_norm_D", "D"),
+    _Row("hnorm", "hidden_norm_D", "D"),
+    _Row("eh_proj", "merge_2DD", "D 2D"),
+    _Row("shared_head.norm", "final_norm_D", "D"),
 )
 
 

@@ -10,10 +10,6 @@ import math
 from typing import NamedTuple
 
 from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.model.precision import PER_EXPERT
-from deepseek_jax.parallel.mesh import LAYOUT
-
-ROW_DIMS = {"o_NHD": 2, "merge_2DD": 2}  # dims of a matrix's rows, where they are more than one
 
 
 class Held(NamedTuple):
@@ -27,17 +23,6 @@ class Held(NamedTuple):
     rows: range
     columns: range
     start: tuple[int, ...]
-
-
-def num_lead(name: str, shape: tuple[int, ...]) -> int:
-    """Return how many dims of a leaf called `name` are layers and experts."""
-    return len(shape) - len(LAYOUT[name]) + (name in PER_EXPERT)
-
-
-def as_matrices(name: str, shape: tuple[int, ...], lead: int) -> tuple[int, ...]:
-    """Return [lead..., rows, columns] of a leaf, or of a shard of it."""
-    split = lead + ROW_DIMS.get(name, 1)
-    return (*shape[:lead], math.prod(shape[lead:split]), math.prod(shape[split:]))
 
 
 def ranges_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
@@ -56,7 +41,7 @@ def held(tensor: Tensor, ranges: tuple[range, ...], shape: tuple[int, ...]) -> H
     lead = len(tensor.index)
     if any(i not in r for i, r in zip(tensor.index, ranges, strict=False)):
         return None
-    split = lead + ROW_DIMS.get(tensor.leaf[-1], 1)
+    split = lead + tensor.row_dims
     rows, columns = _flat(ranges[lead:split], shape[lead:split]), _flat(ranges[split:], shape[split:])
     num_columns = tensor.matrix_shape[1]
     offset = (tensor.half or 0) * num_columns  # of the tensor in the leaf's matrix

@@ -23,9 +23,9 @@ from deepseek_jax.huggingface import buffers, together
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import OnBytes, Tree, expected
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.places import Held, as_matrices, held, ranges_of
+from deepseek_jax.huggingface.places import Held, held, ranges_of
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
-from deepseek_jax.model.precision import Fp8Weight
+from deepseek_jax.parameters import Fp8Weight, matrix_shape
 from pallas_kernels.quantized import GROUP, Quantized, decode, dequantize, encode, largest_magnitude, scale_of
 
 Array = np.ndarray | jax.Array
@@ -162,7 +162,7 @@ def _distinct(array: jax.Array) -> list[Any]:
 
 def _block(shard: Any, tensor: Tensor, inside: Held) -> Array:
     """What a shard holds of a tensor; from a CPU a view."""
-    matrices = as_matrices(tensor.leaf[-1], shard.data.shape, len(tensor.index))
+    matrices = matrix_shape(shard.data.shape, len(tensor.index), tensor.row_dims)
     sizes = len(inside.rows), len(inside.columns)
     if shard.device.platform in buffers.HOST_PLATFORMS:
         *lead, row, column = inside.start

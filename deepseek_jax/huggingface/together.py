@@ -22,9 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.huggingface.places import ROW_DIMS, as_matrices
 from deepseek_jax.huggingface.shard_writer import RECORD, CancelledError, Planned, ShardWriter
-from deepseek_jax.parallel.mesh import P
+from deepseek_jax.parameters import PARAMETERS, P, matrix_shape
 
 AHEAD = 2  # tensors that wait for a process's disk
 
@@ -155,6 +154,7 @@ def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int
     """A matrix, everywhere: of its bits each device adds what it holds of it, replicas nothing."""
     parts = (*spec, *(None,) * (array.ndim - len(spec)))
     axes = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
+    row_dims = PARAMETERS[name].row_dims
     lead, unsigned = len(index), jnp.dtype(f"uint{8 * array.dtype.itemsize}")
 
     def local(shard: jax.Array, index: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int
         )
         for axis in set(mesh.axis_names) - {axis for names in axes for axis in names}:
             held &= jax.lax.axis_index(axis) == 0
-        matrices = as_matrices(name, shard.shape, lead)
+        matrices = matrix_shape(shard.shape, lead, row_dims)
         rows, columns = matrices[-2], min(matrices[-1], matrix[1])
         begin = (*(jnp.clip(i, 0, shard.shape[dim] - 1) for dim, i in enumerate(inside)), 0, half * columns)
         bits = jax.lax.bitcast_convert_type(shard, unsigned).reshape(matrices)  # of floats, -0 + 0 is not -0
@@ -175,7 +175,7 @@ def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int
             jax.lax.dynamic_slice(bits, begin, (1,) * lead + (rows, columns)).reshape(rows, columns).astype(jnp.uint32)
         )
         # Only the first dim of the rows, or of the columns, is split.
-        split = lead + ROW_DIMS.get(name, 1)
+        split = lead + row_dims
         row = starts[lead] * (rows // shard.shape[lead])
         column = starts[split] * (matrices[-1] // shard.shape[split]) if split < shard.ndim else 0
         placed = jax.lax.dynamic_update_slice(jnp.zeros(matrix, jnp.uint32), bits, (row, column))

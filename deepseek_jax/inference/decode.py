@@ -30,8 +30,7 @@ from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
 from deepseek_jax.inference.cache import Cache, make_cache
 from deepseek_jax.inference.sampling import Sampling, sample
 from deepseek_jax.model.transformer import compute_dtype, decode_step
-from deepseek_jax.parallel.mesh import leaf_name
-from deepseek_jax.parallel.weights import FP32_WHEN_GATHERED
+from deepseek_jax.parameters import PARAMETERS, leaf_name
 
 Tree = dict[str, Any]
 
@@ -166,7 +165,7 @@ def decode_weights(config: Config, params: Tree, router_bias: Tree) -> tuple[Tre
     def place(path, weight: Array) -> Array:
         name = leaf_name(path)
         weight = jax.device_put(weight, whole)
-        return weight if "norm_" in name or name in FP32_WHEN_GATHERED else weight.astype(dtype)
+        return weight if PARAMETERS[name].precision == "fp32" else weight.astype(dtype)
 
     params = jax.tree.map_with_path(place, {name: tree for name, tree in params.items() if name != "mtp_layers"})
     return params, jax.device_put({name: tree for name, tree in router_bias.items() if name != "mtp_layers"}, whole)

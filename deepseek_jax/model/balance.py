@@ -18,7 +18,7 @@ from jax import lax
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parallel.mesh import ROWS
+from deepseek_jax.parameters import ROWS
 
 
 class RouterStats(NamedTuple):

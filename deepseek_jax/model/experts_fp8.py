@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.experts import plan_blocks
-from deepseek_jax.model.precision import DISPATCH, Fp8Weight, as_stored, transposed
+from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.expert import collect
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate
 from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_rows, requantize_transposed

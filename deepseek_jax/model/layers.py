@@ -7,14 +7,13 @@ from jax import lax
 
 from deepseek_jax.config import Model
 from deepseek_jax.model.linear import linear, swiglu_linear
-from deepseek_jax.model.precision import Fp8Weight
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parallel.mesh import LAYOUT
+from deepseek_jax.parameters import PARAMETERS, Fp8Weight
 
 
 def matrix(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
     """A normally distributed FP32 weight, born in the layout of its name where there is a mesh to lay it on."""
-    born = LAYOUT[name] if jax.sharding.get_abstract_mesh().are_all_axes_explicit else None
+    born = PARAMETERS[name].layout if jax.sharding.get_abstract_mesh().are_all_axes_explicit else None
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=born))
 
 

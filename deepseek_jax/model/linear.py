@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.precision import HIDDEN, Fp8Weight, Input, as_stored, transposed
+from deepseek_jax.model.precision import HIDDEN, Input, as_stored, transposed
 from deepseek_jax.model.recompute import keep
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.matmul import matmul, matmul_accumulate
 from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requantize_transposed

@@ -16,9 +16,9 @@ from deepseek_jax.model.experts import expert_ffn
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.experts_grouped import expert_ffn_grouped
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
-from deepseek_jax.model.precision import Fp8Weight
 from deepseek_jax.model.router import route, router_scores
 from deepseek_jax.parallel.expert import exchange
+from deepseek_jax.parameters import Fp8Weight
 
 Observer = Callable[[Config, jax.Array, jax.Array, jax.Array], Any]
 

@@ -13,7 +13,8 @@ from jax import lax
 
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.linear import linear
-from deepseek_jax.model.precision import Fp8Weight, as_stored, transposed
+from deepseek_jax.model.precision import as_stored, transposed
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.matmul import matmul, matmul_accumulate
 from pallas_kernels.producers import rms_norm_quantize
 from pallas_kernels.quantize import quantize_tiles_both, requantize_transposed

@@ -17,7 +17,6 @@ two inputs.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
@@ -26,19 +25,6 @@ import jax.numpy as jnp
 from pallas_kernels.quantized import GROUP, Quantized, Scale
 
 # the weights that are multiplied in FP8, and how many of their dims are summed over; E comes before them
-INPUT_DIMS = {
-    "q_DNQ": 1,
-    "q_a_DA": 1,
-    "q_b_ANQ": 1,
-    "kv_a_DC": 1,
-    "kv_b_CNX": 1,
-    "o_NHD": 2,
-    "gate_up_D2F": 1,
-    "down_FD": 1,
-    "gate_up_ED2F": 1,
-    "down_EFD": 1,
-}
-PER_EXPERT = {"gate_up_ED2F", "down_EFD"}
 DISPATCH: Scale = "pow2"  # the rows that travel to the experts, and the gradients that travel to them
 
 
@@ -54,34 +40,6 @@ class Input:
 
 HIDDEN = Input()
 ATTENTION_OUTPUT = Input(scale="pow2", kept="e5m6")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Fp8Weight:
-    """A weight in FP8, and the way its gradient takes: what a layer finds in place of an array.
-
-    Attributes:
-        carrier: FP32, of the weight's shape. Products return the weight's gradient as its cotangent; its numbers are
-            never read.
-        values: E4M3, of the weight's shape.
-        scales: FP32 [..., ceil(in / 128), ceil(out / 128)] of the blocks of the matrix [in, out].
-    """
-
-    carrier: jax.Array
-    values: jax.Array
-    scales: jax.Array
-
-    def as_matrix(self, input_dims: int = 1, stacked: int = 0) -> "Fp8Weight":
-        """Return the weight as a matrix [in, out], behind `stacked` dims that stay."""
-        shape = matrix_shape(self.values.shape, input_dims, self.values.ndim - stacked)
-        return Fp8Weight(self.carrier.reshape(shape), self.values.reshape(shape), self.scales)
-
-
-def matrix_shape(shape: tuple[int, ...], input_dims: int, num_dims: int) -> tuple[int, ...]:
-    """Return (..., in, out): the last `num_dims` dims of a weight as a matrix whose rows are its first `input_dims`."""
-    lead, own = shape[: len(shape) - num_dims], shape[len(shape) - num_dims :]
-    return (*lead, math.prod(own[:input_dims]), math.prod(own[input_dims:]))
 
 
 def as_stored(values: jax.Array, scales: jax.Array) -> Quantized:

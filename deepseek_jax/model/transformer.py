@@ -72,7 +72,7 @@ def _mtp_layer(config: Config, rngs: nnx.Rngs) -> MtpLayer:
 
 
 def init(config: Config, key: jax.Array) -> tuple[Tree, Tree]:
-    """Make FP32 parameters and zero router biases; under `jax.set_mesh`, in the layout of `parallel.mesh.LAYOUT`."""
+    """Make FP32 parameters and zero router biases; under `jax.set_mesh`, in the layout of `parameters.PARAMETERS`."""
     model = config.model
     rngs = nnx.Rngs(params=key)
     params = {

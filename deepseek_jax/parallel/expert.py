@@ -38,7 +38,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.parallel.mesh import EXPERTS, vary
+from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parameters import EXPERTS
 
 # (weights, x_TD, gates_TK, experts_TK) -> y_TD: the gated sum of each row's experts. An id outside the weights' experts
 # contributes nothing.

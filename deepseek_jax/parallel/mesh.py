@@ -1,7 +1,7 @@
-"""The mesh and the layout table.
+"""The mesh.
 
-A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `LAYOUT`, keyed by its name;
-its gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on
+A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `parameters.PARAMETERS`; its
+gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on
 (`node`, `expert`); everything else is split over all of `ROWS`.
 
 The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on:
@@ -13,43 +13,17 @@ per layer (ZeRO-3) or once per step (ZeRO-1) is the only difference between the 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.parameters import PARAMETERS, ROWS
 from pallas_kernels import manual_axes
 from pallas_kernels.quantized import GROUP
 
-P = jax.P
 AXES = ("pipe", "data", "node", "expert", "tensor")
-ROWS = ("data", "node", "expert")  # every batch dim is split over these
-EXPERTS = ("node", "expert")
-
-LAYOUT = {
-    "embed_VD": P(None, ROWS),
-    "head_DV": P(ROWS, None),
-    "q_DNQ": P(ROWS, None, None),
-    "q_a_DA": P(ROWS, None),
-    "q_b_ANQ": P(ROWS, None, None),
-    "kv_a_DC": P(ROWS, None),
-    "kv_b_CNX": P(ROWS, None, None),
-    "o_NHD": P(None, None, ROWS),
-    "gate_up_D2F": P(ROWS, None, None),
-    "down_FD": P(None, ROWS),
-    "router_DE": P(ROWS, None),
-    "gate_up_ED2F": P(EXPERTS, "data", None, None),
-    "down_EFD": P(EXPERTS, None, "data"),
-    "merge_2DD": P(None, None, ROWS),
-    # Small enough to be everywhere.
-    "norm_D": P(None),
-    "q_norm_A": P(None),
-    "kv_norm_C": P(None),
-    "embed_norm_D": P(None),
-    "hidden_norm_D": P(None),
-    "final_norm_D": P(None),
-    "bias_E": P(None),
-}
+# Model dims that some parameter's layout splits, by their letter; more than these are not split (`_split_sizes`).
+SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
 
 
 def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -81,15 +55,10 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
 
 def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     """Refuse a model or batch that the mesh cannot split evenly; the message names the dim, the axes and the remedy."""
-    rows, experts = axis_size(mesh, ROWS), axis_size(mesh, EXPERTS)
+    rows = axis_size(mesh, ROWS)
     model = config.model
-    divisors = {
-        "model.width": (model.width, rows),
-        "model.kv_latent": (model.kv_latent, rows),
-        "model.query_latent": (model.query_latent, rows),
-        "model.num_experts": (model.num_experts, experts),
-        "training.micro_batch_size": (config.training.micro_batch_size, rows),
-    }
+    divisors = {f"model.{key}": (getattr(model, key), parts) for key, parts in _split_sizes(mesh).items()}
+    divisors["training.micro_batch_size"] = (config.training.micro_batch_size, axis_size(mesh, ROWS))
     for name, (size, parts) in divisors.items():
         if size % parts:
             raise ValueError(
@@ -107,30 +76,20 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Return the fields of `Model` that are split, and over how many devices: those of `PARAMETERS`."""
+    parts: dict[str, int] = {}
+    for name, parameter in PARAMETERS.items():
+        for letter, axes in zip(name.rpartition("_")[2], parameter.layout, strict=True):
+            if axes is not None:
+                field = SIZES[letter]
+                parts[field] = max(parts.get(field, 1), axis_size(mesh, (axes,) if isinstance(axes, str) else axes))
+    return parts
+
+
 def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
     """Number of devices along `axes` together."""
     return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def leaf_name(path: Sequence[Any]) -> str:
-    """The name of a leaf in `LAYOUT`, from its tree path (dict keys, or attributes of a module)."""
-    for entry in reversed(path):
-        name = getattr(entry, "key", getattr(entry, "name", None))
-        if name in LAYOUT:
-            return name
-    raise KeyError(f"no entry of LAYOUT in {jax.tree_util.keystr(path)}: every parameter needs one")
-
-
-def partition_specs(tree: Any) -> Any:
-    """One `PartitionSpec` per leaf of a parameter-shaped tree; leading dims that the name does not have are stacked
-    layers, unsplit.
-    """
-
-    def spec(path, leaf):
-        layout = LAYOUT[leaf_name(path)]
-        return P(*(None,) * (leaf.ndim - len(layout)), *layout)
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def vary(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -15,16 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, Fp8Weight, matrix_shape
-from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, ROWS, P, leaf_name, vary
+from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parameters import (
+    EXPERTS,
+    PARAMETERS,
+    ROWS,
+    Fp8Weight,
+    layout_of,
+    leaf_name,
+    matrix_shape,
+    num_lead_dims,
+)
 from pallas_kernels import manual_axes
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import GROUP, encode, largest_magnitude, scale_of
-
-FP32_WHEN_GATHERED = {
-    "embed_VD",
-    "router_DE",
-}  # the embedding's gradient is a scatter-add; the router is FP32 throughout
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -47,7 +51,7 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
             moved = _gather_bytes(w.values, axes, dim)
             return Fp8Weight(_carry(w.carrier, axes, dim), moved, w.scales)
         for dim, axes in _split_dims(name, w):
-            return _gather_split(w, axes, dim, jnp.float32 if name in FP32_WHEN_GATHERED else dtype)
+            return _gather_split(w, axes, dim, jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype)
         return manual_axes.vary(w, frozenset(ROWS))
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_weight)
@@ -78,7 +82,7 @@ def quantize_weights(params: Any) -> Any:
 
     def one(path, w):
         name = leaf_name(path)
-        if name not in INPUT_DIMS:
+        if PARAMETERS[name].precision != "fp8":
             return None
         with jax.named_scope("quantize_weights"):
             return _quantize(name, w)
@@ -99,10 +103,10 @@ def detach(tree: Any) -> tuple[Any, Any]:
 
 def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return E4M3 values of the shape of `w`, and the scales of the whole matrix."""
-    num_dims = len(LAYOUT[name]) - (name in PER_EXPERT)
+    num_lead, input_dims = num_lead_dims(name, w.ndim), PARAMETERS[name].input_dims
     ((dim, axes),) = _split_dims(name, w)
-    split = -2 if dim - (w.ndim - num_dims) < INPUT_DIMS[name] else -1  # the dim of the matrix that is split
-    matrix = w.reshape(matrix_shape(w.shape, INPUT_DIMS[name], num_dims))
+    split = -2 if dim - num_lead < input_dims else -1  # the dim of the matrix that is split
+    matrix = w.reshape(matrix_shape(w.shape, num_lead, input_dims))
     if lax.axis_size(axes) == 1:
         stacked = quantize_blocks(matrix.reshape(-1, *matrix.shape[-2:]))
         return stacked.values.reshape(w.shape), stacked.scales.reshape(*matrix.shape[:-2], *stacked.scales.shape[-2:])
@@ -166,8 +170,6 @@ def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
     """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is
     never gathered.
     """
-    layout = P(*(None,) * (w.ndim - len(LAYOUT[name])), *LAYOUT[name])
-    dims = [
-        (dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in enumerate(layout) if axes is not None
-    ]
+    layout = enumerate(layout_of(name, w.ndim))
+    dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in layout if axes is not None]
     return [(dim, axes) for dim, axes in dims if axes != EXPERTS]

@@ -8,7 +8,7 @@ import numpy as np
 
 from deepseek_jax.data.heldout import HeldOut
 from deepseek_jax.data.packing import Batch
-from deepseek_jax.parallel.mesh import ROWS
+from deepseek_jax.parameters import ROWS
 
 
 class Evaluation(NamedTuple):

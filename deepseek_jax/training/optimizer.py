@@ -21,6 +21,7 @@ import optax
 from jax import Array
 
 from deepseek_jax.config import Config, Optimizer, schedule_value
+from deepseek_jax.parameters import PARAMETERS, leaf_name
 
 MOMENT_DTYPE = jnp.bfloat16
 # Half a unit in the last place of BF16 is 0.2 to 0.4% of a value, and one step lowers the second moment by at most (1 -
@@ -75,19 +76,8 @@ def _cast_moments(state: optax.ScaleByAdamState, dtype) -> optax.ScaleByAdamStat
 
 
 def decay_mask(params) -> dict:
-    """Return a tree of bools, true where weight decay applies: on matrices, not on norm gains.
-
-    The name decides, because a stack of gains `norm_D` is an [L, D] array: a leaf whose shape suffix names one dim is a
-    gain.
-    """
-    return jax.tree.map_with_path(lambda path, _: _num_named_dims(path) > 1, params)
-
-
-def _num_named_dims(path) -> int:
-    """Count the dims in the shape suffix of a leaf's name: 1 in `kv_norm_C`, 3 in `down_EFD`, 2 in `gate_up_D2F`."""
-    suffix = path[-1].key.rpartition("_")[2]
-    assert suffix == suffix.upper(), f"parameter {jax.tree_util.keystr(path)} has no shape suffix"
-    return sum(letter.isalpha() for letter in suffix)
+    """Return a tree of bools, true where weight decay applies: on matrices, not on norm gains."""
+    return jax.tree.map_with_path(lambda path, _: PARAMETERS[leaf_name(path)].decayed, params)
 
 
 def rates(config: Config, step: int, tokens_seen: int) -> Rates:

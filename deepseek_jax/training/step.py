@@ -20,8 +20,9 @@ from jax import lax
 from deepseek_jax.config import Config, resolve
 from deepseek_jax.model.balance import RouterStats, max_violation, update_bias
 from deepseek_jax.model.transformer import Output, apply, compute_dtype
-from deepseek_jax.parallel.mesh import EXPERTS, ROWS, P, axis_size, check_fit, partition_specs
+from deepseek_jax.parallel.mesh import axis_size, check_fit
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
+from deepseek_jax.parameters import EXPERTS, ROWS, P, partition_specs
 from deepseek_jax.training.losses import cross_entropy, mtp_targets
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
 from deepseek_jax.training.state import State

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.huggingface import names, places
+from deepseek_jax.huggingface import names
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import matrix_shape, num_lead_dims
 from tests.golden import hf_checkpoint
 
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
@@ -117,9 +118,9 @@ def test_every_element_of_every_leaf_is_filled_once(case):
     pieces = {leaf: [] for leaf in shapes}
     for tensor in names.tensors(model):
         shape = shapes[tensor.leaf]
-        lead = places.num_lead(tensor.leaf[-1], shape)
+        lead = num_lead_dims(tensor.leaf[-1], len(shape))
         assert lead == len(tensor.index)
-        rows, columns = places.as_matrices(tensor.leaf[-1], shape, lead)[lead:]
+        rows, columns = matrix_shape(shape, lead, tensor.row_dims)[lead:]
         assert tensor.matrix_shape == (rows, columns if tensor.half is None else columns // 2), tensor
         assert math.prod(tensor.matrix_shape) == math.prod(tensor.shape)
         if not tensor.copied:

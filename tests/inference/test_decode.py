@@ -15,7 +15,8 @@ from deepseek_jax.inference import decode
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh, partition_specs
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import partition_specs
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 WARM = Sampling(temperature=1.0, top_k=0, top_p=1.0)

@@ -16,7 +16,8 @@ from deepseek_jax.config import Config, resolve
 from deepseek_jax.model import flash
 from deepseek_jax.model.attention import Attention
 from deepseek_jax.model.rope import rotary_table
-from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import ROWS, P
 from tests import small
 
 B, S, N, Q, H = 2, 33, 3, 6, 5

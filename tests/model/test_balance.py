@@ -12,7 +12,8 @@ import pytest
 
 from deepseek_jax.model.balance import max_violation, router_stats, update_bias
 from deepseek_jax.model.router import route
-from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import ROWS, P
 from tests import small
 
 GAMMA = np.float32(1e-3)

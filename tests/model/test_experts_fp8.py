@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_jax.model.experts import expert_ffn
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
-from deepseek_jax.model.precision import Fp8Weight
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.quantize import quantize_blocks
 
 T, K, E, D, F = 96, 2, 4, 256, 128

@@ -13,7 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from deepseek_jax.config import Mesh, from_config_dict, resolve
 from deepseek_jax.model import flash, transformer
 from deepseek_jax.model.recompute import KEPT
-from deepseek_jax.parallel.mesh import ROWS, P, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import ROWS, P
 from tests import small
 
 B, S, N, Q, H = 8, 256, 2, 48, 32

@@ -7,7 +7,8 @@ import pytest
 
 from deepseek_jax.model.layers import swiglu
 from deepseek_jax.model.linear import linear, swiglu_linear
-from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Fp8Weight
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import dequantize

@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.linear import linear
 from deepseek_jax.model.norm_linear import norm_linear
-from deepseek_jax.model.precision import Fp8Weight
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.quantize import quantize_blocks
 
 EPS = 1e-6

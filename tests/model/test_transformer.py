@@ -11,8 +11,7 @@ import pytest
 
 from deepseek_jax.config import from_config_dict, resolve
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import leaf_name
-from deepseek_jax.parallel.weights import FP32_WHEN_GATHERED
+from deepseek_jax.parameters import PARAMETERS, leaf_name
 from tests import small
 
 pytestmark = pytest.mark.xdist_group("transformer")
@@ -43,9 +42,8 @@ def objective(config, params, router_bias, batch):
 
     def cast(tree):  # as `parallel.weights.gather` does
         dtype = transformer.compute_dtype(config)
-        keep = FP32_WHEN_GATHERED
         return jax.tree_util.tree_map_with_path(
-            lambda path, w: w if leaf_name(path) in keep or w.ndim == 1 else w.astype(dtype), tree
+            lambda path, w: w if PARAMETERS[leaf_name(path)].precision == "fp32" else w.astype(dtype), tree
         )
 
     output = transformer.apply(config, params, router_bias, batch, cast)

@@ -18,8 +18,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.model.precision import INPUT_DIMS
-from deepseek_jax.parallel.mesh import EXPERTS, LAYOUT, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import EXPERTS, PARAMETERS
 from deepseek_jax.training.step import resolve_for
 from tests import abstract, small
 
@@ -83,7 +83,9 @@ def split_leaves(tree, sizes) -> list[str]:
     device.
     """
     gathered = {"data": sizes[0], ("data", "node", "expert"): math.prod(sizes)}
-    return [name for name, _ in named_leaves(tree) if any(gathered.get(axes, 1) > 1 for axes in LAYOUT[name])]
+    return [
+        name for name, _ in named_leaves(tree) if any(gathered.get(axes, 1) > 1 for axes in PARAMETERS[name].layout)
+    ]
 
 
 def named_leaves(tree):
@@ -127,7 +129,7 @@ def test_stepwise_gathers_and_reductions_happen_once(sizes, precision):
     for kind in (GATHER, SCATTER):
         assert len(step.of(kind)) == len(weights)
         assert {c.loops for c in step.of(kind)} == {()}
-    gains = [leaf.shape for name, leaf in named_leaves(step.params) if not any(LAYOUT[name])]
+    gains = [leaf.shape for name, leaf in named_leaves(step.params) if not any(PARAMETERS[name].layout)]
     summed = collections.Counter(c.shape for c in step.of(*SUMS) if c.dtype == jnp.float32)
     assert summed >= collections.Counter(gains)  # each gain's gradient, whole stacks; the rest are losses
     assert {c.loops for c in step.of(*SUMS)} == {()}
@@ -161,14 +163,15 @@ def test_fp8_weights_travel_in_bytes(gather):
     """
     step = traced(gather=gather, precision="fp8")
     split = split_leaves(step.params, MESH)
-    in_fp8 = [name for name in split if name in INPUT_DIMS]
+    in_fp8 = [name for name in split if PARAMETERS[name].precision == "fp8"]
     moved = [c for c in step.of(GATHER) if c.dtype == jnp.uint8]
     once = (
         len(in_fp8)
         if gather == "step"
         else num_micro_batches(step.config)
         * sum(
-            sum(name in INPUT_DIMS for name in split_leaves(stack, MESH)) * len(jax.tree.leaves(stack)[0])
+            sum(PARAMETERS[name].precision == "fp8" for name in split_leaves(stack, MESH))
+            * len(jax.tree.leaves(stack)[0])
             for stack in (step.params["dense_layers"], step.params["moe_layers"])
         )
     )
@@ -177,7 +180,10 @@ def test_fp8_weights_travel_in_bytes(gather):
     agreed = step.of(LARGEST)
     assert len([c for c in agreed if c.loops == () and len(c.shape) > 1]) == len(in_fp8)
     largest = max(math.prod(c.shape) for c in agreed)
-    assert largest < min(leaf.size for name, leaf in named_leaves(step.params) if name in INPUT_DIMS) / 100
+    assert (
+        largest
+        < min(leaf.size for name, leaf in named_leaves(step.params) if PARAMETERS[name].precision == "fp8") / 100
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "selective"])
@@ -209,12 +215,12 @@ def largest_everywhere(step):
     device's experts.
     """
     leaves = named_leaves(step.params)
-    largest = max(leaf.size for name, leaf in leaves if not any(LAYOUT[name]))
+    largest = max(leaf.size for name, leaf in leaves if not any(PARAMETERS[name].layout))
     largest = max(largest, num_routers(step.config) * step.config.model.num_experts)
     for name, leaf in leaves:
-        if any(LAYOUT[name]):
-            parts = MESH[1] * MESH[2] if EXPERTS in LAYOUT[name] else 1
-            assert largest < math.prod(leaf.shape[-len(LAYOUT[name]) :]) // parts, name
+        if any(PARAMETERS[name].layout):
+            parts = MESH[1] * MESH[2] if EXPERTS in PARAMETERS[name].layout else 1
+            assert largest < math.prod(leaf.shape[-len(PARAMETERS[name].layout) :]) // parts, name
     return largest
 
 

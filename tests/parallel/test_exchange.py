@@ -16,7 +16,8 @@ import pytest
 from deepseek_jax.config import Mesh
 from deepseek_jax.model.experts import expert_ffn
 from deepseek_jax.parallel.expert import collect, exchange, spread
-from deepseek_jax.parallel.mesh import EXPERTS, ROWS, P, make_mesh, vary
+from deepseek_jax.parallel.mesh import make_mesh, vary
+from deepseek_jax.parameters import EXPERTS, ROWS, P
 
 T, K, E, D = 24, 2, 16, 8  # T tokens per device
 DEVICES = 8

@@ -14,8 +14,9 @@ import pytest
 
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import AXES, EXPERTS, LAYOUT, ROWS, P, check_fit, make_mesh, partition_specs
+from deepseek_jax.parallel.mesh import AXES, check_fit, make_mesh
 from deepseek_jax.parallel.weights import gather, reduce_gradients
+from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, P, partition_specs
 from tests import small
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
@@ -104,18 +105,18 @@ def test_layout_covers_every_parameter(name):
     params, router_bias = parameters(name)
     specs = jax.tree.leaves(partition_specs((params, router_bias)), is_leaf=lambda spec: isinstance(spec, P))
     for (leaf_name, leaf), spec in zip(named_leaves((params, router_bias)), specs, strict=True):
-        assert leaf.ndim - len(LAYOUT[leaf_name]) in (0, 1), leaf_name
+        assert leaf.ndim - len(PARAMETERS[leaf_name].layout) in (0, 1), leaf_name
         axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
         everywhere = leaf_name.endswith("norm_D") or leaf_name in ("q_norm_A", "kv_norm_C", "bias_E")
         assert sorted(axes) == ([] if everywhere else sorted(ROWS)), leaf_name
 
 
 def test_layout_has_no_entry_without_a_parameter():
-    assert {name for config in CONFIGS for name, _ in named_leaves(parameters(config))} == set(LAYOUT)
+    assert {name for config in CONFIGS for name, _ in named_leaves(parameters(config))} == set(PARAMETERS)
 
 
 def test_unknown_parameter_is_named():
-    with pytest.raises(KeyError, match=r"no entry of LAYOUT in \['new_DF'\]"):
+    with pytest.raises(KeyError, match=r"no row of PARAMETERS for \['new_DF'\]"):
         partition_specs({"new_DF": jnp.zeros((2, 2))})
 
 
@@ -134,7 +135,7 @@ WHOLE = {
 
 
 def expert_dim(name):
-    return WHOLE[name].index(E) if LAYOUT[name] and EXPERTS in LAYOUT[name] else None
+    return WHOLE[name].index(E) if EXPERTS in PARAMETERS[name].layout else None
 
 
 def local_shape(name):

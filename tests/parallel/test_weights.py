@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from deepseek_jax import config as config_lib
-from deepseek_jax.model.precision import INPUT_DIMS, PER_EXPERT, matrix_shape
-from deepseek_jax.parallel.mesh import LAYOUT, ROWS, P, make_mesh, partition_specs
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
+from deepseek_jax.parameters import PARAMETERS, ROWS, P, matrix_shape, num_lead_dims, partition_specs
 from pallas_kernels.quantize import quantize_blocks
 
 E = 8
@@ -28,7 +28,7 @@ WHOLE = {
     "down_EFD": (E, 128, 144),
     "router_DE": (128, E),
 }
-FP8 = [name for name in WHOLE if name in INPUT_DIMS]
+FP8 = [name for name in WHOLE if PARAMETERS[name].precision == "fp8"]
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def on_eight_devices():
 
 def mine(name, w, device):
     """What a device has of a whole array when it is gathered."""
-    return np.split(w, 4, WHOLE[name].index(E))[device % 4] if name in PER_EXPERT else w
+    return np.split(w, 4, WHOLE[name].index(E))[device % 4] if PARAMETERS[name].per_expert else w
 
 
 @pytest.mark.parametrize("name", FP8)
@@ -72,7 +72,7 @@ def test_every_device_has_the_bits_of_one_device(name):
     values, scales = moved[name]
     for device in range(8):
         w = mine(name, params[name], device)
-        matrix = matrix_shape(w.shape, INPUT_DIMS[name], len(LAYOUT[name]) - (name in PER_EXPERT))
+        matrix = matrix_shape(w.shape, num_lead_dims(name, w.ndim), PARAMETERS[name].input_dims)
         want = quantize_blocks(jnp.asarray(w.reshape(-1, *matrix[-2:])))
         np.testing.assert_array_equal(
             values[device].view(np.uint8).ravel(), np.asarray(want.values).view(np.uint8).ravel()
@@ -86,7 +86,7 @@ def test_gradients_come_back_summed(name):
     """Small integers: the sum in FP32 is exact."""
     _, (_, cotangents), transposed, reduced = on_eight_devices()
     c = cotangents[name].astype(np.float32)
-    if name in PER_EXPERT:
+    if PARAMETERS[name].per_expert:
         want = np.concatenate(list(c.reshape(2, 4, *c.shape[1:]).sum(0)), axis=WHOLE[name].index(E))
     else:
         want = c.sum(0)
@@ -97,5 +97,10 @@ def test_gradients_come_back_summed(name):
 
 def test_the_table_names_every_linear_layer():
     """What stays out is what V3 keeps in higher precision (section 3.3.1), and the merging matrix, stored in BF16."""
-    matrices = {name for name, spec in LAYOUT.items() if len(spec) > 1}
-    assert matrices - set(INPUT_DIMS) == {"embed_VD", "head_DV", "router_DE", "merge_2DD"}
+    matrices = {name for name, row in PARAMETERS.items() if row.decayed}
+    assert {name for name in matrices if PARAMETERS[name].precision != "fp8"} == {
+        "embed_VD",
+        "head_DV",
+        "router_DE",
+        "merge_2DD",
+    }

@@ -16,7 +16,8 @@ from jax.experimental import topologies
 from configs import v3_5b
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model.balance import RouterStats
-from deepseek_jax.parallel.mesh import P, make_mesh, partition_specs
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import P, partition_specs
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.optimizer import Rates, make_optimizer
 from tests.pallas_kernels.test_aot_hopper import H100

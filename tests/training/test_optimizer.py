@@ -12,7 +12,7 @@ import pytest
 
 from configs.deepseek_v3 import get_config
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.parallel.mesh import LAYOUT
+from deepseek_jax.parameters import PARAMETERS
 from deepseek_jax.training.optimizer import (
     batch_size,
     decay_mask,
@@ -90,7 +90,7 @@ def test_refuses_b2_that_bf16_cannot_carry():
 
 
 def test_decay_spares_every_norm_gain_by_name():
-    names = sorted(set(LAYOUT) - {"bias_E"})  # the router bias never reaches the optimizer
+    names = sorted(set(PARAMETERS) - {"bias_E"})  # the router bias never reaches the optimizer
     stacked = {name: jnp.zeros((2, 3)) for name in names}  # the shape says nothing: stacked gains are matrices too
     mask = decay_mask({"moe_layers": {"attention": stacked}})["moe_layers"]["attention"]
     assert [name for name in names if not mask[name]] == [name for name in names if "norm_" in name]

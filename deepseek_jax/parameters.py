@@ -1,0 +1,152 @@
+"""Every parameter in one row: where it lies, what a product sums over, in which precision it is multiplied.
+
+A parameter's name says its dims, and its name is the key of its row. Everything else derives from the row: the layout
+of the parameter, its gradient, its moments and its average (`partition_specs`); which weights are quantised, and as
+which matrix (`parallel.weights`); which dims a mesh must divide (`parallel.mesh.check_fit`); weight decay
+(`training.optimizer`); what decoding casts (`inference.decode`); how a checkpoint's tensors lie in our arrays
+(`huggingface`). To add a parameter: a row here, and the module that multiplies with it.
+
+A stack of layers has a leading dim that no row knows: it is never split.
+
+    stored    q_b_ANQ     [L, A, N, Q]       P(None, ROWS, None, None)     L matrices [A, (N Q)]
+              down_EFD    [L, E, F, D]       P(None, EXPERTS, None, "data")  L x E matrices [F, D]
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+P = jax.P
+ROWS = ("data", "node", "expert")  # mesh axes: every batch dim is split over these
+EXPERTS = ("node", "expert")  # mesh axes that hold the routed experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What is known of a parameter from its name alone.
+
+    Attributes:
+        layout: mesh axes of each dim of the name. A weight is whole while it is multiplied, so all axes but `EXPERTS`
+            are for storage.
+        input_dims: how many dims of one matrix a product sums over: its rows. 0: no product (a lookup, a gain, a bias).
+        per_expert: the first dim is experts; each has a matrix of its own.
+        precision: of its products: "fp8" where the config says so, "compute" (BF16, or FP32 in an FP32 run) or "fp32".
+        keeps_fp32: stays FP32 even where a checkpoint is read to be used and not trained.
+    """
+
+    layout: P
+    input_dims: int
+    precision: Literal["fp8", "compute", "fp32"]
+    per_expert: bool = False
+    keeps_fp32: bool = False
+
+    @property
+    def decayed(self) -> bool:
+        """Whether weight decay applies: to matrices and the embedding, not to norm gains."""
+        return len(self.layout) > 1
+
+    @property
+    def matrix_dims(self) -> int:
+        """How many of its last dims are one matrix."""
+        return len(self.layout) - self.per_expert
+
+    @property
+    def row_dims(self) -> int:
+        """How many dims are the rows of its matrix; a vector is one column, an embedding has a row per token."""
+        return max(self.input_dims, 1)
+
+
+PARAMETERS = {
+    # A token's embedding is looked up, its gradient a scatter-add in FP32.
+    "embed_VD": Parameter(P(None, ROWS), 0, "fp32"),
+    "head_DV": Parameter(P(ROWS, None), 1, "compute"),
+    "q_DNQ": Parameter(P(ROWS, None, None), 1, "fp8"),
+    "q_a_DA": Parameter(P(ROWS, None), 1, "fp8"),
+    "q_b_ANQ": Parameter(P(ROWS, None, None), 1, "fp8"),
+    "kv_a_DC": Parameter(P(ROWS, None), 1, "fp8"),
+    "kv_b_CNX": Parameter(P(ROWS, None, None), 1, "fp8"),
+    "o_NHD": Parameter(P(None, None, ROWS), 2, "fp8"),
+    "gate_up_D2F": Parameter(P(ROWS, None, None), 1, "fp8"),
+    "down_FD": Parameter(P(None, ROWS), 1, "fp8"),
+    # The router computes in FP32 (`model.router`).
+    "router_DE": Parameter(P(ROWS, None), 1, "fp32", keeps_fp32=True),
+    "gate_up_ED2F": Parameter(P(EXPERTS, "data", None, None), 1, "fp8", per_expert=True),
+    "down_EFD": Parameter(P(EXPERTS, None, "data"), 1, "fp8", per_expert=True),
+    "merge_2DD": Parameter(P(None, None, ROWS), 2, "compute"),
+    # Small enough to be everywhere.
+    "norm_D": Parameter(P(None), 0, "fp32"),
+    "q_norm_A": Parameter(P(None), 0, "fp32"),
+    "kv_norm_C": Parameter(P(None), 0, "fp32"),
+    "embed_norm_D": Parameter(P(None), 0, "fp32"),
+    "hidden_norm_D": Parameter(P(None), 0, "fp32"),
+    "final_norm_D": Parameter(P(None), 0, "fp32"),
+    "bias_E": Parameter(P(None), 0, "fp32", keeps_fp32=True),
+}
+
+
+class Weights(NamedTuple):
+    """What a model is used with.
+
+    Attributes:
+        params: nested dicts of arrays, or of `Fp8Weight`s where weights are used as a checkpoint stores them.
+        router_bias: the selection biases, which no optimizer sees.
+    """
+
+    params: Any
+    router_bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fp8Weight:
+    """A weight in FP8, and the way its gradient takes: what a layer finds in place of an array.
+
+    Attributes:
+        carrier: FP32, of the weight's shape. Products return the weight's gradient as its cotangent; its numbers are
+            never read.
+        values: E4M3, of the weight's shape.
+        scales: FP32 [..., ceil(in / 128), ceil(out / 128)] of the blocks of the matrix [in, out].
+    """
+
+    carrier: jax.Array
+    values: jax.Array
+    scales: jax.Array
+
+    def as_matrix(self, input_dims: int = 1, stacked: int = 0) -> "Fp8Weight":
+        """Return the weight as a matrix [in, out], behind `stacked` dims that stay."""
+        shape = matrix_shape(self.values.shape, stacked, input_dims)
+        return Fp8Weight(self.carrier.reshape(shape), self.values.reshape(shape), self.scales)
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+    """Return the name of a leaf in `PARAMETERS`, from its tree path (dict keys, or attributes of a module)."""
+    for entry in reversed(path):
+        name = getattr(entry, "key", getattr(entry, "name", None))
+        if name in PARAMETERS:
+            return name
+    raise KeyError(f"no row of PARAMETERS for {jax.tree_util.keystr(path)}: every parameter needs one")
+
+
+def layout_of(name: str, num_dims: int) -> P:
+    """Return the `PartitionSpec` of a leaf of `num_dims` dims; dims of stacked layers come first and are not split."""
+    layout = PARAMETERS[name].layout
+    return P(*(None,) * (num_dims - len(layout)), *layout)
+
+
+def partition_specs(tree: Any) -> Any:
+    """Return one `PartitionSpec` per leaf of a parameter-shaped tree."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: layout_of(leaf_name(path), leaf.ndim), tree)
+
+
+def num_lead_dims(name: str, num_dims: int) -> int:
+    """Return how many dims of a leaf of `num_dims` dims stand before its matrix: layers, or layers and experts."""
+    return num_dims - PARAMETERS[name].matrix_dims
+
+
+def matrix_shape(shape: Sequence[int], num_lead: int, row_dims: int) -> tuple[int, ...]:
+    """Return [lead..., rows, columns] of a weight, or of a device's part of it."""
+    split = num_lead + row_dims
+    return (*shape[:num_lead], math.prod(shape[num_lead:split]), math.prod(shape[split:]))

@@ -1,0 +1,107 @@
+"""One row per parameter: what derives from the table, and that one row is all that a new parameter needs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.inference.decode import decode_weights
+from deepseek_jax.parallel.mesh import check_fit, make_mesh
+from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
+from deepseek_jax.parameters import PARAMETERS, ROWS, P, Parameter, matrix_shape, num_lead_dims, partition_specs
+from deepseek_jax.training.optimizer import decay_mask
+from pallas_kernels.quantize import quantize_blocks
+
+NEW = "adapter_DAP"
+
+
+@pytest.fixture
+def new_row(monkeypatch):
+    """A parameter that no module has: two dims of rows, multiplied in FP8."""
+    monkeypatch.setitem(PARAMETERS, NEW, Parameter(P(None, None, ROWS), 2, "fp8"))
+
+
+def config(**mesh: int):
+    tree = tiny.get_config()
+    tree.mesh.update(mesh)
+    return from_config_dict(tree)
+
+
+def test_one_row_is_all_that_a_parameter_needs(new_row):
+    """Layout, quantisation, gather, reduction of gradients, decay: on eight devices, stacked over two layers."""
+    w = np.random.default_rng(0).normal(size=(2, 24, 8, 128)).astype(np.float32)
+    params = {"moe_layers": {"attention": {NEW: w}}}
+    assert partition_specs(params)["moe_layers"]["attention"][NEW] == P(None, None, None, ROWS)
+    assert decay_mask(params)["moe_layers"]["attention"][NEW]
+
+    def local(params):
+        quantized = quantize_weights(params)
+        carriers, pull = jax.vjp(lambda tree: detach(gather(attach(tree, quantized), jnp.bfloat16))[0], params)
+        _, moved = detach(gather(attach(params, quantized), jnp.bfloat16))
+        ones = jax.tree.map(jnp.ones_like, carriers)
+        return jax.tree.map(lambda a: a[None], moved), pull(ones)[0], reduce_gradients(ones)
+
+    with jax.set_mesh(make_mesh(config(data=2, node=2, expert=2).mesh)):
+        specs = partition_specs(params)
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(ROWS), specs, specs)))
+        moved, transposed, reduced = jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
+
+    values, scales = moved["moe_layers"]["attention"][NEW]
+    matrix = matrix_shape(w.shape, num_lead_dims(NEW, w.ndim), PARAMETERS[NEW].row_dims)
+    assert matrix == (2, 24 * 8, 128)
+    want = quantize_blocks(jnp.asarray(w.reshape(matrix)))
+    for device in range(8):
+        np.testing.assert_array_equal(
+            values[device].reshape(matrix).view(np.uint8), np.asarray(want.values).view(np.uint8)
+        )
+        np.testing.assert_array_equal(scales[device], want.scales)
+    np.testing.assert_array_equal(transposed["moe_layers"]["attention"][NEW], np.full(w.shape, 8.0))
+    np.testing.assert_array_equal(reduced["moe_layers"]["attention"][NEW], np.full(w.shape, 8.0))
+
+
+def test_a_new_row_is_cast_for_decoding(new_row):
+    bf16 = tiny.get_config()
+    bf16.execution.precision = "bf16"
+    params = {NEW: np.ones((4, 4, 4), np.float32), "norm_D": np.ones(4, np.float32)}
+    cast, _ = decode_weights(from_config_dict(bf16), params, {})
+    assert (cast[NEW].dtype, cast["norm_D"].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_a_new_row_tells_which_dims_a_mesh_must_divide(monkeypatch):
+    """Heads are split by no parameter of today: `tiny` has 4, which 8 devices refuse as soon as one is."""
+    mesh = make_mesh(config(data=2, node=2, expert=2).mesh)
+    check_fit(config(data=2, node=2, expert=2), mesh)
+    monkeypatch.setitem(PARAMETERS, "slope_A", Parameter(P(ROWS), 0, "fp32"))
+    check_fit(config(data=2, node=2, expert=2), mesh)  # A was split already
+    with pytest.raises(ValueError, match=r"model.num_experts = 16 cannot be split over 32 devices"):
+        monkeypatch.setitem(PARAMETERS, "load_E", Parameter(P((*ROWS, "pipe")), 0, "fp32"))
+        check_fit(config(data=2, node=2, expert=2), Wider(mesh))
+
+
+class Wider:
+    """A mesh with a pipe axis of four, which no machine here has."""
+
+    def __init__(self, mesh):
+        self.shape = dict(mesh.shape) | {"pipe": 4}
+
+
+def test_the_table_is_the_recipe():
+    """Section 3.3.1: all linear layers in FP8 but embedding, head, router and the matrix that merges MTP's inputs."""
+    named = {
+        precision: {n for n, row in PARAMETERS.items() if row.precision == precision}
+        for precision in ("fp8", "compute")
+    }
+    assert named["compute"] == {"head_DV", "merge_2DD"}
+    assert {n for n, row in PARAMETERS.items() if row.decayed} - named["fp8"] == {"embed_VD", "router_DE"} | named[
+        "compute"
+    ]
+    assert {n for n, row in PARAMETERS.items() if row.input_dims == 2} == {"o_NHD", "merge_2DD"}
+    assert {n for n, row in PARAMETERS.items() if row.per_expert} == {"gate_up_ED2F", "down_EFD"}
+    assert {n for n, row in PARAMETERS.items() if row.keeps_fp32} == {"router_DE", "bias_E"}
+
+
+def test_every_row_has_an_entry_per_dim_of_its_name():
+    for name, row in PARAMETERS.items():
+        assert len(row.layout) == len(name.rpartition("_")[2]), name
