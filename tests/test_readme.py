@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
-from experiments import results_table
+from experiments.benchmarks import results_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from deepseek_jax.huggingface.save import save
 from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
 from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
-from experiments import synthetic_checkpoint
+from experiments.benchmarks import synthetic_checkpoint
 from tests import small
 from tests.golden import hf_checkpoint
 

@@ -13,7 +13,7 @@ from deepseek_jax.huggingface.logits import PER_LAYER, logits
 from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.step import jit_on
-from experiments import synthetic_checkpoint
+from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
 from tests.huggingface.test_load_save import config as fp8_config
 

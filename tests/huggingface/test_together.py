@@ -10,7 +10,7 @@ from deepseek_jax.huggingface import save, together
 from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.shard_writer import ShardWriter
 from deepseek_jax.huggingface.shards import INDEX, Shards
-from experiments import synthetic_checkpoint
+from experiments.benchmarks import synthetic_checkpoint
 from tests.huggingface.test_load_save import config, hashes, mesh_of
 
 pytestmark = pytest.mark.xdist_group("huggingface")

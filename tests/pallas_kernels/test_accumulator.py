@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments import accumulator_card
+from experiments.studies import accumulator_card
 from pallas_kernels.accumulator import ROUNDINGS, STEP, Accumulator, block_scaled_multiply, multiply
 from pallas_kernels.quantized import GROUP, LARGEST, Quantized, dequantize, encode, scale_of
 

@@ -1,6 +1,7 @@
-"""Make the tables of measurements from the records in `experiments/results`: `python -m experiments.results_table`.
+"""Make the tables of measurements from the records in `experiments/results`.
 
-Prints those of the README; writes the long one of the kernels to `experiments/results/kernels.md`.
+`python -m experiments.benchmarks.results_table` prints those of the README and writes the long one of the
+kernels to `experiments/results/kernels.md`.
 """
 
 import itertools
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("device", "jax", "date", "commit", "command")
 HEAD = (
     "| Config | Precision | Tokens a step | Tokens/s | Step | Model FLOPs | of the BF16 peak | Memory | Trace, compile"
@@ -28,7 +29,7 @@ KERNEL_HEAD = (
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per run of `experiments.benchmark`: a config, a precision, a batch."""
+    """Return one Markdown row per run of `experiments.benchmarks.benchmark`: a config, a precision, a batch."""
     steps = (record for record in _records(folder) if "config" in record)
     runs = itertools.groupby(
         steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)]

@@ -1,4 +1,4 @@
-"""Measure the training step of a configuration: `python -m experiments.benchmark --config=configs/tiny.py`.
+"""Measure the training step of a configuration: `python -m experiments.benchmarks.benchmark --config=configs/tiny.py`.
 
 Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, what memory holds, and the cold times of tracing
 and compiling; where the time goes, by scope and pass and by kernel; then the rate of the loader alone, which must stay
@@ -30,7 +30,8 @@ from deepseek_jax.training.flops import flops_per_token, model_flops_utilization
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import breakdown, report, session
+from experiments import session
+from experiments.benchmarks import breakdown, report
 from pallas_kernels.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -77,7 +78,7 @@ def main(_) -> None:
         records = step_records + (
             measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else []
         )
-    common = provenance("experiments.benchmark", session.describe_device(mesh))
+    common = provenance("experiments.benchmarks.benchmark", session.describe_device(mesh))
     records = [record | common for record in records]
     work = f"{size} x {config.data.sequence_length} tokens a step, {config.model.num_mtp_layers} MTP layers"
     report.print_records(f"{config.name}, {config.execution.precision}, {work}", records)

@@ -1,8 +1,8 @@
 """Measure one full-width MoE layer of DeepSeek-V3 as one of 64 devices computes it: `python -m
-experiments.layer_benchmark`.
+experiments.benchmarks.layer_benchmark`.
 
-Forward and backward in FP8 on one device, without the exchange (`experiments/layer.py`). The yardstick is DeepSeek's
-public profile: 94.5 ms of computation for four such layers on the 112 multiprocessors of an H800 that do not
+Forward and backward in FP8 on one device, without the exchange (`experiments/benchmarks/layer.py`). The yardstick is
+DeepSeek's public profile: 94.5 ms of computation for four such layers on the 112 multiprocessors of an H800 that do not
 communicate, which is 20 ms a layer on all 132.
 
 A run is several calls one after the other and one wait, so that what the host does in between is hidden; the median of
@@ -21,8 +21,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, from_config_dict, resolve
-from experiments import breakdown, report, session
-from experiments.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
+from experiments import session
+from experiments.benchmarks import breakdown, report
+from experiments.benchmarks.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
 from pallas_kernels.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -64,7 +65,7 @@ def main(_) -> None:
     load = Load(TOKENS.value, ROWS.value, LOCAL_EXPERTS.value)
     measurement = measure(config, load, STEPS.value, BREAKDOWN.value)
     common = provenance(
-        "experiments.layer_benchmark", session.describe_device(jax.sharding.Mesh(jax.devices()[:1], "x"))
+        "experiments.benchmarks.layer_benchmark", session.describe_device(jax.sharding.Mesh(jax.devices()[:1], "x"))
     )
     records = [record | common for record in describe(config, load, measurement)]
     work = f"{load.tokens} tokens, {load.local_experts} experts x {load.rows} rows"

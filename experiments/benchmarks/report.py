@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import Config
-from experiments import breakdown
+from experiments.benchmarks import breakdown
 
 PROFILED_STEPS = 3
 

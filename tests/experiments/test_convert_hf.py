@@ -38,13 +38,13 @@ from deepseek_jax.training.checkpoint import (
     restore_weights,
 )
 from deepseek_jax.training.state import jit_state_around
-from experiments import synthetic_checkpoint
+from experiments.benchmarks import synthetic_checkpoint
 from tests.huggingface.test_load_save import config as small_config
 from tests.training.runs import finish, start, write_corpus
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEADLINE = 120.0  # seconds for one command, on a loaded machine with nothing compiled
 CONFIG = ("--config=configs/tiny.py", "--config.data.sequence_length=128")
 SHARD_BYTES = 500_000

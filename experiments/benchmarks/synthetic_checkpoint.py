@@ -1,5 +1,6 @@
-"""A Hugging Face checkpoint of any size with random weights: `python -m experiments.synthetic_checkpoint --hf=DIR
---gigabytes=8`.
+"""A Hugging Face checkpoint of any size with random weights.
+
+`python -m experiments.benchmarks.synthetic_checkpoint --hf=DIR --gigabytes=8`
 
 V3's names, dtypes and proportions in FP8, the number of experts and layers cut to the size. In every block of 128 x 128
 the largest number is 448, as quantisation leaves it. For trying conversion, not for talking to.

@@ -1,4 +1,4 @@
-"""Find out how a Hopper card adds FP8 products: `python -m experiments.accumulator_card`.
+"""Find out how a Hopper card adds FP8 products: `python -m experiments.studies.accumulator_card`.
 
 Multiplies the same FP8 values (every scale is 1) by four programs of the card, and by the emulator
 (`pallas_kernels/accumulator.py`) with several parameters. Prints the relative L2 error of each against the exact
@@ -42,7 +42,7 @@ def main(_) -> None:
             a, b = draw(method, k)
             print(f"\n{name}, K = {k}: relative L2, %")
             found += compare(name, a, b, PROGRAMS)
-    common = records.provenance("experiments.accumulator_card", f"1 x {jax.devices()[0].device_kind}")
+    common = records.provenance("experiments.studies.accumulator_card", f"1 x {jax.devices()[0].device_kind}")
     if JSON.value:
         records.write(Path(JSON.value), [record | common for record in found])
 

@@ -1,4 +1,4 @@
-"""Draw what the scaling of gradients costs where tokens differ: `python -m experiments.scaling_study`.
+"""Draw what the scaling of gradients costs where tokens differ: `python -m experiments.studies.scaling_study`.
 
 DeepSeek-V3 saw a 16B model diverge when gradients of activations were scaled in blocks of 128 x 128 as weights are, and
 suspected outliers that go by token (arXiv 2412.19437, appendix B.2). Here gradients g = exp(s n_t) n_tj of 1,024
@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from absl import app
 
-from experiments import studies
+from experiments.studies import output
 from pallas_kernels import records
 from pallas_kernels.quantized import GROUP
 
@@ -43,8 +43,8 @@ COLORS = {"tiles": "#009E73", "blocks": "#D55E00", "tensor": "#0072B2", "hybrid"
 def main(_) -> None:
     """Measure, write, draw."""
     points = [record for spread in SPREADS for record in measure(spread)]
-    folder = studies.folder("scaling")
-    common = records.provenance("experiments.scaling_study", "NumPy, emulated")
+    folder = output.folder("scaling")
+    common = records.provenance("experiments.studies.scaling_study", "NumPy, emulated")
     records.write(folder / "scaling_study.json", [point | common for point in points])
     draw(points).savefig(folder / "scaling_study.png", dpi=110)
     print(f"Wrote {folder}/scaling_study.json and .png")

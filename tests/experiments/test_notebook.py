@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOK = Path(__file__).parent.parent / "experiments" / "notebooks" / "quickstart.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "experiments" / "notebooks" / "quickstart.ipynb"
 
 SMALLER = """
 WORKDIR = Path({workdir!r})

@@ -1,10 +1,10 @@
-"""`experiments.breakdown` puts the time of a program where its scopes say, and counts nothing twice."""
+"""`experiments.benchmarks.breakdown` puts the time of a program where its scopes say, and counts nothing twice."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import breakdown
+from experiments.benchmarks import breakdown
 
 
 @pytest.mark.parametrize(

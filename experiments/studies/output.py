@@ -13,4 +13,4 @@ def folder(study: str) -> Path:
     """Return the folder of a study: the flag's, or the one of this name in `results`, below what the README's table
     holds.
     """
-    return Path(FOLDER.value or Path(__file__).parent / "results" / study)
+    return Path(FOLDER.value or Path(__file__).parents[1] / "results" / study)

@@ -1,4 +1,6 @@
-"""Draw what the limited FP8 accumulator costs, and what promotion cures: `python -m experiments.accumulator_study`.
+"""Draw what the limited FP8 accumulator costs, and what promotion cures.
+
+`python -m experiments.studies.accumulator_study`
 
 Emulates products of 64 x 64 outputs (`pallas_kernels/accumulator.py`) and draws the relative L2 error against the exact
 product of the same FP8 values, over K and over the promotion interval. Writes the drawing and the records of its
@@ -12,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from absl import app
 
-from experiments import studies
+from experiments.studies import output
 from pallas_kernels import records
 from pallas_kernels.accumulator import Accumulator, multiply
 from pallas_kernels.quantized import GROUP, LARGEST
@@ -47,8 +49,8 @@ CASES = [
 def main(_) -> None:
     """Emulate, write, draw."""
     points = [record for case in CASES for record in measure(case)]
-    common = records.provenance("experiments.accumulator_study", "NumPy, emulated")
-    folder = studies.folder("accumulator")
+    common = records.provenance("experiments.studies.accumulator_study", "NumPy, emulated")
+    folder = output.folder("accumulator")
     records.write(folder / "accumulator_study.json", [point | common for point in points])
     figure = draw(points, quantisation_error())
     figure.savefig(folder / "accumulator_study.png", dpi=110)

@@ -1,9 +1,9 @@
-"""`experiments.scaling_study` quantises as the kernels do, and shows what the report saw."""
+"""`experiments.studies.scaling_study` quantises as the kernels do, and shows what the report saw."""
 
 import ml_dtypes
 import numpy as np
 
-from experiments import scaling_study
+from experiments.studies import scaling_study
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.quantized import dequantize
 

@@ -1,4 +1,4 @@
-"""`experiments.activation_study` takes what the model computes, and its emulated recipe is the one of the kernels."""
+"""`experiments.studies.activation_study` takes what the model computes; its emulated recipe is the kernels'."""
 
 import functools
 
@@ -11,7 +11,7 @@ from configs import tiny
 from deepseek_jax.config import from_config_dict, resolve
 from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN
-from experiments import activation_study
+from experiments.studies import activation_study
 from tests import small
 
 

@@ -1,11 +1,12 @@
-"""How fast, and in how much memory, checkpoints are read and written: `python -m experiments.hf_benchmark --hf=/tmp/hf
---gigabytes=8`.
+"""How fast, and in how much memory, checkpoints are read and written.
 
-Makes a synthetic FP8 checkpoint (`experiments.synthetic_checkpoint`), then, with cold files (`posix_fadvise`) and a
-plain read of all files before and after each: import into weights in FP8 on the first device, twice, and export of
-these weights into another folder. Each is compared with the two plain reads around it: disks change their speed by the
-minute. Memory is the peak of RssAnon (pages of no file) above the weights themselves, where the device is the host.
-Prints records and, with --json, writes them.
+`python -m experiments.benchmarks.hf_benchmark --hf=/tmp/hf --gigabytes=8`
+
+Makes a synthetic FP8 checkpoint (`experiments.benchmarks.synthetic_checkpoint`), then, with cold files
+(`posix_fadvise`) and a plain read of all files before and after each: import into weights in FP8 on the first device,
+twice, and export of these weights into another folder. Each is compared with the two plain reads around it: disks
+change their speed by the minute. Memory is the peak of RssAnon (pages of no file) above the weights themselves, where
+the device is the host. Prints records and, with --json, writes them.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
 from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
-from experiments import session, synthetic_checkpoint
+from experiments import session
+from experiments.benchmarks import synthetic_checkpoint
 from pallas_kernels import records
 
 JSON = flags.DEFINE_string("json", None, "File for the records.")
@@ -88,7 +90,8 @@ def main(_) -> None:
             | {"peak_anonymous_bytes_beyond_weights": anonymous - (on_host if mode.startswith("import") else 0)}
         )
     written = [
-        record | records.provenance("experiments.hf_benchmark", session.describe_device(mesh)) for record in written
+        record | records.provenance("experiments.benchmarks.hf_benchmark", session.describe_device(mesh))
+        for record in written
     ]
     for record in written:
         rate, memory = record["yardstick"]["value"], record["peak_anonymous_bytes_beyond_weights"] / 1e9

@@ -1,4 +1,4 @@
-"""`experiments.loss_gap`: what it calls a gap is one, and what it writes is complete."""
+"""`experiments.studies.loss_gap`: what it calls a gap is one, and what it writes is complete."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from configs import v3_300m
 from deepseek_jax.config import from_config_dict
-from experiments import loss_gap
+from experiments.studies import loss_gap
 
 
 def test_smoothing_starts_at_the_first_loss():

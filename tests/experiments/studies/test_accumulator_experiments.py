@@ -1,4 +1,4 @@
-"""The commands `experiments.accumulator_study` and `experiments.accumulator_card`, as far as they need no card."""
+"""The commands `experiments.studies.accumulator_study` and `.accumulator_card`, as far as they need no card."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import accumulator_card, accumulator_study
+from experiments.studies import accumulator_card, accumulator_study
 from pallas_kernels.accumulator import Accumulator, multiply
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 POINTS = json.loads((ROOT / "experiments" / "results" / "accumulator" / "accumulator_study.json").read_text())
 
 
@@ -61,7 +61,7 @@ def test_the_parameters_at_distance_zero_are_named(capsys):
 
 def test_the_card_is_asked_for():
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.accumulator_card"],
+        [sys.executable, "-m", "experiments.studies.accumulator_card"],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -1,8 +1,8 @@
-"""The command `experiments.benchmark`: its records are complete and agree with each other."""
+"""The command `experiments.benchmarks.benchmark`: its records are complete and agree with each other."""
 
 import pytest
 
-from tests import benchmarks
+from tests.experiments.benchmarks import command
 
 SMALL = {
     "model": {"vocab_size": 300, "width": 32, "num_layers": 2, "num_heads": 2, "dense_hidden": 32, "expert_hidden": 16},
@@ -23,7 +23,7 @@ def test_records_of_a_small_model(tmp_path):
     ]
     overrides.append(f"--config.data.sources=({{'path': '{corpus}', 'weight': 1.0}},)")
     arguments = ["--config=configs/tiny.py", *overrides, "--cpu_devices=2", "--batch_size=16"]
-    records, printed = benchmarks.run("experiments.benchmark", arguments, results)
+    records, printed = command.run("experiments.benchmarks.benchmark", arguments, results)
     values = {record["mode"]: record["value"] for record in records}
     assert values["train step"] == pytest.approx(16 * 32 / (values["train step, median"] / 1e3))
     assert values["train step, fastest"] <= values["train step, median"]

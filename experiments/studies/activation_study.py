@@ -1,4 +1,6 @@
-"""Compare FP8 linears with FP32 on the activations of a trained model: `python -m experiments.activation_study`.
+"""Compare FP8 linears with FP32 on the activations of a trained model.
+
+`python -m experiments.studies.activation_study`
 
 Normal numbers flatter a quantiser: what a model computes has outliers, and gradients that differ between tokens by
 orders of magnitude. So `configs/tiny.py`, with a latent that FP8 can multiply, is trained as it says. In one more
@@ -53,7 +55,8 @@ from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.optimizer import rates
 from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step, resolve_for
-from experiments import session, studies
+from experiments import session
+from experiments.studies import output
 from pallas_kernels import records
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import GROUP
@@ -109,8 +112,8 @@ def main(_) -> None:
     batches = [
         record for tokens in BATCH_TOKENS for record in medians([p for one in found for p in measure(one, tokens)])
     ]
-    folder = studies.folder("activation")
-    common = records.provenance("experiments.activation_study", session.describe_device(mesh))
+    folder = output.folder("activation")
+    common = records.provenance("experiments.studies.activation_study", session.describe_device(mesh))
     records.write(folder / "activation_study.json", [point | common for point in points + batches])
     draw(points, batches).savefig(folder / "activation_study.png", dpi=110)
     print(f"Wrote {folder}/activation_study.json and .png")

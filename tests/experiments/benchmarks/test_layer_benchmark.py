@@ -1,5 +1,5 @@
-"""One MoE layer by itself: every weight and input has a gradient; the command `experiments.layer_benchmark` and its
-records.
+"""One MoE layer by itself: every weight and input has a gradient; the command
+`experiments.benchmarks.layer_benchmark` and its records.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import pytest
 
 from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict, resolve
-from experiments.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
-from tests import benchmarks
+from experiments.benchmarks.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
+from tests.experiments.benchmarks import command
 
 SMALL = {"width": 128, "num_heads": 1, "query_latent": 128, "kv_latent": 128, "expert_hidden": 128, "num_experts": 16}
 LOAD = Load(tokens=128, rows=100, local_experts=2)
@@ -68,8 +68,8 @@ def test_records_of_a_small_layer(tmp_path):
     results = tmp_path / "results" / "layer.json"
     sizes = [f"--{name}={value}" for name, value in dataclasses.asdict(LOAD).items()]
     arguments = [*(f"--config.model.{name}={value}" for name, value in SMALL.items()), *sizes]
-    records, printed = benchmarks.run(
-        "experiments.layer_benchmark", arguments, results, "--xla_backend_optimization_level=0"
+    records, printed = command.run(
+        "experiments.benchmarks.layer_benchmark", arguments, results, "--xla_backend_optimization_level=0"
     )
     assert all(record["shape"] == dataclasses.asdict(LOAD) and record["precision"] == "fp8" for record in records)
     values = {record["mode"]: record["value"] for record in records}

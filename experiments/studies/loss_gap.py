@@ -1,4 +1,6 @@
-"""Train in FP8 and in BF16 on the same data from the same weights, and draw the gap: `python -m experiments.loss_gap`.
+"""Train in FP8 and in BF16 on the same data from the same weights, and draw the gap.
+
+`python -m experiments.studies.loss_gap`
 
 Two runs in BF16 whose weights begin 1e-7 apart part, too: rounding decides ties between experts, and from there on they
 are two runs. What they differ by is the noise floor. Three runs per seed:
@@ -33,7 +35,8 @@ from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import session, studies
+from experiments import session
+from experiments.studies import output
 from pallas_kernels import records
 
 matplotlib.use("Agg")  # files, no window
@@ -72,7 +75,7 @@ def main(_) -> None:
             losses[seed, arm] = train(
                 seeded, mesh, steps[arm.split()[0]], batches, arm.endswith("noise"), f"seed {seed}, {arm}"
             )
-            write(studies.folder("loss_gap"), config, session.describe_device(mesh), losses)
+            write(output.folder("loss_gap"), config, session.describe_device(mesh), losses)
 
 
 def _with(config: Config, precision: str) -> Config:
@@ -150,7 +153,8 @@ def write(folder: Path, config: Config, device: str, losses: dict[tuple[int, str
     if seeds:
         found = [record for seed in seeds for record in describe(config, seed, losses)]
         records.write(
-            folder / "loss_gap.json", [record | records.provenance("experiments.loss_gap", device) for record in found]
+            folder / "loss_gap.json",
+            [record | records.provenance("experiments.studies.loss_gap", device) for record in found],
         )
         draw(config, seeds, losses).savefig(folder / "loss_gap.png", dpi=110)
         for record in found:

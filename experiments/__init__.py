@@ -1,0 +1,1 @@
+"""The commands: each parses its flags, builds what it needs and calls the packages."""

@@ -1,0 +1,1 @@
+"""What is measured: records of speed and memory, and the tables that README shows of them."""
