@@ -7,14 +7,11 @@ the value and the remedy, before any array exists.
 
 import dataclasses
 import difflib
-import logging
 import math
 import typing
 from typing import Any
 
 from deepseek_jax.config_checks import check, check_schedule
-from pallas_kernels import dispatch
-from pallas_kernels.quantized import GROUP
 
 Piece = tuple[str, float, float]  # shape, end as a fraction of training.num_tokens, value at the end
 Schedule = tuple[Piece, ...]
@@ -191,6 +188,18 @@ class Config:
     mesh: Mesh
     execution: Execution
 
+    def with_(self, **changes: Any) -> "Config":
+        """Return a copy with other values: `config.with_(name="b", execution={"precision": "fp8"})`.
+
+        A section takes a dict of its changed values or a whole new section. Nothing is checked: what a user says comes
+        through `from_config_dict`.
+        """
+        changed = {
+            key: dataclasses.replace(getattr(self, key), **value) if isinstance(value, dict) else value
+            for key, value in changes.items()
+        }
+        return dataclasses.replace(self, **changed)
+
 
 def from_config_dict(config_dict) -> Config:
     """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly.
@@ -280,55 +289,3 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
         value, path = getattr(section, field.name), prefix + field.name
         leaves |= flatten(value, path + ".") if dataclasses.is_dataclass(value) else {path: value}
     return leaves
-
-
-def resolve(config: Config, platform: str, expert_devices: int) -> Config:
-    """Replace every "auto" of `execution` by what it means on `platform` ("cpu", "gpu", "tpu"), and log the choice with
-    its reason.
-
-    Args:
-        config: any valid config.
-        platform: `device.platform` of the mesh's devices.
-        expert_devices: devices along the expert axes of the mesh.
-    """
-    execution = config.execution
-    attention, exchange, experts = execution.attention, execution.exchange, execution.experts
-    if attention == "auto":
-        attention, reason = _choose_attention(config, platform)
-        logging.info("attention: %s (%s)", attention, reason)
-    if exchange == "auto":
-        exchange = "all_to_all" if expert_devices > 1 else "local"
-        logging.info("expert exchange: %s (%d devices hold experts)", exchange, expert_devices)
-    if exchange == "local" and expert_devices > 1:
-        raise ValueError(
-            f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share"
-            " them; use 'auto'"
-        )
-    if experts == "auto":
-        experts, reason = _choose_experts(config, platform)
-        logging.info("experts: %s (%s)", experts, reason)
-    return dataclasses.replace(
-        config, execution=dataclasses.replace(execution, attention=attention, exchange=exchange, experts=experts)
-    )
-
-
-def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
-    if platform == "tpu":
-        return "splash", "the Pallas kernel for TPU"
-    if platform != "gpu":
-        return "xla", f"no flash attention for {platform}"
-    if config.execution.precision == "fp32":
-        return "xla", "cuDNN flash attention takes BF16, the precision is fp32"
-    if config.data.mask_documents:
-        return "xla", "cuDNN flash attention takes one segment per row, and data.mask_documents is on"
-    return "cudnn", "cuDNN flash attention"
-
-
-def _choose_experts(config: Config, platform: str) -> tuple[str, str]:
-    if config.execution.precision == "fp8":
-        return "grouped", "products in FP8 are grouped"
-    if config.execution.precision == "fp32" or platform != "gpu" or not dispatch.on_hopper():
-        return "blocks", "the grouped kernels are for BF16 on Hopper GPUs"
-    if config.model.width % GROUP or config.model.expert_hidden % GROUP:
-        return "blocks", f"the grouped kernels want widths that are multiples of {GROUP}"
-    return "grouped", "the Pallas kernels for Hopper"

@@ -37,6 +37,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress, restore_weights
 from deepseek_jax.training.evaluation import Evaluation, evaluate
 from deepseek_jax.training.metrics import MetricsLog, read_rows
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.step import jit_eval_step
 
 MOST_COUNTED_TOKENS = 2 * 10**9
@@ -64,9 +65,7 @@ def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> 
     weights, progress = restore_weights(config, workdir, mesh, step)
     held_out = open_held_out(config, open_tokenizer(config, workdir), workdir)
     with jax.set_mesh(mesh):
-        return evaluate(
-            jit_eval_step(config, mesh), weights["params"], weights["router_bias"], held_out, mesh
-        ), progress
+        return evaluate(jit_eval_step(config, pretraining(config), mesh), weights, held_out, mesh), progress
 
 
 def open_held_out(config: Config, tokenizer: Tokenizer, workdir: Path) -> HeldOut:

@@ -106,19 +106,20 @@ class Fp8Weight:
 
     Attributes:
         carrier: FP32, of the weight's shape. Products return the weight's gradient as its cotangent; its numbers are
-            never read.
+            never read. None where nothing is differentiated.
         values: E4M3, of the weight's shape.
         scales: FP32 [..., ceil(in / 128), ceil(out / 128)] of the blocks of the matrix [in, out].
     """
 
-    carrier: jax.Array
+    carrier: jax.Array | None
     values: jax.Array
     scales: jax.Array
 
     def as_matrix(self, input_dims: int = 1, stacked: int = 0) -> "Fp8Weight":
         """Return the weight as a matrix [in, out], behind `stacked` dims that stay."""
         shape = matrix_shape(self.values.shape, stacked, input_dims)
-        return Fp8Weight(self.carrier.reshape(shape), self.values.reshape(shape), self.scales)
+        carrier = None if self.carrier is None else self.carrier.reshape(shape)
+        return Fp8Weight(carrier, self.values.reshape(shape), self.scales)
 
 
 def leaf_name(path: Sequence[Any]) -> str:
@@ -134,6 +135,11 @@ def layout_of(name: str, num_dims: int) -> P:
     """Return the `PartitionSpec` of a leaf of `num_dims` dims; dims of stacked layers come first and are not split."""
     layout = PARAMETERS[name].layout
     return P(*(None,) * (num_dims - len(layout)), *layout)
+
+
+def layout_in_use(name: str, num_dims: int) -> P:
+    """Return the `PartitionSpec` of a leaf while it is multiplied: experts on their devices, all else whole."""
+    return P(*(axes if axes == EXPERTS else None for axes in layout_of(name, num_dims)))
 
 
 def partition_specs(tree: Any) -> Any:

@@ -1,7 +1,8 @@
 """Continue a prompt with a trained model: `python -m experiments.generate --workdir=runs/tiny --prompt="def "`.
 
 Text appears as it is made. Configuration, tokenizer and weights come from the workdir's newest intact checkpoint; one
-device decodes.
+device decodes, or with --expert_devices several that share the routed experts. Weights of a run that begins with a
+released checkpoint in FP8, and has no checkpoint of its own yet, stay in FP8.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from absl import app, flags
 
 from deepseek_jax.config import Mesh
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.decode import stream
+from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import read_config, restore_weights
@@ -26,6 +27,9 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
 TEMPERATURE = flags.DEFINE_float("temperature", 0.2, "Divides the logits; 0 always takes the most probable token.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens that reach this probability together; 1 is all.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among this many of the most probable tokens; 0 is all.")
+EXPERT_DEVICES = flags.DEFINE_integer(
+    "expert_devices", 1, "Devices that share the routed experts; each has all other weights.", lower_bound=1
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws; the same seed gives the same text.")
 
 
@@ -35,11 +39,11 @@ def main(_) -> None:
     workdir = Path(WORKDIR.value)
     config = read_config(workdir)
     sampling = Sampling(temperature=TEMPERATURE.value, top_p=TOP_P.value, top_k=TOP_K.value)
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.local_devices()[:1])
-    weights, _ = restore_weights(config, workdir, mesh, STEP.value)
+    count = EXPERT_DEVICES.value
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=count, tensor=1), jax.local_devices()[:count])
+    weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
-    params, router_bias = weights["params"], weights["router_bias"]
-    pieces = stream(config, params, router_bias, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value, sampling, SEED.value)
+    pieces = stream(config, weights, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value, sampling, SEED.value, mesh)
     print(PROMPT.value, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

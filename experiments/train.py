@@ -16,8 +16,9 @@ from ml_collections import config_flags
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.data.pipeline import open_corpus
 from deepseek_jax.evaluate import add_yardsticks
-from deepseek_jax.inference.decode import stream
+from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.loop import Result, train
 from deepseek_jax.training.report import draw_sheet, final_table
@@ -68,10 +69,10 @@ def report(config: Config, workdir: Path, result: Result) -> None:
         print(f"\nThe weights are spread over {jax.process_count()} processes; for a sample:")
         print(shlex.join(["python", "-m", "experiments.generate", f"--workdir={workdir}", f"--prompt={PROMPT}"]))
         return
-    params, router_bias = result.state["params"], result.state["router_bias"]
+    weights = Weights(result.state["params"], result.state["router_bias"])
     room = config.data.sequence_length - len(result.tokenizer.encode(PROMPT)) - 1
     num_tokens = min(SAMPLE_TOKENS, room)
-    pieces = stream(config, params, router_bias, result.tokenizer, PROMPT, num_tokens, SAMPLING, config.seed)
+    pieces = stream(config, weights, result.tokenizer, PROMPT, num_tokens, SAMPLING, config.seed)
     print(f"\nsample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{PROMPT}{''.join(pieces)}\n")
 
 

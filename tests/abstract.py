@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.parameters import ROWS, P
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import jit_train_step
@@ -38,4 +39,4 @@ def trace(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
     """The traced train step. Lower it under `jax.set_mesh(mesh)`."""
     arrays = inputs(config, mesh)
     with jax.set_mesh(mesh):
-        return jit_train_step(config, mesh).trace(*arrays)
+        return jit_train_step(config, pretraining(config), mesh).trace(*arrays)

@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 from configs import tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import ROWS, P
+from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.parameters import ROWS, P, Weights
 from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import create_state
 
@@ -110,6 +112,7 @@ class OnMesh(NamedTuple):
     """
 
     config: Config
+    recipe: step_lib.Recipe
     mesh: jax.sharding.Mesh
     state: Any
     step: Any
@@ -120,13 +123,14 @@ def on_mesh(sizes: Sizes, fp8: bool = False) -> OnMesh:
     """Initial state and compiled step of the small model; use the results under `jax.set_mesh(result.mesh)`."""
     cfg = config(sizes, fp8)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
-    cfg = step_lib.resolve_for(cfg, mesh)
+    recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
 
     def step(state, arrays, rates):
-        grads, sums, norms = step_lib.gradients(cfg, state["params"], state["router_bias"], arrays, rates.mtp_weight)
-        return grads, sums, norms, *step_lib.update(cfg, state, grads, sums, norms, rates)
+        weights = Weights(state["params"], state["router_bias"])
+        grads, sums, norms = step_lib.gradients(recipe, weights, arrays, rates)
+        return grads, sums, norms, *step_lib.update(recipe, state, grads, sums, norms, rates)
 
     with jax.set_mesh(mesh):
         state = create_state(cfg)
         arrays = put(batch(length=cfg.data.sequence_length))
-        return OnMesh(cfg, mesh, state, jax.jit(step).lower(state, arrays, RATES).compile())
+        return OnMesh(resolve_for(cfg, mesh), recipe, mesh, state, jax.jit(step).lower(state, arrays, RATES).compile())

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from configs import deepseek_v3, tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.step import resolve_for
+from deepseek_jax.parallel.program import resolve_for
 from tests import abstract
 
 ROOT = Path(__file__).parents[1]

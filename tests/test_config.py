@@ -15,8 +15,9 @@ import pytest
 
 from configs import deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax import config as config_lib
-from deepseek_jax.config import from_config_dict, resolve, schedule_value, to_dict
+from deepseek_jax.config import from_config_dict, schedule_value, to_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
+from deepseek_jax.parallel.program import resolve
 from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]

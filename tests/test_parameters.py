@@ -7,10 +7,19 @@ import pytest
 
 from configs import tiny
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.inference.decode import decode_weights
+from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
-from deepseek_jax.parameters import PARAMETERS, ROWS, P, Parameter, matrix_shape, num_lead_dims, partition_specs
+from deepseek_jax.parameters import (
+    PARAMETERS,
+    ROWS,
+    P,
+    Parameter,
+    Weights,
+    matrix_shape,
+    num_lead_dims,
+    partition_specs,
+)
 from deepseek_jax.training.optimizer import decay_mask
 from pallas_kernels.quantize import quantize_blocks
 
@@ -65,7 +74,8 @@ def test_a_new_row_is_cast_for_decoding(new_row):
     bf16 = tiny.get_config()
     bf16.execution.precision = "bf16"
     params = {NEW: np.ones((4, 4, 4), np.float32), "norm_D": np.ones(4, np.float32)}
-    cast, _ = decode_weights(from_config_dict(bf16), params, {})
+    mesh = make_mesh(config(data=1).mesh, jax.devices()[:1])
+    cast, _ = decode_weights(from_config_dict(bf16).execution, Weights(params, {}), mesh)
     assert (cast[NEW].dtype, cast["norm_D"].dtype) == (jnp.bfloat16, jnp.float32)
 
 

@@ -95,7 +95,7 @@ def test_the_table_of_cards_follows_from_the_config(name, cells):
     config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
     mesh = jax.make_mesh((1,) * 5, ("pipe", "data", "node", "expert", "tensor"), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        params, _ = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+        params, _ = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = BYTES_PER_PARAMETER * count
     expected = [

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.huggingface import config as hf_config
-from deepseek_jax.huggingface.load import Tree, Weights, check, load
+from deepseek_jax.huggingface.load import Form, check, load
 from deepseek_jax.huggingface.shard_writer import RECORD
 from deepseek_jax.huggingface.shards import Shards
+from deepseek_jax.parameters import Weights
 from pallas_kernels.quantized import GROUP
 
 
@@ -56,8 +57,8 @@ def read_json(folder: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
 
 
-def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = False) -> Tree:
-    """Return `params` and `router_bias` of the folder `config.training.initial_weights` on `mesh`, with a progress bar.
+def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = False) -> Weights:
+    """Return the weights of the folder `config.training.initial_weights` on `mesh`, with a progress bar.
 
     Args:
         config: of the run.
@@ -80,7 +81,7 @@ def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = F
             " that fits:\n" + "\n".join(differences)
         )
     blocks_are_whole = not any(size % GROUP for size in (model.dense_hidden, model.expert_hidden))
-    form: Weights = "fp8" if as_stored and fp8 and blocks_are_whole else "fp32"
+    form: Form = "fp8" if as_stored and fp8 and blocks_are_whole else "fp32"
     with progress_bar(shards.num_bytes, "load") as bar:
         return load(shards, config, mesh, form, bar.update)
 

@@ -34,12 +34,20 @@ from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.names import Tensor, tensors
 from deepseek_jax.huggingface.shards import Shards, compare
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import vary
-from deepseek_jax.parameters import EXPERTS, PARAMETERS, Fp8Weight, P, matrix_shape, num_lead_dims, partition_specs
+from deepseek_jax.parameters import (
+    EXPERTS,
+    PARAMETERS,
+    Fp8Weight,
+    P,
+    Weights,
+    matrix_shape,
+    num_lead_dims,
+    partition_specs,
+)
 from pallas_kernels.quantized import E4M3, GROUP
 
 Tree = dict[str, Any]
-Weights = Literal["fp8", "bf16", "fp32"]
+Form = Literal["fp8", "bf16", "fp32"]
 OnBytes = Callable[[int], None]
 
 NUM_THREADS = min(4, os.cpu_count() or 1)  # pieces put into place at once
@@ -80,10 +88,10 @@ def load(
     shards: Shards,
     config: Config,
     mesh: jax.sharding.Mesh,
-    weights: Weights,
+    weights: Form,
     on_bytes: Callable[[int], None] = lambda n: None,
-) -> Tree:
-    """Return `{"params": ..., "router_bias": ...}` on `mesh`.
+) -> Weights:
+    """Return the weights on `mesh`.
 
     Args:
         shards: a checkpoint of `config.model` (see `check`).
@@ -150,42 +158,26 @@ def load(
                 on_bytes(busy.popleft().result())
         for future in busy:
             on_bytes(future.result())
-    return _tree(hand_over(buffers))
-
-
-def with_carriers(tree: Any) -> Any:
-    """Give every `Fp8Weight` the carrier that products expect; call inside the jitted function, where it takes no
-    memory.
-    """
-
-    def one(w):
-        return (
-            Fp8Weight(vary(jnp.zeros(w.values.shape, jnp.float32), w.values), w.values, w.scales)
-            if isinstance(w, Fp8Weight)
-            else w
-        )
-
-    return jax.tree.map(one, tree, is_leaf=lambda w: isinstance(w, Fp8Weight))
+    return Weights(**_tree(hand_over(buffers)))
 
 
 # ---- where things go
 
 
-def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> Tree:
-    """Shapes and shardings of `params` and `router_bias` on `mesh`, FP32."""
+def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
+    """Return shapes and shardings of weights on `mesh`, FP32."""
     with jax.set_mesh(mesh):
-        params, router_bias = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    tree = {"params": params, "router_bias": router_bias}
+        tree = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     shardings = jax.tree.map(functools.partial(jax.sharding.NamedSharding, mesh), partition_specs(tree))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )
 
 
-def _parts(config: Config, mesh: jax.sharding.Mesh, weights: Weights) -> dict[tuple[str, ...], Part]:
+def _parts(config: Config, mesh: jax.sharding.Mesh, weights: Form) -> dict[tuple[str, ...], Part]:
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_weights(config, mesh))[0]:
-        key = tuple(entry.key for entry in path)
+        key = tuple(getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
         name, lead = key[-1], num_lead_dims(key[-1], leaf.ndim)
         row_dims = PARAMETERS[name].row_dims
         matrices = matrix_shape(leaf.sharding.shard_shape(leaf.shape), lead, row_dims)

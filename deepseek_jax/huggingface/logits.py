@@ -7,20 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Config
-from deepseek_jax.huggingface.load import Tree, with_carriers
+from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.model import transformer
+from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.router import weigh
+from deepseek_jax.model.transformer import Inputs
 from deepseek_jax.parallel.mesh import axis_size
+from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import gather
-from deepseek_jax.parameters import ROWS, Fp8Weight, P
+from deepseek_jax.parameters import ROWS, Fp8Weight, P, Weights
 from deepseek_jax.training.evaluation import place_batch
-from deepseek_jax.training.step import jit_on, with_fp8
+from deepseek_jax.training.step import with_fp8
 
 PER_LAYER = ("experts", "expert_weights")
 
 
-def logits(config: Config, weights: Tree, tokens_BS: np.ndarray, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """Run the model over whole rows, one document each.
 
     Args:
@@ -41,9 +43,9 @@ def logits(config: Config, weights: Tree, tokens_BS: np.ndarray, mesh: jax.shard
     num_rows = len(tokens_BS)
     tokens_BS = np.pad(tokens_BS, ((0, -num_rows % axis_size(mesh, ROWS)), (0, 0)), mode="edge").astype(np.int32)
     with jax.set_mesh(mesh):
-        found = jit_on(_forward, config, mesh)(
-            weights["params"], weights["router_bias"], place_batch({"tokens_BS": tokens_BS}, mesh)
-        )
+        execution = resolve_for(config, mesh).execution
+        run = jit_on(_forward, execution, mesh, config.model, execution)
+        found = run(weights, place_batch({"tokens_BS": tokens_BS}, mesh)["tokens_BS"])
     return {
         name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows]
         for name, array in found.items()
@@ -62,51 +64,49 @@ def check_tokens(tokens_BS: np.ndarray, vocab_size: int, origin: str) -> None:
         )
 
 
-def _forward(config: Config, params: Tree, router_bias: Tree, batch: Tree) -> dict[str, jax.Array]:
-    def local(params, router_bias, batch):
-        load = functools.partial(gather, dtype=transformer.compute_dtype(config))
-        stored_in_fp8 = any(
-            isinstance(w, Fp8Weight) for w in jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, Fp8Weight))
-        )
-        params = with_carriers(params) if stored_in_fp8 else with_fp8(config, params)
-        output = transformer.apply(config, params, router_bias, _unpadded(batch["tokens_BS"]), load, _chosen)
-        head_DV = load({"head_DV": params["head_DV"]})["head_DV"]
+def _forward(model: Model, execution: Execution, weights: Weights, tokens_BS: jax.Array) -> dict[str, jax.Array]:
+    def local(weights, tokens_BS):
+        load = functools.partial(gather, dtype=compute_dtype(execution))
+        if not any(isinstance(w, Fp8Weight) for w in jax.tree.leaves(weights.params, is_leaf=_is_fp8)):
+            weights = weights._replace(params=with_fp8(execution, weights.params))
+        output = transformer.apply(model, execution, weights, _whole_rows(tokens_BS), load, _chosen)
+        head_DV = load({"head_DV": weights.params["head_DV"]})["head_DV"]
 
         def head(hidden_BSD):
             return jnp.matmul(hidden_BSD, head_DV, preferred_element_type=jnp.float32)
 
         found = {"logits": head(output.hidden_BSD)}
-        if output.stats is not None:
-            experts, gates = (array[: config.model.num_moe_layers] for array in output.stats)
+        if output.observed is not None:
+            experts, gates = (array[: model.num_moe_layers] for array in output.observed)
             found |= {"experts": experts, "expert_weights": gates}
         if output.mtp_hidden:
             found["mtp_logits"] = head(output.mtp_hidden[0][:, :-1])
         return found
 
     names = ["logits"]
-    if config.model.num_moe_layers or config.model.num_mtp_layers:
+    if model.num_moe_layers or model.num_mtp_layers:
         names += PER_LAYER
-    if config.model.num_mtp_layers:
+    if model.num_mtp_layers:
         names.append("mtp_logits")
-    laid_out = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (params, router_bias, batch))
+    laid_out = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (weights, tokens_BS))
     out_specs = {name: P(None, ROWS) if name in PER_LAYER else P(ROWS) for name in names}
-    return jax.shard_map(local, in_specs=laid_out, out_specs=out_specs)(params, router_bias, batch)
+    return jax.shard_map(local, in_specs=laid_out, out_specs=out_specs)(weights, tokens_BS)
 
 
-def _unpadded(tokens_BS: jax.Array) -> Tree:
-    """A batch of rows that are one document each."""
-    return {
-        "tokens_BS": tokens_BS,
-        "targets_BS": jnp.pad(
-            tokens_BS[:, 1:], ((0, 0), (0, 1))
-        ),  # the last one is unknown, and no logits are made from it
-        "positions_BS": jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape),
-        "segment_ids_BS": jnp.ones_like(tokens_BS),
-    }
+def _is_fp8(leaf: Any) -> bool:
+    return isinstance(leaf, Fp8Weight)
 
 
-def _chosen(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> tuple[Any, ...]:
+def _whole_rows(tokens_BS: jax.Array) -> Inputs:
+    """Rows that are one document each, without padding."""
+    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+    # The token after the last one is unknown; no logits are made from it.
+    next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
+    return Inputs(tokens_BS, positions_BS, jnp.ones_like(tokens_BS, dtype=bool), None, next_BS)
+
+
+def _chosen(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> tuple[Any, ...]:
     """Experts and gates, the largest gate first: selection is in the order of the biased scores."""
-    gates_BSK = weigh(config.model, scores_BSE, experts_BSK)
+    gates_BSK = weigh(model, scores_BSE, experts_BSK)
     order = jnp.argsort(-gates_BSK, axis=-1, stable=True)
     return jnp.take_along_axis(experts_BSK, order, axis=-1), jnp.take_along_axis(gates_BSK, order, axis=-1)

@@ -100,7 +100,7 @@ class Source:
         Where the weights are spread over processes, all of them call this for the same names in the same order.
         """
         tensor = self._tensor(name)
-        leaf = functools.reduce(lambda node, key: node[key], tensor.leaf, self.weights)
+        leaf = functools.reduce(lambda node, key: node[key], tensor.leaf, self.weights._asdict())
         if isinstance(leaf, Fp8Weight):
             return _matrix(leaf.values, tensor), _matrix(leaf.scales, tensor.scales)
         return _matrix(leaf, tensor), None

@@ -1,40 +1,78 @@
 """The latent cache: per token and layer the C normalised latent and R rotated key channels, and nothing else.
 
-    {"dense_layers": {"latent": [L, B, M, C], "rotary": [L, B, M, R]}, "moe_layers": same, "length": [B]}
-
 The two parts are separate arrays because absorbed attention reads the latent twice, as key and as value, and the rotary
-part once (`model/attention.py`). `length` counts the tokens written; a slot at or beyond it is never read, so slots
-need no clearing. At the 671B shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would
-take 4,997,120 (DeepSeek-V3 section 2.1.1).
+part once (`model.attention`). A slot that a sequence has not written is never read, so slots need no clearing. At the
+671B shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would take 4,997,120
+(DeepSeek-V3 section 2.1.1).
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
-from deepseek_jax.model.transformer import compute_dtype
+from deepseek_jax.config import Execution, Model
+from deepseek_jax.model.attention import Entry
+from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parameters import ROWS, P
 
-Cache = dict[str, jax.Array | dict[str, jax.Array]]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContiguousCache:
+    """One layer's entries, M slots for every sequence one after the other; stacked over layers, [L, B, M, ...]."""
+
+    latent_BMC: jax.Array
+    rotary_BMR: jax.Array
+
+    def write(self, entry: Entry, positions_BS: jax.Array) -> "ContiguousCache":
+        """Put the entry of each new token into the slot of its position."""
+        rows = jnp.arange(positions_BS.shape[0])[:, None]
+        return ContiguousCache(
+            self.latent_BMC.at[rows, positions_BS].set(entry.latent_BSC.astype(self.latent_BMC.dtype)),
+            self.rotary_BMR.at[rows, positions_BS].set(entry.rotary_BSR.astype(self.rotary_BMR.dtype)),
+        )
+
+    def read(self) -> Entry:
+        """Return all slots."""
+        return Entry(self.latent_BMC, self.rotary_BMR)
 
 
-def make_cache(config: Config, batch_size: int, num_slots: int) -> Cache:
-    """Return an empty cache of M = `num_slots` positions for `batch_size` sequences, in the dtype of the
-    activations.
+class Cache(NamedTuple):
+    """The cache of B sequences.
+
+    Attributes:
+        layers: a stack of caches for each stack of layers, "dense_layers" and "moe_layers".
+        length_B: tokens that each sequence has written, int32.
     """
-    model, dtype = config.model, compute_dtype(config)
 
-    def layers(count: int) -> dict[str, jax.Array]:
-        return {
-            "latent": jnp.zeros((count, batch_size, num_slots, model.kv_latent), dtype),
-            "rotary": jnp.zeros((count, batch_size, num_slots, model.rotary_dim), dtype),
-        }
+    layers: dict[str, ContiguousCache]
+    length_B: jax.Array
+
+
+def make_cache(model: Model, execution: Execution, batch_size: int, num_slots: int) -> Cache:
+    """Return an empty cache of M = `num_slots` positions for `batch_size` sequences, in the dtype of the activations.
+    Sequences are split over the devices of the mesh that is set.
+    """
+    explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit
+
+    def zeros(*shape: int, dtype: jnp.dtype, split: P) -> jax.Array:
+        return jnp.zeros(shape, dtype, out_sharding=split if explicit else None)
+
+    def stack(count: int) -> ContiguousCache:
+        widths = model.kv_latent, model.rotary_dim
+        arrays = [
+            zeros(count, batch_size, num_slots, width, dtype=compute_dtype(execution), split=P(None, ROWS))
+            for width in widths
+        ]
+        return ContiguousCache(*arrays)
 
     stacks = {"dense_layers": model.num_dense_layers, "moe_layers": model.num_moe_layers}
-    cache = {name: layers(count) for name, count in stacks.items() if count}
-    return cache | {"length": jnp.zeros((batch_size,), jnp.int32)}
+    layers = {name: stack(count) for name, count in stacks.items() if count}
+    return Cache(layers, zeros(batch_size, dtype=jnp.int32, split=P(ROWS)))
 
 
-def cache_bytes_per_token(config: Config) -> int:
+def cache_bytes_per_token(model: Model, execution: Execution) -> int:
     """Return the bytes one token takes in the caches of all main-model layers."""
-    model = config.model
-    return model.num_layers * (model.kv_latent + model.rotary_dim) * compute_dtype(config).itemsize
+    return model.num_layers * (model.kv_latent + model.rotary_dim) * compute_dtype(execution).itemsize

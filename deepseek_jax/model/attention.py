@@ -17,14 +17,21 @@ latent. Arithmetic per pair: N (2C + R), 3.4 times more, but the memory read per
 + H) = 40,960, and decoding is bound by memory.
 
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
+
+A layer attends in three steps: `project` makes queries and what a cache would hold of the new tokens, a form attends,
+`output` projects back. A form is a value (`Attend`): `expanded(...)` and `absorbed(...)` below make two, and whoever
+has another cache or kernel makes a third.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Execution, Model
 from deepseek_jax.model import flash
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.linear import linear
@@ -36,14 +43,31 @@ from deepseek_jax.model.rope import rotate, softmax_scale
 Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
 
 
+class Entry(NamedTuple):
+    """What a cache holds of tokens: the normalised latent and the rotated key that all heads share."""
+
+    latent_BSC: jax.Array
+    rotary_BSR: jax.Array
+
+
+class Cache(Protocol):
+    """The entries of one layer. A tree of arrays, which `run_layers` cuts out of a stack of all layers."""
+
+    def write(self, entry: Entry, positions_BS: jax.Array) -> Self:
+        """Return the cache with the entries of new tokens at their positions."""
+
+    def read(self) -> Entry:
+        """Return all slots as [B, M, C] and [B, M, R], slot m at position m; numbers not yet written are finite."""
+
+
 class Attention(nnx.Module):
     """MLA with its norms. Head dims stay dims of the weights: `q_b_ANQ` holds content then rotary channels, `kv_b_CNX`
     keys then values.
     """
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model, std = config.model, config.model.init_std
-        self.config = config
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        std = model.init_std
+        self.model = model
         self.norm_D = gain(model.width)
         if model.query_latent:
             self.q_a_DA = matrix(rngs, "q_a_DA", (model.width, model.query_latent), std)
@@ -53,69 +77,86 @@ class Attention(nnx.Module):
             self.q_DNQ = matrix(rngs, "q_DNQ", (model.width, model.num_heads, model.query_dim), std)
         self.kv_a_DC = matrix(rngs, "kv_a_DC", (model.width, model.kv_latent + model.rotary_dim), std)
         self.kv_norm_C = gain(model.kv_latent)
-        self.kv_b_CNX = matrix(
-            rngs, "kv_b_CNX", (model.kv_latent, model.num_heads, model.content_dim + model.value_dim), std
-        )
+        kv_dims = model.num_heads, model.content_dim + model.value_dim
+        self.kv_b_CNX = matrix(rngs, "kv_b_CNX", (model.kv_latent, *kv_dims), std)
         self.o_NHD = matrix(rngs, "o_NHD", (model.num_heads, model.value_dim, model.width), model.residual_std)
 
-    @jax.named_scope("attention")
-    def __call__(self, x_BSD: jax.Array, table: Table, segment_ids_BS: jax.Array) -> jax.Array:
-        """Expanded form, causal within each segment. Maps [B, S, D] to [B, S, D]; the caller adds the residual."""
-        model = self.config.model
-        q_BSNQ, latent_BSC, rotary_BSR = self._project(x_BSD, table)
-        kv_BSNX = linear(latent_BSC, self.kv_b_CNX.get_value())
-        content_BSNP, v_BSNH = lax.split(kv_BSNX, (model.content_dim, model.value_dim), axis=3)
-        rotary_BSNR = jnp.broadcast_to(rotary_BSR[:, :, None], (*q_BSNQ.shape[:3], model.rotary_dim))
-        k_BSNQ = jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1)
-        with jax.named_scope("attention_core"):
-            out_BSNH = flash.attend(self.config, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, softmax_scale(model))
-        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT)
-
-    def absorbed(
-        self, x_BSD: jax.Array, table: Table, cache: dict[str, jax.Array], positions_BS: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Absorbed form over the latent cache.
-
-        Args:
-            x_BSD: residual stream of the new tokens.
-            table: rotary table of `positions_BS`.
-            cache: `latent` [B, M, C] and `rotary` [B, M, R]; slots not yet written get weight zero; they must be
-                finite.
-            positions_BS: cache slots of the new tokens, at which they are written; they attend to slots up to their
-                own.
-
-        Returns:
-            The layer's output [B, S, D] and the cache with the new tokens in it.
-        """
-        model = self.config.model
-        q_BSNQ, latent_BSC, rotary_BSR = self._project(x_BSD, table)
-        rows = jnp.arange(x_BSD.shape[0])[:, None]
-        latent_BMC = cache["latent"].at[rows, positions_BS].set(latent_BSC.astype(cache["latent"].dtype))
-        rotary_BMR = cache["rotary"].at[rows, positions_BS].set(rotary_BSR.astype(cache["rotary"].dtype))
-
-        key_CNP, value_CNH = lax.split(self.kv_b_CNX[...], (model.content_dim, model.value_dim), axis=2)
-        q_BSNC = jnp.einsum("bsnp,cnp->bsnc", q_BSNQ[..., : model.content_dim], key_CNP)
-        scores = jnp.einsum("bsnc,bmc->bnsm", q_BSNC, latent_BMC, preferred_element_type=jnp.float32)
-        scores += jnp.einsum(
-            "bsnr,bmr->bnsm", q_BSNQ[..., model.content_dim :], rotary_BMR, preferred_element_type=jnp.float32
-        )
-        seen = jnp.arange(latent_BMC.shape[1]) <= positions_BS[:, None, :, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores * softmax_scale(model), -jnp.inf), axis=-1).astype(x_BSD.dtype)
-        mean_BSNC = jnp.einsum("bnsm,bmc->bsnc", weights, latent_BMC)
-        out_BSNH = jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
-        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT), {
-            "latent": latent_BMC,
-            "rotary": rotary_BMR,
-        }
-
-    def _project(self, x_BSD: jax.Array, table: Table) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return q_BSNQ, content then rotated channels, and what a cache holds: normalised latent [B, S, C] and rotated
-        key [B, S, R].
-        """
-        model, eps = self.config.model, self.config.model.norm_eps
+    def project(self, x_BSD: jax.Array, table: Table) -> tuple[jax.Array, Entry]:
+        """Return q_BSNQ, content then rotated channels, and what a cache holds of the same tokens."""
+        model, eps = self.model, self.model.norm_eps
         queries = self.q_a_DA if model.query_latent else self.q_DNQ
         q, kv_BSC = norm_linear(x_BSD, self.norm_D[...], eps, queries.get_value(), self.kv_a_DC.get_value())
         if model.query_latent:
             (q,) = norm_linear(keep(q, "query_latent"), self.q_norm_A[...], eps, self.q_b_ANQ.get_value())
         latent_BSC, rotary_BSR = lax.split(keep(kv_BSC, "kv_latent"), (model.kv_latent, model.rotary_dim), axis=2)
-        return rotate(q, table), rms_norm(latent_BSC, self.kv_norm_C[...], eps), rotate(rotary_BSR, table)
+        q_BSNQ, latent_BSC = rotate(q, table), rms_norm(latent_BSC, self.kv_norm_C[...], eps)
+        return q_BSNQ, Entry(latent_BSC, rotate(rotary_BSR, table))
+
+    def expand(self, entry: Entry) -> tuple[jax.Array, jax.Array]:
+        """Return keys [B, S, N, Q] and values [B, S, N, H] of all heads."""
+        model = self.model
+        kv_BSNX = linear(entry.latent_BSC, self.kv_b_CNX.get_value())
+        content_BSNP, v_BSNH = lax.split(kv_BSNX, (model.content_dim, model.value_dim), axis=3)
+        rotary_shape = *content_BSNP.shape[:3], model.rotary_dim
+        rotary_BSNR = jnp.broadcast_to(entry.rotary_BSR[:, :, None], rotary_shape)
+        return jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1), v_BSNH
+
+    def absorb(self, q_BSNQ: jax.Array, entries: Entry, seen_BSM: jax.Array) -> jax.Array:
+        """Attend to entries themselves.
+
+        Args:
+            q_BSNQ: queries.
+            entries: latent [B, M, C] and rotary [B, M, R]; slots that no query sees must be finite.
+            seen_BSM: which slots a query sees; at least one.
+
+        Returns:
+            out_BSNH.
+        """
+        model = self.model
+        latent_BMC, rotary_BMR = entries
+        key_CNP, value_CNH = lax.split(self.kv_b_CNX[...], (model.content_dim, model.value_dim), axis=2)
+        q_BSNC = jnp.einsum("bsnp,cnp->bsnc", q_BSNQ[..., : model.content_dim], key_CNP)
+        scores = jnp.einsum("bsnc,bmc->bnsm", q_BSNC, latent_BMC, preferred_element_type=jnp.float32)
+        q_BSNR = q_BSNQ[..., model.content_dim :]
+        scores += jnp.einsum("bsnr,bmr->bnsm", q_BSNR, rotary_BMR, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen_BSM[:, None], scores * softmax_scale(model), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q_BSNQ.dtype)
+        mean_BSNC = jnp.einsum("bnsm,bmc->bsnc", weights, latent_BMC)
+        return jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
+
+    def output(self, out_BSNH: jax.Array) -> jax.Array:
+        """Project the heads' outputs back to [B, S, D]."""
+        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT)
+
+
+# (attention, x_BSD, the layer's cache) -> (output [B, S, D] without the residual, the cache)
+Attend = Callable[[Attention, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def expanded(execution: Execution, table: Table, segment_ids_BS: jax.Array | None) -> Attend:
+    """Attend over the whole sequence without a cache: causal, within segments where there are ids of them."""
+
+    @jax.named_scope("attention")
+    def attend(attention: Attention, x_BSD: jax.Array, cache: None) -> tuple[jax.Array, None]:
+        q_BSNQ, entry = attention.project(x_BSD, table)
+        k_BSNQ, v_BSNH = attention.expand(entry)
+        scale = softmax_scale(attention.model)
+        with jax.named_scope("attention_core"):
+            out_BSNH = flash.attend(execution, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale)
+        return attention.output(out_BSNH), cache
+
+    return attend
+
+
+def absorbed(table: Table, positions_BS: jax.Array) -> Attend:
+    """Write new tokens into a cache, each into the slot of its position, and attend to slots up to their own."""
+
+    @jax.named_scope("attention")
+    def attend(attention: Attention, x_BSD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        q_BSNQ, entry = attention.project(x_BSD, table)
+        cache = cache.write(entry, positions_BS)
+        entries = cache.read()
+        seen_BSM = jnp.arange(entries.latent_BSC.shape[1]) <= positions_BS[:, :, None]
+        return attention.output(attention.absorb(q_BSNQ, entries, seen_BSM)), cache
+
+    return attend

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Loss, Model
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parameters import ROWS
 
@@ -30,16 +30,18 @@ class RouterStats(NamedTuple):
     violation: jax.Array  # sum over sequences of (max load - mean load) / mean load
 
 
-def router_stats(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> RouterStats:
+def router_stats(
+    loss: Loss, model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array
+) -> RouterStats:
     """Count assignments and evaluate the balance losses.
 
     Args:
-        config: which losses are on, and which frequency they use.
+        loss: which balance losses are on, and which frequency they use.
+        model: experts, and experts per token.
         scores_BSE: unbiased gate scores, FP32.
         experts_BSK: the actual selection, int32.
         valid_BS: False on padding, which is counted nowhere.
     """
-    model, loss = config.model, config.loss
     counts_BE = _count(experts_BSK, valid_BS, model.num_experts)
     tokens_B = valid_BS.sum(-1, dtype=jnp.int32)
     mean_load_B = jnp.maximum(tokens_B * model.experts_per_token, 1) / model.num_experts
@@ -58,7 +60,7 @@ def router_stats(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, 
     share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
     share_BE = jnp.where(valid_BS[..., None], share_BSE, 0.0).sum(1)
     if loss.sequence_balance_weight:
-        stats = stats._replace(sequence_balance=_sequence_balance(config, chosen_BE, share_BE, tokens_B))
+        stats = stats._replace(sequence_balance=_sequence_balance(model, chosen_BE, share_BE, tokens_B))
     if loss.batch_balance_weight:
         total_E, tokens = lax.psum((chosen_BE.sum(0), tokens_B.sum()), ROWS)
         frequency_E = total_E * (model.num_experts / model.experts_per_token) / jnp.maximum(tokens, 1)
@@ -66,9 +68,9 @@ def router_stats(config: Config, scores_BSE: jax.Array, experts_BSK: jax.Array, 
     return stats
 
 
-def _sequence_balance(config: Config, chosen_BE: jax.Array, share_BE: jax.Array, tokens_B: jax.Array) -> jax.Array:
+def _sequence_balance(model: Model, chosen_BE: jax.Array, share_BE: jax.Array, tokens_B: jax.Array) -> jax.Array:
     tokens_B1 = jnp.maximum(tokens_B, 1)[:, None]
-    frequency_BE = chosen_BE * (config.model.num_experts / config.model.experts_per_token) / tokens_B1
+    frequency_BE = chosen_BE * (model.num_experts / model.experts_per_token) / tokens_B1
     return (frequency_BE * share_BE / tokens_B1).sum()
 
 

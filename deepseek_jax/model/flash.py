@@ -1,6 +1,6 @@
 """The attention core: softmax(q k^T scale) v, causal within segments, never an S x S array in FP32.
 
-Three implementations of one function, chosen by `execution.attention` (`config.resolve` turns "auto" into one of them
+Three implementations of one function, chosen by `execution.attention` (`program.resolve` turns "auto" into one of them
 and says why):
 
     xla      chunks of queries against the keys they can see, in plain XLA; the backward pass remakes the weights from
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Execution
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import vary
 from pallas_kernels import manual_axes
@@ -31,28 +31,31 @@ MOST_UNROLLED_CHUNKS = 8  # more are scanned: the program must not grow with the
 
 
 def attend(
-    config: Config, q_BSNQ: jax.Array, k_BSNQ: jax.Array, v_BSNH: jax.Array, segment_ids_BS: jax.Array, scale: float
+    execution: Execution,
+    q_BSNQ: jax.Array,
+    k_BSNQ: jax.Array,
+    v_BSNH: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    scale: float,
 ) -> jax.Array:
-    """Return out_BSNH; position s sees positions up to s with its own segment id. Segment 0 is padding and sees itself.
+    """Return out_BSNH; position s sees positions up to s, of its own segment where there are ids.
 
     Raises:
         ValueError: the implementation asked for cannot do this (dtype, segments).
     """
-    implementation = config.execution.attention
+    implementation = execution.attention
     if implementation == "xla":
-        return _xla(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale, config.execution.attention_chunk)
+        return _xla(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale, execution.attention_chunk)
     if implementation == "cudnn":
-        if q_BSNQ.dtype != jnp.bfloat16 or config.data.mask_documents:
+        if q_BSNQ.dtype != jnp.bfloat16 or segment_ids_BS is not None:
             raise ValueError(
-                "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use"
-                " 'auto' or 'xla'"
+                "execution.attention = 'cudnn' takes BF16 and one segment per row; use precision 'bf16' or 'fp8' and no"
+                " segment ids, or attention = 'xla'"
             )
         return _opaque(functools.partial(_cudnn, scale), q_BSNQ, k_BSNQ, v_BSNH)
     if implementation == "splash":
         return _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS)
-    raise ValueError(
-        f"execution.attention = {implementation!r} is not resolved; call deepseek_jax.config.resolve first"
-    )
+    raise ValueError(f"execution.attention = {implementation!r} is not resolved; call parallel.program.resolve first")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -62,7 +65,7 @@ def _xla(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
 
 def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
     def block(_, start, end, q, segments):
-        scores = _scores(start, q, segments, k_BMNQ[:, :end], segments_BS[:, :end], scale)
+        scores = _scores(start, q, segments, k_BMNQ[:, :end], _until(segments_BS, end), scale)
         top = scores.max(-1)
         weights = jnp.exp(scores - top[..., None])
         total = weights.sum(-1)
@@ -85,7 +88,7 @@ def _xla_backward(scale, chunk, residuals, g_BSNH):
         dk, dv = sums
         keys, values = k_BMNQ[:, :end], v_BMNH[:, :end]
         weights = jnp.exp(
-            _scores(start, q, segments, keys, segments_BS[:, :end], scale) - lse.swapaxes(1, 2)[..., None]
+            _scores(start, q, segments, keys, _until(segments_BS, end), scale) - lse.swapaxes(1, 2)[..., None]
         )
         dv = _add_in_front(
             dv, jnp.einsum("bnsm,bsnh->bmnh", weights.astype(g.dtype), g, preferred_element_type=jnp.float32)
@@ -103,6 +106,10 @@ def _xla_backward(scale, chunk, residuals, g_BSNH):
 _xla.defvjp(_xla_forward, _xla_backward)
 
 
+def _until(segments_BS, end):
+    return None if segments_BS is None else segments_BS[:, :end]
+
+
 def _add_in_front(total, part):
     """Add to the first keys. `total.at[:, :end].add` with `end` the whole length crashes XLA:CPU on more than one
     device (jax 0.11.2).
@@ -113,9 +120,10 @@ def _add_in_front(total, part):
 def _scores(start, q_BSNQ, segments_BS, k_BMNQ, key_segments_BM, scale):
     """Masked FP32 scores [B, N, S, M] of a chunk of queries that begins at position `start`."""
     scores = jnp.einsum("bsnq,bmnq->bnsm", q_BSNQ, k_BMNQ, preferred_element_type=jnp.float32) * scale
-    causal = start + jnp.arange(q_BSNQ.shape[1])[:, None] >= jnp.arange(k_BMNQ.shape[1])
-    seen = causal & (segments_BS[:, :, None] == key_segments_BM[:, None, :])
-    return jnp.where(seen[:, None], scores, -1e30)
+    seen = start + jnp.arange(q_BSNQ.shape[1])[:, None] >= jnp.arange(k_BMNQ.shape[1])
+    if segments_BS is not None:
+        seen = (seen & (segments_BS[:, :, None] == key_segments_BM[:, None, :]))[:, None]
+    return jnp.where(seen, scores, -1e30)
 
 
 def _over_chunks(block, carry, arrays, chunk):
@@ -132,7 +140,7 @@ def _over_chunks(block, carry, arrays, chunk):
         outputs = []
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
-            chunks = [x[:, start:end] for x in arrays]
+            chunks = jax.tree.map(lambda x, at=slice(start, end): x[:, at], arrays)
             if outputs:
                 chunks, carry, outputs[-1] = lax.optimization_barrier((chunks, carry, outputs[-1]))
             carry, out = block(carry, start, end, *chunks)
@@ -209,15 +217,18 @@ def _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS):
     # The kernel has no scale. Rounding it to BF16 would be one error for all scores, 0.2%: multiply in FP32.
     q_BSNQ = (q_BSNQ.astype(jnp.float32) * scale).astype(q_BSNQ.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ, k_BSNQ, v_BSNH))
-    return _opaque(_splash_kernel, *heads_first, segment_ids_BS).swapaxes(1, 2)
+    segments = () if segment_ids_BS is None else (segment_ids_BS,)
+    return _opaque(_splash_kernel, *heads_first, *segments).swapaxes(1, 2)
 
 
-def _splash_kernel(q_BNSQ, k_BNSQ, v_BNSH, segment_ids_BS):
+def _splash_kernel(q_BNSQ, k_BNSQ, v_BNSH, segment_ids_BS=None):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     num_heads, length = q_BNSQ.shape[1:3]
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * num_heads)
     kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=_splash_blocks(length))
+    if segment_ids_BS is None:
+        return jax.vmap(kernel)(q_BNSQ, k_BNSQ, v_BNSH)
     segments = splash_attention_kernel.SegmentIds(q=segment_ids_BS, kv=segment_ids_BS)
     return jax.vmap(kernel)(q_BNSQ, k_BNSQ, v_BNSH, segments)
 

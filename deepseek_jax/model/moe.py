@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import Config
-from deepseek_jax.model.balance import router_stats
+from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.experts import expert_ffn
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.experts_grouped import expert_ffn_grouped
@@ -20,7 +19,12 @@ from deepseek_jax.model.router import route, router_scores
 from deepseek_jax.parallel.expert import exchange
 from deepseek_jax.parameters import Fp8Weight
 
-Observer = Callable[[Config, jax.Array, jax.Array, jax.Array], Any]
+# (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router
+Observer = Callable[[Model, jax.Array, jax.Array, jax.Array], Any]
+
+
+def unobserved(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> None:
+    """Report nothing."""
 
 
 class RouterBias(nnx.Variable):
@@ -30,9 +34,9 @@ class RouterBias(nnx.Variable):
 class MoE(nnx.Module):
     """The feed-forward half of an MoE layer, norm included."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model, std = config.model, config.model.init_std
-        self.config = config
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        std = model.init_std
+        self.model = model
         self.norm_D = gain(model.width)
         self.router_DE = matrix(rngs, "router_DE", (model.width, model.num_experts), std)
         self.bias_E = RouterBias(jnp.zeros((model.num_experts,), jnp.float32))
@@ -44,34 +48,28 @@ class MoE(nnx.Module):
             self.shared = FeedForward(model.num_shared_experts * model.expert_hidden, model, rngs)
 
     def __call__(
-        self, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer = router_stats
+        self, execution: Execution, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer = unobserved
     ) -> tuple[jax.Array, Any]:
-        """Map [B, S, D] to [B, S, D] (the caller adds the residual). Padding (`valid_BS` False) reaches no routed
-        expert.
+        """Map [B, S, D] to [B, S, D] (the caller adds the residual); beside it, what `observe` reports of the router.
 
-        Beside it, what `observe` makes of config, scores [B, S, E], chosen experts [B, S, K] and `valid_BS`.
+        Padding (`valid_BS` False) reaches no routed expert.
         """
-        config = self.config
-        h_BSD = rms_norm(x_BSD, self.norm_D[...], config.model.norm_eps)
+        model = self.model
+        h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         with jax.named_scope("route"):
-            scores_BSE = router_scores(config.model, h_BSD, self.router_DE[...])
-            experts_BSK, gates_BSK = route(config.model, scores_BSE, self.bias_E[...])
-            observed = observe(config, scores_BSE, experts_BSK, valid_BS)
-            experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, config.model.num_experts)
-        out_BSD = self._routed(h_BSD, experts_BSK, gates_BSK)
-        if config.model.num_shared_experts:
+            scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
+            experts_BSK, gates_BSK = route(model, scores_BSE, self.bias_E[...])
+            observed = observe(model, scores_BSE, experts_BSK, valid_BS)
+            experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, model.num_experts)
+        out_BSD = self._routed(execution, h_BSD, experts_BSK, gates_BSK)
+        if model.num_shared_experts:
             out_BSD += self.shared(h_BSD)
         return out_BSD, observed
 
-    def routed_experts(self, x_BSD: jax.Array) -> jax.Array:
-        """The routed experts' indices [B, S, K] for a residual stream: what tests and notebooks look at."""
-        h_BSD = rms_norm(x_BSD, self.norm_D[...], self.config.model.norm_eps)
-        return route(self.config.model, router_scores(self.config.model, h_BSD, self.router_DE[...]), self.bias_E[...])[
-            0
-        ]
-
-    def _routed(self, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array) -> jax.Array:
-        execution, model = self.config.execution, self.config.model
+    def _routed(
+        self, execution: Execution, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array
+    ) -> jax.Array:
+        model = self.model
         y_TD = exchange(
             h_BSD.reshape(-1, model.width),
             experts_BSK.reshape(-1, model.experts_per_token),

@@ -21,25 +21,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Model
+from deepseek_jax.model.layer import MoELayer
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 
 
 class MtpLayer(nnx.Module):
-    """One depth. `block` is built by the transformer, whose MoE layer it is."""
+    """One depth: `block` is an MoE layer of its own."""
 
-    def __init__(self, config: Config, block_type: type[nnx.Module], rngs: nnx.Rngs):
-        width = config.model.width
-        self.config = config
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        width = model.width
+        self.model = model
         self.embed_norm_D = gain(width)
         self.hidden_norm_D = gain(width)
-        self.merge_2DD = matrix(rngs, "merge_2DD", (2, width, width), config.model.init_std)
-        self.block = block_type(config, rngs)
+        self.merge_2DD = matrix(rngs, "merge_2DD", (2, width, width), model.init_std)
+        self.block = MoELayer(model, rngs)
         self.final_norm_D = gain(width)
 
     def merge(self, embedded_BSD: jax.Array, hidden_BSD: jax.Array) -> jax.Array:
         """M_k [norm(Emb); norm(h)]: the input of the block."""
-        eps = self.config.model.norm_eps
+        eps = self.model.norm_eps
         embedded_BSD = rms_norm(embedded_BSD, self.embed_norm_D[...], eps)
         hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm_D[...], eps)
         # One product: the sum of two would be rounded to BF16 twice.
@@ -47,4 +48,4 @@ class MtpLayer(nnx.Module):
 
     def final(self, hidden_BSD: jax.Array) -> jax.Array:
         """The norm before the shared head; its output is also what a further depth continues from."""
-        return rms_norm(hidden_BSD, self.final_norm_D[...], self.config.model.norm_eps)
+        return rms_norm(hidden_BSD, self.final_norm_D[...], self.model.norm_eps)

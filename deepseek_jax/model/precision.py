@@ -22,6 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import Execution
 from pallas_kernels.quantized import GROUP, Quantized, Scale
 
 # the weights that are multiplied in FP8, and how many of their dims are summed over; E comes before them
@@ -40,6 +41,11 @@ class Input:
 
 HIDDEN = Input()
 ATTENTION_OUTPUT = Input(scale="pow2", kept="e5m6")
+
+
+def compute_dtype(execution: Execution) -> jnp.dtype:
+    """Return the dtype of activations, and of weights where they are multiplied and not in FP8."""
+    return jnp.dtype(jnp.float32 if execution.precision == "fp32" else jnp.bfloat16)
 
 
 def as_stored(values: jax.Array, scales: jax.Array) -> Quantized:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Execution
 
 KEPT = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "routing", "expert_rows", "expert_hidden")
 
@@ -41,16 +41,14 @@ def _keep_array(x: jax.Array, name: str) -> jax.Array:
     return checkpoint_name(x, name)
 
 
-def recomputed(config: Config, body: Callable, scanned: bool) -> Callable:
-    """Return `body` with recomputation by config.
+def recomputed(execution: Execution, body: Callable, scanned: bool) -> Callable:
+    """Return `body` with the recomputation of `execution.remat`.
 
     Outside a scan, whose two passes are separate loops, XLA would merge the recomputation with the forward pass if it
     were let.
     """
-    if config.execution.remat == "none":
+    if execution.remat == "none":
         return body
     policies = jax.checkpoint_policies
-    policy = (
-        policies.save_only_these_names(*KEPT) if config.execution.remat == "selective" else policies.nothing_saveable
-    )
+    policy = policies.save_only_these_names(*KEPT) if execution.remat == "selective" else policies.nothing_saveable
     return jax.checkpoint(body, prevent_cse=not scanned, policy=policy)

@@ -49,7 +49,8 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
         if _is_weight(w):
             ((dim, axes),) = _split_dims(name, w.values)
             moved = _gather_bytes(w.values, axes, dim)
-            return Fp8Weight(_carry(w.carrier, axes, dim), moved, w.scales)
+            carrier = None if w.carrier is None else _carry(w.carrier, axes, dim)
+            return Fp8Weight(carrier, moved, w.scales)
         for dim, axes in _split_dims(name, w):
             return _gather_split(w, axes, dim, jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype)
         return manual_axes.vary(w, frozenset(ROWS))

@@ -36,6 +36,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
 from deepseek_jax.huggingface.folder import initial_weights
+from deepseek_jax.parameters import Weights
 from deepseek_jax.training.fingerprint import fingerprints
 from deepseek_jax.training.state import abstract_state
 
@@ -394,8 +395,8 @@ class Checkpoints:
 
 def restore_weights(
     config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None, as_stored: bool = False
-) -> tuple[dict[str, Any], Progress]:
-    """Return what a model is used with, `params` and `router_bias`, and where the run stood; put the run's tokenizer
+) -> tuple[Weights, Progress]:
+    """Return the weights of a run and where it stood; put the run's tokenizer
     into the workdir.
 
     Args:
@@ -418,7 +419,8 @@ def restore_weights(
             restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
         checkpoints.close()
     if restored is not None:
-        weights, progress, tokenizer = restored
+        state, progress, tokenizer = restored
+        weights = Weights(**state)
     elif not begins:
         raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
     elif step:

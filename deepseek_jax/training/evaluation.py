@@ -1,14 +1,14 @@
 """One pass over the held-out batches: loss, bits per byte, and how evenly the experts were used."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from deepseek_jax.data.heldout import HeldOut
 from deepseek_jax.data.packing import Batch
-from deepseek_jax.parameters import ROWS
+from deepseek_jax.parameters import ROWS, Weights
 
 
 class Evaluation(NamedTuple):
@@ -27,13 +27,11 @@ def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def evaluate(
-    eval_step: Callable, params: Any, router_bias: Any, held_out: HeldOut, mesh: jax.sharding.Mesh
-) -> Evaluation:
+def evaluate(eval_step: Callable, weights: Weights, held_out: HeldOut, mesh: jax.sharding.Mesh) -> Evaluation:
     """Run `eval_step` over every held-out batch, without waiting in between; sums are made on the host in double
     precision.
     """
-    pending = [eval_step(params, router_bias, place_batch(batch, mesh)) for batch in held_out]
+    pending = [eval_step(weights, place_batch(batch, mesh)) for batch in held_out]
     total = jax.tree.map(lambda *values: np.sum(np.stack(values).astype(np.float64), axis=0), *jax.device_get(pending))
     counts_LE = total["counts_LE"].astype(np.int64)
     mean_L = np.maximum(counts_LE.mean(axis=1), 1e-9)

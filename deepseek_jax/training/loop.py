@@ -33,6 +33,7 @@ from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -45,6 +46,7 @@ from deepseek_jax.training.checkpoint import (
 from deepseek_jax.training.evaluation import evaluate, place_batch
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.metrics import MetricsLog, Speedometer, eval_row, train_row
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates, batch_size, rates
 from deepseek_jax.training.report import ProgressBar
 from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
@@ -138,7 +140,11 @@ class Trainer:
     def __init__(self, config: Config, workdir: Path, mesh: jax.sharding.Mesh, resources: contextlib.ExitStack):
         """Build everything that a step needs. What has to be closed is handed to `resources`."""
         self.config, self.mesh = config, mesh
-        self.train_step, self.eval_step = jit_train_step(config, mesh), jit_eval_step(config, mesh)
+        objective = pretraining(config)
+        self.train_step, self.eval_step = (
+            jit_train_step(config, objective, mesh),
+            jit_eval_step(config, objective, mesh),
+        )
         self.checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(self.checkpoints.close)
         position = self._restore_or_create(workdir)
@@ -183,7 +189,7 @@ class Trainer:
             return create_state(self.config)
         put_tokenizer(workdir, initial_tokenizer(self.config))
         weights = initial_weights(self.config, self.mesh)
-        return jit_state_around(self.config, weights["params"], weights["router_bias"])
+        return jit_state_around(self.config.optimizer, weights)
 
     @property
     def complete(self) -> bool:
@@ -261,7 +267,9 @@ class Trainer:
     def _evaluate(self) -> None:
         self._read_pending()
         with self.speed.paused():
-            result = evaluate(self.eval_step, self.state["params"], self.state["router_bias"], self.held_out, self.mesh)
+            result = evaluate(
+                self.eval_step, Weights(self.state["params"], self.state["router_bias"]), self.held_out, self.mesh
+            )
         row = eval_row(result.loss, result.mtp_loss, result.bits_per_byte, result.max_vio_L)
         self.log.write({"step": self.step, "tokens_seen": self.tokens_seen} | row)
         self.bar.note(f"step {self.step}: {result.bits_per_byte:.3f} held-out bits per byte")

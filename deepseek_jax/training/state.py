@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, Optimizer
 from deepseek_jax.model import transformer
+from deepseek_jax.parameters import Weights
 from deepseek_jax.training.optimizer import make_optimizer
 
 State = dict[str, Any]
@@ -43,15 +44,16 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
 
 
 def _initial_state(config: Config) -> State:
-    return state_around(config, *transformer.init(config, jax.random.key(config.seed)))
+    return state_around(config.optimizer, transformer.init(config.model, jax.random.key(config.seed)))
 
 
-def state_around(config: Config, params: Any, router_bias: Any) -> State:
+def state_around(optimizer: Optimizer, weights: Weights) -> State:
     """Make the state of step 0 around given FP32 weights; call it under `jax.jit` and `jax.set_mesh`."""
-    state = {"params": params, "router_bias": router_bias, "optimizer": make_optimizer(config.optimizer).init(params)}
-    if config.optimizer.ema_decay > 0.0:
+    params, router_bias = weights
+    state = {"params": params, "router_bias": router_bias, "optimizer": make_optimizer(optimizer).init(params)}
+    if optimizer.ema_decay > 0.0:
         state["ema"] = jax.tree.map(jnp.copy, params)
     return state | {"step": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32)}
 
 
-jit_state_around = jax.jit(state_around, static_argnums=0, donate_argnums=(1, 2))
+jit_state_around = jax.jit(state_around, static_argnums=0, donate_argnums=1)

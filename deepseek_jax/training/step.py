@@ -2,12 +2,14 @@
 
 Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer
 expert counts, all inside one shard_map; then the optimizer, then one update of the router biases from the global
-counts. Losses are sums over this device's tokens divided by global normalisers that are known before the first
-micro-batch, so micro-batches and devices only ever add.
+counts. What is minimised is a value, the objective (`training.objective`): its terms are sums over this device's
+tokens, divided by global normalisers that are known before the first micro-batch, so micro-batches and devices only
+ever add.
 
 A step whose loss or gradients are not finite changes nothing but `step` and `skipped`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,112 +19,109 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from deepseek_jax.config import Config, resolve
-from deepseek_jax.model.balance import RouterStats, max_violation, update_bias
-from deepseek_jax.model.transformer import Output, apply, compute_dtype
-from deepseek_jax.parallel.mesh import axis_size, check_fit
+from deepseek_jax.config import Config, Execution, Model, Optimizer
+from deepseek_jax.model.balance import RouterStats, update_bias
+from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.model.transformer import Inputs, apply
+from deepseek_jax.parallel.mesh import check_fit
+from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
-from deepseek_jax.parameters import EXPERTS, ROWS, P, partition_specs
-from deepseek_jax.training.losses import cross_entropy, mtp_targets
+from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
 from deepseek_jax.training.state import State
 from pallas_kernels.manual_axes import varies_over
 
-Batch = dict[str, jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a compiled step is made of, and nothing else of a configuration: runs with equal recipes share programs.
+
+    Attributes:
+        model: shape and mathematics of the network.
+        execution: resolved.
+        objective: what is minimised.
+        optimizer: without its schedules, which arrive as `Rates` with every step.
+        micro_batch_size: sequences over all devices that go through the network at once.
+    """
+
+    model: Model
+    execution: Execution
+    objective: Objective
+    optimizer: Optimizer
+    micro_batch_size: int
 
 
 class Sums(NamedTuple):
     """What a forward pass adds up over tokens, sequences, micro-batches and devices."""
 
-    loss: jax.Array  # nats
-    z: jax.Array
-    mtp: jax.Array  # [MTP layers], nats
+    terms: Any  # of the objective
     router: RouterStats  # leading dim: layers with a router
 
 
-class Normalisers(NamedTuple):
-    """Global sizes of a batch, over all micro-batches and devices."""
-
-    weight: jax.Array  # sum of the loss weights
-    tokens: jax.Array  # positions that are not padding, int32
-    sequences: jax.Array  # rows that are not all padding, int32
+def recipe_of(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> Recipe:
+    """Take what a step reads out of `config`, with "auto" choices resolved for `mesh`."""
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=(), warmup_steps=0, bias_update_rate=())
+    execution = resolve_for(config, mesh).execution
+    return Recipe(config.model, execution, objective, optimizer, config.training.micro_batch_size)
 
 
 def jit_train_step(
-    config: Config, mesh: jax.sharding.Mesh
+    config: Config, objective: Objective, mesh: jax.sharding.Mesh
 ) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
-    """Compile-ready `train_step` for a mesh, with "auto" choices resolved and the state donated. Call it under
-    `jax.set_mesh(mesh)`.
-    """
+    """Compile-ready `train_step` for a mesh; the state is donated. Call it under `jax.set_mesh(mesh)`."""
     check_fit(config, mesh)
-    return jit_on(train_step, config, mesh, donate_argnums=0)
+    recipe = recipe_of(config, objective, mesh)
+    return jit_on(train_step, recipe.execution, mesh, recipe, donate=(0,))
 
 
-def jit_eval_step(config: Config, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+def jit_eval_step(
+    config: Config, objective: Pretraining, mesh: jax.sharding.Mesh
+) -> Callable[[Weights, Batch], dict[str, jax.Array]]:
     """Compile-ready `eval_step` for a mesh. Call it under `jax.set_mesh(mesh)`."""
-    return jit_on(eval_step, config, mesh)
+    execution = resolve_for(config, mesh).execution
+    return jit_on(eval_step, execution, mesh, config.model, execution, objective)
 
 
-def jit_on(step: Callable, config: Config, mesh: jax.sharding.Mesh, **options) -> Callable:
-    """Jit `step` so that "fp32" is FP32 everywhere: unless told not to, GPUs multiply FP32 in TF32 and TPUs in BF16.
-
-    On a GPU cuBLAS alone does these products: choosing among Triton kernels of full precision took more than 500 s for
-    `tiny` on an H200, against 10 s without them (experiments/log.md).
-    """
-    platform = mesh.devices.flat[0].platform
-    exact = config.execution.precision == "fp32" and platform != "cpu"
-    config = resolve_for(config, mesh)
-
-    def run(*arguments):
-        with jax.default_matmul_precision("highest" if exact else None):
-            return step(config, *arguments)
-
-    if exact and platform == "gpu":
-        options["compiler_options"] = {"xla_gpu_enable_triton_gemm": False}
-    return jax.jit(run, **options)
-
-
-def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
-    """Replace "auto" choices by what they mean on this mesh."""
-    return resolve(config, mesh.devices.flat[0].platform, axis_size(mesh, EXPERTS))
-
-
-def train_step(config: Config, state: State, batch: Batch, rates: Rates) -> tuple[State, dict[str, jax.Array]]:
+def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tuple[State, dict[str, jax.Array]]:
     """Take one optimizer step.
 
     Args:
-        config: resolved.
+        recipe: what the step is made of.
         state: see `training.state`.
-        batch: int32 `tokens_BS`, `targets_BS`, `positions_BS`, `segment_ids_BS` and FP32 `loss_weights_BS`, B sequences
-            over all devices, split over `ROWS`; B is a multiple of `training.micro_batch_size`.
+        batch: int32 `tokens_BS`, `positions_BS`, `segment_ids_BS` and what the objective reads (in pre-training int32
+            `targets_BS` and FP32 `loss_weights_BS`), B sequences over all devices, split over `ROWS`; B is a multiple
+            of `training.micro_batch_size`.
         rates: this step's learning rate, MTP weight and bias update rate.
 
     Returns:
         the new state, and metrics: replicated scalars and per-layer arrays (losses in nats per token).
     """
-    grads, sums, norms = gradients(config, state["params"], state["router_bias"], batch, rates.mtp_weight)
-    return update(config, state, grads, sums, norms, rates)
+    grads, sums, norms = gradients(recipe, Weights(state["params"], state["router_bias"]), batch, rates)
+    return update(recipe, state, grads, sums, norms, rates)
 
 
-def gradients(
-    config: Config, params: Any, router_bias: Any, batch: Batch, mtp_weight: jax.Array
-) -> tuple[Any, Sums, Normalisers]:
-    """Differentiate the objective of a whole batch: FP32 gradients in the layout of the parameters, and global sums."""
-    specs = partition_specs(params)
-    rows = {name: P(ROWS, None) for name in batch}
-    in_specs = (specs, jax.tree.map(lambda _: P(), router_bias), rows, P())
-    local = jax.shard_map(functools.partial(_local_gradients, config), in_specs=in_specs, out_specs=(specs, P(), P()))
-    return local(params, router_bias, batch, mtp_weight)
+def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates) -> tuple[Any, Sums, Any]:
+    """Differentiate the objective of a whole batch: FP32 gradients in the layout of the parameters, global sums, and
+    the objective's normalisers.
+    """
+    specs = _specs(weights)
+    local = jax.shard_map(
+        functools.partial(_local_gradients, recipe),
+        in_specs=(specs, {name: P(ROWS) for name in batch}, P()),
+        out_specs=(specs.params, P(), P()),
+    )
+    return local(weights, batch, rates)
 
 
 def update(
-    config: Config, state: State, grads: Any, sums: Sums, norms: Normalisers, rates: Rates
+    recipe: Recipe, state: State, grads: Any, sums: Sums, norms: Any, rates: Rates
 ) -> tuple[State, dict[str, jax.Array]]:
     """Apply gradients and expert counts to the state, unless something is not finite; return it with the step's
     metrics.
     """
     params = state["params"]
-    metrics = _loss_metrics(config, sums, norms)
+    metrics = recipe.objective.metrics(sums.terms, sums.router, norms)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(
             grads
@@ -130,14 +129,14 @@ def update(
         nonfinite = sum(
             jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in (*jax.tree.leaves(grads), grad_norm, metrics["loss"])
         )
-        direction, optimizer = make_optimizer(config.optimizer).update(grads, state["optimizer"], params)
+        direction, optimizer = make_optimizer(recipe.optimizer).update(grads, state["optimizer"], params)
         new = {
             "params": jax.tree.map(lambda p, d: p - rates.learning_rate * d, params, direction),
             "router_bias": _update_biases(state["router_bias"], sums.router.counts_E, rates.bias_update_rate),
             "optimizer": optimizer,
         }
         if "ema" in state:
-            new["ema"] = ema_update(state["ema"], new["params"], config.optimizer.ema_decay)
+            new["ema"] = ema_update(state["ema"], new["params"], recipe.optimizer.ema_decay)
         finite = nonfinite == 0
         new = jax.tree.map(
             lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new}
@@ -178,43 +177,64 @@ def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
     return jax.shard_map(local, in_specs=(specs, specs), out_specs=P())(params, direction)
 
 
-def eval_step(config: Config, params: Any, router_bias: Any, batch: Batch) -> dict[str, jax.Array]:
+def eval_step(
+    model: Model, execution: Execution, objective: Pretraining, weights: Weights, batch: Batch
+) -> dict[str, jax.Array]:
     """Sum the losses of a batch: `loss_sum` and `weight_sum` (nats, tokens), `mtp_loss_sum` [MTP layers], `counts_LE`
     int32.
     """
 
-    def local(params, router_bias, batch):
-        load = functools.partial(gather, dtype=compute_dtype(config))
-        params = with_fp8(config, params)
-        output = apply(config, params, router_bias, batch, load)
-        sums = _token_sums(config, output, load({"head_DV": params["head_DV"]})["head_DV"], batch)
+    def local(weights, batch):
+        load = functools.partial(gather, dtype=compute_dtype(execution))
+        weights = weights._replace(params=with_fp8(execution, weights.params))
+        sums = _forward(model, execution, objective, weights, batch, load)
         return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
 
-    specs = (partition_specs(params), jax.tree.map(lambda _: P(), router_bias), {name: P(ROWS, None) for name in batch})
-    sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(params, router_bias, batch)
-    return {"loss_sum": sums.loss, "weight_sum": weight, "mtp_loss_sum": sums.mtp, "counts_LE": sums.router.counts_E}
+    specs = (_specs(weights), {name: P(ROWS) for name in batch})
+    sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(weights, batch)
+    return {
+        "loss_sum": sums.terms.loss,
+        "weight_sum": weight,
+        "mtp_loss_sum": sums.terms.mtp,
+        "counts_LE": sums.router.counts_E,
+    }
 
 
-def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weight: jax.Array):
+def _specs(weights: Weights) -> Weights:
+    """The layout of parameters; biases lie everywhere."""
+    return Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
+
+
+def _forward(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Sums:
+    """Run the network and its head over this device's rows, and sum the objective's terms."""
+    valid_BS = batch["segment_ids_BS"] > 0
+    # cuDNN takes one segment per row, padded at its end: there a causal mask is enough (`parallel.program.resolve`).
+    segment_ids_BS = None if execution.attention == "cudnn" else batch["segment_ids_BS"]
+    inputs = Inputs(batch["tokens_BS"], batch["positions_BS"], valid_BS, segment_ids_BS, objective.next_tokens(batch))
+    output = apply(model, execution, weights, inputs, load, objective.observe)
+    head_DV = load({"head_DV": weights.params["head_DV"]})["head_DV"]
+    return Sums(objective.terms(output, head_DV, batch), output.observed)
+
+
+def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates):
     """One device's part: gradients in the layout of the parameters, and global sums. Runs inside the shard_map."""
-    norms = _normalisers(batch)
-    load = functools.partial(gather, dtype=compute_dtype(config))
-    once = config.execution.gather == "step"
-    weights = with_fp8(config, params)
-    weights, quantized = detach(load(weights) if once else weights)
+    model, execution, objective = recipe.model, recipe.execution, recipe.objective
+    norms = lax.psum(objective.normalisers(batch), ROWS)
+    load = functools.partial(gather, dtype=compute_dtype(execution))
+    once = execution.gather == "step"
+    params = with_fp8(execution, weights.params)
+    params, quantized = detach(load(params) if once else params)
 
-    def loss(weights, micro_batch):
-        weights = attach(weights, quantized)
-        layer_load = (lambda tree: tree) if once else load
-        output = apply(config, weights, router_bias, micro_batch, layer_load)
-        sums = _token_sums(config, output, layer_load({"head_DV": weights["head_DV"]})["head_DV"], micro_batch)
-        return _total_loss(config, sums, norms, mtp_weight), sums
+    def loss(params, micro_batch):
+        whole = Weights(attach(params, quantized), weights.router_bias)
+        sums = _forward(model, execution, objective, whole, micro_batch, (lambda tree: tree) if once else load)
+        return objective.total(sums.terms, sums.router, norms, rates), sums
 
     def one(micro_batch):
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(weights, micro_batch)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
-    micro_batches = _split(config, batch)
+    micro_batches = _split(batch, recipe.micro_batch_size)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     if micro_batches["tokens_BS"].shape[0] == 1:
         grads, sums = one(first)
@@ -226,78 +246,21 @@ def _local_gradients(config: Config, params, router_bias, batch: Batch, mtp_weig
     return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
 
 
-def with_fp8(config: Config, params: Any) -> Any:
+def with_fp8(execution: Execution, params: Any) -> Any:
     """Quantise this device's part of the weights, where the precision is FP8."""
-    return attach(params, quantize_weights(params)) if config.execution.precision == "fp8" else params
+    return attach(params, quantize_weights(params)) if execution.precision == "fp8" else params
 
 
-def _split(config: Config, batch: Batch) -> Batch:
+def _split(batch: Batch, micro_batch_size: int) -> Batch:
     """[rows, S] of this device to [micro-batches, rows, S]."""
     devices = lax.psum(1, ROWS)
     rows = batch["tokens_BS"].shape[0]
-    count, left = divmod(rows * devices, config.training.micro_batch_size)
+    count, left = divmod(rows * devices, micro_batch_size)
     if left or not count:
         raise ValueError(
-            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size ="
-            f" {config.training.micro_batch_size}"
+            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {micro_batch_size}"
         )
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-
-
-def _normalisers(batch: Batch) -> Normalisers:
-    valid_BS = batch["segment_ids_BS"] > 0
-    local = Normalisers(
-        batch["loss_weights_BS"].sum(), valid_BS.sum(dtype=jnp.int32), valid_BS.any(-1).sum(dtype=jnp.int32)
-    )
-    return lax.psum(local, ROWS)
-
-
-def _token_sums(config: Config, output: Output, head_DV: jax.Array, batch: Batch) -> Sums:
-    """Sum the losses over this device's tokens."""
-
-    def head_loss(hidden_BSD, targets_BS, weights_BS, z_weight):
-        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        return cross_entropy(
-            hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), config.execution.loss_chunk, z_weight
-        )
-
-    with jax.named_scope("head"):
-        loss, z = head_loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"], config.loss.z_loss_weight)
-        mtp = []
-        for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
-            _, targets_BS, weights_BS = mtp_targets(batch, depth)
-            mtp.append(head_loss(hidden_BSD, targets_BS, weights_BS, 0.0)[0])
-    return Sums(loss, z, jnp.stack(mtp) if mtp else jnp.zeros_like(loss, shape=(0,)), output.stats)
-
-
-def _total_loss(config: Config, sums: Sums, norms: Normalisers, mtp_weight: jax.Array) -> jax.Array:
-    """The objective: V3 eq. 24, 25 (MTP, divided by the main loss's tokens) and 17 (balance, summed over layers)."""
-    weight = jnp.maximum(norms.weight, 1e-9)
-    total = (sums.loss + sums.z) / weight
-    if config.model.num_mtp_layers:
-        total += mtp_weight * sums.mtp.mean() / weight
-    return total + _balance_loss(config, sums.router, norms)
-
-
-def _balance_loss(config: Config, router: RouterStats, norms: Normalisers) -> jax.Array:
-    sequence = config.loss.sequence_balance_weight * router.sequence_balance.sum() / jnp.maximum(norms.sequences, 1)
-    return sequence + config.loss.batch_balance_weight * router.batch_balance.sum() / jnp.maximum(norms.tokens, 1)
-
-
-def _loss_metrics(config: Config, sums: Sums, norms: Normalisers) -> dict[str, jax.Array]:
-    weight = jnp.maximum(norms.weight, 1e-9)
-    counts_LE = sums.router.counts_E
-    return {
-        "loss": sums.loss / weight,
-        "z_loss": sums.z / weight,
-        "mtp_loss": sums.mtp / weight,
-        "balance_loss": _balance_loss(config, sums.router, norms),
-        "counts_LE": counts_LE,
-        "max_vio_L": max_violation(counts_LE),
-        "max_vio_sequence_L": sums.router.violation / jnp.maximum(norms.sequences, 1),
-        "dead_experts": jnp.sum(counts_LE == 0, dtype=jnp.int32),
-        "tokens": norms.tokens,
-    }
 
 
 def _update_biases(router_bias, counts_LE: jax.Array, rate: jax.Array):

@@ -27,6 +27,7 @@ from deepseek_jax.data.pipeline import loader_throughput, make_train_loader, ope
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
@@ -116,7 +117,7 @@ def measure_step(
         state = create_state(config)
         batch = place_batch(next(batches), mesh)
         start = time.perf_counter()
-        lowered = jit_train_step(config, mesh).lower(state, batch, rates(config, 0, 0))
+        lowered = jit_train_step(config, pretraining(config), mesh).lower(state, batch, rates(config, 0, 0))
         traced = time.perf_counter()
         step = lowered.compile()
         compiled = time.perf_counter()

@@ -25,7 +25,7 @@ from flax import nnx
 
 from configs import deepseek_v3
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.attention import Attention, expanded
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.recompute import keep, recomputed
@@ -88,12 +88,12 @@ class Inputs(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """`transformer.MoELayer` with the routed experts of one device."""
+    """`model.layer.MoELayer` with the routed experts of one device."""
 
     def __init__(self, config: Config, local_experts: int, rngs: nnx.Rngs):
         model, std = config.model, config.model.init_std
         self.config = config
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(model, rngs)
         self.norm_D = gain(model.width)
         self.router_DE = matrix(rngs, "router_DE", (model.width, model.num_experts), std)
         self.shared = FeedForward(model.num_shared_experts * model.expert_hidden, model, rngs)
@@ -104,9 +104,8 @@ class Layer(nnx.Module):
         """Compute what `Outputs` holds. `experts_W1`: the local expert of each row that arrives."""
         model, (x_BSD, rows_WD, gates_W1) = self.config.model, inputs
         positions_BS = jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2])
-        x_BSD = keep(
-            x_BSD + self.attention(x_BSD, rotary_table(model, positions_BS), jnp.ones_like(positions_BS)), "middle"
-        )
+        attend = expanded(self.config.execution, rotary_table(model, positions_BS), None)
+        x_BSD = keep(x_BSD + attend(self.attention, x_BSD, None)[0], "middle")
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         with jax.named_scope("route"):
             scores_BSE = router_scores(model, h_BSD, self.router_DE[...])

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from deepseek_jax.config import Config, from_config_dict, resolve
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel.program import resolve
 from experiments import session
 from experiments.benchmarks import breakdown, report
 from experiments.benchmarks.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick

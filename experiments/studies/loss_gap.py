@@ -32,6 +32,7 @@ from deepseek_jax.data.packing import Batch
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step
@@ -66,7 +67,9 @@ def main(_) -> None:
             f"config.training.num_tokens = {config.training.num_tokens:g} is {num_steps} steps, of which warm-up takes"
             f" {config.optimizer.warmup_steps}: there is no gap to see; raise it or lower optimizer.warmup_steps"
         )
-    steps = {precision: jit_train_step(_with(config, precision), mesh) for precision in ("bf16", "fp8")}
+    steps = {
+        precision: jit_train_step(_with(config, precision), pretraining(config), mesh) for precision in ("bf16", "fp8")
+    }
     losses: dict[tuple[int, str], np.ndarray] = {}
     for seed in range(config.seed, config.seed + SEEDS.value):
         seeded = dataclasses.replace(config, seed=seed)

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 from configs import deepseek_v3
 from deepseek_jax import config as config_lib
 from deepseek_jax.huggingface.config import read_model
+from deepseek_jax.parallel.program import resolve
 from tests.golden import cases
 
 FOLDER = pathlib.Path(__file__).parent
@@ -94,7 +95,7 @@ def run_config(name: str, model: config_lib.Model, shape_BS: tuple[int, int]) ->
         "expert_wave": 4,
         "loss_chunk": 40,
     }
-    return config_lib.resolve(config_lib.from_config_dict(tree), "cpu", 1)
+    return resolve(config_lib.from_config_dict(tree), "cpu", 1)
 
 
 def read_trees(tensors: dict[str, np.ndarray], model: config_lib.Model) -> tuple[dict[str, Any], dict[str, Any]]:

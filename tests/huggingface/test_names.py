@@ -57,7 +57,7 @@ def shapes_of_init(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
     )
     with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
         params, bias = jax.eval_shape(
-            functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0))
+            functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))
         )
     return {path: leaf.shape for path, leaf in leaves_of({"params": params, "router_bias": bias}).items()}
 

@@ -1,7 +1,5 @@
 """The cache's size: exactly C + R values per token and layer."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -14,25 +12,29 @@ V3 = from_config_dict(get_config())
 
 def test_bytes_per_token_of_671b():
     """Spec section 13, item 17."""
-    assert cache_bytes_per_token(V3) == 70_272
+    assert cache_bytes_per_token(V3.model, V3.execution) == 70_272
 
 
 def test_cache_holds_576_values_per_token_and_layer():
-    cache = jax.eval_shape(lambda: make_cache(V3, 2, 32))
-    assert cache["dense_layers"]["latent"].shape == (3, 2, 32, 512)
-    assert cache["moe_layers"]["rotary"].shape == (58, 2, 32, 64)
-    arrays = jax.tree.leaves((cache["dense_layers"], cache["moe_layers"]))
+    cache = jax.eval_shape(lambda: make_cache(V3.model, V3.execution, 2, 32))
+    assert cache.layers["dense_layers"].latent_BMC.shape == (3, 2, 32, 512)
+    assert cache.layers["moe_layers"].rotary_BMR.shape == (58, 2, 32, 64)
+    arrays = jax.tree.leaves(cache.layers)
     assert sum(leaf.size for leaf in arrays) == 2 * 32 * 61 * 576
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) == 2 * 32 * cache_bytes_per_token(V3)
-    assert cache["length"].shape == (2,) and cache["length"].dtype == jnp.int32
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in arrays) == 2 * 32 * cache_bytes_per_token(
+        V3.model, V3.execution
+    )
+    assert cache.length_B.shape == (2,) and cache.length_B.dtype == jnp.int32
 
 
 def test_fp32_doubles_the_bytes():
-    fp32 = dataclasses.replace(V3, execution=dataclasses.replace(V3.execution, precision="fp32"))
-    assert cache_bytes_per_token(fp32) == 2 * 70_272
-    assert jax.eval_shape(lambda: make_cache(fp32, 1, 8))["moe_layers"]["latent"].dtype == jnp.float32
+    fp32 = V3.with_(execution={"precision": "fp32"})
+    assert cache_bytes_per_token(fp32.model, fp32.execution) == 2 * 70_272
+    cache = jax.eval_shape(lambda: make_cache(fp32.model, fp32.execution, 1, 8))
+    assert cache.layers["moe_layers"].latent_BMC.dtype == jnp.float32
 
 
 def test_a_stack_without_layers_has_no_cache():
-    moe_only = dataclasses.replace(V3, model=dataclasses.replace(V3.model, num_dense_layers=0))
-    assert sorted(jax.eval_shape(lambda: make_cache(moe_only, 1, 8))) == ["length", "moe_layers"]
+    moe_only = V3.with_(model={"num_dense_layers": 0})
+    cache = jax.eval_shape(lambda: make_cache(moe_only.model, V3.execution, 1, 8))
+    assert list(cache.layers) == ["moe_layers"]

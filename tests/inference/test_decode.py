@@ -9,14 +9,27 @@ import numpy as np
 import pytest
 
 from configs.tiny import get_config
-from deepseek_jax.config import from_config_dict, resolve
+from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.tokenizer import byte_tokenizer
-from deepseek_jax.inference import decode
+from deepseek_jax.inference import decode, generate
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import partition_specs
+from deepseek_jax.parallel.program import resolve
+from deepseek_jax.parameters import (
+    PARAMETERS,
+    ROWS,
+    Fp8Weight,
+    P,
+    Weights,
+    leaf_name,
+    matrix_shape,
+    num_lead_dims,
+    partition_specs,
+)
+from pallas_kernels.quantize import quantize_blocks
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 WARM = Sampling(temperature=1.0, top_k=0, top_p=1.0)
@@ -36,6 +49,10 @@ def make_config(precision="fp32", **model):
     return resolve(from_config_dict(config), "cpu", 1)
 
 
+def one_device():
+    return make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+
+
 CONFIG = make_config()
 
 
@@ -45,32 +62,42 @@ def make_weights(config=CONFIG):
     signs.
     """
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = jax.eval_shape(
+        functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))
+    )
     params, router_bias = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     params = jax.tree.map_with_path(
         lambda path, leaf: jnp.array(1 + 0.1 * leaf if "norm" in path[-1].key else 0.3 * leaf), params
     )
-    return params, jax.tree.map(lambda leaf: jnp.array(0.05 * leaf), router_bias)
+    return Weights(params, jax.tree.map(lambda leaf: jnp.array(0.05 * leaf), router_bias))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def expanded_logits(config, params, router_bias, tokens_BS):
+def expanded_logits(config, weights, tokens_BS):
     """The training form: expanded attention over the whole sequence, no cache."""
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    batch = {
-        "tokens_BS": tokens_BS,
-        "targets_BS": tokens_BS,
-        "positions_BS": positions_BS,
-        "segment_ids_BS": jnp.ones_like(tokens_BS),
-    }
-    return transformer.apply(config, params, router_bias, batch).hidden_BSD @ params["head_DV"]
+    inputs = transformer.Inputs(tokens_BS, positions_BS, jnp.ones_like(tokens_BS, dtype=bool))
+    hidden_BSD = transformer.apply(config.model, config.execution, weights, inputs).hidden_BSD
+    return hidden_BSD @ weights.params["head_DV"]
 
 
-def ids(prompts=PROMPT, num_tokens=12, sampling=GREEDY, seed=0, eos=NEVER, weights=None):
-    params, router_bias = weights or make_weights()
-    return np.concatenate(
-        list(decode.stream_ids(CONFIG, params, router_bias, prompts, num_tokens, sampling, seed, eos)), axis=1
-    )
+def ids(prompts=PROMPT, num_tokens=12, sampling=GREEDY, seed=0, eos=NEVER, weights=None, mesh=None, config=CONFIG):
+    weights = weights or make_weights()
+    new = generate.stream_ids(config, weights, prompts, num_tokens, sampling, seed, eos, mesh)
+    return np.concatenate(list(new), axis=1)
+
+
+def prefilled(config, weights, prompts_BS, lengths_B, num_slots=256, cache=None):
+    """Execution and weights of decoding, and logits and cache after a prefill on one device."""
+    mesh = one_device()
+    execution = decode.decode_execution(config, mesh)
+    run = jax.jit(functools.partial(decode.prefill, config.model, execution))
+    with jax.set_mesh(mesh):
+        weights = decode_weights(execution, weights, mesh)
+        cache = cache or make_cache(config.model, execution, len(prompts_BS), num_slots)
+        chunks = jax.device_put(decode.in_chunks(prompts_BS), P(None, ROWS))
+        lengths_B = jax.device_put(np.array(lengths_B, np.int32), P(ROWS))
+        return execution, weights, *run(weights, cache, chunks, lengths_B)
 
 
 @pytest.mark.parametrize(
@@ -81,27 +108,25 @@ def ids(prompts=PROMPT, num_tokens=12, sampling=GREEDY, seed=0, eos=NEVER, weigh
 def test_prefill_and_steps_equal_the_expanded_form(model):
     """Teacher forcing: at every position the cache gives the logits that a pass over the whole sequence gives."""
     config = make_config(**model)
-    params, router_bias = make_weights(config)
+    weights = make_weights(config)
     tokens_BS = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
-    want_BSV = np.asarray(expanded_logits(config, params, router_bias, tokens_BS))
-    config = decode.decode_config(config)
+    want_BSV = np.asarray(expanded_logits(config, weights, tokens_BS))
     prompts_BS = np.where(np.arange(11) < np.array([[7], [11]]), tokens_BS[:, :11], 0)  # two lengths in one batch
-    cache = make_cache(config, 2, decode.PREFILL_CHUNK)
-    logits_BV, cache = decode.prefill(
-        config, params, router_bias, cache, decode.in_chunks(prompts_BS), np.array([7, 11], np.int32)
-    )
-    step = jax.jit(decode.decode_token, static_argnums=0)
+    execution, weights, logits_BV, cache = prefilled(config, weights, prompts_BS, [7, 11], decode.PREFILL_CHUNK)
+    step = jax.jit(functools.partial(decode.decode_token, config.model, execution))
     for i in range(9):
         want_BV = want_BSV[[0, 1], [6 + i, 10 + i]]
         np.testing.assert_allclose(logits_BV, want_BV, atol=1e-5 * np.abs(want_BV).max())
-        logits_BV, cache = step(config, params, router_bias, cache, tokens_BS[[0, 1], [7 + i, 11 + i]])
-    assert cache["length"].tolist() == [16, 20]
+        with jax.set_mesh(one_device()):
+            tokens_B = jax.device_put(tokens_BS[[0, 1], [7 + i, 11 + i]], P(ROWS))
+            logits_BV, cache = step(weights, cache, tokens_B)
+    assert cache.length_B.tolist() == [16, 20]
 
 
 def test_greedy_takes_the_argmax_of_the_expanded_form():
     new_ids = ids(num_tokens=20)
     whole = np.concatenate([PROMPT, new_ids], axis=1)
-    logits_BSV = np.asarray(expanded_logits(CONFIG, *make_weights(), whole[:, :-1]))
+    logits_BSV = np.asarray(expanded_logits(CONFIG, make_weights(), whole[:, :-1]))
     assert new_ids.shape == (1, 20)
     assert (logits_BSV[0, PROMPT.shape[1] - 1 :].argmax(-1) == new_ids[0]).all()
     assert len(set(new_ids[0].tolist())) > 3, "a constant continuation would test nothing"
@@ -109,32 +134,26 @@ def test_greedy_takes_the_argmax_of_the_expanded_form():
 
 def test_prompts_longer_than_a_chunk(monkeypatch):
     """21 tokens in one pass or in three: the same logits, and the same cache up to the prompt's end."""
-    config, (params, router_bias) = decode.decode_config(CONFIG), make_weights()
     results = []
     for size in (decode.PREFILL_CHUNK, 8):
         monkeypatch.setattr(decode, "PREFILL_CHUNK", size)
-        chunks = decode.in_chunks(np.random.default_rng(1).integers(0, 300, (1, 21)))
-        assert chunks.shape == (-(-21 // size), 1, size)
-        logits_BV, cache = decode.prefill(
-            config, params, router_bias, make_cache(config, 1, 256), chunks, np.array([21], np.int32)
-        )
-        results.append(
-            [logits_BV, cache["moe_layers"]["latent"][:, :, :21], cache["dense_layers"]["rotary"][:, :, :21]]
-        )
+        prompts_BS = np.random.default_rng(1).integers(0, 300, (1, 21))
+        assert decode.in_chunks(prompts_BS).shape == (-(-21 // size), 1, size)
+        *_, logits_BV, cache = prefilled(CONFIG, make_weights(), prompts_BS, [21])
+        moe, dense = cache.layers["moe_layers"], cache.layers["dense_layers"]
+        results.append([logits_BV, moe.latent_BMC[:, :, :21], dense.rotary_BMR[:, :, :21]])
     for one_pass, three_passes in zip(*results, strict=True):
         np.testing.assert_allclose(one_pass, three_passes, atol=1e-5 * np.abs(one_pass).max())
 
 
 def test_slots_beyond_the_length_are_never_read():
-    config, (params, router_bias) = decode.decode_config(CONFIG), make_weights()
-    chunks = decode.in_chunks(PROMPT)
     logits = []
     for poison in (0.0, 1e3):
-        cache = make_cache(config, 1, 256)
-        cache = jax.tree.map(
-            lambda leaf, poison=poison: leaf + leaf.dtype.type(poison) if leaf.ndim > 1 else leaf, cache
-        )
-        logits.append(decode.prefill(config, params, router_bias, cache, chunks, np.array([5], np.int32))[0])
+        execution = decode.decode_execution(CONFIG, one_device())
+        with jax.set_mesh(one_device()):
+            cache = make_cache(CONFIG.model, execution, 1, 256)
+        layers = jax.tree.map(lambda leaf, poison=poison: leaf + leaf.dtype.type(poison), cache.layers)
+        logits.append(prefilled(CONFIG, make_weights(), PROMPT, [5], cache=cache._replace(layers=layers))[2])
     np.testing.assert_array_equal(*logits)
 
 
@@ -142,7 +161,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_bursts(monkeypatch):
     prompts = np.concatenate([PROMPT, PROMPT[:, ::-1]])
     together = ids(prompts=prompts, sampling=WARM)
     np.testing.assert_array_equal(together[:1], ids(sampling=WARM))
-    monkeypatch.setattr(decode, "BURST", 5)
+    monkeypatch.setattr(generate, "BURST", 5)
     np.testing.assert_array_equal(together[:1], ids(sampling=WARM))
 
 
@@ -174,16 +193,17 @@ def test_nothing_is_computed_after_every_row_has_ended():
 
 
 def test_the_number_of_tokens_is_kept():
-    for num_tokens in (1, 2, decode.BURST + 1, decode.BURST + 2):
+    for num_tokens in (1, 2, generate.BURST + 1, generate.BURST + 2):
         assert ids(num_tokens=num_tokens).shape == (1, num_tokens)
 
 
 def test_streamed_text_is_that_of_the_ids():
-    tokenizer, (params, router_bias) = byte_tokenizer(), make_weights()
-    text = "".join(decode.stream(CONFIG, params, router_bias, tokenizer, "def ", 20, GREEDY, seed=0))
+    tokenizer, weights = byte_tokenizer(), make_weights()
+    text = "".join(generate.stream(CONFIG, weights, tokenizer, "def ", 20, GREEDY, seed=0))
     prompt = np.array([[tokenizer.bos, *tokenizer.encode("def ")]], np.int32)
-    known = params | {"head_DV": params["head_DV"][:, : tokenizer.vocab_size]}
-    want = ids(prompts=prompt, num_tokens=20, eos=tokenizer.eos, weights=(known, router_bias))[0].tolist()
+    known = weights.params | {"head_DV": weights.params["head_DV"][:, : tokenizer.vocab_size]}
+    known = weights._replace(params=known)
+    want = ids(prompts=prompt, num_tokens=20, eos=tokenizer.eos, weights=known)[0].tolist()
     want = want[: want.index(tokenizer.eos)] if tokenizer.eos in want else want
     assert text == tokenizer.decode_bytes(want).decode(errors="replace") and "def" not in text[:3]
 
@@ -192,9 +212,9 @@ def test_stream_holds_back_half_a_character(monkeypatch):
     tokenizer = byte_tokenizer()
     euro = [tokenizer.encode("€")[i] for i in range(3)]
     monkeypatch.setattr(
-        decode, "stream_ids", lambda *_: iter([np.array([[euro[0]]]), np.array([euro[1:]]), np.array([euro[:1]])])
+        generate, "stream_ids", lambda *_: iter([np.array([[euro[0]]]), np.array([euro[1:]]), np.array([euro[:1]])])
     )
-    pieces = list(decode.stream(CONFIG, *make_weights(), tokenizer, "x", 5, GREEDY, seed=0))
+    pieces = list(generate.stream(CONFIG, make_weights(), tokenizer, "x", 5, GREEDY, seed=0))
     assert pieces == ["", "€", "", "�"]
 
 
@@ -209,15 +229,23 @@ def test_stream_holds_back_half_a_character(monkeypatch):
 )
 def test_refuses_what_does_not_fit(prompt, num_tokens, message):
     with pytest.raises(ValueError, match=message):
-        list(decode.stream(CONFIG, *make_weights(), byte_tokenizer(), prompt, num_tokens, GREEDY, seed=0))
+        list(generate.stream(CONFIG, make_weights(), byte_tokenizer(), prompt, num_tokens, GREEDY, seed=0))
 
 
 def test_yarn_extends_the_positions():
     yarn = dataclasses.replace(CONFIG.model.yarn, enabled=True, original_length=64, factor=4.0)
-    longer = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, yarn=yarn))
-    decode.check_lengths(longer, 200, 56)
+    longer = CONFIG.with_(model={"yarn": yarn})
+    generate.check_lengths(longer, 200, 56)
     with pytest.raises(ValueError, match="256 positions"):
-        decode.check_lengths(longer, 200, 57)
+        generate.check_lengths(longer, 200, 57)
+
+
+def split_weights():
+    """The weights as a training state has them on the mesh that is set."""
+    params, router_bias = make_weights()
+    specs = partition_specs(params)
+    assert any(axis is not None for spec in jax.tree.leaves(specs) for axis in spec)
+    return Weights(jax.tree.map(jax.device_put, params, specs), jax.device_put(router_bias, jax.P()))
 
 
 def test_weights_come_from_any_mesh():
@@ -228,41 +256,113 @@ def test_weights_come_from_any_mesh():
     np.testing.assert_array_equal(split, unsplit)
 
 
-def split_weights():
-    params, router_bias = make_weights()
-    specs = partition_specs(params)
-    assert any(axis is not None for spec in jax.tree.leaves(specs) for axis in spec)
-    return jax.tree.map(jax.device_put, params, specs), jax.device_put(router_bias, jax.P())
+@pytest.mark.parametrize("sizes", [(1, 1, 4), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_every_mesh_decodes_the_same_text(sizes, num_prompts):
+    """Sequences over all devices, some of which have none, experts over `node` and `expert`."""
+    prompts = np.random.default_rng(4).integers(0, 300, (num_prompts, 9))
+    mesh = make_mesh(
+        Mesh(pipe=1, data=sizes[0], node=sizes[1], expert=sizes[2], tensor=1), jax.devices()[: np.prod(sizes)]
+    )
+    with jax.set_mesh(mesh):
+        weights = split_weights()
+    for sampling in (GREEDY, WARM):
+        want = ids(prompts=prompts, num_tokens=20, sampling=sampling)
+        np.testing.assert_array_equal(
+            ids(prompts=prompts, num_tokens=20, sampling=sampling, weights=weights, mesh=mesh), want
+        )
+
+
+def test_a_row_without_a_sequence_ends_no_other(monkeypatch):
+    """On four devices one prompt is one row of four; all leave the loop together, when it has ended."""
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=4, tensor=1), jax.devices()[:4])
+    first = ids(num_tokens=1, mesh=mesh)[0, 0]
+    assert ids(num_tokens=40, eos=first, mesh=mesh).tolist() == [[first]]
+    assert ids(num_tokens=20, mesh=mesh).shape == (1, 20)
+
+
+FP8_MODEL = {
+    "width": 128,
+    "query_latent": 128,
+    "kv_latent": 128,
+    "num_heads": 4,
+    "value_dim": 32,
+    "dense_hidden": 128,
+    "expert_hidden": 128,
+}
+
+
+def stored_in_fp8(config):
+    """The weights as a checkpoint stores them: values and scales, no carrier."""
+    weights = make_weights(config)
+
+    def quantize(path, w):
+        name = leaf_name(path)
+        if PARAMETERS[name].precision != "fp8":
+            return w
+        matrix = matrix_shape(w.shape, num_lead_dims(name, w.ndim), PARAMETERS[name].row_dims)
+        q = quantize_blocks(w.reshape(-1, *matrix[-2:]))
+        return Fp8Weight(None, q.values.reshape(w.shape), q.scales.reshape(*matrix[:-2], *q.scales.shape[-2:]))
+
+    return Weights(jax.tree.map_with_path(quantize, weights.params), weights.router_bias)
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_weights_in_fp8_are_decoded_as_stored(experts):
+    """They stay FP8, but for the one that absorbed attention takes apart."""
+    config = make_config("fp8", **FP8_MODEL)
+    weights = stored_in_fp8(config)
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=experts, tensor=1), jax.devices()[:experts])
+    placed = decode_weights(decode.decode_execution(config, mesh), weights, mesh)
+    kept = jax.tree.leaves(placed.params, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
+    assert sum(isinstance(leaf, Fp8Weight) for leaf in kept) == 4 + 2 + 4 + 2 + 2  # attention twice, without kv_b
+    tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
+    assert ids(prompts=tokens_BS[:, :9], num_tokens=5, weights=weights, mesh=mesh, config=config).shape == (1, 5)
+
+
+@pytest.mark.parametrize(("num_layers", "tolerance"), [(1, 0.08), (2, 0.2)])
+def test_fp8_over_a_cache_is_near_the_expanded_form(num_layers, tolerance):
+    """The same bytes in both. Where BF16 rounds differs, and E4M3 makes more of it in weights of this size: by token, in
+    the median, 0.05 after a dense layer and 0.14 after one with experts; in BF16 0.01 and 0.02.
+    """
+    config = make_config("fp8", **FP8_MODEL, num_layers=num_layers)
+    execution = decode.decode_execution(config, one_device())
+    weights = decode_weights(execution, stored_in_fp8(config), one_device())
+    tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
+    positions_BS, valid_BS = np.arange(128, dtype=np.int32)[None], np.ones((1, 128), bool)
+    cache = make_cache(config.model, execution, 1, 128)
+    step = jax.jit(functools.partial(transformer.decode_step, config.model, execution))
+    got = np.float32(step(weights, cache.layers, tokens_BS, positions_BS, valid_BS)[0])
+    run = jax.jit(functools.partial(transformer.apply, config.model, config.execution))
+    want = np.float32(run(weights, transformer.Inputs(tokens_BS, positions_BS, valid_BS)).hidden_BSD)
+    error_BS = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert np.median(error_BS) < tolerance, error_BS
+
+
+def test_fp8_weights_of_an_fp32_model_are_refused():
+    config = make_config("fp8", **FP8_MODEL)
+    with pytest.raises(ValueError, match="is in FP8 and execution.precision = 'fp32': load the weights as 'fp32'"):
+        ids(num_tokens=1, weights=stored_in_fp8(config), config=config.with_(execution={"precision": "fp32"}))
 
 
 def test_mtp_layers_stay_behind():
-    params, router_bias = make_weights()
+    weights = make_weights()
     mtp_layers = {"mtp_layers": {"final_norm_D": jnp.ones((1, 32))}}
-    kept_params, kept_bias = decode.decode_weights(CONFIG, params | mtp_layers, router_bias | mtp_layers)
-    assert set(kept_params) == set(params) and set(kept_bias) == set(router_bias)
+    kept = decode_weights(CONFIG.execution, Weights(*(part | mtp_layers for part in weights)), one_device())
+    assert set(kept.params) == set(weights.params) and set(kept.router_bias) == set(weights.router_bias)
 
 
 def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
-    params, _ = decode.decode_weights(make_config(precision="bf16"), *make_weights())
+    params, _ = decode_weights(make_config(precision="bf16").execution, make_weights(), one_device())
     attention, moe = params["moe_layers"]["attention"], params["moe_layers"]["moe"]
-    assert {leaf.dtype for leaf in (params["head_DV"], attention["q_b_ANQ"], moe["down_EFD"])} == {
-        jnp.dtype(jnp.bfloat16)
-    }
-    assert {leaf.dtype for leaf in (params["embed_VD"], attention["kv_norm_C"], moe["router_DE"])} == {
-        jnp.dtype(jnp.float32)
-    }
+    in_bf16 = params["head_DV"], attention["q_b_ANQ"], moe["down_EFD"]
+    in_fp32 = params["embed_VD"], attention["kv_norm_C"], moe["router_DE"]
+    assert {leaf.dtype for leaf in in_bf16} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in in_fp32} == {jnp.dtype(jnp.float32)}
 
 
 def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
-    config = decode.decode_config(make_config(precision="bf16"))
-    params, router_bias = decode.decode_weights(config, *make_weights())
-    cache = make_cache(config, 1, 256)
-    logits_BV, after = jax.eval_shape(
-        functools.partial(decode.prefill, config), params, router_bias, cache, decode.in_chunks(PROMPT), np.array([5])
-    )
+    config = make_config(precision="bf16")
+    *_, logits_BV, cache = prefilled(config, make_weights(), PROMPT, [5])
     assert logits_BV.dtype == jnp.float32
-    logits_BV, after = jax.eval_shape(
-        functools.partial(decode.decode_token, config), params, router_bias, after, np.array([1])
-    )
-    assert logits_BV.dtype == jnp.float32 and after["moe_layers"]["latent"].dtype == jnp.bfloat16
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}

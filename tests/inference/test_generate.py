@@ -14,11 +14,11 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.tokenizer import byte_tokenizer
-from deepseek_jax.inference.decode import stream
+from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import partition_specs
+from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, read_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,9 @@ def run(tmp_path_factory):
     claim_workdir(workdir, config)
     byte_tokenizer().save(workdir / "tokenizer.json")
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = jax.eval_shape(
+        functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))
+    )
     params, router_bias = jax.tree.map(lambda leaf: jnp.array(0.5 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -67,7 +69,7 @@ def test_prints_the_prompt_and_its_continuation(run, temperature):
     workdir, config, params, router_bias = run
     done = command(workdir, "--prompt=if x:", f"--temperature={temperature}", "--max_new_tokens=30", "--seed=5")
     sampling = Sampling(temperature=temperature, top_p=1.0, top_k=0)
-    text = "".join(stream(config, params, router_bias, byte_tokenizer(), "if x:", 30, sampling, seed=5))
+    text = "".join(stream(config, Weights(params, router_bias), byte_tokenizer(), "if x:", 30, sampling, seed=5))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"if x:{text}\n" and text
 

@@ -2,8 +2,8 @@
 expanded one (golden 2).
 """
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.extend.core
@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import Config, resolve
+from deepseek_jax.inference.cache import ContiguousCache
 from deepseek_jax.model import flash
-from deepseek_jax.model.attention import Attention
+from deepseek_jax.model.attention import Attention, Entry, absorbed, expanded
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import ROWS, P
 from tests import small
 
@@ -27,17 +28,13 @@ CHUNKS = [64, 11, 7, 4, 3]
 assert -(-S // 7) <= flash.MOST_UNROLLED_CHUNKS < -(-S // 4)
 
 
-def with_execution(config: Config, **values) -> Config:
-    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, **values))
-
-
 @functools.cache
 def core(chunk):
     """`attend` with gradients, jitted."""
-    config = with_execution(small.config(), attention="xla", attention_chunk=chunk)
+    execution = small.config().with_(execution={"attention": "xla", "attention_chunk": chunk}).execution
 
     def run(q, k, v, segments, g):
-        out, pull = jax.vjp(lambda *qkv: flash.attend(config, *qkv, segments, SCALE), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: flash.attend(execution, *qkv, segments, SCALE), q, k, v)
         return out, pull(g)
 
     return jax.jit(run)
@@ -138,9 +135,9 @@ def test_no_array_of_s_times_s(chunk):
     square = B * N * length * length
     assert largest_intermediate(jax.make_jaxpr(core(chunk))(*args).jaxpr) <= square * chunk // length
     assert core(chunk).lower(*args).compile().memory_analysis().temp_size_in_bytes < 4 * square // 2
-    config = with_execution(small.config(), attention="xla", attention_chunk=chunk)
+    execution = small.config().with_(execution={"attention": "xla", "attention_chunk": chunk}).execution
     _, pull = jax.eval_shape(
-        lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(config, *qkv, args[3], SCALE), q, k, v), *args[:3]
+        lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(execution, *qkv, args[3], SCALE), q, k, v), *args[:3]
     )
     inputs_and_output = sum(a.size for a in args[:4]) + B * length * N * H
     assert (
@@ -162,9 +159,21 @@ def test_program_does_not_grow_with_the_number_of_chunks():
 
 def test_impossible_implementations_are_refused():
     q, k, v, _ = draw()
-    for choice, message in {"cudnn": "needs precision 'bf16'", "auto": "'auto' is not resolved"}.items():
+    for choice, message in {"cudnn": "takes BF16 and one segment per row", "auto": "'auto' is not resolved"}.items():
+        execution = small.config().with_(execution={"attention": choice}).execution
         with pytest.raises(ValueError, match=message):
-            flash.attend(with_execution(small.config(), attention=choice), q, k, v, draw_segments("packed"), SCALE)
+            flash.attend(execution, q, k, v, draw_segments("packed"), SCALE)
+        if choice == "cudnn":
+            with pytest.raises(ValueError, match=message):
+                flash.attend(execution, *(x.astype(jnp.bfloat16) for x in (q, k, v)), draw_segments("packed"), SCALE)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_without_segments_attention_is_causal_over_the_row(chunk):
+    q, k, v, g = draw()
+    got, want = core(chunk)(q, k, v, None, g), core(chunk)(q, k, v, draw_segments("one document"), g)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
 
 
 VARIANTS = {
@@ -185,18 +194,19 @@ def layer(variant):
     tree.model.init_std = 0.2
     tree.execution.attention_chunk = 16
     config = resolve(small.from_config_dict(tree), "cpu", 1)
-    attention = Attention(config, nnx.Rngs(params=1))
+    attention = Attention(config.model, nnx.Rngs(params=1))
 
-    def expanded(attention, x_BSD, positions_BS, segment_ids_BS):
-        return attention(x_BSD, rotary_table(config.model, positions_BS), segment_ids_BS)
+    def run_expanded(attention, x_BSD, positions_BS, segment_ids_BS):
+        table = rotary_table(config.model, positions_BS)
+        return expanded(config.execution, table, segment_ids_BS)(attention, x_BSD, None)[0]
 
-    def absorbed(attention, x_BSD, cache, positions_BS):
-        return attention.absorbed(x_BSD, rotary_table(config.model, positions_BS), cache, positions_BS)
+    def run_absorbed(attention, x_BSD, cache, positions_BS):
+        return absorbed(rotary_table(config.model, positions_BS), positions_BS)(attention, x_BSD, cache)
 
     return (
         config.model,
-        functools.partial(nnx.jit(expanded), attention),
-        functools.partial(nnx.jit(absorbed), attention),
+        functools.partial(nnx.jit(run_expanded), attention),
+        functools.partial(nnx.jit(run_absorbed), attention),
     )
 
 
@@ -209,45 +219,76 @@ def draw_stream(model, length=40):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absorbed_equals_expanded(variant):
     """A prompt and single tokens over a cache of exactly C + R values per token, within 1e-5 relative."""
-    model, expanded, absorbed = layer(variant)
+    model, run_expanded, run_absorbed = layer(variant)
     x_BSD, positions_BS = draw_stream(model)
-    want_BSD = expanded(x_BSD, positions_BS, np.ones_like(positions_BS))
+    want_BSD = run_expanded(x_BSD, positions_BS, np.ones_like(positions_BS))
     slots = 48
-    cache = {
-        "latent": jnp.full((B, slots, model.kv_latent), 7.0),
-        "rotary": jnp.full((B, slots, model.rotary_dim), 7.0),
-    }
+    cache = ContiguousCache(jnp.full((B, slots, model.kv_latent), 7.0), jnp.full((B, slots, model.rotary_dim), 7.0))
     assert sum(a.size for a in jax.tree.leaves(cache)) == B * slots * (model.kv_latent + model.rotary_dim)
     parts = []
     for new in (slice(0, 37), slice(37, 38), slice(38, 39), slice(39, 40)):
-        part, cache = absorbed(x_BSD[:, new], cache, positions_BS[:, new])
+        part, cache = run_absorbed(x_BSD[:, new], cache, positions_BS[:, new])
         parts.append(part)
     error = np.linalg.norm(jnp.concatenate(parts, axis=1) - want_BSD, axis=-1) / np.linalg.norm(want_BSD, axis=-1)
     assert error.max() <= 1e-5
-    assert all((np.asarray(a)[:, 40:] == 7.0).all() and (np.asarray(a)[:, :40] != 7.0).all() for a in cache.values())
+    assert all((np.asarray(a)[:, 40:] == 7.0).all() and (np.asarray(a)[:, :40] != 7.0).all() for a in cache.read())
+
+
+class PagedToy(NamedTuple):
+    """A cache of another kind: pages of four slots, anywhere in one pool, that a table assigns to sequences."""
+
+    latent: jax.Array  # [pages, 4, C]
+    rotary: jax.Array  # [pages, 4, R]
+    table_BP: jax.Array
+
+    def write(self, entry, positions_BS):
+        page_BS = jnp.take_along_axis(self.table_BP, positions_BS // 4, axis=1)
+        return PagedToy(
+            self.latent.at[page_BS, positions_BS % 4].set(entry.latent_BSC),
+            self.rotary.at[page_BS, positions_BS % 4].set(entry.rotary_BSR),
+            self.table_BP,
+        )
+
+    def read(self):
+        rows = (pool[self.table_BP] for pool in (self.latent, self.rotary))
+        return Entry(*(x.reshape(len(x), -1, x.shape[-1]) for x in rows))
+
+
+def test_attention_runs_over_a_cache_of_another_kind():
+    """Pages in a random order give the numbers of contiguous slots, to the bit."""
+    model, _, run = layer("V3")
+    x_BSD, positions_BS = draw_stream(model)
+    widths, pages = (model.kv_latent, model.rotary_dim), np.random.default_rng(0).permutation(24).reshape(B, 12)
+    contiguous = ContiguousCache(*(jnp.zeros((B, 48, width)) for width in widths))
+    paged = PagedToy(*(jnp.full((24, 4, width), 5.0) for width in widths), jnp.asarray(pages))
+    for new in (slice(0, 37), slice(37, 38), slice(38, 40)):
+        want, contiguous = run(x_BSD[:, new], contiguous, positions_BS[:, new])
+        got, paged = run(x_BSD[:, new], paged, positions_BS[:, new])
+        np.testing.assert_array_equal(got, want)
+    assert pages.ravel().tolist() != sorted(pages.ravel())
 
 
 def test_only_differences_of_positions_matter():
-    model, expanded, _ = layer("V3")
+    model, run, _ = layer("V3")
     x_BSD, positions_BS = draw_stream(model)
     ones = np.ones_like(positions_BS)
-    near, far = expanded(x_BSD, positions_BS, ones), expanded(x_BSD, positions_BS + 1000, ones)
+    near, far = run(x_BSD, positions_BS, ones), run(x_BSD, positions_BS + 1000, ones)
     np.testing.assert_allclose(
         far, near, rtol=0, atol=1e-4 * np.abs(near).max()
     )  # FP32 angles near 1000 are 6e-5 apart
-    reversed_BSD = expanded(x_BSD, positions_BS[:, ::-1], ones)
+    reversed_BSD = run(x_BSD, positions_BS[:, ::-1], ones)
     assert np.abs(reversed_BSD - near).max() > 0.05 * np.abs(near).max()  # they do matter
 
 
 def test_packed_documents_equal_documents_alone():
     """With its own segment id a document is computed as if it were alone, whether positions restart or run on."""
-    model, expanded, _ = layer("V3")
+    model, run, _ = layer("V3")
     x_BSD, positions_BS = draw_stream(model)
     segments = np.where(np.arange(40) < 23, 1, 2)[np.newaxis].repeat(B, 0)
-    packed_BSD = expanded(x_BSD, positions_BS, segments)
+    packed_BSD = run(x_BSD, positions_BS, segments)
     alone_BSD = jnp.zeros_like(x_BSD).at[:, :17].set(x_BSD[:, 23:])  # same shape, same program: the tail is padding
-    alone_BSD = expanded(alone_BSD, positions_BS, np.where(np.arange(40) < 17, 1, 0)[np.newaxis].repeat(B, 0))
+    alone_BSD = run(alone_BSD, positions_BS, np.where(np.arange(40) < 17, 1, 0)[np.newaxis].repeat(B, 0))
     np.testing.assert_allclose(packed_BSD[:, 23:], alone_BSD[:, :17], rtol=0, atol=1e-5 * np.abs(alone_BSD).max())
-    unmasked_BSD = expanded(x_BSD, positions_BS, np.ones_like(segments))
+    unmasked_BSD = run(x_BSD, positions_BS, np.ones_like(segments))
     np.testing.assert_array_equal(unmasked_BSD[:, :23], packed_BSD[:, :23])
     assert np.abs(unmasked_BSD[:, 23:] - packed_BSD[:, 23:]).max() > 0.05 * np.abs(packed_BSD).max()

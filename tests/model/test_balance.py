@@ -2,7 +2,6 @@
 balance.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -94,10 +93,12 @@ def test_updates_balance_a_skewed_router():
 
 def loss_config(frequency="unbiased", sequence=0.0, batch=0.0, sizes=(1, 1, 1)):
     config = small.config(sizes)
-    loss = dataclasses.replace(
-        config.loss, balance_frequency=frequency, sequence_balance_weight=sequence, batch_balance_weight=batch
-    )
-    return dataclasses.replace(config, loss=loss)
+    weights = {"sequence_balance_weight": sequence, "batch_balance_weight": batch}
+    return config.with_(loss={"balance_frequency": frequency} | weights)
+
+
+def stats_of(config, scores_BSE, experts_BSK, valid_BS):
+    return router_stats(config.loss, config.model, scores_BSE, experts_BSK, valid_BS)
 
 
 def draw(rows=4, length=24, seed=0):
@@ -126,7 +127,7 @@ def test_sequence_loss_is_alpha_at_uniform_scores():
     """Equal scores, whatever the routing: sum of f_i is E and each P_i is 1 / E."""
     _, experts_BSK, valid_BS = draw()
     for frequency in ("unbiased", "selected"):
-        stats = router_stats(
+        stats = stats_of(
             loss_config(frequency, sequence=1e-4), jnp.full((*valid_BS.shape, E), 0.7), experts_BSK, valid_BS
         )
         assert float(stats.sequence_balance) / valid_BS.any(-1).sum() == pytest.approx(1.0, rel=2e-7)
@@ -136,14 +137,14 @@ def test_sequence_loss_is_alpha_at_uniform_routing():
     """Each expert chosen equally often, whatever the scores: each f_i is 1 and the P_i add up to 1."""
     scores_BSE, _, _ = draw()
     experts_BSK = np.arange(24 * K).reshape(1, 24, K) % E + np.zeros((4, 1, 1), int)
-    stats = router_stats(loss_config("selected", sequence=1e-4), scores_BSE, experts_BSK, np.ones((4, 24), bool))
+    stats = stats_of(loss_config("selected", sequence=1e-4), scores_BSE, experts_BSK, np.ones((4, 24), bool))
     assert float(stats.sequence_balance) / 4 == pytest.approx(1.0, rel=3e-7)
 
 
 def test_sequence_loss_of_a_collapsed_router_is_e_over_k():
     scores_BSE = np.where(np.arange(E) < K, 0.5, 0.0) * np.ones((2, 5, 1))
     experts_BSK = np.broadcast_to(np.arange(K), (2, 5, K))
-    stats = router_stats(loss_config(sequence=1.0), scores_BSE.astype(np.float32), experts_BSK, np.ones((2, 5), bool))
+    stats = stats_of(loss_config(sequence=1.0), scores_BSE.astype(np.float32), experts_BSK, np.ones((2, 5), bool))
     assert float(stats.sequence_balance) / 2 == pytest.approx(E / K, rel=1e-6)
 
 
@@ -151,9 +152,7 @@ def test_sequence_loss_of_a_collapsed_router_is_e_over_k():
 def test_statistics_equal_loops_and_exclude_padding(frequency):
     scores_BSE, experts_BSK, valid_BS = draw()
     poisoned = np.where(valid_BS[..., None], scores_BSE, np.nan)  # padding may hold anything
-    stats = jax.jit(functools.partial(router_stats, loss_config(frequency, sequence=1e-4)))(
-        poisoned, experts_BSK, valid_BS
-    )
+    stats = jax.jit(functools.partial(stats_of, loss_config(frequency, sequence=1e-4)))(poisoned, experts_BSK, valid_BS)
     np.testing.assert_array_equal(stats.counts_E, np.bincount(experts_BSK[valid_BS].ravel(), minlength=E))
     assert stats.counts_E.dtype == jnp.int32 and int(stats.counts_E.sum()) == K * valid_BS.sum()
     chosen_BSK = chosen_by(frequency, scores_BSE, experts_BSK)
@@ -168,7 +167,7 @@ def test_the_two_frequencies_differ():
     """Otherwise the test above could not tell them apart."""
     scores_BSE, experts_BSK, valid_BS = draw()
     unbiased, selected = (
-        float(router_stats(loss_config(frequency, sequence=1e-4), scores_BSE, experts_BSK, valid_BS).sequence_balance)
+        float(stats_of(loss_config(frequency, sequence=1e-4), scores_BSE, experts_BSK, valid_BS).sequence_balance)
         for frequency in ("unbiased", "selected")
     )
     assert abs(unbiased - selected) > 1e-3
@@ -177,7 +176,7 @@ def test_the_two_frequencies_differ():
 def test_frequencies_carry_no_gradient():
     scores_BSE, experts_BSK, valid_BS = draw()
     config = loss_config(sequence=1e-4)
-    got = jax.grad(lambda scores: router_stats(config, scores, experts_BSK, valid_BS).sequence_balance)(scores_BSE)
+    got = jax.grad(lambda scores: stats_of(config, scores, experts_BSK, valid_BS).sequence_balance)(scores_BSE)
 
     chosen_BSK = chosen_by("unbiased", scores_BSE, experts_BSK)
     counts_BE = ((chosen_BSK[..., None] == np.arange(E)) & valid_BS[..., None, None]).sum((1, 2))
@@ -198,7 +197,7 @@ def test_batch_loss_uses_the_frequencies_of_all_devices(frequency, sizes):
     mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
 
     def local(*arrays):
-        return jax.lax.psum(router_stats(config, *arrays), ROWS)
+        return jax.lax.psum(stats_of(config, *arrays), ROWS)
 
     specs = (P(ROWS, None, None), P(ROWS, None, None), P(ROWS, None))
     with jax.set_mesh(mesh):

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import from_config_dict, resolve
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
-from deepseek_jax.training.losses import mtp_targets
+from deepseek_jax.parallel.program import resolve
+from deepseek_jax.training.objective import mtp_targets
 from tests import small
+from tests.support.network import apply
 
 S, DEPTHS = 14, 2
 pytestmark = pytest.mark.xdist_group("causality")  # one compiled gradient serves all tests of this file
@@ -44,7 +46,7 @@ def model():
     tree.model.update({"num_layers": 2, "num_mtp_layers": DEPTHS, "vocab_size": 32, "init_std": 0.1})
     tree.execution.update({"attention_chunk": 4, "expert_block": 4})  # the row spans four chunks
     config = resolve(from_config_dict(tree), "cpu", 1)
-    return config, *transformer.init(config, jax.random.key(0))
+    return config, *transformer.init(config.model, jax.random.key(0))
 
 
 @functools.cache
@@ -56,7 +58,7 @@ def compiled():
     direction_D = jax.random.normal(jax.random.key(1), (config.model.width,))
 
     def outputs(embed_VD, batch):
-        output = transformer.apply(config, params | {"embed_VD": embed_VD}, bias, batch)
+        output = apply(config, params | {"embed_VD": embed_VD}, bias, batch)
         return jnp.stack([hidden_BSD[0] @ direction_D for hidden_BSD in (output.hidden_BSD, *output.mtp_hidden)])
 
     def run(batch, cotangent):
@@ -93,7 +95,7 @@ def test_packed_documents_are_independent():
     batch, segments = make_batch("packed"), np.append(make_batch("packed")["segment_ids_BS"][0], -1)
     same_document = segments[:S, None] == segments[None]
     for depth in range(1 + DEPTHS):
-        weights_BS = mtp_targets(batch, depth)[2] if depth else batch["loss_weights_BS"]
+        weights_BS = mtp_targets(batch, depth)[1] if depth else batch["loss_weights_BS"]
         positions = np.flatnonzero(np.asarray(weights_BS)[0])
         assert len(positions) == 12 - 2 * depth  # two documents of six tokens
         want = same_document & np.tri(S, S + 1, k=depth, dtype=bool)

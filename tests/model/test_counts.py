@@ -34,7 +34,7 @@ TOTALS = {
 def shapes(name):
     """Config, and the abstract `init` of it."""
     config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
-    return config, *jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    return config, *jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
 
 
 def count(tree):

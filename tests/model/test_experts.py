@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import resolve
 from deepseek_jax.model import experts
+from deepseek_jax.model.balance import router_stats
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import MoE
+from deepseek_jax.parallel.program import resolve
 from tests import small
 
 T, K, E, D, F = 37, 3, 6, 8, 5
@@ -194,11 +195,13 @@ def test_no_token_is_dropped_when_all_want_the_same_experts():
     tokens.
     """
     config = resolve(small.config(), "cpu", 1)
-    model, layer = config.model, MoE(config, nnx.Rngs(params=0))
+    model, layer = config.model, MoE(config.model, nnx.Rngs(params=0))
     layer.bias_E[...] = jnp.zeros(model.num_experts).at[jnp.asarray([4, 5, 6, 7])].set(9.0)
     x_BSD = jax.random.normal(jax.random.key(1), (2, 48, model.width))
     valid_BS = np.arange(48) < np.array([[48], [40]])
-    y_BSD, stats = nnx.jit(lambda layer, x, valid: layer(x, valid))(layer, x_BSD, valid_BS)
+    observe = functools.partial(router_stats, config.loss)
+    run = nnx.jit(lambda layer, x, valid: layer(config.execution, x, valid, observe))
+    y_BSD, stats = run(layer, x_BSD, valid_BS)
     np.testing.assert_array_equal(stats.counts_E, 88 * np.isin(np.arange(16), [4, 5, 6, 7]))
 
     h_TD = rms_norm(x_BSD, layer.norm_D[...], model.norm_eps).reshape(-1, model.width)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from deepseek_jax.config import Mesh, from_config_dict, resolve
+from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import flash, transformer
 from deepseek_jax.model.recompute import KEPT
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import ROWS, P
 from tests import small
+from tests.support.network import apply
 
 B, S, N, Q, H = 8, 256, 2, 48, 32
 SCALE = 0.13
@@ -99,10 +101,10 @@ def test_attention_output_is_saved_once(capsys):
     tree.model.update({"num_layers": 1, "num_mtp_layers": 0})
     tree.execution.remat = "selective"
     config = resolve(from_config_dict(tree), "cpu", expert_devices=1)
-    params, router_bias = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    params, router_bias = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
 
     def loss(params, batch):
-        return transformer.apply(config, params, router_bias, batch).hidden_BSD.sum()
+        return apply(config, params, router_bias, batch).hidden_BSD.sum()
 
     jax.ad_checkpoint.print_saved_residuals(loss, params, small.batch(rows=2))
     saved = sorted(line.split()[0] for line in capsys.readouterr().out.splitlines() if "named 'attention_out'" in line)

@@ -40,7 +40,7 @@ def test_trees_are_those_of_init(case):
     golden = hf_checkpoint.read(case)
     with jax.set_mesh(make_mesh(golden.config.mesh, jax.devices()[:1])):
         ours = jax.eval_shape(
-            functools.partial(transformer.init, golden.config), jax.eval_shape(lambda: jax.random.key(0))
+            functools.partial(transformer.init, golden.config.model), jax.eval_shape(lambda: jax.random.key(0))
         )
     shapes = [jax.tree.map(lambda leaf: leaf.shape, trees) for trees in (ours, (golden.params, golden.router_bias))]
     assert shapes[0] == shapes[1]

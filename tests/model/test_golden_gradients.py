@@ -5,7 +5,6 @@ loss's token count. Biases of both signs are in place, so a gradient that leaked
 from biased scores, would show.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -14,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model import transformer
-from deepseek_jax.training import losses
+from deepseek_jax.model.head import cross_entropy
+from deepseek_jax.training.objective import mtp_targets
 from tests.golden import hf_checkpoint
+from tests.support.network import apply
 
 pytestmark = pytest.mark.xdist_group("golden_gradients")  # what one worker compiled, its other tests use
 
@@ -28,22 +28,19 @@ REMATS = ("selective", *(pytest.param(remat, marks=pytest.mark.slow) for remat i
 
 def training_losses(config, params, router_bias, batch):
     """Return (objective, (main loss, MTP loss per depth, counts)), losses in nats per token."""
-    output = transformer.apply(config, params, router_bias, batch)
+    output = apply(config, params, router_bias, batch)
 
     def loss(hidden_BSD, targets_BS, weights_BS):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         chunk = config.execution.loss_chunk
         return (
-            losses.cross_entropy(hidden_TD, params["head_DV"], targets_BS.ravel(), weights_BS.ravel(), chunk, 0.0)[0]
+            cross_entropy(hidden_TD, params["head_DV"], targets_BS.ravel(), weights_BS.ravel(), chunk, 0.0)[0]
             / targets_BS.size
         )
 
     main = loss(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
-    mtp = [
-        loss(hidden_BSD, *losses.mtp_targets(batch, depth)[1:])
-        for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1)
-    ]
-    return main + MTP_WEIGHT * sum(mtp) / len(mtp), (main, jnp.stack(mtp), output.stats.counts_E)
+    mtp = [loss(hidden_BSD, *mtp_targets(batch, depth)) for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1)]
+    return main + MTP_WEIGHT * sum(mtp) / len(mtp), (main, jnp.stack(mtp), output.observed.counts_E)
 
 
 @functools.cache
@@ -52,7 +49,7 @@ def differentiate(remat):
     recomputation policy.
     """
     golden = hf_checkpoint.read("base")
-    config = dataclasses.replace(golden.config, execution=dataclasses.replace(golden.config.execution, remat=remat))
+    config = golden.config.with_(execution={"remat": remat})
     objective = jax.jit(jax.value_and_grad(functools.partial(training_losses, config), argnums=(0, 1), has_aux=True))
     (_, parts), gradients = objective(golden.params, golden.router_bias, hf_checkpoint.batch(golden.expected))
     return golden, parts, gradients

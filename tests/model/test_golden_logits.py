@@ -13,8 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model import moe, transformer
+from deepseek_jax.inference.cache import ContiguousCache
+from deepseek_jax.model import transformer
+from deepseek_jax.model.balance import router_stats
+from deepseek_jax.model.router import weigh
+from deepseek_jax.parameters import Weights
 from tests.golden import hf_checkpoint
+from tests.support.network import apply
 
 pytestmark = pytest.mark.xdist_group("golden_logits")  # one forward pass per case serves all tests of this file
 
@@ -24,24 +29,22 @@ GATES_RTOL = 8e-6
 
 @functools.cache
 def forward(case):
-    """Run `apply` once per case; return the golden, the output, and each MoE layer's (experts, gates) in the order of
-    the layers.
+    """Run `apply` once per case; return the golden, the output, and each layer's (experts, gates, counts) in the order
+    of the layers.
     """
     golden = hf_checkpoint.read(case)
-    routes = []
 
-    def recorded_route(*args):
-        experts, gates = route(*args)
-        jax.debug.callback(lambda *arrays: routes.append([np.asarray(a) for a in arrays]), experts, gates, ordered=True)
-        return experts, gates
+    def observe(model, scores_BSE, experts_BSK, valid_BS):
+        return (
+            experts_BSK,
+            weigh(model, scores_BSE, experts_BSK),
+            router_stats(golden.config.loss, model, scores_BSE, experts_BSK, valid_BS),
+        )
 
-    route = moe.route
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "route", recorded_route)
-        apply = jax.jit(functools.partial(transformer.apply, golden.config))
-        output = apply(golden.params, golden.router_bias, hf_checkpoint.batch(golden.expected))
-        jax.effects_barrier()
-    return golden, output, routes
+    run = jax.jit(functools.partial(apply, golden.config, observe=observe))
+    output = run(golden.params, golden.router_bias, hf_checkpoint.batch(golden.expected))
+    experts, gates, stats = output.observed
+    return golden, output, list(zip(np.asarray(experts), np.asarray(gates), np.asarray(stats.counts_E), strict=True))
 
 
 def logits(golden, hidden_BSD):
@@ -62,7 +65,7 @@ def test_routes_and_gates_of_every_layer(case):
     golden, output, routes = forward(case)
     expected = golden.expected
     assert len(routes) == len(expected["experts_LTK"])
-    for layer, (experts_BSK, gates_BSK) in enumerate(routes):
+    for layer, (experts_BSK, gates_BSK, reported_E) in enumerate(routes):
         experts_TK = experts_BSK.reshape(-1, experts_BSK.shape[-1])
         order = np.argsort(experts_TK, axis=-1)
         np.testing.assert_array_equal(
@@ -71,7 +74,7 @@ def test_routes_and_gates_of_every_layer(case):
         gates_TK = np.take_along_axis(gates_BSK.reshape(experts_TK.shape), order, -1)
         np.testing.assert_allclose(gates_TK, expected["weights_LTK"][layer], rtol=GATES_RTOL, err_msg=f"layer {layer}")
         counts_E = np.bincount(experts_TK.ravel(), minlength=golden.config.model.num_experts)
-        np.testing.assert_array_equal(output.stats.counts_E[layer], counts_E)
+        np.testing.assert_array_equal(reported_E, counts_E)
 
 
 def test_mtp_logits():
@@ -102,20 +105,18 @@ def test_absorbed_decoding_gives_the_same_logits(case):
     model, tokens_BS = golden.config.model, golden.expected["tokens_BS"]
     batch, length = tokens_BS.shape
 
-    def empty(layers):
+    def garbage(layers):
         shape = (layers, batch, length + 7)
-        return {
-            "latent": jnp.full((*shape, model.kv_latent), 99.0),
-            "rotary": jnp.full((*shape, model.rotary_dim), 99.0),
-        }
+        return ContiguousCache(jnp.full((*shape, model.kv_latent), 99.0), jnp.full((*shape, model.rotary_dim), 99.0))
 
-    cache = {"dense_layers": empty(model.num_dense_layers), "moe_layers": empty(model.num_moe_layers)}
-    decode = jax.jit(functools.partial(transformer.decode_step, golden.config))
+    cache = {"dense_layers": garbage(model.num_dense_layers), "moe_layers": garbage(model.num_moe_layers)}
+    decode = jax.jit(functools.partial(transformer.decode_step, model, golden.config.execution))
+    weights, valid_BS = Weights(golden.params, golden.router_bias), np.ones((batch, length), bool)
     hidden, start = [], 0
     for size in (length - 4, 1, 1, 1, 1):
         new = slice(start, start + size)
         positions_BS = jnp.broadcast_to(jnp.arange(start, start + size), (batch, size))
-        step, cache = decode(golden.params, golden.router_bias, cache, tokens_BS[:, new], positions_BS)
+        step, cache = decode(weights, cache, tokens_BS[:, new], positions_BS, valid_BS[:, new])
         hidden.append(step)
         start += size
     np.testing.assert_allclose(

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import from_config_dict, resolve
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
+from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import PARAMETERS, leaf_name
 from tests import small
+from tests.support.network import apply
 
 pytestmark = pytest.mark.xdist_group("transformer")
 ROWS, LENGTH = 2, 32
@@ -28,7 +31,7 @@ def make_config(num_layers=4, **execution):
 @functools.cache
 def make_inputs():
     """Weights in FP32, biases that route unevenly, and a packed batch with padding."""
-    params, router_bias = transformer.init(make_config(), jax.random.key(0))
+    params, router_bias = transformer.init(make_config().model, jax.random.key(0))
     router_bias = jax.tree.map(lambda b: 0.1 * jax.random.normal(jax.random.key(1), b.shape), router_bias)
     batch = {name: array[:ROWS, -LENGTH:] for name, array in small.batch().items()}
     segments = np.where(np.arange(LENGTH) < [[13], [28]], 1, 2) * (np.arange(LENGTH) < [[30], [32]])
@@ -41,17 +44,17 @@ def objective(config, params, router_bias, batch):
     """A scalar of every output, and the output."""
 
     def cast(tree):  # as `parallel.weights.gather` does
-        dtype = transformer.compute_dtype(config)
+        dtype = compute_dtype(config.execution)
         return jax.tree_util.tree_map_with_path(
             lambda path, w: w if PARAMETERS[leaf_name(path)].precision == "fp32" else w.astype(dtype), tree
         )
 
-    output = transformer.apply(config, params, router_bias, batch, cast)
+    output = apply(config, params, router_bias, batch, cast)
     directions = jax.random.normal(jax.random.key(2), (1 + config.model.num_mtp_layers, config.model.width))
     hidden = jnp.stack([h.astype(jnp.float32) for h in (output.hidden_BSD, *output.mtp_hidden)])
     return jnp.tanh(
         jnp.einsum("kbsd,kd->kbs", hidden, directions)
-    ).mean() + output.stats.sequence_balance.mean(), output
+    ).mean() + output.observed.sequence_balance.mean(), output
 
 
 @functools.cache
@@ -69,7 +72,7 @@ def relative_errors(got, want):
 
 
 def abstract_inputs(config):
-    params, router_bias = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    params, router_bias = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     del params["head_DV"]
     return params, router_bias, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_inputs()[2])
 
@@ -106,9 +109,9 @@ def test_recomputation_and_unrolling_change_no_number(name):
     assert max(errors.values()) < 5e-6, errors  # fused differently: measured 1.7e-6
     np.testing.assert_allclose(output.hidden_BSD, want.hidden_BSD, rtol=0, atol=2e-6 * np.abs(want.hidden_BSD).max())
     np.testing.assert_array_equal(
-        output.stats.counts_E, want.stats.counts_E
+        output.observed.counts_E, want.observed.counts_E
     )  # a forward pass that runs twice counts once
-    assert want.stats.counts_E.sum() == 62 * 4 * 4  # valid tokens, 4 experts each, 3 layers and MTP
+    assert want.observed.counts_E.sum() == 62 * 4 * 4  # valid tokens, 4 experts each, 3 layers and MTP
 
 
 def kept_values(remat):
@@ -163,16 +166,16 @@ def test_bf16_is_finite_and_near_fp32():
     assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, (
         errors
     )  # measured 0.11 (a router) and 0.04
-    moved = np.abs(output.stats.counts_E - want.stats.counts_E).sum() / 2
-    assert moved <= 0.02 * want.stats.counts_E.sum()  # measured 6 of 992
+    moved = np.abs(output.observed.counts_E - want.observed.counts_E).sum() / 2
+    assert moved <= 0.02 * want.observed.counts_E.sum()  # measured 6 of 992
 
 
 def test_what_writes_into_the_residual_stream_can_start_smaller():
     """Attention's output and every down-projection, of dense, shared, routed and MTP parts; nothing else."""
     tree = small.config_dict()
-    plain = transformer.init(from_config_dict(tree), jax.random.key(0))[0]
+    plain = transformer.init(from_config_dict(tree).model, jax.random.key(0))[0]
     tree.model.residual_init_scale = 0.25
-    scaled = transformer.init(from_config_dict(tree), jax.random.key(0))[0]
+    scaled = transformer.init(from_config_dict(tree).model, jax.random.key(0))[0]
     ratios = {}
     for (path, before), after in zip(jax.tree.leaves_with_path(plain), jax.tree.leaves(scaled), strict=True):
         ratios.setdefault(leaf_name(path), set()).add(round(float(jnp.abs(after).sum() / jnp.abs(before).sum()), 5))

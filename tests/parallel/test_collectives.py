@@ -19,8 +19,8 @@ from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import EXPERTS, PARAMETERS
-from deepseek_jax.training.step import resolve_for
 from tests import abstract, small
 
 MESH = (2, 1, 4)

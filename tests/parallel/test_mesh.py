@@ -90,7 +90,7 @@ def test_tokens_that_share_no_scale_are_refused_in_fp8():
 @functools.cache
 def parameters(name):
     config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
-    return jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
 
 
 def named_leaves(tree):

@@ -19,6 +19,7 @@ from deepseek_jax.model.balance import RouterStats
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import P, partition_specs
 from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.objective import Normalisers, Terms, pretraining
 from deepseek_jax.training.optimizer import Rates, make_optimizer
 from tests.pallas_kernels.test_aot_hopper import H100
 
@@ -57,8 +58,8 @@ def arguments(config, mesh):
         "step": integer,
         "skipped": integer,
     }
-    sums = step_lib.Sums(scalar, scalar, none, RouterStats(counts, per_layer, per_layer, per_layer))
-    return state, params, sums, step_lib.Normalisers(scalar, integer, integer), Rates(scalar, scalar, scalar)
+    sums = step_lib.Sums(Terms(scalar, scalar, none), RouterStats(counts, per_layer, per_layer, per_layer))
+    return state, params, sums, Normalisers(scalar, integer, integer), Rates(scalar, scalar, scalar)
 
 
 def test_update_passes_over_the_parameters_once_and_in_place():
@@ -71,7 +72,8 @@ def test_update_passes_over_the_parameters_once_and_in_place():
         config.mesh, topologies.get_topology_desc("h200", "cuda", target_config=target, topology="1x1x1").devices
     )
     with jax.set_mesh(mesh):
-        update = jax.jit(functools.partial(step_lib.update, config), donate_argnums=0)
+        recipe = step_lib.recipe_of(config, pretraining(config), mesh)
+        update = jax.jit(functools.partial(step_lib.update, recipe), donate_argnums=0)
         compiled = update.trace(*arguments(config, mesh)).lower(lowering_platforms=("cuda",)).compile()
     text = compiled.as_text()
     kernels = [line for line in text[text.index("ENTRY ") :].splitlines() if " fusion(" in line or " copy(" in line]

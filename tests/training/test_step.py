@@ -11,10 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.objective import pretraining
 from tests import small
+from tests.support.network import apply
 
 ONE = small.MESHES[0]
 pytestmark = pytest.mark.xdist_group(small.group(ONE))  # the compiled step of `small.on_mesh`
@@ -42,7 +44,7 @@ def plain_objective(config, params, router_bias, batch, mtp_weight):
     """The paper's objective on the whole batch: logits of every token, targets shifted by loops, no chunks, no
     collectives.
     """
-    output = transformer.apply(config, params, router_bias, batch)
+    output = apply(config, params, router_bias, batch)
     tokens = batch["loss_weights_BS"].sum()
 
     def cross_entropy(hidden_BSD, targets_BS, weights_BS):
@@ -56,7 +58,9 @@ def plain_objective(config, params, router_bias, batch, mtp_weight):
             if i + depth < targets.shape[1] and batch["segment_ids_BS"][b, i] == batch["segment_ids_BS"][b, i + depth]:
                 targets[b, i], weights[b, i] = batch["targets_BS"][b, i + depth], batch["loss_weights_BS"][b, i + depth]
         total += mtp_weight / config.model.num_mtp_layers * cross_entropy(hidden_BSD, targets, weights)
-    return total + config.loss.sequence_balance_weight * output.stats.sequence_balance.sum() / len(batch["tokens_BS"])
+    return total + config.loss.sequence_balance_weight * output.observed.sequence_balance.sum() / len(
+        batch["tokens_BS"]
+    )
 
 
 @functools.cache
@@ -99,21 +103,15 @@ CUTS = {
 @pytest.mark.parametrize(("sizes", "training", "execution"), CUTS.values(), ids=CUTS)
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(sizes, training, execution):
     config = small.config(sizes)
-    config = dataclasses.replace(
-        config,
-        training=dataclasses.replace(config.training, **training),
-        execution=dataclasses.replace(config.execution, **execution),
-    )
+    config = config.with_(training=training, execution=execution)
     mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
-    config = step_lib.resolve_for(config, mesh)
+    recipe = step_lib.recipe_of(config, pretraining(config), mesh)
     params, router_bias = jax.device_get((small.on_mesh(ONE).state["params"], small.on_mesh(ONE).state["router_bias"]))
     with jax.set_mesh(mesh):
-        params = jax.tree.map(jax.device_put, params, step_lib.partition_specs(params))
-        router_bias = jax.tree.map(lambda b: jax.device_put(b, jax.P()), router_bias)
-        gradients = jax.jit(functools.partial(step_lib.gradients, config))
-        grads, sums, _ = jax.device_get(
-            gradients(params, router_bias, small.put(uneven_batch()), small.RATES.mtp_weight)
-        )
+        params = jax.tree.map(jax.device_put, params, partition_specs(params))
+        weights = Weights(params, jax.tree.map(lambda b: jax.device_put(b, jax.P()), router_bias))
+        gradients = jax.jit(functools.partial(step_lib.gradients, recipe))
+        grads, sums, _ = jax.device_get(gradients(weights, small.put(uneven_batch()), small.RATES))
     assert_gradients_equal(grads, plain_gradients()[1], 1e-5)
     np.testing.assert_array_equal(sums.router.counts_E, run()[1].router.counts_E)
 
@@ -125,7 +123,8 @@ def test_batch_that_is_no_multiple_is_refused():
         pytest.raises(ValueError, match="a batch of 12 sequences is no multiple of training.micro_batch_size = 8"),
     ):
         batch = small.put(small.batch(rows=12))
-        jax.eval_shape(lambda s: step_lib.gradients(on.config, s["params"], s["router_bias"], batch, 0.3), on.state)
+        weights = Weights(on.state["params"], on.state["router_bias"])
+        jax.eval_shape(lambda w: step_lib.gradients(on.recipe, w, batch, small.RATES), weights)
 
 
 def test_counts_are_exact_and_biases_move_once():
@@ -248,13 +247,9 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
 @functools.cache
 def update(ema_decay):
     """The update alone, jitted, with an average of the weights."""
-    config = small.on_mesh(ONE).config
-    return jax.jit(
-        functools.partial(
-            step_lib.update,
-            dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema_decay=ema_decay)),
-        )
-    )
+    recipe = small.on_mesh(ONE).recipe
+    optimizer = dataclasses.replace(recipe.optimizer, ema_decay=ema_decay)
+    return jax.jit(functools.partial(step_lib.update, dataclasses.replace(recipe, optimizer=optimizer)))
 
 
 def test_average_follows_the_new_parameters():
@@ -308,7 +303,7 @@ def test_norms_count_every_element_once_however_it_lies():
     mesh = make_mesh(small.config((2, 2, 2)).mesh)
     with jax.set_mesh(mesh):
         trees = [
-            jax.tree.map(lambda x, spec: jax.device_put(np.float32(x), spec), t, step_lib.partition_specs(t))
+            jax.tree.map(lambda x, spec: jax.device_put(np.float32(x), spec), t, partition_specs(t))
             for t in (first, second)
         ]
         got = jax.jit(step_lib._norms)(*trees)
@@ -318,8 +313,9 @@ def test_norms_count_every_element_once_however_it_lies():
 def test_evaluation_sums_what_the_step_averages():
     on = small.on_mesh(ONE)
     with jax.set_mesh(on.mesh):
-        evaluate = step_lib.jit_eval_step(on.config, on.mesh)
-        sums = jax.device_get(evaluate(on.state["params"], on.state["router_bias"], small.put(uneven_batch())))
+        evaluate = step_lib.jit_eval_step(on.config, pretraining(on.config), on.mesh)
+        weights = Weights(on.state["params"], on.state["router_bias"])
+        sums = jax.device_get(evaluate(weights, small.put(uneven_batch())))
     metrics = run()[-1]
     np.testing.assert_allclose(sums["weight_sum"], uneven_batch()["loss_weights_BS"].sum())
     np.testing.assert_allclose(sums["loss_sum"] / sums["weight_sum"], metrics["loss"], rtol=1e-6)

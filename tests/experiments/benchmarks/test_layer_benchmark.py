@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs import deepseek_v3
-from deepseek_jax.config import from_config_dict, resolve
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.program import resolve
 from experiments.benchmarks.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
 from tests.experiments.benchmarks import command
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from deepseek_jax.config import from_config_dict, resolve
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN
+from deepseek_jax.parallel.program import resolve
 from experiments.studies import activation_study
 from tests import small
 
@@ -24,7 +25,7 @@ def taken():
         {"num_layers": 2, "num_experts": 4, "experts_per_token": 2, "num_groups": 2, "num_kept_groups": 1}
     )
     config = resolve(from_config_dict(tree), "cpu", 1)
-    params, bias = jax.device_get(transformer.init(config, jax.random.key(0)))
+    params, bias = jax.device_get(transformer.init(config.model, jax.random.key(0)))
     return params, activation_study.take(config, params, bias, small.batch(rows=4, length=64))
 
 

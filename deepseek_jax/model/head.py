@@ -1,4 +1,4 @@
-"""Cross entropy whose gradient is made with the forward, and the shifted targets of multi-token prediction.
+"""The head: what its logits say about given tokens, without an array of tokens x vocabulary.
 
 The problem. With V = 129,280 the logits of one sequence of 4096 tokens are 2.1 GB in FP32, as much again their
 gradient, and the matmul that makes them is one of the largest of the model. Three ways to handle them:
@@ -16,6 +16,12 @@ The third is used. For a chunk of tokens T, with weights w, target y and z = log
 
 Three matmuls per chunk and none repeated; `dx` and `dW` wait as residuals and the backward pass multiplies them by the
 cotangent. The price is a residual of the head's size in FP32, which the gradient of the head would have cost anyway.
+
+That presumes that the cotangent of a token's loss is known but for one scalar, as in pre-training (`cross_entropy`).
+Other objectives weigh a token by what its probability turns out to be: `token_logprobs` returns the log-probability and
+the logsumexp of every token, takes a cotangent g and h for each, and makes the logits once more in the backward pass:
+
+    logprob = l_t[y_t] - z_t        dl_t = g_t (onehot(y_t) - softmax(l_t)) + h_t softmax(l_t)
 
 Everything here is per-device code without collectives: inside `jax.shard_map` the caller sums over devices.
 """
@@ -39,11 +45,7 @@ def cross_entropy(
     two are one objective: the gradient of `loss_sum` is that of `loss_sum + z_sum`, and `z_sum` itself is a constant to
     differentiation, as are the weights.
     """
-    if chunk < 1:
-        raise ValueError(
-            f"loss_chunk = {chunk}: at least one token's logits must exist at a time; set execution.loss_chunk to 1 or"
-            " more"
-        )
+    _check_chunk(chunk)
     for other in (head_DV, targets_T, weights_T):
         hidden_TD = vary(hidden_TD, other)
     head_DV, targets_T, weights_T = (vary(other, hidden_TD) for other in (head_DV, targets_T, weights_T))
@@ -116,29 +118,67 @@ def _chunks(arrays, chunk):
     return jax.tree.map(cut, arrays)
 
 
-def mtp_targets(batch: dict[str, Array], depth: int) -> tuple[Array, Array, Array]:
-    """Return (tokens_BS, targets_BS, weights_BS) of prediction depth `depth` = 1, 2, ... (DeepSeek-V3, arXiv
-    2412.19437, eq. 21 to 25).
+def token_logprobs(hidden_TD: Array, head_DV: Array, targets_T: Array, chunk: int) -> tuple[Array, Array]:
+    """Return (logprob_T, log_z_T): log-probabilities of the targets and logsumexps of the logits, FP32, in nats.
 
-    Position i combines its hidden state with the embedding of token i + depth and predicts token i + depth + 1. For
-    five tokens t1 .. t5 with t6 the target of the last, at depth 1:
+    Both have a derivative with a cotangent per token. Logits exist for `chunk` tokens at a time, in both directions.
+    The matmuls run in the dtype of `hidden_TD` and accumulate in FP32; the softmax is FP32.
 
-        position   1    2    3    4    5
-        token      t2   t3   t4   t5   -       embedded and merged
-        target     t3   t4   t5   t6   -       predicted
-        weight     w2   w3   w4   w5   0       0 also where the position `depth` further belongs to another document
-
-    The ids are shifted, never the hidden states. The loss is divided by the main loss's weight (5 here), not by the
-    number of terms. Raises ValueError for a sequence that has no such position.
+    Raises:
+        ValueError: `chunk` below 1.
     """
-    length = batch["tokens_BS"].shape[1]
-    if depth >= length:
+    _check_chunk(chunk)
+    for other in (head_DV, targets_T):
+        hidden_TD = vary(hidden_TD, other)
+    head_DV, targets_T = (vary(other, hidden_TD) for other in (head_DV, targets_T))
+    return _token_logprobs(hidden_TD, head_DV, targets_T, min(chunk, hidden_TD.shape[0]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logprobs(hidden_TD, head_DV, targets_T, chunk):
+    head = head_DV.astype(hidden_TD.dtype)
+
+    def body(_, tokens):
+        hidden, targets = tokens
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        return None, (jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z, log_z)
+
+    _, results = lax.scan(body, None, _chunks((hidden_TD, targets_T), chunk))
+    return tuple(x.reshape(-1)[: hidden_TD.shape[0]] for x in results)
+
+
+def _token_logprobs_forward(hidden_TD, head_DV, targets_T, chunk):
+    logprob_T, log_z_T = _token_logprobs(hidden_TD, head_DV, targets_T, chunk)
+    return (logprob_T, log_z_T), (hidden_TD, head_DV, targets_T, log_z_T)
+
+
+def _token_logprobs_backward(chunk, residuals, cotangents):
+    hidden_TD, head_DV, targets_T, log_z_T = residuals
+    head = head_DV.astype(hidden_TD.dtype)
+
+    def body(head_grad, tokens):
+        hidden, targets, log_z, by_logprob, by_log_z = tokens
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        probabilities = jnp.exp(logits - log_z[:, None])
+        hit = targets[:, None] == jnp.arange(head.shape[1])
+        grad = probabilities * (by_log_z - by_logprob)[:, None] + jnp.where(hit, by_logprob[:, None], 0.0)
+        grad = grad.astype(head.dtype)
+        head_grad += jnp.matmul(hidden.T, grad, preferred_element_type=jnp.float32)
+        return head_grad, jnp.matmul(grad, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+
+    zeros = vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
+    head_grad_DV, hidden_grad = lax.scan(body, zeros, _chunks((hidden_TD, targets_T, log_z_T, *cotangents), chunk))
+    hidden_grad_TD = hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
+    return hidden_grad_TD, head_grad_DV.astype(head_DV.dtype), None
+
+
+_token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
         raise ValueError(
-            f"a sequence of {length} tokens has no target at MTP depth {depth}; lengthen it or set fewer MTP layers"
+            f"loss_chunk = {chunk}: at least one token's logits must exist at a time; set execution.loss_chunk to 1 or"
+            " more"
         )
-
-    def shift(x_BS):
-        return jnp.pad(x_BS[:, depth:], ((0, 0), (0, depth)))
-
-    same_document = shift(batch["segment_ids_BS"]) == batch["segment_ids_BS"]
-    return shift(batch["tokens_BS"]), shift(batch["targets_BS"]), shift(batch["loss_weights_BS"]) * same_document

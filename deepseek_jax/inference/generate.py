@@ -1,0 +1,118 @@
+"""Generation of text: a prompt through the model, then token by token, handed out as it is made."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax import Array
+
+from deepseek_jax.config import Config, Mesh
+from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
+from deepseek_jax.inference.cache import make_cache
+from deepseek_jax.inference.decode import decode_burst, decode_execution, first_token, in_chunks, prefill
+from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.weights import decode_weights
+from deepseek_jax.parallel.mesh import axis_size, make_mesh
+from deepseek_jax.parallel.program import jit_on
+from deepseek_jax.parameters import ROWS, P, Weights
+
+BURST = 16  # tokens between two looks of the host
+CACHE_STEP = 256  # cache sizes are multiples of this, so that few programs are compiled
+
+
+def stream(
+    config: Config,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[str]:
+    """Yield the text that continues `prompt` as it is made, up to EOS or `max_new_tokens` tokens; `"".join(...)` is
+    all of it.
+
+    Args:
+        config: model, execution, and the longest sequence.
+        weights: as the training state has them, or in FP8 as a checkpoint stores them; on any mesh that this process
+            sees whole.
+        tokenizer: whose ids the model was trained on.
+        prompt: text; it is not repeated in the output.
+        max_new_tokens: at most this many tokens follow.
+        sampling: temperature, top-p, top-k.
+        seed: of the draws; the same seed gives the same text.
+        mesh: that decodes, with the axes of a training mesh; by default the first device alone.
+
+    Raises:
+        ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; weights in FP8 for an FP32 model.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one character to continue")
+    prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)]  # as every document begins in training
+    check_lengths(config, len(prompt_ids), max_new_tokens)
+    decoder = StreamDecoder(tokenizer)  # a character may span tokens, and so bursts
+    known_DV = weights.params["head_DV"][:, : tokenizer.vocab_size]  # ids that no token has are never trained
+    weights = weights._replace(params=weights.params | {"head_DV": known_DV})
+    prompts = np.array([prompt_ids])
+    for ids in stream_ids(config, weights, prompts, max_new_tokens, sampling, seed, tokenizer.eos, mesh):
+        yield decoder.push(ids[0][ids[0] != tokenizer.eos])
+    yield decoder.finish()
+
+
+def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a prompt that leaves no room for the tokens asked for."""
+    yarn = config.model.yarn
+    longest = int(yarn.original_length * yarn.factor) if yarn.enabled else config.data.sequence_length
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+    if num_prompt_tokens + max_new_tokens > longest:
+        room = longest - num_prompt_tokens
+        remedy = f"set max_new_tokens to {room} or less" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones exceed the {longest} positions this"
+            f" model knows; {remedy}"
+        )
+
+
+def stream_ids(
+    config: Config,
+    weights: Weights,
+    prompts_BS: np.ndarray,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    eos: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield new token ids [B, up to BURST] for prompts of one length; a sequence that has ended repeats `eos`."""
+    mesh = mesh or make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.local_devices()[:1])
+    model, execution = config.model, decode_execution(config, mesh)
+    num_sequences, num_prompt_tokens = prompts_BS.shape
+    prompts_BS = np.pad(prompts_BS, ((0, -num_sequences % axis_size(mesh, ROWS)), (0, 0)))
+    batch_size = len(prompts_BS)
+    lengths_B = np.where(np.arange(batch_size) < num_sequences, num_prompt_tokens, 0).astype(np.int32)
+    chunks = in_chunks(prompts_BS)
+    num_positions = max(num_prompt_tokens + max_new_tokens, chunks.shape[0] * chunks.shape[2])
+    num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
+    with jax.set_mesh(mesh):
+        weights = decode_weights(execution, weights, mesh)
+        keys_B = jax.device_put(row_keys(seed, batch_size), P(ROWS))
+        cache = make_cache(model, execution, batch_size, num_slots)
+        chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))
+        run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
+        logits_BV, cache = run_prefill(weights, cache, chunks, lengths_B)
+        state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, keys_B, eos)
+        yield np.asarray(state.tokens_B)[:num_sequences, None]
+        burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
+        remaining = max_new_tokens - 1
+        while remaining > 0 and not bool(np.asarray(state.finished_B).all()):
+            num_tokens = min(remaining, BURST)
+            ids_BK, state = burst(weights, state, keys_B, eos, num_tokens)
+            remaining -= num_tokens
+            yield np.asarray(ids_BK)[:num_sequences, :num_tokens]
+
+
+def row_keys(seed: int, batch_size: int) -> Array:
+    """Return a key for the draws of each row; it depends on the seed and the row alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(batch_size))

@@ -1,0 +1,106 @@
+"""Programs: a pure function, the sections of the configuration that it reads, and a mesh.
+
+`jit_on` compiles one; `resolve` replaces every "auto" of `execution` by what it means on the mesh. A program is keyed
+by what it reads, so two configurations that differ elsewhere (name, data, schedules) share it.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config, Execution
+from deepseek_jax.parallel.mesh import axis_size
+from deepseek_jax.parameters import EXPERTS
+from pallas_kernels import dispatch
+from pallas_kernels.quantized import GROUP
+
+
+@functools.cache
+def jit_on(
+    function: Callable, execution: Execution, mesh: jax.sharding.Mesh, *static: Any, donate: tuple[int, ...] = ()
+) -> Callable:
+    """Jit `function(*static, *arrays)` so that "fp32" is FP32 everywhere; the same arguments give the same program.
+
+    Unless told not to, GPUs multiply FP32 in TF32 and TPUs in BF16. On a GPU cuBLAS alone does these products: choosing
+    among Triton kernels of full precision took more than 500 s for `tiny` on an H200, against 10 s without them
+    (experiments/log.md).
+
+    Args:
+        function: of a module, not made anew for each call.
+        execution: says the precision.
+        mesh: call the program under `jax.set_mesh(mesh)`.
+        static: hashable values; what the function reads of the configuration.
+        donate: which of the arrays are donated.
+    """
+    platform = mesh.devices.flat[0].platform
+    exact = execution.precision == "fp32" and platform != "cpu"
+
+    def run(*arrays):
+        with jax.default_matmul_precision("highest" if exact else None):
+            return function(*static, *arrays)
+
+    options = {"xla_gpu_enable_triton_gemm": False} if exact and platform == "gpu" else None
+    return jax.jit(run, donate_argnums=donate, compiler_options=options)
+
+
+def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    """Replace "auto" choices by what they mean on this mesh."""
+    return resolve(config, mesh.devices.flat[0].platform, axis_size(mesh, EXPERTS))
+
+
+def resolve(config: Config, platform: str, expert_devices: int) -> Config:
+    """Replace every "auto" of `execution` by what it means on `platform` ("cpu", "gpu", "tpu"), and log the choice with
+    its reason.
+
+    Args:
+        config: any valid config.
+        platform: `device.platform` of the mesh's devices.
+        expert_devices: devices along the expert axes of the mesh.
+    """
+    execution = config.execution
+    attention, exchange, experts = execution.attention, execution.exchange, execution.experts
+    if attention == "auto":
+        attention, reason = _choose_attention(config, platform)
+        logging.info("attention: %s (%s)", attention, reason)
+    if attention == "cudnn" and (config.data.mask_documents or execution.precision == "fp32"):
+        raise ValueError(
+            "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use"
+            " 'auto' or 'xla'"
+        )
+    if exchange == "auto":
+        exchange = "all_to_all" if expert_devices > 1 else "local"
+        logging.info("expert exchange: %s (%d devices hold experts)", exchange, expert_devices)
+    if exchange == "local" and expert_devices > 1:
+        raise ValueError(
+            f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share"
+            " them; use 'auto'"
+        )
+    if experts == "auto":
+        experts, reason = _choose_experts(config, platform)
+        logging.info("experts: %s (%s)", experts, reason)
+    return config.with_(execution={"attention": attention, "exchange": exchange, "experts": experts})
+
+
+def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
+    if platform == "tpu":
+        return "splash", "the Pallas kernel for TPU"
+    if platform != "gpu":
+        return "xla", f"no flash attention for {platform}"
+    if config.execution.precision == "fp32":
+        return "xla", "cuDNN flash attention takes BF16, the precision is fp32"
+    if config.data.mask_documents:
+        return "xla", "cuDNN flash attention takes one segment per row, and data.mask_documents is on"
+    return "cudnn", "cuDNN flash attention"
+
+
+def _choose_experts(config: Config, platform: str) -> tuple[str, str]:
+    if config.execution.precision == "fp8":
+        return "grouped", "products in FP8 are grouped"
+    if config.execution.precision == "fp32" or platform != "gpu" or not dispatch.on_hopper():
+        return "blocks", "the grouped kernels are for BF16 on Hopper GPUs"
+    if config.model.width % GROUP or config.model.expert_hidden % GROUP:
+        return "blocks", f"the grouped kernels want widths that are multiples of {GROUP}"
+    return "grouped", "the Pallas kernels for Hopper"
