@@ -22,10 +22,11 @@ import numpy as np
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.augmentation import Augmentation
+from deepseek_jax.data.bpe import make_tokenizer
 from deepseek_jax.data.packing import Batch, next_token_batch, pack
 from deepseek_jax.data.sources import train_texts
 from deepseek_jax.data.token_cache import Corpus, Documents, open_corpus
-from deepseek_jax.data.tokenizer import Tokenizer, make_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 # Per window, about. Rows of one window come from the same documents, so it must hold many more tokens than a short run
 # sees: at 2**20, `tiny` met an eighth of its corpus and its loss rose by 0.8 nats where the second window began.

@@ -8,7 +8,7 @@ import pytest
 from configs import deepseek_v3
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data import pipeline
-from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.data.bpe import train_bpe
 
 VOCAB_SIZE = 700
 STDLIB = Path(sysconfig.get_path("stdlib"))

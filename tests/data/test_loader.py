@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data import pipeline
+from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
-from deepseek_jax.data.tokenizer import byte_tokenizer, train_bpe
 
 
 @pytest.fixture

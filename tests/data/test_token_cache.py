@@ -9,8 +9,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from deepseek_jax.data import token_cache
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.data.token_cache import open_corpus
-from deepseek_jax.data.tokenizer import byte_tokenizer
 
 
 def texts_of(corpus, tokenizer) -> list[str]:

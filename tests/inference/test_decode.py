@@ -10,7 +10,7 @@ import pytest
 
 from configs.tiny import get_config
 from deepseek_jax.config import from_config_dict, resolve
-from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import decode
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.sampling import Sampling
