@@ -135,3 +135,20 @@ def heldout_batches(
             f"a batch of {batch_size} sequences does not divide over {process_count} processes; use a multiple"
         )
     return HeldOut(config, tokenizer, corpus.heldout, batch_size, num_batches, process_index, process_count)
+
+
+def open_held_out(
+    config: Config,
+    tokenizer: Tokenizer,
+    workdir: str | os.PathLike,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> HeldOut:
+    """Return the batches that a run is evaluated on: `training.eval_batches` of `training.micro_batch_size` rows.
+
+    Raises:
+        ValueError: as `heldout_batches`.
+    """
+    training = config.training
+    sizes = training.micro_batch_size, training.eval_batches
+    return heldout_batches(config, tokenizer, workdir, *sizes, process_index, process_count)
