@@ -12,6 +12,10 @@ Boundary splitting. V3's tokens may join punctuation and the line breaks after i
 "):" then ends inside a token the model always saw whole, and its continuation is off (token boundary bias). So a
 proportion of these tokens is replaced by the tokens of "):" and of "\\n". The report leaves the proportion and the
 place of the cut open; we cut between punctuation and line breaks.
+
+Only documents of the corpus pass here. Examples with weights (`examples`) are trained on as they are: the parts of a
+FIM document are tokenised anew, so there would be no token for a weight to follow, and a prompt would come after its
+answer.
 """
 
 import unicodedata

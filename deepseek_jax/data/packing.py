@@ -18,6 +18,9 @@ Example with S + 1 = 6 and documents A (9 tokens, BOS and EOS included), B (4) a
     weights, masked   1  1  1  0  1             weights           1  1  0  0  0
     positions, reset  0  1  2  3  0             positions, reset  0  1  2  0  1
 
+The weights are those of documents without any; given ones (`examples`) move with their tokens, and stand where these
+have a 1.
+
 B3 is B's EOS. With `mask_documents` it has no target of its own, so its weight is 0. Without, the row is one stream of
 text, as in the report's pre-training: every real token is a target, all segments are 1, and C0 (a BOS) is predicted
 from B3.
@@ -25,35 +28,49 @@ from B3.
 
 import bisect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from deepseek_jax.config import Data
+from deepseek_jax.data.examples import Example
 
 Batch = dict[str, np.ndarray]
 
 
-def pack(documents: Sequence[np.ndarray], row_length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents into rows.
+class Rows(NamedTuple):
+    """Packed rows; every array is [rows, S + 1]."""
 
-    Returns:
-        tokens and segments, both int32 [rows, row_length]: ids, `pad` where nothing is; and 1, 2, ... for a row's
-            pieces, 0 for padding.
-    """
-    pieces = [
-        document[start : start + row_length] for document in documents for start in range(0, len(document), row_length)
-    ]
-    rows = best_fit([len(piece) for piece in pieces], row_length)
+    tokens: np.ndarray  # int32 ids; `pad` where nothing is
+    segments: np.ndarray  # int32: 1, 2, ... for a row's pieces, 0 for padding
+    weights: np.ndarray  # uint8 or float32: of each token as a target; 0 for padding
+
+
+def pack(examples: Sequence[Example], row_length: int, pad: int) -> Rows:
+    """Pack examples into rows of `row_length` tokens."""
+    pieces = [piece for example in examples for piece in _cut(example, row_length)]
+    rows = best_fit([len(piece.ids) for piece in pieces], row_length)
+    dtypes = {piece.weights.dtype for piece in pieces if piece.weights is not None}
     tokens = np.full((len(rows), row_length), pad, np.int32)
     segments = np.zeros((len(rows), row_length), np.int32)
+    weights = np.zeros((len(rows), row_length), np.result_type(np.uint8, *dtypes))
     for r, row in enumerate(rows):
         at = 0
         for segment, p in enumerate(row, 1):
-            end = at + len(pieces[p])
-            tokens[r, at:end] = pieces[p]
+            piece = pieces[p]
+            end = at + len(piece.ids)
+            tokens[r, at:end] = piece.ids
             segments[r, at:end] = segment
+            weights[r, at:end] = 1 if piece.weights is None else piece.weights
             at = end
-    return tokens, segments
+    return Rows(tokens, segments, weights)
+
+
+def _cut(example: Example, length: int) -> list[Example]:
+    """Return the pieces of an example; all but the last have `length` tokens."""
+    ids, weights = example
+    parts = [slice(start, start + length) for start in range(0, len(ids), length)]
+    return [Example(ids[part], None if weights is None else weights[part]) for part in parts]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -75,11 +92,12 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def next_token_batch(tokens: np.ndarray, segments: np.ndarray, data: Data) -> Batch:
-    """Return the batch of packed rows [B, S + 1]."""
-    weights_BS = segments[:, 1:] > 0
+def next_token_batch(rows: Rows, data: Data) -> Batch:
+    """Return the batch of packed rows: B of them, one token longer than S."""
+    tokens, segments, weights = rows
+    weights_BS = weights[:, 1:]
     if data.mask_documents:
-        weights_BS &= segments[:, 1:] == segments[:, :-1]
+        weights_BS = weights_BS * (segments[:, 1:] == segments[:, :-1])
     return assemble(tokens[:, :-1], tokens[:, 1:], segments[:, :-1], weights_BS, data)
 
 

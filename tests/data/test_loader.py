@@ -83,8 +83,8 @@ def test_every_token_once_per_epoch(work, make_config, corpus_folder, bpe, mask)
     expected = np.sort(np.concatenate(documents))
     for _ in range(3):
         loader.next_batch(1)
-        num_rows = len(loader._window[0])
-        tokens, segments = loader._window
+        tokens, segments, _ = loader._window
+        num_rows = len(tokens)
         np.testing.assert_array_equal(np.sort(tokens[segments > 0]), expected)
         loader.next_batch(num_rows - 1)
 
@@ -93,7 +93,7 @@ def test_epochs_and_seeds_differ_and_repeat(work, make_config, corpus_folder, bp
     def first_rows(seed, **data):
         loader = make_train_loader(make_config(corpus_folder, seed=seed, **data), bpe, work)
         batch = loader.next_batch(1)
-        num_rows = len(loader._window[0])
+        num_rows = len(loader._window.tokens)
         return rows([batch, loader.next_batch(num_rows - 1)]), rows([loader.next_batch(num_rows)])
 
     first, second = first_rows(0, fim_rate=1.0)
