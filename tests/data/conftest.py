@@ -54,6 +54,12 @@ def bpe(corpus_folder):
 
 
 @pytest.fixture
+def work(tmp_path_factory) -> Path:
+    """A workdir that tests share: its token caches are named by what they depend on."""
+    return tmp_path_factory.getbasetemp() / "shared_workdir"
+
+
+@pytest.fixture
 def small_windows(monkeypatch):
     """Windows of a few documents, so that short tests cross many."""
     monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 4000)

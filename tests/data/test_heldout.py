@@ -9,11 +9,6 @@ from deepseek_jax.data.token_cache import open_corpus
 
 
 @pytest.fixture
-def work(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "shared_workdir"
-
-
-@pytest.fixture
 def heldout_texts(work, make_config, corpus_folder, bpe):
     (documents,) = open_corpus(make_config(corpus_folder), bpe, work).heldout
     return [bpe.decode(documents[i]) for i in range(len(documents))]

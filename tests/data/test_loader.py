@@ -13,11 +13,6 @@ from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
 
 
-@pytest.fixture
-def work(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "shared_workdir"  # the token cache is keyed, so tests may share it
-
-
 def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
