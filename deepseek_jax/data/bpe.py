@@ -38,16 +38,15 @@ WORDS = (
 
 
 def make_tokenizer(config: Config, workdir: str | os.PathLike, documents: Iterable[str]) -> Tokenizer:
-    """Return the run's tokenizer: the one cached in `workdir`, or a new one made as `data.tokenizer` says and cached
-    there.
+    """Return the run's tokenizer: `tokenizer.json` of `workdir`, or else the one of `data.tokenizer`, saved there.
 
     Args:
-        config: "bpe" trains up to `model.vocab_size` entries; "byte"; or the path of a tokenizer.json.
-        workdir: `tokenizer.json` in it is loaded if it exists, whatever the config says.
-        documents: texts of the train split. Read only if a BPE has to be trained.
+        config: its `data.tokenizer` is "bpe" (trained up to `model.vocab_size` entries), "byte", or the path of a
+            tokenizer.json.
+        documents: texts of the train split, read only if a BPE has to be trained.
 
     Raises:
-        ValueError: the tokenizer has ids that `model.vocab_size` cannot hold.
+        ValueError: the tokenizer needs more ids than `model.vocab_size`.
     """
     cached = Path(workdir) / "tokenizer.json"
     if cached.exists():
@@ -70,9 +69,12 @@ def make_tokenizer(config: Config, workdir: str | os.PathLike, documents: Iterab
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE with V3's pre-tokenizer. The same documents in the same order give the same tokenizer.
+    """Train byte-level BPE with V3's pre-tokenizer; the same documents in the same order give the same tokenizer.
 
-    A corpus too small for `vocab_size` entries gives fewer.
+    It has fewer than `vocab_size` entries if the corpus is too small for so many.
+
+    Raises:
+        ValueError: `vocab_size` does not hold the bytes and the special tokens.
     """
     encoder = _untrained()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -93,7 +95,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return the tokenizer whose tokens are the 256 bytes: ids 0 to 5 are special, byte b is 6 + b."""
+    """Return the tokenizer whose tokens are the 256 bytes: ids 0 to 5 are special, byte b has id 6 + b."""
     symbols = byte_symbols()
     vocabulary = {symbols[byte]: len(SPECIAL_TOKENS) + byte for byte in range(256)}
     vocabulary |= {name: i for i, name in enumerate(SPECIAL_TOKENS)}

@@ -1,16 +1,16 @@
 """The training loader: shuffled, augmented, packed, sharded, prefetched; its position is two numbers.
 
-    documents of a source -> shuffle, anew each epoch -> FIM, splitting
-                            (Grain; random numbers of a document's place in the sequence)
-    sources -> mix by weight in tokens -> windows of a fixed number of documents -> pack each into rows, shuffle the
-    rows windows -> a thread packs ahead -> rows, one global sequence -> each process takes its part of every batch
+    documents    of a source, shuffled anew each epoch, then FIM and splitting (Grain draws their random numbers
+                 from a document's place in the sequence)
+    windows      sources mixed by weight in tokens, cut into windows of a fixed number of documents
+    rows         each window packed alone and its rows shuffled, by a thread that works ahead
+    batches      the rows are one global sequence; each process takes its part of every batch
 
-Best-fit packing wants many documents at once, and a packer with a running buffer would have that buffer in its
-position. So windows are packed alone: every window is a function of its index, and the position in the data is (window,
-row). It holds for any number of processes and any batch size, so a run continues on another mesh with the very rows it
-would have seen, and windows that were packed ahead are simply packed again. Epochs are per source; a window may hold
-the end of one and the start of the next. Each process packs the whole sequence, so one process's speed bounds the
-global rate: `loader_throughput` measures it.
+Best-fit packing wants many documents at once, and a packer that kept a buffer would have the buffer in its position.
+Instead every window is a function of its index, so the position in the data is (window, row). It holds for any number
+of processes and any batch size: a run continues on another mesh with the very rows it would have seen. Windows that had
+been packed ahead are packed again. Epochs are per source; a window may hold the end of one and the start of the next.
+Every process packs the whole sequence, so the speed of one process bounds that of all: `loader_throughput` measures it.
 """
 
 import os
@@ -30,11 +30,11 @@ from deepseek_jax.data.sources import train_texts
 from deepseek_jax.data.token_cache import Documents, open_corpus
 from deepseek_jax.data.tokenizer import Tokenizer
 
-# Per window, about. Rows of one window come from the same documents, so it must hold many more tokens than a short run
-# sees: at 2**20, `tiny` met an eighth of its corpus and its loss rose by 0.8 nats where the second window began.
-# Packing one takes a second or two.
+# Tokens of a window, about. The rows of a window come from the same documents, so it must hold many more tokens than a
+# short run sees: at 2**20, `tiny` met an eighth of its corpus, and its loss rose by 0.8 nats where the second window
+# began. Packing a window takes a second or two.
 WINDOW_TOKENS = 2**23
-WINDOW_ROWS = 64  # at least, where rows are long
+WINDOW_ROWS = 64  # at least, if rows are long
 
 
 class Loader:
@@ -60,11 +60,10 @@ class Loader:
     def next_batch(self, batch_size: int) -> Batch:
         """Return this process's part of the next `batch_size` rows of the global sequence.
 
-        Process p of P gets rows [p, p + 1) * batch_size / P of the batch, the order of
-        `jax.make_array_from_process_local_data`.
+        Process p of P gets rows [p, p + 1) * batch_size / P, as `jax.make_array_from_process_local_data` expects.
 
         Returns:
-            tokens_BS, targets_BS, positions_BS, segment_ids_BS (int32) and loss_weights_BS (float32), with B =
+            tokens_BS, targets_BS, positions_BS, segment_ids_BS (int32) and loss_weights_BS (float32); B is
             batch_size / P.
 
         Raises:
@@ -83,14 +82,14 @@ class Loader:
         return next_token_batch(Rows(*map(np.concatenate, zip(*views, strict=True))), self._data)
 
     def state(self) -> dict[str, Any]:
-        """Return the position after the last batch: JSON-able, the same on every process."""
+        """Return the position after the last batch: values of JSON, equal on every process."""
         return {"windows": self._window_state, "row": self._row, "made_from": dict(self._made_from)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a position that `state` returned, here or in another process, on any number of processes.
+        """Go to a position that `state` returned, whatever the number of processes was and is.
 
         Raises:
-            ValueError: the position belongs to other data or settings; the differences are named.
+            ValueError: the position belongs to other data or settings.
         """
         theirs = state["made_from"]
         differences = [
@@ -111,7 +110,7 @@ class Loader:
         self._iterator.close()
 
     def _advance(self, count: int) -> list[Rows]:
-        """Move past `count` rows and return them, as views of the windows that they are in."""
+        """Move past `count` rows and return them, as views of their windows."""
         views = []
         while count:
             if self._window is None:
@@ -127,18 +126,18 @@ class Loader:
 
 
 def open_tokenizer(config: Config, workdir: str | os.PathLike) -> Tokenizer:
-    """Return the run's tokenizer: cached in `workdir`, or made now (a BPE is trained on the train split)."""
+    """Return the run's tokenizer: the one cached in `workdir`, or a new one; a BPE is trained on the train split."""
     return make_tokenizer(config, workdir, train_texts(config))
 
 
 def make_train_loader(
     config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, process_index: int = 0, process_count: int = 1
 ) -> Loader:
-    """Return the loader of the train split at its start. The corpus is tokenised into `workdir` the first time.
+    """Return the loader of the train split at its start; the first call tokenises the corpus into `workdir`.
 
     Raises:
-        ValueError: bad input (see `sources`, `token_cache`), a source without training documents, or FIM without a
-            tokenizer for it.
+        ValueError: bad input (see `sources`, `token_cache`), a source without training documents, or a tokenizer
+            without the tokens that FIM needs.
     """
     data, corpus = config.data, open_corpus(config, tokenizer, workdir)
     augment = Augmentation(tokenizer, data.fim_rate, data.split_rate)
@@ -178,9 +177,7 @@ def make_loader(
 def loader_throughput(
     config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, batch_size: int, num_windows: int = 4
 ) -> float:
-    """Return the tokens per second that one process's loader delivers on its own, packing included, averaged over whole
-    windows.
-    """
+    """Return the tokens per second of one process's loader on its own, packing included, over whole windows."""
     loader = make_train_loader(config, tokenizer, workdir)
     num_tokens, start = 0, time.perf_counter()
     while num_tokens < num_windows * WINDOW_TOKENS:
