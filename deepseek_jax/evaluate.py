@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.heldout import HeldOut, heldout_batches
+from deepseek_jax.data.heldout import HeldOut, open_held_out
 from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
@@ -63,16 +63,10 @@ def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> 
     """
     mesh = make_mesh(config.mesh)
     weights, progress = restore_weights(config, workdir, mesh, step)
-    held_out = open_held_out(config, open_tokenizer(config, workdir), workdir)
+    processes = jax.process_index(), jax.process_count()
+    held_out = open_held_out(config, open_tokenizer(config, workdir), workdir, *processes)
     with jax.set_mesh(mesh):
         return evaluate(jit_eval_step(config, pretraining(config), mesh), weights, held_out, mesh), progress
-
-
-def open_held_out(config: Config, tokenizer: Tokenizer, workdir: Path) -> HeldOut:
-    """Return the held-out batches that the run is evaluated on."""
-    training = config.training
-    processes = jax.process_index(), jax.process_count()
-    return heldout_batches(config, tokenizer, workdir, training.micro_batch_size, training.eval_batches, *processes)
 
 
 def add_yardsticks(
@@ -97,8 +91,7 @@ def measure_yardsticks(
     """Return bits per byte of every yardstick on the held-out text, under their keys in the metrics; None for a bigram
     not counted.
     """
-    held_out = open_held_out(config, tokenizer, workdir)
-    held_out.process_index, held_out.process_count = 0, 1  # every process measures all of it
+    held_out = open_held_out(config, tokenizer, workdir)  # every process measures all of it
     bigram_bits = None
     if tokens_seen <= MOST_COUNTED_TOKENS:
         loader = make_train_loader(config, tokenizer, workdir)

@@ -1,4 +1,4 @@
-"""From files to batches, in this order: `sources` (documents), `tokenizer`, `token_cache` (ids on disk, written once),
-`augmentation` (FIM, boundary splitting), `packing` (rows), `pipeline` (the training loader and its exact position) and
-`heldout` (evaluation, bits per byte).
+"""From files to batches, in this order: `sources` (documents), `tokenizer` and `bpe` (text to ids), `token_cache` (ids
+on disk, written once), `augmentation` (FIM, boundary splitting), `examples` (ids and their weights), `packing` (rows),
+`pipeline` (the training loader and its exact position) and `heldout` (evaluation, bits per byte).
 """

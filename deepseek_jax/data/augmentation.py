@@ -1,17 +1,21 @@
-"""What changes a document from epoch to epoch: fill-in-the-middle and boundary splitting (DeepSeek-V3, arXiv
-2412.19437, section 4.1).
+"""Fill-in-the-middle and boundary splitting: changes that a document gets anew in every epoch.
 
-Fill-in-the-middle (FIM), in prefix-suffix-middle order, on whole documents before packing:
+Both are those of DeepSeek-V3 (arXiv 2412.19437, section 4.1). Fill-in-the-middle (FIM) rearranges whole documents
+before packing, in the order prefix, suffix, middle:
 
     def f(x):  return x + 1        cut at two characters drawn uniformly, here around "return"
     <fim_begin> def f(x):  <fim_hole>  x + 1 <fim_end> return       (then EOS, like any document)
 
-The three parts are tokenised apart, as they are when an editor asks for a completion.
+Each part is tokenised alone, as when an editor asks for a completion.
 
-Boundary splitting. V3's tokens may join punctuation and the line breaks after it, like "):\\n". A prompt that ends in
-"):" then ends inside a token the model always saw whole, and its continuation is off (token boundary bias). So a
-proportion of these tokens is replaced by the tokens of "):" and of "\\n". The report leaves the proportion and the
-place of the cut open; we cut between punctuation and line breaks.
+Boundary splitting. A token of V3 may join punctuation and the line breaks after it, like "):\\n". A prompt that ends
+in "):" then ends inside a token that the model always saw whole, and its continuation is off (token boundary bias). So
+some of these tokens are replaced by the tokens of "):" and of "\\n". The report does not say how many, nor where it
+cuts; we cut between punctuation and line breaks.
+
+Only documents of the corpus pass here. Examples with weights (`examples`) are trained on as they are: the parts of a
+FIM document are tokenised anew, so there would be no token for a weight to follow, and a prompt would come after its
+answer.
 """
 
 import unicodedata
@@ -22,13 +26,13 @@ from deepseek_jax.data.tokenizer import Tokenizer
 
 
 class Augmentation:
-    """Turns the ids of a document into those to train on: BOS, text (perhaps rearranged), EOS."""
+    """Turns the ids of a document into those to train on: BOS, the document (perhaps changed), EOS."""
 
     def __init__(self, tokenizer: Tokenizer, fim_rate: float, split_rate: float):
-        """Rates are probabilities per document (FIM) and per joined token (splitting).
+        """Take the probabilities of FIM, per document, and of splitting, per joined token.
 
         Raises:
-            ValueError: FIM is asked for and the tokenizer lacks its tokens.
+            ValueError: `fim_rate` is not 0 and the tokenizer lacks V3's FIM tokens.
         """
         if fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
             raise ValueError(
@@ -40,10 +44,9 @@ class Augmentation:
         self._parts_VK, self._num_parts_V = joined_tokens(tokenizer)
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return int32 ids with BOS and EOS; a function of `ids` and the state of `rng`."""
-        is_text = self._tokenizer.num_bytes_V[
-            ids
-        ].all()  # special tokens, as in a chat given as ids, would not survive the decoding
+        """Return int32 ids with BOS and EOS; they depend on `ids` and the state of `rng` alone."""
+        # FIM decodes, which would lose special tokens, as a chat given as ids has them.
+        is_text = self._tokenizer.num_bytes_V[ids].all()
         if rng.random() < self._fim_rate and is_text:
             ids = fill_in_middle(ids, self._tokenizer, rng)
         if self._split_rate:
@@ -52,9 +55,7 @@ class Augmentation:
 
 
 def fill_in_middle(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> np.ndarray:
-    """Rearrange a document as `<fim_begin> prefix <fim_hole> suffix <fim_end> middle`, cut at two characters drawn
-    uniformly.
-    """
+    """Return `<fim_begin> prefix <fim_hole> suffix <fim_end> middle` of a document cut at two random characters."""
     text = tokenizer.decode(ids)
     start, end = np.sort(rng.integers(0, len(text) + 1, size=2))
     prefix, middle, suffix = (tokenizer.encode(part) for part in (text[:start], text[start:end], text[end:]))
@@ -64,7 +65,7 @@ def fill_in_middle(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generat
 def split_joined(
     ids: np.ndarray, parts_VK: np.ndarray, num_parts_V: np.ndarray, rate: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Replace joined tokens by their parts, each with probability `rate`. The tables are those of `joined_tokens`."""
+    """Replace each joined token by its parts with probability `rate`; the tables come from `joined_tokens`."""
     chosen = (num_parts_V[ids] > 1) & (rng.random(len(ids)) < rate)
     lengths = np.where(chosen, num_parts_V[ids], 1)
     starts = np.cumsum(lengths) - lengths
@@ -80,8 +81,8 @@ def joined_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Return the parts of every token that joins punctuation and line breaks.
 
     Returns:
-        parts_VK: row v holds the tokens of v's punctuation and then of its line breaks; K is the most any token needs.
-        num_parts_V: how many of the row count; 0 for tokens that are not joined.
+        parts_VK: row v holds the tokens of v's punctuation, then of its line breaks; K is the largest number of parts.
+        num_parts_V: how many entries of row v are used; 0 for a token that is not joined.
     """
     parts = {}
     for token_id, piece in enumerate(tokenizer.token_bytes):

@@ -1,14 +1,14 @@
 """Processes that turn texts into ids.
 
-The threads of `tokenizers` keep two cores busy, but not many: 7 MB/s on 16 cores, where 16 processes encode 19. Those
-of `multiprocessing` would be forks of a program full of threads, or run its main module once more (and import jax with
-it), which fails for a script without a guard. So this file is both sides: `Encoders` starts it as a script of its own,
-which imports tokenizers and no jax, and talks to it through a socket:
+The threads of `tokenizers` keep two cores busy, but not many more: they encode 7 MB/s on 16 cores, 16 processes 19.
+`multiprocessing` would fork a program full of threads, or run its main module once more (and import jax with it), which
+fails for a script without a guard. So this file is both sides. `Encoders` starts it as a script that imports tokenizers
+but not jax, and talks to it through a socket:
 
     to a process      the tokenizer, then lists of texts
     from a process    for each list the ids of its texts, or the exception that encoding them raised
 
-A process ends when its socket closes, so it does not outlive the program, however that ends.
+A process ends when its socket closes. So it never outlives the program, however that ends.
 """
 
 import contextlib
@@ -25,26 +25,24 @@ from multiprocessing.connection import Connection
 
 import tokenizers
 
-BATCHES_PER_PROCESS = 2  # on their way at once: one is encoded, one waits
+BATCHES_PER_PROCESS = 2  # at once: one is encoded, one waits
 
-Ids = list[array]  # of each text
+Ids = list[array]  # one array for each text
 
 
 class Encoders(contextlib.AbstractContextManager):
-    """Up to `num_processes` processes that encode. They start when there is work for them, and are gone when the
-    context ends.
-    """
+    """Up to `num_processes` processes that encode; they start when there is work and end with the context."""
 
     def __init__(self, encoder: tokenizers.Tokenizer, num_processes: int):
-        """Take `encoder` as it is now; no process is started."""
-        self._encoder = encoder.to_str(), encoder.encode_special_tokens  # the string does not hold the latter
+        """Copy `encoder` as it is now; start no process yet."""
+        self._encoder = encoder.to_str(), encoder.encode_special_tokens  # the string lacks the second
         self._num_processes = num_processes
         self._processes: list[_Process] = []
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="encode")  # each waits for a process
 
     def __exit__(self, *error):
-        """End the processes, whatever they are doing."""
+        """Kill the processes, whatever they are doing."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()  # and the thread that waits for it gets an error
@@ -77,14 +75,14 @@ class Encoders(contextlib.AbstractContextManager):
         try:
             return process.encode(texts)
         finally:
-            self._idle.put(process)  # a dead one too: a thread that waited for it would wait forever
+            self._idle.put(process)  # a dead one too: other threads may be waiting for it, and would forever
 
 
 class _Process:
     """This side of one process."""
 
     def __init__(self, encoder: tuple[str, bool]):
-        self._encoder: tuple[str, bool] | None = encoder  # not sent yet: that would wait until the process runs
+        self._encoder: tuple[str, bool] | None = encoder  # sent with the first texts: sending waits for the process
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -120,7 +118,7 @@ class _Process:
 
 
 def _serve(connection: Connection) -> None:
-    """The other side: answer until the socket closes."""
+    """The other side: encode until the socket closes."""
     text, encode_special_tokens = connection.recv()
     encoder = tokenizers.Tokenizer.from_str(text)
     encoder.encode_special_tokens = encode_special_tokens

@@ -1,13 +1,13 @@
 """The held-out split as batches in which every byte counts exactly once.
 
-Documents are put in one fixed order and joined into one sequence of (input, target) pairs: for BOS t1 .. tn EOS these
-are (BOS, t1), (t1, t2), ..., (tn, EOS). EOS is never an input and BOS never a target, so all text is predicted, from
-the first byte of each document on, and nothing else. The sequence is cut into rows of S pairs; a row may start inside a
-document, whose earlier part is then out of sight. Rows are full but for the last, which is padded with weight 0.
+Documents have one fixed order and form one sequence of (input, target) pairs: BOS t1 .. tn EOS gives (BOS, t1),
+(t1, t2), ..., (tn, EOS). EOS is never an input and BOS never a target, so the targets are the whole text and the ends
+of documents. The sequence is cut into rows of S pairs. A row may start inside a document; the model then does not see
+the earlier part. All rows are full except the last, which is padded with weight 0.
 
     bits per byte = (sum of the nats of all targets) / ln 2 / num_bytes
 
-EOS costs nats and has no bytes: where a document ends is part of what a compressor would have to say.
+EOS costs nats and has no bytes: a compressor would have to say where a document ends, too.
 """
 
 import os
@@ -24,8 +24,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 class HeldOut:
     """A finite, repeatable sequence of batches, and the text that they cover.
 
-    `num_rows`, `num_tokens` (targets with weight) and `num_bytes` (their UTF-8 bytes) count all processes' parts
-    together.
+    `num_rows`, `num_tokens` (targets with weight) and `num_bytes` (their UTF-8 bytes) count the parts of all processes.
     """
 
     def __init__(
@@ -44,9 +43,8 @@ class HeldOut:
         self._addresses = np.concatenate(
             [[(s, i) for i in range(len(source))] for s, source in enumerate(documents) if len(source)]
         )
-        order = np.random.default_rng(0).permutation(
-            len(self._addresses)
-        )  # so that the first few batches are a fair sample
+        # a random order, so that the first few batches are a fair sample
+        order = np.random.default_rng(0).permutation(len(self._addresses))
         self._addresses = self._addresses[order]
         num_pairs = np.concatenate([np.diff(source.ends, prepend=0) for source in documents])[order] + 1
         self._starts = np.concatenate([[0], np.cumsum(num_pairs)])  # of each document in the sequence of pairs
@@ -69,41 +67,41 @@ class HeldOut:
             yield self._rows(first, first + share)
 
     def texts(self) -> Iterator[bytes]:
-        """Yield the text of each document; of the last one, as far as the batches reach.
+        """Yield the text of each document that the batches reach; the last may be cut.
 
-        `num_bytes` is their total length, exactly so for byte-level tokenizers.
+        Their total length is `num_bytes`, exactly so for byte-level tokenizers.
         """
         for i in range(int(np.searchsorted(self._starts, self.num_tokens))):
             _, targets = self._pairs(i)
             yield self._tokenizer.decode_bytes(targets[: self.num_tokens - int(self._starts[i])])
 
     def _count_bytes(self, num_bytes: np.ndarray) -> int:
-        """Return the bytes of the targets: whole documents count as given, the last one may be cut."""
+        """Return the bytes of the targets; `num_bytes` has those of whole documents, and the last may be cut."""
         whole = int(np.searchsorted(self._starts, self.num_tokens, side="right")) - 1
         rest = self.num_tokens - int(self._starts[whole])
         cut = int(self._tokenizer.num_bytes_V[self._pairs(whole)[1][:rest]].sum()) if rest else 0
         return int(num_bytes[:whole].sum()) + cut
 
     def _pairs(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets of a document."""
+        """Return the inputs and targets of document i."""
         source, index = self._addresses[i]
         ids = self._documents[source][index]
         return np.append(np.int32(self._tokenizer.bos), ids), np.append(ids, np.int32(self._tokenizer.eos))
 
     def _rows(self, first: int, last: int) -> Batch:
-        """Return rows first .. last - 1; those beyond the end are padding."""
+        """Return rows first .. last - 1; rows beyond the end are padding."""
         length = self._data.sequence_length
         begin, end = first * length, min(last * length, self.num_tokens)
         inputs, targets = (np.full((last - first) * length, self._tokenizer.pad, np.int32) for _ in range(2))
         documents = np.zeros((last - first) * length, np.int64)  # 1 + index of the document; 0 for padding
         i = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        at = begin
-        while at < end:
+        position = begin
+        while position < end:
             stop, start = min(end, int(self._starts[i + 1])), int(self._starts[i])
-            here, inside = slice(at - begin, stop - begin), slice(at - start, stop - start)
+            here, inside = slice(position - begin, stop - begin), slice(position - start, stop - start)
             inputs[here], targets[here] = (pair[inside] for pair in self._pairs(i))
             documents[here] = i + 1
-            at, i = stop, i + 1
+            position, i = stop, i + 1
         inputs_BS, targets_BS, documents_BS = (array.reshape(-1, length) for array in (inputs, targets, documents))
         segments_BS = np.where(documents_BS > 0, documents_BS - documents_BS[:, :1] + 1, 0).astype(np.int32)
         return assemble(inputs_BS, targets_BS, segments_BS, documents_BS > 0, self._data)
@@ -118,8 +116,10 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> HeldOut:
-    """Return the held-out split in batches of `batch_size` rows over all processes; the first `num_batches` of them if
-    given.
+    """Return the held-out split in batches, or the first `num_batches` of them.
+
+    Args:
+        batch_size: rows of a batch, over all processes together.
 
     Raises:
         ValueError: the split is empty, or `batch_size` does not divide over the processes.
@@ -135,3 +135,20 @@ def heldout_batches(
             f"a batch of {batch_size} sequences does not divide over {process_count} processes; use a multiple"
         )
     return HeldOut(config, tokenizer, corpus.heldout, batch_size, num_batches, process_index, process_count)
+
+
+def open_held_out(
+    config: Config,
+    tokenizer: Tokenizer,
+    workdir: str | os.PathLike,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> HeldOut:
+    """Return the batches that a run is evaluated on: `training.eval_batches` of `training.micro_batch_size` rows.
+
+    Raises:
+        ValueError: as `heldout_batches`.
+    """
+    training = config.training
+    sizes = training.micro_batch_size, training.eval_batches
+    return heldout_batches(config, tokenizer, workdir, *sizes, process_index, process_count)

@@ -1,9 +1,9 @@
 """Best-fit packing of documents into rows, and batches made of rows.
 
-A row holds S + 1 tokens: inputs are its first S, targets its last S. Concatenating documents and cutting every S + 1
-tokens would truncate almost every one. Best-fit packing (Ding et al. 2024, arXiv 2404.10830) cuts only documents longer
-than a row: whole rows come off their front, and what is left, longest piece first, goes to the fullest row that still
-has room. Every token is in exactly one row.
+A row holds S + 1 tokens: its inputs are the first S, its targets the last S. Joining all documents and cutting every
+S + 1 tokens would truncate almost every document. Best-fit packing (Ding et al. 2024, arXiv 2404.10830) cuts only
+documents longer than a row: whole rows come off their front. Then each piece, the longest first, goes into the fullest
+row that still has room for it. Every token is in exactly one row.
 
 Example with S + 1 = 6 and documents A (9 tokens, BOS and EOS included), B (4) and C (2):
 
@@ -18,77 +18,91 @@ Example with S + 1 = 6 and documents A (9 tokens, BOS and EOS included), B (4) a
     weights, masked   1  1  1  0  1             weights           1  1  0  0  0
     positions, reset  0  1  2  3  0             positions, reset  0  1  2  0  1
 
-B3 is B's EOS. With `mask_documents` it has no target of its own, so its weight is 0. Without, the row is one stream of
-text, as in the report's pre-training: every real token is a target, all segments are 1, and C0 (a BOS) is predicted
-from B3.
+These are the weights of examples that came without. Given weights (`examples`) move with their tokens and stand where
+the table has a 1.
+
+B3 is B's EOS. With `mask_documents` its position has no target in B, so its weight is 0. Without the mask the row is
+one stream of text, as in the report's pre-training: every token is a target, all segments are 1, and C0 (a BOS) is
+predicted from B3.
 """
 
 import bisect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from deepseek_jax.config import Data
+from deepseek_jax.data.examples import Example
 
 Batch = dict[str, np.ndarray]
 
 
-def pack(documents: Sequence[np.ndarray], row_length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents into rows.
+class Rows(NamedTuple):
+    """Packed rows; every array is [rows, S + 1]."""
 
-    Returns:
-        tokens and segments, both int32 [rows, row_length]: ids, `pad` where nothing is; and 1, 2, ... for a row's
-            pieces, 0 for padding.
-    """
-    pieces = [
-        document[start : start + row_length] for document in documents for start in range(0, len(document), row_length)
-    ]
-    rows = best_fit([len(piece) for piece in pieces], row_length)
+    tokens: np.ndarray  # int32 ids; `pad` where nothing is
+    segments: np.ndarray  # int32: 1, 2, ... for a row's pieces, 0 for padding
+    weights: np.ndarray  # uint8 or float32: of each token as a target; 0 for padding
+
+
+def pack(examples: Sequence[Example], row_length: int, pad: int) -> Rows:
+    """Pack examples into rows of `row_length` tokens."""
+    pieces = [piece for example in examples for piece in _cut(example, row_length)]
+    rows = best_fit([len(piece.ids) for piece in pieces], row_length)
+    dtypes = {piece.weights.dtype for piece in pieces if piece.weights is not None}
     tokens = np.full((len(rows), row_length), pad, np.int32)
     segments = np.zeros((len(rows), row_length), np.int32)
+    weights = np.zeros((len(rows), row_length), np.result_type(np.uint8, *dtypes))
     for r, row in enumerate(rows):
-        at = 0
+        start = 0
         for segment, p in enumerate(row, 1):
-            end = at + len(pieces[p])
-            tokens[r, at:end] = pieces[p]
-            segments[r, at:end] = segment
-            at = end
-    return tokens, segments
+            piece = pieces[p]
+            end = start + len(piece.ids)
+            tokens[r, start:end] = piece.ids
+            segments[r, start:end] = segment
+            weights[r, start:end] = 1 if piece.weights is None else piece.weights
+            start = end
+    return Rows(tokens, segments, weights)
+
+
+def _cut(example: Example, length: int) -> list[Example]:
+    """Return the pieces of an example; all but the last have `length` tokens."""
+    ids, weights = example
+    parts = [slice(start, start + length) for start in range(0, len(ids), length)]
+    return [Example(ids[part], None if weights is None else weights[part]) for part in parts]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute items over rows, longest first, each into the row with the least room that suffices; return the items
-    of each row.
-    """
+    """Put each item, the longest first, into the fullest row that has room for it; return the items of each row."""
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room, row), sorted
+    open_rows: list[tuple[int, int]] = []  # (free length, row), sorted
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(open_rows, (lengths[item], 0))
-        if at < len(open_rows):
-            room, row = open_rows.pop(at)
+        fullest = bisect.bisect_left(open_rows, (lengths[item], 0))
+        if fullest < len(open_rows):
+            free, row = open_rows.pop(fullest)
         else:
-            room, row = capacity, len(rows)
+            free, row = capacity, len(rows)
             rows.append([])
         rows[row].append(item)
-        if room > lengths[item]:
-            bisect.insort(open_rows, (room - lengths[item], row))
+        if free > lengths[item]:
+            bisect.insort(open_rows, (free - lengths[item], row))
     return rows
 
 
-def next_token_batch(tokens: np.ndarray, segments: np.ndarray, data: Data) -> Batch:
-    """Return the batch of packed rows [B, S + 1]."""
-    weights_BS = segments[:, 1:] > 0
+def next_token_batch(rows: Rows, data: Data) -> Batch:
+    """Return the batch of packed rows: B of them, one token longer than S."""
+    tokens, segments, weights = rows
+    weights_BS = weights[:, 1:]
     if data.mask_documents:
-        weights_BS &= segments[:, 1:] == segments[:, :-1]
+        weights_BS = weights_BS * (segments[:, 1:] == segments[:, :-1])
     return assemble(tokens[:, :-1], tokens[:, 1:], segments[:, :-1], weights_BS, data)
 
 
 def assemble(
     tokens_BS: np.ndarray, targets_BS: np.ndarray, segments_BS: np.ndarray, weights_BS: np.ndarray, data: Data
 ) -> Batch:
-    """Return the batch dict: int32 arrays, loss weights float32. `segments_BS` tells documents apart, whatever `data`
-    says of masks.
-    """
+    """Return the batch: int32 arrays and float32 loss weights; `segments_BS` counts documents, masked or not."""
     batch_size, sequence_length = tokens_BS.shape
     positions_BS = np.broadcast_to(np.arange(sequence_length, dtype=np.int32), (batch_size, sequence_length))
     if data.reset_positions:
@@ -103,7 +117,7 @@ def assemble(
 
 
 def _piece_starts(segments_BS: np.ndarray) -> np.ndarray:
-    """Return, for every position, where its piece starts in the row."""
+    """Return for every position the position at which its piece starts."""
     starts_BS = np.zeros_like(segments_BS)
     changes_BS = segments_BS[:, 1:] != segments_BS[:, :-1]
     starts_BS[:, 1:] = np.where(changes_BS, np.arange(1, segments_BS.shape[1]), 0)

@@ -1,17 +1,16 @@
-"""Documents from the files people have.
+"""Documents from the files that people have.
 
-A source is the standard library of the running Python ("stdlib"), a folder, or a file. Inside it a file's name decides
-how it is read:
+A source is the standard library of the running Python ("stdlib"), a folder, or a file. The name of a file decides how
+it is read:
 
     *.jsonl, *.jsonl.gz, *.jsonl.zst     one document per line, under the key `data.text_field`
     *.parquet                            one document per row, in the column `data.text_field`
     *.array_record, *.arrayrecord        one document per record: token ids as little-endian int32, without BOS and EOS
-    anything else                        UTF-8 text. In a folder one document per file; a single file is cut at line
+    anything else                        UTF-8 text: one document per file of a folder; a single file is cut at line
                                          ends into about 1000
 
-Documents come in a fixed order: files by relative name, then lines, rows or records. Which split a document belongs to
-depends on its content alone (`is_heldout`), so adding files moves none, and two copies of one text are never on both
-sides.
+Documents come in a fixed order: files by relative name, then lines, rows or records. The content alone decides to which
+split a document belongs (`is_heldout`). So a new file moves no other document, and two copies of a text share a split.
 """
 
 import gzip
@@ -31,24 +30,22 @@ import numpy as np
 from deepseek_jax.config import Config, Source
 
 STDLIB = "stdlib"
-NOT_STDLIB = {"site-packages", "dist-packages"}  # folders inside the standard library's that hold something else
-LARGEST_STDLIB_FILE = (
-    200_000  # bytes: larger ones are generated tables, and one of them would be most of a 2% held-out split
-)
+NOT_STDLIB = {"site-packages", "dist-packages"}  # folders in that of the standard library which are not part of it
+# In bytes. Larger files are generated tables, and one of them would be most of a 2% held-out split.
+LARGEST_STDLIB_FILE = 200_000
 BLOCKS_PER_FILE = 1000  # a single text file is cut into about so many documents, so that a hash can split it
 SHORTEST_BLOCK = 4096  # bytes: a document shorter than a context teaches little
-KEPT_MESSAGES = 20  # of skipped items; all are counted
-TOKENIZER_CHARACTERS = (
-    200_000_000  # of text that BPE is trained on: merges change little beyond, and a large corpus is not read twice
-)
+KEPT_MESSAGES = 20  # about skipped items; all items are counted
+# BPE is trained on so much text: merges change little with more, and a large corpus is not read twice.
+TOKENIZER_CHARACTERS = 200_000_000
 
 
 class Document(NamedTuple):
-    """One text, or the token ids of one."""
+    """A text, or its token ids."""
 
-    name: str  # relative file name, and the line, row or record inside it
+    name: str  # relative file name, with the line, row or record
     content: str | np.ndarray
-    num_file_bytes: int  # of its file that it used up, for progress
+    num_file_bytes: int  # its share of the file, for a progress bar
 
     def digest(self) -> bytes:
         """SHA-256 of the content."""
@@ -59,7 +56,7 @@ class Document(NamedTuple):
 
 
 class Problems:
-    """What happens to an unreadable item: it is refused (ValueError), or left out and counted."""
+    """Unreadable items: they are refused (ValueError), or left out and counted."""
 
     def __init__(self, on_error: str):
         """`on_error` is "refuse" or "skip"."""
@@ -68,7 +65,7 @@ class Problems:
         self.messages: list[str] = []
 
     def report(self, message: str) -> None:
-        """Raise, or note that the item described by `message` is skipped."""
+        """Raise ValueError with `message`, or note that the item is skipped."""
         if self._on_error == "refuse":
             raise ValueError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
         self.count += 1
@@ -77,14 +74,14 @@ class Problems:
 
 
 def is_heldout(digest: bytes, fraction: float) -> bool:
-    """Say whether a document with this SHA-256 is held out: a fraction of all contents is."""
+    """Return whether a document with this SHA-256 is held out, as `fraction` of all contents are."""
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def list_files(source: Source) -> list[tuple[str, Path]]:
     """Return (relative name, path) of every file of `source`, sorted by name.
 
-    Hidden files and folders, and what is not a file (a socket, a link to nowhere), are left out.
+    Hidden files and folders, sockets and broken links are left out.
 
     Raises:
         ValueError: the path does not exist, cannot be listed, or holds no file.
@@ -111,13 +108,13 @@ def list_files(source: Source) -> list[tuple[str, Path]]:
 
 
 def read_documents(source: Source, text_field: str, problems: Problems) -> Iterator[Document]:
-    """Yield the documents of `source` in their fixed order; empty ones are left out.
+    """Yield the documents of `source` in their fixed order, except empty ones.
 
-    So are the few files of "stdlib" that are not UTF-8: its test suite has some on purpose, and the user cannot repair
-    them.
+    The few files of "stdlib" that are not UTF-8 are left out too: its tests have them on purpose, and the user cannot
+    repair them.
 
     Raises:
-        ValueError: an item cannot be read and `problems` refuses it; file and line, row or record are named.
+        ValueError: an item cannot be read and `problems` refuses it.
     """
     whole = source.path == STDLIB or Path(source.path).is_dir()
     problems = Problems("skip") if source.path == STDLIB else problems
@@ -132,18 +129,18 @@ def train_texts(config: Config) -> Iterator[str]:
     """Yield texts of the train split to train a tokenizer on, from each source in proportion to its weight.
 
     Raises:
-        ValueError: there are none, as when all sources are token ids.
+        ValueError: there are no texts, for example because all sources hold token ids.
     """
     total = sum(source.weight for source in config.data.sources)
     empty = True
     for source in config.data.sources:
-        room = TOKENIZER_CHARACTERS * source.weight / total
+        num_wanted = TOKENIZER_CHARACTERS * source.weight / total
         for document in read_documents(source, config.data.text_field, Problems(config.data.on_error)):
             if isinstance(document.content, np.ndarray) or is_heldout(document.digest(), config.data.heldout_fraction):
                 continue
-            if room <= 0:
+            if num_wanted <= 0:
                 break
-            room -= len(document.content)
+            num_wanted -= len(document.content)
             empty = False
             yield document.content
     if empty:
@@ -268,7 +265,7 @@ def _read_array_record(name: str, path: Path, text_field: str, problems: Problem
         count = reader.num_records()
     except broken as error:
         return problems.report(f"{path} is not an ArrayRecord file: {error}")
-    if not count:  # the reader says so of any file that is not its own, too
+    if not count:  # the reader also finds no records in a file of another kind
         return problems.report(f"{path} has no records: it is empty, cut off, or not an ArrayRecord file")
     for record in range(count):
         try:
@@ -283,7 +280,7 @@ def _read_array_record(name: str, path: Path, text_field: str, problems: Problem
 
 
 def _extra(module: str, package: str | None = None) -> Any:
-    """Import a package of the [data] extra, or say how to get it."""
+    """Import a module of the [data] extra, or say how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

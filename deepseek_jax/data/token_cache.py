@@ -1,9 +1,9 @@
-"""Tokenise the corpus once, and read the ids through memory maps ever after.
+"""The corpus is tokenised once; after that its ids are read through memory maps.
 
 A folder `tokens-<key>` in the workdir holds, for every source and split, one flat file of ids and the offsets of its
-documents. The key covers what the ids depend on: tokenizer, files (name, size, time of change) and the data settings.
-The folder is written under another name and renamed when complete, so a process killed at any moment leaves a complete
-cache or none; processes that share a workdir write the same bytes, and the first to finish wins.
+documents. The key covers all that the ids depend on: the tokenizer, the files (name, size, time of change) and the data
+settings. The folder is written under another name and renamed when it is complete, so a process that is killed leaves a
+complete cache or none. Processes that share a workdir write the same bytes, and the first to finish wins.
 """
 
 import contextlib
@@ -26,33 +26,31 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents
 from deepseek_jax.data.tokenizer import Tokenizer
 
-LAYOUT = 1  # of the cache folder; part of the key
-BATCH_CHARACTERS = 1_000_000  # of text that one process encodes at once: under a second
-SMALL_CORPUS = 2_000_000  # bytes of files; less is encoded here before processes have started
-FEW_CORES = 2  # which the tokenizer's own threads keep as busy as processes would
+LAYOUT = 1  # version of the folder's layout; part of the key
+BATCH_CHARACTERS = 1_000_000  # that one process encodes at once, in less than a second
+SMALL_CORPUS = 2_000_000  # bytes of files; a smaller corpus is encoded here before processes would have started
+FEW_CORES = 2  # the tokenizer's own threads keep so many as busy as processes would
 
-EncodeBatches = Callable[
-    [Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]
-]  # batches of texts to their ids, in order
+# From batches of texts to the ids of each batch, in the same order.
+EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]]
 
 log = logging.getLogger(__name__)
 
 
 class Documents:
-    """The tokenised documents of one source and split: a sequence of arrays of ids, without BOS and EOS, mapped from
-    disk.
-    """
+    """The documents of one source and split, mapped from disk: a sequence of arrays of ids without BOS and EOS."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
-        """Open `<stem>.ids.bin` (flat), `<stem>.ends.npy` (one past each document's last id) and `<stem>.bytes.npy`
-        (its UTF-8 bytes).
+        """Open the three files of `stem`.
+
+        `<stem>.ids.bin` holds the ids of all documents, `<stem>.ends.npy` where each document ends in it, and
+        `<stem>.bytes.npy` how many UTF-8 bytes each has.
         """
         self.ends = np.load(f"{stem}.ends.npy", mmap_mode="r")
         self.num_bytes = np.load(f"{stem}.bytes.npy", mmap_mode="r")
         self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
-        self._ids = (
-            np.memmap(f"{stem}.ids.bin", dtype, "r") if self.num_tokens else np.zeros(0, dtype)
-        )  # an empty file cannot be mapped
+        # an empty file cannot be mapped
+        self._ids = np.memmap(f"{stem}.ids.bin", dtype, "r") if self.num_tokens else np.zeros(0, dtype)
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -69,16 +67,16 @@ class Corpus(NamedTuple):
 
     train: tuple[Documents, ...]  # one per source
     heldout: tuple[Documents, ...]
-    digest: str  # SHA-256 over the names and contents of all documents in order
-    num_skipped: int  # items left out under data.on_error = "skip"
-    skipped: tuple[str, ...]  # what and where, the first few
+    digest: str  # SHA-256 of the names and contents of all documents in order
+    num_skipped: int  # items left out because data.on_error = "skip"
+    skipped: tuple[str, ...]  # messages about the first few of them
 
 
 def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike) -> Corpus:
-    """Return the tokenised corpus of `config.data`, tokenising it into `workdir` first if need be.
+    """Return the corpus of `config.data`; the first call tokenises it into `workdir`.
 
     Raises:
-        ValueError: a source is missing, empty or unreadable, a weight is not positive, or ids lie beyond the
+        ValueError: a source is missing, empty or unreadable, has a weight that is not positive, or has ids beyond the
             vocabulary.
     """
     for source in config.data.sources:
@@ -112,14 +110,14 @@ def _key(config: Config, tokenizer: Tokenizer) -> str:
 
 
 def _tokenize(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the cache folder. What exists under its final name is complete."""
+    """Write the cache folder under another name, and rename it when it is complete."""
     partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         _write(config, tokenizer, partial)
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # otherwise another process was first, with the same bytes
+        if not folder.exists():  # if it does, another process was first, with the same bytes
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -155,14 +153,14 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _num_bytes(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> int:
-    """Return the UTF-8 bytes of a document: those of the text if there is one, whatever the tokenizer makes of it."""
+    """Return the UTF-8 bytes of a document: of its text if it has one, else of its tokens."""
     text = document.content
     return len(text.encode()) if isinstance(text, str) else int(tokenizer.num_bytes_V[ids].sum())
 
 
 @contextlib.contextmanager
 def _encode_batches(tokenizer: Tokenizer, num_bytes: int) -> Iterator[EncodeBatches]:
-    """Give what encodes batches of texts in order: one process per core, or this process where that is no slower."""
+    """Return an encoder of batches that keeps their order: a process per core, or this one if that is as fast."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_bytes < SMALL_CORPUS or num_cores <= FEW_CORES:
         yield functools.partial(map, tokenizer.encode_batch)
@@ -172,7 +170,7 @@ def _encode_batches(tokenizer: Tokenizer, num_bytes: int) -> Iterator[EncodeBatc
 
 
 def _checked(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[Document]:
-    """Refuse documents whose ids the tokenizer does not have."""
+    """Yield the documents; refuse ids that the tokenizer does not have."""
     for document in documents:
         ids = document.content
         if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
@@ -185,7 +183,7 @@ def _checked(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -
 
 
 def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Iterator[tuple[Document, np.ndarray]]:
-    """Pair documents with their ids. `encode_batches` may read batches ahead."""
+    """Yield every document with its ids; `encode_batches` may read batches ahead."""
     read: deque[list[Document]] = deque()
 
     def texts() -> Iterator[list[str]]:
@@ -200,19 +198,19 @@ def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Ite
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents until they have `BATCH_CHARACTERS`; none is split."""
-    batch, room = [], BATCH_CHARACTERS
+    """Yield groups of whole documents, each of at least `BATCH_CHARACTERS` except the last."""
+    batch, num_wanted = [], BATCH_CHARACTERS
     for document in documents:
         batch.append(document)
-        room -= len(document.content)
-        if room <= 0:
+        num_wanted -= len(document.content)
+        if num_wanted <= 0:
             yield batch
-            batch, room = [], BATCH_CHARACTERS
+            batch, num_wanted = [], BATCH_CHARACTERS
     yield batch
 
 
 class _Writer(contextlib.AbstractContextManager):
-    """Appends documents to the files that `Documents` opens; they are complete when the context ends."""
+    """Writes the files that `Documents` opens; they are complete when the context ends."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
         self._stem, self._dtype = stem, dtype
@@ -238,11 +236,11 @@ class _Writer(contextlib.AbstractContextManager):
 
 
 def _remove_abandoned(workdir: Path) -> None:
-    """Delete what killed processes of this host left half-written."""
+    """Delete the unfinished caches of killed processes of this host."""
     for partial in workdir.glob(f"tokens-*.partial-{socket.gethostname()}-*"):
         try:
             os.kill(int(partial.name.rpartition("-")[2]), 0)  # signal 0 asks whether the process exists
         except ProcessLookupError:
             shutil.rmtree(partial, ignore_errors=True)
         except PermissionError:
-            continue  # it exists, and is someone else's
+            continue  # it exists and belongs to another user

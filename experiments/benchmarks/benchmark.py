@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.data.packing import Batch, next_token_batch
+from deepseek_jax.data.packing import Batch, Rows, next_token_batch
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader, open_tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
@@ -94,7 +94,8 @@ def random_batches(config: Config, size: int) -> Iterator[Batch]:
     rng = np.random.default_rng(config.seed)
     shape = size // jax.process_count(), config.data.sequence_length + 1
     rows = [rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(NUM_RANDOM_BATCHES)]
-    batches = [next_token_batch(tokens, np.ones_like(tokens), config.data) for tokens in rows]
+    ones = np.ones(shape, np.int32)
+    batches = [next_token_batch(Rows(tokens, segments=ones, weights=ones), config.data) for tokens in rows]
     while True:
         yield from batches
 

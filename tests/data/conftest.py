@@ -8,7 +8,7 @@ import pytest
 from configs import deepseek_v3
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data import pipeline
-from deepseek_jax.data.tokenizer import train_bpe
+from deepseek_jax.data.bpe import train_bpe
 
 VOCAB_SIZE = 700
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -51,6 +51,12 @@ def corpus_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bpe(corpus_folder):
     return train_bpe([path.read_text("utf-8") for path in sorted(corpus_folder.iterdir())], VOCAB_SIZE)
+
+
+@pytest.fixture
+def work(tmp_path_factory) -> Path:
+    """A workdir that tests share: its token caches are named by what they depend on."""
+    return tmp_path_factory.getbasetemp() / "shared_workdir"
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.augmentation import Augmentation, fill_in_middle, joined_tokens, split_joined
-from deepseek_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 
 TEXT = "def f(x):\n    return [x, 'é東京'];\n\n\nclass A:\n    pass\n" * 5
 

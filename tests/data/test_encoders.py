@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from deepseek_jax.data import token_cache
 from deepseek_jax.data.encoders import BATCHES_PER_PROCESS
 from deepseek_jax.data.token_cache import open_corpus
 from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.support.array_records import write_array_record
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,10 +53,7 @@ def words():
 def test_the_cache_does_not_depend_on_the_number_of_processes(
     tmp_path, make_config, corpus_folder, bpe, cores, started, monkeypatch
 ):
-    writer = ArrayRecordWriter(str(tmp_path / "ids.array_record"), "group_size:1")
-    for i in range(20):
-        writer.write(np.arange(i + 1, dtype="<i4").tobytes())
-    writer.close()
+    write_array_record(tmp_path / "ids.array_record", [np.arange(i + 1, dtype="<i4").tobytes() for i in range(20)])
     lines = ['{"text": "' + text + '"}\n' for text in (*SPECIAL_TOKENS, "", "x" * 9000, "東京は3\U0001f52c")]
     (tmp_path / "a.jsonl").write_text("broken\n".join(lines), "utf-8")
     config = make_config(corpus_folder, tmp_path / "ids.array_record", tmp_path / "a.jsonl", on_error="skip")

@@ -3,14 +3,9 @@
 import numpy as np
 import pytest
 
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.token_cache import open_corpus
-from deepseek_jax.data.tokenizer import byte_tokenizer
-
-
-@pytest.fixture
-def work(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "shared_workdir"
 
 
 @pytest.fixture

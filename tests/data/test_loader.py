@@ -1,5 +1,6 @@
 """The loader: complete epochs, exact positions, disjoint processes, mixtures."""
 
+import hashlib
 import json
 import random
 
@@ -7,14 +8,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data import pipeline
+from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
-from deepseek_jax.data.tokenizer import byte_tokenizer
-
-
-@pytest.fixture
-def work(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "shared_workdir"  # the token cache is keyed, so tests may share it
 
 
 def equal(a, b) -> bool:
@@ -31,6 +27,46 @@ def rows(batches) -> list[tuple]:
     ]
 
 
+# SHA-256 of the batches below, made by the code of 623a50f, and the position after them.
+GOLDEN = {
+    False: "89e13f3e07b4b7a504d011aae180f0b97245cdf012ac227f128e8668f73abfc1",
+    True: "eaf692a33cfed67cf9ffb4ddde6d942006040284bac17a0ec76deb76ca2528ea",
+}
+GOLDEN_POSITION = {
+    "windows": {"next_index": 4},
+    "row": 33,
+    "made_from": {
+        "corpus": "e53db324efaf50f264d277a3c05e1b2a33b57bb83678776eac146ca149501908",
+        "tokenizer": "5079eda8341d7409e4ff47972bcfbd0ed19416652e063ae508d129145932fe0d",
+        "seed": 0,
+        "weights": [1.0, 1.0],
+        "heldout_fraction": 0.2,
+        "sequence_length": 64,
+        "fim_rate": 0.3,
+        "split_rate": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_and_positions_stay_what_they_were(tmp_path, make_config, small_windows, masked):
+    """A run that is under way continues with the rows it would have seen: not a bit of them may change."""
+    texts = ["".join(f"def f{j}(x):\n    return [x, {i * j}];\n\n" for j in range(1 + i * 7 % 45)) for i in range(30)]
+    for i, text in enumerate(texts):
+        path = tmp_path / ("first" if i % 3 else "second") / f"{i:02}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, "utf-8")
+    settings = {"fim_rate": 0.3, "split_rate": 0.3, "mask_documents": masked, "reset_positions": masked}
+    config = make_config(tmp_path / "first", tmp_path / "second", **settings)
+    loader = make_train_loader(config, train_bpe(texts, 400), tmp_path / "work")
+    digest = hashlib.sha256()
+    for size in (3, 64, 240):
+        for name, array in sorted(loader.next_batch(size).items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    assert digest.hexdigest() == GOLDEN[masked]
+    assert loader.state() == GOLDEN_POSITION
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_every_token_once_per_epoch(work, make_config, corpus_folder, bpe, mask):
     config = make_config(
@@ -42,8 +78,8 @@ def test_every_token_once_per_epoch(work, make_config, corpus_folder, bpe, mask)
     expected = np.sort(np.concatenate(documents))
     for _ in range(3):
         loader.next_batch(1)
-        num_rows = len(loader._window[0])
-        tokens, segments = loader._window
+        tokens, segments, _ = loader._window
+        num_rows = len(tokens)
         np.testing.assert_array_equal(np.sort(tokens[segments > 0]), expected)
         loader.next_batch(num_rows - 1)
 
@@ -52,7 +88,7 @@ def test_epochs_and_seeds_differ_and_repeat(work, make_config, corpus_folder, bp
     def first_rows(seed, **data):
         loader = make_train_loader(make_config(corpus_folder, seed=seed, **data), bpe, work)
         batch = loader.next_batch(1)
-        num_rows = len(loader._window[0])
+        num_rows = len(loader._window.tokens)
         return rows([batch, loader.next_batch(num_rows - 1)]), rows([loader.next_batch(num_rows)])
 
     first, second = first_rows(0, fim_rate=1.0)

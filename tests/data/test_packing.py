@@ -5,17 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 
+from deepseek_jax.data.examples import Example
 from deepseek_jax.data.packing import best_fit, next_token_batch, pack
 
 PAD = -1
 
 
-def documents(seed: int, count: int = 200, longest: int = 90) -> list[np.ndarray]:
+def documents(seed: int, count: int = 200, longest: int = 90) -> list[Example]:
     """Documents of consecutive numbers with a gap between documents: b follows a in a document exactly if b = a + 1."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest, count)
     starts = np.cumsum(lengths + 1) - lengths - 1
-    return [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    return [Example(np.arange(start, start + length)) for start, length in zip(starts, lengths, strict=True)]
 
 
 @pytest.fixture
@@ -30,16 +31,16 @@ def data(make_config):
 @pytest.mark.parametrize("row_length", [2, 33, 64, 1000])
 def test_every_token_is_in_exactly_one_row(seed, row_length):
     texts = documents(seed)
-    tokens, segments = pack(texts, row_length, PAD)
+    tokens, segments, _ = pack(texts, row_length, PAD)
     assert tokens.shape[1] == row_length
-    np.testing.assert_array_equal(np.sort(tokens[segments > 0]), np.sort(np.concatenate(texts)))
+    np.testing.assert_array_equal(np.sort(tokens[segments > 0]), np.sort(np.concatenate([text.ids for text in texts])))
     assert (tokens[segments == 0] == PAD).all()
     assert ((segments == 0)[:, :-1] <= (segments == 0)[:, 1:]).all()  # padding only at the end
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_segment_is_a_contiguous_piece_of_one_document(seed):
-    tokens, segments = pack(documents(seed), 33, PAD)
+    tokens, segments, _ = pack(documents(seed), 33, PAD)
     follows = tokens[:, 1:] == tokens[:, :-1] + 1
     np.testing.assert_array_equal(
         follows & (segments[:, 1:] > 0), (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
@@ -48,13 +49,13 @@ def test_a_segment_is_a_contiguous_piece_of_one_document(seed):
 
 def test_only_documents_longer_than_a_row_are_cut():
     texts = documents(0, longest=33)
-    tokens, segments = pack(texts, 33, PAD)
+    tokens, segments, _ = pack(texts, 33, PAD)
     pieces = [
         row[ids == segment].tolist()
         for row, ids in zip(tokens, segments, strict=True)
         for segment in range(1, ids.max() + 1)
     ]
-    assert sorted(pieces) == [text.tolist() for text in texts]
+    assert sorted(pieces) == [text.ids.tolist() for text in texts]
 
 
 def test_best_fit_takes_the_fullest_row_that_has_room():
@@ -68,16 +69,17 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
 
 def test_the_example_in_the_docstring(data):
     a, b, c = np.arange(10, 19), np.arange(20, 24), np.arange(30, 32)
-    tokens, segments = pack([a, b, c], 6, PAD)
+    rows = pack([Example(ids) for ids in (a, b, c)], 6, PAD)
+    tokens, segments, _ = rows
     assert tokens.tolist() == [[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 30, 31], [16, 17, 18, PAD, PAD, PAD]]
     assert segments.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]]
-    masked = next_token_batch(tokens, segments, data(mask=True, reset=True))
+    masked = next_token_batch(rows, data(mask=True, reset=True))
     assert masked["tokens_BS"][1].tolist() == [20, 21, 22, 23, 30]
     assert masked["targets_BS"][1].tolist() == [21, 22, 23, 30, 31]
     assert masked["loss_weights_BS"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 1], [1, 1, 0, 0, 0]]
     assert masked["positions_BS"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
     assert masked["segment_ids_BS"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 2], [1, 1, 1, 0, 0]]
-    stream = next_token_batch(tokens, segments, data(mask=False))
+    stream = next_token_batch(rows, data(mask=False))
     assert stream["loss_weights_BS"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert stream["positions_BS"].tolist() == 3 * [[0, 1, 2, 3, 4]]
     assert stream["segment_ids_BS"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -86,8 +88,7 @@ def test_the_example_in_the_docstring(data):
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
 def test_loss_stays_inside_documents_and_off_padding(data, mask, reset):
-    tokens, segments = pack(documents(0), 33, PAD)
-    batch = next_token_batch(tokens, segments, data(mask, reset))
+    batch = next_token_batch(pack(documents(0), 33, PAD), data(mask, reset))
     inputs, targets, weighted = batch["tokens_BS"], batch["targets_BS"], batch["loss_weights_BS"] > 0
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
     np.testing.assert_array_equal(weighted, (targets == inputs + 1) & (targets > 0) if mask else targets != PAD)

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from deepseek_jax.config import Source
 from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents, train_texts
+from tests.support.array_records import write_array_record
 
 TEXTS = ["one\n", "zwei é", "三"]
 
@@ -25,13 +25,6 @@ def read(path, on_error="refuse", text_field="text"):
 
 def jsonl(texts) -> bytes:
     return "\n".join(json.dumps({"id": 1, "text": text}) for text in texts).encode()
-
-
-def write_array_record(path, records) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
 
 
 def test_the_same_texts_from_every_format(tmp_path):

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from deepseek_jax.data import token_cache
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.data.token_cache import open_corpus
-from deepseek_jax.data.tokenizer import byte_tokenizer
+from tests.support.array_records import write_array_record
 
 
 def texts_of(corpus, tokenizer) -> list[str]:
@@ -117,10 +117,8 @@ def test_skipped_items_are_counted_and_logged(tmp_path, make_config, bpe, caplog
 
 @pytest.mark.parametrize("wrong", [262, -1])
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, make_config, wrong):
-    writer = ArrayRecordWriter(str(tmp_path / "ids.array_record"), "group_size:1")
-    for ids in ([6, 7], [8, wrong]):
-        writer.write(np.array(ids, "<i4").tobytes())
-    writer.close()
+    records = [np.array(ids, "<i4").tobytes() for ids in ([6, 7], [8, wrong])]
+    write_array_record(tmp_path / "ids.array_record", records)
     config = make_config(tmp_path / "ids.array_record", on_error="skip", tokenizer="byte")
     with pytest.raises(
         ValueError, match=f"ids.array_record:1 has token id {wrong} and the vocabulary ends at 261; set data.tokenizer"

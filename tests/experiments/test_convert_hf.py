@@ -23,7 +23,7 @@ import pytest
 
 from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.huggingface.config import read_model, write_model
 from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import expected, load

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
 
 from deepseek_jax import evaluate as evaluation
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.evaluate import (
     Bigram,
@@ -19,7 +21,6 @@ from deepseek_jax.evaluate import (
     bits_per_byte,
     count_bigrams,
     measure_yardsticks,
-    open_held_out,
     pieces,
 )
 from tests.training.nano import get_config
@@ -137,6 +138,15 @@ def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer)
     assert (
         2.5 < found["yardstick/bigram_bits_per_byte"] < 3.6
     )  # eleven equally likely characters, one of them of two bytes: log2(11) * 11 / 12
+
+
+def test_yardsticks_do_not_depend_on_the_number_of_processes(config, workdir, tokenizer, monkeypatch):
+    """Every process measures the whole text: half of the rows would halve the bits, over bytes that are still all."""
+    alone = measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30) == alone
 
 
 def test_the_bigram_is_left_out_beyond_the_limit_and_says_so(config, workdir, tokenizer, monkeypatch, caplog):

@@ -6,7 +6,8 @@ import re
 import pytest
 import tokenizers
 
-from deepseek_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.huggingface.chat import MARK, R1, V3, ChatTemplate
 from tests.huggingface.released import TEXTS, folder, tokenizer
 

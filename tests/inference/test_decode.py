@@ -10,7 +10,7 @@ import pytest
 
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
-from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import decode, generate
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.sampling import Sampling
@@ -322,8 +322,8 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
 
 @pytest.mark.parametrize(("num_layers", "tolerance"), [(1, 0.08), (2, 0.2)])
 def test_fp8_over_a_cache_is_near_the_expanded_form(num_layers, tolerance):
-    """The same bytes in both. Where BF16 rounds differs, and E4M3 makes more of it in weights of this size: by token, in
-    the median, 0.05 after a dense layer and 0.14 after one with experts; in BF16 0.01 and 0.02.
+    """The same bytes in both. Where BF16 rounds differs, and E4M3 makes more of it in weights of this size: by token,
+    in the median, 0.05 after a dense layer and 0.14 after one with experts; in BF16 0.01 and 0.02.
     """
     config = make_config("fp8", **FP8_MODEL, num_layers=num_layers)
     execution = decode.decode_execution(config, one_device())

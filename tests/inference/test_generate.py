@@ -13,7 +13,7 @@ import pytest
 
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
-from deepseek_jax.data.tokenizer import byte_tokenizer
+from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
