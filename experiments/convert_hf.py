@@ -23,6 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
+from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface import shard_writer
 from deepseek_jax.huggingface.folder import open_folder, progress_bar
@@ -41,7 +42,6 @@ from deepseek_jax.training.checkpoint import (
     read_config,
     read_tokenizer,
     restore_weights,
-    write_atomically,
 )
 from experiments import session
 

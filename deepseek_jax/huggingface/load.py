@@ -15,7 +15,6 @@ The bytes of FP8 are moved, never converted, with weights="fp8". To "bf16" and "
 on the device.
 """
 
-import collections
 import functools
 import math
 import os
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config, Model
+from deepseek_jax.files import in_order
 from deepseek_jax.huggingface import pieces
 from deepseek_jax.huggingface.buffers import Buffers, Part, allocate, hand_over
 from deepseek_jax.huggingface.header import DTYPES
@@ -143,13 +143,8 @@ def load(
         ThreadPoolExecutor(NUM_THREADS) as pool,
     ):  # a host transposes with one thread per piece
         prepare(compilers)
-        busy = collections.deque()
-        for piece in shards.stream(names):
-            busy.append(pool.submit(put, piece))
-            while busy and busy[0].done():
-                on_bytes(busy.popleft().result())
-        for future in busy:
-            on_bytes(future.result())
+        for count in in_order(pool, put, shards.stream(names), pieces.NUM_BUFFERS):
+            on_bytes(count)
     return _tree(hand_over(buffers))
 
 

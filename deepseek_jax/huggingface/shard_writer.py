@@ -3,7 +3,7 @@
 Names, dtypes and shapes are known before the first byte is: `plan` divides them over files, which fixes every header.
 Then each file is
 
-    streamed to <file>.partial-<pid>, its SHA-256 computed on the way -> fsync -> renamed -> recorded in conversion.json
+    streamed to <file>.partial-..., its SHA-256 computed on the way -> fsync -> renamed -> recorded in conversion.json
 
 and after the last one the index is written. A folder with shards and without index is refused by `Shards`, so that
 nobody loads half a checkpoint. conversion.json has the digest of the plan: a folder is continued only with the same
@@ -33,13 +33,14 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.files import replacing, write_all, write_atomically
 from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.shards import INDEX
 
 RECORD = "conversion.json"
 
 _CHUNK_BYTES = 2**24  # written, hashed and reported at a time
-_PARTIAL = re.compile(r"(model-\d+-of-\d+\.safetensors|conversion\.json|model\.safetensors\.index\.json)\.partial-\d+")
+_PARTIAL = re.compile(r"(model-\d+-of-\d+\.safetensors|conversion\.json|model\.safetensors\.index\.json)\.partial-.+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,7 @@ class ShardWriter:
             CancelledError: `cancelled` was set.
         """
         path, sha256 = self.folder / file, hashlib.sha256()
-        with _partial(path) as descriptor:
+        with replacing(path) as descriptor:
 
             def put(what: str, data: memoryview, left: int) -> None:
                 for at in range(0, len(data), _CHUNK_BYTES):
@@ -244,7 +245,7 @@ class ShardWriter:
                         raise CancelledError
                     chunk = data[at : at + _CHUNK_BYTES]
                     with _room_for(what, path, left - at):
-                        _write(descriptor, chunk)
+                        write_all(descriptor, chunk)
                     sha256.update(chunk)
                     on_bytes(len(chunk))
 
@@ -355,27 +356,9 @@ def _record(folder: Path) -> dict:
 
 
 def _replace(path: Path, content: object) -> None:
-    data = memoryview((json.dumps(content, indent=2) + "\n").encode())
-    with _partial(path) as descriptor, _room_for(path.name, path, len(data)):
-        _write(descriptor, data)
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[int]:
-    """Open a file beside `path` that takes its place in the end, or vanishes after an exception."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    text = json.dumps(content, indent=2) + "\n"
+    with _room_for(path.name, path, len(text)):
+        write_atomically(path, text)
 
 
 @contextlib.contextmanager
@@ -406,19 +389,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _size(path: Path) -> int:
