@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.huggingface.pieces import aligned
 from deepseek_jax.huggingface.places import held, ranges_of
+from deepseek_jax.safetensors.reader import aligned
 from pallas_kernels.quantized import E4M3, GROUP
 
 Key = tuple[str, ...]

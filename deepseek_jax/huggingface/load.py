@@ -28,14 +28,14 @@ import numpy as np
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.files import in_order
-from deepseek_jax.huggingface import pieces
 from deepseek_jax.huggingface.buffers import Buffers, Part, allocate, hand_over
-from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.shards import Shards, compare
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, Fp8Weight, P, matrix_shape, num_lead_dims, partition_specs
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.folder import Shards, compare
+from deepseek_jax.safetensors.header import DTYPES
 from pallas_kernels.quantized import E4M3, GROUP
 
 Tree = dict[str, Any]
@@ -127,10 +127,10 @@ def load(
         for name in reversed(alike.values()):  # in the order in which they are read
             (tensor, into), entry = table[name], shards.entries[name]
             scaled = weights != "fp8" and tensor.scale_name in shards.entries
-            for rows in pieces.row_ranges(entry, pieces.PIECE_BYTES):
+            for rows in reader.row_ranges(entry, reader.PIECE_BYTES):
                 into.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scaled)
 
-    def put(piece: pieces.Piece) -> int:
+    def put(piece: reader.Piece) -> int:
         try:
             tensor, into = table[piece.name]
             into.put(tensor, piece.values, piece.first_row, scales_of(tensor))
@@ -143,7 +143,7 @@ def load(
         ThreadPoolExecutor(NUM_THREADS) as pool,
     ):  # a host transposes with one thread per piece
         prepare(compilers)
-        for count in in_order(pool, put, shards.stream(names), pieces.NUM_BUFFERS):
+        for count in in_order(pool, put, shards.stream(names), reader.NUM_BUFFERS):
             on_bytes(count)
     return _tree(hand_over(buffers))
 

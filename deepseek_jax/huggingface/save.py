@@ -20,12 +20,12 @@ import numpy as np
 
 from deepseek_jax.config import Model
 from deepseek_jax.huggingface import buffers, together
-from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import OnBytes, Tree, expected
 from deepseek_jax.huggingface.names import Tensor, tensors
 from deepseek_jax.huggingface.places import Held, held, ranges_of
-from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
 from deepseek_jax.parameters import Fp8Weight, matrix_shape
+from deepseek_jax.safetensors.header import DTYPES
+from deepseek_jax.safetensors.writer import Planned, ShardWriter
 from pallas_kernels.quantized import GROUP, Quantized, decode, dequantize, encode, largest_magnitude, scale_of
 
 Array = np.ndarray | jax.Array

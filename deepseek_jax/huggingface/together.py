@@ -22,8 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.huggingface.shard_writer import RECORD, CancelledError, Planned, ShardWriter
 from deepseek_jax.parameters import PARAMETERS, P, matrix_shape
+from deepseek_jax.safetensors.writer import RECORD, CancelledError, Planned, ShardWriter
 
 AHEAD = 2  # tensors that wait for a process's disk
 

@@ -27,8 +27,8 @@ from deepseek_jax.data.tokenizer import byte_tokenizer
 from deepseek_jax.huggingface.config import read_model, write_model
 from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import expected, load
-from deepseek_jax.huggingface.shards import INDEX, Shards
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.training.checkpoint import (
     Checkpoints,
     Progress,

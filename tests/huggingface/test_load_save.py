@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.huggingface import buffers, pieces
-from deepseek_jax.huggingface.header import read_header
+from deepseek_jax.huggingface import buffers
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
-from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
-from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.folder import Shards
+from deepseek_jax.safetensors.header import read_header
+from deepseek_jax.safetensors.writer import Planned, ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
 from tests import small
 from tests.golden import hf_checkpoint
@@ -80,7 +81,7 @@ def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch
     shards, mesh = Shards(checkpoint), mesh_of(sizes)
     expected = load(shards, config(), mesh, weights)
     monkeypatch.setattr(buffers, "HOST_PLATFORMS", set())
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(reader, "PIECE_BYTES", 5000)
     found = load(shards, config(), mesh, weights)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     save(found, config().model, tmp_path / "theirs", weights == "fp8", 200_000)

@@ -18,7 +18,7 @@ from deepseek_jax.data.tokenizer import (
     Tokenizer,
     pre_tokenizer,
 )
-from tests.huggingface.released import TEXTS, folder, tokenizer
+from tests.support.released import TEXTS, folder, tokenizer
 
 SHA256 = "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d"
 TOOL_PARTS = [

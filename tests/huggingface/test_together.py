@@ -8,8 +8,8 @@ import pytest
 
 from deepseek_jax.huggingface import save, together
 from deepseek_jax.huggingface.load import load
-from deepseek_jax.huggingface.shard_writer import ShardWriter
-from deepseek_jax.huggingface.shards import INDEX, Shards
+from deepseek_jax.safetensors.folder import INDEX, Shards
+from deepseek_jax.safetensors.writer import ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
 from tests.huggingface.test_load_save import config, hashes, mesh_of
 

@@ -23,11 +23,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.huggingface import shard_writer
-from deepseek_jax.huggingface import shards as shards_module
-from deepseek_jax.huggingface.header import DTYPES
-from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter, check_target, file_name, plan, verify
-from deepseek_jax.huggingface.shards import INDEX, Shards, compare
+from deepseek_jax.safetensors import folder as folder_module
+from deepseek_jax.safetensors import writer as writer_module
+from deepseek_jax.safetensors.folder import INDEX, Shards, compare
+from deepseek_jax.safetensors.header import DTYPES
+from deepseek_jax.safetensors.writer import Planned, ShardWriter, check_target, file_name, plan, verify
 
 SIZE = 130  # bytes; tensors a and b, c, and d to f fill a shard each
 FILES = [file_name(i, 3) for i in (1, 2, 3)]
@@ -174,7 +174,7 @@ def test_unknown_names_are_refused_at_once(tmp_path, call):
 
 @pytest.mark.parametrize("changed", [None, 0, 45_000, 89_999])
 def test_equal_tells_one_wrong_byte(tmp_path, monkeypatch, changed):
-    monkeypatch.setattr(shards_module.pieces, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(folder_module.reader, "PIECE_BYTES", 4096)
     data = np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)
     other = data.copy()
     if changed is not None:
@@ -362,7 +362,7 @@ def test_shards_side_by_side(tmp_path):
 
 def test_the_first_failure_ends_the_other_shards(tmp_path, monkeypatch):
     """It is the one that is raised, and those beside it stop at their next chunk."""
-    monkeypatch.setattr(shard_writer, "_CHUNK_BYTES", 10)
+    monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 10)
     shapes = dict.fromkeys("abcd", ("U8", (SIZE,)))
     both, failed, asked = threading.Barrier(2, timeout=5), threading.Event(), []
 
@@ -407,7 +407,7 @@ def test_verify_finds_one_wrong_bit(tmp_path):
 
 KILLED = """
 import os, shutil, signal, sys
-from tests.huggingface.test_shards import FILES, ShardWriter, hashes, planned, values, write
+from tests.safetensors.test_folder import FILES, ShardWriter, hashes, planned, values, write
 folder = sys.argv[1] + "/new"
 whole = hashes(write(sys.argv[1] + "/whole"))
 names = ["write", "fsync", "replace", "unlink"]
@@ -609,7 +609,7 @@ def test_impossible_plans_are_refused():
 
 def test_a_large_tensor_goes_through_in_pieces(tmp_path, monkeypatch):
     shapes = {"large": ("BF16", (1 << 20, 5))}
-    monkeypatch.setattr(shard_writer, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 1 << 20)
     seen = []
     ShardWriter(tmp_path, planned(shapes)).write(lambda name: values(name, shapes), seen.append)
     assert max(seen) == 1 << 20

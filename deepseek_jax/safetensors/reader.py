@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.huggingface.header import AGAIN, DTYPES, Entry
+from deepseek_jax.safetensors.header import AGAIN, DTYPES, Entry
 
 PIECE_BYTES = 2**24  # the experts of DeepSeek-V3 are one piece each
 NUM_BUFFERS = 16

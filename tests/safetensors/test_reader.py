@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import pieces
-from deepseek_jax.huggingface.shards import Shards
-from tests.huggingface.test_shards import same, values, write
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.folder import Shards
+from tests.safetensors.test_folder import same, values, write
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def open_files(shards):
 @pytest.mark.parametrize(("piece_bytes", "num_buffers"), [(1, 1), (130, 3), (10**6, 16)])
 def test_pieces_come_in_order(many, monkeypatch, piece_bytes, num_buffers, num_threads):
     shards, shapes = many
-    made, aligned = [], pieces.aligned
-    monkeypatch.setattr(pieces, "aligned", lambda size: made.append(size) or aligned(size))
+    made, aligned = [], reader.aligned
+    monkeypatch.setattr(reader, "aligned", lambda size: made.append(size) or aligned(size))
     order = list(np.random.default_rng(0).permutation(list(shapes)))
     found = {}
     for piece in shards.stream(order, piece_bytes=piece_bytes, num_buffers=num_buffers, num_threads=num_threads):
@@ -87,10 +87,10 @@ def test_pieces_are_of_one_shape_where_that_is_cheap(many):
     shards, _ = many
     entry = shards.entries["tensor05"]  # 400 rows of 10 bytes
     for size, rows in {1: 1, 10: 1, 999: 80, 1000: 100, 1999: 100, 5000: 400}.items():
-        assert pieces.row_ranges(entry, size) == [range(first, first + rows) for first in range(0, 400, rows)]
+        assert reader.row_ranges(entry, size) == [range(first, first + rows) for first in range(0, 400, rows)]
     prime = shards.entries["tensor09"]  # 13 rows of 23
-    assert pieces.row_ranges(prime, 12 * 23) == [range(12), range(12, 13)]
-    assert pieces.row_ranges(prime, 13 * 23) == [range(13)]
+    assert reader.row_ranges(prime, 12 * 23) == [range(12), range(12, 13)]
+    assert reader.row_ranges(prime, 13 * 23) == [range(13)]
 
 
 def test_an_exception_reaches_the_consumer(many):

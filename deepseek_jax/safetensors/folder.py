@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.huggingface import pieces
-from deepseek_jax.huggingface.header import AGAIN, Entry, read_header, unique
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.header import AGAIN, Entry, read_header, unique
 
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
@@ -52,24 +52,24 @@ class Shards:
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor, in its own memory and dtype."""
-        return pieces.read(self._entry(name))
+        return reader.read(self._entry(name))
 
-    def stream(self, names: Iterable[str], **options: int) -> Generator[pieces.Piece, None, None]:
-        """Yield the rows of the tensors as `pieces.pieces` does. In the order of `entries`, each file is read from
+    def stream(self, names: Iterable[str], **options: int) -> Generator[reader.Piece, None, None]:
+        """Yield the rows of the tensors as `reader.pieces` does. In the order of `entries`, each file is read from
         front to back.
         """
-        return pieces.pieces([self._entry(name) for name in names], **{"piece_bytes": pieces.PIECE_BYTES} | options)
+        return reader.pieces([self._entry(name) for name in names], **{"piece_bytes": reader.PIECE_BYTES} | options)
 
     def equal(self, name: str, other: str) -> bool:
         """Return whether two tensors of one shape and dtype hold the same bytes."""
         first, second = self._entry(name), self._entry(other)
         if (first.dtype, first.shape) != (second.dtype, second.shape):
             return False
-        with pieces.Descriptor(second.file) as descriptor:
-            buffer = pieces.aligned(0)
+        with reader.Descriptor(second.file) as descriptor:
+            buffer = reader.aligned(0)
             for piece in self.stream([name]):
                 start, size = piece.first_row * (second.num_bytes // max(second.shape[0], 1)), piece.values.nbytes
-                buffer = buffer if buffer.size >= size else pieces.aligned(size)
+                buffer = buffer if buffer.size >= size else reader.aligned(size)
                 descriptor.read(second, start, buffer[:size])
                 same = np.array_equal(piece.values.reshape(-1).view(np.uint8), buffer[:size])
                 piece.release()

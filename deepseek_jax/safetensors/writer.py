@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.files import replacing, write_all, write_atomically
-from deepseek_jax.huggingface.header import DTYPES
-from deepseek_jax.huggingface.shards import INDEX
+from deepseek_jax.safetensors.folder import INDEX
+from deepseek_jax.safetensors.header import DTYPES
 
 RECORD = "conversion.json"
 
@@ -45,7 +45,7 @@ _PARTIAL = re.compile(r"(model-\d+-of-\d+\.safetensors|conversion\.json|model\.s
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A tensor to write. `dtype` is safetensors' name for it, as in `shards.DTYPES`."""
+    """A tensor to write. `dtype` is safetensors' name for it, as in `header.DTYPES`."""
 
     name: str
     dtype: str
