@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
+PARTIAL_MARK = ".partial-"  # in the name of a file that is being written
+
 _numbers = itertools.count()
 
 
@@ -26,7 +28,7 @@ def replacing(path: Path) -> Iterator[int]:
     Yields the file's descriptor. The caller calls `os.fsync` on it after the last byte, so that the caller can say what
     a full disk means. The file is called `<name>.partial-<host>-<process>-<number>`, so no two writers share one.
     """
-    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}-{next(_numbers)}")
+    partial = path.with_name(f"{path.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}-{next(_numbers)}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         try:

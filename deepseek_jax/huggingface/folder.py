@@ -16,8 +16,7 @@ from tqdm import tqdm
 from deepseek_jax.config import Config, Model
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface.load import Tree, Weights, check, load
-from deepseek_jax.safetensors.folder import Shards
-from deepseek_jax.safetensors.writer import RECORD
+from deepseek_jax.safetensors.folder import RECORD, Shards
 from pallas_kernels.quantized import GROUP
 
 

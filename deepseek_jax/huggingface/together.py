@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.huggingface.names import Tensor
 from deepseek_jax.parameters import PARAMETERS, P, matrix_shape
-from deepseek_jax.safetensors.writer import RECORD, CancelledError, Planned, ShardWriter
+from deepseek_jax.safetensors.folder import RECORD
+from deepseek_jax.safetensors.writer import CancelledError, Planned, ShardWriter
 
 AHEAD = 2  # tensors that wait for a process's disk
 

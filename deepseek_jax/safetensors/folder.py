@@ -18,6 +18,7 @@ from deepseek_jax.safetensors import reader
 from deepseek_jax.safetensors.header import AGAIN, Entry, read_header, unique
 
 INDEX = "model.safetensors.index.json"
+RECORD = "conversion.json"  # what `writer` keeps in a folder
 SHARD_NAME = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -127,7 +128,7 @@ def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     weight_map = _weight_map(folder / INDEX)
     if weight_map is None:
         parts = sorted(name for name in there if SHARD_NAME.fullmatch(name))
-        if parts or (not there and (folder / "conversion.json").exists()):
+        if parts or (not there and (folder / RECORD).exists()):
             raise ValueError(
                 f"{folder} has {len(parts)} shards{f' ({_first(parts)})' if parts else ''} and no {INDEX}: the"
                 " conversion or download is "

@@ -6,11 +6,8 @@ Then each file is
     streamed to <file>.partial-..., its SHA-256 computed on the way -> fsync -> renamed -> recorded in conversion.json
 
 and after the last one the index is written. A folder with shards and without index is refused by `Shards`, so that
-nobody loads half a checkpoint. conversion.json has the digest of the plan: a folder is continued only with the same
-tensors, files, metadata and source.
-
-    {"plan": "3f1c...", "num_shards": 163, "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...",
-    "bytes": 5234139343}, ...}}
+nobody loads half a checkpoint. conversion.json (`record`) has the digest of the plan: a folder is continued only with
+the same tensors, files, metadata and source.
 
 Tensors lie in a file as planned, without padding between them, which the format does not allow: order them so that a
 wide dtype does not follow an odd number of bytes, where readers that map files need it.
@@ -18,14 +15,10 @@ wide dtype does not follow an odd number of bytes, where readers that map files 
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,14 +26,21 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.files import replacing, write_all, write_atomically
-from deepseek_jax.safetensors.folder import INDEX
+from deepseek_jax.files import replacing, write_all
+from deepseek_jax.safetensors.folder import INDEX, RECORD
 from deepseek_jax.safetensors.header import DTYPES
-
-RECORD = "conversion.json"
+from deepseek_jax.safetensors.record import (
+    PARTIAL,
+    check_folder,
+    check_space,
+    file_size,
+    locked,
+    naming_full_disks,
+    read_record,
+    write_json,
+)
 
 _CHUNK_BYTES = 2**24  # written, hashed and reported at a time
-_PARTIAL = re.compile(r"(model-\d+-of-\d+\.safetensors|conversion\.json|model\.safetensors\.index\.json)\.partial-.+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ShardWriter:
         for file, header in self._headers.items():
             digest.update(file.encode() + header)
         self.digest = digest.hexdigest()
-        _check_folder(self.folder)
+        check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / RECORD).exists():
             self._finished()
@@ -139,7 +139,9 @@ class ShardWriter:
         """Return the files that `write` still has to write."""
         finished = self._finished()
         return [
-            file for file in self.shards if file not in finished or _size(self.folder / file) != finished[file]["bytes"]
+            file
+            for file in self.shards
+            if file not in finished or file_size(self.folder / file) != finished[file]["bytes"]
         ]
 
     def write(
@@ -195,19 +197,19 @@ class ShardWriter:
         Raises:
             ValueError: another process writes into the folder; OSError: the disk has too little room.
         """
-        with _locked(self.folder):
+        with locked(self.folder):
             for file in self.folder.iterdir():
-                if _PARTIAL.fullmatch(file.name):
+                if PARTIAL.fullmatch(file.name):
                     file.unlink()
             missing = self.missing()
             if missing:
                 (self.folder / INDEX).unlink(missing_ok=True)
-            _check_room(self.folder, sum(map(self.num_bytes, missing)))
+            check_space(self.folder, sum(map(self.num_bytes, missing)))
             yield missing
             if not (self.folder / INDEX).exists():
                 total = sum(tensor.num_bytes for shard in self.shards.values() for tensor in shard)
                 weight_map = {tensor.name: file for file, shard in self.shards.items() for tensor in shard}
-                _replace(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+                write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def record(self, sha256: Mapping[str, str]) -> None:
         """Note that shards are finished; by one process."""
@@ -216,14 +218,14 @@ class ShardWriter:
         )
 
     def _finished(self) -> dict[str, dict]:
-        record = _record(self.folder)
+        record = read_record(self.folder)
         if record["plan"] != self.digest:
             what = "other tensors, shard sizes, metadata or source"
             raise ValueError(f"{self.folder} holds a conversion of {what}: choose another folder, or delete this one")
         return record["shards"]
 
     def _record_finished(self, shards: dict[str, dict]) -> None:
-        _replace(
+        write_json(
             self.folder / RECORD,
             {"plan": self.digest, "num_shards": len(self.shards), "shards": dict(sorted(shards.items()))},
         )
@@ -244,7 +246,7 @@ class ShardWriter:
                     if cancelled.is_set():
                         raise CancelledError
                     chunk = data[at : at + _CHUNK_BYTES]
-                    with _room_for(what, path, left - at):
+                    with naming_full_disks(what, path, left - at):
                         write_all(descriptor, chunk)
                     sha256.update(chunk)
                     on_bytes(len(chunk))
@@ -255,63 +257,9 @@ class ShardWriter:
             for tensor in self.shards[file]:
                 put(tensor.name, _bytes(get(tensor.name), tensor), left)
                 left -= tensor.num_bytes
-            with _room_for("the last tensors", path, self.num_bytes(file)):
+            with naming_full_disks("the last tensors", path, self.num_bytes(file)):
                 os.fsync(descriptor)
         return sha256.hexdigest()
-
-
-def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
-    """Refuse a folder that cannot take a conversion of `num_bytes`, before the work that it takes to make them.
-
-    Raises:
-        ValueError: it is a file, or holds something else; OSError: the disk has too little room for what is missing.
-    """
-    folder = Path(folder)
-    _check_folder(folder)
-    written = sum(shard["bytes"] for shard in _record(folder)["shards"].values()) if (folder / RECORD).exists() else 0
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    _check_room(parent, num_bytes - written)
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a folder")
-    if not folder.exists() or (folder / RECORD).exists():
-        return
-    if there := sorted(file.name for file in folder.iterdir() if not _PARTIAL.fullmatch(file.name)):
-        raise ValueError(f"{folder} holds {', '.join(there[:5])} and no conversion: choose another folder or empty it")
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC, f"the missing shards need {needed} bytes and {free} are free: make room", str(folder)
-        )
-
-
-def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:
-    """Compute the SHA-256 of every shard anew and compare it with conversion.json.
-
-    Raises:
-        ValueError: names the damaged and absent shards, or says that the conversion is unfinished.
-    """
-    folder = Path(folder)
-    record = _record(folder)
-    damaged = []
-    for file, expected in record["shards"].items():
-        if _size(folder / file) != expected["bytes"] or _sha256(folder / file, on_bytes) != expected["sha256"]:
-            damaged.append(file)
-    if damaged:
-        raise ValueError(
-            f"damaged or absent in {folder}: {', '.join(damaged)}; delete these files and convert into the same folder"
-            " again"
-        )
-    if len(record["shards"]) < record["num_shards"] or not (folder / INDEX).exists():
-        raise ValueError(
-            f"{folder} has {len(record['shards'])} of {record['num_shards']} shards, or no index: run the conversion"
-            " again"
-        )
 
 
 def _header(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
@@ -337,68 +285,3 @@ def _bytes(array: np.ndarray, tensor: Planned) -> memoryview:
             " first"
         )
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _record(folder: Path) -> dict:
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-        if (
-            not isinstance(record["plan"], str)
-            or not isinstance(record["num_shards"], int)
-            or not isinstance(record["shards"], dict)
-        ):
-            raise ValueError("plan, num_shards and shards are not what they should be")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / RECORD} does not describe a conversion ({error!r}): delete the folder and convert again"
-        ) from error
-    return record
-
-
-def _replace(path: Path, content: object) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    with _room_for(path.name, path, len(text)):
-        write_atomically(path, text)
-
-
-@contextlib.contextmanager
-def _room_for(what: str, path: Path, num_bytes: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        message = (
-            f"the disk is full at {what}: the rest of the file needs {num_bytes} bytes, {free} are free;"
-            " make room and run again"
-        )
-        raise OSError(error.errno, message, str(path)) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process writes into {folder}: wait for it, or choose another folder") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            sha256.update(chunk)
-            on_bytes(len(chunk))
-    return sha256.hexdigest()

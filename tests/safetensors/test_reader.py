@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_jax.safetensors import reader
 from deepseek_jax.safetensors.folder import Shards
-from tests.safetensors.test_folder import same, values, write
+from tests.support.shards import same, values, write
 
 
 @pytest.fixture
