@@ -3,8 +3,9 @@ it.
 
 Every leaf of our tree stacks many tensors: 58 layers x 256 experts x gate and up. A leaf is born as one array of zeros
 per device, in the layout of `parameters.PARAMETERS`; a tensor is read once, a few MB of rows at a time, which are cut
-into what each device stores of them and written into the arrays in place (`buffers`). So the host holds what is being
-read and nothing else, whatever the size of the model. A process reads the tensors of which its own devices hold a part.
+into what each device stores of them and written into the arrays in place (`device_arrays`). So the host holds what is
+being read and nothing else, whatever the size of the model. A process reads the tensors of which its own devices hold a
+part.
 
     stored [out, in]       ->  the matrix [in, out] of a layer or an expert, its dims split into heads and halves
                                (`names`)
@@ -28,7 +29,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.files import in_order
-from deepseek_jax.huggingface.buffers import Buffers, Part, allocate, hand_over
+from deepseek_jax.huggingface.device_arrays import Buffers, Part, allocate, hand_over
 from deepseek_jax.huggingface.names import Tensor, tensors
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import vary

@@ -19,7 +19,7 @@ their own:
     eh_proj              [D, (2 D)]                 merge_2DD       columns: embedding first, hidden state second
 
 So every matrix except the embedding fills its leaf transposed; vectors and the embedding fill theirs as they are
-(`places`). Rotary rows keep the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers;
+(`slices`). Rotary rows keep the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers;
 each repeats the embedding and the head (DeepSeek-V3's README_WEIGHTS calls them shared: the values are equal).
 
 In the released FP8 form every linear layer is F8_E4M3 with one FP32 multiplier per block of 128 x 128 beside it, under

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Model
-from deepseek_jax.huggingface import buffers, together
+from deepseek_jax.huggingface import device_arrays, save_multiprocess
 from deepseek_jax.huggingface.load import OnBytes, Tree, expected
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.places import Held, held, ranges_of
+from deepseek_jax.huggingface.slices import Held, held, ranges_of
 from deepseek_jax.parameters import Fp8Weight, matrix_shape
 from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.safetensors.writer import Planned, ShardWriter
@@ -65,7 +65,7 @@ def save(
     tensors_of = Source(weights, model, fp8)
     new_writer = functools.partial(ShardWriter, folder, plan(model, fp8), max_shard_bytes, source=source)
     if jax.process_count() > 1:
-        together.write(Path(folder), new_writer, tensors_of, on_bytes)
+        save_multiprocess.write(Path(folder), new_writer, tensors_of, on_bytes)
     else:
         new_writer().write(tensors_of.get, on_bytes, SHARDS_AT_ONCE)
 
@@ -123,16 +123,16 @@ class Source:
 
     def _on_host(self, matrix: Array, transposed: bool) -> np.ndarray:
         """The matrix, or the transposed one, in its own memory order."""
-        if isinstance(matrix, jax.Array) and self.device.platform not in buffers.HOST_PLATFORMS:
+        if isinstance(matrix, jax.Array) and self.device.platform not in device_arrays.HOST_PLATFORMS:
             return np.asarray(_transposed(matrix) if transposed else matrix)  # faster than on its host
         matrix = np.asarray(matrix)
         view = matrix.T if transposed else matrix
         if not view.flags.c_contiguous:
-            view = buffers.in_order(view, self.device)
+            view = device_arrays.in_order(view, self.device)
         if view.flags.c_contiguous:
             return view
         copy = np.empty(view.shape, view.dtype)
-        buffers.copy_matrix(copy, view, self.device)
+        device_arrays.copy_matrix(copy, view, self.device)
         return copy
 
 
@@ -141,7 +141,7 @@ def _matrix(array: jax.Array, tensor: Tensor) -> Array:
     whole.
     """
     if not array.is_fully_addressable:
-        return together.gathered(array, tensor)
+        return save_multiprocess.gathered(array, tensor)
     whole = None
     for shard in _distinct(array):
         inside = held(tensor, ranges_of(shard.index, array.shape), array.shape)
@@ -164,7 +164,7 @@ def _block(shard: Any, tensor: Tensor, inside: Held) -> Array:
     """What a shard holds of a tensor; from a CPU a view."""
     matrices = matrix_shape(shard.data.shape, len(tensor.index), tensor.row_dims)
     sizes = len(inside.rows), len(inside.columns)
-    if shard.device.platform in buffers.HOST_PLATFORMS:
+    if shard.device.platform in device_arrays.HOST_PLATFORMS:
         *lead, row, column = inside.start
         return np.asarray(shard.data).reshape(matrices)[*lead, row : row + sizes[0], column : column + sizes[1]]
     return _read(shard.data, tuple(map(np.int32, inside.start)), matrices, sizes)

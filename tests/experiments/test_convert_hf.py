@@ -39,7 +39,7 @@ from deepseek_jax.training.checkpoint import (
 )
 from deepseek_jax.training.state import jit_state_around
 from experiments.benchmarks import synthetic_checkpoint
-from tests.huggingface.test_load_save import config as small_config
+from tests.support.checkpoints import config as small_config
 from tests.training.runs import finish, start, write_corpus
 
 pytestmark = pytest.mark.xdist_group("huggingface")

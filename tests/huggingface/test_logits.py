@@ -15,7 +15,7 @@ from deepseek_jax.safetensors.folder import Shards
 from deepseek_jax.training.step import jit_on
 from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
-from tests.huggingface.test_load_save import config as fp8_config
+from tests.support.checkpoints import config as fp8_config
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 

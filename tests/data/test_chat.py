@@ -6,8 +6,8 @@ import re
 import pytest
 import tokenizers
 
+from deepseek_jax.data.chat import MARK, R1, V3, ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer, byte_tokenizer
-from deepseek_jax.huggingface.chat import MARK, R1, V3, ChatTemplate
 from tests.support.released import TEXTS, folder, tokenizer
 
 ONE = [{"role": "user", "content": "Hi"}]

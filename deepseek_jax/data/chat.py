@@ -82,7 +82,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise ValueError(
                 f"{config_file} has no chat_template and there is no {template_file};"
-                " add one of them, or use V3 or R1 of deepseek_jax.huggingface.chat"
+                " add one of them, or use V3 or R1 of deepseek_jax.data.chat"
             )
         names = {
             key: value["content"] if isinstance(value, dict) else value

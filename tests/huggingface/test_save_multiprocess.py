@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import save, together
+from deepseek_jax.huggingface import save, save_multiprocess
 from deepseek_jax.huggingface.load import load
 from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.safetensors.writer import ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
-from tests.huggingface.test_load_save import config, hashes, mesh_of
+from tests.support.checkpoints import config, hashes, mesh_of
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 
@@ -51,7 +51,7 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]
         for array, part in pairs:
             expected, found = (
-                np.asarray(matrix) for matrix in (save._matrix(array, part), together.gathered(array, part))
+                np.asarray(matrix) for matrix in (save._matrix(array, part), save_multiprocess.gathered(array, part))
             )
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             np.testing.assert_array_equal(
@@ -68,7 +68,7 @@ def test_bits_that_are_no_numbers_survive():
     bits = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
     bits[..., :2] = 0x80000000, 0x7FC00001
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, None, ("data", "node", "expert")))
-    found = together.gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
+    found = save_multiprocess.gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint32), bits[tensor.index])
 
 
@@ -79,7 +79,7 @@ def new_writer(source, folder):
 def test_the_files_are_those_of_one_process(source, folder, tmp_path):
     """A round of one process: jobs in order, scales with their weight or alone at the start of a file."""
     seen = []
-    together.write(tmp_path / "new", new_writer(source, tmp_path / "new"), source, seen.append)
+    save_multiprocess.write(tmp_path / "new", new_writer(source, tmp_path / "new"), source, seen.append)
     assert hashes(tmp_path / "new") == hashes(folder)
     writer = new_writer(source, tmp_path / "new")()
     assert not writer.missing()
@@ -101,12 +101,12 @@ def test_a_failure_is_raised_and_leaves_no_index(source, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(save.Source, "stored", failing)
     with pytest.raises((MemoryError, ValueError), match="experts.1.up_proj"):
-        together.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
+        save_multiprocess.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
     assert not (tmp_path / INDEX).exists()
     assert not list(tmp_path.glob("*.partial*"))
     finished = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     assert finished
     monkeypatch.undo()
-    together.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
+    save_multiprocess.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
     assert finished.items() <= {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}.items()
     Shards(tmp_path)

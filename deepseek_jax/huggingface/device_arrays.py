@@ -1,4 +1,4 @@
-"""The arrays of a model on this process's devices, as matrices (`places`), while the rows of a checkpoint's tensors are
+"""The arrays of a model on this process's devices, as matrices (`slices`), while the rows of a checkpoint's tensors are
 written into them.
 
 An accelerator's are donated to each write. A CPU's are NumPy's, which JAX takes over as they are. Scales and vectors, a
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.huggingface.places import held, ranges_of
+from deepseek_jax.huggingface.slices import held, ranges_of
 from deepseek_jax.safetensors.reader import aligned
 from pallas_kernels.quantized import E4M3, GROUP
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     """One array of the result: a leaf, or the values or scales of one in FP8.
 
     Attributes:
-        matrices: shape of a shard as matrices (`places`).
+        matrices: shape of a shard as matrices (`slices`).
         small: scales or vectors, a thousandth of the bytes.
     """
 
