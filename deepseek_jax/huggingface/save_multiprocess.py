@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.parameters import PARAMETERS, P, matrix_shape
+from deepseek_jax.parameters import P, matrix_shape
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.writer import CancelledError, Planned, ShardWriter
 
@@ -143,19 +143,18 @@ def gathered(array: jax.Array, tensor: Tensor) -> jax.Array:
     which call this.
     """
     sharding = array.sharding
-    name, half = tensor.leaf[-1], tensor.half or 0
-    whole = _gather(
-        array, np.array(tensor.index, np.int32), sharding.mesh, sharding.spec, name, half, tensor.matrix_shape
-    )
+    index, half = np.array(tensor.index, np.int32), tensor.half or 0
+    whole = _gather(array, index, sharding.mesh, sharding.spec, tensor.row_dims, half, tensor.matrix_shape)
     return whole.addressable_data(0)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _gather(array: jax.Array, index: jax.Array, mesh, spec, name: str, half: int, matrix: tuple[int, int]) -> jax.Array:
+def _gather(
+    array: jax.Array, index: jax.Array, mesh, spec, row_dims: int, half: int, matrix: tuple[int, int]
+) -> jax.Array:
     """A matrix, everywhere: of its bits each device adds what it holds of it, replicas nothing."""
     parts = (*spec, *(None,) * (array.ndim - len(spec)))
     axes = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
-    row_dims = PARAMETERS[name].row_dims
     lead, unsigned = len(index), jnp.dtype(f"uint{8 * array.dtype.itemsize}")
 
     def local(shard: jax.Array, index: jax.Array) -> jax.Array:
