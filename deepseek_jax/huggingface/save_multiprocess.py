@@ -17,25 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.huggingface.names import Tensor
-from deepseek_jax.parameters import P, matrix_shape
+from deepseek_jax.huggingface.stored_tensors import StoredTensors
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.writer import CancelledError, Planned, ShardWriter
 
 AHEAD = 2  # tensors that wait for a process's disk
 
 
-def write(folder: Path, new_writer: Callable[[], ShardWriter], source: Any, on_bytes: Callable[[int], None]) -> None:
+def write(
+    folder: Path, new_writer: Callable[[], ShardWriter], tensors: StoredTensors, on_bytes: Callable[[int], None]
+) -> None:
     """Write the missing shards of a conversion and the index. Every process calls it.
 
     Args:
         folder: of the conversion.
         new_writer: makes its writer, which marks the folder the first time.
-        source: a `save.Source` of the weights.
+        tensors: of the weights, as the checkpoint stores them.
         on_bytes: called in process 0, with the bytes that all processes have written.
 
     Raises:
@@ -61,7 +61,7 @@ def write(folder: Path, new_writer: Callable[[], ShardWriter], source: Any, on_b
         _all_or_none(begin if rank else None)
         flags = multihost_utils.broadcast_one_to_all(np.array([file in missing for file in writer.shards]))
         for files in itertools.batched(itertools.compress(writer.shards, flags), count):
-            digest = _all_or_none(functools.partial(_write_round, writer, source, files))
+            digest = _all_or_none(functools.partial(_write_round, writer, tensors, files))
             digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
             if rank == 0:
                 writer.record({file: row.tobytes().hex() for file, row in zip(files, digests, strict=False)})
@@ -84,7 +84,7 @@ def _all_or_none(action: Callable[[], Any] | None) -> Any:
     return result
 
 
-def _write_round(writer: ShardWriter, source: Any, files: Sequence[str]) -> str:
+def _write_round(writer: ShardWriter, tensors: StoredTensors, files: Sequence[str]) -> str:
     """Write one file per process; return the SHA-256 of this process's, zeros if it has none."""
     rank = jax.process_index()
     mine = files[rank] if rank < len(files) else None
@@ -110,17 +110,17 @@ def _write_round(writer: ShardWriter, source: Any, files: Sequence[str]) -> str:
             else bytes(32).hex
         )
         written: Future[str] = pool.submit(job)
-        for jobs in itertools.zip_longest(*(_jobs(writer.shards[file], source) for file in files)):
+        for jobs in itertools.zip_longest(*(_jobs(writer.shards[file], tensors) for file in files)):
             for file, names in zip(files, jobs, strict=True):
                 if names is None:
                     continue
-                fetched = source.fetch(names[0])
+                fetched = tensors.fetch(names[0])
                 if file != mine or failure:
                     continue
                 try:
-                    values, scales = source.stored(names[0], *fetched)
+                    values, scales = tensors.stored(names[0], *fetched)
                     for name in names:
-                        give(scales if name in source.scaled else values)
+                        give(scales if name in tensors.scaled else values)
                 except Exception as error:  # the others go on fetching, and so does this process
                     failure = error
                     give(None)
@@ -129,59 +129,10 @@ def _write_round(writer: ShardWriter, source: Any, files: Sequence[str]) -> str:
         return written.result()
 
 
-def _jobs(shard: Sequence[Planned], source: Any) -> Iterator[list[str]]:
+def _jobs(shard: Sequence[Planned], tensors: StoredTensors) -> Iterator[list[str]]:
     """Names of a shard, the scales beside their weight where both are in it."""
     names = [tensor.name for tensor in shard]
-    weight_of = {name: source.scaled[name].name for name in names if name in source.scaled}
+    weight_of = {name: tensors.scaled[name].name for name in names if name in tensors.scaled}
     for name, after in itertools.zip_longest(names, names[1:]):
         if weight_of.get(name) not in names:
             yield [name, after] if weight_of.get(after) == name else [name]
-
-
-def gathered(array: jax.Array, tensor: Tensor) -> jax.Array:
-    """Return the matrix of a tensor, on one of this process's devices, from an array spread over processes, all of
-    which call this.
-    """
-    sharding = array.sharding
-    index, half = np.array(tensor.index, np.int32), tensor.half or 0
-    whole = _gather(array, index, sharding.mesh, sharding.spec, tensor.row_dims, half, tensor.matrix_shape)
-    return whole.addressable_data(0)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _gather(
-    array: jax.Array, index: jax.Array, mesh, spec, row_dims: int, half: int, matrix: tuple[int, int]
-) -> jax.Array:
-    """A matrix, everywhere: of its bits each device adds what it holds of it, replicas nothing."""
-    parts = (*spec, *(None,) * (array.ndim - len(spec)))
-    axes = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
-    lead, unsigned = len(index), jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-
-    def local(shard: jax.Array, index: jax.Array) -> jax.Array:
-        starts = [
-            jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, shard.shape, strict=True)
-        ]
-        inside = [index[dim] - starts[dim] for dim in range(lead)]
-        held = functools.reduce(
-            jnp.logical_and, [(i >= 0) & (i < shard.shape[dim]) for dim, i in enumerate(inside)], True
-        )
-        for axis in set(mesh.axis_names) - {axis for names in axes for axis in names}:
-            held &= jax.lax.axis_index(axis) == 0
-        matrices = matrix_shape(shard.shape, lead, row_dims)
-        rows, columns = matrices[-2], min(matrices[-1], matrix[1])
-        begin = (*(jnp.clip(i, 0, shard.shape[dim] - 1) for dim, i in enumerate(inside)), 0, half * columns)
-        bits = jax.lax.bitcast_convert_type(shard, unsigned).reshape(matrices)  # of floats, -0 + 0 is not -0
-        bits = (
-            jax.lax.dynamic_slice(bits, begin, (1,) * lead + (rows, columns)).reshape(rows, columns).astype(jnp.uint32)
-        )
-        # Only the first dim of the rows, or of the columns, is split.
-        split = lead + row_dims
-        row = starts[lead] * (rows // shard.shape[lead])
-        column = starts[split] * (matrices[-1] // shard.shape[split]) if split < shard.ndim else 0
-        placed = jax.lax.dynamic_update_slice(jnp.zeros(matrix, jnp.uint32), bits, (row, column))
-        return jax.lax.bitcast_convert_type(
-            jax.lax.psum(jnp.where(held, placed, 0), mesh.axis_names).astype(unsigned), array.dtype
-        )
-
-    # Unchecked: what varies over which axes follows from `spec`, and the sum is over all.
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec, P()), out_specs=P(), check_vma=False)(array, index)

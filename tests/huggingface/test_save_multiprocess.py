@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import save, save_multiprocess
+from deepseek_jax.huggingface import save, save_multiprocess, stored_tensors
 from deepseek_jax.huggingface.load import load
+from deepseek_jax.huggingface.names import tensors
+from deepseek_jax.huggingface.stored_tensors import StoredTensors
 from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.safetensors.writer import ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return save.Source(load(Shards(folder), config(), mesh_of((2, 2, 2)), "fp8"), config().model, fp8=True)
+    return StoredTensors(load(Shards(folder), config(), mesh_of((2, 2, 2)), "fp8"), config().model, fp8=True)
 
 
 def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
@@ -51,7 +53,8 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]
         for array, part in pairs:
             expected, found = (
-                np.asarray(matrix) for matrix in (save._matrix(array, part), save_multiprocess.gathered(array, part))
+                np.asarray(matrix)
+                for matrix in (stored_tensors._matrix(array, part), stored_tensors._gathered(array, part))
             )
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             np.testing.assert_array_equal(
@@ -63,12 +66,12 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
 
 def test_bits_that_are_no_numbers_survive():
     mesh = mesh_of((1, 2, 4))
-    tensor = next(t for t in save.tensors(config().model) if t.leaf[-1] == "down_FD")
+    tensor = next(t for t in tensors(config().model) if t.leaf[-1] == "down_FD")
     shape = (config().model.num_dense_layers, *tensor.matrix_shape)
     bits = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
     bits[..., :2] = 0x80000000, 0x7FC00001
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, None, ("data", "node", "expert")))
-    found = save_multiprocess.gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
+    found = stored_tensors._gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint32), bits[tensor.index])
 
 
@@ -90,7 +93,7 @@ def test_the_files_are_those_of_one_process(source, folder, tmp_path):
 def test_a_failure_is_raised_and_leaves_no_index(source, tmp_path, monkeypatch, fails):
     """What is finished stays, what is not is gone, and the same call goes on."""
     stop = [name for name in source.table if "experts.1.up_proj" in name][0]
-    stored = save.Source.stored
+    stored = StoredTensors.stored
 
     def failing(self, name, *fetched):
         if name == stop:
@@ -99,7 +102,7 @@ def test_a_failure_is_raised_and_leaves_no_index(source, tmp_path, monkeypatch, 
             return np.zeros(3, np.uint8), None  # the writer refuses it
         return stored(self, name, *fetched)
 
-    monkeypatch.setattr(save.Source, "stored", failing)
+    monkeypatch.setattr(StoredTensors, "stored", failing)
     with pytest.raises((MemoryError, ValueError), match="experts.1.up_proj"):
         save_multiprocess.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
     assert not (tmp_path / INDEX).exists()
