@@ -21,11 +21,10 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.files import in_order
@@ -98,55 +97,14 @@ def load(
         ValueError: "fp8" of a checkpoint that is not, or whose halves of an FFN are no multiple of 128; an MTP layer
             with an embedding or head of its own.
     """
-    stored_fp8 = any(entry.dtype == "F8_E4M3" for entry in shards.entries.values())
-    if weights == "fp8" and not stored_fp8:
+    if weights == "fp8" and all(entry.dtype != "F8_E4M3" for entry in shards.entries.values()):
         raise ValueError(f"the checkpoint {shards.folder} is not in FP8; load it as 'bf16' or 'fp32'")
-    buffers = allocate(_parts(config, mesh, weights))
-    table: dict[str, tuple[Tensor, Buffers]] = {}  # what this process puts into place
-    for tensor in tensors(config.model):
-        if tensor.copied:
-            _check_copy(shards, tensor)
-        elif weights == "fp8" and tensor.quantized:
-            table[tensor.name] = tensor, buffers[*tensor.leaf, "values"]
-            table[tensor.scale_name] = tensor.scales, buffers[*tensor.leaf, "scales"]
-        else:
-            table[tensor.name] = tensor, buffers[tensor.leaf]
-    holders = {name: table[name][1].holders(table[name][0]) for name in shards.entries if name in table}
-    names = [name for name, devices in holders.items() if devices]
-    on_bytes(
-        shards.num_bytes - sum(shards.entries[name].num_bytes for name in names)
-    )  # copies, and what is not read ahead or not here
-
-    @functools.lru_cache(maxsize=4 * NUM_THREADS)
-    def scales_of(tensor: Tensor) -> np.ndarray | None:
-        # Read here and not ahead: they are small, they lie beside their weight, and a checkpoint may have them in
-        # another file.
-        return shards.read(tensor.scale_name) if weights != "fp8" and tensor.scale_name in shards.entries else None
-
-    def prepare(compilers: Executor) -> None:
-        alike = {(table[name][1], shards.entries[name].shape, holders[name]): name for name in reversed(names)}
-        for name in reversed(alike.values()):  # in the order in which they are read
-            (tensor, into), entry = table[name], shards.entries[name]
-            scaled = weights != "fp8" and tensor.scale_name in shards.entries
-            for rows in reader.row_ranges(entry, reader.PIECE_BYTES):
-                into.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scaled)
-
-    def put(piece: reader.Piece) -> int:
-        try:
-            tensor, into = table[piece.name]
-            into.put(tensor, piece.values, piece.first_row, scales_of(tensor))
-            return piece.values.nbytes
-        finally:
-            piece.release()
-
-    with (
-        ThreadPoolExecutor() as compilers,
-        ThreadPoolExecutor(NUM_THREADS) as pool,
-    ):  # a host transposes with one thread per piece
-        prepare(compilers)
-        for count in in_order(pool, put, shards.stream(names), reader.NUM_BUFFERS):
-            on_bytes(count)
-    return _tree(hand_over(buffers))
+    arrays = allocate(_parts(config, mesh, weights))
+    plan = _plan(shards, config.model, weights, arrays)
+    # Copies, scales that are read with their weight, and what belongs to other processes.
+    on_bytes(shards.num_bytes - sum(shards.entries[name].num_bytes for name in plan))
+    _execute(shards, plan, on_bytes)
+    return _tree(hand_over(arrays))
 
 
 def with_carriers(tree: Any) -> Any:
@@ -229,7 +187,47 @@ def _tree(arrays: dict[tuple[str, ...], jax.Array]) -> Tree:
     return pack(tree)
 
 
-# ---- one tensor
+# ---- what goes where, and the way there
+
+
+class _Destination(NamedTuple):
+    """Where a stored tensor goes.
+
+    Attributes:
+        tensor: of the table, or the scales of one.
+        array: filled with it.
+        devices: of this process, those that hold a part of it.
+        scales: name of the stored scales that it is multiplied by, if any.
+    """
+
+    tensor: Tensor
+    array: Buffers
+    devices: tuple[jax.Device, ...]
+    scales: str | None
+
+
+def _plan(
+    shards: Shards, model: Model, weights: Weights, arrays: dict[tuple[str, ...], Buffers]
+) -> dict[str, _Destination]:
+    """Return where each stored tensor goes that this process needs, in the order of the files."""
+    targets: dict[str, tuple[Tensor, Buffers]] = {}
+    for tensor in tensors(model):
+        if tensor.copied:
+            _check_copy(shards, tensor)
+        elif weights == "fp8" and tensor.quantized:
+            targets[tensor.name] = tensor, arrays[*tensor.leaf, "values"]
+            targets[tensor.scale_name] = tensor.scales, arrays[*tensor.leaf, "scales"]
+        else:
+            targets[tensor.name] = tensor, arrays[tensor.leaf]
+    plan = {}
+    for name in shards.entries:
+        if name not in targets:
+            continue
+        tensor, array = targets[name]
+        scaled = weights != "fp8" and tensor.scale_name in shards.entries
+        if devices := array.holders(tensor):
+            plan[name] = _Destination(tensor, array, devices, tensor.scale_name if scaled else None)
+    return plan
 
 
 def _check_copy(shards: Shards, tensor: Tensor) -> None:
@@ -240,3 +238,33 @@ def _check_copy(shards: Shards, tensor: Tensor) -> None:
             f"{tensor.name} in {shards.entries[tensor.name].file} differs from {shared}; MTP layers here share the"
             " main model's"
         )
+
+
+def _execute(shards: Shards, plan: dict[str, _Destination], on_bytes: OnBytes) -> None:
+    """Read the planned tensors and put them where they go."""
+    # Scales are not read ahead: they are small, lie beside their weight, and may even lie in another file.
+    read_scales = functools.lru_cache(maxsize=4 * NUM_THREADS)(shards.read)
+
+    def put(piece: reader.Piece) -> int:
+        try:
+            tensor, array, _, scales = plan[piece.name]
+            array.put(tensor, piece.values, piece.first_row, read_scales(scales) if scales else None)
+            return piece.values.nbytes
+        finally:
+            piece.release()
+
+    # A host transposes with one thread per piece.
+    with ThreadPoolExecutor() as compilers, ThreadPoolExecutor(NUM_THREADS) as pool:
+        _compile_ahead(shards, plan, compilers)
+        for count in in_order(pool, put, shards.stream(plan), reader.NUM_BUFFERS):
+            on_bytes(count)
+
+
+def _compile_ahead(shards: Shards, plan: dict[str, _Destination], compilers: Executor) -> None:
+    """Have the programs compiled that `put` needs, in the order in which it needs them."""
+    alike = {(plan[name].array, shards.entries[name].shape, plan[name].devices): name for name in reversed(plan)}
+    for name in reversed(alike.values()):
+        tensor, array, _, scales = plan[name]
+        entry = shards.entries[name]
+        for rows in reader.row_ranges(entry, reader.PIECE_BYTES):
+            array.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scales is not None)
