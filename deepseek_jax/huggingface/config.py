@@ -30,9 +30,10 @@ report's 0.006). Files written here do: `initializer_range` and, as a key of our
 
 import copy
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.huggingface.keys import Keys
 from pallas_kernels.quantized import GROUP
 
 FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
@@ -73,7 +74,7 @@ def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Mo
         ValueError: it describes a model that this code is not, or lacks a key; the message names origin, key, value and
             remedy.
     """
-    keys = _Keys(hf, origin)
+    keys = Keys(hf, origin)
     family = _family(keys)
     for key, (value, reason) in FIXED.items():
         if keys.take(key, type(value), value) != value:
@@ -112,10 +113,10 @@ def is_fp8(hf: dict[str, Any], origin: str = "config.json") -> bool:
     Raises:
         ValueError: another quantisation. `scale_fmt` "ue8m0" (V3.1) is this one with powers of two as scales.
     """
-    section = _Keys(hf, origin).take("quantization_config", dict, None)
+    section = Keys(hf, origin).take("quantization_config", dict, None)
     if section is None:
         return False
-    keys = _Keys(section, f"{origin}: quantization_config")
+    keys = Keys(section, f"{origin}: quantization_config")
     for key, expected in QUANTIZATION.items():
         absent = expected if key in ("fmt", "activation_scheme") else None  # transformers does not write fmt
         if section.get(key, absent) != expected:
@@ -194,35 +195,7 @@ def run_config(base: config_lib.Config, name: str, model: config_lib.Model) -> c
     return config_lib.from_config_dict(config_lib.to_dict(dataclasses.replace(base, name=name, model=model)))
 
 
-_REQUIRED = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Keys:
-    """A section of the file, whose values are taken by key with their type checked."""
-
-    section: dict[str, Any]
-    origin: str
-
-    def take(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of `key`; `default` where it is absent or null."""
-        value = self.section.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                self.refuse(key, "the key is required; take the config.json that belongs to the weights")
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            self.refuse(key, f"it must be of type {kind.__name__}")
-        return value
-
-    def refuse(self, key: str, text: str) -> NoReturn:
-        value = repr(self.section[key]) if key in self.section else "absent"
-        raise ValueError(f"{self.origin}: {key} is {value}: {text}")
-
-
-def _family(keys: _Keys) -> str:
+def _family(keys: Keys) -> str:
     family = keys.take("model_type", str)
     if family not in FAMILIES:
         keys.refuse("model_type", f"choose a checkpoint of one of {sorted(FAMILIES)}")
@@ -231,7 +204,7 @@ def _family(keys: _Keys) -> str:
     return family
 
 
-def _router(keys: _Keys, family: str) -> dict[str, Any]:
+def _router(keys: Keys, family: str) -> dict[str, Any]:
     values = {key: keys.take(key, type(default), default) for key, default in DEFAULTS[family].items()}
     if values["topk_method"] not in TOPK_METHODS[family]:
         keys.refuse("topk_method", f"{family} selects experts by {' or '.join(map(repr, TOPK_METHODS[family]))}")
@@ -261,11 +234,11 @@ def _topk_method(model: config_lib.Model, family: str) -> str:
     return "group_limited_greedy" if model.num_groups > 1 else "greedy"
 
 
-def _rope(keys: _Keys, family: str) -> dict[str, Any]:
+def _rope(keys: Keys, family: str) -> dict[str, Any]:
     """Base and YaRN, from either spelling."""
     name = "rope_parameters" if keys.section.get("rope_parameters") else "rope_scaling"
     section = keys.take(name, dict, {})
-    rope = _Keys(section, f"{keys.origin}: {name}")
+    rope = Keys(section, f"{keys.origin}: {name}")
     base = rope.take("rope_theta", float, keys.take("rope_theta", float, 10000.0))
     spelled = "rope_type" if "rope_type" in section else "type"
     kind = rope.take(spelled, str) if section.keys() - {"rope_theta"} else "default"
@@ -277,7 +250,7 @@ def _rope(keys: _Keys, family: str) -> dict[str, Any]:
     return {"rope_base": base, "yarn": _read_yarn(rope) if kind == "yarn" else _no_yarn(keys, family)}
 
 
-def _read_yarn(rope: _Keys) -> config_lib.Yarn:
+def _read_yarn(rope: Keys) -> config_lib.Yarn:
     return config_lib.Yarn(
         enabled=True,
         factor=rope.take("factor", float),
@@ -289,7 +262,7 @@ def _read_yarn(rope: _Keys) -> config_lib.Yarn:
     )
 
 
-def _no_yarn(keys: _Keys, family: str) -> config_lib.Yarn:
+def _no_yarn(keys: Keys, family: str) -> config_lib.Yarn:
     return config_lib.Yarn(
         enabled=False,
         factor=40.0,
@@ -313,7 +286,7 @@ def _write_yarn(yarn: config_lib.Yarn) -> dict[str, Any]:
     }
 
 
-def _init(keys: _Keys) -> dict[str, float]:
+def _init(keys: Keys) -> dict[str, float]:
     ours = "residual_init_scale" in keys.section
     return {
         "init_std": keys.take("initializer_range", float) if ours else 0.006,
