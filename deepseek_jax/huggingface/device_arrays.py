@@ -109,7 +109,7 @@ class Buffers:
                 written = write(self.shards[block.device], sent, tuple(map(np.int32, block.start)), factors)
                 self.shards[block.device] = jax.block_until_ready(
                     written
-                )  # or pieces would wait in line, as many as were read
+                )  # or chunks would wait in line, as many as were read
 
     def _blocks(self, tensor: Tensor, values: np.ndarray, first_row: int) -> Iterator["_Block"]:
         """Divide rows of a tensor over the devices."""

@@ -42,7 +42,7 @@ Tree = dict[str, Any]
 Weights = Literal["fp8", "bf16", "fp32"]
 OnBytes = Callable[[int], None]
 
-NUM_THREADS = min(4, os.cpu_count() or 1)  # pieces put into place at once
+NUM_THREADS = min(4, os.cpu_count() or 1)  # chunks put into place at once
 UNQUANTIZED = ("BF16", "F16", "F32")  # what stands for BF16 in checkpoints of others
 
 
@@ -245,15 +245,15 @@ def _execute(shards: Shards, plan: dict[str, _Destination], on_bytes: OnBytes) -
     # Scales are not read ahead: they are small, lie beside their weight, and may even lie in another file.
     read_scales = functools.lru_cache(maxsize=4 * NUM_THREADS)(shards.read)
 
-    def put(piece: reader.Piece) -> int:
+    def put(chunk: reader.Chunk) -> int:
         try:
-            tensor, array, _, scales = plan[piece.name]
-            array.put(tensor, piece.values, piece.first_row, read_scales(scales) if scales else None)
-            return piece.values.nbytes
+            tensor, array, _, scales = plan[chunk.name]
+            array.put(tensor, chunk.values, chunk.first_row, read_scales(scales) if scales else None)
+            return chunk.values.nbytes
         finally:
-            piece.release()
+            chunk.release()
 
-    # A host transposes with one thread per piece.
+    # A host transposes with one thread per chunk.
     with ThreadPoolExecutor() as compilers, ThreadPoolExecutor(NUM_THREADS) as pool:
         _compile_ahead(shards, plan, compilers)
         for count in in_order(pool, put, shards.stream(plan), reader.NUM_BUFFERS):
@@ -266,5 +266,5 @@ def _compile_ahead(shards: Shards, plan: dict[str, _Destination], compilers: Exe
     for name in reversed(alike.values()):
         tensor, array, _, scales = plan[name]
         entry = shards.entries[name]
-        for rows in reader.row_ranges(entry, reader.PIECE_BYTES):
+        for rows in reader.row_ranges(entry, reader.CHUNK_BYTES):
             array.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scales is not None)

@@ -1,7 +1,8 @@
-"""conversion.json: which shards of a conversion into a folder are finished, and may anything be written there?
+"""The record of a conversion, conversion.json: which shards are finished, and whether a folder may be written into.
 
-    {"plan": "3f1c...", "num_shards": 163, "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...",
-    "bytes": 5234139343}, ...}}
+    {"plan": "3f1c...",
+     "num_shards": 163,
+     "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...", "bytes": 5234139343}, ...}}
 
 `plan` is a digest of tensors, files, metadata and source (`writer.ShardWriter`).
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from deepseek_jax.files import PARTIAL_MARK, write_atomically
 from deepseek_jax.safetensors.folder import INDEX, RECORD
 
-# What a killed process leaves behind.
+# The names of files that a killed process leaves behind.
 PARTIAL = re.compile(
     rf"(model-\d+-of-\d+\.safetensors|{re.escape(RECORD)}|{re.escape(INDEX)}){re.escape(PARTIAL_MARK)}.+"
 )
@@ -28,10 +29,10 @@ _READ_BYTES = 2**24  # hashed and reported at a time
 
 
 def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
-    """Refuse a folder that cannot take a conversion of `num_bytes`, before the work that it takes to make them.
+    """Refuse a folder that cannot take a conversion of `num_bytes`, before the work begins.
 
     Raises:
-        ValueError: it is a file, or holds something else; OSError: the disk has too little room for what is missing.
+        ValueError: it is a file, or holds something else; OSError: the disk has too little space for the rest.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -43,10 +44,10 @@ def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
 
 
 def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:
-    """Compute the SHA-256 of every shard anew and compare it with conversion.json.
+    """Compute the SHA-256 of every shard anew and compare it with the record.
 
     Raises:
-        ValueError: names the damaged and absent shards, or says that the conversion is unfinished.
+        ValueError: shards are damaged or absent (the message names them), or the conversion is unfinished.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -67,10 +68,10 @@ def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lam
 
 
 def read_record(folder: Path) -> dict:
-    """Return the content of a folder's conversion.json.
+    """Return the record in a folder.
 
     Raises:
-        ValueError: it is missing, or not such a file.
+        ValueError: it is missing, or describes something else.
     """
     try:
         record = json.loads((folder / RECORD).read_bytes())
@@ -88,20 +89,20 @@ def read_record(folder: Path) -> dict:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Replace a JSON file, as whole as a shard."""
+    """Replace a JSON file atomically; a full disk is named as in `naming_full_disks`."""
     text = json.dumps(content, indent=2) + "\n"
     with naming_full_disks(path.name, path, len(text)):
         write_atomically(path, text)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder with something in it that is not a conversion."""
+    """Refuse a folder that holds files and no record of a conversion."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder")
     if not folder.exists() or (folder / RECORD).exists():
         return
-    if there := sorted(file.name for file in folder.iterdir() if not PARTIAL.fullmatch(file.name)):
-        raise ValueError(f"{folder} holds {', '.join(there[:5])} and no conversion: choose another folder or empty it")
+    if files := sorted(file.name for file in folder.iterdir() if not PARTIAL.fullmatch(file.name)):
+        raise ValueError(f"{folder} holds {', '.join(files[:5])} and no conversion: choose another folder or empty it")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -115,7 +116,13 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def naming_full_disks(what: str, path: Path, num_bytes: int) -> Iterator[None]:
-    """Say of a disk that is full which file lacks how much; `what` is being written, `num_bytes` are left to write."""
+    """If the disk is full, say so, with the file and what it still needs.
+
+    Args:
+        what: is being written.
+        path: of the file.
+        num_bytes: left to write.
+    """
     try:
         yield
     except OSError as error:
@@ -131,7 +138,7 @@ def naming_full_disks(what: str, path: Path, num_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where its file system has locks."""
+    """Keep other processes out of a folder, if its file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:

@@ -1,16 +1,16 @@
 """Write a folder of safetensors, tensor by tensor, so that an interrupted conversion goes on where it stopped.
 
-Names, dtypes and shapes are known before the first byte is: `plan` divides them over files, which fixes every header.
-Then each file is
+Names, dtypes and shapes are known before the first byte is written: `plan` divides them over files, and that fixes
+every header. Then each file is
 
     streamed to <file>.partial-..., its SHA-256 computed on the way -> fsync -> renamed -> recorded in conversion.json
 
-and after the last one the index is written. A folder with shards and without index is refused by `Shards`, so that
-nobody loads half a checkpoint. conversion.json (`record`) has the digest of the plan: a folder is continued only with
-the same tensors, files, metadata and source.
+and after the last one the index is written. `Shards` refuses a folder that has shards and no index, so that nobody
+loads half a checkpoint. conversion.json (`record`) has a digest of the plan: a folder is continued only with the same
+tensors, files, metadata and source.
 
-Tensors lie in a file as planned, without padding between them, which the format does not allow: order them so that a
-wide dtype does not follow an odd number of bytes, where readers that map files need it.
+Tensors lie in a file in the order of the plan. The format allows no padding between them. Some readers map files and
+need aligned tensors: for these, plan no wide dtype behind an odd number of bytes.
 """
 
 import contextlib
@@ -66,40 +66,45 @@ class Planned:
 
 
 def plan(tensors: Sequence[Planned], max_shard_bytes: int) -> list[list[Planned]]:
-    """Divide the tensors, in their order, over shards of at most `max_shard_bytes` (a larger tensor has its own)."""
+    """Divide the tensors, in their order, over shards of at most `max_shard_bytes`; a larger tensor has its own."""
     if not tensors or max_shard_bytes < 1:
         raise ValueError(
             f"{len(tensors)} tensors cannot be divided over shards of {max_shard_bytes} bytes: at least 1 of each"
         )
     seen: set[str] = set()
     shards: list[list[Planned]] = [[]]
-    room = max_shard_bytes
+    space_left = max_shard_bytes
     for tensor in tensors:
         if tensor.name in seen:
             raise ValueError(f"tensor {tensor.name} is planned twice: give every tensor its own name")
         seen.add(tensor.name)
-        if shards[-1] and tensor.num_bytes > room:
+        if shards[-1] and tensor.num_bytes > space_left:
             shards.append([])
-            room = max_shard_bytes
+            space_left = max_shard_bytes
         shards[-1].append(tensor)
-        room -= tensor.num_bytes
+        space_left -= tensor.num_bytes
     return shards
 
 
 def file_name(number: int, num_shards: int) -> str:
-    """Return a shard's name, with the digits of the released checkpoint; `number` counts from 1."""
+    """Return a shard's name, with as many digits as the released checkpoint has; `number` counts from 1."""
     return f"model-{number:05d}-of-{num_shards:06d}.safetensors"
 
 
 class CancelledError(Exception):
-    """A shard is given up, because another could not be written."""
+    """A shard is given up because another one could not be written."""
 
 
 class ShardWriter:
-    """A conversion into `folder`, which is made and marked as one (by its conversion.json) here, or continued.
+    """A conversion into `folder`, begun or continued. A new folder is made, with a record that marks it.
 
-    `source` says where the values come from, for example a checkpoint's path and step: only the same source continues a
-    conversion.
+    Args:
+        folder: new, empty, or one that holds the same conversion unfinished.
+        tensors: everything to write, in order.
+        max_shard_bytes: of the tensors in one file.
+        metadata: of every file.
+        source: where the values come from, for example a checkpoint's path and step. Only the same source continues a
+            conversion.
 
     Raises:
         ValueError: the folder holds something else, or a conversion of another plan.
@@ -114,9 +119,8 @@ class ShardWriter:
         source: str = "",
     ):
         self.folder = Path(folder)
-        metadata = (
-            {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))
-        )  # "pt": what transformers insists on
+        # transformers insists on "pt".
+        metadata = {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))
         shards = plan(tensors, int(max_shard_bytes))
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
         self._headers = {file: _header(shard, metadata) for file, shard in self.shards.items()}
@@ -132,7 +136,7 @@ class ShardWriter:
             self._record_finished({})
 
     def num_bytes(self, file: str) -> int:
-        """Size of a shard's file."""
+        """Return the size of a shard's file."""
         return len(self._headers[file]) + sum(tensor.num_bytes for tensor in self.shards[file])
 
     def missing(self) -> list[str]:
@@ -153,24 +157,25 @@ class ShardWriter:
         """Write the missing shards and the index. An interrupted write is continued by calling it again.
 
         Args:
-            get: asked for each tensor once, in the planned order within a shard, from as many threads as there are
-                shards at once.
-            on_bytes: hears of every piece written, in bytes of the files; from one thread at a time.
-            shards_at_once: written side by side. SHA-256 is what takes longest, and a file has one.
+            get: returns a tensor by name. It is called once for each, in the planned order within a shard, from as many
+                threads as there are shards at once.
+            on_bytes: called with the size of every chunk written, header included, by one thread at a time.
+            shards_at_once: how many are written side by side. SHA-256 takes longest, and only one thread can compute
+                that of a file.
 
         Raises:
             ValueError: a tensor has another dtype or shape than planned, or another process writes into the folder.
-            OSError: the disk has too little room, before the first byte or later; finished shards stay.
+            OSError: the disk has too little space, before the first byte or later; finished shards stay.
         """
         lock, cancelled, failures = threading.Lock(), threading.Event(), []
 
-        def hear(count: int) -> None:
+        def report(count: int) -> None:
             with lock:
                 on_bytes(count)
 
         def write_one(file: str) -> None:
             try:
-                sha256 = self.write_shard(file, get, hear, cancelled)
+                sha256 = self.write_shard(file, get, report, cancelled)
                 with lock:
                     self.record({file: sha256})
             except CancelledError:
@@ -191,11 +196,10 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[list[str]]:
-        """Keep other processes out and yield the missing shards; when they have been written and recorded, write the
-        index.
+        """Yield the missing shards. The caller writes and records them, and the index is written at the end.
 
         Raises:
-            ValueError: another process writes into the folder; OSError: the disk has too little room.
+            ValueError: another process writes into the folder; OSError: the disk has too little space.
         """
         with locked(self.folder):
             for file in self.folder.iterdir():
@@ -212,7 +216,7 @@ class ShardWriter:
                 write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def record(self, sha256: Mapping[str, str]) -> None:
-        """Note that shards are finished; by one process."""
+        """Note the SHA-256 of finished shards by file. Only one process may do so."""
         self._record_finished(
             self._finished() | {file: {"sha256": sha256[file], "bytes": self.num_bytes(file)} for file in sha256}
         )
@@ -233,7 +237,7 @@ class ShardWriter:
     def write_shard(
         self, file: str, get: Callable[[str], np.ndarray], on_bytes: Callable[[int], None], cancelled: threading.Event
     ) -> str:
-        """Write one file and return its SHA-256.
+        """Write one file and return its SHA-256; the arguments are those of `write`.
 
         Raises:
             CancelledError: `cancelled` was set.
@@ -241,31 +245,29 @@ class ShardWriter:
         path, sha256 = self.folder / file, hashlib.sha256()
         with replacing(path) as descriptor:
 
-            def put(what: str, data: memoryview, left: int) -> None:
-                for at in range(0, len(data), _CHUNK_BYTES):
+            def append(what: str, data: memoryview, num_left: int) -> None:
+                for start in range(0, len(data), _CHUNK_BYTES):
                     if cancelled.is_set():
                         raise CancelledError
-                    chunk = data[at : at + _CHUNK_BYTES]
-                    with naming_full_disks(what, path, left - at):
+                    chunk = data[start : start + _CHUNK_BYTES]
+                    with naming_full_disks(what, path, num_left - start):
                         write_all(descriptor, chunk)
                     sha256.update(chunk)
                     on_bytes(len(chunk))
 
-            left = self.num_bytes(file)
-            put("the header", memoryview(self._headers[file]), left)
-            left -= len(self._headers[file])
+            num_left = self.num_bytes(file)
+            append("the header", memoryview(self._headers[file]), num_left)
+            num_left -= len(self._headers[file])
             for tensor in self.shards[file]:
-                put(tensor.name, _bytes(get(tensor.name), tensor), left)
-                left -= tensor.num_bytes
+                append(tensor.name, _bytes(get(tensor.name), tensor), num_left)
+                num_left -= tensor.num_bytes
             with naming_full_disks("the last tensors", path, self.num_bytes(file)):
                 os.fsync(descriptor)
         return sha256.hexdigest()
 
 
 def _header(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
-    """Return the length and the header, padded as by the safetensors library so that tensors begin at a multiple of 8
-    bytes.
-    """
+    """Return the length and the header, padded as by the safetensors library: tensors begin at a multiple of 8."""
     fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for tensor in shard:

@@ -52,12 +52,12 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
 )
 def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch, sizes, weights):
     """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in
-    pieces.
+    chunks.
     """
     shards, mesh = Shards(checkpoint), mesh_of(sizes)
     expected = load(shards, config(), mesh, weights)
     monkeypatch.setattr(device_arrays, "HOST_PLATFORMS", set())
-    monkeypatch.setattr(reader, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
     found = load(shards, config(), mesh, weights)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     save(found, config().model, tmp_path / "theirs", weights == "fp8", 200_000)

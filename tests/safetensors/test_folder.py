@@ -126,7 +126,7 @@ def test_unknown_names_are_refused_at_once(tmp_path, call):
 
 @pytest.mark.parametrize("changed", [None, 0, 45_000, 89_999])
 def test_equal_tells_one_wrong_byte(tmp_path, monkeypatch, changed):
-    monkeypatch.setattr(folder_module.reader, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(folder_module.reader, "CHUNK_BYTES", 4096)
     data = np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)
     other = data.copy()
     if changed is not None:

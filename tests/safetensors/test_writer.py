@@ -250,7 +250,7 @@ def test_impossible_plans_are_refused():
         Planned("__metadata__", "F32", (1,))
 
 
-def test_a_large_tensor_goes_through_in_pieces(tmp_path, monkeypatch):
+def test_a_large_tensor_goes_through_in_chunks(tmp_path, monkeypatch):
     shapes = {"large": ("BF16", (1 << 20, 5))}
     monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 1 << 20)
     seen = []
