@@ -17,7 +17,7 @@ SHARD_BYTES = 4_300_000_000  # of the released checkpoint: 688.6 GB in 163 files
 
 
 def plan(model: Model, fp8: bool) -> list[Planned]:
-    """Return every tensor of the checkpoint in order, a scale behind its weight."""
+    """Return every tensor of a checkpoint of `model` in order; scales follow their weight."""
     return [Planned(name, dtype, shape) for name, (dtype, shape) in expected(model, fp8).items()]
 
 
@@ -33,17 +33,18 @@ def save(
     """Write the tensors of `weights` into `folder`; shards that an interrupted call has finished are kept.
 
     Args:
-        weights: `params` and `router_bias` as `load.load` or a training state has them. Of several processes each calls
-            this.
+        weights: `params` and `router_bias` as `load.load` or a training state has them. If several processes share
+            them, all must call this.
         model: of the weights.
-        folder: new, or one that this call was writing.
-        fp8: quantised weights in FP8 with scales, or everything in BF16.
-        max_shard_bytes: of a file.
-        on_bytes: called with the bytes that were written.
-        source: where the weights come from; only the same continues an interrupted call.
+        folder: new, or one that an interrupted call was writing.
+        fp8: whether quantised weights are stored in FP8 with scales, or in BF16.
+        max_shard_bytes: of the tensors in one file.
+        on_bytes: called with the number of bytes that have been written.
+        source: where the weights come from; an interrupted call is continued only with the same source.
 
     Raises:
-        ValueError: the folder holds something else, or several processes do not share it; OSError: there is no room.
+        ValueError: the folder holds something else, or several processes do not share it.
+        OSError: the disk has too little space.
     """
     tensors = StoredTensors(weights, model, fp8)
     new_writer = functools.partial(ShardWriter, folder, plan(model, fp8), max_shard_bytes, source=source)

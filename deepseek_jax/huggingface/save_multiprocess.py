@@ -1,9 +1,9 @@
 """Weights spread over processes, written into one folder that all of them share.
 
-The missing files are dealt out round by round, one to each process. In a round the processes go through the tensors of
-all its files in step: each tensor is put together, by one program that all run, from the devices that hold a part of
-it, and the process whose file it belongs to stores, hashes and writes it in a thread while the next ones are on their
-way. Process 0 keeps the record.
+The missing files are dealt out in rounds, one to each process. In a round the processes go through the tensors of all
+its files in step. One program that all of them run puts each tensor together from the devices that hold a part of it.
+The process whose file the tensor belongs to hashes and writes it in a thread, while the next tensors are gathered.
+Process 0 keeps the record.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from deepseek_jax.huggingface.stored_tensors import StoredTensors
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.writer import CancelledError, Planned, ShardWriter
 
-AHEAD = 2  # tensors that wait for a process's disk
+MAX_WAITING = 2  # tensors that wait for a process's disk
 
 
 def write(
@@ -34,13 +34,13 @@ def write(
 
     Args:
         folder: of the conversion.
-        new_writer: makes its writer, which marks the folder the first time.
+        new_writer: makes its writer. The first writer puts the record into the folder.
         tensors: of the weights, as the checkpoint stores them.
-        on_bytes: called in process 0, with the bytes that all processes have written.
+        on_bytes: called in process 0, with the number of bytes that all processes have written.
 
     Raises:
-        ValueError: the processes do not share the folder. What fails in one process is raised there, and a
-            `RuntimeError` in the others.
+        ValueError: the processes do not share the folder.
+        RuntimeError: another process failed; there, what failed is raised.
     """
     rank, count = jax.process_index(), jax.process_count()
     writer, missing, stack = None, [], contextlib.ExitStack()
@@ -70,7 +70,7 @@ def write(
 
 
 def _all_or_none(action: Callable[[], Any] | None) -> Any:
-    """Do something in this process; if it fails in any of them, raise in all."""
+    """Call `action` in this process, if it has one. If a call fails in one process, raise in all of them."""
     result = error = None
     try:
         result = action() if action else None
@@ -87,12 +87,12 @@ def _all_or_none(action: Callable[[], Any] | None) -> Any:
 def _write_round(writer: ShardWriter, tensors: StoredTensors, files: Sequence[str]) -> str:
     """Write one file per process; return the SHA-256 of this process's, zeros if it has none."""
     rank = jax.process_index()
-    mine = files[rank] if rank < len(files) else None
-    made: queue.Queue[np.ndarray | None] = queue.Queue(AHEAD)
+    own_file = files[rank] if rank < len(files) else None
+    ready: queue.Queue[np.ndarray | None] = queue.Queue(MAX_WAITING)
     failure = None
 
     def take(_: str) -> np.ndarray:
-        array = made.get()
+        array = ready.get()
         if array is None:
             raise CancelledError
         return array
@@ -100,13 +100,13 @@ def _write_round(writer: ShardWriter, tensors: StoredTensors, files: Sequence[st
     def give(array: np.ndarray | None) -> None:
         while not written.done():  # it may have failed
             with contextlib.suppress(queue.Full):
-                made.put(array, timeout=0.1)
+                ready.put(array, timeout=0.1)
                 return
 
     with ThreadPoolExecutor(1) as pool:
         job = (
-            functools.partial(writer.write_shard, mine, take, lambda _: None, threading.Event())
-            if mine
+            functools.partial(writer.write_shard, own_file, take, lambda _: None, threading.Event())
+            if own_file
             else bytes(32).hex
         )
         written: Future[str] = pool.submit(job)
@@ -115,12 +115,12 @@ def _write_round(writer: ShardWriter, tensors: StoredTensors, files: Sequence[st
                 if names is None:
                     continue
                 fetched = tensors.fetch(names[0])
-                if file != mine or failure:
+                if file != own_file or failure:
                     continue
                 try:
                     values, scales = tensors.stored(names[0], *fetched)
                     for name in names:
-                        give(scales if name in tensors.scaled else values)
+                        give(scales if name in tensors.weight_of_scales else values)
                 except Exception as error:  # the others go on fetching, and so does this process
                     failure = error
                     give(None)
@@ -130,9 +130,9 @@ def _write_round(writer: ShardWriter, tensors: StoredTensors, files: Sequence[st
 
 
 def _jobs(shard: Sequence[Planned], tensors: StoredTensors) -> Iterator[list[str]]:
-    """Names of a shard, the scales beside their weight where both are in it."""
+    """Yield the names of a shard, a weight together with its scales if the shard has both."""
     names = [tensor.name for tensor in shard]
-    weight_of = {name: tensors.scaled[name].name for name in names if name in tensors.scaled}
+    weight_of = {name: tensors.weight_of_scales[name].name for name in names if name in tensors.weight_of_scales}
     for name, after in itertools.zip_longest(names, names[1:]):
         if weight_of.get(name) not in names:
             yield [name, after] if weight_of.get(after) == name else [name]

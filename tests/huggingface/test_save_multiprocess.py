@@ -54,7 +54,7 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
         for array, part in pairs:
             expected, found = (
                 np.asarray(matrix)
-                for matrix in (stored_tensors._matrix(array, part), stored_tensors._gathered(array, part))
+                for matrix in (stored_tensors._fetch_matrix(array, part), stored_tensors._gather_matrix(array, part))
             )
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             np.testing.assert_array_equal(
@@ -71,7 +71,7 @@ def test_bits_that_are_no_numbers_survive():
     bits = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
     bits[..., :2] = 0x80000000, 0x7FC00001
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, None, ("data", "node", "expert")))
-    found = stored_tensors._gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
+    found = stored_tensors._gather_matrix(jax.device_put(bits.view(np.float32), sharding), tensor)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint32), bits[tensor.index])
 
 
