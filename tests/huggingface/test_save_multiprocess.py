@@ -52,10 +52,8 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
             leaf = leaf[key]
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]
         for array, part in pairs:
-            expected, found = (
-                np.asarray(matrix)
-                for matrix in (stored_tensors._fetch_matrix(array, part), stored_tensors._gather_matrix(array, part))
-            )
+            expected = np.asarray(stored_tensors._fetch_matrix(array, part))
+            found = np.asarray(stored_tensors._gather_matrix(array, part))
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             np.testing.assert_array_equal(
                 found.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8), err_msg=name
