@@ -23,15 +23,16 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
+from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface import config as hf_config
-from deepseek_jax.huggingface import shard_writer
 from deepseek_jax.huggingface.folder import open_folder, progress_bar
-from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import expected, load, num_bytes
 from deepseek_jax.huggingface.logits import check_tokens, logits
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
-from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors import record
+from deepseek_jax.safetensors.folder import RECORD, Shards
+from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.training.checkpoint import (
     TOKENIZER_FILES,
     check_workdir,
@@ -41,7 +42,6 @@ from deepseek_jax.training.checkpoint import (
     read_config,
     read_tokenizer,
     restore_weights,
-    write_atomically,
 )
 from experiments import session
 
@@ -125,7 +125,7 @@ def export() -> None:
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
-    shard_writer.check_target(folder, num_bytes(config.model, fp8))
+    record.check_target(folder, num_bytes(config.model, fp8))
     mesh = all_devices(config)
     weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
@@ -154,9 +154,9 @@ def verify() -> None:
     print(
         f"{folder}: {len(shards.entries):,} tensors, {shards.num_bytes:,} bytes in {len(files)} files, {form}: complete"
     )
-    if (folder / shard_writer.RECORD).exists():
+    if (folder / RECORD).exists():
         with progress_bar(sum(file.stat().st_size for file in files), "checksums") as progress:
-            shard_writer.verify(folder, progress.update)
+            record.verify(folder, progress.update)
         print("SHA-256 of every file: as written")
 
 

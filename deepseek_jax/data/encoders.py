@@ -17,15 +17,16 @@ import queue
 import subprocess
 import sys
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import tokenizers
 
-BATCHES_PER_PROCESS = 2  # at once: one is encoded, one waits
+from deepseek_jax.files import in_order
+
+BATCHES_PER_PROCESS = 2  # on their way at once: one is encoded, one waits
 
 Ids = list[array]  # one array for each text
 
@@ -57,16 +58,20 @@ class Encoders(contextlib.AbstractContextManager):
         Raises:
             ChildProcessError: a process was killed. What the tokenizer raises in a process is raised here.
         """
-        pending: deque[Future[Ids]] = deque()
-        for batch in batches:
-            if batch and len(self._processes) < min(self._num_processes, len(pending) + 1):
-                self._processes.append(_Process(self._encoder))
-                self._idle.put(self._processes[-1])
-            pending.append(self._threads.submit(self._encode, batch))
-            while pending and (pending[0].done() or len(pending) >= BATCHES_PER_PROCESS * self._num_processes):
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        waiting = 0  # batches read and not yielded yet
+
+        def with_processes() -> Iterator[Sequence[str]]:
+            nonlocal waiting
+            for batch in batches:
+                if batch and len(self._processes) < min(self._num_processes, waiting + 1):
+                    self._processes.append(_Process(self._encoder))
+                    self._idle.put(self._processes[-1])
+                waiting += 1
+                yield batch
+
+        for ids in in_order(self._threads, self._encode, with_processes(), BATCHES_PER_PROCESS * self._num_processes):
+            waiting -= 1
+            yield ids
 
     def _encode(self, texts: Sequence[str]) -> Ids:
         if not texts:

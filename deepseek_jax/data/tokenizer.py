@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from deepseek_jax.data.encoders import Encoders
+from deepseek_jax.files import write_atomically
 
 # V3's names. BOS, EOS and padding have V3's ids too, 0 to 2. V3's FIM tokens are 128,800 to 128,802, ours 3 to 5.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -93,8 +93,8 @@ class Tokenizer:
         """Write `path` and the `tokenizer_config.json` beside it, each completely or not at all."""
         path = Path(path)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._names}
-        _write_whole(path.with_name("tokenizer_config.json"), json.dumps(settings, ensure_ascii=False, indent=2))
-        _write_whole(path, tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True))
+        write_atomically(path.with_name("tokenizer_config.json"), json.dumps(settings, ensure_ascii=False, indent=2))
+        write_atomically(path, tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` without BOS and EOS; a special token spelled in it is ordinary text."""
@@ -198,12 +198,3 @@ def _from_byte_level(token: str) -> bytes:
 def _from_sentencepiece(token: str) -> bytes:
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path` and move it into place, so that a killed process leaves the old file or the new
-    one.
-    """
-    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

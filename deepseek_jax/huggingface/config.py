@@ -1,8 +1,8 @@
 """config.json of a released checkpoint <-> our `Model`.
 
 Two families are read: "deepseek_v3" (V3, R1, and models of its architecture such as Moonlight) and "deepseek_v2" (V2,
-V2.5, V2-Lite). What a file says and our model cannot do is refused; what only concerns training or serving
-(aux_loss_alpha, seq_aux, ep_size, pretraining_tp, use_cache, ids of special tokens) is ignored. A missing or null key
+V2.5, V2-Lite). A key that asks for something our model cannot do is refused. Keys that only concern training or serving
+(aux_loss_alpha, seq_aux, ep_size, pretraining_tp, use_cache, ids of special tokens) are ignored. A missing or null key
 takes the value that transformers and DeepSeek's own code give it:
 
                                 deepseek_v3    deepseek_v2
@@ -17,32 +17,33 @@ takes the value that transformers and DeepSeek's own code give it:
     rms_norm_eps                1e-6           1e-6
     rope_theta                  10000          10000
 
-YaRN is on where the file has it, because the released weights are those after context extension. It is spelled
-`rope_scaling` beside `rope_theta`, or, by transformers 5, both in `rope_parameters`. Where mscale is left out it is 1,
-mscale_all_dim 0: the cosines are stretched and the softmax scale stays (DeepSeek's and transformers' code agree).
-Without YaRN `model.yarn` is off and has the numbers that the family's extension uses, with `original_length` the file's
-`max_position_embeddings`.
+YaRN is on if the file has it, because released weights are those after context extension. It is spelled `rope_scaling`
+beside `rope_theta`; transformers 5 has both in `rope_parameters`. A missing mscale is 1 and a missing mscale_all_dim 0:
+the cosines are stretched and the softmax scale stays (DeepSeek's and transformers' code agree). Without YaRN
+`model.yarn` is off, with the numbers of the family's extension and the file's `max_position_embeddings` as
+`original_length`.
 
-How weights were initialised a released file does not say (`initializer_range` 0.02 is transformers' default, not the
-report's 0.006). Files written here do: `initializer_range` and, as a key of our own that others ignore,
+A released file does not say how weights were initialised: its `initializer_range` 0.02 is transformers' default, the
+report has 0.006. Files written here say it, with `initializer_range` and a key of our own that others ignore,
 `residual_init_scale`.
 """
 
 import copy
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.huggingface.keys import Keys
 from pallas_kernels.quantized import GROUP
 
 FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
-DEFAULTS = {  # of keys that may be absent
+DEFAULTS = {  # for keys that may be absent
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
     "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
 }
 TOPK_METHODS = {"deepseek_v3": ("noaux_tc",), "deepseek_v2": ("greedy", "group_limited_greedy")}
-MSCALE = {"deepseek_v3": 1.0, "deepseek_v2": 0.707}  # of a model without YaRN, should it be extended
-FIXED = {  # keys that may only have one value, which is also their default
+MSCALE = {"deepseek_v3": 1.0, "deepseek_v2": 0.707}  # for a model without YaRN, if it is ever extended
+FIXED = {  # keys that may only have this value, their default, and why
     "attention_bias": (False, "linear layers here have no biases"),
     "mlp_bias": (False, "linear layers here have no biases"),
     "tie_word_embeddings": (False, "embedding and head are separate here"),
@@ -56,7 +57,7 @@ QUANTIZATION = {
     "weight_block_size": [GROUP, GROUP],
     "activation_scheme": "dynamic",
 }
-ROPE_KEYS = {  # what a rope section may hold
+ROPE_KEYS = {  # keys of a rope section
     *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
     *("mscale", "mscale_all_dim"),
 }
@@ -70,10 +71,10 @@ def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Mo
         origin: its name, for messages.
 
     Raises:
-        ValueError: it describes a model that this code is not, or lacks a key; the message names origin, key, value and
-            remedy.
+        ValueError: a key is missing, or has a value that our model cannot have. The message names origin, key, value
+            and remedy.
     """
-    keys = _Keys(hf, origin)
+    keys = Keys(hf, origin)
     family = _family(keys)
     for key, (value, reason) in FIXED.items():
         if keys.take(key, type(value), value) != value:
@@ -107,15 +108,17 @@ def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Mo
 
 
 def is_fp8(hf: dict[str, Any], origin: str = "config.json") -> bool:
-    """Whether the weights are FP8 with one scale per block of 128 x 128: `quantization_config` says so, or is absent.
+    """Return whether the weights are in FP8 with one scale per block of 128 x 128; without `quantization_config` not.
+
+    `scale_fmt` "ue8m0" (V3.1) is the same with powers of two as scales.
 
     Raises:
-        ValueError: another quantisation. `scale_fmt` "ue8m0" (V3.1) is this one with powers of two as scales.
+        ValueError: the weights are quantised in another way.
     """
-    section = _Keys(hf, origin).take("quantization_config", dict, None)
+    section = Keys(hf, origin).take("quantization_config", dict, None)
     if section is None:
         return False
-    keys = _Keys(section, f"{origin}: quantization_config")
+    keys = Keys(section, f"{origin}: quantization_config")
     for key, expected in QUANTIZATION.items():
         absent = expected if key in ("fmt", "activation_scheme") else None  # transformers does not write fmt
         if section.get(key, absent) != expected:
@@ -126,9 +129,9 @@ def is_fp8(hf: dict[str, Any], origin: str = "config.json") -> bool:
 
 
 def write_model(model: config_lib.Model, fp8: bool, bos_token_id: int = 0, eos_token_id: int = 1) -> dict[str, Any]:
-    """Make the config.json of `model`, as transformers, vLLM and SGLang read it; `read_model` of it is `model`.
+    """Make a config.json of which `read_model` is `model`, and that transformers, vLLM and SGLang read.
 
-    `max_position_embeddings` is the length YaRN extends to, or the original length without YaRN.
+    `max_position_embeddings` is the length to which YaRN extends, or without YaRN the original length.
 
     Raises:
         ValueError: neither family has the router of `model`.
@@ -194,35 +197,7 @@ def run_config(base: config_lib.Config, name: str, model: config_lib.Model) -> c
     return config_lib.from_config_dict(config_lib.to_dict(dataclasses.replace(base, name=name, model=model)))
 
 
-_REQUIRED = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Keys:
-    """A section of the file, whose values are taken by key with their type checked."""
-
-    section: dict[str, Any]
-    origin: str
-
-    def take(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of `key`; `default` where it is absent or null."""
-        value = self.section.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                self.refuse(key, "the key is required; take the config.json that belongs to the weights")
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            self.refuse(key, f"it must be of type {kind.__name__}")
-        return value
-
-    def refuse(self, key: str, text: str) -> NoReturn:
-        value = repr(self.section[key]) if key in self.section else "absent"
-        raise ValueError(f"{self.origin}: {key} is {value}: {text}")
-
-
-def _family(keys: _Keys) -> str:
+def _family(keys: Keys) -> str:
     family = keys.take("model_type", str)
     if family not in FAMILIES:
         keys.refuse("model_type", f"choose a checkpoint of one of {sorted(FAMILIES)}")
@@ -231,7 +206,7 @@ def _family(keys: _Keys) -> str:
     return family
 
 
-def _router(keys: _Keys, family: str) -> dict[str, Any]:
+def _router(keys: Keys, family: str) -> dict[str, Any]:
     values = {key: keys.take(key, type(default), default) for key, default in DEFAULTS[family].items()}
     if values["topk_method"] not in TOPK_METHODS[family]:
         keys.refuse("topk_method", f"{family} selects experts by {' or '.join(map(repr, TOPK_METHODS[family]))}")
@@ -261,11 +236,11 @@ def _topk_method(model: config_lib.Model, family: str) -> str:
     return "group_limited_greedy" if model.num_groups > 1 else "greedy"
 
 
-def _rope(keys: _Keys, family: str) -> dict[str, Any]:
-    """Base and YaRN, from either spelling."""
+def _rope(keys: Keys, family: str) -> dict[str, Any]:
+    """Return base and YaRN, from either spelling."""
     name = "rope_parameters" if keys.section.get("rope_parameters") else "rope_scaling"
     section = keys.take(name, dict, {})
-    rope = _Keys(section, f"{keys.origin}: {name}")
+    rope = Keys(section, f"{keys.origin}: {name}")
     base = rope.take("rope_theta", float, keys.take("rope_theta", float, 10000.0))
     spelled = "rope_type" if "rope_type" in section else "type"
     kind = rope.take(spelled, str) if section.keys() - {"rope_theta"} else "default"
@@ -277,7 +252,7 @@ def _rope(keys: _Keys, family: str) -> dict[str, Any]:
     return {"rope_base": base, "yarn": _read_yarn(rope) if kind == "yarn" else _no_yarn(keys, family)}
 
 
-def _read_yarn(rope: _Keys) -> config_lib.Yarn:
+def _read_yarn(rope: Keys) -> config_lib.Yarn:
     return config_lib.Yarn(
         enabled=True,
         factor=rope.take("factor", float),
@@ -289,7 +264,7 @@ def _read_yarn(rope: _Keys) -> config_lib.Yarn:
     )
 
 
-def _no_yarn(keys: _Keys, family: str) -> config_lib.Yarn:
+def _no_yarn(keys: Keys, family: str) -> config_lib.Yarn:
     return config_lib.Yarn(
         enabled=False,
         factor=40.0,
@@ -313,7 +288,7 @@ def _write_yarn(yarn: config_lib.Yarn) -> dict[str, Any]:
     }
 
 
-def _init(keys: _Keys) -> dict[str, float]:
+def _init(keys: Keys) -> dict[str, float]:
     ours = "residual_init_scale" in keys.section
     return {
         "init_std": keys.take("initializer_range", float) if ours else 0.006,

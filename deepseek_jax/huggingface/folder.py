@@ -1,8 +1,8 @@
 """A checkpoint's folder in Hugging Face's format as a whole, and the weights of a run that starts from one.
 
-`training.initial_weights` names such a folder. Its weights are read onto the mesh when a run without checkpoints
-starts, or when one is evaluated or asked for text before its first checkpoint: the folder is not copied into another
-format first.
+`training.initial_weights` names such a folder. Its weights are read onto the mesh when a run starts without a
+checkpoint, and when a run is evaluated or asked for text before its first checkpoint. The folder is never copied into
+another format.
 """
 
 import dataclasses
@@ -15,15 +15,14 @@ from tqdm import tqdm
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.huggingface import config as hf_config
-from deepseek_jax.huggingface.load import Form, check, load
-from deepseek_jax.huggingface.shard_writer import RECORD
-from deepseek_jax.huggingface.shards import Shards
+from deepseek_jax.huggingface.load import Precision, check, load
 from deepseek_jax.parameters import Weights
+from deepseek_jax.safetensors.folder import RECORD, Shards
 from pallas_kernels.quantized import GROUP
 
 
 class Folder(NamedTuple):
-    """What a folder holds: its shards, sound and those of `model`, in FP8 or not."""
+    """A checkpoint of `model`, found to be complete and sound; `fp8` if its weights are quantised."""
 
     model: Model
     shards: Shards
@@ -34,7 +33,7 @@ def open_folder(folder: Path) -> Folder:
     """Read config.json and all headers, and check that they fit.
 
     Raises:
-        ValueError: something is missing, damaged or foreign; says which file and tensor.
+        ValueError: something is missing, damaged or foreign; the message names the file and the tensor.
     """
     hf = read_json(folder)
     path = str(folder / "config.json")
@@ -63,10 +62,11 @@ def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = F
     Args:
         config: of the run.
         mesh: of `config.mesh`, or another.
-        as_stored: in FP8 where the folder is (and no block of it belongs to gate and up), and not in FP32.
+        as_stored: keep FP8 weights in FP8 if no block holds parts of both gate and up; otherwise everything is FP32.
 
     Raises:
-        ValueError: the folder is no sound checkpoint, or its model is not that of the run; each difference is shown.
+        ValueError: the checkpoint is incomplete or damaged, or its model is not that of the run; each difference is
+            shown.
     """
     folder = Path(config.training.initial_weights)
     model, shards, fp8 = open_folder(folder)
@@ -81,11 +81,11 @@ def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = F
             " that fits:\n" + "\n".join(differences)
         )
     blocks_are_whole = not any(size % GROUP for size in (model.dense_hidden, model.expert_hidden))
-    form: Form = "fp8" if as_stored and fp8 and blocks_are_whole else "fp32"
+    precision: Precision = "fp8" if as_stored and fp8 and blocks_are_whole else "fp32"
     with progress_bar(shards.num_bytes, "load") as bar:
-        return load(shards, config, mesh, form, bar.update)
+        return load(shards, config, mesh, precision, bar.update)
 
 
 def progress_bar(total: int, what: str) -> tqdm:
-    """Return a bar in bytes and bytes per second, silent but on one process."""
+    """Return a bar in bytes and bytes per second; of several processes only the first shows it."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5, disable=jax.process_index() > 0)

@@ -1,38 +1,34 @@
-"""From a checkpoint's tensors to our weights on a mesh, one tensor at a time and straight onto the devices that hold
-it.
+"""From a checkpoint's tensors to our weights on a mesh, one tensor at a time, straight to the devices that hold it.
 
-Every leaf of our tree stacks many tensors: 58 layers x 256 experts x gate and up. A leaf is born as one array of zeros
-per device, in the layout of `parameters.PARAMETERS`; a tensor is read once, a few MB of rows at a time, which are cut
-into what each device stores of them and written into the arrays in place (`buffers`). So the host holds what is being
-read and nothing else, whatever the size of the model. A process reads the tensors of which its own devices hold a part.
+Every leaf of our tree stacks many tensors: 58 layers x 256 experts x gate and up. A leaf begins as one array of zeros
+per device, in the layout of `parameters.PARAMETERS`. Each tensor is read once, a few MB of rows at a time. Each device
+that stores a part of these rows gets its part, written into its array in place (`device_arrays`). So the host holds no
+more than what is being read, whatever the size of the model. A process reads only tensors of which its own devices hold
+a part.
 
     stored [out, in]       ->  the matrix [in, out] of a layer or an expert, its dims split into heads and halves
                                (`names`)
     weight_scale_inv       ->  scales [in / 128, out / 128]: blocks are square, so a transposed weight has transposed
                                scales
 
-The bytes of FP8 are moved, never converted, with weights="fp8". To "bf16" and "fp32" they are multiplied by their scale
-on the device.
+With precision="fp8" the bytes of FP8 are moved and never converted. With "bf16" and "fp32" they are multiplied by their
+scales on the device.
 """
 
-import collections
 import functools
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deepseek_jax.config import Config, Model
-from deepseek_jax.huggingface import pieces
-from deepseek_jax.huggingface.buffers import Buffers, Part, allocate, hand_over
-from deepseek_jax.huggingface.header import DTYPES
+from deepseek_jax.files import in_order
+from deepseek_jax.huggingface.device_arrays import ArraySpec, DeviceArray, Key, allocate, hand_over
 from deepseek_jax.huggingface.names import Tensor, tensors
-from deepseek_jax.huggingface.shards import Shards, compare
 from deepseek_jax.model import transformer
 from deepseek_jax.parameters import (
     EXPERTS,
@@ -44,25 +40,28 @@ from deepseek_jax.parameters import (
     num_lead_dims,
     partition_specs,
 )
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.folder import Shards, compare
+from deepseek_jax.safetensors.header import DTYPES
 from pallas_kernels.quantized import E4M3, GROUP
 
 Tree = dict[str, Any]
-Form = Literal["fp8", "bf16", "fp32"]
+Precision = Literal["fp8", "bf16", "fp32"]
 OnBytes = Callable[[int], None]
 
-NUM_THREADS = min(4, os.cpu_count() or 1)  # pieces put into place at once
-UNQUANTIZED = ("BF16", "F16", "F32")  # what stands for BF16 in checkpoints of others
+NUM_THREADS = min(4, os.cpu_count() or 1)  # chunks that are put into their arrays at once
+UNQUANTIZED = ("BF16", "F16", "F32")  # dtypes that other programs store where ours stores BF16
 
 
 def expected(model: Model, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of every tensor that a checkpoint of `model` has, by name."""
-    found = {}
+    contents = {}
     for tensor in tensors(model):
         quantized = fp8 and tensor.quantized
-        found[tensor.name] = (tensor.dtype if quantized or not tensor.quantized else "BF16", tensor.shape)
+        contents[tensor.name] = (tensor.dtype if quantized or not tensor.quantized else "BF16", tensor.shape)
         if quantized:
-            found[tensor.scale_name] = ("F32", tensor.scale_shape)
-    return found
+            contents[tensor.scale_name] = ("F32", tensor.scale_shape)
+    return contents
 
 
 def num_bytes(model: Model, fp8: bool) -> int:
@@ -71,101 +70,56 @@ def num_bytes(model: Model, fp8: bool) -> int:
 
 
 def check(shards: Shards, model: Model, fp8: bool) -> None:
-    """Refuse a folder that is not a checkpoint of `model`; MTP layers may leave out their copies of the embedding and
-    the head.
+    """Refuse a folder that is not a checkpoint of `model`.
+
+    An MTP layer may lack its copies of the embedding and the head.
 
     Raises:
-        ValueError: missing or unknown tensors, wrong shapes or dtypes; each is named with its file.
+        ValueError: tensors are missing or unknown, or of the wrong shape or dtype; each is named with its file.
     """
-    wanted = expected(model, fp8)
-    for name, (dtype, shape) in wanted.items():
-        found = shards.entries[name].dtype if name in shards.entries else dtype
-        wanted[name] = (found if dtype == "BF16" and found in UNQUANTIZED else dtype, shape)
-    compare(shards, wanted, frozenset(tensor.name for tensor in tensors(model) if tensor.copied))
+    contents = expected(model, fp8)
+    for name, (dtype, shape) in contents.items():
+        stored = shards.entries[name].dtype if name in shards.entries else dtype
+        contents[name] = (stored if dtype == "BF16" and stored in UNQUANTIZED else dtype, shape)
+    compare(shards, contents, frozenset(tensor.name for tensor in tensors(model) if tensor.copied))
 
 
 def load(
     shards: Shards,
     config: Config,
     mesh: jax.sharding.Mesh,
-    weights: Form,
-    on_bytes: Callable[[int], None] = lambda n: None,
+    precision: Precision,
+    on_bytes: OnBytes = lambda n: None,
 ) -> Weights:
     """Return the weights on `mesh`.
 
     Args:
         shards: a checkpoint of `config.model` (see `check`).
-        config: of the run; model and mesh count.
-        mesh: where the weights go, each in its layout.
-        weights: "fp8" leaves what is stored in FP8 as it is, in `Fp8Weight`s without a carrier, and the rest in BF16;
-            "bf16" and "fp32" give arrays. Router and biases are FP32 always.
-        on_bytes: called with the bytes of each tensor that is in its place.
+        config: of the run; only its model and its mesh matter here.
+        mesh: to which the weights go, each in its layout.
+        precision: "fp8" keeps what is stored in FP8 as it is, in `Fp8Weight`s without a carrier, and makes the rest
+            BF16. "bf16" and "fp32" make arrays. Router and biases are always FP32.
+        on_bytes: called with the number of bytes that have been put into their arrays.
 
     Raises:
-        ValueError: "fp8" of a checkpoint that is not, or whose halves of an FFN are no multiple of 128; an MTP layer
-            with an embedding or head of its own.
+        ValueError: "fp8" is asked of a checkpoint that is not in FP8, or whose hidden widths are not multiples of 128;
+            or an MTP layer has an embedding or a head of its own.
     """
-    stored_fp8 = any(entry.dtype == "F8_E4M3" for entry in shards.entries.values())
-    if weights == "fp8" and not stored_fp8:
+    if precision == "fp8" and all(entry.dtype != "F8_E4M3" for entry in shards.entries.values()):
         raise ValueError(f"the checkpoint {shards.folder} is not in FP8; load it as 'bf16' or 'fp32'")
-    buffers = allocate(_parts(config, mesh, weights))
-    table: dict[str, tuple[Tensor, Buffers]] = {}  # what this process puts into place
-    for tensor in tensors(config.model):
-        if tensor.copied:
-            _check_copy(shards, tensor)
-        elif weights == "fp8" and tensor.quantized:
-            table[tensor.name] = tensor, buffers[*tensor.leaf, "values"]
-            table[tensor.scale_name] = tensor.scales, buffers[*tensor.leaf, "scales"]
-        else:
-            table[tensor.name] = tensor, buffers[tensor.leaf]
-    holders = {name: table[name][1].holders(table[name][0]) for name in shards.entries if name in table}
-    names = [name for name, devices in holders.items() if devices]
-    on_bytes(
-        shards.num_bytes - sum(shards.entries[name].num_bytes for name in names)
-    )  # copies, and what is not read ahead or not here
-
-    @functools.lru_cache(maxsize=4 * NUM_THREADS)
-    def scales_of(tensor: Tensor) -> np.ndarray | None:
-        # Read here and not ahead: they are small, they lie beside their weight, and a checkpoint may have them in
-        # another file.
-        return shards.read(tensor.scale_name) if weights != "fp8" and tensor.scale_name in shards.entries else None
-
-    def prepare(compilers: Executor) -> None:
-        alike = {(table[name][1], shards.entries[name].shape, holders[name]): name for name in reversed(names)}
-        for name in reversed(alike.values()):  # in the order in which they are read
-            (tensor, into), entry = table[name], shards.entries[name]
-            scaled = weights != "fp8" and tensor.scale_name in shards.entries
-            for rows in pieces.row_ranges(entry, pieces.PIECE_BYTES):
-                into.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scaled)
-
-    def put(piece: pieces.Piece) -> int:
-        try:
-            tensor, into = table[piece.name]
-            into.put(tensor, piece.values, piece.first_row, scales_of(tensor))
-            return piece.values.nbytes
-        finally:
-            piece.release()
-
-    with (
-        ThreadPoolExecutor() as compilers,
-        ThreadPoolExecutor(NUM_THREADS) as pool,
-    ):  # a host transposes with one thread per piece
-        prepare(compilers)
-        busy = collections.deque()
-        for piece in shards.stream(names):
-            busy.append(pool.submit(put, piece))
-            while busy and busy[0].done():
-                on_bytes(busy.popleft().result())
-        for future in busy:
-            on_bytes(future.result())
-    return Weights(**_tree(hand_over(buffers)))
+    arrays = allocate(_specs(config, mesh, precision))
+    plan = _plan(shards, config.model, precision, arrays)
+    # Some tensors are not planned: copies, scales that are read with their weight, and those of other processes.
+    on_bytes(shards.num_bytes - sum(shards.entries[name].num_bytes for name in plan))
+    _execute(shards, plan, on_bytes)
+    return Weights(**_tree(hand_over(arrays)))
 
 
-# ---- where things go
+# ---- the arrays
 
 
 def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
-    """Return shapes and shardings of weights on `mesh`, FP32."""
+    """Return shapes and shardings of the weights on `mesh`, in FP32."""
     with jax.set_mesh(mesh):
         tree = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     shardings = jax.tree.map(functools.partial(jax.sharding.NamedSharding, mesh), partition_specs(tree))
@@ -174,24 +128,24 @@ def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
     )
 
 
-def _parts(config: Config, mesh: jax.sharding.Mesh, weights: Form) -> dict[tuple[str, ...], Part]:
-    found = {}
+def _specs(config: Config, mesh: jax.sharding.Mesh, precision: Precision) -> dict[Key, ArraySpec]:
+    specs = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_weights(config, mesh))[0]:
         key = tuple(getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
         name, lead = key[-1], num_lead_dims(key[-1], leaf.ndim)
         row_dims = PARAMETERS[name].row_dims
         matrices = matrix_shape(leaf.sharding.shard_shape(leaf.shape), lead, row_dims)
-        if weights == "fp8" and PARAMETERS[name].precision == "fp8":
-            found[*key, "values"] = Part(leaf.shape, E4M3, leaf.sharding, matrices, small=False)
-            found[*key, "scales"] = _scales_part(name, matrix_shape(leaf.shape, lead, row_dims), mesh)
+        if precision == "fp8" and PARAMETERS[name].precision == "fp8":
+            specs[*key, "values"] = ArraySpec(leaf.shape, E4M3, leaf.sharding, matrices, small=False)
+            specs[*key, "scales"] = _scales_spec(name, matrix_shape(leaf.shape, lead, row_dims), mesh)
         else:
-            dtype = jnp.float32 if weights == "fp32" or PARAMETERS[name].keeps_fp32 else jnp.bfloat16
-            found[key] = Part(leaf.shape, dtype, leaf.sharding, matrices, small=matrices[-1] == 1)
-    return found
+            dtype = jnp.float32 if precision == "fp32" or PARAMETERS[name].keeps_fp32 else jnp.bfloat16
+            specs[key] = ArraySpec(leaf.shape, dtype, leaf.sharding, matrices, small=matrices[-1] == 1)
+    return specs
 
 
-def _scales_part(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) -> Part:
-    """Scales of whole matrices, by expert where there are experts: as `parallel.weights` has them."""
+def _scales_spec(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) -> ArraySpec:
+    """Return the array of a weight's scales: of whole matrices, split by experts only, as in `parallel.weights`."""
     *lead, rows, columns = matrices
     if name.startswith("gate_up") and (columns // 2) % GROUP:
         raise ValueError(
@@ -202,10 +156,10 @@ def _scales_part(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) 
     spec = P(*[None] * (len(lead) - len(split)), *split, None, None)
     shape = (*lead, -(-rows // GROUP), -(-columns // GROUP))
     sharding = jax.sharding.NamedSharding(mesh, spec)
-    return Part(shape, jnp.float32, sharding, sharding.shard_shape(shape), small=True)
+    return ArraySpec(shape, jnp.float32, sharding, sharding.shard_shape(shape), small=True)
 
 
-def _tree(arrays: dict[tuple[str, ...], jax.Array]) -> Tree:
+def _tree(arrays: dict[Key, jax.Array]) -> Tree:
     tree: Tree = {}
     for key, array in arrays.items():
         node = tree
@@ -216,23 +170,91 @@ def _tree(arrays: dict[tuple[str, ...], jax.Array]) -> Tree:
     def pack(node):
         if not isinstance(node, dict):
             return node
-        return (
-            Fp8Weight(None, **node)
-            if node.keys() == {"values", "scales"}
-            else {name: pack(child) for name, child in node.items()}
-        )
+        if node.keys() == {"values", "scales"}:
+            return Fp8Weight(None, **node)
+        return {name: pack(child) for name, child in node.items()}
 
     return pack(tree)
 
 
-# ---- one tensor
+# ---- the plan and its execution
+
+
+class _Destination(NamedTuple):
+    """Where a stored tensor goes.
+
+    Attributes:
+        tensor: of the table, or the scales of one.
+        array: the array that it is a part of.
+        devices: the devices of this process that hold a part of it.
+        scales: name of the stored scales by which it is multiplied, if any.
+    """
+
+    tensor: Tensor
+    array: DeviceArray
+    devices: tuple[jax.Device, ...]
+    scales: str | None
+
+
+def _plan(
+    shards: Shards, model: Model, precision: Precision, arrays: dict[Key, DeviceArray]
+) -> dict[str, _Destination]:
+    """Return the destination of each stored tensor that this process needs, in the order of the files."""
+    targets: dict[str, tuple[Tensor, DeviceArray]] = {}
+    for tensor in tensors(model):
+        if tensor.copied:
+            _check_copy(shards, tensor)
+        elif precision == "fp8" and tensor.quantized:
+            targets[tensor.name] = tensor, arrays[*tensor.leaf, "values"]
+            targets[tensor.scale_name] = tensor.scales, arrays[*tensor.leaf, "scales"]
+        else:
+            targets[tensor.name] = tensor, arrays[tensor.leaf]
+    plan = {}
+    for name in shards.entries:
+        if name not in targets:
+            continue
+        tensor, array = targets[name]
+        scaled = precision != "fp8" and tensor.scale_name in shards.entries
+        if devices := array.holders(tensor):
+            plan[name] = _Destination(tensor, array, devices, tensor.scale_name if scaled else None)
+    return plan
 
 
 def _check_copy(shards: Shards, tensor: Tensor) -> None:
-    """MTP layers share the main model's embedding and head; a checkpoint may repeat them."""
+    """Check that an MTP layer's embedding or head equals the main model's, which it shares here."""
     shared = "model.embed_tokens.weight" if tensor.leaf[-1] == "embed_VD" else "lm_head.weight"
     if tensor.name in shards.entries and not shards.equal(tensor.name, shared):
         raise ValueError(
             f"{tensor.name} in {shards.entries[tensor.name].file} differs from {shared}; MTP layers here share the"
             " main model's"
         )
+
+
+def _execute(shards: Shards, plan: dict[str, _Destination], on_bytes: OnBytes) -> None:
+    """Read the planned tensors and put them into their arrays."""
+    # Scales are not read ahead: they are small, lie beside their weight, and may even lie in another file.
+    read_scales = functools.lru_cache(maxsize=4 * NUM_THREADS)(shards.read)
+
+    def put(chunk: reader.Chunk) -> int:
+        try:
+            tensor, array, _, scales = plan[chunk.name]
+            array.put(tensor, chunk.values, chunk.first_row, read_scales(scales) if scales else None)
+            return chunk.values.nbytes
+        finally:
+            chunk.release()
+
+    # A host transposes with one thread per chunk.
+    with ThreadPoolExecutor() as compilers, ThreadPoolExecutor(NUM_THREADS) as pool:
+        _compile_ahead(shards, plan, compilers)
+        for count in in_order(pool, put, shards.stream(plan), reader.NUM_BUFFERS):
+            on_bytes(count)
+
+
+def _compile_ahead(shards: Shards, plan: dict[str, _Destination], compilers: Executor) -> None:
+    """Start compiling the programs that fill the arrays, in the order in which they are needed."""
+    alike = {(plan[name].array, shards.entries[name].shape, plan[name].devices): name for name in reversed(plan)}
+    for name in reversed(alike.values()):
+        tensor, array, _, scales = plan[name]
+        entry = shards.entries[name]
+        for rows in reader.row_ranges(entry, reader.CHUNK_BYTES):
+            array.prepare(compilers, tensor, rows, DTYPES[entry.dtype], scales is not None)

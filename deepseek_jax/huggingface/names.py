@@ -1,8 +1,7 @@
 """Every tensor of a Hugging Face checkpoint, and the part of our parameter tree that it fills.
 
 Import, export and the check that nothing is left over all derive from this one table. A checkpoint stores a linear
-weight as [out, in]; ours is [in, out], with the heads, the halves of a gated FFN, the layers and the experts as dims of
-their own:
+weight as [out, in]. Ours is [in, out], and heads, halves of a gated FFN, layers and experts have dims of their own:
 
     stored                                          fills
     embed_tokens         [V, D]                     embed_VD        as it is
@@ -19,12 +18,12 @@ their own:
     eh_proj              [D, (2 D)]                 merge_2DD       columns: embedding first, hidden state second
 
 So every matrix except the embedding fills its leaf transposed; vectors and the embedding fill theirs as they are
-(`places`). Rotary rows keep the checkpoint's order, interleaved pairs. Layers `num_layers` and beyond are MTP layers;
-each repeats the embedding and the head (DeepSeek-V3's README_WEIGHTS calls them shared: the values are equal).
+(`slices`). Rotary rows keep the checkpoint's order, interleaved pairs. Layers from `num_layers` on are MTP layers. Each
+repeats the embedding and the head with the same values (DeepSeek-V3's README_WEIGHTS calls them shared).
 
-In the released FP8 form every linear layer is F8_E4M3 with one FP32 multiplier per block of 128 x 128 beside it, under
-the name of the weight and `_scale_inv`; the router, `eh_proj`, embedding, head and norms are BF16, the selection bias
-FP32. A softmax gate (V2) has no selection bias: its leaf `bias_E` is filled by no tensor and stays zero.
+In the released FP8 form every linear layer is F8_E4M3. Its multipliers, FP32 and one per block of 128 x 128, have the
+name of the weight and `_scale_inv`. Router, `eh_proj`, embedding, head and norms are BF16, the selection bias is FP32.
+A softmax gate (V2) has no selection bias: no tensor fills its leaf `bias_E`, which stays zero.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ from deepseek_jax.parameters import PARAMETERS
 from pallas_kernels.quantized import GROUP
 
 FP8, BF16, FP32 = "F8_E4M3", "BF16", "F32"
-SCALES = "scales"  # the array beside a leaf in FP8
+SCALES = "scales"  # name of the array beside the values of a leaf in FP8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Tensor:
     Attributes:
         name: in the checkpoint, "model.layers.3.mlp.experts.17.gate_proj.weight".
         shape: as stored, [out, in] for matrices.
-        quantized: F8_E4M3 with a scale tensor beside it in the released FP8 form.
-        dtype: of the released FP8 form, as safetensors spells it: "F8_E4M3", "BF16" or "F32".
+        quantized: whether it is F8_E4M3, with scales beside it, in the released FP8 form.
+        dtype: in the released FP8 form, by safetensors' name: "F8_E4M3", "BF16" or "F32".
         leaf: path in {"params": ..., "router_bias": ...}.
-        index: leading dims of the leaf that this tensor is one element of: (), (layer,) or (layer, expert).
-        half: 0 gate, 1 up: which part of the dim "2" of `gate_up_*`; None for all others.
-        copied: an MTP layer's copy of the embedding or head; `leaf` is the shared one.
+        index: which element of the leaf's leading dims it fills: (), (layer,) or (layer, expert).
+        half: which half of the dim "2" of a `gate_up` it fills: 0 for gate, 1 for up; None for other tensors.
+        copied: whether it is an MTP layer's copy of the embedding or the head; `leaf` is the shared one.
     """
 
     name: str
@@ -65,12 +64,12 @@ class Tensor:
 
     @property
     def scale_name(self) -> str:
-        """Name of the scales, which despite it are the multipliers that dequantise."""
+        """Name of the scales. They multiply the values, although they are called inverse."""
         return f"{self.name}_scale_inv"
 
     @property
     def scale_shape(self) -> tuple[int, int]:
-        """One scale per block of 128 x 128, blocks at the edges partly filled."""
+        """Blocks of 128 x 128 along each dim; those at the edges may be partly filled."""
         out_dim, in_dim = self.shape
         return math.ceil(out_dim / GROUP), math.ceil(in_dim / GROUP)
 
@@ -86,13 +85,13 @@ class Tensor:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of what fills the leaf: [in, out], [V, D] of the embedding, one column of a vector."""
+        """Rows and columns of the matrix in the leaf: [in, out]; [V, D] of the embedding; a vector is one column."""
         rows, columns = self.shape[::-1] if self.transposed else (*self.shape, 1)[:2]
         return rows, columns
 
     @property
     def scales(self) -> "Tensor":
-        """The tensor of the scales, which fill an array "scales" beside the values, transposed like these."""
+        """The tensor of the scales. They fill an array beside the values, and are transposed like these."""
         return dataclasses.replace(
             self, name=self.scale_name, shape=self.scale_shape, quantized=False, dtype=FP32, leaf=(*self.leaf, SCALES)
         )
@@ -114,9 +113,7 @@ def tensors(model: Model) -> list[Tensor]:
 
 
 class _Row(NamedTuple):
-    """One kind of tensor within a layer. Sizes of `shape` are keys of `_sizes`; an "{expert}" in the name stands for
-    each of them.
-    """
+    """One kind of tensor in a layer, or in each expert if its name has "{expert}"; `shape` has keys of `_sizes`."""
 
     name: str
     leaf: str
@@ -125,7 +122,7 @@ class _Row(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Of the released FP8 form: FP8 what is multiplied in FP8, FP32 the selection bias, BF16 the rest."""
+        """Dtype in the released FP8 form: the selection bias is FP32, the rest BF16 unless it is multiplied in FP8."""
         name = self.leaf.split()[-1]
         if PARAMETERS[name].precision == "fp8":
             return FP8
@@ -171,7 +168,7 @@ _MTP = (
 
 
 def _sizes(model: Model) -> dict[str, int]:
-    """Sizes of stored dims in the letters of the package; 0 where the model has no such part."""
+    """Return sizes of stored dims in the letters of the package; 0 where the model has no such part."""
     return {
         "D": model.width,
         "2D": 2 * model.width,
@@ -205,10 +202,8 @@ def _layers(layers: range, model: Model, stack: tuple[str, ...], rows: tuple[_Ro
     return [tensor for layer in layers for tensor in _rows(rows, layer, model, stack, layer - layers.start)]
 
 
-def _rows(rows: tuple[_Row, ...], layer: int, model: Model, stack: tuple[str, ...], place: int) -> list[Tensor]:
-    """The tensors of layer `layer` of the checkpoint, which is number `place` of its stack in the tree. Experts one
-    after the other.
-    """
+def _rows(rows: tuple[_Row, ...], layer: int, model: Model, stack: tuple[str, ...], depth: int) -> list[Tensor]:
+    """Return the tensors of the checkpoint's layer `layer`, number `depth` of its stack; experts one after another."""
     sizes, listed = _sizes(model), []
 
     def add(row: _Row, index: tuple[int, ...]) -> None:
@@ -224,8 +219,8 @@ def _rows(rows: tuple[_Row, ...], layer: int, model: Model, stack: tuple[str, ..
     per_expert = [row for row in kept if "{expert}" in row.name]
     for row in kept:
         if row not in per_expert:
-            add(row, (place,))
+            add(row, (depth,))
     for expert in range(model.num_experts if per_expert else 0):
         for row in per_expert:
-            add(row, (place, expert))
+            add(row, (depth, expert))
     return listed

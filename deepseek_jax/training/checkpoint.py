@@ -35,6 +35,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
+from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.fingerprint import fingerprints
@@ -168,13 +169,6 @@ def initial_tokenizer(config: Config) -> dict[str, str]:
 
 def _is_free(key: str) -> bool:
     return key not in BOUND_KEYS and (key in FREE_KEYS or key.startswith(FREE_SECTIONS))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader, or a kill, sees the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # ---- environment

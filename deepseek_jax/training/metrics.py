@@ -23,7 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from deepseek_jax.training.checkpoint import write_atomically
+from deepseek_jax.files import write_atomically
 from deepseek_jax.training.flops import model_flops_utilization, peak_flops
 
 FILE_NAME = "metrics.jsonl"

@@ -26,8 +26,8 @@ from configs import deepseek_v3
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
-from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors.folder import Shards
 from experiments import session
 from experiments.benchmarks import synthetic_checkpoint
 from pallas_kernels import records

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from configs import deepseek_v3
 from deepseek_jax.config import Model, from_config_dict
 from deepseek_jax.huggingface.config import write_model
-from deepseek_jax.huggingface.header import DTYPES
 from deepseek_jax.huggingface.load import expected, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, plan
-from deepseek_jax.huggingface.shard_writer import ShardWriter
+from deepseek_jax.safetensors.header import DTYPES
+from deepseek_jax.safetensors.writer import ShardWriter
 
 HF = flags.DEFINE_string("hf", None, "Folder to write.", required=True)
 GIGABYTES = flags.DEFINE_float("gigabytes", 8.0, "About how large, in 10^9 bytes.", lower_bound=0.1)

@@ -27,8 +27,8 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.huggingface.config import read_model, write_model
 from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import expected, load
-from deepseek_jax.huggingface.shards import INDEX, Shards
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -39,7 +39,7 @@ from deepseek_jax.training.checkpoint import (
 )
 from deepseek_jax.training.state import jit_state_around
 from experiments.benchmarks import synthetic_checkpoint
-from tests.huggingface.test_load_save import config as small_config
+from tests.support.checkpoints import config as small_config
 from tests.training.runs import finish, start, write_corpus
 
 pytestmark = pytest.mark.xdist_group("huggingface")

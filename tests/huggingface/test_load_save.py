@@ -2,41 +2,23 @@
 mesh.
 """
 
-import dataclasses
-import functools
-import hashlib
-
 import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import from_config_dict
-from deepseek_jax.huggingface import buffers, pieces
-from deepseek_jax.huggingface.header import read_header
+from deepseek_jax.huggingface import device_arrays
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
-from deepseek_jax.huggingface.shard_writer import Planned, ShardWriter
-from deepseek_jax.huggingface.shards import Shards
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.folder import Shards
+from deepseek_jax.safetensors.header import read_header
+from deepseek_jax.safetensors.writer import Planned, ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
-from tests import small
 from tests.golden import hf_checkpoint
+from tests.support.checkpoints import config, hashes, mesh_of
 
 MESHES = ((1, 1, 1), (2, 1, 4), (2, 2, 2))
 pytestmark = pytest.mark.xdist_group("huggingface")
-
-
-@functools.cache
-def config():
-    """FP8's dims, MTP, and a kv_a of 136 columns: a block at the edge is partly filled."""
-    config = from_config_dict(small.fp8_config_dict())
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=1))
-
-
-def mesh_of(sizes):
-    data, node, expert = sizes
-    mesh = dataclasses.replace(config().mesh, pipe=1, data=data, node=node, expert=expert, tensor=1)
-    return make_mesh(mesh, jax.devices()[: data * node * expert])
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +26,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     synthetic_checkpoint.write(config().model, folder, fp8=True, max_shard_bytes=200_000)
     return folder
-
-
-def hashes(folder):
-    shards = Shards(folder)
-    return {name: hashlib.sha256(shards.read(name).tobytes()).hexdigest() for name in shards.entries}
 
 
 QUICK = (("fp8", MESHES[0]), ("fp8", MESHES[1]), ("fp32", MESHES[2]))
@@ -75,12 +52,12 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
 )
 def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch, sizes, weights):
     """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in
-    pieces.
+    chunks.
     """
     shards, mesh = Shards(checkpoint), mesh_of(sizes)
     expected = load(shards, config(), mesh, weights)
-    monkeypatch.setattr(buffers, "HOST_PLATFORMS", set())
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(device_arrays, "HOST_PLATFORMS", set())
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
     found = load(shards, config(), mesh, weights)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     save(found, config().model, tmp_path / "theirs", weights == "fp8", 200_000)

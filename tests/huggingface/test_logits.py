@@ -10,12 +10,12 @@ import pytest
 from deepseek_jax.huggingface import logits as logits_lib
 from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.logits import PER_LAYER, logits
-from deepseek_jax.huggingface.shards import Shards
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.safetensors.folder import Shards
 from deepseek_jax.training.step import jit_on
 from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
-from tests.huggingface.test_load_save import config as fp8_config
+from tests.support.checkpoints import config as fp8_config
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 

@@ -115,7 +115,7 @@ def test_every_element_of_every_leaf_is_filled_once(case):
     model, shapes = config.model, shapes_of_init(config)
     if model.gate == "softmax":  # no selection bias is stored
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf[-1] != "bias_E"}
-    pieces = {leaf: [] for leaf in shapes}
+    filled_parts = {leaf: [] for leaf in shapes}
     for tensor in names.tensors(model):
         shape = shapes[tensor.leaf]
         lead = num_lead_dims(tensor.leaf[-1], len(shape))
@@ -124,8 +124,8 @@ def test_every_element_of_every_leaf_is_filled_once(case):
         assert tensor.matrix_shape == (rows, columns if tensor.half is None else columns // 2), tensor
         assert math.prod(tensor.matrix_shape) == math.prod(tensor.shape)
         if not tensor.copied:
-            pieces[tensor.leaf].append((*tensor.index, tensor.half or 0))
-    for leaf, filled in pieces.items():
+            filled_parts[tensor.leaf].append((*tensor.index, tensor.half or 0))
+    for leaf, filled in filled_parts.items():
         stacked = (len(leaf) > 2) + (leaf[-1] in ("gate_up_ED2F", "down_EFD"))  # dims of layers and experts
         indices = np.ndindex(*shapes[leaf][:stacked], 2 if "2F" in leaf[-1] else 1)
         assert sorted(filled) == list(indices), leaf

@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 
 from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.data.chat import MARK, R1, V3, ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.huggingface.chat import MARK, R1, V3, ChatTemplate
-from tests.huggingface.released import TEXTS, folder, tokenizer
+from tests.support.released import TEXTS, folder, tokenizer
 
 ONE = [{"role": "user", "content": "Hi"}]
 SEVERAL = [

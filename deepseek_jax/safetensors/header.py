@@ -2,8 +2,9 @@
 
 A file is 8 bytes (the length of the header, little-endian), a header in JSON and the tensors' bytes:
 
-    {"__metadata__": {"format": "pt"}, "model.norm.weight": {"dtype": "BF16", "shape": [7168], "data_offsets": [0,
-    14336]}, ...}
+    {"__metadata__": {"format": "pt"},
+     "model.norm.weight": {"dtype": "BF16", "shape": [7168], "data_offsets": [0, 14336]},
+     ...}
 """
 
 import collections
@@ -16,7 +17,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-DTYPES = {  # what safetensors calls each dtype
+DTYPES = {  # by the names that safetensors gives them
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -35,12 +36,12 @@ DTYPES = {  # what safetensors calls each dtype
     "BOOL": np.dtype(np.bool_),
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-AGAIN = "download or convert the file again"
+REMEDY = "download or convert the file again"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies. `offset` counts from the start of the file."""
+    """Where a tensor's bytes are. `offset` counts from the start of the file."""
 
     name: str
     file: Path
@@ -51,23 +52,27 @@ class Entry:
 
 
 def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
-    """Return a file's entries by offset, and its metadata; check that they cover its bytes exactly."""
+    """Return a file's entries in the order of their offsets, and its metadata.
+
+    Raises:
+        ValueError: the header cannot be understood, or its tensors do not cover the file's bytes exactly.
+    """
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(
                 f"{file} ({size} bytes) is truncated or no safetensors file: its header would have {length} bytes;"
-                f" {AGAIN}"
+                f" {REMEDY}"
             )
         text = stream.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text, object_pairs_hook=refuse_duplicates)
         metadata = header.pop("__metadata__", {})
         if any(not isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds more than strings")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"the header of {file} cannot be understood ({error}): {AGAIN}") from error
+        raise ValueError(f"the header of {file} cannot be understood ({error}): {REMEDY}") from error
     entries = [_parse(name, fields, file, 8 + length) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     end = 8 + length
@@ -75,14 +80,15 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
         if entry.offset != end:
             kind = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
             raise ValueError(
-                f"{file}: {entry.name} {kind} (it starts at byte {entry.offset}, the one before ends at {end}): {AGAIN}"
+                f"{file}: {entry.name} {kind} (it starts at byte {entry.offset}, the one before ends at {end}):"
+                f" {REMEDY}"
             )
         end += entry.num_bytes
         if end > size:
-            raise ValueError(f"{file} is truncated: it has {size} bytes, and {entry.name} ends at byte {end}; {AGAIN}")
+            raise ValueError(f"{file} is truncated: it has {size} bytes, and {entry.name} ends at byte {end}; {REMEDY}")
     if end < size:
         last = entries[-1].name if entries else "the header"
-        raise ValueError(f"{file} has {size} bytes, but its last tensor ({last}) ends at byte {end}: {AGAIN}")
+        raise ValueError(f"{file} has {size} bytes, but its last tensor ({last}) ends at byte {end}: {REMEDY}")
     return entries, metadata
 
 
@@ -94,7 +100,7 @@ def _parse(name: str, fields: object, file: Path, start: int) -> Entry:
             raise ValueError("sizes and offsets must be integers >= 0")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file}: the header does not describe {name} (dtype, shape, data_offsets): {error!r}; {AGAIN}"
+            f"{file}: the header does not describe {name} (dtype, shape, data_offsets): {error!r}; {REMEDY}"
         ) from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
@@ -102,12 +108,12 @@ def _parse(name: str, fields: object, file: Path, start: int) -> Entry:
         )
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != num_bytes:
-        raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, {num_bytes} bytes, but has {end - begin}: {AGAIN}")
+        raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, {num_bytes} bytes, but has {end - begin}: {REMEDY}")
     return Entry(name, file, dtype, shape, start + begin, num_bytes)
 
 
-def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An `object_pairs_hook` that refuses a key that stands in an object twice."""
+def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a dict of the pairs of a JSON object (as `object_pairs_hook`), unless a key is there twice."""
     result = dict(pairs)
     if len(result) < len(pairs):
         name = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]

@@ -4,22 +4,22 @@ A template is a Jinja program that writes the turns of a conversation one after 
 
     <BOS>system text<｜User｜>question<｜Assistant｜>reply<EOS><｜User｜>question<｜Assistant｜>
 
-without a line break between turns. `V3` and `R1` are ours; `ChatTemplate.load` reads the one a released checkpoint
-carries.
+without a line break between turns. `V3` and `R1` are ours. `ChatTemplate.load` reads the template of a released
+checkpoint.
 
-Ids are not simply those of the rendered text: whoever writes "<｜Assistant｜>" into a message would end their turn and
-speak for the model. Only what the template itself writes may become a special token, and the rendered text no longer
-says who wrote what. Placeholders instead of contents would tell, but templates look into contents: R1's drops a reply's
-reasoning up to `</think>`. So the template is what changes, and contents pass through it untouched. Where its program
-writes a special token, in literal text or in a string that it joins or assigns, the token is wrapped in a mark that no
-message can guess:
+The ids are not simply those of the rendered text: a user who writes "<｜Assistant｜>" into a message would end their
+turn and speak for the model. Only what the template itself writes may become a special token, but the rendered text
+does not say who wrote what. Rendering placeholders instead of the contents does not help, because templates look into
+contents: R1's drops a reply's reasoning up to `</think>`. So we change the template, and contents pass through it
+untouched. Where its program writes a special token, in literal text or in a string that it joins or assigns, we wrap
+the token in a mark that no message can guess:
 
     {{ '<｜User｜>' + message.content.split('</think>')[-1] }}      the template
     {{ '#<｜User｜>#' + message.content.split('</think>')[-1] }}    with marks;
         the argument of a call is not written, so it has none
 
-After rendering, marked tokens become ids and the rest is encoded as ordinary text. A template that writes special
-tokens in a way this does not see is refused.
+After rendering, marked tokens become ids and the rest is encoded as ordinary text. Some templates may write special
+tokens in another way: these are noticed and refused.
 """
 
 import functools
@@ -38,7 +38,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-# private use characters, so that nothing in a template takes it for a space or a letter
+# Private use characters: no template takes them for spaces or letters.
 MARK = f"\ue000{secrets.token_hex(16)}\ue000"
 
 
@@ -46,8 +46,11 @@ class ChatTemplate:
     """A Jinja chat template, rendered as Hugging Face transformers renders it."""
 
     def __init__(self, source: str, special: Mapping[str, str] | None = None):
-        """Compile `source`; `special` are its variables that name special tokens, by default V3's `bos_token` and
-        `eos_token`.
+        """Compile a template.
+
+        Args:
+            source: the template, in Jinja.
+            special: its variables that name special tokens; `bos_token` and `eos_token` are V3's unless given.
 
         Raises:
             ValueError: `source` is not valid Jinja.
@@ -61,11 +64,12 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ChatTemplate":
-        """Read the template of a folder, or of a `tokenizer_config.json`; a `chat_template.jinja` beside the config
-        goes before it.
+        """Read the template of a folder, or of a `tokenizer_config.json`.
+
+        A `chat_template.jinja` beside the config has priority over it.
 
         Raises:
-            ValueError: there is none, or the file that holds it is broken.
+            ValueError: there is no template, or its file is broken.
         """
         config_file = Path(path) / "tokenizer_config.json" if Path(path).is_dir() else Path(path)
         template_file = config_file.with_name("chat_template.jinja")
@@ -82,7 +86,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise ValueError(
                 f"{config_file} has no chat_template and there is no {template_file};"
-                " add one of them, or use V3 or R1 of deepseek_jax.huggingface.chat"
+                " add one of them, or use V3 or R1 of deepseek_jax.data.chat"
             )
         names = {
             key: value["content"] if isinstance(value, dict) else value
@@ -100,9 +104,9 @@ class ChatTemplate:
         """Return the text of a conversation.
 
         Args:
-            messages: each with a `role` and a `content`.
-            add_generation_prompt: end with what opens the assistant's next reply.
-            variables: others that the template knows.
+            messages: mappings with a `role` and a `content`.
+            add_generation_prompt: whether the text ends with the opening of the assistant's next reply.
+            variables: other variables of the template.
 
         Raises:
             ValueError: a message lacks role or content, or the template refuses the conversation.
@@ -117,15 +121,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """Return the ids of a conversation. Special tokens are those of the template; spelled out in a message they are
-        ordinary text.
+        """Return the ids of a conversation; the arguments are those of `render`.
 
-        That holds for `<think>` too: ids of reasoning that the model wrote are to be kept as ids, not read back from
-        text.
+        Only the template makes special tokens. Spelled out in a message they are ordinary text. That is also true of
+        `<think>`: keep the ids of reasoning that the model wrote, do not read them back from text.
 
         Raises:
-            ValueError: as `render`; or the template writes special tokens that the tokenizer lacks, or that cannot be
-                told from contents.
+            ValueError: as for `render`; or the template writes special tokens that the tokenizer lacks, or that cannot
+                be told from contents.
         """
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
@@ -156,7 +159,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         variables: dict,
     ) -> str:
-        """Render with `tokens` marked."""
+        """Return the rendered text with `tokens` marked."""
         special = {key: _marked(name, tokens) for key, name in self._special.items()}
         variables = {"tools": None, "documents": None, **special, **variables}
         try:
@@ -188,18 +191,16 @@ def _split(text: str) -> list[str]:
 
 
 def _marked(text: str, tokens: tuple[str, ...]) -> str:
-    """Return `text` with every token in marks, the longest where several match."""
+    """Return `text` with every token in marks; if several match, the longest."""
     longest_first = sorted((token for token in tokens if token in text), key=len, reverse=True)
-    return (
-        re.sub("|".join(map(re.escape, longest_first)), lambda match: MARK + match[0] + MARK, text)
-        if longest_first
-        else text
-    )
+    if not longest_first:
+        return text
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: MARK + match[0] + MARK, text)
 
 
 @functools.lru_cache(maxsize=16)
 def _compile(source: str, tokens: tuple[str, ...]) -> jinja2.Template:
-    """Compile a template with `tokens` marked wherever it writes them."""
+    """Compile a template, with `tokens` marked wherever it writes them."""
     environment = _environment()
     program = environment.parse(source)
     for statement in program.find_all((nodes.Output, nodes.Assign)):
@@ -209,8 +210,9 @@ def _compile(source: str, tokens: tuple[str, ...]) -> jinja2.Template:
 
 
 def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
-    """Mark the literals whose text becomes part of the value of `expression`: not conditions, and no arguments of calls
-    and filters.
+    """Mark the literals that become part of the value of an expression.
+
+    Conditions do not, nor do the arguments of calls and filters.
     """
     match expression:
         case nodes.TemplateData():
@@ -253,9 +255,7 @@ def _refuse(message: str) -> None:
 
 
 def _deepseek(reply: str, opening: str) -> ChatTemplate:
-    """Return DeepSeek's format; `reply` and `opening` are the expressions for an assistant's text and for what opens
-    the next one.
-    """
+    """Return DeepSeek's format, given the expressions for an assistant's text and for the opening of the next one."""
     return ChatTemplate(
         r"""
         {{- bos_token + messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') }}

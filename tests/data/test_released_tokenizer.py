@@ -8,8 +8,17 @@ import pytest
 import tokenizers
 
 from deepseek_jax.data.bpe import pre_tokenizer
-from deepseek_jax.data.tokenizer import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, PAD, StreamDecoder, Tokenizer
-from tests.huggingface.released import TEXTS, folder, tokenizer
+from deepseek_jax.data.tokenizer import (
+    BOS,
+    EOS,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    PAD,
+    StreamDecoder,
+    Tokenizer,
+)
+from tests.support.released import TEXTS, folder, tokenizer
 
 SHA256 = "ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d"
 TOOL_PARTS = [

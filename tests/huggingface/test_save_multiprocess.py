@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import save, together
+from deepseek_jax.huggingface import save, save_multiprocess, stored_tensors
 from deepseek_jax.huggingface.load import load
-from deepseek_jax.huggingface.shard_writer import ShardWriter
-from deepseek_jax.huggingface.shards import INDEX, Shards
+from deepseek_jax.huggingface.names import tensors
+from deepseek_jax.huggingface.stored_tensors import StoredTensors
+from deepseek_jax.safetensors.folder import INDEX, Shards
+from deepseek_jax.safetensors.writer import ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
-from tests.huggingface.test_load_save import config, hashes, mesh_of
+from tests.support.checkpoints import config, hashes, mesh_of
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return save.Source(load(Shards(folder), config(), mesh_of((2, 2, 2)), "fp8"), config().model, fp8=True)
+    return StoredTensors(load(Shards(folder), config(), mesh_of((2, 2, 2)), "fp8"), config().model, fp8=True)
 
 
 def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
@@ -50,9 +52,8 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
             leaf = leaf[key]
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]
         for array, part in pairs:
-            expected, found = (
-                np.asarray(matrix) for matrix in (save._matrix(array, part), together.gathered(array, part))
-            )
+            expected = np.asarray(stored_tensors._fetch_matrix(array, part))
+            found = np.asarray(stored_tensors._gather_matrix(array, part))
             assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
             np.testing.assert_array_equal(
                 found.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8), err_msg=name
@@ -63,12 +64,12 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
 
 def test_bits_that_are_no_numbers_survive():
     mesh = mesh_of((1, 2, 4))
-    tensor = next(t for t in save.tensors(config().model) if t.leaf[-1] == "down_FD")
+    tensor = next(t for t in tensors(config().model) if t.leaf[-1] == "down_FD")
     shape = (config().model.num_dense_layers, *tensor.matrix_shape)
     bits = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
     bits[..., :2] = 0x80000000, 0x7FC00001
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, None, ("data", "node", "expert")))
-    found = together.gathered(jax.device_put(bits.view(np.float32), sharding), tensor)
+    found = stored_tensors._gather_matrix(jax.device_put(bits.view(np.float32), sharding), tensor)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint32), bits[tensor.index])
 
 
@@ -79,7 +80,7 @@ def new_writer(source, folder):
 def test_the_files_are_those_of_one_process(source, folder, tmp_path):
     """A round of one process: jobs in order, scales with their weight or alone at the start of a file."""
     seen = []
-    together.write(tmp_path / "new", new_writer(source, tmp_path / "new"), source, seen.append)
+    save_multiprocess.write(tmp_path / "new", new_writer(source, tmp_path / "new"), source, seen.append)
     assert hashes(tmp_path / "new") == hashes(folder)
     writer = new_writer(source, tmp_path / "new")()
     assert not writer.missing()
@@ -90,7 +91,7 @@ def test_the_files_are_those_of_one_process(source, folder, tmp_path):
 def test_a_failure_is_raised_and_leaves_no_index(source, tmp_path, monkeypatch, fails):
     """What is finished stays, what is not is gone, and the same call goes on."""
     stop = [name for name in source.table if "experts.1.up_proj" in name][0]
-    stored = save.Source.stored
+    stored = StoredTensors.stored
 
     def failing(self, name, *fetched):
         if name == stop:
@@ -99,14 +100,14 @@ def test_a_failure_is_raised_and_leaves_no_index(source, tmp_path, monkeypatch, 
             return np.zeros(3, np.uint8), None  # the writer refuses it
         return stored(self, name, *fetched)
 
-    monkeypatch.setattr(save.Source, "stored", failing)
+    monkeypatch.setattr(StoredTensors, "stored", failing)
     with pytest.raises((MemoryError, ValueError), match="experts.1.up_proj"):
-        together.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
+        save_multiprocess.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
     assert not (tmp_path / INDEX).exists()
     assert not list(tmp_path.glob("*.partial*"))
     finished = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     assert finished
     monkeypatch.undo()
-    together.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
+    save_multiprocess.write(tmp_path, new_writer(source, tmp_path), source, lambda n: None)
     assert finished.items() <= {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}.items()
     Shards(tmp_path)

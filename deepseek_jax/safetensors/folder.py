@@ -1,7 +1,7 @@
 """Read a folder of safetensors, as on the Hugging Face Hub: one file, or many with an index.
 
 model.safetensors.index.json says in which file each tensor lies: {"metadata": {"total_size": 14336}, "weight_map":
-{name: file}}. `Shards` reads the index and all headers, so that whatever is missing, cut or foreign is found in a
+{name: file}}. `Shards` reads the index and all headers first, so that a missing, cut or foreign file is found within a
 second and not after an hour.
 """
 
@@ -14,21 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.huggingface import pieces
-from deepseek_jax.huggingface.header import AGAIN, Entry, read_header, unique
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.header import REMEDY, Entry, read_header, refuse_duplicates
 
 INDEX = "model.safetensors.index.json"
+RECORD = "conversion.json"  # the record that `writer` keeps in a folder
 SHARD_NAME = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 
 class Shards:
     """The tensors of a folder.
 
-    `entries` is ordered by (file, offset); `metadata` merges that of all files (the first wins); `num_bytes` is the sum
-    over the tensors.
+    Attributes:
+        entries: by name, in the order of files and offsets.
+        metadata: of all files; the first file that has a key wins.
+        num_bytes: of all tensors.
 
     Raises:
-        ValueError: the folder is no complete and sound checkpoint; says which tensor and file, and what to do.
+        ValueError: the checkpoint is incomplete or damaged. The message names the tensor, the file and the remedy.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -51,28 +54,28 @@ class Shards:
         self.num_bytes = sum(entry.num_bytes for entry in self.entries.values())
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor, in its own memory and dtype."""
-        return pieces.read(self._entry(name))
+        """Return one tensor, in memory of its own."""
+        return reader.read(self._entry(name))
 
-    def stream(self, names: Iterable[str], **options: int) -> Generator[pieces.Piece, None, None]:
-        """Yield the rows of the tensors as `pieces.pieces` does. In the order of `entries`, each file is read from
-        front to back.
-        """
-        return pieces.pieces([self._entry(name) for name in names], **{"piece_bytes": pieces.PIECE_BYTES} | options)
+    def stream(self, names: Iterable[str], **options: int) -> Generator[reader.Chunk, None, None]:
+        """Yield the rows of the tensors (`reader.read_chunks`); fastest in the order of `entries`."""
+        return reader.read_chunks(
+            [self._entry(name) for name in names], **{"chunk_bytes": reader.CHUNK_BYTES} | options
+        )
 
     def equal(self, name: str, other: str) -> bool:
         """Return whether two tensors of one shape and dtype hold the same bytes."""
         first, second = self._entry(name), self._entry(other)
         if (first.dtype, first.shape) != (second.dtype, second.shape):
             return False
-        with pieces.Descriptor(second.file) as descriptor:
-            buffer = pieces.aligned(0)
-            for piece in self.stream([name]):
-                start, size = piece.first_row * (second.num_bytes // max(second.shape[0], 1)), piece.values.nbytes
-                buffer = buffer if buffer.size >= size else pieces.aligned(size)
+        with reader.Descriptor(second.file) as descriptor:
+            buffer = reader.aligned(0)
+            for chunk in self.stream([name]):
+                start, size = chunk.first_row * (second.num_bytes // max(second.shape[0], 1)), chunk.values.nbytes
+                buffer = buffer if buffer.size >= size else reader.aligned(size)
                 descriptor.read(second, start, buffer[:size])
-                same = np.array_equal(piece.values.reshape(-1).view(np.uint8), buffer[:size])
-                piece.release()
+                same = np.array_equal(chunk.values.reshape(-1).view(np.uint8), buffer[:size])
+                chunk.release()
                 if not same:
                     return False
         return True
@@ -86,33 +89,35 @@ class Shards:
 def compare(
     shards: Shards, expected: Mapping[str, tuple[str, tuple[int, ...]]], optional: frozenset[str] = frozenset()
 ) -> None:
-    """Check that the folder holds the `expected` tensors: name -> (dtype, shape), dtypes by safetensors' names as in
-    `DTYPES`.
+    """Check that a folder holds exactly the tensors of a model.
 
-    Those in `optional` may be absent, or be there without being expected.
+    Args:
+        shards: the folder.
+        expected: dtype, by its name in `DTYPES`, and shape of each tensor by name.
+        optional: names of tensors that may be absent, or present without being expected.
 
     Raises:
-        ValueError: lists missing and extra tensors, wrong shapes and wrong dtypes, each with the first few names and
-            their files.
+        ValueError: some are missing, superfluous, or of another shape or dtype. The message names the first few of each
+            kind, with their files.
     """
     entries = shards.entries
-    found: dict[str, list[str]] = collections.defaultdict(list)
+    problems: dict[str, list[str]] = collections.defaultdict(list)
     for name, (dtype, shape) in expected.items():
         if name not in entries:
             if name not in optional:
-                found["missing"].append(name)
+                problems["missing"].append(name)
             continue
         entry = entries[name]
         if entry.shape != tuple(shape):
-            found["of another shape"].append(
+            problems["of another shape"].append(
                 f"{name} in {entry.file.name} has {list(entry.shape)}, should have {list(shape)}"
             )
         if entry.dtype != dtype:
-            found["of another dtype"].append(f"{name} in {entry.file.name} has {entry.dtype}, should have {dtype}")
-    found["extra"] = [
+            problems["of another dtype"].append(f"{name} in {entry.file.name} has {entry.dtype}, should have {dtype}")
+    problems["extra"] = [
         f"{name} in {entries[name].file.name}" for name in entries if name not in expected and name not in optional
     ]
-    lines = [f"  {len(names)} {kind}: {_first(names)}" for kind, names in found.items() if names]
+    lines = [f"  {len(names)} {kind}: {_shortened(names)}" for kind, names in problems.items() if names]
     if lines:
         raise ValueError(
             "\n".join([f"{shards.folder} does not hold this model; choose its config, or another checkpoint:", *lines])
@@ -120,51 +125,51 @@ def compare(
 
 
 def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
-    """Return the index (None without one) and the files, sorted by name."""
+    """Return what the index says (None without one) and the files, sorted by name."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: give the folder that holds the .safetensors files")
-    there = {file.name for file in folder.glob("*.safetensors")}
+    present = {file.name for file in folder.glob("*.safetensors")}
     weight_map = _weight_map(folder / INDEX)
     if weight_map is None:
-        parts = sorted(name for name in there if SHARD_NAME.fullmatch(name))
-        if parts or (not there and (folder / "conversion.json").exists()):
+        parts = sorted(name for name in present if SHARD_NAME.fullmatch(name))
+        if parts or (not present and (folder / RECORD).exists()):
             raise ValueError(
-                f"{folder} has {len(parts)} shards{f' ({_first(parts)})' if parts else ''} and no {INDEX}: the"
+                f"{folder} has {len(parts)} shards{f' ({_shortened(parts)})' if parts else ''} and no {INDEX}: the"
                 " conversion or download is "
                 "unfinished; run the same command again"
             )
-        if not there:
+        if not present:
             raise ValueError(
                 f"{folder} holds no .safetensors file: give the folder of a checkpoint in Hugging Face's format"
             )
-        return None, sorted(folder / name for name in there)
+        return None, sorted(folder / name for name in present)
     for name, file in weight_map.items():
-        if file not in there:
+        if file not in present:
             raise ValueError(
                 f"{folder / INDEX} says that {name} is in {file}, which is absent: download or convert this file"
             )
-    for file in sorted(there - set(weight_map.values())):
+    for file in sorted(present - set(weight_map.values())):
         names = [entry.name for entry in read_header(folder / file)[0]]
         raise ValueError(
-            f"{folder / INDEX} does not name {file}, which holds {_first(names)}: move this file elsewhere"
+            f"{folder / INDEX} does not name {file}, which holds {_shortened(names)}: move this file elsewhere"
         )
     numbers = collections.defaultdict(set)
-    for match in filter(None, map(SHARD_NAME.fullmatch, there)):
+    for match in filter(None, map(SHARD_NAME.fullmatch, present)):
         numbers[int(match[2])].add(int(match[1]))
-    for total, have in numbers.items():
-        if absent := sorted(set(range(1, total + 1)) - have):
+    for total, numbers_present in numbers.items():
+        if absent := sorted(set(range(1, total + 1)) - numbers_present):
             raise ValueError(
-                f"{folder} lacks {len(absent)} of {total} shards (number {_first(absent)}): finish the conversion or"
-                " download"
+                f"{folder} lacks {len(absent)} of {total} shards (number {_shortened(absent)}): finish the conversion"
+                " or download"
             )
-    return weight_map, sorted(folder / name for name in there)
+    return weight_map, sorted(folder / name for name in present)
 
 
 def _weight_map(index: Path) -> dict[str, str] | None:
     if not index.exists():
         return None
     try:
-        weight_map = json.loads(index.read_bytes(), object_pairs_hook=unique)["weight_map"]
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=refuse_duplicates)["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError("weight_map must map names to files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -179,12 +184,14 @@ def _check_index(weight_map: dict[str, str], entries: dict[str, Entry], folder: 
         if name not in entries or entries[name].file.name != file:
             where = f"it is in {entries[name].file.name}" if name in entries else "no file has it"
             raise ValueError(
-                f"{folder / INDEX} says that {name} is in {file}, which lacks it ({where}): {AGAIN}, and the index"
+                f"{folder / INDEX} says that {name} is in {file}, which lacks it ({where}): {REMEDY}, and the index"
             )
     for name, entry in entries.items():
         if name not in weight_map:
-            raise ValueError(f"{entry.file} holds {name}, which {folder / INDEX} does not name: {AGAIN}, and the index")
+            raise ValueError(
+                f"{entry.file} holds {name}, which {folder / INDEX} does not name: {REMEDY}, and the index"
+            )
 
 
-def _first(names: list, count: int = 5) -> str:
+def _shortened(names: list, count: int = 5) -> str:
     return ", ".join(map(str, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,4 +1,4 @@
-"""Tensors arrive in order and in pieces, from a fixed number of buffers; what fails reaches the consumer, and nothing
+"""Tensors arrive in order and in chunks, from a fixed number of buffers; what fails reaches the consumer, and nothing
 stays open.
 """
 
@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import pieces
-from deepseek_jax.huggingface.shards import Shards
-from tests.huggingface.test_shards import same, values, write
+from deepseek_jax.safetensors import reader
+from deepseek_jax.safetensors.folder import Shards
+from tests.support.shards import same, values, write
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def many(tmp_path):
 
 
 def running():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("pieces")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("chunks")]
 
 
 def open_files(shards):
@@ -36,34 +36,34 @@ def open_files(shards):
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
-@pytest.mark.parametrize(("piece_bytes", "num_buffers"), [(1, 1), (130, 3), (10**6, 16)])
-def test_pieces_come_in_order(many, monkeypatch, piece_bytes, num_buffers, num_threads):
+@pytest.mark.parametrize(("chunk_bytes", "num_buffers"), [(1, 1), (130, 3), (10**6, 16)])
+def test_chunks_come_in_order(many, monkeypatch, chunk_bytes, num_buffers, num_threads):
     shards, shapes = many
-    made, aligned = [], pieces.aligned
-    monkeypatch.setattr(pieces, "aligned", lambda size: made.append(size) or aligned(size))
+    made, aligned = [], reader.aligned
+    monkeypatch.setattr(reader, "aligned", lambda size: made.append(size) or aligned(size))
     order = list(np.random.default_rng(0).permutation(list(shapes)))
     found = {}
-    for piece in shards.stream(order, piece_bytes=piece_bytes, num_buffers=num_buffers, num_threads=num_threads):
-        rows = found.setdefault(piece.name, [])
-        assert piece.first_row == sum(map(len, rows))
-        assert piece.values.ndim == 0 or piece.values.nbytes <= max(piece_bytes, piece.values[:1].nbytes)
-        assert piece.values.ctypes.data % 64 == 0
-        rows.append(piece.values.copy()) if piece.values.ndim else found.update({piece.name: piece.values.copy()})
-        piece.values[...] = 0
-        piece.release()
+    for chunk in shards.stream(order, chunk_bytes=chunk_bytes, num_buffers=num_buffers, num_threads=num_threads):
+        rows = found.setdefault(chunk.name, [])
+        assert chunk.first_row == sum(map(len, rows))
+        assert chunk.values.ndim == 0 or chunk.values.nbytes <= max(chunk_bytes, chunk.values[:1].nbytes)
+        assert chunk.values.ctypes.data % 64 == 0
+        rows.append(chunk.values.copy()) if chunk.values.ndim else found.update({chunk.name: chunk.values.copy()})
+        chunk.values[...] = 0
+        chunk.release()
     assert list(found) == order
     for name, rows in found.items():
         same(np.concatenate(rows) if isinstance(rows, list) else rows, values(name, shapes))
-    assert sum(size >= piece_bytes for size in made) <= num_buffers + sum(size > piece_bytes for size in made)
+    assert sum(size >= chunk_bytes for size in made) <= num_buffers + sum(size > chunk_bytes for size in made)
     assert not running()
 
 
 def test_no_more_buffers_than_asked_for(many):
-    """Pieces that are not released keep theirs: the next one comes when one is given back."""
+    """Chunks that are not released keep theirs: the next one comes when one is given back."""
     shards, shapes = many
-    stream = shards.stream(list(shapes), piece_bytes=100, num_buffers=3)
+    stream = shards.stream(list(shapes), chunk_bytes=100, num_buffers=3)
     kept, arrived = [next(stream) for _ in range(3)], threading.Event()
-    assert len({piece.values.ctypes.data for piece in kept}) == 3
+    assert len({chunk.values.ctypes.data for chunk in kept}) == 3
     waiting = threading.Thread(target=lambda: (kept.append(next(stream)), arrived.set()))
     waiting.start()
     assert not arrived.wait(0.05)
@@ -79,18 +79,18 @@ def test_a_large_tensor_is_read_by_all_threads(tmp_path, monkeypatch):
     shards = Shards(write(tmp_path, shapes))
     barrier, preadv = threading.Barrier(4, timeout=5), os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: (barrier.wait(), preadv(*args))[1])
-    found = [piece.values for piece in shards.stream(["large"], piece_bytes=1000, num_threads=4)]
+    found = [chunk.values for chunk in shards.stream(["large"], chunk_bytes=1000, num_threads=4)]
     same(np.concatenate(found), values("large", shapes))
 
 
-def test_pieces_are_of_one_shape_where_that_is_cheap(many):
+def test_chunks_are_of_one_shape_where_that_is_cheap(many):
     shards, _ = many
     entry = shards.entries["tensor05"]  # 400 rows of 10 bytes
     for size, rows in {1: 1, 10: 1, 999: 80, 1000: 100, 1999: 100, 5000: 400}.items():
-        assert pieces.row_ranges(entry, size) == [range(first, first + rows) for first in range(0, 400, rows)]
+        assert reader.row_ranges(entry, size) == [range(first, first + rows) for first in range(0, 400, rows)]
     prime = shards.entries["tensor09"]  # 13 rows of 23
-    assert pieces.row_ranges(prime, 12 * 23) == [range(12), range(12, 13)]
-    assert pieces.row_ranges(prime, 13 * 23) == [range(13)]
+    assert reader.row_ranges(prime, 12 * 23) == [range(12), range(12, 13)]
+    assert reader.row_ranges(prime, 13 * 23) == [range(13)]
 
 
 def test_an_exception_reaches_the_consumer(many):
@@ -101,7 +101,7 @@ def test_an_exception_reaches_the_consumer(many):
         shards.read("tensor05")
     taken = []
     with pytest.raises(ValueError, match=f"{entry.file.name} ends within tensor05"):
-        taken.extend(piece.name for piece in shards.stream(shapes))
+        taken.extend(chunk.name for chunk in shards.stream(shapes))
     assert taken == list(shapes)[:5]
     assert not running()
     assert not open_files(shards)
@@ -122,7 +122,7 @@ def test_closing_ends_the_threads(many, monkeypatch):
     shards, shapes = many
     reads, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: (reads.append(1), threading.Event().wait(0.001), preadv(*args))[2])
-    iterator = shards.stream(shapes, piece_bytes=16)
+    iterator = shards.stream(shapes, chunk_bytes=16)
     next(iterator)
     assert running()
     assert open_files(shards)
@@ -132,7 +132,7 @@ def test_closing_ends_the_threads(many, monkeypatch):
     assert not open_files(shards)
 
 
-@pytest.mark.parametrize("option", ["piece_bytes", "num_buffers", "num_threads"])
+@pytest.mark.parametrize("option", ["chunk_bytes", "num_buffers", "num_threads"])
 def test_options_are_positive(many, option):
     with pytest.raises(ValueError, match=rf"{option} \(0\)"):
         many[0].stream([], **{option: 0})

@@ -1,0 +1,73 @@
+"""Files that appear whole or not at all, and work on a pool of threads whose results come in order."""
+
+import contextlib
+import itertools
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+PARTIAL_MARK = ".partial-"  # in the name of a file that is being written
+
+_numbers = itertools.count()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`, text as UTF-8. A reader, a kill or a power cut sees the old content or the new."""
+    with replacing(path) as descriptor:
+        write_all(descriptor, memoryview(content.encode() if isinstance(content, str) else content))
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """Open a new file beside `path`, which takes its place at the end, or is removed after an exception.
+
+    Yields the file's descriptor. The caller calls `os.fsync` on it after the last byte, so that the caller can say what
+    a full disk means. The file is called `<name>.partial-<host>-<process>-<number>`, so no two writers share one.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}-{next(_numbers)}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write every byte; one system call may write fewer."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def in_order[Item, Result](
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Yield `function(item)` of each item, in the order of `items`, computed by `pool`.
+
+    Results are yielded as soon as they can be. No more than `ahead` of them are pending or wait for an earlier one.
+    `items` is read in the caller's thread. What `function` raises is raised where its result would have been yielded.
+    """
+    pending: deque[Future[Result]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        while pending and (pending[0].done() or len(pending) >= ahead):
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Safetensors files: reading and writing them, whatever they hold."""

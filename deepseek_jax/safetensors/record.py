@@ -1,0 +1,166 @@
+"""The record of a conversion, conversion.json: which shards are finished, and whether a folder may be written into.
+
+    {"plan": "3f1c...",
+     "num_shards": 163,
+     "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...", "bytes": 5234139343}, ...}}
+
+`plan` is a digest of tensors, files, metadata and source (`writer.ShardWriter`).
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from deepseek_jax.files import PARTIAL_MARK, write_atomically
+from deepseek_jax.safetensors.folder import INDEX, RECORD
+
+# The names of files that a killed process leaves behind.
+PARTIAL = re.compile(
+    rf"(model-\d+-of-\d+\.safetensors|{re.escape(RECORD)}|{re.escape(INDEX)}){re.escape(PARTIAL_MARK)}.+"
+)
+_READ_BYTES = 2**24  # hashed and reported at a time
+
+
+def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
+    """Refuse a folder that cannot take a conversion of `num_bytes`, before the work begins.
+
+    Raises:
+        ValueError: it is a file, or holds something else; OSError: the disk has too little space for the rest.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    written = (
+        sum(shard["bytes"] for shard in read_record(folder)["shards"].values()) if (folder / RECORD).exists() else 0
+    )
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    check_space(parent, num_bytes - written)
+
+
+def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Compute the SHA-256 of every shard anew and compare it with the record.
+
+    Raises:
+        ValueError: shards are damaged or absent (the message names them), or the conversion is unfinished.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    damaged = []
+    for file, expected in record["shards"].items():
+        if file_size(folder / file) != expected["bytes"] or _sha256(folder / file, on_bytes) != expected["sha256"]:
+            damaged.append(file)
+    if damaged:
+        raise ValueError(
+            f"damaged or absent in {folder}: {', '.join(damaged)}; delete these files and convert into the same folder"
+            " again"
+        )
+    if len(record["shards"]) < record["num_shards"] or not (folder / INDEX).exists():
+        raise ValueError(
+            f"{folder} has {len(record['shards'])} of {record['num_shards']} shards, or no index: run the conversion"
+            " again"
+        )
+
+
+def read_record(folder: Path) -> dict:
+    """Return the record in a folder.
+
+    Raises:
+        ValueError: it is missing, or describes something else.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        if (
+            not isinstance(record["plan"], str)
+            or not isinstance(record["num_shards"], int)
+            or not isinstance(record["shards"], dict)
+        ):
+            raise ValueError("plan, num_shards and shards are not what they should be")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / RECORD} does not describe a conversion ({error!r}): delete the folder and convert again"
+        ) from error
+    return record
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace a JSON file atomically; a full disk is named as in `naming_full_disks`."""
+    text = json.dumps(content, indent=2) + "\n"
+    with naming_full_disks(path.name, path, len(text)):
+        write_atomically(path, text)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds files and no record of a conversion."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose a folder")
+    if not folder.exists() or (folder / RECORD).exists():
+        return
+    if files := sorted(file.name for file in folder.iterdir() if not PARTIAL.fullmatch(file.name)):
+        raise ValueError(f"{folder} holds {', '.join(files[:5])} and no conversion: choose another folder or empty it")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse a disk on which fewer than `needed` bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"the missing shards need {needed} bytes and {free} are free: make room", str(folder)
+        )
+
+
+@contextlib.contextmanager
+def naming_full_disks(what: str, path: Path, num_bytes: int) -> Iterator[None]:
+    """If the disk is full, say so, with the file and what it still needs.
+
+    Args:
+        what: is being written.
+        path: of the file.
+        num_bytes: left to write.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        message = (
+            f"the disk is full at {what}: the rest of the file needs {num_bytes} bytes, {free} are free;"
+            " make room and run again"
+        )
+        raise OSError(error.errno, message, str(path)) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, if its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process writes into {folder}: wait for it, or choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of a file; -1 if there is none."""
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _sha256(path: Path, on_bytes: Callable[[int], None]) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_READ_BYTES):
+            sha256.update(chunk)
+            on_bytes(len(chunk))
+    return sha256.hexdigest()

@@ -1,0 +1,79 @@
+"""A folder is verified against its record, and what would spoil one is refused."""
+
+import fcntl
+import os
+import shutil
+
+import pytest
+
+from deepseek_jax.safetensors.folder import INDEX
+from deepseek_jax.safetensors.record import check_target, verify
+from deepseek_jax.safetensors.writer import ShardWriter
+from tests.support.shards import FILES, SIZE, hashes, planned, values, write
+
+
+def test_a_shard_that_was_cut_or_deleted_is_written_again(tmp_path):
+    folder = write(tmp_path)
+    before = hashes(folder)
+    os.truncate(folder / FILES[0], 10)
+    (folder / FILES[2]).unlink()
+    with pytest.raises(ValueError, match=f"damaged or absent.*{FILES[0]}, {FILES[2]};"):
+        verify(folder)
+    with pytest.raises(TypeError):
+        ShardWriter(folder, planned(), SIZE).write(lambda name: None + name)
+    assert not (folder / INDEX).exists()
+    write(folder)
+    assert hashes(folder) == before
+
+
+def test_verify_finds_one_wrong_bit(tmp_path):
+    file = write(tmp_path) / FILES[1]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"damaged or absent in .*: {FILES[1]};"):
+        verify(tmp_path)
+
+
+def test_a_target_is_checked_without_being_made(tmp_path, monkeypatch):
+    absent = tmp_path / "a" / "b"
+    check_target(absent, 1)
+    assert not absent.parent.exists()
+    folder = write(tmp_path / "new")
+    (folder / FILES[2]).unlink()
+    needed = sum(ShardWriter(folder, planned(), SIZE).num_bytes(file) for file in FILES)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    check_target(folder, needed + 10)  # what is finished needs no more room
+    for target, size in ((folder, needed + 11), (absent, 11)):
+        with pytest.raises(OSError, match="need 11 bytes and 10 are free"):
+            check_target(target, size)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes").touch()
+    with pytest.raises(ValueError, match="holds notes and no conversion"):
+        check_target(tmp_path / "foreign", 1)
+    with pytest.raises(ValueError, match="notes is a file"):
+        check_target(tmp_path / "foreign" / "notes", 1)
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt and no conversion"):
+        ShardWriter(tmp_path, planned())
+    with pytest.raises(ValueError, match="is a file"):
+        ShardWriter(tmp_path / "notes.txt", planned())
+    (tmp_path / "conversion.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe a conversion"):
+        ShardWriter(tmp_path, planned())
+    with pytest.raises(ValueError, match="does not describe a conversion"):
+        verify(tmp_path / "absent")
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    writer = ShardWriter(tmp_path, planned(), SIZE)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process writes"):
+        writer.write(values)
+    os.close(descriptor)
+    writer.write(values)
