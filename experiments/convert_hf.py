@@ -23,17 +23,18 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
+from deepseek_jax.evaluation.logits import check_tokens, logits
 from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface.folder import open_folder, progress_bar
 from deepseek_jax.huggingface.load import expected, load, num_bytes
-from deepseek_jax.huggingface.logits import check_tokens, logits
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors import record
 from deepseek_jax.safetensors.folder import RECORD, Shards
 from deepseek_jax.safetensors.header import DTYPES
-from deepseek_jax.training.checkpoint import (
+from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.workdir import (
     TOKENIZER_FILES,
     check_workdir,
     claim_workdir,
@@ -41,7 +42,6 @@ from deepseek_jax.training.checkpoint import (
     put_tokenizer,
     read_config,
     read_tokenizer,
-    restore_weights,
 )
 from experiments import session
 

@@ -12,8 +12,9 @@ from ml_collections import config_flags
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.pipeline import open_tokenizer
-from deepseek_jax.evaluate import evaluate_workdir, measure_yardsticks
-from deepseek_jax.training.checkpoint import check_workdir, read_config
+from deepseek_jax.evaluation.workdir import evaluate_workdir
+from deepseek_jax.evaluation.yardsticks import measure_yardsticks
+from deepseek_jax.training.workdir import check_workdir, read_config
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file(

@@ -15,7 +15,8 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import read_config, restore_weights
+from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.workdir import read_config
 from experiments import session
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)

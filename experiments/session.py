@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from deepseek_jax.training.checkpoint import environment
+from deepseek_jax.parallel.mesh import environment
 from pallas_kernels import ahead
 
 CPU_DEVICES = flags.DEFINE_integer(

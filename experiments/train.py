@@ -15,13 +15,13 @@ from ml_collections import config_flags
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.data.pipeline import open_corpus
-from deepseek_jax.evaluate import add_yardsticks
+from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints
-from deepseek_jax.training.loop import Result, train
+from deepseek_jax.training.pretrain import Result, train
 from deepseek_jax.training.report import draw_sheet, final_table
+from deepseek_jax.training.state import weights_of
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -69,11 +69,11 @@ def report(config: Config, workdir: Path, result: Result) -> None:
         print(f"\nThe weights are spread over {jax.process_count()} processes; for a sample:")
         print(shlex.join(["python", "-m", "experiments.generate", f"--workdir={workdir}", f"--prompt={PROMPT}"]))
         return
-    weights = Weights(result.state["params"], result.state["router_bias"])
+    weights = weights_of(result.state)
     room = config.data.sequence_length - len(result.tokenizer.encode(PROMPT)) - 1
     num_tokens = min(SAMPLE_TOKENS, room)
-    pieces = stream(config, weights, result.tokenizer, PROMPT, num_tokens, SAMPLING, config.seed)
-    print(f"\nsample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{PROMPT}{''.join(pieces)}\n")
+    text = stream(config, weights, result.tokenizer, PROMPT, num_tokens, SAMPLING, config.seed)
+    print(f"\nsample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{PROMPT}{''.join(text)}\n")
 
 
 if __name__ == "__main__":

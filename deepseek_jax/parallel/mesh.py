@@ -12,7 +12,9 @@ per layer (ZeRO-3) or once per step (ZeRO-1) is the only difference between the 
 """
 
 import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -90,6 +92,19 @@ def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
 def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
     """Number of devices along `axes` together."""
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Return what bit equality depends on: XLA:CPU splits reductions by the core count, GPUs by the device kind."""
+    device = mesh.devices.flat[0]
+    return {
+        "jax": jax.__version__,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+    }
 
 
 def vary(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -34,32 +34,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
-from deepseek_jax.files import write_atomically
-from deepseek_jax.huggingface.folder import initial_weights
-from deepseek_jax.parameters import Weights
+from deepseek_jax.config import Config, to_dict
+from deepseek_jax.parallel.mesh import environment
 from deepseek_jax.training.fingerprint import fingerprints
-from deepseek_jax.training.state import abstract_state
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
 
 LONGEST_REASON = 240  # characters of a foreign error message
-
-# What may differ when a run continues: how it is computed and how often the loop looks up, not what is computed.
-FREE_SECTIONS = ("mesh.", "execution.")
-FREE_KEYS = {
-    "data.prefetch",
-    "training.micro_batch_size",
-    "training.log_every",
-    "training.eval_every",
-    "training.eval_batches",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.max_skipped_steps",
-    "training.initial_weights",  # a folder may move, and a run with a checkpoint does not read it again
-}
-BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what is computed
 
 
 class SaveError(RuntimeError):
@@ -81,112 +62,6 @@ class Progress:
     data: Any
 
 
-# ---- the workdir's configuration
-
-
-def claim_workdir(workdir: Path, config: Config) -> None:
-    """Write down that `workdir` belongs to `config`. Call it when everything has been built: a typo should not own a
-    workdir.
-    """
-    if jax.process_index() == 0:
-        write_atomically(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
-
-
-def check_workdir(workdir: Path, config: Config) -> None:
-    """Check that `workdir` is free, or holds a run that `config` continues; create it if need be.
-
-    Raises:
-        ValueError: it holds a run with another configuration; the message shows each difference.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "config.json").exists():
-        return
-    stored, given = flatten(read_config(workdir)), flatten(config)
-    changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
-    lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]
-    if any(not _is_free(key) for key in changed):
-        raise ValueError(
-            f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines)
-        )
-    for line in lines:
-        logging.warning("continuing with a changed config:%s", line[1:])
-
-
-def read_config(workdir: Path) -> Config:
-    """Return the configuration that `workdir` was started with.
-
-    Raises:
-        ValueError: there is no run in `workdir`, or its config.json cannot be read.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(
-            f"{workdir} holds no run: {path.name} is missing; train one with experiments.train --workdir={workdir}"
-        )
-    try:
-        return from_config_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it from a checkpoint's run/metadata") from error
-
-
-def read_tokenizer(workdir: Path) -> dict[str, str]:
-    """Return the content of the workdir's tokenizer files by name."""
-    return {name: (workdir / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
-
-
-def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
-    """Write the tokenizer files of a checkpoint into `workdir` where they are missing.
-
-    Raises:
-        ValueError: `workdir` has another tokenizer than the checkpoint, so its ids mean something else.
-    """
-    for name, content in files.items():
-        path = workdir / name
-        if not path.exists():
-            write_atomically(path, content)
-        elif path.read_text(encoding="utf-8") != content:
-            raise ValueError(
-                f"{path} is not the tokenizer of the checkpoint; remove it, and the checkpoint's own is put back"
-            )
-
-
-def initial_tokenizer(config: Config) -> dict[str, str]:
-    """Return the content of the tokenizer files in the folder `training.initial_weights`, by name.
-
-    Raises:
-        ValueError: one is missing, or the folder is.
-    """
-    folder = Path(config.training.initial_weights)
-    if not folder.is_dir():
-        raise ValueError(
-            f"training.initial_weights = {str(folder)!r} does not exist; put the checkpoint back there, or import it"
-            " from where it is now"
-        )
-    if missing := [name for name in TOKENIZER_FILES if not (folder / name).exists()]:
-        raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
-    return {name: (folder / name).read_bytes().decode() for name in TOKENIZER_FILES}
-
-
-def _is_free(key: str) -> bool:
-    return key not in BOUND_KEYS and (key in FREE_KEYS or key.startswith(FREE_SECTIONS))
-
-
-# ---- environment
-
-
-def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Return what bit equality depends on: XLA:CPU splits reductions by the core count, GPUs by the device kind."""
-    device = mesh.devices.flat[0]
-    return {
-        "jax": jax.__version__,
-        "platform": device.platform,
-        "device_kind": device.device_kind,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "mesh": dict(mesh.shape),
-        "processes": jax.process_count(),
-    }
-
-
 def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
     for key in here:
         if stored.get(key) != here[key]:
@@ -195,9 +70,6 @@ def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
                 " follows need not be",
                 *(key, stored.get(key), here[key]),
             )
-
-
-# ---- saving and restoring
 
 
 def _seal(payload: Any) -> dict[str, Any]:
@@ -385,45 +257,3 @@ class Checkpoints:
                 logging.warning("moved the damaged checkpoint of step %d to %s", step, target)
         multihost_utils.sync_global_devices("checkpoints.set_aside")
         self._manager.reload()
-
-
-def restore_weights(
-    config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None, as_stored: bool = False
-) -> tuple[Weights, Progress]:
-    """Return the weights of a run and where it stood; put the run's tokenizer
-    into the workdir.
-
-    Args:
-        config: of the run; another mesh will do.
-        workdir: of the run.
-        mesh: to restore onto.
-        step: of the checkpoint; the newest intact one if None. 0 is `training.initial_weights`, where the run began
-            with such.
-        as_stored: initial weights in FP8 where they are stored so; all others are FP32.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
-    """
-    begins, directory = bool(config.training.initial_weights), workdir / "checkpoints"
-    restored = None
-    if directory.exists() or not begins:
-        whole = abstract_state(config, mesh)
-        checkpoints = Checkpoints(workdir, keep=None)
-        if not (begins and step == 0):
-            restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
-        checkpoints.close()
-    if restored is not None:
-        state, progress, tokenizer = restored
-        weights = Weights(**state)
-    elif not begins:
-        raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
-    elif step:
-        raise ValueError(
-            f"{directory} has no checkpoint of step {step}; the run has not trained since"
-            f" {config.training.initial_weights}"
-        )
-    else:
-        tokenizer = initial_tokenizer(config)
-        weights, progress = initial_weights(config, mesh, as_stored), Progress(step=0, tokens_seen=0, data=None)
-    put_tokenizer(workdir, tokenizer)
-    return weights, progress

@@ -47,6 +47,11 @@ def _initial_state(config: Config) -> State:
     return state_around(config.optimizer, transformer.init(config.model, jax.random.key(config.seed)))
 
 
+def weights_of(state: State) -> Weights:
+    """Return what the model of a state is used with."""
+    return Weights(state["params"], state["router_bias"])
+
+
 def state_around(optimizer: Optimizer, weights: Weights) -> State:
     """Make the state of step 0 around given FP32 weights; call it under `jax.jit` and `jax.set_mesh`."""
     params, router_bias = weights

@@ -29,7 +29,7 @@ from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weigh
 from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
-from deepseek_jax.training.state import State
+from deepseek_jax.training.state import State, weights_of
 from pallas_kernels.manual_axes import varies_over
 
 
@@ -97,7 +97,7 @@ def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tupl
     Returns:
         the new state, and metrics: replicated scalars and per-layer arrays (losses in nats per token).
     """
-    grads, sums, norms = gradients(recipe, Weights(state["params"], state["router_bias"]), batch, rates)
+    grads, sums, norms = gradients(recipe, weights_of(state), batch, rates)
     return update(recipe, state, grads, sums, norms, rates)
 
 

@@ -29,15 +29,10 @@ from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import expected, load
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import INDEX, Shards
-from deepseek_jax.training.checkpoint import (
-    Checkpoints,
-    Progress,
-    claim_workdir,
-    read_config,
-    read_tokenizer,
-    restore_weights,
-)
+from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.state import jit_state_around
+from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.workdir import claim_workdir, read_config, read_tokenizer
 from experiments.benchmarks import synthetic_checkpoint
 from tests.support.checkpoints import config as small_config
 from tests.training.runs import finish, start, write_corpus

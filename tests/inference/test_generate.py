@@ -19,7 +19,8 @@ from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
-from deepseek_jax.training.checkpoint import Checkpoints, Progress, claim_workdir, read_tokenizer
+from deepseek_jax.training.checkpoint import Checkpoints, Progress
+from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,17 +15,9 @@ from jax.sharding import NamedSharding
 
 from configs.deepseek_v3 import get_config
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.training.checkpoint import (
-    Checkpoints,
-    Progress,
-    SaveError,
-    check_workdir,
-    claim_workdir,
-    put_tokenizer,
-    read_config,
-    read_tokenizer,
-)
+from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from deepseek_jax.training.fingerprint import fingerprints
+from deepseek_jax.training.workdir import check_workdir, claim_workdir, put_tokenizer, read_config, read_tokenizer
 
 CONFIG = from_config_dict(get_config())
 TOKENIZER = {"tokenizer.json": '{"vocab": ["a", "é"]}', "tokenizer_config.json": "{}"}

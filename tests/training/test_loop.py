@@ -1,12 +1,12 @@
 """The loop: order of files and steps, interruption, skipped steps, and a sheet and a table that can be drawn from the
 metrics alone.
 
-All but the last test replace the model by a table of numbers that remembers every token it has seen, in order: a lost,
-repeated or reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoints and metrics are the real
-ones.
+All but the last test train a table of numbers that remembers every token it has seen, in order: a lost, repeated or
+reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoints and metrics are the real ones.
 """
 
-import dataclasses
+import contextlib
+import functools
 import io
 import os
 import signal
@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from deepseek_jax import evaluate as evaluation
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.data.pipeline import open_corpus
-from deepseek_jax.evaluate import add_yardsticks
+from deepseek_jax.data.heldout import open_held_out
+from deepseek_jax.data.pipeline import make_train_loader, open_corpus, open_tokenizer
+from deepseek_jax.evaluation.workdir import evaluate_workdir
+from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training import loop
-from deepseek_jax.training.checkpoint import Checkpoints, SaveError, read_config
-from deepseek_jax.training.loop import NonFiniteError, train
+from deepseek_jax.training import loop, pretrain
+from deepseek_jax.training.checkpoint import Checkpoints, SaveError
+from deepseek_jax.training.loop import NonFiniteError
 from deepseek_jax.training.metrics import KEYS, read_rows
 from deepseek_jax.training.report import ProgressBar, draw_sheet, final_table
+from deepseek_jax.training.workdir import check_workdir, claim_workdir, read_config, read_tokenizer
 from tests.training.nano import get_config
 
 NUM_STEPS = 60
@@ -61,11 +63,11 @@ def fake_step(state, batch, rates):
     }
 
 
-def fake_eval_step(params, router_bias, batch):
+def fake_eval_step(weights, batch):
     weight = batch["loss_weights_BS"].sum()
     counts_LE = jnp.ones((LAYERS, EXPERTS), jnp.int32)
     return {
-        "loss_sum": weight * 2 + params["table"][0] * 0,
+        "loss_sum": weight * 2 + weights.params["table"][0] * 0,
         "weight_sum": weight,
         "mtp_loss_sum": weight[None],
         "counts_LE": counts_LE,
@@ -85,12 +87,61 @@ def fake_abstract_state(config, mesh) -> dict:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fake_state(mesh))
 
 
-@pytest.fixture
-def fake_model(monkeypatch):
-    monkeypatch.setattr(loop, "jit_train_step", lambda config, mesh: jax.jit(fake_step, donate_argnums=0))
-    monkeypatch.setattr(loop, "jit_eval_step", lambda config, mesh: jax.jit(fake_eval_step))
-    monkeypatch.setattr(loop, "create_state", lambda config: fake_state(jax.sharding.get_mesh()))
-    monkeypatch.setattr(loop, "abstract_state", fake_abstract_state)
+class Watched:
+    """A part of a run that calls `watch` with what a method is given, before the method."""
+
+    def __init__(self, part, **watches):
+        self.part, self.watches = part, watches
+
+    def __getattr__(self, name):
+        method = getattr(self.part, name)
+        if name not in self.watches:
+            return method
+
+        def watched(*arguments):
+            self.watches[name](*arguments)
+            return method(*arguments)
+
+        return watched
+
+
+def train(config, workdir, on_show=lambda *_: None, on_batch=lambda batch: batch, log=None) -> pretrain.Result:
+    """Build the parts around the table and run them; `on_show` sees what the bar shows, `on_batch` changes batches."""
+    check_workdir(workdir, config)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as resources:
+        checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
+        resources.callback(checkpoints.close)
+        abstract = fake_abstract_state(config, mesh)
+        state, progress = pretrain.begin(checkpoints, workdir, mesh, abstract, lambda: fake_state(mesh))
+        tokenizer = open_tokenizer(config, workdir)
+        loader = make_train_loader(config, tokenizer, workdir)
+        resources.callback(loader.close)
+        held_out, evaluate = open_held_out(config, tokenizer, workdir), jax.jit(fake_eval_step)
+        trainer = loop.Trainer(
+            config=config,
+            mesh=mesh,
+            train_step=jax.jit(fake_step, donate_argnums=0),
+            state=state,
+            progress=progress,
+            batches=Changed(loader, on_batch),
+            evaluators=[functools.partial(pretrain.held_out_row, evaluate, held_out, mesh)],
+            checkpoints=checkpoints,
+            tokenizer_files=read_tokenizer(workdir),
+            log=log or pretrain.open_log(workdir, progress, resources),
+            bar=Watched(pretrain.open_bar(config, progress, resources), show=on_show),
+        )
+        claim_workdir(workdir, config)
+        interrupted_by = trainer.run()
+        return pretrain.Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
+
+
+class Changed:
+    """A loader whose batches are changed on their way."""
+
+    def __init__(self, loader, change):
+        self.state, self.restore = loader.state, loader.restore
+        self.next_batch = lambda batch_size: change(loader.next_batch(batch_size))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +158,7 @@ def config(corpus) -> Config:
 
 
 def change(config: Config, section: str, **values) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    return config.with_(**{section: values})
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -122,23 +173,33 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return steps
 
 
-def at_step(monkeypatch, step: int, action) -> None:
-    """Call `action` while the metrics of `step` are shown."""
-    show = ProgressBar.show
+def at_step(step: int, action):
+    """For `on_show`: call `action` while the metrics of `step` are shown."""
 
-    def watched(self, tokens_seen, shown, loss):
-        show(self, tokens_seen, shown, loss)
+    def watch(tokens_seen, shown, loss):
         if shown == step:
             action()
 
-    monkeypatch.setattr(ProgressBar, "show", watched)
+    return watch
 
 
-def interrupt_at(monkeypatch, step: int, number: signal.Signals) -> None:
-    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+def interrupt_at(step: int, number: signal.Signals):
+    return at_step(step, lambda: os.kill(os.getpid(), number))
 
 
-def test_a_run_leaves_lines_evaluations_and_checkpoints(fake_model, config, tmp_path):
+def poisoned(numbers):
+    """For `on_batch`: make the weights of some batches, by their number from 1, NaN."""
+    count = iter(range(1, 10**6))
+
+    def change(batch):
+        if next(count) in numbers:
+            batch["loss_weights_BS"] = batch["loss_weights_BS"] * np.float32(np.nan)
+        return batch
+
+    return change
+
+
+def test_a_run_leaves_lines_evaluations_and_checkpoints(config, tmp_path):
     result = train(config, tmp_path)
     assert result.interrupted_by is None and result.step == NUM_STEPS and result.tokens_seen == NUM_STEPS * 8 * 32
     rows = read_rows(tmp_path)
@@ -152,13 +213,11 @@ def test_a_run_leaves_lines_evaluations_and_checkpoints(fake_model, config, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_continues_exactly(fake_model, config, tmp_path, monkeypatch, number, capsys):
+def test_an_interrupted_run_continues_exactly(config, tmp_path, number, capsys):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     handler = signal.getsignal(signal.SIGINT)
     expected = jax.device_get(train(config, whole).state)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 17, number)
-        result = train(config, interrupted)
+    result = train(config, interrupted, on_show=interrupt_at(17, number))
     assert result.interrupted_by == number
     assert result.step == 18  # 18 was on the device when the metrics of 17 were shown
     assert checkpoint_steps(interrupted)[-1] == 18
@@ -169,7 +228,7 @@ def test_an_interrupted_run_continues_exactly(fake_model, config, tmp_path, monk
     assert lines(interrupted) == lines(whole)
 
 
-def test_continuing_replays_what_came_after_the_last_checkpoint(fake_model, config, tmp_path, monkeypatch):
+def test_continuing_replays_what_came_after_the_last_checkpoint(config, tmp_path):
     """The process dies without a word in step 13; the checkpoint is of step 10."""
     whole, died = tmp_path / "whole", tmp_path / "died"
     expected = jax.device_get(train(config, whole).state)
@@ -177,27 +236,23 @@ def test_continuing_replays_what_came_after_the_last_checkpoint(fake_model, conf
     def die():
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 13, die)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, died)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, died, on_show=at_step(13, die))
     assert checkpoint_steps(died) == [5, 10] and read_rows(died)[-1]["step"] == 12
     final = jax.device_get(train(config, died).state)
     assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
     assert lines(died) == lines(whole)
 
 
-def test_another_mesh_continues_with_the_same_rows(fake_model, config, tmp_path, monkeypatch):
+def test_another_mesh_continues_with_the_same_rows(config, tmp_path):
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     expected = jax.device_get(train(config, whole).state)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 20, signal.SIGTERM)
-        train(config, moved)
+    train(config, moved, on_show=interrupt_at(20, signal.SIGTERM))
     final = jax.device_get(train(change(config, "mesh", expert=4), moved).state)
     assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
 
 
-def test_a_complete_run_is_not_touched(fake_model, config, tmp_path):
+def test_a_complete_run_is_not_touched(config, tmp_path):
     first = train(config, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     again = train(config, tmp_path)
@@ -205,69 +260,59 @@ def test_a_complete_run_is_not_touched(fake_model, config, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_too_many_nonfinite_steps_stop_the_run(fake_model, config, tmp_path, monkeypatch):
+def test_too_many_nonfinite_steps_stop_the_run(config, tmp_path):
     config = change(config, "training", max_skipped_steps=8)
-    calls, place = [], loop.place_batch
-
-    def poisoned(batch, mesh):
-        calls.append(None)
-        if len(calls) > 12:
-            batch["loss_weights_BS"] = batch["loss_weights_BS"] * np.float32(np.nan)
-        return place(batch, mesh)
-
-    monkeypatch.setattr(loop, "place_batch", poisoned)
     with pytest.raises(NonFiniteError, match="(?s)step 20: .*8 times in a row.*step 10"):
-        train(config, tmp_path)
+        train(config, tmp_path, on_batch=poisoned(range(13, 100)))
     assert checkpoint_steps(tmp_path) == [5, 10]  # the saves of 15 and 20 fell into the bad steps
     rows = [row for row in read_rows(tmp_path) if "train/loss" in row]
     assert [row["optimizer/skipped"] for row in rows] == [0] * 12 + list(range(1, 9))
     assert rows[-1]["train/loss"] is None
-    monkeypatch.setattr(loop, "place_batch", place)
     assert train(config, tmp_path).step == NUM_STEPS
 
 
-def test_a_few_nonfinite_steps_do_not_stop_it(fake_model, config, tmp_path, monkeypatch):
-    calls, place = [], loop.place_batch
-
-    def poisoned(batch, mesh):
-        calls.append(None)
-        if 5 <= len(calls) < 9:
-            batch["loss_weights_BS"] = batch["loss_weights_BS"] * np.float32(np.nan)
-        return place(batch, mesh)
-
-    monkeypatch.setattr(loop, "place_batch", poisoned)
-    assert train(config, tmp_path).step == NUM_STEPS
+def test_a_few_nonfinite_steps_do_not_stop_it(config, tmp_path):
+    assert train(config, tmp_path, on_batch=poisoned(range(5, 9))).step == NUM_STEPS
 
 
-def test_a_failed_save_stops_the_run_and_names_the_intact_one(fake_model, config, tmp_path, monkeypatch):
+def test_a_failed_save_stops_the_run_and_names_the_intact_one(config, tmp_path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at_step(monkeypatch, 13, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1])))
-    for method in ("write", "flush", "close"):  # or the metrics would fail first, with an error of their own
-        monkeypatch.setattr(loop.MetricsLog, method, lambda *_: None)
-    try:
+
+    def fill_the_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+
+    try:  # without a log, which would fail first, with an error of its own
         with pytest.raises(SaveError, match="File too large\nthe checkpoint of step (5|10) is intact") as caught:
-            train(config, tmp_path)
+            train(config, tmp_path, on_show=at_step(13, fill_the_disk), log=NoLog())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"step {checkpoint_steps(tmp_path)[-1]} is intact" in str(caught.value)
 
 
-def test_another_config_is_refused_before_anything_is_read(fake_model, config, tmp_path):
+class NoLog:
+    def write(self, row):
+        """Write nothing."""
+
+    def flush(self):
+        """Write nothing."""
+
+
+def test_another_config_is_refused_before_anything_is_read(config, tmp_path):
     train(config, tmp_path)
     with pytest.raises(ValueError, match="optimizer.b1: 0.9 in the workdir, 0.8 given"):
-        train(change(config, "optimizer", b1=0.8), tmp_path)
+        pretrain.train(change(config, "optimizer", b1=0.8), tmp_path)
 
 
-def test_a_config_that_cannot_work_does_not_own_the_workdir(fake_model, config, tmp_path):
+def test_a_config_that_cannot_work_does_not_own_the_workdir(config, tmp_path):
     with pytest.raises(ValueError, match="mesh"):
-        train(change(config, "mesh", expert=3), tmp_path)
+        pretrain.train(change(config, "mesh", expert=3), tmp_path)
     assert not (tmp_path / "config.json").exists()
     train(config, tmp_path)
     assert read_config(tmp_path) == config
 
 
-def test_the_batch_ramp_follows_the_tokens(fake_model, config, tmp_path):
+def test_the_batch_ramp_follows_the_tokens(config, tmp_path):
     config = change(config, "training", batch_size=(("constant", 0.5, 8.0), ("constant", 1.0, 16.0)), log_every=10)
     train(config, tmp_path)
     rows = [row for row in read_rows(tmp_path) if "train/loss" in row]
@@ -276,7 +321,7 @@ def test_the_batch_ramp_follows_the_tokens(fake_model, config, tmp_path):
     assert checkpoint_steps(tmp_path)[-1] == 45
 
 
-def test_the_report_is_drawn_from_the_metrics_alone(fake_model, config, tmp_path):
+def test_the_report_is_drawn_from_the_metrics_alone(config, tmp_path):
     result = train(config, tmp_path)
     first = add_yardsticks(config, tmp_path, result.tokenizer, result.step, result.tokens_seen)
     assert (
@@ -329,15 +374,14 @@ def test_progress_on_a_terminal_is_a_bar():
 
 
 @pytest.mark.slow
-def test_the_real_model_writes_every_documented_key_and_is_evaluated_from_its_workdir(config, tmp_path, monkeypatch):
-    for module in (loop, evaluation):
-        monkeypatch.setattr(module, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+def test_the_real_model_writes_every_documented_key_and_is_evaluated_from_its_workdir(config, tmp_path):
     config = change(config, "training", num_tokens=3.0 * 8 * 32)
-    result = train(config, tmp_path)
+    mesh = make_mesh(config.with_(mesh={"data": 1}).mesh, jax.devices()[:1])
+    result = pretrain.train(config, tmp_path, mesh)
     written = set().union(*(row.keys() for row in read_rows(tmp_path)))
     assert written == {key for key in KEYS if not key.startswith("yardstick/")} - {"speed/mfu"}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(result.state["params"])))
     assert int(result.state["step"]) == 3
-    again, progress = evaluation.evaluate_workdir(read_config(tmp_path), tmp_path)
+    again, progress = evaluate_workdir(read_config(tmp_path), tmp_path, mesh=mesh)
     assert progress.step == 3
     assert again.bits_per_byte == read_rows(tmp_path)[-1]["eval/bits_per_byte"]

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface import logits as logits_lib
+from deepseek_jax.evaluation import logits as logits_lib
+from deepseek_jax.evaluation.logits import PER_LAYER, logits
 from deepseek_jax.huggingface.load import load
-from deepseek_jax.huggingface.logits import PER_LAYER, logits
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import Shards
-from deepseek_jax.training.step import jit_on
 from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
 from tests.support.checkpoints import config as fp8_config
@@ -80,7 +79,11 @@ def test_fp8_golden_in_fp8(tmp_path, monkeypatch):
     The tolerance leaves room for an E4M3 number changed by another order of FP32 sums (7.5e-3 with a seed where one
     is).
     """
-    rounding_as_written = functools.partial(jit_on, compiler_options={"xla_allow_excess_precision": False})
+
+    def rounding_as_written(function, _, __, *static):
+        options = {"xla_allow_excess_precision": False}
+        return jax.jit(functools.partial(function, *static), compiler_options=options)
+
     monkeypatch.setattr(logits_lib, "jit_on", rounding_as_written)
     _, expected = hf_checkpoint.read_expected(hf_checkpoint.FP8)
     found = run_golden(hf_checkpoint.FP8, "fp8", tmp_path)

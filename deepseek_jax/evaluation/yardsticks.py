@@ -1,6 +1,6 @@
-"""How good a trained model is: held-out bits per byte of a workdir, and yardsticks on the same bytes.
+"""Yardsticks beside held-out bits per byte, on the same bytes.
 
-The yardsticks answer "compared with what?" without another model:
+They answer "compared with what?" without another model:
 
     bigram       knows the previous token and has seen exactly the tokens the run has seen
     gzip pieces  knows what the model knows at best: nothing beyond the context, which is shorter than gzip's window
@@ -25,20 +25,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import logging
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import HeldOut, open_held_out
-from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
+from deepseek_jax.data.pipeline import Loader, make_train_loader
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.checkpoint import Progress, restore_weights
-from deepseek_jax.training.evaluation import Evaluation, evaluate
 from deepseek_jax.training.metrics import MetricsLog, read_rows
-from deepseek_jax.training.objective import pretraining
-from deepseek_jax.training.step import jit_eval_step
 
 MOST_COUNTED_TOKENS = 2 * 10**9
 ROWS_AT_ONCE = 1024  # of the stream, while counting
@@ -50,23 +44,6 @@ class Bigram(NamedTuple):
     keys: np.ndarray  # int64
     counts: np.ndarray  # int64
     vocab_size: int
-
-
-def evaluate_workdir(config: Config, workdir: Path, step: int | None = None) -> tuple[Evaluation, Progress]:
-    """Evaluate a checkpoint of `workdir` (the newest, or of `step`) on the held-out split; return the result and where
-    the run stood.
-
-    `config` says on which mesh and on how many batches; the rest of it is the workdir's.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
-    """
-    mesh = make_mesh(config.mesh)
-    weights, progress = restore_weights(config, workdir, mesh, step)
-    processes = jax.process_index(), jax.process_count()
-    held_out = open_held_out(config, open_tokenizer(config, workdir), workdir, *processes)
-    with jax.set_mesh(mesh):
-        return evaluate(jit_eval_step(config, pretraining(config), mesh), weights, held_out, mesh), progress
 
 
 def add_yardsticks(
@@ -107,7 +84,7 @@ def measure_yardsticks(
     xz9 = functools.partial(lzma.compress, preset=9)
     return {
         "yardstick/bigram_bits_per_byte": bigram_bits,
-        "yardstick/gzip_pieces_bits_per_byte": bits_per_byte(gzip9, pieces(held_out, tokenizer)),
+        "yardstick/gzip_pieces_bits_per_byte": bits_per_byte(gzip9, excerpts(held_out, tokenizer)),
         "yardstick/gzip_files_bits_per_byte": bits_per_byte(gzip9, texts),
         "yardstick/xz_files_bits_per_byte": bits_per_byte(xz9, texts),
     }
@@ -119,7 +96,7 @@ def bits_per_byte(compress, texts: Iterable[bytes]) -> float:
     return float(8.0 * sizes[0] / sizes[1])
 
 
-def pieces(held_out: HeldOut, tokenizer: Tokenizer) -> Iterable[bytes]:
+def excerpts(held_out: HeldOut, tokenizer: Tokenizer) -> Iterable[bytes]:
     """Yield the text that each row of the held-out batches predicts: as much as fits the model's context."""
     for batch in held_out:
         for targets_S, weights_S in zip(batch["targets_BS"], batch["loss_weights_BS"], strict=True):

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from absl import logging
 
-from deepseek_jax import evaluate as evaluation
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
-from deepseek_jax.evaluate import (
+from deepseek_jax.evaluation import yardsticks
+from deepseek_jax.evaluation.workdir import evaluate_workdir
+from deepseek_jax.evaluation.yardsticks import (
     Bigram,
     bigram_nats,
     bits_per_byte,
     count_bigrams,
+    excerpts,
     measure_yardsticks,
-    pieces,
 )
 from tests.training.nano import get_config
 
@@ -97,7 +98,7 @@ def test_a_bigram_that_has_seen_nothing_is_uniform():
 
 def test_exactly_the_tokens_of_the_run_are_counted(config, workdir, tokenizer, monkeypatch):
     """Rows read in batches of 8, with a restart in the middle, against rows read by the counter."""
-    monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(yardsticks, "ROWS_AT_ONCE", 7)
     seen, size = Counter(), config.model.vocab_size
     loader = make_train_loader(config, tokenizer, workdir)
     for number in range(30):
@@ -120,7 +121,7 @@ def test_exactly_the_tokens_of_the_run_are_counted(config, workdir, tokenizer, m
 
 def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer):
     held_out = open_held_out(config, tokenizer, workdir)
-    rows, documents = list(pieces(held_out, tokenizer)), list(held_out.texts())
+    rows, documents = list(excerpts(held_out, tokenizer)), list(held_out.texts())
     assert sum(map(len, rows)) == sum(map(len, documents)) == held_out.num_bytes
     assert b"".join(rows) == b"".join(documents)
     assert max(map(len, rows)) <= config.data.sequence_length  # bytes are tokens here
@@ -150,7 +151,7 @@ def test_yardsticks_do_not_depend_on_the_number_of_processes(config, workdir, to
 
 
 def test_the_bigram_is_left_out_beyond_the_limit_and_says_so(config, workdir, tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(evaluation, "MOST_COUNTED_TOKENS", 100)
+    monkeypatch.setattr(yardsticks, "MOST_COUNTED_TOKENS", 100)
     logging.get_absl_logger().addHandler(caplog.handler)
     assert measure_yardsticks(config, workdir, tokenizer, 8 * 32)["yardstick/bigram_bits_per_byte"] is None
     logging.get_absl_logger().removeHandler(caplog.handler)
@@ -163,4 +164,4 @@ def test_bits_per_byte_counts_each_text_alone():
 
 def test_a_workdir_without_a_checkpoint_is_named(config, tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoints"):
-        evaluation.evaluate_workdir(config, tmp_path)
+        evaluate_workdir(config, tmp_path)

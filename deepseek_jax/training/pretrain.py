@@ -1,0 +1,143 @@
+"""Pre-training: config -> mesh -> step -> state -> data -> trainer. The parts of a run, built in this order and run.
+
+Another kind of training builds other parts (its own batches and objective) around the same `Trainer`; `begin`,
+`open_log` and `open_bar` serve it too.
+"""
+
+import contextlib
+import functools
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.heldout import HeldOut, open_held_out
+from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.huggingface.folder import initial_weights
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import Weights
+from deepseek_jax.training.checkpoint import Checkpoints, Progress
+from deepseek_jax.training.evaluation import evaluate
+from deepseek_jax.training.loop import Row, Trainer
+from deepseek_jax.training.metrics import MetricsLog, eval_row
+from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.report import ProgressBar
+from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
+from deepseek_jax.training.step import jit_eval_step, jit_train_step
+from deepseek_jax.training.workdir import (
+    check_workdir,
+    claim_workdir,
+    initial_tokenizer,
+    put_tokenizer,
+    read_tokenizer,
+)
+
+# A run without a checkpoint starts its metrics anew, those of the evaluation before the first step too.
+BEFORE_THE_FIRST = -1
+
+
+class Result(NamedTuple):
+    """What is left of a run when `train` returns."""
+
+    state: State
+    step: int
+    tokens_seen: int
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    interrupted_by: signal.Signals | None
+
+
+def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None) -> Result:
+    """Train `config` in `workdir` from its newest intact checkpoint, or from the start.
+
+    Args:
+        config: of the run.
+        workdir: of the run; made if need be.
+        mesh: to train on; by default that of `config`, over all devices.
+
+    Raises:
+        ValueError: bad input, or `workdir` belongs to another config.
+        NonFiniteError: `training.max_skipped_steps` consecutive steps were not finite.
+        SaveError: a checkpoint could not be written.
+    """
+    check_workdir(workdir, config)
+    mesh, processes = mesh or make_mesh(config.mesh), (jax.process_index(), jax.process_count())
+    objective = pretraining(config)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as resources:
+        train_step, eval_step = jit_train_step(config, objective, mesh), jit_eval_step(config, objective, mesh)
+        checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
+        resources.callback(checkpoints.close)
+        create = functools.partial(initial_state, config, workdir, mesh)
+        state, progress = begin(checkpoints, workdir, mesh, abstract_state(config, mesh), create)
+        tokenizer = open_tokenizer(config, workdir)
+        loader = make_train_loader(config, tokenizer, workdir, *processes)
+        resources.callback(loader.close)
+        held_out = open_held_out(config, tokenizer, workdir, *processes)
+        trainer = Trainer(
+            config=config,
+            mesh=mesh,
+            train_step=train_step,
+            state=state,
+            progress=progress,
+            batches=loader,
+            evaluators=[functools.partial(held_out_row, eval_step, held_out, mesh)],
+            checkpoints=checkpoints,
+            tokenizer_files=read_tokenizer(workdir),
+            log=open_log(workdir, progress, resources),
+            bar=open_bar(config, progress, resources),
+        )
+        claim_workdir(workdir, config)
+        interrupted_by = trainer.run()
+        return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
+
+
+def begin(
+    checkpoints: Checkpoints, workdir: Path, mesh: jax.sharding.Mesh, abstract: State, create: Callable[[], State]
+) -> tuple[State, Progress]:
+    """Return the state of the newest intact checkpoint, whose tokenizer is put into the workdir, or a new one.
+
+    Args:
+        checkpoints: of the workdir.
+        workdir: of the run.
+        mesh: of the state.
+        abstract: shapes and shardings of the state.
+        create: makes the state of step 0.
+    """
+    restored = checkpoints.restore(abstract, mesh)
+    if restored is None:
+        return create(), Progress(step=0, tokens_seen=0, data=None)
+    state, progress, tokenizer_files = restored
+    put_tokenizer(workdir, tokenizer_files)
+    return state, progress
+
+
+def initial_state(config: Config, workdir: Path, mesh: jax.sharding.Mesh) -> State:
+    """Return the state of step 0: random, or with weights and tokenizer of `training.initial_weights`."""
+    if not config.training.initial_weights:
+        return create_state(config)
+    put_tokenizer(workdir, initial_tokenizer(config))
+    return jit_state_around(config.optimizer, initial_weights(config, mesh))
+
+
+def held_out_row(eval_step: Callable, held_out: HeldOut, mesh: jax.sharding.Mesh, weights: Weights) -> Row:
+    """Evaluate on held-out text; return the metrics."""
+    result = evaluate(eval_step, weights, held_out, mesh)
+    return eval_row(result.loss, result.mtp_loss, result.bits_per_byte, result.max_vio_L)
+
+
+def open_log(workdir: Path, progress: Progress, resources: contextlib.ExitStack) -> MetricsLog:
+    """Open the metrics of a workdir, to continue after the step where the run stands."""
+    log = MetricsLog(workdir, progress.step if progress.step else BEFORE_THE_FIRST)
+    resources.callback(log.close)
+    return log
+
+
+def open_bar(config: Config, progress: Progress, resources: contextlib.ExitStack) -> ProgressBar:
+    """Open the progress bar of a run; of several processes the first shows it."""
+    bar = ProgressBar(int(config.training.num_tokens), progress.tokens_seen, silent=jax.process_index() > 0)
+    resources.callback(bar.close)
+    return bar
