@@ -33,7 +33,8 @@ from typing import Literal
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels.quantized import E4M3, GROUP, Quantized
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3, Quantized
 
 STEP = 32  # elements along k that one FP8 wgmma adds at once
 ROUNDINGS = {"toward_zero": np.trunc, "floor": np.floor}

@@ -51,12 +51,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import (
+    GROUP,
     hopper_product,
     layout_inference,  # noqa: F401  for what it does when imported
     manual_axes,
 )
 from pallas_kernels.hopper_product import ROWS
-from pallas_kernels.quantized import E4M3, GROUP
+from pallas_kernels.quantized import E4M3
 
 WARPGROUPS = 2  # that multiply
 MEMORY_REGISTERS, COMPUTE_REGISTERS = (

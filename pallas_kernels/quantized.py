@@ -39,10 +39,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import GROUP
+
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3 ("fn": finite, with NaN and without infinities)
 SMALLEST_AMAX = 2.0**-100  # its scale and the inverse of that are normal numbers of FP32
-GROUP = 128  # elements along k that share a scale
 ROW_ALIGNMENT = 4  # FP32 scales in 16 bytes
 
 Scale = Literal["fp32", "pow2"]

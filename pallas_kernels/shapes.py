@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
 
 SPREAD = 0.7, 1.3  # of group sizes about their mean, as DeepGEMM's benchmark draws them
 FEW_ROWS = 64  # per expert: below, reading the weights takes longer than multiplying

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import grouped, matmul, producers, quantize
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels import GROUP, grouped, matmul, producers, quantize
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.shapes import (
     ATTENTION_ROWS,
     DENSE,

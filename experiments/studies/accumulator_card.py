@@ -18,9 +18,9 @@ from absl import app, flags
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, matmul, records
+from pallas_kernels import GROUP, hopper, matmul, records
 from pallas_kernels.accumulator import ROUNDINGS, Accumulator, multiply
-from pallas_kernels.quantized import GROUP, LARGEST, Quantized, scales_shape
+from pallas_kernels.quantized import LARGEST, Quantized, scales_shape
 
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper
+from pallas_kernels import GROUP, hopper
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import Quantized
 
 GROUPED = hopper.TuningConfig(
     turn=4

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import manual_axes
+from pallas_kernels import GROUP, manual_axes
 from pallas_kernels.matmul import reference as matmul_reference
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import Quantized
 
 BLOCK = 128  # rows
 

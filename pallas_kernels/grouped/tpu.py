@@ -27,9 +27,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.grouped.visits import make_visits
 from pallas_kernels.matmul.tpu import SEGMENTS, Interpret, TuningConfig, add_segment, add_step, fit, spread_scales
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import Quantized
 
 GROUPED = TuningConfig(tile_m=256, tile_n=512)
 MASKED = TuningConfig(tile_m=128, tile_n=512)

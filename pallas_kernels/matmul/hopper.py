@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import GROUP, hopper
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import Quantized
 
 LARGE = hopper.TuningConfig()  # tiles of 128 x 256
 MEDIUM = hopper.TuningConfig(products=1, stages=5, turn=4)  # 128 x 128

@@ -44,9 +44,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import GROUP, hopper
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import Quantized
 
 CONFIG = hopper.TuningConfig(split="n", turn=1, pieces=1, batch=1)  # unrolled, the scales of columns spill
 # what the copy engine does to C; the interpreter of Mosaic GPU knows no such copies, so its test stores instead

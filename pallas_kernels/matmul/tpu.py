@@ -29,7 +29,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized import E4M3, GROUP, Quantized
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3, Quantized
 
 SEGMENTS = 8  # of a step along k: FP32 registers are (8, 128)
 Interpret = bool | pltpu.InterpretParams  # how pallas_call runs a kernel where there is no TPU: tests set it

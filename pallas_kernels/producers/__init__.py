@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.producers import e5m6, hopper, hopper_backward, hopper_e5m6, hopper_norm, reference, tpu
-from pallas_kernels.quantized import GROUP, Quantized, Scale, check_scale, scales_shape
+from pallas_kernels.quantized import Quantized, Scale, check_scale, scales_shape
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 

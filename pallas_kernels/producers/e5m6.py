@@ -27,7 +27,8 @@ Three bytes in a row for two neighbours would be the same size; the planes need 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.quantized import GROUP, SMALLEST_AMAX, pad_rows
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import SMALLEST_AMAX, pad_rows
 
 LARGEST = 65024.0  # (2 - 2^-6) * 2^15
 HALF = GROUP // 2

@@ -8,8 +8,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.producers.reference import swiglu
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 from pallas_kernels.stream import (
     APPROXIMATE,
     TILE,

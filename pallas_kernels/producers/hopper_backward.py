@@ -34,8 +34,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, largest_magnitude, scale_of, scales_shape
+from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, scale_of, scales_shape
 from pallas_kernels.stream import (
     APPROXIMATE,
     TuningConfig,

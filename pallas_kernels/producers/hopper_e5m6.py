@@ -13,8 +13,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.producers import e5m6
-from pallas_kernels.quantized import GROUP, scales_shape
+from pallas_kernels.quantized import scales_shape
 from pallas_kernels.stream import (
     APPROXIMATE,
     TILE_GROUPS,

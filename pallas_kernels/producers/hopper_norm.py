@@ -44,7 +44,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 from pallas_kernels.stream import (
     APPROXIMATE,
     TILE,

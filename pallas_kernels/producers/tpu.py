@@ -16,9 +16,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.producers import e5m6
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, encode, scale_of, scales_shape
+from pallas_kernels.quantized import E4M3, Quantized, Scale, encode, scale_of, scales_shape
 
 BLOCK_GROUPS = 8  # scales are stored in pieces of 8 x 128
 WIDTH = BLOCK_GROUPS * GROUP

@@ -14,9 +14,10 @@ along m. So the transposed forms are quantised anew, from x itself where it is a
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.quantize import hopper, reference, tpu
-from pallas_kernels.quantized import GROUP, Quantized, Scale, check_quantized, check_scale
+from pallas_kernels.quantized import Quantized, Scale, check_quantized, check_scale
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 

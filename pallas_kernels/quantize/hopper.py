@@ -17,8 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.quantize.hopper_transposed import quantize_tiles_both, requantize_transposed
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, pad_rows, scale_of, scales_shape
+from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
 from pallas_kernels.stream import (
     TuningConfig,
     launch,

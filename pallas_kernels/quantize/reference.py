@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantized import GROUP, Quantized, Scale, dequantize, encode, largest_magnitude, pad_rows, scale_of
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import Quantized, Scale, dequantize, encode, largest_magnitude, pad_rows, scale_of
 
 
 def quantize_tiles(x: Array, scale: Scale) -> Quantized:

@@ -15,7 +15,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, encode, largest_magnitude, scale_of, scales_shape
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3, Quantized, Scale, encode, largest_magnitude, scale_of, scales_shape
 
 GROUPS = 8  # per grid step: scales are stored in pieces of 8 x 128
 WIDTH = GROUPS * GROUP

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from experiments.studies import accumulator_card
+from pallas_kernels import GROUP
 from pallas_kernels.accumulator import ROUNDINGS, STEP, Accumulator, block_scaled_multiply, multiply
-from pallas_kernels.quantized import GROUP, LARGEST, Quantized, dequantize, encode, scale_of
+from pallas_kernels.quantized import LARGEST, Quantized, dequantize, encode, scale_of
 
 E4M3 = ml_dtypes.float8_e4m3fn
 

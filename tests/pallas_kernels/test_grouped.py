@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import grouped
+from pallas_kernels import GROUP, grouped
 from pallas_kernels.grouped import reference, tpu, tpu_bf16
 from pallas_kernels.grouped.visits import make_visits
 from pallas_kernels.matmul.tpu import TuningConfig
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, dequantize, scales_shape
+from pallas_kernels.quantized import E4M3, Quantized, dequantize, scales_shape
 
 NUM_GROUPS, ROWS, M, N, K = 4, 300, 20, 150, 384  # rows: two tiles of 128 and part of one; n: a block and part of one
 SEGMENTS = 20  # of the k-grouped product: two steps of 8 and half of one

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.matmul import matmul, matmul_accumulate, reference, tpu
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
-from pallas_kernels.quantized import E4M3, GROUP, LARGEST, Quantized, dequantize, scales_shape
+from pallas_kernels.quantized import E4M3, LARGEST, Quantized, dequantize, scales_shape
 
 SMALL = tpu.TuningConfig(tile_m=128, tile_n=128)
 FACES = {

@@ -14,9 +14,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.model import layers
-from pallas_kernels import producers, stream
+from pallas_kernels import GROUP, producers, stream
 from pallas_kernels.producers import hopper, hopper_backward, hopper_norm, reference, tpu
-from pallas_kernels.quantized import GROUP, dequantize
+from pallas_kernels.quantized import dequantize
 
 EPS = 1e-6
 STEP = 2.0**-4  # of E4M3: rounding moves a value by this part of itself at most

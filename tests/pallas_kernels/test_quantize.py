@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import quantize, stream
+from pallas_kernels import GROUP, quantize, stream
 from pallas_kernels.grouped import reference as grouped_reference
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.quantize import hopper
 from pallas_kernels.quantize import reference as quantize_reference
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, decode, dequantize
+from pallas_kernels.quantized import E4M3, Quantized, decode, dequantize
 
 M, K = 70, 256  # m is a multiple of neither 64 nor 4
 DTYPES = (jnp.bfloat16, jnp.float32)
