@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.extend import backend
 
-from pallas_kernels import manual_axes
+from pallas_kernels.lowering import manual_axes
 
 LOGGER = logging.getLogger(__name__)
 HOPPER = "9.0"  # compute capability

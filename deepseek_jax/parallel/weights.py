@@ -26,7 +26,8 @@ from deepseek_jax.parameters import (
     matrix_shape,
     num_lead_dims,
 )
-from pallas_kernels import GROUP, manual_axes
+from pallas_kernels import GROUP
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import encode, largest_magnitude, scale_of
 

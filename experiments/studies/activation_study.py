@@ -57,7 +57,8 @@ from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step, resolve_for
 from experiments import session
 from experiments.studies import output
-from pallas_kernels import GROUP, records
+from pallas_kernels import GROUP
+from pallas_kernels.bench import records
 from pallas_kernels.quantize import quantize_blocks
 
 matplotlib.use("Agg")  # files, no window

@@ -18,9 +18,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
+from pallas_kernels.hopper.ring import SWIZZLE_ROWS, WARPGROUPS, Ring, barriers, by_role, launch, over_steps, tiled
+from pallas_kernels.hopper.store import padded_columns, staging, store_rows, store_sums
+from pallas_kernels.hopper.wgmma import ROWS
 
 STEP = 64  # of k: one swizzled line of BF16
 PIECES = 2  # of the result on their way out, per warpgroup
@@ -29,7 +31,7 @@ ALIGNMENT = 8  # BF16 numbers in the 16 bytes that the copy engine wants of a ro
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """How a product is cut; see `pallas_kernels.hopper.TuningConfig`."""
+    """How a product is cut; see `pallas_kernels.hopper.main_loop.TuningConfig`."""
 
     tile_n: int = 256
     stages: int = 4
@@ -39,7 +41,7 @@ class TuningConfig:
     @property
     def tile_m(self) -> int:
         """Rows of an output tile."""
-        return hopper.WARPGROUPS * hopper.ROWS
+        return WARPGROUPS * ROWS
 
 
 def grouped_matmul_bf16(
@@ -53,12 +55,12 @@ def grouped_matmul_bf16(
     a, b = whole_lines(a), whole_lines(b)
     (rows, k), num_groups = a.shape, b.shape[0]
     n = b.shape[2 if transpose_b else 1]
-    num_steps, padded, tiles_n = pl.cdiv(k, STEP), hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
+    num_steps, padded, tiles_n = pl.cdiv(k, STEP), padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
     tables, schedule = schedule_groups(group_sizes, rows, config.tile_m)
 
     def kernel(a_ref, b_ref, *refs):
         tables, (out, a_slots, b_slots, out_slots, full, empty) = refs[: len(refs) - 6], refs[-6:]
-        ring = hopper.Ring((a_slots, b_slots), full, empty)
+        ring = Ring((a_slots, b_slots), full, empty)
         num_visits, find = schedule(*tables)
         over_visits = functools.partial(visit_tiles, config, num_visits, tiles_n, num_groups, find)
 
@@ -79,10 +81,10 @@ def grouped_matmul_bf16(
 
             @pl.when(group < num_groups)
             def _():
-                hopper.over_steps(num_steps, config.stages, turn)
+                over_steps(num_steps, config.stages, turn)
 
         def multiply(wg):
-            rows = pl.ds(wg * hopper.ROWS, hopper.ROWS)
+            rows = pl.ds(wg * ROWS, ROWS)
 
             def run(total):
                 def turn(first, count, _):
@@ -97,21 +99,21 @@ def grouped_matmul_bf16(
                         def _(before=before):
                             plgpu.barrier_arrive(empty.at[before])
 
-                hopper.over_steps(num_steps, config.stages, turn)
+                over_steps(num_steps, config.stages, turn)
                 result = total[...]
                 plgpu.barrier_arrive(empty.at[(num_steps - 1) % config.stages])
                 return result
 
-            return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
+            return pl.run_scoped(run, plgpu.ACC((ROWS, config.tile_n), jnp.float32))
 
         def compute(wg, visit, column, _):
             _, row, group, start, end = visit
 
             def send(ref, _, j):
-                hopper.store_rows(ref, out, row + wg * hopper.ROWS, start, end, pl.ds(column + j, ref.shape[1]))
+                store_rows(ref, out, row + wg * ROWS, start, end, pl.ds(column + j, ref.shape[1]))
 
             def store(total):
-                hopper.store({(0, 0): total}, out_slots.at[wg], padded - column, send)
+                store_sums({(0, 0): total}, out_slots.at[wg], padded - column, send)
 
             @pl.when(group < num_groups)
             def _():
@@ -119,18 +121,18 @@ def grouped_matmul_bf16(
 
             @pl.when(group == num_groups)
             def _():
-                store(plgpu.layout_cast(jnp.zeros((hopper.ROWS, config.tile_n), jnp.float32), plgpu.Layout.WGMMA))
+                store(plgpu.layout_cast(jnp.zeros((ROWS, config.tile_n), jnp.float32), plgpu.Layout.WGMMA))
 
-        hopper.by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
+        by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
 
     b_tile = (STEP, config.tile_n) if transpose_b else (config.tile_n, STEP)
     scratch = [
-        hopper.tiled((config.stages, config.tile_m, STEP), jnp.bfloat16),
-        hopper.tiled((config.stages, *b_tile), jnp.bfloat16),
-        hopper.staging(PIECES, out_dtype),
-        *hopper.barriers(2, config.stages),
+        tiled((config.stages, config.tile_m, STEP), jnp.bfloat16),
+        tiled((config.stages, *b_tile), jnp.bfloat16),
+        staging(PIECES, out_dtype),
+        *barriers(2, config.stages),
     ]
-    run = hopper.launch(kernel, jax.ShapeDtypeStruct((rows, padded), out_dtype), num_multiprocessors(), scratch)
+    run = launch(kernel, jax.ShapeDtypeStruct((rows, padded), out_dtype), num_multiprocessors(), scratch)
     return run(a, b, *tables)[:num_rows, :num_columns]
 
 
@@ -139,5 +141,5 @@ def whole_lines(x: Array) -> Array:
     less than one.
     """
     rows, columns = x.shape[-2:]
-    missing = -rows % hopper.SWIZZLE_ROWS, -columns % (STEP if columns > STEP else ALIGNMENT)
+    missing = -rows % SWIZZLE_ROWS, -columns % (STEP if columns > STEP else ALIGNMENT)
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing[0]), (0, missing[1])]) if any(missing) else x

@@ -21,8 +21,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
 from pallas_kernels.grouped.hopper_bf16 import PIECES, TuningConfig, whole_lines
+from pallas_kernels.hopper.ring import WARPGROUPS, Ring, barriers, by_role, tiled
+from pallas_kernels.hopper.store import padded_columns, staging, store_sums
+from pallas_kernels.hopper.wgmma import ROWS
 from pallas_kernels.matmul.hopper_gradient import clear_empty_groups, launch_onto, over_group_tiles, send_out
 
 STEP = 64  # rows
@@ -37,11 +39,11 @@ def grouped_matmul_accumulate_bf16(
     """
     config = config or TuningConfig()
     num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
-    padded = hopper.padded_columns(n, jnp.float32)
+    padded = padded_columns(n, jnp.float32)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, b_ref, offsets, out, a_slots, b_slots, out_slots, full, empty, cleared):
-        ring = hopper.Ring((a_slots, b_slots), full, empty)
+        ring = Ring((a_slots, b_slots), full, empty)
 
         def steps_of(group):
             start, end = offsets[group], offsets[group + 1]
@@ -60,8 +62,8 @@ def grouped_matmul_accumulate_bf16(
             lax.fori_loop(0, num_steps, step, slot)
 
         def multiply(wg, group, first, num_steps, slot):
-            mine = pl.ds(wg * hopper.ROWS, hopper.ROWS)
-            half = config.tile_n // hopper.WARPGROUPS
+            mine = pl.ds(wg * ROWS, ROWS)
+            half = config.tile_n // WARPGROUPS
 
             def run(total):
                 def step(i, slots):
@@ -92,29 +94,27 @@ def grouped_matmul_accumulate_bf16(
                 plgpu.barrier_arrive(empty.at[last])
                 return result
 
-            return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
+            return pl.run_scoped(run, plgpu.ACC((ROWS, config.tile_n), jnp.float32))
 
         def compute(wg, row, column, group, first, num_steps, slot):
             def send(ref, _, j):
-                send_out(
-                    c, ref, out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])]
-                )
+                send_out(c, ref, out.at[group, pl.ds(row + wg * ROWS, ROWS), pl.ds(column + j, ref.shape[1])])
 
-            hopper.store({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
+            store_sums({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
 
         def over_results(wg):
             over_tiles(functools.partial(compute, wg))
             if c is None:
                 clear_empty_groups(lambda group: offsets[group + 1] - offsets[group], wg, out_slots.at[wg, 0], out)
 
-        hopper.by_role(ring, lambda: over_tiles(copy), over_results)
+        by_role(ring, lambda: over_tiles(copy), over_results)
 
     scratch = [
-        hopper.tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
-        hopper.tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
-        hopper.staging(PIECES, jnp.float32),
-        *hopper.barriers(2, config.stages),
-        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS),
+        tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
+        tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
+        staging(PIECES, jnp.float32),
+        *barriers(2, config.stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
     operands = whole_lines(a), whole_lines(b), offsets

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import GROUP, manual_axes
+from pallas_kernels import GROUP
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.quantized import Quantized
 

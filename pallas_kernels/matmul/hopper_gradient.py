@@ -1,7 +1,7 @@
 """Weight gradients in FP8 on Hopper: C[g] += A_g B_g^T, both operands in tiles of 1 x 128 along the rows that a group
 received.
 
-What differs from the other products (`pallas_kernels/hopper.py`):
+What differs from the other products (`pallas_kernels/hopper/main_loop.py`):
 
     two vectors of scales   every element of a partial product has a scale of its own, row times column: two operations
                             of the FP32 units per element and step instead of one, and the scales of 32 columns in
@@ -44,11 +44,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import GROUP, hopper
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.hopper.main_loop import TuningConfig, multiply, slots
+from pallas_kernels.hopper.ring import WARPGROUPS, Ring, barriers, by_role, launch, over_steps
+from pallas_kernels.hopper.store import padded_columns, staging, store_sums
+from pallas_kernels.hopper.wgmma import ROWS
 from pallas_kernels.quantized import Quantized
 
-CONFIG = hopper.TuningConfig(split="n", turn=1, pieces=1, batch=1)  # unrolled, the scales of columns spill
+CONFIG = TuningConfig(split="n", turn=1, pieces=1, batch=1)  # unrolled, the scales of columns spill
 # what the copy engine does to C; the interpreter of Mosaic GPU knows no such copies, so its test stores instead
 ON_THE_WAY_OUT = "add"
 PER_TILE, PER_STEP = 3.0, 1.15  # us of a tile on H100 and H200, and of 128 along k in it
@@ -56,7 +60,7 @@ SUM_LAUNCH, SUM_RATE = 4.0, 3.5e6  # of adding parts: us, and bytes/us of readin
 MOST_PARTS = 16  # FP32 results [m, n] that exist at the same time
 
 
-def plan_parts(config: hopper.TuningConfig, m: int, n: int, num_steps: int) -> int:
+def plan_parts(config: TuningConfig, m: int, n: int, num_steps: int) -> int:
     """Return into how many parts to cut the steps of a dense gradient [m, n], for the shortest time by this model:
 
         rounds = ceil(tiles * parts / multiprocessors)
@@ -91,7 +95,7 @@ def matmul_accumulate(
     b: Quantized,
     c: Array | None = None,
     *,
-    config: hopper.TuningConfig = CONFIG,
+    config: TuningConfig = CONFIG,
     parts: int | None = None,
 ) -> Array:
     """Return c + A B^T for tiles `a` [m, k], `b` [n, k] and FP32 `c` [m, n], A B^T without a `c`; k is summed in
@@ -105,7 +109,7 @@ def matmul_accumulate(
 
 
 def grouped_matmul_accumulate(
-    a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None, *, config: hopper.TuningConfig = CONFIG
+    a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None, *, config: TuningConfig = CONFIG
 ) -> Array:
     """Return c[g] + A_g B_g^T, or A_g B_g^T without a `c`.
 
@@ -115,19 +119,24 @@ def grouped_matmul_accumulate(
 
 
 def _run(
-    config: hopper.TuningConfig, a: Quantized, b: Quantized, num_groups: int, group_sizes: Array | None, c: Array | None
+    config: TuningConfig,
+    a: Quantized,
+    b: Quantized,
+    num_groups: int,
+    group_sizes: Array | None,
+    c: Array | None,
 ) -> Array:
     """Return FP32 [num_groups, m, n]. Groups without sizes are parts of K, all of the same number of steps or one more.
 
     Parts are computed and not read: a number of steps from memory takes one register more, and the assembler spills.
     """
     m, n, num_steps = a.shape[0], b.shape[0], a.shape[1] // GROUP
-    padded = hopper.padded_columns(n, jnp.float32)
+    padded = padded_columns(n, jnp.float32)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, a_scales, b_ref, b_scales, *refs):
         *sizes, out, a_slots, b_slots, a_scale_slots, b_scale_slots, out_slots, full, empty = refs
-        ring = hopper.Ring((a_slots, b_slots, a_scale_slots, b_scale_slots), full, empty)
+        ring = Ring((a_slots, b_slots, a_scale_slots, b_scale_slots), full, empty)
 
         def start_of_part(part):
             return lax.div(part * num_steps, jnp.int32(num_groups))
@@ -159,31 +168,33 @@ def _run(
                     slot = ring.fill(slot, sources)
                 return slot
 
-            hopper.over_steps(num_steps, config.turn, turn, slot)
+            over_steps(num_steps, config.turn, turn, slot)
 
         def compute(wg, row, column, group, _, num_steps, slot):
             down, right = config.origin(wg)
 
             def send(ref, i, j):
                 send_out(
-                    c, ref, out.at[group, pl.ds(row + down + i, hopper.ROWS), pl.ds(column + right + j, ref.shape[1])]
+                    c,
+                    ref,
+                    out.at[group, pl.ds(row + down + i, ROWS), pl.ds(column + right + j, ref.shape[1])],
                 )
 
             totals = _multiply_tiles(config, num_steps, ring, wg, slot)
-            hopper.store(totals, out_slots.at[wg], padded - column - right, send, config.batch)
+            store_sums(totals, out_slots.at[wg], padded - column - right, send, config.batch)
 
         def over_results(wg):
             over_tiles(functools.partial(compute, wg))
             if c is None and sizes:
                 clear_empty_groups(lambda group: sizes[0][group], wg, out_slots.at[wg, 0], out)
 
-        hopper.by_role(ring, lambda: over_tiles(copy), over_results)
+        by_role(ring, lambda: over_tiles(copy), over_results)
 
     scratch = [
-        *hopper.slots(config),
+        *slots(config),
         plgpu.SMEM((config.stages, config.tile_n), jnp.float32),  # scales of B
-        hopper.staging(config.pieces, jnp.float32),
-        *hopper.barriers(4, config.stages),
+        staging(config.pieces, jnp.float32),
+        *barriers(4, config.stages),
     ]
     operands = a.values, a.scales, b.values, b.scales, *(() if group_sizes is None else (group_sizes,))
     return launch_onto(c, (num_groups, m, n), kernel, num_groups * tiles[0] * tiles[1], scratch, operands)
@@ -200,17 +211,17 @@ def launch_onto(
     """Return FP32 `shape` [G, m, n]: `c` after `kernel(*operands, c, *scratch)`, or what the kernel writes there
     without a `c`.
 
-    The kernel's array has columns up to `hopper.padded_columns(n)`.
+    The kernel's array has columns up to `main_loop.padded_columns(n)`.
     """
     *lead, n = shape
-    padded = hopper.padded_columns(n, jnp.float32)
+    padded = padded_columns(n, jnp.float32)
     num_blocks = min(num_multiprocessors(), num_tiles)
     if c is None:
-        return hopper.launch(kernel, jax.ShapeDtypeStruct((*lead, padded), jnp.float32), num_blocks, scratch)(
-            *operands
-        )[..., :n]
+        return launch(kernel, jax.ShapeDtypeStruct((*lead, padded), jnp.float32), num_blocks, scratch)(*operands)[
+            ..., :n
+        ]
     total = jax.new_ref(jnp.pad(c, ((0, 0), (0, 0), (0, padded - n))))
-    hopper.launch(kernel, (), num_blocks, scratch)(*operands, total)
+    launch(kernel, (), num_blocks, scratch)(*operands, total)
     return jax.freeze(total)[..., :n]
 
 
@@ -256,7 +267,7 @@ def clear_empty_groups(size_of: Callable[[Array], Array], wg: Array, piece: Any,
     num_groups, m, n = out.shape
     rows, columns = piece.shape
     across = pl.cdiv(n, columns)
-    first, stride = hopper.WARPGROUPS * lax.axis_index("sm") + wg, hopper.WARPGROUPS * lax.axis_size("sm")
+    first, stride = WARPGROUPS * lax.axis_index("sm") + wg, WARPGROUPS * lax.axis_size("sm")
     count = lax.div(pl.cdiv(m, rows) * across - first + stride - 1, jnp.int32(stride))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     piece[...] = plgpu.layout_cast(jnp.zeros(piece.shape, jnp.float32), plgpu.Layout.WGMMA)
@@ -277,8 +288,8 @@ def clear_empty_groups(size_of: Callable[[Array], Array], wg: Array, piece: Any,
     lax.fori_loop(0, num_groups, clear, None)
 
 
-def _multiply_tiles(config: hopper.TuningConfig, num_steps: Array, ring: hopper.Ring, wg: Array, slot: Array) -> dict:
-    """Return `hopper.multiply` for B in tiles, whose scales are the ring's last operand."""
+def _multiply_tiles(config: TuningConfig, num_steps: Array, ring: Ring, wg: Array, slot: Array) -> dict:
+    """Return `main_loop.multiply` for B in tiles, whose scales are the ring's last operand."""
     _, column = config.origin(wg)
 
     def scale(slot, i, _):
@@ -289,6 +300,6 @@ def _multiply_tiles(config: hopper.TuningConfig, num_steps: Array, ring: hopper.
         scaled = product * lax.broadcast_in_dim(b_scale, product.shape, [1])
         return total + scaled * lax.broadcast_in_dim(a_scale, product.shape, [0]), scaled
 
-    return hopper.multiply(
+    return multiply(
         config, num_steps, ring, wg, slot, ahead=lambda _, count: [None] * count, scale=scale, promote=promote
     )

@@ -1,5 +1,6 @@
-"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value. `pallas_kernels.stream` tells how tiles stream, and
-what it reaches.
+"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value.
+
+`pallas_kernels.hopper.stream` tells how tiles stream, and what speed this kernel reaches.
 """
 
 import jax
@@ -9,9 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.producers.reference import swiglu
-from pallas_kernels.quantized import E4M3, Quantized, Scale
-from pallas_kernels.stream import (
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TILE,
     TILE_GROUPS,
@@ -25,6 +24,8 @@ from pallas_kernels.stream import (
     quantized_type,
     spread,
 )
+from pallas_kernels.producers.reference import swiglu
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 
 SWIGLU = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
 

@@ -4,7 +4,7 @@ value of the output.
 A block takes a tile of 128 x 128. Its four warpgroups hold 32 rows each, in FP32:
 
     along rows      a group lies in 8 lanes of one warp: largest, scale and values at once, as in
-                    `pallas_kernels.stream`
+                    `pallas_kernels.hopper.stream`
     along columns   the rows go through shared memory in FP32 and come back with a column per thread, so that the
                     largest of 32 is found without an exchange. The warpgroups' four largest meet in shared memory
                     behind a barrier: the only one between them. A thread then has 32 neighbours of the transposed row
@@ -35,9 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, scale_of, scales_shape
-from pallas_kernels.stream import (
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TuningConfig,
     launch,
@@ -48,6 +46,8 @@ from pallas_kernels.stream import (
     quantized_type,
     spread,
 )
+from pallas_kernels.producers.reference import swiglu, swiglu_gradients
+from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, scale_of, scales_shape
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB

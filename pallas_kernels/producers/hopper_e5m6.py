@@ -1,5 +1,6 @@
-"""E5M6 on Hopper: 3.5 bytes moved per value of BF16. `pallas_kernels.stream` tells how tiles stream and what each
-kernel reaches, `e5m6` what the bytes are.
+"""E5M6 on Hopper: 3.5 bytes moved per value of BF16.
+
+`pallas_kernels.hopper.stream` tells how tiles stream and what speed each kernel reaches, `e5m6` what the bytes are.
 
 The two halves of a tile are worked on side by side, because a byte of the high plane takes a nibble of either.
 """
@@ -14,9 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.producers import e5m6
-from pallas_kernels.quantized import scales_shape
-from pallas_kernels.stream import (
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TILE_GROUPS,
     TILE_ROWS,
@@ -27,6 +26,8 @@ from pallas_kernels.stream import (
     put,
     spread,
 )
+from pallas_kernels.producers import e5m6
+from pallas_kernels.quantized import scales_shape
 
 PACK = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
 HALF_TILE = plgpu.Layout.TILED(  # `stream.TILE` of half groups

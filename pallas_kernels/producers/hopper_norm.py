@@ -45,8 +45,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.quantized import E4M3, Quantized, Scale
-from pallas_kernels.stream import (
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TILE,
     TILE_GROUPS,
@@ -59,6 +58,7 @@ from pallas_kernels.stream import (
     quantized_type,
     spread,
 )
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 
 WIDEST_ROW = 18432  # 4 rows in BF16 and their results fill shared memory
 WIDTH = TILE_GROUPS * GROUP  # of a piece

@@ -1,5 +1,7 @@
-"""Quantisation on Hopper: what a tile is, and where its results go. `pallas_kernels.stream` tells how tiles stream and
-what each kernel reaches; the transposed forms are in `hopper_transposed.py`.
+"""Quantisation on Hopper: what a tile is, and where its results go.
+
+`pallas_kernels.hopper.stream` tells how tiles stream and what speed each kernel reaches; the transposed forms are in
+`hopper_transposed.py`.
 
     quantize_tiles     a tile is 64 rows of 128: 64 scales leave as one piece of 256 bytes
     quantize_blocks    a tile is a block of 128 x 128, read twice from shared memory: for its largest magnitude, then
@@ -18,9 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.quantize.hopper_transposed import quantize_tiles_both, requantize_transposed
-from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
-from pallas_kernels.stream import (
+from pallas_kernels.hopper.stream import (
     TuningConfig,
     launch,
     lines,
@@ -31,6 +31,8 @@ from pallas_kernels.stream import (
     row_layout,
     spread,
 )
+from pallas_kernels.quantize.hopper_transposed import quantize_tiles_both, requantize_transposed
+from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
 
 __all__ = ["quantize_blocks", "quantize_rows", "quantize_tiles", "quantize_tiles_both", "requantize_transposed"]
 

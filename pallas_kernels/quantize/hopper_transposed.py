@@ -29,9 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.hopper import SWIZZLE_ROWS, tiled
-from pallas_kernels.quantized import E4M3, Quantized, Scale
-from pallas_kernels.stream import (
+from pallas_kernels.hopper.ring import SWIZZLE_ROWS, tiled
+from pallas_kernels.hopper.stream import (
     TuningConfig,
     launch,
     lines,
@@ -42,6 +41,7 @@ from pallas_kernels.stream import (
     row_layout,
     spread,
 )
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 
 BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
 REQUANTIZED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)

@@ -21,7 +21,7 @@ from jax._src import (
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from pallas_kernels import ahead
+from pallas_kernels.lowering import export_cache
 
 unchecked = functools.partial(jax_config._check_vma, False)
 
@@ -83,9 +83,9 @@ def _call(kernel: Callable, tree: Any, others: tuple, arrays: list[jax.Array]) -
         finally:
             _OPERATION.reset(token)
 
-    if not ahead.applies():
+    if not export_cache.applies():
         return run(arrays)
-    return ahead.call(run, kernel.__name__, (kernel.__module__, kernel.__qualname__, tree, others), arrays)
+    return export_cache.call(run, kernel.__name__, (kernel.__module__, kernel.__qualname__, tree, others), arrays)
 
 
 _OPERATION: contextvars.ContextVar[str | None] = contextvars.ContextVar("operation", default=None)

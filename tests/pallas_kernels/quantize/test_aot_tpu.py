@@ -19,7 +19,7 @@ from pallas_kernels import quantize
 from pallas_kernels.quantized import E4M3, Quantized
 from tests.test_aot_tpu import ENVIRONMENT
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")
 ROWS, WIDTH = 301, 7168  # odd rows
 LATENT = 576  # of V3's keys and values: a partial block

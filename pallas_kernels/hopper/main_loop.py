@@ -12,7 +12,7 @@ The plan of one thread block, one output tile of 128 x 256 at a time, grid persi
                           the next slot and read its scales; finish the product, free the slot, promote
 
 While one warpgroup promotes, the other multiplies. A thread holds 128 sums and one product of 64 registers
-(`hopper_product.py`).
+(`wgmma.py`).
 
 What bounds it, on an H100 at (4096, 4096, 7168), where XLA's product per tensor takes 156 us and this 166:
 
@@ -27,8 +27,8 @@ What lost (TFLOP/s, the same shape; this form gives 1440; experiments/log.md has
     `plgpu.wgmma`                 spills with 128 sums: 735 with all addresses computed ahead (LLVM hoists 36
                                   descriptors of 64 bits out of the loop), 1130 with addresses computed in the loop,
                                   1249 held in order by a branch
-    sums alive in branches        after the loop: the assembler serialises the products, 232 (`store` rounds before it
-                                  branches)
+    sums alive in branches        after the loop: the assembler serialises the products, 232 (`store_sums` rounds before
+                                  it branches)
     tiles of 128 x 128            1305; the assembler may begin products early, there are registers for it; copies are
                                   the bound
     A in registers                read once for both products: 1336; the reads stand between a product and the next
@@ -42,7 +42,7 @@ as long as they are computed from the slot before the wait for it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,21 +50,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import (
-    GROUP,
-    hopper_product,
-    layout_inference,  # noqa: F401  for what it does when imported
-    manual_axes,
-)
-from pallas_kernels.hopper_product import ROWS
+from pallas_kernels import GROUP
+from pallas_kernels.hopper import wgmma
+from pallas_kernels.hopper.ring import WARPGROUPS, Ring, over_steps, swizzled
+from pallas_kernels.hopper.wgmma import ROWS
 from pallas_kernels.quantized import E4M3
-
-WARPGROUPS = 2  # that multiply
-MEMORY_REGISTERS, COMPUTE_REGISTERS = (
-    24,
-    240,
-)  # per thread; together the 168 for each of 384 threads that a block starts with
-SWIZZLE_BYTES, SWIZZLE_ROWS = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,42 +112,6 @@ class TuningConfig:
         return (0, product * self.columns) if self.split == "m" else (product * ROWS, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """The slots through which operands pass.
-
-    Attributes:
-        operands: refs [stages, ...] of A, B, the scales of A, and what else a step needs.
-        full: barriers, one per slot: its copies have arrived.
-        empty: likewise: both warpgroups are done with it.
-    """
-
-    operands: Sequence[Any]
-    full: Any
-    empty: Any
-
-    @property
-    def stages(self) -> int:
-        """The number of slots."""
-        return self.operands[0].shape[0]
-
-    def after(self, slot: Array) -> Array:
-        """Return the slot that follows."""
-        return jnp.where(slot == self.stages - 1, 0, slot + 1)
-
-    def fill(self, slot: Array, sources: Sequence[Any]) -> Array:
-        """Copy one step into a slot, once it is free; return the next slot."""
-        plgpu.barrier_wait(self.empty.at[slot])
-        for source, operand in zip(sources, self.operands, strict=True):
-            plgpu.copy_gmem_to_smem(source, operand.at[slot], self.full.at[slot])
-        return self.after(slot)
-
-    def drain(self) -> None:
-        """Wait until every slot is free again: the memory warpgroup's last act."""
-        for slot in range(self.stages):
-            plgpu.barrier_wait(self.empty.at[slot])
-
-
 def slots(config: TuningConfig) -> list:
     """Return the shared memory of the ring: slots of A, B and the scales of A."""
     return [
@@ -165,47 +119,6 @@ def slots(config: TuningConfig) -> list:
         swizzled((config.stages, config.tile_n, GROUP), E4M3),
         plgpu.SMEM((config.stages, config.tile_m), jnp.float32),
     ]
-
-
-def barriers(copies: int, stages: int) -> list:
-    """Return the barriers of a ring, full and empty, for a number of copies per slot."""
-    arrivals = copies, WARPGROUPS
-    return [plgpu.Barrier(num_arrivals=count, num_barriers=stages) for count in arrivals]
-
-
-def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
-    """Shared memory in the swizzled layout of TMA and wgmma."""
-    columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((SWIZZLE_ROWS, columns)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-    )
-
-
-def staging(pieces: int, dtype: Any) -> plgpu.SMEM:
-    """Where pieces wait for their way out."""
-    return swizzled((WARPGROUPS, pieces, ROWS, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize), dtype)
-
-
-def swizzled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
-    """Shared memory in rows of 128 bytes: the bytes of `tiled`, but the matrix in global memory may have any number of
-    rows.
-    """
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform(shape[-1:]), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-    )
-
-
-def over_steps(num_steps: Any, turn: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
-    """Fold `body(first step, number of steps, carry)` over `num_steps`, a number or a scalar: `turn` of them at a time,
-    then the rest.
-    """
-    if isinstance(num_steps, int):
-        turns, rest = divmod(num_steps, turn)
-        carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
-        return body(turns * turn, rest, carry) if rest else carry
-    turns = lax.div(num_steps, jnp.int32(turn))
-    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
-    return lax.fori_loop(turns * turn, num_steps, lambda i, carry: body(i, 1, carry), carry)
 
 
 def multiply(
@@ -237,7 +150,7 @@ def multiply(
     row, column = config.origin(wg)
     places = [(row + down, column + right) for down, right in map(config.offset, range(config.products))]
     below = config.split == "n"  # products lie below each other: they share the scales of B; side by side, those of A
-    add = hopper_product.never(wg)
+    add = wgmma.never(wg)
 
     def receive(slot):
         plgpu.barrier_wait(ring.full.at[slot])
@@ -250,7 +163,7 @@ def multiply(
         slot, a_scales, product, *totals = carry
         following, received = ring.after(slot), a_scales
         for i, (row, column) in enumerate(places):
-            product = hopper_product.start(
+            product = wgmma.start(
                 a_slots.at[slot, pl.ds(row, ROWS)], b_slots.at[slot, pl.ds(column, config.columns)], product, add
             )
             if not (below and i):
@@ -258,7 +171,7 @@ def multiply(
             last = i == config.products - 1
             if last and more:
                 received = receive(following)
-            product = hopper_product.finish(product)
+            product = wgmma.finish(product)
             if last:
                 plgpu.barrier_arrive(ring.empty.at[slot])
             totals[i], product = promote(totals[i], product, a_scales[i if below else 0], b_scale)
@@ -326,110 +239,3 @@ def zero_sum(config: TuningConfig) -> Array:
 def zero_sums(config: TuningConfig) -> dict[tuple[int, int], Array]:
     """Return the sums of a warpgroup before its first step, as `multiply` returns them."""
     return {config.offset(i): zero_sum(config) for i in range(config.products)}
-
-
-def store(
-    totals: Mapping[tuple[int, int], Array],
-    out_slots: Any,
-    room: Any,
-    send: Callable[[Any, int, int], None],
-    batch: int = 1,
-) -> None:
-    """Send the sums of a warpgroup out through shared memory, some pieces at a time.
-
-    Args:
-        totals: by their first row and column within what the warpgroup computes, FP32 [64, columns].
-        out_slots: ref [pieces, 64, width].
-        room: how many columns there are from the warpgroup's first one on; pieces that begin beyond are dropped.
-        send: ref [64, width], its first row and column -> starts copies, uncommitted.
-        batch: how many pieces are sent together.
-    """
-    pieces, _, width = out_slots.shape
-    cut = []
-    for (down, right), total in totals.items():
-        # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it
-        # spills.
-        rounded = [
-            lax.optimization_barrier(total[:, x : x + width].astype(out_slots.dtype))
-            for x in range(0, total.shape[1], width)
-        ]
-        cut += [(down, right + j * width, piece) for j, piece in enumerate(rounded)]
-    for first in range(0, len(cut), batch):
-        together = cut[first : first + batch]
-
-        @pl.when(together[0][1] < room)
-        def _(first=first, together=together):
-            # A total's first pieces wait for all: how many of the one before were dropped, only the run knows.
-            plgpu.wait_smem_to_gmem(pieces // batch - 1 if first % len(rounded) else 0, wait_read_only=True)
-            refs = [out_slots.at[(first + j) % pieces] for j in range(len(together))]
-            for ref, (*_, piece) in zip(refs, together, strict=True):
-                ref[...] = piece
-            plgpu.commit_smem()
-            for ref, (down, right, _) in zip(refs, together, strict=True):
-                send(ref, down, right)
-            plgpu.commit_smem_to_gmem_group()
-
-
-def store_rows(ref: Any, out: Any, first: Array, start: Array, end: Array, columns: Any) -> None:
-    """Copy those rows of `ref` [64, n] to the columns of `out` that lie from `start` to `end`; row 0 of `ref` is row
-    `first` of `out`.
-    """
-    skip = jnp.clip(start - first, 0, ROWS)
-    count = jnp.clip(end - first, 0, ROWS) - skip
-    size = ROWS
-    while size:  # a rectangle of each size that the binary form of the count has
-        part = (count & size) != 0
-
-        @pl.when(part)
-        def _(skip=skip, size=size):
-            plgpu.copy_smem_to_gmem(
-                ref.at[pl.ds(skip, size)], out.at[pl.ds(first + skip, size), columns], commit_group=False
-            )
-
-        skip += jnp.where(part, size, 0)
-        size //= 2
-
-
-def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) -> Callable:
-    """Return the kernel of `body(*refs)` on a persistent grid of `num_blocks`, three warpgroups each."""
-    return plgpu.kernel(
-        body,
-        kernel_name=manual_axes.operation(body),
-        out_type=out_type,
-        grid=(num_blocks,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=scratch_types,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )
-
-
-def by_role(ring: Ring, copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
-    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers; all slots begin
-    free and end free.
-
-    The number of the warpgroup is asked for here and nowhere else: it is a shuffle, which the compiler leaves where it
-    stands.
-    """
-    wg = lax.axis_index("wg")
-
-    @pl.when(wg == WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-        copy()
-        ring.drain()
-
-    @pl.when(wg < WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        for slot in range(ring.stages):
-            plgpu.barrier_arrive(ring.empty.at[slot])
-        compute(wg)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def padded_columns(n: int, dtype: Any) -> int:
-    """Return n rounded up to whole swizzled lines, of which the copy engine wants a multiple."""
-    columns = SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
-    return n if n < columns else -(-n // columns) * columns

@@ -54,9 +54,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import GROUP, manual_axes
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.hopper import SWIZZLE_BYTES
+from pallas_kernels.hopper.ring import SWIZZLE_BYTES
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.quantized import E4M3, Scale, largest_magnitude, scale_of, scales_shape
 
 Share = Literal["nothing", "tiles", "slots"]

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.bench.operation import Program
+from pallas_kernels.bench.shapes import XLA_DENSE, Dense, Linear, Shape
 from pallas_kernels.quantized import E4M3, LARGEST
-from pallas_kernels.shapes import XLA_DENSE, Dense, Linear, Shape
-from pallas_kernels.workloads import Program
 
 XLA_FP8 = "XLA FP8 per tensor"
 XLA_BF16 = "XLA BF16"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import producers, stream
+from pallas_kernels import producers
+from pallas_kernels.hopper import stream
 from pallas_kernels.producers import e5m6, hopper_e5m6, tpu
 
 TPU = pltpu.InterpretParams()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu import constraints
 
-from pallas_kernels import ahead, layout_inference, manual_axes, quantize
+from pallas_kernels import quantize
+from pallas_kernels.lowering import export_cache, layout_inference, manual_axes
 from pallas_kernels.quantized import Quantized
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -16,12 +17,12 @@ X = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "_SETTINGS", ahead._Settings())
-    monkeypatch.setattr(ahead, "PLATFORMS", {"cpu": "cpu"})
-    ahead.enable(tmp_path / "kernels")
+    monkeypatch.setattr(export_cache, "_SETTINGS", export_cache._Settings())
+    monkeypatch.setattr(export_cache, "PLATFORMS", {"cpu": "cpu"})
+    export_cache.enable(tmp_path / "kernels")
     yield tmp_path / "kernels"
-    ahead._compilers().shutdown()
-    ahead._compilers.cache_clear()
+    export_cache._compilers().shutdown()
+    export_cache._compilers.cache_clear()
     jax.config.update("jax_export_ignore_forward_compatibility", False)
 
 
@@ -95,17 +96,19 @@ def test_a_caller_on_a_mesh_sees_no_difference(folder, monkeypatch):
 
     apart = run()
     assert len(list(folder.iterdir())) == 1
-    monkeypatch.setattr(ahead, "applies", lambda: False)
+    monkeypatch.setattr(export_cache, "applies", lambda: False)
     np.testing.assert_array_equal(apart, run())
 
 
 def test_kernels_are_compiled_meanwhile(folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
-        ahead, "_compile", lambda exported, shapes, compile=ahead._compile: compiled.append(compile(exported, shapes))
+        export_cache,
+        "_compile",
+        lambda exported, shapes, compile=export_cache._compile: compiled.append(compile(exported, shapes)),
     )
     manual_axes.call(kernel_of([]), X, Quantized(X.T, X, "tile"), 2)
-    ahead._compilers().shutdown()  # waits
+    export_cache._compilers().shutdown()  # waits
     assert len(compiled) == 1
 
 

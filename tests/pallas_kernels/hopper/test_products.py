@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import grouped, hopper_product, matmul
+from pallas_kernels import grouped, matmul
 from pallas_kernels.grouped import hopper as grouped_hopper
 from pallas_kernels.grouped import hopper_bf16, hopper_bf16_gradient, reference
-from pallas_kernels.hopper import TuningConfig
+from pallas_kernels.hopper.main_loop import TuningConfig, wgmma
 from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.quantized import E4M3, Quantized
@@ -62,7 +62,7 @@ def interpret(races, function, *operands):
     fields = {field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)}
     quiet = {"on_race": "warn"} if "on_race" in fields else {}  # jax 0.12 would stop at the first
     interpreter = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, **quiet))
-    with interpreter, mock.patch.object(hopper_product, "PTX", False):
+    with interpreter, mock.patch.object(wgmma, "PTX", False):
         result = jax.block_until_ready(jax.jit(function)(*operands))
     for race in races():
         reads, writes = (re.findall(rf"{kind} of .*? \((\S*)\)", race) for kind in ("read", "write"))
@@ -329,7 +329,7 @@ def test_masked_tiles_fit_the_rows(expected_rows, tile):
     """The caller's hint changes the tiles, and nothing else."""
     a = jax.eval_shape(lambda: Quantized(jnp.zeros((2, 4096, 256), E4M3), jnp.zeros((2, 2, 4096), jnp.float32), "tile"))
     operands = a, jax.eval_shape(lambda: blocks(2, 512, 256)), jax.ShapeDtypeStruct((2,), jnp.int32)
-    with mock.patch.object(grouped_hopper.hopper, "slots", wraps=grouped_hopper.hopper.slots) as slots:
+    with mock.patch.object(grouped_hopper, "slots", wraps=grouped_hopper.slots) as slots:
         lower(lambda *o: grouped.masked_matmul(*o, expected_rows=expected_rows, implementation="hopper"), *operands)
     (config,) = slots.call_args.args
     assert (config.tile_m, config.tile_n) == tile

@@ -14,8 +14,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import workloads
-from pallas_kernels.shapes import FEW_TILES, Gradients
+from pallas_kernels.bench import workloads
+from pallas_kernels.bench.operation import InPlace
+from pallas_kernels.bench.shapes import FEW_TILES, Gradients
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Linux")
@@ -96,7 +97,7 @@ def test_a_donated_accumulator_is_not_copied(name, h100):
     operation = OPERATIONS[name]
     shape = next(iter(operation.rows))
     *factors, total = operands_on(h100, operation, shape)
-    assert " copy(" not in compile_for_cuda(workloads.InPlace(operation.kernel(shape)), total, *factors).as_text()
+    assert " copy(" not in compile_for_cuda(InPlace(operation.kernel(shape)), total, *factors).as_text()
     assert " copy(" in compile_for_cuda(jax.jit(operation.kernel(shape)), *factors, total).as_text()
 
 
@@ -104,7 +105,7 @@ def test_parts_of_k_are_added_in_one_pass(h100):
     """By one fusion after the kernel, in the place of a donated accumulator."""
     operation, shape = OPERATIONS["matmul_accumulate"], next(iter(FEW_TILES))
     *factors, total = operands_on(h100, operation, shape)
-    onto_c = compile_for_cuda(workloads.InPlace(operation.kernel(shape)), total, *factors).as_text()
+    onto_c = compile_for_cuda(InPlace(operation.kernel(shape)), total, *factors).as_text()
     from_zero = compile_for_cuda(jax.jit(operation.kernel(shape)), *factors).as_text()
     for program in (onto_c, from_zero):
         assert program.count(" custom-call(") == program.count(" fusion(") == 1 and " copy(" not in program

@@ -150,6 +150,6 @@ def _digest(identity: Any, shapes: list) -> str:
 def _sources() -> str:
     """Return a digest of this package's text."""
     text = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         text.update(path.read_bytes())
     return text.hexdigest()

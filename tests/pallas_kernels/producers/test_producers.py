@@ -14,7 +14,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.model import layers
-from pallas_kernels import GROUP, producers, stream
+from pallas_kernels import GROUP, producers
+from pallas_kernels.hopper import stream
 from pallas_kernels.producers import hopper, hopper_backward, hopper_norm, reference, tpu
 from pallas_kernels.quantized import dequantize
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, records, workloads
-from pallas_kernels.quantized import Quantized, dequantize
-from pallas_kernels.shapes import (
+from pallas_kernels.bench import __main__ as command
+from pallas_kernels.bench import records, workloads
+from pallas_kernels.bench.operation import LAUNCHES, Operation, Program, relative_error, work_of
+from pallas_kernels.bench.shapes import (
     DENSE,
     GRADIENTS,
     GROUPED,
@@ -30,9 +31,10 @@ from pallas_kernels.shapes import (
     draw_dense,
     group_sizes,
 )
-from pallas_kernels.yardsticks import COPY, XLA_BF16, XLA_FP8, yardsticks
+from pallas_kernels.bench.yardsticks import COPY, XLA_BF16, XLA_FP8, yardsticks
+from pallas_kernels.quantized import Quantized, dequantize
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OPERATIONS = workloads.operations(seed=7)
 
 
@@ -121,7 +123,7 @@ def test_every_row_is_a_valid_call(operation):
         result = jax.eval_shape(
             functools.partial(operation.call, implementation="reference", **operation.exact), *operands
         )
-        assert workloads.work_of(shape, operands, result) > 0
+        assert work_of(shape, operands, result) > 0
         if operation.accumulates:
             assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.tree.leaves(result)[-1]) == (
                 operands[-1].shape,
@@ -139,28 +141,28 @@ def test_operands_are_normal_and_different():
 
 def test_an_accumulating_operation_is_timed_in_place():
     call = lambda a, c, implementation: c + a  # noqa: E731
-    operation = workloads.Operation("sum", call, {}, lambda key, shape: (), accumulates=True)
+    operation = Operation("sum", call, {}, lambda key, shape: (), accumulates=True)
     program = operation.program(Dense(1, 1, 1), (jnp.float32(3), jnp.float32(1)))
     assert isinstance(
         program.function, jax.stages.Wrapped
     )  # the profiler would jit anything else, and undo the donation
-    results = [program.function(*program.operands) for _ in range(workloads.LAUNCHES + 1)]
+    results = [program.function(*program.operands) for _ in range(LAUNCHES + 1)]
     assert not any(result.is_deleted() for result in results) and not program.operands[1].is_deleted()
     again = program.function(*program.operands)
     assert results.pop(0).is_deleted()
-    assert [float(result) for result in results] == [1 + 3] * workloads.LAUNCHES and again == 1 + 3 + 3
+    assert [float(result) for result in results] == [1 + 3] * LAUNCHES and again == 1 + 3 + 3
 
 
 def test_error_is_relative_skips_what_is_unspecified_and_shows_nan():
     expected = Quantized(jnp.array([3.0, 4.0, jnp.nan]), jnp.array([2.0]), "tile")
     off_by_one = Quantized(jnp.array([3.0, 5.0, 7.0]), jnp.array([2.0]), "tile")
-    assert workloads.relative_error(off_by_one, expected) == pytest.approx(1 / 5)
-    assert workloads.relative_error(expected, expected) == 0
-    assert np.isnan(workloads.relative_error(jnp.array([jnp.nan, 1.0]), jnp.array([0.0, 1.0])))
+    assert relative_error(off_by_one, expected) == pytest.approx(1 / 5)
+    assert relative_error(expected, expected) == 0
+    assert np.isnan(relative_error(jnp.array([jnp.nan, 1.0]), jnp.array([0.0, 1.0])))
 
 
 def test_yardsticks_do_the_same_work(monkeypatch):
-    monkeypatch.setattr("pallas_kernels.yardsticks.COPY_WORDS", 1024)
+    monkeypatch.setattr("pallas_kernels.bench.yardsticks.COPY_WORDS", 1024)
     assert list(yardsticks(Rows(4, 128), "fp8")) == [COPY]
     assert list(yardsticks(Linear(8, 128, 256), "fp8")) == [XLA_BF16]
     small = Dense(17, 48, 64)
@@ -192,17 +194,17 @@ def test_times_are_medians_of_sums_in_turns(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(bench.profiler, "measure", fake)
-    programs = {"a": workloads.Program("a", (1.0,), 1), "b": workloads.Program("b", (1.5,), 1)}
-    seconds, kernels = bench.measure(programs)
+    monkeypatch.setattr(command.profiler, "measure", fake)
+    programs = {"a": Program("a", (1.0,), 1), "b": Program("b", (1.5,), 1)}
+    seconds, kernels = command.measure(programs)
     assert seconds == {"a": pytest.approx(1.5e-3), "b": pytest.approx(2e-3)} and kernels == {"a": 2, "b": 2}
-    assert turns == ["a", "b"] * bench.ROUNDS and bench.ROUNDS * bench.LAUNCHES >= 20
+    assert turns == ["a", "b"] * command.ROUNDS and command.ROUNDS * command.LAUNCHES >= 20
 
 
-ROW = bench.Row(
+ROW = command.Row(
     "matmul", "fp8", XLA_DENSE, DENSE[XLA_DENSE], 175.0, 1, 1385.3, 1.7e-3, 4.2, {XLA_FP8: 1500.0, XLA_BF16: 800.0}
 )
-COPYING = bench.Row("quantize_tiles", "fp8", Rows(16384, 7168), None, 83.0, 1, 4050.0, 0.0, 2.1, {COPY: 4200.0})
+COPYING = command.Row("quantize_tiles", "fp8", Rows(16384, 7168), None, 83.0, 1, 4050.0, 0.0, 2.1, {COPY: 4200.0})
 
 
 def test_rates_are_held_against_the_same_run():
@@ -214,7 +216,7 @@ def test_rates_are_held_against_the_same_run():
 
 def test_records_say_all_and_can_be_written(tmp_path):
     common = records.provenance("pallas_kernels.bench", "1 x NVIDIA H200")
-    found = [record | common for row in (ROW, COPYING) for record in bench.describe(row)]
+    found = [record | common for row in (ROW, COPYING) for record in command.describe(row)]
     keys = {
         "op",
         "mode",
@@ -249,17 +251,17 @@ def test_records_say_all_and_can_be_written(tmp_path):
 
 def test_lines_stand_under_their_heads():
     for row in (ROW, COPYING):
-        line = bench.format_row(row)
-        assert line.index("XLA FP8" if row is ROW else COPY) == bench.HEAD.index("beside it")
-        assert line[: bench.SHAPE_WIDTH].startswith(f"m={row.shape.m} ")
+        line = command.format_row(row)
+        assert line.index("XLA FP8" if row is ROW else COPY) == command.HEAD.index("beside it")
+        assert line[: command.SHAPE_WIDTH].startswith(f"m={row.shape.m} ")
     widest = max(
-        (bench.format_row(dataclasses.replace(ROW, shape=shape)) for op in OPERATIONS for shape in op.rows), key=len
+        (command.format_row(dataclasses.replace(ROW, shape=shape)) for op in OPERATIONS for shape in op.rows), key=len
     )
-    assert len(widest) == len(bench.format_row(ROW))
+    assert len(widest) == len(command.format_row(ROW))
     assert (
-        "0.981" in bench.format_row(ROW)
-        and "0.981" in bench.summarize([ROW, ROW])
-        and "0.964" in bench.summarize([COPYING])
+        "0.981" in command.format_row(ROW)
+        and "0.981" in command.summarize([ROW, ROW])
+        and "0.964" in command.summarize([COPYING])
     )
 
 
@@ -289,19 +291,18 @@ def test_the_command_from_operands_to_records(monkeypatch, capsys, tmp_path):
         rows = {Dense(8, 16, 32): DENSE[XLA_DENSE]}
         operands = lambda key, shape: (jax.random.normal(key, shape[:2]),)  # noqa: E731
         return [
-            workloads.Operation(name, call, rows, operands)
-            for name, call in (("doubled", _doubled), ("other", _without_kernel))
+            Operation(name, call, rows, operands) for name, call in (("doubled", _doubled), ("other", _without_kernel))
         ]
 
-    monkeypatch.setattr(bench.profiler, "measure", fake)
-    monkeypatch.setattr(bench, "operations", one_row)
-    monkeypatch.setattr(bench, "take_gpu", lambda: jax.devices()[0])
+    monkeypatch.setattr(command.profiler, "measure", fake)
+    monkeypatch.setattr(command, "operations", one_row)
+    monkeypatch.setattr(command, "take_gpu", lambda: jax.devices()[0])
     for arguments, shown in (
         ([], ("doubled\n", "other\n", "has no 'hopper' kernel")),
         (["--op=doubled"], ("doubled\n",)),
     ):
         monkeypatch.setattr(sys, "argv", ["bench", f"--json={tmp_path}/rows.json", *arguments])
-        bench.main()
+        command.main()
         printed = capsys.readouterr().out
         assert all(text in printed for text in shown) and ("other" in printed) == ("other\n" in shown)
         values = {record["mode"]: record["value"] for record in json.loads((tmp_path / "rows.json").read_text())}

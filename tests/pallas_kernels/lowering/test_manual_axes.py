@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import manual_axes
+from pallas_kernels.lowering import manual_axes
 
 
 def kernel_of(traces):

@@ -25,10 +25,11 @@ from typing import Any
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import records
-from pallas_kernels.shapes import DeepGemm, Shape
-from pallas_kernels.workloads import LAUNCHES, Operation, Program, operations
-from pallas_kernels.yardsticks import yardsticks
+from pallas_kernels.bench import records
+from pallas_kernels.bench.operation import LAUNCHES, Operation, Program
+from pallas_kernels.bench.shapes import DeepGemm, Shape
+from pallas_kernels.bench.workloads import operations
+from pallas_kernels.bench.yardsticks import yardsticks
 
 PEAK = {"fp8": 1979e12, "bf16": 989.5e12}  # FLOP/s, dense, of H100 and H200 SXM (NVIDIA's data sheets)
 ONE = {"TFLOP/s": 1e12, "GB/s": 1e9}

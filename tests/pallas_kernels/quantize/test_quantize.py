@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import GROUP, quantize, stream
+from pallas_kernels import GROUP, quantize
 from pallas_kernels.grouped import reference as grouped_reference
+from pallas_kernels.hopper import stream
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.quantize import hopper
 from pallas_kernels.quantize import reference as quantize_reference
