@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import GROUP, dispatch
-from pallas_kernels.grouped import hopper, hopper_bf16, hopper_bf16_gradient, reference, tpu, tpu_bf16
-from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype, hopper_gradient
+from pallas_kernels.grouped import hopper, hopper_bf16, hopper_bf16_gradient, hopper_gradient, reference, tpu, tpu_bf16
+from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype
 from pallas_kernels.quantized import Quantized, check_quantized
 
 

@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped.hopper_bf16 import PIECES, TuningConfig, whole_lines
+from pallas_kernels.hopper.groups import clear_empty_groups, launch_onto, over_group_tiles, send_out
 from pallas_kernels.hopper.ring import WARPGROUPS, Ring, barriers, by_role, tiled
 from pallas_kernels.hopper.store import padded_columns, staging, store_sums
 from pallas_kernels.hopper.wgmma import ROWS
-from pallas_kernels.matmul.hopper_gradient import clear_empty_groups, launch_onto, over_group_tiles, send_out
 
 STEP = 64  # rows
 

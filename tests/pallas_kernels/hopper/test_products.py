@@ -19,6 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import grouped, matmul
 from pallas_kernels.grouped import hopper as grouped_hopper
 from pallas_kernels.grouped import hopper_bf16, hopper_bf16_gradient, reference
+from pallas_kernels.grouped import hopper_gradient as grouped_hopper_gradient
+from pallas_kernels.hopper import groups
+from pallas_kernels.hopper.gradient import CONFIG
 from pallas_kernels.hopper.main_loop import TuningConfig, wgmma
 from pallas_kernels.matmul import hopper, hopper_gradient
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
@@ -33,7 +36,7 @@ BF16_ERROR, FP32_ERROR = 2.0e-3, 1.0e-6  # relative L2; measured 1.68e-3, which 
 
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
-    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16):  # of which the BF16 gradients use the second
+    for module in (hopper, hopper_gradient, grouped_hopper, hopper_bf16, groups):
         monkeypatch.setattr(module, "num_multiprocessors", lambda: 2)
 
 
@@ -191,14 +194,14 @@ def test_weight_gradients(races, monkeypatch, config):
     """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to
     zeros.
     """
-    monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
+    monkeypatch.setattr(groups, "ON_THE_WAY_OUT", None)
     sizes, m, n = (128, 0, 384, 256), 136, 72
     a, b = tiles(m, 896), tiles(n, 896, seed=1)
     poison = sum(sizes)
     a = Quantized(a.values.at[:, poison:].set(jnp.nan), a.scales.at[poison // 128 :].set(jnp.nan), "tile")
     c, group_sizes = jnp.zeros((len(sizes), m, n)), jnp.asarray(sizes, jnp.int32)
     actual = interpret(
-        races, lambda *o: hopper_gradient.grouped_matmul_accumulate(*o, config=config), a, b, group_sizes, c
+        races, lambda *o: grouped_hopper_gradient.grouped_matmul_accumulate(*o, config=config), a, b, group_sizes, c
     )
     expected = np.asarray(
         grouped.grouped_matmul_accumulate(a, b, group_sizes, c, implementation="reference"), np.float64
@@ -208,7 +211,7 @@ def test_weight_gradients(races, monkeypatch, config):
 
 def test_weight_gradients_in_bf16(races, monkeypatch):
     """Groups begin and end within steps of 64 rows; the rows after the last are NaN in both operands."""
-    monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
+    monkeypatch.setattr(groups, "ON_THE_WAY_OUT", None)
     sizes, rows, m, n = (50, 0, 100, 1, 64), 264, 136, 320
     a, b = (
         normal(rows, size, seed=i).astype(jnp.bfloat16).at[sum(sizes) :].set(jnp.nan) for i, size in enumerate((m, n))
@@ -229,7 +232,7 @@ def test_weight_gradients_in_bf16(races, monkeypatch):
 
 def from_zero_and_zeros(races, monkeypatch, function, operands, group_sizes, c):
     """Return what `function` makes without a `c`, and of the zeros `c`, in every bit the same."""
-    monkeypatch.setattr(hopper_gradient, "ON_THE_WAY_OUT", None)
+    monkeypatch.setattr(groups, "ON_THE_WAY_OUT", None)
     sizes = jnp.asarray(group_sizes, jnp.int32)
     from_zero, of_zeros = interpret(races, function, *operands, sizes), interpret(races, function, *operands, sizes, c)
     np.testing.assert_array_equal(from_zero.view(np.uint64), of_zeros.view(np.uint64))
@@ -247,7 +250,7 @@ def test_gradients_that_begin_at_zero(races, monkeypatch, sizes):
         Quantized(x.values.at[:, used:].set(jnp.nan), x.scales.at[used // 128 :].set(jnp.nan), "tile") for x in (a, b)
     )
     gradient = functools.partial(
-        hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1)
+        grouped_hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1)
     )
     actual = from_zero_and_zeros(races, monkeypatch, gradient, (a, b), sizes, jnp.zeros((4, m, n)))
     expected = np.asarray(reference.grouped_matmul_accumulate(a, b, jnp.asarray(sizes, jnp.int32)), np.float64)
@@ -291,7 +294,7 @@ def test_the_gradient_adds_on_its_way_out(precision):
     x, sizes, c = jnp.ones((256, 128), jnp.bfloat16), jnp.asarray([256], jnp.int32), jnp.ones((1, 128, 128))
     if precision == "fp8":
         gradient, operands = (
-            hopper_gradient.grouped_matmul_accumulate,
+            grouped_hopper_gradient.grouped_matmul_accumulate,
             (tiles(128, 256), tiles(128, 256, seed=1), sizes),
         )
     else:
@@ -304,7 +307,7 @@ def test_the_gradient_adds_on_its_way_out(precision):
 def test_parts_fill_the_machine(monkeypatch):
     """The table of `plan_parts`; large gradients, and those of few steps, stay whole."""
     monkeypatch.setattr(hopper_gradient, "num_multiprocessors", lambda: 132)
-    plan = functools.partial(hopper_gradient.plan_parts, hopper_gradient.CONFIG)
+    plan = functools.partial(hopper_gradient.plan_parts, CONFIG)
     few_tiles = {(2048, 640): 8, (512, 4096): 2, (1024, 2048): 2, (2048, 1536): 4, (2048, 2048): 1, (1536, 3072): 6}
     assert {shape: plan(*shape, 256) for shape in few_tiles} == few_tiles
     assert plan(4096, 7168, 256) == plan(7168, 2048, 32) == plan(128, 256, 1) == 1
