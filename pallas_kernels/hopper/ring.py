@@ -9,10 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lowering import (
-    layout_inference,  # noqa: F401  for what it does when imported
-    manual_axes,
-)
+from pallas_kernels.lowering import layout_inference, manual_axes
 
 WARPGROUPS = 2  # that multiply
 # per thread; together the 168 for each of 384 threads that a block starts with
@@ -94,6 +91,7 @@ def over_steps(num_steps: Any, turn: int, body: Callable[[Any, int, Any], Any], 
 
 def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) -> Callable:
     """Return the kernel of `body(*refs)` on a persistent grid of `num_blocks`, three warpgroups each."""
+    layout_inference.install()
     return plgpu.kernel(
         body,
         kernel_name=manual_axes.operation(body),

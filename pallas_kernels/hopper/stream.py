@@ -57,7 +57,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.hopper.ring import SWIZZLE_BYTES
-from pallas_kernels.lowering import manual_axes
+from pallas_kernels.lowering import layout_inference, manual_axes
 from pallas_kernels.quantized import E4M3, Scale, largest_magnitude, scale_of, scales_shape
 
 Share = Literal["nothing", "tiles", "slots"]
@@ -153,6 +153,7 @@ def launch(
         fetch, work = body(*refs[:first_barrier])
         _stream(config, share, num_tiles, refs[first_barrier:], fetch, work)
 
+    layout_inference.install()
     return plgpu.kernel(
         kernel,
         kernel_name=manual_axes.operation(body),

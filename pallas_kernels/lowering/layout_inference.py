@@ -1,4 +1,4 @@
-"""One pass of JAX's Mosaic GPU, made faster where it is slow: import this before a kernel is lowered.
+"""One pass of JAX's Mosaic GPU, made faster where it is slow: `install` it before a kernel is lowered.
 
 Layout inference wants the sets of equal variables in a reproducible order, and sorts them by their text. The text of a
 variable is that of its operation, for which MLIR numbers every value of the kernel, and that of a loop is all that
@@ -28,5 +28,7 @@ def equal_variables(system: constraints.ConstraintSystem) -> dict[constraints.Va
     return {variable: [other for other in equal if other != variable] for variable, equal in sets.items()}
 
 
-if jax.__version_info__ < PRINTS_VARIABLES:
-    constraints.compute_transitively_equal_vars = equal_variables
+def install() -> None:
+    """Make JAX use `equal_variables`, where its own is slow; whoever builds a kernel for Hopper calls this."""
+    if jax.__version_info__ < PRINTS_VARIABLES:
+        constraints.compute_transitively_equal_vars = equal_variables
