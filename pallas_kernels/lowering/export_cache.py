@@ -25,13 +25,14 @@ Only on GPUs: Mosaic lowers kernels for TPUs quickly. And only after `enable`: i
 in the kernel is worth more.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ import jax
 import jaxlib
 
 LOGGER = logging.getLogger(__name__)
-PLATFORMS = {"gpu": "cuda"}  # what `jax.export` calls the platforms whose kernels are lowered apart
+PACKAGE = Path(__file__).parents[1]  # whose text a kernel depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,44 +57,77 @@ class Program:
     result: Any
 
 
-@dataclasses.dataclass
-class _Settings:
-    enabled: bool = False
-    folder: Path | None = None
+@dataclasses.dataclass(frozen=True)
+class ExportCache:
+    """Kernels that are lowered apart from the programs that call them.
+
+    Attributes:
+        folder: where they are kept for the next process, if anywhere.
+        platforms: what `jax.export` calls the platforms whose kernels are lowered apart, by JAX's names for them.
+    """
+
+    folder: Path | None
+    platforms: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"gpu": "cuda"})
+
+    def applies(self) -> bool:
+        """Whether a kernel that is called now is lowered apart."""
+        return jax.default_backend() in self.platforms
+
+    @functools.cached_property
+    def compilers(self) -> ThreadPoolExecutor:
+        """The threads that compile kernels while their caller is traced."""
+        return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile-kernel")
+
+    def call(
+        self, function: Callable[[list[jax.Array]], Any], name: str, identity: Any, arrays: list[jax.Array]
+    ) -> Any:
+        """Return `function(arrays)`, lowered apart and compiled meanwhile.
+
+        Args:
+            function: of arrays alone.
+            name: of the operation.
+            identity: the `repr` of which, with the shapes, says what the function computes.
+            arrays: its operands.
+        """
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        kept = self.folder if jax.config.jax_enable_compilation_cache else None
+        path = kept and kept / f"{name}-{_digest(identity, shapes)}"
+        program = (path and _read(path)) or _lower(function, name, shapes, path, self.platforms[jax.default_backend()])
+        self.compilers.submit(_compile, program.exported, shapes)
+        results = program.exported.call(arrays)
+        return jax.tree.map(lambda i: results[i], program.result)
 
 
-_SETTINGS = _Settings()
+_current: ExportCache | None = None
 
 
 def enable(folder: Path | None) -> None:
-    """Lower kernels apart from now on, and keep them in `folder`, if there is one."""
-    jax.config.update(
-        "jax_export_ignore_forward_compatibility", True
-    )  # the same kernels as without export; files are for one version
-    _SETTINGS.enabled, _SETTINGS.folder = True, folder
+    """Lower kernels apart from now on, in this whole process, and keep them in `folder`, if there is one."""
+    _use(ExportCache(folder))
 
 
-def applies() -> bool:
-    """Whether kernels are lowered apart here."""
-    return _SETTINGS.enabled and jax.default_backend() in PLATFORMS
+@contextlib.contextmanager
+def using(cache: ExportCache | None) -> Iterator[None]:
+    """Lower kernels by `cache` within this block, whatever the thread; None lowers them within their callers."""
+    before, flag = _current, jax.config.jax_export_ignore_forward_compatibility
+    _use(cache)
+    try:
+        yield
+    finally:
+        _use(before)
+        jax.config.update("jax_export_ignore_forward_compatibility", flag)
 
 
-def call(function: Callable[[list[jax.Array]], Any], name: str, identity: Any, arrays: list[jax.Array]) -> Any:
-    """Return `function(arrays)`, lowered apart and compiled meanwhile.
+def current() -> ExportCache | None:
+    """Return the cache by which kernels are lowered here, if any."""
+    return _current if _current and _current.applies() else None
 
-    Args:
-        function: of arrays alone.
-        name: of the operation.
-        identity: the `repr` of which, with the shapes, says what the function computes.
-        arrays: its operands.
-    """
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-    kept = _SETTINGS.folder if jax.config.jax_enable_compilation_cache else None
-    path = kept and kept / f"{name}-{_digest(identity, shapes)}"
-    program = (path and _read(path)) or _lower(function, name, shapes, path)
-    _compilers().submit(_compile, program.exported, shapes)
-    results = program.exported.call(arrays)
-    return jax.tree.map(lambda i: results[i], program.result)
+
+def _use(cache: ExportCache | None) -> None:
+    global _current
+    _current = cache
+    if cache:  # the same kernels as without export; files are for one version
+        jax.config.update("jax_export_ignore_forward_compatibility", True)
 
 
 def _read(path: Path) -> Program | None:
@@ -104,7 +138,7 @@ def _read(path: Path) -> Program | None:
         return None
 
 
-def _lower(function: Callable, name: str, shapes: list, path: Path | None) -> Program:
+def _lower(function: Callable, name: str, shapes: list, path: Path | None, platform: str) -> Program:
     result = None
 
     def flat(arrays):
@@ -114,7 +148,7 @@ def _lower(function: Callable, name: str, shapes: list, path: Path | None) -> Pr
         return leaves
 
     flat.__name__ = name
-    export = jax.export.export(jax.jit(flat), platforms=[PLATFORMS.get(jax.default_backend(), jax.default_backend())])
+    export = jax.export.export(jax.jit(flat), platforms=[platform])
     with ThreadPoolExecutor(1) as fresh:  # JAX's contexts are the thread's: here there are none
         exported = fresh.submit(export, shapes).result()
     program = Program(
@@ -135,11 +169,6 @@ def _compile(exported: jax.export.Exported, shapes: list) -> None:
     jax.jit(exported.call).lower(shapes).compile()
 
 
-@functools.cache
-def _compilers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile-kernel")
-
-
 def _digest(identity: Any, shapes: list) -> str:
     device = jax.devices()[0]
     described = identity, shapes, device.device_kind, getattr(device, "core_count", None), jax.config.jax_enable_x64
@@ -150,6 +179,6 @@ def _digest(identity: Any, shapes: list) -> str:
 def _sources() -> str:
     """Return a digest of this package's text."""
     text = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         text.update(path.read_bytes())
     return text.hexdigest()

@@ -83,9 +83,10 @@ def _call(kernel: Callable, tree: Any, others: tuple, arrays: list[jax.Array]) -
         finally:
             _OPERATION.reset(token)
 
-    if not export_cache.applies():
+    cache = export_cache.current()
+    if cache is None:
         return run(arrays)
-    return export_cache.call(run, kernel.__name__, (kernel.__module__, kernel.__qualname__, tree, others), arrays)
+    return cache.call(run, kernel.__name__, (kernel.__module__, kernel.__qualname__, tree, others), arrays)
 
 
 _OPERATION: contextvars.ContextVar[str | None] = contextvars.ContextVar("operation", default=None)

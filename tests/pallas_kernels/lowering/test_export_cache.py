@@ -2,28 +2,28 @@
 of kernels.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.mosaic.gpu import constraints
 
+import pallas_kernels
 from pallas_kernels import quantize
-from pallas_kernels.lowering import export_cache, layout_inference, manual_axes
+from pallas_kernels.lowering import export_cache, manual_axes
+from pallas_kernels.lowering.export_cache import ExportCache
 from pallas_kernels.quantized import Quantized
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_cache, "_SETTINGS", export_cache._Settings())
-    monkeypatch.setattr(export_cache, "PLATFORMS", {"cpu": "cpu"})
-    export_cache.enable(tmp_path / "kernels")
-    yield tmp_path / "kernels"
-    export_cache._compilers().shutdown()
-    export_cache._compilers.cache_clear()
-    jax.config.update("jax_export_ignore_forward_compatibility", False)
+def cache(tmp_path):
+    cache = ExportCache(tmp_path / "kernels", platforms={"cpu": "cpu"})
+    with export_cache.using(cache):
+        yield cache
+    cache.compilers.shutdown()
 
 
 def kernel_of(traces):
@@ -34,7 +34,7 @@ def kernel_of(traces):
     return kernel
 
 
-def test_a_file_stands_for_the_same_operation_options_and_shapes_only(folder):
+def test_a_file_stands_for_the_same_operation_options_and_shapes_only(cache):
     traces = []
     kernel = kernel_of(traces)
     q = Quantized(jnp.ones((4, 2)), jnp.ones((1, 2)), "tile")
@@ -53,14 +53,14 @@ def test_a_file_stands_for_the_same_operation_options_and_shapes_only(folder):
     run(X[:2], q, 3)
     run(X, Quantized(q.values, q.scales, "block"), 3)
     assert traces == [2, 3, 3, 3]
-    assert len(list(folder.glob("kernel-*"))) == 4
+    assert len(list(cache.folder.glob("kernel-*"))) == 4
 
 
-def test_a_damaged_file_is_made_again(folder, caplog):
+def test_a_damaged_file_is_made_again(cache, caplog):
     traces = []
     kernel, q = kernel_of(traces), Quantized(X.T, X, "tile")
     manual_axes.call(kernel, X, q, 2)
-    (path,) = folder.glob("kernel-*")
+    (path,) = cache.folder.glob("kernel-*")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_a_damaged_file_is_made_again(folder, caplog):
     assert "is damaged and made again" in caplog.text
 
 
-def test_cold_times_stay_cold(folder):
+def test_cold_times_stay_cold(cache):
     traces = []
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -80,10 +80,10 @@ def test_cold_times_stay_cold(folder):
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert traces == [2, 2]
-    assert not folder.exists()
+    assert not cache.folder.exists()
 
 
-def test_a_caller_on_a_mesh_sees_no_difference(folder, monkeypatch):
+def test_a_caller_on_a_mesh_sees_no_difference(cache):
     def run():
         def local(x):
             kernel = kernel_of([])
@@ -95,12 +95,12 @@ def test_a_caller_on_a_mesh_sees_no_difference(folder, monkeypatch):
             return jax.jit(jax.shard_map(local, in_specs=jax.P("data"), out_specs=jax.P()))(x)
 
     apart = run()
-    assert len(list(folder.iterdir())) == 1
-    monkeypatch.setattr(export_cache, "applies", lambda: False)
-    np.testing.assert_array_equal(apart, run())
+    assert len(list(cache.folder.iterdir())) == 1
+    with export_cache.using(None):
+        np.testing.assert_array_equal(apart, run())
 
 
-def test_kernels_are_compiled_meanwhile(folder, monkeypatch):
+def test_kernels_are_compiled_meanwhile(cache, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         export_cache,
@@ -108,7 +108,7 @@ def test_kernels_are_compiled_meanwhile(folder, monkeypatch):
         lambda exported, shapes, compile=export_cache._compile: compiled.append(compile(exported, shapes)),
     )
     manual_axes.call(kernel_of([]), X, Quantized(X.T, X, "tile"), 2)
-    export_cache._compilers().shutdown()  # waits
+    cache.compilers.shutdown()  # waits
     assert len(compiled) == 1
 
 
@@ -117,14 +117,6 @@ def test_kernels_are_called_after_their_operations():
     assert "quantize_tiles_mosaic_gpu" in lowered.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_equal_variables():
-    a, b, c, d, e, f = map(constraints.Variable, "abcdef")
-    pairs = [(a, b), (c, d), (d, e), (b, e)]
-    system = constraints.ConstraintSystem(
-        constraints=[constraints.Equals(*pair) for pair in pairs] + [constraints.NotOfType(f, int)]
-    )
-    found = layout_inference.equal_variables(system)
-    assert {variable: set(equal) for variable, equal in found.items()} == {
-        v: {a, b, c, d, e} - {v} for v in (a, b, c, d, e)
-    }
-    assert found == layout_inference.equal_variables(system)
+def test_the_digest_of_sources_covers_the_package():
+    """A kernel in a file is that of the text that made it."""
+    assert Path(pallas_kernels.__file__).parent == export_cache.PACKAGE
