@@ -25,7 +25,6 @@ from pallas_kernels.hopper.store import padded_columns, staging, store_rows, sto
 from pallas_kernels.hopper.wgmma import ROWS
 
 STEP = 64  # of k: one swizzled line of BF16
-PIECES = 2  # of the result on their way out, per warpgroup
 ALIGNMENT = 8  # BF16 numbers in the 16 bytes that the copy engine wants of a row
 
 
@@ -35,8 +34,10 @@ class TuningConfig:
 
     tile_n: int = 256
     stages: int = 4
+    pieces: int = 2
     grid_minor: int = 0
     grid_width: int = 8
+    interpreted: bool = False
 
     @property
     def tile_m(self) -> int:
@@ -129,7 +130,7 @@ def grouped_matmul_bf16(
     scratch = [
         tiled((config.stages, config.tile_m, STEP), jnp.bfloat16),
         tiled((config.stages, *b_tile), jnp.bfloat16),
-        staging(PIECES, out_dtype),
+        staging(config.pieces, out_dtype),
         *barriers(2, config.stages),
     ]
     run = launch(kernel, jax.ShapeDtypeStruct((rows, padded), out_dtype), num_multiprocessors(), scratch)

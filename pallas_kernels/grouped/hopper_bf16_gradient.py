@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped.hopper_bf16 import PIECES, TuningConfig, whole_lines
+from pallas_kernels.grouped.hopper_bf16 import TuningConfig, whole_lines
 from pallas_kernels.hopper.groups import clear_empty_groups, launch_onto, over_group_tiles, send_out
 from pallas_kernels.hopper.ring import WARPGROUPS, Ring, barriers, by_role, tiled
 from pallas_kernels.hopper.store import padded_columns, staging, store_sums
@@ -98,7 +98,8 @@ def grouped_matmul_accumulate_bf16(
 
         def compute(wg, row, column, group, first, num_steps, slot):
             def send(ref, _, j):
-                send_out(c, ref, out.at[group, pl.ds(row + wg * ROWS, ROWS), pl.ds(column + j, ref.shape[1])])
+                rows, columns = pl.ds(row + wg * ROWS, ROWS), pl.ds(column + j, ref.shape[1])
+                send_out(config, c, ref, out.at[group, rows, columns])
 
             store_sums({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
 
@@ -112,7 +113,7 @@ def grouped_matmul_accumulate_bf16(
     scratch = [
         tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
         tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
-        staging(PIECES, jnp.float32),
+        staging(config.pieces, jnp.float32),
         *barriers(2, config.stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]

@@ -108,11 +108,8 @@ def multiply_groups(
             down, right = config.origin(wg)
 
             def send(ref, i, j):
-                send_out(
-                    c,
-                    ref,
-                    out.at[group, pl.ds(row + down + i, ROWS), pl.ds(column + right + j, ref.shape[1])],
-                )
+                rows, columns = pl.ds(row + down + i, ROWS), pl.ds(column + right + j, ref.shape[1])
+                send_out(config, c, ref, out.at[group, rows, columns])
 
             totals = _multiply_tiles(config, num_steps, ring, wg, slot)
             store_sums(totals, out_slots.at[wg], padded - column - right, send, config.batch)

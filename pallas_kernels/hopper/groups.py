@@ -13,9 +13,6 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.hopper.ring import WARPGROUPS, launch
 from pallas_kernels.hopper.store import padded_columns
 
-# what the copy engine does to C; the interpreter of Mosaic GPU knows no such copies, so its test stores instead
-ON_THE_WAY_OUT = "add"
-
 
 def over_group_tiles(config: Any, num_groups: int, tiles: tuple[int, int], steps_of: Callable, body: Callable) -> None:
     """Run `body(row, column, group, first step, number of steps, slot of the first)` for this block's tiles of every
@@ -50,9 +47,10 @@ def over_group_tiles(config: Any, num_groups: int, tiles: tuple[int, int], steps
         return carry + num_steps
 
 
-def send_out(c: Array | None, ref: Any, target: Any) -> None:
-    """Add a finished piece to `target` in C; without a C, store it there."""
-    plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=None if c is None else ON_THE_WAY_OUT)
+def send_out(config: Any, c: Array | None, ref: Any, target: Any) -> None:
+    """Add a finished piece to `target` in C; without a C, or where `config.interpreted`, store it there."""
+    stores = c is None or config.interpreted
+    plgpu.copy_smem_to_gmem(ref, target, commit_group=False, reduction_op=None if stores else "add")
 
 
 def launch_onto(
@@ -61,7 +59,7 @@ def launch_onto(
     """Return FP32 `shape` [G, m, n]: `c` after `kernel(*operands, c, *scratch)`, or what the kernel writes there
     without a `c`.
 
-    The kernel's array has columns up to `main_loop.padded_columns(n)`.
+    The kernel's array has columns up to `padded_columns(n)`.
     """
     *lead, n = shape
     padded = padded_columns(n, jnp.float32)

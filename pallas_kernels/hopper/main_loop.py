@@ -71,6 +71,8 @@ class TuningConfig:
         batch: pieces that are sent together.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
+        interpreted: whether a GPU interpreter runs the kernel. It knows neither PTX nor copies that add: products are
+            `plgpu.wgmma`'s, and a gradient is stored in C instead of added to it, which is right where C is zeros.
     """
 
     columns: int = 128
@@ -82,6 +84,7 @@ class TuningConfig:
     batch: int = 2
     grid_minor: int = 0
     grid_width: int = 8
+    interpreted: bool = False
 
     @property
     def tile_m(self) -> int:
@@ -164,14 +167,18 @@ def multiply(
         following, received = ring.after(slot), a_scales
         for i, (row, column) in enumerate(places):
             product = wgmma.start(
-                a_slots.at[slot, pl.ds(row, ROWS)], b_slots.at[slot, pl.ds(column, config.columns)], product, add
+                a_slots.at[slot, pl.ds(row, ROWS)],
+                b_slots.at[slot, pl.ds(column, config.columns)],
+                product,
+                add,
+                ptx=not config.interpreted,
             )
             if not (below and i):
                 b_scale = scale(slot, i, found)
             last = i == config.products - 1
             if last and more:
                 received = receive(following)
-            product = wgmma.finish(product)
+            product = wgmma.finish(product, ptx=not config.interpreted)
             if last:
                 plgpu.barrier_arrive(ring.empty.at[slot])
             totals[i], product = promote(totals[i], product, a_scales[i if below else 0], b_scale)

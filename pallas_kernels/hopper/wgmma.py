@@ -7,7 +7,7 @@ does not add to it, but the assembler cannot know: it is told by a predicate tha
 keeps the registers, and waits until the last product has been promoted. The tensor cores are busy with the other
 warpgroup meanwhile.
 
-GPU interpreters know no PTX: tests in the interpreter set `PTX` to False and get `plgpu.wgmma`.
+GPU interpreters know no PTX: with `ptx=False` a product is that of `plgpu.wgmma`.
 """
 
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-PTX = True
 ROWS, DEPTH = 64, 128  # of a product: wgmma's m, and one swizzled line of FP8
 INSTRUCTION_DEPTH = 32  # of one wgmma
 
@@ -35,7 +34,7 @@ def never(wg: Array) -> Array:
     return plgpu.layout_cast(jnp.broadcast_to(zero, ()), plgpu.Layout.WG_SPLAT)
 
 
-def start(a, b, product: Array, add: Array) -> Array:
+def start(a, b, product: Array, add: Array, *, ptx: bool = True) -> Array:
     """Return the FP32 product a b^T of refs [64, 128] and [columns, 128], in the registers of `product`; `finish` it
     before reading it.
 
@@ -44,8 +43,9 @@ def start(a, b, product: Array, add: Array) -> Array:
         b: likewise; 64 or 128 columns.
         product: FP32 [64, columns], laid out for wgmma.
         add: int32, `never(wg)`: if not 0, the product would be added to `product`.
+        ptx: whether to emit PTX; without, the product is finished at once.
     """
-    if not PTX:
+    if not ptx:
         return _interpretable(a, b)
     registers = b.shape[0] // 2
     accumulator = "{" + ", ".join(f"${i}" for i in range(registers)) + "}"
@@ -73,9 +73,9 @@ def start(a, b, product: Array, add: Array) -> Array:
     return emit(a, b, product, add)
 
 
-def finish(product: Array) -> Array:
+def finish(product: Array, *, ptx: bool = True) -> Array:
     """Wait for the product that was started last and return it."""
-    if not PTX:
+    if not ptx:
         return product
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_accumulator(product))
