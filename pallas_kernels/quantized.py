@@ -77,13 +77,15 @@ def largest_magnitude(x: Array, axis: int | tuple[int, ...], keepdims: bool = Fa
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
 
 
-def scale_of(amax: Array, scale: Scale) -> Array:
+def scale_of(amax: Array, scale: Scale, largest: float = LARGEST) -> Array:
     """Return the FP32 scale of groups whose largest magnitude is `amax` (FP32): NaN where `amax` is NaN or infinite.
+
+    `largest` is the largest number of the format that is scaled, by default E4M3's.
 
     Plain arithmetic on FP32 and int32, the same inside a kernel and outside. The power of two comes from the bits of
     the quotient: adding the largest mantissa carries into the exponent exactly when the mantissa is not zero.
     """
-    quotient = jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / LARGEST)
+    quotient = jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / largest)
     if scale == "pow2":
         bits = jax.lax.bitcast_convert_type(quotient, jnp.int32)
         quotient = jax.lax.bitcast_convert_type((bits + 0x007FFFFF) & ~0x007FFFFF, jnp.float32)

@@ -27,8 +27,8 @@ Three bytes in a row for two neighbours would be the same size; the planes need 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import GROUP
-from pallas_kernels.quantized import SMALLEST_AMAX, pad_rows
+from pallas_kernels import GROUP, quantized
+from pallas_kernels.quantized import pad_rows
 
 LARGEST = 65024.0  # (2 - 2^-6) * 2^15
 HALF = GROUP // 2
@@ -40,16 +40,13 @@ SMALLEST_NORMAL = 2.0**-14
 DROPPED = 23 - MANTISSA_BITS  # mantissa bits that FP32 has more
 REBIAS = (127 - BIAS) << MANTISSA_BITS
 ROUNDER, ROUNDER_BITS = 8.0, 0x41000000  # neighbours in FP32 are 2^-20 apart there: the subnormals' step
-CARRY = 0x007FFFFF  # the largest mantissa of FP32
 
 
 def scale_of(amax: Array) -> Array:
     """Return the power-of-two scale of tiles whose largest magnitude is `amax` (FP32): NaN where that is NaN or
     infinite.
     """
-    bits = lax.bitcast_convert_type(jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / LARGEST), jnp.int32)
-    scale = lax.bitcast_convert_type((bits + CARRY) & ~CARRY, jnp.float32)
-    return jnp.where(amax < jnp.inf, scale, jnp.nan)
+    return quantized.scale_of(amax, "pow2", LARGEST)
 
 
 def encode(x: Array) -> Array:
@@ -94,10 +91,7 @@ def e5m6_pack(x: Array) -> tuple[Array, Array]:
     """Return x [m, k] as uint8 [m, k * 3 // 2] and FP32 scales [k / 128, pad4(m)]: the reference."""
     m, k = x.shape
     tiles = x.astype(jnp.float32).reshape(m, k // GROUP, GROUP)
-    bits = lax.bitcast_convert_type(
-        jnp.abs(tiles), jnp.int32
-    )  # in the order of magnitudes, NaN last: XLA:CPU's FP32 maximum can lose NaN
-    scales = scale_of(lax.bitcast_convert_type(jnp.max(bits, axis=2), jnp.float32))
+    scales = scale_of(quantized.largest_magnitude(tiles, axis=2))
     codes = encode(tiles * (1.0 / scales[:, :, None]))
     planes = jnp.concatenate(pack(codes[:, :, :HALF], codes[:, :, HALF:]), axis=2)
     packed = planes.astype(jnp.uint8).reshape(m, k // GROUP * TILE_BYTES)
