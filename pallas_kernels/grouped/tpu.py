@@ -29,8 +29,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.grouped.visits import make_visits
-from pallas_kernels.matmul.tpu import SEGMENTS, Interpret, TuningConfig, add_segment, add_step, fit, spread_scales
+from pallas_kernels.matmul.tpu import SEGMENTS, TuningConfig, add_segment, add_step, fit, spread_scales
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.tpu_tiles import Interpret
 
 GROUPED = TuningConfig(tile_m=256, tile_n=512)
 MASKED = TuningConfig(tile_m=128, tile_n=512)

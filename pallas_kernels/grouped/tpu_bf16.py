@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped.tpu import group_of_output, keep_rows, start_output
 from pallas_kernels.grouped.visits import make_visits
-from pallas_kernels.matmul.tpu import TRANSPOSED, Interpret, fit
+from pallas_kernels.matmul.tpu import TRANSPOSED, fit
+from pallas_kernels.tpu_tiles import Interpret
 
 PLAIN = (((1,), (0,)), ((), ()))  # a b, as dot_general says it
 ROWS = (((0,), (0,)), ((), ()))  # a^T b

@@ -31,9 +31,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.quantized import E4M3, Quantized
+from pallas_kernels.tpu_tiles import Interpret
 
 SEGMENTS = 8  # of a step along k: FP32 registers are (8, 128)
-Interpret = bool | pltpu.InterpretParams  # how pallas_call runs a kernel where there is no TPU: tests set it
 TRANSPOSED = (((1,), (1,)), ((), ()))  # a b^T, as dot_general says it
 
 
