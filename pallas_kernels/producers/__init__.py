@@ -104,8 +104,11 @@ def swiglu_backward_quantize(
             f"grad has shape {grad.shape} and dtype {grad.dtype}; for hidden {hidden.shape} it must be bfloat16"
             f" {expected}"
         )
-    faces = {"reference": reference, "hopper": hopper_backward, "tpu": tpu}
-    faces = {name: module.swiglu_backward_quantize for name, module in faces.items()}
+    faces = {
+        "reference": reference.swiglu_backward_quantize,
+        "hopper": hopper_backward.swiglu_backward_quantize,
+        "tpu": tpu.swiglu_backward_quantize,
+    }
     return choose("swiglu_backward_quantize", implementation, faces)(hidden, grad, weight, scale)
 
 

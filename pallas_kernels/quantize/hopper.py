@@ -31,10 +31,7 @@ from pallas_kernels.hopper.stream import (
     row_layout,
     spread,
 )
-from pallas_kernels.quantize.hopper_transposed import quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
-
-__all__ = ["quantize_blocks", "quantize_rows", "quantize_tiles", "quantize_tiles_both", "requantize_transposed"]
 
 TILES = TuningConfig(blocks=6)
 BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)

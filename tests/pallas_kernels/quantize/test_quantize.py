@@ -15,7 +15,7 @@ from pallas_kernels import GROUP, quantize
 from pallas_kernels.grouped import reference as grouped_reference
 from pallas_kernels.hopper import stream
 from pallas_kernels.matmul import reference as matmul_reference
-from pallas_kernels.quantize import hopper
+from pallas_kernels.quantize import hopper, hopper_transposed, tpu
 from pallas_kernels.quantize import reference as quantize_reference
 from pallas_kernels.quantized import E4M3, Quantized, decode, dequantize
 
@@ -210,6 +210,14 @@ def test_kernels_are_the_reference_to_the_bit(case, on_hopper):
         assert_same(operation(*args, implementation="tpu"), expected)
 
 
+@pytest.mark.parametrize("case", ["tiles bfloat16", "both bfloat16", "rows bfloat16", "blocks", "requantized"])
+def test_each_tpu_kernel_can_be_interpreted_alone(case):
+    operation, args = cases()[case]
+    kernel = getattr(tpu, operation.__name__)
+    expected = operation(*args, scale="fp32", implementation="reference")
+    assert_same(kernel(*args, "fp32", interpret=pltpu.InterpretParams()), expected)
+
+
 @pytest.mark.parametrize("warpgroups", [1, 2])
 @pytest.mark.parametrize(
     "operation", ["quantize_tiles", "quantize_blocks", "quantize_tiles_both", "requantize_transposed", "quantize_rows"]
@@ -222,7 +230,8 @@ def test_one_block_takes_more_tiles_than_its_ring_has_slots(operation, warpgroup
     args = {"requantize_transposed": (tiles,), "quantize_rows": (x, jnp.arange(33, dtype=jnp.int32))}.get(
         operation, (x,)
     )
-    actual = on_hopper(getattr(hopper, operation), *args, "fp32", config)
+    module = hopper if hasattr(hopper, operation) else hopper_transposed
+    actual = on_hopper(getattr(module, operation), *args, "fp32", config)
     assert_same(actual, getattr(quantize, operation)(*args, scale="fp32", implementation="reference"))
 
 
