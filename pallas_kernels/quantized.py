@@ -107,9 +107,8 @@ def decode(values: Array) -> Array:
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.int32)
     magnitude = bits & 0x7F
-    normal = jax.lax.bitcast_convert_type(
-        (magnitude << 20) + (120 << 23), jnp.float32
-    )  # three bits of mantissa; 120 = 127 - 7
+    # three bits of mantissa; 120 = 127 - 7
+    normal = jax.lax.bitcast_convert_type((magnitude << 20) + (120 << 23), jnp.float32)
     number = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-9, normal)
     number = jnp.where(magnitude == 0x7F, jnp.nan, number)
     return jnp.where(bits < 0x80, number, -number)

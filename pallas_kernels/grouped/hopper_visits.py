@@ -12,9 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped.visits import make_visits
 
-Visit = tuple[
-    Array, Array, Array, Array, Array
-]  # first index of A and out, first row of the tile, group, rows to store from and to
+# first index of A and out, first row of the tile, group, rows to store from and to
+Visit = tuple[Array, Array, Array, Array, Array]
 
 
 class Order(Protocol):

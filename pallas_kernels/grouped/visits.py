@@ -41,9 +41,8 @@ def make_visits(group_sizes: Array, num_rows: int, tile: int) -> Visits:
     last_visits = jnp.cumsum(counts)
 
     visit = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
-    group = jnp.searchsorted(
-        last_visits, visit, side="right", method="compare_all"
-    )  # one fusion, not a loop of launches
+    # one fusion, not a loop of launches
+    group = jnp.searchsorted(last_visits, visit, side="right", method="compare_all")
     within = visit - (last_visits - counts)[group]
     tiles = jnp.where(group <= num_groups, first_tiles[group] + within, num_tiles - 1)
     offsets = jnp.concatenate([starts, ends[-1:], ends[-1:]])

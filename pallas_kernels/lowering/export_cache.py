@@ -151,9 +151,8 @@ def _lower(function: Callable, name: str, shapes: list, path: Path | None, platf
     export = jax.export.export(jax.jit(flat), platforms=[platform])
     with ThreadPoolExecutor(1) as fresh:  # JAX's contexts are the thread's: here there are none
         exported = fresh.submit(export, shapes).result()
-    program = Program(
-        dataclasses.replace(exported, _get_vjp=None), result
-    )  # no derivative, which pickle could not keep
+    # no derivative, which pickle could not keep
+    program = Program(dataclasses.replace(exported, _get_vjp=None), result)
     if path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

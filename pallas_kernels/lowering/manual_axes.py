@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import (
-    config as jax_config,
-)  # the switch of shard_map's check_vma; there is no public scope for a single call
+
+# the switch of shard_map's check_vma; there is no public scope for a single call
+from jax._src import config as jax_config
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 

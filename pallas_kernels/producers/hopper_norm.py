@@ -64,10 +64,8 @@ WIDEST_ROW = 18432  # 4 rows in BF16 and their results fill shared memory
 WIDTH = TILE_GROUPS * GROUP  # of a piece
 MOST_ROWS = 16  # of a tile: 64 values of a piece per thread
 TILE_VALUES = 2**14  # of a multiprocessor's blocks together: 32 KiB of BF16
-WARPGROUPS = (
-    4,
-    7,
-)  # at least on a multiprocessor, to hide each other's waits; at most in a block: 72 registers for each thread
+# at least on a multiprocessor, to hide each other's waits; at most in a block: 72 registers for each thread
+WARPGROUPS = (4, 7)
 MOST_STAGES = 3
 NUM_SUMS = 2  # of which one is filled while a slower warpgroup may still read the other
 ALIGNED_GROUPS = 8  # scales of 8 groups and 4 rows are 128 bytes: the copy engine starts at multiples of them

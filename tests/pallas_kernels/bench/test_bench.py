@@ -51,9 +51,8 @@ def test_group_sizes_fill_the_rows(shape):
     rows = shape.rows * (shape.groups if isinstance(shape, Grouped) else 1)
     assert shape.sizes.dtype == np.int32 and shape.sizes.sum() == rows and not (shape.sizes % 128).any()
     mean = rows / shape.groups
-    assert (
-        shape.sizes.min() > 0.5 * mean and 1.05 * mean < shape.sizes.max() < 1.7 * mean
-    )  # 0.7 to 1.3 before they are scaled to the sum
+    # 0.7 to 1.3 before they are scaled to the sum
+    assert shape.sizes.min() > 0.5 * mean and 1.05 * mean < shape.sizes.max() < 1.7 * mean
     np.testing.assert_array_equal(shape.sizes, shape.sizes)  # drawn anew, and the same
 
 
@@ -90,9 +89,8 @@ def test_masked_operands_have_the_scales_of_each_expert():
     shape, key = Masked(3, 2, 128, 256, room=8), jax.random.key(0)
     a, _, sizes = _operation("masked_matmul").make_operands(key, shape)
     x = jax.random.normal(jax.random.split(key)[0], (3, 8, 256), jnp.bfloat16)
-    np.testing.assert_allclose(
-        dequantize(a), x, rtol=2**-4 + 2**-8, atol=2**-9 * a.scales.max()
-    )  # half a step of E4M3, and of BF16
+    # half a step of E4M3, and of BF16
+    np.testing.assert_allclose(dequantize(a), x, rtol=2**-4 + 2**-8, atol=2**-9 * a.scales.max())
     assert sizes.shape == (3,) and sizes.max() <= shape.room
 
 
@@ -143,9 +141,8 @@ def test_an_accumulating_operation_is_timed_in_place():
     call = lambda a, c, implementation: c + a  # noqa: E731
     operation = Operation("sum", call, {}, lambda key, shape: (), accumulates=True)
     program = operation.program(Dense(1, 1, 1), (jnp.float32(3), jnp.float32(1)))
-    assert isinstance(
-        program.function, jax.stages.Wrapped
-    )  # the profiler would jit anything else, and undo the donation
+    # the profiler would jit anything else, and undo the donation
+    assert isinstance(program.function, jax.stages.Wrapped)
     results = [program.function(*program.operands) for _ in range(LAUNCHES + 1)]
     assert not any(result.is_deleted() for result in results) and not program.operands[1].is_deleted()
     again = program.function(*program.operands)

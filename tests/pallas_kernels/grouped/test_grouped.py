@@ -148,9 +148,8 @@ def test_grouped_matmul(name, sizes):
 @pytest.mark.parametrize("name", FACES)
 @any_sizes(ROWS)
 def test_grouped_matmul_bf16(name, transpose_b, sizes):
-    a, b = (
-        jnp.asarray(normal(*shape)).astype(jnp.bfloat16) for shape in ((ROWS, 200), (NUM_GROUPS, N, 200))
-    )  # k: no multiple of 128
+    # k: no multiple of 128
+    a, b = (jnp.asarray(normal(*shape)).astype(jnp.bfloat16) for shape in ((ROWS, 200), (NUM_GROUPS, N, 200)))
     poisoned = a.at[sum(sizes) :].set(jnp.nan)
     multiply = face(name, "grouped_matmul_bf16", transpose_b=transpose_b, out_dtype=jnp.float32)
     result = multiply(poisoned, b.swapaxes(1, 2) if transpose_b else b, jnp.array(sizes, jnp.int32))
@@ -168,9 +167,8 @@ def test_grouped_matmul_accumulate(name, sizes):
     assert_begins_at_zero(accumulate, factors, columns)
     for group, span in enumerate(spans(columns)):
         left, right = fp64(a)[:, span], fp64(b)[:, span]
-        magnitude = (np.abs(left) @ np.abs(right).T + np.abs(c[group])) * (
-            span.stop > span.start
-        )  # an empty group keeps its c exactly
+        # an empty group keeps its c exactly
+        magnitude = (np.abs(left) @ np.abs(right).T + np.abs(c[group])) * (span.stop > span.start)
         assert_near(result[group], c[group] + left @ right.T, magnitude)
 
 
@@ -248,9 +246,8 @@ def test_visits_keep_every_row_once_for_its_group(sizes):
     groups = np.repeat(np.arange(NUM_GROUPS + 1), [*sizes, ROWS - sum(sizes)])
     np.testing.assert_array_equal(visits.group[kept.argmax(axis=0)], groups)
     assert np.all(np.diff(visits.tile) >= 0)  # a tile's visits are neighbours
-    assert np.all(
-        visits.group[~kept.any(axis=1)] > NUM_GROUPS
-    )  # only fill-ups keep nothing: an empty group costs nothing
+    # only fill-ups keep nothing: an empty group costs nothing
+    assert np.all(visits.group[~kept.any(axis=1)] > NUM_GROUPS)
 
 
 def test_references_run_inside_shard_map():

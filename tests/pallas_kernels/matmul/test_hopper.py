@@ -27,44 +27,19 @@ def two_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("m", "n", "k", "config", "parts"),
     [
-        (
-            200,
-            264,
-            640,
-            TuningConfig(products=1, stages=2, pieces=2),
-            1,
-        ),  # steps left over by the last turn, edges in m and n
+        # steps left over by the last turn, edges in m and n
+        (200, 264, 640, TuningConfig(products=1, stages=2, pieces=2), 1),
         (133, 128, 128, TuningConfig(), 1),  # a single step; rows that are no multiple of 8; half of a tile's columns
         (136, 520, 896, TuningConfig(stages=3), 1),  # two products per step; slots go on from tile to tile
-        (
-            70,
-            300,
-            384,
-            TuningConfig(columns=64, products=1, split="n", stages=2),
-            1,
-        ),  # half a block of columns per warpgroup
-        (
-            200,
-            264,
-            256,
-            TuningConfig(split="n", stages=2, pieces=2, batch=2),
-            1,
-        ),  # a warpgroup's products below each other
-        (
-            200,
-            160,
-            128,
-            TuningConfig(split="n", stages=2, pieces=2, batch=1),
-            1,
-        ),  # ... of which most pieces lie beyond the last column
+        # half a block of columns per warpgroup
+        (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2), 1),
+        # a warpgroup's products below each other
+        (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2), 1),
+        # ... of which most pieces lie beyond the last column
+        (200, 160, 128, TuningConfig(split="n", stages=2, pieces=2, batch=1), 1),
         (133, 264, 512, TuningConfig(stages=2), 2),  # two parts of k
-        (
-            70,
-            136,
-            640,
-            TuningConfig(columns=64, products=1, split="n", stages=3),
-            3,
-        ),  # the last of which ends beyond it
+        # the last of which ends beyond it
+        (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),
     ],
 )
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])

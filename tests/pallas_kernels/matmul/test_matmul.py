@@ -22,11 +22,8 @@ FACES = {
         functools.partial(kernel, config=SMALL, interpret=True) for kernel in (tpu.matmul, tpu.matmul_accumulate)
     ),
 }
-SHAPES = [
-    (1, 1, 128),
-    (7, 150, 384),
-    (130, 3, 1152),
-]  # m, n, k: less than a tile, partial tiles, a step along k and a part of one
+# m, n, k: less than a tile, partial tiles, a step along k and a part of one
+SHAPES = [(1, 1, 128), (7, 150, 384), (130, 3, 1152)]
 FP32_ERROR = 2.0e-7  # of sum |a| |b|: measured up to 7.2e-8
 
 
