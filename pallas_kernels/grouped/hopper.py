@@ -34,14 +34,17 @@ from pallas_kernels.hopper.ring import Ring, barriers, by_role, launch, over_ste
 from pallas_kernels.hopper.store import padded_columns, staging, store_rows, store_sums
 from pallas_kernels.quantized import Quantized
 
-GROUPED = TuningConfig(turn=4)  # eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
+# eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
+GROUPED_MATMUL = TuningConfig(turn=4)
 EXPERTS_AT_ONCE = 16  # whose numbers of rows are read together
 # 128 x 256; more steps unrolled, or pieces sent together, spill
 MANY_ROWS = TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)
 FEW_ROWS = TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
 
 
-def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED) -> Array:
+def grouped_matmul(
+    a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED_MATMUL
+) -> Array:
     """Return a_g b_g^T [rows, n] for tiles `a` [rows, k] and blocks `b` [G, n, k]; rows of no group are zero."""
     visits, schedule = schedule_groups(group_sizes, a.shape[0], config.tile_m)
     return _run(config, a.values[None], a.scales[None], b, visits, schedule, out_dtype)[0]

@@ -45,13 +45,15 @@ class TuningConfig:
         return WARPGROUPS * ROWS
 
 
+GROUPED_MATMUL_BF16 = TuningConfig()
+
+
 def grouped_matmul_bf16(
-    a: Array, b: Array, group_sizes: Array, *, transpose_b=False, out_dtype=jnp.bfloat16, config=None
+    a: Array, b: Array, group_sizes: Array, *, transpose_b=False, out_dtype=jnp.bfloat16, config=GROUPED_MATMUL_BF16
 ) -> Array:
     """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`; rows of no
     group are zero.
     """
-    config = config or TuningConfig()
     num_rows, num_columns = a.shape[0], b.shape[2 if transpose_b else 1]
     a, b = whole_lines(a), whole_lines(b)
     (rows, k), num_groups = a.shape, b.shape[0]

@@ -28,16 +28,21 @@ from pallas_kernels.hopper.store import padded_columns, staging, store_sums
 from pallas_kernels.hopper.wgmma import ROWS
 
 STEP = 64  # rows
+GROUPED_MATMUL_ACCUMULATE_BF16 = TuningConfig()
 
 
 def grouped_matmul_accumulate_bf16(
-    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config: TuningConfig | None = None
+    a: Array,
+    b: Array,
+    group_sizes: Array,
+    c: Array | None = None,
+    *,
+    config: TuningConfig = GROUPED_MATMUL_ACCUMULATE_BF16,
 ) -> Array:
     """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n], A_g^T B_g without a `c`.
 
     Rows of no group never leak, NaN included.
     """
-    config = config or TuningConfig()
     num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
     padded = padded_columns(n, jnp.float32)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)

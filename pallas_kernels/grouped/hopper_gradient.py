@@ -2,13 +2,13 @@
 
 from jax import Array
 
-from pallas_kernels.hopper.gradient import CONFIG, multiply_groups
+from pallas_kernels.hopper.gradient import ACCUMULATE, multiply_groups
 from pallas_kernels.hopper.main_loop import TuningConfig
 from pallas_kernels.quantized import Quantized
 
 
 def grouped_matmul_accumulate(
-    a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None, *, config: TuningConfig = CONFIG
+    a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None, *, config: TuningConfig = ACCUMULATE
 ) -> Array:
     """Return c[g] + A_g B_g^T, or A_g B_g^T without a `c`.
 

@@ -33,9 +33,9 @@ from pallas_kernels.matmul.tpu import SEGMENTS, TuningConfig, add_segment, add_s
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.tpu_tiles import Interpret
 
-GROUPED = TuningConfig(tile_m=256, tile_n=512)
-MASKED = TuningConfig(tile_m=128, tile_n=512)
-ACCUMULATE = TuningConfig(tile_m=512, tile_n=512)
+GROUPED_MATMUL = TuningConfig(tile_m=256, tile_n=512)
+MASKED_MATMUL = TuningConfig(tile_m=128, tile_n=512)
+GROUPED_MATMUL_ACCUMULATE = TuningConfig(tile_m=512, tile_n=512)
 
 
 def grouped_matmul(
@@ -44,7 +44,7 @@ def grouped_matmul(
     group_sizes: Array,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = GROUPED,
+    config: TuningConfig = GROUPED_MATMUL,
     interpret: Interpret = False,
 ) -> Array:
     """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero; `a` tile [rows, k], `b` block [G, n,
@@ -117,7 +117,7 @@ def masked_matmul(
     valid_rows: Array,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = MASKED,
+    config: TuningConfig = MASKED_MATMUL,
     interpret: Interpret = False,
 ) -> Array:
     """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows; `a` tile [E, r, k], `b` block [E, n,
@@ -178,7 +178,7 @@ def grouped_matmul_accumulate(
     group_sizes: Array,
     c: Array | None = None,
     *,
-    config: TuningConfig = ACCUMULATE,
+    config: TuningConfig = GROUPED_MATMUL_ACCUMULATE,
     interpret: Interpret = False,
 ) -> Array:
     """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b`

@@ -37,8 +37,8 @@ class TuningConfig:
     tile_k: int = 512
 
 
-GROUPED = TuningConfig()
-ACCUMULATE = TuningConfig(tile_m=512)
+GROUPED_MATMUL_BF16 = TuningConfig()
+GROUPED_MATMUL_ACCUMULATE_BF16 = TuningConfig(tile_m=512)
 
 
 def grouped_matmul_bf16(
@@ -48,7 +48,7 @@ def grouped_matmul_bf16(
     *,
     transpose_b: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = GROUPED,
+    config: TuningConfig = GROUPED_MATMUL_BF16,
     interpret: Interpret = False,
 ) -> Array:
     """Return a_g b_g^T [rows, n] for the rows of each group, the others zero; `a` BF16 [rows, k], `b` BF16 [G, n, k],
@@ -109,7 +109,7 @@ def grouped_matmul_accumulate_bf16(
     group_sizes: Array,
     c: Array | None = None,
     *,
-    config: TuningConfig = ACCUMULATE,
+    config: TuningConfig = GROUPED_MATMUL_ACCUMULATE_BF16,
     interpret: Interpret = False,
 ) -> Array:
     """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no

@@ -49,7 +49,7 @@ from pallas_kernels.hopper.store import padded_columns, staging, store_sums
 from pallas_kernels.hopper.wgmma import ROWS
 from pallas_kernels.quantized import Quantized
 
-CONFIG = TuningConfig(split="n", turn=1, pieces=1, batch=1)  # unrolled, the scales of columns spill
+ACCUMULATE = TuningConfig(split="n", turn=1, pieces=1, batch=1)  # unrolled, the scales of columns spill
 
 
 def multiply_groups(

@@ -5,7 +5,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.hopper.gradient import CONFIG, multiply_groups
+from pallas_kernels.hopper.gradient import ACCUMULATE, multiply_groups
 from pallas_kernels.hopper.main_loop import TuningConfig
 from pallas_kernels.quantized import Quantized
 
@@ -49,7 +49,7 @@ def matmul_accumulate(
     b: Quantized,
     c: Array | None = None,
     *,
-    config: TuningConfig = CONFIG,
+    config: TuningConfig = ACCUMULATE,
     parts: int | None = None,
 ) -> Array:
     """Return c + A B^T for tiles `a` [m, k], `b` [n, k] and FP32 `c` [m, n], A B^T without a `c`; k is summed in

@@ -45,7 +45,7 @@ class TuningConfig:
     tile_n: int = 512
 
 
-DEFAULT = TuningConfig()
+MATMUL = TuningConfig()
 
 
 def matmul(
@@ -53,7 +53,7 @@ def matmul(
     b: Quantized,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = DEFAULT,
+    config: TuningConfig = MATMUL,
     interpret: Interpret = False,
 ) -> Array:
     """Return a b^T [m, n]; `a` tile [m, k], `b` block [n, k]."""
@@ -61,7 +61,7 @@ def matmul(
 
 
 def matmul_accumulate(
-    a: Quantized, b: Quantized, c: Array | None = None, *, config: TuningConfig = DEFAULT, interpret: Interpret = False
+    a: Quantized, b: Quantized, c: Array | None = None, *, config: TuningConfig = MATMUL, interpret: Interpret = False
 ) -> Array:
     """Return c + a b^T, FP32 [m, n], in the place of c where the caller donates it, a b^T without a `c`; both tiles,
     [m, k] and [n, k].

@@ -27,10 +27,12 @@ from pallas_kernels.hopper.stream import (
 from pallas_kernels.producers.reference import swiglu
 from pallas_kernels.quantized import E4M3, Quantized, Scale
 
-SWIGLU = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
+SWIGLU_QUANTIZE = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
 
 
-def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU) -> Quantized:
+def swiglu_quantize(
+    hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_QUANTIZE
+) -> Quantized:
     """Return silu(gate) * up (* weight) in tiles [m, f]. A tile is `rows` x 512 of gate and the same of up."""
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, rows = f // GROUP, config.rows

@@ -51,7 +51,8 @@ from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, 
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
-BACKWARD = TuningConfig(warpgroups=SLABS, stages=1)  # only blocks and stages may vary: the tile gives the rest
+# only blocks and stages may vary: the tile gives the rest
+SWIGLU_BACKWARD_QUANTIZE = TuningConfig(warpgroups=SLABS, stages=1)
 ROW_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((16, GROUP), (4, GROUP), (32,), (4,))), warp_dims=(-6,), lane_dims=(-4, -2), vector_dim=-1
 )
@@ -93,7 +94,7 @@ class Place(NamedTuple):
 
 
 def swiglu_backward_quantize(
-    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = BACKWARD
+    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_BACKWARD_QUANTIZE
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
     """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
     weight's gradient.

@@ -29,7 +29,7 @@ from pallas_kernels.hopper.stream import (
 from pallas_kernels.producers import e5m6
 from pallas_kernels.quantized import scales_shape
 
-PACK = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
+E5M6 = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
 HALF_TILE = plgpu.Layout.TILED(  # `stream.TILE` of half groups
     plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, e5m6.HALF), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
 )
@@ -37,7 +37,7 @@ HALVES = [pl.ds(0, e5m6.HALF), pl.ds(e5m6.HALF, e5m6.HALF)]
 PLANES = [*HALVES, pl.ds(GROUP, e5m6.HALF)]
 
 
-def e5m6_pack(x: Array, config: TuningConfig = PACK) -> tuple[Array, Array]:
+def e5m6_pack(x: Array, config: TuningConfig = E5M6) -> tuple[Array, Array]:
     """Return x [m, k] as uint8 [m, k * 3 // 2] and FP32 scales [k / 128, pad4(m)]."""
     m, k = x.shape
     groups, ring, out_ring = k // GROUP, config.warpgroups * config.stages, config.warpgroups * config.out_slots
@@ -78,7 +78,7 @@ def e5m6_pack(x: Array, config: TuningConfig = PACK) -> tuple[Array, Array]:
     return packed.reshape(m, groups * e5m6.TILE_BYTES), scales
 
 
-def e5m6_unpack(packed: Array, scales: Array, m: int, dtype: jnp.dtype, config: TuningConfig = PACK) -> Array:
+def e5m6_unpack(packed: Array, scales: Array, m: int, dtype: jnp.dtype, config: TuningConfig = E5M6) -> Array:
     """Return [m, k] of `dtype`."""
     k = packed.shape[1] // e5m6.TILE_BYTES * GROUP
     groups, ring, out_ring = k // GROUP, config.warpgroups * config.stages, config.warpgroups * config.out_slots

@@ -33,9 +33,9 @@ from pallas_kernels.hopper.stream import (
 )
 from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
 
-TILES = TuningConfig(blocks=6)
-BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)
-GATHERED = TuningConfig(blocks=3, stages=3)
+QUANTIZE_TILES = TuningConfig(blocks=6)
+QUANTIZE_BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)
+QUANTIZE_ROWS = TuningConfig(blocks=3, stages=3)
 ROWS = GROUP // 2  # of a block that a warpgroup holds at a time
 SLAB = 8  # rows of a gathered tile, and groups along k: a slab is 8 x 8 groups
 SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane, the same in each warp
@@ -43,7 +43,7 @@ SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane,
 )
 
 
-def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quantized:
+def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES) -> Quantized:
     """See `quantize.quantize_tiles`."""
     m, k = x.shape
     groups, layout = k // GROUP, row_layout(x.dtype)
@@ -80,7 +80,7 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quan
     return Quantized(*launch(body, config, num_tiles, quantized_type((m, k)), scratch)(x), "tile")
 
 
-def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = BLOCKS) -> Quantized:
+def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = QUANTIZE_BLOCKS) -> Quantized:
     """See `quantize.quantize_blocks`. A `k` that is no multiple of 128 is padded by a copy: the copy engine moves whole
     swizzled lines.
     """
@@ -128,7 +128,7 @@ def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = BLOCKS) -> Qu
     return Quantized(*launch(body, config, num_tiles, quantized_type(w.shape, "block"), scratch)(w), "block")
 
 
-def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = GATHERED) -> Quantized:
+def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = QUANTIZE_ROWS) -> Quantized:
     """See `quantize.quantize_rows`. Scales are written in whole slabs; what is too much is cut off."""
     (m, k), (w,) = x.shape, rows.shape
     groups, layout = k // GROUP, row_layout(x.dtype, lanes_per_row=16)

@@ -43,8 +43,8 @@ from pallas_kernels.hopper.stream import (
 )
 from pallas_kernels.quantized import E4M3, Quantized, Scale
 
-BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
-REQUANTIZED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
+QUANTIZE_TILES_BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
+REQUANTIZE_TRANSPOSED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
 ROWS = GROUP // 2  # or columns, that a warpgroup holds at a time
 TRANSPOSED = plgpu.Layout.WGMMA  # registers as `ldmatrix` fills them
 
@@ -54,7 +54,9 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
     x.
     """
     m, k = x.shape
-    config = config or dataclasses.replace(BOTH, stages=BOTH.stages * 2 // x.dtype.itemsize)
+    config = config or dataclasses.replace(
+        QUANTIZE_TILES_BOTH, stages=QUANTIZE_TILES_BOTH.stages * 2 // x.dtype.itemsize
+    )
     x = jnp.pad(x, ((0, -m % SWIZZLE_ROWS), (0, 0))) if m % SWIZZLE_ROWS else x
     tall, groups = pl.cdiv(m, GROUP), k // GROUP
     layout = row_layout(x.dtype)
@@ -98,7 +100,7 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
     return Quantized(values, scales, "tile"), Quantized(values_t, scales_t, "tile")
 
 
-def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZED) -> Quantized:
+def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZE_TRANSPOSED) -> Quantized:
     """See `quantize.requantize_transposed`."""
     m, k = q.shape
     tall, groups = pl.cdiv(m, GROUP), k // GROUP

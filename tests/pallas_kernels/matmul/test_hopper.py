@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import matmul
 from pallas_kernels.hopper import groups
-from pallas_kernels.hopper.gradient import CONFIG
+from pallas_kernels.hopper.gradient import ACCUMULATE
 from pallas_kernels.hopper.main_loop import TuningConfig
 from pallas_kernels.matmul import hopper, hopper_gradient
 from tests.pallas_kernels.products import BF16_ERROR, FP32_ERROR, blocks, error, normal, tiles
@@ -74,7 +74,7 @@ def test_parts_of_a_dense_gradient(interpret):
 def test_parts_fill_the_machine(monkeypatch):
     """The table of `plan_parts`; large gradients, and those of few steps, stay whole."""
     monkeypatch.setattr(hopper_gradient, "num_multiprocessors", lambda: 132)
-    plan = functools.partial(hopper_gradient.plan_parts, CONFIG)
+    plan = functools.partial(hopper_gradient.plan_parts, ACCUMULATE)
     few_tiles = {(2048, 640): 8, (512, 4096): 2, (1024, 2048): 2, (2048, 1536): 4, (2048, 2048): 1, (1536, 3072): 6}
     assert {shape: plan(*shape, 256) for shape in few_tiles} == few_tiles
     assert plan(4096, 7168, 256) == plan(7168, 2048, 32) == plan(128, 256, 1) == 1

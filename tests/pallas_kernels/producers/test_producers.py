@@ -196,7 +196,7 @@ def test_norm_on_hopper(case, on_hopper):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_swiglu_on_hopper(weighted, on_hopper):
     hidden, _, weight = swiglu_inputs(35, 640, weighted)
-    config = dataclasses.replace(hopper.SWIGLU, warpgroups=2, stages=2, out_slots=2)
+    config = dataclasses.replace(hopper.SWIGLU_QUANTIZE, warpgroups=2, stages=2, out_slots=2)
     same(
         on_hopper(hopper.swiglu_quantize, hidden, weight, "fp32", config),
         reference.swiglu_quantize(hidden, weight, "fp32"),
