@@ -32,12 +32,7 @@ GROUPED_MATMUL_ACCUMULATE_BF16 = TuningConfig()
 
 
 def grouped_matmul_accumulate_bf16(
-    a: Array,
-    b: Array,
-    group_sizes: Array,
-    c: Array | None = None,
-    *,
-    config: TuningConfig = GROUPED_MATMUL_ACCUMULATE_BF16,
+    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config=GROUPED_MATMUL_ACCUMULATE_BF16
 ) -> Array:
     """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n], A_g^T B_g without a `c`.
 
