@@ -19,7 +19,7 @@ from pallas_kernels.grouped import reference, tpu, tpu_bf16
 from pallas_kernels.grouped.visits import make_visits
 from pallas_kernels.matmul.tpu import TuningConfig
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
-from pallas_kernels.quantized import E4M3, Quantized, dequantize, scales_shape
+from pallas_kernels.quantized import Quantized, dequantize
 
 NUM_GROUPS, ROWS, M, N, K = 4, 300, 20, 150, 384  # rows: two tiles of 128 and part of one; n: a block and part of one
 SEGMENTS = 20  # of the k-grouped product: two steps of 8 and half of one
@@ -30,13 +30,6 @@ FP32_ERROR = (
 DETERMINISTIC = settings(derandomize=True, max_examples=15, deadline=None, database=None)
 
 SMALL, SMALL_BF16 = TuningConfig(tile_m=128, tile_n=128), tpu_bf16.TuningConfig(tile_m=128, tile_n=128, tile_k=128)
-OPERATIONS = (
-    "grouped_matmul",
-    "masked_matmul",
-    "grouped_matmul_accumulate",
-    "grouped_matmul_bf16",
-    "grouped_matmul_accumulate_bf16",
-)
 FACES = ("reference", "tpu")
 
 
@@ -269,85 +262,3 @@ def test_references_run_inside_shard_map():
     np.testing.assert_array_equal(gradient, from_zero)
     np.testing.assert_array_equal(rows[5], reference.grouped_matmul(a, b, sizes, out_dtype=jnp.float32))
     np.testing.assert_array_equal(gradient[5], reference.grouped_matmul_accumulate(left, right, columns, c))
-
-
-def abstract(shape, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def operands(operation: str) -> dict:
-    """Right operands of an operation, without numbers except for the sizes."""
-
-    def quantized(shape, grouping):
-        return Quantized(abstract(shape, E4M3), abstract(scales_shape(shape, grouping), jnp.float32), grouping)
-
-    sizes, c = jnp.array([256, 0, 128, 0], jnp.int32), abstract((NUM_GROUPS, M, N), jnp.float32)
-    blocks, rows = quantized((NUM_GROUPS, N, 256), "block"), quantized((512, 256), "tile")
-    bf16 = functools.partial(abstract, dtype=jnp.bfloat16)
-    return {
-        "grouped_matmul": {"a": rows, "b": blocks, "group_sizes": sizes},
-        "masked_matmul": {"a": quantized((NUM_GROUPS, 300, 256), "tile"), "b": blocks, "valid_rows": sizes},
-        "grouped_matmul_accumulate": {
-            "a": quantized((M, 512), "tile"),
-            "b": quantized((N, 512), "tile"),
-            "group_sizes": sizes,
-            "c": c,
-        },
-        "grouped_matmul_bf16": {"a": bf16((512, 256)), "b": bf16((NUM_GROUPS, N, 256)), "group_sizes": sizes},
-        "grouped_matmul_accumulate_bf16": {"a": bf16((512, M)), "b": bf16((512, N)), "group_sizes": sizes, "c": c},
-    }[operation]
-
-
-SIZES_ARGUMENT = {
-    operation: "valid_rows" if operation == "masked_matmul" else "group_sizes" for operation in OPERATIONS
-}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "numbers"),
-    [
-        (np.array([1, 2, 3, 4], np.float32), "float32"),
-        (np.array([128, 0, 0], np.int32), r"int32 \(3,\).*\(4,\)"),
-        (np.array([256, -128, 0, 0], np.int32), r"-128"),
-        (np.array([512, 0, 128, 0], np.int32), r"640|\[0, 300\]"),  # more than the rows; than one expert's rows
-    ],
-)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_sizes_that_do_not_fit_are_refused(operation, sizes, numbers):
-    with pytest.raises(ValueError, match=numbers):
-        getattr(grouped, operation)(**operands(operation) | {SIZES_ARGUMENT[operation]: sizes})
-
-
-@pytest.mark.parametrize(
-    ("operation", "wrong", "numbers"),
-    [
-        ("grouped_matmul_accumulate", {"group_sizes": np.array([64, 0, 128, 0], np.int32)}, "64.*multiple of 128"),
-        ("grouped_matmul_accumulate", {"c": abstract((NUM_GROUPS, N, M), jnp.float32)}, r"\(4, 20, 150\)"),
-        ("grouped_matmul_accumulate_bf16", {"c": abstract((NUM_GROUPS, M, N), jnp.bfloat16)}, "bfloat16"),
-        ("grouped_matmul_accumulate_bf16", {"b": abstract((256, N), jnp.bfloat16)}, "must be equal"),
-        ("grouped_matmul_accumulate", {"c": None, "group_sizes": np.array(128, np.int32)}, r"int32 \(\)"),
-        ("grouped_matmul_accumulate_bf16", {"c": None, "group_sizes": np.zeros(0, np.int32)}, "at least one group"),
-        ("grouped_matmul_bf16", {"a": abstract((512, 256), jnp.float32)}, "float32"),
-        ("grouped_matmul_bf16", {"transpose_b": True}, r"\(512, 256\).*\(4, 256, 150\)"),
-        ("grouped_matmul_bf16", {"out_dtype": jnp.float16}, "float16"),
-        ("grouped_matmul", {"out_dtype": jnp.int32}, "int32"),
-        ("grouped_matmul", {"a": tiles(8, 384, 0)}, r"\(8, 384\).*\(4, 150, 256\)"),
-        ("grouped_matmul", {"b": tiles(8, 256, 0)}, "'tile'.*'block'"),
-        ("masked_matmul", {"a": tiles(8, 256, 0)}, r"\(8, 256\).*3 dims"),
-    ],
-)
-def test_wrong_operands_are_refused(operation, wrong, numbers):
-    with pytest.raises(ValueError, match=numbers):
-        getattr(grouped, operation)(**operands(operation) | wrong)
-
-
-def test_experts_of_both_operands_are_equal():
-    right = operands("masked_matmul")
-    fewer = Quantized(abstract((3, 300, 256), E4M3), abstract((3, 2, 300), jnp.float32), "tile")
-    with pytest.raises(ValueError, match=r"\(3, 300, 256\).*\(4, 150, 256\)"):
-        grouped.masked_matmul(**right | {"a": fewer})
-
-
-def test_a_hint_of_no_rows_is_refused():
-    with pytest.raises(ValueError, match="expected_rows is 0"):
-        grouped.masked_matmul(**operands("masked_matmul"), expected_rows=0)
