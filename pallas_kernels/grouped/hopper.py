@@ -35,11 +35,11 @@ from pallas_kernels.hopper.store import padded_columns, staging, store_rows, sto
 from pallas_kernels.quantized import Quantized
 
 # eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
-GROUPED_MATMUL = TuningConfig(turn=4)
+GROUPED_MATMUL = TuningConfig(unroll=4)
 EXPERTS_AT_ONCE = 16  # whose numbers of rows are read together
 # 128 x 256; more steps unrolled, or pieces sent together, spill
-MANY_ROWS = TuningConfig(turn=4, pieces=1, batch=1, grid_width=4)
-FEW_ROWS = TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
+MANY_ROWS = TuningConfig(unroll=4, out_slots=1, batch=1, grid_width=4)
+FEW_ROWS = TuningConfig(columns=64, products=1, split="n", stages=8, unroll=4, out_slots=1, batch=1)  # 64 x 128
 
 
 def grouped_matmul(
@@ -125,7 +125,7 @@ def _run(
             first, row, group, *_ = visit
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def turn(start, count, slot):
+            def steps(start, count, slot):
                 for i in range(count):
                     ks = pl.ds((start + i) * GROUP, GROUP)
                     slot = ring.fill(
@@ -136,7 +136,7 @@ def _run(
 
             @pl.when(group < num_groups)
             def _():
-                over_steps(num_steps, config.turn, turn, first_slot(used))
+                over_steps(num_steps, config.unroll, steps, first_slot(used))
 
         def compute(wg, visit, column, used):
             first, row, group, start, end = visit
@@ -146,7 +146,11 @@ def _run(
                 store_rows(ref, out.at[first], row + down + i, start, end, pl.ds(column + right + j, ref.shape[1]))
 
             store = functools.partial(
-                store_sums, out_slots=out_slots.at[wg], room=padded - column - right, send=send, batch=config.batch
+                store_sums,
+                out_slots=out_slots.at[wg],
+                columns_left=padded - column - right,
+                send=send,
+                batch=config.batch,
             )
             mine = (row + down < end) & (row + down + config.height > start)
 
@@ -164,6 +168,6 @@ def _run(
 
         by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
 
-    scratch = [*slots(config), staging(config.pieces, out_dtype), *barriers(3, config.stages)]
+    scratch = [*slots(config), staging(config.out_slots, out_dtype), *barriers(3, config.stages)]
     run = launch(kernel, jax.ShapeDtypeStruct((lead, rows, padded), out_dtype), num_multiprocessors(), scratch)
     return run(values, scales, b.values, b.scales, *tables)[..., :n]

@@ -34,7 +34,7 @@ class TuningConfig:
 
     tile_n: int = 256
     stages: int = 4
-    pieces: int = 2
+    out_slots: int = 2
     grid_minor: int = 0
     grid_width: int = 8
     interpreted: bool = False
@@ -71,7 +71,7 @@ def grouped_matmul_bf16(
             _, row, group, *_ = visit
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def turn(first, count, _):
+            def steps(first, count, _):
                 for slot in range(count):
                     ks = pl.ds((first + slot) * STEP, STEP)
                     ring.fill(
@@ -84,13 +84,13 @@ def grouped_matmul_bf16(
 
             @pl.when(group < num_groups)
             def _():
-                over_steps(num_steps, config.stages, turn)
+                over_steps(num_steps, config.stages, steps)
 
         def multiply(wg):
             rows = pl.ds(wg * ROWS, ROWS)
 
             def run(total):
-                def turn(first, count, _):
+                def steps(first, count, _):
                     for slot in range(count):
                         plgpu.barrier_wait(full.at[slot])
                         right = b_slots.at[slot]
@@ -102,7 +102,7 @@ def grouped_matmul_bf16(
                         def _(before=before):
                             plgpu.barrier_arrive(empty.at[before])
 
-                over_steps(num_steps, config.stages, turn)
+                over_steps(num_steps, config.stages, steps)
                 result = total[...]
                 plgpu.barrier_arrive(empty.at[(num_steps - 1) % config.stages])
                 return result
@@ -132,7 +132,7 @@ def grouped_matmul_bf16(
     scratch = [
         tiled((config.stages, config.tile_m, STEP), jnp.bfloat16),
         tiled((config.stages, *b_tile), jnp.bfloat16),
-        staging(config.pieces, out_dtype),
+        staging(config.out_slots, out_dtype),
         *barriers(2, config.stages),
     ]
     run = launch(kernel, jax.ShapeDtypeStruct((rows, padded), out_dtype), num_multiprocessors(), scratch)

@@ -113,7 +113,7 @@ def grouped_matmul_accumulate_bf16(
     scratch = [
         tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
         tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
-        staging(config.pieces, jnp.float32),
+        staging(config.out_slots, jnp.float32),
         *barriers(2, config.stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]

@@ -49,7 +49,7 @@ from pallas_kernels.hopper.store import padded_columns, staging, store_sums
 from pallas_kernels.hopper.wgmma import ROWS
 from pallas_kernels.quantized import Quantized
 
-ACCUMULATE = TuningConfig(split="n", turn=1, pieces=1, batch=1)  # unrolled, the scales of columns spill
+ACCUMULATE = TuningConfig(split="n", unroll=1, out_slots=1, batch=1)  # unrolled, the scales of columns spill
 
 
 def multiply_groups(
@@ -89,7 +89,7 @@ def multiply_groups(
         def copy(row, column, _, first, num_steps, slot):
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def turn(start, count, slot):
+            def steps(start, count, slot):
                 for i in range(count):
                     step = first + start + i
                     ks = pl.ds(step * GROUP, GROUP)
@@ -102,7 +102,7 @@ def multiply_groups(
                     slot = ring.fill(slot, sources)
                 return slot
 
-            over_steps(num_steps, config.turn, turn, slot)
+            over_steps(num_steps, config.unroll, steps, slot)
 
         def compute(wg, row, column, group, _, num_steps, slot):
             down, right = config.origin(wg)
@@ -124,7 +124,7 @@ def multiply_groups(
     scratch = [
         *slots(config),
         plgpu.SMEM((config.stages, config.tile_n), jnp.float32),  # scales of B
-        staging(config.pieces, jnp.float32),
+        staging(config.out_slots, jnp.float32),
         *barriers(4, config.stages),
     ]
     operands = a.values, a.scales, b.values, b.scales, *(() if group_sizes is None else (group_sizes,))
@@ -144,5 +144,5 @@ def _multiply_tiles(config: TuningConfig, num_steps: Array, ring: Ring, wg: Arra
         return total + scaled * lax.broadcast_in_dim(a_scale, product.shape, [0]), scaled
 
     return multiply(
-        config, num_steps, ring, wg, slot, ahead=lambda _, count: [None] * count, scale=scale, promote=promote
+        config, num_steps, ring, wg, slot, lookahead=lambda _, count: [None] * count, scale=scale, promote=promote
     )

@@ -66,8 +66,8 @@ class TuningConfig:
         products: of each warpgroup and step.
         split: "m" or "n", the dim along which the two warpgroups share a tile; the products of one lie along the other.
         stages: slots of the ring.
-        turn: steps that are unrolled.
-        pieces: of the result, 64 rows of 128 bytes each, that may be on their way out per warpgroup.
+        unroll: steps per iteration of the loop.
+        out_slots: pieces of the result, 64 rows of 128 bytes each, that may be on their way out per warpgroup.
         batch: pieces that are sent together.
         grid_minor: 0 or 1: the dim along which neighbouring blocks' tiles lie.
         grid_width: how many tiles along that dim share their operands in the L2 cache.
@@ -79,8 +79,8 @@ class TuningConfig:
     products: int = 2
     split: str = "m"
     stages: int = 4
-    turn: int = 8
-    pieces: int = 2
+    unroll: int = 8
+    out_slots: int = 2
     batch: int = 2
     grid_minor: int = 0
     grid_width: int = 8
@@ -131,7 +131,7 @@ def multiply(
     wg: Array,
     slot: Array,
     *,
-    ahead: Callable[[Any, int], list],
+    lookahead: Callable[[Any, int], list],
     scale: Callable[[Array, int, Any], Array],
     promote: Callable[[Array, Array, Array, Array], Array],
 ) -> dict[tuple[int, int], Array]:
@@ -144,14 +144,14 @@ def multiply(
         ring: its first three operands are A, B and the scales of A.
         wg: the warpgroup's number.
         slot: of the first step.
-        ahead: first step, count -> for each step what is read of global memory before its products.
+        lookahead: first step, count -> for each step what is read of global memory before its products.
         scale: slot, number of the product, what was read ahead -> the scales of B of one product.
         promote: sum, product, scales of A [64], scales of B -> the sum with the scaled product, and what may become of
             the product's registers, which the next product takes over.
     """
     a_slots, b_slots, a_scale_slots, *_ = ring.operands
     row, column = config.origin(wg)
-    places = [(row + down, column + right) for down, right in map(config.offset, range(config.products))]
+    origins = [(row + down, column + right) for down, right in map(config.offset, range(config.products))]
     below = config.split == "n"  # products lie below each other: they share the scales of B; side by side, those of A
     add = wgmma.never(wg)
 
@@ -159,13 +159,13 @@ def multiply(
         plgpu.barrier_wait(ring.full.at[slot])
         return [
             plgpu.load(a_scale_slots.at[slot, pl.ds(row, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            for row, _ in (places if below else places[:1])
+            for row, _ in (origins if below else origins[:1])
         ]
 
-    def step(carry, found, more):
+    def step(carry, loaded, more):
         slot, a_scales, product, *totals = carry
         following, received = ring.after(slot), a_scales
-        for i, (row, column) in enumerate(places):
+        for i, (row, column) in enumerate(origins):
             product = wgmma.start(
                 a_slots.at[slot, pl.ds(row, ROWS)],
                 b_slots.at[slot, pl.ds(column, config.columns)],
@@ -174,7 +174,7 @@ def multiply(
                 ptx=not config.interpreted,
             )
             if not (below and i):
-                b_scale = scale(slot, i, found)
+                b_scale = scale(slot, i, loaded)
             last = i == config.products - 1
             if last and more:
                 received = receive(following)
@@ -184,15 +184,15 @@ def multiply(
             totals[i], product = promote(totals[i], product, a_scales[i if below else 0], b_scale)
         return following, received, product, *totals
 
-    def turn(first, count, carry):
-        for found in ahead(first, count):
-            carry = step(carry, found, more=True)
+    def steps(first, count, carry):
+        for loaded in lookahead(first, count):
+            carry = step(carry, loaded, more=True)
         return carry
 
     carry = slot, receive(slot), zero_sum(config), *zero_sums(config).values()
-    carry = over_steps(num_steps - 1, config.turn, turn, carry)
-    (found,) = ahead(num_steps - 1, 1)
-    _, _, _, *totals = step(carry, found, more=False)
+    carry = over_steps(num_steps - 1, config.unroll, steps, carry)
+    (loaded,) = lookahead(num_steps - 1, 1)
+    _, _, _, *totals = step(carry, loaded, more=False)
     return {config.offset(i): total for i, total in enumerate(totals)}
 
 
@@ -218,13 +218,15 @@ def multiply_blocks(
             step = jnp.minimum(first_step + step, b_scales.shape[1] - 1)
         return b_scales[jnp.minimum(block, b_scales.shape[0] - 1), step]
 
-    def ahead(first, count):
+    def lookahead(first, count):
         return [[block_scale(i, first + j) for i in range(config.products)] for j in range(count)]
 
     def promote(total, product, a_scale, b_scale):
         return total + product * lax.broadcast_in_dim(a_scale * b_scale, product.shape, [0]), product
 
-    return multiply(config, num_steps, ring, wg, slot, ahead=ahead, scale=lambda _, i, found: found[i], promote=promote)
+    return multiply(
+        config, num_steps, ring, wg, slot, lookahead=lookahead, scale=lambda _, i, loaded: loaded[i], promote=promote
+    )
 
 
 def skip(num_steps: int, ring: Ring, slot: Array) -> None:

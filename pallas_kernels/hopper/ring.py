@@ -76,17 +76,18 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
     )
 
 
-def over_steps(num_steps: Any, turn: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
-    """Fold `body(first step, number of steps, carry)` over `num_steps`, a number or a scalar: `turn` of them at a time,
-    then the rest.
+def over_steps(num_steps: Any, unroll: int, body: Callable[[Any, int, Any], Any], carry: Any = None) -> Any:
+    """Fold `body(first step, number of steps, carry)` over `num_steps`: `unroll` of them at a time, then the rest.
+
+    `num_steps` is a number or a scalar.
     """
     if isinstance(num_steps, int):
-        turns, rest = divmod(num_steps, turn)
-        carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
-        return body(turns * turn, rest, carry) if rest else carry
-    turns = lax.div(num_steps, jnp.int32(turn))
-    carry = lax.fori_loop(0, turns, lambda i, carry: body(i * turn, turn, carry), carry)
-    return lax.fori_loop(turns * turn, num_steps, lambda i, carry: body(i, 1, carry), carry)
+        rounds, rest = divmod(num_steps, unroll)
+        carry = lax.fori_loop(0, rounds, lambda i, carry: body(i * unroll, unroll, carry), carry)
+        return body(rounds * unroll, rest, carry) if rest else carry
+    rounds = lax.div(num_steps, jnp.int32(unroll))
+    carry = lax.fori_loop(0, rounds, lambda i, carry: body(i * unroll, unroll, carry), carry)
+    return lax.fori_loop(rounds * unroll, num_steps, lambda i, carry: body(i, 1, carry), carry)
 
 
 def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) -> Callable:

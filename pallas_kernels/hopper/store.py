@@ -12,15 +12,15 @@ from pallas_kernels.hopper.ring import SWIZZLE_BYTES, WARPGROUPS, swizzled
 from pallas_kernels.hopper.wgmma import ROWS
 
 
-def staging(pieces: int, dtype: Any) -> plgpu.SMEM:
+def staging(out_slots: int, dtype: Any) -> plgpu.SMEM:
     """Where pieces wait for their way out."""
-    return swizzled((WARPGROUPS, pieces, ROWS, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize), dtype)
+    return swizzled((WARPGROUPS, out_slots, ROWS, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize), dtype)
 
 
 def store_sums(
     totals: Mapping[tuple[int, int], Array],
     out_slots: Any,
-    room: Any,
+    columns_left: Any,
     send: Callable[[Any, int, int], None],
     batch: int = 1,
 ) -> None:
@@ -28,12 +28,12 @@ def store_sums(
 
     Args:
         totals: by their first row and column within what the warpgroup computes, FP32 [64, columns].
-        out_slots: ref [pieces, 64, width].
-        room: how many columns there are from the warpgroup's first one on; pieces that begin beyond are dropped.
+        out_slots: ref [slots, 64, width].
+        columns_left: number of columns from the warpgroup's first one to the end; pieces beyond are dropped.
         send: ref [64, width], its first row and column -> starts copies, uncommitted.
-        batch: how many pieces are sent together.
+        batch: number of pieces that are sent together.
     """
-    pieces, _, width = out_slots.shape
+    num_slots, _, width = out_slots.shape
     cut = []
     for (down, right), total in totals.items():
         # Rounded here and now: sums that live on through branches cost the assembler the pipeline of products, and it
@@ -44,17 +44,17 @@ def store_sums(
         ]
         cut += [(down, right + j * width, piece) for j, piece in enumerate(rounded)]
     for first in range(0, len(cut), batch):
-        together = cut[first : first + batch]
+        sent = cut[first : first + batch]
 
-        @pl.when(together[0][1] < room)
-        def _(first=first, together=together):
+        @pl.when(sent[0][1] < columns_left)
+        def _(first=first, sent=sent):
             # A total's first pieces wait for all: how many of the one before were dropped, only the run knows.
-            plgpu.wait_smem_to_gmem(pieces // batch - 1 if first % len(rounded) else 0, wait_read_only=True)
-            refs = [out_slots.at[(first + j) % pieces] for j in range(len(together))]
-            for ref, (*_, piece) in zip(refs, together, strict=True):
+            plgpu.wait_smem_to_gmem(num_slots // batch - 1 if first % len(rounded) else 0, wait_read_only=True)
+            refs = [out_slots.at[(first + j) % num_slots] for j in range(len(sent))]
+            for ref, (*_, piece) in zip(refs, sent, strict=True):
                 ref[...] = piece
             plgpu.commit_smem()
-            for ref, (down, right, _) in zip(refs, together, strict=True):
+            for ref, (down, right, _) in zip(refs, sent, strict=True):
                 send(ref, down, right)
             plgpu.commit_smem_to_gmem_group()
 

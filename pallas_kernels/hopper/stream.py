@@ -215,7 +215,7 @@ def _stream(
     plgpu.wait_smem_to_gmem(0)
 
 
-def place(tile: Array, columns: int) -> tuple[Array, Array]:
+def position(tile: Array, columns: int) -> tuple[Array, Array]:
     """Return row and column of a tile, where tiles lie in rows of `columns`."""
     return lax.div(tile, columns), lax.rem(tile, columns)
 

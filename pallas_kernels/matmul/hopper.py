@@ -19,8 +19,8 @@ from pallas_kernels.hopper.wgmma import ROWS
 from pallas_kernels.quantized import Quantized
 
 LARGE = TuningConfig()  # tiles of 128 x 256
-MEDIUM = TuningConfig(products=1, stages=5, turn=4)  # 128 x 128
-SMALL = TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
+MEDIUM = TuningConfig(products=1, stages=5, unroll=4)  # 128 x 128
+SMALL = TuningConfig(columns=64, products=1, split="n", stages=8, unroll=4, out_slots=1, batch=1)  # 64 x 128
 # Microseconds on an H100 at work: of a launch, of a tile, of 128 along k in it. It predicts 40 times of 5 to 660 us
 # within -23 to 14%.
 TIMES = {LARGE: (3.0, 0.9, 0.72), MEDIUM: (2.2, 0.6, 0.39), SMALL: (1.9, 0.5, 0.25)}
@@ -85,14 +85,14 @@ def matmul(
         def copy(part, row, column, slot):
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def turn(first, count, slot):
+            def steps(first, count, slot):
                 for i in range(count):
                     step = part * num_steps + first + i
                     ks = pl.ds(step * GROUP, GROUP)
                     slot = ring.fill(slot, [a_ref.at[rows, ks], b_ref.at[columns, ks], a_scales.at[step, rows]])
                 return slot
 
-            over_steps(num_steps, config.turn, turn, slot)
+            over_steps(num_steps, config.unroll, steps, slot)
 
         def compute(wg, part, row, column, slot):
             down, right = config.origin(wg)
@@ -109,7 +109,7 @@ def matmul(
         by_role(ring, lambda: over_tiles(copy), lambda wg: over_tiles(functools.partial(compute, wg)))
 
     out_type = jax.ShapeDtypeStruct((parts, m, padded), jnp.float32 if parts > 1 else out_dtype)
-    scratch = [*slots(config), staging(config.pieces, out_type.dtype), *barriers(3, config.stages)]
+    scratch = [*slots(config), staging(config.out_slots, out_type.dtype), *barriers(3, config.stages)]
     num_blocks = min(num_multiprocessors(), num_tiles * parts)
     products = launch(kernel, out_type, num_blocks, scratch)(a.values, a.scales, b.values, b.scales)[..., :n]
     return products.sum(0).astype(out_dtype) if parts > 1 else products[0]

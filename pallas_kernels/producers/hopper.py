@@ -18,7 +18,7 @@ from pallas_kernels.hopper.stream import (
     launch,
     load_tile,
     ones_beyond,
-    place,
+    position,
     put,
     quantize_registers,
     quantized_type,
@@ -40,7 +40,7 @@ def swiglu_quantize(
     weights = () if weight is None else (jnp.pad(weight, (0, -m % rows)),)
 
     def at(tile):
-        i, j = place(tile, wide)
+        i, j = position(tile, wide)
         return pl.ds(i * rows, rows), pl.ds(j * TILE_GROUPS, TILE_GROUPS)
 
     def body(hidden, *refs):

@@ -40,7 +40,7 @@ from pallas_kernels.hopper.stream import (
     TuningConfig,
     launch,
     ones_beyond,
-    place,
+    position,
     put,
     quantize_registers,
     quantized_type,
@@ -84,7 +84,7 @@ class Exchange(NamedTuple):
     ready: Any  # barrier: all maxima are there
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """Where a warpgroup's part of a tile belongs in the result."""
 
     warpgroup: Array
@@ -156,7 +156,7 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
         warpgroup = lax.axis_index("warpgroup")
 
         def at(tile):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             return pl.ds(i * GROUP + warpgroup * SLAB, SLAB), i, g
 
         def fetch(tile, slot, copied):
@@ -177,7 +177,7 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
                 return (x.astype(jnp.float32) for x in loads)
 
             def emit(x, number, to, group, along_rows):
-                where = Place(warpgroup, rows, i, group)
+                where = Target(warpgroup, rows, i, group)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if along_rows:
                     _emit_rows(x, where, scale, m, to, staging)
@@ -202,7 +202,7 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
     return body
 
 
-def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
+def _emit_rows(x: Array, to: Target, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
     """Quantise this warpgroup's rows of a tile, and send them."""
     values, scales = quantize_registers(x, scale, ROW_LAYOUT)
     put(staging.values.at[to.warpgroup], values)
@@ -212,7 +212,7 @@ def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging:
     plgpu.copy_smem_to_gmem(staging.scales.at[to.warpgroup], out.scales.at[to.column, to.rows])
 
 
-def _emit_columns(to: Place, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
+def _emit_columns(to: Target, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
     """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed
     rows.
     """

@@ -22,7 +22,7 @@ from pallas_kernels.hopper.stream import (
     TuningConfig,
     launch,
     ones_beyond,
-    place,
+    position,
     put,
     spread,
 )
@@ -121,7 +121,7 @@ def _cut(m: int, k: int, rows: int) -> tuple[int, Callable[[Array], tuple]]:
     wide = pl.cdiv(k // GROUP, TILE_GROUPS)
 
     def at(tile):
-        i, j = place(tile, wide)
+        i, j = position(tile, wide)
         return pl.ds(i * rows, rows), pl.ds(j * TILE_GROUPS, TILE_GROUPS)
 
     return pl.cdiv(m, rows) * wide, at

@@ -25,7 +25,7 @@ from pallas_kernels.hopper.stream import (
     launch,
     lines,
     ones_beyond,
-    place,
+    position,
     quantize_registers,
     quantized_type,
     row_layout,
@@ -51,7 +51,7 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES
 
     def body(x, values, scales, x_slots, value_slots, scale_slots):
         def at(tile):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             return pl.ds(i * config.rows, config.rows), g
 
         def fetch(tile, slot, copied):
@@ -97,8 +97,8 @@ def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = QUANTIZE_BLOC
     halves = [pl.ds(0, ROWS), pl.ds(ROWS, ROWS)]
 
     def block_of(tile):
-        e, rest = place(tile, blocks_n * blocks_k)
-        return e, *place(rest, blocks_k)
+        e, rest = position(tile, blocks_n * blocks_k)
+        return e, *position(rest, blocks_k)
 
     def at(ref, tile):
         e, i, j = block_of(tile)
@@ -138,7 +138,7 @@ def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = QU
         warpgroup = lax.axis_index("warpgroup")
 
         def at(tile):
-            i, j = place(tile, wide)
+            i, j = position(tile, wide)
             return i * SLAB, pl.ds(j * SLAB, SLAB)
 
         def fetch(tile, slot, copied):

@@ -35,7 +35,7 @@ from pallas_kernels.hopper.stream import (
     launch,
     lines,
     ones_beyond,
-    place,
+    position,
     quantize_registers,
     quantized_type,
     row_layout,
@@ -65,11 +65,11 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
         parts = _parts(config)
 
         def fetch(tile, slot, copied):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             plgpu.copy_gmem_to_smem(x.at[pl.ds(i * GROUP, GROUP), pl.ds(g * GROUP, GROUP)], x_slots.at[slot], copied)
 
         def work(turn):
-            (i, g), out = place(turn.tile, groups), turn.take_out_slot()
+            (i, g), out = position(turn.tile, groups), turn.take_out_slot()
             for first in parts:
                 part = pl.ds(first, ROWS)
                 rows = plgpu.load(x_slots.at[turn.slot, part], layout=layout)
@@ -109,13 +109,13 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
         parts = _parts(config)
 
         def fetch(tile, slot, copied):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             rows = pl.ds(i * GROUP, GROUP)
             plgpu.copy_gmem_to_smem(values.at[rows, pl.ds(g * GROUP, GROUP)], value_slots.at[slot], copied)
             plgpu.copy_gmem_to_smem(scales.at[g, rows], scale_slots.at[slot], copied)
 
         def work(turn):
-            (i, g), slot, out = place(turn.tile, groups), turn.slot, turn.take_out_slot()
+            (i, g), slot, out = position(turn.tile, groups), turn.slot, turn.take_out_slot()
             row_scales = plgpu.load(scale_slots.at[slot], layout=TRANSPOSED.reduce(0), optimized=False)
             for first in parts:
                 part = pl.ds(first, ROWS)

@@ -26,7 +26,7 @@ def two_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     "config",
-    [TuningConfig(split="n", stages=2, turn=1), TuningConfig(products=1, stages=3, turn=2, pieces=2)],
+    [TuningConfig(split="n", stages=2, unroll=1), TuningConfig(products=1, stages=3, unroll=2, out_slots=2)],
 )
 def test_weight_gradients(interpret, config):
     """Odd and even numbers of steps, an empty group, columns of no group. The interpreter cannot add: it stores, to
@@ -89,7 +89,7 @@ def test_gradients_that_begin_at_zero(interpret, sizes):
         Quantized(x.values.at[:, used:].set(jnp.nan), x.scales.at[used // 128 :].set(jnp.nan), "tile") for x in (a, b)
     )
     gradient = functools.partial(
-        hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1, interpreted=True)
+        hopper_gradient.grouped_matmul_accumulate, config=TuningConfig(split="n", stages=2, unroll=1, interpreted=True)
     )
     actual = from_zero_and_zeros(interpret, gradient, (a, b), sizes, jnp.zeros((4, m, n)))
     expected = np.asarray(reference.grouped_matmul_accumulate(a, b, jnp.asarray(sizes, jnp.int32)), np.float64)

@@ -27,16 +27,16 @@ def two_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("m", "n", "k", "config", "parts"),
     [
-        # steps left over by the last turn, edges in m and n
-        (200, 264, 640, TuningConfig(products=1, stages=2, pieces=2), 1),
+        # steps left over by the unrolled ones, edges in m and n
+        (200, 264, 640, TuningConfig(products=1, stages=2, out_slots=2), 1),
         (133, 128, 128, TuningConfig(), 1),  # a single step; rows that are no multiple of 8; half of a tile's columns
         (136, 520, 896, TuningConfig(stages=3), 1),  # two products per step; slots go on from tile to tile
         # half a block of columns per warpgroup
         (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2), 1),
         # a warpgroup's products below each other
-        (200, 264, 256, TuningConfig(split="n", stages=2, pieces=2, batch=2), 1),
+        (200, 264, 256, TuningConfig(split="n", stages=2, out_slots=2, batch=2), 1),
         # ... of which most pieces lie beyond the last column
-        (200, 160, 128, TuningConfig(split="n", stages=2, pieces=2, batch=1), 1),
+        (200, 160, 128, TuningConfig(split="n", stages=2, out_slots=2, batch=1), 1),
         (133, 264, 512, TuningConfig(stages=2), 2),  # two parts of k
         # the last of which ends beyond it
         (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),
@@ -62,7 +62,7 @@ def test_parts_of_a_dense_gradient(interpret):
     m, n = 136, 72
     a, b, c = tiles(m, 896), tiles(n, 896, seed=1), normal(m, n, seed=2)
     gradient = functools.partial(
-        hopper_gradient.matmul_accumulate, config=TuningConfig(split="n", stages=2, turn=1, interpreted=True)
+        hopper_gradient.matmul_accumulate, config=TuningConfig(split="n", stages=2, unroll=1, interpreted=True)
     )
     whole = interpret(functools.partial(gradient, parts=1), a, b)
     assert error(whole, np.asarray(matmul.matmul_accumulate(a, b, implementation="reference"), np.float64)) < FP32_ERROR

@@ -173,13 +173,13 @@ def test_poison_is_seen_and_stays_in_its_tile(poison):
 # Rows and columns, most of them with an odd m and rings that wrap. The kernel adds squares in another order than the
 # reference, which may round a norm to the other neighbour in BF16, one of 29 x 7168: these have none.
 NORMS = {
-    "a partial last piece": (19, 640, stream.TuningConfig(rows=4, warpgroups=2, stages=2, out_slots=1)),
-    "pieces beyond the row": (13, 2432, stream.TuningConfig(rows=4, warpgroups=3, stages=1, out_slots=2)),
+    "a partial last chunk": (19, 640, stream.TuningConfig(rows=4, warpgroups=2, stages=2, out_slots=1)),
+    "chunks beyond the row": (13, 2432, stream.TuningConfig(rows=4, warpgroups=3, stages=1, out_slots=2)),
     "a warpgroup beyond the row": (9, 2432, stream.TuningConfig(rows=4, warpgroups=4, stages=2, out_slots=1)),
     "narrow rows in tall tiles": (50, 256, stream.TuningConfig(rows=16, warpgroups=1, stages=2, out_slots=1)),
     "two blocks": (67, 1536, stream.TuningConfig(blocks=2, rows=8, warpgroups=3, stages=3, out_slots=1)),
     "V3's width": (9, 7168, None),
-    "no room for gain and pieces": (6, hopper_norm.WIDEST_ROW - GROUP, None),
+    "no room for gain and chunks": (6, hopper_norm.WIDEST_ROW - GROUP, None),
 }
 
 
