@@ -53,8 +53,9 @@ SCALES = ("fp32", "pow2")
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("grouping",))
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """An FP8 tensor. `values` E4M3 [..., m, k]; `scales` FP32, laid out as the grouping says; leading dims are those of
-    `values`.
+    """An FP8 tensor: `values` E4M3 [..., m, k], and `scales` FP32, laid out as the grouping says.
+
+    Leading dims of the scales are those of the values.
     """
 
     values: Array
@@ -93,8 +94,9 @@ def scale_of(amax: Array, scale: Scale, largest: float = LARGEST) -> Array:
 
 
 def encode(x: Array, scale: Array) -> Array:
-    """Return FP32 `x` as E4M3 in units of `scale` (a shape that broadcasts): nearest even, saturating at 448, NaN where
-    either is NaN.
+    """Return FP32 `x` as E4M3 in units of `scale`, whose shape broadcasts.
+
+    Rounded to nearest even, saturating at 448, NaN where either is NaN.
     """
     return jnp.clip(x * (1.0 / scale), -LARGEST, LARGEST).astype(E4M3)
 
@@ -141,7 +143,7 @@ def check_quantized(name: str, q: Quantized, grouping: str, num_dims: int) -> No
     """Refuse an operand of the wrong kind, with its numbers.
 
     Raises:
-        ValueError: grouping, dtype, number of dims, an inner dim that is no multiple of 128, or scales of the wrong
+        ValueError: grouping, dtype, number of dims, an inner dim that is not a multiple of 128, or scales of the wrong
             layout.
     """
     if q.grouping != grouping:

@@ -117,8 +117,9 @@ def parse() -> argparse.Namespace:
 
 
 def take_gpu() -> jax.Device:
-    """Return the first NVIDIA GPU, with JAX's compilation cache off, so that first calls compile; or end the program
-    with one line.
+    """Return the first NVIDIA GPU, or end the program with one line.
+
+    JAX's compilation cache is switched off, so that first calls compile.
     """
     try:
         device = jax.devices("cuda")[0]

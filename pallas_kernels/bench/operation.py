@@ -88,16 +88,15 @@ class Operation:
         return Program(function, operands, work_of(shape, operands, result))
 
     def error(self, operands: tuple, result: Any) -> float:
-        """Return the relative L2 error of what the program first made of `operands`, against the reference in FP32; 0
-        means equal.
-        """
+        """Return the relative L2 error of the program's first result against the reference in FP32; 0 means equal."""
         exact = jax.jit(functools.partial(self.call, implementation="reference", **self.exact))
         return relative_error(result, exact(*operands))
 
 
 def work_of(shape: Shape, operands: Any, result: Any) -> int:
-    """Return FLOPs, or the bytes that must move where memory binds: each operand in and each result out, unless the
-    shape knows better.
+    """Return the FLOPs of a call, or where memory binds, the bytes that must move.
+
+    Those are each operand in and each result out, unless the shape knows better.
     """
     if shape.unit == "TFLOP/s":
         return shape.flops

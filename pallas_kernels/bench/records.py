@@ -35,9 +35,7 @@ def provenance(module: str, device: str) -> dict[str, str]:
 
 
 def _without_json(arguments: list[str]) -> list[str]:
-    """Arguments without --json: where a record was written is no part of what made it, and names a folder of one
-    machine.
-    """
+    """Arguments without --json: where a record was written did not make it, and names a folder of one machine."""
     pairs = zip([None, *arguments], arguments, strict=False)
     return [
         argument

@@ -1,6 +1,6 @@
 """The shapes that tests, benchmarks and tuning share, and DeepGEMM's speed on those it was measured on.
 
-Cards differ and slow down under load, so a speed of another day is no yardstick: what carries over is its ratio to
+Cards differ and slow down under load, so a speed of another day says little: what carries over is its ratio to
 something that runs on the same card a moment earlier or later. A `DeepGemm` holds both numbers of its day, on an H200:
 its own, and XLA's.
 
@@ -159,11 +159,12 @@ class DeepGemm(NamedTuple):
 
 
 def group_sizes(rows: int, groups: int, multiple: int = GROUP) -> np.ndarray:
-    """Return int32 [groups] with sum `rows`, drawn within 0.7 to 1.3 of the mean and rounded to `multiple`; the same at
-    every call.
+    """Return int32 [groups] with sum `rows`, multiples of `multiple`, the same at every call.
+
+    They are drawn within 0.7 to 1.3 of their mean and rounded.
 
     Raises:
-        ValueError: `rows` is no multiple of `multiple`.
+        ValueError: `rows` is not a multiple of `multiple`.
     """
     if rows % multiple:
         raise ValueError(f"{rows} rows cannot be cut into groups of multiples of {multiple}")
@@ -172,8 +173,9 @@ def group_sizes(rows: int, groups: int, multiple: int = GROUP) -> np.ndarray:
 
 
 def draw_dense(seed: int, count: int = 20) -> list[Dense]:
-    """Return dense shapes nobody tuned for: odd m from 65 to 8,191, n and k in V3's ranges, each as often small as
-    large.
+    """Return dense shapes that nobody tuned for.
+
+    m is odd, from 65 to 8,191; n and k lie in V3's ranges, as often small as large.
     """
     rng = np.random.default_rng(seed)
 

@@ -1,5 +1,6 @@
-"""What the benchmark runs: every public operation with its shapes and random operands. A new benchmark is one line of
-`operations`.
+"""What the benchmark runs: every public operation with its shapes and random operands.
+
+A new benchmark is one line of `operations`.
 
 Operands are what `quantize_*` emits from normal data: speed depends on the bits (products of zeros draw less power, so
 clocks stay high).
@@ -159,8 +160,9 @@ def _e5m6_unpack(packed: Array, scales: Array, **how: Any) -> Array:
 def linear(
     x: Array, dy: Array, w: Quantized, w_transposed: Quantized, dw: Array, **how: Any
 ) -> tuple[Array, Array, Array]:
-    """Return y, dx and dw of a linear layer from BF16 `x` [m, k] and `dy` [m, n]; weights were quantised once in this
-    optimizer step.
+    """Return y, dx and dw of a linear layer from BF16 `x` [m, k] and `dy` [m, n].
+
+    Weights are given in FP8: they are quantised once per optimizer step.
     """
     x_tiles, x_columns = quantize.quantize_tiles_both(x, **how)
     dy_tiles, dy_columns = quantize.quantize_tiles_both(dy, **how)

@@ -1,5 +1,6 @@
-"""Grouped FP8 products on Hopper: rows of many experts, one matrix each. The main loop and its reasons are in
-`pallas_kernels/hopper/main_loop.py`.
+"""Grouped FP8 products on Hopper: rows of many experts, one matrix each.
+
+The main loop and its reasons are in `pallas_kernels/hopper/main_loop.py`.
 
 Both operations are a list of *visits*: some rows of one tile that belong to one expert. A tile of A is multiplied
 whole, whoever its rows belong to, and only the visit's rows are stored, so two visits of one tile never write the same
@@ -59,8 +60,9 @@ def masked_matmul(
     out_dtype=jnp.bfloat16,
     config=None,
 ) -> Array:
-    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k]; rows from `valid_rows[e]` on are not
-    written.
+    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k].
+
+    Rows from `valid_rows[e]` on are not written.
     """
     num_experts = b.shape[0]
     config = config or (MANY_ROWS if (expected_rows or a.shape[1]) > FEW_ROWS.tile_m else FEW_ROWS)

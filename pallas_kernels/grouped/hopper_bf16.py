@@ -1,5 +1,4 @@
-"""Grouped BF16 products on Hopper, for `precision: "bf16"`: the same visits as in FP8 (`hopper.py`), without scales and
-promotion.
+"""Grouped BF16 products on Hopper: the visits of `hopper.py`, without scales and promotion.
 
 Tensor cores add BF16 products in FP32, so a sum stays in their accumulator from the first step to the last: a tile of
 128 x 256, 64 x 256 per warpgroup, 128 registers a thread. The next product is started before the last one's slot is
@@ -51,8 +50,9 @@ GROUPED_MATMUL_BF16 = TuningConfig()
 def grouped_matmul_bf16(
     a: Array, b: Array, group_sizes: Array, *, transpose_b=False, out_dtype=jnp.bfloat16, config=GROUPED_MATMUL_BF16
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`; rows of no
-    group are zero.
+    """Return a_g b_g^T [rows, n] for BF16 `a` [rows, k] and `b` [G, n, k], or [G, k, n] with `transpose_b`.
+
+    Rows of no group are zero.
     """
     num_rows, num_columns = a.shape[0], b.shape[2 if transpose_b else 1]
     a, b = whole_lines(a), whole_lines(b)
@@ -140,8 +140,9 @@ def grouped_matmul_bf16(
 
 
 def whole_lines(x: Array) -> Array:
-    """Pad the last two dims with zeros to what the copy engine takes: whole swizzles of rows, rows of whole lines or
-    less than one.
+    """Pad the last two dims with zeros to what the copy engine takes.
+
+    It takes whole swizzles of rows, and rows of whole lines or of less than one.
     """
     rows, columns = x.shape[-2:]
     missing = -rows % SWIZZLE_ROWS, -columns % (STEP if columns > STEP else ALIGNMENT)

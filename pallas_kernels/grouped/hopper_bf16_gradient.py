@@ -1,5 +1,6 @@
-"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out or stored,
-as in FP8.
+"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere.
+
+Results are added to C on the way out, or stored, as in FP8.
 
 wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left
 them. Rows come in steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows

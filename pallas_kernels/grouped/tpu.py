@@ -47,8 +47,9 @@ def grouped_matmul(
     config: TuningConfig = GROUPED_MATMUL,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero; `a` tile [rows, k], `b` block [G, n,
-    k].
+    """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero.
+
+    `a` is tile [rows, k], `b` block [G, n, k].
     """
     (rows, k), (num_groups, n, _) = a.shape, b.shape
     tile_m, tile_n = fit(config.tile_m, rows), fit(config.tile_n, n)
@@ -102,9 +103,7 @@ def _grouped_kernel(visits, a, b, a_scales, b_scales, out, total, *, num_groups:
 
 
 def keep_rows(visits, v: Array, total: Array, out) -> None:
-    """Write the rows of `total` [tile, n] that are visit `v`'s to `out`, and leave its others as earlier visits of the
-    tile wrote them.
-    """
+    """Write the rows of `total` [tile, n] that are visit `v`'s to `out`; the others stay as they are."""
     group = visits.group[v]
     rows = visits.tile[v] * total.shape[0] + jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
     own = (rows >= visits.offsets[group]) & (rows < visits.offsets[group + 1])
@@ -120,8 +119,9 @@ def masked_matmul(
     config: TuningConfig = MASKED_MATMUL,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows; `a` tile [E, r, k], `b` block [E, n,
-    k].
+    """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows.
+
+    `a` is tile [E, r, k], `b` block [E, n, k].
     """
     (num_experts, rows, k), n = a.shape, b.shape[1]
     tile_m, tile_n = fit(config.tile_m, rows), fit(config.tile_n, n)
@@ -181,8 +181,9 @@ def grouped_matmul_accumulate(
     config: TuningConfig = GROUPED_MATMUL_ACCUMULATE,
     interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b`
-    tile [n, K].
+    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the columns of group g of `a` and `b`.
+
+    `a` is tile [m, K] and `b` tile [n, K]; group g has `group_sizes[g]` columns.
 
     Without a `c` it is made of zeros: a group without visits has no other.
     """
@@ -234,8 +235,9 @@ def _accumulate_kernel(visits, a, b, a_scales, b_scales, c, out, *, num_groups: 
 
 
 def group_of_output(visits, v: Array, num_groups: int) -> Array:
-    """Return whose output visit `v` holds: its group's, and after the last group that of G - 1, which it leaves as it
-    is.
+    """Return whose output visit `v` holds: its group's.
+
+    After the last group it is that of G - 1, which the visit leaves as it is.
     """
     return jnp.minimum(visits.group[v], num_groups - 1)
 

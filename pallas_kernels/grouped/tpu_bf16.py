@@ -6,7 +6,7 @@ things differ.
 Groups of the weight gradient end at any row, not at a multiple of 128, so the rows of a tile that are another group's
 are zeroed before the product, in both operands: a NaN times zero would be NaN.
 
-Any k is allowed. Where it is no multiple of a step, both operands are padded with zeros in HBM first; the widths of
+Any k is allowed. Where it is not a multiple of a step, both operands are padded with zeros in HBM first; the widths of
 DeepSeek-V3 never are.
 """
 
@@ -51,8 +51,9 @@ def grouped_matmul_bf16(
     config: TuningConfig = GROUPED_MATMUL_BF16,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group, the others zero; `a` BF16 [rows, k], `b` BF16 [G, n, k],
-    or [G, k, n].
+    """Return a_g b_g^T [rows, n] for the rows of each group, the others zero.
+
+    `a` is BF16 [rows, k], `b` BF16 [G, n, k], or [G, k, n] with `transpose_b`.
     """
     num_groups, n = b.shape[0], b.shape[2 if transpose_b else 1]
     tile_k = fit(config.tile_k, a.shape[1])
@@ -112,8 +113,9 @@ def grouped_matmul_accumulate_bf16(
     config: TuningConfig = GROUPED_MATMUL_ACCUMULATE_BF16,
     interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no
-    `c` is zeros.
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of BF16 `a` [K, m] and `b` [K, n].
+
+    Without a `c` it begins at zero.
     """
     num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
     c = jnp.zeros((num_groups, m, n), jnp.float32) if c is None else c

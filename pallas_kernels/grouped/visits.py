@@ -1,5 +1,4 @@
-"""Which tiles of rows meet which groups: the schedule of the grouped kernels, computed on the device from the group
-sizes.
+"""Which tiles of rows meet which groups: the schedule of the grouped kernels, computed on the device.
 
 Groups end anywhere, tiles every `tile` rows. A visit is one group's rows within one tile; a kernel computes the whole
 tile and keeps these rows. The rows of no group are made one more group, number G, so that every row is kept by exactly

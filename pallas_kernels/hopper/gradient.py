@@ -1,5 +1,6 @@
-"""Weight gradients in FP8 on Hopper: C[g] += A_g B_g^T, both operands in tiles of 1 x 128 along the rows that a group
-received.
+"""Weight gradients in FP8 on Hopper: C[g] += A_g B_g^T.
+
+Both operands are tiles of 1 x 128 along the rows that a group received.
 
 What differs from the other products (`main_loop.py`):
 

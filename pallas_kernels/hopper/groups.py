@@ -15,8 +15,9 @@ from pallas_kernels.hopper.store import padded_columns
 
 
 def over_group_tiles(config: Any, num_groups: int, tiles: tuple[int, int], steps_of: Callable, body: Callable) -> None:
-    """Run `body(row, column, group, first step, number of steps, slot of the first)` for this block's tiles of every
-    group that has steps.
+    """Run `body` for this block's tiles of every group that has steps.
+
+    `body` takes row, column, group, first step, number of steps, and the slot of the first.
 
     Args:
         config: the size of a tile, the order of tiles, and the number of slots.
@@ -56,8 +57,9 @@ def send_out(config: Any, c: Array | None, ref: Any, target: Any) -> None:
 def launch_onto(
     c: Array | None, shape: tuple[int, int, int], kernel: Callable, num_tiles: int, scratch: list, operands: tuple
 ) -> Array:
-    """Return FP32 `shape` [G, m, n]: `c` after `kernel(*operands, c, *scratch)`, or what the kernel writes there
-    without a `c`.
+    """Return FP32 `shape` [G, m, n]: `c` after `kernel(*operands, c, *scratch)`.
+
+    Without a `c`, it is what the kernel writes into a new array.
 
     The kernel's array has columns up to `padded_columns(n)`.
     """
@@ -74,8 +76,9 @@ def launch_onto(
 
 
 def clear_empty_groups(size_of: Callable[[Array], Array], wg: Array, piece: Any, out: Any) -> None:
-    """Store zeros in the results [m, n] of groups of size 0: all blocks and their warpgroups together, one `piece` at a
-    time.
+    """Store zeros in the results [m, n] of groups of size 0, one `piece` at a time.
+
+    All blocks and their warpgroups share the work.
 
     Call it after the tiles that are multiplied: as a branch beside them, the assembler spills.
     """

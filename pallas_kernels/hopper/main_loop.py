@@ -135,8 +135,9 @@ def multiply(
     scale: Callable[[Array, int, Any], Array],
     promote: Callable[[Array, Array, Array, Array], Array],
 ) -> dict[tuple[int, int], Array]:
-    """Return the sums of warpgroup `wg` over the steps of a tile: FP32 [64, columns] for each product, by
-    `config.offset`.
+    """Return the sums of warpgroup `wg` over the steps of a tile.
+
+    They are FP32 [64, columns] for each product, by `config.offset`.
 
     Args:
         config: how the tile is cut.
@@ -208,7 +209,7 @@ def multiply_blocks(
 ) -> dict[tuple[int, int], Array]:
     """Return `multiply` for B in blocks, whose scales are the ref `b_scales` [n / 128, k / 128].
 
-    The tile begins at `first_column` and may end beyond the last block; likewise along k, where `first_step` is given.
+    The tile begins at `first_column` and may end beyond the last block; so it may along k, where `first_step` is given.
     """
     _, column = config.origin(wg)
 

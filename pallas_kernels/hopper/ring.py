@@ -24,7 +24,7 @@ class Ring:
     Attributes:
         operands: refs [stages, ...] of A, B, the scales of A, and what else a step needs.
         full: barriers, one per slot: its copies have arrived.
-        empty: likewise: both warpgroups are done with it.
+        empty: barriers, one per slot: both warpgroups are done with it.
     """
 
     operands: Sequence[Any]
@@ -68,8 +68,9 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
-    """Shared memory in rows of 128 bytes: the bytes of `tiled`, but the matrix in global memory may have any number of
-    rows.
+    """Shared memory in rows of 128 bytes, with the bytes of `tiled`.
+
+    The matrix in global memory may have any number of rows.
     """
     return plgpu.SMEM(
         shape, dtype, transforms=(plgpu.TilingTransform(shape[-1:]), plgpu.SwizzleTransform(SWIZZLE_BYTES))
@@ -107,8 +108,9 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
 
 
 def by_role(ring: Ring, copy: Callable[[], None], compute: Callable[[Array], None]) -> None:
-    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers; all slots begin
-    free and end free.
+    """Run `copy()` in the memory warpgroup and `compute(wg)` in the others, each with its registers.
+
+    All slots begin free and end free.
 
     The number of the warpgroup is asked for here and nowhere else: it is a shuffle, which the compiler leaves where it
     stands.

@@ -60,8 +60,9 @@ def store_sums(
 
 
 def store_rows(ref: Any, out: Any, first: Array, start: Array, end: Array, columns: Any) -> None:
-    """Copy those rows of `ref` [64, n] to the columns of `out` that lie from `start` to `end`; row 0 of `ref` is row
-    `first` of `out`.
+    """Copy the rows of `ref` [64, n] that lie from `start` to `end` to the columns of `out`.
+
+    Row 0 of `ref` is row `first` of `out`.
     """
     skip = jnp.clip(start - first, 0, ROWS)
     count = jnp.clip(end - first, 0, ROWS) - skip

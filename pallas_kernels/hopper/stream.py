@@ -272,8 +272,9 @@ def put(slot: Any, value: Array) -> None:
 
 
 def ones_beyond(scales: Array, first_row: Array, m: int, layout: plgpu.Layout) -> Array:
-    """Return `scales` [rows, ...] of groups in `layout` from row `first_row`, 1 from row m on: the scales of tiles are
-    padded with ones.
+    """Return `scales` [rows, ...] of groups in `layout` from row `first_row`, with ones from row m on.
+
+    The scales of tiles are padded with ones.
     """
     rows = first_row + plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout.reduce(scales.ndim))
     return jnp.where(rows < m, scales, 1.0)

@@ -35,12 +35,13 @@ def never(wg: Array) -> Array:
 
 
 def start(a, b, product: Array, add: Array, *, ptx: bool = True) -> Array:
-    """Return the FP32 product a b^T of refs [64, 128] and [columns, 128], in the registers of `product`; `finish` it
-    before reading it.
+    """Return the FP32 product a b^T of refs [64, 128] and [columns, 128], in the registers of `product`.
+
+    `finish` it before reading it.
 
     Args:
         a: E4M3 in swizzled shared memory.
-        b: likewise; 64 or 128 columns.
+        b: E4M3 in swizzled shared memory; 64 or 128 columns.
         product: FP32 [64, columns], laid out for wgmma.
         add: int32, `never(wg)`: if not 0, the product would be added to `product`.
         ptx: whether to emit PTX; without, the product is finished at once.
@@ -95,8 +96,9 @@ def _address(ref: ir.Value) -> ir.Value:
 
 
 def _emit(ptx: str, product: fa.FragmentedArray, inputs: list[ir.Value]) -> fa.FragmentedArray:
-    """Insert PTX that changes the registers of `product` ($0 and on; as inputs they are counted once more) and reads
-    32-bit `inputs`.
+    """Insert PTX that changes the registers of `product` and reads 32-bit `inputs`.
+
+    The registers are $0 and on; as inputs they are counted once more.
     """
     product = product.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT)
     registers = list(product.registers.flat)

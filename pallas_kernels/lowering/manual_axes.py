@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# the switch of shard_map's check_vma; there is no public scope for a single call
+# the switch of shard_map's check_vma, for which JAX has no public scope around a single call
 from jax._src import config as jax_config
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -40,7 +40,7 @@ def invariant(tree: Any) -> Any:
 
 
 def varies_over(tree: Any) -> frozenset[str]:
-    """Return the mesh axes that any array of `tree` varies over; what is no array varies over none."""
+    """Return the mesh axes that any array of `tree` varies over; a leaf that is not an array varies over no axis."""
     arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
 
@@ -60,7 +60,7 @@ def call(kernel: Callable, *operands: Any, **options: Any) -> Any:
 
     The kernel is a jitted function of its own: a program that calls it ten times with the same shapes lowers it once.
     """
-    if isinstance(kernel, functools.partial):  # a new object at every call; its function is what jit shall remember
+    if isinstance(kernel, functools.partial):  # a new object at every call; jit remembers its function
         kernel, options = kernel.func, kernel.keywords | options
     leaves, tree = jax.tree.flatten((operands, options))
     is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
@@ -93,7 +93,8 @@ _OPERATION: contextvars.ContextVar[str | None] = contextvars.ContextVar("operati
 
 
 def operation(body: Callable) -> str:
-    """Return the name of the operation that is being called, for profiles; outside of `call`, of the function that
-    defines `body`.
+    """Return the name of the operation that is being called, for profiles.
+
+    Outside of `call`, it is that of the function that defines `body`.
     """
     return _OPERATION.get() or body.__qualname__.split(".")[0]

@@ -1,5 +1,6 @@
-"""FP8 products on Hopper: tiles of A with blocks of B. The main loop and its reasons are in
-`pallas_kernels/hopper/main_loop.py`.
+"""FP8 products on Hopper: tiles of A with blocks of B.
+
+The main loop and its reasons are in `pallas_kernels/hopper/main_loop.py`.
 """
 
 import functools

@@ -52,8 +52,9 @@ def matmul_accumulate(
     config: TuningConfig = ACCUMULATE,
     parts: int | None = None,
 ) -> Array:
-    """Return c + A B^T for tiles `a` [m, k], `b` [n, k] and FP32 `c` [m, n], A B^T without a `c`; k is summed in
-    `parts`.
+    """Return c + A B^T for tiles `a` [m, k], `b` [n, k] and FP32 `c` [m, n], or A B^T without a `c`.
+
+    k is summed in `parts`.
     """
     parts = parts or plan_parts(config, a.shape[0], b.shape[0], a.shape[1] // GROUP)
     if parts == 1:

@@ -1,5 +1,6 @@
-"""E5M6: attention outputs kept for the backward pass in 12 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.3, "a
-customized E5M6").
+"""E5M6: attention outputs kept for the backward pass in 12 bits.
+
+DeepSeek-V3, arXiv 2412.19437, section 3.3.3, "a customized E5M6".
 
 The output of attention is read twice, by the o projection and by attention's own backward pass, which FP8 would harm.
 So it is cached in 1 sign, 5 exponent and 6 mantissa bits, with a power-of-two scale per tile of 1 x 128 that divides
@@ -43,9 +44,7 @@ ROUNDER, ROUNDER_BITS = 8.0, 0x41000000  # neighbours in FP32 are 2^-20 apart th
 
 
 def scale_of(amax: Array) -> Array:
-    """Return the power-of-two scale of tiles whose largest magnitude is `amax` (FP32): NaN where that is NaN or
-    infinite.
-    """
+    """Return the power-of-two scale of tiles whose largest magnitude is FP32 `amax`, NaN where that is not finite."""
     return quantized.scale_of(amax, "pow2", LARGEST)
 
 
@@ -76,8 +75,9 @@ def decode(code: Array) -> Array:
 
 
 def pack(first: Array, second: Array) -> tuple[Array, Array, Array]:
-    """Return the bytes (int32, 0 to 255) of codes 0..63 and 64..127 of tiles: two runs of the low plane, and the high
-    plane.
+    """Return the bytes (int32, 0 to 255) of codes 0..63 and 64..127 of tiles.
+
+    They are two runs of the low plane, and the high plane.
     """
     return first & 0xFF, second & 0xFF, (first >> 8) | ((second >> 8) << 4)
 

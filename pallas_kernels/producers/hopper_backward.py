@@ -1,5 +1,6 @@
-"""SwiGLU's gradient on Hopper in both groupings, and its output once more for a weight gradient: 11 bytes moved per
-value of the output.
+"""SwiGLU's gradient on Hopper in both groupings, and its output once more for a weight gradient.
+
+It moves 11 bytes per value of the output.
 
 A block takes a tile of 128 x 128. Its four warpgroups hold 32 rows each, in FP32:
 
@@ -63,8 +64,9 @@ NUM_MAXIMA = 2  # of which one is filled while a slower warpgroup may still read
 
 
 class Outputs(NamedTuple):
-    """References of the results, of these shapes in global memory; in shared memory [warpgroups, ...], a part of a
-    tile.
+    """References of the results, of these shapes in global memory.
+
+    In shared memory they are [warpgroups, ...], a part of a tile.
 
     `groups` are those of gate and up together for the gradient, and of the activation alone, which has the last two
     only.
@@ -96,8 +98,9 @@ class Target(NamedTuple):
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_BACKWARD_QUANTIZE
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
-    weight's gradient.
+    """Return the gradient of hidden in tiles and transposed, the output transposed, and the weight's gradient.
+
+    The shapes are [m, 2f], [2f, pad128(m)], [f, pad128(m)] and [m].
     """
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, tall, weighted = f // GROUP, pl.cdiv(m, GROUP), weight is not None
@@ -213,9 +216,7 @@ def _emit_rows(x: Array, to: Target, scale: Scale, m: int, out: Outputs, staging
 
 
 def _emit_columns(to: Target, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
-    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed
-    rows.
-    """
+    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of them."""
     columns = pl.ds(to.column * GROUP, GROUP)
     x = plgpu.load(exchange.rows.at[to.warpgroup].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
     exchange.maxima[maxima, to.warpgroup] = largest_magnitude(x, axis=1)

@@ -76,8 +76,10 @@ SMALL_BYTES = 8 * 1024  # of a block: scales, sums, barriers, 2 KiB that Pallas 
 
 
 def default_config(k: int) -> TuningConfig:
-    """Return tiles of 32 KiB per multiprocessor or of 4 rows, as many slots as fit, and the fewest warpgroups that cut
-    k most evenly.
+    """Return the tuning for rows of k.
+
+    Tiles take 32 KiB per multiprocessor or have 4 rows, with as many slots as fit, and the fewest warpgroups that cut k
+    most evenly.
     """
     num_chunks = pl.cdiv(k, WIDTH)
     fewest, most = (min(num_chunks, bound) for bound in WARPGROUPS)

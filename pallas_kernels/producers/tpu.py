@@ -79,8 +79,9 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, interpret
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale, interpret: Interpret = False
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
-    weight's gradient.
+    """Return the gradient of hidden in tiles and transposed, the output transposed, and the weight's gradient.
+
+    The shapes are [m, 2f], [2f, pad128(m)], [f, pad128(m)] and [m].
 
     Gate and up leave as two tensors, because a block of one cannot span both, and are joined by XLA.
     """
@@ -195,8 +196,9 @@ def _inside(x: Array, m: int) -> Array:
 
 
 def _rows(group: Callable[[int], Array], count: int, scale: Scale, m: int, values_ref, first: int = 0) -> Array:
-    """Quantise the rows of `count` groups of a block into `values_ref` from group `first` on; return the scales [count,
-    128].
+    """Quantise the rows of `count` groups of a block into `values_ref` from group `first` on.
+
+    Return the scales [count, 128].
     """
     columns = []
     for g in range(count):

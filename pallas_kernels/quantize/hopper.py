@@ -81,8 +81,9 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES
 
 
 def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = QUANTIZE_BLOCKS) -> Quantized:
-    """See `quantize.quantize_blocks`. A `k` that is no multiple of 128 is padded by a copy: the copy engine moves whole
-    swizzled lines.
+    """See `quantize.quantize_blocks`.
+
+    A `k` that is not a multiple of 128 is padded by a copy: the copy engine moves whole swizzled lines.
     """
     if w.ndim == 2:
         q = quantize_blocks(w[None], scale, config)

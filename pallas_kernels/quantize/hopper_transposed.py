@@ -50,8 +50,9 @@ TRANSPOSED = plgpu.Layout.WGMMA  # registers as `ldmatrix` fills them
 
 
 def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = None) -> tuple[Quantized, Quantized]:
-    """See `quantize.quantize_tiles_both`. An m that is no multiple of 8, the rows of a transposed tile, costs a copy of
-    x.
+    """See `quantize.quantize_tiles_both`.
+
+    An m that is not a multiple of 8, the rows of a transposed tile, costs a copy of x.
     """
     m, k = x.shape
     config = config or dataclasses.replace(

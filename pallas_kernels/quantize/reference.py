@@ -38,7 +38,7 @@ def requantize_transposed(q: Quantized, scale: Scale) -> Quantized:
 
 
 def quantize_rows(x: Array, rows: Array, scale: Scale) -> Quantized:
-    """Return x[rows] in tiles, zeros for rows that x has not."""
+    """Return x[rows] in tiles, zeros where a row is outside of x."""
     return quantize_tiles(x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False), scale)
 
 
