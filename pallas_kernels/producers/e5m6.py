@@ -11,8 +11,10 @@ bits, nearest even:
     exponent 0         mantissa * 2^-20                              zero has a sign
     exponent 31        NaN; there is no infinity
 
-    scale = 2^ceil(log2(max|x| / 65024)): the largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at
-    least NaN or inf in a tile: its scale is NaN and every one of its values is NaN, as with E4M3
+    scale = 2^ceil(log2(max|x| / 65024))
+
+The largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at least. Where a tile has a NaN or an infinity,
+its scale and all of its values are NaN, as with E4M3.
 
 A value is off by at most 2^-7 of itself, or by 2^-21 of the scale, which is about 2^-37 of the tile's largest.
 

@@ -11,9 +11,9 @@ The choice. All warpgroups of a block work on one tile in one slot, each on neig
        which goes back to the copy engine at once: a slot is where x lands, and nearly all of the ring is under way at
        all times.
     2. It leaves the sums of squares of its part of the rows in shared memory. Behind a barrier each adds up all parts,
-    in the same order.
+       in the same order.
     3. It norms, rounds and quantises its chunks. They leave together: one fence and one group of copies for a warpgroup
-    and a tile.
+       and a tile.
 
 Worked example, k = 7168: 14 chunks, 2 for each of 7 warpgroups, 32 registers of 72; a ring of two slots, 112 KiB,
 beside gain and results of 28 KiB each. With 4 warpgroups a row counts as 16 chunks: the copy engine fills what is
