@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
 
 if TYPE_CHECKING:
     from deepseek_jax.config import Config, Model, Schedule

@@ -10,7 +10,7 @@ import jax
 from absl import flags, logging
 
 from deepseek_jax.parallel.mesh import environment
-from pallas_kernels import ahead
+from pallas_kernels.lowering import export_cache
 
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1
@@ -52,7 +52,7 @@ def start(keep_heap: bool = True) -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "deepseek_jax" / "compiled"))
     cache = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KERNEL_COMPILE_SECONDS)
-    ahead.enable(None if "://" in cache else Path(cache) / "kernels")  # a bucket keeps only what JAX writes
+    export_cache.enable(None if "://" in cache else Path(cache) / "kernels")  # a bucket keeps only what JAX writes
     if keep_heap and computes_on_cpu():
         keep_freed_memory(CPU_HEAP_BYTES)
     join_processes()

@@ -6,3 +6,5 @@ GPU: TMA and wgmma); and a kernel for TPU. This package imports nothing but JAX.
 
 Dims are m, n, k as in D[m, n] = sum over k of A[m, k] B[n, k]; both operands have k last. E is experts, G groups.
 """
+
+GROUP = 128  # elements along k that share a scale; here, so that configurations are checked without importing JAX

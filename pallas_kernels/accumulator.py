@@ -1,5 +1,4 @@
-"""An emulator of the limited accumulator of Hopper's FP8 Tensor Cores, and why DeepSeek-V3 promotes partial sums every
-128 along k.
+"""An emulator of Hopper's limited FP8 accumulator, and why DeepSeek-V3 promotes sums every 128 along k.
 
 An FP8 product on Hopper does not add in FP32 (arXiv 2412.19437, section 3.5.2). Each step takes 32 products per output:
 
@@ -33,7 +32,8 @@ from typing import Literal
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels.quantized import E4M3, GROUP, Quantized
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3, Quantized
 
 STEP = 32  # elements along k that one FP8 wgmma adds at once
 ROUNDINGS = {"toward_zero": np.trunc, "floor": np.floor}
@@ -102,8 +102,9 @@ def multiply(a: ArrayLike, b: ArrayLike, accumulator: Accumulator) -> np.ndarray
 
 
 def _add_step(partial: np.ndarray, products: np.ndarray, accumulator: Accumulator) -> np.ndarray:
-    """Return `partial` [m, n] plus `products` [m, n, 32], all aligned to the largest and cut to units of its last
-    fraction bit.
+    """Return `partial` [m, n] plus `products` [m, n, 32], as the accumulator adds them.
+
+    All are aligned to the largest and cut to units of its last fraction bit.
     """
     cut = ROUNDINGS[accumulator.rounding]
     _, exponent = np.frexp(np.maximum(np.abs(products).max(axis=-1), np.abs(partial)))  # of a significand in [0.5, 1)
@@ -112,8 +113,7 @@ def _add_step(partial: np.ndarray, products: np.ndarray, accumulator: Accumulato
 
 
 def block_scaled_multiply(a: Quantized, b: Quantized, accumulator: Accumulator) -> np.ndarray:
-    """Return a b^T in FP32 [m, n] with scales applied to the partial sum of every 128 along k: what the Hopper kernels
-    compute.
+    """Return a b^T in FP32 [m, n] as the Hopper kernels compute it: each partial sum of 128 along k is scaled.
 
     Args:
         a: tiles [m, k].

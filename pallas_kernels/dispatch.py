@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.extend import backend
 
-from pallas_kernels import manual_axes
+from pallas_kernels.lowering import manual_axes
 
 LOGGER = logging.getLogger(__name__)
 HOPPER = "9.0"  # compute capability
@@ -58,8 +58,9 @@ def on_hopper() -> bool:
 
 
 def _hardware() -> tuple[str, str]:
-    """Platform and kind of the device a program traced now will run on: "gpu" and its compute capability, or "tpu" and
-    its name.
+    """Platform and kind of the device that a program traced now will run on.
+
+    They are "gpu" and its compute capability, or "tpu" and its name.
     """
     device = backend.get_default_device()
     return device.platform, str(getattr(device, "compute_capability", device.device_kind))
@@ -71,8 +72,9 @@ def _log_once(operation: str, implementation: str, reason: str) -> None:
 
 
 def num_multiprocessors() -> int:
-    """Return the streaming multiprocessors of the GPU that runs the program, 132 (an H100's and H200's) where it is not
-    visible.
+    """Return the number of streaming multiprocessors of the GPU that runs the program.
+
+    Where the GPU is not visible it is 132, that of an H100 and an H200.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract and abstract.num_cores:

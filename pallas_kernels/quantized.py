@@ -39,10 +39,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import GROUP
+
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3 ("fn": finite, with NaN and without infinities)
 SMALLEST_AMAX = 2.0**-100  # its scale and the inverse of that are normal numbers of FP32
-GROUP = 128  # elements along k that share a scale
 ROW_ALIGNMENT = 4  # FP32 scales in 16 bytes
 
 Scale = Literal["fp32", "pow2"]
@@ -52,8 +53,9 @@ SCALES = ("fp32", "pow2")
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("grouping",))
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """An FP8 tensor. `values` E4M3 [..., m, k]; `scales` FP32, laid out as the grouping says; leading dims are those of
-    `values`.
+    """An FP8 tensor: `values` E4M3 [..., m, k], and `scales` FP32, laid out as the grouping says.
+
+    Leading dims of the scales are those of the values.
     """
 
     values: Array
@@ -76,13 +78,15 @@ def largest_magnitude(x: Array, axis: int | tuple[int, ...], keepdims: bool = Fa
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), jnp.float32)
 
 
-def scale_of(amax: Array, scale: Scale) -> Array:
+def scale_of(amax: Array, scale: Scale, largest: float = LARGEST) -> Array:
     """Return the FP32 scale of groups whose largest magnitude is `amax` (FP32): NaN where `amax` is NaN or infinite.
+
+    `largest` is the largest number of the format that is scaled, by default E4M3's.
 
     Plain arithmetic on FP32 and int32, the same inside a kernel and outside. The power of two comes from the bits of
     the quotient: adding the largest mantissa carries into the exponent exactly when the mantissa is not zero.
     """
-    quotient = jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / LARGEST)
+    quotient = jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / largest)
     if scale == "pow2":
         bits = jax.lax.bitcast_convert_type(quotient, jnp.int32)
         quotient = jax.lax.bitcast_convert_type((bits + 0x007FFFFF) & ~0x007FFFFF, jnp.float32)
@@ -90,8 +94,9 @@ def scale_of(amax: Array, scale: Scale) -> Array:
 
 
 def encode(x: Array, scale: Array) -> Array:
-    """Return FP32 `x` as E4M3 in units of `scale` (a shape that broadcasts): nearest even, saturating at 448, NaN where
-    either is NaN.
+    """Return FP32 `x` as E4M3 in units of `scale`, whose shape broadcasts.
+
+    Rounded to nearest even, saturating at 448, NaN where either is NaN.
     """
     return jnp.clip(x * (1.0 / scale), -LARGEST, LARGEST).astype(E4M3)
 
@@ -104,9 +109,8 @@ def decode(values: Array) -> Array:
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.int32)
     magnitude = bits & 0x7F
-    normal = jax.lax.bitcast_convert_type(
-        (magnitude << 20) + (120 << 23), jnp.float32
-    )  # three bits of mantissa; 120 = 127 - 7
+    # three bits of mantissa; 120 = 127 - 7
+    normal = jax.lax.bitcast_convert_type((magnitude << 20) + (120 << 23), jnp.float32)
     number = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * 2.0**-9, normal)
     number = jnp.where(magnitude == 0x7F, jnp.nan, number)
     return jnp.where(bits < 0x80, number, -number)
@@ -139,7 +143,7 @@ def check_quantized(name: str, q: Quantized, grouping: str, num_dims: int) -> No
     """Refuse an operand of the wrong kind, with its numbers.
 
     Raises:
-        ValueError: grouping, dtype, number of dims, an inner dim that is no multiple of 128, or scales of the wrong
+        ValueError: grouping, dtype, number of dims, an inner dim that is not a multiple of 128, or scales of the wrong
             layout.
     """
     if q.grouping != grouping:

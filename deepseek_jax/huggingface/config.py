@@ -34,7 +34,7 @@ from typing import Any
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.huggingface.keys import Keys
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
 
 FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 DEFAULTS = {  # for keys that may be absent

@@ -19,7 +19,8 @@ import numpy as np
 from deepseek_jax.huggingface.names import Tensor
 from deepseek_jax.huggingface.slices import find_overlap, index_ranges
 from deepseek_jax.safetensors.reader import aligned
-from pallas_kernels.quantized import E4M3, GROUP
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3
 
 Key = tuple[str, ...]
 STRIP = 16  # columns that are transposed at once

@@ -18,7 +18,7 @@ from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface.load import Precision, check, load
 from deepseek_jax.parameters import Weights
 from deepseek_jax.safetensors.folder import RECORD, Shards
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
 
 
 class Folder(NamedTuple):

@@ -43,7 +43,8 @@ from deepseek_jax.parameters import (
 from deepseek_jax.safetensors import reader
 from deepseek_jax.safetensors.folder import Shards, compare
 from deepseek_jax.safetensors.header import DTYPES
-from pallas_kernels.quantized import E4M3, GROUP
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3
 
 Tree = dict[str, Any]
 Precision = Literal["fp8", "bf16", "fp32"]

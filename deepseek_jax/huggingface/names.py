@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from deepseek_jax.config import Model
 from deepseek_jax.parameters import PARAMETERS
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
 
 FP8, BF16, FP32 = "F8_E4M3", "BF16", "F32"
 SCALES = "scales"  # name of the array beside the values of a leaf in FP8

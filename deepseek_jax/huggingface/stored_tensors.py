@@ -23,7 +23,8 @@ from deepseek_jax.huggingface.names import Tensor, tensors
 from deepseek_jax.huggingface.slices import Overlap, find_overlap, index_ranges
 from deepseek_jax.parameters import Fp8Weight, P, Weights, matrix_shape
 from deepseek_jax.safetensors.header import DTYPES
-from pallas_kernels.quantized import GROUP, Quantized, decode, dequantize, encode, largest_magnitude, scale_of
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import Quantized, decode, dequantize, encode, largest_magnitude, scale_of
 
 Array = np.ndarray | jax.Array
 

@@ -34,7 +34,7 @@ from deepseek_jax.model.transformer import decode_step
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import EXPERTS, ROWS, P, Weights
-from pallas_kernels import manual_axes
+from pallas_kernels.lowering import manual_axes
 
 PREFILL_CHUNK = 128  # prompt tokens per pass
 # Rows of one expert in a block, and blocks multiplied at once: a decoding batch has far fewer assignments than a

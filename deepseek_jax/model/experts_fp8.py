@@ -26,10 +26,10 @@ from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.expert import collect
 from deepseek_jax.parameters import Fp8Weight
+from pallas_kernels import GROUP
 from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate
 from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_rows, requantize_transposed
-from pallas_kernels.quantized import GROUP
 
 
 def expert_ffn_fp8(

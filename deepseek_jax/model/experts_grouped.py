@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from deepseek_jax.model.experts import plan_blocks
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.expert import collect
+from pallas_kernels import GROUP
 from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmul_bf16
-from pallas_kernels.quantized import GROUP
 
 
 def expert_ffn_grouped(

@@ -25,7 +25,7 @@ from jax import lax
 from deepseek_jax.config import Execution
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import vary
-from pallas_kernels import manual_axes
+from pallas_kernels.lowering import manual_axes
 
 MOST_UNROLLED_CHUNKS = 8  # more are scanned: the program must not grow with the sequence
 

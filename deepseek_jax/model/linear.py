@@ -22,10 +22,10 @@ from jax import lax
 from deepseek_jax.model.precision import HIDDEN, Input, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parameters import Fp8Weight
+from pallas_kernels import GROUP
 from pallas_kernels.matmul import matmul, matmul_accumulate
 from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requantize_transposed
-from pallas_kernels.quantized import GROUP
 
 
 def linear(x: jax.Array, weight: jax.Array | Fp8Weight, input_dims: int = 1, recipe: Input = HIDDEN) -> jax.Array:

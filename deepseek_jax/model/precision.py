@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Execution
-from pallas_kernels.quantized import GROUP, Quantized, Scale
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import Quantized, Scale
 
 # the weights that are multiplied in FP8, and how many of their dims are summed over; E comes before them
 DISPATCH: Scale = "pow2"  # the rows that travel to the experts, and the gradients that travel to them

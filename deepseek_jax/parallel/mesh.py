@@ -20,8 +20,8 @@ import jax
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.parameters import PARAMETERS, ROWS
-from pallas_kernels import manual_axes
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
+from pallas_kernels.lowering import manual_axes
 
 AXES = ("pipe", "data", "node", "expert", "tensor")
 # Model dims that some parameter's layout splits, by their letter; more than these are not split (`_split_sizes`).

@@ -14,8 +14,7 @@ import jax
 from deepseek_jax.config import Config, Execution
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import EXPERTS
-from pallas_kernels import dispatch
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP, dispatch
 
 
 @functools.cache

@@ -26,9 +26,10 @@ from deepseek_jax.parameters import (
     matrix_shape,
     num_lead_dims,
 )
-from pallas_kernels import manual_axes
+from pallas_kernels import GROUP
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.quantize import quantize_blocks
-from pallas_kernels.quantized import GROUP, encode, largest_magnitude, scale_of
+from pallas_kernels.quantized import encode, largest_magnitude, scale_of
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -30,7 +30,7 @@ from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
 from deepseek_jax.training.state import State, weights_of
-from pallas_kernels.manual_axes import varies_over
+from pallas_kernels.lowering.manual_axes import varies_over
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
 from experiments import session
 from experiments.benchmarks import breakdown, report
-from pallas_kernels.records import provenance, write
+from pallas_kernels.bench.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."

@@ -30,7 +30,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import Shards
 from experiments import session
 from experiments.benchmarks import synthetic_checkpoint
-from pallas_kernels import records
+from pallas_kernels.bench import records
 
 JSON = flags.DEFINE_string("json", None, "File for the records.")
 KEEP = flags.DEFINE_bool("keep", False, "Leave both folders.")

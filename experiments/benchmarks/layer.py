@@ -35,7 +35,7 @@ from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.weights import attach, quantize_weights
 from deepseek_jax.parameters import PARAMETERS, P, leaf_name
 from deepseek_jax.training.flops import FLOPS_PER_WEIGHT
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
 
 TOTAL, OF_COMPUTATION = 132, 112  # multiprocessors of an H800; the other 20 communicate
 TARGET = {  # the profile's milliseconds of four layers, as if computation had all multiprocessors

@@ -25,7 +25,7 @@ from deepseek_jax.parallel.program import resolve
 from experiments import session
 from experiments.benchmarks import breakdown, report
 from experiments.benchmarks.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
-from pallas_kernels.records import provenance, write
+from pallas_kernels.bench.records import provenance, write
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/deepseek_v3.py", "Configuration of the layer; its precision is FP8."

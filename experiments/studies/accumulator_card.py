@@ -18,9 +18,11 @@ from absl import app, flags
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, matmul, records
+from pallas_kernels import GROUP, matmul
 from pallas_kernels.accumulator import ROUNDINGS, Accumulator, multiply
-from pallas_kernels.quantized import GROUP, LARGEST, Quantized, scales_shape
+from pallas_kernels.bench import records
+from pallas_kernels.hopper.ring import tiled
+from pallas_kernels.quantized import E4M3, LARGEST, Quantized, scales_shape
 
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 
@@ -137,7 +139,7 @@ def unpromoted(a: jax.Array, b: jax.Array) -> jax.Array:
         plgpu.copy_smem_to_gmem(out_slot, out)
         plgpu.wait_smem_to_gmem(0)
 
-    operand = hopper.tiled((SIZE, GROUP), hopper.E4M3)
+    operand = tiled((SIZE, GROUP), E4M3)
     result = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
     scratch = [operand, operand, plgpu.SMEM(result.shape, result.dtype), plgpu.Barrier(num_arrivals=2)]
     return plgpu.kernel(kernel, out_type=result, scratch_types=scratch)(a, b)

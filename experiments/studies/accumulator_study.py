@@ -15,9 +15,10 @@ import numpy as np
 from absl import app
 
 from experiments.studies import output
-from pallas_kernels import records
+from pallas_kernels import GROUP
 from pallas_kernels.accumulator import Accumulator, multiply
-from pallas_kernels.quantized import GROUP, LARGEST
+from pallas_kernels.bench import records
+from pallas_kernels.quantized import LARGEST
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402

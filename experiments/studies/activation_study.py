@@ -57,9 +57,9 @@ from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step, resolve_for
 from experiments import session
 from experiments.studies import output
-from pallas_kernels import records
+from pallas_kernels import GROUP
+from pallas_kernels.bench import records
 from pallas_kernels.quantize import quantize_blocks
-from pallas_kernels.quantized import GROUP
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402

@@ -38,7 +38,7 @@ from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step
 from experiments import session
 from experiments.studies import output
-from pallas_kernels import records
+from pallas_kernels.bench import records
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402

@@ -23,8 +23,8 @@ import numpy as np
 from absl import app
 
 from experiments.studies import output
-from pallas_kernels import records
-from pallas_kernels.quantized import GROUP
+from pallas_kernels import GROUP
+from pallas_kernels.bench import records
 
 matplotlib.use("Agg")  # files, no window
 import matplotlib.pyplot as plt  # noqa: E402

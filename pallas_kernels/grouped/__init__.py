@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels import dispatch
-from pallas_kernels.grouped import hopper, hopper_bf16, hopper_bf16_gradient, reference, tpu, tpu_bf16
-from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype, hopper_gradient
-from pallas_kernels.quantized import GROUP, Quantized, check_quantized
+from pallas_kernels import GROUP, dispatch
+from pallas_kernels.grouped import hopper, hopper_bf16, hopper_bf16_gradient, hopper_gradient, reference, tpu, tpu_bf16
+from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype
+from pallas_kernels.quantized import Quantized, check_quantized
 
 
 def grouped_matmul(
@@ -25,8 +25,9 @@ def grouped_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str = "auto",
 ) -> Array:
-    """Return a_g b_g^T for the rows of each group g, promoted every 128 along k like `matmul`: the experts' forward and
-    input gradient.
+    """Return a_g b_g^T for the rows of each group g: the experts' forward products and input gradients.
+
+    Each 128 of the sum over k is promoted, as in `matmul`.
 
     Args:
         a: tile [rows, k]. The rows of group 0 come first, then those of group 1, and so on.
@@ -60,8 +61,9 @@ def masked_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: str = "auto",
 ) -> Array:
-    """Return a_e b_e^T for the first rows of each expert e: decoding, where an expert has room for r rows and receives
-    few.
+    """Return a_e b_e^T for the first rows of each expert e.
+
+    This is for decoding, where an expert has room for r rows and receives few.
 
     Args:
         a: tile [E, r, k], scales [E, k / 128, pad4(r)].
@@ -179,8 +181,9 @@ def grouped_matmul_bf16(
 def grouped_matmul_accumulate_bf16(
     a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, implementation: str = "auto"
 ) -> Array:
-    """Return c[g] + a_g^T b_g over the rows of each group g, in BF16 with FP32 accumulation: the weight gradients
-    without FP8.
+    """Return c[g] + a_g^T b_g over the rows of each group g: the experts' weight gradients without FP8.
+
+    BF16 operands, FP32 accumulation.
 
     Args:
         a: BF16 [K, m], rows of a group contiguous, group 0 first.

@@ -1,5 +1,6 @@
-"""Grouped FP8 products on Hopper: rows of many experts, one matrix each. The main loop and its reasons are in
-`pallas_kernels/hopper.py`.
+"""Grouped FP8 products on Hopper: rows of many experts, one matrix each.
+
+The main loop and its reasons are in `pallas_kernels/hopper/main_loop.py`.
 
 Both operations are a list of *visits*: some rows of one tile that belong to one expert. A tile of A is multiplied
 whole, whoever its rows belong to, and only the visit's rows are stored, so two visits of one tile never write the same
@@ -26,22 +27,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.grouped.hopper_visits import schedule_groups, visit_tiles
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.hopper.main_loop import TuningConfig, multiply_blocks, skip, slots, zero_sums
+from pallas_kernels.hopper.ring import Ring, barriers, by_role, launch, over_steps
+from pallas_kernels.hopper.store import padded_columns, staging, store_rows, store_sums
+from pallas_kernels.quantized import Quantized
 
-GROUPED = hopper.TuningConfig(
-    turn=4
-)  # eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
+# eight steps unrolled are 1 to 2% faster, but for some sizes they spill, and cost 20%
+GROUPED_MATMUL = TuningConfig(unroll=4)
 EXPERTS_AT_ONCE = 16  # whose numbers of rows are read together
-MANY_ROWS = hopper.TuningConfig(
-    turn=4, pieces=1, batch=1, grid_width=4
-)  # 128 x 256; more steps unrolled, or pieces sent together, spill
-FEW_ROWS = hopper.TuningConfig(columns=64, products=1, split="n", stages=8, turn=4, pieces=1, batch=1)  # 64 x 128
+# 128 x 256; more steps unrolled, or pieces sent together, spill
+MANY_ROWS = TuningConfig(unroll=4, out_slots=1, batch=1, grid_width=4)
+FEW_ROWS = TuningConfig(columns=64, products=1, split="n", stages=8, unroll=4, out_slots=1, batch=1)  # 64 x 128
 
 
-def grouped_matmul(a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED) -> Array:
+def grouped_matmul(
+    a: Quantized, b: Quantized, group_sizes: Array, *, out_dtype=jnp.bfloat16, config=GROUPED_MATMUL
+) -> Array:
     """Return a_g b_g^T [rows, n] for tiles `a` [rows, k] and blocks `b` [G, n, k]; rows of no group are zero."""
     visits, schedule = schedule_groups(group_sizes, a.shape[0], config.tile_m)
     return _run(config, a.values[None], a.scales[None], b, visits, schedule, out_dtype)[0]
@@ -56,8 +60,9 @@ def masked_matmul(
     out_dtype=jnp.bfloat16,
     config=None,
 ) -> Array:
-    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k]; rows from `valid_rows[e]` on are not
-    written.
+    """Return a_e b_e^T [E, r, n] for tiles `a` [E, r, k] and blocks `b` [E, n, k].
+
+    Rows from `valid_rows[e]` on are not written.
     """
     num_experts = b.shape[0]
     config = config or (MANY_ROWS if (expected_rows or a.shape[1]) > FEW_ROWS.tile_m else FEW_ROWS)
@@ -75,21 +80,19 @@ def masked_matmul(
                     before += tiles
                 return before, chosen, tile
 
-            _, expert, tile = hopper.over_steps(
-                num_experts, EXPERTS_AT_ONCE, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0))
-            )
+            _, expert, tile = over_steps(num_experts, EXPERTS_AT_ONCE, look, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
             return expert, tile * config.tile_m, expert, jnp.int32(0), valid_ref[expert]
 
         def add(first, count, total):
             return total + sum(num_tiles(first + i) for i in range(count))
 
-        return hopper.over_steps(num_experts, EXPERTS_AT_ONCE, add, jnp.int32(0)), find
+        return over_steps(num_experts, EXPERTS_AT_ONCE, add, jnp.int32(0)), find
 
     return _run(config, a.values, a.scales, b, (valid_rows,), schedule, out_dtype)
 
 
 def _run(
-    config: hopper.TuningConfig,
+    config: TuningConfig,
     values: Array,
     scales: Array,
     b: Quantized,
@@ -109,11 +112,11 @@ def _run(
         out_dtype: BF16 or FP32.
     """
     (lead, rows, k), (num_groups, n, _) = values.shape, b.shape
-    num_steps, padded, tiles_n = k // GROUP, hopper.padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
+    num_steps, padded, tiles_n = k // GROUP, padded_columns(n, out_dtype), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, a_scales, b_ref, b_scales, *refs):
         tables, (out, *operands, out_slots, full, empty) = refs[: len(refs) - 7], refs[-7:]
-        ring = hopper.Ring(operands, full, empty)
+        ring = Ring(operands, full, empty)
         num_visits, find = schedule(*tables)
         over_visits = functools.partial(visit_tiles, config, num_visits, tiles_n, num_groups, find)
 
@@ -124,7 +127,7 @@ def _run(
             first, row, group, *_ = visit
             rows, columns = pl.ds(row, config.tile_m), pl.ds(column, config.tile_n)
 
-            def turn(start, count, slot):
+            def steps(start, count, slot):
                 for i in range(count):
                     ks = pl.ds((start + i) * GROUP, GROUP)
                     slot = ring.fill(
@@ -135,36 +138,38 @@ def _run(
 
             @pl.when(group < num_groups)
             def _():
-                hopper.over_steps(num_steps, config.turn, turn, first_slot(used))
+                over_steps(num_steps, config.unroll, steps, first_slot(used))
 
         def compute(wg, visit, column, used):
             first, row, group, start, end = visit
             down, right = config.origin(wg)
 
             def send(ref, i, j):
-                hopper.store_rows(
-                    ref, out.at[first], row + down + i, start, end, pl.ds(column + right + j, ref.shape[1])
-                )
+                store_rows(ref, out.at[first], row + down + i, start, end, pl.ds(column + right + j, ref.shape[1]))
 
             store = functools.partial(
-                hopper.store, out_slots=out_slots.at[wg], room=padded - column - right, send=send, batch=config.batch
+                store_sums,
+                out_slots=out_slots.at[wg],
+                columns_left=padded - column - right,
+                send=send,
+                batch=config.batch,
             )
             mine = (row + down < end) & (row + down + config.height > start)
 
             @pl.when((group < num_groups) & ~mine)
             def _():
-                hopper.skip(num_steps, ring, first_slot(used))
+                skip(num_steps, ring, first_slot(used))
 
             @pl.when((group < num_groups) & mine)
             def _():
-                store(hopper.multiply_blocks(config, num_steps, ring, wg, first_slot(used), b_scales.at[group], column))
+                store(multiply_blocks(config, num_steps, ring, wg, first_slot(used), b_scales.at[group], column))
 
             @pl.when(group == num_groups)
             def _():
-                store(hopper.zero_sums(config))
+                store(zero_sums(config))
 
-        hopper.by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
+        by_role(ring, lambda: over_visits(copy), lambda wg: over_visits(functools.partial(compute, wg)))
 
-    scratch = [*hopper.slots(config), hopper.staging(config.pieces, out_dtype), *hopper.barriers(3, config.stages)]
-    run = hopper.launch(kernel, jax.ShapeDtypeStruct((lead, rows, padded), out_dtype), num_multiprocessors(), scratch)
+    scratch = [*slots(config), staging(config.out_slots, out_dtype), *barriers(3, config.stages)]
+    run = launch(kernel, jax.ShapeDtypeStruct((lead, rows, padded), out_dtype), num_multiprocessors(), scratch)
     return run(values, scales, b.values, b.scales, *tables)[..., :n]

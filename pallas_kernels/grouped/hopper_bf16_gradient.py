@@ -1,5 +1,6 @@
-"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere, added to C on the way out or stored,
-as in FP8.
+"""Weight gradients in BF16 on Hopper: C[g] += A_g^T B_g, rows of a group anywhere.
+
+Results are added to C on the way out, or stored, as in FP8.
 
 wgmma takes BF16 with either dim contiguous, so nothing is transposed: A [K, m] and B [K, n] are read as the layers left
 them. Rows come in steps of 64 on a fixed grid, and groups end anywhere, so a group's first and last step may hold rows
@@ -21,27 +22,29 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
-from pallas_kernels.grouped.hopper_bf16 import PIECES, TuningConfig, whole_lines
-from pallas_kernels.matmul.hopper_gradient import clear_empty_groups, launch_onto, over_group_tiles, send_out
+from pallas_kernels.grouped.hopper_bf16 import TuningConfig, whole_lines
+from pallas_kernels.hopper.groups import clear_empty_groups, launch_onto, over_group_tiles, send_out
+from pallas_kernels.hopper.ring import WARPGROUPS, Ring, barriers, by_role, tiled
+from pallas_kernels.hopper.store import padded_columns, staging, store_sums
+from pallas_kernels.hopper.wgmma import ROWS
 
 STEP = 64  # rows
+GROUPED_MATMUL_ACCUMULATE_BF16 = TuningConfig()
 
 
 def grouped_matmul_accumulate_bf16(
-    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config: TuningConfig | None = None
+    a: Array, b: Array, group_sizes: Array, c: Array | None = None, *, config=GROUPED_MATMUL_ACCUMULATE_BF16
 ) -> Array:
     """Return c[g] + A_g^T B_g for BF16 `a` [K, m], `b` [K, n] and FP32 `c` [G, m, n], A_g^T B_g without a `c`.
 
     Rows of no group never leak, NaN included.
     """
-    config = config or TuningConfig()
     num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
-    padded = hopper.padded_columns(n, jnp.float32)
+    padded = padded_columns(n, jnp.float32)
     tiles = pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n)
 
     def kernel(a_ref, b_ref, offsets, out, a_slots, b_slots, out_slots, full, empty, cleared):
-        ring = hopper.Ring((a_slots, b_slots), full, empty)
+        ring = Ring((a_slots, b_slots), full, empty)
 
         def steps_of(group):
             start, end = offsets[group], offsets[group + 1]
@@ -60,8 +63,8 @@ def grouped_matmul_accumulate_bf16(
             lax.fori_loop(0, num_steps, step, slot)
 
         def multiply(wg, group, first, num_steps, slot):
-            mine = pl.ds(wg * hopper.ROWS, hopper.ROWS)
-            half = config.tile_n // hopper.WARPGROUPS
+            mine = pl.ds(wg * ROWS, ROWS)
+            half = config.tile_n // WARPGROUPS
 
             def run(total):
                 def step(i, slots):
@@ -92,29 +95,28 @@ def grouped_matmul_accumulate_bf16(
                 plgpu.barrier_arrive(empty.at[last])
                 return result
 
-            return pl.run_scoped(run, plgpu.ACC((hopper.ROWS, config.tile_n), jnp.float32))
+            return pl.run_scoped(run, plgpu.ACC((ROWS, config.tile_n), jnp.float32))
 
         def compute(wg, row, column, group, first, num_steps, slot):
             def send(ref, _, j):
-                send_out(
-                    c, ref, out.at[group, pl.ds(row + wg * hopper.ROWS, hopper.ROWS), pl.ds(column + j, ref.shape[1])]
-                )
+                rows, columns = pl.ds(row + wg * ROWS, ROWS), pl.ds(column + j, ref.shape[1])
+                send_out(config, c, ref, out.at[group, rows, columns])
 
-            hopper.store({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
+            store_sums({(0, 0): multiply(wg, group, first, num_steps, slot)}, out_slots.at[wg], padded - column, send)
 
         def over_results(wg):
             over_tiles(functools.partial(compute, wg))
             if c is None:
                 clear_empty_groups(lambda group: offsets[group + 1] - offsets[group], wg, out_slots.at[wg, 0], out)
 
-        hopper.by_role(ring, lambda: over_tiles(copy), over_results)
+        by_role(ring, lambda: over_tiles(copy), over_results)
 
     scratch = [
-        hopper.tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
-        hopper.tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
-        hopper.staging(PIECES, jnp.float32),
-        *hopper.barriers(2, config.stages),
-        plgpu.Barrier(num_arrivals=hopper.WARPGROUPS),
+        tiled((config.stages, STEP, config.tile_m), jnp.bfloat16),
+        tiled((config.stages, STEP, config.tile_n), jnp.bfloat16),
+        staging(config.out_slots, jnp.float32),
+        *barriers(2, config.stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes, dtype=jnp.int32)])
     operands = whole_lines(a), whole_lines(b), offsets

@@ -1,6 +1,4 @@
-"""How the grouped kernels on Hopper walk over their visits (see `visits.py`), in an order that shares operands in the
-L2 cache.
-"""
+"""How the grouped kernels on Hopper walk over their visits (see `visits.py`): neighbours share the L2 cache."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,9 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped.visits import make_visits
 
-Visit = tuple[
-    Array, Array, Array, Array, Array
-]  # first index of A and out, first row of the tile, group, rows to store from and to
+# first index of A and out, first row of the tile, group, rows to store from and to
+Visit = tuple[Array, Array, Array, Array, Array]
 
 
 class Order(Protocol):
@@ -28,8 +25,9 @@ class Order(Protocol):
 def visit_tiles(
     config: Order, num_visits: Any, tiles_n: int, num_groups: int, find: Callable[[Array], Visit], body: Callable
 ) -> None:
-    """Run `body(visit, column, used)` for this block's visits that store something; `used` counts those before it that
-    multiplied.
+    """Run `body(visit, column, used)` for this block's visits that store something.
+
+    `used` is the number of visits before it that multiplied.
     """
 
     @plgpu.nd_loop((num_visits * tiles_n,), collective_axes="sm", init_carry=jnp.int32(0))
@@ -46,8 +44,9 @@ def visit_tiles(
 
 
 def schedule_groups(group_sizes: Array, rows: int, tile_m: int) -> tuple[Any, Callable]:
-    """Return the visits of groups of rows as tables for the kernel, and the function from their refs to what
-    `visit_tiles` takes.
+    """Return the visits of groups of rows as tables for the kernel, and how a kernel reads them.
+
+    The latter takes refs of the tables, and returns what `visit_tiles` takes.
     """
     visits = make_visits(group_sizes, rows, tile_m)
 

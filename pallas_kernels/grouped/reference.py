@@ -1,5 +1,4 @@
-"""Products of groups in plain jnp: what the grouped kernels must compute, on shapes that do not depend on the group
-sizes.
+"""Products of groups in plain jnp: what the grouped kernels must compute, whatever the group sizes are.
 
 The sizes are data of the device, so a program can neither slice a group out nor loop over its rows. Multiplying all
 rows by every group's matrix and keeping one would cost groups times as much. Here each group is cut into blocks of 128
@@ -22,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import manual_axes
+from pallas_kernels import GROUP
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.matmul import reference as matmul_reference
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.quantized import Quantized
 
 BLOCK = 128  # rows
 
@@ -55,8 +55,9 @@ def masked_matmul(
 
 
 def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c: Array | None = None) -> Array:
-    """Return c[g] + a_g b_g^T, FP32 [G, m, n], where group g is `group_sizes[g]` columns of `a` tile [m, K] and `b`
-    tile [n, K].
+    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the columns of group g of `a` and `b`.
+
+    `a` is tile [m, K] and `b` tile [n, K]; group g has `group_sizes[g]` columns.
 
     No `c` is zero. A group is a multiple of 128 columns, so each segment belongs to one group, or to none: then its
     index is G, and the sum is dropped.
@@ -77,8 +78,9 @@ def grouped_matmul_accumulate(a: Quantized, b: Quantized, group_sizes: Array, c:
 def grouped_matmul_bf16(
     a: Array, b: Array, group_sizes: Array, *, transpose_b: bool = False, out_dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group; `a` BF16 [rows, k], `b` BF16 [G, n, k], or [G, k, n] with
-    `transpose_b`.
+    """Return a_g b_g^T [rows, n] for the rows of each group, in BF16.
+
+    `a` is [rows, k], `b` [G, n, k], or [G, k, n] with `transpose_b`.
     """
     b_GKN = b if transpose_b else b.swapaxes(1, 2)
 
@@ -89,8 +91,9 @@ def grouped_matmul_bf16(
 
 
 def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Array | None = None) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no
-    `c` is zero.
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of BF16 `a` [K, m] and `b` [K, n].
+
+    Without a `c` it begins at zero.
     """
 
     def add_block(c: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
@@ -102,17 +105,16 @@ def grouped_matmul_accumulate_bf16(a: Array, b: Array, group_sizes: Array, c: Ar
 
 
 def _zeros(group_sizes: Array, m: int, n: int, like: Any) -> Array:
-    """FP32 [G, m, n] that varies over the mesh axes that the sizes and the arrays of `like` vary over, as the carry of
-    a loop must.
-    """
+    """FP32 [G, m, n] that varies over the mesh axes that the operands vary over, as the carry of a loop must."""
     return manual_axes.vary(
         jnp.zeros((group_sizes.shape[0], m, n), jnp.float32), manual_axes.varies_over((group_sizes, like))
     )
 
 
 def _blocks(group_sizes: Array, num_rows: int) -> tuple[Array, Array]:
-    """Return each block's group [blocks] and its rows [blocks, BLOCK]; past its group's end a row is `num_rows`, past
-    all, a group is G.
+    """Return each block's group [blocks] and its rows [blocks, BLOCK].
+
+    Past its group's end a row is `num_rows`; past all groups, the group is G.
     """
     num_groups = group_sizes.shape[0]
     ends, blocks = jnp.cumsum(group_sizes), jnp.cumsum(-(-group_sizes // BLOCK))

@@ -27,13 +27,15 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.grouped.visits import make_visits
-from pallas_kernels.matmul.tpu import SEGMENTS, Interpret, TuningConfig, add_segment, add_step, fit, spread_scales
-from pallas_kernels.quantized import GROUP, Quantized
+from pallas_kernels.matmul.tpu import SEGMENTS, TuningConfig, add_segment, add_step, fit, spread_scales
+from pallas_kernels.quantized import Quantized
+from pallas_kernels.tpu_tiles import Interpret
 
-GROUPED = TuningConfig(tile_m=256, tile_n=512)
-MASKED = TuningConfig(tile_m=128, tile_n=512)
-ACCUMULATE = TuningConfig(tile_m=512, tile_n=512)
+GROUPED_MATMUL = TuningConfig(tile_m=256, tile_n=512)
+MASKED_MATMUL = TuningConfig(tile_m=128, tile_n=512)
+GROUPED_MATMUL_ACCUMULATE = TuningConfig(tile_m=512, tile_n=512)
 
 
 def grouped_matmul(
@@ -42,11 +44,12 @@ def grouped_matmul(
     group_sizes: Array,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = GROUPED,
+    config: TuningConfig = GROUPED_MATMUL,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero; `a` tile [rows, k], `b` block [G, n,
-    k].
+    """Return a_g b_g^T [rows, n] for the rows of each group g, the others zero.
+
+    `a` is tile [rows, k], `b` block [G, n, k].
     """
     (rows, k), (num_groups, n, _) = a.shape, b.shape
     tile_m, tile_n = fit(config.tile_m, rows), fit(config.tile_n, n)
@@ -100,9 +103,7 @@ def _grouped_kernel(visits, a, b, a_scales, b_scales, out, total, *, num_groups:
 
 
 def keep_rows(visits, v: Array, total: Array, out) -> None:
-    """Write the rows of `total` [tile, n] that are visit `v`'s to `out`, and leave its others as earlier visits of the
-    tile wrote them.
-    """
+    """Write the rows of `total` [tile, n] that are visit `v`'s to `out`; the others stay as they are."""
     group = visits.group[v]
     rows = visits.tile[v] * total.shape[0] + jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
     own = (rows >= visits.offsets[group]) & (rows < visits.offsets[group + 1])
@@ -115,11 +116,12 @@ def masked_matmul(
     valid_rows: Array,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = MASKED,
+    config: TuningConfig = MASKED_MATMUL,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows; `a` tile [E, r, k], `b` block [E, n,
-    k].
+    """Return a_e b_e^T [E, r, n], computed for the first `valid_rows[e]` rows.
+
+    `a` is tile [E, r, k], `b` block [E, n, k].
     """
     (num_experts, rows, k), n = a.shape, b.shape[1]
     tile_m, tile_n = fit(config.tile_m, rows), fit(config.tile_n, n)
@@ -176,11 +178,12 @@ def grouped_matmul_accumulate(
     group_sizes: Array,
     c: Array | None = None,
     *,
-    config: TuningConfig = ACCUMULATE,
+    config: TuningConfig = GROUPED_MATMUL_ACCUMULATE,
     interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the `group_sizes[g]` columns of group g of `a` tile [m, K] and `b`
-    tile [n, K].
+    """Return c[g] + a_g b_g^T, FP32 [G, m, n], over the columns of group g of `a` and `b`.
+
+    `a` is tile [m, K] and `b` tile [n, K]; group g has `group_sizes[g]` columns.
 
     Without a `c` it is made of zeros: a group without visits has no other.
     """
@@ -232,8 +235,9 @@ def _accumulate_kernel(visits, a, b, a_scales, b_scales, c, out, *, num_groups: 
 
 
 def group_of_output(visits, v: Array, num_groups: int) -> Array:
-    """Return whose output visit `v` holds: its group's, and after the last group that of G - 1, which it leaves as it
-    is.
+    """Return whose output visit `v` holds: its group's.
+
+    After the last group it is that of G - 1, which the visit leaves as it is.
     """
     return jnp.minimum(visits.group[v], num_groups - 1)
 

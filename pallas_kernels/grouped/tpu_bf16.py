@@ -6,7 +6,7 @@ things differ.
 Groups of the weight gradient end at any row, not at a multiple of 128, so the rows of a tile that are another group's
 are zeroed before the product, in both operands: a NaN times zero would be NaN.
 
-Any k is allowed. Where it is no multiple of a step, both operands are padded with zeros in HBM first; the widths of
+Any k is allowed. Where it is not a multiple of a step, both operands are padded with zeros in HBM first; the widths of
 DeepSeek-V3 never are.
 """
 
@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped.tpu import group_of_output, keep_rows, start_output
 from pallas_kernels.grouped.visits import make_visits
-from pallas_kernels.matmul.tpu import TRANSPOSED, Interpret, fit
+from pallas_kernels.matmul.tpu import TRANSPOSED, fit
+from pallas_kernels.tpu_tiles import Interpret
 
 PLAIN = (((1,), (0,)), ((), ()))  # a b, as dot_general says it
 ROWS = (((0,), (0,)), ((), ()))  # a^T b
@@ -36,8 +37,8 @@ class TuningConfig:
     tile_k: int = 512
 
 
-GROUPED = TuningConfig()
-ACCUMULATE = TuningConfig(tile_m=512)
+GROUPED_MATMUL_BF16 = TuningConfig()
+GROUPED_MATMUL_ACCUMULATE_BF16 = TuningConfig(tile_m=512)
 
 
 def grouped_matmul_bf16(
@@ -47,11 +48,12 @@ def grouped_matmul_bf16(
     *,
     transpose_b: bool = False,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = GROUPED,
+    config: TuningConfig = GROUPED_MATMUL_BF16,
     interpret: Interpret = False,
 ) -> Array:
-    """Return a_g b_g^T [rows, n] for the rows of each group, the others zero; `a` BF16 [rows, k], `b` BF16 [G, n, k],
-    or [G, k, n].
+    """Return a_g b_g^T [rows, n] for the rows of each group, the others zero.
+
+    `a` is BF16 [rows, k], `b` BF16 [G, n, k], or [G, k, n] with `transpose_b`.
     """
     num_groups, n = b.shape[0], b.shape[2 if transpose_b else 1]
     tile_k = fit(config.tile_k, a.shape[1])
@@ -108,11 +110,12 @@ def grouped_matmul_accumulate_bf16(
     group_sizes: Array,
     c: Array | None = None,
     *,
-    config: TuningConfig = ACCUMULATE,
+    config: TuningConfig = GROUPED_MATMUL_ACCUMULATE_BF16,
     interpret: Interpret = False,
 ) -> Array:
-    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of `a` BF16 [K, m] and `b` BF16 [K, n]; no
-    `c` is zeros.
+    """Return c[g] + a_g^T b_g, FP32 [G, m, n], over the rows of each group of BF16 `a` [K, m] and `b` [K, n].
+
+    Without a `c` it begins at zero.
     """
     num_groups, m, n = group_sizes.shape[0], a.shape[1], b.shape[1]
     c = jnp.zeros((num_groups, m, n), jnp.float32) if c is None else c

@@ -1,5 +1,4 @@
-"""Which tiles of rows meet which groups: the schedule of the grouped kernels, computed on the device from the group
-sizes.
+"""Which tiles of rows meet which groups: the schedule of the grouped kernels, computed on the device.
 
 Groups end anywhere, tiles every `tile` rows. A visit is one group's rows within one tile; a kernel computes the whole
 tile and keeps these rows. The rows of no group are made one more group, number G, so that every row is kept by exactly
@@ -41,9 +40,8 @@ def make_visits(group_sizes: Array, num_rows: int, tile: int) -> Visits:
     last_visits = jnp.cumsum(counts)
 
     visit = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
-    group = jnp.searchsorted(
-        last_visits, visit, side="right", method="compare_all"
-    )  # one fusion, not a loop of launches
+    # one fusion, not a loop of launches
+    group = jnp.searchsorted(last_visits, visit, side="right", method="compare_all")
     within = visit - (last_visits - counts)[group]
     tiles = jnp.where(group <= num_groups, first_tiles[group] + within, num_tiles - 1)
     offsets = jnp.concatenate([starts, ends[-1:], ends[-1:]])

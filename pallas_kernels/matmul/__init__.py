@@ -41,8 +41,9 @@ def matmul(
 
 
 def matmul_accumulate(a: Quantized, b: Quantized, c: Array | None = None, *, implementation: str = "auto") -> Array:
-    """Return c + a b^T, promoted every 128 like `matmul`: the weight gradient dW += dy^T x, with tokens along k ("1D x
-    1D").
+    """Return c + a b^T, promoted every 128 like `matmul`: the weight gradient dW += dy^T x.
+
+    Tokens lie along k ("1D x 1D").
 
     Args:
         a: tile [m, k]; k a multiple of 128 (`quantize_tiles_both` pads it with zeros), any m.

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantized import GROUP, Quantized, decode
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import Quantized, decode
 
 
 def matmul(a: Quantized, b: Quantized, *, out_dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Array:

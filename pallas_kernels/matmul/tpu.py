@@ -29,10 +29,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized import E4M3, GROUP, Quantized
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import E4M3, Quantized
+from pallas_kernels.tpu_tiles import Interpret
 
 SEGMENTS = 8  # of a step along k: FP32 registers are (8, 128)
-Interpret = bool | pltpu.InterpretParams  # how pallas_call runs a kernel where there is no TPU: tests set it
 TRANSPOSED = (((1,), (1,)), ((), ()))  # a b^T, as dot_general says it
 
 
@@ -44,7 +45,7 @@ class TuningConfig:
     tile_n: int = 512
 
 
-DEFAULT = TuningConfig()
+MATMUL = TuningConfig()
 
 
 def matmul(
@@ -52,7 +53,7 @@ def matmul(
     b: Quantized,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: TuningConfig = DEFAULT,
+    config: TuningConfig = MATMUL,
     interpret: Interpret = False,
 ) -> Array:
     """Return a b^T [m, n]; `a` tile [m, k], `b` block [n, k]."""
@@ -60,10 +61,11 @@ def matmul(
 
 
 def matmul_accumulate(
-    a: Quantized, b: Quantized, c: Array | None = None, *, config: TuningConfig = DEFAULT, interpret: Interpret = False
+    a: Quantized, b: Quantized, c: Array | None = None, *, config: TuningConfig = MATMUL, interpret: Interpret = False
 ) -> Array:
-    """Return c + a b^T, FP32 [m, n], in the place of c where the caller donates it, a b^T without a `c`; both tiles,
-    [m, k] and [n, k].
+    """Return c + a b^T, FP32 [m, n], for tiles [m, k] and [n, k], or a b^T without a `c`.
+
+    The result takes the place of c where the caller donates it.
     """
     return _product(a, b.values, b.scales, c, jnp.float32, config, interpret)
 
@@ -117,8 +119,9 @@ def _kernel(a, b, a_scales, b_scales, c, out, total, *, num_segments: int):
 
 
 def add_step(a, b, a_scales, b_scales, total, step: Array, num_segments: int) -> None:
-    """Add one step along k, as many segments as `a_scales` has rows, to `total`; the last step has what is left of
-    `num_segments`.
+    """Add one step along k, as many segments as `a_scales` has rows, to `total`.
+
+    The last step has what is left of `num_segments`.
     """
     segments = a_scales.shape[0]
     last, left = divmod(num_segments - 1, segments)
@@ -153,8 +156,9 @@ def add_segment(a, b, row_scales: Array, b_scales, total, segment: int) -> None:
 
 
 def matrix_unit_dtype() -> jnp.dtype:
-    """Return what E4M3 tiles are multiplied in: themselves where this TPU can, else BF16, which holds each of their
-    values.
+    """Return what E4M3 tiles are multiplied in: themselves where this TPU can, else BF16.
+
+    BF16 holds each of their values.
     """
     native = pltpu.is_tpu_device() and pltpu.get_tpu_info().is_matmul_supported(E4M3, E4M3)
     return jnp.dtype(E4M3 if native else jnp.bfloat16)

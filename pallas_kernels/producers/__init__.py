@@ -1,5 +1,4 @@
-"""Kernels that make FP8 operands out of what the layer computes anyway: a tensor is normed or gated, and quantised, in
-one pass.
+"""Kernels that norm or gate a tensor and quantise it in one pass, as the operand of an FP8 product.
 
     rms_norm_quantize           the input of attention and of an FFN
     swiglu_quantize             the input of the down projection, forward
@@ -16,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.producers import e5m6, hopper, hopper_backward, hopper_e5m6, hopper_norm, reference, tpu
-from pallas_kernels.quantized import GROUP, Quantized, Scale, check_scale, scales_shape
+from pallas_kernels.quantized import Quantized, Scale, check_scale, scales_shape
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
@@ -78,8 +78,9 @@ def swiglu_quantize(
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Differentiate silu(gate) * up * weight, quantise the gradient of the pre-activations in both groupings, and
-    recompute the output.
+    """Differentiate silu(gate) * up * weight, and recompute it, both quantised.
+
+    The gradient of the pre-activations comes in both groupings.
 
     Args:
         hidden: BF16 [m, 2f], as in `swiglu_quantize`.
@@ -103,14 +104,18 @@ def swiglu_backward_quantize(
             f"grad has shape {grad.shape} and dtype {grad.dtype}; for hidden {hidden.shape} it must be bfloat16"
             f" {expected}"
         )
-    faces = {"reference": reference, "hopper": hopper_backward, "tpu": tpu}
-    faces = {name: module.swiglu_backward_quantize for name, module in faces.items()}
+    faces = {
+        "reference": reference.swiglu_backward_quantize,
+        "hopper": hopper_backward.swiglu_backward_quantize,
+        "tpu": tpu.swiglu_backward_quantize,
+    }
     return choose("swiglu_backward_quantize", implementation, faces)(hidden, grad, weight, scale)
 
 
 def e5m6_pack(x: Array, *, implementation: str = "auto") -> tuple[Array, Array]:
-    """Round to E5M6 with a power-of-two scale per tile of 1 x 128, and pack 128 values in 192 bytes. `e5m6` tells
-    format and bytes.
+    """Round to E5M6 with a power-of-two scale per tile of 1 x 128, and pack 128 values in 192 bytes.
+
+    `producers/e5m6.py` describes format and bytes.
 
     Args:
         x: BF16 [m, k], k a multiple of 128.

@@ -1,5 +1,6 @@
-"""E5M6: attention outputs kept for the backward pass in 12 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.3, "a
-customized E5M6").
+"""E5M6: attention outputs kept for the backward pass in 12 bits.
+
+DeepSeek-V3, arXiv 2412.19437, section 3.3.3, "a customized E5M6".
 
 The output of attention is read twice, by the o projection and by attention's own backward pass, which FP8 would harm.
 So it is cached in 1 sign, 5 exponent and 6 mantissa bits, with a power-of-two scale per tile of 1 x 128 that divides
@@ -10,8 +11,10 @@ bits, nearest even:
     exponent 0         mantissa * 2^-20                              zero has a sign
     exponent 31        NaN; there is no infinity
 
-    scale = 2^ceil(log2(max|x| / 65024)): the largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at
-    least NaN or inf in a tile: its scale is NaN and every one of its values is NaN, as with E4M3
+    scale = 2^ceil(log2(max|x| / 65024))
+
+The largest of a tile lands in (32512, 65024]; max|x| counts as 2^-100 at least. Where a tile has a NaN or an infinity,
+its scale and all of its values are NaN, as with E4M3.
 
 A value is off by at most 2^-7 of itself, or by 2^-21 of the scale, which is about 2^-37 of the tile's largest.
 
@@ -27,7 +30,8 @@ Three bytes in a row for two neighbours would be the same size; the planes need 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.quantized import GROUP, SMALLEST_AMAX, pad_rows
+from pallas_kernels import GROUP, quantized
+from pallas_kernels.quantized import pad_rows
 
 LARGEST = 65024.0  # (2 - 2^-6) * 2^15
 HALF = GROUP // 2
@@ -39,16 +43,11 @@ SMALLEST_NORMAL = 2.0**-14
 DROPPED = 23 - MANTISSA_BITS  # mantissa bits that FP32 has more
 REBIAS = (127 - BIAS) << MANTISSA_BITS
 ROUNDER, ROUNDER_BITS = 8.0, 0x41000000  # neighbours in FP32 are 2^-20 apart there: the subnormals' step
-CARRY = 0x007FFFFF  # the largest mantissa of FP32
 
 
 def scale_of(amax: Array) -> Array:
-    """Return the power-of-two scale of tiles whose largest magnitude is `amax` (FP32): NaN where that is NaN or
-    infinite.
-    """
-    bits = lax.bitcast_convert_type(jnp.maximum(amax, SMALLEST_AMAX) * (1.0 / LARGEST), jnp.int32)
-    scale = lax.bitcast_convert_type((bits + CARRY) & ~CARRY, jnp.float32)
-    return jnp.where(amax < jnp.inf, scale, jnp.nan)
+    """Return the power-of-two scale of tiles whose largest magnitude is FP32 `amax`, NaN where that is not finite."""
+    return quantized.scale_of(amax, "pow2", LARGEST)
 
 
 def encode(x: Array) -> Array:
@@ -78,8 +77,9 @@ def decode(code: Array) -> Array:
 
 
 def pack(first: Array, second: Array) -> tuple[Array, Array, Array]:
-    """Return the bytes (int32, 0 to 255) of codes 0..63 and 64..127 of tiles: two runs of the low plane, and the high
-    plane.
+    """Return the bytes (int32, 0 to 255) of codes 0..63 and 64..127 of tiles.
+
+    They are two runs of the low plane, and the high plane.
     """
     return first & 0xFF, second & 0xFF, (first >> 8) | ((second >> 8) << 4)
 
@@ -93,10 +93,7 @@ def e5m6_pack(x: Array) -> tuple[Array, Array]:
     """Return x [m, k] as uint8 [m, k * 3 // 2] and FP32 scales [k / 128, pad4(m)]: the reference."""
     m, k = x.shape
     tiles = x.astype(jnp.float32).reshape(m, k // GROUP, GROUP)
-    bits = lax.bitcast_convert_type(
-        jnp.abs(tiles), jnp.int32
-    )  # in the order of magnitudes, NaN last: XLA:CPU's FP32 maximum can lose NaN
-    scales = scale_of(lax.bitcast_convert_type(jnp.max(bits, axis=2), jnp.float32))
+    scales = scale_of(quantized.largest_magnitude(tiles, axis=2))
     codes = encode(tiles * (1.0 / scales[:, :, None]))
     planes = jnp.concatenate(pack(codes[:, :, :HALF], codes[:, :, HALF:]), axis=2)
     packed = planes.astype(jnp.uint8).reshape(m, k // GROUP * TILE_BYTES)

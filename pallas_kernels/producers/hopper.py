@@ -1,5 +1,6 @@
-"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value. `pallas_kernels.stream` tells how tiles stream, and
-what it reaches.
+"""SwiGLU to tiles on Hopper, in rows only: 5 bytes moved per value.
+
+`pallas_kernels.hopper.stream` tells how tiles stream, and what speed this kernel reaches.
 """
 
 import jax
@@ -8,9 +9,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.producers.reference import swiglu
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
-from pallas_kernels.stream import (
+from pallas_kernels import GROUP
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TILE,
     TILE_GROUPS,
@@ -18,17 +18,21 @@ from pallas_kernels.stream import (
     launch,
     load_tile,
     ones_beyond,
-    place,
+    position,
     put,
     quantize_registers,
     quantized_type,
     spread,
 )
+from pallas_kernels.producers.reference import swiglu
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 
-SWIGLU = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
+SWIGLU_QUANTIZE = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
 
 
-def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU) -> Quantized:
+def swiglu_quantize(
+    hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_QUANTIZE
+) -> Quantized:
     """Return silu(gate) * up (* weight) in tiles [m, f]. A tile is `rows` x 512 of gate and the same of up."""
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, rows = f // GROUP, config.rows
@@ -36,7 +40,7 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale, config: T
     weights = () if weight is None else (jnp.pad(weight, (0, -m % rows)),)
 
     def at(tile):
-        i, j = place(tile, wide)
+        i, j = position(tile, wide)
         return pl.ds(i * rows, rows), pl.ds(j * TILE_GROUPS, TILE_GROUPS)
 
     def body(hidden, *refs):

@@ -1,10 +1,11 @@
-"""SwiGLU's gradient on Hopper in both groupings, and its output once more for a weight gradient: 11 bytes moved per
-value of the output.
+"""SwiGLU's gradient on Hopper in both groupings, and its output once more for a weight gradient.
+
+It moves 11 bytes per value of the output.
 
 A block takes a tile of 128 x 128. Its four warpgroups hold 32 rows each, in FP32:
 
     along rows      a group lies in 8 lanes of one warp: largest, scale and values at once, as in
-                    `pallas_kernels.stream`
+                    `pallas_kernels.hopper.stream`
     along columns   the rows go through shared memory in FP32 and come back with a column per thread, so that the
                     largest of 32 is found without an exchange. The warpgroups' four largest meet in shared memory
                     behind a barrier: the only one between them. A thread then has 32 neighbours of the transposed row
@@ -34,23 +35,25 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, largest_magnitude, scale_of, scales_shape
-from pallas_kernels.stream import (
+from pallas_kernels import GROUP
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TuningConfig,
     launch,
     ones_beyond,
-    place,
+    position,
     put,
     quantize_registers,
     quantized_type,
     spread,
 )
+from pallas_kernels.producers.reference import swiglu, swiglu_gradients
+from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, scale_of, scales_shape
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
-BACKWARD = TuningConfig(warpgroups=SLABS, stages=1)  # only blocks and stages may vary: the tile gives the rest
+# only blocks and stages may vary: the tile gives the rest
+SWIGLU_BACKWARD_QUANTIZE = TuningConfig(warpgroups=SLABS, stages=1)
 ROW_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((16, GROUP), (4, GROUP), (32,), (4,))), warp_dims=(-6,), lane_dims=(-4, -2), vector_dim=-1
 )
@@ -61,8 +64,9 @@ NUM_MAXIMA = 2  # of which one is filled while a slower warpgroup may still read
 
 
 class Outputs(NamedTuple):
-    """References of the results, of these shapes in global memory; in shared memory [warpgroups, ...], a part of a
-    tile.
+    """References of the results, of these shapes in global memory.
+
+    In shared memory they are [warpgroups, ...], a part of a tile.
 
     `groups` are those of gate and up together for the gradient, and of the activation alone, which has the last two
     only.
@@ -82,7 +86,7 @@ class Exchange(NamedTuple):
     ready: Any  # barrier: all maxima are there
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """Where a warpgroup's part of a tile belongs in the result."""
 
     warpgroup: Array
@@ -92,10 +96,11 @@ class Place(NamedTuple):
 
 
 def swiglu_backward_quantize(
-    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = BACKWARD
+    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_BACKWARD_QUANTIZE
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
-    weight's gradient.
+    """Return the gradient of hidden in tiles and transposed, the output transposed, and the weight's gradient.
+
+    The shapes are [m, 2f], [2f, pad128(m)], [f, pad128(m)] and [m].
     """
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, tall, weighted = f // GROUP, pl.cdiv(m, GROUP), weight is not None
@@ -154,7 +159,7 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
         warpgroup = lax.axis_index("warpgroup")
 
         def at(tile):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             return pl.ds(i * GROUP + warpgroup * SLAB, SLAB), i, g
 
         def fetch(tile, slot, copied):
@@ -175,7 +180,7 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
                 return (x.astype(jnp.float32) for x in loads)
 
             def emit(x, number, to, group, along_rows):
-                where = Place(warpgroup, rows, i, group)
+                where = Target(warpgroup, rows, i, group)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if along_rows:
                     _emit_rows(x, where, scale, m, to, staging)
@@ -200,7 +205,7 @@ def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
     return body
 
 
-def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
+def _emit_rows(x: Array, to: Target, scale: Scale, m: int, out: Outputs, staging: Outputs) -> None:
     """Quantise this warpgroup's rows of a tile, and send them."""
     values, scales = quantize_registers(x, scale, ROW_LAYOUT)
     put(staging.values.at[to.warpgroup], values)
@@ -210,10 +215,8 @@ def _emit_rows(x: Array, to: Place, scale: Scale, m: int, out: Outputs, staging:
     plgpu.copy_smem_to_gmem(staging.scales.at[to.warpgroup], out.scales.at[to.column, to.rows])
 
 
-def _emit_columns(to: Place, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
-    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of the transposed
-    rows.
-    """
+def _emit_columns(to: Target, scale: Scale, out: Outputs, staging: Outputs, exchange: Exchange, maxima: Any) -> None:
+    """Quantise the columns of the tile whose rows lie in `exchange`, and send this warpgroup's part of them."""
     columns = pl.ds(to.column * GROUP, GROUP)
     x = plgpu.load(exchange.rows.at[to.warpgroup].transpose((1, 0)), layout=COLUMN_LAYOUT, optimized=False)
     exchange.maxima[maxima, to.warpgroup] = largest_magnitude(x, axis=1)

@@ -1,5 +1,6 @@
-"""E5M6 on Hopper: 3.5 bytes moved per value of BF16. `pallas_kernels.stream` tells how tiles stream and what each
-kernel reaches, `e5m6` what the bytes are.
+"""E5M6 on Hopper: 3.5 bytes moved per value of BF16.
+
+`pallas_kernels.hopper.stream` tells how tiles stream and what speed each kernel reaches, `e5m6` what the bytes are.
 
 The two halves of a tile are worked on side by side, because a byte of the high plane takes a nibble of either.
 """
@@ -13,21 +14,22 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.producers import e5m6
-from pallas_kernels.quantized import GROUP, scales_shape
-from pallas_kernels.stream import (
+from pallas_kernels import GROUP
+from pallas_kernels.hopper.stream import (
     APPROXIMATE,
     TILE_GROUPS,
     TILE_ROWS,
     TuningConfig,
     launch,
     ones_beyond,
-    place,
+    position,
     put,
     spread,
 )
+from pallas_kernels.producers import e5m6
+from pallas_kernels.quantized import scales_shape
 
-PACK = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
+E5M6 = TuningConfig(blocks=2, rows=8, warpgroups=4, stages=2, out_slots=2)
 HALF_TILE = plgpu.Layout.TILED(  # `stream.TILE` of half groups
     plgpu.Tiling(((TILE_ROWS, TILE_GROUPS, e5m6.HALF), (32,), (4,))), warp_dims=(-5,), lane_dims=(-4, -2), vector_dim=-1
 )
@@ -35,7 +37,7 @@ HALVES = [pl.ds(0, e5m6.HALF), pl.ds(e5m6.HALF, e5m6.HALF)]
 PLANES = [*HALVES, pl.ds(GROUP, e5m6.HALF)]
 
 
-def e5m6_pack(x: Array, config: TuningConfig = PACK) -> tuple[Array, Array]:
+def e5m6_pack(x: Array, config: TuningConfig = E5M6) -> tuple[Array, Array]:
     """Return x [m, k] as uint8 [m, k * 3 // 2] and FP32 scales [k / 128, pad4(m)]."""
     m, k = x.shape
     groups, ring, out_ring = k // GROUP, config.warpgroups * config.stages, config.warpgroups * config.out_slots
@@ -76,7 +78,7 @@ def e5m6_pack(x: Array, config: TuningConfig = PACK) -> tuple[Array, Array]:
     return packed.reshape(m, groups * e5m6.TILE_BYTES), scales
 
 
-def e5m6_unpack(packed: Array, scales: Array, m: int, dtype: jnp.dtype, config: TuningConfig = PACK) -> Array:
+def e5m6_unpack(packed: Array, scales: Array, m: int, dtype: jnp.dtype, config: TuningConfig = E5M6) -> Array:
     """Return [m, k] of `dtype`."""
     k = packed.shape[1] // e5m6.TILE_BYTES * GROUP
     groups, ring, out_ring = k // GROUP, config.warpgroups * config.stages, config.warpgroups * config.out_slots
@@ -119,7 +121,7 @@ def _cut(m: int, k: int, rows: int) -> tuple[int, Callable[[Array], tuple]]:
     wide = pl.cdiv(k // GROUP, TILE_GROUPS)
 
     def at(tile):
-        i, j = place(tile, wide)
+        i, j = position(tile, wide)
         return pl.ds(i * rows, rows), pl.ds(j * TILE_GROUPS, TILE_GROUPS)
 
     return pl.cdiv(m, rows) * wide, at

@@ -1,5 +1,4 @@
-"""The fused producers in plain jnp: the specification of the kernels, and the arithmetic of one element that all faces
-share.
+"""The fused producers in plain jnp: what the kernels must compute, and the arithmetic that all faces share.
 
 Where numbers are rounded on the way to E4M3:
 
@@ -53,8 +52,9 @@ def swiglu_quantize(hidden: Array, weight: Array | None, scale: Scale) -> Quanti
 def swiglu_backward_quantize(
     hidden: Array, grad: Array, weight: Array | None, scale: Scale
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
-    """Return the gradient of hidden in tiles [m, 2f] and transposed, the output transposed [f, pad128(m)], and the
-    weight's gradient.
+    """Return the gradient of hidden in tiles and transposed, the output transposed, and the weight's gradient.
+
+    The shapes are [m, 2f], [2f, pad128(m)], [f, pad128(m)] and [m].
     """
     gate, up = _halves(hidden)
     grad_gate, grad_up, product = swiglu_gradients(gate, up, grad.astype(jnp.float32), _column(weight))
@@ -64,8 +64,9 @@ def swiglu_backward_quantize(
 
 
 def swiglu(gate: Array, up: Array, weight: Array | None = None) -> Array:
-    """Return silu(gate) * up, times `weight` (of a shape that broadcasts). FP32 in and out, inside a kernel and
-    outside.
+    """Return silu(gate) * up, times `weight` (of a shape that broadcasts).
+
+    FP32 in and out, inside a kernel and outside.
     """
     product = gate * sigmoid(gate) * up
     return product if weight is None else product * weight

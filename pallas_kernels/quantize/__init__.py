@@ -14,9 +14,10 @@ along m. So the transposed forms are quantised anew, from x itself where it is a
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
-from pallas_kernels.quantize import hopper, reference, tpu
-from pallas_kernels.quantized import GROUP, Quantized, Scale, check_quantized, check_scale
+from pallas_kernels.quantize import hopper, hopper_transposed, reference, tpu
+from pallas_kernels.quantized import Quantized, Scale, check_quantized, check_scale
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -37,7 +38,8 @@ def quantize_tiles(x: Array, *, scale: Scale = "fp32", implementation: str = "au
     """
     _check("x", x, num_dims=(2,), whole_groups=True)
     check_scale(scale)
-    return _face("quantize_tiles", implementation)(x, scale)
+    faces = {"reference": reference.quantize_tiles, "hopper": hopper.quantize_tiles, "tpu": tpu.quantize_tiles}
+    return choose("quantize_tiles", implementation, faces)(x, scale)
 
 
 def quantize_blocks(w: Array, *, scale: Scale = "fp32", implementation: str = "auto") -> Quantized:
@@ -56,7 +58,8 @@ def quantize_blocks(w: Array, *, scale: Scale = "fp32", implementation: str = "a
     """
     _check("w", w, num_dims=(2, 3), whole_groups=False)
     check_scale(scale)
-    return _face("quantize_blocks", implementation)(w, scale)
+    faces = {"reference": reference.quantize_blocks, "hopper": hopper.quantize_blocks, "tpu": tpu.quantize_blocks}
+    return choose("quantize_blocks", implementation, faces)(w, scale)
 
 
 def quantize_tiles_both(
@@ -78,7 +81,12 @@ def quantize_tiles_both(
     """
     _check("x", x, num_dims=(2,), whole_groups=True)
     check_scale(scale)
-    return _face("quantize_tiles_both", implementation)(x, scale)
+    faces = {
+        "reference": reference.quantize_tiles_both,
+        "hopper": hopper_transposed.quantize_tiles_both,
+        "tpu": tpu.quantize_tiles_both,
+    }
+    return choose("quantize_tiles_both", implementation, faces)(x, scale)
 
 
 def requantize_transposed(q: Quantized, *, scale: Scale = "fp32", implementation: str = "auto") -> Quantized:
@@ -101,7 +109,12 @@ def requantize_transposed(q: Quantized, *, scale: Scale = "fp32", implementation
     check_quantized("q", q, "tile", 2)
     _check_not_empty("q", q.shape)
     check_scale(scale)
-    return _face("requantize_transposed", implementation)(q, scale)
+    faces = {
+        "reference": reference.requantize_transposed,
+        "hopper": hopper_transposed.requantize_transposed,
+        "tpu": tpu.requantize_transposed,
+    }
+    return choose("requantize_transposed", implementation, faces)(q, scale)
 
 
 def quantize_rows(x: Array, rows: Array, *, scale: Scale = "pow2", implementation: str = "auto") -> Quantized:
@@ -125,12 +138,8 @@ def quantize_rows(x: Array, rows: Array, *, scale: Scale = "pow2", implementatio
         raise ValueError(f"rows has shape {rows.shape} and dtype {rows.dtype}; it must be int32 [w]")
     _check_not_empty("rows", rows.shape)
     check_scale(scale)
-    return _face("quantize_rows", implementation)(x, rows, scale)
-
-
-def _face(operation: str, implementation: str):
-    faces = {"reference": reference, "hopper": hopper, "tpu": tpu}
-    return choose(operation, implementation, {name: getattr(module, operation) for name, module in faces.items()})
+    faces = {"reference": reference.quantize_rows, "hopper": hopper.quantize_rows, "tpu": tpu.quantize_rows}
+    return choose("quantize_rows", implementation, faces)(x, rows, scale)
 
 
 def _check(name: str, x: Array, num_dims: tuple[int, ...], whole_groups: bool) -> None:

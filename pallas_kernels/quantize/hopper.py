@@ -1,5 +1,7 @@
-"""Quantisation on Hopper: what a tile is, and where its results go. `pallas_kernels.stream` tells how tiles stream and
-what each kernel reaches; the transposed forms are in `hopper_transposed.py`.
+"""Quantisation on Hopper: what a tile is, and where its results go.
+
+`pallas_kernels.hopper.stream` tells how tiles stream and what speed each kernel reaches; the transposed forms are in
+`hopper_transposed.py`.
 
     quantize_tiles     a tile is 64 rows of 128: 64 scales leave as one piece of 256 bytes
     quantize_blocks    a tile is a block of 128 x 128, read twice from shared memory: for its largest magnitude, then
@@ -17,25 +19,23 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantize.hopper_transposed import quantize_tiles_both, requantize_transposed
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale, pad_rows, scale_of, scales_shape
-from pallas_kernels.stream import (
+from pallas_kernels import GROUP
+from pallas_kernels.hopper.stream import (
     TuningConfig,
     launch,
     lines,
     ones_beyond,
-    place,
+    position,
     quantize_registers,
     quantized_type,
     row_layout,
     spread,
 )
+from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
 
-__all__ = ["quantize_blocks", "quantize_rows", "quantize_tiles", "quantize_tiles_both", "requantize_transposed"]
-
-TILES = TuningConfig(blocks=6)
-BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)
-GATHERED = TuningConfig(blocks=3, stages=3)
+QUANTIZE_TILES = TuningConfig(blocks=6)
+QUANTIZE_BLOCKS = TuningConfig(blocks=1, stages=3, out_slots=1)
+QUANTIZE_ROWS = TuningConfig(blocks=3, stages=3)
 ROWS = GROUP // 2  # of a block that a warpgroup holds at a time
 SLAB = 8  # rows of a gathered tile, and groups along k: a slab is 8 x 8 groups
 SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane, the same in each warp
@@ -43,7 +43,7 @@ SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane,
 )
 
 
-def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quantized:
+def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES) -> Quantized:
     """See `quantize.quantize_tiles`."""
     m, k = x.shape
     groups, layout = k // GROUP, row_layout(x.dtype)
@@ -51,7 +51,7 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quan
 
     def body(x, values, scales, x_slots, value_slots, scale_slots):
         def at(tile):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             return pl.ds(i * config.rows, config.rows), g
 
         def fetch(tile, slot, copied):
@@ -80,9 +80,10 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = TILES) -> Quan
     return Quantized(*launch(body, config, num_tiles, quantized_type((m, k)), scratch)(x), "tile")
 
 
-def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = BLOCKS) -> Quantized:
-    """See `quantize.quantize_blocks`. A `k` that is no multiple of 128 is padded by a copy: the copy engine moves whole
-    swizzled lines.
+def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = QUANTIZE_BLOCKS) -> Quantized:
+    """See `quantize.quantize_blocks`.
+
+    A `k` that is not a multiple of 128 is padded by a copy: the copy engine moves whole swizzled lines.
     """
     if w.ndim == 2:
         q = quantize_blocks(w[None], scale, config)
@@ -97,8 +98,8 @@ def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = BLOCKS) -> Qu
     halves = [pl.ds(0, ROWS), pl.ds(ROWS, ROWS)]
 
     def block_of(tile):
-        e, rest = place(tile, blocks_n * blocks_k)
-        return e, *place(rest, blocks_k)
+        e, rest = position(tile, blocks_n * blocks_k)
+        return e, *position(rest, blocks_k)
 
     def at(ref, tile):
         e, i, j = block_of(tile)
@@ -128,7 +129,7 @@ def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = BLOCKS) -> Qu
     return Quantized(*launch(body, config, num_tiles, quantized_type(w.shape, "block"), scratch)(w), "block")
 
 
-def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = GATHERED) -> Quantized:
+def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = QUANTIZE_ROWS) -> Quantized:
     """See `quantize.quantize_rows`. Scales are written in whole slabs; what is too much is cut off."""
     (m, k), (w,) = x.shape, rows.shape
     groups, layout = k // GROUP, row_layout(x.dtype, lanes_per_row=16)
@@ -138,7 +139,7 @@ def quantize_rows(x: Array, rows: Array, scale: Scale, config: TuningConfig = GA
         warpgroup = lax.axis_index("warpgroup")
 
         def at(tile):
-            i, j = place(tile, wide)
+            i, j = position(tile, wide)
             return i * SLAB, pl.ds(j * SLAB, SLAB)
 
         def fetch(tile, slot, copied):

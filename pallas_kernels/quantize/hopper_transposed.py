@@ -28,32 +28,36 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import SWIZZLE_ROWS, tiled
-from pallas_kernels.quantized import E4M3, GROUP, Quantized, Scale
-from pallas_kernels.stream import (
+from pallas_kernels import GROUP
+from pallas_kernels.hopper.ring import SWIZZLE_ROWS, tiled
+from pallas_kernels.hopper.stream import (
     TuningConfig,
     launch,
     lines,
     ones_beyond,
-    place,
+    position,
     quantize_registers,
     quantized_type,
     row_layout,
     spread,
 )
+from pallas_kernels.quantized import E4M3, Quantized, Scale
 
-BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
-REQUANTIZED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
+QUANTIZE_TILES_BOTH = TuningConfig(blocks=1, warpgroups=2, stages=4, out_slots=2)  # for BF16
+REQUANTIZE_TRANSPOSED = TuningConfig(blocks=2, warpgroups=2, stages=3, out_slots=1)
 ROWS = GROUP // 2  # or columns, that a warpgroup holds at a time
 TRANSPOSED = plgpu.Layout.WGMMA  # registers as `ldmatrix` fills them
 
 
 def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = None) -> tuple[Quantized, Quantized]:
-    """See `quantize.quantize_tiles_both`. An m that is no multiple of 8, the rows of a transposed tile, costs a copy of
-    x.
+    """See `quantize.quantize_tiles_both`.
+
+    An m that is not a multiple of 8, the rows of a transposed tile, costs a copy of x.
     """
     m, k = x.shape
-    config = config or dataclasses.replace(BOTH, stages=BOTH.stages * 2 // x.dtype.itemsize)
+    config = config or dataclasses.replace(
+        QUANTIZE_TILES_BOTH, stages=QUANTIZE_TILES_BOTH.stages * 2 // x.dtype.itemsize
+    )
     x = jnp.pad(x, ((0, -m % SWIZZLE_ROWS), (0, 0))) if m % SWIZZLE_ROWS else x
     tall, groups = pl.cdiv(m, GROUP), k // GROUP
     layout = row_layout(x.dtype)
@@ -62,11 +66,11 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
         parts = _parts(config)
 
         def fetch(tile, slot, copied):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             plgpu.copy_gmem_to_smem(x.at[pl.ds(i * GROUP, GROUP), pl.ds(g * GROUP, GROUP)], x_slots.at[slot], copied)
 
         def work(turn):
-            (i, g), out = place(turn.tile, groups), turn.take_out_slot()
+            (i, g), out = position(turn.tile, groups), turn.take_out_slot()
             for first in parts:
                 part = pl.ds(first, ROWS)
                 rows = plgpu.load(x_slots.at[turn.slot, part], layout=layout)
@@ -97,7 +101,7 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
     return Quantized(values, scales, "tile"), Quantized(values_t, scales_t, "tile")
 
 
-def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZED) -> Quantized:
+def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZE_TRANSPOSED) -> Quantized:
     """See `quantize.requantize_transposed`."""
     m, k = q.shape
     tall, groups = pl.cdiv(m, GROUP), k // GROUP
@@ -106,13 +110,13 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
         parts = _parts(config)
 
         def fetch(tile, slot, copied):
-            i, g = place(tile, groups)
+            i, g = position(tile, groups)
             rows = pl.ds(i * GROUP, GROUP)
             plgpu.copy_gmem_to_smem(values.at[rows, pl.ds(g * GROUP, GROUP)], value_slots.at[slot], copied)
             plgpu.copy_gmem_to_smem(scales.at[g, rows], scale_slots.at[slot], copied)
 
         def work(turn):
-            (i, g), slot, out = place(turn.tile, groups), turn.slot, turn.take_out_slot()
+            (i, g), slot, out = position(turn.tile, groups), turn.slot, turn.take_out_slot()
             row_scales = plgpu.load(scale_slots.at[slot], layout=TRANSPOSED.reduce(0), optimized=False)
             for first in parts:
                 part = pl.ds(first, ROWS)

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantized import GROUP, Quantized, Scale, dequantize, encode, largest_magnitude, pad_rows, scale_of
+from pallas_kernels import GROUP
+from pallas_kernels.quantized import Quantized, Scale, dequantize, encode, largest_magnitude, pad_rows, scale_of
 
 
 def quantize_tiles(x: Array, scale: Scale) -> Quantized:
@@ -37,7 +38,7 @@ def requantize_transposed(q: Quantized, scale: Scale) -> Quantized:
 
 
 def quantize_rows(x: Array, rows: Array, scale: Scale) -> Quantized:
-    """Return x[rows] in tiles, zeros for rows that x has not."""
+    """Return x[rows] in tiles, zeros where a row is outside of x."""
     return quantize_tiles(x.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False), scale)
 
 

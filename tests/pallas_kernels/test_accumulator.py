@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from experiments.studies import accumulator_card
+from pallas_kernels import GROUP
 from pallas_kernels.accumulator import ROUNDINGS, STEP, Accumulator, block_scaled_multiply, multiply
-from pallas_kernels.quantized import GROUP, LARGEST, Quantized, dequantize, encode, scale_of
+from pallas_kernels.quantized import LARGEST, Quantized, dequantize, encode, scale_of
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -32,9 +33,8 @@ def draw(distribution, shape, seed=0):
 def tiles(x, scale):
     groups = x.astype(np.float32).reshape(x.shape[0], -1, GROUP)
     scales = scale_of(abs(groups).max(axis=-1), scale)
-    return Quantized(
-        encode(groups, scales[..., None]).reshape(x.shape), scales.T, "tile"
-    )  # m a multiple of 4: no padding
+    # m a multiple of 4: no padding
+    return Quantized(encode(groups, scales[..., None]).reshape(x.shape), scales.T, "tile")
 
 
 def blocks(x):
@@ -173,9 +173,8 @@ def test_regrouping_with_powers_of_two_loses_range_only():
     def regrouped_error(scale):
         once = np.asarray(dequantize(tiles(x, scale)))
         twice = np.asarray(dequantize(tiles(once.T, scale))).T
-        normal = abs(once) > 2.0**-6 * abs(once).max(
-            axis=0
-        )  # far above where a column's E4M3 becomes denormal, 2^-15 of its largest
+        # far above where a column's E4M3 becomes denormal, 2^-15 of its largest
+        normal = abs(once) > 2.0**-6 * abs(once).max(axis=0)
         return np.linalg.norm((twice - once)[normal]) / np.linalg.norm(once[normal])
 
     assert regrouped_error("pow2") == 0

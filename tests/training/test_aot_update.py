@@ -21,7 +21,7 @@ from deepseek_jax.parameters import P, partition_specs
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import Normalisers, Terms, pretraining
 from deepseek_jax.training.optimizer import Rates, make_optimizer
-from tests.pallas_kernels.test_aot_hopper import H100
+from tests.pallas_kernels.h100 import H100
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 LAYERS, EXPERTS = 11, 64

@@ -1,0 +1,1 @@
+"""From a kernel to the caller's program: mesh axes, files of lowered kernels, JAX's layout inference."""

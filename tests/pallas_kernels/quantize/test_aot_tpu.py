@@ -1,0 +1,59 @@
+"""The quantisers' TPU kernels compile for real TPUs at V3's widths, on a machine that has none. `tests.test_aot_tpu`
+tells how.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels import quantize
+from pallas_kernels.quantized import E4M3, Quantized
+from tests.test_aot_tpu import ENVIRONMENT
+
+ROOT = Path(__file__).parents[3]
+TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")
+ROWS, WIDTH = 301, 7168  # odd rows
+LATENT = 576  # of V3's keys and values: a partial block
+
+
+def compile_all(topology: str) -> None:
+    """Compile every quantiser for a device of `topology`."""
+    sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    x, rows = struct((ROWS, WIDTH), jnp.bfloat16), struct((50,), jnp.int32)
+    q = Quantized(struct((ROWS, WIDTH), E4M3), struct((WIDTH // 128, ROWS + 3), jnp.float32), "tile")
+    for operation, inputs in (
+        (quantize.quantize_tiles, (x,)),
+        (quantize.quantize_tiles_both, (x,)),
+        (quantize.requantize_transposed, (q,)),
+        (quantize.quantize_rows, (x, rows)),
+        (quantize.quantize_blocks, (struct((LATENT, WIDTH), jnp.float32),)),
+        (quantize.quantize_blocks, (struct((2, WIDTH, LATENT), jnp.float32),)),
+    ):
+        program = jax.jit(functools.partial(operation, implementation="tpu"))
+        assert "tpu_custom_call" in program.trace(*inputs).lower().compile().as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_quantisers_compile_for_tpu(topology):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
+    command = [sys.executable, __file__, topology]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    compile_all(*sys.argv[1:])
