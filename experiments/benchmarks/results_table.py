@@ -29,7 +29,7 @@ KERNEL_HEAD = (
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per run of `experiments.benchmarks.benchmark`: a config, a precision, a batch."""
+    """Return one Markdown row per run of `experiments.benchmarks.training_step`: a config, a precision, a batch."""
     steps = (record for record in _records(folder) if "config" in record)
     runs = itertools.groupby(
         steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)]

@@ -1,4 +1,4 @@
-"""Measure the training step of a configuration: `python -m experiments.benchmarks.benchmark --config=configs/tiny.py`.
+"""Measure the training step: `python -m experiments.benchmarks.training_step --config=configs/tiny.py`.
 
 Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, what memory holds, and the cold times of tracing
 and compiling; where the time goes, by scope and pass and by kernel; then the rate of the loader alone, which must stay
@@ -79,7 +79,7 @@ def main(_) -> None:
         records = step_records + (
             measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else []
         )
-    common = provenance("experiments.benchmarks.benchmark", session.describe_device(mesh))
+    common = provenance("experiments.benchmarks.training_step", session.describe_device(mesh))
     records = [record | common for record in records]
     work = f"{size} x {config.data.sequence_length} tokens a step, {config.model.num_mtp_layers} MTP layers"
     report.print_records(f"{config.name}, {config.execution.precision}, {work}", records)
