@@ -20,8 +20,8 @@ from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.curves import draw_sheet, final_table
 from deepseek_jax.training.loop import Result, train
-from deepseek_jax.training.report import draw_sheet, final_table
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file(

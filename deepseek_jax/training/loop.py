@@ -48,7 +48,7 @@ from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.metrics import MetricsLog, Speedometer, eval_row, train_row
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates, batch_size, rates
-from deepseek_jax.training.report import ProgressBar
+from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 
