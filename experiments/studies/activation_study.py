@@ -31,12 +31,11 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import ml_dtypes
 import numpy as np
 from absl import app
@@ -61,8 +60,8 @@ from pallas_kernels import records
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import GROUP
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WORKDIR = Path("runs/activation_study")  # keeps the tokenizer and the tokenised corpus
 ROWS = 16  # of the batch that is measured: 4,096 tokens
@@ -364,9 +363,12 @@ def report(points: list[dict[str, Any]]) -> None:
         print(f"{name:<42}{point['cosine']:>10.6f}{point['value']:>9.3f}{ratio:>12.4f}{slopes}{means}{missed}")
 
 
-def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> plt.Figure:
+def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> "Figure":
     """Return the drawing: errors of every linear on the left, those of the gradients in larger batches on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8), layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(point["mode"] for point in points))
     for op, color in COLORS.items():
         own = [point for point in points if point["op"] == op]

@@ -19,10 +19,9 @@ import dataclasses
 import itertools
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import matplotlib
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -40,8 +39,8 @@ from experiments import session
 from experiments.studies import output
 from pallas_kernels import records
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/v3_300m.py", "Configuration; its precision is set by the arm."
@@ -184,9 +183,12 @@ def describe(config: Config, seed: int, losses: dict[tuple[int, str], np.ndarray
     return found
 
 
-def draw(config: Config, seeds: list[int], losses: dict[tuple[int, str], np.ndarray]) -> plt.Figure:
+def draw(config: Config, seeds: list[int], losses: dict[tuple[int, str], np.ndarray]) -> "Figure":
     """Return the drawing: smoothed losses on the left, their gaps to BF16 on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     warmup = config.optimizer.warmup_steps
     for number, seed in enumerate(seeds):
         style = {"linestyle": "-" if number == 0 else "--", "linewidth": 1.2}

@@ -15,9 +15,8 @@ For the input gradient, the error of a token is relative to that token: one larg
 bits or none. Writes records and the drawing. Takes some seconds.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import ml_dtypes
 import numpy as np
 from absl import app
@@ -26,8 +25,8 @@ from experiments.studies import output
 from pallas_kernels import records
 from pallas_kernels.quantized import GROUP
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_TOKENS = NUM_OUTPUTS = NUM_INPUTS = 1024
 SPREADS = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # standard deviation of the logarithm of a token's magnitude
@@ -99,10 +98,13 @@ def _record(way: str, spread: float, name: str, error: float) -> dict[str, Any]:
     }
 
 
-def draw(points: list[dict[str, Any]]) -> plt.Figure:
+def draw(points: list[dict[str, Any]]) -> "Figure":
     """Return the drawing: one panel per gradient, one line per way."""
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
     names = list(dict.fromkeys(point["op"] for point in points))
-    figure, panels = plt.subplots(1, len(names), figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, len(names))
     for axes, name in zip(panels, names, strict=True):
         for way in WAYS:
             values = [point["value"] for point in points if (point["op"], point["mode"]) == (name, way)]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,3 +37,10 @@ assert curves.draw_sheet(workdir).read_bytes().startswith(b"\\x89PNG")
 print(matplotlib.rcParams["backend"])
 """
     assert output_of(program) == "svg"
+
+
+@pytest.mark.parametrize("package", ["deepseek_jax", "experiments", "pallas_kernels"])
+def test_nothing_draws_with_pyplot(package):
+    """pyplot has state for the whole process, and keeps every figure."""
+    sources = {path.relative_to(ROOT): path.read_text() for path in (ROOT / package).rglob("*.py")}
+    assert sources and not [path for path, text in sources.items() if "pyplot" in text.replace("`pyplot`", "")]
