@@ -1,12 +1,12 @@
-"""How fast, and in how much memory, checkpoints are read and written.
+"""Speed and memory of reading and writing checkpoints.
 
 `python -m experiments.benchmarks.hf_benchmark --hf=/tmp/hf --gigabytes=8`
 
-Makes a synthetic FP8 checkpoint (`experiments.benchmarks.synthetic_checkpoint`), then, with cold files
-(`posix_fadvise`) and a plain read of all files before and after each: import into weights in FP8 on the first device,
-twice, and export of these weights into another folder. Each is compared with the two plain reads around it: disks
-change their speed by the minute. Memory is the peak of RssAnon (pages of no file) above the weights themselves, where
-the device is the host. Prints records and, with --json, writes them.
+Makes a synthetic FP8 checkpoint (`experiments.benchmarks.synthetic_checkpoint`). Imports it twice into weights in FP8
+on the first device, then exports these weights into another folder. Files are cold at the start of each
+(`posix_fadvise`). A plain read of all files comes before and after each, because disks change their speed by the
+minute; each is compared with the two plain reads around it. Memory is the peak of RssAnon (pages that belong to no
+file), less the weights themselves if the device is the host. Prints records and, with --json, writes them.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from experiments.benchmarks import synthetic_checkpoint
 from pallas_kernels import records
 
 JSON = flags.DEFINE_string("json", None, "File for the records.")
-KEEP = flags.DEFINE_bool("keep", False, "Leave both folders.")
+KEEP = flags.DEFINE_bool("keep", False, "Keep both folders.")
 
 PLAIN = "plain cold read"
 READ_BYTES = 2**24
@@ -60,7 +60,7 @@ def main(_) -> None:
         plain_read(files)
     for mode in ("import, programs compiled on the way", "import"):
         del weights
-        jax.block_until_ready(jax.device_put(0))  # JAX gives NumPy's memory back with its next call
+        jax.block_until_ready(jax.device_put(0))  # JAX frees NumPy's memory with its next call
         with measured(found, mode, files):
             shards = Shards(source)
             check(shards, model, fp8=True)
@@ -108,7 +108,7 @@ def main(_) -> None:
 
 
 def plain_read(files: list[Path]) -> None:
-    """Read every byte, once, into one buffer."""
+    """Read every byte once, into one buffer."""
     buffer = bytearray(READ_BYTES)
     for file in files:
         with file.open("rb", buffering=0) as stream:
@@ -118,7 +118,7 @@ def plain_read(files: list[Path]) -> None:
 
 @contextlib.contextmanager
 def measured(found: list[tuple[str, float, int]], mode: str, files: list[Path]) -> Iterator[None]:
-    """Append mode, seconds, and by how much anonymous memory rose, to `found`; `files` are cold at the start."""
+    """Drop `files` from the page cache; append (mode, seconds, rise of anonymous memory in bytes) to `found`."""
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -143,7 +143,7 @@ def measured(found: list[tuple[str, float, int]], mode: str, files: list[Path]) 
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
+    """Return RssAnon of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 

@@ -1,7 +1,7 @@
-"""Make the tables of measurements from the records in `experiments/results`.
+"""The tables of measurements, made from the records in `experiments/results`.
 
-`python -m experiments.benchmarks.results_table` prints those of the README and of `docs/`, and writes the long one of
-the kernels to `experiments/results/kernels.md`.
+`python -m experiments.benchmarks.results_table` prints the tables of the README and of `docs/`, and writes the tables
+of every kernel and shape to `experiments/results/kernels.md`.
 """
 
 import itertools
@@ -42,7 +42,7 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def kernel_summary(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per kernel, yardstick and card: from the lowest to the highest ratio over its shapes."""
+    """Return one Markdown row per kernel, yardstick and card, with the lowest and the highest ratio over its shapes."""
     members: dict[tuple, list[Measured]] = {}
     for group in _by_shape(record for record in _records(folder) if "config" not in record):
         measured = _measured(group)
@@ -131,18 +131,18 @@ def _row(records: list[dict]) -> str:
 
 
 class Measured(NamedTuple):
-    """What was found of one kernel on one shape."""
+    """The measurements of one kernel on one shape."""
 
-    rate: dict  # the record whose yardstick counts
+    rate: dict  # the record of the first yardstick, which the ratio is taken to
     beside: list[dict]  # one record per yardstick
     microseconds: float
-    ratio: float  # to the yardstick that counts
+    ratio: float  # to the first yardstick
     over_deepgemm: float | None
     error: float
 
 
 def _by_shape(records: Iterable[dict]) -> Iterator[list[dict]]:
-    """Yield the records of each kernel on each shape: they follow each other, told apart by their mode."""
+    """Yield the records of each kernel on each shape. They follow each other, and differ in their mode."""
     for _, group in itertools.groupby(records, key=lambda record: (record["op"], record["shape"])):
         yield list(group)
 
@@ -178,7 +178,7 @@ def _kernel_row(records: list[dict]) -> str:
 
 def _range(values: list[float]) -> str:
     ends = (f"{end:.2f}" for end in (min(values), max(values))) if values else ()
-    return " to ".join(dict.fromkeys(ends))  # once, if they are equal
+    return " to ".join(dict.fromkeys(ends))  # one value if both ends are equal
 
 
 def _shape(shape: dict) -> str:

@@ -440,7 +440,7 @@ def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint,
     assert f"{tokens} is missing" in convert.fails(*arguments, f"--output={output}")
     size = small_config().model.vocab_size
     tokens.write_text("1 2 3")
-    assert f"{tokens} is no .npy file" in convert.fails(*arguments, f"--output={output}")
+    assert f"{tokens} is not an .npy file" in convert.fails(*arguments, f"--output={output}")
     cases = {
         "has int32 [5]; give int32 [B, S]": np.zeros(5, np.int32),
         "has float32 [1, 5]; give int32 [B, S]": np.zeros((1, 5), np.float32),
