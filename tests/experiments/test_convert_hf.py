@@ -456,7 +456,7 @@ def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint,
     np.save(tokens, np.zeros((1, 5), np.int32))
     said = convert.fails(*arguments, f"--output={tmp_path / 'absent' / 'out.npz'}")
     assert f"there is no folder {tmp_path / 'absent'} for --output; make it" in said and "load:" not in said
-    assert "--output is missing; give it: logits: .npz to write." in convert.fails(*arguments)
+    assert "--output is missing; give it: logits: .npz file to write." in convert.fails(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
 
 
