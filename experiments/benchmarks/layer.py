@@ -158,7 +158,7 @@ def make_step(config: Config, load: Load) -> Callable[..., tuple[Outputs, tuple[
         def forward(weights, inputs):
             return nnx.merge(graph, attach(weights, quantized))(inputs, experts_W1)
 
-        outputs, pull = jax.vjp(recomputed(config, forward, scanned=False), weights, inputs)
+        outputs, pull = jax.vjp(recomputed(config.execution, forward, scanned=False), weights, inputs)
         return outputs, pull(gradients)
 
     return step
