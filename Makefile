@@ -29,7 +29,7 @@ train: environment
 	@$(RUN) experiments.train --config=configs/tiny.py --workdir=runs/tiny
 
 bench: environment
-	@$(RUN) experiments.benchmarks.benchmark --config=configs/tiny.py
+	@$(RUN) experiments.benchmarks.training_step --config=configs/tiny.py
 
 test test-slow: JAX_PLATFORMS := cpu
 

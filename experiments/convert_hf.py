@@ -1,14 +1,14 @@
 """Released checkpoints in and out, in Hugging Face's format: `python -m experiments.convert_hf COMMAND --hf=DIR`.
 
-    import   --hf=DIR --workdir=W --config=C   a run in W that begins with DIR, with C's recipe and the checkpoint's
-                                               model: W/config.py
-    export   --workdir=W --hf=DIR              a checkpoint of W in FP8 (--precision=bf16: in BF16), with config and
-                                               tokenizer
-    verify   --hf=DIR                          names, shapes, dtypes and sizes against its config.json; checksums where
-                                               it is ours
-    logits   --hf=DIR --tokens=T.npy --output=O.npz    logits, routes and gates for int32 tokens [B, S]
+    import   --hf=DIR --workdir=W --config=C   make a run in W that begins with the weights of DIR: the checkpoint's
+                                               model and C's recipe, in W/config.py
+    export   --workdir=W --hf=DIR              write a checkpoint of W in FP8 (BF16 with --precision=bf16), with config
+                                               and tokenizer
+    verify   --hf=DIR                          check names, shapes, dtypes and sizes against DIR's config.json, and the
+                                               checksums of our own exports
+    logits   --hf=DIR --tokens=T.npy --output=O.npz    write logits, routes and gates for int32 tokens [B, S]
 
-An interrupted export is continued by the same command. `--dry_run` lists tensors and bytes and stops. Weights are split
+The same command continues an interrupted export. `--dry_run` lists tensors and bytes, then stops. Weights are split
 over all devices.
 """
 
@@ -46,21 +46,26 @@ from deepseek_jax.training.workdir import (
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/deepseek_v3.py", "Recipe around the model, which is the checkpoint's."
+    "config", "configs/deepseek_v3.py", "Recipe of the run; the model is the checkpoint's."
 )
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; the newest intact one by default.")
 PRECISION = flags.DEFINE_enum(
-    "precision", None, ["fp8", "bf16", "fp32"], "export: of the files, fp8 or bf16. logits: of the arithmetic."
+    "precision",
+    None,
+    ["fp8", "bf16", "fp32"],
+    "export: precision of the files, fp8 or bf16. logits: precision of the arithmetic.",
 )
-TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy with int32 [B, S].")
-OUTPUT = flags.DEFINE_string("output", None, "logits: .npz to write.")
-SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "export: of one file.", lower_bound=1e-6)
+TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy file with int32 tokens [B, S].")
+OUTPUT = flags.DEFINE_string("output", None, "logits: .npz file to write.")
+SHARD_GIGABYTES = flags.DEFINE_float(
+    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
-# What a folder holds beside weights. It goes through a run unchanged, as long as the model is the same. The last one
-# marks an export whole.
+# The files beside the weights. They go through a run unchanged as long as the model stays the same. An export writes
+# the last one last, which marks the folder complete.
 COMPANIONS = ("generation_config.json", "chat_template.jinja", *TOKENIZER_FILES, "config.json")
 
 CONFIG_FILE = '''"""The recipe of a run that began with the weights of {folder}."""
@@ -86,8 +91,8 @@ def main(argv: list[str]) -> None:
 
 
 def import_() -> None:
-    """Make a workdir whose run begins with a folder's weights. They stay where they are, and are read onto the mesh
-    when it starts.
+    """Make a workdir whose run begins with a folder's weights. The weights stay where they are; the run reads them onto
+    its mesh when it starts.
     """
     folder, workdir = Path(HF.value).absolute(), Path(_needed("workdir"))
     config, _, fp8 = open_checkpoint(folder)
@@ -117,7 +122,7 @@ def import_() -> None:
 
 
 def export() -> None:
-    """Write a checkpoint of a run."""
+    """Write a run's checkpoint in Hugging Face's format."""
     folder, workdir = Path(HF.value), Path(_needed("workdir"))
     config, fp8 = read_config(workdir), PRECISION.value != "bf16"
     if PRECISION.value == "fp32":
@@ -146,7 +151,7 @@ def export() -> None:
 
 
 def verify() -> None:
-    """Check a folder."""
+    """Check a folder in Hugging Face's format."""
     folder = Path(HF.value)
     config, shards, fp8 = open_checkpoint(folder)
     files = {entry.file for entry in shards.entries.values()}
@@ -161,7 +166,7 @@ def verify() -> None:
 
 
 def write_logits() -> None:
-    """Run a checkpoint over tokens."""
+    """Run a checkpoint over tokens, and write its logits, routes and gates."""
     path, output = Path(_needed("tokens")), Path(_needed("output"))
     if not output.parent.is_dir():
         raise ValueError(f"there is no folder {output.parent} for --output; make it")
@@ -180,13 +185,13 @@ def write_logits() -> None:
 
 
 def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """Return tokens [B, S] of a file; what is wrong with them is found here, before weights are read."""
+    """Return the tokens [B, S] of a file. Raises ValueError for bad ones, before any weight is read."""
     if not path.exists():
         raise ValueError(f"{path} is missing; --tokens is a file that np.save made of int32 [B, S]")
     try:
         tokens_BS = np.load(path)
     except (EOFError, ValueError) as error:  # empty, or of another format
-        raise ValueError(f"{path} is no .npy file ({error}); make it with np.save of int32 [B, S]") from error
+        raise ValueError(f"{path} is not an .npy file ({error}); make it with np.save of int32 [B, S]") from error
     if not isinstance(tokens_BS, np.ndarray):
         raise ValueError(f"{path} has several arrays; give int32 [B, S]")
     check_tokens(tokens_BS, vocab_size, str(path))
@@ -194,23 +199,23 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def open_checkpoint(folder: Path) -> tuple[Config, Shards, bool]:
-    """Return the recipe around a checkpoint's model, its shards, checked, and whether it is in FP8."""
+    """Check a checkpoint; return its model in the recipe of --config, its shards, and whether it is in FP8."""
     model, shards, fp8 = open_folder(folder)
     return hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, model), shards, fp8
 
 
 def all_devices(config: Config) -> jax.sharding.Mesh:
-    """Return the mesh of a conversion: experts split over all devices, and with them everything else."""
+    """Return a mesh that splits the experts, and with them all other weights, over all devices."""
     count = jax.device_count()
     model = config.model
     for name, size in {"width": model.width, "num_experts": model.num_experts, "kv_latent": model.kv_latent}.items():
         if size % count:
-            raise ValueError(f"{count} devices do not divide the model's {name} = {size}; show it fewer of them")
+            raise ValueError(f"{count} devices do not divide the model's {name} = {size}; use fewer devices")
     return make_mesh(Mesh(pipe=1, data=1, node=1, expert=count, tensor=1))
 
 
 def companions(workdir: Path, config: Config, fp8: bool) -> dict[str, str]:
-    """Return the files that go with the weights: those that came with an import, where they still fit, or new ones."""
+    """Return the files beside the weights: those of the import where they still fit the model, new ones elsewhere."""
     kept = {name: workdir / "huggingface" / name for name in COMPANIONS}
     found = {name: _text(path) for name, path in kept.items() if path.exists()} or read_tokenizer(workdir)
     hf = json.loads(found["config.json"]) if "config.json" in found else None
@@ -220,7 +225,7 @@ def companions(workdir: Path, config: Config, fp8: bool) -> dict[str, str]:
 
 
 def list_tensors(config: Config, fp8: bool) -> None:
-    """Print every tensor with its dtype, shape and bytes, and the sums."""
+    """Print every tensor with its dtype, shape and bytes, then the totals."""
     tensors = expected(config.model, fp8)
     for name, (dtype, shape) in tensors.items():
         print(f"{name}  {dtype}  {list(shape)}  {DTYPES[dtype].itemsize * int(np.prod(shape)):,}")
@@ -228,7 +233,7 @@ def list_tensors(config: Config, fp8: bool) -> None:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, its line ends as they are."""
+    """Return the text of a file with its own line ends."""
     return path.read_bytes().decode()
 
 

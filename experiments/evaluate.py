@@ -1,7 +1,7 @@
 """Evaluate a trained model: `python -m experiments.evaluate --workdir=runs/tiny`.
 
-Prints held-out bits per byte, the yardsticks on the same bytes, and how evenly the experts are used, as a table or,
-with --json, as JSON. The configuration is the workdir's; give --config to run it on another mesh.
+Prints held-out bits per byte, the yardsticks on the same bytes, and how evenly the experts are used: a table, or JSON
+with --json. The configuration is the workdir's; --config runs it on another mesh.
 """
 
 import json
@@ -18,12 +18,12 @@ from deepseek_jax.training.workdir import check_workdir, read_config
 from experiments import session
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's configuration with another mesh or number of batches."
+    "config", None, "The run's configuration, with another mesh or number of batches."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest intact one by default.")
 YARDSTICKS = flags.DEFINE_bool(
-    "yardsticks", True, "Measure the yardsticks too; the bigram reads all tokens of the run again."
+    "yardsticks", True, "Also measure the yardsticks. The bigram reads all tokens of the run again."
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 

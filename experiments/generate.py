@@ -1,8 +1,8 @@
 """Continue a prompt with a trained model: `python -m experiments.generate --workdir=runs/tiny --prompt="def "`.
 
-Text appears as it is made. Configuration, tokenizer and weights come from the workdir's newest intact checkpoint; one
-device decodes, or with --expert_devices several that share the routed experts. Weights of a run that begins with a
-released checkpoint in FP8, and has no checkpoint of its own yet, stay in FP8.
+Text appears while the model makes it. Configuration and tokenizer come from the workdir, weights from its newest intact
+checkpoint. One device decodes; with --expert_devices, several devices share the routed experts. Before a run that began
+with a released FP8 checkpoint has a checkpoint of its own, its weights stay in FP8.
 """
 
 from pathlib import Path
@@ -23,15 +23,17 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=Tr
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest intact one by default.")
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 200, "Stop after this many tokens, if not at the end of the document.", lower_bound=1
+    "max_new_tokens", 200, "Stop after this many tokens, or at the end of the document.", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 0.2, "Divides the logits; 0 always takes the most probable token.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens that reach this probability together; 1 is all.")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among this many of the most probable tokens; 0 is all.")
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Draw among the fewest tokens that together reach this probability; 1 means all."
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among this many of the most probable tokens; 0 means all.")
 EXPERT_DEVICES = flags.DEFINE_integer(
     "expert_devices", 1, "Devices that share the routed experts; each has all other weights.", lower_bound=1
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws; the same seed gives the same text.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws; the same seed gives the same text.")
 
 
 def main(_) -> None:

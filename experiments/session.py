@@ -1,6 +1,4 @@
-"""What every command does before it touches a device: other processes, the simulated mesh, the compilation cache, the
-CPU's memory.
-"""
+"""The start of every command: other processes, the simulated mesh, the compilation cache, the CPU's memory."""
 
 import ctypes
 import os
@@ -16,32 +14,31 @@ CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Simulate a mesh of this many devices on the CPU.", lower_bound=1
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Be one of several processes, found by JAX on TPU pods, SLURM, Open MPI and Kubernetes."
+    "distributed",
+    False,
+    "Run as one of several processes. JAX finds the others on TPU pods, SLURM, Open MPI and Kubernetes.",
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where JAX does not find the processes by itself."
+    "coordinator", None, "host:port of process 0, for clusters where JAX does not find the processes by itself."
 )
-NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1
-)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: number of processes.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "With --coordinator: which of them this is, from 0.", lower_bound=0
+    "process_id", None, "With --coordinator: index of this process, from 0.", lower_bound=0
 )
 
-KERNEL_COMPILE_SECONDS = (
-    0.2  # what takes longer is kept. A kernel takes 0.3 to 2 s, and JAX itself keeps programs from 1 s on
-)
+# The cache keeps programs that compile for longer. A kernel takes 0.3 to 2 s; JAX's own limit is 1 s.
+KERNEL_COMPILE_SECONDS = 0.2
 
 
 def start(keep_heap: bool = True) -> None:
-    """Join the other processes if there are any, apply --cpu_devices (of each process), and use the persistent
-    compilation cache ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
+    """Join the other processes if there are any, apply --cpu_devices to this one, and use the persistent compilation
+    cache ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
 
-    Without --cpu_devices JAX chooses the platform itself. Call it before anything runs on a device. `keep_heap` is for
-    steps that allocate the same again and again; what moves a model once gives its memory back.
+    Call it before anything runs on a device. Without --cpu_devices JAX chooses the platform itself. `keep_heap` suits
+    steps that allocate the same memory again and again; a command that moves a model once should give its memory back.
 
     Raises:
-        ValueError: some, but not all, of --coordinator, --num_processes and --process_id.
+        ValueError: only some of --coordinator, --num_processes and --process_id are given.
     """
     logging.set_verbosity(logging.WARNING)
     if CPU_DEVICES.value is not None:
@@ -77,7 +74,7 @@ def join_processes() -> None:
 
 
 def computes_on_cpu() -> bool:
-    """Whether JAX will choose the CPU, as far as can be told without starting its backends."""
+    """Return whether JAX will choose the CPU, as far as one can tell without starting its backends."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
     devices = Path("/dev")
@@ -85,15 +82,15 @@ def computes_on_cpu() -> bool:
 
 
 def describe_device(mesh: jax.sharding.Mesh) -> str:
-    """Return number and kind of the devices, with the cores of a CPU."""
+    """Return the number and kind of the devices, and for a CPU its number of cores."""
     here = environment(mesh)
     cores = f", {here['cores']} cores" if here["platform"] == "cpu" else ""
     return f"{mesh.size} x {here['device_kind']}{cores}"
 
 
-# The step's temporaries on a CPU are one malloc. Above 32 MiB glibc maps such a block anew and unmaps it when it is
-# freed, so every step of `tiny` touched 0.5 GiB of fresh pages: 132,000 page faults, a fifth of the step
-# (experiments/log.md). Address space costs nothing.
+# On a CPU the temporaries of a step are one malloc. glibc maps a block above 32 MiB anew, and unmaps it when it is
+# freed. So every step of `tiny` touched 0.5 GiB of fresh pages: 132,000 page faults, a fifth of the step
+# (experiments/log.md). A heap of 4 GiB costs only address space.
 CPU_HEAP_BYTES = 4 << 30
 MALLOPT = {
     "M_TRIM_THRESHOLD": (-1, -1),
@@ -105,11 +102,10 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def keep_freed_memory(heap_bytes: int) -> bool:
-    """Have malloc serve large blocks from one heap that is never given back, on huge pages where the kernel allows
-    them.
+    """Make malloc serve large blocks from one heap that it never gives back, on huge pages if the kernel allows them.
 
-    Takes effect for threads that have not allocated yet: call it before JAX starts its backend. Returns False, and does
-    nothing, where the C library is not glibc.
+    This affects threads that have not allocated yet, so call it before JAX starts its backend. Returns False, and does
+    nothing, if the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):

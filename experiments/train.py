@@ -1,7 +1,7 @@
 """Train a model: `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
 
-Ctrl-C or SIGTERM saves, and the same command continues. Exit codes: 0 complete, 130 after Ctrl-C, 143 after SIGTERM, 1
-on an error.
+Ctrl-C or SIGTERM saves; the same command continues the run. Exit codes: 0 complete, 130 after Ctrl-C, 143 after
+SIGTERM, 1 after an error.
 """
 
 import json
@@ -19,8 +19,8 @@ from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.curves import draw_sheet, final_table
 from deepseek_jax.training.pretrain import Result, train
-from deepseek_jax.training.report import draw_sheet, final_table
 from deepseek_jax.training.state import weights_of
 from experiments import session
 
@@ -28,7 +28,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. A run that is there continues."
+    "workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. If it holds a run, the run continues."
 )
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration as JSON and stop.")
 
@@ -56,7 +56,7 @@ def main(_) -> None:
 
 
 def report(config: Config, workdir: Path, result: Result) -> None:
-    """Print the final table and a sampled continuation, and draw the curves."""
+    """Draw the curves, then print the final table and a sampled continuation."""
     add_yardsticks(config, workdir, result.tokenizer, result.step, result.tokens_seen)
     checkpoints = Checkpoints(workdir, keep=None)  # every process opens it: Orbax waits for all
     steps = checkpoints.steps()

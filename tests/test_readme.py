@@ -1,4 +1,4 @@
-"""What the README points at exists, and its numbers follow from the code."""
+"""What the README and `docs/` point at exists, and their numbers follow from the code and the records."""
 
 import ast
 import importlib
@@ -11,10 +11,25 @@ import pytest
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
+from docs import make_map
 from experiments.benchmarks import results_table
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "log.md"]
+TEXTS = {path: path.read_text() for path in DOCUMENTS}
+README, KERNELS, CHECKPOINTS, MEMORY = (
+    TEXTS[ROOT / name] for name in ("README.md", "docs/kernels.md", "docs/checkpoints.md", "docs/memory.md")
+)
+LARGEST_README = 12_000  # bytes: who needs more reads docs/
+
+
+def found(pattern):
+    """Return the (document relative to the root, match) pairs of a pattern with one group over all documents."""
+    pairs = {
+        (str(path.relative_to(ROOT)), match) for path, text in TEXTS.items() for match in re.findall(pattern, text)
+    }
+    assert pairs, f"no document has {pattern}"
+    return sorted(pairs)
 
 
 def defined_names(path):
@@ -30,45 +45,46 @@ def defined_names(path):
     return names
 
 
-@pytest.mark.parametrize("place", sorted(set(re.findall(r"`([\w/]+\.py:[\w.]+)`", README))))
-def test_each_named_function_exists(place):
+@pytest.mark.parametrize(("document", "place"), found(r"`([\w/]+\.py:[\w.]+)`"))
+def test_each_named_function_exists(document, place):
     path, name = place.split(":")
     assert name in defined_names(ROOT / path)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_each_link_into_the_repository_resolves(link):
-    assert link.startswith("https://") or (ROOT / link).exists()
+def anchors(path):
+    """Return the anchors that GitHub gives the headings of a Markdown file."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def tree_paths():
-    """Return the paths of the annotated tree: names ending in `/` open a folder, indentation closes it."""
-    block = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
-    paths, folders = [], []
-    for line in block[1].splitlines() if block else []:
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        folders = folders[:depth]
-        paths.append("".join(folders) + name)
-        if name.endswith("/"):
-            folders.append(name)
-    return paths
+@pytest.mark.parametrize(("document", "link"), found(r"\]\(([^)\s]+)\)"))
+def test_each_link_into_the_repository_resolves(document, link):
+    if link.startswith("https://"):
+        return
+    path, _, anchor = link.partition("#")
+    target = (ROOT / document).parent / path if path else ROOT / document
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
 
 
-@pytest.mark.parametrize("path", tree_paths())
-def test_each_path_of_the_tree_exists(path):
-    assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()
+@pytest.mark.parametrize(("document", "module"), found(r"python\s+-m\s+((?:experiments|pallas_kernels|docs)[\w.]*)"))
+def test_each_command_exists(document, module):
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
-def test_the_tree_names_every_module():
-    modules = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "deepseek_jax").rglob("*.py") if path.name != "__init__.py"
-    }
-    assert modules <= set(tree_paths())
+def test_the_readme_is_short():
+    assert len(README.encode()) <= LARGEST_README
+
+
+def test_the_map_has_every_module_as_it_describes_itself():
+    assert make_map.MAP.read_text() == make_map.map_text(), "docs/map.md is old; remake it: python -m docs.make_map"
 
 
 def test_measurements_are_those_of_the_records():
     assert results_table.table() in README
-    assert results_table.kernel_summary() in README
+    assert results_table.kernel_summary() in KERNELS
+    assert results_table.conversion_table() in CHECKPOINTS
     assert results_table.KERNELS.read_text() == results_table.kernel_tables() + "\n"
 
 
@@ -79,7 +95,7 @@ CARDS = (24e9, 80e9, 141e9)
 
 def fit_rows():
     """Return (config name, [parameters, state, cards of each size]) of the table of configs and cards."""
-    table = README.partition("| Config |")[2].partition("\n\n")[0]
+    table = MEMORY.partition("| Config |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", table, re.MULTILINE)
     return [(name, [cell.strip() for cell in cells.split("|")]) for name, cells in rows]
 

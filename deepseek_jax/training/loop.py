@@ -36,7 +36,7 @@ from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.interruption import Interruption
 from deepseek_jax.training.metrics import MetricsLog, Speedometer, train_row
 from deepseek_jax.training.optimizer import Rates, batch_size, rates
-from deepseek_jax.training.report import ProgressBar
+from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import State, weights_of
 
 Row = dict[str, Any]  # of the metrics

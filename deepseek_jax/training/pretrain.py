@@ -25,7 +25,7 @@ from deepseek_jax.training.evaluation import evaluate
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.metrics import MetricsLog, eval_row
 from deepseek_jax.training.objective import pretraining
-from deepseek_jax.training.report import ProgressBar
+from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 from deepseek_jax.training.workdir import (

@@ -1,1 +1,1 @@
-"""What is measured: records of speed and memory, and the tables that README shows of them."""
+"""Measurements of speed and memory: their records, and the tables that the README and `docs/` show of them."""

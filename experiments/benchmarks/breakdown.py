@@ -1,8 +1,8 @@
 """Where the time of a compiled step goes: device time by named scope and pass, and by kernel, from a profiler's trace.
 
-A trace names the instruction behind each event, the compiled program names the scope behind each instruction. XLA
-launches many kernels at once as a command buffer, of which a trace knows the kernels but not the instructions: the
-program that is traced is compiled without them (`WITHOUT_COMMAND_BUFFERS`); its kernels are the same.
+A trace names the instruction of each event. The compiled program names the scope of each instruction. XLA launches many
+kernels at once as a command buffer; a trace shows the buffer's kernels, but not their instructions. So the traced
+program is compiled without command buffers (`WITHOUT_COMMAND_BUFFERS`). Its kernels are the same.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-# The scopes of the model, the layers' parallelism and the step; the innermost one of an instruction counts.
+# The named scopes of the model, of the parallelism and of the step. An instruction belongs to its innermost scope.
 SCOPES = (
     "embedding",
     "attention",
@@ -32,11 +32,11 @@ SCOPES = (
 OTHER = "other"
 PASSES = ("forward", "recomputed", "backward")
 WITHOUT_COMMAND_BUFFERS = {"gpu": {"xla_gpu_enable_command_buffer": ""}}  # compiler options by platform
-_CONTROL_FLOW = {"while", "call", "conditional"}  # on a CPU they are events, too, and contain those of their bodies
+_CONTROL_FLOW = {"while", "call", "conditional"}  # events of their own on a CPU, which contain those of their bodies
 
 
 class Event(NamedTuple):
-    """All events of one kernel in one scope and pass, per step."""
+    """The events of one kernel in one scope and pass, summed, per step."""
 
     scope: str
     direction: str  # one of PASSES
@@ -46,15 +46,15 @@ class Event(NamedTuple):
 
 
 def trace_steps(run: Callable[[], Any], num_steps: int, program: str) -> list[Event]:
-    """Run a compiled step some times under the profiler.
+    """Run a compiled step under the profiler.
 
     Args:
-        run: takes one step, and waits for its results.
-        num_steps: how many to take.
-        program: the compiled program's text (`Compiled.as_text()`).
+        run: runs one step and waits for its results.
+        num_steps: number of steps.
+        program: text of the compiled program (`Compiled.as_text()`).
 
     Returns:
-        what ran, per step, of one device; on a CPU, seconds of all threads together.
+        the events of one device, per step. On a CPU, times are summed over all threads.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -69,7 +69,7 @@ def trace_steps(run: Callable[[], Any], num_steps: int, program: str) -> list[Ev
 
 
 def collect(events: Iterator[tuple[str, str, float]], program: str, num_steps: int) -> list[Event]:
-    """Return the sums of (instruction, kernel, nanoseconds) by scope, pass and kernel, per step, the longest first."""
+    """Sum (instruction, kernel, nanoseconds) by scope, pass and kernel; return the sums per step, the longest first."""
     places, kinds = _instructions(program)
     sums: dict[tuple[str, str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for instruction, kernel, nanoseconds in events:
@@ -81,8 +81,9 @@ def collect(events: Iterator[tuple[str, str, float]], program: str, num_steps: i
 
 
 def place(op_name: str) -> tuple[str, str]:
-    """Return scope and pass of an instruction from its `op_name` metadata, whose last part is the operation (a
-    `gather`, say), no scope.
+    """Return the scope and the pass of an instruction from its `op_name` metadata.
+
+    The last part of an `op_name` is the operation, such as `gather`. It does not count as a scope.
     """
     names = [word for word in re.findall(r"\w+", op_name.rpartition("/")[0]) if word in SCOPES]
     direction = (
@@ -92,7 +93,7 @@ def place(op_name: str) -> tuple[str, str]:
 
 
 def table(events: list[Event]) -> str:
-    """Return milliseconds by scope and pass, with shares of the whole."""
+    """Return a table of milliseconds by scope and pass, with the share of each scope."""
     whole = sum(event.milliseconds for event in events)
     lines = [f"{'scope':<18}" + "".join(f"{name:>12}" for name in (*PASSES, "all")) + "  share"]
     for scope in (*SCOPES, OTHER):
@@ -106,7 +107,7 @@ def table(events: list[Event]) -> str:
 
 
 def kernel_table(events: list[Event], count: int = 25) -> str:
-    """Return the kernels that take longest, over all scopes."""
+    """Return a table of the kernels that take longest, over all scopes."""
     sums: Mapping[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for event in events:
         sums[event.kernel][0] += event.milliseconds
@@ -132,7 +133,7 @@ def _read(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def _instructions(program: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Scope and pass, and opcode, of every instruction of a compiled program's text."""
+    """Return (scope, pass) and opcode of every instruction in the text of a compiled program."""
     places, kinds = {}, {}
     for line in program.splitlines():
         found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(", line)

@@ -1,12 +1,12 @@
-"""How fast, and in how much memory, checkpoints are read and written.
+"""Speed and memory of reading and writing checkpoints.
 
 `python -m experiments.benchmarks.hf_benchmark --hf=/tmp/hf --gigabytes=8`
 
-Makes a synthetic FP8 checkpoint (`experiments.benchmarks.synthetic_checkpoint`), then, with cold files
-(`posix_fadvise`) and a plain read of all files before and after each: import into weights in FP8 on the first device,
-twice, and export of these weights into another folder. Each is compared with the two plain reads around it: disks
-change their speed by the minute. Memory is the peak of RssAnon (pages of no file) above the weights themselves, where
-the device is the host. Prints records and, with --json, writes them.
+Makes a synthetic FP8 checkpoint (`experiments.benchmarks.synthetic_checkpoint`). Imports it twice into weights in FP8
+on the first device, then exports these weights into another folder. Files are cold at the start of each
+(`posix_fadvise`). A plain read of all files comes before and after each, because disks change their speed by the
+minute; each is compared with the two plain reads around it. Memory is the peak of RssAnon (pages that belong to no
+file), less the weights themselves if the device is the host. Prints records and, with --json, writes them.
 """
 
 import contextlib
@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
 
 from configs import deepseek_v3
-from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.config import Config, Mesh, from_config_dict
 from deepseek_jax.huggingface.load import check, load
 from deepseek_jax.huggingface.save import save
 from deepseek_jax.parallel.mesh import make_mesh
@@ -33,7 +34,7 @@ from experiments.benchmarks import synthetic_checkpoint
 from pallas_kernels.bench import records
 
 JSON = flags.DEFINE_string("json", None, "File for the records.")
-KEEP = flags.DEFINE_bool("keep", False, "Leave both folders.")
+KEEP = flags.DEFINE_bool("keep", False, "Keep both folders.")
 
 PLAIN = "plain cold read"
 READ_BYTES = 2**24
@@ -52,47 +53,9 @@ def main(_) -> None:
     mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
     synthetic_checkpoint.write(model, source, fp8=True, max_shard_bytes=shard_bytes)
     files = sorted(source.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-
-    found = []
-    weights = None
-    with measured(found, PLAIN, files):
-        plain_read(files)
-    for mode in ("import, programs compiled on the way", "import"):
-        del weights
-        jax.block_until_ready(jax.device_put(0))  # JAX gives NumPy's memory back with its next call
-        with measured(found, mode, files):
-            shards = Shards(source)
-            check(shards, model, fp8=True)
-            weights = jax.block_until_ready(load(shards, config, mesh, "fp8"))
-        with measured(found, PLAIN, files):
-            plain_read(files)
-    on_host = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) if mesh.devices.flat[0].platform == "cpu" else 0
-    with measured(found, "export", files):
-        save(weights, model, target, fp8=True, max_shard_bytes=shard_bytes)
-    with measured(found, PLAIN, files):
-        plain_read(files)
-    written = []
-    for (_, before, _), (mode, seconds, anonymous), (_, after, _) in zip(
-        found[::2], found[1::2], found[2::2], strict=False
-    ):
-        written.append(
-            {"op": "convert_hf", "mode": mode, "precision": "fp8", "shape": {"bytes": size, "files": len(files)}}
-            | {"value": size / seconds / 1e9, "unit": "GB/s"}
-            | {
-                "yardstick": {
-                    "name": PLAIN,
-                    "version": "mean of before and after",
-                    "value": 2 * size / (before + after) / 1e9,
-                }
-            }
-            | {"yardstick_values": [size / before / 1e9, size / after / 1e9], "seconds": seconds}
-            | {"peak_anonymous_bytes_beyond_weights": anonymous - (on_host if mode.startswith("import") else 0)}
-        )
-    written = [
-        record | records.provenance("experiments.benchmarks.hf_benchmark", session.describe_device(mesh))
-        for record in written
-    ]
+    phases = measure(config, mesh, source, target, files, shard_bytes)
+    common = records.provenance("experiments.benchmarks.hf_benchmark", session.describe_device(mesh))
+    written = [record | common for record in describe(phases, files)]
     for record in written:
         rate, memory = record["yardstick"]["value"], record["peak_anonymous_bytes_beyond_weights"] / 1e9
         share = f"{100 * record['value'] / rate:.0f}% of a plain cold read ({rate:.3f})"
@@ -107,8 +70,62 @@ def main(_) -> None:
         shutil.rmtree(target)
 
 
+class Phase(NamedTuple):
+    """One measured phase: a plain read, an import or the export."""
+
+    mode: str
+    seconds: float
+    anonymous_bytes: int  # by which memory rose at most
+
+
+def measure(
+    config: Config, mesh: jax.sharding.Mesh, source: Path, target: Path, files: list[Path], shard_bytes: int
+) -> list[Phase]:
+    """Import `source` twice and export it to `target`, with plain reads around each; weights on the host do not count
+    as memory of an import.
+    """
+    phases: list[Phase] = []
+    weights = None
+    with measured(phases, PLAIN, files):
+        plain_read(files)
+    for mode in ("import, programs compiled on the way", "import"):
+        del weights
+        jax.block_until_ready(jax.device_put(0))  # JAX frees NumPy's memory with its next call
+        with measured(phases, mode, files):
+            shards = Shards(source)
+            check(shards, config.model, fp8=True)
+            weights = jax.block_until_ready(load(shards, config, mesh, "fp8"))
+        with measured(phases, PLAIN, files):
+            plain_read(files)
+    with measured(phases, "export", files):
+        save(weights, config.model, target, fp8=True, max_shard_bytes=shard_bytes)
+    with measured(phases, PLAIN, files):
+        plain_read(files)
+    on_host = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) if mesh.devices.flat[0].platform == "cpu" else 0
+    return [
+        phase._replace(anonymous_bytes=phase.anonymous_bytes - on_host) if phase.mode.startswith("import") else phase
+        for phase in phases
+    ]
+
+
+def describe(phases: list[Phase], files: list[Path]) -> list[dict[str, Any]]:
+    """Return a record of every phase that has a plain read before and after it."""
+    size = sum(file.stat().st_size for file in files)
+    found = []
+    for before, phase, after in zip(phases[::2], phases[1::2], phases[2::2], strict=False):
+        rate = 2 * size / (before.seconds + after.seconds) / 1e9
+        found.append(
+            {"op": "convert_hf", "mode": phase.mode, "precision": "fp8", "shape": {"bytes": size, "files": len(files)}}
+            | {"value": size / phase.seconds / 1e9, "unit": "GB/s"}
+            | {"yardstick": {"name": PLAIN, "version": "mean of before and after", "value": rate}}
+            | {"yardstick_values": [size / plain.seconds / 1e9 for plain in (before, after)]}
+            | {"seconds": phase.seconds, "peak_anonymous_bytes_beyond_weights": phase.anonymous_bytes}
+        )
+    return found
+
+
 def plain_read(files: list[Path]) -> None:
-    """Read every byte, once, into one buffer."""
+    """Read every byte once, into one buffer."""
     buffer = bytearray(READ_BYTES)
     for file in files:
         with file.open("rb", buffering=0) as stream:
@@ -117,8 +134,8 @@ def plain_read(files: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def measured(found: list[tuple[str, float, int]], mode: str, files: list[Path]) -> Iterator[None]:
-    """Append mode, seconds, and by how much anonymous memory rose, to `found`; `files` are cold at the start."""
+def measured(phases: list[Phase], mode: str, files: list[Path]) -> Iterator[None]:
+    """Drop `files` from the page cache; append the phase to `phases`."""
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -138,12 +155,12 @@ def measured(found: list[tuple[str, float, int]], mode: str, files: list[Path]) 
         seconds = time.perf_counter() - start
         done.set()
         sampler.join()
-    found.append((mode, seconds, max(peak[0], anonymous_bytes()) - before))
+    phases.append(Phase(mode, seconds, max(peak[0], anonymous_bytes()) - before))
     print(f"{mode}: {seconds:.1f} s", flush=True)
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
+    """Return RssAnon of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 

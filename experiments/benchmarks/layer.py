@@ -1,15 +1,15 @@
 """One MoE layer as one of many expert-parallel devices computes it, forward and backward in FP8, without the exchange
 between them.
 
-Each of 64 devices holds 4 of DeepSeek-V3's 256 experts, has 4,096 tokens, and is sent the rows that all devices' tokens
-want from its experts: 64 * 4096 * 8 / 256 = 8,192 per expert. What a device computes between and beside the exchanges:
+Each of 64 devices holds 4 of DeepSeek-V3's 256 experts and has 4,096 tokens. The tokens of all devices send it the rows
+for its experts: 64 * 4096 * 8 / 256 = 8,192 per expert. A device computes, between and beside the exchanges:
 
     its tokens         x + attention(x);  norm, router and choice of experts;  x + shared expert
     rows that arrive   experts, one assignment per row, rows of all experts mixed
 
-Rows and gates are inputs, experts' outputs and gates are outputs with gradients of their own: the exchange would
-connect them. Sums over a token's experts and the balance loss are left out. The layer is recomputed as in training
-(`model/recompute.py`).
+The exchange would connect the two. Without it, rows and their gates are inputs; the experts' outputs and the tokens'
+gates are outputs with gradients of their own. The sums over a token's experts and the balance loss are left out. The
+layer is recomputed as in training (`model/recompute.py`).
 
 DeepSeek's public profile of training (github.com/deepseek-ai/profile-data) spends 94.5 ms of computation on four such
 layers.
@@ -37,8 +37,8 @@ from deepseek_jax.parameters import PARAMETERS, P, leaf_name
 from deepseek_jax.training.flops import FLOPS_PER_WEIGHT
 from pallas_kernels import GROUP
 
-TOTAL, OF_COMPUTATION = 132, 112  # multiprocessors of an H800; the other 20 communicate
-TARGET = {  # the profile's milliseconds of four layers, as if computation had all multiprocessors
+TOTAL, OF_COMPUTATION = 132, 112  # multiprocessors of an H800, and those that compute; the other 20 communicate
+TARGET = {  # milliseconds of one layer, as if computation had all multiprocessors
     "name": f"DeepSeek's profile, {OF_COMPUTATION} of {TOTAL} multiprocessors, scaled",
     "version": None,
     "value": round(94.5 / 4 * OF_COMPUTATION / TOTAL, 1),
@@ -47,10 +47,10 @@ TARGET = {  # the profile's milliseconds of four layers, as if computation had a
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How much one device has to do.
+    """The work of one device.
 
     Raises:
-        ValueError: a number that the layer cannot be computed for.
+        ValueError: a number is not positive, or `tokens` does not suit FP8.
     """
 
     tokens: int  # of one sequence
@@ -63,7 +63,7 @@ class Load:
                 raise ValueError(f"{name} = {value} must be positive")
         if self.tokens % GROUP:
             raise ValueError(
-                f"tokens = {self.tokens} must be a multiple of {GROUP}: so many share the scale of a weight gradient"
+                f"tokens = {self.tokens} must be a multiple of {GROUP}: this many share a scale of the weight gradient"
                 " in FP8"
             )
 
@@ -72,15 +72,15 @@ PROFILED = Load(tokens=4096, rows=8192, local_experts=4)
 
 
 class Outputs(NamedTuple):
-    """What leaves the layer, and how its gradient comes back."""
+    """The results of the layer; their gradients have the same form."""
 
     y_BSD: jax.Array  # residual stream
-    y_WD: jax.Array  # experts' rows, on their way home
-    gates_BSK: jax.Array  # of this device's tokens, which travel with their rows
+    y_WD: jax.Array  # results of the experts, one per row that arrived
+    gates_BSK: jax.Array  # of this device's tokens; they travel with the rows
 
 
 class Inputs(NamedTuple):
-    """What enters the layer and has a gradient."""
+    """The inputs of the layer that have a gradient."""
 
     x_BSD: jax.Array
     rows_WD: jax.Array
@@ -101,7 +101,7 @@ class Layer(nnx.Module):
         self.down_EFD = matrix(rngs, "down_EFD", (local_experts, model.expert_hidden, model.width), model.residual_std)
 
     def __call__(self, inputs: Inputs, experts_W1: jax.Array) -> Outputs:
-        """Compute what `Outputs` holds. `experts_W1`: the local expert of each row that arrives."""
+        """Return the results. `experts_W1` is the local expert of each row that arrives."""
         model, (x_BSD, rows_WD, gates_W1) = self.config.model, inputs
         positions_BS = jnp.broadcast_to(jnp.arange(x_BSD.shape[1]), x_BSD.shape[:2])
         attend = expanded(self.config.execution, rotary_table(model, positions_BS), None)
@@ -115,8 +115,9 @@ class Layer(nnx.Module):
 
 
 def make_weights(config: Config, load: Load) -> tuple[Any, Any]:
-    """Return FP32 weights, and (values, scales) of those that are multiplied in FP8: quantised once per optimizer step,
-    not per layer.
+    """Return FP32 weights, and (values, scales) of those that are multiplied in FP8.
+
+    Training quantises weights once per optimizer step, so the layer's time does not include it.
     """
     layer = Layer(config, load.local_experts, nnx.Rngs(params=config.seed))
     weights = nnx.to_pure_dict(nnx.split(layer, nnx.Param)[1])
@@ -125,8 +126,9 @@ def make_weights(config: Config, load: Load) -> tuple[Any, Any]:
 
 
 def make_inputs(config: Config, load: Load) -> tuple[Inputs, Outputs, jax.Array]:
-    """Return random inputs, random gradients of the outputs, and the expert of each row: equal numbers for all, in
-    random order.
+    """Return random inputs, random gradients of the outputs, and the expert of each row.
+
+    Each expert has the same number of rows. Their order is random.
     """
     model, num_rows = config.model, load.rows * load.local_experts
     keys = iter(jax.random.split(jax.random.key(config.seed), 7))
@@ -146,12 +148,8 @@ def make_inputs(config: Config, load: Load) -> tuple[Inputs, Outputs, jax.Array]
 
 
 def make_step(config: Config, load: Load) -> Callable[..., tuple[Outputs, tuple[Any, Inputs]]]:
-    """Return (weights, quantized, inputs, gradients, experts_W1) -> outputs, and gradients of the weights (FP32) and of
-    the inputs.
-
-    Args:
-        config: resolved, in FP8.
-        load: says how many experts there are.
+    """Return the step: (weights, quantized, inputs, gradients, experts_W1) -> outputs, (gradients of the weights in
+    FP32, gradients of the inputs). `config` is resolved, and in FP8.
     """
     abstract = jax.eval_shape(lambda: Layer(config, load.local_experts, nnx.Rngs(params=0)))
     graph = nnx.split(abstract, nnx.Param)[0]
@@ -160,21 +158,21 @@ def make_step(config: Config, load: Load) -> Callable[..., tuple[Outputs, tuple[
         def forward(weights, inputs):
             return nnx.merge(graph, attach(weights, quantized))(inputs, experts_W1)
 
-        outputs, pull = jax.vjp(recomputed(config, forward, scanned=False), weights, inputs)
+        outputs, pull = jax.vjp(recomputed(config.execution, forward, scanned=False), weights, inputs)
         return outputs, pull(gradients)
 
     return step
 
 
 def yardstick(config: Config, load: Load) -> dict[str, Any] | None:
-    """Return what DeepSeek's profile says of a layer, in ms; None for any other layer than the one profiled."""
+    """Return the time of a layer in DeepSeek's profile, in ms, or None for any layer but the profiled one."""
     same = config.model == from_config_dict(deepseek_v3.get_config()).model and load == PROFILED
     return TARGET if same else None
 
 
 def flops(config: Config, load: Load, weights: Any) -> int:
-    """Return the FLOPs of products with weights and of causal attention, forward and backward; what is computed twice
-    counts once.
+    """Return the FLOPs of products with weights and of causal attention, forward and backward. Recomputation does not
+    count.
     """
     model = config.model
 

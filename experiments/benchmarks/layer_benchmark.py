@@ -5,8 +5,8 @@ Forward and backward in FP8 on one device, without the exchange (`experiments/be
 DeepSeek's public profile: 94.5 ms of computation for four such layers on the 112 multiprocessors of an H800 that do not
 communicate, which is 20 ms a layer on all 132.
 
-A run is several calls one after the other and one wait, so that what the host does in between is hidden; the median of
---steps runs is reported, per call. Weights are quantised before. --json writes the numbers as records.
+A run is several calls in a row and one wait, which hides the host's work in between. The median of --steps runs is
+reported, per call. Weights are quantised before. --json writes the numbers as records.
 """
 
 import os
@@ -34,7 +34,9 @@ TOKENS = flags.DEFINE_integer("tokens", PROFILED.tokens, "Tokens of the device, 
 ROWS = flags.DEFINE_integer("rows", PROFILED.rows, "Rows that arrive for each expert.")
 LOCAL_EXPERTS = flags.DEFINE_integer("local_experts", PROFILED.local_experts, "Routed experts on the device.")
 STEPS = flags.DEFINE_integer("steps", 20, "Timed runs.", lower_bound=20)
-BREAKDOWN = flags.DEFINE_bool("breakdown", True, "Profile a few calls, too: on a GPU they are compiled once more.")
+BREAKDOWN = flags.DEFINE_bool(
+    "breakdown", True, "Also profile a few calls; on a GPU the layer is compiled once more for that."
+)
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 
 CALLS = 8  # of a run
@@ -42,14 +44,14 @@ WARMUP_RUNS = 2
 
 
 class Measurement(NamedTuple):
-    """What running the layer shows."""
+    """The measurements of the layer."""
 
     trace_seconds: float  # cold, lowering included
     compile_seconds: float  # cold: no persistent cache
     call_seconds: list[float]
     flops: int
     bytes: int  # arguments, results and temporaries
-    nonfinite: int  # numbers among all results, which would not be timed as others are
+    nonfinite: int  # results that are not finite; their time would not be representative
     events: list[breakdown.Event]
 
 
@@ -91,7 +93,7 @@ def measure(config: Config, load: Load, num_runs: int, profile: bool) -> Measure
     def run(step, calls=1):
         begin = time.perf_counter()
         for _ in range(calls):
-            results = step(*arguments)  # those of the call before are freed
+            results = step(*arguments)  # the results of the call before are freed
         jax.block_until_ready(results)
         return (time.perf_counter() - begin) / calls
 

@@ -1,4 +1,4 @@
-"""What benchmarks of whole programs share: a profile of one, records of it, and how they are printed."""
+"""Profiles of whole programs, their records, and how both are printed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,12 @@ PROFILED_STEPS = 3
 def profile(
     lowered: jax.stages.Lowered, step: jax.stages.Compiled, run: Callable[[jax.stages.Compiled], Any]
 ) -> list[breakdown.Event]:
-    """Return what runs in a step, compiled once more where the profile of `step` would not say.
+    """Profile a step. On a GPU it is compiled once more, without command buffers.
 
     Args:
-        lowered: the program of `step`.
-        step: compiled without options.
-        run: takes one step of the program that it is given, and waits for its results.
+        lowered: the lowered program of `step`.
+        step: the program, compiled without options.
+        run: runs one step of the program that it is given, and waits for its results.
     """
     options = breakdown.WITHOUT_COMMAND_BUFFERS.get(jax.default_backend())
     step = lowered.compile(compiler_options=options) if options else step
@@ -34,7 +34,7 @@ def record(config: Config, mode: str, shape: dict[str, int], value: float, unit:
 
 
 def scope_times(events: list[breakdown.Event]) -> list[tuple[str, float, str]]:
-    """Return mode, value and unit of the records of a profile: the time in each scope, the longest kernel's first."""
+    """Return (mode, value, unit) for each scope of a profile; the scope of the longest kernel comes first."""
     scopes = dict.fromkeys(event.scope for event in events)
     return [
         (f"time in {scope}", sum(event.milliseconds for event in events if event.scope == scope), "ms")
@@ -53,13 +53,13 @@ def print_records(title: str, records: list[dict[str, Any]]) -> None:
 
 
 def print_events(events: list[breakdown.Event]) -> None:
-    """Print the tables of a profile, if there is one."""
+    """Print the tables of a profile, if there are any events."""
     if events:
         print(f"\n{breakdown.table(events)}\n\n{breakdown.kernel_table(events)}")
 
 
 def warn_if_busy(load: float) -> None:
-    """Say so where a CPU computes and `load` of its cores were busy before."""
+    """Print a warning if JAX computes on the CPU and `load` of its cores were busy before."""
     if jax.default_backend() == "cpu" and load > 0.5:
         print(f"\nOther programs kept {load:.1f} cores busy when this one started: times are too long, and vary.")
 

@@ -1,7 +1,7 @@
-"""Make the tables of measurements from the records in `experiments/results`.
+"""The tables of measurements, made from the records in `experiments/results`.
 
-`python -m experiments.benchmarks.results_table` prints those of the README and writes the long one of the
-kernels to `experiments/results/kernels.md`.
+`python -m experiments.benchmarks.results_table` prints the tables of the README and of `docs/`, and writes the tables
+of every kernel and shape to `experiments/results/kernels.md`.
 """
 
 import itertools
@@ -26,10 +26,14 @@ KERNEL_HEAD = (
     "| Kernel | Shape | Time | Rate | Beside it | x the first | of DeepGEMM | Error |\n"
     "|---|---|---:|---:|---|---:|---:|---:|"
 )
+CONVERSION_HEAD = (
+    "| On | Checkpoint | First import | Second import | Export | Most memory |\n|---|---:|---:|---:|---:|---:|"
+)
+CONVERSION_MODES = ("import, programs compiled on the way", "import", "export")
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per run of `experiments.benchmarks.benchmark`: a config, a precision, a batch."""
+    """Return one Markdown row per run of `experiments.benchmarks.training_step`: a config, a precision, a batch."""
     steps = (record for record in _records(folder) if "config" in record)
     runs = itertools.groupby(
         steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)]
@@ -38,7 +42,7 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def kernel_summary(folder: Path = RESULTS) -> str:
-    """Return one Markdown row per kernel, yardstick and card: from the lowest to the highest ratio over its shapes."""
+    """Return one Markdown row per kernel, yardstick and card, with the lowest and the highest ratio over its shapes."""
     members: dict[tuple, list[Measured]] = {}
     for group in _by_shape(record for record in _records(folder) if "config" not in record):
         measured = _measured(group)
@@ -67,13 +71,36 @@ def kernel_tables(folder: Path = RESULTS) -> str:
     return "\n\n".join(_kernel_table(run, list(records)) for run, records in runs)
 
 
+def conversion_table(folder: Path = RESULTS / "huggingface") -> str:
+    """Return one Markdown row per run of `experiments.benchmarks.hf_benchmark`: rates, and their share of a plain cold
+    read.
+    """
+    return "\n".join([CONVERSION_HEAD, *(_conversion_row(json.loads(path.read_text())) for path in _files(folder))])
+
+
+def _conversion_row(records: list[dict]) -> str:
+    modes = {record["mode"]: record for record in records}
+    rates = (
+        f"{record['value']:.2f} GB/s, {record['value'] / record['yardstick']['value']:.0%}"
+        for record in (modes[mode] for mode in CONVERSION_MODES)
+    )
+    most = max(record["peak_anonymous_bytes_beyond_weights"] for record in records)
+    first = records[0]
+    size = f"{first['shape']['bytes'] / 1e9:.0f} GB in {first['shape']['files']} files"
+    return f"| {' | '.join([first['device'], size, *rates])} | {most / 1e9:.1f} GB |"
+
+
 def _kernel_table(run: dict, records: list[dict]) -> str:
     caption = f"{run['device']}, jax {run['jax']}, {run['date']}, {run['commit']}: `{run['command']}`"
     return "\n".join([caption, "", KERNEL_HEAD, *map(_kernel_row, _by_shape(records))])
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
+
+
 def _records(folder: Path) -> Iterator[dict]:
-    for path in sorted(folder.glob("*.json")):
+    for path in _files(folder):
         yield from json.loads(path.read_text())
 
 
@@ -104,18 +131,18 @@ def _row(records: list[dict]) -> str:
 
 
 class Measured(NamedTuple):
-    """What was found of one kernel on one shape."""
+    """The measurements of one kernel on one shape."""
 
-    rate: dict  # the record whose yardstick counts
+    rate: dict  # the record of the first yardstick, which the ratio is taken to
     beside: list[dict]  # one record per yardstick
     microseconds: float
-    ratio: float  # to the yardstick that counts
+    ratio: float  # to the first yardstick
     over_deepgemm: float | None
     error: float
 
 
 def _by_shape(records: Iterable[dict]) -> Iterator[list[dict]]:
-    """Yield the records of each kernel on each shape: they follow each other, told apart by their mode."""
+    """Yield the records of each kernel on each shape. They follow each other, and differ in their mode."""
     for _, group in itertools.groupby(records, key=lambda record: (record["op"], record["shape"])):
         yield list(group)
 
@@ -151,7 +178,7 @@ def _kernel_row(records: list[dict]) -> str:
 
 def _range(values: list[float]) -> str:
     ends = (f"{end:.2f}" for end in (min(values), max(values))) if values else ()
-    return " to ".join(dict.fromkeys(ends))  # once, if they are equal
+    return " to ".join(dict.fromkeys(ends))  # one value if both ends are equal
 
 
 def _shape(shape: dict) -> str:
@@ -164,4 +191,4 @@ def _number(value: float) -> str:
 
 if __name__ == "__main__":
     KERNELS.write_text(kernel_tables() + "\n")
-    print(table(), kernel_summary(), sep="\n\n")
+    print(table(), kernel_summary(), conversion_table(), sep="\n\n")

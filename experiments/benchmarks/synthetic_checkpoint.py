@@ -2,8 +2,8 @@
 
 `python -m experiments.benchmarks.synthetic_checkpoint --hf=DIR --gigabytes=8`
 
-V3's names, dtypes and proportions in FP8, the number of experts and layers cut to the size. In every block of 128 x 128
-the largest number is 448, as quantisation leaves it. For trying conversion, not for talking to.
+It has V3's names, dtypes and proportions in FP8, with fewer experts and layers. In every block of 128 x 128 the largest
+number is 448, as quantisation leaves it. It is for trying conversion; its text would be random.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.safetensors.writer import ShardWriter
 
 HF = flags.DEFINE_string("hf", None, "Folder to write.", required=True)
-GIGABYTES = flags.DEFINE_float("gigabytes", 8.0, "About how large, in 10^9 bytes.", lower_bound=0.1)
-SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "Of one file.", lower_bound=0.01)
+GIGABYTES = flags.DEFINE_float("gigabytes", 8.0, "Approximate size, in 10^9 bytes.", lower_bound=0.1)
+SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "Size of one file.", lower_bound=0.01)
 
-POOL_BYTES = 2**26  # random bytes that tensors are cut from: drawing 8 GB afresh takes longer than writing them
+POOL_BYTES = 2**26  # tensors are cut from this many random bytes: drawing 8 GB takes longer than writing them
 MAX_E4M3 = 0x7E  # the byte of 448; 0x7F is NaN
 
 
 def main(_) -> None:
-    """Write the folder."""
+    """Write the checkpoint."""
     model = sized(from_config_dict(deepseek_v3.get_config()).model, GIGABYTES.value * 1e9)
     with tqdm(total=num_bytes(model, fp8=True), unit="B", unit_scale=True, desc="write") as bar:
         write(model, Path(HF.value), fp8=True, max_shard_bytes=int(SHARD_GIGABYTES.value * 1e9), on_bytes=bar.update)
@@ -40,7 +40,7 @@ def main(_) -> None:
 
 
 def sized(model: Model, goal: float) -> Model:
-    """Return V3 with fewer experts and layers, as near to `goal` bytes as they allow."""
+    """Return V3 with fewer experts and layers, as near to `goal` bytes as possible."""
     shapes = [
         dataclasses.replace(
             model, vocab_size=16384, num_layers=layers, num_dense_layers=1, num_experts=experts, num_mtp_layers=1
@@ -52,7 +52,7 @@ def sized(model: Model, goal: float) -> Model:
 
 
 def num_bytes_estimate(model: Model) -> float:
-    """Bytes of V3's shape by arithmetic: listing tensors of every shape takes minutes."""
+    """Return the bytes of V3's shape by arithmetic: listing the tensors of every candidate takes minutes."""
     attention, expert, dense = 187.1e6, 44.04e6, 396.4e6
     moe = attention + (model.num_experts + 1) * expert
     top = 2 * 2 * model.vocab_size * model.width
@@ -72,12 +72,12 @@ def write(
     """Write a checkpoint of `model` with random weights, config.json included.
 
     Args:
-        model: of the weights.
-        folder: new.
-        fp8: the released form, or BF16.
-        max_shard_bytes: of a file.
-        seed: of the weights.
-        on_bytes: called with the bytes that were written.
+        model: the shape of the weights.
+        folder: is made if it is missing.
+        fp8: FP8 with scales, as released; BF16 otherwise.
+        max_shard_bytes: the largest file.
+        seed: seed of the weights.
+        on_bytes: is called with each number of bytes written.
     """
     wanted = expected(model, fp8)
     rng = np.random.default_rng(seed)
@@ -89,7 +89,7 @@ def write(
         count = int(np.prod(shape))
         if dtype == "F8_E4M3":
             values = np.resize(_cut(fp8_pool, min(count, POOL_BYTES), rng), shape)  # a copy
-            values[::128, ::128] = MAX_E4M3  # the first of each block
+            values[::128, ::128] = MAX_E4M3  # the first number of each block
             return values.view(DTYPES[dtype])
         if name.endswith("_scale_inv"):
             return rng.uniform(0.5, 2.0, shape).astype(np.float32) * (0.05 / 448)
@@ -109,7 +109,7 @@ def _cut(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _with_copies(model: Model, get: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """MTP layers repeat the embedding and the head."""
+    """Return `get` with the embedding and the head of MTP layers equal to those of the model."""
     shared = {}
 
     def copied(name: str) -> np.ndarray:

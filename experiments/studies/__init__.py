@@ -1,1 +1,1 @@
-"""What FP8 costs: each study compares two arithmetics, draws the difference and writes it down."""
+"""Studies of what FP8 costs: each compares two arithmetics, draws the difference and writes records."""

@@ -1,9 +1,9 @@
 """Find out how a Hopper card adds FP8 products: `python -m experiments.studies.accumulator_card`.
 
-Multiplies the same FP8 values (every scale is 1) by four programs of the card, and by the emulator
-(`pallas_kernels/accumulator.py`) with several parameters. Prints the relative L2 error of each against the exact
-product, and how far each program is from each emulated one: the parameters at distance 0 are the card's. Needs an
-NVIDIA GPU of the Hopper generation; takes two minutes, most of them emulating.
+Four programs of the card and the emulator (`pallas_kernels/accumulator.py`), with several parameters, multiply the same
+FP8 values; every scale is 1. Prints the relative L2 error of each against the exact product, and the distance from each
+program to each emulated product. The parameters at distance 0 are the card's. Needs an NVIDIA GPU of the Hopper
+generation. Takes two minutes, most of them for the emulator.
 """
 
 from collections.abc import Callable
@@ -50,14 +50,14 @@ def main(_) -> None:
 
 
 def draw(method: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return E4M3 a and b [128, k] with their largest magnitudes at 448."""
+    """Return random E4M3 matrices a and b [128, k] with their largest magnitudes at 448."""
     rng = np.random.default_rng(k)
     a, b = (getattr(rng, method)((SIZE, k)) for _ in range(2))
     return tuple((x * (LARGEST / abs(x).max())).astype(ml_dtypes.float8_e4m3fn) for x in (a, b))
 
 
 def compare(name: str, a: np.ndarray, b: np.ndarray, programs: dict[str, Callable]) -> list[dict[str, Any]]:
-    """Print the error of every program and its distance to every emulated product; return the records of the errors."""
+    """Print the error of every program and its distance to every emulated product; return records of the errors."""
     exact = a.astype(np.float64) @ b.astype(np.float64).T
     products = {label: np.asarray(program(a, b), np.float64) for label, program in programs.items()}
     emulated = {_label(accumulator): multiply(a, b, accumulator).astype(np.float64) for accumulator in EMULATED}
@@ -80,7 +80,7 @@ def relative(product: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _nearest(product: np.ndarray, emulated: dict[str, np.ndarray], exact: np.ndarray) -> tuple[str, float]:
-    """Return label and error of the emulated product that is nearest."""
+    """Return the label and the error of the nearest emulated product."""
     label = min(emulated, key=lambda label: relative(product, emulated[label]))
     return label, relative(emulated[label], exact)
 
@@ -117,9 +117,7 @@ def _promoted(a: np.ndarray, b: np.ndarray) -> jax.Array:
 
 @jax.jit
 def unpromoted(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return FP32 a b^T of E4M3 [128, k], one tile, whose sum stays in the tensor cores from the first product to the
-    last.
-    """
+    """Return a b^T in FP32 of E4M3 [128, k]: one tile, whose sum stays in the tensor cores to the end."""
 
     def kernel(a_ref, b_ref, out, a_slot, b_slot, out_slot, barrier):
         def accumulate(sums):
@@ -146,7 +144,7 @@ def unpromoted(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _xla(precision: jax.lax.Precision) -> Callable:
-    """XLA hands the precision to cuBLASLt as its choice between fast accumulation and promotion of its own."""
+    """Return XLA's product. cuBLASLt takes the precision as a choice: fast accumulation, or its own promotion."""
     return jax.jit(
         lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32)
     )

@@ -2,14 +2,13 @@
 
 `python -m experiments.studies.accumulator_study`
 
-Emulates products of 64 x 64 outputs (`pallas_kernels/accumulator.py`) and draws the relative L2 error against the exact
-product of the same FP8 values, over K and over the promotion interval. Writes the drawing and the records of its
-points. Takes ten seconds.
+Emulates products of 64 x 64 outputs (`pallas_kernels/accumulator.py`). Draws their relative L2 error against the exact
+product of the same FP8 values, over K and over the promotion interval. Writes the drawing and a record of each point.
+Takes ten seconds.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 import ml_dtypes
 import numpy as np
 from absl import app
@@ -20,17 +19,18 @@ from pallas_kernels.accumulator import Accumulator, multiply
 from pallas_kernels.bench import records
 from pallas_kernels.quantized import LARGEST
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE = 64  # m and n: 4,096 outputs make the relative L2 error stable to 5% over seeds
 LENGTHS = [2**i for i in range(8, 15)]  # of K
-LENGTH = 4096  # K of the report's example (arXiv 2412.19437, section 3.5.2), where the interval varies
+LENGTH = 4096  # K where the interval varies: the report's example (arXiv 2412.19437, section 3.5.2)
 INTERVALS = [2**i for i in range(5, 12)]
 
 
 class Case(NamedTuple):
-    """Data and accumulator of one line of the drawing."""
+    """The data and the accumulator of one line of the drawing."""
 
     label: str
     distribution: str  # a method of numpy.random.Generator
@@ -59,9 +59,7 @@ def main(_) -> None:
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """Return the records of a case: over K, never promoted and promoted every 128, then over the interval at K =
-    4096.
-    """
+    """Return the records of a case: over K, never promoted and promoted every 128; over the interval at K = 4096."""
     never = {k: relative_error(case, k, None) for k in LENGTHS}
     promoted = [(k, GROUP) for k in LENGTHS] + [(LENGTH, interval) for interval in INTERVALS if interval != GROUP]
     found = [_record(case, k, None, error, None) for k, error in never.items()]
@@ -69,18 +67,14 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 
 def relative_error(case: Case, k: int, interval: int | None) -> float:
-    """Return the relative L2 error in percent, over 64 x 64 outputs, against the exact product of the same FP8
-    values.
-    """
+    """Return the relative L2 error of 64 x 64 outputs, in percent, against the exact product of the same FP8 values."""
     a, b = (_whole_tensor(x) for x in _operands(case.distribution, k))
     emulated = multiply(a, b, Accumulator(case.fraction_bits, case.rounding, interval))
     return _percent(emulated, a.astype(np.float64) @ b.astype(np.float64).T)
 
 
 def quantisation_error() -> float:
-    """Return what rounding N(0, 1) to FP8 costs the product, in percent: the yardstick that an accumulator must stay
-    far below.
-    """
+    """Return the error of a product of N(0, 1) rounded to FP8, in percent. An accumulator must stay far below it."""
     x, w = _operands("standard_normal", LENGTH)
     a, b = (_whole_tensor(y).astype(np.float64) / (LARGEST / abs(y).max()) for y in (x, w))
     return _percent(a @ b.T, x @ w.T)
@@ -92,7 +86,7 @@ def _operands(distribution: str, k: int) -> list[np.ndarray]:
 
 
 def _whole_tensor(x: np.ndarray) -> np.ndarray:
-    """Return E4M3 with the largest magnitude at 448; the scale divides out of a relative error."""
+    """Return E4M3 with the largest magnitude at 448. The scale divides out of a relative error."""
     return (x * (LARGEST / abs(x).max())).astype(ml_dtypes.float8_e4m3fn)
 
 
@@ -113,9 +107,12 @@ def _record(case: Case, k: int, interval: int | None, error: float, never: float
     return record | {"yardstick": never and {"name": "never promoted", "version": None, "value": never}}
 
 
-def draw(points: list[dict[str, Any]], quantisation: float) -> plt.Figure:
+def draw(points: list[dict[str, Any]], quantisation: float) -> "Figure":
     """Return the drawing: error over K on the left, over the promotion interval on the right, one colour per case."""
-    figure, (over_k, over_interval) = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True, layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    over_k, over_interval = figure.subplots(1, 2, sharey=True)
     for case in CASES:
         of_case = {
             (point["shape"]["k"], point["shape"]["promotion_interval"]): point["value"]
@@ -155,7 +152,7 @@ def draw(points: list[dict[str, Any]], quantisation: float) -> plt.Figure:
     return figure
 
 
-def _label_lengths(axes: plt.Axes, places: list[int], labels: list[str]) -> None:
+def _label_lengths(axes: "Axes", places: list[int], labels: list[str]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, labels)
 

@@ -1,101 +1,67 @@
-"""Compare FP8 linears with FP32 on the activations of a trained model.
+"""Compare FP8 linear layers with FP32 on the activations of a trained model.
 
 `python -m experiments.studies.activation_study`
 
-Normal numbers flatter a quantiser: what a model computes has outliers, and gradients that differ between tokens by
-orders of magnitude. So `configs/tiny.py`, with a latent that FP8 can multiply, is trained as it says. In one more
-batch, run in BF16, every `linear` has an input x and a gradient g of its output. Of these, and of its FP32 weight W, it
-makes y = x W, dx = g W^T and dW = x^T g in three ways:
+Normal numbers flatter a quantiser: a model's activations have outliers, and its gradients differ between tokens by
+orders of magnitude. So the study trains `configs/tiny.py`, with a latent that FP8 can multiply. One more batch, run in
+BF16, gives every linear layer an input x and a gradient g of its output (`experiments/studies/linears.py`). From these
+and the FP32 weight W the study makes y = x W, dx = g W^T and dW = x^T g in three ways
+(`experiments/studies/products.py`):
 
     exact       NumPy in FP32
     ours        `model.linear` with an `Fp8Weight`: kernels on their hardware, their references elsewhere
     emulated    the recipe as the report words it (DeepSeek-V3, arXiv 2412.19437, section 3.3), quantised in NumPy,
                 products in FP32
 
-Expected: cosines to exact of at least 0.999, and 0.9985 for dW, whose x is rounded twice; an error at most 1.1 times
-the emulated recipe's; no bias. Bias is a slope of ours against exact that is not 1, or a mean error that is not 0; the
-latter is given in percent of the root mean square of exact, for errors that share the rounding of one weight are not
-independent, and their standard error would be too small.
+Expected: a cosine to exact of at least 0.999, and 0.9985 for dW, whose x is rounded twice; an error of at most 1.1
+times the emulated recipe's; no bias. A bias is a slope of ours against exact that is not 1, or a mean error that is not
+0. The mean error is in percent of the root mean square of exact: errors share the rounding of one weight, so they are
+not independent, and their standard error would be too small.
 
-g is divided by the tokens of a whole batch. The last records say what is left of the gradients where g is as small as
-larger batches make it, as medians over all linears: a smallest scale that suits activations (1e-4 in the released
+g is divided by the tokens of a whole batch. The last records say how exact the gradients are if g is as small as larger
+batches make it, as medians over all linear layers: a smallest scale that suits activations (1e-4 in the released
 kernels) costs 60% at 67 million tokens.
 
-The FFN's two matrices are measured one by one; the model joins them (`swiglu_linear`) and rounds the input of the
-second only once for dW. Writes records and the drawing. Takes ten minutes on one core, nine of them for training.
+The two matrices of a feed-forward are measured one by one. The model joins them (`swiglu_linear`), and rounds the input
+of the second only once for dW. Writes records and the drawing. Takes ten minutes on one core, nine of them for
+training.
 """
 
-import contextlib
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import matplotlib
-import ml_dtypes
 import numpy as np
 from absl import app
 
 from configs import tiny
-from deepseek_jax.config import Config, from_config_dict, schedule_value
-from deepseek_jax.data.packing import Batch
+from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
-from deepseek_jax.model import attention, layers, norm_linear, transformer
-from deepseek_jax.model.linear import linear
-from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Input
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import PARAMETERS, Fp8Weight, leaf_name
-from deepseek_jax.training import losses
+from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.parameters import Weights
 from deepseek_jax.training.evaluation import place_batch
+from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import rates
 from deepseek_jax.training.state import State, create_state
-from deepseek_jax.training.step import jit_train_step, resolve_for
+from deepseek_jax.training.step import jit_train_step
 from experiments import session
 from experiments.studies import output
-from pallas_kernels import GROUP
-from pallas_kernels.bench import records
-from pallas_kernels.quantize import quantize_blocks
+from experiments.studies.linears import Linear, take
+from experiments.studies.products import PRODUCTS, emulated, exact, ours
+from pallas_kernels import records
+from pallas_kernels.quantized import GROUP
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WORKDIR = Path("runs/activation_study")  # keeps the tokenizer and the tokenised corpus
 ROWS = 16  # of the batch that is measured: 4,096 tokens
-MATRICES = (
-    "q_a_DA",
-    "kv_a_DC",
-    "q_b_ANQ",
-    "kv_b_CNX",
-    "o_NHD",
-    "gate_up_D2F",
-    "down_FD",
-)  # of a layer, in the order of their products
-PRODUCTS = ("output", "input gradient", "weight gradient")
-LARGEST_E4M3, LARGEST_E5M6 = 448.0, 65024.0
 COLORS = dict(zip(PRODUCTS, ("#0072B2", "#009E73", "#D55E00"), strict=True))  # Okabe and Ito's palette
 LARGEST_RATIO = 1.1
 LEAST_COSINE = {"output": 0.999, "input gradient": 0.999, "weight gradient": 0.9985}
 BATCH_TOKENS = [2**n for n in range(12, 27, 2)]  # 4,096 to 67M; DeepSeek-V3's batch grows to 15,360 x 4,096 = 63M
-
-
-class Linear(NamedTuple):
-    """One product of the model, taken while it ran."""
-
-    layer: str
-    matrix: str
-    x_TI: np.ndarray  # BF16
-    g_TO: np.ndarray  # BF16
-    w_IO: np.ndarray  # FP32
-
-    @property
-    def recipe(self) -> Input:
-        """How FP8 treats x."""
-        return ATTENTION_OUTPUT if self.matrix == "o_NHD" else HIDDEN
 
 
 def main(_) -> None:
@@ -105,7 +71,8 @@ def main(_) -> None:
     mesh = make_mesh(config.mesh)
     loader = make_train_loader(config, open_tokenizer(config, WORKDIR), WORKDIR)
     state = train(config, mesh, loader)
-    found = take(resolve_for(config, mesh), state["params"], state["router_bias"], loader.next_batch(ROWS))
+    weights = Weights(state["params"], state["router_bias"])
+    found = take(resolve_for(config, mesh), weights, loader.next_batch(ROWS))
     loader.close()
     points = [point for one in found for point in measure(one)]
     report(points)
@@ -128,7 +95,7 @@ def study_config() -> Config:
 
 def train(config: Config, mesh: jax.sharding.Mesh, loader: Loader) -> State:
     """Return the state after the config's tokens, on the host."""
-    step, rows = jit_train_step(config, mesh), config.training.micro_batch_size
+    step, rows = jit_train_step(config, pretraining(config), mesh), config.training.micro_batch_size
     tokens = rows * config.data.sequence_length
     num_steps = int(config.training.num_tokens) // tokens
     with jax.set_mesh(mesh):
@@ -140,94 +107,8 @@ def train(config: Config, mesh: jax.sharding.Mesh, loader: Loader) -> State:
     return jax.device_get(state)
 
 
-def take(config: Config, params: Any, router_bias: Any, batch: Batch) -> list[Linear]:
-    """Run a batch forward and backward in BF16; return its linears, without those of routed experts, in the order of
-    their products.
-
-    g is the gradient by zeros that are added to each output, of the loss with MTP.
-
-    Args:
-        config: resolved.
-        params: as `transformer.init` makes them, on the host.
-        router_bias: likewise.
-        batch: one that fits into memory.
-    """
-    execution = dataclasses.replace(
-        config.execution, precision="bf16", remat="none", scan_unroll=config.model.num_layers
-    )
-    config = dataclasses.replace(config, execution=execution)
-
-    def loss(zeros, params):
-        taken = []
-
-        def tapped(x, weight, input_dims=1, recipe=HIDDEN):
-            y = linear(x, weight, input_dims, recipe)
-            taken.append((x, y))
-            return y + zeros[len(taken) - 1] if zeros else y
-
-        with contextlib.ExitStack() as patched:
-            for module in (attention, layers, norm_linear):
-                patched.enter_context(mock.patch.object(module, "linear", tapped))
-            output = transformer.apply(config, params, router_bias, batch, _cast)
-        return _loss(config, output, params["head_DV"], batch), taken
-
-    _, shapes = jax.eval_shape(functools.partial(loss, []), params)
-    zeros = [jnp.zeros(y.shape, y.dtype) for _, y in shapes]
-    gradients, taken = jax.jit(jax.grad(loss, has_aux=True))(zeros, params)
-    found = []
-    for (layer, matrix, weight), (x, _), g in zip(_weights(params), taken, gradients, strict=True):
-        inputs = math.prod(weight.shape[: PARAMETERS[matrix].input_dims])
-        x_TI, g_TO = np.asarray(x).reshape(-1, inputs), np.asarray(g).reshape(batch["tokens_BS"].size, -1)
-        found.append(Linear(layer, matrix, x_TI, g_TO, weight.reshape(inputs, -1)))
-    return found
-
-
-def _cast(tree: Any) -> Any:
-    """Weights in BF16 but for those that are not multiplied in it; what `parallel.weights.gather` does on one
-    device.
-    """
-
-    def one(path, w):
-        return w.astype(jnp.bfloat16) if w.ndim > 1 and PARAMETERS[leaf_name(path)].precision != "fp32" else w
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _loss(config: Config, output: transformer.Output, head_DV: jax.Array, batch: Batch) -> jax.Array:
-    """Cross entropy per token, with that of the MTP layers."""
-
-    def one(hidden_BSD, targets_BS, weights_BS):
-        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        return losses.cross_entropy(
-            hidden_TD, head_DV, targets_BS.ravel(), weights_BS.ravel(), config.execution.loss_chunk, 0.0
-        )[0]
-
-    total = one(output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"])
-    for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1):
-        weight = schedule_value(config.loss.mtp_weight, 0.0) / len(output.mtp_hidden)
-        total += weight * one(hidden_BSD, *losses.mtp_targets(batch, depth)[1:])
-    return total / batch["loss_weights_BS"].sum()
-
-
-def _weights(params: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield layer, matrix and weight of every linear in the order in which `transformer.apply` multiplies."""
-    for stack in ("dense_layers", "moe_layers", "mtp_layers"):
-        parts = params.get(stack, {})
-        parts = parts.get("block", parts)
-        for layer in range(len(parts["attention"]["norm_D"]) if parts else 0):
-            owners = parts["attention"], parts["ffn"] if "ffn" in parts else parts["moe"]["shared"]
-            for owner in owners:
-                yield from (
-                    (f"{stack.split('_')[0]} {layer}", matrix, owner[matrix][layer])
-                    for matrix in MATRICES
-                    if matrix in owner
-                )
-
-
 def measure(one: Linear, batch_tokens: int | None = None) -> list[dict[str, Any]]:
-    """Return the records of the three products of a linear; with `batch_tokens`, g is what it would be in a batch of so
-    many tokens.
-    """
+    """Return the records of a linear layer's products, g scaled as in a batch of `batch_tokens` tokens if given."""
     tokens = len(one.x_TI)
     g_TO = (
         one.g_TO
@@ -262,7 +143,7 @@ def measure(one: Linear, batch_tokens: int | None = None) -> list[dict[str, Any]
 
 
 def _compare(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
-    """Return the relative error in percent, the cosine, and both biases."""
+    """Return the relative error in percent, the cosine and both biases."""
     error, norm = got - want, np.linalg.norm(want)
     along = float(np.vdot(got, want)) / norm
     return {
@@ -274,7 +155,7 @@ def _compare(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
 
 
 def medians(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a record per gradient: the medians of the linears' errors and cosines."""
+    """Return a record per gradient: the medians of error and cosine over all linear layers."""
     found = []
     for op in PRODUCTS[1:]:
         own = [point for point in points if point["op"] == op]
@@ -292,64 +173,8 @@ def medians(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def exact(x_TI: np.ndarray, g_TO: np.ndarray, w_IO: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return y, dx and dW in FP32."""
-    return x_TI @ w_IO, g_TO @ w_IO.T, x_TI.T @ g_TO
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def ours(recipe: Input, x_TI: jax.Array, g_TO: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, ...]:
-    """Return y, dx and dW of `model.linear` in FP8."""
-    blocks = quantize_blocks(w_IO)
-    y_TO, pull = jax.vjp(
-        lambda x, carrier: linear(x, Fp8Weight(carrier, blocks.values, blocks.scales), recipe=recipe), x_TI, w_IO
-    )
-    return y_TO, *pull(g_TO)
-
-
-def emulated(recipe: Input, x_TI: np.ndarray, g_TO: np.ndarray, w_IO: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return y, dx and dW in FP32 of operands that are quantised as the report says: figure 6, sections 3.3.2 and
-    3.3.3.
-    """
-    pow2 = recipe.scale == "pow2"
-    tiles_TI, blocks_IO = quantized(x_TI, (1, GROUP), pow2=pow2), quantized(w_IO, (GROUP, GROUP))
-    kept_TI = (
-        quantized(x_TI, (1, GROUP), pow2=True, rounded=e5m6, largest=LARGEST_E5M6)
-        if recipe.kept == "e5m6"
-        else tiles_TI
-    )
-    columns_TI = quantized(kept_TI, (GROUP, 1), pow2=pow2)
-    return tiles_TI @ blocks_IO, quantized(g_TO, (1, GROUP)) @ blocks_IO.T, columns_TI.T @ quantized(g_TO, (GROUP, 1))
-
-
-def e4m3(x: np.ndarray) -> np.ndarray:
-    """Round to E4M3."""
-    return x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-
-
-def e5m6(x: np.ndarray) -> np.ndarray:
-    """Round to five exponent and six mantissa bits, bias 15."""
-    step = 2.0 ** (np.maximum(np.frexp(x)[1] - 1, -14) - 6)
-    return np.round(x / step) * step
-
-
-def quantized(
-    x: np.ndarray, group: tuple[int, int], pow2: bool = False, rounded: Callable = e4m3, largest: float = LARGEST_E4M3
-) -> np.ndarray:
-    """Return FP32 `x` [m, n] with one scale per group of (rows, columns), the last of which may be partial, after
-    rounding.
-    """
-    (m, n), (rows, columns) = x.shape, group
-    padded = np.pad(x, ((0, -m % rows), (0, -n % columns)))
-    parts = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).astype(np.float64)
-    scale = abs(parts).max(axis=(1, 3), keepdims=True) / largest
-    scale = np.where(scale > 0, scale, 1.0)
-    scale = 2.0 ** np.ceil(np.log2(scale)) if pow2 else scale
-    return (rounded((parts / scale).astype(np.float32)) * scale).astype(np.float32).reshape(padded.shape)[:m, :n]
-
-
 def report(points: list[dict[str, Any]]) -> None:
-    """Print a line per product of every linear, and say what misses a bound."""
+    """Print a line per product of every linear layer, and mark those that miss a bound."""
     print(
         f"{'':<42}{'cosine':>10}{'error %':>9}{'to emulated':>12}{'slope - 1':>11}{'emulated':>10}"
         f"{'mean %':>8}{'emulated':>10}"
@@ -364,9 +189,12 @@ def report(points: list[dict[str, Any]]) -> None:
         print(f"{name:<42}{point['cosine']:>10.6f}{point['value']:>9.3f}{ratio:>12.4f}{slopes}{means}{missed}")
 
 
-def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> plt.Figure:
-    """Return the drawing: errors of every linear on the left, those of the gradients in larger batches on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 8), layout="constrained")
+def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> "Figure":
+    """Return the drawing: errors of every linear layer on the left, of the gradients in larger batches on the right."""
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(point["mode"] for point in points))
     for op, color in COLORS.items():
         own = [point for point in points if point["op"] == op]

@@ -2,16 +2,16 @@
 
 `python -m experiments.studies.loss_gap`
 
-Two runs in BF16 whose weights begin 1e-7 apart part, too: rounding decides ties between experts, and from there on they
-are two runs. What they differ by is the noise floor. Three runs per seed:
+Two runs in BF16 whose weights begin 1e-7 apart part, too: rounding decides ties between experts, and from then on they
+are two runs. Their difference is the noise floor. Three runs per seed:
 
     bf16         the yardstick
     bf16 noise   the same, every initial weight multiplied by 1 + 1e-7 n, n normal
     fp8          the recipe (`model/precision.py`)
 
-The numbers: the largest gap of the smoothed losses after warm-up, and the mean signed gap over the last quarter of the
-steps, in percent of the yardstick's loss (DeepSeek-V3 reports less than 0.25% for 16B and 230B models, appendix B.1).
-Writes loss_gap.json, .png, and .csv with every loss.
+Reports the largest gap of the smoothed losses after warm-up, and the mean signed gap over the last quarter of the
+steps, in percent of the yardstick's loss. (The report has less than 0.25% for models of 16B and 230B, appendix B.1.)
+Writes loss_gap.json, loss_gap.png, and loss_gap.csv with every loss.
 """
 
 import csv
@@ -19,10 +19,9 @@ import dataclasses
 import itertools
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import matplotlib
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -40,13 +39,13 @@ from experiments import session
 from experiments.studies import output
 from pallas_kernels.bench import records
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/v3_300m.py", "Configuration; its precision is set by the arm."
 )
-WORKDIR = flags.DEFINE_string("workdir", "runs/loss_gap", "Keeps the tokenizer and the tokenised corpus.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/loss_gap", "Folder that keeps the tokenizer and the tokenised corpus.")
 SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds.", lower_bound=1)
 
 ARMS = ("bf16", "bf16 noise", "fp8")
@@ -65,7 +64,7 @@ def main(_) -> None:
     if num_steps <= config.optimizer.warmup_steps:
         raise ValueError(
             f"config.training.num_tokens = {config.training.num_tokens:g} is {num_steps} steps, of which warm-up takes"
-            f" {config.optimizer.warmup_steps}: there is no gap to see; raise it or lower optimizer.warmup_steps"
+            f" {config.optimizer.warmup_steps}: no step is left to compare; raise it or lower optimizer.warmup_steps"
         )
     steps = {
         precision: jit_train_step(_with(config, precision), pretraining(config), mesh) for precision in ("bf16", "fp8")
@@ -95,7 +94,7 @@ def _batches(config: Config, size: int, count: int) -> list[Batch]:
 def train(
     config: Config, mesh: jax.sharding.Mesh, step: Any, batches: list[Batch], perturbed: bool, label: str
 ) -> np.ndarray:
-    """Return the loss of every step, nats per token."""
+    """Return the loss of every step, in nats per token."""
     found, start = [], time.perf_counter()
     with jax.set_mesh(mesh):
         state = create_state(config)
@@ -127,7 +126,7 @@ def _perturb(state: State) -> Any:
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """Return the exponential moving average, its start corrected for the zeros before it."""
+    """Return the exponential moving average, corrected for its start at zero."""
     averages = list(
         itertools.accumulate(losses, lambda before, x: SMOOTHING * before + (1 - SMOOTHING) * x, initial=0.0)
     )[1:]
@@ -135,8 +134,8 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def gaps(losses: np.ndarray, yardstick: np.ndarray, warmup_steps: int) -> tuple[np.ndarray, float, float]:
-    """Return, in %: the gap of the smoothed losses at every step, its largest magnitude after warm-up, the mean gap of
-    the last quarter.
+    """Return, in percent, the gap of the smoothed losses at every step, its largest magnitude after warm-up, and the
+    mean gap of the losses over the last quarter.
     """
     gap = 100 * (smooth(losses) / smooth(yardstick) - 1)
     last = slice(3 * len(losses) // 4, None)
@@ -144,7 +143,7 @@ def gaps(losses: np.ndarray, yardstick: np.ndarray, warmup_steps: int) -> tuple[
 
 
 def write(folder: Path, config: Config, device: str, losses: dict[tuple[int, str], np.ndarray]) -> None:
-    """Write the losses so far, and the records and the drawing of the seeds that have all arms."""
+    """Write the losses so far, and records and drawing of the seeds whose arms are all complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "loss_gap.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -184,9 +183,12 @@ def describe(config: Config, seed: int, losses: dict[tuple[int, str], np.ndarray
     return found
 
 
-def draw(config: Config, seeds: list[int], losses: dict[tuple[int, str], np.ndarray]) -> plt.Figure:
+def draw(config: Config, seeds: list[int], losses: dict[tuple[int, str], np.ndarray]) -> "Figure":
     """Return the drawing: smoothed losses on the left, their gaps to BF16 on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     warmup = config.optimizer.warmup_steps
     for number, seed in enumerate(seeds):
         style = {"linestyle": "-" if number == 0 else "--", "linewidth": 1.2}

@@ -1,16 +1,14 @@
-"""Where studies write what they find: `--folder`, one flag for all of them."""
+"""The folder that a study writes its records and its drawing to: the flag `--folder`."""
 
 from pathlib import Path
 
 from absl import flags
 
 FOLDER = flags.DEFINE_string(
-    "folder", None, "Where drawing and records are written; by default the study's folder in experiments/results."
+    "folder", None, "Folder for the drawing and the records; the study's folder in experiments/results by default."
 )
 
 
 def folder(study: str) -> Path:
-    """Return the folder of a study: the flag's, or the one of this name in `results`, below what the README's table
-    holds.
-    """
+    """Return the folder of a study: --folder, or the folder of its name in `experiments/results`."""
     return Path(FOLDER.value or Path(__file__).parents[1] / "results" / study)

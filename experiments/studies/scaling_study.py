@@ -1,23 +1,22 @@
 """Draw what the scaling of gradients costs where tokens differ: `python -m experiments.studies.scaling_study`.
 
-DeepSeek-V3 saw a 16B model diverge when gradients of activations were scaled in blocks of 128 x 128 as weights are, and
-suspected outliers that go by token (arXiv 2412.19437, appendix B.2). Here gradients g = exp(s n_t) n_tj of 1,024
-tokens, n normal, with a spread s between tokens, are quantised in four ways; both products of the backward pass are
-then exact: nothing but the quantisation of g is wrong.
+DeepSeek saw a 16B model diverge when gradients of activations were scaled in blocks of 128 x 128, as weights are, and
+suspected outliers that belong to tokens (arXiv 2412.19437, appendix B.2). Here gradients g = exp(s n_t) n_tj of 1,024
+tokens are quantised in four ways; n is normal, and s is the spread between tokens. Both products of the backward pass
+are then exact, so the only error is the quantisation of g.
 
     tiles     E4M3, 1 token x 128 channels for the input gradient, 128 tokens x 1 channel for the weight gradient: the
               recipe
     blocks    E4M3, 128 x 128
     tensor    E4M3, one scale
-    hybrid    E5M2, one scale: the format with more range that others take for gradients
+    hybrid    E5M2, one scale: the format of more range that others use for gradients
 
-For the input gradient, the error of a token is relative to that token: one large token in a block leaves small ones few
-bits or none. Writes records and the drawing. Takes some seconds.
+For the input gradient, the error of a token is relative to that token: one large token in a block leaves the small ones
+few bits or none. Writes records and the drawing. Takes a few seconds.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import ml_dtypes
 import numpy as np
 from absl import app
@@ -26,12 +25,12 @@ from experiments.studies import output
 from pallas_kernels import GROUP
 from pallas_kernels.bench import records
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_TOKENS = NUM_OUTPUTS = NUM_INPUTS = 1024
 SPREADS = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # standard deviation of the logarithm of a token's magnitude
-WAYS = {  # format; group (tokens, channels) for the input gradient; for the weight gradient; None is all
+WAYS = {  # format; group (tokens, channels) for the input gradient; group for the weight gradient; None: all
     "tiles": (ml_dtypes.float8_e4m3fn, (1, GROUP), (GROUP, 1)),
     "blocks": (ml_dtypes.float8_e4m3fn, (GROUP, GROUP), (GROUP, GROUP)),
     "tensor": (ml_dtypes.float8_e4m3fn, None, None),
@@ -51,7 +50,7 @@ def main(_) -> None:
 
 
 def measure(spread: float) -> list[dict[str, Any]]:
-    """Return the records of one spread: for each way, the errors of both gradients."""
+    """Return the records of one spread: the errors of both gradients for each way of scaling."""
     g_TO, x_TI, w_IO = operands(spread)
     dx_TI, dw_IO = g_TO @ w_IO.T, x_TI.T @ g_TO
     found = []
@@ -73,9 +72,7 @@ def operands(spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def quantized(x: np.ndarray, dtype: Any, group: tuple[int, int] | None) -> np.ndarray:
-    """Return `x` [m, n] rounded to `dtype` with one scale per group of (rows, columns), which divide m and n; in
-    FP64.
-    """
+    """Return `x` [m, n] in FP64, rounded to `dtype` with a scale per group of (rows, columns), which divide (m, n)."""
     rows, columns = group or x.shape
     parts = x.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
     scale = abs(parts).max(axis=(1, 3), keepdims=True) / float(ml_dtypes.finfo(dtype).max)
@@ -99,10 +96,13 @@ def _record(way: str, spread: float, name: str, error: float) -> dict[str, Any]:
     }
 
 
-def draw(points: list[dict[str, Any]]) -> plt.Figure:
-    """Return the drawing: one panel per gradient, one line per way."""
+def draw(points: list[dict[str, Any]]) -> "Figure":
+    """Return the drawing: one panel per gradient, one line per way of scaling."""
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
     names = list(dict.fromkeys(point["op"] for point in points))
-    figure, panels = plt.subplots(1, len(names), figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, len(names))
     for axes, name in zip(panels, names, strict=True):
         for way in WAYS:
             values = [point["value"] for point in points if (point["op"], point["mode"]) == (name, way)]

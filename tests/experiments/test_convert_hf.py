@@ -435,7 +435,7 @@ def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint,
     assert f"{tokens} is missing" in convert.fails(*arguments, f"--output={output}")
     size = small_config().model.vocab_size
     tokens.write_text("1 2 3")
-    assert f"{tokens} is no .npy file" in convert.fails(*arguments, f"--output={output}")
+    assert f"{tokens} is not an .npy file" in convert.fails(*arguments, f"--output={output}")
     cases = {
         "has int32 [5]; give int32 [B, S]": np.zeros(5, np.int32),
         "has float32 [1, 5]; give int32 [B, S]": np.zeros((1, 5), np.float32),
@@ -451,7 +451,7 @@ def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint,
     np.save(tokens, np.zeros((1, 5), np.int32))
     said = convert.fails(*arguments, f"--output={tmp_path / 'absent' / 'out.npz'}")
     assert f"there is no folder {tmp_path / 'absent'} for --output; make it" in said and "load:" not in said
-    assert "--output is missing; give it: logits: .npz to write." in convert.fails(*arguments)
+    assert "--output is missing; give it: logits: .npz file to write." in convert.fails(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
 
 

@@ -7,7 +7,6 @@ reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoin
 
 import contextlib
 import functools
-import io
 import os
 import signal
 from pathlib import Path
@@ -26,9 +25,9 @@ from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop, pretrain
 from deepseek_jax.training.checkpoint import Checkpoints, SaveError
+from deepseek_jax.training.curves import draw_sheet, final_table
 from deepseek_jax.training.loop import NonFiniteError
 from deepseek_jax.training.metrics import KEYS, read_rows
-from deepseek_jax.training.report import ProgressBar, draw_sheet, final_table
 from deepseek_jax.training.workdir import check_workdir, claim_workdir, read_config, read_tokenizer
 from tests.training.nano import get_config
 
@@ -343,34 +342,6 @@ def test_the_report_is_drawn_from_the_metrics_alone(config, tmp_path):
         assert expected in table
     path = draw_sheet(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("deepseek_jax.training.report.time.monotonic", lambda: now[0])
-    file = io.StringIO()
-    bar = ProgressBar(1000, 200, file)
-    for step in range(1, 9):
-        now[0] = 100.0 + 4.0 * step
-        bar.show(200 + 100 * step, step, 2.0)
-    bar.close()
-    shown = file.getvalue().splitlines()
-    assert len(shown) == 4
-    assert shown[-1] == "train 100.0%  step 8  loss 2.000  25 tokens/s  ETA 00:00"
-    assert shown[1] == "train 60.0%  step 4  loss 2.000  25 tokens/s  ETA 00:16"
-
-
-def test_progress_on_a_terminal_is_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    file = Terminal()
-    bar = ProgressBar(1000, 0, file)
-    bar.show(500, 1, 2.5)
-    bar.note("a line")
-    bar.close()
-    assert "loss=2.500" in file.getvalue() and "50%" in file.getvalue() and "a line\n" in file.getvalue()
 
 
 @pytest.mark.slow

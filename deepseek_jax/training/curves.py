@@ -1,86 +1,18 @@
-"""What a person sees: the progress bar, the final table, the sheet of curves. All but the bar is drawn from
-`metrics.jsonl` alone.
+"""A run as its `metrics.jsonl` shows it: the final table and the sheet of curves.
+
+Neither needs the process that trained. The sheet is drawn without `pyplot`, so the plotting backend of a notebook stays
+as it is.
 """
 
-import sys
-import time
 from pathlib import Path
 from statistics import median
-from typing import Any, TextIO
+from typing import Any
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from deepseek_jax.training.metrics import read_rows
 
-from deepseek_jax.training.metrics import read_rows  # noqa: E402
-
-SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
 SHEET_NAME = "training.png"
-
-
-class ProgressBar:
-    """Progress in tokens with ETA, tokens/s and loss: a bar on a terminal, an occasional line elsewhere."""
-
-    def __init__(self, num_tokens: int, tokens_seen: int, file: TextIO | None = None, silent: bool = False):
-        """Show progress towards `num_tokens`, of which `tokens_seen` are done, on `file` (standard error); nothing if
-        `silent`.
-        """
-        self._file = file or sys.stderr
-        self._silent = silent
-        self._lines = silent or not self._file.isatty()
-        self._bar = tqdm(
-            total=num_tokens,
-            initial=min(tokens_seen, num_tokens),
-            desc="train",
-            unit=" tokens",
-            unit_scale=True,
-            file=self._file,
-            mininterval=0.5,
-            dynamic_ncols=True,
-            disable=self._lines,
-        )
-        self._num_tokens, self._tokens = num_tokens, tokens_seen
-        self._start: tuple[float, int] | None = (
-            None  # time and tokens of the first call of `show`: compilation lies before it
-        )
-        self._last_line = 0.0
-
-    def show(self, tokens_seen: int, step: int, loss: float) -> None:
-        """Advance to `tokens_seen`."""
-        if not self._lines:
-            self._bar.set_postfix(step=step, loss=f"{loss:.3f}", refresh=False)
-            self._bar.update(min(tokens_seen, self._num_tokens) - min(self._tokens, self._num_tokens))
-        self._tokens = tokens_seen
-        now = time.monotonic()
-        self._start = self._start or (now, tokens_seen)
-        if self._lines and (now - self._last_line >= SECONDS_BETWEEN_LINES or tokens_seen >= self._num_tokens):
-            self._last_line = now
-            self.note(self._line(step, loss, now))
-
-    def note(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self._silent:
-            return
-        if self._lines:
-            print(text, file=self._file, flush=True)
-        else:
-            self._bar.write(text, file=self._file)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
-
-    def _line(self, step: int, loss: float, now: float) -> str:
-        line = f"train {100.0 * self._tokens / self._num_tokens:.1f}%  step {step}  loss {loss:.3f}"
-        start, start_tokens = self._start
-        if self._tokens == start_tokens:
-            return line
-        rate = (self._tokens - start_tokens) / (now - start)
-        left = max(0, self._num_tokens - self._tokens) / rate
-        return f"{line}  {rate:,.0f} tokens/s  ETA {tqdm.format_interval(left)}"
 
 
 def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) -> str:
@@ -120,11 +52,14 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) ->
 
 def draw_sheet(workdir: Path) -> Path:
     """Draw loss, MTP loss, load per expert over time and bias range into `training.png`, and return its path."""
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
     rows = read_rows(workdir)
     training = [row for row in rows if "train/loss" in row]
     if not training:
         raise ValueError(f"{workdir} has no training line in its metrics yet; train a step first")
-    figure, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     tokens = np.array([row["tokens_seen"] for row in training]) / 1e6
     _draw_losses(axes[0, 0], tokens, training, [row for row in rows if "eval/loss" in row])
     _draw_balance(axes[0, 1], tokens, training)
@@ -134,7 +69,6 @@ def draw_sheet(workdir: Path) -> Path:
         panel.set_xlabel("tokens seen, millions")
     path = workdir / SHEET_NAME
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 

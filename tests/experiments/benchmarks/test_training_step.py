@@ -1,4 +1,4 @@
-"""The command `experiments.benchmarks.benchmark`: its records are complete and agree with each other."""
+"""The command `experiments.benchmarks.training_step`: its records are complete and agree with each other."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_records_of_a_small_model(tmp_path):
     ]
     overrides.append(f"--config.data.sources=({{'path': '{corpus}', 'weight': 1.0}},)")
     arguments = ["--config=configs/tiny.py", *overrides, "--cpu_devices=2", "--batch_size=16"]
-    records, printed = command.run("experiments.benchmarks.benchmark", arguments, results)
+    records, printed = command.run("experiments.benchmarks.training_step", arguments, results)
     values = {record["mode"]: record["value"] for record in records}
     assert values["train step"] == pytest.approx(16 * 32 / (values["train step, median"] / 1e3))
     assert values["train step, fastest"] <= values["train step, median"]

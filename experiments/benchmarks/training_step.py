@@ -1,11 +1,11 @@
-"""Measure the training step of a configuration: `python -m experiments.benchmarks.benchmark --config=configs/tiny.py`.
+"""Measure the training step: `python -m experiments.benchmarks.training_step --config=configs/tiny.py`.
 
-Prints tokens/s, model TFLOP/s, MFU where the device's peak is known, what memory holds, and the cold times of tracing
-and compiling; where the time goes, by scope and pass and by kernel; then the rate of the loader alone, which must stay
-well above the step's. --json writes the same numbers as records (design: a measured claim is a file).
+Prints tokens/s, model TFLOP/s, MFU if the device's peak is known, the memory by contents, and the cold times of tracing
+and compiling. Then the time by scope and pass, and by kernel. Then the rate of the loader alone, which must stay well
+above the step's. --json writes the same numbers as records.
 
-A step is timed from its call until its results are there, and the median of --steps is reported. Tokens are random
-unless --data is given: a fresh model routes both nearly evenly.
+A step is timed from its call until its results are there; the median of --steps is reported. Tokens are random unless
+--data is given: a fresh model routes both nearly evenly.
 """
 
 import os
@@ -42,22 +42,26 @@ JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=20)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences per step; the first size of the recipe by default.")
 DATA = flags.DEFINE_bool("data", False, "Train on the configured corpus instead of random tokens.")
-BREAKDOWN = flags.DEFINE_bool("breakdown", True, "Profile a few steps, too: on a GPU they are compiled once more.")
-LOADER = flags.DEFINE_bool("loader", True, "Measure the loader alone, too.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the tokenizer and the tokenised corpus for the next time.")
+BREAKDOWN = flags.DEFINE_bool(
+    "breakdown", True, "Also profile a few steps; on a GPU the step is compiled once more for that."
+)
+LOADER = flags.DEFINE_bool("loader", True, "Also measure the loader alone.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder that keeps the tokenizer and the tokenised corpus for the next time."
+)
 
-WARMUP_STEPS = 3  # the first steps touch fresh memory, and wait for clocks to rise
+WARMUP_STEPS = 3  # the first steps touch fresh memory, and the clocks still rise
 NUM_RANDOM_BATCHES = 4
 
 
 class Measurement(NamedTuple):
-    """What running one configuration's step shows."""
+    """The measurements of one configuration's step."""
 
     trace_seconds: float  # cold, lowering included
     compile_seconds: float  # cold: no persistent cache
     step_seconds: list[float]
-    memory: dict[str, int]  # bytes per device by what they hold
-    peak_bytes: int | None  # most in use on the device so far, where its allocator counts
+    memory: dict[str, int]  # bytes per device, by contents
+    peak_bytes: int | None  # peak bytes in use on the device, if its allocator counts them
     first_loss: float  # nats per token
     last_loss: float
     events: list[breakdown.Event]
@@ -79,7 +83,7 @@ def main(_) -> None:
         records = step_records + (
             measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else []
         )
-    common = provenance("experiments.benchmarks.benchmark", session.describe_device(mesh))
+    common = provenance("experiments.benchmarks.training_step", session.describe_device(mesh))
     records = [record | common for record in records]
     work = f"{size} x {config.data.sequence_length} tokens a step, {config.model.num_mtp_layers} MTP layers"
     report.print_records(f"{config.name}, {config.execution.precision}, {work}", records)
@@ -143,7 +147,7 @@ def measure_step(
 
 
 def _memory(state: Any, step: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes per device: the state by its parts, and what the compiled step needs beside it."""
+    """Return bytes per device: the parts of the state, and the memory that the compiled step needs beside it."""
 
     def local_bytes(tree):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
@@ -151,7 +155,7 @@ def _memory(state: Any, step: jax.stages.Compiled) -> dict[str, int]:
     found = step.memory_analysis()
     held = {name: local_bytes(state[name]) for name in ("params", "optimizer", "ema") if name in state}
     beside = found.argument_size_in_bytes - sum(held.values()) + found.output_size_in_bytes - found.alias_size_in_bytes
-    # The state is donated: argument and result are one.
+    # The state is donated, so argument and result share memory.
     return held | {"gradients, activations, copies": found.temp_size_in_bytes, "batch, metrics": beside}
 
 
