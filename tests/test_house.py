@@ -18,7 +18,8 @@ FLOORS = [
     {"model"},
     {"parallel", "data"},
     {"parameters", "safetensors"},
-    {"files", "config", "config_checks"},
+    {"files", "config"},
+    {"config_checks"},
     {"pallas_kernels"},
 ]
 FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}

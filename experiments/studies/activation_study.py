@@ -50,7 +50,7 @@ from experiments import session
 from experiments.studies import output
 from experiments.studies.linears import Linear, take
 from experiments.studies.products import PRODUCTS, emulated, exact, ours
-from pallas_kernels import records
+from pallas_kernels.bench import records
 from pallas_kernels.quantized import GROUP
 
 if TYPE_CHECKING:

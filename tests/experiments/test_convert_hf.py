@@ -235,7 +235,7 @@ def test_through_a_checkpoint_of_the_run(convert, checkpoint, workdir, whole, tm
     mesh = make_mesh(sizes, jax.devices()[: data * node * expert])
     with jax.set_mesh(mesh):
         weights = load(Shards(checkpoint), config, mesh, "fp32")
-        state = jit_state_around(config, weights["params"], weights["router_bias"])
+        state = jit_state_around(config.optimizer, weights)
     checkpoints = Checkpoints(copy, keep=1)
     checkpoints.save(state, Progress(step=3, tokens_seen=0, data=None), config, read_tokenizer(copy), mesh)
     checkpoints.close()
@@ -497,10 +497,10 @@ def test_the_run_is_trained_on_and_continues_a_prompt(convert, checkpoint, tmp_p
     assert (progress.step, progress.tokens_seen) == (2, 2 * 8 * 32)
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6),
-        trained["params"],
-        imported["params"],
+        trained.params,
+        imported.params,
     )
-    assert not np.array_equal(trained["params"]["embed_VD"], imported["params"]["embed_VD"])
+    assert not np.array_equal(trained.params["embed_VD"], imported.params["embed_VD"])
 
     text = tmp_path / "text"
     finish(

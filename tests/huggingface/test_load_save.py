@@ -125,8 +125,8 @@ def test_weights_are_those_of_the_goldens(case, tmp_path):
     shards = Shards(tmp_path)
     check(shards, golden.config.model, fp8=False)
     found = load(shards, golden.config, mesh_of((1, 1, 1)), "fp32")
-    jax.tree.map(np.testing.assert_array_equal, found["params"], golden.params)
-    jax.tree.map(np.testing.assert_array_equal, found["router_bias"], golden.router_bias)
+    jax.tree.map(np.testing.assert_array_equal, found.params, golden.params)
+    jax.tree.map(np.testing.assert_array_equal, found.router_bias, golden.router_bias)
 
 
 def test_fp8_wants_a_checkpoint_in_fp8(tmp_path):

@@ -47,7 +47,7 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
         if kind is None or (kind, tensor.leaf) in seen:
             continue
         seen.add((kind, tensor.leaf))
-        leaf = source.weights
+        leaf = source.weights._asdict()
         for key in tensor.leaf:
             leaf = leaf[key]
         pairs = [(leaf.values, tensor), (leaf.scales, tensor.scales)] if tensor.quantized else [(leaf, tensor)]

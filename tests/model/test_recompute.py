@@ -1,7 +1,5 @@
 """What recomputation keeps comes back as it was."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +15,11 @@ from tests import small
 @pytest.mark.parametrize("dtype", [E4M3, jnp.bfloat16])
 def test_kept_arrays_come_back_bit_for_bit(remat, dtype, scanned):
     """E4M3's largest numbers, too, which as IEEE numbers of four exponent bits would be infinite."""
-    config = small.config()
-    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat=remat))
+    execution = small.config().with_(execution={"remat": remat}).execution
     x = jnp.asarray([0.0, 2.0**-9, 200.0, 240.0, 256.0, 448.0, -448.0], dtype)
 
     def body(w):
         return jnp.sum(keep(x + jnp.zeros((), x.dtype), KEPT[0]).astype(jnp.float32) * w)
 
-    gradient = jax.jit(jax.grad(recomputed(config, body, scanned)))(jnp.ones(x.shape))
+    gradient = jax.jit(jax.grad(recomputed(execution, body, scanned)))(jnp.ones(x.shape))
     np.testing.assert_array_equal(gradient, x.astype(jnp.float32))

@@ -192,7 +192,7 @@ def test_loss_is_normalised_by_the_global_weight():
     for name in ("loss", "mtp_loss", "balance_loss"):
         np.testing.assert_allclose(metrics[name], want[name], rtol=1e-6, err_msg=name)
     assert_gradients_equal(jax.device_get(grads), want_grads, 1e-5)
-    np.testing.assert_allclose(want["mtp_loss"], want_sums.mtp / want_norms.weight, rtol=1e-6)
+    np.testing.assert_allclose(want["mtp_loss"], want_sums.terms.mtp / want_norms.weight, rtol=1e-6)
 
 
 def test_balance_loss_is_alpha_per_layer_at_uniform_scores():
