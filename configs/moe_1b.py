@@ -30,10 +30,8 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss.mtp_weight = (("constant", 0.67, 0.3), ("constant", 1.0, 0.1))
-    config.optimizer.learning_rate = (
-        ("constant", 0.8, 1.08e-3),
-        ("cosine", 1.0, 1.08e-4),
-    )  # peak of the DeepSeekMoE 2B validation model
+    # peak of the DeepSeekMoE 2B validation model
+    config.optimizer.learning_rate = (("constant", 0.8, 1.08e-3), ("cosine", 1.0, 1.08e-4))
     config.optimizer.warmup_steps = 500
     config.data.sequence_length = 2048
     config.training.update({"num_tokens": 20e9, "batch_size": (("constant", 1.0, 256),), "micro_batch_size": 16})

@@ -37,10 +37,8 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = (("constant", 0.1, 3e-3), ("cosine", 1.0, 3e-4))
     config.optimizer.warmup_steps = 20
     config.optimizer.b2 = 0.98  # batches of 2,048 tokens are noisy: 0.02 bits per byte against 0.95
-    config.optimizer.bias_update_rate = (
-        ("constant", 0.9, 1e-2),
-        ("constant", 1.0, 0.0),
-    )  # ten times the recipe's: 500 steps, not 200,000
+    # ten times the recipe's: 500 steps, not 200,000
+    config.optimizer.bias_update_rate = (("constant", 0.9, 1e-2), ("constant", 1.0, 0.0))
     config.data.sequence_length = 256
     config.data.fim_rate = 0.0  # 1M tokens are too few to learn a second format from
     config.data.split_rate = 0.0

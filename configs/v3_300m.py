@@ -32,10 +32,8 @@ def get_config() -> ConfigDict:
     )
     config.optimizer.learning_rate = (("constant", 0.5, 3e-4), ("cosine", 1.0, 3e-5))
     config.optimizer.warmup_steps = 200
-    config.optimizer.bias_update_rate = (
-        ("constant", 0.9, 2e-3),
-        ("constant", 1.0, 0.0),
-    )  # twice the recipe's: 2,000 steps, not 200,000
+    # twice the recipe's: 2,000 steps, not 200,000
+    config.optimizer.bias_update_rate = (("constant", 0.9, 2e-3), ("constant", 1.0, 0.0))
     config.data.sequence_length = 1024
     config.data.fim_rate = 0.0
     config.data.split_rate = 0.0

@@ -12,7 +12,6 @@ The same command continues an interrupted export. `--dry_run` lists tensors and 
 over all devices.
 """
 
-import dataclasses
 import json
 import pprint
 from pathlib import Path
@@ -99,7 +98,7 @@ def import_() -> None:
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=str(folder)))
+    config = config.with_(training={"initial_weights": str(folder)})
     tokenizer = initial_tokenizer(config)
     check_workdir(workdir, config)
     if (workdir / "checkpoints").exists():
@@ -173,7 +172,7 @@ def write_logits() -> None:
     config, shards, fp8 = open_checkpoint(Path(HF.value))
     tokens_BS = read_tokens(path, config.model.vocab_size)
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
-    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
+    config = config.with_(execution={"precision": precision})
     mesh = all_devices(config)
     with progress_bar(shards.num_bytes, "load") as progress:
         # A checkpoint that is not in FP8 is quantised from FP32, as in training.

@@ -92,11 +92,8 @@ def describe_device(mesh: jax.sharding.Mesh) -> str:
 # freed. So every step of `tiny` touched 0.5 GiB of fresh pages: 132,000 page faults, a fifth of the step
 # (experiments/log.md). A heap of 4 GiB costs only address space.
 CPU_HEAP_BYTES = 4 << 30
-MALLOPT = {
-    "M_TRIM_THRESHOLD": (-1, -1),
-    "M_MMAP_MAX": (-4, 0),
-    "M_ARENA_MAX": (-8, 1),
-}  # parameter and value, glibc's malloc.h
+# parameter and value, glibc's malloc.h
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 MADV_HUGEPAGE = 14
 HUGE_PAGE_BYTES = 2 << 20
 

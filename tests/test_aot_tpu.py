@@ -69,9 +69,8 @@ def compile_program(name: str, topology: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize(
-    ("name", "attentions"), [("tiny", 5), ("v3_layer", 1)]
-)  # layers and MTP layers: tiny's are unrolled
+# layers and MTP layers: tiny's are unrolled
+@pytest.mark.parametrize(("name", "attentions"), [("tiny", 5), ("v3_layer", 1)])
 def test_step_compiles_for_tpu(name, attentions, topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")

@@ -2,7 +2,6 @@
 line.
 """
 
-import dataclasses
 import importlib
 import json
 import os
@@ -105,9 +104,8 @@ def test_published_671b_values():
         "yarn": (yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim),
     }
     assert ours == published
-    assert (
-        model.init_std == 0.006 and not yarn.enabled
-    )  # training values: config.json has 0.02, and YaRN for the long context
+    # training values: config.json has 0.02, and YaRN for the long context
+    assert model.init_std == 0.006 and not yarn.enabled
     assert (config.loss.sequence_balance_weight, config.loss.balance_frequency) == (1e-4, "unbiased")
     assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip_norm) == (
         0.9,
@@ -392,9 +390,7 @@ def test_resolve_chooses_attention(platform, precision, mask):
 def test_resolve_keeps_what_was_asked_for_and_changes_nothing_else():
     config = from_config_dict(changed("execution.attention", "xla"))
     resolved = resolve(config, "tpu", 8)
-    assert resolved == dataclasses.replace(
-        config, execution=dataclasses.replace(config.execution, exchange="all_to_all", experts="blocks")
-    )
+    assert resolved == config.with_(execution={"exchange": "all_to_all", "experts": "blocks"})
 
 
 def test_resolve_chooses_exchange():

@@ -1,9 +1,9 @@
 """The routed experts' FFN in FP8 (DeepSeek-V3 sections 3.3.1 to 3.3.3): six products over all rows, quantised by their
 producers.
 
-Assignments are sorted by expert, each expert's rows filled up to a multiple of 128 with zeros (`experts.plan_blocks`):
-128 rows whose weight gradients share a scale belong to one expert. Z rows in all, a static number; the last ones may
-belong to no expert.
+Assignments are sorted by expert, each expert's rows filled up to a multiple of 128 with zeros
+(`experts_blocks.plan_blocks`): 128 rows whose weight gradients share a scale belong to one expert. Z rows in all, a
+static number; the last ones may belong to no expert.
 
     forward     x        rows read by slot, quantised on the way             powers of two
                 hidden = x gate_up
@@ -21,10 +21,10 @@ What lives from forward to backward: x in E4M3, hidden in BF16.
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.experts import plan_blocks
+from deepseek_jax.model.experts_blocks import plan_blocks
 from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parallel.expert import collect
+from deepseek_jax.parallel.rows import sum_rows
 from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels import GROUP
 from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate
@@ -78,7 +78,7 @@ def _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, place
     hidden_ZH = keep(grouped_matmul(x_ZD, transposed(*gate_up), rows_E), "expert_hidden")
     weight_Z = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)
     y_ZD = grouped_matmul(swiglu_quantize(hidden_ZH, weight_Z), transposed(*down), rows_E)
-    return collect(y_ZD, source_Z, slots_TK), (gates_TK, gate_up, down, places, x_ZD, hidden_ZH, weight_Z)
+    return sum_rows(y_ZD, source_Z, slots_TK), (gates_TK, gate_up, down, places, x_ZD, hidden_ZH, weight_Z)
 
 
 def _backward(residuals, g_TD):
@@ -91,7 +91,7 @@ def _backward(residuals, g_TD):
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
         dgate_up = grouped_matmul_accumulate(requantize_transposed(x_ZD, scale=DISPATCH), dhidden_HZ, rows_E)
         dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)
-        return collect(dx_ZD, source_Z, slots_TK), dgates_TK, dgate_up, ddown, None, None, None
+        return sum_rows(dx_ZD, source_Z, slots_TK), dgates_TK, dgate_up, ddown, None, None, None
 
 
 _ffn.defvjp(_forward, _backward)

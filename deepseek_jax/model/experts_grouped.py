@@ -1,17 +1,18 @@
 """The routed experts' FFN in BF16 through grouped products: `experts_fp8` without FP8, for hardware that has the
 kernels.
 
-Rows lie in the order of `experts.plan_blocks`, each expert's filled up to a multiple of 128 with zeros, so that no tile
-of a product belongs to two experts. Six products over all rows read the weights as they are stored. The loop over
-blocks of `experts` gathers a weight per block and scatters its gradient; here neither moves.
+Rows lie in the order of `experts_blocks.plan_blocks`, each expert's filled up to a multiple of 128 with zeros, so that
+no tile of a product belongs to two experts. Six products over all rows read the weights as they are stored. The loop
+over blocks of `experts` gathers a weight per block and scatters its gradient; here neither moves.
 """
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.experts import plan_blocks
+from deepseek_jax.model.experts_blocks import plan_blocks
+from deepseek_jax.model.layers import silu_with_slope
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parallel.expert import collect
+from deepseek_jax.parallel.rows import sum_rows
 from pallas_kernels import GROUP
 from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmul_bf16
 
@@ -55,7 +56,7 @@ def _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
     weight_Z1 = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)[:, None]
     act_ZF = _act(hidden_ZH, weight_Z1)
     y_ZD = grouped_matmul_bf16(act_ZF, down_EFD, rows_E, transpose_b=True)
-    return collect(y_ZD, source_Z, slots_TK), (gates_TK, gate_up_EDH, down_EFD, places, x_ZD, hidden_ZH, weight_Z1)
+    return sum_rows(y_ZD, source_Z, slots_TK), (gates_TK, gate_up_EDH, down_EFD, places, x_ZD, hidden_ZH, weight_Z1)
 
 
 def _halves(hidden_ZH):
@@ -75,18 +76,15 @@ def _backward(residuals, g_TD):
         dact_ZF = grouped_matmul_bf16(dy_ZD, down_EFD, rows_E).astype(jnp.float32)
         ddown = grouped_matmul_accumulate_bf16(_act(hidden_ZH, weight_Z1), dy_ZD, rows_E)
         gate, up = _halves(hidden_ZH)
-        sigmoid = jax.nn.sigmoid(gate)
-        silu = gate * sigmoid
+        silu, slope = silu_with_slope(gate)
         dweight_Z = (dact_ZF * silu * up).sum(-1)
         dact_ZF = dact_ZF * weight_Z1
-        dhidden_ZH = jnp.concatenate(
-            [dact_ZF * up * (sigmoid + silu * (1.0 - sigmoid)), dact_ZF * silu], axis=1
-        ).astype(hidden_ZH.dtype)
+        dhidden_ZH = jnp.concatenate([dact_ZF * up * slope, dact_ZF * silu], axis=1).astype(hidden_ZH.dtype)
         dx_ZD = grouped_matmul_bf16(dhidden_ZH, gate_up_EDH, rows_E)
         dgate_up = grouped_matmul_accumulate_bf16(x_ZD, dhidden_ZH, rows_E)
         dgates_TK = jnp.take(dweight_Z, slots_TK, mode="fill", fill_value=0)
         return (
-            collect(dx_ZD, source_Z, slots_TK),
+            sum_rows(dx_ZD, source_Z, slots_TK),
             dgates_TK,
             dgate_up.astype(gate_up_EDH.dtype),
             ddown.astype(down_EFD.dtype),

@@ -30,6 +30,13 @@ def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * gain_D).astype(x.dtype)
 
 
+def silu_with_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return silu(x), and its derivative."""
+    sigmoid = jax.nn.sigmoid(x)
+    silu = x * sigmoid
+    return silu, sigmoid + silu * (1.0 - sigmoid)
+
+
 @jax.custom_vjp
 def swiglu(hidden: jax.Array) -> jax.Array:
     """silu(gate) * up of pre-activations [..., 2, F] (gate first), in their dtype.
@@ -41,9 +48,8 @@ def swiglu(hidden: jax.Array) -> jax.Array:
 
 def _swiglu_backward(hidden, g):
     gate, up = hidden[..., 0, :], hidden[..., 1, :]
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return (jnp.stack([g * up * (sigmoid + silu * (1.0 - sigmoid)), g * silu], axis=-2),)
+    silu, slope = silu_with_slope(gate)
+    return (jnp.stack([g * up * slope, g * silu], axis=-2),)
 
 
 swiglu.defvjp(lambda hidden: (swiglu(hidden), hidden), _swiglu_backward)

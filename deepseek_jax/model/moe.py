@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.experts import expert_ffn
+from deepseek_jax.model.experts_blocks import expert_ffn
 from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
 from deepseek_jax.model.experts_grouped import expert_ffn_grouped
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.router import route, router_scores
-from deepseek_jax.parallel.expert import exchange
+from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parameters import Fp8Weight
 
 # (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router

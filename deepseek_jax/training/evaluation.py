@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
 
 def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Put this process's rows on the mesh as its part of the global batch."""
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(ROWS, None))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(ROWS))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

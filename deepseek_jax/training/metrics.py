@@ -91,9 +91,8 @@ class MetricsLog:
         folder.mkdir(exist_ok=True)
         # Not `SummaryWriter`: its thread would lose events at a kill after `flush`, and hang the run after a full disk.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
-        beyond = Event(
-            step=step + 1, session_log=SessionLog(status=SessionLog.START)
-        )  # readers drop earlier files' events from here on
+        # readers drop earlier files' events from here on
+        beyond = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         self._events.write_event(beyond)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -21,12 +21,10 @@ import optax
 from jax import Array
 
 from deepseek_jax.config import Config, Optimizer, schedule_value
+from deepseek_jax.config_checks import LARGEST_B2
 from deepseek_jax.parameters import PARAMETERS, leaf_name
 
 MOMENT_DTYPE = jnp.bfloat16
-# Half a unit in the last place of BF16 is 0.2 to 0.4% of a value, and one step lowers the second moment by at most (1 -
-# b2) of it. At b2 = 0.999 that is 0.1%, which rounds away: a moment that has risen never falls. At 0.99 it can.
-LARGEST_B2 = 0.99
 
 
 class Rates(NamedTuple):

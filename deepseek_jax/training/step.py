@@ -123,9 +123,8 @@ def update(
     params = state["params"]
     metrics = recipe.objective.metrics(sums.terms, sums.router, norms)
     with jax.named_scope("optimizer"):
-        grad_norm = optax.tree.norm(
-            grads
-        )  # it can overflow where no element does, and clipping then leaves nothing of the gradient
+        # it can overflow where no element does, and clipping then leaves nothing of the gradient
+        grad_norm = optax.tree.norm(grads)
         nonfinite = sum(
             jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in (*jax.tree.leaves(grads), grad_norm, metrics["loss"])
         )

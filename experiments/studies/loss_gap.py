@@ -81,7 +81,7 @@ def main(_) -> None:
 
 
 def _with(config: Config, precision: str) -> Config:
-    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
+    return config.with_(execution={"precision": precision})
 
 
 def _batches(config: Config, size: int, count: int) -> list[Batch]:

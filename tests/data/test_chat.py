@@ -171,9 +171,8 @@ def test_template_of_a_folder(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "  {% if thinking %}\n  {{ eos_token }}\n  {% endif %}\n{{ tools is none }}"
     )
-    assert (
-        ChatTemplate.load(tmp_path).render(ONE, thinking=True) == "  </s>\nTrue"
-    )  # blocks leave no blanks and line breaks
+    # blocks leave no blanks and line breaks
+    assert ChatTemplate.load(tmp_path).render(ONE, thinking=True) == "  </s>\nTrue"
 
 
 def test_a_folder_without_a_template_is_refused(tmp_path):

@@ -84,10 +84,8 @@ def test_a_small_corpus_and_few_cores_start_no_process(
     ("bad", "error"),
     [
         (b"good evil", "^WordLevel error: Missing .UNK. token from the vocabulary$"),  # of the tokenizer, in a process
-        (
-            b"good \xff",
-            r"bad.txt is not UTF-8 text \(byte 5\); repair or remove it",
-        ),  # of the reader, while processes work
+        # of the reader, while processes work
+        (b"good \xff", r"bad.txt is not UTF-8 text \(byte 5\); repair or remove it"),
     ],
 )
 def test_an_error_is_raised_here_and_leaves_nothing(tmp_path, make_config, words, cores, started, bad, error):
@@ -103,15 +101,13 @@ def test_an_error_is_raised_here_and_leaves_nothing(tmp_path, make_config, words
         open_corpus(make_config(tmp_path / "corpus"), words, tmp_path / "work")
     assert 0 < len(started) <= 3
     assert not list((tmp_path / "work").iterdir())
-    assert caught.tb and all(
-        process.returncode is not None for process in started
-    )  # also while the traceback holds its frames
+    # also while the traceback holds its frames
+    assert caught.tb and all(process.returncode is not None for process in started)
 
 
 def test_order_and_bound_of_what_is_read_ahead(bpe, started):
-    batches = [
-        [f"text {i} {j}" * (1 if i % 7 else 5000) for j in range(i % 4)] for i in range(1, 41)
-    ]  # some slow, some empty
+    # some slow, some empty
+    batches = [[f"text {i} {j}" * (1 if i % 7 else 5000) for j in range(i % 4)] for i in range(1, 41)]
     batches.insert(0, ["slow " * 50_000])
     unread = iter(batches)
     with bpe.encoders(2) as encoders:
@@ -171,11 +167,8 @@ with Encoders(encoder, 2) as encoders:
 """
 
 
-KILL, INTERRUPT, EXIT = (
-    "os.kill(os.getpid(), signal.SIGKILL)",
-    "os.killpg(0, signal.SIGINT)",
-    "sys.exit(3)",
-)  # Ctrl-C goes to the whole group
+# Ctrl-C goes to the whole group
+KILL, INTERRUPT, EXIT = ("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGINT)", "sys.exit(3)")
 
 
 @pytest.mark.parametrize(("end", "status"), [(KILL, -9), (INTERRUPT, -2), (EXIT, 3)])

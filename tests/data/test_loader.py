@@ -69,9 +69,8 @@ def test_batches_and_positions_stay_what_they_were(tmp_path, make_config, small_
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_every_token_once_per_epoch(work, make_config, corpus_folder, bpe, mask):
-    config = make_config(
-        corpus_folder, mask_documents=mask
-    )  # the corpus is smaller than a window: a window is an epoch
+    # the corpus is smaller than a window: a window is an epoch
+    config = make_config(corpus_folder, mask_documents=mask)
     loader = make_train_loader(config, bpe, work)
     corpus = open_corpus(config, bpe, work)
     documents = [[bpe.bos, *corpus.train[0][i], bpe.eos] for i in range(len(corpus.train[0]))]
@@ -96,9 +95,8 @@ def test_epochs_and_seeds_differ_and_repeat(work, make_config, corpus_folder, bp
     assert len(set(first) & set(second)) < 0.5 * len(first)  # documents are cut anew; some rows lie before both cuts
     first, second = first_rows(0)
     assert first != second
-    assert len(set(first) & set(second)) > 0.5 * len(
-        first
-    )  # the same documents in another order: whole rows come again
+    # the same documents in another order: whole rows come again
+    assert len(set(first) & set(second)) > 0.5 * len(first)
     assert first_rows(0)[0] != first_rows(1)[0]
 
 

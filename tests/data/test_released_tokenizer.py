@@ -58,9 +58,8 @@ def test_special_ids():
     }
     expected |= {"<｜User｜>": 128_803, "<｜Assistant｜>": 128_804, "<|EOT|>": 128_805}
     expected |= {f"<｜tool▁{part}｜>": 128_806 + i for i, part in enumerate(TOOL_PARTS)}
-    placeholders = {
-        f"<｜place▁holder▁no▁{i}｜>": 128_000 + i for i in range(798)
-    }  # two of 800 became R1's think tokens
+    # two of 800 became R1's think tokens
+    placeholders = {f"<｜place▁holder▁no▁{i}｜>": 128_000 + i for i in range(798)}
     assert ours.special_ids == expected | placeholders
     assert (ours.bos, ours.eos, ours.fim_hole, ours.fim_begin, ours.fim_end) == (0, 1, 128_800, 128_801, 128_802)
     assert ours.vocab_size == 128_815

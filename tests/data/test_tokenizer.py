@@ -15,9 +15,8 @@ TEXTS = [
     "  leading and trailing   ",
     "π ≈ 3.14159, 東京タワー333m 👩‍🔬é\u0301\x00\x7f\ufeff",
     "a\u2028b \u00a0 c\ufffd",
-    "".join(
-        map(chr, [*range(0x800), *range(0x800, 0xD800, 0x777), *range(0xE000, 0x110000, 0x7777)])
-    ),  # nearly every byte that UTF-8 has
+    # nearly every byte that UTF-8 has
+    "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x777), *range(0xE000, 0x110000, 0x7777)])),
 ]
 
 

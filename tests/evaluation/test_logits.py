@@ -28,11 +28,10 @@ def one_device(config):
 
 def run_golden(case, precision, folder):
     """`logits` of a golden checkpoint loaded and run in `precision`, with experts and gates [layers, tokens, K]."""
-    (folder / "model.safetensors").symlink_to(
-        hf_checkpoint.FOLDER / case / "model.safetensors"
-    )  # gradients lie beside it
+    # gradients lie beside it
+    (folder / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / case / "model.safetensors")
     config, expected = hf_checkpoint.read_expected(case)
-    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, precision=precision))
+    config = config.with_(execution={"precision": precision})
     mesh, tokens_BS = one_device(config), expected["tokens_BS"]
     found = logits(config, load(Shards(folder), config, mesh, precision), tokens_BS, mesh)
     routes = {name: array.reshape(len(array), tokens_BS.size, -1) for name, array in found.items() if name in PER_LAYER}
@@ -119,9 +118,8 @@ def test_fp8_arithmetic_is_that_of_the_recipe(tmp_path):
     stored = run("fp8", "fp8", 1)
     assert stored["mtp_logits"].shape == (3, 127, fp8_config().model.vocab_size)
     others = {  # error of the logits, share of equal routes; measured 0.011, 0.992; 0.0005, 1; 0.041, 0.938
-        (0.02, 0.98): run(
-            "fp8", "fp32", 1
-        ),  # scales may differ in their last bit, and where that flips a route a token's logits change
+        # scales may differ in their last bit, and where that flips a route a token's logits change
+        (0.02, 0.98): run("fp8", "fp32", 1),
         (0.002, 0.998): run("fp8", "fp8", 4),
         (0.08, 0.9): run("bf16", "bf16", 1),
     }

@@ -131,9 +131,8 @@ def checkpoint(tmp_path_factory) -> Path:
     (folder / "generation_config.json").write_text('{"temperature": 0.6}')
     (folder / "chat_template.jinja").write_bytes("{{ bos_token }}\r\n<｜User｜>".encode())  # a line end of Windows
     hf = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(hf | {"ep_size": 1})
-    )  # a key that says nothing of the model, on one line
+    # a key that says nothing of the model, on one line
+    (folder / "config.json").write_text(json.dumps(hf | {"ep_size": 1}))
     return folder
 
 

@@ -188,8 +188,7 @@ def draw_weights(
         norm(f"{name}.hnorm", width)
         norm(f"{name}.shared_head.norm", width)
         matrix(f"{name}.eh_proj", width, 2 * width)
-        tensors[f"{name}.embed_tokens.weight"] = tensors[
-            "model.embed_tokens.weight"
-        ]  # repeated, as in the released files
+        # repeated, as in the released files
+        tensors[f"{name}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
         tensors[f"{name}.shared_head.head.weight"] = tensors["lm_head.weight"]
     return tensors

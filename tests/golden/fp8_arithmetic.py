@@ -207,9 +207,8 @@ def replace(model: nn.Module, mtp: nn.Module, stored: dict[str, torch.Tensor], a
         layer.mlp.shared_experts = feed_forward(f"{name}.mlp.shared_experts")
     for part in (model, mtp):
         for parameter in part.parameters():
-            parameter.data = parameter.data.to(
-                BF16
-            )  # what is left is stored in BF16; the selection bias is a buffer and stays FP32
+            # what is left is stored in BF16; the selection bias is a buffer and stays FP32
+            parameter.data = parameter.data.to(BF16)
     model.lm_head = Head(model.lm_head.weight)
 
 

@@ -119,9 +119,8 @@ def test_bf16_of_fp8_is_the_product_rounded_once(checkpoint, tmp_path):
 @pytest.mark.parametrize("case", hf_checkpoint.CASES)
 def test_weights_are_those_of_the_goldens(case, tmp_path):
     golden = hf_checkpoint.read(case)
-    (tmp_path / "model.safetensors").symlink_to(
-        hf_checkpoint.FOLDER / case / "model.safetensors"
-    )  # gradients lie beside it
+    # gradients lie beside it
+    (tmp_path / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / case / "model.safetensors")
     shards = Shards(tmp_path)
     check(shards, golden.config.model, fp8=False)
     found = load(shards, golden.config, mesh_of((1, 1, 1)), "fp32")

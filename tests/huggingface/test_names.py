@@ -52,9 +52,7 @@ def leaves_of(tree, path=()):
 
 
 def shapes_of_init(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
-    config = dataclasses.replace(
-        config, mesh=dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1)
-    )
+    config = config.with_(mesh={"pipe": 1, "data": 1, "node": 1, "expert": 1, "tensor": 1})
     with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
         params, bias = jax.eval_shape(
             functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))

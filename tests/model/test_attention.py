@@ -140,9 +140,8 @@ def test_no_array_of_s_times_s(chunk):
         lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(execution, *qkv, args[3], SCALE), q, k, v), *args[:3]
     )
     inputs_and_output = sum(a.size for a in args[:4]) + B * length * N * H
-    assert (
-        sum(leaf.size for leaf in jax.tree.leaves(pull)) <= inputs_and_output + B * length * N
-    )  # and one statistic per query
+    # and one statistic per query
+    assert sum(leaf.size for leaf in jax.tree.leaves(pull)) <= inputs_and_output + B * length * N
 
 
 def test_program_does_not_grow_with_the_number_of_chunks():
@@ -273,9 +272,8 @@ def test_only_differences_of_positions_matter():
     x_BSD, positions_BS = draw_stream(model)
     ones = np.ones_like(positions_BS)
     near, far = run(x_BSD, positions_BS, ones), run(x_BSD, positions_BS + 1000, ones)
-    np.testing.assert_allclose(
-        far, near, rtol=0, atol=1e-4 * np.abs(near).max()
-    )  # FP32 angles near 1000 are 6e-5 apart
+    # FP32 angles near 1000 are 6e-5 apart
+    np.testing.assert_allclose(far, near, rtol=0, atol=1e-4 * np.abs(near).max())
     reversed_BSD = run(x_BSD, positions_BS[:, ::-1], ones)
     assert np.abs(reversed_BSD - near).max() > 0.05 * np.abs(near).max()  # they do matter
 

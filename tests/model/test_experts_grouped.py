@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts import expert_ffn
+from deepseek_jax.model.experts_blocks import expert_ffn
 from deepseek_jax.model.experts_grouped import expert_ffn_grouped
 from tests.model.test_experts_fp8 import E, K, T, ids, inputs
 

@@ -2,8 +2,6 @@
 use.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax.model import rope
 
 MODEL = config_lib.from_config_dict(deepseek_v3.get_config()).model
-EXTENDED = dataclasses.replace(MODEL, yarn=dataclasses.replace(MODEL.yarn, enabled=True))
+EXTENDED = MODEL.with_(yarn={"enabled": True})
 
 
 def test_yarn_frequencies_of_the_released_model():
@@ -72,7 +70,6 @@ def test_rotation_depends_on_the_distance_only():
         table = rope.rotary_table(MODEL, first + jnp.arange(8)[None])
         return jnp.einsum("bsr,bmr->bsm", rope.rotate(q_BSR, table), rope.rotate(k_BSR, table))
 
-    np.testing.assert_allclose(
-        scores(0), scores(1000), atol=3e-4
-    )  # FP32 angles near 1000 radians are exact to 6e-5 each
+    # FP32 angles near 1000 radians are exact to 6e-5 each
+    np.testing.assert_allclose(scores(0), scores(1000), atol=3e-4)
     assert np.abs(np.diff(scores(0)[0, 0])).min() > 0.05

@@ -116,9 +116,8 @@ def test_dims_of_inputs_and_outputs_stay():
 
 def test_an_array_is_multiplied_as_it_is():
     x, w = draw(8, 6, 4, 32).reshape(6, 4, 32), draw(9, 4, 32, 16)
-    np.testing.assert_allclose(
-        linear(x, w, input_dims=2), jnp.einsum("tnh,nhd->td", x, w), rtol=0, atol=5e-5
-    )  # sums of 128 products in another order
+    # sums of 128 products in another order
+    np.testing.assert_allclose(linear(x, w, input_dims=2), jnp.einsum("tnh,nhd->td", x, w), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -178,6 +177,5 @@ def test_two_layers_with_a_swiglu_are_the_recipe():
         (dgate_up.reshape(256, 256), columns[0] @ columns[1].T),
         (ddown, columns[2] @ columns[3].T),
     ):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 3e-3 * np.linalg.norm(
-            want
-        )  # a BF16 ulp before the SwiGLU
+        # a BF16 ulp before the SwiGLU
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 3e-3 * np.linalg.norm(want)

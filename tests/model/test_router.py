@@ -161,9 +161,8 @@ def test_a_bias_step_of_a_thousandth_survives(precision):
     """0.6 + 0.001 == 0.6 in BF16: balancing would never move."""
     assert jnp.bfloat16(0.6) + jnp.bfloat16(0.001) == jnp.bfloat16(0.6)
     (layer, run), model = moe_layer(precision), TINY
-    layer.router_DE[...] = jnp.full(
-        (model.width, model.num_experts), np.log(0.6 / 0.4) / model.width
-    )  # score 0.6, for an input of ones
+    # score 0.6, for an input of ones
+    layer.router_DE[...] = jnp.full((model.width, model.num_experts), np.log(0.6 / 0.4) / model.width)
     x_BSD = jnp.ones((1, 8, model.width), DTYPES[precision])
     bias_E = jnp.zeros(model.num_experts).at[13].set(0.001)
     counts = []

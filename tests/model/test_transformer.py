@@ -108,9 +108,8 @@ def test_recomputation_and_unrolling_change_no_number(name):
     errors = relative_errors(grads, want_grads)
     assert max(errors.values()) < 5e-6, errors  # fused differently: measured 1.7e-6
     np.testing.assert_allclose(output.hidden_BSD, want.hidden_BSD, rtol=0, atol=2e-6 * np.abs(want.hidden_BSD).max())
-    np.testing.assert_array_equal(
-        output.observed.counts_E, want.observed.counts_E
-    )  # a forward pass that runs twice counts once
+    # a forward pass that runs twice counts once
+    np.testing.assert_array_equal(output.observed.counts_E, want.observed.counts_E)
     assert want.observed.counts_E.sum() == 62 * 4 * 4  # valid tokens, 4 experts each, 3 layers and MTP
 
 
@@ -163,9 +162,8 @@ def test_bf16_is_finite_and_near_fp32():
     assert np.median(error) < 0.02  # by token; measured 0.010, and up to 0.4 where experts change
     assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(grads))
     errors = relative_errors(grads, want_grads)
-    assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, (
-        errors
-    )  # measured 0.11 (a router) and 0.04
+    # measured 0.11 (a router) and 0.04
+    assert max(errors.values()) < 0.2 and np.median(list(errors.values())) < 0.06, errors
     moved = np.abs(output.observed.counts_E - want.observed.counts_E).sum() / 2
     assert moved <= 0.02 * want.observed.counts_E.sum()  # measured 6 of 992
 

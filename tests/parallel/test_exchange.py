@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import Mesh
-from deepseek_jax.model.experts import expert_ffn
-from deepseek_jax.parallel.expert import collect, exchange, spread
+from deepseek_jax.model.experts_blocks import expert_ffn
+from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parallel.mesh import make_mesh, vary
+from deepseek_jax.parallel.rows import gather_rows, sum_rows
 from deepseek_jax.parameters import EXPERTS, ROWS, P
 
 T, K, E, D = 24, 2, 16, 8  # T tokens per device
@@ -43,9 +44,8 @@ def routes(case, rng):
     """Expert ids [DEVICES * T, K]."""
     tokens = DEVICES * T
     balanced = np.stack([rng.permutation(E)[:K] for _ in range(tokens)])
-    skewed_half = np.where(
-        np.arange(tokens)[:, None] < tokens // 2, balanced, 5
-    )  # on 2x2x2 the data groups need different rounds
+    # on 2x2x2 the data groups need different rounds
+    skewed_half = np.where(np.arange(tokens)[:, None] < tokens // 2, balanced, 5)
     return {
         "balanced": balanced,
         "one expert": np.full((tokens, K), 5),
@@ -205,19 +205,19 @@ def test_combine_of_dispatch_is_the_identity(case):
     np.testing.assert_array_equal(got, np.where(experts_TK[:, :1] == E, 0, x_TD))
 
 
-def test_spread_and_collect_transpose_each_other():
-    """<spread(x), y> = <x, collect(y)>, with a row of its own for each slot, empty slots, and an assignment without a
-    slot.
+def test_gather_and_sum_of_rows_transpose_each_other():
+    """<gather_rows(x), y> = <x, sum_rows(y)>, with a row of its own for each slot, empty slots, and an assignment
+    without a slot.
     """
     rng = np.random.default_rng(0)
     slots_TK = np.array([[0, 4], [2, 6], [5, 1]], np.int32)  # 6 is no slot; slot 3 is empty
     source_W = np.array([0, 5, 2, 6, 1, 4], np.int32)
     x_TD, y_WD = rng.normal(size=(3, D)).astype(np.float32), rng.normal(size=(6, D)).astype(np.float32)
-    spread_WD, collected_TD = spread(x_TD, source_W, slots_TK), collect(y_WD, source_W, slots_TK)
-    np.testing.assert_array_equal(spread_WD[3], 0)
-    np.testing.assert_allclose(np.vdot(spread_WD, y_WD), np.vdot(x_TD, collected_TD), rtol=1e-6)
-    (dx_TD,) = jax.vjp(lambda x: spread(x, source_W, slots_TK), x_TD)[1](jnp.asarray(y_WD))
-    np.testing.assert_array_equal(dx_TD, collected_TD)
+    gathered_WD, summed_TD = gather_rows(x_TD, source_W, slots_TK), sum_rows(y_WD, source_W, slots_TK)
+    np.testing.assert_array_equal(gathered_WD[3], 0)
+    np.testing.assert_allclose(np.vdot(gathered_WD, y_WD), np.vdot(x_TD, summed_TD), rtol=1e-6)
+    (dx_TD,) = jax.vjp(lambda x: gather_rows(x, source_W, slots_TK), x_TD)[1](jnp.asarray(y_WD))
+    np.testing.assert_array_equal(dx_TD, summed_TD)
 
 
 BIG_T, BIG_K, BIG_D, BIG_F, LOCAL = 512, 8, 224, 64, 4  # V3's proportions: K = 8, D = 3.5 F

@@ -26,11 +26,15 @@ def sizes(**axes):
     return Mesh(**(dict.fromkeys(AXES, 1) | axes))
 
 
-@pytest.mark.parametrize(("axes", "shape"), [
-    ({"data": -1, "expert": 4}, (1, 2, 1, 4, 1)),
-    ({"data": 2, "node": 2, "expert": -1}, (1, 2, 2, 2, 1)),
-    ({"data": 8}, (1, 8, 1, 1, 1)),
-])  # fmt: skip
+# fmt: skip
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ({"data": -1, "expert": 4}, (1, 2, 1, 4, 1)),
+        ({"data": 2, "node": 2, "expert": -1}, (1, 2, 2, 2, 1)),
+        ({"data": 8}, (1, 8, 1, 1, 1)),
+    ],
+)
 def test_mesh_has_the_sizes_asked_for(axes, shape):
     mesh = make_mesh(sizes(**axes))
     assert mesh.axis_names == AXES
@@ -38,28 +42,36 @@ def test_mesh_has_the_sizes_asked_for(axes, shape):
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
 
 
-@pytest.mark.parametrize(("axes", "message"), [
-    ({"data": 3}, "'data': 3.*does not fit 8 devices.*multiply to 8.*mesh.data=-1.*--cpu_devices"),
-    ({"data": -1, "expert": 3}, "does not fit 8 devices"),
-    ({"data": -1, "expert": 16}, "does not fit 8 devices"),
-    ({"data": -1, "node": -1}, "at most one is -1"),
-    ({"data": 0}, "sizes are positive"),
-    ({"data": -2, "expert": -4}, "sizes are positive"),
-    ({"pipe": 2, "data": 4}, "mesh.pipe = 2: this axis is reserved.*set it to 1"),
-    ({"tensor": -1}, "mesh.tensor = -1: this axis is reserved.*set it to 1"),
-])  # fmt: skip
+# fmt: skip
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 3}, "'data': 3.*does not fit 8 devices.*multiply to 8.*mesh.data=-1.*--cpu_devices"),
+        ({"data": -1, "expert": 3}, "does not fit 8 devices"),
+        ({"data": -1, "expert": 16}, "does not fit 8 devices"),
+        ({"data": -1, "node": -1}, "at most one is -1"),
+        ({"data": 0}, "sizes are positive"),
+        ({"data": -2, "expert": -4}, "sizes are positive"),
+        ({"pipe": 2, "data": 4}, "mesh.pipe = 2: this axis is reserved.*set it to 1"),
+        ({"tensor": -1}, "mesh.tensor = -1: this axis is reserved.*set it to 1"),
+    ],
+)
 def test_mesh_that_does_not_fit_is_refused(axes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(sizes(**axes))
 
 
-@pytest.mark.parametrize(("section", "name", "value", "parts"), [
-    ("model", "width", 60, 8),
-    ("model", "query_latent", 36, 8),
-    ("model", "kv_latent", 36, 8),
-    ("model", "num_experts", 12, 8),
-    ("training", "micro_batch_size", 4, 8),
-])  # fmt: skip
+# fmt: skip
+@pytest.mark.parametrize(
+    ("section", "name", "value", "parts"),
+    [
+        ("model", "width", 60, 8),
+        ("model", "query_latent", 36, 8),
+        ("model", "kv_latent", 36, 8),
+        ("model", "num_experts", 12, 8),
+        ("training", "micro_batch_size", 4, 8),
+    ],
+)
 def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts):
     tree = small.config_dict()
     tree.mesh.update({"data": 1, "expert": 8})

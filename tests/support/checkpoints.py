@@ -16,7 +16,7 @@ from tests import small
 def config():
     """FP8's dims, MTP, and a kv_a of 136 columns: a block at the edge is partly filled."""
     config = from_config_dict(small.fp8_config_dict())
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=1))
+    return config.with_(model={"num_mtp_layers": 1})
 
 
 def mesh_of(sizes):

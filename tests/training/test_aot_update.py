@@ -65,9 +65,8 @@ def arguments(config, mesh):
 def test_update_passes_over_the_parameters_once_and_in_place():
     """The direction is no array. 1%: partial sums, and what is no parameter."""
     config = from_config_dict(v3_5b.get_config())
-    target = H100.replace(
-        "device_memory_size: 84978434048", "device_memory_size: 150754820096"
-    )  # an H200's, for all of it to fit
+    # an H200's, for all of it to fit
+    target = H100.replace("device_memory_size: 84978434048", "device_memory_size: 150754820096")
     mesh = make_mesh(
         config.mesh, topologies.get_topology_desc("h200", "cuda", target_config=target, topology="1x1x1").devices
     )

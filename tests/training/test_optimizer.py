@@ -118,9 +118,8 @@ def test_decay_alone_moves_matrices_only():
     ],
 )
 def test_published_learning_rate(tokens_seen, learning_rate):
-    assert rates(V3, LATE, tokens_seen).learning_rate == pytest.approx(
-        learning_rate, rel=1e-7
-    )  # FP32's own rounding is 6e-8
+    # FP32's own rounding is 6e-8
+    assert rates(V3, LATE, tokens_seen).learning_rate == pytest.approx(learning_rate, rel=1e-7)
 
 
 def test_cosine_is_the_printed_formula():

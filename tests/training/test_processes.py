@@ -47,9 +47,8 @@ def test_two_processes_equal_one(tmp_path):
     for key, count in (("train/loss", STEPS), ("optimizer/grad_norm", STEPS), ("eval/bits_per_byte", 2)):
         of_one, of_two = ([row[key] for row in read_rows(workdir) if key in row] for workdir in (one, two))
         assert len(of_one) == count
-        np.testing.assert_allclose(
-            of_two, of_one, rtol=5e-6, err_msg=key
-        )  # sums over processes add in another order: 4e-7 was seen
+        # sums over processes add in another order: 4e-7 was seen
+        np.testing.assert_allclose(of_two, of_one, rtol=5e-6, err_msg=key)
     assert (two / "checkpoints" / str(STEPS)).is_dir()
     assert "held-out bits per byte, after" in logs[1].read_text()
     assert "held-out bits per byte" not in logs[2].read_text()

@@ -142,7 +142,7 @@ def test_bf16_is_near_fp32_and_keeps_its_dtypes():
 
 
 def test_plan_of_the_worked_example():
-    """The example of `model/experts.py`."""
+    """The example of `model/experts_blocks.py`."""
     plan = experts.plan_blocks(jnp.asarray([[1], [0], [1], [1], [2], [1]], jnp.int32), num_experts=3, block=2, wave=1)
     np.testing.assert_array_equal(plan.source_Z[:8], [1, 6, 0, 2, 3, 5, 4, 6])
     np.testing.assert_array_equal(plan.slots_TK.ravel(), [2, 0, 3, 4, 6, 5])
@@ -212,7 +212,6 @@ def test_no_token_is_dropped_when_all_want_the_same_experts():
         gate_T = model.routed_scale * scores_TE[:, expert] / scores_TE[:, 4:8].sum(-1)
         routed_TD += gate_T[:, None] * ((jax.nn.silu(hidden[:, 0]) * hidden[:, 1]) @ layer.down_EFD[expert])
     shared_BSD = layer.shared(h_TD.reshape(x_BSD.shape))
-    want_BSD = shared_BSD + jnp.where(
-        valid_BS[..., None], routed_TD.reshape(x_BSD.shape), 0.0
-    )  # padding has no routed expert
+    # padding has no routed expert
+    want_BSD = shared_BSD + jnp.where(valid_BS[..., None], routed_TD.reshape(x_BSD.shape), 0.0)
     np.testing.assert_allclose(y_BSD, want_BSD, rtol=0, atol=1e-6 * np.abs(want_BSD).max())

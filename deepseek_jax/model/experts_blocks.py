@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.model.layers import silu_with_slope
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parallel.expert import collect
 from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parallel.rows import sum_rows
 
 
 class Blocks(NamedTuple):
@@ -133,7 +134,7 @@ def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
         ]
         y_ZD, gate_ZF, up_ZF = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, tuple(zeros))
         hidden = keep((gate_ZF, up_ZF), "expert_hidden")
-        y_TD = collect(y_ZD, blocks.source_Z, blocks.slots_TK)
+        y_TD = sum_rows(y_ZD, blocks.source_Z, blocks.slots_TK)
     return y_TD, (x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden)
 
 
@@ -166,7 +167,7 @@ def _backward(sizes, residuals, g_TD):
             lambda a: vary(a, x_TD), (*buffers, jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape))
         )
         dx_ZD, dweight_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, carry)
-        dx_TD = collect(dx_ZD, blocks.source_Z, blocks.slots_TK)
+        dx_TD = sum_rows(dx_ZD, blocks.source_Z, blocks.slots_TK)
         dgates_TK = jnp.take(dweight_Z, blocks.slots_TK, mode="fill", fill_value=0)
     return dx_TD, dgates_TK, dgate_up.astype(gate_up_ED2F.dtype), ddown.astype(down_EFD.dtype), None
 
@@ -174,9 +175,8 @@ def _backward(sizes, residuals, g_TD):
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """silu(gate) * up in FP32, and its derivatives by gate and by up."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, up * (sigmoid + silu * (1.0 - sigmoid)), silu
+    silu, slope = silu_with_slope(gate)
+    return silu * up, up * slope, silu
 
 
 _blocked_ffn.defvjp(_forward, _backward)

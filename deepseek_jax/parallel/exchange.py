@@ -20,8 +20,7 @@ Worked example, one sender, parts = 2, capacity = 2, five assignments (T = 5, K 
 
     round 0 sends rows    [token 0, token 1 | token 2, token 4]      round 1 sends    [token 3, empty | empty, empty]
 
-Rows move by gathers only, both ways: `source` says which assignment fills a slot, `slots` where an assignment went, and
-the derivative of reading by one is reading by the other. The gate weight travels with its row and is applied before the
+Rows move by gathers only, both ways (`parallel.rows`). The gate weight travels with its row and is applied before the
 down projection (as in DeepSeek's own trace), so combining is a plain sum and the gate's gradient comes out of the
 expert's backward pass.
 
@@ -39,6 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parallel.rows import gather_rows, sum_rows
 from deepseek_jax.parameters import EXPERTS
 
 # (weights, x_TD, gates_TK, experts_TK) -> y_TD: the gated sum of each row's experts. An id outside the weights' experts
@@ -76,35 +76,6 @@ def exchange(
     capacity = math.ceil(slack * experts_TK.size / parts)
     route = _Route(parts, num_experts // parts, min(capacity, experts_TK.size))
     return _all_to_all(route, expert_fn, x_TD, experts_TK, gates_TK, weights)
-
-
-@functools.partial(jax.custom_vjp)
-def spread(x_TD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Rows of `x_TD` in slot order: slot w holds token `source_W[w] // K`, or zeros where `source_W[w]` = T * K."""
-    return _rows(x_TD, source_W // slots_TK.shape[1])
-
-
-@functools.partial(jax.custom_vjp)
-def collect(y_WD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Sum the rows of each token's assignments, in FP32: the transpose of `spread`. A slot of W contributes nothing."""
-    parts = (
-        _rows(y_WD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1])
-    )  # K gathers fuse with their sum
-    return sum(parts).astype(y_WD.dtype)
-
-
-def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
-
-
-spread.defvjp(
-    lambda x, source, slots: (spread(x, source, slots), (source, slots)),
-    lambda index, g: (collect(g, *index), None, None),
-)
-collect.defvjp(
-    lambda y, source, slots: (collect(y, source, slots), (source, slots)),
-    lambda index, g: (spread(g, *index), None, None),
-)
 
 
 class _Route(NamedTuple):
@@ -155,12 +126,12 @@ def _one_round(route, expert_fn, r, plan, experts_TK, x_TD, gates_TK, weights):
 
     with jax.named_scope("dispatch"):
         local = jnp.take(experts_TK.reshape(-1) % route.num_local, source_W, mode="fill", fill_value=route.num_local)
-        rows_WD = travel(spread(x_TD, source_W, slots_TK))
-        gates_W1 = travel(spread(gates_TK.reshape(-1, 1), source_W, slots_TK.reshape(-1, 1)))
+        rows_WD = travel(gather_rows(x_TD, source_W, slots_TK))
+        gates_W1 = travel(gather_rows(gates_TK.reshape(-1, 1), source_W, slots_TK.reshape(-1, 1)))
         local_W1 = travel(local)[:, None]
     y_WD = expert_fn(weights, rows_WD, gates_W1, local_W1)
     with jax.named_scope("combine"):
-        return collect(travel(y_WD), source_W, slots_TK)
+        return sum_rows(travel(y_WD), source_W, slots_TK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
