@@ -257,7 +257,7 @@ def test_weights_come_from_any_mesh():
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 4), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_prompts", [1, 3])
+@pytest.mark.parametrize("num_prompts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_mesh_decodes_the_same_text(sizes, num_prompts):
     """Sequences over all devices, some of which have none, experts over `node` and `expert`."""
     prompts = np.random.default_rng(4).integers(0, 300, (num_prompts, 9))
@@ -307,7 +307,7 @@ def stored_in_fp8(config):
     return Weights(jax.tree.map_with_path(quantize, weights.params), weights.router_bias)
 
 
-@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("experts", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_in_fp8_are_decoded_as_stored(experts):
     """They stay FP8, but for the one that absorbed attention takes apart."""
     config = make_config("fp8", **FP8_MODEL)
@@ -320,7 +320,7 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
     assert ids(prompts=tokens_BS[:, :9], num_tokens=5, weights=weights, mesh=mesh, config=config).shape == (1, 5)
 
 
-@pytest.mark.parametrize(("num_layers", "tolerance"), [(1, 0.08), (2, 0.2)])
+@pytest.mark.parametrize(("num_layers", "tolerance"), [(1, 0.08), pytest.param(2, 0.2, marks=pytest.mark.slow)])
 def test_fp8_over_a_cache_is_near_the_expanded_form(num_layers, tolerance):
     """The same bytes in both. Where BF16 rounds differs, and E4M3 makes more of it in weights of this size: by token,
     in the median, 0.05 after a dense layer and 0.14 after one with experts; in BF16 0.01 and 0.02.
