@@ -8,7 +8,7 @@ they are local sizes.
     M memory (key positions)  C key-value latent                G expert groups
     T tokens = B * S          P content head dim                F hidden width of an FFN
     L layers                  R rotary head dim                 W rows after dispatch
-    V vocabulary              Q query and key head dim = P + R
+    V vocabulary              Q query and key head dim = P + R  Z slots of rows sorted by expert
     D model width             H value head dim
                               X key-content and value dims = P + H
 

@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses, and the one strict way from a `ConfigDict` into them.
 
-The files in `configs/` are complete, so the dataclasses have no defaults: what a run does is what its file says.
+The dataclasses have no defaults: each file in `configs/` is complete, so it says everything that its run does.
 `from_config_dict` refuses unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with
 the value and the remedy, before any array exists.
 """
@@ -32,7 +32,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Shape and mathematics of the network. Comments on the values: `configs/deepseek_v3.py`."""
+    """Shape and mathematics of the network; `configs/deepseek_v3.py` comments on the values."""
 
     vocab_size: int
     width: int
@@ -131,7 +131,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """Length of the run, batch sizes, and how often the loop looks up."""
+    """Length of the run, batch sizes, and how often the loop logs, evaluates and saves."""
 
     num_tokens: float
     batch_size: Schedule
@@ -147,7 +147,10 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Sizes of the mesh axes; one of them may be -1, what the others leave."""
+    """Sizes of the mesh axes; one may be -1 and takes the devices that the others leave.
+
+    `pipe` and `tensor` are reserved: they must be 1 until they are built.
+    """
 
     pipe: int
     data: int
@@ -191,8 +194,8 @@ class Config:
     def with_(self, **changes: Any) -> "Config":
         """Return a copy with other values: `config.with_(name="b", execution={"precision": "fp8"})`.
 
-        A section takes a dict of its changed values or a whole new section. Nothing is checked: what a user says comes
-        through `from_config_dict`.
+        A section takes a dict of its changed values, or a whole new section. Nothing is checked here: the values of a
+        user come through `from_config_dict`.
         """
         changed = {
             key: dataclasses.replace(getattr(self, key), **value) if isinstance(value, dict) else value
@@ -220,10 +223,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def schedule_value(pieces: Schedule, fraction: float) -> float:
-    """Evaluate a schedule at `fraction` of the run's tokens. Host-side and in double precision.
+    """Evaluate a schedule at `fraction` of the run's tokens, on the host and in double precision.
 
-    A piece reaches from the previous piece's end to its own. "constant" holds its value over it; "linear" and "cosine"
-    lead from the previous piece's value. A piece contains its start and not its end; past the last end its value holds.
+    A piece reaches from the previous piece's end to its own. "constant" holds its value throughout; "linear" and
+    "cosine" lead to it from the previous piece's value. A piece contains its start but not its end; after the last end
+    the last value holds.
     """
     start, before = 0.0, pieces[0][2]
     for shape, until, value in pieces:

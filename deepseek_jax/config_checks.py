@@ -1,4 +1,4 @@
-"""What a configuration may not be. Every refusal is a ValueError that names the value and the remedy."""
+"""The checks of a configuration. Every refusal is a ValueError that names the value and the remedy."""
 
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -8,8 +8,8 @@ from pallas_kernels import GROUP
 if TYPE_CHECKING:
     from deepseek_jax.config import Config, Model, Schedule
 
-# Half a unit in the last place of BF16 is 0.2 to 0.4% of a value, and one step lowers the second moment by at most (1 -
-# b2) of it. At b2 = 0.999 that is 0.1%, which rounds away: a moment that has risen never falls. At 0.99 it can.
+# Half a unit in the last place of BF16 is 0.2 to 0.4% of a value. One step lowers the second moment by at most 1 - b2
+# of its value: at b2 = 0.999 by 0.1%, which rounds away, so a moment that has risen never falls. At 0.99 it can fall.
 LARGEST_B2 = 0.99
 CHOICES = {
     "model.gate": ("sigmoid", "softmax"),
@@ -48,14 +48,14 @@ MAY_BE_ZERO = {  # every other number is positive
 
 
 def check(config: "Config", leaves: dict[str, Any]) -> None:
-    """Refuse values out of range, shapes that cannot be, and trainings that would not do what they say.
+    """Refuse values out of range, impossible shapes, and settings that would not do what they say.
 
     Args:
-        config: converted, so of the right types.
+        config: converted, so its types are right.
         leaves: its values by dotted key (`config.flatten`).
 
     Raises:
-        ValueError: the first of these that was found.
+        ValueError: for the first fault that is found.
     """
     _check_ranges(config, leaves)
     _check_model(config.model)
@@ -70,7 +70,7 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
 
 
 def check_schedule(path: str, pieces: "Schedule") -> None:
-    """Refuse a schedule whose ends do not rise to 1, or with an unknown shape or an impossible value."""
+    """Refuse a schedule whose ends do not rise to 1, an unknown shape, and an impossible value."""
     ends = [until for _, until, _ in pieces]
     if not all(a < b for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1:] != [1.0]:
         raise ValueError(
@@ -120,8 +120,7 @@ def _check_model(model: "Model") -> None:
     if model.experts_per_token > kept:
         refuse(
             f"experts_per_token = {model.experts_per_token} exceeds the {kept} experts of {model.num_kept_groups} kept"
-            " groups of"
-            f" {group_size}; lower it or keep more groups"
+            f" groups of {group_size}; lower it or keep more groups"
         )
     if model.group_score == "top2" and group_size < 2:
         refuse(f"group_score 'top2' needs groups of 2 experts or more, got {group_size}; use 'max' or fewer groups")
@@ -132,7 +131,7 @@ def _check_model(model: "Model") -> None:
 
 
 def _check_fp8(config: "Config") -> None:
-    """Every product in FP8 sums over groups of 128."""
+    """Refuse dims that are not multiples of 128: every product in FP8 sums over groups of 128."""
     model = config.model
     sums = {
         "width": model.width,
@@ -155,15 +154,13 @@ def _check_training(config: "Config") -> None:
     if config.data.sequence_length < shortest:
         raise ValueError(
             f"config.data.sequence_length = {config.data.sequence_length} is too short: {config.model.num_mtp_layers}"
-            " MTP layers"
-            f" need at least {shortest}"
+            f" MTP layers need at least {shortest}"
         )
     for shape, _, value in config.training.batch_size:
         if shape != "constant" or not value or value % config.training.micro_batch_size:
             raise ValueError(
                 f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of"
-                " micro_batch_size ="
-                f" {config.training.micro_batch_size}: every size is compiled once"
+                f" micro_batch_size = {config.training.micro_batch_size}: every size is compiled once"
             )
     if config.optimizer.b2 > LARGEST_B2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and work on a pool of threads whose results come in order."""
+"""Atomic writes of files, and work on a pool of threads whose results come in order."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ _numbers = itertools.count()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`, text as UTF-8. A reader, a kill or a power cut sees the old content or the new."""
+    """Replace `path` by `content`, text as UTF-8. After a kill or a power cut `path` has the old content or the new."""
     with replacing(path) as descriptor:
         write_all(descriptor, memoryview(content.encode() if isinstance(content, str) else content))
         os.fsync(descriptor)
@@ -23,10 +23,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[int]:
-    """Open a new file beside `path`, which takes its place at the end, or is removed after an exception.
+    """Open a new file that replaces `path` at the end of the context; an exception removes it.
 
-    Yields the file's descriptor. The caller calls `os.fsync` on it after the last byte, so that the caller can say what
-    a full disk means. The file is called `<name>.partial-<host>-<process>-<number>`, so no two writers share one.
+    Yields the file's descriptor. The caller calls `os.fsync` on it after the last byte, and so can say in its own error
+    what a full disk means. The file lies beside `path` and is called `<name>.partial-<host>-<process>-<number>`, so no
+    two writers share one.
     """
     partial = path.with_name(f"{path.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}-{next(_numbers)}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -43,7 +44,7 @@ def replacing(path: Path) -> Iterator[int]:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write every byte; one system call may write fewer."""
+    """Write every byte of `data`; one system call may write only some of them."""
     while data:
         data = data[os.write(descriptor, data) :]
 
@@ -53,8 +54,9 @@ def in_order[Item, Result](
 ) -> Iterator[Result]:
     """Yield `function(item)` of each item, in the order of `items`, computed by `pool`.
 
-    Results are yielded as soon as they can be. No more than `ahead` of them are pending or wait for an earlier one.
-    `items` is read in the caller's thread. What `function` raises is raised where its result would have been yielded.
+    A result is yielded as soon as it and all earlier ones are done. At most `ahead` items are in work or wait for an
+    earlier one. `items` is read in the caller's thread. An exception of `function` is raised where its result would
+    have been yielded.
     """
     pending: deque[Future[Result]] = deque()
     for item in items:

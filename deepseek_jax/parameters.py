@@ -1,12 +1,12 @@
-"""Every parameter in one row: where it lies, what a product sums over, in which precision it is multiplied.
+"""One row per parameter: where it lies, which dims a product sums over, and in which precision it is multiplied.
 
-A parameter's name says its dims, and its name is the key of its row. Everything else derives from the row: the layout
+A parameter's name says its dims and is the key of its row. Everything else derives from the row: the layout
 of the parameter, its gradient, its moments and its average (`partition_specs`); which weights are quantised, and as
 which matrix (`parallel.weights`); which dims a mesh must divide (`parallel.mesh.check_fit`); weight decay
-(`training.optimizer`); what decoding casts (`inference.decode`); how a checkpoint's tensors lie in our arrays
-(`huggingface`). To add a parameter: a row here, and the module that multiplies with it.
+(`training.optimizer`); what decoding casts (`inference.weights`); how a checkpoint's tensors lie in our arrays
+(`huggingface`). To add a parameter, add a row here and the module that multiplies with it.
 
-A stack of layers has a leading dim that no row knows: it is never split.
+A stack of layers has a leading dim that is in no row, because it is never split.
 
     stored    q_b_ANQ     [L, A, N, Q]       P(None, ROWS, None, None)     L matrices [A, (N Q)]
               down_EFD    [L, E, F, D]       P(None, EXPERTS, None, "data")  L x E matrices [F, D]
@@ -26,15 +26,16 @@ EXPERTS = ("node", "expert")  # mesh axes that hold the routed experts
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What is known of a parameter from its name alone.
+    """What the name of a parameter alone tells.
 
     Attributes:
         layout: mesh axes of each dim of the name. A weight is whole while it is multiplied, so all axes but `EXPERTS`
-            are for storage.
+            split it for storage only.
         input_dims: how many dims of one matrix a product sums over: its rows. 0: no product (a lookup, a gain, a bias).
+        precision: of its products: "fp8" (in an FP8 run, else as "compute"), "compute" (BF16, or FP32 in an FP32 run)
+            or "fp32".
         per_expert: the first dim is experts; each has a matrix of its own.
-        precision: of its products: "fp8" where the config says so, "compute" (BF16, or FP32 in an FP32 run) or "fp32".
-        keeps_fp32: stays FP32 even where a checkpoint is read to be used and not trained.
+        keeps_fp32: stays FP32 even when a checkpoint is loaded for use without training.
     """
 
     layout: P
@@ -50,17 +51,17 @@ class Parameter:
 
     @property
     def matrix_dims(self) -> int:
-        """How many of its last dims are one matrix."""
+        """How many of the last dims are one matrix."""
         return len(self.layout) - self.per_expert
 
     @property
     def row_dims(self) -> int:
-        """How many dims are the rows of its matrix; a vector is one column, an embedding has a row per token."""
+        """How many dims are the rows of the matrix; a vector is one column, an embedding has a row per token."""
         return max(self.input_dims, 1)
 
 
 PARAMETERS = {
-    # A token's embedding is looked up, its gradient a scatter-add in FP32.
+    # A token's embedding is looked up; its gradient is a scatter-add in FP32.
     "embed_VD": Parameter(P(None, ROWS), 0, "fp32"),
     "head_DV": Parameter(P(ROWS, None), 1, "compute"),
     "q_DNQ": Parameter(P(ROWS, None, None), 1, "fp8"),
@@ -76,7 +77,7 @@ PARAMETERS = {
     "gate_up_ED2F": Parameter(P(EXPERTS, "data", None, None), 1, "fp8", per_expert=True),
     "down_EFD": Parameter(P(EXPERTS, None, "data"), 1, "fp8", per_expert=True),
     "merge_2DD": Parameter(P(None, None, ROWS), 2, "compute"),
-    # Small enough to be everywhere.
+    # Small enough to lie on every device.
     "norm_D": Parameter(P(None), 0, "fp32"),
     "q_norm_A": Parameter(P(None), 0, "fp32"),
     "kv_norm_C": Parameter(P(None), 0, "fp32"),
@@ -88,11 +89,11 @@ PARAMETERS = {
 
 
 class Weights(NamedTuple):
-    """What a model is used with.
+    """Everything that a model computes with.
 
     Attributes:
         params: nested dicts of arrays, or of `Fp8Weight`s where weights are used as a checkpoint stores them.
-        router_bias: the selection biases, which no optimizer sees.
+        router_bias: the selection biases, which the optimizer does not see.
     """
 
     params: Any
@@ -102,11 +103,11 @@ class Weights(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp8Weight:
-    """A weight in FP8, and the way its gradient takes: what a layer finds in place of an array.
+    """A weight in FP8 with a path for its gradient; a layer finds it in place of an array.
 
     Attributes:
-        carrier: FP32, of the weight's shape. Products return the weight's gradient as its cotangent; its numbers are
-            never read. None where nothing is differentiated.
+        carrier: FP32, of the weight's shape. Products return the weight's gradient as the carrier's cotangent and
+            never read its numbers. None where nothing is differentiated.
         values: E4M3, of the weight's shape.
         scales: FP32 [..., ceil(in / 128), ceil(out / 128)] of the blocks of the matrix [in, out].
     """
@@ -116,7 +117,7 @@ class Fp8Weight:
     scales: jax.Array
 
     def as_matrix(self, input_dims: int = 1, stacked: int = 0) -> "Fp8Weight":
-        """Return the weight as a matrix [in, out], behind `stacked` dims that stay."""
+        """Return the weight as a matrix [in, out]; the `stacked` dims before it stay."""
         shape = matrix_shape(self.values.shape, stacked, input_dims)
         carrier = None if self.carrier is None else self.carrier.reshape(shape)
         return Fp8Weight(carrier, self.values.reshape(shape), self.scales)

@@ -1,1 +1,1 @@
-"""How good a model is, from its workdir or its checkpoint: held-out text, yardsticks, logits for comparisons."""
+"""How good a model is, from its workdir or checkpoint: held-out text, yardsticks, logits to compare."""

@@ -1,4 +1,4 @@
-"""Logits, routes and gates of a checkpoint for given tokens: what one compares with another implementation."""
+"""Logits, routes and gates of a checkpoint for given tokens, to compare with another implementation."""
 
 import functools
 from typing import Any
@@ -26,11 +26,11 @@ def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sh
     """Run the model over whole rows, one document each.
 
     Args:
-        config: `execution.precision` is that of the arithmetic. In FP8, FP32 weights are quantised and FP8 weights
-            taken as they are.
-        weights: of `load.load` on `mesh`.
-        tokens_BS: int32; all rows are run at once, split over the devices.
-        mesh: of the weights.
+        config: `execution.precision` is that of the arithmetic. For "fp8", FP32 weights are quantised, and FP8 weights
+            are used as they are.
+        weights: as `huggingface.load.load` returns them on `mesh`.
+        tokens_BS: int32; all rows run at once, split over the devices.
+        mesh: the mesh of the weights.
 
     Returns:
         `logits` [B, S, V] FP32; `experts` [moe layers, B, S, K] int32, the largest gate first, with their gates
@@ -98,7 +98,7 @@ def _is_fp8(leaf: Any) -> bool:
 
 
 def _whole_rows(tokens_BS: jax.Array) -> Inputs:
-    """Rows that are one document each, without padding."""
+    """Return rows that are one document each, without padding."""
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
     # The token after the last one is unknown; no logits are made from it.
     next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
@@ -106,7 +106,7 @@ def _whole_rows(tokens_BS: jax.Array) -> Inputs:
 
 
 def _chosen(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> tuple[Any, ...]:
-    """Experts and gates, the largest gate first: selection is in the order of the biased scores."""
+    """Return experts and gates, the largest gate first; the router selects in the order of the biased scores."""
     gates_BSK = weigh(model, scores_BSE, experts_BSK)
     order = jnp.argsort(-gates_BSK, axis=-1, stable=True)
     return jnp.take_along_axis(experts_BSK, order, axis=-1), jnp.take_along_axis(gates_BSK, order, axis=-1)

@@ -21,9 +21,9 @@ def evaluate_workdir(
     """Evaluate a checkpoint on the held-out split; return the result and where the run stood.
 
     Args:
-        config: of the run, with the mesh and the number of batches to use.
-        workdir: of the run.
-        step: of the checkpoint; the newest intact one if None.
+        config: the run's config, with the mesh and the number of batches to use.
+        workdir: the run's folder.
+        step: step of the checkpoint, as `restore_weights` takes it; the newest intact one if None.
         mesh: to evaluate on; by default that of `config`.
 
     Raises:

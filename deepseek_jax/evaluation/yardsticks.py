@@ -2,8 +2,8 @@
 
 They answer "compared with what?" without another model:
 
-    bigram       knows the previous token and has seen exactly the tokens the run has seen
-    gzip pieces  knows what the model knows at best: nothing beyond the context, which is shorter than gzip's window
+    bigram       knows the previous token, and has seen exactly the tokens that the run has seen
+    gzip pieces  knows at most what the model knows: nothing beyond the context, which is shorter than gzip's window
     gzip, xz     know each whole document
 
 The bigram is interpolated by Witten and Bell's rule (1991), which has no free parameter: a context that was followed by
@@ -12,10 +12,10 @@ V ids are equally likely:
 
     p(b | a) = (n(a, b) + T(a) p(b)) / (n(a) + T(a))          p(b) = (n(b) + T / V) / (n + T)
 
-Its counts are in no checkpoint. The data stream is a function of the configuration, so the tokens that a run has seen
-are counted by reading the stream again from its start: exact whatever interruptions there were, no byte of state, and
-possible later, from the workdir alone. The loader is many times as fast as a step, so this costs a few percent of the
-run. Beyond `MOST_COUNTED_TOKENS` it is left out, and says so, because the table of pairs outgrows the host.
+Its counts are in no checkpoint. The data stream is a function of the configuration, so the stream is read again from
+its start to count the tokens that a run has seen. That is exact whatever interruptions there were, needs no state, and
+is possible later from the workdir alone. The loader is many times as fast as a step, so this costs a few percent of the
+run. Beyond `MOST_COUNTED_TOKENS` the bigram is left out with a warning, because the table of pairs outgrows the host.
 """
 
 import functools
@@ -35,7 +35,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.training.metrics import MetricsLog, read_rows
 
 MOST_COUNTED_TOKENS = 2 * 10**9
-ROWS_AT_ONCE = 1024  # of the stream, while counting
+ROWS_AT_ONCE = 1024  # rows of the stream per read, while counting
 
 
 class Bigram(NamedTuple):
@@ -49,9 +49,7 @@ class Bigram(NamedTuple):
 def add_yardsticks(
     config: Config, workdir: Path, tokenizer: Tokenizer, step: int, tokens_seen: int
 ) -> dict[str, float | None]:
-    """Return the yardsticks of a run after `step`, computing them and writing them to its metrics if they are not there
-    yet.
-    """
+    """Return the yardsticks of a run after `step`; measure and write them if its metrics lack them."""
     for row in read_rows(workdir):
         if row["step"] == step and "yardstick/bigram_bits_per_byte" in row:
             return row
@@ -65,8 +63,9 @@ def add_yardsticks(
 def measure_yardsticks(
     config: Config, workdir: Path, tokenizer: Tokenizer, tokens_seen: int
 ) -> dict[str, float | None]:
-    """Return bits per byte of every yardstick on the held-out text, under their keys in the metrics; None for a bigram
-    not counted.
+    """Return bits per byte of every yardstick on the held-out text, by their keys in the metrics.
+
+    The bigram is None if there are too many tokens to count.
     """
     held_out = open_held_out(config, tokenizer, workdir)  # every process measures all of it
     bigram_bits = None
@@ -91,7 +90,7 @@ def measure_yardsticks(
 
 
 def bits_per_byte(compress, texts: Iterable[bytes]) -> float:
-    """Compress each text alone and return the bits of all results over the bytes of all texts."""
+    """Compress each text alone; return the bits of all results over the bytes of all texts."""
     sizes = np.array([(len(compress(text)), len(text)) for text in texts if text], np.int64).sum(axis=0)
     return float(8.0 * sizes[0] / sizes[1])
 
@@ -116,7 +115,7 @@ def count_bigrams(loader: Loader, num_rows: int, vocab_size: int) -> Bigram:
 
 
 def bigram_nats(bigram: Bigram, held_out: Iterable[dict[str, np.ndarray]]) -> float:
-    """Return the cross entropy of the interpolated bigram over all targets with weight, summed, in nats."""
+    """Return the cross entropy of the interpolated bigram, summed over all targets with weight, in nats."""
     size, keys = bigram.vocab_size, bigram.keys
     first, second = np.divmod(keys, size)
     n_a = np.bincount(first, bigram.counts, minlength=size)  # occurrences of a context

@@ -1,9 +1,9 @@
-"""The latent cache: per token and layer the C normalised latent and R rotated key channels, and nothing else.
+"""The latent cache: per token and layer C channels of the normalised latent and R of the rotated key, no more.
 
 The two parts are separate arrays because absorbed attention reads the latent twice, as key and as value, and the rotary
-part once (`model.attention`). A slot that a sequence has not written is never read, so slots need no clearing. At the
-671B shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would take 4,997,120
-(DeepSeek-V3 section 2.1.1).
+part once (`model.attention`). A slot that a sequence has not written gets no attention, so slots need no clearing; they
+only have to be finite. At the 671B shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads
+would take 4,997,120 (DeepSeek-V3 section 2.1.1).
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from deepseek_jax.parameters import ROWS, P
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ContiguousCache:
-    """One layer's entries, M slots for every sequence one after the other; stacked over layers, [L, B, M, ...]."""
+    """The entries of one layer: M contiguous slots for every sequence. Stacked over layers, [L, B, M, ...]."""
 
     latent_BMC: jax.Array
     rotary_BMR: jax.Array
 
     def write(self, entry: Entry, positions_BS: jax.Array) -> "ContiguousCache":
-        """Put the entry of each new token into the slot of its position."""
+        """Return the cache with the entry of each new token in the slot of its position."""
         rows = jnp.arange(positions_BS.shape[0])[:, None]
         return ContiguousCache(
             self.latent_BMC.at[rows, positions_BS].set(entry.latent_BSC.astype(self.latent_BMC.dtype)),
@@ -43,7 +43,7 @@ class Cache(NamedTuple):
     """The cache of B sequences.
 
     Attributes:
-        layers: a stack of caches for each stack of layers, "dense_layers" and "moe_layers".
+        layers: one stack of caches per stack of layers, "dense_layers" and "moe_layers".
         length_B: tokens that each sequence has written, int32.
     """
 
@@ -53,6 +53,7 @@ class Cache(NamedTuple):
 
 def make_cache(model: Model, execution: Execution, batch_size: int, num_slots: int) -> Cache:
     """Return an empty cache of M = `num_slots` positions for `batch_size` sequences, in the dtype of the activations.
+
     Sequences are split over the devices of the mesh that is set.
     """
     explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit

@@ -1,22 +1,22 @@
 """The programs of decoding: prefill of prompts, and bursts of tokens, over the latent cache.
 
-A position's cache entry is written when its token goes through the model, and logits come out for the next. With prompt
-t0 t1 t2:
+A token that goes through the model writes the cache entry of its position, and logits come out for the next. With
+prompt t0 t1 t2:
 
     prefill   t0 t1 t2       slots 0 1 2 filled, length 3, logits for position 3 -> t3
     step      t3             slot 3 filled, length 4, logits -> t4
     ...                      until EOS or the last token asked for, which is never run through the model
 
-Prefill works on chunks of a fixed number of tokens, so that its scores [B, N, chunk, M] stay small and prompts of many
-lengths share a program. The last chunk is filled up with token 0. Those slots lie at or beyond the length: a later
-token overwrites its slot before anything reads it.
+Prefill works on chunks of a fixed number of tokens, so its scores [B, N, chunk, M] stay small and prompts of many
+lengths share a program. Token 0 fills up the last chunk. Its slots lie at or beyond the length: a later token
+overwrites its slot before anything attends to it.
 
 Decoding runs on the axes of the training mesh: sequences are split over `ROWS`, routed experts over `EXPERTS`, and all
 other weights are whole on every device. A row of the batch without a sequence has length 0; it reaches no expert and
 counts as ended.
 
-Steps run on the device in bursts of a few tokens, a `lax.while_loop` each, between which the host looks. The noise of a
-draw depends on the seed, the row and the position alone, not on where a burst ends.
+Steps run on the device in bursts of a few tokens, each a `lax.while_loop`; between bursts the host reads the tokens.
+The noise of a draw depends only on the seed, the row and the position, not on where a burst ends.
 """
 
 from typing import NamedTuple
@@ -37,8 +37,8 @@ from deepseek_jax.parameters import EXPERTS, ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
 
 PREFILL_CHUNK = 128  # prompt tokens per pass
-# Rows of one expert in a block, and blocks multiplied at once: a decoding batch has far fewer assignments than a
-# training batch.
+# Rows of one expert in a block, and blocks multiplied at once. A decoding batch has far fewer assignments than a
+# training batch, so both are small.
 EXPERT_BLOCK, EXPERT_WAVE = 16, 8
 
 
@@ -58,7 +58,7 @@ def in_chunks(prompts_BS: np.ndarray) -> np.ndarray:
 
 
 def decode_execution(config: Config, mesh: jax.sharding.Mesh) -> Execution:
-    """Return how `mesh` decodes: layers in a loop, experts in small blocks, nothing kept for a backward pass."""
+    """Return the execution of decoding on `mesh`: layers in a loop, experts in small blocks, no recomputation."""
     exchange = "local" if axis_size(mesh, EXPERTS) == 1 else "all_to_all"
     small = {"experts": "blocks", "expert_block": EXPERT_BLOCK, "expert_wave": EXPERT_WAVE}
     changes = {"exchange": exchange, "remat": "none", "scan_unroll": 1} | small
@@ -76,7 +76,7 @@ def prefill(
         weights: as `decode_weights` returns them.
         cache: empty.
         chunks: prompts as `in_chunks` returns them, [chunks, B, S].
-        lengths_B: real tokens of each prompt; 0 for a row without a sequence.
+        lengths_B: tokens of each prompt, without the filling; 0 for a row without a sequence.
 
     Returns:
         FP32 logits [B, V] of the token after each prompt, and the cache.
@@ -126,9 +126,11 @@ def decode_burst(
     eos: int,
     num_tokens: int,
 ) -> tuple[Array, Generation]:
-    """Extend every sequence by `num_tokens` (traced, at most `burst`), or until all have ended; return ids [B, burst].
+    """Extend every sequence by `num_tokens` (traced, at most `burst`), or until all have ended.
 
-    A sequence that has ended goes on with `eos`; so do the places after `num_tokens`.
+    Returns:
+        ids [B, burst] and the new state. `eos` fills a row after its sequence has ended, and every row after
+        `num_tokens`.
     """
 
     def local(weights, state, keys_B, eos, num_tokens):
@@ -159,7 +161,7 @@ def decode_burst(
 def decode_token(
     model: Model, execution: Execution, weights: Weights, cache: Cache, tokens_B: Array
 ) -> tuple[Array, Cache]:
-    """Run one token per sequence; return the FP32 logits [B, V] of the next and the cache, one longer."""
+    """Run one token per sequence; return FP32 logits [B, V] of the next one, and the cache, one token longer."""
 
     def local(weights, cache, tokens_B):
         return _decode_token(model, execution, _varying(weights), cache, tokens_B)
@@ -183,12 +185,12 @@ def _logits(weights: Weights, hidden_BD: Array) -> Array:
 
 
 def _keys_at(keys_B: Array, positions_B: Array) -> Array:
-    """The key of each row's draw at its position."""
+    """Return the key of each row's draw at its position."""
     return jax.vmap(jax.random.fold_in)(keys_B, positions_B)
 
 
 def _all(finished_B: Array) -> Array:
-    """Whether every row of every device has ended; the same on all, so that they leave a loop together."""
+    """Return whether every row of every device has ended; all devices get the same, so they leave a loop together."""
     return lax.pmin(finished_B.all().astype(jnp.int32), ROWS) > 0
 
 

@@ -1,4 +1,4 @@
-"""Generation of text: a prompt through the model, then token by token, handed out as it is made."""
+"""Generation of text: the prompt goes through the model, then tokens follow and are yielded as they are made."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import ROWS, P, Weights
 
-BURST = 16  # tokens between two looks of the host
+BURST = 16  # tokens that the device makes before the host reads them
 CACHE_STEP = 256  # cache sizes are multiples of this, so that few programs are compiled
 
 
@@ -30,19 +30,20 @@ def stream(
     seed: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[str]:
-    """Yield the text that continues `prompt` as it is made, up to EOS or `max_new_tokens` tokens; `"".join(...)` is
-    all of it.
+    """Yield the text that continues `prompt` as it is made, up to EOS or `max_new_tokens` tokens.
+
+    The pieces join to the whole text: `"".join(stream(...))`.
 
     Args:
-        config: model, execution, and the longest sequence.
+        config: says model, execution, and the longest sequence.
         weights: as the training state has them, or in FP8 as a checkpoint stores them; on any mesh that this process
             sees whole.
-        tokenizer: whose ids the model was trained on.
-        prompt: text; it is not repeated in the output.
+        tokenizer: the one of the model's training.
+        prompt: text; the output does not repeat it.
         max_new_tokens: at most this many tokens follow.
         sampling: temperature, top-p, top-k.
-        seed: of the draws; the same seed gives the same text.
-        mesh: that decodes, with the axes of a training mesh; by default the first device alone.
+        seed: seed of the draws; the same seed gives the same text.
+        mesh: the mesh that decodes, with the axes of a training mesh; by default the first device alone.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; weights in FP8 for an FP32 model.
@@ -61,7 +62,7 @@ def stream(
 
 
 def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a prompt that leaves no room for the tokens asked for."""
+    """Refuse a prompt that leaves no room for `max_new_tokens`."""
     yarn = config.model.yarn
     longest = int(yarn.original_length * yarn.factor) if yarn.enabled else config.data.sequence_length
     if max_new_tokens < 1:
@@ -114,5 +115,5 @@ def stream_ids(
 
 
 def row_keys(seed: int, batch_size: int) -> Array:
-    """Return a key for the draws of each row; it depends on the seed and the row alone."""
+    """Return a key for the draws of each row; it depends only on the seed and the row."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(batch_size))

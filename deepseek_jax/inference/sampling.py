@@ -1,8 +1,8 @@
 """From logits to the next token: greedy, or temperature, then top-k, then top-p, then one draw.
 
-Each restriction returns logits with -inf where a token is out, so they compose. The draw is `jax.random.categorical`:
-Gumbel noise is added and the maximum taken, which has the same distribution as the released script's division of
-probabilities by exponential noise.
+Each restriction returns logits with -inf for the tokens that it rules out, so restrictions compose. The draw is
+`jax.random.categorical`: it adds Gumbel noise and takes the maximum. The distribution is that of the released script,
+which divides probabilities by exponential noise.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen. Hashable: a compiled decoding step contains only what its settings need.
+    """How a token is chosen. Hashable, so a compiled decoding step contains only what its settings need.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -37,8 +37,9 @@ class Sampling:
 
 
 def sample(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
-    """Return one token id [B] int32 per row of FP32 logits; row b draws with its own key, so its text does not depend
-    on its neighbours.
+    """Return one token id [B] int32 per row of FP32 logits.
+
+    Each row draws with its own key, so its text does not depend on its neighbours.
     """
     if sampling.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -47,7 +48,7 @@ def sample(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
 
 
 def keep_top_k(logits_BV: Array, top_k: int) -> Array:
-    """Keep exactly `top_k` tokens per row, of equal logits the lowest id; 0 keeps all."""
+    """Keep exactly `top_k` tokens per row, the lowest ids of equal logits; 0 keeps all."""
     if top_k == 0 or top_k >= logits_BV.shape[-1]:
         return logits_BV
     values_BK, ids_BK = jax.lax.top_k(logits_BV, top_k)
@@ -55,9 +56,7 @@ def keep_top_k(logits_BV: Array, top_k: int) -> Array:
 
 
 def keep_top_p(logits_BV: Array, top_p: float) -> Array:
-    """Keep per row the fewest most probable tokens whose probabilities sum to `top_p` or more; the first is always
-    among them.
-    """
+    """Keep per row the fewest most probable tokens that sum to a probability of `top_p` or more, at least one."""
     if top_p == 1.0:
         return logits_BV
     ids_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Weights as decoding reads them: whole on every device but for the routed experts, and in FP8 where they came so."""
+"""Weights as decoding reads them: routed experts on their devices, all else whole; FP8 weights stay in FP8."""
 
 import functools
 from typing import Any
@@ -21,13 +21,13 @@ from deepseek_jax.parameters import (
 )
 from pallas_kernels.quantized import dequantize
 
-TAKEN_APART = {"kv_b_CNX"}  # absorbed attention multiplies with its halves: not in FP8
+TAKEN_APART = {"kv_b_CNX"}  # absorbed attention multiplies with its two parts, so it is dequantised
 
 
 def decode_weights(execution: Execution, weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
-    """Return what decoding reads, where `mesh` reads it: no MTP layers, and matrices in the compute dtype.
+    """Return the weights that decoding reads, placed on `mesh`: no MTP layers, and matrices in the compute dtype.
 
-    Weights in FP8 stay in FP8, but for the one that absorbed attention takes apart.
+    Weights in FP8 stay in FP8, except the one that absorbed attention takes apart.
 
     Raises:
         ValueError: weights in FP8 for an FP32 model.

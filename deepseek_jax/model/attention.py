@@ -8,19 +8,19 @@ channels, one key for all heads.
                              v_h = c_KV W_UV,h                                     H
     out = concat_h softmax(q_h k_h^T scale) v_h  W_O
 
-Expanded (training, prefill): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per
-pair of tokens: N (P + R + H).
+Expanded (training): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per pair of
+tokens: N (P + R + H).
 
-Absorbed (decoding): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move into latent space and all heads
-attend to the C + R cached values themselves, like one key-value head of width 576; W_UV,h is applied to the averaged
-latent. Arithmetic per pair: N (2C + R), 3.4 times more, but the memory read per token is 576 values instead of N (P + R
-+ H) = 40,960, and decoding is bound by memory.
+Absorbed (over a cache: decoding, and prefill too): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move
+into latent space and all heads attend to the C + R cached values themselves, like one key-value head of width 576;
+W_UV,h is applied to the averaged latent. Arithmetic per pair: N (2C + R), 3.4 times more. But it reads 576 values per
+token instead of N (P + R + H) = 40,960, and decoding is bound by memory.
 
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
 
-A layer attends in three steps: `project` makes queries and what a cache would hold of the new tokens, a form attends,
-`output` projects back. A form is a value (`Attend`): `expanded(...)` and `absorbed(...)` below make two, and whoever
-has another cache or kernel makes a third.
+A layer attends in three steps: `project` makes queries and the cache entry of each new token, a form attends, `output`
+projects back. A form is a value (`Attend`). `expanded(...)` and `absorbed(...)` below make two; another cache or kernel
+gets a third.
 """
 
 from collections.abc import Callable
@@ -44,25 +44,26 @@ Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
 
 
 class Entry(NamedTuple):
-    """What a cache holds of tokens: the normalised latent and the rotated key that all heads share."""
+    """What a cache holds of each token: the normalised latent, and the rotated key that all heads share."""
 
     latent_BSC: jax.Array
     rotary_BSR: jax.Array
 
 
 class Cache(Protocol):
-    """The entries of one layer. A tree of arrays, which `run_layers` cuts out of a stack of all layers."""
+    """The entries of one layer: a tree of arrays, which `run_layers` cuts out of a stack of all layers."""
 
     def write(self, entry: Entry, positions_BS: jax.Array) -> Self:
         """Return the cache with the entries of new tokens at their positions."""
 
     def read(self) -> Entry:
-        """Return all slots as [B, M, C] and [B, M, R], slot m at position m; numbers not yet written are finite."""
+        """Return all slots as [B, M, C] and [B, M, R], slot m at position m; unwritten slots hold finite numbers."""
 
 
 class Attention(nnx.Module):
-    """MLA with its norms. Head dims stay dims of the weights: `q_b_ANQ` holds content then rotary channels, `kv_b_CNX`
-    keys then values.
+    """MLA with its norms.
+
+    Heads stay a dim of the weights. `q_b_ANQ` holds content channels, then rotary ones; `kv_b_CNX` keys, then values.
     """
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
@@ -82,7 +83,7 @@ class Attention(nnx.Module):
         self.o_NHD = matrix(rngs, "o_NHD", (model.num_heads, model.value_dim, model.width), model.residual_std)
 
     def project(self, x_BSD: jax.Array, table: Table) -> tuple[jax.Array, Entry]:
-        """Return q_BSNQ, content then rotated channels, and what a cache holds of the same tokens."""
+        """Return q_BSNQ, content channels then rotated ones, and the cache entries of the same tokens."""
         model, eps = self.model, self.model.norm_eps
         queries = self.q_a_DA if model.query_latent else self.q_DNQ
         q, kv_BSC = norm_linear(x_BSD, self.norm_D[...], eps, queries.get_value(), self.kv_a_DC.get_value())
@@ -102,12 +103,12 @@ class Attention(nnx.Module):
         return jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1), v_BSNH
 
     def absorb(self, q_BSNQ: jax.Array, entries: Entry, seen_BSM: jax.Array) -> jax.Array:
-        """Attend to entries themselves.
+        """Attend to the cache entries themselves, without making keys and values.
 
         Args:
-            q_BSNQ: queries.
+            q_BSNQ: queries, content channels then rotated ones.
             entries: latent [B, M, C] and rotary [B, M, R]; slots that no query sees must be finite.
-            seen_BSM: which slots a query sees; at least one.
+            seen_BSM: which slots each query sees; at least one.
 
         Returns:
             out_BSNH.
@@ -134,7 +135,7 @@ Attend = Callable[[Attention, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def expanded(execution: Execution, table: Table, segment_ids_BS: jax.Array | None) -> Attend:
-    """Attend over the whole sequence without a cache: causal, within segments where there are ids of them."""
+    """Attend over the whole sequence without a cache: causal, and within segments if there are segment ids."""
 
     @jax.named_scope("attention")
     def attend(attention: Attention, x_BSD: jax.Array, cache: None) -> tuple[jax.Array, None]:
@@ -149,7 +150,7 @@ def expanded(execution: Execution, table: Table, segment_ids_BS: jax.Array | Non
 
 
 def absorbed(table: Table, positions_BS: jax.Array) -> Attend:
-    """Write new tokens into a cache, each into the slot of its position, and attend to slots up to their own."""
+    """Write each new token into the cache slot of its position, and attend to all slots up to that one."""
 
     @jax.named_scope("attention")
     def attend(attention: Attention, x_BSD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -1,13 +1,14 @@
-"""Auxiliary balance losses of the router and its load statistics. No collective but one: the batch-wise loss needs
-global frequencies.
+"""Auxiliary balance losses of the router, and statistics of its load.
+
+There is one collective: the batch-wise loss needs global frequencies.
 
     f_i = E / (K T) * sum over t of 1[expert i is among token t's top K]
     P_i = 1 / T * sum over t of s_ti / sum_j s_tj
     loss = sum over i of f_i P_i
 
 with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance
-gives exactly 1. As printed, f counts the top K of the unbiased scores without the group limit; most code bases count
-the actual selection. Both are here, by config.
+gives exactly 1. As the report prints it, f counts the top K of the unbiased scores without the group limit; most code
+bases count the actual selection. `loss.balance_frequency` chooses between the two.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from deepseek_jax.parameters import ROWS
 
 
 class RouterStats(NamedTuple):
-    """What one layer's router reports, summed over this device's rows. Stacked over layers by the scan."""
+    """What one layer's router reports, summed over this device's rows. The scan stacks it over layers."""
 
     counts_E: jax.Array  # int32 assignments, padding excluded
     sequence_balance: jax.Array  # sum over sequences of sum_i f_i P_i
@@ -40,7 +41,7 @@ def router_stats(
         model: experts, and experts per token.
         scores_BSE: unbiased gate scores, FP32.
         experts_BSK: the actual selection, int32.
-        valid_BS: False on padding, which is counted nowhere.
+        valid_BS: False on padding, which is not counted.
     """
     counts_BE = _count(experts_BSK, valid_BS, model.num_experts)
     tokens_B = valid_BS.sum(-1, dtype=jnp.int32)
@@ -75,28 +76,28 @@ def _sequence_balance(model: Model, chosen_BE: jax.Array, share_BE: jax.Array, t
 
 
 def _count(experts_BSK: jax.Array, valid_BS: jax.Array, num_experts: int) -> jax.Array:
-    """Assignments per sequence and expert, int32 [B, E]: exact, unlike a count in a float."""
+    """Count assignments per sequence and expert, int32 [B, E]: exact, unlike a count in a float."""
     chosen = (experts_BSK[..., None] == jnp.arange(num_experts)) & valid_BS[..., None, None]
     return chosen.sum((1, 2), dtype=jnp.int32)
 
 
 def max_violation(counts_LE: jax.Array) -> jax.Array:
-    """MaxVio per layer: (max load - mean load) / mean load; 0 for a layer that saw nothing."""
+    """Return MaxVio per layer: (max load - mean load) / mean load; 0 for a layer without assignments."""
     mean_L = counts_LE.mean(-1, dtype=jnp.float32)
     return jnp.where(mean_L > 0, counts_LE.max(-1) / jnp.maximum(mean_L, 1e-9) - 1.0, 0.0)
 
 
 def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array) -> jax.Array:
-    """One step of auxiliary-loss-free balancing: b_i + rate * sign(mean(n) - n_i) (V3 section 2.1.2).
+    """Take one step of auxiliary-loss-free balancing: b_i + rate * sign(mean(n) - n_i) (V3 section 2.1.2).
 
     `counts_LE` are the exact integer counts of the whole global batch, all micro-batches and devices. The comparison
-    stays in integers (E * n_i against the sum), so a load at the mean gives exactly no step.
+    stays in integers (E * n_i against the sum), so a load at the mean gives a step of exactly 0.
     """
     surplus = _compare(counts_LE.sum(-1, keepdims=True), counts_LE, counts_LE.shape[-1])
     return bias_LE + rate * surplus.astype(bias_LE.dtype)
 
 
 def _compare(total: jax.Array, count: jax.Array, num: int) -> jax.Array:
-    """sign(total / num - count) without overflow: compare quotient, then remainder."""
+    """Return sign(total / num - count) without overflow: compare the quotient, then the remainder."""
     quotient, remainder = total // num, total % num
     return jnp.where(count == quotient, jnp.sign(remainder), jnp.sign(quotient - count))

@@ -1,12 +1,12 @@
-"""The routed experts' FFN over the rows that are here: work proportional to the assignments, static shapes.
+"""The routed experts' FFN in plain XLA: work proportional to the assignments, static shapes.
 
 Problem. T rows have K experts each; expert e gets n_e of the T * K assignments, known only at run time. A matmul per
-expert needs dynamic shapes; a buffer of capacity per expert either drops or is sized for the worst case; computing
-every expert for every row wastes E / K.
+expert needs dynamic shapes. A buffer of fixed capacity per expert either drops rows or is sized for the worst case.
+Computing every expert for every row costs E / K times the work.
 
 Choice. Sort the assignments by expert and cut each expert's run into blocks of `block` rows; only the last block of an
-expert has empty rows. With static bound W / block + E there are always enough blocks. A block belongs to one expert, so
-a batched matmul of blocks against gathered weights does the work, `wave` blocks at a time. The loop over waves stops at
+expert has empty rows. T * K / block + E blocks, a static number, are always enough. A block belongs to one expert, so a
+batched matmul of blocks against gathered weights does the work, `wave` blocks at a time. The loop over waves stops at
 the number of blocks that exist (traced), so a buffer sized for twice the balanced load costs no arithmetic when routing
 is balanced. The gate multiplies the SwiGLU output, before the down projection.
 
@@ -18,8 +18,8 @@ Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
     slots                 2 0 3 4 6 5               (where each assignment went)
 
 The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming
-gradient by the same `source`, and accumulates weight gradients in FP32. Gate and up projections are two products:
-taking one product of both apart, and putting its derivative together, are passes over all rows.
+gradient by the same `source`, and accumulates weight gradients in FP32. Gate and up projections are two products: to
+take one product of both apart, and to put its derivative together, would be passes over all rows.
 """
 
 import functools
@@ -74,16 +74,15 @@ def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) 
 def expert_ffn(
     weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array, *, block: int, wave: int
 ) -> jax.Array:
-    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq.
-    12).
+    """Return the gated sum of each row's experts: sum over k of gate_k * down_k(silu(x gate_k) * (x up_k)) (V3 eq. 12).
 
     Args:
         weights: `gate_up_ED2F` and `down_EFD` of the experts that are here, in the dtype of `x_TD`.
         x_TD: rows.
         gates_TK: FP32 gate weights.
-        experts_TK: int32 ids into the weights; others contribute nothing.
+        experts_TK: int32 ids into the weights; other ids contribute zero.
         block: rows per block.
-        wave: blocks multiplied at once; all of them when there are no more than that, without a loop.
+        wave: blocks multiplied at once; if there are no more blocks than that, there is no loop.
     """
     num_experts = weights["down_EFD"].shape[0]
     wave = min(wave, experts_TK.size // block + num_experts)
@@ -103,7 +102,7 @@ def _over_waves(num_waves, bound, body, carry):
 
 
 def _wave(sizes, i, x_TD, gates_TK, blocks):
-    """Rows, gates and experts of wave i."""
+    """Return sources, rows, gates and experts of wave i."""
     block, wave = sizes
     source = lax.dynamic_slice_in_dim(blocks.source_Z, i * wave * block, wave * block)
     x = jnp.take(x_TD, source // gates_TK.shape[1], axis=0, mode="fill", fill_value=0).reshape(wave, block, -1)
@@ -112,7 +111,7 @@ def _wave(sizes, i, x_TD, gates_TK, blocks):
 
 
 def _put(buffer, rows, i):
-    """Write a wave's rows into a buffer of all slots; where the wave is all of it, it is the buffer."""
+    """Write a wave's rows into a buffer of all slots; a wave of all slots is itself the buffer."""
     rows = rows.reshape(-1, *buffer.shape[1:])
     return rows if rows.shape == buffer.shape else lax.dynamic_update_slice_in_dim(buffer, rows, i * rows.shape[0], 0)
 
@@ -173,7 +172,7 @@ def _backward(sizes, residuals, g_TD):
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """silu(gate) * up in FP32, and its derivatives by gate and by up."""
+    """Return silu(gate) * up in FP32, and its derivatives by gate and by up."""
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     silu, slope = silu_with_slope(gate)
     return silu * up, up * slope, silu

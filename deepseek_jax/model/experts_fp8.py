@@ -1,9 +1,8 @@
-"""The routed experts' FFN in FP8 (DeepSeek-V3 sections 3.3.1 to 3.3.3): six products over all rows, quantised by their
-producers.
+"""The routed experts' FFN in FP8 (DeepSeek-V3 sections 3.3.1 to 3.3.3): six products over all rows.
 
-Assignments are sorted by expert, each expert's rows filled up to a multiple of 128 with zeros
-(`experts_blocks.plan_blocks`): 128 rows whose weight gradients share a scale belong to one expert. Z rows in all, a
-static number; the last ones may belong to no expert.
+The kernel that makes an operand also quantises it. Assignments are sorted by expert, and zeros fill each expert's rows
+up to a multiple of 128 (`experts_blocks.plan_blocks`), so 128 rows that share a scale in a weight gradient belong to
+one expert. There are Z rows in all, a static number; the last ones may belong to no expert. H = 2F: gate, then up.
 
     forward     x        rows read by slot, quantised on the way             powers of two
                 hidden = x gate_up
@@ -35,14 +34,13 @@ from pallas_kernels.quantize import quantize_rows, requantize_transposed
 def expert_ffn_fp8(
     weights: dict[str, Fp8Weight], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array
 ) -> jax.Array:
-    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq.
-    12).
+    """Return the gated sum of each row's experts: sum over k of gate_k * down_k(silu(x gate_k) * (x up_k)) (V3 eq. 12).
 
     Args:
         weights: `gate_up_ED2F` and `down_EFD` of the experts that are here.
         x_TD: BF16 rows; D and F are multiples of 128.
         gates_TK: FP32 gate weights.
-        experts_TK: int32 ids into the weights; others contribute nothing.
+        experts_TK: int32 ids into the weights; other ids contribute zero.
     """
     gate_up, down = (weights[name].as_matrix(stacked=1) for name in ("gate_up_ED2F", "down_EFD"))
     num_experts = down.values.shape[0]
@@ -67,7 +65,7 @@ def _ffn(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places):
 
 
 def _read(x_TD, gates_TK, source_Z):
-    """Rows in slot order, quantised; zeros in empty slots."""
+    """Return rows in slot order, quantised; empty slots are zeros."""
     rows_Z = jnp.where(source_Z < gates_TK.size, source_Z // gates_TK.shape[1], -1)
     return quantize_rows(x_TD, rows_Z, scale=DISPATCH)
 

@@ -1,9 +1,9 @@
-"""The routed experts' FFN in BF16 through grouped products: `experts_fp8` without FP8, for hardware that has the
-kernels.
+"""The routed experts' FFN in BF16 through grouped products, for GPUs that have the kernels.
 
-Rows lie in the order of `experts_blocks.plan_blocks`, each expert's filled up to a multiple of 128 with zeros, so that
-no tile of a product belongs to two experts. Six products over all rows read the weights as they are stored. The loop
-over blocks of `experts` gathers a weight per block and scatters its gradient; here neither moves.
+It is `experts_fp8` without FP8. Rows lie in the order of `experts_blocks.plan_blocks`. Zeros fill each expert's rows up
+to a multiple of 128, so no tile of a product belongs to two experts. Six products over all rows read the weights as
+they are stored. The loop of `experts_blocks` gathers a weight per block and scatters its gradient; here neither moves.
+H = 2F: gate, then up.
 """
 
 import jax
@@ -20,14 +20,13 @@ from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmu
 def expert_ffn_grouped(
     weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array
 ) -> jax.Array:
-    """Return sum over k of gate * down(silu(x gate) * (x up)) with the weights of expert k of each row (spec: V3 eq.
-    12).
+    """Return the gated sum of each row's experts: sum over k of gate_k * down_k(silu(x gate_k) * (x up_k)) (V3 eq. 12).
 
     Args:
         weights: BF16 `gate_up_ED2F` and `down_EFD` of the experts that are here.
         x_TD: BF16 rows.
         gates_TK: FP32 gate weights.
-        experts_TK: int32 ids into the weights; others contribute nothing.
+        experts_TK: int32 ids into the weights; other ids contribute zero.
     """
     num_experts, hidden, width = weights["down_EFD"].shape
     with jax.named_scope("route"):
@@ -45,7 +44,7 @@ def _ffn(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
 
 
 def _read(x_TD, gates_TK, source_Z):
-    """Rows in slot order; zeros in empty slots."""
+    """Return rows in slot order; empty slots are zeros."""
     return jnp.take(x_TD, source_Z // gates_TK.shape[1], axis=0, mode="fill", fill_value=0)
 
 
@@ -60,7 +59,7 @@ def _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
 
 
 def _halves(hidden_ZH):
-    """Gate and up in FP32."""
+    """Return gate and up in FP32."""
     return jnp.split(hidden_ZH.astype(jnp.float32), 2, axis=1)
 
 

@@ -1,18 +1,18 @@
 """The attention core: softmax(q k^T scale) v, causal within segments, never an S x S array in FP32.
 
-Three implementations of one function, chosen by `execution.attention` (`program.resolve` turns "auto" into one of them
-and says why):
+Three implementations of one function, chosen by `execution.attention` (`parallel.program.resolve` turns "auto" into one
+of them and logs why):
 
     xla      chunks of queries against the keys they can see, in plain XLA; the backward pass remakes the weights from
-             the saved logsumexp, so that nothing of size S x S outlives its chunk. Runs everywhere.
+             the saved logsumexp, so nothing of size S x S outlives its chunk. Runs everywhere.
     cudnn    NVIDIA's flash attention. `jax.nn.dot_product_attention` refuses value heads narrower than key heads; the
-             call beneath it takes 192/128 directly, which was measured 1.25x faster than padding the values. BF16 only,
+             call beneath it takes 192/128 directly, which we measured 1.25x faster than padding the values. BF16 only,
              one segment per row.
     splash   the Pallas TPU kernel that ships with JAX, with segment ids. Speed on TPU is unmeasured.
 
-The two kernels know nothing of varying axes, so inside the step's shard_map they run behind `_opaque`: forward and
-backward as closed boxes whose results are declared to vary as their inputs do. That is right because both are local to
-a device.
+The two kernels do not declare varying axes, so inside the step's shard_map they run behind `_opaque`: forward and
+backward are closed boxes, and their results are declared to vary as their inputs do. This is right because both passes
+are local to a device.
 """
 
 import functools
@@ -27,7 +27,7 @@ from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import vary
 from pallas_kernels.lowering import manual_axes
 
-MOST_UNROLLED_CHUNKS = 8  # more are scanned: the program must not grow with the sequence
+MOST_UNROLLED_CHUNKS = 8  # more chunks are scanned, so that the program does not grow with the sequence
 
 
 def attend(
@@ -38,10 +38,10 @@ def attend(
     segment_ids_BS: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Return out_BSNH; position s sees positions up to s, of its own segment where there are ids.
+    """Return out_BSNH; position s sees positions up to s, only of its own segment if there are segment ids.
 
     Raises:
-        ValueError: the implementation asked for cannot do this (dtype, segments).
+        ValueError: the implementation cannot do this (dtype, segments, sequence length), or is still "auto".
     """
     implementation = execution.attention
     if implementation == "xla":
@@ -111,8 +111,9 @@ def _until(segments_BS, end):
 
 
 def _add_in_front(total, part):
-    """Add to the first keys. `total.at[:, :end].add` with `end` the whole length crashes XLA:CPU on more than one
-    device (jax 0.11.2).
+    """Add `part` to the first keys of `total`.
+
+    `total.at[:, :end].add` crashes XLA:CPU on more than one device when `end` is the whole length (jax 0.11.2).
     """
     return lax.dynamic_update_slice_in_dim(total, total[:, : part.shape[1]] + part, 0, axis=1)
 
@@ -127,12 +128,11 @@ def _scores(start, q_BSNQ, segments_BS, k_BMNQ, key_segments_BM, scale):
 
 
 def _over_chunks(block, carry, arrays, chunk):
-    """Fold `block(carry, start, end, *chunks) -> carry, outputs` over chunks of the query dim; keys before `end` are
-    all it can see.
+    """Fold `block(carry, start, end, *chunks) -> carry, outputs` over chunks of queries, which see keys before `end`.
 
-    A few chunks are unrolled and skip the keys to their right; many are scanned, each against all keys. Unrolled chunks
-    wait for each other: left alone, XLA computes the scores of all first, which took four times the memory (measured, 8
-    chunks of 512).
+    A few chunks are unrolled and skip the keys to their right; many are scanned, each against all keys. A barrier makes
+    unrolled chunks wait for each other. Without it XLA computes the scores of all chunks first, which took four times
+    the memory (measured, 8 chunks of 512).
     """
     length = arrays[0].shape[1]
     num = -(-length // chunk)
@@ -163,8 +163,9 @@ def _over_chunks(block, carry, arrays, chunk):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """Run a kernel that declares no varying axes inside a shard_map that checks them. Its float arguments come first
-    and have gradients.
+    """Run a kernel that declares no varying axes inside a shard_map that checks them.
+
+    The kernel's float arguments come first and have gradients.
     """
     with manual_axes.unchecked():
         out = kernel(*manual_axes.invariant(args))
@@ -178,8 +179,9 @@ def _opaque_forward(kernel, *args):
     named_out = keep(vary(out, args[0]), "attention_out")
 
     def residual(leaf):
-        """Arguments as they came, for the policy to judge; what the kernel made (output, softmax statistics) is worth
-        keeping.
+        """Return an argument as it came; keep what the kernel made (output, softmax statistics).
+
+        The recomputation policy thus decides about the arguments.
         """
         for known, outer in zip((*inner, out), (*args, named_out), strict=True):
             if leaf is known:
@@ -214,7 +216,7 @@ def _cudnn(scale, q_BSNQ, k_BSNQ, v_BSNH):
 
 
 def _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS):
-    # The kernel has no scale. Rounding it to BF16 would be one error for all scores, 0.2%: multiply in FP32.
+    # The kernel takes no scale. A scale rounded to BF16 would change all scores by 0.2%, so multiply in FP32.
     q_BSNQ = (q_BSNQ.astype(jnp.float32) * scale).astype(q_BSNQ.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ, k_BSNQ, v_BSNH))
     segments = () if segment_ids_BS is None else (segment_ids_BS,)

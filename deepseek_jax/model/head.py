@@ -1,14 +1,14 @@
-"""The head: what its logits say about given tokens, without an array of tokens x vocabulary.
+"""The head: losses and log-probabilities of given tokens, without an array of tokens x vocabulary.
 
 The problem. With V = 129,280 the logits of one sequence of 4096 tokens are 2.1 GB in FP32, as much again their
 gradient, and the matmul that makes them is one of the largest of the model. Three ways to handle them:
 
     keep the logits      fastest to write, and the first thing that no longer fits
     recompute            chunks under jax.checkpoint: fits, but the head matmul runs twice in the forward direction
-    gradient at once     the loss is the last node of the graph, so its gradient is known but for one scalar, the
+    gradient at once     the loss is the last node of the graph, so its gradient is known up to one scalar, the
                          incoming cotangent
 
-The third is used. For a chunk of tokens T, with weights w, target y and z = logsumexp over the vocabulary of l = x W:
+We use the third. For a chunk of tokens T, with weights w, target y and z = logsumexp over the vocabulary of l = x W:
 
     loss   = sum_t w_t (z_t - l_t[y_t])               penalty = z_weight * sum_t w_t z_t^2
     dl/w   = softmax(l) (1 + 2 z_weight z) - onehot(y)
@@ -17,9 +17,10 @@ The third is used. For a chunk of tokens T, with weights w, target y and z = log
 Three matmuls per chunk and none repeated; `dx` and `dW` wait as residuals and the backward pass multiplies them by the
 cotangent. The price is a residual of the head's size in FP32, which the gradient of the head would have cost anyway.
 
-That presumes that the cotangent of a token's loss is known but for one scalar, as in pre-training (`cross_entropy`).
-Other objectives weigh a token by what its probability turns out to be: `token_logprobs` returns the log-probability and
-the logsumexp of every token, takes a cotangent g and h for each, and makes the logits once more in the backward pass:
+This needs the cotangent of every token's loss up to one scalar, as pre-training has it (`cross_entropy`). Other
+objectives weigh a token by the probability that the model gives it. For them `token_logprobs` returns the
+log-probability and the logsumexp of every token, takes a cotangent g and h for each, and makes the logits once more in
+the backward pass:
 
     logprob = l_t[y_t] - z_t        dl_t = g_t (onehot(y_t) - softmax(l_t)) + h_t softmax(l_t)
 
@@ -41,9 +42,12 @@ def cross_entropy(
     """Return (loss_sum, z_sum): weighted sums over tokens of the cross entropy and of the logit penalty, FP32, in nats.
 
     Logits exist for `chunk` tokens at a time. The matmuls run in the dtype of `hidden_TD` and accumulate in FP32; the
-    softmax is FP32. `z_sum` is `z_weight * sum(weights * logsumexp^2)`, zero without cost where `z_weight` is 0. The
-    two are one objective: the gradient of `loss_sum` is that of `loss_sum + z_sum`, and `z_sum` itself is a constant to
-    differentiation, as are the weights.
+    softmax is FP32. `z_sum` is `z_weight * sum(weights * logsumexp^2)`; a `z_weight` of 0 costs nothing. The two are
+    one objective: the gradient of `loss_sum` is that of `loss_sum + z_sum`. Differentiation takes `z_sum` itself and
+    the weights as constants.
+
+    Raises:
+        ValueError: `chunk` below 1.
     """
     _check_chunk(chunk)
     for other in (head_DV, targets_T, weights_T):
@@ -67,7 +71,7 @@ def _cross_entropy(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight):
 
 
 def _forward_with_gradient(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight):
-    """The forward pass of `jax.custom_vjp`: the sums, and as residuals the gradients for a cotangent of one."""
+    """Return the sums, and as residuals of `jax.custom_vjp` the gradients for a cotangent of one."""
     head = head_DV.astype(hidden_TD.dtype)
 
     def body(carry, tokens):

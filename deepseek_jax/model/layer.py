@@ -1,14 +1,15 @@
 """One layer, and the loop over layers.
 
-A layer is attention and a feed-forward, each added to the residual stream. Two kinds differ in the feed-forward alone.
-How a layer attends is a value that its caller passes (`model.attention`): expanded over the whole sequence in
-training, absorbed over a cache in decoding. So training, decoding, a pipeline stage and an MTP layer run the same code:
+A layer is attention and a feed-forward, each added to the residual stream. Its two kinds differ only in the
+feed-forward. How a layer attends is a value that its caller passes (`model.attention`): expanded over the whole
+sequence in training, absorbed over a cache in decoding. So training, decoding, a pipeline stage and an MTP layer share
+this code:
 
     training          run_layers(all layers,      attend=expanded,    cache={})
     decoding          run_layers(all layers,      attend=absorbed,    cache={"moe_layers": ...})
     pipeline stage    run_layers(layers 8 to 15,  attend=expanded,    cache={})
 
-This is the one file that knows Flax NNX's `split` and `merge`; everyone else sees nested dicts of arrays. Layers of one
+This is the one file that calls Flax NNX's `split` and `merge`; all others see nested dicts of arrays. Layers of one
 kind are stacked in a leading dim and scanned, so compile time does not grow with depth.
 """
 
@@ -34,7 +35,7 @@ Gather = Callable[[Tree], Tree]
 
 
 class Layer(nnx.Module):
-    """Attention and a feed-forward: `feed`, which each kind has."""
+    """Attention and a feed-forward; each kind defines its own `feed`."""
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         self.attention = Attention(model, rngs)
@@ -42,9 +43,9 @@ class Layer(nnx.Module):
     def __call__(
         self, execution: Execution, x_BSD: jax.Array, attend: Attend, cache: Any, valid_BS: jax.Array, observe: Observer
     ) -> tuple[jax.Array, Any, Any]:
-        """Map the residual stream [B, S, D] to the next one; return it, the layer's cache, and what was observed.
+        """Return the residual stream [B, S, D] after the layer, the layer's cache, and what was observed.
 
-        A layer with a cache is not differentiated: nothing is kept for a backward pass.
+        A layer with a cache is not differentiated, so it keeps nothing for a backward pass.
         """
         differentiated = cache is None
         y_BSD, cache = attend(self.attention, x_BSD, cache)
@@ -63,7 +64,7 @@ class DenseLayer(Layer):
     def feed(
         self, execution: Execution, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer
     ) -> tuple[jax.Array, None]:
-        """Return the feed-forward's output; there is no router to observe."""
+        """Return the feed-forward's output, and None: there is no router to observe."""
         return self.ffn(x_BSD), None
 
 
@@ -77,7 +78,7 @@ class MoELayer(Layer):
     def feed(
         self, execution: Execution, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer
     ) -> tuple[jax.Array, Any]:
-        """Return the mixture's output, and what was observed of its router."""
+        """Return the mixture's output, and what `observe` reports of its router."""
         return self.moe(execution, x_BSD, valid_BS, observe)
 
 
@@ -97,17 +98,18 @@ def run_layers(
     Args:
         model: shape of the layers.
         execution: resolved (`parallel.program.resolve`).
-        weights: stacks "dense_layers" and "moe_layers", either may be absent; other parameters are not looked at.
-        x_BSD: residual stream before the first of them.
+        weights: stacks "dense_layers" and "moe_layers"; either may be absent, and other parameters are ignored.
+        x_BSD: residual stream before the first of these layers.
         attend: how a layer attends.
-        cache: a stack of layers' caches for each stack of layers, as `attend` wants them; {} where it wants none.
+        cache: the layers' caches, stacked like the layers, as `attend` expects them; {} if it uses none.
         valid_BS: False on padding, which reaches no routed expert.
-        gather: makes a layer's split weights whole and casts them; called just before their use, and again in the
-            backward pass.
+        gather: makes a layer's split weights whole and casts them; called just before their use, and again where the
+            backward pass recomputes the layer.
         observe: what to report of each router (`model.moe`).
 
     Returns:
-        the residual stream, the cache, and what was observed, one tree for each stack with routers [layers, ...].
+        the residual stream, the cache, and the reports of `observe`: one tree [layers, ...] per stack with routers, or
+        an empty list if it reports nothing.
     """
     cache, observations = dict(cache), []
 
@@ -131,7 +133,7 @@ def run_layers(
 
 
 def make_stack(kind: type[nnx.Module], model: Model, rngs: nnx.Rngs, count: int) -> tuple[Tree, Tree]:
-    """Make `count` layers of a kind: their parameters, and their selection biases, with a leading dim each."""
+    """Make `count` layers of a kind; return their parameters and their selection biases, each with a leading dim."""
     layers = jax.vmap(functools.partial(kind, model))(rngs.split(count))
     _, params, bias = nnx.split(layers, nnx.Param, RouterBias)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
@@ -154,7 +156,7 @@ def _scan(execution: Execution, body: Callable, x_BSD: jax.Array, layers: Any):
     body = recomputed(execution, body, scanned)
     if scanned:
         return lax.scan(body, x_BSD, layers, unroll=execution.scan_unroll)
-    outputs = []  # unrolled altogether, nothing that the backward pass needs is stacked and cut apart again
+    outputs = []  # fully unrolled: what the backward pass needs is not stacked and cut apart again
     for layer in _unstack(layers):
         x_BSD, out = body(x_BSD, layer)
         outputs.append(out)
@@ -165,10 +167,10 @@ def _scan(execution: Execution, body: Callable, x_BSD: jax.Array, layers: Any):
 def _unstack(layers: Any) -> list[Any]:
     """Return the layers one by one.
 
-    Their gradients are put into one array one after the other, each in its place, where XLA lets kernels write them.
-    Those of indices are a sum of arrays, zero but for one layer each. A concatenation XLA moves into the optimizer's
-    pass over all parameters, and makes two passes of it; behind a barrier it copies at half the memory's rate (21 ms of
-    a step).
+    The backward pass writes their gradients into one array, each into its place, and XLA lets the kernels write there
+    directly. Two other ways lost. The gradient of plain indexing is a sum of arrays, each zero but for one layer. A
+    concatenation moves into the optimizer's pass over all parameters, of which XLA then makes two; behind a barrier it
+    copies at half the memory's rate (21 ms of a step).
     """
     return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
 

@@ -1,4 +1,4 @@
-"""The small parts every layer is made of: parameters, RMSNorm, and the dense SwiGLU feed-forward."""
+"""The small parts of every layer: parameters, RMSNorm, and the dense SwiGLU feed-forward."""
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,27 @@ from deepseek_jax.parameters import PARAMETERS, Fp8Weight
 
 
 def matrix(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A normally distributed FP32 weight, born in the layout of its name where there is a mesh to lay it on."""
+    """Make a normally distributed FP32 weight; on an explicit mesh it is born in the layout of its name."""
     born = PARAMETERS[name].layout if jax.sharding.get_abstract_mesh().are_all_axes_explicit else None
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=born))
 
 
 def gain(size: int) -> nnx.Param:
-    """The gain of a norm: ones."""
+    """Make the gain of a norm: ones."""
     return nnx.Param(jnp.ones((size,), jnp.float32))
 
 
 def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last dim: statistics and gain in FP32, one cast back (Hugging Face casts before
-    the gain).
+    """Apply the root-mean-square norm over the last dim.
+
+    Statistics and gain are FP32, with one cast back at the end; Hugging Face casts before the gain.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * gain_D).astype(x.dtype)
 
 
 def silu_with_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return silu(x), and its derivative."""
+    """Return silu(x) and its derivative."""
     sigmoid = jax.nn.sigmoid(x)
     silu = x * sigmoid
     return silu, sigmoid + silu * (1.0 - sigmoid)
@@ -39,9 +40,9 @@ def silu_with_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def swiglu(hidden: jax.Array) -> jax.Array:
-    """silu(gate) * up of pre-activations [..., 2, F] (gate first), in their dtype.
+    """Return silu(gate) * up of pre-activations [..., 2, F] (gate first), in their dtype.
 
-    The derivative is written out because that of two slices is two padded arrays and their sum.
+    The derivative is written out, because JAX's derivative of two slices is two padded arrays and their sum.
     """
     return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
 
@@ -56,7 +57,7 @@ swiglu.defvjp(lambda hidden: (swiglu(hidden), hidden), _swiglu_backward)
 
 
 class FeedForward(nnx.Module):
-    """down(silu(x gate) * (x up)): the shared expert as it is, and with a norm in front the dense layers' FFN."""
+    """down(silu(x gate) * (x up)): the shared expert, and with a norm in front the FFN of dense layers."""
 
     def __init__(self, hidden: int, model: Model, rngs: nnx.Rngs):
         self.gate_up_D2F = matrix(rngs, "gate_up_D2F", (model.width, 2, hidden), model.init_std)

@@ -5,11 +5,11 @@
     weight gradient   dW = x^T dy     both in tiles of 128 tokens: x regrouped from what was kept,     FP32
                                       dy quantised once more
 
-The kernels sum over the last dim of both operands, so W is transposed for the forward product: blocks are square, and
-no number changes.
+The kernels sum over the last dim of both operands, so W is transposed for the forward product. Blocks are square, so
+this changes no number. In names here, I stands for in and O for out.
 
-Two layers with a SwiGLU between them are one function with one derivative: what stands between products is quantised as
-it is computed, in both groupings, and exists in BF16 nowhere but before the SwiGLU.
+Two layers with a SwiGLU between them are one function with one derivative. What stands between their products is
+quantised as it is computed, in both groupings; in BF16 there is only the input of the SwiGLU.
 """
 
 import functools
@@ -35,7 +35,7 @@ def linear(x: jax.Array, weight: jax.Array | Fp8Weight, input_dims: int = 1, rec
         x: [..., *in], BF16 if the weight is in FP8.
         weight: [*in, *out].
         input_dims: how many dims `in` has.
-        recipe: how FP8 treats x.
+        recipe: how x is quantised if the weight is in FP8.
 
     Returns:
         [..., *out] in the dtype of `x`.

@@ -1,6 +1,4 @@
-"""DeepSeekMoE: the router, the routed experts behind the exchange, and the shared expert (DeepSeek-V3 section 2.1.2,
-eq. 12-16).
-"""
+"""DeepSeekMoE: router, exchange, routed experts and shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16)."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +26,7 @@ def unobserved(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, vali
 
 
 class RouterBias(nnx.Variable):
-    """The selection bias. A variable type of its own: Optax, weight decay, clipping and averaging never see it."""
+    """The selection bias. It has its own variable type, so Optax, weight decay, clipping and averaging never see it."""
 
 
 class MoE(nnx.Module):
@@ -50,7 +48,7 @@ class MoE(nnx.Module):
     def __call__(
         self, execution: Execution, x_BSD: jax.Array, valid_BS: jax.Array, observe: Observer = unobserved
     ) -> tuple[jax.Array, Any]:
-        """Map [B, S, D] to [B, S, D] (the caller adds the residual); beside it, what `observe` reports of the router.
+        """Return the output [B, S, D], without the residual, and what `observe` reports of the router.
 
         Padding (`valid_BS` False) reaches no routed expert.
         """
@@ -85,7 +83,7 @@ class MoE(nnx.Module):
 
 @functools.cache
 def _expert_fn(experts: str, block: int, wave: int):
-    """The experts' arithmetic. One function object per choice: the exchange's derivative has it as static."""
+    """Return the experts' arithmetic, one function object per choice: to the exchange's derivative it is static."""
 
     def expert_fn(weights, x_TD, gates_TK, experts_TK):
         if isinstance(weights["down_EFD"], Fp8Weight):

@@ -1,5 +1,6 @@
-"""Multi-token prediction (DeepSeek-V3 section 2.2): depth k predicts the token k places further, keeping the causal
-chain.
+"""Multi-token prediction (DeepSeek-V3 section 2.2): depth k predicts the token k positions further ahead.
+
+Depth k continues from the state of depth k - 1, so every depth keeps the whole causal chain.
 
     h'_i = M_k [norm(Emb(t_{i+k})) ; norm(h_i^{k-1})]        i = 1 .. T - k, h^0 = the main model's final hidden state,
                                                              after its final norm
@@ -12,8 +13,8 @@ Worked example, five positions, t6 = target of position 5, depth 1:
     combines h_i with   t2   t3   t4   t5   -
     predicts            t3   t4   t5   t6   -             divided by T = 5, not by the 4 terms
 
-The report writes [h; emb]; the released checkpoint and every server that loads it concatenate [emb; hnorm(h)] and have
-a final norm of their own before the shared head, as here. Positions are those of h_i. Rows keep their length S: the
+The report writes [h; emb]. The released checkpoint, and every server that loads it, concatenates [emb; hnorm(h)] and
+has a final norm of its own before the shared head, as here. Positions are those of h_i. Rows keep their length S: the
 last k positions are computed and carry no loss.
 """
 
@@ -39,7 +40,7 @@ class MtpLayer(nnx.Module):
         self.final_norm_D = gain(width)
 
     def merge(self, embedded_BSD: jax.Array, hidden_BSD: jax.Array) -> jax.Array:
-        """M_k [norm(Emb); norm(h)]: the input of the block."""
+        """Return the input of the block, M_k [norm(Emb); norm(h)]."""
         eps = self.model.norm_eps
         embedded_BSD = rms_norm(embedded_BSD, self.embed_norm_D[...], eps)
         hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm_D[...], eps)
@@ -47,5 +48,5 @@ class MtpLayer(nnx.Module):
         return jnp.einsum("bsnd,nde->bse", jnp.stack((embedded_BSD, hidden_BSD), axis=-2), self.merge_2DD[...])
 
     def final(self, hidden_BSD: jax.Array) -> jax.Array:
-        """The norm before the shared head; its output is also what a further depth continues from."""
+        """Apply the norm before the shared head; the next depth continues from its output too."""
         return rms_norm(hidden_BSD, self.final_norm_D[...], self.model.norm_eps)

@@ -1,8 +1,7 @@
-"""RMSNorm and the linear layers that read it: in FP8 one pass norms and quantises, and the norm exists in BF16 nowhere.
+"""RMSNorm and the linear layers that read it: in FP8 one pass norms and quantises, with no copy in BF16 between.
 
-Several layers of one norm (attention's two down-projections) share its tiles. Backward they are one product: their
-gradients stand side by side, and so do their weights, so that the sum of what each says about the norm is made in the
-product's FP32.
+Several layers of one norm (attention's two down-projections) share its tiles. Their backward pass is one product: their
+gradients stand side by side, and so do their weights, so the product sums the layers' gradients by the norm in FP32.
 """
 
 import functools
@@ -27,12 +26,12 @@ def norm_linear(x: jax.Array, gain_D: jax.Array, eps: float, *weights: jax.Array
 
     Args:
         x: [..., D], BF16 if the weights are in FP8.
-        gain_D: of the norm.
-        eps: of the norm.
+        gain_D: FP32 gain of the norm.
+        eps: added to the mean square.
         weights: [D, *out] each, all of one precision.
 
     Returns:
-        [..., *out] in the dtype of `x` each.
+        one [..., *out] per weight, in the dtype of `x`.
     """
     if not isinstance(weights[0], Fp8Weight):
         h = rms_norm(x, gain_D, eps)

@@ -1,10 +1,9 @@
-"""What a layer keeps from its forward pass for the backward pass, and what it computes once more (DeepSeek-V3 section
-3.2.3).
+"""What a layer keeps for its backward pass, and what it computes once more (DeepSeek-V3 section 3.2.3).
 
 "selective" keeps the outputs of the large products: both latents of attention, its output, the residual stream in the
-middle of a layer, the SwiGLU's pre-activations and the rows in the experts' order; and small things that took long: the
-router's logits, the choice of experts and the order of their rows. Norms, the up-projections of attention, SwiGLU
-outputs and quantised copies are computed once more.
+middle of a layer, the SwiGLU's pre-activations and the rows in the experts' order. It also keeps small results that
+took long: the router's logits, the choice of experts and the order of their rows. Norms, the up-projections of
+attention, SwiGLU outputs and quantised copies are computed once more.
 """
 
 import functools
@@ -22,15 +21,15 @@ KEPT = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "r
 
 
 def keep(tree: Any, name: str) -> Any:
-    """Return the same arrays, kept by "selective" recomputation under a name of `KEPT`.
+    """Return the same arrays, which "selective" recomputation keeps under a name of `KEPT`.
 
-    The barrier is for XLA on GPUs: where a kernel's result goes into the stack of all layers' kept arrays and also on
-    to the next operation, XLA lets the kernel write into the stack, and runs it a second time for the other reader (24
-    of the 489 ms of a step).
+    The barrier is for XLA on GPUs. A kernel's result goes into the stack of all layers' kept arrays and also on to the
+    next operation. Without the barrier XLA lets the kernel write into the stack and runs it a second time for the other
+    reader (24 of the 489 ms of a step).
 
-    FP8 is kept as bytes: JAX rounds kept floating-point numbers to their own precision (`reduce_precision`), and XLA,
-    where it does not leave that out, takes E4M3's largest numbers, 256 to 448, for an infinity that E4M3 does not have:
-    they become NaN (on CPUs).
+    FP8 is kept as bytes. JAX rounds kept floating-point numbers to their own precision (`reduce_precision`). Where XLA
+    does not drop that rounding, it takes E4M3's largest numbers, 256 to 448, for infinity, which E4M3 does not have,
+    and they become NaN (on CPUs).
     """
     return jax.tree.map(functools.partial(_keep_array, name=name), lax.optimization_barrier(tree))
 
@@ -44,8 +43,8 @@ def _keep_array(x: jax.Array, name: str) -> jax.Array:
 def recomputed(execution: Execution, body: Callable, scanned: bool) -> Callable:
     """Return `body` with the recomputation of `execution.remat`.
 
-    Outside a scan, whose two passes are separate loops, XLA would merge the recomputation with the forward pass if it
-    were let.
+    The two passes of a scan are separate loops. Outside a scan XLA would merge the recomputation with the forward pass,
+    so there it is prevented.
     """
     if execution.remat == "none":
         return body

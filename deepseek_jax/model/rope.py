@@ -1,7 +1,7 @@
 """Rotary positions on interleaved channel pairs, with YaRN.
 
 Channels 2i and 2i + 1 form a pair that is rotated by position * theta_i. (Hugging Face permutes the channels and
-rotates halves; scores are equal only if the checkpoint is permuted too, and loading without that is silently wrong.)
+rotates halves. Scores are equal only if the checkpoint is permuted too; loading it unpermuted is silently wrong.)
 YaRN (arXiv 2309.00071) slows the low frequencies down by `factor` and corrects twice: the frequencies here, and the
 temperature of the softmax in `softmax_scale`.
 """
@@ -16,7 +16,7 @@ from deepseek_jax.config import Model, Yarn
 
 
 def frequencies(model: Model) -> np.ndarray:
-    """theta_i of the R / 2 channel pairs in radians per position, FP64 on the host (spec 2.3, YaRN when enabled)."""
+    """Return theta_i of the R / 2 channel pairs in radians per position, FP64 on the host (with YaRN if enabled)."""
     dim = model.rotary_dim
     theta = model.rope_base ** (-np.arange(0, dim, 2) / dim)
     if not model.yarn.enabled:
@@ -27,7 +27,7 @@ def frequencies(model: Model) -> np.ndarray:
 
 
 def _correction_range(yarn: Yarn, dim: int, base: float) -> tuple[int, int]:
-    """First and last pair of the ramp: those that turn `beta_fast` and `beta_slow` times within the original length."""
+    """Return the ramp's first and last pair: they turn `beta_fast` and `beta_slow` times in the original length."""
 
     def pair(turns: float) -> float:
         return dim * math.log(yarn.original_length / (turns * 2.0 * math.pi)) / (2.0 * math.log(base))
@@ -40,13 +40,13 @@ def _mscale(factor: float, coefficient: float) -> float:
 
 
 def softmax_scale(model: Model) -> float:
-    """(P + R)^-0.5, times mscale(mscale_all_dim)^2 where YaRN is enabled: 0.1352338 for the released V3."""
+    """Return (P + R)^-0.5, times mscale(mscale_all_dim)^2 if YaRN is enabled: 0.1352338 for the released V3."""
     scale = model.query_dim**-0.5
     return scale * _mscale(model.yarn.factor, model.yarn.mscale_all_dim) ** 2 if model.yarn.enabled else scale
 
 
 def rotary_table(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, S, R / 2] in FP32; with YaRN times mscale / mscale_all_dim's ratio, which is 1 for V3."""
+    """Return cos and sin [B, S, R / 2] in FP32; YaRN multiplies them by a ratio of two mscales, which is 1 for V3."""
     angles = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(frequencies(model), jnp.float32)
     yarn = model.yarn
     ratio = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim) if yarn.enabled else 1.0
@@ -56,8 +56,8 @@ def rotary_table(model: Model, positions_BS: jax.Array) -> tuple[jax.Array, jax.
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the last R channels of x [B, S, ...] or [B, S, N, ...] as interleaved pairs; FP32 inside, cast back.
 
-    Channels before them turn by the angle 0: one pass over all of them is cheaper than taking the rotary ones out and
-    putting them back.
+    The channels before them turn by the angle 0: one pass over all channels is cheaper than to take the rotary ones out
+    and put them back.
     """
     cos, sin = (t if x.ndim == 3 else t[:, :, None] for t in table)
     still = ((0, 0),) * (x.ndim - 1) + ((x.shape[-1] // 2 - cos.shape[-1], 0),)

@@ -1,13 +1,12 @@
-"""The router: a score for each token and expert, and the choice of K experts per token (DeepSeek-V3 section 2.1.2, eq.
-13-16).
+"""The router: it scores every expert for each token and chooses K (DeepSeek-V3 section 2.1.2, eq. 13-16).
 
 It is FP32 from its logits on. In BF16, 0.6 + 0.001 == 0.6: the bias steps of auxiliary-loss-free balancing would
-vanish. The bias only selects; gates come from the unbiased scores. Experts of groups that are not kept get -inf: with 0
-instead, any negative biased score loses against them.
+vanish. The bias only selects; gates come from the unbiased scores. Experts of groups that are not kept get -inf. With 0
+instead, every negative biased score would lose against them.
 
-A product in FP32 is slow: tensor cores have none. But a BF16 number has 8 significant bits, and an FP32 number is the
-sum of three such: BF16 activations times FP32 weights are three BF16 products, each exact before its sum in FP32. In
-FP32 the router's four products took 12.3 of the 489 ms of a step of `v3_5b` on an H200.
+A product in FP32 is slow, because tensor cores have none. But a BF16 number has 8 significant bits, and an FP32 number
+is the sum of three BF16 numbers. So BF16 activations times FP32 weights are three BF16 products, each exact before its
+sum in FP32. In FP32 the router's four products took 12.3 of the 489 ms of a step of `v3_5b` on an H200.
 """
 
 import jax
@@ -22,7 +21,7 @@ def router_scores(model: Model, h_BSD: jax.Array, router_DE: jax.Array) -> jax.A
     """Return the scores [B, S, E] in FP32: sigmoid or softmax of h W, as exact as a product in FP32 (eq. 15).
 
     Args:
-        model: says which gate.
+        model: says whether the gate is a sigmoid or a softmax.
         h_BSD: normalised residual stream, BF16 or FP32.
         router_DE: FP32.
     """
@@ -36,7 +35,7 @@ def route(model: Model, scores_TE: jax.Array, bias_E: jax.Array) -> tuple[jax.Ar
     """Choose K experts per token and weigh them.
 
     Args:
-        model: groups, K, and how gates are normalised.
+        model: says groups, K, and how gates are normalised.
         scores_TE: sigmoid or softmax scores [..., E], FP32.
         bias_E: selection bias, FP32.
 
@@ -62,14 +61,14 @@ def weigh(model: Model, scores_TE: jax.Array, experts: jax.Array) -> jax.Array:
 
 
 def _sum_of_best_two(x: jax.Array) -> jax.Array:
-    """Sum of the two largest of the last dim, which a GPU would sort for `lax.top_k`."""
+    """Sum the two largest of the last dim; for `lax.top_k` a GPU would sort it."""
     best = x.argmax(-1, keepdims=True)
     others = jnp.where(jnp.arange(x.shape[-1]) == best, -jnp.inf, x)
     return x.max(-1) + others.max(-1)
 
 
 def _rank(x: jax.Array) -> jax.Array:
-    """How many elements of the last dim come before each one, largest first, ties in order."""
+    """Return the rank of each element in the last dim: 0 for the largest, ties in order."""
     index = jnp.arange(x.shape[-1])
     one, other = x[..., :, None], x[..., None, :]
     return ((other > one) | ((other == one) & (index < index[:, None]))).sum(-1)
@@ -81,7 +80,7 @@ def _product(h_TD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product_of_parts(h_TD, router_DE):
-    """FP32 logits [T, E] of BF16 activations and FP32 weights."""
+    """Return FP32 logits [T, E] of BF16 activations and FP32 weights."""
     return _sum_of_parts(_matmul(h_TD, _beside(_parts(router_DE))))
 
 
@@ -92,8 +91,8 @@ def _product_forward(h_TD, router_DE):
 def _product_backward(residuals, g_TE):
     h_TD, router_DE = residuals
     w, g = _parts(router_DE), _parts(g_TE)
-    # The gradient of h is rounded to BF16: of the nine products of parts, those below 2^-16 of the largest are left
-    # out.
+    # The gradient of h is rounded to BF16. So six of the nine products of parts are left out: each is at most about
+    # 2^-16 of the largest.
     dh_TD = _matmul(_beside((g[0], g[0], g[1])), _beside((w[0], w[1], w[0])).T).astype(h_TD.dtype)
     return dh_TD, _sum_of_parts(_matmul(h_TD.T, _beside(g)))
 
@@ -102,8 +101,9 @@ _product_of_parts.defvjp(_product_forward, _product_backward)
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three BF16 arrays whose sum is the FP32 array `x`. Not by casts: XLA may drop a cast and its inverse, leaving
-    zeros.
+    """Return three BF16 arrays whose sum is the FP32 array `x`.
+
+    They are not made by casts: XLA may drop a cast together with its inverse, which would leave zeros.
     """
     found = []
     for _ in range(3):
@@ -118,7 +118,7 @@ def _beside(parts):
 
 
 def _sum_of_parts(x: jax.Array) -> jax.Array:
-    """Sum of the thirds of the last dim, the smallest first."""
+    """Sum the thirds of the last dim, the smallest first."""
     large, middle, small = jnp.split(x, 3, axis=-1)
     return large + (middle + small)
 

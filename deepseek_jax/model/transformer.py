@@ -4,8 +4,8 @@
                  mtp_layers {..., block {attention, moe}}
     router_bias  moe_layers {moe {bias_E}}, mtp_layers {block {moe {bias_E}}}
 
-All of it works on the arrays of one device: `apply` and `decode_step` run inside a program's shard_map. The head is not
-here: a loss makes logits in chunks (`model.head`), decoding makes those of one position.
+`apply` and `decode_step` work on the arrays of one device, inside a program's shard_map. The head is not here: a loss
+makes logits in chunks (`model.head`), decoding makes those of one position.
 """
 
 import functools
@@ -28,14 +28,14 @@ from deepseek_jax.parameters import Weights
 
 
 class Inputs(NamedTuple):
-    """What the network reads, of this device's rows.
+    """What the network reads: this device's rows.
 
     Attributes:
         tokens_BS: int32 ids.
         positions_BS: int32, from 0 at the start of a document or of a row.
         valid_BS: False on padding, which reaches no routed expert and is counted nowhere.
-        segment_ids_BS: attention stays within a segment; None: it is causal over the row.
-        next_BS: the token that follows each position, which MTP layers embed; None: they do not run.
+        segment_ids_BS: attention stays within a segment; None: attention is causal over the whole row.
+        next_BS: the token that follows each position, which MTP layers embed; None: MTP layers do not run.
     """
 
     tokens_BS: jax.Array
@@ -46,12 +46,13 @@ class Inputs(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an objective needs, of this device's rows.
+    """What an objective needs of this device's rows.
 
     Attributes:
         hidden_BSD: after the final norm, the input of the head.
         mtp_hidden: one per depth, after its own final norm.
-        observed: what `observe` made of each router; leading dim: MoE layers, then MTP layers. None without routers.
+        observed: what `observe` reports of each router; leading dim: MoE layers, then MTP layers. None if there are no
+            routers, or nothing is reported.
     """
 
     hidden_BSD: jax.Array
@@ -95,7 +96,7 @@ def apply(
         execution: resolved (`parallel.program.resolve`).
         weights: as `init` makes them, local to this device.
         inputs: rows.
-        gather: makes a layer's split weights whole and casts them; identity where they are already.
+        gather: makes a layer's split weights whole and casts them; the identity if they are whole and cast already.
         observe: what to report of each router (`model.moe`).
     """
     top = gather({name: weights.params[name] for name in ("embed_VD", "final_norm_D")})
@@ -131,11 +132,11 @@ def decode_step(
     Args:
         model: shape and mathematics.
         execution: resolved.
-        weights: as decoding reads them (`inference.decode.decode_weights`).
+        weights: as decoding reads them (`inference.weights.decode_weights`).
         cache: a stack of caches for each stack of layers, "dense_layers" and "moe_layers" (`model.attention.Cache`).
-        tokens_BS: new tokens; S may be 1 or a whole prompt.
+        tokens_BS: new tokens; S is 1, or the length of a piece of the prompt.
         positions_BS: their positions, which are also their slots in the cache.
-        valid_BS: False where there is no token; its output means nothing.
+        valid_BS: False where there is no token: it reaches no routed expert, and its output means nothing.
 
     Returns:
         hidden_BSD after the final norm, and the cache with the new tokens written.
@@ -148,12 +149,12 @@ def decode_step(
 
 @jax.named_scope("embedding")
 def embed(execution: Execution, embed_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-    """Look tokens up, in the dtype of the activations."""
+    """Return the embeddings of tokens in the dtype of the activations."""
     return embed_VD[tokens_BS].astype(compute_dtype(execution))
 
 
 def _shifted(next_BS: jax.Array, steps: int) -> jax.Array:
-    """Tokens shifted left by `steps`. The freed places hold token 0; what is predicted there carries no loss."""
+    """Shift tokens left by `steps`. Token 0 fills the freed positions; predictions made there carry no loss."""
     return jnp.pad(next_BS[:, steps:], ((0, 0), (0, steps)))
 
 
@@ -168,7 +169,7 @@ def _mtp_depth(
     state_BSD: jax.Array,
     valid_BS: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """One depth of multi-token prediction: return its hidden state after its final norm, and what was observed."""
+    """Run one depth of multi-token prediction; return its state after its final norm, and what was observed."""
     params, bias = layer
     mtp = merge(MtpLayer, model, gather(params), bias)
     x_BSD = mtp.merge(embedded_BSD, state_BSD)

@@ -1,1 +1,1 @@
-"""Where arrays live and how they move: the mesh with its layout table, and the expert exchange."""
+"""Where arrays live and how they move: the mesh, gathers of weights, the expert exchange, and programs on a mesh."""

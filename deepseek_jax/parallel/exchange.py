@@ -42,7 +42,7 @@ from deepseek_jax.parallel.rows import gather_rows, sum_rows
 from deepseek_jax.parameters import EXPERTS
 
 # (weights, x_TD, gates_TK, experts_TK) -> y_TD: the gated sum of each row's experts. An id outside the weights' experts
-# contributes nothing.
+# contributes zero.
 ExpertFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -61,14 +61,14 @@ def exchange(
 
     Args:
         x_TD: this device's rows.
-        experts_TK: global expert ids, int32; `num_experts` marks an assignment that does not exist (padding).
+        experts_TK: global expert ids, int32; `num_experts` means no expert (padding).
         gates_TK: gate weights, FP32.
         weights: this device's experts, leading dim E / devices.
         expert_fn: the experts' arithmetic on rows that are here.
         transport: "local" (every expert is here: the specification) or "all_to_all" (inside a shard_map with the
             `EXPERTS` axes).
         num_experts: E.
-        slack: rows one round can carry, in multiples of the balanced number.
+        slack: how many rows one round carries, in multiples of the balanced number.
     """
     if transport == "local":
         return expert_fn(weights, x_TD, gates_TK, experts_TK)
@@ -106,9 +106,7 @@ def _plan(route: _Route, experts_TK: jax.Array) -> _Plan:
 
 
 def _one_round(route, expert_fn, r, plan, experts_TK, x_TD, gates_TK, weights):
-    """Send the assignments of round `r`, apply the experts of this device to what arrived, and bring the results
-    home.
-    """
+    """Send the assignments of round `r`, apply this device's experts to what arrived, and send the results home."""
     num_slots, num_assignments = route.parts * route.capacity, experts_TK.size
     here = (plan.position // route.capacity == r) & (plan.destination < route.parts)
     slot = jnp.where(here, plan.destination * route.capacity + plan.position % route.capacity, num_slots)

@@ -5,10 +5,10 @@ gradient, its moments and its average lie the same way. Batches are split over `
 (`node`, `expert`); everything else is split over all of `ROWS`.
 
 The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on:
-model code sees local arrays and says its collectives. The alternative is explicit sharding with one shard_map island
+model code sees local arrays and calls its collectives. The alternative is explicit sharding with one shard_map island
 per weight. Its glue (embedding lookups, scan carries, reshapes of sharded dims) needs more care than the collectives it
-hides, and it reduces a gradient per island and micro-batch. With one island a gather is a function call, and calling it
-per layer (ZeRO-3) or once per step (ZeRO-1) is the only difference between the two: the layout table does not change.
+hides, and it reduces a gradient per island and micro-batch. With one island a gather is a function call. ZeRO-3 calls
+it per layer, ZeRO-1 once per step; that is their only difference, and the layout table does not change.
 """
 
 import math
@@ -24,7 +24,7 @@ from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
 
 AXES = ("pipe", "data", "node", "expert", "tensor")
-# Model dims that some parameter's layout splits, by their letter; more than these are not split (`_split_sizes`).
+# Fields of `Model` by the letter of their dim: all dims that the layout of some parameter splits.
 SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
 
 
@@ -32,7 +32,7 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
     """Make the mesh of `sizes` over `devices` (all of them by default).
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices, or an axis is asked for that does not exist yet.
+        ValueError: the axes do not multiply to the number of devices, or a reserved axis is not 1.
     """
     devices = jax.devices() if devices is None else devices
     shape = {axis: getattr(sizes, axis) for axis in AXES}
@@ -71,15 +71,13 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     if config.execution.precision == "fp8" and tokens % GROUP:
         raise ValueError(
             f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of"
-            f" {rows} devices;"
-            f" in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by"
-            " data.sequence_length"
-            " or training.micro_batch_size, or use execution.precision = 'bf16'"
+            f" {rows} devices; in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of"
+            f" {GROUP}, by data.sequence_length or training.micro_batch_size, or use execution.precision = 'bf16'"
         )
 
 
 def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Return the fields of `Model` that are split, and over how many devices: those of `PARAMETERS`."""
+    """Return {field of `Model`: number of devices that its dim is split over}, from the layouts of `PARAMETERS`."""
     parts: dict[str, int] = {}
     for name, parameter in PARAMETERS.items():
         for letter, axes in zip(name.rpartition("_")[2], parameter.layout, strict=True):
@@ -90,12 +88,12 @@ def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
 
 
 def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
-    """Number of devices along `axes` together."""
+    """Return the number of devices along `axes` together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Return what bit equality depends on: XLA:CPU splits reductions by the core count, GPUs by the device kind."""
+    """Return what bit equality depends on: XLA splits reductions by core count on CPUs, by device kind on GPUs."""
     device = mesh.devices.flat[0]
     return {
         "jax": jax.__version__,
@@ -108,7 +106,8 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def vary(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Let `x` vary over the manual axes that `like` varies over: a loop's carry must start with the type it ends
-    with.
+    """Let `x` vary over the manual axes that `like` varies over.
+
+    A loop needs it: its carry must start with the type that it ends with.
     """
     return manual_axes.vary(x, manual_axes.varies_over(like))

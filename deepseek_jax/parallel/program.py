@@ -1,7 +1,7 @@
 """Programs: a pure function, the sections of the configuration that it reads, and a mesh.
 
-`jit_on` compiles one; `resolve` replaces every "auto" of `execution` by what it means on the mesh. A program is keyed
-by what it reads, so two configurations that differ elsewhere (name, data, schedules) share it.
+`jit_on` jits one; `resolve` replaces every "auto" of `execution` by what it means on the mesh. The key of a program is
+what it reads, so two configurations that differ elsewhere (name, data, schedules) share it.
 """
 
 import functools
@@ -28,11 +28,11 @@ def jit_on(
     (experiments/log.md).
 
     Args:
-        function: of a module, not made anew for each call.
+        function: defined once, at the top of a module: a new function object is a new program.
         execution: says the precision.
-        mesh: call the program under `jax.set_mesh(mesh)`.
-        static: hashable values; what the function reads of the configuration.
-        donate: which of the arrays are donated.
+        mesh: where the program runs; call it under `jax.set_mesh(mesh)`.
+        static: hashable values: what the function reads of the configuration.
+        donate: positions of the donated arrays, counted without `static`.
     """
     platform = mesh.devices.flat[0].platform
     exact = execution.precision == "fp32" and platform != "cpu"
@@ -46,18 +46,20 @@ def jit_on(
 
 
 def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
-    """Replace "auto" choices by what they mean on this mesh."""
+    """Return `config` with every "auto" replaced by what it means on this mesh; see `resolve`."""
     return resolve(config, mesh.devices.flat[0].platform, axis_size(mesh, EXPERTS))
 
 
 def resolve(config: Config, platform: str, expert_devices: int) -> Config:
-    """Replace every "auto" of `execution` by what it means on `platform` ("cpu", "gpu", "tpu"), and log the choice with
-    its reason.
+    """Return `config` with every "auto" of `execution` replaced; each choice is logged with its reason.
 
     Args:
         config: any valid config.
-        platform: `device.platform` of the mesh's devices.
+        platform: `device.platform` of the mesh's devices: "cpu", "gpu" or "tpu".
         expert_devices: devices along the expert axes of the mesh.
+
+    Raises:
+        ValueError: `execution` asks for attention or an exchange that cannot work here.
     """
     execution = config.execution
     attention, exchange, experts = execution.attention, execution.exchange, execution.experts

@@ -1,7 +1,8 @@
 """Rows of tokens in the order of slots, and back: two gathers that are each other's transpose.
 
-`source` says which assignment fills a slot, `slots` where an assignment went, so both directions read and none writes
-by index, and the derivative of reading by one is reading by the other. Five tokens, one expert each, six slots:
+`source` says which assignment fills a slot, `slots` where an assignment went. So both directions read by index and
+neither writes by index, and the derivative of reading by one is reading by the other. Five tokens, one expert each, six
+slots:
 
     source_W    1 0 3 5 2 4        slot 3 is empty: 5 = T * K
     slots_TK    1 0 4 2 5          token 0 lies in slot 1
@@ -13,13 +14,13 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Rows of `x_TD` in slot order: slot w holds token `source_W[w] // K`, or zeros where `source_W[w]` = T * K."""
+    """Return rows in slot order: slot w holds token `source_W[w] // K`, or zeros where `source_W[w]` = T * K."""
     return _take(x_TD, source_W // slots_TK.shape[1])
 
 
 @jax.custom_vjp
 def sum_rows(y_WD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Sum the rows of each token's assignments in FP32, the transpose of `gather_rows`. Slot index W means unused."""
+    """Sum the rows of each token's assignments in FP32: the transpose of `gather_rows`. Slot index W adds zero."""
     # K gathers fuse with their sum.
     parts = (_take(y_WD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1]))
     return sum(parts).astype(y_WD.dtype)

@@ -1,11 +1,11 @@
-"""The movements of a weight: quantised where it lies, gathered before its use, its gradient reduced and scattered.
+"""How a weight moves: quantised where it lies, gathered before its use, its gradient reduced and scattered.
 
-FP8 weights are quantised once per optimizer step, by the devices that store them: a block of 128 x 128 may lie on
-several, so its largest magnitude is found together, and every device has the scales of the whole matrix. What a layer's
-gather moves are E4M3 bytes: half of BF16.
+FP8 weights are quantised once per optimizer step, by the devices that store them. A block of 128 x 128 may lie on
+several devices, so they find its largest magnitude together, and each has the scales of the whole matrix. A layer's
+gather moves E4M3 bytes, half as many as in BF16.
 
 Derivatives do not flow through E4M3. An `Fp8Weight` has a carrier beside its values: the stored FP32 weight before the
-gather, zeros after, whose cotangent is the gradient. No program reads those zeros, so none holds them.
+gather, zeros after it. Its cotangent is the gradient. No program reads those zeros, so none holds them.
 """
 
 import functools
@@ -40,9 +40,9 @@ def _is_weight(leaf: Any) -> bool:
 def gather(tree: Any, dtype: jnp.dtype) -> Any:
     """Make every weight of `tree` whole on every device that multiplies with it; call inside the step's shard_map.
 
-    Arrays travel in `dtype` and FP8 weights in E4M3; the gradient comes back by a reduce-scatter in FP32. A leaf that
-    is everywhere already (norm gains) becomes varying, so that its gradient is summed once, at the transpose of that
-    cast, and keeps FP32.
+    Arrays travel in `dtype` or, if they are multiplied in FP32, in FP32; FP8 weights travel in E4M3. The gradient comes
+    back by a reduce-scatter in FP32. A leaf that lies on every device (norm gains) becomes varying and stays FP32: its
+    gradient is summed once, at the transpose of that cast.
     """
 
     def one(path, w):
@@ -60,8 +60,9 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
 
 
 def reduce_gradients(tree: Any) -> Any:
-    """Sum whole gradients over devices, each device keeping its part of the layout: what `gather` transposes to, as a
-    call of its own.
+    """Sum whole gradients over devices; each device keeps its part of the layout.
+
+    This is the transpose of `gather` as a call of its own.
     """
 
     def one(path, g):
@@ -79,7 +80,7 @@ def quantize_weights(params: Any) -> Any:
         params: this device's part of the parameters.
 
     Returns:
-        a tree of the same shape with (values, scales) of `Fp8Weight` for those weights and None for the others.
+        a tree of the same shape: (values, scales) of an `Fp8Weight` for these weights, None for the others.
     """
 
     def one(path, w):
@@ -93,12 +94,12 @@ def quantize_weights(params: Any) -> Any:
 
 
 def attach(tree: Any, quantized: Any) -> Any:
-    """Put each weight of `tree` that has (values, scales) in `quantized` into an `Fp8Weight`, as its carrier."""
+    """Make each weight of `tree` that has (values, scales) in `quantized` the carrier of an `Fp8Weight`."""
     return jax.tree.map(lambda w, q: w if q is None else Fp8Weight(w, *q), tree, quantized)
 
 
 def detach(tree: Any) -> tuple[Any, Any]:
-    """Undo `attach`: return what is differentiated, and the rest."""
+    """Undo `attach`: return what is differentiated (carriers and other weights), and (values, scales)."""
     carriers = jax.tree.map(lambda w: w.carrier if _is_weight(w) else w, tree, is_leaf=_is_weight)
     return carriers, jax.tree.map(lambda w: (w.values, w.scales) if _is_weight(w) else None, tree, is_leaf=_is_weight)
 
@@ -117,7 +118,7 @@ def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     whole = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % GROUP)])
     largest = largest_magnitude(whole.reshape(*whole.shape[:-1], -1, GROUP), axis=-1)
     num_blocks = -(-rows.shape[0] * lax.axis_size(axes) // GROUP)
-    # As integers, which are in the order of the magnitudes: a maximum of floats may lose a NaN.
+    # As integers, whose order is that of the magnitudes: a maximum of floats may lose a NaN.
     found = lax.bitcast_convert_type(largest, jnp.int32)
     found = vary(jnp.zeros((num_blocks, *largest.shape[1:]), jnp.int32), found).at[blocks_of_rows].max(found)
     scales = scale_of(lax.bitcast_convert_type(lax.pmax(found, axes), jnp.float32), "fp32")
@@ -144,7 +145,7 @@ _gather_split.defvjp(_gather_split_forward, _gather_split_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _carry(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """Zeros of the shape that `w` has when it is whole; the derivative is that of gathering `w`."""
+    """Return zeros of the shape of the whole `w`; the derivative is that of gathering `w`."""
     shape = list(w.shape)
     shape[dim] *= lax.axis_size(axes)
     return vary(jnp.zeros(shape, jnp.float32), w)
@@ -169,8 +170,9 @@ def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 
 def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
-    """The dim of a weight that is split for storage only, with its axes. Experts also live on `EXPERTS`: that dim is
-    never gathered.
+    """Return (dim, axes) of the dim that is split for storage only; an empty list if there is none.
+
+    The dim of experts, split over `EXPERTS`, is never gathered.
     """
     layout = enumerate(layout_of(name, w.ndim))
     dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in layout if axes is not None]

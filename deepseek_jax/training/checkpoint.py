@@ -1,23 +1,23 @@
-"""Checkpoints of a run: written while the training goes on, verified when they are read, restorable onto any mesh.
+"""Checkpoints of a run: written while training continues, verified when read, restorable onto any mesh.
 
     workdir/config.json                    the configuration that owns the workdir
-    workdir/checkpoints/<step>/state       parameters, router bias, optimizer, counters (Orbax, one logical array
-                                           whatever the mesh)
+    workdir/checkpoints/<step>/state       parameters, router bias, optimizer, counters (Orbax; an array is stored as
+                                           one, whatever the mesh)
     workdir/checkpoints/<step>/run         step, tokens seen, data position, configuration, environment, fingerprints
                                            (JSON)
     workdir/checkpoints/<step>/tokenizer   content of the workdir's tokenizer files, by name (JSON)
     workdir/checkpoints/damaged/           checkpoints that failed verification; moved here, never deleted
 
-A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it when
-every byte is there. A process killed at any moment therefore leaves complete checkpoints and at most one temporary
+A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it once
+every byte is on disk. So a process that is killed at any moment leaves complete checkpoints and at most one temporary
 folder, which the next start removes.
 
 Orbax notices missing files but not a flipped byte in an array. So each save also stores a fingerprint per array, made
 on the devices and equal on every mesh, and each restore makes them again and compares.
 
-Rule for a damaged checkpoint: it is named, with what is wrong, and the newest intact one is used. A run is a function
-of its state, so going back costs time and loses nothing. If none is intact the start is refused, and nothing is moved:
-no silent start from scratch.
+Rule for a damaged checkpoint: a warning names it and what is wrong, and the newest intact one is used. A run is a
+function of its state, so to go back costs time and loses nothing. If none is intact, the start is refused and nothing
+is moved; there is no silent start from scratch.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class SaveError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run is besides its arrays.
+    """Where a run stands, without its arrays.
 
     Attributes:
         step: optimizer steps taken.
@@ -87,8 +87,9 @@ def _crc32(payload: Any) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Return the part of an error that a person can use. TensorStore prints its whole specification; what went wrong is
-    said last.
+    """Return the part of an error that a person can use.
+
+    TensorStore prints its whole specification, and says at the end what went wrong.
     """
     text = str(error) or repr(error)
     before_spec = text.split(" [tensorstore_spec=")[0].split(" [os_error_code=")[0].split("\n")[0]
@@ -96,14 +97,14 @@ def _reason(error: Exception) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Opening them removes what an unfinished save left behind.
+    """The checkpoints of one workdir. Opening them for writing removes what an unfinished save left behind.
 
     Args:
         workdir: the run's folder.
         keep: how many complete checkpoints stay; `None` opens them for reading, and nothing is written or removed.
 
     Raises:
-        ValueError: opened for reading, and there are none.
+        ValueError: opened for reading, and there are no checkpoints.
     """
 
     def __init__(self, workdir: Path, keep: int | None):
@@ -130,11 +131,11 @@ class Checkpoints:
     def save(
         self, state: Any, progress: Progress, config: Config, tokenizer: dict[str, str], mesh: jax.sharding.Mesh
     ) -> None:
-        """Start saving; returns when the arrays are copied from the devices, so the caller may donate them.
+        """Start to save; return once the arrays are copied from the devices, so that the caller may donate them.
 
         Args:
             state: the training state.
-            progress: what belongs to it outside the arrays.
+            progress: where the run stands with this state.
             config: the run's configuration.
             tokenizer: file name to content, as `read_tokenizer` returns it.
             mesh: the mesh that the state lives on.
@@ -159,7 +160,7 @@ class Checkpoints:
         self._guard(self._manager.check_for_errors)
 
     def wait(self) -> None:
-        """Block until the save in the background is complete; raises `SaveError` if it failed."""
+        """Wait until the save in the background is complete; raise `SaveError` if it failed."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
@@ -169,7 +170,7 @@ class Checkpoints:
     def _guard(self, action) -> None:
         try:
             action()
-        except Exception as error:  # Orbax hands on whatever the file system or TensorStore raised
+        except Exception as error:  # Orbax passes on what the file system or TensorStore raised
             self._remove_unfinished()
             self._manager.reload()
             steps = self.steps()
@@ -177,24 +178,23 @@ class Checkpoints:
             free = shutil.disk_usage(self.directory).free / 2**30
             raise SaveError(
                 f"saving into {self.directory} failed: {_reason(error)}\n{kept}. {free:.2f} GiB are free there; make"
-                " room (or lower"
-                " training.keep_checkpoints) and run the same command to continue"
+                " room (or lower training.keep_checkpoints) and run the same command to continue"
             ) from error
 
     def restore(
         self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None
     ) -> tuple[Any, Progress, dict[str, str]] | None:
-        """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none at
-        all.
+        """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none.
 
         Args:
-            abstract_state: `ShapeDtypeStruct`s with the shardings to restore onto; any mesh will do. A part of the
-                saved tree (for example only `params` and `router_bias`) reads that part alone.
-            mesh: the mesh of those shardings; a difference from the recorded environment is warned about.
+            abstract_state: `ShapeDtypeStruct`s with the shardings to restore onto, of any mesh. If it is a part of the
+                saved tree (for example only `params` and `router_bias`), only that part is read.
+            mesh: the mesh of these shardings; a warning tells if the environment is not the recorded one.
+            step: the step to restore; the newest intact one if None.
 
         Raises:
-            ValueError: `step` does not exist or is damaged, or no checkpoint is intact; each is named with what is
-                wrong.
+            ValueError: `step` does not exist or is damaged, or no checkpoint is intact; the message names each damaged
+                one and what is wrong with it.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -203,7 +203,7 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(steps):
             try:
                 state, run, tokenizer = self._read(candidate, abstract_state)
-            except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
+            except Exception as error:  # a damaged file makes Orbax, TensorStore or json raise many types
                 failures[candidate] = _reason(error)
             else:
                 found = fingerprints(state)
@@ -242,7 +242,7 @@ class Checkpoints:
         return items["state"], _unseal(items["run"], "run"), _unseal(items["tokenizer"], "tokenizer")
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Move damaged checkpoints out of the way of the run that will write these steps again."""
+        """Move damaged checkpoints out of the way: the run will write these steps again."""
         if not steps or not self._writes:
             return
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""A run as its `metrics.jsonl` shows it: the final table and the sheet of curves.
+"""The final table and the sheet of curves of a run, both made from its `metrics.jsonl`.
 
 Neither needs the process that trained. The sheet is drawn without `pyplot`, so the plotting backend of a notebook stays
 as it is.
@@ -51,7 +51,11 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) ->
 
 
 def draw_sheet(workdir: Path) -> Path:
-    """Draw loss, MTP loss, load per expert over time and bias range into `training.png`, and return its path."""
+    """Draw losses, imbalance, load per expert and bias range over time into `training.png`; return its path.
+
+    Raises:
+        ValueError: the metrics have no training line yet.
+    """
     from matplotlib.figure import Figure  # slow to import, and only drawing needs it
 
     rows = read_rows(workdir)
@@ -109,7 +113,7 @@ def _draw_balance(panel, tokens, training) -> None:
 
 
 def _draw_load(panel, tokens, training) -> None:
-    """Heat map: one row per expert of each layer, colour is load over the mean load of the layer."""
+    """Draw a heat map: one row per expert of each layer, colour is load over the mean load of the layer."""
     load_TLE = _column(training, "router/load")
     relative_TLE = load_TLE / np.maximum(load_TLE.mean(axis=2, keepdims=True), 1e-9)
     num_layers, num_experts = load_TLE.shape[1:]

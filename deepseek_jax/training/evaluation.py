@@ -16,21 +16,19 @@ class Evaluation(NamedTuple):
 
     loss: float  # nats per target of the main head
     bits_per_byte: float  # all nats as bits, over the UTF-8 bytes of the text
-    mtp_loss: list[float]  # nats per target of the main head, one per depth
+    mtp_loss: list[float]  # one per depth: nats, over the number of targets of the main head
     counts_LE: np.ndarray  # int64 assignments
     max_vio_L: np.ndarray  # of counts_LE: (max - mean) / mean
 
 
 def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Put this process's rows on the mesh as its part of the global batch."""
+    """Put this process's rows on the mesh; they are its part of the global batch."""
     sharding = jax.sharding.NamedSharding(mesh, jax.P(ROWS))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def evaluate(eval_step: Callable, weights: Weights, held_out: HeldOut, mesh: jax.sharding.Mesh) -> Evaluation:
-    """Run `eval_step` over every held-out batch, without waiting in between; sums are made on the host in double
-    precision.
-    """
+    """Run `eval_step` over every held-out batch without waiting; add on the host in double precision."""
     pending = [eval_step(weights, place_batch(batch, mesh)) for batch in held_out]
     total = jax.tree.map(lambda *values: np.sum(np.stack(values).astype(np.float64), axis=0), *jax.device_get(pending))
     counts_LE = total["counts_LE"].astype(np.int64)

@@ -1,10 +1,10 @@
-"""Fingerprints of arrays, made where the arrays are.
+"""Fingerprints of arrays, computed on the devices that hold them.
 
     fingerprint(x) = sum over i of bits(x_i) * weight(i)  mod 2^32,    weight(i) odd, from the global index i
 
-Integers add in any order, so the sum is the same on every mesh; an odd weight has an inverse mod 2^32, so no change of
-one element can go unseen. The cost is one pass over memory that is already on the device; a hash of the files would
-read them all again, and would change with the mesh that wrote them.
+Integers add in any order, so the sum is the same on every mesh. An odd weight has an inverse mod 2^32, so every change
+of one element changes the sum. The cost is one pass over memory that is already on the device. A hash of the files
+would read them all again, and would depend on the mesh that wrote them.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Model FLOPs: what the mathematics needs, whatever the hardware did on top (recomputation is not counted).
+"""Model FLOPs: what the mathematics needs; recomputation does not count.
 
 A weight that multiplies a token costs 2 FLOPs in the forward pass and 4 in the backward pass (input and weight
-gradient), so a token costs 6 per weight it meets: attention projections, dense FFN or the routed and shared experts,
+gradient). So a token costs 6 per weight that it meets: attention projections, dense FFN or routed and shared experts,
 router, head. An embedding lookup and norms cost none. Attention adds, per layer, head and visible position, P + R
 channels of score and H channels of value. A causal token sees half the square, S / 2 positions; some papers count all
 S, which is `causal=False`.
@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool) -> float:
-    """Return forward + backward FLOPs per token of a training step, with the MTP layers where `mtp` is set."""
+    """Return forward and backward FLOPs per token of a training step; `mtp` says whether MTP layers run."""
     weights = _weights_of_layers(model) + model.vocab_size * model.width
     attention_layers = model.num_layers
     if mtp:
@@ -62,17 +62,17 @@ def _attention_weights(model: Model) -> int:
 
 
 def _moe_weights(model: Model) -> int:
-    """Weights of an MoE layer that one token meets."""
+    """Return how many weights of an MoE layer one token meets."""
     experts = model.experts_per_token + model.num_shared_experts
     return experts * 3 * model.width * model.expert_hidden + model.width * model.num_experts
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the dense BF16 peak of a device in FLOP/s, or None where it is not known (a CPU)."""
+    """Return the dense BF16 peak of a device in FLOP/s, or None if it is unknown (a CPU)."""
     matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def model_flops_utilization(flops: float, tokens_per_second: float, peak: float) -> float:
-    """Return MFU as a fraction: FLOPs per token times tokens/s over the peak of all devices that made them, FLOP/s."""
+    """Return MFU, a fraction: FLOPs per token times tokens/s, over the peak of all these devices in FLOP/s."""
     return flops * tokens_per_second / peak

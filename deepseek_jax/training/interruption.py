@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step and saves."""
+"""Signals that ask a run to stop: the run finishes its step and saves."""
 
 import signal
 import threading
@@ -12,13 +12,14 @@ class Interruption:
     """A context in which the first SIGINT or SIGTERM is noted instead of obeyed; a second one is obeyed."""
 
     def __init__(self):
-        """Nothing has happened yet."""
+        """Start without a signal."""
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        """Install the handlers. Python allows it in the main thread alone; of several processes JAX's own notice is
-        used.
+        """Install the handlers, if this is the main thread of a single process.
+
+        Python allows handlers in the main thread only. Several processes use JAX's own notice of preemption instead.
         """
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -35,7 +36,7 @@ class Interruption:
         self.__exit__()
 
     def requested(self, step: int) -> bool:
-        """Say whether to stop after `step`, the same on every process."""
+        """Return whether to stop after `step`; all processes get the same answer."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

@@ -1,20 +1,20 @@
-"""The training loop: config -> mesh -> state -> step -> restore -> batch -> step -> metrics -> checkpoint.
+"""The training loop: batch -> step -> metrics -> evaluation -> checkpoint.
 
-The loop owns time, files and printing; the step owns the mathematics. After step s is dispatched, the metrics of step s
-- 1 are read, so the device always has work while the host writes. Before an evaluation or a checkpoint of step s its
-own metrics are read too: what `metrics.jsonl` says up to s is on disk before the checkpoint of s begins.
+The loop owns time, files and printing; the step owns the mathematics. The loop dispatches step s and then reads the
+metrics of the step before, so the device has work while the host writes. Before an evaluation or a checkpoint of step s
+it reads the metrics of s too: the lines of `metrics.jsonl` up to s are on disk before the checkpoint of s begins.
 
 A run is a function of (state, data position, tokens seen): nothing else is carried from one step to the next, and all
 three are in a checkpoint. So a killed run that continues repeats the steps since its last checkpoint bit for bit.
 
 A `Trainer` runs parts that its caller built: step, batches, evaluators, checkpoints, log. `training.pretrain.train`
-builds those of pre-training.
+builds the parts of pre-training.
 
 How a run ends:
 
     the tokens are consumed          returns, `interrupted_by` None
     Ctrl-C or SIGTERM                the step is finished and saved; returns, `interrupted_by` the signal. A second
-                                     signal kills at once
+                                     signal stops at once
     N consecutive non-finite steps   `NonFiniteError`; nothing is saved, the last good checkpoint stays
     a save or a write fails          `SaveError` or `OSError`; the earlier checkpoints stay
 """
@@ -47,20 +47,20 @@ class NonFiniteError(RuntimeError):
 
 
 class Batches(Protocol):
-    """Where batches come from: a function of its position."""
+    """A source of batches, which are a function of its position."""
 
     def next_batch(self, batch_size: int) -> dict[str, Any]:
         """Return this process's rows of the next batch of `batch_size` sequences, NumPy arrays."""
 
     def state(self) -> Any:
-        """Return the position (JSON), from which `restore` goes on with the same batches."""
+        """Return the position (JSON), from which `restore` continues with the same batches."""
 
     def restore(self, position: Any) -> None:
-        """Go to a position."""
+        """Continue from a position that `state` returned."""
 
 
 class Pending(NamedTuple):
-    """A step that has been dispatched and whose metrics have not been read."""
+    """A step that is dispatched and whose metrics are not yet read."""
 
     step: int
     tokens_seen: int
@@ -71,21 +71,23 @@ class Pending(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
-    """One run in one process, over parts that its caller built and closes; used under `jax.set_mesh(mesh)`.
+    """One run in one process, over parts that its caller builds and closes; use it under `jax.set_mesh(mesh)`.
 
-    `state`, `step`, `tokens_seen` and the position of the batches change, all else stays.
+    `progress` is where the run starts; `step` and `tokens_seen` are where it stands. Of the parts, `state` and the
+    position of `batches` change.
 
     Attributes:
-        config: sections `training` and `optimizer`, schedules, and shapes for counting FLOPs.
-        mesh: of the state and the batches.
+        config: says intervals, schedules, and shapes for counting FLOPs; saved with each checkpoint.
+        mesh: the mesh of the state and the batches.
         train_step: (state, batch, rates) -> (state, metrics), jitted, as `training.step.jit_train_step` returns it.
-        state: at `progress`.
-        progress: where the run stands.
-        batches: goes on from `progress.data`.
-        evaluators: called with the weights every `training.eval_every` steps; return a row of the metrics each.
-        checkpoints: of the workdir.
+        state: the state at `progress`.
+        progress: where the run starts.
+        batches: continues from `progress.data`.
+        evaluators: called with the weights before the first step, every `training.eval_every` steps and at the end;
+            each returns a row of the metrics.
+        checkpoints: the checkpoints of the workdir.
         tokenizer_files: name to content, saved with each checkpoint.
-        log: of the workdir, opened to continue after `progress`.
+        log: the metrics of the workdir, opened to continue after `progress`.
         bar: what a person sees.
     """
 
@@ -102,14 +104,14 @@ class Trainer:
     bar: ProgressBar
 
     def __post_init__(self):
-        """Go to where the run stands, and start the clock."""
+        """Move the batches to where the run starts, and start the clock."""
         self.step, self.tokens_seen = self.progress.step, self.progress.tokens_seen
         if self.progress.data is not None:
             self.batches.restore(self.progress.data)
         flops = flops_per_token(self.config.model, self.config.data.sequence_length, causal=True, mtp=True)
         self.speed = Speedometer(flops, list(self.mesh.devices.flat))
         self.programs: dict[int, Any] = {}  # by batch size
-        self.compile_seconds = 0.0  # not yet written
+        self.compile_seconds = 0.0  # not yet in the log
         self.pending: Pending | None = None
         self.skipped = 0
         self.saved_step = self.step
@@ -163,7 +165,7 @@ class Trainer:
         self._read(pending)
 
     def _read(self, pending: Pending | None) -> None:
-        """Wait for a dispatched step; count it, show it, write it down."""
+        """Wait for a dispatched step; count it, show it, and write its metrics."""
         if pending is None:
             return
         metrics = jax.device_get(pending.metrics)
@@ -184,9 +186,8 @@ class Trainer:
             good = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
             raise NonFiniteError(
                 f"step {pending.step}: the loss or the gradients were not finite {self.skipped} times in a row; these"
-                " updates were"
-                f" skipped and {good}. Lower optimizer.learning_rate or loss weights in a new --workdir, or look for"
-                " bad data"
+                f" updates were skipped and {good}. Lower optimizer.learning_rate or loss weights in a new --workdir,"
+                " or look for bad data"
             )
 
     def _evaluate(self) -> None:

@@ -1,12 +1,12 @@
 """What a run writes down: `metrics.jsonl`, one JSON object per line, and TensorBoard events of the same values.
 
-Each line has `step` and `tokens_seen` and one group of the keys in `KEYS`: a training line every `log_every` steps, an
+Each line has `step`, `tokens_seen` and one group of the keys in `KEYS`: a training line every `log_every` steps, an
 evaluation line, and one yardstick line at the end. Lists run over layers, the main model's MoE layers first and then
 the MTP layers. A value that is not finite is null, since JSON has no NaN.
 
-The file is append-only while a process lives. Every line up to a step is on disk before the checkpoint of that step is
-begun, and a run that continues from step s first drops what lies beyond s. So the file of an interrupted run has the
-lines of an uninterrupted one.
+A process only appends to the file. Every line up to a step is on disk before the checkpoint of that step begins, and a
+run that continues from step s first drops the lines beyond s. So an interrupted run leaves the same lines as an
+uninterrupted one.
 """
 
 import json
@@ -75,7 +75,7 @@ KEYS = {
 
 
 class MetricsLog:
-    """The metrics of one workdir, opened to continue after `step`. Of several processes the first writes."""
+    """The metrics of one workdir, opened to continue after `step`. Of several processes only the first writes."""
 
     def __init__(self, workdir: Path, step: int):
         """Drop the lines and events beyond `step`, and open both files for appending."""
@@ -91,15 +91,15 @@ class MetricsLog:
         folder.mkdir(exist_ok=True)
         # Not `SummaryWriter`: its thread would lose events at a kill after `flush`, and hang the run after a full disk.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
-        # readers drop earlier files' events from here on
+        # From this step on, readers drop the events of earlier files.
         beyond = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         self._events.write_event(beyond)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line; it survives the death of the process from here on.
+        """Append one line, which then survives the death of the process.
 
         Raises:
-            OSError: the disk is full; the message says where and what to do.
+            OSError: the line cannot be written, for example to a full disk; the message says where and what to do.
         """
         assert row.keys() <= KEYS.keys(), f"undocumented keys {row.keys() - KEYS.keys()}"
         if not self._writes:
@@ -112,7 +112,7 @@ class MetricsLog:
             self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
     def flush(self) -> None:
-        """Put the events on disk too; call before a checkpoint."""
+        """Write the events to disk too; call it before a checkpoint."""
         if self._writes:
             with self._full_disk_named():
                 self._events.flush()
@@ -137,13 +137,15 @@ class MetricsLog:
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a workdir's metrics. A last line cut off by a kill is left out; nothing else may be
-    broken.
+    """Return the lines of a workdir's metrics, without a last line that a kill cut off.
+
+    Raises:
+        ValueError: any other line is not JSON.
     """
     path = Path(workdir) / FILE_NAME
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty, or was cut off
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty or cut off
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -156,7 +158,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON: arrays become lists, what is not finite null."""
+    """Return `value` as JSON: arrays become lists, non-finite numbers become null."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
@@ -174,7 +176,7 @@ def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def train_row(metrics: dict[str, np.ndarray], rates: Any) -> dict[str, Any]:
-    """Return the training keys from the step's metrics (see `training/step.py`), on the host, and its `Rates`."""
+    """Return the training keys, from a step's metrics on the host (`training/step.py`) and its `Rates`."""
     loss = float(metrics["loss"])
     return {
         "train/loss": loss,
@@ -216,7 +218,7 @@ def eval_row(loss: float, mtp_loss: Any, bits_per_byte: float, max_vio_L: Any) -
 
 
 class Speedometer:
-    """Training time without pauses, and what follows from it: tokens per second and model FLOP utilisation."""
+    """Measures training time without pauses, tokens per second and model FLOP utilisation."""
 
     def __init__(self, flops_per_token: float, devices: list[jax.Device]):
         """Start the clock. `flops_per_token` counts forward and backward."""
@@ -226,7 +228,7 @@ class Speedometer:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted, and count from now."""
+        """Forget all counts, and count from now."""
         self._mark, self._seconds, self._tokens, self._steps = time.perf_counter(), 0.0, 0, 0
 
     def count(self, tokens: int) -> None:
@@ -239,7 +241,7 @@ class Speedometer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time inside: no step is running."""
+        """Do not count the time inside this context: no step is running."""
         self._seconds += time.perf_counter() - self._mark
         try:
             yield
@@ -247,7 +249,7 @@ class Speedometer:
             self._mark = time.perf_counter()
 
     def row(self) -> dict[str, float]:
-        """Return the speed keys over the steps counted since the last call."""
+        """Return the speed keys over the steps since the last call."""
         rate = self._tokens / self._seconds
         row = {
             "speed/tokens_per_second": rate,

@@ -1,18 +1,18 @@
 """What a step minimises, as a value: `Objective`, and `Pretraining`, the report's.
 
-The step differentiates, accumulates and reduces; an objective says what. Its parts, in the order in which a step uses
-them, with what they see:
+The step differentiates, accumulates and reduces what an objective says. Its parts, in the order in which a step uses
+them, and what each sees:
 
-    normalisers   a device's whole batch        sizes to divide by, summed over devices before the first micro-batch
+    normalisers   a device's whole batch        sizes to divide by; summed over devices before the first micro-batch
     next_tokens   a micro-batch                 what MTP layers embed
-    terms         a micro-batch and its output  sums over tokens: micro-batches and devices only ever add them
-    total         terms, normalisers            the scalar that is differentiated; linear in the terms
+    terms         a micro-batch and its output  sums over tokens, which are added over micro-batches and devices
+    total         terms, normalisers, rates     the scalar that is differentiated; linear in the terms
     metrics       terms, normalisers            what a step reports
 
-`total` is called with one device's part of the terms for the gradient, `metrics` with the global terms. Both divide by
-global normalisers, never by a local count, so a device or micro-batch with few tokens weighs no more than it should.
+For the gradient, `total` gets the terms of one device and micro-batch; `metrics` gets the global terms. Both divide by
+global normalisers, never by a local count, so a device or micro-batch with few tokens does not weigh too much.
 
-An objective is a static argument of a compiled program: a frozen dataclass of values. Arrays that it needs besides
+An objective is a static argument of a compiled program: a frozen dataclass of values. Further arrays that it needs
 (advantages, log-probabilities of a reference) travel in the batch, one row per sequence.
 """
 
@@ -35,26 +35,26 @@ Batch = dict[str, Array]
 
 
 class Objective(Protocol):
-    """See the module. `router` is what the routers reported, which balance losses need; leading dim: layers."""
+    """What a step minimises; see the module. `router` is what the routers reported; its leading dim is layers."""
 
     @property
     def observe(self) -> Observer:
-        """What each router reports: `RouterStats`, from whose counts the biases are updated."""
+        """What each router reports: `RouterStats`. Its counts update the biases."""
 
     def normalisers(self, batch: Batch) -> Any:
-        """Return a device's part of the sizes that sums are divided by."""
+        """Return one device's part of the sizes by which sums are divided."""
 
     def next_tokens(self, batch: Batch) -> Array | None:
-        """Return the token after each position [B, S], or None to leave MTP layers out."""
+        """Return the token after each position [B, S], or None: MTP layers do not run."""
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Any:
-        """Return sums over a device's tokens."""
+        """Return sums over the tokens of one device and micro-batch."""
 
     def total(self, terms: Any, router: RouterStats, norms: Any, rates: Rates) -> Array:
         """Return the scalar to differentiate."""
 
     def metrics(self, terms: Any, router: RouterStats, norms: Any) -> dict[str, Array]:
-        """Return what to report: scalars and arrays over layers; "loss" is checked for being finite."""
+        """Return what to report: scalars, and arrays over layers. A step whose "loss" is not finite is skipped."""
 
 
 class Terms(NamedTuple):
@@ -68,7 +68,7 @@ class Terms(NamedTuple):
 class Normalisers(NamedTuple):
     """Sizes of a batch."""
 
-    weight: Array  # sum of the loss weights
+    weight: Array  # sum of the loss weights, in tokens
     tokens: Array  # positions that are not padding, int32
     sequences: Array  # rows that are not all padding, int32
 
@@ -78,8 +78,8 @@ class Pretraining:
     """DeepSeek-V3's objective: cross entropy, MTP (eq. 24, 25) and the balance losses (eq. 17).
 
     Attributes:
-        loss: weights of the terms; that of MTP comes with the rates of a step.
-        num_mtp_layers: of the model.
+        loss: weights of the terms; the weight of MTP comes with the rates of a step.
+        num_mtp_layers: MTP depths of the model.
         chunk: tokens whose logits exist at once.
     """
 
@@ -89,17 +89,17 @@ class Pretraining:
 
     @property
     def observe(self) -> Observer:
-        """Counts, and the balance losses that are on."""
+        """Report counts, and the balance losses that are on."""
         return functools.partial(router_stats, self.loss)
 
     def normalisers(self, batch: Batch) -> Normalisers:
-        """Return weights, tokens and sequences."""
+        """Return this device's weight, tokens and sequences."""
         valid_BS = batch["segment_ids_BS"] > 0
         sequences = valid_BS.any(-1).sum(dtype=jnp.int32)
         return Normalisers(batch["loss_weights_BS"].sum(), valid_BS.sum(dtype=jnp.int32), sequences)
 
     def next_tokens(self, batch: Batch) -> Array | None:
-        """Return the targets: known for one position more than the tokens are."""
+        """Return the targets: unlike the tokens, they also tell what follows the last position."""
         return batch["targets_BS"] if self.num_mtp_layers else None
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Terms:
@@ -122,7 +122,7 @@ class Pretraining:
         return Terms(loss, z, jnp.stack(mtp) if mtp else jnp.zeros_like(loss, shape=(0,)))
 
     def total(self, terms: Terms, router: RouterStats, norms: Normalisers, rates: Rates) -> Array:
-        """Add the terms; MTP is divided by the main loss's tokens."""
+        """Add the terms; the MTP loss is divided by the main loss's weight, too."""
         weight = jnp.maximum(norms.weight, 1e-9)
         total = (terms.loss + terms.z) / weight
         if self.num_mtp_layers:
@@ -141,19 +141,19 @@ class Pretraining:
         } | router_metrics(router, norms.sequences)
 
     def _balance(self, router: RouterStats, norms: Normalisers) -> Array:
-        """The balance losses, summed over layers."""
+        """Return the weighted balance losses, summed over layers."""
         sequence = self.loss.sequence_balance_weight * router.sequence_balance.sum() / jnp.maximum(norms.sequences, 1)
         return sequence + self.loss.batch_balance_weight * router.batch_balance.sum() / jnp.maximum(norms.tokens, 1)
 
 
 def pretraining(config: Config) -> Pretraining:
-    """Return the objective of pre-training; it does not depend on the schedule of MTP's weight."""
+    """Return the objective of pre-training, without the schedule of the MTP weight, which comes with the rates."""
     loss = dataclasses.replace(config.loss, mtp_weight=())
     return Pretraining(loss, config.model.num_mtp_layers, config.execution.loss_chunk)
 
 
 def router_metrics(router: RouterStats, sequences: Array) -> dict[str, Array]:
-    """Return the load of every router, and how uneven it is."""
+    """Return every router's load of its experts, and how uneven it is."""
     counts_LE = router.counts_E
     return {
         "counts_LE": counts_LE,
@@ -172,13 +172,13 @@ def mtp_targets(batch: Batch, depth: int) -> tuple[Array, Array]:
         position   1    2    3    4    5
         token      t2   t3   t4   t5   t6      embedded and merged
         target     t3   t4   t5   t6   -       predicted
-        weight     w2   w3   w4   w5   0       0 also where the position `depth` further belongs to another document
+        weight     w2   w3   w4   w5   0       0 also if the position `depth` further is of another document
 
     The ids are shifted, never the hidden states. The loss is divided by the main loss's weight (5 here), not by the
     number of terms.
 
     Raises:
-        ValueError: a sequence has no such position.
+        ValueError: the sequence is not longer than `depth`.
     """
     length = batch["tokens_BS"].shape[1]
     if depth >= length:

@@ -1,13 +1,13 @@
-"""AdamW with BF16 moments, and everything of the recipe that changes with the tokens seen.
+"""AdamW with BF16 moments, and the schedules: everything in the recipe that changes with the tokens seen.
 
-`make_optimizer` is an Optax transformation without a learning rate: gradients are clipped, divided by their running
-scale and joined by the decoupled weight decay, and what comes out is the *direction* of descent, so that
+`make_optimizer` makes an Optax transformation without a learning rate: it clips gradients, divides them by their
+running scale and adds the decoupled weight decay. The result is a *direction* to subtract:
 
     params <- params - learning_rate * direction            (FP32 master weights)
 
 The learning rate comes from `Rates` with every step. Rates follow the tokens seen, which pass 2^31 within minutes on a
-cluster, so they are computed on the host from an exact Python int and enter the compiled step as three scalars; the
-step never sees a schedule.
+cluster. So the host computes them from an exact Python int, and they enter the compiled step as three scalars; the step
+never sees a schedule.
 
 Recipe: DeepSeek-V3, arXiv 2412.19437, section 4.2. Moments in BF16: section 3.3.3.
 """
@@ -36,10 +36,10 @@ class Rates(NamedTuple):
 
 
 def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
-    """Return clip -> Adam -> weight decay, whose updates are the direction to subtract, before the learning rate.
+    """Return clip -> Adam -> weight decay; its updates are the direction to subtract, before the learning rate.
 
     Raises:
-        ValueError: `b2` above 0.99, where BF16 moments stop moving.
+        ValueError: `b2` above 0.99: BF16 moments would stop moving.
     """
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
@@ -49,8 +49,9 @@ def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformation:
 
 
 def scale_by_bf16_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Return `optax.scale_by_adam` with both moments stored in BF16 and updated in FP32; Optax itself has no dtype for
-    the second.
+    """Return `optax.scale_by_adam` with both moments stored in BF16 and updated in FP32.
+
+    Optax itself cannot set the dtype of the second moment.
     """
     if b2 > LARGEST_B2:
         raise ValueError(
@@ -74,15 +75,14 @@ def _cast_moments(state: optax.ScaleByAdamState, dtype) -> optax.ScaleByAdamStat
 
 
 def decay_mask(params) -> dict:
-    """Return a tree of bools, true where weight decay applies: on matrices, not on norm gains."""
+    """Return a tree of bools: whether weight decay applies, to matrices and the embedding but not to norm gains."""
     return jax.tree.map_with_path(lambda path, _: PARAMETERS[leaf_name(path)].decayed, params)
 
 
 def rates(config: Config, step: int, tokens_seen: int) -> Rates:
-    """Return the rates of the optimizer step number `step` (from 0), before which the run has consumed `tokens_seen`
-    tokens.
+    """Return the rates of optimizer step `step` (from 0) of a run that has seen `tokens_seen` tokens before it.
 
-    The learning rate rises linearly over the first `warmup_steps` steps, the last of which has all of it.
+    The learning rate rises linearly over the first `warmup_steps` steps; the last of them has the full rate.
     """
     fraction = tokens_seen / config.training.num_tokens
     warmup = min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
@@ -94,7 +94,7 @@ def rates(config: Config, step: int, tokens_seen: int) -> Rates:
 
 
 def batch_size(config: Config, tokens_seen: int) -> int:
-    """Return the sequences of the next optimizer step, over all devices: the batch-size ramp."""
+    """Return how many sequences the next optimizer step takes over all devices: the batch-size ramp."""
     return int(schedule_value(config.training.batch_size, tokens_seen / config.training.num_tokens))
 
 

@@ -1,7 +1,7 @@
-"""Pre-training: config -> mesh -> step -> state -> data -> trainer. The parts of a run, built in this order and run.
+"""Pre-training: config -> mesh -> step -> state -> data -> trainer, built in this order and run.
 
-Another kind of training builds other parts (its own batches and objective) around the same `Trainer`; `begin`,
-`open_log` and `open_bar` serve it too.
+Another kind of training builds other parts (its own batches and objective) around the same `Trainer`, with the same
+`begin`, `open_log` and `open_bar`.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from deepseek_jax.training.workdir import (
     read_tokenizer,
 )
 
-# A run without a checkpoint starts its metrics anew, those of the evaluation before the first step too.
+# A run without a checkpoint drops all old metrics, even those of the evaluation before the first step.
 BEFORE_THE_FIRST = -1
 
 
 class Result(NamedTuple):
-    """What is left of a run when `train` returns."""
+    """What `train` returns: where the run stopped, and what it leaves in memory."""
 
     state: State
     step: int
@@ -55,14 +55,15 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None) 
     """Train `config` in `workdir` from its newest intact checkpoint, or from the start.
 
     Args:
-        config: of the run.
-        workdir: of the run; made if need be.
+        config: any valid config.
+        workdir: the run's folder; made if it does not exist.
         mesh: to train on; by default that of `config`, over all devices.
 
     Raises:
         ValueError: bad input, or `workdir` belongs to another config.
         NonFiniteError: `training.max_skipped_steps` consecutive steps were not finite.
         SaveError: a checkpoint could not be written.
+        OSError: the metrics could not be written.
     """
     check_workdir(workdir, config)
     mesh, processes = mesh or make_mesh(config.mesh), (jax.process_index(), jax.process_count())
@@ -98,12 +99,14 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None) 
 def begin(
     checkpoints: Checkpoints, workdir: Path, mesh: jax.sharding.Mesh, abstract: State, create: Callable[[], State]
 ) -> tuple[State, Progress]:
-    """Return the state of the newest intact checkpoint, whose tokenizer is put into the workdir, or a new one.
+    """Return state and progress of the newest intact checkpoint, or of step 0 if there is none.
+
+    The tokenizer of the checkpoint is put into `workdir`.
 
     Args:
-        checkpoints: of the workdir.
-        workdir: of the run.
-        mesh: of the state.
+        checkpoints: the checkpoints of `workdir`.
+        workdir: the run's folder.
+        mesh: the mesh of the state.
         abstract: shapes and shardings of the state.
         create: makes the state of step 0.
     """
@@ -116,7 +119,7 @@ def begin(
 
 
 def initial_state(config: Config, workdir: Path, mesh: jax.sharding.Mesh) -> State:
-    """Return the state of step 0: random, or with weights and tokenizer of `training.initial_weights`."""
+    """Return the state of step 0: random, or with `training.initial_weights`, whose tokenizer goes into `workdir`."""
     if not config.training.initial_weights:
         return create_state(config)
     put_tokenizer(workdir, initial_tokenizer(config))
@@ -124,20 +127,20 @@ def initial_state(config: Config, workdir: Path, mesh: jax.sharding.Mesh) -> Sta
 
 
 def held_out_row(eval_step: Callable, held_out: HeldOut, mesh: jax.sharding.Mesh, weights: Weights) -> Row:
-    """Evaluate on held-out text; return the metrics."""
+    """Evaluate on held-out text; return a row of the metrics."""
     result = evaluate(eval_step, weights, held_out, mesh)
     return eval_row(result.loss, result.mtp_loss, result.bits_per_byte, result.max_vio_L)
 
 
 def open_log(workdir: Path, progress: Progress, resources: contextlib.ExitStack) -> MetricsLog:
-    """Open the metrics of a workdir, to continue after the step where the run stands."""
+    """Open the metrics of a workdir to continue after `progress`; `resources` closes them."""
     log = MetricsLog(workdir, progress.step if progress.step else BEFORE_THE_FIRST)
     resources.callback(log.close)
     return log
 
 
 def open_bar(config: Config, progress: Progress, resources: contextlib.ExitStack) -> ProgressBar:
-    """Open the progress bar of a run; of several processes the first shows it."""
+    """Open the progress bar of a run, which `resources` closes; of several processes only the first shows it."""
     bar = ProgressBar(int(config.training.num_tokens), progress.tokens_seen, silent=jax.process_index() > 0)
     resources.callback(bar.close)
     return bar

@@ -10,12 +10,10 @@ SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
 
 
 class ProgressBar:
-    """Progress in tokens with ETA, tokens/s and loss: a bar on a terminal, an occasional line elsewhere."""
+    """Progress in tokens, with ETA, tokens/s and loss."""
 
     def __init__(self, num_tokens: int, tokens_seen: int, file: TextIO | None = None, silent: bool = False):
-        """Show progress towards `num_tokens`, of which `tokens_seen` are done, on `file` (standard error); nothing if
-        `silent`.
-        """
+        """Show progress from `tokens_seen` to `num_tokens` on `file` (standard error by default), unless `silent`."""
         self._file = file or sys.stderr
         self._silent = silent
         self._lines = silent or not self._file.isatty()
@@ -31,9 +29,8 @@ class ProgressBar:
             disable=self._lines,
         )
         self._num_tokens, self._tokens = num_tokens, tokens_seen
-        self._start: tuple[float, int] | None = (
-            None  # time and tokens of the first call of `show`: compilation lies before it
-        )
+        # Time and tokens of the first call of `show`: compilation lies before it.
+        self._start: tuple[float, int] | None = None
         self._last_line = 0.0
 
     def show(self, tokens_seen: int, step: int, loss: float) -> None:
@@ -58,7 +55,7 @@ class ProgressBar:
             self._bar.write(text, file=self._file)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar; it stays on the terminal as it stands."""
         self._bar.close()
 
     def _line(self, step: int, loss: float, now: float) -> str:

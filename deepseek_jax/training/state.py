@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 def create_state(config: Config) -> State:
     """Make the initial state from `config.seed`, every array born in its layout. Call under `jax.set_mesh`."""
-    # It runs once. XLA:CPU spends three times as long optimising it (12 s for `tiny`) as compiling it plainly.
+    # It runs once, and XLA:CPU takes three times as long to compile it with optimisation (12 s for `tiny`).
     options = (
         {"xla_backend_optimization_level": 0} if jax.sharding.get_mesh().devices.flat[0].platform == "cpu" else None
     )
@@ -32,11 +32,11 @@ def create_state(config: Config) -> State:
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
-    """Shapes, dtypes and shardings of the state on `mesh`, without an array: what a checkpoint is restored into."""
+    """Return shapes, dtypes and shardings of the state on `mesh`, without an array, to restore a checkpoint into."""
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: _initial_state(config))
 
-    def on_mesh(leaf):  # a scalar constant has no sharding yet: it will be everywhere
+    def on_mesh(leaf):  # a scalar constant has no sharding yet: it will lie on every device
         spec = leaf.sharding.spec if leaf.sharding else jax.P()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
@@ -48,7 +48,7 @@ def _initial_state(config: Config) -> State:
 
 
 def weights_of(state: State) -> Weights:
-    """Return what the model of a state is used with."""
+    """Return the weights of a state."""
     return Weights(state["params"], state["router_bias"])
 
 

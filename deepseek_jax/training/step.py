@@ -2,9 +2,9 @@
 
 Order inside `train_step`: forward with MTP and losses, gradients, accumulated over micro-batches together with integer
 expert counts, all inside one shard_map; then the optimizer, then one update of the router biases from the global
-counts. What is minimised is a value, the objective (`training.objective`): its terms are sums over this device's
-tokens, divided by global normalisers that are known before the first micro-batch, so micro-batches and devices only
-ever add.
+counts. What is minimised is a value, the objective (`training.objective`). Its terms are sums over this device's
+tokens, divided by global normalisers that are known before the first micro-batch. So the results of micro-batches and
+devices are only ever added.
 
 A step whose loss or gradients are not finite changes nothing but `step` and `skipped`.
 """
@@ -35,14 +35,14 @@ from pallas_kernels.lowering.manual_axes import varies_over
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a compiled step is made of, and nothing else of a configuration: runs with equal recipes share programs.
+    """Everything that a compiled step reads of a configuration: runs with equal recipes share programs.
 
     Attributes:
         model: shape and mathematics of the network.
         execution: resolved.
         objective: what is minimised.
-        optimizer: without its schedules, which arrive as `Rates` with every step.
-        micro_batch_size: sequences over all devices that go through the network at once.
+        optimizer: without its schedules, whose values arrive as `Rates` with every step.
+        micro_batch_size: sequences, over all devices, that go through the network at once.
     """
 
     model: Model
@@ -55,12 +55,12 @@ class Recipe:
 class Sums(NamedTuple):
     """What a forward pass adds up over tokens, sequences, micro-batches and devices."""
 
-    terms: Any  # of the objective
+    terms: Any  # sums of the objective
     router: RouterStats  # leading dim: layers with a router
 
 
 def recipe_of(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> Recipe:
-    """Take what a step reads out of `config`, with "auto" choices resolved for `mesh`."""
+    """Return what a step reads of `config`, with every "auto" resolved for `mesh`."""
     optimizer = dataclasses.replace(config.optimizer, learning_rate=(), warmup_steps=0, bias_update_rate=())
     execution = resolve_for(config, mesh).execution
     return Recipe(config.model, execution, objective, optimizer, config.training.micro_batch_size)
@@ -69,7 +69,7 @@ def recipe_of(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> 
 def jit_train_step(
     config: Config, objective: Objective, mesh: jax.sharding.Mesh
 ) -> Callable[[State, Batch, Rates], tuple[State, dict[str, jax.Array]]]:
-    """Compile-ready `train_step` for a mesh; the state is donated. Call it under `jax.set_mesh(mesh)`."""
+    """Return `train_step`, jitted for a mesh; the state is donated. Call it under `jax.set_mesh(mesh)`."""
     check_fit(config, mesh)
     recipe = recipe_of(config, objective, mesh)
     return jit_on(train_step, recipe.execution, mesh, recipe, donate=(0,))
@@ -78,7 +78,7 @@ def jit_train_step(
 def jit_eval_step(
     config: Config, objective: Pretraining, mesh: jax.sharding.Mesh
 ) -> Callable[[Weights, Batch], dict[str, jax.Array]]:
-    """Compile-ready `eval_step` for a mesh. Call it under `jax.set_mesh(mesh)`."""
+    """Return `eval_step`, jitted for a mesh. Call it under `jax.set_mesh(mesh)`."""
     execution = resolve_for(config, mesh).execution
     return jit_on(eval_step, execution, mesh, config.model, execution, objective)
 
@@ -89,9 +89,9 @@ def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tupl
     Args:
         recipe: what the step is made of.
         state: see `training.state`.
-        batch: int32 `tokens_BS`, `positions_BS`, `segment_ids_BS` and what the objective reads (in pre-training int32
-            `targets_BS` and FP32 `loss_weights_BS`), B sequences over all devices, split over `ROWS`; B is a multiple
-            of `training.micro_batch_size`.
+        batch: int32 `tokens_BS`, `positions_BS`, `segment_ids_BS`, and what the objective reads (in pre-training int32
+            `targets_BS` and FP32 `loss_weights_BS`). B sequences, a multiple of `training.micro_batch_size`, are split
+            over `ROWS`.
         rates: this step's learning rate, MTP weight and bias update rate.
 
     Returns:
@@ -102,8 +102,10 @@ def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tupl
 
 
 def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates) -> tuple[Any, Sums, Any]:
-    """Differentiate the objective of a whole batch: FP32 gradients in the layout of the parameters, global sums, and
-    the objective's normalisers.
+    """Differentiate the objective of a whole batch.
+
+    Returns:
+        FP32 gradients in the layout of the parameters, global sums, and the objective's normalisers.
     """
     specs = _specs(weights)
     local = jax.shard_map(
@@ -117,13 +119,11 @@ def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates) -> t
 def update(
     recipe: Recipe, state: State, grads: Any, sums: Sums, norms: Any, rates: Rates
 ) -> tuple[State, dict[str, jax.Array]]:
-    """Apply gradients and expert counts to the state, unless something is not finite; return it with the step's
-    metrics.
-    """
+    """Return the state after gradients and expert counts, and the step's metrics; a non-finite step is skipped."""
     params = state["params"]
     metrics = recipe.objective.metrics(sums.terms, sums.router, norms)
     with jax.named_scope("optimizer"):
-        # it can overflow where no element does, and clipping then leaves nothing of the gradient
+        # The norm can overflow although every element is finite, and clipping by it would then make the gradient zero.
         grad_norm = optax.tree.norm(grads)
         nonfinite = sum(
             jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in (*jax.tree.leaves(grads), grad_norm, metrics["loss"])
@@ -153,14 +153,13 @@ def update(
 
 
 def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the global L2 norms of two trees in the layout of the parameters, with one reduction of two operands per
-    leaf.
+    """Return the global L2 norms of two trees in the layout of the parameters.
 
-    XLA:GPU then makes parameters, moments and both sums in one pass and in place (tests/training/test_aot_update.py). A
-    fusion may overwrite what one reduction reads, not two: with a reduction per norm the direction went to memory and
-    back. Rows are summed first because a single sum over all dims becomes blocks of 1024 threads, and a multiprocessor
-    has registers for one of those. Each device sums its own part because the partitioner gathers the operands' partial
-    sums, where it would add those of a plain reduction.
+    Each leaf has one reduction of two operands. XLA:GPU then makes parameters, moments and both sums in one pass and in
+    place (tests/training/test_aot_update.py). A fusion may overwrite what one reduction reads, not what two read: with
+    a reduction per norm the direction went to memory and back. Rows are summed first because a single sum over all dims
+    becomes blocks of 1024 threads, and a multiprocessor has registers for only one of those. Each device sums its own
+    part because the partitioner would gather the partial sums of two operands; those of a plain reduction it adds.
     """
 
     def local(first, second):
@@ -179,8 +178,9 @@ def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
 def eval_step(
     model: Model, execution: Execution, objective: Pretraining, weights: Weights, batch: Batch
 ) -> dict[str, jax.Array]:
-    """Sum the losses of a batch: `loss_sum` and `weight_sum` (nats, tokens), `mtp_loss_sum` [MTP layers], `counts_LE`
-    int32.
+    """Return global sums over a batch.
+
+    They are `loss_sum` in nats, `weight_sum` in tokens, `mtp_loss_sum` [MTP layers] in nats, and `counts_LE` int32.
     """
 
     def local(weights, batch):
@@ -200,14 +200,14 @@ def eval_step(
 
 
 def _specs(weights: Weights) -> Weights:
-    """The layout of parameters; biases lie everywhere."""
+    """Return the layouts of weights; biases lie whole on every device."""
     return Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
 
 
 def _forward(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Sums:
     """Run the network and its head over this device's rows, and sum the objective's terms."""
     valid_BS = batch["segment_ids_BS"] > 0
-    # cuDNN takes one segment per row, padded at its end: there a causal mask is enough (`parallel.program.resolve`).
+    # cuDNN runs only on rows of one segment, padded at the end: a causal mask is enough (`parallel.program.resolve`).
     segment_ids_BS = None if execution.attention == "cudnn" else batch["segment_ids_BS"]
     inputs = Inputs(batch["tokens_BS"], batch["positions_BS"], valid_BS, segment_ids_BS, objective.next_tokens(batch))
     output = apply(model, execution, weights, inputs, load, objective.observe)
@@ -216,7 +216,7 @@ def _forward(model: Model, execution: Execution, objective: Objective, weights: 
 
 
 def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates):
-    """One device's part: gradients in the layout of the parameters, and global sums. Runs inside the shard_map."""
+    """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
     load = functools.partial(gather, dtype=compute_dtype(execution))
@@ -246,12 +246,12 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
 
 
 def with_fp8(execution: Execution, params: Any) -> Any:
-    """Quantise this device's part of the weights, where the precision is FP8."""
+    """Return this device's part of the weights, quantised if the precision is FP8."""
     return attach(params, quantize_weights(params)) if execution.precision == "fp8" else params
 
 
 def _split(batch: Batch, micro_batch_size: int) -> Batch:
-    """[rows, S] of this device to [micro-batches, rows, S]."""
+    """Cut this device's [rows, S] into [micro-batches, rows, S]."""
     devices = lax.psum(1, ROWS)
     rows = batch["tokens_BS"].shape[0]
     count, left = divmod(rows * devices, micro_batch_size)

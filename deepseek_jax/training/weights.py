@@ -1,4 +1,4 @@
-"""The weights of a run, for whoever uses them and trains no more."""
+"""The weights of a run, for use without training."""
 
 from pathlib import Path
 
@@ -15,16 +15,15 @@ from deepseek_jax.training.workdir import initial_tokenizer, put_tokenizer
 def restore_weights(
     config: Config, workdir: Path, mesh: jax.sharding.Mesh, step: int | None = None, as_stored: bool = False
 ) -> tuple[Weights, Progress]:
-    """Return the weights of a run and where it stood; put the run's tokenizer
-    into the workdir.
+    """Return the weights of a run and where it stood; put the run's tokenizer into the workdir.
 
     Args:
-        config: of the run; another mesh will do.
-        workdir: of the run.
+        config: the run's config; its mesh may differ.
+        workdir: the run's folder.
         mesh: to restore onto.
-        step: of the checkpoint; the newest intact one if None. 0 is `training.initial_weights`, where the run began
-            with such.
-        as_stored: initial weights in FP8 where they are stored so; all others are FP32.
+        step: step of the checkpoint. 0 means `training.initial_weights`, if the run has any. None means the newest
+            intact checkpoint, or the initial weights of a run without checkpoints.
+        as_stored: keep initial weights in FP8 if the folder stores them in FP8; all other weights are FP32.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.

@@ -17,7 +17,7 @@ from deepseek_jax.files import write_atomically
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
-# What may differ when a run continues: how it is computed and how often the loop looks up, not what is computed.
+# What may differ when a run continues: how it is computed, and how often the loop logs, evaluates and saves.
 FREE_SECTIONS = ("mesh.", "execution.")
 FREE_KEYS = {
     "data.prefetch",
@@ -34,15 +34,16 @@ BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what 
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Write down that `workdir` belongs to `config`. Call it when everything has been built: a typo should not own a
-    workdir.
+    """Write `config` into `workdir`, which then belongs to it.
+
+    Call it after everything is built, so that a config with a mistake does not own a workdir.
     """
     if jax.process_index() == 0:
         write_atomically(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
-    """Check that `workdir` is free, or holds a run that `config` continues; create it if need be.
+    """Check that `workdir` is free, or holds a run that `config` may continue; create it if it does not exist.
 
     Raises:
         ValueError: it holds a run with another configuration; the message shows each difference.
@@ -87,7 +88,7 @@ def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
     """Write the tokenizer files of a checkpoint into `workdir` where they are missing.
 
     Raises:
-        ValueError: `workdir` has another tokenizer than the checkpoint, so its ids mean something else.
+        ValueError: `workdir` has another tokenizer than the checkpoint, whose ids mean other tokens.
     """
     for name, content in files.items():
         path = workdir / name
@@ -103,7 +104,7 @@ def initial_tokenizer(config: Config) -> dict[str, str]:
     """Return the content of the tokenizer files in the folder `training.initial_weights`, by name.
 
     Raises:
-        ValueError: one is missing, or the folder is.
+        ValueError: the folder or one of its tokenizer files is missing.
     """
     folder = Path(config.training.initial_weights)
     if not folder.is_dir():
