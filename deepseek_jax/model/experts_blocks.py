@@ -45,6 +45,14 @@ class Blocks(NamedTuple):
     waves: jax.Array  # number of waves that hold a block with rows
 
 
+class Routing(NamedTuple):
+    """The part of `Blocks` that grouped products over all rows need (`experts_fp8`, `experts_grouped`)."""
+
+    source_Z: jax.Array
+    slots_TK: jax.Array
+    rows_E: jax.Array
+
+
 def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) -> Blocks:
     """Sort assignments by expert and cut them into blocks; ids outside [0, num_experts) get no slot."""
     flat = experts_TK.reshape(-1)

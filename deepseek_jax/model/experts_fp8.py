@@ -20,7 +20,7 @@ What lives from forward to backward: x in E4M3, hidden in BF16.
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.experts_blocks import plan_blocks
+from deepseek_jax.model.experts_blocks import Routing, plan_blocks
 from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows
@@ -46,7 +46,7 @@ def expert_ffn_fp8(
     num_experts = down.values.shape[0]
     with jax.named_scope("route"):
         blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
-    places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
+    routing = Routing(blocks.source_Z, blocks.slots_TK, blocks.rows_E)
     with jax.named_scope("experts"):
         return _ffn(
             x_TD,
@@ -55,13 +55,13 @@ def expert_ffn_fp8(
             down.carrier,
             (gate_up.values, gate_up.scales),
             (down.values, down.scales),
-            places,
+            routing,
         )
 
 
 @jax.custom_vjp
-def _ffn(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places):
-    return _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places)[0]
+def _ffn(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, routing):
+    return _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, routing)[0]
 
 
 def _read(x_TD, gates_TK, source_Z):
@@ -70,17 +70,18 @@ def _read(x_TD, gates_TK, source_Z):
     return quantize_rows(x_TD, rows_Z, scale=DISPATCH)
 
 
-def _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, places):
-    source_Z, slots_TK, rows_E = places
+def _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up, down, routing):
+    source_Z, slots_TK, rows_E = routing
     x_ZD = keep(_read(x_TD, gates_TK, source_Z), "expert_rows")
     hidden_ZH = keep(grouped_matmul(x_ZD, transposed(*gate_up), rows_E), "expert_hidden")
     weight_Z = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)
     y_ZD = grouped_matmul(swiglu_quantize(hidden_ZH, weight_Z), transposed(*down), rows_E)
-    return sum_rows(y_ZD, source_Z, slots_TK), (gates_TK, gate_up, down, places, x_ZD, hidden_ZH, weight_Z)
+    return sum_rows(y_ZD, source_Z, slots_TK), (gates_TK, gate_up, down, routing, x_ZD, hidden_ZH, weight_Z)
 
 
 def _backward(residuals, g_TD):
-    gates_TK, gate_up, down, (source_Z, slots_TK, rows_E), x_ZD, hidden_ZH, weight_Z = residuals
+    gates_TK, gate_up, down, routing, x_ZD, hidden_ZH, weight_Z = residuals
+    source_Z, slots_TK, rows_E = routing
     with jax.named_scope("experts"):
         dy_ZD = _read(g_TD, gates_TK, source_Z)
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)

@@ -9,7 +9,7 @@ H = 2F: gate, then up.
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.experts_blocks import plan_blocks
+from deepseek_jax.model.experts_blocks import Routing, plan_blocks
 from deepseek_jax.model.layers import silu_with_slope
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows
@@ -31,16 +31,15 @@ def expert_ffn_grouped(
     num_experts, hidden, width = weights["down_EFD"].shape
     with jax.named_scope("route"):
         blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
-    places = blocks.source_Z, blocks.slots_TK, blocks.rows_E
+    routing = Routing(blocks.source_Z, blocks.slots_TK, blocks.rows_E)
     with jax.named_scope("experts"):
-        return _ffn(
-            x_TD, gates_TK, weights["gate_up_ED2F"].reshape(num_experts, width, 2 * hidden), weights["down_EFD"], places
-        )
+        gate_up_EDH = weights["gate_up_ED2F"].reshape(num_experts, width, 2 * hidden)
+        return _ffn(x_TD, gates_TK, gate_up_EDH, weights["down_EFD"], routing)
 
 
 @jax.custom_vjp
-def _ffn(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
-    return _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, places)[0]
+def _ffn(x_TD, gates_TK, gate_up_EDH, down_EFD, routing):
+    return _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, routing)[0]
 
 
 def _read(x_TD, gates_TK, source_Z):
@@ -48,14 +47,14 @@ def _read(x_TD, gates_TK, source_Z):
     return jnp.take(x_TD, source_Z // gates_TK.shape[1], axis=0, mode="fill", fill_value=0)
 
 
-def _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, places):
-    source_Z, slots_TK, rows_E = places
+def _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, routing):
+    source_Z, slots_TK, rows_E = routing
     x_ZD = keep(_read(x_TD, gates_TK, source_Z), "expert_rows")
     hidden_ZH = keep(grouped_matmul_bf16(x_ZD, gate_up_EDH, rows_E, transpose_b=True), "expert_hidden")
     weight_Z1 = jnp.take(gates_TK.reshape(-1), source_Z, mode="fill", fill_value=0)[:, None]
     act_ZF = _act(hidden_ZH, weight_Z1)
     y_ZD = grouped_matmul_bf16(act_ZF, down_EFD, rows_E, transpose_b=True)
-    return sum_rows(y_ZD, source_Z, slots_TK), (gates_TK, gate_up_EDH, down_EFD, places, x_ZD, hidden_ZH, weight_Z1)
+    return sum_rows(y_ZD, source_Z, slots_TK), (gates_TK, gate_up_EDH, down_EFD, routing, x_ZD, hidden_ZH, weight_Z1)
 
 
 def _halves(hidden_ZH):
@@ -69,7 +68,8 @@ def _act(hidden_ZH, weight_Z1):
 
 
 def _backward(residuals, g_TD):
-    gates_TK, gate_up_EDH, down_EFD, (source_Z, slots_TK, rows_E), x_ZD, hidden_ZH, weight_Z1 = residuals
+    gates_TK, gate_up_EDH, down_EFD, routing, x_ZD, hidden_ZH, weight_Z1 = residuals
+    source_Z, slots_TK, rows_E = routing
     with jax.named_scope("experts"):
         dy_ZD = _read(g_TD, gates_TK, source_Z)
         dact_ZF = grouped_matmul_bf16(dy_ZD, down_EFD, rows_E).astype(jnp.float32)
