@@ -345,7 +345,7 @@ def test_model_that_the_mesh_cannot_split_is_refused(path, value, message):
 
 def test_schedule_shapes_meet_at_their_ends():
     pieces = (("linear", 0.25, 4.0), ("cosine", 0.75, 2.0), ("linear", 0.875, 0.0), ("constant", 1.0, 1.0))
-    at = {
+    values = {
         0.0: 4.0,
         0.2: 4.0,
         0.25: 4.0,
@@ -358,7 +358,7 @@ def test_schedule_shapes_meet_at_their_ends():
         1.0: 1.0,
         7.0: 1.0,
     }
-    assert {fraction: schedule_value(pieces, fraction) for fraction in at} == pytest.approx(at, abs=1e-12)
+    assert {fraction: schedule_value(pieces, fraction) for fraction in values} == pytest.approx(values, abs=1e-12)
 
 
 def test_a_piece_contains_its_start_and_not_its_end():

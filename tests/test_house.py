@@ -64,16 +64,16 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
-    found = set()
+    modules = set()
     for node in ast.walk(tree) if everywhere else tree.body:
         if node in type_checking:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in inner}
-    return {name for name in found if name in MODULES}
+            modules |= {name if name in MODULES else node.module for name in inner}
+    return {name for name in modules if name in MODULES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

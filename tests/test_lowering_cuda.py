@@ -71,8 +71,8 @@ def test_fp32_is_multiplied_as_fp32_on_a_gpu(platform, precision, kinds):
         step = jit_train_step(config, pretraining(config), MeshOf(mesh.shape, devices))
         text = step.trace(*abstract.inputs(config, mesh)).lower(lowering_platforms=("cuda",)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    found = [re.search(r"precision = \[(\w+), \1\]", line)[1] for line in products]
-    assert set(found) == kinds
+    precisions = [re.search(r"precision = \[(\w+), \1\]", line)[1] for line in products]
+    assert set(precisions) == kinds
     assert precision == "fp32" or not any(
         re.search(r"\(tensor<[\dx]+xf32>, tensor<[\dx]+xf32>\)", line) for line in products
     )
@@ -123,9 +123,9 @@ def test_fp8_reaches_the_program_as_kernels(hopper_by_name, monkeypatch):
     assert "f8E4M3" not in "".join(line for line in fp8.splitlines() if "stablehlo.dot_general" in line)
     assert len(products(fp8)) < len(products(bf16)) / 3  # router, head and the sums of their gradients
     assert fp8.count("mosaic_gpu") > 60
-    found, expected = collectives(fp8), collectives(bf16)
-    agreed = found.pop("all_reduce") - expected.pop("all_reduce")  # one on the scales of each stack of a weight
-    assert found == expected
+    actual, expected = collectives(fp8), collectives(bf16)
+    agreed = actual.pop("all_reduce") - expected.pop("all_reduce")  # one on the scales of each stack of a weight
+    assert actual == expected
     assert agreed == 7 + 9  # attention's five and two of the dense layer; five, two shared and two of the experts
 
 

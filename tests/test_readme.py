@@ -23,7 +23,7 @@ README, KERNELS, CHECKPOINTS, MEMORY = (
 LARGEST_README = 12_000  # bytes: who needs more reads docs/
 
 
-def found(pattern):
+def matches(pattern):
     """Return the (document relative to the root, match) pairs of a pattern with one group over all documents."""
     pairs = {
         (str(path.relative_to(ROOT)), match) for path, text in TEXTS.items() for match in re.findall(pattern, text)
@@ -45,7 +45,7 @@ def defined_names(path):
     return names
 
 
-@pytest.mark.parametrize(("document", "place"), found(r"`([\w/]+\.py:[\w.]+)`"))
+@pytest.mark.parametrize(("document", "place"), matches(r"`([\w/]+\.py:[\w.]+)`"))
 def test_each_named_function_exists(document, place):
     path, name = place.split(":")
     assert name in defined_names(ROOT / path)
@@ -57,7 +57,7 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(("document", "link"), found(r"\]\(([^)\s]+)\)"))
+@pytest.mark.parametrize(("document", "link"), matches(r"\]\(([^)\s]+)\)"))
 def test_each_link_into_the_repository_resolves(document, link):
     if link.startswith("https://"):
         return
@@ -67,7 +67,7 @@ def test_each_link_into_the_repository_resolves(document, link):
     assert not anchor or anchor in anchors(target)
 
 
-@pytest.mark.parametrize(("document", "module"), found(r"python\s+-m\s+((?:experiments|pallas_kernels|docs)[\w.]*)"))
+@pytest.mark.parametrize(("document", "module"), matches(r"python\s+-m\s+((?:experiments|pallas_kernels|docs)[\w.]*)"))
 def test_each_command_exists(document, module):
     path = ROOT / module.replace(".", "/")
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()

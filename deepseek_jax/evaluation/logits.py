@@ -45,10 +45,10 @@ def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sh
     with jax.set_mesh(mesh):
         execution = resolve_for(config, mesh).execution
         run = jit_on(_forward, execution, mesh, config.model, execution)
-        found = run(weights, place_batch({"tokens_BS": tokens_BS}, mesh)["tokens_BS"])
+        results = run(weights, place_batch({"tokens_BS": tokens_BS}, mesh)["tokens_BS"])
     return {
         name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows]
-        for name, array in found.items()
+        for name, array in results.items()
     }
 
 
@@ -75,13 +75,13 @@ def _forward(model: Model, execution: Execution, weights: Weights, tokens_BS: ja
         def head(hidden_BSD):
             return jnp.matmul(hidden_BSD, head_DV, preferred_element_type=jnp.float32)
 
-        found = {"logits": head(output.hidden_BSD)}
+        results = {"logits": head(output.hidden_BSD)}
         if output.observed is not None:
             experts, gates = (array[: model.num_moe_layers] for array in output.observed)
-            found |= {"experts": experts, "expert_weights": gates}
+            results |= {"experts": experts, "expert_weights": gates}
         if output.mtp_hidden:
-            found["mtp_logits"] = head(output.mtp_hidden[0][:, :-1])
-        return found
+            results["mtp_logits"] = head(output.mtp_hidden[0][:, :-1])
+        return results
 
     names = ["logits"]
     if model.num_moe_layers or model.num_mtp_layers:

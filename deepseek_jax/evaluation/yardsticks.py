@@ -130,8 +130,8 @@ def bigram_nats(bigram: Bigram, held_out: Iterable[dict[str, np.ndarray]]) -> fl
         a, b = np.divmod(wanted, size)
         n_ab = np.zeros(len(wanted))
         if len(keys):
-            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            n_ab = np.where(keys[at] == wanted, bigram.counts[at], 0)
+            index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            n_ab = np.where(keys[index] == wanted, bigram.counts[index], 0)
         seen = n_a[a] > 0
         backed_off = (n_ab + types_a[a] * p_b[b]) / np.where(seen, n_a[a] + types_a[a], 1.0)
         nats -= float(np.log(np.where(seen, backed_off, p_b[b])).sum())

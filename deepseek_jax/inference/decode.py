@@ -144,12 +144,12 @@ def decode_burst(
             finished_B |= tokens_B == eos
             return i + 1, _all(finished_B), ids_BK.at[:, i].set(tokens_B), Generation(cache, tokens_B, finished_B)
 
-        def more(carry):
+        def unfinished(carry):
             return (carry[0] < num_tokens) & ~carry[1]
 
         ids_BK = jnp.full((state.tokens_B.shape[0], burst), eos, jnp.int32)
         ids_BK = manual_axes.vary(ids_BK, frozenset(ROWS))
-        _, _, ids_BK, state = lax.while_loop(more, step, (0, _all(state.finished_B), ids_BK, state))
+        _, _, ids_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), ids_BK, state))
         return ids_BK, state
 
     state_specs = Generation(_cache_specs(state.cache), P(ROWS), P(ROWS))

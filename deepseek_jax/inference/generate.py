@@ -68,8 +68,8 @@ def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     if num_prompt_tokens + max_new_tokens > longest:
-        room = longest - num_prompt_tokens
-        remedy = f"set max_new_tokens to {room} or less" if room > 0 else "shorten the prompt"
+        num_left = longest - num_prompt_tokens
+        remedy = f"set max_new_tokens to {num_left} or less" if num_left > 0 else "shorten the prompt"
         raise ValueError(
             f"a prompt of {num_prompt_tokens} tokens and {max_new_tokens} new ones exceed the {longest} positions this"
             f" model knows; {remedy}"

@@ -140,7 +140,7 @@ def _over_chunks(block, carry, arrays, chunk):
         outputs = []
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
-            chunks = jax.tree.map(lambda x, at=slice(start, end): x[:, at], arrays)
+            chunks = jax.tree.map(lambda x, rows=slice(start, end): x[:, rows], arrays)
             if outputs:
                 chunks, carry, outputs[-1] = lax.optimization_barrier((chunks, carry, outputs[-1]))
             carry, out = block(carry, start, end, *chunks)

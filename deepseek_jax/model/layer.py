@@ -176,13 +176,13 @@ def _unstack(layers: Any) -> list[Any]:
 
 
 def _stack(_, grads):
-    def one(*parts):
+    def stack_leaf(*parts):
         whole = vary(jnp.zeros((len(parts), *parts[0].shape), parts[0].dtype), parts[0])
         for i, part in enumerate(parts):
             whole = lax.dynamic_update_index_in_dim(whole, part, i, 0)
         return whole
 
-    return (jax.tree.map(one, *grads),)
+    return (jax.tree.map(stack_leaf, *grads),)
 
 
 _unstack.defvjp(lambda layers: (_unstack(layers), None), _stack)

@@ -70,8 +70,8 @@ def _sum_of_best_two(x: jax.Array) -> jax.Array:
 def _rank(x: jax.Array) -> jax.Array:
     """Return the rank of each element in the last dim: 0 for the largest, ties in order."""
     index = jnp.arange(x.shape[-1])
-    one, other = x[..., :, None], x[..., None, :]
-    return ((other > one) | ((other == one) & (index < index[:, None]))).sum(-1)
+    each, other = x[..., :, None], x[..., None, :]
+    return ((other > each) | ((other == each) & (index < index[:, None]))).sum(-1)
 
 
 def _product(h_TD: jax.Array, router_DE: jax.Array) -> jax.Array:
@@ -105,12 +105,12 @@ def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     They are not made by casts: XLA may drop a cast together with its inverse, which would leave zeros.
     """
-    found = []
+    parts = []
     for _ in range(3):
         part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        found.append(part.astype(jnp.bfloat16))
+        parts.append(part.astype(jnp.bfloat16))
         x = x - part
-    return tuple(found)
+    return tuple(parts)
 
 
 def _beside(parts):

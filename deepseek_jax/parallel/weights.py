@@ -45,7 +45,7 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
     gradient is summed once, at the transpose of that cast.
     """
 
-    def one(path, w):
+    def gather_leaf(path, w):
         name = leaf_name(path)
         if _is_weight(w):
             ((dim, axes),) = _split_dims(name, w.values)
@@ -56,7 +56,7 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
             return _gather_split(w, axes, dim, jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype)
         return manual_axes.vary(w, frozenset(ROWS))
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_weight)
+    return jax.tree_util.tree_map_with_path(gather_leaf, tree, is_leaf=_is_weight)
 
 
 def reduce_gradients(tree: Any) -> Any:
@@ -65,12 +65,12 @@ def reduce_gradients(tree: Any) -> Any:
     This is the transpose of `gather` as a call of its own.
     """
 
-    def one(path, g):
+    def reduce_leaf(path, g):
         for dim, axes in _split_dims(leaf_name(path), g):
             return _scatter_sum(g, axes, dim)
         return lax.psum(g, ROWS)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(reduce_leaf, tree)
 
 
 def quantize_weights(params: Any) -> Any:
@@ -83,14 +83,14 @@ def quantize_weights(params: Any) -> Any:
         a tree of the same shape: (values, scales) of an `Fp8Weight` for these weights, None for the others.
     """
 
-    def one(path, w):
+    def quantize_leaf(path, w):
         name = leaf_name(path)
         if PARAMETERS[name].precision != "fp8":
             return None
         with jax.named_scope("quantize_weights"):
             return _quantize(name, w)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(quantize_leaf, params)
 
 
 def attach(tree: Any, quantized: Any) -> Any:
@@ -119,9 +119,9 @@ def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = largest_magnitude(whole.reshape(*whole.shape[:-1], -1, GROUP), axis=-1)
     num_blocks = -(-rows.shape[0] * lax.axis_size(axes) // GROUP)
     # As integers, whose order is that of the magnitudes: a maximum of floats may lose a NaN.
-    found = lax.bitcast_convert_type(largest, jnp.int32)
-    found = vary(jnp.zeros((num_blocks, *largest.shape[1:]), jnp.int32), found).at[blocks_of_rows].max(found)
-    scales = scale_of(lax.bitcast_convert_type(lax.pmax(found, axes), jnp.float32), "fp32")
+    bits = lax.bitcast_convert_type(largest, jnp.int32)
+    bits = vary(jnp.zeros((num_blocks, *largest.shape[1:]), jnp.int32), bits).at[blocks_of_rows].max(bits)
+    scales = scale_of(lax.bitcast_convert_type(lax.pmax(bits, axes), jnp.float32), "fp32")
     columns = jnp.repeat(scales[blocks_of_rows], GROUP, axis=-1)[..., : rows.shape[-1]]
     values = jnp.moveaxis(encode(rows, columns), 0, split).reshape(w.shape)
     return values, jnp.moveaxis(scales, 0, split)

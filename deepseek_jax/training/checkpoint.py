@@ -206,8 +206,8 @@ class Checkpoints:
             except Exception as error:  # a damaged file makes Orbax, TensorStore or json raise many types
                 failures[candidate] = _reason(error)
             else:
-                found = fingerprints(state)
-                changed = [path for path, value in found.items() if run["fingerprints"].get(path) != value]
+                values = fingerprints(state)
+                changed = [path for path, value in values.items() if run["fingerprints"].get(path) != value]
                 if not changed:
                     _warn_of_changes(run["environment"], environment(mesh))
                     self._set_aside(list(failures))

@@ -229,18 +229,20 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
         sums = _forward(model, execution, objective, whole, micro_batch, (lambda tree: tree) if once else load)
         return objective.total(sums.terms, sums.router, norms, rates), sums
 
-    def one(micro_batch):
+    def differentiate(micro_batch):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     micro_batches = _split(batch, recipe.micro_batch_size)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     if micro_batches["tokens_BS"].shape[0] == 1:
-        grads, sums = one(first)
+        grads, sums = differentiate(first)
     else:
         rest = jax.tree.map(lambda x: x[1:], micro_batches)
         grads, sums = lax.scan(
-            lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None), one(first), rest
+            lambda total, micro_batch: (jax.tree.map(jnp.add, total, differentiate(micro_batch)), None),
+            differentiate(first),
+            rest,
         )[0]
     return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
 

@@ -33,33 +33,35 @@ def run_golden(case, precision, folder):
     config, expected = hf_checkpoint.read_expected(case)
     config = config.with_(execution={"precision": precision})
     mesh, tokens_BS = one_device(config), expected["tokens_BS"]
-    found = logits(config, load(Shards(folder), config, mesh, precision), tokens_BS, mesh)
-    routes = {name: array.reshape(len(array), tokens_BS.size, -1) for name, array in found.items() if name in PER_LAYER}
-    return found | routes
+    actual = logits(config, load(Shards(folder), config, mesh, precision), tokens_BS, mesh)
+    routes = {
+        name: array.reshape(len(array), tokens_BS.size, -1) for name, array in actual.items() if name in PER_LAYER
+    }
+    return actual | routes
 
 
-def ascending(found):
+def ascending(actual):
     """Experts and their gates in the order of the goldens."""
-    order = np.argsort(found["experts"], axis=-1)
-    return (np.take_along_axis(found[name], order, -1) for name in PER_LAYER)
+    order = np.argsort(actual["experts"], axis=-1)
+    return (np.take_along_axis(actual[name], order, -1) for name in PER_LAYER)
 
 
-def distance(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+def distance(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("case", [*hf_checkpoint.CASES, hf_checkpoint.FP8])
 def test_goldens_in_fp32(case, tmp_path):
     config, expected = hf_checkpoint.read_expected(case)
-    found = run_golden(case, "fp32", tmp_path)
-    np.testing.assert_allclose(found["logits"], expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
-    assert (np.diff(found["expert_weights"], axis=-1) <= 0).all()
-    experts, gates = ascending(found)
+    actual = run_golden(case, "fp32", tmp_path)
+    np.testing.assert_allclose(actual["logits"], expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
+    assert (np.diff(actual["expert_weights"], axis=-1) <= 0).all()
+    experts, gates = ascending(actual)
     np.testing.assert_array_equal(experts, expected["experts_LTK"][: len(experts)])
     np.testing.assert_allclose(gates, expected["weights_LTK"][: len(gates)], rtol=GATES_RTOL)
     if config.model.num_mtp_layers:
         np.testing.assert_allclose(
-            found["mtp_logits"], expected["mtp_logits_KBSV"][0][:, :-1], rtol=0, atol=LOGITS_ATOL
+            actual["mtp_logits"], expected["mtp_logits_KBSV"][0][:, :-1], rtol=0, atol=LOGITS_ATOL
         )
 
 
@@ -85,16 +87,16 @@ def test_fp8_golden_in_fp8(tmp_path, monkeypatch):
 
     monkeypatch.setattr(logits_lib, "jit_on", rounding_as_written)
     _, expected = hf_checkpoint.read_expected(hf_checkpoint.FP8)
-    found = run_golden(hf_checkpoint.FP8, "fp8", tmp_path)
-    experts, gates = ascending(found)
+    actual = run_golden(hf_checkpoint.FP8, "fp8", tmp_path)
+    experts, gates = ascending(actual)
     np.testing.assert_array_equal(experts, expected["training_experts_LTK"][: len(experts)])
     np.testing.assert_allclose(gates, expected["training_weights_LTK"][: len(gates)], rtol=GATES_RTOL)
-    assert distance(found["logits"], expected["training_logits_BSV"]) < 0.01
-    assert distance(found["mtp_logits"], expected["training_mtp_logits_KBSV"][0][:, :-1]) < 0.01
+    assert distance(actual["logits"], expected["training_logits_BSV"]) < 0.01
+    assert distance(actual["mtp_logits"], expected["training_mtp_logits_KBSV"][0][:, :-1]) < 0.01
     # The published inference code rounds elsewhere (`fp8_arithmetic`), so only the size of the error is alike: 0.0439,
     # 0.0416 (BF16 0.0067)
     theirs = distance(expected["inference_logits_BSV"], expected["logits_BSV"])
-    assert abs(distance(found["logits"], expected["logits_BSV"]) - theirs) < 0.1 * theirs
+    assert abs(distance(actual["logits"], expected["logits_BSV"]) - theirs) < 0.1 * theirs
 
 
 @pytest.mark.slow

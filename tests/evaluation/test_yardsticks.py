@@ -125,19 +125,19 @@ def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer)
     assert sum(map(len, rows)) == sum(map(len, documents)) == held_out.num_bytes
     assert b"".join(rows) == b"".join(documents)
     assert max(map(len, rows)) <= config.data.sequence_length  # bytes are tokens here
-    found = measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30)
+    measured = measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30)
     num_bits = 8 / held_out.num_bytes
-    assert found["yardstick/gzip_pieces_bits_per_byte"] == pytest.approx(
+    assert measured["yardstick/gzip_pieces_bits_per_byte"] == pytest.approx(
         num_bits * sum(len(gzip.compress(row, 9)) for row in rows if row)
     )
-    assert found["yardstick/gzip_files_bits_per_byte"] == pytest.approx(
+    assert measured["yardstick/gzip_files_bits_per_byte"] == pytest.approx(
         num_bits * sum(len(gzip.compress(text, 9)) for text in documents)
     )
-    assert found["yardstick/xz_files_bits_per_byte"] == pytest.approx(
+    assert measured["yardstick/xz_files_bits_per_byte"] == pytest.approx(
         num_bits * sum(len(lzma.compress(text, preset=9)) for text in documents)
     )
     # eleven equally likely characters, one of them of two bytes: log2(11) * 11 / 12
-    assert 2.5 < found["yardstick/bigram_bits_per_byte"] < 3.6
+    assert 2.5 < measured["yardstick/bigram_bits_per_byte"] < 3.6
 
 
 def test_yardsticks_do_not_depend_on_the_number_of_processes(config, workdir, tokenizer, monkeypatch):

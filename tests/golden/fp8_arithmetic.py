@@ -159,8 +159,8 @@ class Experts(nn.Module):
         """Return the gated sum over each token's experts [T, D]."""
         y = torch.zeros_like(x, dtype=self.sum_dtype)
         for index, expert in enumerate(self.experts):
-            tokens, places = torch.where(top_k_index == index)
-            y[tokens] += expert(x[tokens], top_k_weights[tokens, places, None]).to(self.sum_dtype)
+            tokens, ranks = torch.where(top_k_index == index)
+            y[tokens] += expert(x[tokens], top_k_weights[tokens, ranks, None]).to(self.sum_dtype)
         return y.to(BF16)
 
 

@@ -73,6 +73,6 @@ def test_arrays_are_multiplied_as_they_are():
         [draw(2, 32, 8), draw(3, 32, 2, 5)],
         [draw(4, 6, 8), draw(5, 6, 2, 5)],
     )
-    found = results(lambda x, gain, *w: norm_linear(x, gain, EPS, *w), x, gain, weights, grads)
+    actual = results(lambda x, gain, *w: norm_linear(x, gain, EPS, *w), x, gain, weights, grads)
     expected = results(one_by_one, x, gain, weights, grads)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

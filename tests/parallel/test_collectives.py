@@ -41,16 +41,16 @@ class Collective(NamedTuple):
 
 
 def collectives_of(jaxpr, loops=(), times=1) -> list[Collective]:
-    found = []
+    collectives = []
     for eqn in jaxpr.eqns:
         kind = eqn.primitive.name
         if kind in (GATHER, SCATTER, EXCHANGE, LARGEST, *SUMS):
-            found += [Collective(kind, var.aval.dtype, var.aval.shape, loops, times) for var in eqn.invars]
+            collectives += [Collective(kind, var.aval.dtype, var.aval.shape, loops, times) for var in eqn.invars]
         inner_loops = (*loops, kind) if kind in ("scan", "while") else loops
         inner_times = times * eqn.params["length"] if kind == "scan" else times
         for inner in jaxprs_in_params(eqn.params):
-            found += collectives_of(inner, inner_loops, inner_times)
-    return found
+            collectives += collectives_of(inner, inner_loops, inner_times)
+    return collectives
 
 
 class Traced(NamedTuple):
@@ -235,13 +235,13 @@ class Instruction(NamedTuple):
 @functools.cache
 def compiled_collectives() -> list[Instruction]:
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found = []
+    instructions = []
     for line in small.on_mesh(MESH).step.as_text().splitlines():
         if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             results = [(dtype, math.prod(int(size) for size in dims.split(",") if size)) for dtype, dims in shapes]
-            found.append(Instruction(match[2], results, re.search(r'op_name="([^"]*)"', line)[1]))
-    return found
+            instructions.append(Instruction(match[2], results, re.search(r'op_name="([^"]*)"', line)[1]))
+    return instructions
 
 
 @pytest.mark.slow

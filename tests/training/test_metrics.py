@@ -117,11 +117,11 @@ def read_events(workdir) -> list[Event]:
     """Every event of a workdir: records are length, checksum, event, checksum."""
     events = []
     for path in sorted((workdir / "tensorboard").iterdir()):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            (size,) = struct.unpack_from("<Q", content, at)
-            events.append(Event.FromString(content[at + 12 : at + 12 + size]))
-            at += 12 + size + 4
+        content, offset = path.read_bytes(), 0
+        while offset < len(content):
+            (size,) = struct.unpack_from("<Q", content, offset)
+            events.append(Event.FromString(content[offset + 12 : offset + 12 + size]))
+            offset += 12 + size + 4
     return events
 
 
