@@ -1,5 +1,6 @@
-"""Inputs of the train step without an array: shapes, dtypes and shardings, for programs that are lowered or compiled
-and never run.
+"""Abstract inputs of the train step: shapes, dtypes and shardings.
+
+They serve programs that are lowered or compiled and never run.
 """
 
 from typing import Any

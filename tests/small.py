@@ -54,8 +54,9 @@ def config_dict() -> ConfigDict:
 
 
 def fp8_config_dict() -> ConfigDict:
-    """The same in FP8, with dims that products in groups of 128 allow; without MTP, which compiles as long as all other
-    layers.
+    """The same in FP8, with dims that products in groups of 128 allow.
+
+    It has no MTP layer, which compiles as long as all other layers.
     """
     config = config_dict()
     config.model.update(
@@ -107,8 +108,9 @@ def group(sizes: Sizes) -> str:
 
 
 class OnMesh(NamedTuple):
-    """A compiled step on a mesh. `step(state, batch, RATES) -> (grads, sums, norms, state, metrics)`; the state is not
-    donated.
+    """A compiled step on a mesh: `step(state, batch, RATES) -> (grads, sums, norms, state, metrics)`.
+
+    The state is not donated.
     """
 
     config: Config

@@ -1,9 +1,9 @@
-"""The train step compiles for TPUs on a machine that has none: the TPU compiler of the libtpu wheel, abstract inputs,
-splash attention.
+"""The train step compiles for TPUs on a machine that has none.
 
-It proves that the step traces for a TPU mesh inside the checked shard_map, that the Pallas kernels of attention compile
-forward and backward (tiny's 48/32 head dims, V3's 192/128), and that the program fits the chip's memory, which the
-compiler checks. It proves nothing about speed.
+The compiler is that of the libtpu wheel, inputs are abstract, and attention is splash. This proves that the step traces
+for a TPU mesh inside the checked shard_map, that the Pallas kernels of attention compile forward and backward (tiny's
+48/32 head dims, V3's 192/128), and that the program fits the chip's memory, which the compiler checks. It proves
+nothing about speed.
 
 Each program compiles in a process of its own, `python -m tests.test_aot_tpu PROGRAM TOPOLOGY`: libtpu reads its
 environment once.
@@ -34,8 +34,9 @@ KERNELS_PER_ATTENTION = 3  # forward, dq, dkv; more would be the forward again i
 
 
 def program(name: str) -> Config:
-    """`tiny` as it is, on 2 x 4 devices; or one layer of V3's width with all its experts, BF16, sequence 4096, on 1 x
-    8.
+    """`tiny` as it is, on 2 x 4 devices; or one layer of V3's width, on 1 x 8.
+
+    The layer has all experts, BF16, and sequence 4096.
     """
     if name == "tiny":
         tree = tiny.get_config()

@@ -1,6 +1,4 @@
-"""Configuration: the published numbers, strict conversion, schedules, the choices of `resolve`, and the command
-line.
-"""
+"""Configuration: published numbers, strict conversion, schedules, the choices of `resolve`, and the command line."""
 
 import importlib
 import json

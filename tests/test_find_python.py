@@ -16,8 +16,9 @@ OLD = "#!/bin/sh\nexit 1\n"  # what the version check of an older Python does
 
 @pytest.fixture
 def machine(tmp_path):
-    """A function that finds a Python on a machine with the given `{path: script}` files and nothing else of Python's or
-    uv's.
+    """Return a function that finds a Python on a machine with the given `{path: script}` files.
+
+    The machine has nothing else of Python's or uv's.
     """
     for tool in ("bash", "ls", "sort"):
         link = tmp_path / "bin" / tool

@@ -1,9 +1,8 @@
-"""The train step of `v3_5b` lowers for NVIDIA GPUs on a machine that has none, with cuDNN attention, forward and
-backward.
+"""The train step of `v3_5b` lowers with cuDNN attention for NVIDIA GPUs on a machine that has none.
 
 It proves that the kernel behind `flash._opaque` traces inside the checked shard_map, differentiates under the
 recomputation policy with the types that its inputs have, and reaches the program as cuDNN's custom calls on 192/128
-head dims. It cannot prove speed, or that cuDNN accepts them.
+head dims, forward and backward. It cannot prove speed, or that cuDNN accepts them.
 """
 
 import re
@@ -25,8 +24,9 @@ from tests import abstract
 
 @pytest.fixture
 def hopper_by_name(monkeypatch):
-    """Before it lowers, JAX asks the installed cuDNN for its version and the GPU for its generation: answered for the
-    machine meant.
+    """Answer for the machine that is meant: JAX asks cuDNN for its version and the GPU for its generation.
+
+    It asks before it lowers.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -59,8 +59,9 @@ class MeshOf:
     [("gpu", "fp32", {"HIGHEST"}), ("cpu", "fp32", {"HIGHEST", "DEFAULT"}), ("gpu", "bf16", {"DEFAULT"})],
 )
 def test_fp32_is_multiplied_as_fp32_on_a_gpu(platform, precision, kinds):
-    """Unless told not to, XLA multiplies FP32 in TF32 there; the router asks for FP32, and with BF16 activations
-    multiplies BF16 parts.
+    """By default XLA multiplies FP32 in TF32 there; the router asks for FP32.
+
+    With BF16 activations the router multiplies BF16 parts.
     """
     tree = tiny.get_config()
     tree.execution.update({"attention": "xla", "precision": precision})
@@ -102,9 +103,7 @@ def test_cudnn_attention_reaches_the_program_forward_and_backward(hopper_by_name
 
 
 def test_cudnn_attention_brings_no_collective_of_its_own(hopper_by_name):
-    """A kernel that is differentiated with wrong types has its gradients summed over devices once more: the counts
-    would differ.
-    """
+    """A kernel differentiated with wrong types has its gradients summed over devices again: the counts would differ."""
     assert collectives(lower("cudnn")) == collectives(lower("xla"))
 
 
@@ -115,9 +114,7 @@ def test_fp32_refuses_cudnn():
 
 @pytest.mark.slow
 def test_fp8_reaches_the_program_as_kernels(hopper_by_name, monkeypatch):
-    """On a mesh, inside the checked shard_map: no product of a linear layer is left to XLA, and no gradient is summed
-    twice.
-    """
+    """On a mesh, inside the checked shard_map: XLA multiplies in no linear layer, and no gradient is summed twice."""
     monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", "9.0"))
     fp8, bf16 = (lower("auto", precision) for precision in ("fp8", "bf16"))
     assert "f8E4M3" not in "".join(line for line in fp8.splitlines() if "stablehlo.dot_general" in line)

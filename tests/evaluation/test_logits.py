@@ -101,9 +101,7 @@ def test_fp8_golden_in_fp8(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_fp8_arithmetic_is_that_of_the_recipe(tmp_path):
-    """From the stored bytes, on one device and on eight: what training in FP8 computes from FP32 masters. BF16 is
-    near.
-    """
+    """From the stored bytes, on one device and on eight: what FP8 training computes from FP32 masters. BF16 is near."""
     synthetic_checkpoint.write(fp8_config().model, tmp_path, fp8=True, max_shard_bytes=10**9)
     shards = Shards(tmp_path)
     tokens_BS = np.random.default_rng(0).integers(0, fp8_config().model.vocab_size, (3, 128), dtype=np.int32)

@@ -1,5 +1,4 @@
-"""The golden checkpoints before anything reads them: their config.json values and random weights, under the released
-names.
+"""The golden checkpoints before anything reads them: config.json values, and random weights under the released names.
 
 Shapes are tiny, everything else is as in the released files: layouts [out, in], fused rows, MTP layers behind the last
 layer with their own copies of the embedding and the head. Imports numpy only, so the oracle (Python 3.11) and the tests

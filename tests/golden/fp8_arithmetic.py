@@ -1,5 +1,6 @@
-"""DeepSeek-V3's FP8 restated in torch: stored weights, and transformers' model with its linear layers replaced. Shares
-no code with ours.
+"""DeepSeek-V3's FP8 restated in torch: stored weights, and transformers' model with its linear layers replaced.
+
+It shares no code with ours.
 
 Weights are stored as E4M3 with one FP32 scale per 128 x 128 block, amax / 448; blocks at the edge are partly filled. An
 input is quantised on its way into each linear layer, one token x 128 channels at a time, likewise by amax / 448.
@@ -128,9 +129,7 @@ class Linear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU between linear layers of stored bytes: a dense one, the shared expert, or an expert with the gates of its
-    rows.
-    """
+    """SwiGLU between linear layers of stored bytes: dense, the shared expert, or an expert with gates of its rows."""
 
     def __init__(self, layers: dict[str, Linear], arithmetic: Arithmetic):
         super().__init__()

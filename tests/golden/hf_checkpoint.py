@@ -1,5 +1,6 @@
-"""Read a small Hugging Face checkpoint and its goldens into our config and parameter tree. For tests: whole files,
-numpy, float32.
+"""Read a small Hugging Face checkpoint and its goldens into our config and parameter tree.
+
+It serves tests: whole files, numpy, float32.
 
 A checkpoint stores a linear weight as [out, in]; ours is [in, out], with the heads, the two halves of a gated FFN, the
 layers and the experts as dims of their own:
@@ -35,9 +36,7 @@ FP8 = cases.FP8.name  # its weights are E4M3 and BF16: `read_expected` only
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One case: our config, the checkpoint's weights as our trees, and the oracle's arrays (keys:
-    `make_goldens.py`).
-    """
+    """One case: our config, the checkpoint's weights as our trees, and the oracle's arrays (keys: `make_goldens`)."""
 
     config: config_lib.Config
     params: dict[str, Any]

@@ -120,11 +120,10 @@ def run(
 
 
 def run_mtp(model, mtp: MtpModel, hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Depth k combines the previous depth's state of position i with the embedding of token i + k and predicts token i
-    + k + 1.
+    """Run the MTP layers: depth k merges the state of position i of depth k - 1 with the embedding of token i + k.
 
-    Token i + 1 is target i. Past the end, where nothing is predicted, token 0 is embedded: it reaches the router's
-    record only.
+    It predicts token i + k + 1. Token i + 1 is target i. Past the end, where nothing is predicted, token 0 is embedded:
+    it reaches the router's record only.
     """
     length = targets.shape[1]
     position_ids = torch.arange(length)[None]
@@ -170,8 +169,9 @@ def gradients(model: torch.nn.Module, mtp: MtpModel, out: dict[str, torch.Tensor
 
 
 def routing_margin(config: dict, tensors: dict[str, np.ndarray], out: dict[str, torch.Tensor]) -> float:
-    """Return the smallest gap between the last kept and the first rejected group, and expert, over all tokens and
-    layers.
+    """Return the smallest gap between the last kept and the first rejected group, and expert.
+
+    It is taken over all tokens and layers.
     """
 
     def gap(values: np.ndarray, kept: int) -> float:

@@ -58,9 +58,7 @@ CONFIG = make_config()
 
 @functools.cache
 def make_weights(config=CONFIG):
-    """Weights in the shapes of `init` (compiling its random numbers takes longer than the tests), and biases of both
-    signs.
-    """
+    """Weights in the shapes of `init`, whose random numbers compile longer than the tests, and biases of both signs."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(
         functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))
@@ -322,8 +320,10 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
 
 @pytest.mark.parametrize(("num_layers", "tolerance"), [(1, 0.08), pytest.param(2, 0.2, marks=pytest.mark.slow)])
 def test_fp8_over_a_cache_is_near_the_expanded_form(num_layers, tolerance):
-    """The same bytes in both. Where BF16 rounds differs, and E4M3 makes more of it in weights of this size: by token,
-    in the median, 0.05 after a dense layer and 0.14 after one with experts; in BF16 0.01 and 0.02.
+    """The same bytes in both forms give logits that are near.
+
+    The forms round to BF16 in different places, and E4M3 enlarges the difference in weights of this size. By token, in
+    the median, it is 0.05 after a dense layer and 0.14 after one with experts; in BF16 0.01 and 0.02.
     """
     config = make_config("fp8", **FP8_MODEL, num_layers=num_layers)
     execution = decode.decode_execution(config, one_device())

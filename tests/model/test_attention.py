@@ -1,5 +1,6 @@
-"""Attention: the chunked core against a plain softmax, its memory, documents, and the absorbed form against the
-expanded one (golden 2).
+"""Attention: the chunked core against a plain softmax, and the absorbed form against the expanded one (golden 2).
+
+Also the memory of the core, documents in one row, and a cache of another kind.
 """
 
 import functools
@@ -86,8 +87,9 @@ def test_chunks_equal_the_plain_softmax_in_value_and_gradient(chunk, case):
 
 @pytest.mark.parametrize("chunk", [64, 7, 4])
 def test_two_devices_equal_one(chunk):
-    """Inside a checked shard_map: loop carries vary as their updates do, and XLA compiles it (it once crashed on more
-    than one device).
+    """Inside a checked shard_map: loop carries vary as their updates do, and XLA compiles it.
+
+    It once crashed on more than one device.
     """
     q, k, v, g = draw()
     arrays = [np.asarray(a) for a in (q, k, v, draw_segments("packed"), g)]
@@ -101,9 +103,7 @@ def test_two_devices_equal_one(chunk):
 
 @pytest.mark.parametrize("chunk", [64, 7, 4])
 def test_documents_do_not_see_each_other(chunk):
-    """Queries and keys of 1e12 in one document reach neither values nor gradients of the others, to the bit, and
-    overflow nowhere.
-    """
+    """Queries and keys of 1e12 in a document change no bit of values and gradients of others, and overflow nowhere."""
     q, k, v, g = draw()
     segments = draw_segments("packed")
     other = (segments == 2) | (segments == 0)
@@ -126,8 +126,9 @@ def largest_intermediate(jaxpr):
 
 @pytest.mark.parametrize("chunk", [64, 32], ids=["unrolled", "scanned"])
 def test_no_array_of_s_times_s(chunk):
-    """Forward and backward: no intermediate reaches S x S per head, nothing of that size is kept, the program's memory
-    stays below.
+    """Forward and backward: no intermediate reaches S x S per head.
+
+    Nothing of that size is kept, and the memory of the program stays below it.
     """
     length = 512
     args = *draw(length)[:3], draw_segments("one document", length), draw(length)[3]
@@ -184,9 +185,7 @@ VARIANTS = {
 
 @functools.cache
 def layer(variant):
-    """One attention layer with weights large enough that its softmax is far from uniform, and its jitted expanded
-    form.
-    """
+    """One attention layer and its jitted expanded form; large weights make its softmax far from uniform."""
     tree = small.config_dict()
     for key, value in VARIANTS[variant].items():
         tree.model[key].update(value) if key == "yarn" else tree.model.update({key: value})

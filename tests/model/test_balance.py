@@ -1,6 +1,4 @@
-"""Goldens 6 and 7: the bias update is an exact integer comparison that balances, and the balance losses are 1 at
-balance.
-"""
+"""Goldens 6 and 7: the bias update is an exact integer comparison that balances; balance losses are 1 at balance."""
 
 import functools
 
@@ -72,9 +70,7 @@ def test_max_violation():
 
 
 def test_updates_balance_a_skewed_router():
-    """Scores that prefer low indices, the same tokens every step: MaxVio falls by more than ten times and stays
-    down.
-    """
+    """Scores prefer low indices, the same tokens every step: MaxVio falls by more than ten times and stays down."""
     skew_E = np.linspace(1.0, -1.0, E)
     logits_TE = (np.random.default_rng(0).normal(size=(2048, E)) + skew_E).astype(np.float32)
     scores_TE = jax.nn.sigmoid(logits_TE)

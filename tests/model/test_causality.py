@@ -1,9 +1,8 @@
-"""Causality by differentiating: which tokens can move which prediction, for the main head and two MTP depths, packed
-and not.
+"""Causality by differentiating: which tokens can move which prediction, of the main head and of two MTP depths.
 
 Every position of the row holds another token id, so the gradient of an output with respect to row v of the embedding
 table is its gradient with respect to the token at position v, wherever that token enters: as input, or shifted into an
-MTP layer.
+MTP layer. Rows are tested packed and not packed.
 """
 
 import functools
@@ -51,8 +50,9 @@ def model():
 
 @functools.cache
 def compiled():
-    """Outputs [1 + depths, S] (a random projection of each hidden state), and the pullback to the tokens: [1 + depths,
-    S] to [V].
+    """Outputs [1 + depths, S], and the pullback to the tokens: [1 + depths, S] to [V].
+
+    An output is a random projection of a hidden state.
     """
     config, params, bias = model()
     direction_D = jax.random.normal(jax.random.key(1), (config.model.width,))
@@ -104,8 +104,10 @@ def test_packed_documents_are_independent():
 
 @pytest.mark.parametrize("changed", [3, 6, 11])
 def test_a_later_token_changes_nothing_before_it(changed):
-    """Routing is discrete and has no gradient: replace tokens from `changed` on. Outputs are near 10; here the earlier
-    ones are bit-equal, which is not promised, because rows of one expert share a matmul."""
+    """Replace the tokens from `changed` on: routing is discrete, so no gradient would show what it does.
+
+    Outputs are near 10. Here the earlier ones are bit-equal, which is not promised: rows of one expert share a matmul.
+    """
     none = np.zeros((1 + DEPTHS, S), np.float32)
     batch, other = make_batch("one document"), make_batch("one document")
     other["tokens_BS"] = np.where(np.arange(S) >= changed, 31 - other["tokens_BS"], other["tokens_BS"])

@@ -1,6 +1,4 @@
-"""The blocked grouped matmul against every expert computed for every row, in value and in every derivative; golden
-20.
-"""
+"""The blocked grouped matmul against every expert computed for every row: values and every derivative; golden 20."""
 
 import functools
 
@@ -97,9 +95,7 @@ def test_equals_dense_in_value_and_every_gradient(block, wave, case):
 
 @pytest.mark.parametrize(("block", "wave"), SIZES)
 def test_rows_without_an_expert_do_not_leak(block, wave):
-    """NaN in such a row, its gates, and its incoming gradient is not read: neither here nor as the filling of a
-    block.
-    """
+    """NaN in such a row, its gates and its incoming gradient is never read, not even to fill a block."""
     weights, x_TD, gates_TK, cotangent_TD = draw_inputs()
     ids = draw_ids("padding")
     nowhere_TK = (ids < 0) | (ids >= E)
@@ -191,9 +187,7 @@ def test_work_follows_the_assignments(case, monkeypatch):
 
 
 def test_no_token_is_dropped_when_all_want_the_same_experts():
-    """Golden 20 on the whole layer: a bias that sends every token to the same experts, against all experts for all
-    tokens.
-    """
+    """Golden 20 on the whole layer: a bias sends every token to the same experts; all experts for all tokens agree."""
     config = resolve(small.config(), "cpu", 1)
     model, layer = config.model, MoE(config.model, nnx.Rngs(params=0))
     layer.bias_E[...] = jnp.zeros(model.num_experts).at[jnp.asarray([4, 5, 6, 7])].set(9.0)

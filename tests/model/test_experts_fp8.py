@@ -72,9 +72,7 @@ def test_close_to_fp32(case):
 
 
 def test_a_row_meets_its_experts_alone():
-    """Other rows change nothing of it, in value or in derivative; a row that is not finite is seen in its experts'
-    gradients only.
-    """
+    """Other rows change no value or derivative of it; a non-finite row shows only in its experts' gradients."""
     weights, x, g, gates = inputs()
     experts = ids("random")
     before = value_and_gradients(weights, x, g, gates, experts, fp8=True)

@@ -1,6 +1,4 @@
-"""The routed experts in BF16 through grouped products equal the loop over blocks in FP32, in value and in every
-derivative.
-"""
+"""The routed experts in BF16 through grouped products equal the FP32 loop over blocks: values and every derivative."""
 
 import functools
 

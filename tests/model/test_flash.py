@@ -1,6 +1,4 @@
-"""Attention implementations agree, inside the checked shard_map in which the step calls them, under its recomputation
-policy.
-"""
+"""Attention implementations agree inside the checked shard_map of the step, under its recomputation policy."""
 
 import functools
 
@@ -42,8 +40,9 @@ def xla(q, k, v, segments):
 
 
 def layers(core):
-    """A scan of two layers that recompute all but what the model saves: output and gradients by q, k, v, each device
-    its own rows.
+    """A scan of two layers that recompute all that the model does not keep.
+
+    Return output and gradients by q, k, v; each device has its own rows.
     """
 
     def local(q, k, v, segments, g):
@@ -80,9 +79,7 @@ def test_splash_equals_xla_in_value_and_gradients(interpreted, arrays):
 
 
 def test_splash_runs_once_forward_and_brings_no_collective(interpreted, arrays):
-    """Three kernels: forward, dq, dkv. A fourth would be the forward again, for an output or statistics that the policy
-    did not save.
-    """
+    """Three kernels: forward, dq, dkv. A fourth would be the forward again, for a result that the policy dropped."""
     text = str(layers(splash).trace(*arrays).jaxpr)
     assert text.count("pallas_call[") == 3
     assert "psum" not in text
@@ -94,8 +91,9 @@ def test_splash_refuses_odd_lengths(arrays):
 
 
 def test_attention_output_is_saved_once(capsys):
-    """Under selective recomputation a layer keeps one output and one logsumexp. At V3's width a second copy is 134 MB
-    per sequence.
+    """Selective recomputation keeps one output and one logsumexp per layer.
+
+    At V3's width a second copy is 134 MB per sequence.
     """
     tree = small.config_dict()
     tree.model.update({"num_layers": 1, "num_mtp_layers": 0})

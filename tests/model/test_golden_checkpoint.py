@@ -106,9 +106,7 @@ def router_scores(case):
 
 @pytest.mark.parametrize(("case", "mask_can_be_zero"), [("base", True), ("negative_bias", False)])
 def test_goldens_tell_routers_apart(case, mask_can_be_zero):
-    """The rule reproduces the oracle; without the bias, or masking a negative score with 0.0, many tokens go
-    elsewhere.
-    """
+    """The rule gives the oracle; without the bias, or with a mask of 0.0 on negative scores, many tokens differ."""
     hf, _ = released(case)
     golden, scores_TE, bias_E = router_scores(case)
     right = golden.expected["experts_LTK"][0]

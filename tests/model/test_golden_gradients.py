@@ -45,9 +45,7 @@ def training_losses(config, params, router_bias, batch):
 
 @functools.cache
 def differentiate(remat):
-    """Return the golden, the auxiliary values, and the gradients of parameters and selection biases, under one
-    recomputation policy.
-    """
+    """Return the golden, auxiliary values, and gradients of parameters and biases, under one recomputation policy."""
     golden = hf_checkpoint.read("base")
     config = golden.config.with_(execution={"remat": remat})
     objective = jax.jit(jax.value_and_grad(functools.partial(training_losses, config), argnums=(0, 1), has_aux=True))

@@ -1,5 +1,4 @@
-"""The whole forward pass against transformers' float64: logits, hidden states, routes and gates of every layer, MTP,
-decoding.
+"""The whole forward pass against transformers' float64: logits, hidden states, routes and gates, MTP, decoding.
 
 The goldens are exact to float32, so the tolerances are our own FP32 error, measured and multiplied by five: 3e-6 in
 logits (of unit standard deviation), 1.6e-6 in gates. transformers' own float32 run is no closer to the goldens
@@ -29,9 +28,7 @@ GATES_RTOL = 8e-6
 
 @functools.cache
 def forward(case):
-    """Run `apply` once per case; return the golden, the output, and each layer's (experts, gates, counts) in the order
-    of the layers.
-    """
+    """Run `apply` once per case; return the golden, the output, and (experts, gates, counts) layer by layer."""
     golden = hf_checkpoint.read(case)
 
     def observe(model, scores_BSE, experts_BSK, valid_BS):
@@ -78,8 +75,9 @@ def test_routes_and_gates_of_every_layer(case):
 
 
 def test_mtp_logits():
-    """Both depths: [embedding; hidden] order, the state after the final norm, the layer's own final norm, the chain
-    from depth to depth.
+    """Both depths: [embedding; hidden] order, the chain of depths, and two norms.
+
+    The first depth reads the state after the main model's final norm; each layer has a final norm of its own.
     """
     golden, output, _ = forward("base")
     length = golden.expected["tokens_BS"].shape[1]
@@ -98,8 +96,9 @@ def test_mtp_logits():
 
 @pytest.mark.parametrize("case", ["yarn", "no_query_latent"])
 def test_absorbed_decoding_gives_the_same_logits(case):
-    """A prompt in one step, then single tokens, over a latent cache with room left over, full of garbage; YaRN past the
-    original length.
+    """A prompt in one step, then single tokens, over a latent cache that has room left, full of garbage.
+
+    YaRN reaches past the original length.
     """
     golden, _, _ = forward(case)
     model, tokens_BS = golden.config.model, golden.expected["tokens_BS"]

@@ -1,6 +1,4 @@
-"""Rotary positions and YaRN against published constants and against the half-split form that other implementations
-use.
-"""
+"""Rotary positions and YaRN against published constants and against the half-split form of other implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,9 @@ EXTENDED = MODEL.with_(yarn={"enabled": True})
 
 
 def test_yarn_frequencies_of_the_released_model():
-    """Pairs 10 to 23 are the ramp: below it theta_i, above it theta_i / 40 (factor 40, beta 32 and 1, 4096 positions,
-    64 channels).
+    """Pairs 10 to 23 are the ramp: below it theta_i, above it theta_i / 40.
+
+    Factor 40, beta 32 and 1, 4096 positions, 64 channels.
     """
     expected = {0: 1.0, 10: 0.0562341, 11: 0.0390069, 16: 0.0055, 22: 1.77828e-4, 23: 3.3338e-5, 31: 3.3338e-6}
     theta = rope.frequencies(EXTENDED)
@@ -39,9 +38,7 @@ def test_yarn_leaves_the_released_models_rotation_unscaled():
 
 
 def half_split_scores(q_BSNR, k_BSR, angles_SR2):
-    """Scores in the other convention: pair i is (i, i + R / 2), reached by moving the even channels in front of the odd
-    ones.
-    """
+    """Scores in the other convention: pair i is (i, i + R / 2); even channels are moved in front of the odd ones."""
 
     def rotate(x, angles):
         front, back = x[..., 0::2], x[..., 1::2]

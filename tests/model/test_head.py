@@ -133,9 +133,7 @@ def test_forward_alone_makes_no_gradient_and_gradient_repeats_no_matmul():
 
 @pytest.mark.parametrize("head_sharded", [False, True], ids=["replicated head", "gathered head"])
 def test_inside_shard_map_equals_one_device(head_sharded):
-    """Tokens over eight devices; a replicated head receives the sum of its gradients through the transpose of its cast
-    to varying.
-    """
+    """Tokens over eight devices; a cast of the replicated head to varying sums its gradients in its transpose."""
     mesh = jax.make_mesh((8,), ("data",))
     hidden_TD, head_DV, targets_T, weights_T = (x[:48] if x.shape[0] == T else x for x in make_inputs())
     rows, head_spec = jax.P("data"), jax.P("data") if head_sharded else jax.P()

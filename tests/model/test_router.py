@@ -1,6 +1,4 @@
-"""The router against loops in NumPy, and golden 5: the bias selects and does nothing else, groups stay closed, FP32
-throughout.
-"""
+"""The router against loops in NumPy, and golden 5: the bias only selects, groups stay closed, FP32 throughout."""
 
 import functools
 
@@ -68,9 +66,7 @@ def test_router_equals_loops(name, bias_name):
 
 
 def test_negative_biases_stay_inside_kept_groups():
-    """With a mask of 0 instead of -inf the 128 experts of the dropped groups, at 0, would beat every negative biased
-    score.
-    """
+    """With a mask of 0, not -inf, the 128 experts of dropped groups, at 0, would beat every negative biased score."""
     scores_TE, bias_E = draw_scores(V3), draw_bias(V3, "negative")
     assert (scores_TE + bias_E < 0).all()
     experts_TK, gates_TK = jit_route(V3, scores_TE, bias_E)
@@ -82,8 +78,9 @@ def test_negative_biases_stay_inside_kept_groups():
 
 
 def test_gates_do_not_depend_on_the_bias_that_chose_them():
-    """Different biases that choose the same set, in different orders, give each expert the same gate, to the bit of the
-    sum's order.
+    """Biases that choose the same set in different orders give each expert the same gate.
+
+    Equal to the bit, but for the order of the sum.
     """
     scores_TE = draw_scores(TINY)
     chosen = np.array([1, 3, 8, 11])  # two groups of four
@@ -189,8 +186,9 @@ def relative_error(got, want):
 
 
 def test_bf16_activations_are_scored_as_in_fp32():
-    """Three BF16 products are an FP32 one: logits and the router's gradient to FP32 rounding, the activations' gradient
-    to BF16's.
+    """Three BF16 products are an FP32 one: logits and the router's gradient are as exact as in FP32.
+
+    The gradient of the activations is exact to BF16's rounding.
     """
     rng = np.random.default_rng(5)
     h, router, g = rng.normal(size=(1, 64, 512)), rng.normal(size=(512, 64)), rng.normal(size=(1, 64, 64))

@@ -1,6 +1,4 @@
-"""The stack: a program whose size does not grow with depth, recomputation and unrolling that change no number, and
-BF16.
-"""
+"""The stack: its program does not grow with depth, recomputation and unrolling change no number, and BF16 is near."""
 
 import functools
 
@@ -78,8 +76,9 @@ def abstract_inputs(config):
 
 
 def test_program_does_not_grow_with_depth():
-    """6 and 24 layers lower to the same number of lines, forward and backward: compile time follows it (at most 1.2x is
-    asked for).
+    """6 and 24 layers lower to the same number of lines, forward and backward; at most 1.2x is asked for.
+
+    Compile time follows it.
     """
 
     def lines(num_layers):
@@ -135,8 +134,9 @@ def test_recomputation_keeps_less():
 
 @pytest.mark.slow
 def test_recomputation_survives_the_compiler():
-    """Outside a scan (MTP, unrolled layers) XLA merges a recomputation with the forward pass it repeats, and all is
-    kept after all.
+    """Outside a scan (MTP, unrolled layers) XLA would merge a recomputation with the forward pass that it repeats.
+
+    Then everything would be kept after all.
     """
 
     def temporary_bytes(remat):
@@ -150,9 +150,7 @@ def test_recomputation_survives_the_compiler():
 
 
 def test_bf16_is_finite_and_near_fp32():
-    """A few percent: rounding of 2^-9 per operation over four layers, and the few tokens that change their experts with
-    it.
-    """
+    """A few percent: rounding of 2^-9 per operation over four layers, and few tokens change their experts with it."""
     want_grads, want = differentiate(remat="none")
     grads, output = differentiate(remat="none", precision="bf16")
     assert output.hidden_BSD.dtype == jnp.bfloat16

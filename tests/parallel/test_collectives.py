@@ -79,9 +79,7 @@ def _traced(sizes, gather, precision, remat):
 
 
 def split_leaves(tree, sizes) -> list[str]:
-    """Names of the leaves that a gather makes whole: split over something besides their experts, by more than one
-    device.
-    """
+    """Names of the leaves that a gather makes whole: split over several devices, besides by their experts."""
     gathered = {"data": sizes[0], ("data", "node", "expert"): math.prod(sizes)}
     return [
         name for name, _ in named_leaves(tree) if any(gathered.get(axes, 1) > 1 for axes in PARAMETERS[name].layout)
@@ -107,8 +105,9 @@ def times_by_loops(collectives):
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("remat", ["none", "selective"])
 def test_layerwise_gathers_and_reductions_are_as_many_as_weights_used(sizes, remat):
-    """Per micro-batch: each weight of each layer once forward, once more where the backward pass recomputes, and one
-    reduction.
+    """Per micro-batch, each weight of each layer is gathered once forward and reduced once.
+
+    It is gathered once more where the backward pass recomputes.
     """
     step = traced(sizes, gather="layer", remat=remat)
     stacks = {name: step.params[name] for name in ("dense_layers", "moe_layers", "mtp_layers")}
@@ -158,8 +157,9 @@ def test_weights_travel_in_bf16(gather):
 
 @pytest.mark.parametrize("gather", ["layer", "step"])
 def test_fp8_weights_travel_in_bytes(gather):
-    """As many as there are, quantised once per step: what the devices agree on beforehand is scales, once for each
-    stack of a weight.
+    """As many as there are, quantised once per step.
+
+    The devices agree beforehand on scales only, once for each stack of a weight.
     """
     step = traced(gather=gather, precision="fp8")
     split = split_leaves(step.params, MESH)
@@ -211,8 +211,9 @@ def test_no_sum_has_the_size_of_a_weight():
 
 
 def largest_everywhere(step):
-    """Elements of the largest gain (stacked) or of the counts: less than any weight of one layer, whole or of this
-    device's experts.
+    """Elements of the largest stacked gain or of the counts: fewer than any weight of one layer has.
+
+    That holds for whole weights and for the experts of this device.
     """
     leaves = named_leaves(step.params)
     largest = max(leaf.size for name, leaf in leaves if not any(PARAMETERS[name].layout))
@@ -247,8 +248,9 @@ def compiled_collectives() -> list[Instruction]:
 @pytest.mark.slow
 @pytest.mark.xdist_group(small.group(MESH))
 def test_the_partitioner_moves_no_weight_on_its_own_account():
-    """Every gather, scatter and exchange comes from a statement inside the shard_map; what it adds outside are sums for
-    norms: scalars.
+    """Every gather, scatter and exchange comes from a statement inside the shard_map.
+
+    Outside, the partitioner adds only sums for norms: scalars.
     """
     instructions = compiled_collectives()
     kinds = collections.Counter(i.kind for i in instructions)

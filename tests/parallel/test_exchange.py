@@ -135,9 +135,7 @@ def test_all_to_all_equals_local(sizes, slack, case):
 
 
 def predicted_rounds(experts_TK, sizes, slack):
-    """Rounds of each device, from the definition: the fullest (sender, destination) pair of its data group, in
-    capacities.
-    """
+    """Rounds of each device by definition: the fullest (sender, destination) pair of its data group, in capacities."""
     parts = sizes[1] * sizes[2]
     capacity = math.ceil(slack * T * K / parts)
     destination = experts_TK.reshape(sizes[0], parts, T * K) // (E // parts)
@@ -188,9 +186,7 @@ def test_rounds_are_as_many_as_the_fullest_destination_needs(sizes, slack, case,
 
 @pytest.mark.parametrize("case", ["balanced", "one expert", "padding"])
 def test_combine_of_dispatch_is_the_identity(case):
-    """With experts that return their rows, and gates that sum to one, every token comes back, bit for bit; padding
-    comes back as zero.
-    """
+    """Experts return their rows and gates sum to one: every token comes back bit for bit, and padding as zero."""
 
     def identity(weights, x_TD, gates_TK, experts_TK):
         here = (experts_TK >= 0) & (experts_TK < E // DEVICES)
@@ -206,8 +202,9 @@ def test_combine_of_dispatch_is_the_identity(case):
 
 
 def test_gather_and_sum_of_rows_transpose_each_other():
-    """<gather_rows(x), y> = <x, sum_rows(y)>, with a row of its own for each slot, empty slots, and an assignment
-    without a slot.
+    """<gather_rows(x), y> = <x, sum_rows(y)>.
+
+    Each slot has a row of its own; some slots are empty, and one assignment has no slot.
     """
     rng = np.random.default_rng(0)
     slots_TK = np.array([[0, 4], [2, 6], [5, 1]], np.int32)  # 6 is no slot; slot 3 is empty
@@ -225,8 +222,9 @@ BIG_T, BIG_K, BIG_D, BIG_F, LOCAL = 512, 8, 224, 64, 4  # V3's proportions: K = 
 
 @functools.cache
 def peak_bytes(devices, slack):
-    """Compiled bytes per device (arguments, results, temporaries) of an exchange with the real experts, forward and
-    backward, FP32.
+    """Compiled bytes per device (arguments, results, temporaries) of an exchange with the real experts.
+
+    Forward and backward, FP32.
     """
     mesh, ffn = mesh_of((1, 1, devices)), functools.partial(expert_ffn, block=16, wave=4)
 
@@ -255,8 +253,7 @@ def peak_bytes(devices, slack):
 
 
 def balanced_minimum():
-    """What a perfect exchange holds while the experts' backward pass runs, with no row to spare and nothing computed
-    twice.
+    """What a perfect exchange holds in the experts' backward pass, with no row to spare and nothing computed twice.
 
     Per row, T * K of them: the input that arrived, the pre-activations (2 F), the gradient that arrived, and the
     gradient to send back. Besides, arguments and results: tokens, gates and weights with their gradients, and the ids.
@@ -273,7 +270,5 @@ def test_peak_memory_is_at_most_three_times_the_balanced_minimum():
 
 
 def test_peak_memory_does_not_know_the_worst_case():
-    """In the worst case a device of eight receives four times what a device of two does. Measured: the same within
-    1%.
-    """
+    """At worst a device of eight receives four times what a device of two does. Measured: the same within 1%."""
     assert peak_bytes(8, 2.0) <= 1.05 * peak_bytes(2, 2.0)

@@ -1,6 +1,4 @@
-"""The mesh refuses what does not fit; the layout covers every parameter; gathering a weight and reducing its gradient
-are transposes.
-"""
+"""The mesh refuses what does not fit, the layout covers every parameter, and `gather` and reduction are transposes."""
 
 import functools
 import importlib
@@ -111,8 +109,9 @@ def named_leaves(tree):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layout_covers_every_parameter(name):
-    """Stacked leaves have one dim more than their layout, others as many; no axis splits two dims; matrices are split
-    over all of ROWS.
+    """Stacked leaves have one dim more than their layout, others as many.
+
+    No axis splits two dims, and matrices are split over all of ROWS.
     """
     params, router_bias = parameters(name)
     specs = jax.tree.leaves(partition_specs((params, router_bias)), is_leaf=lambda spec: isinstance(spec, P))
@@ -157,9 +156,7 @@ def local_shape(name):
 
 @functools.cache
 def gathered_and_reduced(dtype):
-    """On 2x2x2: each device's gathered weights, and its gradients by both ways, for cotangents that differ on every
-    device.
-    """
+    """On 2x2x2: gathered weights, and gradients by both ways, for cotangents that differ on every device."""
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WHOLE.items()}
     # 256 on one device and 1 on seven: a sum in BF16 stays at 256.
@@ -199,9 +196,7 @@ def test_gather_makes_the_weight_whole_everywhere(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", WHOLE)
 def test_gradients_are_summed_over_devices_in_fp32(name, dtype):
-    """By transposing `gather` and by `reduce_gradients`: small integers, so the sum in FP32 is exact, and in BF16 it
-    would be wrong.
-    """
+    """By the transpose of `gather` and by `reduce_gradients`: small integers sum exactly in FP32, and not in BF16."""
     _, cotangents, _, transposed, reduced = gathered_and_reduced(dtype)
     c = cotangents[name]
     if expert_dim(name) is None:

@@ -1,6 +1,4 @@
-"""FP8 weights on a mesh: quantised where they lie to the same bits as on one device, moved as bytes, their gradients
-summed in FP32.
-"""
+"""FP8 weights on a mesh: quantised in place to the bits of one device, moved as bytes, gradients summed in FP32."""
 
 import functools
 

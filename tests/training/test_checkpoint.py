@@ -232,9 +232,7 @@ def test_a_half_deleted_old_checkpoint_does_no_harm(workdir):
 
 
 def test_a_full_disk_while_saving_is_a_clear_error(workdir):
-    """The limit on the size of a file makes real writes fail in the background, as a full disk does (it needs no
-    mount).
-    """
+    """A limit on the size of files makes real writes fail in the background, as a full disk does, without a mount."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     mesh = make_mesh(2, 4)

@@ -42,8 +42,9 @@ def test_matmul_weights_of_671b():
 
 
 def test_mtp_adds_one_layer_a_merge_and_a_head():
-    """Active weights of one MTP layer with its head: 2.541B less the embedding (spec section 1.3), and one layer of
-    attention.
+    """Active weights of one MTP layer with its head: 2.541B less the embedding (spec section 1.3).
+
+    Attention grows by one layer.
     """
     added = flops_per_token(V3, 0, causal=False, mtp=True) - flops_per_token(V3, 0, causal=False, mtp=False)
     assert added / 6e9 == pytest.approx(2.541 - 0.927, abs=1e-3)

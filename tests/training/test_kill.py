@@ -42,9 +42,7 @@ def kill_in_mid_save(process: subprocess.Popen, workdir: Path) -> bool:
 
 
 def kill_at_random(process: subprocess.Popen, workdir: Path, rng: random.Random) -> None:
-    """Kill up to a second after the first change of the checkpoints: in a step, between two, in a save, in an
-    evaluation.
-    """
+    """Kill up to a second after checkpoints first change: in a step, between two, in a save, in an evaluation."""
     before, deadline = saves(workdir), time.monotonic() + DEADLINE
     while process.poll() is None and saves(workdir) == before and time.monotonic() < deadline:
         time.sleep(0.001)

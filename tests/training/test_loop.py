@@ -1,5 +1,4 @@
-"""The loop: order of files and steps, interruption, skipped steps, and a sheet and a table that can be drawn from the
-metrics alone.
+"""The loop: order of files and steps, interruption, skipped steps, and a sheet and a table from the metrics alone.
 
 All but the last test train a table of numbers that remembers every token it has seen, in order: a lost, repeated or
 reordered batch, a wrong rate or a stale array changes its bits. Data, checkpoints and metrics are the real ones.
@@ -36,9 +35,7 @@ LAYERS, EXPERTS = 2, 8
 
 
 def fake_step(state, batch, rates):
-    """Fold the batch and the rates into the state, in an order-dependent way; non-finite batches are skipped as in the
-    real step.
-    """
+    """Fold batch and rates into the state in an order-dependent way; skip non-finite batches as the real step does."""
     finite = jnp.isfinite(batch["loss_weights_BS"]).all()
     text = (
         (batch["tokens_BS"] * (1 + jnp.arange(batch["tokens_BS"].shape[1], dtype=jnp.int32)))

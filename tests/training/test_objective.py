@@ -68,8 +68,10 @@ class ClippedTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Clipped:
-    """A policy gradient with clipped ratios, as small as it can be: advantages and old log-probabilities per row and
-    token come with the batch, every sequence weighs the same, MTP layers do not run.
+    """A policy gradient with clipped ratios, as small as it can be.
+
+    Advantages and old log-probabilities per row and token come with the batch. Every sequence weighs the same. MTP
+    layers do not run.
     """
 
     clip: float

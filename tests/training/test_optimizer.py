@@ -1,6 +1,4 @@
-"""AdamW with BF16 moments against a hand-written one, the decay mask, and the published schedules at their switch
-points.
-"""
+"""AdamW with BF16 moments against a hand-written one, the decay mask, and the published schedules where they switch."""
 
 import dataclasses
 
@@ -73,8 +71,9 @@ def test_moments_are_stored_in_bf16_and_the_direction_in_fp32():
 
 
 def test_bf16_second_moment_follows_a_falling_gradient():
-    """What b2 <= 0.99 buys: after gradients of 1, gradients of 0.1 bring the moment to 0.01, but for rounding (0.004 /
-    (1 - b2) of it).
+    """What b2 <= 0.99 buys: after gradients of 1, gradients of 0.1 bring the moment down to 0.01.
+
+    Rounding adds an error of 0.004 / (1 - b2) of it.
     """
     for b2, largest in ((0.95, 0.011), (0.99, 0.017)):
         adam = scale_by_bf16_adam(0.9, b2, 1e-8)

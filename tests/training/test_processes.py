@@ -1,6 +1,4 @@
-"""Two processes of four devices do as one process of eight does: each trains on its own rows, and they write one export
-together.
-"""
+"""Two processes of four devices do as one of eight: each trains on its own rows, and together they write one export."""
 
 import socket
 
@@ -56,9 +54,7 @@ def test_two_processes_equal_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_export_what_one_does(tmp_path):
-    """FP32 masters that neither process has whole, in more files than there are processes; one file is already
-    there.
-    """
+    """FP32 masters that neither process has whole, in more files than processes; one file is already there."""
     corpus = write_corpus(tmp_path / "corpus")
     workdir, one, two = tmp_path / "run", tmp_path / "one", tmp_path / "two"
     steps = f"--config.training.num_tokens={2 * 8 * 32}"

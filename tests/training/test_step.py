@@ -1,6 +1,4 @@
-"""The step: its gradient is that of a plain objective however it is cut up, padding counts nowhere, and nothing
-survives a NaN.
-"""
+"""The step: its gradient is that of a plain objective however it is cut up, padding counts nowhere, no NaN survives."""
 
 import dataclasses
 import functools
@@ -41,9 +39,7 @@ def run():
 
 
 def plain_objective(config, params, router_bias, batch, mtp_weight):
-    """The paper's objective on the whole batch: logits of every token, targets shifted by loops, no chunks, no
-    collectives.
-    """
+    """The paper's objective on the whole batch: all logits at once, targets shifted by loops, no collectives."""
     output = apply(config, params, router_bias, batch)
     tokens = batch["loss_weights_BS"].sum()
 
@@ -82,8 +78,9 @@ def assert_gradients_equal(got, want, tolerance):
 
 
 def test_gradients_and_losses_are_those_of_the_plain_objective():
-    """Two micro-batches, chunked cross entropy, one device of a mesh. 1e-5: FP32 sums in another order; measured
-    9e-7.
+    """Two micro-batches, chunked cross entropy, one device of a mesh.
+
+    1e-5: FP32 sums in another order; measured 9e-7.
     """
     grads, _, _, _, metrics = run()
     value, want = plain_gradients()
@@ -128,9 +125,7 @@ def test_batch_that_is_no_multiple_is_refused():
 
 
 def test_counts_are_exact_and_biases_move_once():
-    """K assignments per valid token and layer, over both micro-batches; one step of the sign of the total, for MTP's
-    router too.
-    """
+    """K assignments per valid token and layer over both micro-batches; one step of the total's sign, for MTP too."""
     on = small.on_mesh(ONE)
     _, sums, _, state, metrics = run()
     counts_LE, valid = metrics["counts_LE"], int((uneven_batch()["segment_ids_BS"] > 0).sum())
@@ -154,9 +149,7 @@ def test_counts_are_exact_and_biases_move_once():
 
 
 def test_padding_changes_nothing():
-    """Other tokens, targets and positions on padding, and a row of nothing but padding instead of another: the same
-    step, to the bit.
-    """
+    """Other tokens, targets and positions on padding, also in a row of only padding: the same step, to the bit."""
     on = small.on_mesh(ONE)
     batch = uneven_batch()
     valid_BS = batch["segment_ids_BS"] > 0
@@ -178,8 +171,9 @@ def test_padding_changes_nothing():
 
 
 def test_loss_is_normalised_by_the_global_weight():
-    """Three times the weights are the same loss and gradients; the divisor is the sum over all micro-batches, and MTP's
-    too.
+    """Three times the weights give the same loss and gradients.
+
+    The divisor is the sum over all micro-batches, for MTP too.
     """
     on = small.on_mesh(ONE)
     batch = uneven_batch()
@@ -213,9 +207,7 @@ POISONS = {"a weight of the loss": np.inf, "a parameter": np.nan}
 
 @pytest.mark.parametrize("name", POISONS)
 def test_a_step_that_is_not_finite_changes_nothing(name):
-    """Parameters, moments and biases keep every bit; `skipped` counts consecutive such steps and a good one resets
-    it.
-    """
+    """Parameters, moments and biases keep every bit; `skipped` counts such steps in a row, and a good one resets it."""
     on = small.on_mesh(ONE)
     batch = uneven_batch()
     with jax.set_mesh(on.mesh):
@@ -267,9 +259,7 @@ def test_average_follows_the_new_parameters():
 
 
 def test_a_norm_that_overflows_is_not_finite():
-    """Elements of 1e30 are finite and their norm is not: clipping would make a step of zero gradient of it,
-    silently.
-    """
+    """Elements of 1e30 are finite, their norm is not: clipping would silently make it a step of zero gradient."""
     on = small.on_mesh(ONE)
     with jax.set_mesh(on.mesh):
         grads, sums, norms, _, _ = on.step(on.state, small.put(uneven_batch()), small.RATES)
