@@ -176,7 +176,7 @@ def _decode_token(
     layers, length_B = cache
     valid_B1 = (length_B > 0)[:, None]
     hidden_BSD, layers = decode_step(model, execution, weights, layers, tokens_B[:, None], length_B[:, None], valid_B1)
-    return _logits(weights, hidden_BSD[:, 0]), Cache(layers, length_B + 1)
+    return _logits(weights, hidden_BSD[:, 0]), Cache(layers, length_B + (length_B > 0))
 
 
 def _logits(weights: Weights, hidden_BD: Array) -> Array:

@@ -366,3 +366,15 @@ def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
     *_, logits_BV, cache = prefilled(config, make_weights(), PROMPT, [5])
     assert logits_BV.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_row_without_a_sequence_stays_without_one():
+    """It has length 0 for ever: no expert is asked for it, in prefill or afterwards."""
+    prompts_BS = np.concatenate([PROMPT, np.zeros_like(PROMPT)])
+    execution, weights, logits_BV, cache = prefilled(CONFIG, make_weights(), prompts_BS, [5, 0])
+    step = jax.jit(functools.partial(decode.decode_token, CONFIG.model, execution))
+    with jax.set_mesh(one_device()):
+        for _ in range(2):
+            tokens_B = jax.device_put(np.array([1, 1], np.int32), P(ROWS))
+            logits_BV, cache = step(weights, cache, tokens_B)
+    assert cache.length_B.tolist() == [7, 0] and np.isfinite(logits_BV).all()
