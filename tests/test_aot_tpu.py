@@ -24,10 +24,10 @@ from configs import deepseek_v3, tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
-from tests import abstract
+from tests.support import abstract
+from tests.support.aot_tpu import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 TOPOLOGIES = {"v5p:2x2x2": "TPU v5", "tpu7x:2x2x1": "TPU7x"}  # eight devices each: a chip of tpu7x is two
 HBM_BYTES = 95 * 2**30  # of a v5p chip; one device of tpu7x has 96
 KERNELS_PER_ATTENTION = 3  # forward, dq, dkv; more would be the forward again in the backward pass

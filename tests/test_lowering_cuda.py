@@ -19,7 +19,7 @@ from deepseek_jax.parallel.program import resolve
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.step import jit_train_step
 from pallas_kernels import dispatch
-from tests import abstract
+from tests.support import abstract
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def published(name: str) -> Config:
 
 
 def with_yarn(model: Model, enabled: bool = True) -> Model:
-    return model.with_(yarn={"enabled": enabled})
+    return dataclasses.replace(model, yarn=dataclasses.replace(model.yarn, enabled=enabled))
 
 
 def without(hf: dict, *keys: str) -> dict:
@@ -188,7 +188,7 @@ def test_a_model_of_the_architecture_by_someone_else(spelling):
         rope_base=50000.0,
         norm_eps=1e-5,
     )
-    assert model == expected.with_(yarn={"original_length": 8192})
+    assert model == dataclasses.replace(expected, yarn=dataclasses.replace(expected.yarn, original_length=8192))
     hf_config.run_config(published("v3_300m"), "moonlight", model)
 
 

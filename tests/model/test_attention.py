@@ -20,7 +20,7 @@ from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import ROWS, P
-from tests import small
+from tests.support import small
 
 B, S, N, Q, H = 2, 33, 3, 6, 5
 SCALE = 0.4

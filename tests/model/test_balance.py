@@ -11,7 +11,7 @@ from deepseek_jax.model.balance import max_violation, router_stats, update_bias
 from deepseek_jax.model.router import route
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import ROWS, P
-from tests import small
+from tests.support import small
 
 GAMMA = np.float32(1e-3)
 MODEL = small.config().model  # 16 experts in 4 groups, 2 kept, 4 per token

@@ -16,7 +16,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.training.objective import mtp_targets
-from tests import small
+from tests.support import small
 from tests.support.network import apply
 
 S, DEPTHS = 14, 2

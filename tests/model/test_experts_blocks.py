@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.model import experts
+from deepseek_jax.model import experts_blocks
 from deepseek_jax.model.balance import router_stats
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel.program import resolve
-from tests import small
+from tests.support import small
 
 T, K, E, D, F = 37, 3, 6, 8, 5
 SIZES = [(1, 1), (4, 3), (16, 2), (64, 100)]  # block and wave: many waves, several, few, one without a loop
@@ -70,7 +70,9 @@ def value_and_pullback(function, weights, x_TD, gates_TK, experts_TK, cotangent_
 
 @functools.cache
 def compiled(block, wave):
-    return jax.jit(functools.partial(value_and_pullback, functools.partial(experts.expert_ffn, block=block, wave=wave)))
+    return jax.jit(
+        functools.partial(value_and_pullback, functools.partial(experts_blocks.expert_ffn, block=block, wave=wave))
+    )
 
 
 compiled_dense = jax.jit(functools.partial(value_and_pullback, dense))
@@ -139,7 +141,9 @@ def test_bf16_is_near_fp32_and_keeps_its_dtypes():
 
 def test_plan_of_the_worked_example():
     """The example of `model/experts_blocks.py`."""
-    plan = experts.plan_blocks(jnp.asarray([[1], [0], [1], [1], [2], [1]], jnp.int32), num_experts=3, block=2, wave=1)
+    plan = experts_blocks.plan_blocks(
+        jnp.asarray([[1], [0], [1], [1], [2], [1]], jnp.int32), num_experts=3, block=2, wave=1
+    )
     np.testing.assert_array_equal(plan.source_Z[:8], [1, 6, 0, 2, 3, 5, 4, 6])
     np.testing.assert_array_equal(plan.slots_TK.ravel(), [2, 0, 3, 4, 6, 5])
     np.testing.assert_array_equal(plan.expert[:4], [0, 1, 1, 2])
@@ -150,7 +154,7 @@ def test_plan_of_the_worked_example():
 @pytest.mark.parametrize(("block", "wave"), [(1, 1), (4, 3), (16, 2)])
 def test_plan_holds_each_assignment_once_in_a_block_of_its_expert(block, wave, case):
     ids = draw_ids(case)
-    plan = experts.plan_blocks(jnp.asarray(ids), E, block, wave)
+    plan = experts_blocks.plan_blocks(jnp.asarray(ids), E, block, wave)
     here = np.flatnonzero((ids.ravel() >= 0) & (ids.ravel() < E))
     source_Z, slots = np.asarray(plan.source_Z), np.asarray(plan.slots_TK).ravel()
     np.testing.assert_array_equal(np.sort(source_Z[source_Z < T * K]), here)
@@ -167,16 +171,16 @@ def test_plan_holds_each_assignment_once_in_a_block_of_its_expert(block, wave, c
 def test_work_follows_the_assignments(case, monkeypatch):
     """The loops run over the blocks that exist, forward and backward; the buffers are sized for the worst case."""
     block, wave, ran = 4, 3, []
-    original = experts._wave
+    original = experts_blocks._wave
 
     def counted(sizes, i, *args):
         jax.debug.callback(lambda i: ran.append(int(i)), i)
         return original(sizes, i, *args)
 
-    monkeypatch.setattr(experts, "_wave", counted)
+    monkeypatch.setattr(experts_blocks, "_wave", counted)
     ids = draw_ids(case)
     weights, x_TD, gates_TK, cotangent_TD = draw_inputs()
-    function = functools.partial(experts.expert_ffn, block=block, wave=wave)
+    function = functools.partial(experts_blocks.expert_ffn, block=block, wave=wave)
     jax.block_until_ready(
         jax.jit(functools.partial(value_and_pullback, function))(weights, x_TD, gates_TK, ids, cotangent_TD)
     )

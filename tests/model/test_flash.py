@@ -14,7 +14,7 @@ from deepseek_jax.model.recompute import KEPT
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import ROWS, P
-from tests import small
+from tests.support import small
 from tests.support.network import apply
 
 B, S, N, Q, H = 8, 256, 2, 48, 32

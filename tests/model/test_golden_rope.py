@@ -1,5 +1,7 @@
 """Rotary positions and YaRN against published constants and against the half-split form of other implementations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from deepseek_jax import config as config_lib
 from deepseek_jax.model import rope
 
 MODEL = config_lib.from_config_dict(deepseek_v3.get_config()).model
-EXTENDED = MODEL.with_(yarn={"enabled": True})
+EXTENDED = dataclasses.replace(MODEL, yarn=dataclasses.replace(MODEL.yarn, enabled=True))
 
 
 def test_yarn_frequencies_of_the_released_model():

@@ -15,7 +15,7 @@ from deepseek_jax.model.layer import run_layers
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import Weights
-from tests import small
+from tests.support import small
 
 pytestmark = pytest.mark.xdist_group("layer")  # one compiled program per way of cutting serves all tests of this file
 ROWS, LENGTH = 2, 32

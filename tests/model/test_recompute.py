@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.model.recompute import KEPT, keep, recomputed
 from pallas_kernels.quantized import E4M3
-from tests import small
+from tests.support import small
 
 
 @pytest.mark.parametrize("scanned", [False, True])

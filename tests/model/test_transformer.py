@@ -12,7 +12,7 @@ from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import PARAMETERS, leaf_name
-from tests import small
+from tests.support import small
 from tests.support.network import apply
 
 pytestmark = pytest.mark.xdist_group("transformer")

@@ -25,9 +25,9 @@ from pallas_kernels.grouped import tpu as grouped
 from pallas_kernels.grouped import tpu_bf16 as grouped_bf16
 from pallas_kernels.matmul import tpu as matmul
 from pallas_kernels.quantized import E4M3, Quantized, scales_shape
+from tests.support.aot_tpu import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 MATRIX_UNITS = {"v5p:2x2x1": "bfloat16", "v6e:2x2x1": "bfloat16", "tpu7x:2x2x1": "float8_e4m3fn"}
 SIZES = {"odd": (37, 150, 384), "expert": (4096, 4096, 7168), "attention": (4097, 576, 1536)}  # m, n, k
 BF16_SIZES = SIZES | {"odd": (37, 150, 300)}  # BF16 takes any k

@@ -21,7 +21,7 @@ from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import EXPERTS, PARAMETERS
-from tests import abstract, small
+from tests.support import abstract, small
 
 MESH = (2, 1, 4)
 MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}

@@ -15,7 +15,7 @@ from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import AXES, check_fit, make_mesh
 from deepseek_jax.parallel.weights import gather, reduce_gradients
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, P, partition_specs
-from tests import small
+from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
 

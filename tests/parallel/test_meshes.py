@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small
+from tests.support import small
 
 ONE = small.MESHES[0]
 QUICK = ((2, 1, 4), (2, 2, 2))  # the others compile for a minute each

@@ -9,7 +9,7 @@ import jax
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import Shards
-from tests import small
+from tests.support import small
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import small
+from tests.support import small
 
 ONE, EIGHT = (1, 1, 1), (2, 1, 4)
 # Rounding to BF16 differs by mesh, and flips routes whose scores are near ties: measured on four batches 3.1e-5 in the

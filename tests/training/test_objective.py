@@ -16,7 +16,7 @@ from deepseek_jax.parameters import ROWS, P, Weights
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import mtp_targets, pretraining, router_metrics
 from deepseek_jax.training.state import create_state
-from tests import small
+from tests.support import small
 from tests.support.network import apply
 
 

@@ -13,7 +13,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import pretraining
-from tests import small
+from tests.support import small
 from tests.support.network import apply
 
 ONE = small.MESHES[0]

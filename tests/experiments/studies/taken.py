@@ -9,7 +9,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.program import resolve
 from experiments.studies import linears
-from tests import small
+from tests.support import small
 
 
 @functools.cache
