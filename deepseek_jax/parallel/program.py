@@ -16,8 +16,10 @@ from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import EXPERTS
 from pallas_kernels import GROUP, dispatch
 
+MOST_PROGRAMS = 64  # that a process remembers; each keeps its compiled executables alive
 
-@functools.cache
+
+@functools.lru_cache(maxsize=MOST_PROGRAMS)
 def jit_on(
     function: Callable, execution: Execution, mesh: jax.sharding.Mesh, *static: Any, donate: tuple[int, ...] = ()
 ) -> Callable:

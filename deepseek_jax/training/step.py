@@ -122,6 +122,11 @@ def update(
     """Return the state after gradients and expert counts, and the step's metrics; a non-finite step is skipped."""
     params = state["params"]
     metrics = recipe.objective.metrics(sums.terms, sums.router, norms)
+    if "loss" not in metrics:
+        raise ValueError(
+            f"the metrics of {type(recipe.objective).__name__} are {sorted(metrics)} and lack 'loss', by which a step"
+            " that is not finite is found; add it"
+        )
     with jax.named_scope("optimizer"):
         # The norm can overflow although every element is finite, and clipping by it would then make the gradient zero.
         grad_norm = optax.tree.norm(grads)

@@ -172,3 +172,14 @@ def test_runs_that_differ_in_name_data_or_schedules_share_a_program():
         for change in ({"execution": {"remat": "full"}}, {"loss": {"sequence_balance_weight": 0.5}}):
             changed = config.with_(**change)
             assert program is not make(changed, pretraining(changed), mesh)
+
+
+def test_an_objective_without_a_loss_is_refused():
+    class Silent(Clipped):
+        def metrics(self, terms, router, norms):
+            return router_metrics(router, norms)
+
+    on, batch = small.on_mesh(small.MESHES[0]), policy_batch()
+    recipe = dataclasses.replace(on.recipe, objective=Silent(0.2))
+    with jax.set_mesh(on.mesh), pytest.raises(ValueError, match="the metrics of Silent are .* and lack 'loss'"):
+        jax.eval_shape(functools.partial(step_lib.train_step, recipe), on.state, put(batch), small.RATES)
