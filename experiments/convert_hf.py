@@ -172,7 +172,7 @@ def write_logits() -> None:
     config, shards, fp8 = open_checkpoint(Path(HF.value))
     tokens_BS = read_tokens(path, config.model.vocab_size)
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
-    config = config.with_(execution={"precision": precision})
+    config = from_config_dict(to_dict(config.with_(execution={"precision": precision})))  # FP8 wants multiples of 128
     mesh = all_devices(config)
     with progress_bar(shards.num_bytes, "load") as progress:
         # A checkpoint that is not in FP8 is quantised from FP32, as in training.

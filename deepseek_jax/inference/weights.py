@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from deepseek_jax.config import Execution
+from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.precision import as_stored, compute_dtype
 from deepseek_jax.parameters import (
     PARAMETERS,
@@ -19,9 +19,17 @@ from deepseek_jax.parameters import (
     matrix_shape,
     num_lead_dims,
 )
+from pallas_kernels import GROUP
 from pallas_kernels.quantized import dequantize
 
 TAKEN_APART = {"kv_b_CNX"}  # absorbed attention multiplies with its two parts, so it is dequantised
+
+
+def takes_fp8(model: Model, execution: Execution) -> bool:
+    """Whether weights in FP8 can be decoded as they are: activations in BF16, and sums over whole groups of 128."""
+    heads = model.num_heads * model.value_dim
+    sums = model.width, model.query_latent, heads, model.dense_hidden, model.expert_hidden
+    return execution.precision != "fp32" and not any(size % GROUP for size in sums)
 
 
 def decode_weights(execution: Execution, weights: Weights, mesh: jax.sharding.Mesh) -> Weights:

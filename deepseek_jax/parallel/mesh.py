@@ -58,21 +58,28 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
 def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     """Refuse a model or batch that the mesh cannot split evenly; the message names the dim, the axes and the remedy."""
     rows = axis_size(mesh, ROWS)
-    model = config.model
-    divisors = {f"model.{key}": (getattr(model, key), parts) for key, parts in _split_sizes(mesh).items()}
-    divisors["training.micro_batch_size"] = (config.training.micro_batch_size, axis_size(mesh, ROWS))
-    for name, (size, parts) in divisors.items():
-        if size % parts:
-            raise ValueError(
-                f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or"
-                " the mesh"
-            )
+    check_model_fit(config.model, mesh)
+    _check_split("training.micro_batch_size", config.training.micro_batch_size, rows, mesh)
     tokens = config.training.micro_batch_size // rows * config.data.sequence_length
     if config.execution.precision == "fp8" and tokens % GROUP:
         raise ValueError(
             f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of"
             f" {rows} devices; in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of"
             f" {GROUP}, by data.sequence_length or training.micro_batch_size, or use execution.precision = 'bf16'"
+        )
+
+
+def check_model_fit(model: config_lib.Model, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a model whose parameters the mesh cannot split evenly."""
+    for field, parts in _split_sizes(mesh).items():
+        _check_split(f"model.{field}", getattr(model, field), parts, mesh)
+
+
+def _check_split(name: str, size: int, parts: int, mesh: jax.sharding.Mesh) -> None:
+    if size % parts:
+        raise ValueError(
+            f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the"
+            " mesh"
         )
 
 

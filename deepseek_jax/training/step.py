@@ -270,13 +270,17 @@ def _split(batch: Batch, micro_batch_size: int) -> Batch:
 
 
 def _update_biases(router_bias, counts_LE: jax.Array, rate: jax.Array):
-    """Give each stack of biases its rows of the counts (MoE layers first, then MTP layers) and take one step."""
+    """Give each stack of biases its rows of the counts (MoE layers first, then MTP layers) and take one step.
+
+    MTP layers that did not run have no rows, and their biases stay.
+    """
     leaves, tree = jax.tree.flatten(router_bias)
     starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
-    counts = [counts_LE[start : start + leaf.shape[0]] for start, leaf in zip(starts, leaves, strict=True)]
-    return jax.tree.unflatten(
-        tree, [update_bias(leaf, count, rate) for leaf, count in zip(leaves, counts, strict=True)]
-    )
+    updated = []
+    for start, leaf in zip(starts, leaves, strict=True):
+        counts = counts_LE[start : start + leaf.shape[0]]
+        updated.append(update_bias(leaf, counts, rate) if counts.shape[0] else leaf)
+    return jax.tree.unflatten(tree, updated)
 
 
 def _bias_metrics(router_bias) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import decode, generate
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.inference.weights import decode_weights
+from deepseek_jax.inference.weights import decode_weights, takes_fp8
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
@@ -378,3 +378,11 @@ def test_a_row_without_a_sequence_stays_without_one():
             tokens_B = jax.device_put(np.array([1, 1], np.int32), P(ROWS))
             logits_BV, cache = step(weights, cache, tokens_B)
     assert cache.length_B.tolist() == [7, 0] and np.isfinite(logits_BV).all()
+
+
+def test_which_models_decode_fp8_as_stored():
+    fp8 = make_config("fp8", **FP8_MODEL)
+    assert takes_fp8(fp8.model, fp8.execution)
+    assert takes_fp8(fp8.with_(model={"kv_latent": 64}).model, fp8.execution)  # its projection is read in BF16
+    assert not takes_fp8(fp8.model, fp8.with_(execution={"precision": "fp32"}).execution)
+    assert not takes_fp8(fp8.with_(model={"expert_hidden": 96}).model, fp8.execution)

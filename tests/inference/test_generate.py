@@ -21,6 +21,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
+from experiments import generate as generate_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,15 @@ def test_prints_the_prompt_and_its_continuation(run, temperature):
     text = "".join(stream(config, Weights(params, router_bias), byte_tokenizer(), "if x:", 30, sampling, seed=5))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"if x:{text}\n" and text
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(9, "--expert_devices=9: there are 8 devices"), (3, r"config.model.width = 32 cannot be split over 3 devices")],
+)
+def test_devices_that_cannot_share_the_experts_are_refused(count, message):
+    with pytest.raises(ValueError, match=message):
+        generate_command.expert_mesh(make_config(), count)
 
 
 @pytest.mark.slow

@@ -133,7 +133,11 @@ def test_the_step_minimises_another_objective():
         weights = Weights(state["params"], state["router_bias"])
         run = jax.jit(functools.partial(step_lib.gradients, recipe))
         grads, sums, norms = jax.device_get(run(weights, put(batch), small.RATES))
-        _, metrics = step_lib.jit_train_step(config, objective, mesh)(state, put(batch), small.RATES)
+        before = jax.device_get(state["router_bias"])
+        after, metrics = step_lib.jit_train_step(config, objective, mesh)(state, put(batch), small.RATES)
+        assert jax.tree.map(jnp.shape, after["router_bias"]) == jax.tree.map(jnp.shape, before)
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(after["router_bias"]), before)
+        assert moved == {"moe_layers": {"moe": {"bias_E": True}}, "mtp_layers": {"block": {"moe": {"bias_E": False}}}}
 
     on = small.on_mesh(small.MESHES[0])
     params, router_bias = jax.device_get((on.state["params"], on.state["router_bias"]))
