@@ -35,6 +35,9 @@ from deepseek_jax.data.tokenizer import Tokenizer
 # began. Packing a window takes a second or two.
 WINDOW_TOKENS = 2**23
 WINDOW_ROWS = 64  # at least, if rows are long
+# Of one part, all epochs together. Grain gives an endless sequence the largest length that there is, and exceeds it
+# where sequences of one example are mixed.
+MOST_EXAMPLES = 2**50
 
 
 class Loader:
@@ -224,8 +227,9 @@ def _windows(parts: list[_Part], row_length: int, pad: int, seed: int) -> grain.
 
 
 def _stream(part: _Part, seed: int) -> grain.MapDataset:
-    """Return the endless sequence of a part's examples, shuffled anew each epoch."""
-    documents = grain.MapDataset.source(part.documents).seed(seed).shuffle().repeat()
+    """Return a part's examples, shuffled anew each epoch, for more epochs than any run has."""
+    epochs = -(-MOST_EXAMPLES // len(part.documents))
+    documents = grain.MapDataset.source(part.documents).seed(seed).shuffle().repeat(epochs)
     return documents.random_map(part.augment).map(Example) if part.augment else documents
 
 

@@ -192,3 +192,14 @@ def test_examples_that_teach_nothing_are_refused(make_config):
         make_loader(make_config("unused"), TOKENIZER, [])
     with pytest.raises(ValueError, match="no token of 2 examples has weight"):
         check_examples(2 * [Example(np.array([6, 7]), np.zeros(2, bool))], 262)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loader_needs_one_example_only(make_config, count):
+    """It comes again in every epoch; so does one long document of a corpus."""
+    loader = make_loader(make_config("unused"), TOKENIZER, CONVERSATIONS[:count])
+    batch = loader.next_batch(4)
+    loader.close()
+    learned = batch["targets_BS"][batch["loss_weights_BS"] > 0]
+    answers = np.concatenate([example.ids[example.weights > 0] for example in CONVERSATIONS[:count]])
+    assert set(learned.tolist()) == set(answers.tolist())
