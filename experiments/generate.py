@@ -7,15 +7,12 @@ with a released FP8 checkpoint has a checkpoint of its own, its weights stay in 
 
 from pathlib import Path
 
-import jax
 from absl import app, flags
 
-from deepseek_jax.config import Config, Mesh
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.generate import stream
+from deepseek_jax.inference.generate import expert_mesh, stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import takes_fp8
-from deepseek_jax.parallel.mesh import check_model_fit, make_mesh
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import read_config
 from experiments import session
@@ -43,7 +40,7 @@ def main(_) -> None:
     workdir = Path(WORKDIR.value)
     config = read_config(workdir)
     sampling = Sampling(temperature=TEMPERATURE.value, top_p=TOP_P.value, top_k=TOP_K.value)
-    mesh = expert_mesh(config, EXPERT_DEVICES.value)
+    mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
     as_stored = takes_fp8(config.model, config.execution)
     weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
@@ -53,22 +50,6 @@ def main(_) -> None:
     for part in text:
         print(part, end="", flush=True)
     print()
-
-
-def expert_mesh(config: Config, count: int) -> jax.sharding.Mesh:
-    """Return the mesh of `count` devices that share the experts.
-
-    Raises:
-        ValueError: there are fewer devices, or the model does not divide over them.
-    """
-    devices = jax.local_devices()
-    if count > len(devices):
-        raise ValueError(
-            f"--expert_devices={count}: there are {len(devices)} devices; lower it, or simulate more with --cpu_devices"
-        )
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=count, tensor=1), devices[:count])
-    check_model_fit(config.model, mesh)
-    return mesh
 
 
 if __name__ == "__main__":

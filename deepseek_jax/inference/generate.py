@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from jax import Array
 
-from deepseek_jax.config import Config, Mesh
+from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.decode import decode_burst, decode_execution, first_token, in_chunks, prefill
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import decode_weights
-from deepseek_jax.parallel.mesh import axis_size, make_mesh
+from deepseek_jax.parallel.mesh import axis_size, check_model_fit, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import ROWS, P, Weights
 
@@ -61,6 +61,24 @@ def stream(
     yield decoder.finish()
 
 
+def expert_mesh(model: Model, num_devices: int) -> jax.sharding.Mesh:
+    """Return a mesh of this process's first devices that share the routed experts; each has all other weights.
+
+    Raises:
+        ValueError: there are fewer devices, or the model does not divide over them.
+    """
+    devices = jax.local_devices()
+    if num_devices > len(devices):
+        raise ValueError(
+            f"{num_devices} expert devices are asked for, and there are {len(devices)}; lower --expert_devices, or"
+            " simulate more with --cpu_devices"
+        )
+    sizes = Mesh(pipe=1, data=1, node=1, expert=num_devices, tensor=1)
+    mesh = make_mesh(sizes, devices[:num_devices])
+    check_model_fit(model, mesh)
+    return mesh
+
+
 def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """Refuse a prompt that leaves no room for `max_new_tokens`."""
     yarn = config.model.yarn
@@ -87,7 +105,7 @@ def stream_ids(
     mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield new token ids [B, up to BURST] for prompts of one length; a sequence that has ended repeats `eos`."""
-    mesh = mesh or make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.local_devices()[:1])
+    mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences, num_prompt_tokens = prompts_BS.shape
     prompts_BS = np.pad(prompts_BS, ((0, -num_sequences % axis_size(mesh, ROWS)), (0, 0)))

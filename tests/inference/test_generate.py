@@ -14,14 +14,13 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference.generate import stream
+from deepseek_jax.inference.generate import expert_mesh, stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
-from experiments import generate as generate_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,11 +77,14 @@ def test_prints_the_prompt_and_its_continuation(run, temperature):
 
 @pytest.mark.parametrize(
     ("count", "message"),
-    [(9, "--expert_devices=9: there are 8 devices"), (3, r"config.model.width = 32 cannot be split over 3 devices")],
+    [
+        (9, "9 expert devices are asked for, and there are 8; lower --expert_devices"),
+        (3, r"config.model.width = 32 cannot be split over 3 devices"),
+    ],
 )
 def test_devices_that_cannot_share_the_experts_are_refused(count, message):
     with pytest.raises(ValueError, match=message):
-        generate_command.expert_mesh(make_config(), count)
+        expert_mesh(make_config().model, count)
 
 
 @pytest.mark.slow
