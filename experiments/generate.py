@@ -2,12 +2,13 @@
 
 Text appears while the model makes it. Configuration and tokenizer come from the workdir, weights from its newest intact
 checkpoint. One device decodes; with --expert_devices, several devices share the routed experts. Before a run that began
-with a released FP8 checkpoint has a checkpoint of its own, its weights stay in FP8; it says so if the model cannot.
+with a released FP8 checkpoint has a checkpoint of its own, its weights stay in FP8 if the model can be decoded so: with
+activations in BF16, and dims that are multiples of 128. Otherwise they are multiplied out.
 """
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.generate import expert_mesh, stream
@@ -42,8 +43,6 @@ def main(_) -> None:
     sampling = Sampling(temperature=TEMPERATURE.value, top_p=TOP_P.value, top_k=TOP_K.value)
     mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
     as_stored = takes_fp8(config.model, config.execution)
-    if config.training.initial_weights and not as_stored:
-        logging.info("weights stored in FP8 are dequantised: the model computes in FP32, or sums over parts of 128")
     weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
     text = stream(config, weights, tokenizer, PROMPT.value, MAX_NEW_TOKENS.value, sampling, SEED.value, mesh)
