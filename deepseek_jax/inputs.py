@@ -1,0 +1,106 @@
+"""Paths and files that a user names: checked at the door, read within limits.
+
+A path may have "~" in front. It may not be an address of a bucket, which `pathlib` would turn into a local folder of
+that name. A small file (a config.json, a tokenizer, a record of metrics) is read whole, and only if it is a regular
+file of a bearable size: a FIFO would wait for ever, a device has no end. Every refusal is a ValueError that names the
+path and the remedy.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LONGEST_PATH = 4096  # bytes, Linux's PATH_MAX
+LARGEST_SMALL_FILE = 256 << 20  # bytes; the largest known tokenizer.json has 35 MB
+LONGEST_SHOWN = 200  # characters of a foreign text in a message
+
+
+def local_path(text: str, name: str) -> Path:
+    """Return `text` as a path of this machine, with "~" expanded; `name` says which flag or key it is.
+
+    Raises:
+        ValueError: it is empty, an address such as "gs://bucket/run", too long, or has a NUL in it.
+    """
+    if not text.strip():
+        raise ValueError(f"{name} is empty; name a folder or a file")
+    if "://" in text:
+        raise ValueError(
+            f"{name} = {shown(text)} is an address; only paths of this machine work: mount the bucket, or copy it"
+        )
+    if "\0" in text or len(os.fsencode(text)) > LONGEST_PATH:
+        raise ValueError(f"{name} = {shown(text)} is not a path: it is too long or has a NUL; name a folder or a file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no such user, or no home
+        raise ValueError(f"{name} = {shown(text)}: the home folder is unknown; write the whole path") from error
+
+
+def read_bytes(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        ValueError: it does not exist, cannot be read, is larger, or is not a regular file.
+    """
+    shown_path = shown(str(path))
+    try:
+        # O_NONBLOCK: opening a FIFO without a writer returns at once.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"{shown_path} is {_kind(mode)}; put a regular file there")
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(limit + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ValueError(
+            f"{shown_path} cannot be read: {error.strerror}; check the path and its permissions"
+        ) from error
+    if len(content) > limit:
+        raise ValueError(f"{shown_path} is larger than the {limit} bytes that such a file may have; put the right one")
+    return content
+
+
+def read_text(path: Path, limit: int = LARGEST_SMALL_FILE) -> str:
+    """Return the content of a UTF-8 file; line ends stay as they are.
+
+    Raises:
+        ValueError: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(str(path))} is not UTF-8 text (byte {error.start}); restore or convert it") from error
+
+
+def read_json(path: Path, kind: type = dict, limit: int = LARGEST_SMALL_FILE) -> Any:
+    """Return the JSON value of a file, whose outermost type is `kind`.
+
+    Raises:
+        ValueError: as `read_text`, or it is not JSON, too deep, or of another kind.
+    """
+    try:
+        value = json.loads(read_text(path, limit))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{shown(str(path))} is not valid JSON ({error}); restore or repair it") from error
+    except RecursionError as error:
+        raise ValueError(f"{shown(str(path))} is nested too deeply for JSON; restore or repair it") from error
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{shown(str(path))} holds a {type(value).__name__}, not a {kind.__name__}; restore or repair it"
+        )
+    return value
+
+
+def shown(text: str) -> str:
+    """Return foreign text fit for a terminal: control characters escaped, and not longer than `LONGEST_SHOWN`."""
+    text = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def _kind(mode: int) -> str:
+    kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
+    return next((name for name, is_kind in kinds.items() if is_kind(mode)), "something else")
