@@ -15,3 +15,5 @@ they are local sizes.
 `kv_a_DC` is the one suffix that stretches its letter: its columns are the latent and the shared rotary key, C + R.
 Einsum letters are the same in lower case. `axis` always means a mesh axis, `dim` a dimension of a tensor.
 """
+
+__version__ = "0.1.0"
