@@ -68,6 +68,12 @@ class Model:
         return self.num_layers - self.num_dense_layers
 
     @property
+    def routed_layers(self) -> tuple[str, ...]:
+        """Names of the layers with a router, in the order of metrics: the main model's, then MTP's by depth."""
+        main = (f"layer {index}" for index in range(self.num_dense_layers, self.num_layers))
+        return (*main, *(f"MTP {depth}" for depth in range(1, self.num_mtp_layers + 1)))
+
+    @property
     def residual_std(self) -> float:
         """Initial standard deviation of the matrices that write into the residual stream."""
         return self.init_std * self.residual_init_scale

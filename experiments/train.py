@@ -19,8 +19,9 @@ from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.training.checkpoint import Checkpoints
-from deepseek_jax.training.curves import draw_sheet, final_table
+from deepseek_jax.training.curves import final_table
 from deepseek_jax.training.pretrain import Result, train
+from deepseek_jax.training.sheet import draw_sheet
 from deepseek_jax.training.state import weights_of
 from experiments import session
 
@@ -29,6 +30,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. If it holds a run, the run continues."
+)
+WANDB = flags.DEFINE_string(
+    "wandb", "", "Project of Weights & Biases in which to show the metrics, too; needs the library wandb."
 )
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration as JSON and stop.")
 
@@ -47,7 +51,7 @@ def main(_) -> None:
         raise app.UsageError("--workdir is missing, for example --workdir=runs/tiny")
     session.start()
     workdir = Path(WORKDIR.value)
-    result = train(config, workdir)
+    result = train(config, workdir, wandb=WANDB.value)
     if result.interrupted_by is not None:
         command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
         print(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {command}")
@@ -57,13 +61,13 @@ def main(_) -> None:
 
 def report(config: Config, workdir: Path, result: Result) -> None:
     """Draw the curves, then print the final table and a sampled continuation."""
-    add_yardsticks(config, workdir, result.tokenizer, result.step, result.tokens_seen)
+    add_yardsticks(config, workdir, result.tokenizer, result.step, result.tokens_seen, WANDB.value)
     checkpoints = Checkpoints(workdir, keep=None)  # every process opens it: Orbax waits for all
     steps = checkpoints.steps()
     checkpoints.close()
     if jax.process_index() > 0:
         return
-    draw_sheet(workdir)
+    draw_sheet(config, workdir, sum(leaf.size for leaf in jax.tree.leaves(weights_of(result.state).params)))
     print("\n" + final_table(workdir, open_corpus(config, result.tokenizer, workdir).digest, steps))
     if jax.process_count() > 1:
         print(f"\nThe weights are spread over {jax.process_count()} processes; for a sample:")

@@ -47,14 +47,17 @@ class Bigram(NamedTuple):
 
 
 def add_yardsticks(
-    config: Config, workdir: Path, tokenizer: Tokenizer, step: int, tokens_seen: int
+    config: Config, workdir: Path, tokenizer: Tokenizer, step: int, tokens_seen: int, wandb: str = ""
 ) -> dict[str, float | None]:
-    """Return the yardsticks of a run after `step`; measure and write them if its metrics lack them."""
+    """Return the yardsticks of a run after `step`; measure and write them if its metrics lack them.
+
+    `wandb` is a project of Weights & Biases to write them to as well.
+    """
     for row in read_rows(workdir):
         if row["step"] == step and "yardstick/bigram_bits_per_byte" in row:
             return row
     yardsticks = measure_yardsticks(config, workdir, tokenizer, tokens_seen)
-    log = MetricsLog(workdir, step)
+    log = MetricsLog(workdir, step, config, wandb)
     log.write({"step": step, "tokens_seen": tokens_seen} | yardsticks)
     log.close()
     return yardsticks

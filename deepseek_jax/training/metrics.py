@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl`, one JSON object per line, and TensorBoard events of the same values.
+"""What a run writes down: `metrics.jsonl`, one JSON object per line. `trackers` draws curves of the same values.
 
 Each line has `step`, `tokens_seen` and one group of the keys in `KEYS`: a training line every `log_every` steps, an
 evaluation line, and one yardstick line at the end. Lists run over layers, the main model's MoE layers first and then
@@ -19,12 +19,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
+from deepseek_jax.config import Config
 from deepseek_jax.files import write_atomically
 from deepseek_jax.training.flops import model_flops_utilization, peak_flops
+from deepseek_jax.training.trackers import open_trackers, scalars
 
 FILE_NAME = "metrics.jsonl"
 
@@ -77,8 +76,18 @@ KEYS = {
 class MetricsLog:
     """The metrics of one workdir, opened to continue after `step`. Of several processes only the first writes."""
 
-    def __init__(self, workdir: Path, step: int):
-        """Drop the lines and events beyond `step`, and open both files for appending."""
+    def __init__(self, workdir: Path, step: int, config: Config, wandb: str = ""):
+        """Drop the lines beyond `step`, and open the file and the trackers for appending.
+
+        Args:
+            workdir: the run's folder.
+            step: the last step whose lines stay.
+            config: the run's configuration, for the trackers.
+            wandb: a project of Weights & Biases to write to as well; none if "".
+
+        Raises:
+            ValueError: a file of the metrics is damaged, or wandb is not installed.
+        """
         self._path = Path(workdir) / FILE_NAME
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -86,14 +95,9 @@ class MetricsLog:
         if self._path.exists():
             kept = [row for row in read_rows(workdir) if row["step"] <= step]
             write_atomically(self._path, "".join(_line(row) for row in kept))
+        self._layers = config.model.routed_layers
+        self._trackers = open_trackers(workdir, step, config, wandb)
         self._file = self._path.open("a", encoding="utf-8")
-        folder = Path(workdir) / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # Not `SummaryWriter`: its thread would lose events at a kill after `flush`, and hang the run after a full disk.
-        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
-        # From this step on, readers drop the events of earlier files.
-        beyond = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._events.write_event(beyond)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line, which then survives the death of the process.
@@ -105,23 +109,25 @@ class MetricsLog:
         if not self._writes:
             return
         row = {key: _plain(value) for key, value in row.items()}
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
         with self._full_disk_named():
             self._file.write(_line(row))
             self._file.flush()
-            self._events.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+            for tracker in self._trackers:
+                tracker.write(row["step"], dict(scalars(row, self._layers)))
 
     def flush(self) -> None:
-        """Write the events to disk too; call it before a checkpoint."""
+        """Write the trackers' points to disk too; call it before a checkpoint."""
         if self._writes:
             with self._full_disk_named():
-                self._events.flush()
+                for tracker in self._trackers:
+                    tracker.flush()
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the trackers."""
         if self._writes:
             with self._full_disk_named():
-                self._events.close()
+                for tracker in self._trackers:
+                    tracker.close()
                 self._file.close()
 
     @contextmanager
@@ -164,15 +170,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield (tag, value) for TensorBoard. A list becomes one curve per layer; loads stay in the JSON lines."""
-    for key, value in row.items():
-        if isinstance(value, list):
-            yield from ((f"{key}/{i}", item) for i, item in enumerate(value) if isinstance(item, int | float))
-        elif value is not None and key != "step":
-            yield key, value
 
 
 def train_row(metrics: dict[str, np.ndarray], rates: Any) -> dict[str, Any]:

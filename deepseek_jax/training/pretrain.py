@@ -51,13 +51,14 @@ class Result(NamedTuple):
     interrupted_by: signal.Signals | None
 
 
-def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None) -> Result:
+def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None, wandb: str = "") -> Result:
     """Train `config` in `workdir` from its newest intact checkpoint, or from the start.
 
     Args:
         config: any valid config.
         workdir: the run's folder; made if it does not exist.
         mesh: to train on; by default that of `config`, over all devices.
+        wandb: a project of Weights & Biases to show the metrics in, too; none if "".
 
     Raises:
         ValueError: bad input, or `workdir` belongs to another config.
@@ -88,7 +89,7 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None) 
             evaluators=[functools.partial(held_out_row, eval_step, held_out, mesh)],
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
-            log=open_log(workdir, progress, resources),
+            log=open_log(config, workdir, progress, resources, wandb),
             bar=open_bar(config, progress, resources),
         )
         claim_workdir(workdir, config)
@@ -132,9 +133,11 @@ def held_out_row(eval_step: Callable, held_out: HeldOut, mesh: jax.sharding.Mesh
     return eval_row(result.loss, result.mtp_loss, result.bits_per_byte, result.max_vio_L)
 
 
-def open_log(workdir: Path, progress: Progress, resources: contextlib.ExitStack) -> MetricsLog:
+def open_log(
+    config: Config, workdir: Path, progress: Progress, resources: contextlib.ExitStack, wandb: str = ""
+) -> MetricsLog:
     """Open the metrics of a workdir to continue after `progress`; `resources` closes them."""
-    log = MetricsLog(workdir, progress.step if progress.step else BEFORE_THE_FIRST)
+    log = MetricsLog(workdir, progress.step if progress.step else BEFORE_THE_FIRST, config, wandb)
     resources.callback(log.close)
     return log
 

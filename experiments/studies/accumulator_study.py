@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from absl import app
 
+from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
 from experiments.studies import output
 from pallas_kernels import GROUP
 from pallas_kernels.accumulator import Accumulator, multiply
@@ -40,10 +41,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("uniform(0, 1), 13 bits", "random", 13, "toward_zero", "#D55E00"),
-    Case("uniform(0, 1), 14 bits", "random", 14, "toward_zero", "#E69F00"),
-    Case("N(0, 1), 13 bits, floor", "standard_normal", 13, "floor", "#0072B2"),
-    Case("N(0, 1), 13 bits, toward zero", "standard_normal", 13, "toward_zero", "#009E73"),
+    Case("uniform(0, 1), 13 bits", "random", 13, "toward_zero", VERMILION),
+    Case("uniform(0, 1), 14 bits", "random", 14, "toward_zero", ORANGE),
+    Case("N(0, 1), 13 bits, floor", "standard_normal", 13, "floor", BLUE),
+    Case("N(0, 1), 13 bits, toward zero", "standard_normal", 13, "toward_zero", GREEN),
 ]
 
 
@@ -126,7 +127,7 @@ def draw(points: list[dict[str, Any]], quantisation: float) -> "Figure":
             [*INTERVALS, LENGTH], [of_case[LENGTH, interval] for interval in [*INTERVALS, None]], **style
         )
     over_k.plot([], [], color="black", label="never promoted")
-    over_k.plot([], [], color="black", linestyle="--", label=f"promoted every {GROUP}")
+    over_k.plot([], [], color="black", linestyle="--", label=f"promoted every {GROUP} (DeepSeek-V3)")
     over_k.set(
         title="Error grows with K; promotion holds it down", xlabel="K", ylabel="relative L2 error of the product, %"
     )

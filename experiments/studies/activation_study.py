@@ -38,6 +38,7 @@ from absl import app
 from configs import tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.pipeline import Loader, make_train_loader, open_tokenizer
+from deepseek_jax.palette import BLUE, GREEN, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import Weights
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 WORKDIR = Path("runs/activation_study")  # keeps the tokenizer and the tokenised corpus
 ROWS = 16  # of the batch that is measured: 4,096 tokens
-COLORS = dict(zip(PRODUCTS, ("#0072B2", "#009E73", "#D55E00"), strict=True))  # Okabe and Ito's palette
+COLORS = dict(zip(PRODUCTS, (BLUE, GREEN, VERMILION), strict=True))
 LARGEST_RATIO = 1.1
 LEAST_COSINE = {"output": 0.999, "input gradient": 0.999, "weight gradient": 0.9985}
 BATCH_TOKENS = [2**n for n in range(12, 27, 2)]  # 4,096 to 67M; DeepSeek-V3's batch grows to 15,360 x 4,096 = 63M

@@ -29,6 +29,7 @@ from ml_collections import config_flags
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.palette import BLUE, GRAY, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.objective import pretraining
@@ -51,7 +52,8 @@ SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds.", lower_bound=1)
 ARMS = ("bf16", "bf16 noise", "fp8")
 PERTURBATION = 1e-7
 SMOOTHING = 0.9  # of the exponential moving average
-COLORS = {"bf16": "#0072B2", "bf16 noise": "gray", "fp8": "#D55E00"}
+COLORS = {"bf16": BLUE, "bf16 noise": GRAY, "fp8": VERMILION}
+LABELS = {"bf16": "BF16", "bf16 noise": "BF16 again, weights 1e-7 apart", "fp8": "FP8 (DeepSeek-V3's recipe)"}
 
 
 def main(_) -> None:
@@ -194,14 +196,14 @@ def draw(config: Config, seeds: list[int], losses: dict[tuple[int, str], np.ndar
         style = {"linestyle": "-" if number == 0 else "--", "linewidth": 1.2}
         for arm in ARMS:
             curve = smooth(losses[seed, arm])
-            label = arm if number == 0 else None
+            label = LABELS[arm] if number == 0 else None
             left.plot(np.arange(1, len(curve) + 1), curve, color=COLORS[arm], label=label, **style)
             if arm != "bf16":
                 gap = gaps(losses[seed, arm], losses[seed, "bf16"], warmup)[0]
                 right.plot(np.arange(warmup, len(gap)) + 1, gap[warmup:], color=COLORS[arm], **style)
     left.set(title=f"{config.name}: loss, nats per token", xlabel="step", yscale="log")
     left.legend(frameon=False)
-    right.set(title="Gap to BF16, %: FP8 (orange), noise floor (gray)", xlabel="step")
+    right.set(title="Gap to BF16, %; dotted: the 0.25% of the report", xlabel="step")
     for limit in (-0.25, 0.25):
         right.axhline(limit, color="black", linewidth=0.8, linestyle=":")
     for axes in (left, right):

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from absl import app
 
+from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
 from experiments.studies import output
 from pallas_kernels import GROUP
 from pallas_kernels.bench import records
@@ -36,7 +37,13 @@ WAYS = {  # format; group (tokens, channels) for the input gradient; group for t
     "tensor": (ml_dtypes.float8_e4m3fn, None, None),
     "hybrid": (ml_dtypes.float8_e5m2, None, None),
 }
-COLORS = {"tiles": "#009E73", "blocks": "#D55E00", "tensor": "#0072B2", "hybrid": "#E69F00"}  # Okabe and Ito's palette
+COLORS = {"tiles": GREEN, "blocks": VERMILION, "tensor": BLUE, "hybrid": ORANGE}
+LABELS = {
+    "tiles": "E4M3, tiles of 1 x 128 (DeepSeek-V3)",
+    "blocks": "E4M3, blocks of 128 x 128",
+    "tensor": "E4M3, one scale",
+    "hybrid": "E5M2, one scale",
+}
 
 
 def main(_) -> None:
@@ -106,7 +113,7 @@ def draw(points: list[dict[str, Any]]) -> "Figure":
     for axes, name in zip(panels, names, strict=True):
         for way in WAYS:
             values = [point["value"] for point in points if (point["op"], point["mode"]) == (name, way)]
-            axes.plot(SPREADS, values, label=way, color=COLORS[way], marker="o", markersize=4, linewidth=1.8)
+            axes.plot(SPREADS, values, label=LABELS[way], color=COLORS[way], marker="o", markersize=4, linewidth=1.8)
         axes.set(
             title=name[0].upper() + name[1:],
             xlabel="spread between tokens (s)",

@@ -24,9 +24,10 @@ from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop, pretrain
 from deepseek_jax.training.checkpoint import Checkpoints, SaveError
-from deepseek_jax.training.curves import draw_sheet, final_table
+from deepseek_jax.training.curves import final_table
 from deepseek_jax.training.loop import NonFiniteError
 from deepseek_jax.training.metrics import KEYS, read_rows
+from deepseek_jax.training.sheet import draw_sheet
 from deepseek_jax.training.workdir import check_workdir, claim_workdir, read_config, read_tokenizer
 from tests.training.nano import get_config
 
@@ -124,7 +125,7 @@ def train(config, workdir, on_show=lambda *_: None, on_batch=lambda batch: batch
             evaluators=[functools.partial(pretrain.held_out_row, evaluate, held_out, mesh)],
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
-            log=log or pretrain.open_log(workdir, progress, resources),
+            log=log or pretrain.open_log(config, workdir, progress, resources),
             bar=Watched(pretrain.open_bar(config, progress, resources), show=on_show),
         )
         claim_workdir(workdir, config)
@@ -337,7 +338,7 @@ def test_the_report_is_drawn_from_the_metrics_alone(config, tmp_path):
         "55, 60",
     ):
         assert expected in table
-    path = draw_sheet(tmp_path)
+    path = draw_sheet(config, tmp_path, 10_200_000)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
 
 

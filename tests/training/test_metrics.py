@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from configs import tiny
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.training import metrics
 from deepseek_jax.training.metrics import KEYS, MetricsLog, Speedometer, eval_row, read_rows, train_row
 from deepseek_jax.training.optimizer import Rates
 
+CONFIG = from_config_dict(tiny.get_config()).with_(model={"num_layers": 2})  # "layer 1" and "MTP 1" have a router
 RATES = Rates(learning_rate=np.float32(1e-3), mtp_weight=np.float32(0.3), bias_update_rate=np.float32(1e-3))
 
 
@@ -35,7 +38,7 @@ def step_metrics(loss: float) -> dict[str, np.ndarray]:
 
 
 def write(workdir, start: int, stop: int) -> None:
-    log = MetricsLog(workdir, start)
+    log = MetricsLog(workdir, start, CONFIG)
     for step in range(start + 1, stop + 1):
         log.write({"step": step, "tokens_seen": 100 * step} | train_row(step_metrics(1.0 / step), RATES))
         if step % 2 == 0:
@@ -55,13 +58,13 @@ def test_every_key_is_documented_and_every_documented_key_written():
 
 
 def test_an_undocumented_key_is_refused(tmp_path):
-    with closing(MetricsLog(tmp_path, 0)) as log, pytest.raises(AssertionError, match="undocumented"):
+    with closing(MetricsLog(tmp_path, 0, CONFIG)) as log, pytest.raises(AssertionError, match="undocumented"):
         log.write({"step": 1, "loss": 1.0})
 
 
 def test_lines_are_strict_json_and_nothing_is_rounded(tmp_path):
     loss = np.float32(0.1)
-    with closing(MetricsLog(tmp_path, 0)) as log:
+    with closing(MetricsLog(tmp_path, 0, CONFIG)) as log:
         log.write(
             {"step": 1, "tokens_seen": 2**60 + 1}
             | train_row(step_metrics(loss) | {"grad_norm": np.float32(np.nan)}, RATES)
@@ -97,13 +100,13 @@ def test_a_broken_line_inside_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"step": 2', '{"step" 2', 1))
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        MetricsLog(tmp_path, 3)
+        MetricsLog(tmp_path, 3, CONFIG)
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0, CONFIG)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         with pytest.raises(OSError, match="metrics.jsonl .*failed.*make room"):
@@ -133,7 +136,9 @@ def test_tensorboard_gets_a_curve_per_layer_and_drops_what_was_repeated(tmp_path
         values = {value.tag: value.simple_value for value in event.summary.value}
         if "train/loss" in values:
             curve.append((event.step, values["train/loss"]))
-            assert values["router/max_vio/1"] == np.float32(0.2) and values["train/mtp_loss/0"] == values["train/loss"]
+            assert values["router/max_vio/layer_1"] == np.float32(0.1)
+            assert values["router/max_vio/MTP_1"] == np.float32(0.2)
+            assert values["train/mtp_loss/depth_1"] == values["train/loss"]
         if event.session_log.status == SessionLog.START:
             starts.append(event.step)
     assert [step for step, _ in curve] == [1, 2, 3, 3, 4] and curve[2] == curve[3]
@@ -141,7 +146,7 @@ def test_tensorboard_gets_a_curve_per_layer_and_drops_what_was_repeated(tmp_path
 
 
 def test_events_survive_a_kill_after_a_flush(tmp_path):
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0, CONFIG)
     log.write({"step": 1, "tokens_seen": 1} | train_row(step_metrics(1.0), RATES))
     log.flush()
     assert b"train/loss" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
