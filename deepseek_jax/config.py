@@ -2,19 +2,16 @@
 
 The dataclasses have no defaults: each file in `configs/` is complete, so it says everything that its run does.
 `from_config_dict` refuses unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with
-the value and the remedy, before any array exists.
+value and remedy, before any array exists.
 """
 
 import dataclasses
 import difflib
-import math
 import typing
 from typing import Any
 
-from deepseek_jax.config_checks import check, check_schedule
-
-Piece = tuple[str, float, float]  # shape, end as a fraction of training.num_tokens, value at the end
-Schedule = tuple[Piece, ...]
+from deepseek_jax.config_checks import check
+from deepseek_jax.schedule import Schedule, check_schedule, from_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +67,8 @@ class Model:
     @property
     def routed_layers(self) -> tuple[str, ...]:
         """Names of the layers with a router, in the order of metrics: the main model's, then MTP's by depth."""
-        main = (f"layer {index}" for index in range(self.num_dense_layers, self.num_layers))
-        return (*main, *(f"MTP {depth}" for depth in range(1, self.num_mtp_layers + 1)))
+        main = [f"layer {index}" for index in range(self.num_dense_layers, self.num_layers)]
+        return tuple(main + [f"MTP {depth}" for depth in range(1, self.num_mtp_layers + 1)])
 
     @property
     def residual_std(self) -> float:
@@ -228,30 +225,12 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def schedule_value(pieces: Schedule, fraction: float) -> float:
-    """Evaluate a schedule at `fraction` of the run's tokens, on the host and in double precision.
-
-    A piece reaches from the previous piece's end to its own. "constant" holds its value throughout; "linear" and
-    "cosine" lead to it from the previous piece's value. A piece contains its start but not its end; after the last end
-    the last value holds.
-    """
-    start, before = 0.0, pieces[0][2]
-    for shape, until, value in pieces:
-        if fraction < until:
-            done = (fraction - start) / (until - start)
-            if shape == "linear":
-                return before + (value - before) * done
-            if shape == "cosine":
-                return value + (before - value) * 0.5 * (1.0 + math.cos(math.pi * done))
-            return value
-        start, before = until, value
-    return before
-
-
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind` (a dataclass, a tuple type or a scalar), or raise with `path`."""
     if dataclasses.is_dataclass(kind):
         return _convert_section(kind, value, path)
+    if kind == Schedule:
+        value = from_number(value)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path} = {value!r} must be a sequence; write a tuple")

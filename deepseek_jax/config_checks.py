@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pallas_kernels import GROUP
 
 if TYPE_CHECKING:
-    from deepseek_jax.config import Config, Model, Schedule
+    from deepseek_jax.config import Config, Model
 
 # Half a unit in the last place of BF16 is 0.2 to 0.4% of a value. One step lowers the second moment by at most 1 - b2
 # of its value: at b2 = 0.999 by 0.1%, which rounds away, so a moment that has risen never falls. At 0.99 it can fall.
@@ -67,20 +67,6 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
             f"config.execution.experts = {config.execution.experts!r} does not exist for execution.precision ="
             f" {config.execution.precision!r}: 'grouped' is BF16 or FP8, 'blocks' BF16 or FP32; use 'auto'"
         )
-
-
-def check_schedule(path: str, pieces: "Schedule") -> None:
-    """Refuse a schedule whose ends do not rise to 1, an unknown shape, and an impossible value."""
-    ends = [until for _, until, _ in pieces]
-    if not all(a < b for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1:] != [1.0]:
-        raise ValueError(
-            f"{path}: the ends {ends} are fractions of training.num_tokens; they must rise from above 0 to exactly 1.0"
-        )
-    for shape, _, value in pieces:
-        if shape not in ("constant", "linear", "cosine"):
-            raise ValueError(f"{path}: shape {shape!r} is unknown; choose 'constant', 'linear' or 'cosine'")
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{path}: value {value} must be finite and not negative")
 
 
 def _check_ranges(config: "Config", leaves: dict[str, Any]) -> None:

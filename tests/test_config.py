@@ -12,9 +12,10 @@ import pytest
 
 from configs import deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax import config as config_lib
-from deepseek_jax.config import from_config_dict, schedule_value, to_dict
+from deepseek_jax.config import from_config_dict, to_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve
+from deepseek_jax.schedule import schedule_value
 from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -144,11 +145,6 @@ STRICT = {
         "model.yarn",
         40.0,
         r"config\.model\.yarn = 40\.0 must be a section with the keys \['enabled'",
-    ),
-    "a number for a schedule": (
-        "optimizer.learning_rate",
-        1e-3,
-        r"config\.optimizer\.learning_rate = 0\.001 must be a sequence",
     ),
     "a flat schedule": (
         "optimizer.learning_rate",
@@ -459,3 +455,12 @@ def test_experts_of_another_precision_are_refused(precision, experts):
         ValueError, match=f"execution.experts = '{experts}' does not exist .* '{precision}'.*use 'auto'"
     ):
         from_config_dict(tree)
+
+
+def test_a_number_is_a_constant_schedule():
+    config = from_config_dict(changed("optimizer.learning_rate", 1e-3))
+    assert config.optimizer.learning_rate == (("constant", 1.0, 1e-3),)
+    assert from_config_dict(changed("optimizer.learning_rate", (1e-3,))) == config  # what a flag makes of a number
+    assert from_config_dict(changed("training.batch_size", 16)).training.batch_size == (("constant", 1.0, 16.0),)
+    with pytest.raises(ValueError, match="must be a sequence"):
+        from_config_dict(changed("optimizer.learning_rate", True))

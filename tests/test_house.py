@@ -20,7 +20,7 @@ FLOORS = [
     {"parameters", "safetensors"},
     {"files", "config"},
     {"config_checks"},
-    {"inputs", "palette"},
+    {"inputs", "palette", "schedule"},
     {"pallas_kernels"},
 ]
 FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -20,9 +20,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from deepseek_jax.config import Config, Optimizer, schedule_value
+from deepseek_jax.config import Config, Optimizer
 from deepseek_jax.config_checks import LARGEST_B2
 from deepseek_jax.parameters import PARAMETERS, leaf_name
+from deepseek_jax.schedule import schedule_value
 
 MOMENT_DTYPE = jnp.bfloat16
 

@@ -18,11 +18,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Literal
 
-from deepseek_jax.config import Config, schedule_value
+from deepseek_jax.config import Config
 from deepseek_jax.data.packing import Batch
 from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN, Input
 from deepseek_jax.parameters import PARAMETERS, Weights, leaf_name
+from deepseek_jax.schedule import schedule_value
 from deepseek_jax.training.objective import pretraining
 
 MATRICES = ("q_DNQ", "q_a_DA", "kv_a_DC", "q_b_ANQ", "kv_b_CNX", "o_NHD", "gate_up_D2F", "down_FD")
