@@ -16,14 +16,16 @@ export JAX_PLATFORMS PYTHON
 
 RUN := exec .venv/bin/python -m
 
-.PHONY: help train bench test test-slow lint format environment test-environment
+.PHONY: help train bench test test-slow lint types format docs environment test-environment
 
 help:
 	@echo "make train      train configs/tiny.py on real text into runs/tiny; the same command continues an interrupted run"
 	@echo "make bench      measure the training step of configs/tiny.py"
 	@echo "make test       run the tests on a simulated mesh of 8 CPU devices"
 	@echo "make test-slow  run the tests that take longer than about 20 seconds each"
-	@echo "make lint       check style and format; make format: repair what can be repaired"
+	@echo "make lint       check style, format and types; make format: repair what can be repaired"
+	@echo "make types      check types, and take mended findings out of the baseline"
+	@echo "make docs       build the documentation as a site into site/"
 
 train: environment
 	@$(RUN) experiments.train --config=configs/tiny.py --workdir=runs/tiny
@@ -42,13 +44,20 @@ test-slow: test-environment
 lint: test-environment
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.ci/types
+
+types: test-environment
+	.ci/types
 
 format: test-environment
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
+docs: test-environment
+	@$(RUN) docs.make_site
+
 environment:
 	@.ci/environment data $(ACCELERATOR)
 
 test-environment:
-	@.ci/environment data dev
+	@.ci/environment data dev docs
