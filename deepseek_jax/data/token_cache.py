@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents
+from deepseek_jax.data.sources import Document, Problems, check_packages, is_heldout, list_files, read_documents
 from deepseek_jax.data.tokenizer import Tokenizer
 
 LAYOUT = 1  # version of the folder's layout; part of the key
@@ -84,6 +84,7 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
             raise ValueError(
                 f"data source {source.path!r} has weight {source.weight}; give it a positive one or remove it"
             )
+    check_packages(config.data.sources)
     folder = Path(workdir) / f"tokens-{_key(config, tokenizer)}"
     if not folder.exists():
         _remove_abandoned(folder.parent)
