@@ -40,9 +40,13 @@ PROCESS_ID = flags.DEFINE_integer(
 
 # The cache keeps programs that compile for longer. A kernel takes 0.3 to 2 s; JAX's own limit is 1 s.
 KERNEL_COMPILE_SECONDS = 0.2
-# The devices of a simulated mesh share the cores, so one may reach a collective long after the first. XLA gives up
-# after 40 s: a step of `tiny` on 64 devices of two cores ended so.
+# The devices of a simulated mesh share the cores, so the last may reach a collective long after the first: a step of
+# `tiny` on 64 devices of two cores took 41 s. XLA gives up after 40 s, and the process dies.
 COLLECTIVE_SECONDS = 24 * 3600
+COLLECTIVE_FLAGS = (
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds",
+    "xla_cpu_collective_call_terminate_timeout_seconds",
+)
 HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 # What our programs assume of JAX: arithmetic in 32 bits and fewer, NumPy's rules for mixed dtypes and ranks.
 UNFIT = {
@@ -86,9 +90,9 @@ def simulate_devices(count: int) -> None:
     """Make `count` devices of the CPU, and let their collectives wait for each other."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
-    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={COLLECTIVE_SECONDS}".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    added = [f"--{flag}={COLLECTIVE_SECONDS}" for flag in COLLECTIVE_FLAGS if flag not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 
 def use_compilation_cache() -> None:

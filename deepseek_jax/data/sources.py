@@ -40,14 +40,6 @@ KEPT_MESSAGES = 20  # about skipped items; all items are counted
 TOKENIZER_CHARACTERS = 200_000_000
 
 
-READERS = (  # the packages of the [data] extra: suffix of the file, module, package
-    (".zst", "zstandard", "zstandard"),
-    (".parquet", "pyarrow.parquet", "pyarrow"),
-    (".array_record", "array_record.python.array_record_module", "array_record"),
-    (".arrayrecord", "array_record.python.array_record_module", "array_record"),
-)
-
-
 class Document(NamedTuple):
     """A text, or its token ids."""
 
@@ -139,7 +131,6 @@ def train_texts(config: Config) -> Iterator[str]:
     Raises:
         ValueError: there are no texts, for example because all sources hold token ids.
     """
-    check_packages(config.data.sources)
     total = sum(source.weight for source in config.data.sources)
     empty = True
     for source in config.data.sources:
@@ -288,18 +279,6 @@ def _read_array_record(name: str, path: Path, text_field: str, problems: Problem
     return None
 
 
-def check_packages(sources: tuple[Source, ...]) -> None:
-    """Check that every file of the sources has its reader, before any is read.
-
-    Raises:
-        ValueError: a package is missing, or as `list_files`.
-    """
-    names = {path.suffix.lower() for source in sources for _, path in list_files(source)}
-    for suffix, module, package in READERS:
-        if suffix in names:
-            _extra(module, package)
-
-
 def _extra(module: str, package: str | None = None) -> Any:
     """Import a module of the [data] extra, or say how to install it."""
     try:
@@ -307,5 +286,5 @@ def _extra(module: str, package: str | None = None) -> Any:
     except ImportError as error:
         package = package or module.split(".")[0]
         raise ValueError(
-            f"reading this corpus needs {package}; install it, in the clone, with: pip install -e '.[data]'"
+            f"reading this corpus needs {package}; install it with: pip install 'deepseek-jax[data]'"
         ) from error

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from configs import deepseek_v3
 from deepseek_jax.config import Model, from_config_dict
@@ -22,6 +21,7 @@ from deepseek_jax.huggingface.config import write_model
 from deepseek_jax.huggingface.load import expected, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, plan
 from deepseek_jax.inputs import new_folder
+from deepseek_jax.progress import Bar
 from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.safetensors.writer import ShardWriter
 from experiments import command
@@ -41,9 +41,10 @@ def main(_) -> None:
     folder = target()
     model = sized(from_config_dict(deepseek_v3.get_config()).model, GIGABYTES.value * 1e9)
     check_space(folder, num_bytes(model, fp8=True))
-    with tqdm(total=num_bytes(model, fp8=True), unit="B", unit_scale=True, desc="write") as bar:
+    size = num_bytes(model, fp8=True)
+    with Bar(size, "write") as bar:
         write(model, folder, fp8=True, max_shard_bytes=int(SHARD_GIGABYTES.value * 1e9), on_bytes=bar.update)
-    print(f"{folder}: {model.num_layers} layers, {model.num_experts} experts, {bar.total / 1e9:.2f} GB")
+    print(f"{folder}: {model.num_layers} layers, {model.num_experts} experts, {size / 1e9:.2f} GB")
 
 
 def target() -> Path:
