@@ -10,6 +10,7 @@ import difflib
 import typing
 from typing import Any
 
+from deepseek_jax.config_bounds import expand_paths
 from deepseek_jax.config_checks import check
 from deepseek_jax.schedule import Schedule, check_schedule, from_number
 
@@ -215,7 +216,7 @@ def from_config_dict(config_dict) -> Config:
             remedy.
     """
     tree = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
-    config = _convert(Config, tree, "config")
+    config = expand_paths(_convert(Config, tree, "config"))
     check(config, flatten(config))
     return config
 

@@ -1,8 +1,11 @@
 """The checks of a configuration. Every refusal is a ValueError that names the value and the remedy."""
 
+import functools
+import logging
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from deepseek_jax.config_bounds import check_bounds
 from pallas_kernels import GROUP
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
         ValueError: for the first fault that is found.
     """
     _check_ranges(config, leaves)
+    check_bounds(config, leaves)
     _check_model(config.model)
     _check_training(config)
     if config.execution.precision == "fp8":
@@ -112,8 +116,27 @@ def _check_model(model: "Model") -> None:
         refuse(f"group_score 'top2' needs groups of 2 experts or more, got {group_size}; use 'max' or fewer groups")
     if model.num_mtp_layers and not model.num_moe_layers:
         refuse("MTP layers are MoE layers; set num_mtp_layers = 0 or num_dense_layers < num_layers")
+    if model.num_moe_layers and model.experts_per_token == kept:
+        _warn_once(
+            f"config.model: experts_per_token = {model.experts_per_token} takes all experts of the"
+            f" {model.num_kept_groups} kept groups of {group_size}, so "
+            + (
+                "the router chooses groups and no experts within them"
+                if model.num_kept_groups < model.num_groups
+                else "every token goes to every expert and the router has no choice"
+            )
+            + "; lower experts_per_token, or keep more groups or experts"
+        )
+    if model.rope_base <= 1.0:
+        refuse(f"rope_base = {model.rope_base} must be above 1: it sets how fast frequencies fall; 10000 is usual")
     if model.yarn.factor < 1.0:
         refuse(f"yarn.factor = {model.yarn.factor} must be at least 1")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A run converts its configuration several times."""
+    logging.getLogger(__name__).warning(text)
 
 
 def _check_fp8(config: "Config") -> None:

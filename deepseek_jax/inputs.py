@@ -37,6 +37,47 @@ def local_path(text: str, name: str) -> Path:
         raise ValueError(f"{name} = {shown(text)}: the home folder is unknown; write the whole path") from error
 
 
+def new_folder(text: str, name: str) -> Path:
+    """Return `text` as the path of a folder that exists or can be made; nothing is made yet.
+
+    Raises:
+        ValueError: as `local_path`, or something else has that name, or the folder above refuses.
+    """
+    path = local_path(text, name)
+    shown_path = shown(str(path))
+    try:
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if _exists(folder))
+        is_folder = there.is_dir()
+    except OSError as error:  # a name that the file system refuses, for example for its length
+        raise ValueError(f"{name} = {shown_path} cannot be a folder: {error.strerror}; name another") from error
+    if not is_folder:
+        raise ValueError(f"{name} = {shown_path} cannot be a folder: {shown(str(there))} is none; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} = {shown_path}: {shown(str(there))} may not be written; change its permissions")
+    return path
+
+
+def new_file(text: str, name: str) -> Path:
+    """Return `text` as the path of a file that can be written, its folders made if need be; nothing is written yet.
+
+    Raises:
+        ValueError: as `local_path`, it is a folder, or it may not be written.
+    """
+    path = local_path(text, name)
+    shown_path = shown(str(path))
+    try:
+        exists = _exists(path)
+        if path.is_dir():
+            raise ValueError(f"{name} = {shown_path} is a folder; name a file")
+    except OSError as error:
+        raise ValueError(f"{name} = {shown_path} cannot be a file: {error.strerror}; name another") from error
+    if not exists:
+        new_folder(str(path.parent), name)
+    elif not os.access(path, os.W_OK):
+        raise ValueError(f"{name} = {shown_path} may not be written; change its permissions, or name another")
+    return path
+
+
 def read_bytes(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
@@ -98,7 +139,21 @@ def read_json(path: Path, kind: type = dict, limit: int = LARGEST_SMALL_FILE) ->
 def shown(text: str) -> str:
     """Return foreign text fit for a terminal: control characters escaped, and not longer than `LONGEST_SHOWN`."""
     text = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 2 :]}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Return a line of text fit for a terminal: control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is anything of this name, a symbolic link to nothing included."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _kind(mode: int) -> str:

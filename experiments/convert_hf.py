@@ -18,8 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
 from deepseek_jax.evaluation.logits import check_tokens, logits
@@ -28,6 +27,7 @@ from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface.folder import open_folder, progress_bar
 from deepseek_jax.huggingface.load import expected, load, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
+from deepseek_jax.inputs import local_path, new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors import record
 from deepseek_jax.safetensors.folder import RECORD, Shards
@@ -42,14 +42,14 @@ from deepseek_jax.training.workdir import (
     read_config,
     read_tokenizer,
 )
-from experiments import session
+from experiments import command, recipe, session
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/deepseek_v3.py", "Recipe of the run; the model is the checkpoint's."
-)
+CONFIG = recipe.Recipe("configs/deepseek_v3.py", "Recipe of the run; the model is the checkpoint's.")
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; the newest intact one by default.")
+STEP = flags.DEFINE_integer(
+    "step", None, "export: step of the checkpoint; the newest intact one by default.", lower_bound=0
+)
 PRECISION = flags.DEFINE_enum(
     "precision",
     None,
@@ -59,7 +59,7 @@ PRECISION = flags.DEFINE_enum(
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy file with int32 tokens [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz file to write.")
 SHARD_GIGABYTES = flags.DEFINE_float(
-    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6
+    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6, upper_bound=1e6
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
@@ -82,22 +82,19 @@ def get_config() -> ConfigDict:
 
 def main(argv: list[str]) -> None:
     """Parse and call."""
-    commands = {"import": import_, "export": export, "verify": verify, "logits": write_logits}
-    if len(argv) != 2 or argv[1] not in commands:
-        raise app.UsageError(f"give one of {', '.join(commands)}, not {' '.join(argv[1:]) or 'nothing'}")
-    session.start(keep_heap=False)
-    commands[argv[1]]()
+    COMMANDS[argv[1]]()
 
 
 def import_() -> None:
     """Make a workdir whose run begins with a folder's weights. The weights stay where they are; the run reads them onto
     its mesh when it starts.
     """
-    folder, workdir = Path(HF.value).absolute(), Path(_needed("workdir"))
+    folder, workdir = _hf_folder().absolute(), new_folder(_needed("workdir"), "--workdir")
     config, _, fp8 = open_checkpoint(folder)
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
+    session.start(keep_heap=False)
     config = config.with_(training={"initial_weights": str(folder)})
     tokenizer = initial_tokenizer(config)
     check_workdir(workdir, config)
@@ -122,14 +119,15 @@ def import_() -> None:
 
 def export() -> None:
     """Write a run's checkpoint in Hugging Face's format."""
-    folder, workdir = Path(HF.value), Path(_needed("workdir"))
-    config, fp8 = read_config(workdir), PRECISION.value != "bf16"
+    folder, workdir = new_folder(HF.value, "--hf"), local_path(_needed("workdir"), "--workdir")
     if PRECISION.value == "fp32":
         raise ValueError("--precision=fp32: released checkpoints are in FP8 or BF16; choose one")
+    config, fp8 = read_config(workdir), PRECISION.value != "bf16"
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
     record.check_target(folder, num_bytes(config.model, fp8))
+    session.start(keep_heap=False)
     mesh = all_devices(config)
     weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
@@ -151,8 +149,9 @@ def export() -> None:
 
 def verify() -> None:
     """Check a folder in Hugging Face's format."""
-    folder = Path(HF.value)
+    folder = _hf_folder()
     config, shards, fp8 = open_checkpoint(folder)
+    session.start(keep_heap=False)
     files = {entry.file for entry in shards.entries.values()}
     form = "FP8" if fp8 else "not FP8"
     print(
@@ -166,13 +165,14 @@ def verify() -> None:
 
 def write_logits() -> None:
     """Run a checkpoint over tokens, and write its logits, routes and gates."""
-    path, output = Path(_needed("tokens")), Path(_needed("output"))
+    path, output = local_path(_needed("tokens"), "--tokens"), new_file(_needed("output"), "--output")
     if not output.parent.is_dir():
         raise ValueError(f"there is no folder {output.parent} for --output; make it")
-    config, shards, fp8 = open_checkpoint(Path(HF.value))
+    config, shards, fp8 = open_checkpoint(_hf_folder())
     tokens_BS = read_tokens(path, config.model.vocab_size)
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
     config = from_config_dict(to_dict(config.with_(execution={"precision": precision})))  # FP8 wants multiples of 128
+    session.start(keep_heap=False)
     mesh = all_devices(config)
     with progress_bar(shards.num_bytes, "load") as progress:
         # A checkpoint that is not in FP8 is quantised from FP32, as in training.
@@ -236,12 +236,18 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode()
 
 
+def _hf_folder() -> Path:
+    return local_path(HF.value, "--hf")
+
+
 def _needed(flag: str) -> str:
     value = flags.FLAGS[flag].value
     if value is None:
-        raise app.UsageError(f"--{flag} is missing; give it: {flags.FLAGS[flag].help}")
+        raise ValueError(f"--{flag} is missing; give it: {flags.FLAGS[flag].help}")
     return value
 
 
+COMMANDS = {"import": import_, "export": export, "verify": verify, "logits": write_logits}
+
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, words=tuple(COMMANDS))

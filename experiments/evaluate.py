@@ -5,23 +5,20 @@ with --json. The configuration is the workdir's; --config runs it on another mes
 """
 
 import json
-from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.evaluation.workdir import evaluate_workdir
 from deepseek_jax.evaluation.yardsticks import measure_yardsticks
+from deepseek_jax.inputs import local_path
 from deepseek_jax.training.workdir import check_workdir, read_config
-from experiments import session
+from experiments import command, recipe, session
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's configuration, with another mesh or number of batches."
-)
+CONFIG = recipe.Recipe(None, "The run's configuration, with another mesh or number of batches.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest intact one by default.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest intact one by default.", lower_bound=0)
 YARDSTICKS = flags.DEFINE_bool(
     "yardsticks", True, "Also measure the yardsticks. The bigram reads all tokens of the run again."
 )
@@ -30,12 +27,12 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 def main(_) -> None:
     """Parse, evaluate, print."""
-    session.start()
-    workdir = Path(WORKDIR.value)
+    workdir = local_path(WORKDIR.value, "--workdir")
     config = read_config(workdir)
     if CONFIG.value is not None:
         config = from_config_dict(CONFIG.value)
         check_workdir(workdir, config)
+    session.start()
     result, progress = evaluate_workdir(config, workdir, STEP.value)
     values = {
         "step": progress.step,
@@ -61,4 +58,4 @@ def _show(value) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -1,7 +1,7 @@
 """Train a model: `python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny`.
 
 Ctrl-C or SIGTERM saves; the same command continues the run. Exit codes: 0 complete, 130 after Ctrl-C, 143 after
-SIGTERM, 1 after an error.
+SIGTERM, 2 if the command or its files cannot be used, 1 after another error.
 """
 
 import json
@@ -10,23 +10,25 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.data.pipeline import open_corpus
 from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inputs import new_folder
+from deepseek_jax.parallel.mesh import check_fit, make_mesh
+from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.curves import final_table
 from deepseek_jax.training.pretrain import Result, train
 from deepseek_jax.training.sheet import draw_sheet
 from deepseek_jax.training.state import weights_of
-from experiments import session
+from experiments import command, recipe, session
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
+CONFIG = recipe.Recipe(
+    None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.", required=True
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, tokenizer. If it holds a run, the run continues."
@@ -48,13 +50,16 @@ def main(_) -> None:
         print(json.dumps(to_dict(config), indent=1))
         return
     if WORKDIR.value is None:
-        raise app.UsageError("--workdir is missing, for example --workdir=runs/tiny")
+        raise ValueError("--workdir is missing; name the folder of the run, for example --workdir=runs/tiny")
+    workdir = new_folder(WORKDIR.value, "--workdir")
     session.start()
-    workdir = Path(WORKDIR.value)
-    result = train(config, workdir, wandb=WANDB.value)
+    mesh = make_mesh(config.mesh)
+    check_fit(config, mesh)  # what does not fit the devices is refused before there is a workdir
+    resolve_for(config, mesh)
+    result = train(config, workdir, mesh, wandb=WANDB.value)
     if result.interrupted_by is not None:
-        command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
-        print(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {command}")
+        again = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+        print(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {again}")
         sys.exit(128 + result.interrupted_by)
     report(config, workdir, result)
 
@@ -77,9 +82,9 @@ def report(config: Config, workdir: Path, result: Result) -> None:
     room = config.data.sequence_length - len(result.tokenizer.encode(PROMPT)) - 1
     num_tokens = min(SAMPLE_TOKENS, room)
     text = stream(config, weights, result.tokenizer, PROMPT, num_tokens, SAMPLING, config.seed)
-    print(f"\nsample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{PROMPT}{''.join(text)}\n")
+    sample = command.for_terminal("".join(text))
+    print(f"\nsample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{PROMPT}{sample}\n")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

@@ -18,8 +18,9 @@ FLOORS = [
     {"model"},
     {"parallel", "data"},
     {"parameters", "safetensors"},
-    {"files", "config"},
+    {"files", "config", "progress"},
     {"config_checks"},
+    {"config_bounds"},
     {"inputs", "palette", "schedule"},
     {"pallas_kernels"},
 ]

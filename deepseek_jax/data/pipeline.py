@@ -75,7 +75,7 @@ class Loader:
         if batch_size <= 0 or batch_size % self._process_count:
             raise ValueError(
                 f"a batch of {batch_size} sequences does not divide over {self._process_count} processes; use a"
-                " multiple"
+                " positive multiple of their number"
             )
         share = batch_size // self._process_count
         before = self._process_index * share

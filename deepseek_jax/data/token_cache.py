@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.progress import Bar
 
 LAYOUT = 1  # version of the folder's layout; part of the key
 BATCH_CHARACTERS = 1_000_000  # that one process encodes at once, in less than a second
@@ -127,7 +127,7 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     problems, digest = Problems(config.data.on_error), hashlib.sha256()
     total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source))
-    bar = tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5)
+    bar = Bar(total, "tokenize")
     with bar, _encode_batches(tokenizer, total) as encode_batches:
         for i, source in enumerate(config.data.sources):
             documents = _checked(read_documents(source, config.data.text_field, problems), tokenizer, source.path)

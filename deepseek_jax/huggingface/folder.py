@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface.load import Precision, check, load
 from deepseek_jax.parameters import Weights
+from deepseek_jax.progress import Bar
 from deepseek_jax.safetensors.folder import RECORD, Shards
 from pallas_kernels import GROUP
 
@@ -86,6 +86,6 @@ def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = F
         return load(shards, config, mesh, precision, bar.update)
 
 
-def progress_bar(total: int, what: str) -> tqdm:
+def progress_bar(total: int, what: str) -> Bar:
     """Return a bar in bytes and bytes per second; of several processes only the first shows it."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5, disable=jax.process_index() > 0)
+    return Bar(total, what, silent=jax.process_index() > 0)

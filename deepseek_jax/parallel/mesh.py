@@ -41,6 +41,7 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
             raise ValueError(
                 f"config.mesh.{axis} = {shape[axis]}: this axis is reserved and not built yet; set it to 1"
             )
+    given = dict(shape)
     free = [axis for axis, size in shape.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"config.mesh = {shape}: sizes are positive, and at most one is -1")
@@ -48,11 +49,22 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
     if free:
         shape[free[0]] = len(devices) // fixed
     if math.prod(shape.values()) != len(devices):
-        raise ValueError(
-            f"config.mesh = {shape} does not fit {len(devices)} devices; make the axes multiply to {len(devices)},"
-            " set mesh.data=-1, or simulate with --cpu_devices"
-        )
+        raise ValueError(_misfit(given, fixed, len(devices), bool(free)))
     return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+
+
+def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> str:
+    """Return the refusal of mesh axes whose fixed sizes multiply to `fixed`."""
+    if free:
+        large = ", ".join(f"config.mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
+        return (
+            f"{large} does not fit {num_devices} devices: it must divide their number; lower it, or simulate a multiple"
+            f" of {fixed} with --cpu_devices={fixed}"
+        )
+    return (
+        f"config.mesh = {sizes} does not fit {num_devices} devices; make the axes multiply to {num_devices}, set"
+        f" mesh.data=-1, or simulate with --cpu_devices={fixed}"
+    )
 
 
 def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:

@@ -61,7 +61,7 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         expert_devices: devices along the expert axes of the mesh.
 
     Raises:
-        ValueError: `execution` asks for attention or an exchange that cannot work here.
+        ValueError: `execution` asks for attention, an exchange or experts that cannot work here.
     """
     execution = config.execution
     attention, exchange, experts = execution.attention, execution.exchange, execution.experts
@@ -72,6 +72,12 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         raise ValueError(
             "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use"
             " 'auto' or 'xla'"
+        )
+    home = {"cudnn": "gpu", "splash": "tpu"}.get(attention, platform)
+    if platform != home:
+        raise ValueError(
+            f"execution.attention = {attention!r} runs on a {home}, and the devices here are {platform}s; use 'auto' or"
+            " 'xla'"
         )
     if exchange == "auto":
         exchange = "all_to_all" if expert_devices > 1 else "local"
@@ -84,6 +90,11 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
     if experts == "auto":
         experts, reason = _choose_experts(config, platform)
         logging.info("experts: %s (%s)", experts, reason)
+    if experts == "grouped" and execution.precision == "bf16" and platform == "cpu":
+        raise ValueError(
+            "execution.experts = 'grouped' in BF16 has no kernel for a CPU, where its reference takes minutes a step;"
+            " use 'auto' or 'blocks'"
+        )
     return config.with_(execution={"attention": attention, "exchange": exchange, "experts": experts})
 
 

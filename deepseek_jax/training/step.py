@@ -264,7 +264,8 @@ def _split(batch: Batch, micro_batch_size: int) -> Batch:
     count, left = divmod(rows * devices, micro_batch_size)
     if left or not count:
         raise ValueError(
-            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {micro_batch_size}"
+            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {micro_batch_size};"
+            " change training.batch_size or training.micro_batch_size"
         )
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from configs import deepseek_v3
 from deepseek_jax.config import Config, Mesh, from_config_dict
-from deepseek_jax.huggingface.load import check, load
+from deepseek_jax.huggingface.load import check, load, num_bytes
 from deepseek_jax.huggingface.save import save
+from deepseek_jax.inputs import new_file
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import Shards
-from experiments import session
+from experiments import command, session
 from experiments.benchmarks import synthetic_checkpoint
 from pallas_kernels.bench import records
 
@@ -43,13 +44,14 @@ SAMPLE_SECONDS = 0.02
 
 def main(_) -> None:
     """Make, measure, print."""
-    session.start(keep_heap=False)
-    folder = Path(synthetic_checkpoint.HF.value)
+    json_file, folder = command.path_of(JSON, new_file), synthetic_checkpoint.target()
     source, target = folder / "source", folder / "target"
     config = from_config_dict(deepseek_v3.get_config())
     model = synthetic_checkpoint.sized(config.model, synthetic_checkpoint.GIGABYTES.value * 1e9)
     config = dataclasses.replace(config, model=model)
     shard_bytes = int(synthetic_checkpoint.SHARD_GIGABYTES.value * 1e9)
+    synthetic_checkpoint.check_space(folder, 2 * num_bytes(model, fp8=True))
+    session.start(keep_heap=False)
     mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
     synthetic_checkpoint.write(model, source, fp8=True, max_shard_bytes=shard_bytes)
     files = sorted(source.glob("*.safetensors"))
@@ -63,8 +65,8 @@ def main(_) -> None:
             f"{record['mode']:36} {record['seconds']:7.2f} s  {record['value']:6.3f} GB/s, {share}  {memory:5.2f} GB"
             " anonymous"
         )
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(written, indent=1) + "\n")
+    if json_file:
+        json_file.write_text(json.dumps(written, indent=1) + "\n")
     if not KEEP.value:
         shutil.rmtree(source)
         shutil.rmtree(target)
@@ -166,4 +168,4 @@ def anonymous_bytes() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -12,28 +12,30 @@ reported, per call. Weights are quantised before. --json writes the numbers as r
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.inputs import new_file
 from deepseek_jax.parallel.program import resolve
-from experiments import session
+from experiments import command, recipe, session
 from experiments.benchmarks import breakdown, report
 from experiments.benchmarks.layer import PROFILED, Load, flops, make_inputs, make_step, make_weights, yardstick
 from pallas_kernels.bench.records import provenance, write
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/deepseek_v3.py", "Configuration of the layer; its precision is FP8."
+CONFIG = recipe.Recipe("configs/deepseek_v3.py", "Configuration of the layer; its precision is FP8.")
+MOST = 2**24  # tokens, rows and experts of one layer
+TOKENS = flags.DEFINE_integer(
+    "tokens", PROFILED.tokens, "Tokens of the device, one sequence.", lower_bound=1, upper_bound=MOST
 )
-TOKENS = flags.DEFINE_integer("tokens", PROFILED.tokens, "Tokens of the device, one sequence.")
-ROWS = flags.DEFINE_integer("rows", PROFILED.rows, "Rows that arrive for each expert.")
-LOCAL_EXPERTS = flags.DEFINE_integer("local_experts", PROFILED.local_experts, "Routed experts on the device.")
-STEPS = flags.DEFINE_integer("steps", 20, "Timed runs.", lower_bound=20)
+ROWS = flags.DEFINE_integer("rows", PROFILED.rows, "Rows that arrive for each expert.", lower_bound=1, upper_bound=MOST)
+LOCAL_EXPERTS = flags.DEFINE_integer(
+    "local_experts", PROFILED.local_experts, "Routed experts on the device.", lower_bound=1, upper_bound=MOST
+)
+STEPS = flags.DEFINE_integer("steps", 20, "Timed runs.", lower_bound=20, upper_bound=10**6)
 BREAKDOWN = flags.DEFINE_bool(
     "breakdown", True, "Also profile a few calls; on a GPU the layer is compiled once more for that."
 )
@@ -58,13 +60,14 @@ class Measurement(NamedTuple):
 def main(_) -> None:
     """Parse, measure, report."""
     busy = os.getloadavg()[0]
-    session.start()
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
-    tree = CONFIG.value
+    json, tree = command.path_of(JSON, new_file), CONFIG.value
     tree.execution.precision = "fp8"
-    config = resolve(from_config_dict(tree), jax.default_backend(), expert_devices=1)
+    config = from_config_dict(tree)
     if not config.model.num_shared_experts:
         raise ValueError("config.model.num_shared_experts = 0: the layer has a shared expert; set it to 1")
+    session.start()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
+    config = resolve(config, jax.default_backend(), expert_devices=1)
     load = Load(TOKENS.value, ROWS.value, LOCAL_EXPERTS.value)
     measurement = measure(config, load, STEPS.value, BREAKDOWN.value)
     common = provenance(
@@ -77,8 +80,8 @@ def main(_) -> None:
     )
     report.print_events(measurement.events)
     report.warn_if_busy(busy)
-    if JSON.value:
-        write(Path(JSON.value), records)
+    if json:
+        write(json, records)
 
 
 def measure(config: Config, load: Load, num_runs: int, profile: bool) -> Measurement:
@@ -130,4 +133,4 @@ def describe(config: Config, load: Load, measurement: Measurement) -> list[dict[
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

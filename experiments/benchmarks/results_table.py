@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments import command
+
 RESULTS = Path(__file__).parents[1] / "results"
 PROVENANCE = ("device", "jax", "date", "commit", "command")
 HEAD = (
@@ -189,6 +191,11 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-if __name__ == "__main__":
+def main(_) -> None:
+    """Write the tables of the kernels, print the others."""
     KERNELS.write_text(kernel_tables() + "\n")
     print(table(), kernel_summary(), conversion_table(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -8,24 +8,29 @@ number is 448, as quantisation leaves it. It is for trying conversion; its text 
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
-from tqdm import tqdm
+from absl import flags
 
 from configs import deepseek_v3
 from deepseek_jax.config import Model, from_config_dict
 from deepseek_jax.huggingface.config import write_model
 from deepseek_jax.huggingface.load import expected, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, plan
+from deepseek_jax.inputs import new_folder
+from deepseek_jax.progress import Bar
 from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.safetensors.writer import ShardWriter
+from experiments import command
 
 HF = flags.DEFINE_string("hf", None, "Folder to write.", required=True)
-GIGABYTES = flags.DEFINE_float("gigabytes", 8.0, "Approximate size, in 10^9 bytes.", lower_bound=0.1)
-SHARD_GIGABYTES = flags.DEFINE_float("shard_gigabytes", SHARD_BYTES / 1e9, "Size of one file.", lower_bound=0.01)
+GIGABYTES = flags.DEFINE_float("gigabytes", 8.0, "Approximate size, in 10^9 bytes.", lower_bound=0.1, upper_bound=1e4)
+SHARD_GIGABYTES = flags.DEFINE_float(
+    "shard_gigabytes", SHARD_BYTES / 1e9, "Size of one file.", lower_bound=0.01, upper_bound=1e4
+)
 
 POOL_BYTES = 2**26  # tensors are cut from this many random bytes: drawing 8 GB takes longer than writing them
 MAX_E4M3 = 0x7E  # the byte of 448; 0x7F is NaN
@@ -33,10 +38,28 @@ MAX_E4M3 = 0x7E  # the byte of 448; 0x7F is NaN
 
 def main(_) -> None:
     """Write the checkpoint."""
+    folder = target()
     model = sized(from_config_dict(deepseek_v3.get_config()).model, GIGABYTES.value * 1e9)
-    with tqdm(total=num_bytes(model, fp8=True), unit="B", unit_scale=True, desc="write") as bar:
-        write(model, Path(HF.value), fp8=True, max_shard_bytes=int(SHARD_GIGABYTES.value * 1e9), on_bytes=bar.update)
-    print(f"{HF.value}: {model.num_layers} layers, {model.num_experts} experts, {bar.total / 1e9:.2f} GB")
+    check_space(folder, num_bytes(model, fp8=True))
+    size = num_bytes(model, fp8=True)
+    with Bar(size, "write") as bar:
+        write(model, folder, fp8=True, max_shard_bytes=int(SHARD_GIGABYTES.value * 1e9), on_bytes=bar.update)
+    print(f"{folder}: {model.num_layers} layers, {model.num_experts} experts, {size / 1e9:.2f} GB")
+
+
+def target() -> Path:
+    """Return the folder of --hf, which can be written."""
+    return new_folder(HF.value, "--hf")
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Refuse a folder without `size` free bytes."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < size:
+        raise ValueError(
+            f"--gigabytes={GIGABYTES.value:g} takes {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free;"
+            " lower it, or name another --hf"
+        )
 
 
 def sized(model: Model, goal: float) -> Model:
@@ -128,4 +151,4 @@ def _with_copies(model: Model, get: Callable[[str], np.ndarray]) -> Callable[[st
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

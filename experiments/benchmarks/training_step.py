@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader, open_tokenizer
+from deepseek_jax.inputs import new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
@@ -31,16 +32,18 @@ from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import session
+from experiments import command, recipe, session
 from experiments.benchmarks import breakdown, report
 from pallas_kernels.bench.records import provenance, write
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
+CONFIG = recipe.Recipe(
+    None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides.", required=True
 )
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
-STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=20)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences per step; the first size of the recipe by default.")
+STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=20, upper_bound=10**6)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Sequences per step; the first size of the recipe by default.", lower_bound=1
+)
 DATA = flags.DEFINE_bool("data", False, "Train on the configured corpus instead of random tokens.")
 BREAKDOWN = flags.DEFINE_bool(
     "breakdown", True, "Also profile a few steps; on a GPU the step is compiled once more for that."
@@ -70,13 +73,14 @@ class Measurement(NamedTuple):
 def main(_) -> None:
     """Parse, measure, report."""
     busy = os.getloadavg()[0]
+    json, kept = command.path_of(JSON, new_file), command.path_of(WORKDIR, new_folder)
+    config = from_config_dict(with_batch_size(CONFIG.value))
     session.start()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
-    config = from_config_dict(CONFIG.value)
-    size = BATCH_SIZE.value or batch_size(config, tokens_seen=0)
+    size = batch_size(config, tokens_seen=0)
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as scratch:
-        workdir = Path(WORKDIR.value or scratch)
+        workdir = kept or Path(scratch)
         batches = corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
         measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value)
         step_records = describe_step(config, mesh, size, measurement)
@@ -89,8 +93,16 @@ def main(_) -> None:
     report.print_records(f"{config.name}, {config.execution.precision}, {work}", records)
     report.print_events(measurement.events)
     report.warn_if_busy(busy)
-    if JSON.value:
-        write(Path(JSON.value), records)
+    if json:
+        write(json, records)
+
+
+def with_batch_size(tree: ConfigDict) -> ConfigDict:
+    """Return the configuration with --batch_size for all of the run; `from_config_dict` then checks it."""
+    if BATCH_SIZE.value is not None:
+        with tree.ignore_type():
+            tree.training.batch_size = (("constant", 1.0, BATCH_SIZE.value),)
+    return tree
 
 
 def random_batches(config: Config, size: int) -> Iterator[Batch]:
@@ -200,5 +212,4 @@ def _record(config: Config, mode: str, size: int, value: float, unit: str) -> di
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

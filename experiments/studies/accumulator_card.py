@@ -7,17 +7,18 @@ generation. Takes two minutes, most of them for the emulator.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from deepseek_jax.inputs import new_file
+from experiments import command
 from pallas_kernels import GROUP, matmul
 from pallas_kernels.accumulator import ROUNDINGS, Accumulator, multiply
 from pallas_kernels.bench import records
@@ -36,8 +37,11 @@ EMULATED = [
 
 def main(_) -> None:
     """Multiply, compare, report."""
+    json = command.path_of(JSON, new_file)
     if jax.devices()[0].platform != "gpu":
-        raise SystemExit(f"A Hopper GPU is needed: a {jax.devices()[0].device_kind} accumulates in FP32")
+        raise NotImplementedError(
+            f"this study needs a Hopper GPU, and {jax.devices()[0].device_kind} accumulates in FP32; run it on one"
+        )
     found = []
     for name, method in DISTRIBUTIONS.items():
         for k in LENGTHS:
@@ -45,8 +49,8 @@ def main(_) -> None:
             print(f"\n{name}, K = {k}: relative L2, %")
             found += compare(name, a, b, PROGRAMS)
     common = records.provenance("experiments.studies.accumulator_card", f"1 x {jax.devices()[0].device_kind}")
-    if JSON.value:
-        records.write(Path(JSON.value), [record | common for record in found])
+    if json:
+        records.write(json, [record | common for record in found])
 
 
 def draw(method: str, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -159,4 +163,4 @@ PROGRAMS = {
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from absl import app
 
 from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
+from experiments import command
 from experiments.studies import output
 from pallas_kernels import GROUP
 from pallas_kernels.accumulator import Accumulator, multiply
@@ -50,9 +50,9 @@ CASES = [
 
 def main(_) -> None:
     """Emulate, write, draw."""
+    folder = output.folder("accumulator")
     points = [record for case in CASES for record in measure(case)]
     common = records.provenance("experiments.studies.accumulator_study", "NumPy, emulated")
-    folder = output.folder("accumulator")
     records.write(folder / "accumulator_study.json", [point | common for point in points])
     figure = draw(points, quantisation_error())
     figure.savefig(folder / "accumulator_study.png", dpi=110)
@@ -159,4 +159,4 @@ def _label_lengths(axes: "Axes", places: list[int], labels: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from absl import app
 
 from configs import tiny
 from deepseek_jax.config import Config, from_config_dict
@@ -47,7 +46,7 @@ from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import rates
 from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import session
+from experiments import command, session
 from experiments.studies import output
 from experiments.studies.linears import Linear, take
 from experiments.studies.products import PRODUCTS, emulated, exact, ours
@@ -67,6 +66,7 @@ BATCH_TOKENS = [2**n for n in range(12, 27, 2)]  # 4,096 to 67M; DeepSeek-V3's b
 
 def main(_) -> None:
     """Train, take, measure, write, draw."""
+    folder = output.folder("activation")
     session.start()
     config = study_config()
     mesh = make_mesh(config.mesh)
@@ -80,7 +80,6 @@ def main(_) -> None:
     batches = [
         record for tokens in BATCH_TOKENS for record in medians([p for one in found for p in measure(one, tokens)])
     ]
-    folder = output.folder("activation")
     common = records.provenance("experiments.studies.activation_study", session.describe_device(mesh))
     records.write(folder / "activation_study.json", [point | common for point in points + batches])
     draw(points, batches).savefig(folder / "activation_study.png", dpi=110)
@@ -232,4 +231,4 @@ def draw(points: list[dict[str, Any]], batches: list[dict[str, Any]]) -> "Figure
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

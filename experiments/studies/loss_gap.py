@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import BLUE, GRAY, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
@@ -36,18 +36,16 @@ from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import State, create_state
 from deepseek_jax.training.step import jit_train_step
-from experiments import session
+from experiments import command, recipe, session
 from experiments.studies import output
 from pallas_kernels.bench import records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/v3_300m.py", "Configuration; its precision is set by the arm."
-)
+CONFIG = recipe.Recipe("configs/v3_300m.py", "Configuration; its precision is set by the arm.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/loss_gap", "Folder that keeps the tokenizer and the tokenised corpus.")
-SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds.", lower_bound=1, upper_bound=1000)
 
 ARMS = ("bf16", "bf16 noise", "fp8")
 PERTURBATION = 1e-7
@@ -58,9 +56,8 @@ LABELS = {"bf16": "BF16", "bf16 noise": "BF16 again, weights 1e-7 apart", "fp8":
 
 def main(_) -> None:
     """Train, write, draw."""
-    session.start()
     config = from_config_dict(CONFIG.value)
-    mesh = make_mesh(config.mesh)
+    results, workdir = output.folder("loss_gap"), new_folder(WORKDIR.value, "--workdir")
     size = batch_size(config, tokens_seen=0)
     num_steps = int(config.training.num_tokens // (size * config.data.sequence_length))
     if num_steps <= config.optimizer.warmup_steps:
@@ -68,26 +65,28 @@ def main(_) -> None:
             f"config.training.num_tokens = {config.training.num_tokens:g} is {num_steps} steps, of which warm-up takes"
             f" {config.optimizer.warmup_steps}: no step is left to compare; raise it or lower optimizer.warmup_steps"
         )
+    session.start()
+    mesh = make_mesh(config.mesh)
     steps = {
         precision: jit_train_step(_with(config, precision), pretraining(config), mesh) for precision in ("bf16", "fp8")
     }
     losses: dict[tuple[int, str], np.ndarray] = {}
     for seed in range(config.seed, config.seed + SEEDS.value):
         seeded = dataclasses.replace(config, seed=seed)
-        batches = _batches(seeded, size, num_steps)
+        batches = _batches(seeded, workdir, size, num_steps)
         for arm in ARMS:
             losses[seed, arm] = train(
                 seeded, mesh, steps[arm.split()[0]], batches, arm.endswith("noise"), f"seed {seed}, {arm}"
             )
-            write(output.folder("loss_gap"), config, session.describe_device(mesh), losses)
+            write(results, config, session.describe_device(mesh), losses)
 
 
 def _with(config: Config, precision: str) -> Config:
     return config.with_(execution={"precision": precision})
 
 
-def _batches(config: Config, size: int, count: int) -> list[Batch]:
-    loader = make_train_loader(config, open_tokenizer(config, WORKDIR.value), WORKDIR.value)
+def _batches(config: Config, workdir: Path, size: int, count: int) -> list[Batch]:
+    loader = make_train_loader(config, open_tokenizer(config, workdir), workdir)
     batches = [loader.next_batch(size) for _ in range(count)]
     loader.close()
     return batches
@@ -212,4 +211,4 @@ def draw(config: Config, seeds: list[int], losses: dict[tuple[int, str], np.ndar
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from absl import app
 
 from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
+from experiments import command
 from experiments.studies import output
 from pallas_kernels import GROUP
 from pallas_kernels.bench import records
@@ -48,8 +48,8 @@ LABELS = {
 
 def main(_) -> None:
     """Measure, write, draw."""
-    points = [record for spread in SPREADS for record in measure(spread)]
     folder = output.folder("scaling")
+    points = [record for spread in SPREADS for record in measure(spread)]
     common = records.provenance("experiments.studies.scaling_study", "NumPy, emulated")
     records.write(folder / "scaling_study.json", [point | common for point in points])
     draw(points).savefig(folder / "scaling_study.png", dpi=110)
@@ -127,4 +127,4 @@ def draw(points: list[dict[str, Any]]) -> "Figure":
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

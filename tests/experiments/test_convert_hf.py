@@ -49,8 +49,7 @@ TINY_SHARDS = "--shard_gigabytes=0.0001"
 # ended.
 SERVER = """
 import gc, json, os, sys, warnings
-from absl import app
-from experiments import convert_hf
+from experiments import command, convert_hf
 
 gc.freeze()  # or each process, when it ends, visits every object that was imported
 
@@ -64,7 +63,7 @@ for line in sys.stdin:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = ["convert_hf", *request["arguments"]]
-        app.run(convert_hf.main)
+        command.run(convert_hf.main, tuple(convert_hf.COMMANDS))
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -97,7 +96,7 @@ class Commands:
     def fails(self, *arguments: str) -> str:
         """Run a command that ends with an error and return what it printed."""
         self.start(*arguments)
-        assert self.end() == 1, self.log.read_text()[-4000:]
+        assert self.end() == 2, self.log.read_text()[-4000:]
         return self.log.read_text()
 
 

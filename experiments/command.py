@@ -1,0 +1,185 @@
+"""The front door of every command: `run` parses the command line, calls `main`, and ends with a line and an exit code.
+
+    0           done
+    2           the command line, a configuration or a file cannot be used: one message with the value and the remedy
+    1           the run failed: a save, a disk, memory, losses that are not finite. One message too
+    1           anything else is a fault of ours, and comes with its whole call stack
+    130, 143    after Ctrl-C and SIGTERM
+
+`--traceback` shows the call stack of every error. `--help` shows the flags of this project, `--helpfull` those of all
+libraries beneath.
+"""
+
+import difflib
+import logging as python_logging
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from deepseek_jax.inputs import printable, shown
+from experiments import recipe
+
+TRACEBACK = flags.DEFINE_bool("traceback", False, "After an error, show the call stack too.")
+
+UNUSABLE, FAILED = 2, 1
+MOST_LINES = 3  # of a message
+WIDTH = 100  # of the help
+MISSING = re.compile(r"(?s)flag --(?P<name>[\w.]+)=None: Flag --\S+ must have a value other than None.*")
+WRONG_VALUE = re.compile(r"(?s)flag --(?P<name>[\w.]+)=(?P<value>.*?): (?P<why>.*)")
+
+
+def run(main: Callable[[list[str]], None], words: Sequence[str] = ()) -> NoReturn:
+    """Parse the command line, call `main` with it, and exit.
+
+    Args:
+        main: takes the command line without its flags: the name of the program and, with `words`, one of them.
+        words: what the command can do, if it asks for one of several.
+    """
+    name = getattr(sys.modules["__main__"].__spec__, "name", None) or main.__module__
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not exist here, and no command opens a window
+    try:
+        main(parse(sys.argv, main, words))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(FAILED)
+    except Exception as error:
+        sys.exit(report(name, error))
+    sys.exit(0)
+
+
+def report(name: str, error: Exception) -> int:
+    """Print the message of an error, or its whole call stack; return the exit code."""
+    code, text = outcome(error)
+    if text is None or "--traceback" in sys.argv:
+        stack = "".join(traceback.format_exception(error))
+        print("\n".join(map(printable, stack.splitlines())), file=sys.stderr)
+    if text is not None:
+        print(f"{name}: {message(text)}", file=sys.stderr)
+    sys.stderr.flush()
+    return code
+
+
+def outcome(error: Exception) -> tuple[int, str | None]:
+    """Return the exit code of an error and its message, or None for a fault of ours."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, ValueError | NotImplementedError | app.UsageError):
+        return UNUSABLE, text
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
+        return FAILED, (
+            f"out of memory ({text.splitlines()[0]}); use smaller sizes, such as training.micro_batch_size, or more"
+            " devices"
+        )
+    if isinstance(error, OSError):
+        where = f": {shown(os.fsdecode(error.filename))}" if isinstance(error.filename, str | bytes) else ""
+        reason = error.strerror or text
+        return FAILED, f"the operating system refused ({reason}{where}); check space and permissions there"
+    if type(error).__name__ in ("SaveError", "NonFiniteError"):  # by name: they live beside what needs JAX
+        return FAILED, text
+    return FAILED, None
+
+
+def message(text: str) -> str:
+    """Return a message in at most `MOST_LINES` lines, whole, with the control characters escaped."""
+    lines = [printable(line.strip()) for line in text.splitlines() if line.strip()]
+    if len(lines) <= MOST_LINES:
+        return "\n".join(lines)
+    head = lines[0] if lines[0].endswith(":") else f"{lines[0]};"
+    return f"{head} {'; '.join(lines[1:])}"
+
+
+def parse(argv: list[str], main: Callable, words: Sequence[str] = ()) -> list[str]:
+    """Parse the flags; return the command line without them.
+
+    Raises:
+        ValueError: a flag is unknown, missing or wrong, a word stands without "--", or the configuration is unusable.
+    """
+    logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(_escape)
+    app.define_help_flags()
+    if {"--help", "-help", "--helpshort", "-h", "-?"} & set(argv):
+        print(usage(main))
+        sys.exit(0)
+    try:
+        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        if "config" in flags.FLAGS:
+            argv = recipe.take_overrides(argv)
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(f"--{shown(error.flagname)} is unknown; {_nearest(error.flagname)}") from error
+    except flags.Error as error:
+        raise ValueError(_wrong_value(str(error))) from error
+    if words and (len(rest) != 2 or rest[1] not in words):
+        raise ValueError(f"give one of {', '.join(words)}, not {shown(' '.join(rest[1:])) or 'nothing'}; see --help")
+    if not words and len(rest) > 1:
+        raise ValueError(f"{shown(rest[1])} is not a flag; write --{shown(rest[1])}, or remove it; see --help")
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)
+    recipe.load()
+    return rest
+
+
+def path_of(flag: flags.FlagHolder[str | None], check: Callable[[str, str], Path]) -> Path | None:
+    """Return the path that a flag names, checked by a function of `deepseek_jax.inputs`; None without the flag."""
+    return None if flag.value is None else check(flag.value, f"--{flag.name}")
+
+
+def for_terminal(text: str) -> str:
+    """Return a model's text: as it is for a file, without escape codes for a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(character if character in "\n\t" else printable(character) for character in text)
+
+
+def own_flags(main: Callable) -> dict[str, flags.Flag]:
+    """Return the flags of this project by name, those of the command first."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    command = [name for name in by_module if name in (sys.argv[0], "__main__", main.__module__)]
+    shared = [name for name in by_module if name.startswith("experiments.") and name not in command]
+    return {flag.name: flag for name in (*command, *shared) for flag in by_module[name]}
+
+
+def usage(main: Callable) -> str:
+    """Return the help of a command: its docstring and the flags of this project."""
+    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", "Flags (--helpfull has those of libraries too):"]
+    for name, flag in own_flags(main).items():
+        given = f"--[no]{name}" if flag.boolean else f"--{name}"
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        lines.append(f"  {given}")
+        lines += textwrap.wrap(f"{flag.help}{default}", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _nearest(name: str) -> str:
+    keys = recipe.same_name(name) if "config" in flags.FLAGS else []
+    if keys:
+        return f"did you mean --config.{keys[0]}?"
+    close = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
+    return f"did you mean --{close[0]}?" if close else "see --help"
+
+
+def _wrong_value(text: str) -> str:
+    """Return absl's message about a flag, with the flag's help as the remedy."""
+    if found := MISSING.fullmatch(text):
+        return f"--{found['name']} is missing; give it: {flags.FLAGS[found['name']].help}"
+    if (found := WRONG_VALUE.fullmatch(text)) and found["name"] in flags.FLAGS:
+        return (
+            f"--{found['name']}={shown(found['value'])}: {shown(found['why'])}; it is for:"
+            f" {flags.FLAGS[found['name']].help}"
+        )
+    return f"{text}; see --help"
+
+
+def _escape(record: python_logging.LogRecord) -> bool:
+    """Escape control characters in a line of the log, which may quote names of files."""
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().splitlines())), ()
+    return True
