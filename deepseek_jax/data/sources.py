@@ -14,7 +14,6 @@ split a document belongs (`is_heldout`). So a new file moves no other document, 
 """
 
 import gzip
-import hashlib
 import importlib
 import io
 import json
@@ -23,54 +22,20 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from deepseek_jax.config import Config, Source
+from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.text_files import read_blocks, read_text
 
 STDLIB = "stdlib"
 NOT_STDLIB = {"site-packages", "dist-packages"}  # folders in that of the standard library which are not part of it
 # In bytes. Larger files are generated tables, and one of them would be most of a 2% held-out split.
 LARGEST_STDLIB_FILE = 200_000
-BLOCKS_PER_FILE = 1000  # a single text file is cut into about so many documents, so that a hash can split it
-SHORTEST_BLOCK = 4096  # bytes: a document shorter than a context teaches little
-KEPT_MESSAGES = 20  # about skipped items; all items are counted
 # BPE is trained on so much text: merges change little with more, and a large corpus is not read twice.
 TOKENIZER_CHARACTERS = 200_000_000
-
-
-class Document(NamedTuple):
-    """A text, or its token ids."""
-
-    name: str  # relative file name, with the line, row or record
-    content: str | np.ndarray
-    num_file_bytes: int  # its share of the file, for a progress bar
-
-    def digest(self) -> bytes:
-        """SHA-256 of the content."""
-        content = self.content
-        return hashlib.sha256(
-            content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
-        ).digest()
-
-
-class Problems:
-    """Unreadable items: they are refused (ValueError), or left out and counted."""
-
-    def __init__(self, on_error: str):
-        """`on_error` is "refuse" or "skip"."""
-        self._on_error = on_error
-        self.count = 0
-        self.messages: list[str] = []
-
-    def report(self, message: str) -> None:
-        """Raise ValueError with `message`, or note that the item is skipped."""
-        if self._on_error == "refuse":
-            raise ValueError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
-        self.count += 1
-        if len(self.messages) < KEPT_MESSAGES:
-            self.messages.append(message)
 
 
 def is_heldout(digest: bytes, fraction: float) -> bool:
@@ -167,36 +132,7 @@ def _reader(path: Path, whole: bool):
         return _read_parquet
     if name.endswith((".array_record", ".arrayrecord")):
         return _read_array_record
-    return _read_text if whole else _read_blocks
-
-
-def _read_text(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
-    try:
-        content = path.read_bytes()
-        yield Document(name, content.decode("utf-8"), len(content))
-    except UnicodeDecodeError as error:
-        problems.report(f"{path} is not UTF-8 text (byte {error.start})")
-    except OSError as error:
-        problems.report(f"{path} cannot be read: {error.strerror}")
-
-
-def _read_blocks(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
-    """Cut one text file into documents at line ends."""
-    try:
-        size = max(SHORTEST_BLOCK, path.stat().st_size // BLOCKS_PER_FILE)
-        with path.open("rb") as file:
-            first_line = 1
-            while lines := file.readlines(size):
-                block = b"".join(lines)
-                try:
-                    yield Document(f"{name}:{first_line}", block.decode("utf-8"), len(block))
-                except UnicodeDecodeError as error:
-                    problems.report(
-                        f"{path} is not UTF-8 text (line {first_line + block.count(b'\n', 0, error.start)})"
-                    )
-                first_line += len(lines)
-    except OSError as error:
-        problems.report(f"{path} cannot be read: {error.strerror}")
+    return read_text if whole else read_blocks
 
 
 def _read_jsonl(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:

@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents
+from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.sources import is_heldout, list_files, read_documents
 from deepseek_jax.data.tokenizer import Tokenizer
 
 LAYOUT = 1  # version of the folder's layout; part of the key

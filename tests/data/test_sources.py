@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from deepseek_jax.config import Source
-from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents, train_texts
+from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.sources import is_heldout, list_files, read_documents, train_texts
 from tests.support.array_records import write_array_record
 
 TEXTS = ["one\n", "zwei é", "三"]
