@@ -6,11 +6,10 @@ it is read:
     *.jsonl, *.jsonl.gz, *.jsonl.zst     one document per line, under the key `data.text_field`
     *.parquet                            one document per row, in the column `data.text_field`
     *.array_record, *.arrayrecord        one document per record: token ids as little-endian int32, without BOS and EOS
-    anything else                        UTF-8 text: one document per file of a folder; a single file is cut at line
-                                         ends into about 1000
+    anything else                        UTF-8 text: one document per file, or about 1000 if it is large (`text_files`)
 
-Documents come in a fixed order: files by relative name, then lines, rows or records. The content alone decides to which
-split a document belongs (`is_heldout`). So a new file moves no other document, and two copies of a text share a split.
+Documents come in a fixed order: files by relative name, then lines, rows or records. `split` says which of them are
+trained on.
 """
 
 import gzip
@@ -26,21 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.config import Config, Source
+from deepseek_jax.config import Source
 from deepseek_jax.data.documents import Document, Problems
-from deepseek_jax.data.text_files import read_blocks, read_text
+from deepseek_jax.data.text_files import LARGEST_WHOLE_FILE, read_text
 
 STDLIB = "stdlib"
 NOT_STDLIB = {"site-packages", "dist-packages"}  # folders in that of the standard library which are not part of it
-# In bytes. Larger files are generated tables, and one of them would be most of a 2% held-out split.
-LARGEST_STDLIB_FILE = 200_000
-# BPE is trained on so much text: merges change little with more, and a large corpus is not read twice.
-TOKENIZER_CHARACTERS = 200_000_000
-
-
-def is_heldout(digest: bytes, fraction: float) -> bool:
-    """Return whether a document with this SHA-256 is held out, as `fraction` of all contents are."""
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def list_files(source: Source) -> list[tuple[str, Path]]:
@@ -81,41 +71,16 @@ def read_documents(source: Source, text_field: str, problems: Problems) -> Itera
     Raises:
         ValueError: an item cannot be read and `problems` refuses it.
     """
-    whole = source.path == STDLIB or Path(source.path).is_dir()
     problems = Problems("skip") if source.path == STDLIB else problems
     for name, path in list_files(source):
-        read = _reader(path, whole)
+        read = _reader(path)
         for document in read(name, path, text_field, problems):
             if len(document.content):
                 yield document
 
 
-def train_texts(config: Config) -> Iterator[str]:
-    """Yield texts of the train split to train a tokenizer on, from each source in proportion to its weight.
-
-    Raises:
-        ValueError: there are no texts, for example because all sources hold token ids.
-    """
-    total = sum(source.weight for source in config.data.sources)
-    empty = True
-    for source in config.data.sources:
-        num_wanted = TOKENIZER_CHARACTERS * source.weight / total
-        for document in read_documents(source, config.data.text_field, Problems(config.data.on_error)):
-            if isinstance(document.content, np.ndarray) or is_heldout(document.digest(), config.data.heldout_fraction):
-                continue
-            if num_wanted <= 0:
-                break
-            num_wanted -= len(document.content)
-            empty = False
-            yield document.content
-    if empty:
-        raise ValueError(
-            "no training text in data.sources to train a tokenizer on; set data.tokenizer to a tokenizer.json or 'byte'"
-        )
-
-
 def _is_stdlib_source(path: Path) -> bool:
-    return path.suffix == ".py" and path.stat().st_size <= LARGEST_STDLIB_FILE
+    return path.suffix == ".py" and path.stat().st_size <= LARGEST_WHOLE_FILE  # the rest are generated tables
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -124,7 +89,7 @@ def _refuse_folder(error: OSError) -> None:
     ) from error
 
 
-def _reader(path: Path, whole: bool):
+def _reader(path: Path):
     name = path.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         return _read_jsonl
@@ -132,7 +97,7 @@ def _reader(path: Path, whole: bool):
         return _read_parquet
     if name.endswith((".array_record", ".arrayrecord")):
         return _read_array_record
-    return read_text if whole else read_blocks
+    return read_text
 
 
 def _read_jsonl(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
