@@ -23,9 +23,9 @@ import numpy as np
 
 from deepseek_jax.config import Config, Data
 from deepseek_jax.data.augmentation import Augmentation
-from deepseek_jax.data.bpe import make_tokenizer
 from deepseek_jax.data.examples import Example, check_examples
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch, pack
+from deepseek_jax.data.run_tokenizer import make_tokenizer
 from deepseek_jax.data.split import train_texts
 from deepseek_jax.data.token_cache import open_corpus
 from deepseek_jax.data.token_files import Documents

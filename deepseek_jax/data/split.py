@@ -75,7 +75,7 @@ def heldout_keys(config: Config) -> list[int]:
 
 
 def is_heldout(digest: bytes, below: int) -> bool:
-    """Return whether a document with this SHA-256 is held out, where the keys of held-out ones are less than `below`."""
+    """Return whether a document with this SHA-256 is held out: whether its key is less than `below`."""
     return _key(digest) < below
 
 
@@ -139,12 +139,9 @@ def _heldout_key(source: Source, data: Data) -> tuple[int, int]:
         return 0, sum(sizes)
     if different[-1] < below:
         return different[-1], sum(sizes)
-    wanted = fraction * sum(sizes)
-    for key, size in sorted(zip(keys, sizes, strict=True)):
-        wanted -= size
-        if wanted <= 0:
-            break
-    return min(key + 1, different[-1]), sum(sizes)
+    pairs = sorted(zip(keys, sizes, strict=True))
+    wanted = np.searchsorted(np.cumsum([size for _, size in pairs]), fraction * sum(sizes))
+    return min(pairs[wanted][0] + 1, different[-1]), sum(sizes)
 
 
 def _key(digest: bytes) -> int:

@@ -79,9 +79,7 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
     train, heldout = (
         tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in splits
     )
-    return Corpus(
-        train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]), tuple(about["sizes"])
-    )
+    return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]), tuple(about["sizes"]))
 
 
 def corpus_lines(config: Config, corpus: Corpus) -> list[str]:

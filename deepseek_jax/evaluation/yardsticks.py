@@ -81,7 +81,9 @@ def measure_yardsticks(
         "yardstick/gzip_files_bits_per_byte": held_out.mean(
             [bits_per_byte(gzip9, part.texts()) for part in held_out.parts]
         ),
-        "yardstick/xz_files_bits_per_byte": held_out.mean([bits_per_byte(xz9, part.texts()) for part in held_out.parts]),
+        "yardstick/xz_files_bits_per_byte": held_out.mean(
+            [bits_per_byte(xz9, part.texts()) for part in held_out.parts]
+        ),
     }
     if tokens_seen > MOST_COUNTED_TOKENS:
         logging.warning(
