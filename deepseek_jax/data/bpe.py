@@ -16,8 +16,8 @@ The byte tokenizer is BPE without merges.
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterable
+from threading import Thread
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -74,7 +74,7 @@ def _interruptible(function: Callable[[], None]) -> None:
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=run, name="train-bpe", daemon=True)  # so that an exit does not wait for it
+    thread = Thread(target=run, name="train-bpe", daemon=True)  # so that an exit does not wait for it
     thread.start()
     while thread.is_alive():
         thread.join(SECONDS_BETWEEN_LOOKS)

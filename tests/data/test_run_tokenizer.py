@@ -140,17 +140,16 @@ def test_a_tokenizer_with_ids_beyond_the_model_is_refused_from_the_workdir_too(t
 def test_ctrl_c_ends_the_training_of_a_bpe_at_once(monkeypatch):
     """The Rust side does not look for signals; the main thread does."""
     stop = threading.Event()
-    join = threading.Thread.join
 
-    def join_interrupted(thread, timeout=None):
-        join(thread, 0.01)
-        raise KeyboardInterrupt
+    class InterruptedThread(threading.Thread):
+        def join(self, timeout=None):
+            raise KeyboardInterrupt
 
     def texts():
         yield "a text"
         stop.wait(30)
 
-    monkeypatch.setattr(bpe_module.threading.Thread, "join", join_interrupted)
+    monkeypatch.setattr(bpe_module, "Thread", InterruptedThread)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         train_bpe(texts(), 300)
