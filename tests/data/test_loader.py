@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
+from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
 
@@ -194,6 +195,32 @@ def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows)
     tokens = np.concatenate([make_train_loader(config, tokenizer, tmp_path).next_batch(2000)["tokens_BS"]])
     a, b = ((tokens == tokenizer.encode(letter)[0]).sum() for letter in "ab")
     assert a / (a + b) == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 85_000), (2, 85_000), (3, 400_000)])
+def test_few_and_large_files_are_trained_on_and_held_out(tmp_path, make_config, count, size):
+    """A folder of one text, of two, and of large ones: all were an OverflowError, or held out one whole book."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(count):
+        lines = np.random.default_rng(i).bytes(size).hex()
+        (corpus / f"volume {i}.txt").write_text("\n".join(lines[j : j + 99] for j in range(0, size, 100)))
+    config, tokenizer = make_config(corpus), byte_tokenizer()
+    loader = make_train_loader(config, tokenizer, tmp_path)
+    assert loader.next_batch(4)["loss_weights_BS"].all()
+    held_out = heldout_batches(config, tokenizer, tmp_path, 4)
+    assert 0.1 < held_out.num_bytes / (count * size) < 0.35
+
+
+def test_windows_of_one_document_are_endless(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
+    """Documents longer than two thirds of a window, as of a huge corpus: Grain's endless sequences overflow there."""
+    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 1)
+    monkeypatch.setattr(pipeline, "WINDOW_ROWS", 1)
+    config = make_config(corpus_folder)
+    loader = make_train_loader(config, bpe, tmp_path)
+    num_documents = len(open_corpus(config, bpe, tmp_path).train[0])
+    loader.next_batch(1000)
+    assert loader.state()["windows"]["next_index"] > num_documents
 
 
 def test_a_source_without_training_documents_is_refused(work, make_config, corpus_folder, bpe):
