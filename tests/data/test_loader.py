@@ -197,7 +197,7 @@ def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows)
     assert a / (a + b) == pytest.approx(0.75, abs=0.03)
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 85_000), (2, 85_000), (3, 400_000)])
+@pytest.mark.parametrize(("count", "size"), [(1, 85_000), (2, 85_000), (3, 240_000)])
 def test_few_and_large_files_are_trained_on_and_held_out(tmp_path, make_config, count, size):
     """A folder of one text, of two, and of large ones: all were an OverflowError, or held out one whole book."""
     corpus = tmp_path / "corpus"
@@ -209,7 +209,7 @@ def test_few_and_large_files_are_trained_on_and_held_out(tmp_path, make_config, 
     loader = make_train_loader(config, tokenizer, tmp_path)
     assert loader.next_batch(4)["loss_weights_BS"].all()
     held_out = heldout_batches(config, tokenizer, tmp_path, 4)
-    assert 0.1 < held_out.num_bytes / (count * size) < 0.35
+    assert 0.04 < held_out.num_bytes / (count * size) < 0.35  # of 20, 40 and 180 documents
 
 
 def test_windows_of_one_document_are_endless(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
