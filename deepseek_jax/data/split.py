@@ -111,11 +111,11 @@ def _cut(documents: Iterable[Document], longest: int) -> Iterator[Document]:
         if 4 * len(content) <= longest or _num_bytes(document) <= longest:
             yield document
             continue
-        blocks = max(block_size(_num_bytes(document)), longest // BLOCKS_OF_LONGEST)
+        size = max(block_size(_num_bytes(document)), longest // BLOCKS_OF_LONGEST)
         if isinstance(content, str):
-            parts = [(b.place, b.content.decode()) for b in cut_text(io.BytesIO(content.encode()), blocks)]
+            parts = ((block.place, block.content.decode()) for block in cut_text(io.BytesIO(content.encode()), size))
         else:
-            parts = [(i, content[i : i + blocks // 4]) for i in range(0, len(content), blocks // 4)]
+            parts = ((i, content[i : i + size // 4]) for i in range(0, len(content), size // 4))
         for place, part in parts:
             share = document.num_file_bytes * len(part) // len(content)
             yield Document(f"{document.name}:{place}", part, share)

@@ -183,6 +183,21 @@ def test_a_position_in_other_data_is_refused(work, make_config, corpus_folder, b
         make_train_loader(make_config(corpus_folder), byte_tokenizer(), work).restore(position)
 
 
+def test_a_position_holds_where_the_corpus_moved_with_other_times(tmp_path, make_config, corpus_folder, bpe):
+    """Content counts, not the path; the weights stay bound."""
+    loader = make_train_loader(make_config(corpus_folder), bpe, tmp_path)
+    loader.next_batch(5)
+    for path in corpus_folder.iterdir():
+        (tmp_path / "scratch" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "scratch" / path.name).write_bytes(path.read_bytes())
+    moved = make_train_loader(make_config(tmp_path / "scratch"), bpe, tmp_path)
+    moved.restore(loader.state())
+    assert equal(moved.next_batch(7), loader.next_batch(7))
+    sources = ({"path": str(tmp_path / "scratch"), "weight": 2.0},)
+    with pytest.raises(ValueError, match=r"weights was \[1.0\], is \[2.0\]"):
+        make_train_loader(make_config(sources=sources), bpe, tmp_path).restore(loader.state())
+
+
 def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows):
     """Two sources whose documents differ in length by a factor of 30, told apart by their letters."""
     for name, letter, length in (("short", "a", 40), ("long", "b", 1200)):
