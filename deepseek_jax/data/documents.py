@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_jax.inputs import printable
+
 KEPT_MESSAGES = 20  # about skipped items; all items are counted
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read, or an item of it that may not be left out."""
 
 
 class Document(NamedTuple):
@@ -24,7 +30,7 @@ class Document(NamedTuple):
 
 
 class Problems:
-    """Unreadable items: they are refused (ValueError), or left out and counted."""
+    """Unreadable items: they are refused (CorpusError), or left out and counted."""
 
     def __init__(self, on_error: str):
         """`on_error` is "refuse" or "skip"."""
@@ -33,9 +39,10 @@ class Problems:
         self.messages: list[str] = []
 
     def report(self, message: str) -> None:
-        """Raise ValueError with `message`, or note that the item is skipped."""
+        """Raise CorpusError with `message`, or note that the item is skipped."""
+        message = printable(message)
         if self._on_error == "refuse":
-            raise ValueError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
+            raise CorpusError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
         self.count += 1
         if len(self.messages) < KEPT_MESSAGES:
             self.messages.append(message)

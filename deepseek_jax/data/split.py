@@ -25,8 +25,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from deepseek_jax.config import Config, Data, Source
+from deepseek_jax.data.corpus_files import STDLIB
 from deepseek_jax.data.documents import Document, Problems
-from deepseek_jax.data.sources import STDLIB, list_files, read_documents
+from deepseek_jax.data.sources import num_bytes, read_documents
 from deepseek_jax.data.text_files import SHORTEST_BLOCK, block_size, cut_text
 
 LONGEST_DOCUMENT = 2**20  # bytes
@@ -48,7 +49,7 @@ def read_source(source: Source, data: Data, problems: Problems) -> Iterator[Docu
 
 def longest_document(source: Source, fraction: float) -> int:
     """Return how many bytes a document of `source` may have."""
-    share = min(fraction, 1.0 - fraction) * sum(path.stat().st_size for _, path in list_files(source))
+    share = min(fraction, 1.0 - fraction) * num_bytes(source)
     if source.path == STDLIB or not share:
         return LONGEST_DOCUMENT
     return min(max(ALWAYS_WHOLE, 2 ** math.ceil(math.log2(share))), LONGEST_DOCUMENT)

@@ -5,7 +5,7 @@ A cut depends on the file alone, not on its neighbours. A line that is longer th
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,18 +39,23 @@ def read_text(name: str, path: Path, text_field: str, problems: Problems) -> Ite
             else:
                 file.seek(0)
                 blocks = cut_text(file, block_size(path.stat().st_size))
-            for block in blocks:
-                try:
-                    text = block.content.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    line = block.line + block.content.count(b"\n", 0, error.start)
-                    problems.report(f"{path} is not UTF-8 text (line {line})")
-                    if block.place in ("", "1"):
-                        return
-                    continue
-                yield Document(f"{name}:{block.place}" if block.place else name, text, len(block.content))
+            yield from block_documents(name, path, blocks, problems)
     except OSError as error:
         problems.report(f"{path} cannot be read: {error.strerror}")
+
+
+def block_documents(name: str, path: Path, blocks: Iterable[Block], problems: Problems) -> Iterator[Document]:
+    """Yield the blocks of a file as documents. Without a first block that is UTF-8 the others are not tried."""
+    for block in blocks:
+        try:
+            text = block.content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = block.line + block.content.count(b"\n", 0, error.start)
+            problems.report(f"{path} is not UTF-8 text (line {line})")
+            if block.place in ("", "1"):
+                return
+            continue
+        yield Document(f"{name}:{block.place}" if block.place else name, text, len(block.content))
 
 
 def block_size(num_bytes: int) -> int:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.documents import Document, Problems
-from deepseek_jax.data.sources import STDLIB, list_files
+from deepseek_jax.data.sources import num_bytes, source_key
 from deepseek_jax.data.split import heldout_keys, is_heldout, read_source
 from deepseek_jax.data.token_files import Documents, Writer, open_about, seal
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -101,12 +101,9 @@ def _counted(sizes: dict[str, int]) -> str:
 
 
 def _key(config: Config, tokenizer: Tokenizer) -> str:
-    files = []
-    for source in config.data.sources:
-        stats = [(name, path.stat()) for name, path in list_files(source)]
-        files.append([source.path == STDLIB, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     data = config.data
-    parts = [LAYOUT, tokenizer.fingerprint, files, data.text_field, data.on_error, data.heldout_fraction]
+    keys = [source_key(source) for source in data.sources]
+    parts = [LAYOUT, tokenizer.fingerprint, keys, data.text_field, data.on_error, data.heldout_fraction]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -148,7 +145,7 @@ def _tokenize(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
 def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     problems, digest = Problems(config.data.on_error), hashlib.sha256()
-    total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source))
+    total = sum(num_bytes(source) for source in config.data.sources)
     sizes, below = [], heldout_keys(config)
     bar = tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5)
     with bar, _encode_batches(tokenizer, total) as encode_batches:
