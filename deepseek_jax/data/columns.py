@@ -80,7 +80,7 @@ def _texts(arrow: Any, column: Any) -> Iterator[Any]:
     """Yield the values of a column as Python objects; a text that is not UTF-8 stays bytes."""
     kind = column.type
     if arrow.types.is_string(kind) or arrow.types.is_large_string(kind):
-        # A damaged offset would be read outside the file. As bytes: a check of texts stops at the first that is not UTF-8.
+        # A damaged offset would be read outside the file. As bytes: a text that is not UTF-8 is only its row.
         as_bytes = column.cast(arrow.binary() if arrow.types.is_string(kind) else arrow.large_binary())
         as_bytes.validate(full=True)
         for value in as_bytes:

@@ -53,6 +53,16 @@ def parse(path: str) -> HubName:
     return HubName(name, revision or None, others[0] if len(others) == 2 else None, others[-1])
 
 
+def check_library(path: str) -> None:
+    """Refuse a source of a wrong form, or without the library `datasets`.
+
+    Raises:
+        CorpusError: with the right form, or how to install the library.
+    """
+    parse(path)
+    optional_library("datasets", install=INSTALL)
+
+
 def revision_key(path: str) -> Any:
     """Return what the content depends on: the commit, or the names, sizes and times of a local folder's files.
 
@@ -90,8 +100,8 @@ def read_hub(path: str, text_field: str, problems: Problems) -> Iterator[Documen
         raise
     except Exception as error:  # `datasets` raises what its file formats and its network library raise
         raise CorpusError(
-            f"{shown(path)} cannot be read after row {row}: {_described(error)}; check its name, configuration and split,"
-            " and the network, and start again"
+            f"{shown(path)} cannot be read after row {row}: {_described(error)}; check name, configuration, split"
+            " and network, and start again"
         ) from error
 
 

@@ -26,6 +26,7 @@ from deepseek_jax.data.columns import read_arrow, read_parquet
 from deepseek_jax.data.compressed_text import read_compressed_text
 from deepseek_jax.data.corpus_files import STDLIB, File, find_files
 from deepseek_jax.data.documents import CorpusError, Document, Problems
+from deepseek_jax.data.extras import optional_library
 from deepseek_jax.data.formats import format_of
 from deepseek_jax.data.json_files import read_json, read_json_lines
 from deepseek_jax.data.text_files import read_text
@@ -38,8 +39,22 @@ READERS = {
     "arrow": read_arrow,
     "array_record": read_array_record,
 }
+LIBRARIES = {"parquet": ("pyarrow",), "arrow": ("pyarrow",), "array_record": ("array_record",)}
 
 log = logging.getLogger(__name__)
+
+
+def check_source(source: Source) -> None:
+    """Refuse a source before anything of it is read: that is not there, or needs a library that is not installed.
+
+    Raises:
+        CorpusError: as `find_files`, or with the remedy of the missing library.
+    """
+    if source.path.startswith(hub.PREFIX):
+        hub.check_library(source.path)
+        return
+    for name in sorted({library for file in find_files(source).files for library in _libraries(file)}):
+        optional_library(name)
 
 
 def num_bytes(source: Source) -> int:
@@ -77,6 +92,10 @@ def read_documents(source: Source, text_field: str, problems: Problems) -> Itera
     for document in _read_source(source, text_field, problems):
         if len(document.content):
             yield document
+
+
+def _libraries(file: File) -> tuple[str, ...]:
+    return LIBRARIES.get(format_of(file.name).kind, ()) + (("zstandard",) if file.name.lower().endswith(".zst") else ())
 
 
 def _read_source(source: Source, text_field: str, problems: Problems) -> Iterator[Document]:

@@ -27,7 +27,7 @@ import numpy as np
 from deepseek_jax.config import Config, Data, Source
 from deepseek_jax.data.corpus_files import STDLIB
 from deepseek_jax.data.documents import Document, Problems
-from deepseek_jax.data.sources import num_bytes, read_documents
+from deepseek_jax.data.sources import check_source, num_bytes, read_documents
 from deepseek_jax.data.text_files import SHORTEST_BLOCK, block_size, cut_text
 
 LONGEST_DOCUMENT = 2**20  # bytes
@@ -65,6 +65,8 @@ def heldout_keys(config: Config) -> list[int]:
             `sources.read_documents`.
     """
     data = config.data
+    for source in data.sources:
+        check_source(source)
     below, sizes = zip(*(_heldout_key(source, data) for source in data.sources), strict=True)
     if 0.0 < data.heldout_fraction < 1.0 and not any(below):
         held = ", ".join(f"{source.path!r} {size:,} bytes" for source, size in zip(data.sources, sizes, strict=True))

@@ -25,7 +25,9 @@ import numpy as np
 from tqdm import tqdm
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.array_records import id_fault
 from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.encoding import EncodingError, Ids
 from deepseek_jax.data.sources import num_bytes, source_key
 from deepseek_jax.data.split import heldout_keys, is_heldout, read_source
 from deepseek_jax.data.token_files import Documents, Writer, open_about, seal
@@ -38,7 +40,7 @@ SMALL_CORPUS = 2_000_000  # bytes of files; a smaller corpus is encoded here bef
 FEW_CORES = 2  # the tokenizer's own threads keep so many as busy as processes would
 
 # From batches of texts to the ids of each batch, in the same order.
-EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]]
+EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[Ids]]
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +152,9 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     bar = tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, mininterval=0.5)
     with bar, _encode_batches(tokenizer, total) as encode_batches:
         for i, source in enumerate(config.data.sources):
-            documents = _checked(read_source(source, config.data, problems), tokenizer, source.path)
+            documents = _checked(read_source(source, config.data, problems), tokenizer, source.path, problems)
             with Writer(folder / f"{i}-train", dtype) as train, Writer(folder / f"{i}-heldout", dtype) as heldout:
-                for document, ids in _encode(documents, encode_batches):
+                for document, ids in _encode(documents, encode_batches, source.path, problems):
                     content_digest = document.digest()
                     name = os.fsencode(document.name)
                     digest.update(f"{len(name)} ".encode() + name + content_digest)
@@ -186,21 +188,25 @@ def _encode_batches(tokenizer: Tokenizer, num_bytes: int) -> Iterator[EncodeBatc
             yield encoders.map
 
 
-def _checked(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[Document]:
-    """Yield the documents; refuse ids that the tokenizer does not have."""
+def _checked(
+    documents: Iterable[Document], tokenizer: Tokenizer, origin: str, problems: Problems
+) -> Iterator[Document]:
+    """Yield the documents; those with ids that the tokenizer does not have are problems."""
     for document in documents:
-        ids = document.content
-        if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
-            wrong = int(ids.min() if ids.min() < 0 else ids.max())
-            raise ValueError(
-                f"{origin}: {document.name} has token id {wrong} and the vocabulary ends at {tokenizer.vocab_size - 1};"
-                " set data.tokenizer to the tokenizer.json that made these ids"
-            )
-        yield document
+        fault = id_fault(document.content, tokenizer.vocab_size) if isinstance(document.content, np.ndarray) else None
+        if fault:
+            problems.report(f"{shown(origin)}: {document.name} {fault}")
+        else:
+            yield document
 
 
-def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yield every document with its ids; `encode_batches` may read batches ahead."""
+def _encode(
+    documents: Iterable[Document], encode_batches: EncodeBatches, origin: str, problems: Problems
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield every document with its ids; those that the tokenizer does not take are problems.
+
+    `encode_batches` may read batches ahead.
+    """
     read: deque[list[Document]] = deque()
 
     def texts() -> Iterator[list[str]]:
@@ -209,9 +215,13 @@ def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Ite
             yield [document.content for document in batch if isinstance(document.content, str)]
 
     for encoded in encode_batches(texts()):
-        ids = iter(encoded)
+        answers = iter(encoded)
         for document in read.popleft():
-            yield document, np.array(next(ids), np.int64) if isinstance(document.content, str) else document.content
+            ids = next(answers) if isinstance(document.content, str) else document.content
+            if isinstance(ids, EncodingError):
+                problems.report(f"{shown(origin)}: {document.name} cannot be tokenised: {ids}")
+            else:
+                yield document, ids if isinstance(ids, np.ndarray) else np.array(ids, np.int64)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from deepseek_jax.data.encoders import Encoders
+from deepseek_jax.data.encoding import Ids, encode_text, encode_texts
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import read_json, read_text, shown
 
@@ -116,12 +117,16 @@ class Tokenizer:
         return tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` without BOS and EOS; a special token spelled in it is ordinary text."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        """Return the ids of `text` without BOS and EOS; a special token spelled in it is ordinary text.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts, on all cores."""
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        Raises:
+            EncodingError: the tokenizer does not take it.
+        """
+        return encode_text(self._encoder, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> Ids:
+        """Encode several texts, on all cores; one that the tokenizer does not take gets its EncodingError."""
+        return encode_texts(self._encoder, texts)
 
     def encoders(self, num_processes: int) -> Encoders:
         """Return processes that encode as `encode_batch` does, for large corpora."""
