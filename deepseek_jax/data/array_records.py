@@ -22,12 +22,14 @@ MOST_RECORDS = 10_000  # that are looked at for the dtype
 def read_array_record(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield the ids of each record, int32."""
     module = optional_library("array_record.python.array_record_module", "array_record")
-    broken = (OSError, RuntimeError, ValueError, IndexError)  # what the C++ side raises
+    broken = (OSError, RuntimeError, ValueError, IndexError, TypeError)  # what the C++ side and its binding raise
     try:
         reader = module.ArrayRecordReader(str(path))
         count = reader.num_records()
     except broken as error:
-        return problems.report(f"{shown(path)} is not an ArrayRecord file, or its name is not UTF-8: {error}")
+        return problems.report(
+            f"{shown(path)} is not an ArrayRecord file, or its name is not UTF-8: {shown(str(error))}"
+        )
     if not count:  # the reader also finds no records in a file of another kind
         return problems.report(f"{shown(path)} has no records: it is empty, cut off, or not an ArrayRecord file")
     share = path.stat().st_size // count

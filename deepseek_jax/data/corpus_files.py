@@ -80,7 +80,7 @@ def find_files(source: Source) -> CorpusFiles:
     files, left_out = _select(found, named)
     if not files and not faults:
         raise CorpusError(f"{named} is an empty folder; put text, .jsonl, .parquet or .array_record files there")
-    return CorpusFiles(files, left_out, faults)
+    return CorpusFiles(files, left_out, sorted(faults))
 
 
 def all_files(root: Path) -> list[File]:
