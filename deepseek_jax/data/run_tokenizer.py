@@ -17,7 +17,7 @@ from typing import Any
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
-from deepseek_jax.data.sources import list_files
+from deepseek_jax.data.sources import source_key
 from deepseek_jax.data.tokenizer import CONFIG_NAME, Tokenizer
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import local_path, read_bytes, read_json, shown
@@ -101,8 +101,7 @@ def _origin(config: Config) -> dict[str, Any]:
     if config.data.tokenizer == "bpe":
         files = hashlib.sha256()
         for source in config.data.sources:
-            stats = [(name, path.stat()) for name, path in list_files(source)]
-            files.update(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+            files.update(json.dumps(source_key(source)).encode())
         data = config.data
         origin |= {
             "model.vocab_size": config.model.vocab_size,

@@ -4,13 +4,11 @@ import pickle
 
 import numpy as np
 import pytest
-import tokenizers
 
 from deepseek_jax.data import token_cache
 from deepseek_jax.data.encoders import Encoders
 from deepseek_jax.data.encoding import EncodingError, encode_texts
 from deepseek_jax.data.token_cache import open_corpus
-from deepseek_jax.data.tokenizer import Tokenizer
 from tests.support.array_records import write_array_record
 
 
@@ -28,14 +26,6 @@ class Panicking:
         if any("spaces" in text for text in texts):
             raise Panic("retry-limit-in-match over")
         return self._encoder.encode_batch_fast(texts, **settings)
-
-
-@pytest.fixture(scope="session")
-def words():
-    """A tokenizer that fails on every word but "good"."""
-    encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "<eos>": 1, "good": 2}, unk_token="<unk>"))
-    encoder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return Tokenizer(encoder, "<bos>", "<eos>", "<eos>")
 
 
 def test_one_text_is_one_error(words):

@@ -12,8 +12,9 @@ import pytest
 import zstandard
 
 from deepseek_jax.config import Source
+from deepseek_jax.data.corpus_files import find_files
 from deepseek_jax.data.documents import Problems
-from deepseek_jax.data.sources import list_files, read_documents
+from deepseek_jax.data.sources import read_documents
 from tests.support.array_records import write_array_record
 
 TEXTS = ["one\n", "zwei é", "三"]
@@ -55,7 +56,7 @@ def test_token_ids_from_array_record(tmp_path):
 
 def test_the_standard_library_is_text_and_in_order():
     source = Source(path="stdlib", weight=1.0)
-    names = [name for name, _ in list_files(source)]
+    names = [file.name for file in find_files(source).files]
     assert names == sorted(names)
     assert {"json/decoder.py", "asyncio/events.py"} <= set(names)
     assert not any("site-packages" in name or not name.endswith(".py") for name in names)
@@ -84,7 +85,7 @@ def bad_inputs(folder):
         (
             "field.jsonl",
             b'{"content": "x"}\n' + good,
-            r"line 1 has no text under data.text_field = 'text' \(it has keys \['content'\]\)",
+            r"line 1 has no text under text_field = 'text' \(it has keys \['content'\]\)",
             3,
         ),
         ("number.jsonl", good + b"\n12", "number.jsonl line 4 has no text .* a int", 3),
@@ -95,7 +96,7 @@ def bad_inputs(folder):
         (
             "column.parquet",
             made["column.parquet"],
-            r"has no column data.text_field = 'text' \(it has \['content'\]\)",
+            r"has no column text_field = 'text' \(it has \['content'\]\)",
             0,
         ),
         ("cut.parquet", made["made.parquet"][:-9], "cut.parquet cannot be read after row 0", 0),
@@ -138,17 +139,17 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
-    def refuse(top, onerror):
+    def refuse(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", str(top)))
         return []
 
     monkeypatch.setattr(os, "walk", refuse)
-    with pytest.raises(ValueError, match="cannot be listed: Permission denied; check its permissions"):
+    with pytest.raises(ValueError, match="cannot be listed: Permission denied; repair or remove it"):
         read(tmp_path)
 
 
 def test_missing_and_empty_sources(tmp_path):
-    with pytest.raises(ValueError, match="data source '/nowhere' does not exist; name a folder, a file, or 'stdlib'"):
+    with pytest.raises(ValueError, match="data source '/nowhere' does not exist; name a folder, a file, a pattern"):
         read("/nowhere")
     with pytest.raises(ValueError, match="is an empty folder; put text"):
         read(tmp_path)
