@@ -90,7 +90,7 @@ def read_hub(path: str, text_field: str, problems: Problems) -> Iterator[Documen
         for row, record in enumerate(rows, 1):
             text = record.get(text_field)
             if isinstance(text, str):
-                yield Document(f"{hub.name}:{row}", text, 0)
+                yield Document(f"{hub.name.rpartition('/')[2] if hub.is_local else hub.name}:{row}", text, 0)
             else:
                 problems.report(
                     f"{shown(path)} row {row} has no text under text_field = {text_field!r} (it has keys"

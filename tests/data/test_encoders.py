@@ -78,13 +78,14 @@ def test_a_small_corpus_and_few_cores_start_no_process(
         # of the tokenizer, in a process
         (b"good evil", "corpus: bad.txt cannot be tokenised: .* WordLevel error: Missing .UNK. token"),
         # of the reader, while processes work
-        (b"good \xff", r"bad.txt is not UTF-8 text \(byte 5\); repair or remove it"),
+        (b"good \xff", r"bad.txt is not UTF-8 text \(line 1\); repair or remove it"),
     ],
 )
 def test_an_error_is_raised_here_and_leaves_nothing(tmp_path, make_config, words, cores, started, bad, error):
     (tmp_path / "corpus").mkdir()
     for i in range(9):
-        (tmp_path / "corpus" / f"a{i}.txt").write_text("good " * 2000)
+        # different, so that some of the first are held out
+        (tmp_path / "corpus" / f"a{i}.txt").write_text("good " * (2000 + i))
     (tmp_path / "corpus" / "bad.txt").write_bytes(bad)
     for i in range(9):
         (tmp_path / "corpus" / f"c{i}.txt").write_text("good " * 2000)
