@@ -89,7 +89,10 @@ def all_files(root: Path) -> list[File]:
 
 
 def _walk(root: Path, faults: list[str], not_entered: Iterable[str] = ()) -> list[File]:
-    """Return the files below a folder; those of the standard library are its modules, if `not_entered` is given."""
+    """Return the files below a folder.
+
+    `not_entered` is for the standard library: only its modules are returned, without the generated tables among them.
+    """
     files: list[File] = []
     entered = {_identity(os.stat(root))}
 
@@ -105,10 +108,14 @@ def _walk(root: Path, faults: list[str], not_entered: Iterable[str] = ()) -> lis
         ]
         subfolders[:] = [name for name in kept if _enter(Path(folder, name), entered, faults)]
         names = _saved_shards(Path(folder), names, subfolders) if not not_entered else names
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+        prefix = os.path.join(os.path.relpath(folder, root), "").removeprefix("./")
+        for name in names:
+            if name.startswith(".") or (not_entered and not name.endswith(".py")):
+                continue
+            path = Path(folder, name)
             status = _status(path, faults)
-            if status is not None and (not not_entered or _is_stdlib_source(path, status)):
-                files.append(_file(path.relative_to(root).as_posix(), path, status))
+            if status is not None and not (not_entered and status.st_size > LARGEST_WHOLE_FILE):
+                files.append(_file(prefix + name, path, status))
     return files
 
 
@@ -213,7 +220,3 @@ def _is_about(file: File) -> bool:
 
 def _is_compressed_text(file: File) -> bool:
     return format_of(file.name) == ("text", True, "")
-
-
-def _is_stdlib_source(path: Path, status: os.stat_result) -> bool:
-    return path.suffix == ".py" and status.st_size <= LARGEST_WHOLE_FILE  # the rest are generated tables
