@@ -60,14 +60,19 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            return self.readall()
         while not self._output:
             if self._stream is None and not self._begin():
-                return 0
+                return b""
             self._output = memoryview(self._decompress())
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
+        content, self._output = bytes(self._output[:size]), self._output[size:]
+        return content
 
     def _begin(self) -> bool:
         """Start the next stream; return False at the end of the file."""

@@ -27,17 +27,18 @@ class _LongLine(Exception):
 def read_json_lines(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield a document per line, from a file that may be compressed."""
     number = position = 0
+    file = shown(path)
     try:
         with open_file(path) as (content, raw):
             for number, line in enumerate(lines(content.read), 1):
-                where = f"{shown(path)} line {number}"
+                where = f"{file} line {number}"
                 if line is None:
                     problems.report(f"{where} is longer than {LONGEST_LINE} bytes; cut such a document")
                     continue
                 text = _json_text(line, text_field, where, problems) if line.strip() else None
                 if text is not None:
-                    yield Document(f"{name}:{number}", text, raw.tell() - position)
-                    position = raw.tell()
+                    before, position = position, raw.tell()
+                    yield Document(f"{name}:{number}", text, position - before)
     except _LongLine:
         problems.report(
             f"{shown(path)} line {number + 1} is longer than {LONGEST_LINE + LONGEST_SKIP} bytes; it and what follows"

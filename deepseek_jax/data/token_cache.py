@@ -163,9 +163,10 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
                     bar.update(document.num_file_bytes)
             sizes.append({"train": train.sizes(), "heldout": heldout.sizes()})
             if not len(train) + len(heldout):
+                first = f", for example: {problems.messages[0]}" if problems.count else ""
                 raise ValueError(
-                    f"data source {source.path!r} holds no readable document ({problems.count} items skipped); add"
-                    " text to it"
+                    f"data source {source.path!r} holds no readable document ({problems.count} items skipped{first});"
+                    " add text to it"
                 )
     about = {"digest": digest.hexdigest(), "dtype": dtype.name, "sizes": sizes}
     seal(folder, about | {"num_skipped": problems.count, "skipped": problems.messages})
