@@ -120,7 +120,8 @@ def _read_file(file: File, text_field: str, problems: Problems) -> Iterator[Docu
     """Yield the documents of a file. An error of a class that its reader does not know names the file, too."""
     form = format_of(file.name)
     if form.fault:
-        problems.report(f"{shown(file.path)} {form.fault}")
+        if file.size:  # an empty file holds no document, whatever its name
+            problems.report(f"{shown(file.path)} {form.fault}")
         return
     read = READERS.get(form.kind) or (read_compressed_text if form.compressed else read_text)
     try:
