@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
             },
             "data": {
                 # "stdlib" is the source text of the running Python's standard library: real text that is already on the
-                # machine.
+                # machine. docs/data.md lists what else a path may be; a source may have a "text_field" of its own.
                 "sources": ({"path": "stdlib", "weight": 1.0},),
                 "text_field": "text",
                 "on_error": "refuse",  # or "skip": what to do with an unreadable file, line or record

@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses, and the one strict way from a `ConfigDict` into them.
 
-The dataclasses have no defaults: each file in `configs/` is complete, so it says everything that its run does.
+The dataclasses have no defaults, but for a source's own text field: each file in `configs/` is complete, so it says
+everything that its run does.
 `from_config_dict` refuses unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with
 value and remedy, before any array exists.
 """
@@ -110,10 +111,15 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One corpus of the mixture."""
+    """One corpus of the mixture.
+
+    `path` takes the forms that docs/data.md lists. `text_field` is the key or column of the text; "" stands for
+    `data.text_field`. It may be absent, as from configs that are older than it.
+    """
 
     path: str
     weight: float
+    text_field: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,10 +272,11 @@ def _convert_section(kind: type, value: Any, path: str) -> Any:
                 f"{path}.{key} is unknown"
                 + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {sorted(fields)}")
             )
-    missing = [key for key in fields if key not in value]
+    optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+    missing = [key for key in fields if key not in value and key not in optional]
     if missing:
         raise ValueError(f"{path} lacks {missing}; start from configs/deepseek_v3.py, which has every key")
-    return kind(**{key: _convert(fields[key], value[key], f"{path}.{key}") for key in fields})
+    return kind(**{key: _convert(fields[key], value[key], f"{path}.{key}") for key in fields if key in value})
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:

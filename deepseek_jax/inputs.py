@@ -91,7 +91,7 @@ def read_bytes(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
         try:
             mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):
-                raise ValueError(f"{shown_path} is {_kind(mode)}; put a regular file there")
+                raise ValueError(f"{shown_path} is {kind_of(mode)}; put a regular file there")
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read(limit + 1)
         finally:
@@ -136,8 +136,9 @@ def read_json(path: Path, kind: type = dict, limit: int = LARGEST_SMALL_FILE) ->
     return value
 
 
-def shown(text: str) -> str:
+def shown(text: str | os.PathLike) -> str:
     """Return foreign text fit for a terminal: control characters escaped, and not longer than `LONGEST_SHOWN`."""
+    text = os.fspath(text)
     text = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 2 :]}"
     return printable(text)
 
@@ -156,6 +157,13 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _kind(mode: int) -> str:
-    kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR}
+def kind_of(mode: int) -> str:
+    """Return what a file with this `st_mode` is, in words: "a folder", "a FIFO"."""
+    kinds = {
+        "a regular file": stat.S_ISREG,
+        "a folder": stat.S_ISDIR,
+        "a FIFO": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    }
     return next((name for name, is_kind in kinds.items() if is_kind(mode)), "something else")

@@ -13,6 +13,7 @@ from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.evaluation.workdir import evaluate_workdir
 from deepseek_jax.evaluation.yardsticks import measure_yardsticks
 from deepseek_jax.inputs import local_path
+from deepseek_jax.training.curves import source_lines
 from deepseek_jax.training.workdir import check_workdir, read_config
 from experiments import command, recipe, session
 
@@ -40,6 +41,8 @@ def main(_) -> None:
         "eval/bits_per_byte": result.bits_per_byte,
         "eval/loss": result.loss,
     }
+    if len(config.data.sources) > 1:
+        values["eval/source_bits_per_byte"] = result.source_bits_per_byte
     if YARDSTICKS.value:
         values |= measure_yardsticks(config, workdir, open_tokenizer(config, workdir), progress.tokens_seen)
     values |= {"eval/mtp_loss": result.mtp_loss, "eval/max_vio": result.max_vio_L.tolist()}
@@ -49,6 +52,9 @@ def main(_) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         print(f"{name:<{width}}  {_show(value)}")
+        if name == "eval/source_bits_per_byte":
+            for source, text in source_lines(config.data.sources, value):
+                print(f"{source:<{width}}  {text}")
 
 
 def _show(value) -> str:

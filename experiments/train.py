@@ -73,7 +73,9 @@ def report(config: Config, workdir: Path, result: Result) -> None:
     if jax.process_index() > 0:
         return
     draw_sheet(config, workdir, sum(leaf.size for leaf in jax.tree.leaves(weights_of(result.state).params)))
-    print("\n" + final_table(workdir, open_corpus(config, result.tokenizer, workdir).digest, steps))
+    print(
+        "\n" + final_table(workdir, open_corpus(config, result.tokenizer, workdir).digest, steps, config.data.sources)
+    )
     if jax.process_count() > 1:
         print(f"\nThe weights are spread over {jax.process_count()} processes; for a sample:")
         print(shlex.join(["python", "-m", "experiments.generate", f"--workdir={workdir}", f"--prompt={PROMPT}"]))

@@ -12,7 +12,7 @@ import pytest
 
 from configs import deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax import config as config_lib
-from deepseek_jax.config import from_config_dict, to_dict
+from deepseek_jax.config import Source, from_config_dict, to_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.schedule import schedule_value
@@ -451,3 +451,14 @@ def test_a_number_is_a_constant_schedule():
     assert from_config_dict(changed("training.batch_size", 16)).training.batch_size == (("constant", 1.0, 16.0),)
     with pytest.raises(ValueError, match="must be a sequence"):
         from_config_dict(changed("optimizer.learning_rate", True))
+
+
+def test_a_source_may_have_a_text_field_of_its_own():
+    config = from_config_dict(changed("data.sources", ({"path": "a", "weight": 1.0, "text_field": "content"},)))
+    assert config.data.sources[0].text_field == "content"
+    tree = json.loads(json.dumps(to_dict(config)))
+    assert from_config_dict(tree) == config
+    del tree["data"]["sources"][0]["text_field"]  # as runs of older versions stored it
+    assert from_config_dict(tree).data.sources == (Source(path="a", weight=1.0),)
+    with pytest.raises(ValueError, match=r"config.data.sources\[0\].text_fild is unknown; did you mean 'text_field'"):
+        from_config_dict(changed("data.sources", ({"path": "a", "weight": 1.0, "text_fild": "content"},)))

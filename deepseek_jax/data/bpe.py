@@ -1,4 +1,4 @@
-"""The tokenizer of a run: byte-level BPE with DeepSeek-V3's pre-tokenizer, plain bytes, or a given `tokenizer.json`.
+"""Tokenizers that are made here: byte-level BPE with DeepSeek-V3's pre-tokenizer, and plain bytes.
 
 The pre-tokenizer cuts text into words that no merge may cross. V3's has four stages; each isolates what it matches and
 leaves the rest to the next (the released tokenizer.json; report section 4.1):
@@ -14,15 +14,14 @@ breaks that follow ("):\\n\\n"). The latter is new in V3 and the reason for `aug
 The byte tokenizer is BPE without merges.
 """
 
-import os
+import functools
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from threading import Thread
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, Tokenizer, byte_symbols
 
 DIGITS = r"\p{N}{1,3}"
@@ -36,42 +35,13 @@ WORDS = (
     r"|\s+"
 )
 
-
-def make_tokenizer(config: Config, workdir: str | os.PathLike, documents: Iterable[str]) -> Tokenizer:
-    """Return the run's tokenizer: `tokenizer.json` of `workdir`, or else the one of `data.tokenizer`, saved there.
-
-    Args:
-        config: its `data.tokenizer` is "bpe" (trained up to `model.vocab_size` entries), "byte", or the path of a
-            tokenizer.json.
-        documents: texts of the train split, read only if a BPE has to be trained.
-
-    Raises:
-        ValueError: the tokenizer needs more ids than `model.vocab_size`.
-    """
-    cached = Path(workdir) / "tokenizer.json"
-    if cached.exists():
-        tokenizer, origin = Tokenizer.load(cached), str(cached)
-    elif config.data.tokenizer == "bpe":
-        tokenizer, origin = train_bpe(documents, config.model.vocab_size), "the trained tokenizer"
-    elif config.data.tokenizer == "byte":
-        tokenizer, origin = byte_tokenizer(), "the byte tokenizer"
-    else:
-        tokenizer, origin = Tokenizer.load(config.data.tokenizer), config.data.tokenizer
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"{origin} needs {tokenizer.vocab_size} ids and model.vocab_size = {config.model.vocab_size};"
-            f" set model.vocab_size to at least {tokenizer.vocab_size}, or use another data.tokenizer"
-        )
-    if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(cached)
-    return tokenizer
+SECONDS_BETWEEN_LOOKS = 0.2  # at a training that runs
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE with V3's pre-tokenizer; the same documents in the same order give the same tokenizer.
 
-    It has fewer than `vocab_size` entries if the corpus is too small for so many.
+    It has fewer than `vocab_size` entries if the corpus is too small for so many. Ctrl-C ends the wait at once.
 
     Raises:
         ValueError: `vocab_size` does not hold the bytes and the special tokens.
@@ -90,8 +60,26 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=2,  # a pair seen once teaches nothing
         show_progress=sys.stderr.isatty(),
     )
-    encoder.train_from_iterator(documents, trainer)
+    _interruptible(functools.partial(encoder.train_from_iterator, documents, trainer))
     return Tokenizer(encoder, BOS, EOS, PAD)
+
+
+def _interruptible(function: Callable[[], None]) -> None:
+    """Run `function` on a thread of its own: Python sees no Ctrl-C while the main thread is in the Rust side."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = Thread(target=run, name="train-bpe", daemon=True)  # so that an exit does not wait for it
+    thread.start()
+    while thread.is_alive():
+        thread.join(SECONDS_BETWEEN_LOOKS)
+    if failures:
+        raise failures[0]
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -6,7 +6,7 @@ fails for a script without a guard. So this file is both sides. `Encoders` start
 but not jax, and talks to it through a socket:
 
     to a process      the tokenizer, then lists of texts
-    from a process    for each list the ids of its texts, or the exception that encoding them raised
+    from a process    for each list what `encode_texts` returns, or the exception that it raised
 
 A process ends when its socket closes. So it never outlives the program, however that ends.
 """
@@ -16,7 +16,6 @@ import os
 import queue
 import subprocess
 import sys
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
@@ -24,11 +23,10 @@ from multiprocessing.connection import Connection
 
 import tokenizers
 
+from deepseek_jax.data.encoding import Ids, encode_texts
 from deepseek_jax.files import in_order
 
 BATCHES_PER_PROCESS = 2  # on their way at once: one is encoded, one waits
-
-Ids = list[array]  # one array for each text
 
 
 class Encoders(contextlib.AbstractContextManager):
@@ -52,11 +50,12 @@ class Encoders(contextlib.AbstractContextManager):
             process.close()
 
     def map(self, batches: Iterable[Sequence[str]]) -> Iterator[Ids]:
-        """Yield the ids of each batch of texts, in order. At most `BATCHES_PER_PROCESS` batches per process are read
-        ahead.
+        """Yield the answers for each batch of texts, in order.
+
+        At most `BATCHES_PER_PROCESS` batches per process are read ahead.
 
         Raises:
-            ChildProcessError: a process was killed. What the tokenizer raises in a process is raised here.
+            ChildProcessError: a process was killed. What `encode_texts` raises in a process is raised here.
         """
         waiting = 0  # batches read and not yielded yet
 
@@ -130,9 +129,8 @@ def _serve(connection: Connection) -> None:
     while True:
         texts = connection.recv()
         try:
-            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-            answer = [array("I", encoding.ids) for encoding in encodings]
-        except Exception as error:  # the Rust side raises plain Exception
+            answer = encode_texts(encoder, texts)
+        except Exception as error:  # too little memory
             answer = error
         connection.send(answer)
 

@@ -23,11 +23,12 @@ import numpy as np
 
 from deepseek_jax.config import Config, Data
 from deepseek_jax.data.augmentation import Augmentation
-from deepseek_jax.data.bpe import make_tokenizer
 from deepseek_jax.data.examples import Example, check_examples
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch, pack
-from deepseek_jax.data.sources import train_texts
-from deepseek_jax.data.token_cache import Documents, open_corpus
+from deepseek_jax.data.run_tokenizer import make_tokenizer
+from deepseek_jax.data.split import train_texts
+from deepseek_jax.data.token_cache import open_corpus
+from deepseek_jax.data.token_files import Documents
 from deepseek_jax.data.tokenizer import Tokenizer
 
 # Tokens of a window, about. The rows of a window come from the same documents, so it must hold many more tokens than a

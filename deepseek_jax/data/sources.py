@@ -1,290 +1,132 @@
 """Documents from the files that people have.
 
-A source is the standard library of the running Python ("stdlib"), a folder, or a file. The name of a file decides how
-it is read:
+A source is the standard library of the running Python ("stdlib"), a folder, a file, a pattern, or a data set by name
+("hf:..."): docs/data.md lists them all. The name of a file decides how it is read:
 
-    *.jsonl, *.jsonl.gz, *.jsonl.zst     one document per line, under the key `data.text_field`
-    *.parquet                            one document per row, in the column `data.text_field`
+    *.jsonl, *.ndjson                    one document per line, under the source's text field
+    *.json                               the same, or one list of documents: the content decides
+    *.parquet, *.arrow                   one document per row, in the column of that name
     *.array_record, *.arrayrecord        one document per record: token ids as little-endian int32, without BOS and EOS
-    anything else                        UTF-8 text: one document per file of a folder; a single file is cut at line
-                                         ends into about 1000
+    anything else                        UTF-8 text: one document per file, or about 1000 if it is large (`text_files`)
 
-Documents come in a fixed order: files by relative name, then lines, rows or records. The content alone decides to which
-split a document belongs (`is_heldout`). So a new file moves no other document, and two copies of a text share a split.
+JSON and .txt may be compressed: *.gz, *.bz2, *.xz, *.zst. Other compressed or binary files are refused by name.
+
+Documents come in a fixed order: files by relative name, then lines, rows or records. `split` says which of them are
+trained on.
 """
 
-import gzip
-import hashlib
-import importlib
-import io
-import json
-import os
-import sysconfig
-import zlib
+import logging
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from deepseek_jax.config import Source
+from deepseek_jax.data import hub
+from deepseek_jax.data.array_records import read_array_record
+from deepseek_jax.data.columns import read_arrow, read_parquet
+from deepseek_jax.data.compressed_text import read_compressed_text
+from deepseek_jax.data.corpus_files import STDLIB, File, find_files
+from deepseek_jax.data.documents import CorpusError, Document, Problems
+from deepseek_jax.data.extras import optional_library
+from deepseek_jax.data.formats import format_of
+from deepseek_jax.data.json_files import read_json, read_json_lines
+from deepseek_jax.data.text_files import read_text
+from deepseek_jax.inputs import shown
 
-from deepseek_jax.config import Config, Source
+READERS = {
+    "json lines": read_json_lines,
+    "json": read_json,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+    "array_record": read_array_record,
+}
+LIBRARIES = {"parquet": ("pyarrow",), "arrow": ("pyarrow",), "array_record": ("array_record",)}
 
-STDLIB = "stdlib"
-NOT_STDLIB = {"site-packages", "dist-packages"}  # folders in that of the standard library which are not part of it
-# In bytes. Larger files are generated tables, and one of them would be most of a 2% held-out split.
-LARGEST_STDLIB_FILE = 200_000
-BLOCKS_PER_FILE = 1000  # a single text file is cut into about so many documents, so that a hash can split it
-SHORTEST_BLOCK = 4096  # bytes: a document shorter than a context teaches little
-KEPT_MESSAGES = 20  # about skipped items; all items are counted
-# BPE is trained on so much text: merges change little with more, and a large corpus is not read twice.
-TOKENIZER_CHARACTERS = 200_000_000
-
-
-class Document(NamedTuple):
-    """A text, or its token ids."""
-
-    name: str  # relative file name, with the line, row or record
-    content: str | np.ndarray
-    num_file_bytes: int  # its share of the file, for a progress bar
-
-    def digest(self) -> bytes:
-        """SHA-256 of the content."""
-        content = self.content
-        return hashlib.sha256(
-            content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
-        ).digest()
+log = logging.getLogger(__name__)
 
 
-class Problems:
-    """Unreadable items: they are refused (ValueError), or left out and counted."""
-
-    def __init__(self, on_error: str):
-        """`on_error` is "refuse" or "skip"."""
-        self._on_error = on_error
-        self.count = 0
-        self.messages: list[str] = []
-
-    def report(self, message: str) -> None:
-        """Raise ValueError with `message`, or note that the item is skipped."""
-        if self._on_error == "refuse":
-            raise ValueError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
-        self.count += 1
-        if len(self.messages) < KEPT_MESSAGES:
-            self.messages.append(message)
-
-
-def is_heldout(digest: bytes, fraction: float) -> bool:
-    """Return whether a document with this SHA-256 is held out, as `fraction` of all contents are."""
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def list_files(source: Source) -> list[tuple[str, Path]]:
-    """Return (relative name, path) of every file of `source`, sorted by name.
-
-    Hidden files and folders, sockets and broken links are left out.
+def check_source(source: Source) -> None:
+    """Refuse a source before anything of it is read: that is not there, or needs a library that is not installed.
 
     Raises:
-        ValueError: the path does not exist, cannot be listed, or holds no file.
+        CorpusError: as `find_files`, or with the remedy of the missing library.
     """
-    root = Path(sysconfig.get_path("stdlib") if source.path == STDLIB else source.path)
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise ValueError(f"data source {source.path!r} does not exist; name a folder, a file, or 'stdlib'")
-    left_out = NOT_STDLIB if source.path == STDLIB else set()
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=_refuse_folder):
-        subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and name != "__pycache__" and name not in left_out
-        ]
-        paths = [Path(folder) / name for name in names if not name.startswith(".")]
-        paths = [path for path in paths if path.is_file() and (source.path != STDLIB or _is_stdlib_source(path))]
-        files += [(path.relative_to(root).as_posix(), path) for path in paths]
-    if not files:
-        raise ValueError(
-            f"data source {source.path!r} is an empty folder; put text, .jsonl, .parquet or .array_record files there"
-        )
-    return sorted(files)
+    if source.path.startswith(hub.PREFIX):
+        hub.check_library(source.path)
+        return
+    for name in sorted({library for file in find_files(source).files for library in _libraries(file)}):
+        optional_library(name)
+
+
+def num_bytes(source: Source) -> int:
+    """Return the bytes of the files of `source`; 0 for a data set by name.
+
+    Raises:
+        CorpusError: as `find_files`.
+    """
+    return 0 if source.path.startswith(hub.PREFIX) else sum(file.size for file in find_files(source).files)
+
+
+def source_key(source: Source) -> Any:
+    """Return what the documents of `source` depend on, for JSON: names, sizes and times of its files, or a commit.
+
+    Raises:
+        CorpusError: as `find_files`, or the Hub does not tell the commit.
+    """
+    if source.path.startswith(hub.PREFIX):
+        return [source.path, source.text_field, hub.revision_key(source.path)]
+    files = [(file.name, file.size, file.changed) for file in find_files(source).files]
+    return [source.path == STDLIB, source.text_field, files]
 
 
 def read_documents(source: Source, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield the documents of `source` in their fixed order, except empty ones.
 
-    The few files of "stdlib" that are not UTF-8 are left out too: its tests have them on purpose, and the user cannot
-    repair them.
+    `text_field` is for sources that name none of their own. The few files of "stdlib" that are not UTF-8 are left out
+    too: its tests have them on purpose, and the user cannot repair them.
 
     Raises:
-        ValueError: an item cannot be read and `problems` refuses it.
+        CorpusError: an item cannot be read and `problems` refuses it, or the whole source cannot be read.
     """
-    whole = source.path == STDLIB or Path(source.path).is_dir()
+    text_field = source.text_field or text_field
     problems = Problems("skip") if source.path == STDLIB else problems
-    for name, path in list_files(source):
-        read = _reader(path, whole)
-        for document in read(name, path, text_field, problems):
-            if len(document.content):
-                yield document
+    for document in _read_source(source, text_field, problems):
+        if len(document.content):
+            yield document
 
 
-def train_texts(config: Config) -> Iterator[str]:
-    """Yield texts of the train split to train a tokenizer on, from each source in proportion to its weight.
+def _libraries(file: File) -> tuple[str, ...]:
+    return LIBRARIES.get(format_of(file.name).kind, ()) + (("zstandard",) if file.name.lower().endswith(".zst") else ())
 
-    Raises:
-        ValueError: there are no texts, for example because all sources hold token ids.
-    """
-    total = sum(source.weight for source in config.data.sources)
-    empty = True
-    for source in config.data.sources:
-        num_wanted = TOKENIZER_CHARACTERS * source.weight / total
-        for document in read_documents(source, config.data.text_field, Problems(config.data.on_error)):
-            if isinstance(document.content, np.ndarray) or is_heldout(document.digest(), config.data.heldout_fraction):
-                continue
-            if num_wanted <= 0:
-                break
-            num_wanted -= len(document.content)
-            empty = False
-            yield document.content
-    if empty:
-        raise ValueError(
-            "no training text in data.sources to train a tokenizer on; set data.tokenizer to a tokenizer.json or 'byte'"
+
+def _read_source(source: Source, text_field: str, problems: Problems) -> Iterator[Document]:
+    if source.path.startswith(hub.PREFIX):
+        yield from hub.read_hub(source.path, text_field, problems)
+        return
+    found = find_files(source)
+    if found.left_out:
+        log.warning(
+            "data source %s: %d files of another kind are left out, for example %s",
+            shown(source.path),
+            len(found.left_out),
+            shown(found.left_out[0]),
         )
+    for fault in found.faults:
+        problems.report(fault)
+    for file in found.files:
+        yield from _read_file(file, text_field, problems)
 
 
-def _is_stdlib_source(path: Path) -> bool:
-    return path.suffix == ".py" and path.stat().st_size <= LARGEST_STDLIB_FILE
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise ValueError(
-        f"corpus folder {error.filename} cannot be listed: {error.strerror}; check its permissions"
-    ) from error
-
-
-def _reader(path: Path, whole: bool):
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        return _read_jsonl
-    if name.endswith(".parquet"):
-        return _read_parquet
-    if name.endswith((".array_record", ".arrayrecord")):
-        return _read_array_record
-    return _read_text if whole else _read_blocks
-
-
-def _read_text(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
+def _read_file(file: File, text_field: str, problems: Problems) -> Iterator[Document]:
+    """Yield the documents of a file. An error of a class that its reader does not know names the file, too."""
+    form = format_of(file.name)
+    if form.fault:
+        if file.size:  # an empty file holds no document, whatever its name
+            problems.report(f"{shown(file.path)} {form.fault}")
+        return
+    read = READERS.get(form.kind) or (read_compressed_text if form.compressed else read_text)
     try:
-        content = path.read_bytes()
-        yield Document(name, content.decode("utf-8"), len(content))
-    except UnicodeDecodeError as error:
-        problems.report(f"{path} is not UTF-8 text (byte {error.start})")
-    except OSError as error:
-        problems.report(f"{path} cannot be read: {error.strerror}")
-
-
-def _read_blocks(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
-    """Cut one text file into documents at line ends."""
-    try:
-        size = max(SHORTEST_BLOCK, path.stat().st_size // BLOCKS_PER_FILE)
-        with path.open("rb") as file:
-            first_line = 1
-            while lines := file.readlines(size):
-                block = b"".join(lines)
-                try:
-                    yield Document(f"{name}:{first_line}", block.decode("utf-8"), len(block))
-                except UnicodeDecodeError as error:
-                    problems.report(
-                        f"{path} is not UTF-8 text (line {first_line + block.count(b'\n', 0, error.start)})"
-                    )
-                first_line += len(lines)
-    except OSError as error:
-        problems.report(f"{path} cannot be read: {error.strerror}")
-
-
-def _read_jsonl(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
-    zstandard = _extra("zstandard") if path.suffix.lower() == ".zst" else None
-    broken = (OSError, EOFError, zlib.error) + ((zstandard.ZstdError,) if zstandard else ())
-    number = position = 0
-    try:
-        with path.open("rb") as raw:
-            for number, line in enumerate(_lines(path, raw, zstandard), 1):
-                if not line.strip():
-                    continue
-                text = _json_text(line, text_field, f"{path} line {number}", problems)
-                if text is not None:
-                    yield Document(f"{name}:{number}", text, raw.tell() - position)
-                    position = raw.tell()
-    except broken as error:
-        problems.report(f"{path} cannot be read after line {number}: {error}")
-
-
-def _lines(path: Path, raw: io.BufferedReader, zstandard: Any) -> Iterator[bytes]:
-    if zstandard:
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-
-
-def _json_text(line: bytes, text_field: str, where: str, problems: Problems) -> str | None:
-    try:
-        record = json.loads(line)
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            text.encode()  # JSON can spell half a character ("\\ud800"), which no tokenizer takes
-            return text
-    except ValueError as error:  # broken JSON, bytes that are not UTF-8, half a character
-        return problems.report(f"{where} is not JSON text ({error})")
-    has = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-    return problems.report(f"{where} has no text under data.text_field = {text_field!r} (it has {has})")
-
-
-def _read_parquet(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
-    parquet, arrow = _extra("pyarrow.parquet"), _extra("pyarrow")
-    row = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                return problems.report(
-                    f"{path} has no column data.text_field = {text_field!r} (it has {file.schema_arrow.names})"
-                )
-            share = path.stat().st_size // max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if isinstance(text, str):
-                        yield Document(f"{name}:{row}", text, share)
-                    else:
-                        problems.report(f"{path} row {row} has {text!r} in {text_field!r}, not text")
-    except (OSError, arrow.ArrowException) as error:
-        problems.report(f"{path} cannot be read after row {row}: {error}")
-    return None
-
-
-def _read_array_record(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
-    module = _extra("array_record.python.array_record_module", "array_record")
-    broken = (OSError, RuntimeError, ValueError, IndexError)  # what the C++ side raises
-    try:
-        reader = module.ArrayRecordReader(str(path))
-        count = reader.num_records()
-    except broken as error:
-        return problems.report(f"{path} is not an ArrayRecord file: {error}")
-    if not count:  # the reader also finds no records in a file of another kind
-        return problems.report(f"{path} has no records: it is empty, cut off, or not an ArrayRecord file")
-    for record in range(count):
-        try:
-            content = reader.read([record])[0]
-        except broken as error:
-            return problems.report(f"{path} cannot be read from record {record} on: {error}")
-        if len(content) % 4:
-            problems.report(f"{path} record {record} has {len(content)} bytes, not a whole number of int32 token ids")
-        else:
-            yield Document(f"{name}:{record}", np.frombuffer(content, "<i4"), path.stat().st_size // count)
-    return None
-
-
-def _extra(module: str, package: str | None = None) -> Any:
-    """Import a module of the [data] extra, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = package or module.split(".")[0]
-        raise ValueError(
-            f"reading this corpus needs {package}; install it with: pip install 'deepseek-jax[data]'"
-        ) from error
+        yield from read(file.name, file.path, text_field, problems)
+    except (CorpusError, MemoryError):
+        raise
+    except Exception as error:
+        problems.report(f"{shown(file.path)} cannot be read: {type(error).__name__}: {error}")

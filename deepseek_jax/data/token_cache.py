@@ -1,13 +1,15 @@
 """The corpus is tokenised once; after that its ids are read through memory maps.
 
-A folder `tokens-<key>` in the workdir holds, for every source and split, one flat file of ids and the offsets of its
-documents. The key covers all that the ids depend on: the tokenizer, the files (name, size, time of change) and the data
-settings. The folder is written under another name and renamed when it is complete, so a process that is killed leaves a
-complete cache or none. Processes that share a workdir write the same bytes, and the first to finish wins.
+A folder `tokens-<key>` in the workdir holds, for every source and split, the files of `token_files`. The key covers all
+that the ids depend on: the tokenizer, the files (their names inside the source, size, time of change; not where the
+source lies) and the data settings. The folder is written under another name and renamed when it is complete, so a
+process that is killed leaves a complete cache or none. Processes that share a workdir write the same bytes, and the
+first to finish wins. A damaged cache is made again.
 """
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -17,49 +19,30 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.sources import Document, Problems, is_heldout, list_files, read_documents
+from deepseek_jax.data.array_records import id_fault
+from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.encoding import EncodingError, Ids
+from deepseek_jax.data.sources import num_bytes, source_key
+from deepseek_jax.data.split import heldout_keys, is_heldout, read_source
+from deepseek_jax.data.token_files import Documents, Writer, open_about, seal
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inputs import shown
 from deepseek_jax.progress import Bar
 
-LAYOUT = 1  # version of the folder's layout; part of the key
+LAYOUT = 2  # version of the folder's layout; part of the key
 BATCH_CHARACTERS = 1_000_000  # that one process encodes at once, in less than a second
 SMALL_CORPUS = 2_000_000  # bytes of files; a smaller corpus is encoded here before processes would have started
 FEW_CORES = 2  # the tokenizer's own threads keep so many as busy as processes would
 
 # From batches of texts to the ids of each batch, in the same order.
-EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[list[Sequence[int]]]]
+EncodeBatches = Callable[[Iterable[Sequence[str]]], Iterable[Ids]]
 
 log = logging.getLogger(__name__)
-
-
-class Documents:
-    """The documents of one source and split, mapped from disk: a sequence of arrays of ids without BOS and EOS."""
-
-    def __init__(self, stem: Path, dtype: np.dtype):
-        """Open the three files of `stem`.
-
-        `<stem>.ids.bin` holds the ids of all documents, `<stem>.ends.npy` where each document ends in it, and
-        `<stem>.bytes.npy` how many UTF-8 bytes each has.
-        """
-        self.ends = np.load(f"{stem}.ends.npy", mmap_mode="r")
-        self.num_bytes = np.load(f"{stem}.bytes.npy", mmap_mode="r")
-        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
-        # an empty file cannot be mapped
-        self._ids = np.memmap(f"{stem}.ids.bin", dtype, "r") if self.num_tokens else np.zeros(0, dtype)
-
-    def __len__(self) -> int:
-        """Return the number of documents."""
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the ids of one document, int32."""
-        start = int(self.ends[index - 1]) if index else 0
-        return np.asarray(self._ids[start : int(self.ends[index])], np.int32)
 
 
 class Corpus(NamedTuple):
@@ -70,6 +53,7 @@ class Corpus(NamedTuple):
     digest: str  # SHA-256 of the names and contents of all documents in order
     num_skipped: int  # items left out because data.on_error = "skip"
     skipped: tuple[str, ...]  # messages about the first few of them
+    sizes: tuple[dict[str, dict[str, int]], ...]  # one per source: split to its documents, tokens and bytes
 
 
 def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike) -> Corpus:
@@ -85,10 +69,11 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
                 f"data source {source.path!r} has weight {source.weight}; give it a positive one or remove it"
             )
     folder = Path(workdir) / f"tokens-{_key(config, tokenizer)}"
-    if not folder.exists():
-        _remove_abandoned(folder.parent)
+    _remove_abandoned(folder.parent)
+    about = _intact(folder)
+    if about is None:
         _tokenize(config, tokenizer, folder)
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = open_about(folder)
     if about["num_skipped"]:
         log.warning("%d items of the corpus were skipped, for example: %s", about["num_skipped"], about["skipped"][0])
     dtype = np.dtype(about["dtype"])
@@ -96,22 +81,58 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
     train, heldout = (
         tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in splits
     )
-    return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]))
+    return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]), tuple(about["sizes"]))
+
+
+def corpus_lines(config: Config, corpus: Corpus) -> list[str]:
+    """Return what a corpus holds and what is held out of it, one line per source, for a person."""
+    lines = []
+    for source, splits in zip(config.data.sources, corpus.sizes, strict=True):
+        train, heldout = splits["train"], splits["heldout"]
+        share = heldout["bytes"] / max(1, heldout["bytes"] + train["bytes"])
+        out = f"{_counted(heldout)}, {share:.2%} of the bytes" if heldout["documents"] else "nothing"
+        lines.append(f"{shown(source.path)}: {_counted(train)} to train on; {out} held out")
+    if corpus.num_skipped:
+        lines.append(f"{corpus.num_skipped:,} items skipped, for example: {shown(corpus.skipped[0])}")
+    return lines
+
+
+def _counted(sizes: dict[str, int]) -> str:
+    count = sizes["documents"]
+    return f"{count:,} document{'s' * (count != 1)} ({sizes['bytes']:,} bytes, {sizes['tokens']:,} tokens)"
 
 
 def _key(config: Config, tokenizer: Tokenizer) -> str:
-    files = []
-    for source in config.data.sources:
-        stats = [(name, path.stat()) for name, path in list_files(source)]
-        files.append([source.path, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     data = config.data
-    parts = [LAYOUT, tokenizer.fingerprint, files, data.text_field, data.on_error, data.heldout_fraction]
+    keys = [source_key(source) for source in data.sources]
+    parts = [LAYOUT, tokenizer.fingerprint, keys, data.text_field, data.on_error, data.heldout_fraction]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _intact(folder: Path) -> dict[str, Any] | None:
+    """Return about.json of a cache, or None if there is none; a damaged one is removed."""
+    if not folder.exists():
+        return None
+    try:
+        return open_about(folder)
+    except (ValueError, OSError) as error:
+        log.warning("the token cache %s is damaged and is made again: %s", folder, error)
+    trash = _partial(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+    return None
+
+
+def _partial(folder: Path) -> Path:
+    """Return a name beside `folder` that no other process uses, and that `_remove_abandoned` knows."""
+    return folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
 
 
 def _tokenize(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the cache folder under another name, and rename it when it is complete."""
-    partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this number: containers number anew
     partial.mkdir(parents=True)
     try:
         _write(config, tokenizer, partial)
@@ -126,30 +147,29 @@ def _tokenize(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
 def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     problems, digest = Problems(config.data.on_error), hashlib.sha256()
-    total = sum(path.stat().st_size for source in config.data.sources for _, path in list_files(source))
+    total = sum(num_bytes(source) for source in config.data.sources)
+    sizes, below = [], heldout_keys(config)
     bar = Bar(total, "tokenize")
     with bar, _encode_batches(tokenizer, total) as encode_batches:
         for i, source in enumerate(config.data.sources):
-            documents = _checked(read_documents(source, config.data.text_field, problems), tokenizer, source.path)
-            with _Writer(folder / f"{i}-train", dtype) as train, _Writer(folder / f"{i}-heldout", dtype) as heldout:
-                for document, ids in _encode(documents, encode_batches):
+            documents = _checked(read_source(source, config.data, problems), tokenizer, source.path, problems)
+            with Writer(folder / f"{i}-train", dtype) as train, Writer(folder / f"{i}-heldout", dtype) as heldout:
+                for document, ids in _encode(documents, encode_batches, source.path, problems):
                     content_digest = document.digest()
-                    digest.update(f"{len(document.name.encode())} {document.name}".encode() + content_digest)
-                    writer = heldout if is_heldout(content_digest, config.data.heldout_fraction) else train
+                    name = os.fsencode(document.name)
+                    digest.update(f"{len(name)} ".encode() + name + content_digest)
+                    writer = heldout if is_heldout(content_digest, below[i]) else train
                     writer.add(ids, _num_bytes(document, ids, tokenizer))
                     bar.update(document.num_file_bytes)
+            sizes.append({"train": train.sizes(), "heldout": heldout.sizes()})
             if not len(train) + len(heldout):
+                first = f", for example: {problems.messages[0]}" if problems.count else ""
                 raise ValueError(
-                    f"data source {source.path!r} holds no readable document ({problems.count} items skipped); add"
-                    " text to it"
+                    f"data source {source.path!r} holds no readable document ({problems.count} items skipped{first});"
+                    " add text to it"
                 )
-    about = {
-        "digest": digest.hexdigest(),
-        "dtype": dtype.name,
-        "num_skipped": problems.count,
-        "skipped": problems.messages,
-    }
-    (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    about = {"digest": digest.hexdigest(), "dtype": dtype.name, "sizes": sizes}
+    seal(folder, about | {"num_skipped": problems.count, "skipped": problems.messages})
 
 
 def _num_bytes(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> int:
@@ -169,21 +189,25 @@ def _encode_batches(tokenizer: Tokenizer, num_bytes: int) -> Iterator[EncodeBatc
             yield encoders.map
 
 
-def _checked(documents: Iterable[Document], tokenizer: Tokenizer, origin: str) -> Iterator[Document]:
-    """Yield the documents; refuse ids that the tokenizer does not have."""
+def _checked(
+    documents: Iterable[Document], tokenizer: Tokenizer, origin: str, problems: Problems
+) -> Iterator[Document]:
+    """Yield the documents; those with ids that the tokenizer does not have are problems."""
     for document in documents:
-        ids = document.content
-        if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
-            wrong = int(ids.min() if ids.min() < 0 else ids.max())
-            raise ValueError(
-                f"{origin}: {document.name} has token id {wrong} and the vocabulary ends at {tokenizer.vocab_size - 1};"
-                " set data.tokenizer to the tokenizer.json that made these ids"
-            )
-        yield document
+        fault = id_fault(document.content, tokenizer.vocab_size) if isinstance(document.content, np.ndarray) else None
+        if fault:
+            problems.report(f"{shown(origin)}: {document.name} {fault}")
+        else:
+            yield document
 
 
-def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yield every document with its ids; `encode_batches` may read batches ahead."""
+def _encode(
+    documents: Iterable[Document], encode_batches: EncodeBatches, origin: str, problems: Problems
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield every document with its ids; those that the tokenizer does not take are problems.
+
+    `encode_batches` may read batches ahead.
+    """
     read: deque[list[Document]] = deque()
 
     def texts() -> Iterator[list[str]]:
@@ -192,9 +216,13 @@ def _encode(documents: Iterable[Document], encode_batches: EncodeBatches) -> Ite
             yield [document.content for document in batch if isinstance(document.content, str)]
 
     for encoded in encode_batches(texts()):
-        ids = iter(encoded)
+        answers = iter(encoded)
         for document in read.popleft():
-            yield document, np.array(next(ids), np.int64) if isinstance(document.content, str) else document.content
+            ids = next(answers) if isinstance(document.content, str) else document.content
+            if isinstance(ids, EncodingError):
+                problems.report(f"{shown(origin)}: {document.name} cannot be tokenised: {ids}")
+            else:
+                yield document, ids if isinstance(ids, np.ndarray) else np.array(ids, np.int64)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -209,38 +237,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     yield batch
 
 
-class _Writer(contextlib.AbstractContextManager):
-    """Writes the files that `Documents` opens; they are complete when the context ends."""
-
-    def __init__(self, stem: Path, dtype: np.dtype):
-        self._stem, self._dtype = stem, dtype
-        self._lengths: list[int] = []
-        self._num_bytes: list[int] = []
-
-    def __enter__(self):
-        self._file = open(f"{self._stem}.ids.bin", "wb")
-        return self
-
-    def add(self, ids: np.ndarray, num_bytes: int) -> None:
-        self._file.write(ids.astype(self._dtype).tobytes())
-        self._lengths.append(len(ids))
-        self._num_bytes.append(num_bytes)
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __exit__(self, *error):
-        self._file.close()
-        np.save(f"{self._stem}.ends.npy", np.cumsum(self._lengths, dtype=np.int64))
-        np.save(f"{self._stem}.bytes.npy", np.array(self._num_bytes, np.int64))
-
-
 def _remove_abandoned(workdir: Path) -> None:
     """Delete the unfinished caches of killed processes of this host."""
-    for partial in workdir.glob(f"tokens-*.partial-{socket.gethostname()}-*"):
+    for partial in workdir.glob(f"tokens-*.partial-{glob.escape(socket.gethostname())}-*"):
         try:
             os.kill(int(partial.name.rpartition("-")[2]), 0)  # signal 0 asks whether the process exists
-        except ProcessLookupError:
+        except (ProcessLookupError, ValueError, OverflowError):
             shutil.rmtree(partial, ignore_errors=True)
         except PermissionError:
             continue  # it exists and belongs to another user

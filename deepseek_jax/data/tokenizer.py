@@ -12,12 +12,15 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from deepseek_jax.data.encoders import Encoders
+from deepseek_jax.data.encoding import Ids, encode_text, encode_texts
 from deepseek_jax.files import write_atomically
+from deepseek_jax.inputs import read_json, read_text, shown
 
 # V3's names. BOS, EOS and padding have V3's ids too, 0 to 2. V3's FIM tokens are 128,800 to 128,802, ours 3 to 5.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -28,6 +31,8 @@ THINK_TOKENS = ("<think>", "</think>")
 
 # Special tokens are known by their form: the released file calls most of its own, like <｜User｜>, not special.
 SPECIAL_FORM = re.compile("<[｜|][^<>｜|]+[｜|]>|</?think>")
+
+CONFIG_NAME = "tokenizer_config.json"  # the file beside a tokenizer.json
 
 
 class Tokenizer:
@@ -70,19 +75,22 @@ class Tokenizer:
         without a padding token pads with EOS, which is harmless: padding has no weight in a loss.
 
         Raises:
-            ValueError: the file is missing or broken, or names no BOS or EOS.
+            ValueError: the file or the one beside it is missing or broken, or names no BOS or EOS.
         """
         path = Path(path)
         try:
-            encoder = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises plain Exception
+            encoder = tokenizers.Tokenizer.from_str(read_text(path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception
             raise ValueError(
-                f"{path} is not a readable tokenizer.json ({error}); data.tokenizer takes 'bpe', 'byte' or such a file"
+                f"{shown(str(path))} is not a readable tokenizer.json ({error}); data.tokenizer takes 'bpe', 'byte' or"
+                " such a file"
             ) from error
-        beside = path.with_name("tokenizer_config.json")
-        named = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        beside = path.with_name(CONFIG_NAME)
+        named = read_json(beside) if os.path.lexists(beside) else {}
         names = [
-            _special_name(encoder, named.get(key), usual)
+            _special_name(encoder, named.get(key), usual, f"{shown(str(beside))}: {key}")
             for key, usual in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
         ]
         if names[0] is None or names[1] is None:
@@ -91,18 +99,34 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `path` and the `tokenizer_config.json` beside it, each completely or not at all."""
-        path = Path(path)
+        self.save_names(path)
+        write_atomically(Path(path), self._content)
+
+    def save_names(self, path: str | os.PathLike) -> None:
+        """Write the `tokenizer_config.json` beside `path` alone."""
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._names}
-        write_atomically(path.with_name("tokenizer_config.json"), json.dumps(settings, ensure_ascii=False, indent=2))
-        write_atomically(path, tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True))
+        write_atomically(Path(path).with_name(CONFIG_NAME), json.dumps(settings, ensure_ascii=False, indent=2))
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of the tokenizer.json that `save` writes."""
+        return hashlib.sha256(self._content.encode()).hexdigest()
+
+    @property
+    def _content(self) -> str:
+        return tokenizers.Tokenizer.from_str(self._file).to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` without BOS and EOS; a special token spelled in it is ordinary text."""
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        """Return the ids of `text` without BOS and EOS; a special token spelled in it is ordinary text.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts, on all cores."""
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        Raises:
+            EncodingError: the tokenizer does not take it.
+        """
+        return encode_text(self._encoder, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> Ids:
+        """Encode several texts, on all cores; one that the tokenizer does not take gets its EncodingError."""
+        return encode_texts(self._encoder, texts)
 
     def encoders(self, num_processes: int) -> Encoders:
         """Return processes that encode as `encode_batch` does, for large corpora."""
@@ -168,9 +192,11 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _special_name(encoder: tokenizers.Tokenizer, named: str | dict | None, usual: str) -> str | None:
+def _special_name(encoder: tokenizers.Tokenizer, named: Any, usual: str, where: str) -> str | None:
     """Return `named` (a text, or Hugging Face's dict of a token) if `encoder` has it, else `usual`, else None."""
-    name = named["content"] if isinstance(named, dict) else named
+    name = named.get("content") if isinstance(named, dict) else named
+    if named is not None and not isinstance(name, str):
+        raise ValueError(f"{where} is {shown(repr(named))}, not the text of a token; repair or remove it")
     return next(
         (token for token in (name, usual) if token is not None and encoder.token_to_id(token) is not None), None
     )

@@ -7,6 +7,7 @@ import jax
 from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.data.pipeline import open_tokenizer
+from deepseek_jax.data.token_cache import Corpus, open_corpus
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.evaluation import Evaluation, evaluate
@@ -27,11 +28,27 @@ def evaluate_workdir(
         mesh: to evaluate on; by default that of `config`.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
+        ValueError: there is no such checkpoint, it is damaged, or the corpus is not the one that it was trained on.
     """
     mesh = mesh or make_mesh(config.mesh)
     weights, progress = restore_weights(config, workdir, mesh, step)
     processes = jax.process_index(), jax.process_count()
-    held_out = open_held_out(config, open_tokenizer(config, workdir), workdir, *processes)
+    tokenizer = open_tokenizer(config, workdir)
+    check_corpus(progress, open_corpus(config, tokenizer, workdir))
+    held_out = open_held_out(config, tokenizer, workdir, *processes)
     with jax.set_mesh(mesh):
         return evaluate(jit_eval_step(config, pretraining(config), mesh), weights, held_out, mesh), progress
+
+
+def check_corpus(progress: Progress, corpus: Corpus) -> None:
+    """Check by content that `corpus` is the one of a checkpoint, wherever it lies.
+
+    Raises:
+        ValueError: it is another, so that its held-out text may have been trained on.
+    """
+    digest = (progress.data or {}).get("made_from", {}).get("corpus", corpus.digest)
+    if digest != corpus.digest:
+        raise ValueError(
+            f"data.sources hold another corpus (SHA-256 {corpus.digest[:16]}) than the run was trained on"
+            f" ({digest[:16]}); restore its files, or name the folder that has them"
+        )

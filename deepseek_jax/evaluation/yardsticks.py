@@ -1,6 +1,6 @@
 """Yardsticks beside held-out bits per byte, on the same bytes.
 
-They answer "compared with what?" without another model:
+They answer "compared with what?" without another model, and average the sources by weight as the model's figure does:
 
     bigram       knows the previous token, and has seen exactly the tokens that the run has seen
     gzip pieces  knows at most what the model knows: nothing beyond the context, which is shorter than gzip's window
@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.heldout import HeldOut, open_held_out
+from deepseek_jax.data.heldout import HeldOutPart, open_held_out
 from deepseek_jax.data.pipeline import Loader, make_train_loader
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.training.metrics import MetricsLog, read_rows
@@ -71,34 +71,41 @@ def measure_yardsticks(
     The bigram is None if there are too many tokens to count.
     """
     held_out = open_held_out(config, tokenizer, workdir)  # every process measures all of it
-    bigram_bits = None
-    if tokens_seen <= MOST_COUNTED_TOKENS:
-        loader = make_train_loader(config, tokenizer, workdir)
-        bigram = count_bigrams(loader, tokens_seen // config.data.sequence_length, config.model.vocab_size)
-        loader.close()
-        bigram_bits = bigram_nats(bigram, held_out) / np.log(2.0) / held_out.num_bytes
-    else:
+    gzip9 = functools.partial(gzip.compress, compresslevel=9, mtime=0)
+    xz9 = functools.partial(lzma.compress, preset=9)
+    measured = {
+        "yardstick/bigram_bits_per_byte": None,
+        "yardstick/gzip_pieces_bits_per_byte": held_out.mean(
+            [bits_per_byte(gzip9, excerpts(part, tokenizer)) for part in held_out.parts]
+        ),
+        "yardstick/gzip_files_bits_per_byte": held_out.mean(
+            [bits_per_byte(gzip9, part.texts()) for part in held_out.parts]
+        ),
+        "yardstick/xz_files_bits_per_byte": held_out.mean(
+            [bits_per_byte(xz9, part.texts()) for part in held_out.parts]
+        ),
+    }
+    if tokens_seen > MOST_COUNTED_TOKENS:
         logging.warning(
             "the bigram yardstick is left out: %d tokens seen, at most %d are counted", tokens_seen, MOST_COUNTED_TOKENS
         )
-    texts = list(held_out.texts())
-    gzip9 = functools.partial(gzip.compress, compresslevel=9, mtime=0)
-    xz9 = functools.partial(lzma.compress, preset=9)
-    return {
-        "yardstick/bigram_bits_per_byte": bigram_bits,
-        "yardstick/gzip_pieces_bits_per_byte": bits_per_byte(gzip9, excerpts(held_out, tokenizer)),
-        "yardstick/gzip_files_bits_per_byte": bits_per_byte(gzip9, texts),
-        "yardstick/xz_files_bits_per_byte": bits_per_byte(xz9, texts),
-    }
+        return measured
+    loader = make_train_loader(config, tokenizer, workdir)
+    bigram = count_bigrams(loader, tokens_seen // config.data.sequence_length, config.model.vocab_size)
+    loader.close()
+    bits = [
+        bigram_nats(bigram, part) / np.log(2.0) / part.num_bytes if part.num_bytes else None for part in held_out.parts
+    ]
+    return measured | {"yardstick/bigram_bits_per_byte": held_out.mean(bits)}
 
 
-def bits_per_byte(compress, texts: Iterable[bytes]) -> float:
-    """Compress each text alone; return the bits of all results over the bytes of all texts."""
-    sizes = np.array([(len(compress(text)), len(text)) for text in texts if text], np.int64).sum(axis=0)
-    return float(8.0 * sizes[0] / sizes[1])
+def bits_per_byte(compress, texts: Iterable[bytes]) -> float | None:
+    """Compress each text alone; return the bits of all results over the bytes of all texts, None if there are none."""
+    sizes = np.array([(0, 0)] + [(len(compress(text)), len(text)) for text in texts if text], np.int64).sum(axis=0)
+    return float(8.0 * sizes[0] / sizes[1]) if sizes[1] else None
 
 
-def excerpts(held_out: HeldOut, tokenizer: Tokenizer) -> Iterable[bytes]:
+def excerpts(held_out: HeldOutPart, tokenizer: Tokenizer) -> Iterable[bytes]:
     """Yield the text that each row of the held-out batches predicts: as much as fits the model's context."""
     for batch in held_out:
         for targets_S, weights_S in zip(batch["targets_BS"], batch["loss_weights_BS"], strict=True):

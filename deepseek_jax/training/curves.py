@@ -1,14 +1,20 @@
 """The final table of a run, made from its `metrics.jsonl`; it does not need the process that trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from deepseek_jax.config import Source
+from deepseek_jax.inputs import shown
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.sheet import SHEET_NAME
 
 
-def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) -> str:
-    """Return the summary of a complete run as lines of two columns."""
+def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int], sources: Sequence[Source] = ()) -> str:
+    """Return the summary of a complete run as lines of two columns.
+
+    If the run has several `sources`, each has a line with its own bits per byte.
+    """
     rows = read_rows(workdir)
     evaluations = [row for row in rows if "eval/bits_per_byte" in row]
     training = [row for row in rows if "train/loss" in row]
@@ -21,13 +27,14 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) ->
     lines = [
         ("held-out bits per byte, before", f"{before['eval/bits_per_byte']:.3f}"),
         ("held-out bits per byte, after", f"{bits:.3f}"),
+        *source_lines(sources, after.get("eval/source_bits_per_byte", ())),
         (
             "  bigram of the tokens seen",
             "not counted: too many tokens" if bigram is None else f"{bigram:.3f}  ({bits / bigram - 1.0:+.1%})",
         ),
         ("  gzip -9 of pieces of the model's context", f"{yardsticks['yardstick/gzip_pieces_bits_per_byte']:.3f}"),
-        ("  gzip -9 of whole files", f"{yardsticks['yardstick/gzip_files_bits_per_byte']:.3f}"),
-        ("  xz -9 of whole files", f"{yardsticks['yardstick/xz_files_bits_per_byte']:.3f}"),
+        ("  gzip -9 of each document", f"{yardsticks['yardstick/gzip_files_bits_per_byte']:.3f}"),
+        ("  xz -9 of each document", f"{yardsticks['yardstick/xz_files_bits_per_byte']:.3f}"),
         ("tokens seen, steps", f"{after['tokens_seen']:,}, {after['step']:,}"),
         ("tokens/s (median)", f"{median(speeds):,.0f}"),
         (
@@ -40,3 +47,14 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int]) ->
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def source_lines(sources: Sequence[Source], bits_per_byte: Sequence[float | None]) -> list[tuple[str, str]]:
+    """Return a name and a text for the bits per byte of each source; nothing if there is one."""
+    if len(bits_per_byte) < 2:
+        return []
+    total = sum(source.weight for source in sources)
+    return [
+        (f"  {shown(source.path)} ({source.weight / total:.3g})", "nothing held out" if bits is None else f"{bits:.3f}")
+        for source, bits in zip(sources, bits_per_byte, strict=True)
+    ]

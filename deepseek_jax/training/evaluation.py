@@ -16,6 +16,7 @@ class Evaluation(NamedTuple):
 
     loss: float  # nats per target of the main head
     bits_per_byte: float  # all nats as bits, over the UTF-8 bytes of the text
+    source_bits_per_byte: list[float | None]  # of each source; None where nothing is held out
     mtp_loss: list[float]  # one per depth: nats, over the number of targets of the main head
     counts_LE: np.ndarray  # int64 assignments
     max_vio_L: np.ndarray  # of counts_LE: (max - mean) / mean
@@ -28,15 +29,29 @@ def place_batch(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
 
 
 def evaluate(eval_step: Callable, weights: Weights, held_out: HeldOut, mesh: jax.sharding.Mesh) -> Evaluation:
-    """Run `eval_step` over every held-out batch without waiting; add on the host in double precision."""
-    pending = [eval_step(weights, place_batch(batch, mesh)) for batch in held_out]
-    total = jax.tree.map(lambda *values: np.sum(np.stack(values).astype(np.float64), axis=0), *jax.device_get(pending))
-    counts_LE = total["counts_LE"].astype(np.int64)
+    """Run `eval_step` over every held-out batch without waiting; add on the host in double precision.
+
+    The losses of several sources are averaged by their weights. The counts of experts are of all batches, of which each
+    source has its share.
+    """
+    pending = [[eval_step(weights, place_batch(batch, mesh)) for batch in part] for part in held_out.parts]
+    sums = [
+        jax.tree.map(lambda *values: np.sum(np.stack(values).astype(np.float64), axis=0), *jax.device_get(results))
+        if results
+        else None
+        for results in pending
+    ]
+    counts_LE = sum(total["counts_LE"] for total in sums if total).astype(np.int64)
     mean_L = np.maximum(counts_LE.mean(axis=1), 1e-9)
+    bits = [
+        float(total["loss_sum"] / np.log(2.0) / part.num_bytes) if total else None
+        for total, part in zip(sums, held_out.parts, strict=True)
+    ]
     return Evaluation(
-        loss=float(total["loss_sum"] / total["weight_sum"]),
-        bits_per_byte=float(total["loss_sum"] / np.log(2.0) / held_out.num_bytes),
-        mtp_loss=(total["mtp_loss_sum"] / total["weight_sum"]).tolist(),
+        loss=float(held_out.mean([total and total["loss_sum"] / total["weight_sum"] for total in sums])),
+        bits_per_byte=held_out.mean(bits),
+        source_bits_per_byte=bits,
+        mtp_loss=held_out.mean([total and total["mtp_loss_sum"] / total["weight_sum"] for total in sums]).tolist(),
         counts_LE=counts_LE,
         max_vio_L=counts_LE.max(axis=1) / mean_L - 1.0,
     )

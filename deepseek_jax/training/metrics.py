@@ -12,7 +12,7 @@ uninterrupted one.
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,21 @@ KEYS = {
     "speed/compile_seconds": "tracing and compiling the step; on the first line of each process",
     "eval/loss": "cross entropy over the held-out batches, nats per token",
     "eval/perplexity": "exp(eval/loss)",
-    "eval/bits_per_byte": "held-out bits over the UTF-8 bytes that the predicted tokens stand for",
+    "eval/bits_per_byte": (
+        "held-out bits over the UTF-8 bytes that the predicted tokens stand for; of several sources the mean by weight"
+    ),
+    "eval/source_bits_per_byte": (
+        "the same of each source alone, null where nothing is held out; list over data.sources, if there are several"
+    ),
     "eval/mtp_loss": "cross entropy of each MTP depth over the held-out batches; list over depths",
     "eval/max_vio": "MaxVio of the load summed over the held-out batches; list over layers",
-    "yardstick/bigram_bits_per_byte": "interpolated bigram model counted on the tokens that the run has seen",
+    "yardstick/bigram_bits_per_byte": (
+        "interpolated bigram model counted on the tokens that the run has seen; yardsticks of several sources are means"
+        " by weight"
+    ),
     "yardstick/gzip_pieces_bits_per_byte": "gzip -9 of each held-out piece as long as the model's context",
-    "yardstick/gzip_files_bits_per_byte": "gzip -9 of each held-out document",
-    "yardstick/xz_files_bits_per_byte": "xz -9 of each held-out document",
+    "yardstick/gzip_files_bits_per_byte": "gzip -9 of each held-out document alone",
+    "yardstick/xz_files_bits_per_byte": "xz -9 of each held-out document alone",
 }
 
 
@@ -203,15 +211,18 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700.0 else math.inf  # e^709 is the largest double
 
 
-def eval_row(loss: float, mtp_loss: Any, bits_per_byte: float, max_vio_L: Any) -> dict[str, Any]:
-    """Return the evaluation keys."""
-    return {
+def eval_row(
+    loss: float, mtp_loss: Any, bits_per_byte: float, max_vio_L: Any, source_bits_per_byte: Sequence[float | None] = ()
+) -> dict[str, Any]:
+    """Return the evaluation keys; `source_bits_per_byte` has one entry per source."""
+    row = {
         "eval/loss": loss,
         "eval/perplexity": _exp(loss),
         "eval/bits_per_byte": bits_per_byte,
         "eval/mtp_loss": mtp_loss,
         "eval/max_vio": max_vio_L,
     }
+    return row | ({"eval/source_bits_per_byte": source_bits_per_byte} if len(source_bits_per_byte) > 1 else {})
 
 
 class Speedometer:

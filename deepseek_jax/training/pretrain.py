@@ -130,7 +130,7 @@ def initial_state(config: Config, workdir: Path, mesh: jax.sharding.Mesh) -> Sta
 def held_out_row(eval_step: Callable, held_out: HeldOut, mesh: jax.sharding.Mesh, weights: Weights) -> Row:
     """Evaluate on held-out text; return a row of the metrics."""
     result = evaluate(eval_step, weights, held_out, mesh)
-    return eval_row(result.loss, result.mtp_loss, result.bits_per_byte, result.max_vio_L)
+    return eval_row(result.loss, result.mtp_loss, result.bits_per_byte, result.max_vio_L, result.source_bits_per_byte)
 
 
 def open_log(

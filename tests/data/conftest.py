@@ -4,11 +4,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from configs import deepseek_v3
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.bpe import train_bpe
+from deepseek_jax.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 700
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -51,6 +53,14 @@ def corpus_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bpe(corpus_folder):
     return train_bpe([path.read_text("utf-8") for path in sorted(corpus_folder.iterdir())], VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer that fails on every word but "good"."""
+    encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "<eos>": 1, "good": 2}, unk_token="<unk>"))
+    encoder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return Tokenizer(encoder, "<bos>", "<eos>", "<eos>")
 
 
 @pytest.fixture

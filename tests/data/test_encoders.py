@@ -42,14 +42,6 @@ def cores(monkeypatch):
     return lambda count: monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
 
 
-@pytest.fixture(scope="session")
-def words():
-    """A tokenizer that fails on every word but "good"."""
-    encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<bos>": 0, "<eos>": 1, "good": 2}, unk_token="<unk>"))
-    encoder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return Tokenizer(encoder, "<bos>", "<eos>", "<eos>")
-
-
 def test_the_cache_does_not_depend_on_the_number_of_processes(
     tmp_path, make_config, corpus_folder, bpe, cores, started, monkeypatch
 ):
@@ -83,15 +75,17 @@ def test_a_small_corpus_and_few_cores_start_no_process(
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (b"good evil", "^WordLevel error: Missing .UNK. token from the vocabulary$"),  # of the tokenizer, in a process
+        # of the tokenizer, in a process
+        (b"good evil", "corpus: bad.txt cannot be tokenised: .* WordLevel error: Missing .UNK. token"),
         # of the reader, while processes work
-        (b"good \xff", r"bad.txt is not UTF-8 text \(byte 5\); repair or remove it"),
+        (b"good \xff", r"bad.txt is not UTF-8 text \(line 1\); repair or remove it"),
     ],
 )
 def test_an_error_is_raised_here_and_leaves_nothing(tmp_path, make_config, words, cores, started, bad, error):
     (tmp_path / "corpus").mkdir()
     for i in range(9):
-        (tmp_path / "corpus" / f"a{i}.txt").write_text("good " * 2000)
+        # different, so that some of the first are held out
+        (tmp_path / "corpus" / f"a{i}.txt").write_text("good " * (2000 + i))
     (tmp_path / "corpus" / "bad.txt").write_bytes(bad)
     for i in range(9):
         (tmp_path / "corpus" / f"c{i}.txt").write_text("good " * 2000)
@@ -112,7 +106,7 @@ def test_order_and_bound_of_what_is_read_ahead(bpe, started):
     unread = iter(batches)
     with bpe.encoders(2) as encoders:
         for i, ids in enumerate(encoders.map(unread)):
-            assert [list(each) for each in ids] == bpe.encode_batch(batches[i])
+            assert ids == bpe.encode_batch(batches[i])
             assert len(batches) - operator.length_hint(unread) - i <= 2 * BATCHES_PER_PROCESS
     assert len(started) == 2
 

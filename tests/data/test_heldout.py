@@ -93,6 +93,26 @@ def test_several_sources_are_all_held_out(tmp_path, make_config, corpus_folder, 
     assert 5 <= len(others) <= 40
 
 
+def test_each_source_is_measured_alone_and_batches_are_shared_out_by_weight(tmp_path, make_config, corpus_folder, bpe):
+    (tmp_path / "other.jsonl").write_text("".join(f'{{"text": "document {i} {"x" * 500}"}}\n' for i in range(400)))
+    (tmp_path / "poem.txt").write_text("one short document: nothing of it is held out")
+    paths = {corpus_folder: 3.0, tmp_path / "other.jsonl": 1.0, tmp_path / "poem.txt": 5.0}
+    sources = tuple({"path": str(path), "weight": weight} for path, weight in paths.items())
+    whole = heldout_batches(make_config(sources=sources), bpe, tmp_path, 4)
+    for part, path in zip(whole.parts[:2], paths, strict=False):
+        (alone,) = heldout_batches(make_config(path), bpe, tmp_path, 4).parts
+        assert (part.num_tokens, part.num_bytes) == (alone.num_tokens, alone.num_bytes)
+        assert list(part.texts()) == list(alone.texts())
+    assert (whole.parts[2].num_rows, whole.parts[2].num_bytes, list(whole.parts[2])) == (0, 0, [])
+    assert whole.num_bytes == sum(map(len, whole.texts())) and len(list(whole)) == len(whole)
+    limited = heldout_batches(make_config(sources=sources), bpe, tmp_path, 4, num_batches=8)
+    assert [len(part) for part in limited.parts] == [6, 2, 0]
+    assert [len(part) for part in heldout_batches(make_config(sources=sources), bpe, tmp_path, 4, 1).parts] == [1, 1, 0]
+    assert whole.mean([1.0, 2.0, None]) == 1.25
+    (alone,) = heldout_batches(make_config(corpus_folder), bpe, tmp_path, 4).parts
+    assert alone.weight == 1.0
+
+
 def test_an_empty_held_out_split_is_refused(work, make_config, corpus_folder, bpe):
     with pytest.raises(ValueError, match="none of 40 documents is held out at data.heldout_fraction = 0.0; raise it"):
         heldout_batches(make_config(corpus_folder, heldout_fraction=0.0), bpe, work, 4)

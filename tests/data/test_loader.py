@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
+from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
 
@@ -182,6 +183,21 @@ def test_a_position_in_other_data_is_refused(work, make_config, corpus_folder, b
         make_train_loader(make_config(corpus_folder), byte_tokenizer(), work).restore(position)
 
 
+def test_a_position_holds_where_the_corpus_moved_with_other_times(tmp_path, make_config, corpus_folder, bpe):
+    """Content counts, not the path; the weights stay bound."""
+    loader = make_train_loader(make_config(corpus_folder), bpe, tmp_path)
+    loader.next_batch(5)
+    for path in corpus_folder.iterdir():
+        (tmp_path / "scratch" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "scratch" / path.name).write_bytes(path.read_bytes())
+    moved = make_train_loader(make_config(tmp_path / "scratch"), bpe, tmp_path)
+    moved.restore(loader.state())
+    assert equal(moved.next_batch(7), loader.next_batch(7))
+    sources = ({"path": str(tmp_path / "scratch"), "weight": 2.0},)
+    with pytest.raises(ValueError, match=r"weights was \[1.0\], is \[2.0\]"):
+        make_train_loader(make_config(sources=sources), bpe, tmp_path).restore(loader.state())
+
+
 def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows):
     """Two sources whose documents differ in length by a factor of 30, told apart by their letters."""
     for name, letter, length in (("short", "a", 40), ("long", "b", 1200)):
@@ -194,6 +210,32 @@ def test_mixture_weights_count_tokens(tmp_path, make_config, bpe, small_windows)
     tokens = np.concatenate([make_train_loader(config, tokenizer, tmp_path).next_batch(2000)["tokens_BS"]])
     a, b = ((tokens == tokenizer.encode(letter)[0]).sum() for letter in "ab")
     assert a / (a + b) == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 85_000), (2, 85_000), (3, 240_000)])
+def test_few_and_large_files_are_trained_on_and_held_out(tmp_path, make_config, count, size):
+    """A folder of one text, of two, and of large ones: all were an OverflowError, or held out one whole book."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(count):
+        lines = np.random.default_rng(i).bytes(size).hex()
+        (corpus / f"volume {i}.txt").write_text("\n".join(lines[j : j + 99] for j in range(0, size, 100)))
+    config, tokenizer = make_config(corpus), byte_tokenizer()
+    loader = make_train_loader(config, tokenizer, tmp_path)
+    assert loader.next_batch(4)["loss_weights_BS"].all()
+    held_out = heldout_batches(config, tokenizer, tmp_path, 4)
+    assert 0.04 < held_out.num_bytes / (count * size) < 0.35  # of 20, 40 and 180 documents
+
+
+def test_windows_of_one_document_are_endless(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
+    """Documents longer than two thirds of a window, as of a huge corpus: Grain's endless sequences overflow there."""
+    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 1)
+    monkeypatch.setattr(pipeline, "WINDOW_ROWS", 1)
+    config = make_config(corpus_folder)
+    loader = make_train_loader(config, bpe, tmp_path)
+    num_documents = len(open_corpus(config, bpe, tmp_path).train[0])
+    loader.next_batch(1000)
+    assert loader.state()["windows"]["next_index"] > num_documents
 
 
 def test_a_source_without_training_documents_is_refused(work, make_config, corpus_folder, bpe):

@@ -1,15 +1,17 @@
-"""Tokenised once, complete or absent, and nothing lost on the way."""
+"""Tokenised once, complete or absent, nothing lost on the way, and damage noticed."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from deepseek_jax.data import token_cache
+from deepseek_jax.data import token_cache, token_files
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.data.token_cache import open_corpus
+from deepseek_jax.data.token_cache import corpus_lines, open_corpus
 from tests.support.array_records import write_array_record
 
 
@@ -60,7 +62,7 @@ def test_the_digest_knows_names_and_contents_only(tmp_path, make_config, bpe):
         folder = tmp_path / f"corpus {len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         (folder / name).write_text(text)
-        return open_corpus(make_config(folder), bpe, tmp_path / "work").digest
+        return open_corpus(make_config(folder, heldout_fraction=0.0), bpe, tmp_path / "work").digest
 
     assert digest("a", "x") == digest("a", "x")
     assert len({digest("a", "x"), digest("b", "x"), digest("a", "y")}) == 3
@@ -119,7 +121,7 @@ def test_skipped_items_are_counted_and_logged(tmp_path, make_config, bpe, caplog
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, make_config, wrong):
     records = [np.array(ids, "<i4").tobytes() for ids in ([6, 7], [8, wrong])]
     write_array_record(tmp_path / "ids.array_record", records)
-    config = make_config(tmp_path / "ids.array_record", on_error="skip", tokenizer="byte")
+    config = make_config(tmp_path / "ids.array_record", tokenizer="byte")
     with pytest.raises(
         ValueError, match=f"ids.array_record:1 has token id {wrong} and the vocabulary ends at 261; set data.tokenizer"
     ):
@@ -132,3 +134,132 @@ def test_sources_without_documents_or_weight_are_refused(tmp_path, make_config, 
         open_corpus(make_config(tmp_path / "blank.txt"), bpe, tmp_path / "work")
     with pytest.raises(ValueError, match="has weight 0.0; give it a positive one or remove it"):
         open_corpus(make_config(sources=({"path": "stdlib", "weight": 0.0},)), bpe, tmp_path / "work")
+
+
+def test_a_corpus_under_another_path_is_not_tokenised_again(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
+    """As on the scratch disk of each job; copied with its times."""
+    first = open_corpus(make_config(corpus_folder), bpe, tmp_path / "work")
+    shutil.copytree(corpus_folder, tmp_path / "scratch")  # copies times, too
+    monkeypatch.setattr(token_cache, "_write", lambda *_: pytest.fail("tokenised again"))
+    assert open_corpus(make_config(tmp_path / "scratch"), bpe, tmp_path / "work").digest == first.digest
+
+
+def test_what_is_held_out_is_said(tmp_path, make_config, corpus_folder):
+    (tmp_path / "poem\x1b.txt").write_text("a short poem")
+    config = make_config(corpus_folder, tmp_path / "poem\x1b.txt")
+    corpus = open_corpus(config, byte_tokenizer(), tmp_path / "work")
+    assert [len(part) + len(out) for part, out in zip(corpus.train, corpus.heldout, strict=True)] == [40, 1]
+    first, second = corpus_lines(config, corpus)
+    held_out = int(corpus.heldout[0].num_bytes.sum())
+    assert f"{len(corpus.heldout[0])} documents ({held_out:,} bytes, {held_out:,} tokens)" in first
+    assert first.startswith(str(corpus_folder)) and first.endswith("of the bytes held out")
+    assert second.endswith("poem\\x1b.txt: 1 document (12 bytes, 12 tokens) to train on; nothing held out")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def negative(path):
+    ends = np.load(path)
+    ends[0] = -5
+    np.save(path, ends)
+
+
+def edit(path):
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"digest": "0" * 64}))
+
+
+def remove(path):
+    path.unlink()
+
+
+DAMAGE = [(harm, name) for name in ("0-train.ids.bin", "0-heldout.ends.npy") for harm in (flip, zero, cut, remove)]
+DAMAGE += [(negative, "0-train.ends.npy"), (flip, "0-train.bytes.npy")]
+DAMAGE += [(harm, "about.json") for harm in (edit, flip, zero, cut, remove)]
+
+
+@pytest.mark.parametrize(("harm", "name"), DAMAGE, ids=lambda value: getattr(value, "__name__", value))
+def test_a_damaged_cache_is_named_and_made_again(tmp_path, make_config, bpe, caplog, harm, name):
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"text number {i}\n" * 3)
+    config = make_config(tmp_path)
+    expected = open_corpus(config, bpe, tmp_path / ".work")
+    ids = [expected.train[0][i].tolist() for i in range(len(expected.train[0]))]
+    (folder,) = (tmp_path / ".work").iterdir()
+    harm(folder / name)
+    corpus = open_corpus(config, bpe, tmp_path / ".work")
+    assert f"token cache {folder} is damaged and is made again" in caplog.text and name in caplog.text
+    assert corpus.digest == expected.digest
+    assert [corpus.train[0][i].tolist() for i in range(len(corpus.train[0]))] == ids
+    assert list((tmp_path / ".work").iterdir()) == [folder]
+    caplog.clear()
+    open_corpus(config, bpe, tmp_path / ".work")
+    assert not caplog.text
+
+
+def test_an_empty_folder_in_the_place_of_a_cache_is_made_again(tmp_path, make_config, corpus_folder, bpe):
+    open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert len(open_corpus(make_config(corpus_folder), bpe, tmp_path).train[0])
+
+
+def test_a_large_cache_is_checked_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(token_files, "MOST_CHUNKS", 10)
+    (tmp_path / "ids").write_bytes(bytes(16 * 100))
+    token_files.seal(tmp_path, {})
+    found = 0
+    for chunk in range(100):
+        content = bytearray(16 * 100)
+        content[16 * chunk] = 1
+        (tmp_path / "ids").write_bytes(content)
+        try:
+            token_files.open_about(tmp_path)
+        except ValueError as error:
+            assert f"near byte {16 * chunk}" in str(error)
+            found += 1
+    assert found == 10
+
+
+@pytest.mark.parametrize("num_cores", [1, 4])
+def test_ctrl_c_leaves_no_folder_and_no_process(tmp_path, make_config, corpus_folder, bpe, monkeypatch, num_cores):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(token_cache.os, "sched_getaffinity", lambda _: set(range(num_cores)))
+    monkeypatch.setattr(token_cache, "SMALL_CORPUS", 0)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    add, count = token_files.Writer.add, iter(range(100))
+
+    def interrupted(self, ids, num_bytes):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        add(self, ids, num_bytes)
+
+    monkeypatch.setattr(token_files.Writer, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert bool(started) == (num_cores > 1) and all(process.poll() is not None for process in started)
+
+
+def test_what_a_killed_process_of_this_number_left_is_in_no_ones_way(tmp_path, make_config, corpus_folder, bpe):
+    """Containers number their processes anew: the first of two runs may have had our number."""
+    open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    folder.rename(token_cache._partial(folder))
+    open_corpus(make_config(corpus_folder), bpe, tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]

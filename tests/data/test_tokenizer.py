@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from deepseek_jax.data.bpe import byte_tokenizer, make_tokenizer, pre_tokenizer, train_bpe
+from deepseek_jax.data.bpe import byte_tokenizer, pre_tokenizer, train_bpe
+from deepseek_jax.data.run_tokenizer import make_tokenizer
 from deepseek_jax.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, Tokenizer
 
 TEXTS = [

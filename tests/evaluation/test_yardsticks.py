@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from absl import logging
 
-from deepseek_jax.config import from_config_dict
+from deepseek_jax.config import Source, from_config_dict
 from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.data.token_cache import open_corpus
 from deepseek_jax.evaluation import yardsticks
-from deepseek_jax.evaluation.workdir import evaluate_workdir
+from deepseek_jax.evaluation.workdir import check_corpus, evaluate_workdir
 from deepseek_jax.evaluation.yardsticks import (
     Bigram,
     bigram_nats,
@@ -24,6 +25,7 @@ from deepseek_jax.evaluation.yardsticks import (
     excerpts,
     measure_yardsticks,
 )
+from deepseek_jax.training.checkpoint import Progress
 from tests.training.nano import get_config
 
 
@@ -140,6 +142,21 @@ def test_compressors_see_the_same_bytes_as_the_model(config, workdir, tokenizer)
     assert 2.5 < measured["yardstick/bigram_bits_per_byte"] < 3.6
 
 
+def test_yardsticks_of_a_mixture_are_means_by_weight(config, corpus, workdir, tokenizer, tmp_path):
+    for number in range(20):  # longer documents of one letter: pooled they would be most of the figure
+        (tmp_path / f"{number}.txt").write_text("a" * (7000 + number))
+    alone = [
+        measure_yardsticks(config.with_(data={"sources": (Source(path=str(path), weight=1.0),)}), workdir, tokenizer, 0)
+        for path in (corpus, tmp_path)
+    ]
+    sources = (Source(path=str(corpus), weight=3.0), Source(path=str(tmp_path), weight=1.0))
+    mixed = measure_yardsticks(config.with_(data={"sources": sources}), workdir, tokenizer, 0)
+    assert len(mixed) == 4
+    for key, value in mixed.items():
+        assert value == pytest.approx(0.75 * alone[0][key] + 0.25 * alone[1][key], rel=1e-12)
+    assert alone[0]["yardstick/gzip_files_bits_per_byte"] > 20 * alone[1]["yardstick/gzip_files_bits_per_byte"]
+
+
 def test_yardsticks_do_not_depend_on_the_number_of_processes(config, workdir, tokenizer, monkeypatch):
     """Every process measures the whole text: half of the rows would halve the bits, over bytes that are still all."""
     alone = measure_yardsticks(config, workdir, tokenizer, 8 * 32 * 30)
@@ -159,6 +176,16 @@ def test_the_bigram_is_left_out_beyond_the_limit_and_says_so(config, workdir, to
 
 def test_bits_per_byte_counts_each_text_alone():
     assert bits_per_byte(lambda text: b"x" * 3, [b"ab", b"", b"abcd"]) == 8 * 6 / 6
+
+
+def test_another_corpus_than_that_of_the_checkpoint_is_refused(config, workdir, tokenizer):
+    corpus = open_corpus(config, tokenizer, workdir)
+    loader = make_train_loader(config, tokenizer, workdir)
+    check_corpus(Progress(step=1, tokens_seen=1, data=loader.state()), corpus)
+    check_corpus(Progress(step=0, tokens_seen=0, data=None), corpus)
+    loader.close()
+    with pytest.raises(ValueError, match=r"hold another corpus \(SHA-256 0000.* restore its files, or name the folder"):
+        check_corpus(Progress(step=1, tokens_seen=1, data=loader.state()), corpus._replace(digest="0" * 64))
 
 
 def test_a_workdir_without_a_checkpoint_is_named(config, tmp_path):

@@ -49,7 +49,8 @@ def write(workdir, start: int, stop: int) -> None:
 def test_every_key_is_documented_and_every_documented_key_written():
     speed = Speedometer(1e9, jax.devices())
     speed.count(10)
-    written = train_row(step_metrics(1.0), RATES).keys() | eval_row(1.0, [1.0], 1.0, [0.0]).keys() | speed.row().keys()
+    evaluation = eval_row(1.0, [1.0], 1.0, [0.0], [1.0, None])
+    written = train_row(step_metrics(1.0), RATES).keys() | evaluation.keys() | speed.row().keys()
     by_others = {"step", "tokens_seen", "speed/mfu", "speed/compile_seconds"} | {
         key for key in KEYS if key.startswith("yardstick/")
     }

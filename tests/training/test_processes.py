@@ -5,7 +5,7 @@ import socket
 import numpy as np
 import pytest
 
-from deepseek_jax.training.metrics import read_rows
+from deepseek_jax.training.metrics import KEYS, read_rows
 from tests.training.runs import finish, start, write_corpus
 
 STEPS = 12
@@ -42,7 +42,8 @@ def test_two_processes_equal_one(tmp_path):
     for process, log in zip(processes, logs[1:], strict=True):
         finish(process, log)
 
-    for key, count in (("train/loss", STEPS), ("optimizer/grad_norm", STEPS), ("eval/bits_per_byte", 2)):
+    yardsticks = [(key, 1) for key in KEYS if key.startswith("yardstick/")]
+    for key, count in (("train/loss", STEPS), ("optimizer/grad_norm", STEPS), ("eval/bits_per_byte", 2), *yardsticks):
         of_one, of_two = ([row[key] for row in read_rows(workdir) if key in row] for workdir in (one, two))
         assert len(of_one) == count
         # sums over processes add in another order: 4e-7 was seen

@@ -1,0 +1,48 @@
+"""What every reader yields, a `Document`, and what it does with an item that it cannot read: `Problems`."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from deepseek_jax.inputs import printable
+
+KEPT_MESSAGES = 20  # about skipped items; all items are counted
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read, or an item of it that may not be left out."""
+
+
+class Document(NamedTuple):
+    """A text, or its token ids."""
+
+    name: str  # relative file name, with the line, row or record
+    content: str | np.ndarray
+    num_file_bytes: int  # its share of the file, for a progress bar
+
+    def digest(self) -> bytes:
+        """SHA-256 of the content."""
+        content = self.content
+        return hashlib.sha256(
+            content.encode() if isinstance(content, str) else content.astype("<i4").tobytes()
+        ).digest()
+
+
+class Problems:
+    """Unreadable items: they are refused (CorpusError), or left out and counted."""
+
+    def __init__(self, on_error: str):
+        """`on_error` is "refuse" or "skip"."""
+        self._on_error = on_error
+        self.count = 0
+        self.messages: list[str] = []
+
+    def report(self, message: str) -> None:
+        """Raise CorpusError with `message`, or note that the item is skipped."""
+        message = printable(message)
+        if self._on_error == "refuse":
+            raise CorpusError(f"{message}; repair or remove it, or leave such items out with data.on_error = 'skip'")
+        self.count += 1
+        if len(self.messages) < KEPT_MESSAGES:
+            self.messages.append(message)
