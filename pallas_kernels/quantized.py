@@ -33,6 +33,7 @@ Worked example, a tile whose largest magnitude is 3: FP32 scale 3 / 448 = 0.0067
 
 import dataclasses
 import functools
+import json
 from typing import Literal
 
 import jax
@@ -66,6 +67,15 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         """Shape of the values."""
         return self.values.shape
+
+
+# How a lowered kernel that takes or returns one is written to a file (`lowering.export_cache`).
+jax.export.register_pytree_node_serialization(
+    Quantized,
+    serialized_name="pallas_kernels.Quantized",
+    serialize_auxdata=lambda grouping: json.dumps(grouping).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)
 
 
 def largest_magnitude(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
