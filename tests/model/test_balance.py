@@ -193,6 +193,7 @@ def test_batch_loss_is_the_formula_over_all_tokens_and_its_parts_add_up(frequenc
     assert whole.chosen_E.dtype == jnp.int32 and float(whole.sequence_balance) == 0.0  # its weight is 0: not computed
     want = balance(scores_BSE[valid_BS], chosen_by(frequency, scores_BSE, experts_BSK)[valid_BS])
     parts = [
-        batch_balance(MODEL, whole.chosen_E[None], part.share_E[None], valid_BS.sum()) for part in (whole, first, second)
+        batch_balance(MODEL, whole.chosen_E[None], part.share_E[None], valid_BS.sum())
+        for part in (whole, first, second)
     ]
     np.testing.assert_allclose([parts[0], parts[1] + parts[2]], want, rtol=1e-6)
