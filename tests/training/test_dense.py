@@ -12,9 +12,10 @@ from deepseek_jax.inference import generate
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import Shards
-from deepseek_jax.training import curves, metrics
+from deepseek_jax.training import metrics
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.sheet import draw_sheet
 from deepseek_jax.training.state import create_state, weights_of
 from tests.support import small
 from tests.support.checkpoints import hashes
@@ -24,6 +25,8 @@ CONFIG = small.config().with_(
     loss={"batch_balance_weight": 1.0},  # of no router
     training={"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 4},
 )
+
+SPEED = {"speed/tokens_per_second": 1.0, "speed/step_seconds": 1.0, "speed/teraflops": 1.0}
 
 
 @functools.cache
@@ -49,12 +52,12 @@ def test_it_trains_and_is_evaluated():
 
 def test_its_metrics_are_written_and_drawn(tmp_path):
     row = trained()[2]
-    log = metrics.MetricsLog(tmp_path, 0)
+    log = metrics.MetricsLog(tmp_path, 0, CONFIG)
     for step in (1, 2):
-        log.write({"step": step, "tokens_seen": 128 * step} | metrics.train_row(row, small.RATES))
+        log.write({"step": step, "tokens_seen": 128 * step} | metrics.train_row(row, small.RATES) | SPEED)
     log.close()
     assert metrics.read_rows(tmp_path)[0]["router/load"] == []
-    assert curves.draw_sheet(tmp_path).stat().st_size > 5_000
+    assert draw_sheet(CONFIG, tmp_path).stat().st_size > 5_000
 
 
 @pytest.mark.slow
