@@ -56,7 +56,7 @@ class Objective(Protocol):
         """Return the token after each position [B, S], or None: MTP layers do not run."""
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Any:
-        """Return sums over the tokens of one device and micro-batch."""
+        """Return sums over the tokens of one device and micro-batch; `head_DV` may be FP32 where the rest is BF16."""
 
     def total(self, terms: Any, router: RouterStats, norms: Any, rates: Rates) -> Array:
         """Return the scalar to differentiate."""

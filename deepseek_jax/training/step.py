@@ -25,7 +25,7 @@ from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import Inputs, Output, apply
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
+from deepseek_jax.parallel.weights import attach, detach, gather, in_fp32, quantize_weights, reduce_gradients
 from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, global_norms, make_optimizer
@@ -197,7 +197,7 @@ def _run(model: Model, execution: Execution, objective: Objective, weights: Weig
 def _forward(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Sums:
     """Run the network and its head over this device's rows, and sum the objective's terms."""
     output = _run(model, execution, objective, weights, batch, load)
-    head_DV = load({"head_DV": weights.params["head_DV"]})["head_DV"]
+    head_DV = in_fp32(load({"head_DV": weights.params["head_DV"]})["head_DV"])
     router = output.observed if model.num_moe_layers else no_routers(model, output.hidden_BSD)
     return Sums(objective.terms(output, head_DV, batch), router)
 
@@ -206,7 +206,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
-    load = functools.partial(gather, dtype=compute_dtype(execution))
+    load = functools.partial(gather, dtype=compute_dtype(execution), differentiated=True)
     once = execution.gather == "step"
     params = with_fp8(execution, weights.params)
     params, quantized = detach(load(params) if once else params)
@@ -230,7 +230,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
 
     def differentiate(micro_batch):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+        return grads, sums  # FP32 as they are made
 
     grads, sums = differentiate(jax.tree.map(lambda x: x[0], micro_batches))
     if several:
