@@ -48,5 +48,6 @@ def get_config() -> ConfigDict:
     config.data.update({"fim_rate": 0.0, "split_rate": 0.0})
     # over 225B tokens
     ramp = (("constant", 0.009, 2304), ("constant", 0.018, 4608), ("constant", 0.028, 6912), ("constant", 1.0, 9216))
+    config.execution.precision = "bf16"  # FP8 came with V3
     config.training.update({"num_tokens": 8.1e12, "batch_size": ramp, "micro_batch_size": 128})
     return config

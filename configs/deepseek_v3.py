@@ -55,8 +55,12 @@ def get_config() -> ConfigDict:
             },
             "loss": {
                 "mtp_weight": (("constant", 10.0 / 14.8, 0.3), ("constant", 1.0, 0.1)),
+                # Of each layer's loss. They are summed over layers, MTP's router included (unstated in the report),
+                # and averaged over sequences.
                 "sequence_balance_weight": 1e-4,
-                "batch_balance_weight": 0.0,  # the alternative of section 4.5.3, off in the main run
+                # The alternative of section 4.5.3, off in the main run: summed over layers alike, over the tokens of
+                # the whole batch. Of several micro-batches it takes a forward pass more.
+                "batch_balance_weight": 0.0,
                 "balance_frequency": "unbiased",  # eq. 18 as printed: top-k of the unbiased scores; or "selected"
                 "z_loss_weight": 0.0,  # not part of the report
             },
@@ -114,7 +118,8 @@ def get_config() -> ConfigDict:
             },
             "mesh": {"pipe": 1, "data": -1, "node": 8, "expert": 8, "tensor": 1},  # -1: whatever the other axes leave
             "execution": {
-                "precision": "bf16",  # or "fp8" (section 3.3), "fp32"
+                # The report's (section 3.3), for Hopper GPUs and TPUs; or "bf16", for any hardware, or "fp32".
+                "precision": "fp8",
                 "remat": "selective",  # "none", "selective" (spec of section 3.2.3: norms and up-projections), "full"
                 "scan_unroll": 1,
                 "gather": "layer",  # sharded weights are gathered per "layer" (ZeRO-3) or once per "step" (ZeRO-1)

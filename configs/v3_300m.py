@@ -41,5 +41,5 @@ def get_config() -> ConfigDict:
         {"num_tokens": 2000 * 32768.0, "batch_size": (("constant", 1.0, 32),), "micro_batch_size": 32, "eval_every": 0}
     )
     config.mesh.update({"node": 1, "expert": 1})
-    config.execution.gather = "step"
+    config.execution.update({"precision": "bf16", "gather": "step"})
     return config

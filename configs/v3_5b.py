@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     )
     config.training.update({"num_tokens": 100e9, "batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8})
     config.mesh.update({"node": 1, "expert": 1})
+    config.execution.precision = "bf16"  # what every peer runs; "fp8" is one flag away
     config.execution.gather = "step"  # on one device nothing is split, and BF16 copies are made once per step
     config.execution.scan_unroll = 11  # all MoE layers: what they keep is not stacked, 16 GB less; 30 s more to compile
     return config

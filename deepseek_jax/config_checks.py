@@ -154,7 +154,7 @@ def _check_fp8(config: "Config") -> None:
         if size % GROUP:
             raise ValueError(
                 f"config.model: {name} = {size} must be a multiple of {GROUP} for execution.precision = 'fp8'; change"
-                " it, or use 'bf16'"
+                " it, or use --config.execution.precision=bf16"
             )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 P = jax.P
 ROWS = ("data", "node", "expert")  # mesh axes: every batch dim is split over these
@@ -121,6 +122,30 @@ class Fp8Weight:
         shape = matrix_shape(self.values.shape, stacked, input_dims)
         carrier = None if self.carrier is None else self.carrier.reshape(shape)
         return Fp8Weight(carrier, self.values.reshape(shape), self.scales)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CastWeight:
+    """A weight in BF16 with a path for its gradient in FP32; in BF16 and FP8 training a layer finds it in place of an
+    array that is multiplied.
+
+    A gradient as wide as the weight would be rounded before it is summed over micro-batches and devices.
+
+    Attributes:
+        carrier: FP32, of the weight's shape, as that of `Fp8Weight`.
+        values: BF16.
+    """
+
+    carrier: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def of(cls, weight: "jax.Array | CastWeight") -> "CastWeight":
+        """Return an array as one, too: its gradient is made in FP32 and then cast to its dtype."""
+        if isinstance(weight, cls):
+            return weight
+        return cls(weight.astype(jnp.float32), jax.lax.stop_gradient(weight))
 
 
 def leaf_name(path: Sequence[Any]) -> str:

@@ -7,9 +7,15 @@ once, with its reason. A named implementation runs or raises: nothing falls back
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+
+# whether kernels are interpreted, which works on a CPU; JAX has no public way to ask
+from jax._src import config as jax_config
 from jax.extend import backend
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from pallas_kernels.lowering import manual_axes
 
@@ -38,7 +44,52 @@ def choose(operation: str, implementation: str, faces: Mapping[str, Callable]) -
     if implementation not in faces:
         raise NotImplementedError(f"{operation} has no {implementation!r} kernel; it has {sorted(faces)}")
     face = faces[implementation]
-    return face if implementation == "reference" else functools.partial(manual_axes.call, face)
+    if implementation == "reference":
+        return face
+    if isinstance(face, functools.partial):
+        kernel = functools.partial(_guarded(face.func, operation, implementation), *face.args, **face.keywords)
+    else:
+        kernel = _guarded(face, operation, implementation)
+    return functools.partial(manual_axes.call, kernel)
+
+
+# The identity on an operand of a kernel. For which platform a program is, is known when it is lowered; ahead of time it
+# is another than that of this process. There this primitive refuses hardware that the kernel cannot run on. Otherwise
+# it leaves no trace.
+_operand_p = Primitive("kernel_operand")
+_operand_p.def_impl(lambda x, **_: x)
+_operand_p.def_abstract_eval(lambda x, **_: x)
+batching.defvectorized(_operand_p)
+
+
+def _lower_operand(ctx: mlir.LoweringRuleContext, x: Any, *, operation: str, implementation: str) -> list[Any]:
+    platforms = ctx.platforms or ctx.module_context.platforms
+    wanted = {"hopper": "cuda", "tpu": "tpu"}[implementation]
+    here, kind = _hardware()
+    fault = next((f"on {platform}" for platform in platforms if platform != wanted), None)
+    if not fault and wanted == "cuda" and here == "gpu" and kind != HOPPER:
+        fault = f"on a GPU of compute capability {kind}, only on {HOPPER}"
+    if fault:
+        raise NotImplementedError(
+            f"{operation}: implementation = {implementation!r} cannot run {fault}; use 'auto' or 'reference'"
+        )
+    return [x]
+
+
+mlir.register_lowering(_operand_p, _lower_operand)
+
+
+@functools.cache
+def _guarded(face: Callable, operation: str, implementation: str) -> Callable:
+    @functools.wraps(face)
+    def kernel(*operands, **options):
+        if jax_config.pallas_tpu_interpret_mode_context_manager.value is None:
+            leaves, tree = jax.tree.flatten(operands)
+            leaves[0] = _operand_p.bind(leaves[0], operation=operation, implementation=implementation)
+            operands = jax.tree.unflatten(tree, leaves)
+        return face(*operands, **options)
+
+    return kernel
 
 
 def _best(faces: frozenset[str], platform: str, kind: str) -> tuple[str, str]:

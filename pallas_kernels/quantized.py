@@ -33,7 +33,8 @@ Worked example, a tile whose largest magnitude is 3: FP32 scale 3 / 448 = 0.0067
 
 import dataclasses
 import functools
-from typing import Literal
+import json
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,15 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         """Shape of the values."""
         return self.values.shape
+
+
+# How a lowered kernel that takes or returns one is written to a file (`lowering.export_cache`).
+jax.export.register_pytree_node_serialization(
+    Quantized,
+    serialized_name="pallas_kernels.Quantized",
+    serialize_auxdata=lambda grouping: json.dumps(grouping).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)
 
 
 def largest_magnitude(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
@@ -143,9 +153,15 @@ def check_quantized(name: str, q: Quantized, grouping: str, num_dims: int) -> No
     """Refuse an operand of the wrong kind, with its numbers.
 
     Raises:
-        ValueError: grouping, dtype, number of dims, an inner dim that is not a multiple of 128, or scales of the wrong
-            layout.
+        ValueError: not a `Quantized`; grouping, dtype, number of dims, an inner dim that is not a multiple of 128, or
+            scales of the wrong layout.
     """
+    if not isinstance(q, Quantized):
+        raise ValueError(
+            f"{name} is {describe(q)}; it must be Quantized: call pallas_kernels.quantize.quantize_{grouping}s"
+        )
+    check_array(f"{name}.values", q.values)
+    check_array(f"{name}.scales", q.scales)
     if q.grouping != grouping:
         raise ValueError(
             f"{name} is grouped by {q.grouping!r}; this product takes {grouping!r} (quantize_{grouping}s makes it)"
@@ -163,6 +179,23 @@ def check_quantized(name: str, q: Quantized, grouping: str, num_dims: int) -> No
         raise ValueError(
             f"{name} has values {q.shape} and scales {q.scales.shape}; scales of {grouping}s are laid out as {expected}"
         )
+
+
+def check_array(name: str, x: Any) -> None:
+    """Refuse what is not an array (an abstract one is), before anything asks for its shape.
+
+    Raises:
+        ValueError: with what it is.
+    """
+    if not (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")):
+        raise ValueError(f"{name} is {describe(x)}; it must be an array: jax.numpy.asarray makes one")
+
+
+def describe(x: Any) -> str:
+    """Return the type of an operand, and of an array its dtype and shape."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"an array {x.dtype} {tuple(x.shape)}"
+    return f"of type {type(x).__name__}"
 
 
 def check_scale(scale: str) -> None:

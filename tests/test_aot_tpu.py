@@ -43,6 +43,7 @@ def program(name: str) -> Config:
         tree.mesh.update({"data": 2, "expert": 4})
     else:
         tree = deepseek_v3.get_config()
+        tree.execution.precision = "bf16"
         tree.model.update({"num_layers": 1, "num_dense_layers": 0, "num_mtp_layers": 0})
         tree.mesh.update({"data": 1, "node": 1, "expert": 8})
         tree.training.update({"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8})

@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from configs import deepseek_v2_lite, deepseek_v3, tiny
+from configs import deepseek_v2_lite, deepseek_v3, tiny, v3_300m
 from deepseek_jax import config as config_lib
 from deepseek_jax.config import Source, from_config_dict, to_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
-from deepseek_jax.parallel.program import resolve
+from deepseek_jax.parallel.program import resolve, resolve_for
 from deepseek_jax.schedule import schedule_value
 from pallas_kernels import dispatch
 
@@ -379,6 +381,33 @@ def test_resolve_chooses_attention(platform, precision, mask):
     resolved = resolve(from_config_dict(tree), platform, 1)
     assert resolved.execution.attention == RESOLVED[platform, precision, mask]
     assert resolve(resolved, platform, 1) == resolved
+
+
+@pytest.mark.parametrize(("attention", "platform"), [("cudnn", "cpu"), ("cudnn", "tpu"), ("splash", "gpu")])
+def test_resolve_refuses_attention_that_the_platform_lacks(attention, platform):
+    tree = changed("execution.attention", attention)
+    tree["execution"]["precision"] = "bf16"
+    with pytest.raises(NotImplementedError, match=rf"'{attention}' needs a .PU, and this is a {platform.upper()}; use"):
+        resolve(from_config_dict(tree), platform, 1)
+
+
+def test_splash_attention_takes_whole_blocks():
+    tree = changed("data.sequence_length", 192)
+    assert resolve(from_config_dict(tree), "tpu", 1).execution.attention == "xla"
+    tree["execution"]["attention"] = "splash"
+    with pytest.raises(ValueError, match="sequence_length = 192 must be a multiple of 128"):
+        resolve(from_config_dict(tree), "tpu", 1)
+
+
+def test_fp8_is_refused_on_a_gpu_without_kernels():
+    config = from_config_dict(v3_300m.get_config()).with_(execution={"precision": "fp8"})
+    for capability in ("8.0", "10.0"):
+        device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="another GPU")
+        mesh = SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(("node", "expert"), 1))
+        with pytest.raises(NotImplementedError, match=rf"{capability}; use --config.execution.precision=bf16"):
+            resolve_for(config, mesh)
+    device.compute_capability = "9.0"
+    assert resolve_for(config, mesh).execution.experts == "grouped"
 
 
 def test_resolve_keeps_what_was_asked_for_and_changes_nothing_else():

@@ -113,7 +113,7 @@ def load(
     # Some tensors are not planned: copies, scales that are read with their weight, and those of other processes.
     on_bytes(shards.num_bytes - sum(shards.entries[name].num_bytes for name in plan))
     _execute(shards, plan, on_bytes)
-    return Weights(**_tree(hand_over(arrays)))
+    return Weights(**{"router_bias": {}} | _tree(hand_over(arrays)))  # a model without experts has no biases
 
 
 # ---- the arrays

@@ -1,17 +1,19 @@
 """Auxiliary balance losses of the router, and statistics of its load.
 
-There is one collective: the batch-wise loss needs global frequencies.
-
     f_i = E / (K T) * sum over t of 1[expert i is among token t's top K]
     P_i = 1 / T * sum over t of s_ti / sum_j s_tj
     loss = sum over i of f_i P_i
 
-with T the tokens of one sequence (V3 eq. 17-20) or of the batch (section 4.5.3). f carries no gradient. Perfect balance
-gives exactly 1. As the report prints it, f counts the top K of the unbiased scores without the group limit; most code
+with T the tokens of one sequence (V3 eq. 17-20) or of the whole batch of an optimizer step (section 4.5.3), over all
+micro-batches and devices. f carries no gradient. Perfect balance gives exactly 1. A sequence lies on one device, so its
+loss is complete here. Of the batch-wise loss a router reports its parts: sums of choices and of shares, which add up
+over devices and micro-batches (`batch_balance`).
+
+As the report prints it, f counts the top K of the unbiased scores without the group limit; most code
 bases count the actual selection. `loss.balance_frequency` chooses between the two.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from jax import lax
 
 from deepseek_jax.config import Loss, Model
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parameters import ROWS
+from deepseek_jax.parallel.mesh import vary
 
 
 class RouterStats(NamedTuple):
@@ -27,8 +29,16 @@ class RouterStats(NamedTuple):
 
     counts_E: jax.Array  # int32 assignments, padding excluded
     sequence_balance: jax.Array  # sum over sequences of sum_i f_i P_i
-    batch_balance: jax.Array  # this device's share of sum_i f_i P_i, times the tokens of the micro-batch
     violation: jax.Array  # sum over sequences of (max load - mean load) / mean load
+    # only where the batch-wise loss is on:
+    chosen_E: jax.Array | None = None  # int32 choices that its f counts
+    share_E: jax.Array | None = None  # sum over tokens of s_i / sum_j s_j
+
+
+def no_routers(model: Model, like: jax.Array) -> RouterStats:
+    """Return the report of a model without experts: no layers. It varies over the mesh axes of `like`."""
+    zeros = vary(jnp.zeros((0,)), like)
+    return RouterStats(vary(jnp.zeros((0, model.num_experts), jnp.int32), like), zeros, zeros)
 
 
 def router_stats(
@@ -49,7 +59,7 @@ def router_stats(
     violation = jnp.where(tokens_B > 0, counts_BE.max(-1) / mean_load_B - 1.0, 0.0).sum()
 
     zero = jnp.zeros_like(violation)
-    stats = RouterStats(counts_BE.sum(0), zero, zero, violation)
+    stats = RouterStats(counts_BE.sum(0), zero, violation)
     if not (loss.sequence_balance_weight or loss.batch_balance_weight):
         return stats
     chosen_BE = counts_BE
@@ -63,10 +73,22 @@ def router_stats(
     if loss.sequence_balance_weight:
         stats = stats._replace(sequence_balance=_sequence_balance(model, chosen_BE, share_BE, tokens_B))
     if loss.batch_balance_weight:
-        total_E, tokens = lax.psum((chosen_BE.sum(0), tokens_B.sum()), ROWS)
-        frequency_E = total_E * (model.num_experts / model.experts_per_token) / jnp.maximum(tokens, 1)
-        stats = stats._replace(batch_balance=(frequency_E * share_BE.sum(0)).sum())
+        stats = stats._replace(chosen_E=chosen_BE.sum(0), share_E=share_BE.sum(0))
     return stats
+
+
+def batch_balance(model: Model, chosen_LE: jax.Array, share_LE: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return the batch-wise loss sum_i f_i P_i, summed over layers.
+
+    Args:
+        model: experts, and experts per token.
+        chosen_LE: `RouterStats.chosen_E` of the whole batch.
+        share_LE: `RouterStats.share_E` of the whole batch, or of a part of it, which gives its part of the loss.
+        tokens: of the whole batch.
+    """
+    tokens = jnp.maximum(tokens, 1)
+    frequency_LE = chosen_LE * (model.num_experts / model.experts_per_token) / tokens
+    return (frequency_LE * share_LE).sum(-1).sum() / tokens
 
 
 def _sequence_balance(model: Model, chosen_BE: jax.Array, share_BE: jax.Array, tokens_B: jax.Array) -> jax.Array:
@@ -85,6 +107,20 @@ def max_violation(counts_LE: jax.Array) -> jax.Array:
     """Return MaxVio per layer: (max load - mean load) / mean load; 0 for a layer without assignments."""
     mean_L = counts_LE.mean(-1, dtype=jnp.float32)
     return jnp.where(mean_L > 0, counts_LE.max(-1) / jnp.maximum(mean_L, 1e-9) - 1.0, 0.0)
+
+
+def update_biases(router_bias: Any, counts_LE: jax.Array, rate: jax.Array) -> Any:
+    """Give each stack of biases its rows of the counts (MoE layers first, then MTP layers) and take one step.
+
+    MTP layers that did not run have no rows, and their biases stay.
+    """
+    leaves, tree = jax.tree.flatten(router_bias)
+    starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
+    updated = []
+    for start, leaf in zip(starts, leaves, strict=True):
+        counts = counts_LE[start : start + leaf.shape[0]]
+        updated.append(update_bias(leaf, counts, rate) if counts.shape[0] else leaf)
+    return jax.tree.unflatten(tree, updated)
 
 
 def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, rate: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ Worked example, block = 2, six assignments to experts [1 0 1 1 2 1]:
     slots                 2 0 3 4 6 5               (where each assignment went)
 
 The derivative is written out: it recomputes the SwiGLU output from the saved pre-activations, reads the incoming
-gradient by the same `source`, and accumulates weight gradients in FP32. Gate and up projections are two products: to
+gradient by the same `source`, and makes weight gradients in FP32. Gate and up projections are two products: to
 take one product of both apart, and to put its derivative together, would be passes over all rows.
 """
 
@@ -33,6 +33,7 @@ from deepseek_jax.model.layers import silu_with_slope
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.rows import sum_rows
+from deepseek_jax.parameters import CastWeight
 
 
 class Blocks(NamedTuple):
@@ -80,7 +81,13 @@ def plan_blocks(experts_TK: jax.Array, num_experts: int, block: int, wave: int) 
 
 
 def expert_ffn(
-    weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array, *, block: int, wave: int
+    weights: dict[str, jax.Array | CastWeight],
+    x_TD: jax.Array,
+    gates_TK: jax.Array,
+    experts_TK: jax.Array,
+    *,
+    block: int,
+    wave: int,
 ) -> jax.Array:
     """Return the gated sum of each row's experts: sum over k of gate_k * down_k(silu(x gate_k) * (x up_k)) (V3 eq. 12).
 
@@ -92,16 +99,18 @@ def expert_ffn(
         block: rows per block.
         wave: blocks multiplied at once; if there are no more blocks than that, there is no loop.
     """
-    num_experts = weights["down_EFD"].shape[0]
+    gate_up, down = (CastWeight.of(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
+    num_experts = down.values.shape[0]
     wave = min(wave, experts_TK.size // block + num_experts)
     with jax.named_scope("route"):
         blocks = keep(plan_blocks(experts_TK, num_experts, block, wave), "routing")
-    return _blocked_ffn((block, wave), x_TD, gates_TK, weights["gate_up_ED2F"], weights["down_EFD"], blocks)
+    weights = gate_up.values, down.values
+    return _blocked_ffn((block, wave), x_TD, gates_TK, gate_up.carrier, down.carrier, weights, blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked_ffn(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
-    return _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks)[0]
+def _blocked_ffn(sizes, x_TD, gates_TK, gate_up_carrier, down_carrier, weights, blocks):
+    return _forward(sizes, x_TD, gates_TK, gate_up_carrier, down_carrier, weights, blocks)[0]
 
 
 def _over_waves(num_waves, bound, body, carry):
@@ -124,7 +133,8 @@ def _put(buffer, rows, i):
     return rows if rows.shape == buffer.shape else lax.dynamic_update_slice_in_dim(buffer, rows, i * rows.shape[0], 0)
 
 
-def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
+def _forward(sizes, x_TD, gates_TK, gate_up_carrier, down_carrier, weights, blocks):
+    gate_up_ED2F, down_EFD = weights
     num_slots, dtype, hidden_size = blocks.source_Z.size, x_TD.dtype, down_EFD.shape[1]
 
     def body(i, carry):
@@ -142,11 +152,11 @@ def _forward(sizes, x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks):
         y_ZD, gate_ZF, up_ZF = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, tuple(zeros))
         hidden = keep((gate_ZF, up_ZF), "expert_hidden")
         y_TD = sum_rows(y_ZD, blocks.source_Z, blocks.slots_TK)
-    return y_TD, (x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, hidden)
+    return y_TD, (x_TD, gates_TK, weights, blocks, hidden)
 
 
 def _backward(sizes, residuals, g_TD):
-    x_TD, gates_TK, gate_up_ED2F, down_EFD, blocks, (gate_ZF, up_ZF) = residuals
+    x_TD, gates_TK, (gate_up_ED2F, down_EFD), blocks, (gate_ZF, up_ZF) = residuals
     num_slots, dtype = blocks.source_Z.size, x_TD.dtype
     rows = sizes[0] * sizes[1]
 
@@ -176,7 +186,7 @@ def _backward(sizes, residuals, g_TD):
         dx_ZD, dweight_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, carry)
         dx_TD = sum_rows(dx_ZD, blocks.source_Z, blocks.slots_TK)
         dgates_TK = jnp.take(dweight_Z, blocks.slots_TK, mode="fill", fill_value=0)
-    return dx_TD, dgates_TK, dgate_up.astype(gate_up_ED2F.dtype), ddown.astype(down_EFD.dtype), None
+    return dx_TD, dgates_TK, dgate_up, ddown, None, None
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

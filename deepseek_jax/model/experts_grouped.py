@@ -13,12 +13,13 @@ from deepseek_jax.model.experts_blocks import Routing, plan_blocks
 from deepseek_jax.model.layers import silu_with_slope
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows
+from deepseek_jax.parameters import CastWeight
 from pallas_kernels import GROUP
 from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmul_bf16
 
 
 def expert_ffn_grouped(
-    weights: dict[str, jax.Array], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array
+    weights: dict[str, jax.Array | CastWeight], x_TD: jax.Array, gates_TK: jax.Array, experts_TK: jax.Array
 ) -> jax.Array:
     """Return the gated sum of each row's experts: sum over k of gate_k * down_k(silu(x gate_k) * (x up_k)) (V3 eq. 12).
 
@@ -28,18 +29,19 @@ def expert_ffn_grouped(
         gates_TK: FP32 gate weights.
         experts_TK: int32 ids into the weights; other ids contribute zero.
     """
-    num_experts, hidden, width = weights["down_EFD"].shape
+    gate_up, down = (CastWeight.of(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
+    num_experts, hidden, width = down.values.shape
     with jax.named_scope("route"):
         blocks = keep(plan_blocks(experts_TK, num_experts, GROUP, 1), "routing")
     routing = Routing(blocks.source_Z, blocks.slots_TK, blocks.rows_E)
     with jax.named_scope("experts"):
-        gate_up_EDH = weights["gate_up_ED2F"].reshape(num_experts, width, 2 * hidden)
-        return _ffn(x_TD, gates_TK, gate_up_EDH, weights["down_EFD"], routing)
+        gate_up = jax.tree.map(lambda w: w.reshape(num_experts, width, 2 * hidden), gate_up)
+        return _ffn(x_TD, gates_TK, gate_up.carrier, down.carrier, gate_up.values, down.values, routing)
 
 
 @jax.custom_vjp
-def _ffn(x_TD, gates_TK, gate_up_EDH, down_EFD, routing):
-    return _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, routing)[0]
+def _ffn(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up_EDH, down_EFD, routing):
+    return _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up_EDH, down_EFD, routing)[0]
 
 
 def _read(x_TD, gates_TK, source_Z):
@@ -47,7 +49,7 @@ def _read(x_TD, gates_TK, source_Z):
     return jnp.take(x_TD, source_Z // gates_TK.shape[1], axis=0, mode="fill", fill_value=0)
 
 
-def _forward(x_TD, gates_TK, gate_up_EDH, down_EFD, routing):
+def _forward(x_TD, gates_TK, gate_up_carrier, down_carrier, gate_up_EDH, down_EFD, routing):
     source_Z, slots_TK, rows_E = routing
     x_ZD = keep(_read(x_TD, gates_TK, source_Z), "expert_rows")
     hidden_ZH = keep(grouped_matmul_bf16(x_ZD, gate_up_EDH, rows_E, transpose_b=True), "expert_hidden")
@@ -85,8 +87,10 @@ def _backward(residuals, g_TD):
         return (
             sum_rows(dx_ZD, source_Z, slots_TK),
             dgates_TK,
-            dgate_up.astype(gate_up_EDH.dtype),
-            ddown.astype(down_EFD.dtype),
+            dgate_up,
+            ddown,
+            None,
+            None,
             None,
         )
 

@@ -8,6 +8,8 @@
 The kernels sum over the last dim of both operands, so W is transposed for the forward product. Blocks are square, so
 this changes no number. In names here, I stands for in and O for out.
 
+In BF16 the same three products are XLA's. Written out, the weight gradient stays in FP32, in which it is summed.
+
 Two layers with a SwiGLU between them are one function with one derivative. What stands between their products is
 quantised as it is computed, in both groupings; in BF16 there is only the input of the SwiGLU.
 """
@@ -21,14 +23,16 @@ from jax import lax
 
 from deepseek_jax.model.precision import HIDDEN, Input, as_stored, transposed
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parameters import Fp8Weight
+from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels import GROUP
 from pallas_kernels.matmul import matmul, matmul_accumulate
 from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requantize_transposed
 
 
-def linear(x: jax.Array, weight: jax.Array | Fp8Weight, input_dims: int = 1, recipe: Input = HIDDEN) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array | CastWeight | Fp8Weight, input_dims: int = 1, recipe: Input = HIDDEN
+) -> jax.Array:
     """Return x W.
 
     Args:
@@ -40,6 +44,8 @@ def linear(x: jax.Array, weight: jax.Array | Fp8Weight, input_dims: int = 1, rec
     Returns:
         [..., *out] in the dtype of `x`.
     """
+    if isinstance(weight, CastWeight):
+        return _cast_linear(input_dims, x, weight.carrier, weight.values)
     if not isinstance(weight, Fp8Weight):
         last = tuple(range(x.ndim - input_dims, x.ndim))
         return lax.dot_general(x, weight, ((last, tuple(range(input_dims))), ((), ())))
@@ -63,6 +69,27 @@ def swiglu_linear(x: jax.Array, gate_up_D2F: Fp8Weight, down_FD: Fp8Weight) -> j
     gate_up, down = gate_up_D2F.as_matrix(), down_FD.as_matrix()
     weights = (gate_up.values, gate_up.scales), (down.values, down.scales)
     return _swiglu_linear(x.reshape(-1, x.shape[-1]), gate_up.carrier, down.carrier, *weights).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cast_linear(input_dims, x, carrier, values):
+    last = tuple(range(x.ndim - input_dims, x.ndim))
+    return lax.dot_general(x, values, ((last, tuple(range(input_dims))), ((), ())))
+
+
+def _cast_backward(input_dims, residuals, g):
+    x, values = residuals
+    outputs = values.ndim - input_dims
+    dx = lax.dot_general(
+        g, values, ((tuple(range(g.ndim - outputs, g.ndim)), tuple(range(input_dims, values.ndim))), ((), ()))
+    )
+    rows = tuple(range(x.ndim - input_dims))
+    return dx, lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32), None
+
+
+_cast_linear.defvjp(
+    lambda dims, x, carrier, values: (_cast_linear(dims, x, carrier, values), (x, values)), _cast_backward
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

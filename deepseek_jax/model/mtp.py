@@ -25,6 +25,7 @@ from flax import nnx
 from deepseek_jax.config import Model
 from deepseek_jax.model.layer import MoELayer
 from deepseek_jax.model.layers import gain, matrix, rms_norm
+from deepseek_jax.model.linear import linear
 
 
 class MtpLayer(nnx.Module):
@@ -45,7 +46,8 @@ class MtpLayer(nnx.Module):
         embedded_BSD = rms_norm(embedded_BSD, self.embed_norm_D[...], eps)
         hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm_D[...], eps)
         # One product: the sum of two would be rounded to BF16 twice.
-        return jnp.einsum("bsnd,nde->bse", jnp.stack((embedded_BSD, hidden_BSD), axis=-2), self.merge_2DD[...])
+        both_BS2D = jnp.stack((embedded_BSD, hidden_BSD), axis=-2)
+        return linear(both_BS2D, self.merge_2DD.get_value(), input_dims=2)
 
     def final(self, hidden_BSD: jax.Array) -> jax.Array:
         """Apply the norm before the shared head; the next depth continues from its output too."""

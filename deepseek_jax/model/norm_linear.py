@@ -13,7 +13,7 @@ from jax import lax
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.linear import linear
 from deepseek_jax.model.precision import as_stored, transposed
-from deepseek_jax.parameters import Fp8Weight
+from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels import GROUP
 from pallas_kernels.matmul import matmul, matmul_accumulate
 from pallas_kernels.producers import rms_norm_quantize
@@ -21,7 +21,9 @@ from pallas_kernels.quantize import quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import Quantized
 
 
-def norm_linear(x: jax.Array, gain_D: jax.Array, eps: float, *weights: jax.Array | Fp8Weight) -> tuple[jax.Array, ...]:
+def norm_linear(
+    x: jax.Array, gain_D: jax.Array, eps: float, *weights: jax.Array | CastWeight | Fp8Weight
+) -> tuple[jax.Array, ...]:
     """Return rms_norm(x) W for each W.
 
     Args:

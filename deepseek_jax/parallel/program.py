@@ -16,6 +16,7 @@ from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import EXPERTS
 from pallas_kernels import GROUP, dispatch
 
+SPLASH_BLOCK = 128  # the kernel's smallest
 MOST_PROGRAMS = 64  # that a process remembers; each keeps its compiled executables alive
 
 
@@ -48,8 +49,20 @@ def jit_on(
 
 
 def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
-    """Return `config` with every "auto" replaced by what it means on this mesh; see `resolve`."""
-    return resolve(config, mesh.devices.flat[0].platform, axis_size(mesh, EXPERTS))
+    """Return `config` with every "auto" replaced by what it means on this mesh; see `resolve`.
+
+    Raises:
+        ValueError, NotImplementedError: as `resolve`.
+        NotImplementedError: FP8 on a GPU that the kernels are not for.
+    """
+    device = mesh.devices.flat[0]
+    capability = str(getattr(device, "compute_capability", dispatch.HOPPER))
+    if config.execution.precision == "fp8" and device.platform == "gpu" and capability != dispatch.HOPPER:
+        raise NotImplementedError(
+            "execution.precision = 'fp8' has kernels for Hopper GPUs (compute capability 9.0) and TPUs, and this GPU"
+            f" ({device.device_kind}) has {capability}; use --config.execution.precision=bf16"
+        )
+    return resolve(config, device.platform, axis_size(mesh, EXPERTS))
 
 
 def resolve(config: Config, platform: str, expert_devices: int) -> Config:
@@ -61,23 +74,29 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         expert_devices: devices along the expert axes of the mesh.
 
     Raises:
-        ValueError: `execution` asks for attention, an exchange or experts that cannot work here.
+        ValueError: `execution` asks for attention, an exchange or experts that do not fit the rest of the configuration.
+        NotImplementedError: `execution` asks for attention that this platform does not have.
     """
     execution = config.execution
     attention, exchange, experts = execution.attention, execution.exchange, execution.experts
     if attention == "auto":
         attention, reason = _choose_attention(config, platform)
         logging.info("attention: %s (%s)", attention, reason)
+    needed = {"cudnn": "gpu", "splash": "tpu"}.get(attention, platform)
+    if platform != needed:
+        raise NotImplementedError(
+            f"execution.attention = {attention!r} needs a {needed.upper()}, and this is a {platform.upper()}; use"
+            " --config.execution.attention=auto"
+        )
+    if attention == "splash" and config.data.sequence_length % SPLASH_BLOCK:
+        raise ValueError(
+            f"data.sequence_length = {config.data.sequence_length} must be a multiple of {SPLASH_BLOCK} for"
+            " execution.attention = 'splash'; change it, or use --config.execution.attention=auto"
+        )
     if attention == "cudnn" and (config.data.mask_documents or execution.precision == "fp32"):
         raise ValueError(
             "execution.attention = 'cudnn' needs precision 'bf16' or 'fp8', and data.mask_documents = False; use"
             " 'auto' or 'xla'"
-        )
-    home = {"cudnn": "gpu", "splash": "tpu"}.get(attention, platform)
-    if platform != home:
-        raise ValueError(
-            f"execution.attention = {attention!r} runs on a {home}, and the devices here are {platform}s; use 'auto' or"
-            " 'xla'"
         )
     if exchange == "auto":
         exchange = "all_to_all" if expert_devices > 1 else "local"
@@ -99,6 +118,8 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
 
 
 def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
+    if platform == "tpu" and config.data.sequence_length % SPLASH_BLOCK:
+        return "xla", f"splash attention takes sequences of a multiple of {SPLASH_BLOCK}"
     if platform == "tpu":
         return "splash", "the Pallas kernel for TPU"
     if platform != "gpu":

@@ -6,6 +6,10 @@ gather moves E4M3 bytes, half as many as in BF16.
 
 Derivatives do not flow through E4M3. An `Fp8Weight` has a carrier beside its values: the stored FP32 weight before the
 gather, zeros after it. Its cotangent is the gradient. No program reads those zeros, so none holds them.
+
+Weights that are multiplied in BF16 have a carrier, too, where they are differentiated (`CastWeight`). A product's sums
+are in FP32 on all hardware, and the cotangent of a BF16 array would round them. So every gradient is FP32 from the
+product that makes it, through the sum over micro-batches, to the reduction over devices.
 """
 
 import functools
@@ -20,6 +24,7 @@ from deepseek_jax.parameters import (
     EXPERTS,
     PARAMETERS,
     ROWS,
+    CastWeight,
     Fp8Weight,
     layout_of,
     leaf_name,
@@ -33,27 +38,32 @@ from pallas_kernels.quantized import encode, largest_magnitude, scale_of
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, Fp8Weight)
+    return isinstance(leaf, Fp8Weight | CastWeight)
 
 
 @jax.named_scope("gather")
-def gather(tree: Any, dtype: jnp.dtype) -> Any:
+def gather(tree: Any, dtype: jnp.dtype, differentiated: bool = False) -> Any:
     """Make every weight of `tree` whole on every device that multiplies with it; call inside the step's shard_map.
 
-    Arrays travel in `dtype` or, if they are multiplied in FP32, in FP32; FP8 weights travel in E4M3. The gradient comes
-    back by a reduce-scatter in FP32. A leaf that lies on every device (norm gains) becomes varying and stays FP32: its
-    gradient is summed once, at the transpose of that cast.
+    Arrays travel in `dtype` or, if they are multiplied in FP32, in FP32; FP8 weights travel in E4M3. If they are
+    `differentiated`, arrays in BF16 become `CastWeight`s. The gradient comes back by a reduce-scatter in FP32. A leaf
+    that lies on every device (norm gains) becomes varying and stays FP32: its gradient is summed once, at the transpose
+    of that cast.
     """
 
     def gather_leaf(path, w):
         name = leaf_name(path)
-        if _is_weight(w):
+        if isinstance(w, Fp8Weight):
             ((dim, axes),) = _split_dims(name, w.values)
             moved = _gather_bytes(w.values, axes, dim)
             carrier = None if w.carrier is None else _carry(w.carrier, axes, dim)
             return Fp8Weight(carrier, moved, w.scales)
         for dim, axes in _split_dims(name, w):
-            return _gather_split(w, axes, dim, jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype)
+            own = jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype
+            if differentiated and own != jnp.float32:
+                values = _all_gather(lax.stop_gradient(w).astype(own), axes, dim)
+                return CastWeight(_carry(w, axes, dim), values)
+            return _gather_split(w, axes, dim, own)
         return manual_axes.vary(w, frozenset(ROWS))
 
     return jax.tree_util.tree_map_with_path(gather_leaf, tree, is_leaf=_is_weight)
@@ -94,14 +104,36 @@ def quantize_weights(params: Any) -> Any:
 
 
 def attach(tree: Any, quantized: Any) -> Any:
-    """Make each weight of `tree` that has (values, scales) in `quantized` the carrier of an `Fp8Weight`."""
-    return jax.tree.map(lambda w, q: w if q is None else Fp8Weight(w, *q), tree, quantized)
+    """Make each weight of `tree` a carrier: of an `Fp8Weight` if it has (values, scales) in `quantized`, of a
+    `CastWeight` if it has (values,); None leaves it as it is.
+    """
+
+    def attach_leaf(w, q):
+        if q is None:
+            return w
+        return Fp8Weight(w, *q) if len(q) == 2 else CastWeight(w, *q)
+
+    return jax.tree.map(attach_leaf, tree, quantized)
 
 
 def detach(tree: Any) -> tuple[Any, Any]:
-    """Undo `attach`: return what is differentiated (carriers and other weights), and (values, scales)."""
+    """Undo `attach`: return what is differentiated (carriers and other weights), and what is not."""
+
+    def numbers(w):
+        if isinstance(w, Fp8Weight):
+            return w.values, w.scales
+        return (w.values,) if isinstance(w, CastWeight) else None
+
     carriers = jax.tree.map(lambda w: w.carrier if _is_weight(w) else w, tree, is_leaf=_is_weight)
-    return carriers, jax.tree.map(lambda w: (w.values, w.scales) if _is_weight(w) else None, tree, is_leaf=_is_weight)
+    return carriers, jax.tree.map(numbers, tree, is_leaf=_is_weight)
+
+
+def in_fp32(weight: jax.Array | CastWeight) -> jax.Array:
+    """Return a weight as an array that can be differentiated: a `CastWeight` as FP32 with the numbers of its BF16.
+
+    Where it is cast to BF16 next, XLA leaves out both casts.
+    """
+    return _in_fp32(weight.carrier, weight.values) if isinstance(weight, CastWeight) else weight
 
 
 def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -152,6 +184,14 @@ def _carry(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 
 _carry.defvjp(lambda w, axes, dim: (_carry(w, axes, dim), None), lambda axes, dim, _, g: (_scatter_sum(g, axes, dim),))
+
+
+@jax.custom_vjp
+def _in_fp32(carrier: jax.Array, values: jax.Array) -> jax.Array:
+    return values.astype(jnp.float32)
+
+
+_in_fp32.defvjp(lambda carrier, values: (_in_fp32(carrier, values), None), lambda _, g: (g, None))
 
 
 def _gather_bytes(values: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:

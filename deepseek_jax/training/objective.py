@@ -9,7 +9,8 @@ them, and what each sees:
     total         terms, normalisers, rates     the scalar that is differentiated; linear in the terms
     metrics       terms, normalisers            what a step reports
 
-For the gradient, `total` gets the terms of one device and micro-batch; `metrics` gets the global terms. Both divide by
+For the gradient, `total` gets the terms of one device and micro-batch; `metrics` gets the global terms. Of what routers
+report, the choices that the batch-wise balance loss counts are those of the whole batch in both. Both divide by
 global normalisers, never by a local count, so a device or micro-batch with few tokens does not weigh too much.
 
 An objective is a static argument of a compiled program: a frozen dataclass of values. Further arrays that it needs
@@ -24,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from deepseek_jax.config import Config, Loss
-from deepseek_jax.model.balance import RouterStats, max_violation, router_stats
+from deepseek_jax.config import Config, Loss, Model
+from deepseek_jax.model.balance import RouterStats, batch_balance, max_violation, router_stats
 from deepseek_jax.model.head import cross_entropy
 from deepseek_jax.model.moe import Observer
 from deepseek_jax.model.transformer import Output
@@ -41,6 +42,13 @@ class Objective(Protocol):
     def observe(self) -> Observer:
         """What each router reports: `RouterStats`. Its counts update the biases."""
 
+    @property
+    def batch_wise(self) -> bool:
+        """Whether `total` reads `router.chosen_E`: the choices of the whole batch, not of a device and micro-batch.
+
+        Of several micro-batches each needs them before its gradient, so the step then makes a forward pass more.
+        """
+
     def normalisers(self, batch: Batch) -> Any:
         """Return one device's part of the sizes by which sums are divided."""
 
@@ -48,7 +56,7 @@ class Objective(Protocol):
         """Return the token after each position [B, S], or None: MTP layers do not run."""
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Any:
-        """Return sums over the tokens of one device and micro-batch."""
+        """Return sums over the tokens of one device and micro-batch; `head_DV` may be FP32 where the rest is BF16."""
 
     def total(self, terms: Any, router: RouterStats, norms: Any, rates: Rates) -> Array:
         """Return the scalar to differentiate."""
@@ -79,18 +87,23 @@ class Pretraining:
 
     Attributes:
         loss: weights of the terms; the weight of MTP comes with the rates of a step.
-        num_mtp_layers: MTP depths of the model.
+        model: MTP depths, experts.
         chunk: tokens whose logits exist at once.
     """
 
     loss: Loss
-    num_mtp_layers: int
+    model: Model
     chunk: int
 
     @property
     def observe(self) -> Observer:
         """Report counts, and the balance losses that are on."""
         return functools.partial(router_stats, self.loss)
+
+    @property
+    def batch_wise(self) -> bool:
+        """Whether the batch-wise balance loss is on, and there are routers."""
+        return bool(self.loss.batch_balance_weight and self.model.num_moe_layers)
 
     def normalisers(self, batch: Batch) -> Normalisers:
         """Return this device's weight, tokens and sequences."""
@@ -100,7 +113,7 @@ class Pretraining:
 
     def next_tokens(self, batch: Batch) -> Array | None:
         """Return the targets: unlike the tokens, they also tell what follows the last position."""
-        return batch["targets_BS"] if self.num_mtp_layers else None
+        return batch["targets_BS"] if self.model.num_mtp_layers else None
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Terms:
         """Sum the losses over a device's tokens."""
@@ -125,7 +138,7 @@ class Pretraining:
         """Add the terms; the MTP loss is divided by the main loss's weight, too."""
         weight = jnp.maximum(norms.weight, 1e-9)
         total = (terms.loss + terms.z) / weight
-        if self.num_mtp_layers:
+        if self.model.num_mtp_layers:
             total += rates.mtp_weight * terms.mtp.mean() / weight
         return total + self._balance(router, norms)
 
@@ -142,14 +155,17 @@ class Pretraining:
 
     def _balance(self, router: RouterStats, norms: Normalisers) -> Array:
         """Return the weighted balance losses, summed over layers."""
-        sequence = self.loss.sequence_balance_weight * router.sequence_balance.sum() / jnp.maximum(norms.sequences, 1)
-        return sequence + self.loss.batch_balance_weight * router.batch_balance.sum() / jnp.maximum(norms.tokens, 1)
+        total = self.loss.sequence_balance_weight * router.sequence_balance.sum() / jnp.maximum(norms.sequences, 1)
+        if self.batch_wise:
+            balance = batch_balance(self.model, router.chosen_E, router.share_E, norms.tokens)
+            total += self.loss.batch_balance_weight * balance
+        return total
 
 
 def pretraining(config: Config) -> Pretraining:
     """Return the objective of pre-training, without the schedule of the MTP weight, which comes with the rates."""
     loss = dataclasses.replace(config.loss, mtp_weight=())
-    return Pretraining(loss, config.model.num_mtp_layers, config.execution.loss_chunk)
+    return Pretraining(loss, config.model, config.execution.loss_chunk)
 
 
 def router_metrics(router: RouterStats, sequences: Array) -> dict[str, Array]:

@@ -12,18 +12,19 @@ never sees a schedule.
 Recipe: DeepSeek-V3, arXiv 2412.19437, section 4.2. Moments in BF16: section 3.3.3.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 
 from deepseek_jax.config import Config, Optimizer
 from deepseek_jax.config_checks import LARGEST_B2
-from deepseek_jax.parameters import PARAMETERS, leaf_name
+from deepseek_jax.parameters import PARAMETERS, P, leaf_name, partition_specs
 from deepseek_jax.schedule import schedule_value
+from pallas_kernels.lowering.manual_axes import varies_over
 
 MOMENT_DTYPE = jnp.bfloat16
 
@@ -106,3 +107,26 @@ def ema_update(ema, params, decay: float):
         return average + (1.0 - decay) * (value - average)
 
     return jax.tree.map(update, ema, params)
+
+
+def global_norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the global L2 norms of two trees in the layout of the parameters.
+
+    Each leaf has one reduction of two operands. XLA:GPU then makes parameters, moments and both sums in one pass and in
+    place (tests/training/test_aot_update.py). A fusion may overwrite what one reduction reads, not what two read: with
+    a reduction per norm the direction went to memory and back. Rows are summed first because a single sum over all dims
+    becomes blocks of 1024 threads, and a multiprocessor has registers for only one of those. Each device sums its own
+    part because the partitioner would gather the partial sums of two operands; those of a plain reduction it adds.
+    """
+
+    def local(first, second):
+        def squares(x, y):
+            zero = jnp.zeros((), x.dtype)
+            rows = lax.reduce((x * x, y * y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 1,))
+            return lax.psum(jnp.stack([row.sum() for row in rows]), tuple(sorted(varies_over(x))))
+
+        first_norm, second_norm = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, first, second))))
+        return first_norm, second_norm
+
+    specs = partition_specs(params)
+    return jax.shard_map(local, in_specs=(specs, specs), out_specs=P())(params, direction)

@@ -20,17 +20,16 @@ import optax
 from jax import lax
 
 from deepseek_jax.config import Config, Execution, Model, Optimizer
-from deepseek_jax.model.balance import RouterStats, update_bias
+from deepseek_jax.model.balance import RouterStats, no_routers, update_biases
 from deepseek_jax.model.precision import compute_dtype
-from deepseek_jax.model.transformer import Inputs, apply
+from deepseek_jax.model.transformer import Inputs, Output, apply
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
+from deepseek_jax.parallel.weights import attach, detach, gather, in_fp32, quantize_weights, reduce_gradients
 from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
-from deepseek_jax.training.optimizer import Rates, ema_update, make_optimizer
+from deepseek_jax.training.optimizer import Rates, ema_update, global_norms, make_optimizer
 from deepseek_jax.training.state import State, weights_of
-from pallas_kernels.lowering.manual_axes import varies_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +135,7 @@ def update(
         direction, optimizer = make_optimizer(recipe.optimizer).update(grads, state["optimizer"], params)
         new = {
             "params": jax.tree.map(lambda p, d: p - rates.learning_rate * d, params, direction),
-            "router_bias": _update_biases(state["router_bias"], sums.router.counts_E, rates.bias_update_rate),
+            "router_bias": update_biases(state["router_bias"], sums.router.counts_E, rates.bias_update_rate),
             "optimizer": optimizer,
         }
         if "ema" in state:
@@ -145,7 +144,7 @@ def update(
         new = jax.tree.map(
             lambda after, before: jnp.where(finite, after, before), new, {name: state[name] for name in new}
         )
-        param_norm, direction_norm = _norms(new["params"], direction)
+        param_norm, direction_norm = global_norms(new["params"], direction)
     new |= {"step": state["step"] + 1, "skipped": jnp.where(finite, 0, state["skipped"] + 1)}
     metrics |= {
         "grad_norm": grad_norm,
@@ -155,29 +154,6 @@ def update(
         "skipped": new["skipped"],
     }
     return new, metrics | _bias_metrics(new["router_bias"])
-
-
-def _norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the global L2 norms of two trees in the layout of the parameters.
-
-    Each leaf has one reduction of two operands. XLA:GPU then makes parameters, moments and both sums in one pass and in
-    place (tests/training/test_aot_update.py). A fusion may overwrite what one reduction reads, not what two read: with
-    a reduction per norm the direction went to memory and back. Rows are summed first because a single sum over all dims
-    becomes blocks of 1024 threads, and a multiprocessor has registers for only one of those. Each device sums its own
-    part because the partitioner would gather the partial sums of two operands; those of a plain reduction it adds.
-    """
-
-    def local(first, second):
-        def squares(x, y):
-            zero = jnp.zeros((), x.dtype)
-            rows = lax.reduce((x * x, y * y), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (x.ndim - 1,))
-            return lax.psum(jnp.stack([row.sum() for row in rows]), tuple(sorted(varies_over(x))))
-
-        first_norm, second_norm = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, first, second))))
-        return first_norm, second_norm
-
-    specs = partition_specs(params)
-    return jax.shard_map(local, in_specs=(specs, specs), out_specs=P())(params, direction)
 
 
 def eval_step(
@@ -209,47 +185,75 @@ def _specs(weights: Weights) -> Weights:
     return Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
 
 
-def _forward(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Sums:
-    """Run the network and its head over this device's rows, and sum the objective's terms."""
+def _run(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Output:
+    """Run the network over this device's rows."""
     valid_BS = batch["segment_ids_BS"] > 0
     # cuDNN runs only on rows of one segment, padded at the end: a causal mask is enough (`parallel.program.resolve`).
     segment_ids_BS = None if execution.attention == "cudnn" else batch["segment_ids_BS"]
     inputs = Inputs(batch["tokens_BS"], batch["positions_BS"], valid_BS, segment_ids_BS, objective.next_tokens(batch))
-    output = apply(model, execution, weights, inputs, load, objective.observe)
-    head_DV = load({"head_DV": weights.params["head_DV"]})["head_DV"]
-    return Sums(objective.terms(output, head_DV, batch), output.observed)
+    return apply(model, execution, weights, inputs, load, objective.observe)
+
+
+def _forward(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Sums:
+    """Run the network and its head over this device's rows, and sum the objective's terms."""
+    output = _run(model, execution, objective, weights, batch, load)
+    head_DV = in_fp32(load({"head_DV": weights.params["head_DV"]})["head_DV"])
+    router = output.observed if model.num_moe_layers else no_routers(model, output.hidden_BSD)
+    return Sums(objective.terms(output, head_DV, batch), router)
 
 
 def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates):
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
-    load = functools.partial(gather, dtype=compute_dtype(execution))
+    load = functools.partial(gather, dtype=compute_dtype(execution), differentiated=True)
     once = execution.gather == "step"
     params = with_fp8(execution, weights.params)
     params, quantized = detach(load(params) if once else params)
+    parts = model, execution, objective
+    load = (lambda tree: tree) if once else load
+    micro_batches = _split(batch, recipe.micro_batch_size)
+    several = micro_batches["tokens_BS"].shape[0] > 1
+
+    def whole(params):
+        return Weights(attach(params, quantized), weights.router_bias)
+
+    chosen_LE = _choices(parts, whole(params), micro_batches, load) if several and objective.batch_wise else None
 
     def loss(params, micro_batch):
-        whole = Weights(attach(params, quantized), weights.router_bias)
-        sums = _forward(model, execution, objective, whole, micro_batch, (lambda tree: tree) if once else load)
-        return objective.total(sums.terms, sums.router, norms, rates), sums
+        sums = _forward(*parts, whole(params), micro_batch, load)
+        router = sums.router
+        if objective.batch_wise:
+            chosen = lax.psum(router.chosen_E, ROWS) if chosen_LE is None else chosen_LE
+            router = router._replace(chosen_E=chosen)
+        return objective.total(sums.terms, router, norms, rates), sums
 
     def differentiate(micro_batch):
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+        return grads, sums  # FP32 as they are made
 
-    micro_batches = _split(batch, recipe.micro_batch_size)
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    if micro_batches["tokens_BS"].shape[0] == 1:
-        grads, sums = differentiate(first)
-    else:
+    grads, sums = differentiate(jax.tree.map(lambda x: x[0], micro_batches))
+    if several:
         rest = jax.tree.map(lambda x: x[1:], micro_batches)
         grads, sums = lax.scan(
             lambda total, micro_batch: (jax.tree.map(jnp.add, total, differentiate(micro_batch)), None),
-            differentiate(first),
+            (grads, sums),
             rest,
         )[0]
     return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
+
+
+def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.Array:
+    """Return what `RouterStats.chosen_E` counts over the whole batch, all micro-batches and devices: int32 [L, E].
+
+    The batch-wise balance loss weighs each token's shares by them, so no micro-batch can be differentiated before all
+    are counted. This is a forward pass up to the last router, without the head: with three micro-batches or more about
+    a quarter to a third of the arithmetic of a step. The gradients of the shares by expert would cost less time, and
+    num_experts times the memory of all gradients. Routes of near-tied tokens may differ from those of the pass that is
+    differentiated; the loss moves by some 1 / tokens.
+    """
+    chosen = lax.map(lambda micro_batch: _run(*parts, weights, micro_batch, load).observed.chosen_E, micro_batches)
+    return lax.psum(chosen.sum(0), ROWS)
 
 
 def with_fp8(execution: Execution, params: Any) -> Any:
@@ -270,20 +274,7 @@ def _split(batch: Batch, micro_batch_size: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
-def _update_biases(router_bias, counts_LE: jax.Array, rate: jax.Array):
-    """Give each stack of biases its rows of the counts (MoE layers first, then MTP layers) and take one step.
-
-    MTP layers that did not run have no rows, and their biases stay.
-    """
-    leaves, tree = jax.tree.flatten(router_bias)
-    starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
-    updated = []
-    for start, leaf in zip(starts, leaves, strict=True):
-        counts = counts_LE[start : start + leaf.shape[0]]
-        updated.append(update_bias(leaf, counts, rate) if counts.shape[0] else leaf)
-    return jax.tree.unflatten(tree, updated)
-
-
 def _bias_metrics(router_bias) -> dict[str, jax.Array]:
-    bias_LE = jnp.concatenate(jax.tree.leaves(router_bias))
+    leaves = jax.tree.leaves(router_bias)  # none in a model without experts
+    bias_LE = jnp.concatenate(leaves) if leaves else jnp.zeros((0, 1))
     return {"bias_min_L": bias_LE.min(-1), "bias_max_L": bias_LE.max(-1)}

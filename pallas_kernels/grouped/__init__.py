@@ -14,7 +14,7 @@ from jax import Array
 from pallas_kernels import GROUP, dispatch
 from pallas_kernels.grouped import hopper, hopper_bf16, hopper_bf16_gradient, hopper_gradient, reference, tpu, tpu_bf16
 from pallas_kernels.matmul import check_accumulator, check_inner, check_out_dtype
-from pallas_kernels.quantized import Quantized, check_quantized
+from pallas_kernels.quantized import Quantized, check_array, check_quantized
 
 
 def grouped_matmul(
@@ -228,6 +228,7 @@ def check_group_sizes(
     Raises:
         ValueError: with the numbers.
     """
+    check_array(name, sizes)
     if sizes.shape != (num_groups,) or sizes.dtype != jnp.int32 or not num_groups:
         raise ValueError(f"{name} is {sizes.dtype} {sizes.shape}; it must be int32 {(num_groups,)}, at least one group")
     if isinstance(sizes, jax.core.Tracer):
@@ -245,11 +246,14 @@ def check_group_sizes(
 def _check_accumulators(c: Array | None, group_sizes: Array, m: int, n: int) -> int:
     """The number of groups: of `c` [G, m, n], or of the sizes without one."""
     if c is None:
+        check_array("group_sizes", group_sizes)
         return group_sizes.size
+    check_array("c", c)
     check_accumulator(c, (*c.shape[:1], m, n))
     return c.shape[0]
 
 
 def _check_bf16(name: str, x: Array, num_dims: int) -> None:
+    check_array(name, x)
     if x.dtype != jnp.bfloat16 or x.ndim != num_dims:
         raise ValueError(f"{name} is {x.dtype} {x.shape}; it must be bfloat16 with {num_dims} dims")

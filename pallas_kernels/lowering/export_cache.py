@@ -14,6 +14,10 @@ The choice. A kernel's call is a program of its own (`jax.export`), which the ca
     compiled    by a pool of threads. Mosaic GPU keeps what it compiled for the rest of the process, so the caller's
                 program finds it, and JAX's persistent cache keeps it for programs that differ elsewhere
 
+A file has one line of JSON (format, key, SHA-256) and JAX's own serialisation (`Exported.serialize`), a table of bytes
+that is read, never executed. The program in it is code all the same, so files count only in folders that nobody else
+can write (`trust`), and only if their digests and types are right. Others are ignored with a warning.
+
 The kernels stay the same but for the lines they name. The same step for one H100, on a machine with two CPU cores,
 2026-11:
 
@@ -29,9 +33,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,22 +43,14 @@ from typing import Any
 
 import jax
 import jaxlib
+from jax.export import Exported
+
+from pallas_kernels.lowering import trust
 
 LOGGER = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]  # whose text a kernel depends on
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A lowered function of arrays.
-
-    Attributes:
-        exported: list of arrays -> list of arrays.
-        result: what the function returns, with the numbers of the list in place of the arrays.
-    """
-
-    exported: jax.export.Exported
-    result: Any
+FORMAT = "lowered kernel 1"
+LARGEST_FILE = 64 << 20  # bytes; a product for Hopper has 0.2 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +86,42 @@ class ExportCache:
             arrays: its operands.
         """
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-        kept = self.folder if jax.config.jax_enable_compilation_cache else None
-        path = kept and kept / f"{name}-{_digest(identity, shapes)}"
-        program = (path and _read(path)) or _lower(function, name, shapes, path, self.platforms[jax.default_backend()])
-        self.compilers.submit(_compile, program.exported, shapes)
-        results = program.exported.call(arrays)
-        return jax.tree.map(lambda i: results[i], program.result)
+        platform = self.platforms[jax.default_backend()]
+        folder = self.trusted_folder if jax.config.jax_enable_compilation_cache else None
+        path = folder and folder / f"{name}-{_digest(identity, shapes)}"
+        exported = (path and _read(path, shapes, platform)) or _lower(function, name, shapes, path, platform)
+        self.compilers.submit(_compile, exported, shapes)
+        return exported.call(arrays)
+
+    @functools.cached_property
+    def trusted_folder(self) -> Path | None:
+        """The folder, if there is one and only this user can write there; otherwise a warning says why not."""
+        fault = self.folder and trust.fault_of(self.folder)
+        if not fault:
+            return self.folder
+        LOGGER.warning(
+            "Kernels are not kept in %s: %s, and programs from there would run as you. Take the right to write from"
+            " others (chmod go-w), or set JAX_COMPILATION_CACHE_DIR to a folder of your own",
+            self.folder,
+            fault,
+        )
+        return None
 
 
 _current: ExportCache | None = None
 
 
 def enable(folder: Path | None) -> None:
-    """Lower kernels apart from now on, in this whole process, and keep them in `folder`, if there is one."""
+    """Lower kernels apart from now on, in this whole process, and keep them in `folder`, if there is one.
+
+    Missing folders are made now, for this user alone: made later, by JAX's own cache, others might write there.
+    """
+    if folder:
+        try:
+            trust.make_private(folder)
+        except OSError as error:
+            LOGGER.warning("Kernels are not kept for the next time: %s", error)
+            folder = None
     _use(ExportCache(folder))
 
 
@@ -130,41 +149,64 @@ def _use(cache: ExportCache | None) -> None:
         jax.config.update("jax_export_ignore_forward_compatibility", True)
 
 
-def _read(path: Path) -> Program | None:
+def _read(path: Path, shapes: list, platform: str) -> Exported | None:
+    """Return the program in a file, or None if there is none, or not the one that is wanted."""
     try:
-        return pickle.loads(path.read_bytes()) if path.exists() else None
-    except Exception as error:  # noqa: BLE001  unpickling raises what it likes
-        LOGGER.warning("%s is damaged and made again: %r", path, error)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if fault := trust.fault_of(path):
+                raise ValueError(fault)
+            content = file.read(LARGEST_FILE + 1)
+        return _parse(content, path.name, shapes, platform)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # noqa: BLE001  what JAX raises for a table that it cannot read is not documented
+        LOGGER.warning("%s is not used, and made again: %s", path, error)
         return None
 
 
-def _lower(function: Callable, name: str, shapes: list, path: Path | None, platform: str) -> Program:
-    result = None
+def _parse(content: bytes, key: str, shapes: list, platform: str) -> Exported:
+    header, newline, program = content[:LARGEST_FILE].partition(b"\n")
+    try:
+        described = json.loads(header) if newline else None
+    except ValueError:
+        described = None
+    if described != _header(key, program):
+        raise ValueError("it is damaged, or not a kernel of this name")
+    exported = jax.export.deserialize(bytearray(program))
+    found = [(x.shape, x.dtype) for x in exported.in_avals], exported.platforms, exported.nr_devices
+    if found != ([(x.shape, x.dtype) for x in shapes], (platform,), 1):
+        raise ValueError(f"its program is for other arrays or devices: {found}")
+    return exported
 
-    def flat(arrays):
-        nonlocal result
-        leaves, tree = jax.tree.flatten(function(arrays))
-        result = jax.tree.unflatten(tree, range(len(leaves)))
-        return leaves
 
-    flat.__name__ = name
-    export = jax.export.export(jax.jit(flat), platforms=[platform])
+def _header(key: str, program: bytes) -> dict[str, str]:
+    return {"format": FORMAT, "key": key, "sha256": hashlib.sha256(program).hexdigest()}
+
+
+def _lower(function: Callable, name: str, shapes: list, path: Path | None, platform: str) -> Exported:
+    def kernel(arrays):
+        return function(arrays)
+
+    kernel.__name__ = name
+    export = jax.export.export(jax.jit(kernel), platforms=[platform])
     with ThreadPoolExecutor(1) as fresh:  # JAX's contexts are the thread's: here there are none
-        exported = fresh.submit(export, shapes).result()
-    # no derivative, which pickle could not keep
-    program = Program(dataclasses.replace(exported, _get_vjp=None), result)
+        program = bytes(fresh.submit(export, shapes).result().serialize())
     if path:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            trust.make_private(path.parent)
             unfinished = path.with_suffix(f".{os.getpid()}")
-            unfinished.write_bytes(pickle.dumps(program))
+            unfinished.unlink(missing_ok=True)
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(json.dumps(_header(path.name, program)).encode() + b"\n" + program)
             unfinished.replace(path)
         except OSError as error:
             LOGGER.warning("%s is not kept for the next time: %s", name, error)
-    return program
+    return jax.export.deserialize(bytearray(program))  # the same object as from the file
 
 
-def _compile(exported: jax.export.Exported, shapes: list) -> None:
+def _compile(exported: Exported, shapes: list) -> None:
     jax.jit(exported.call).lower(shapes).compile()
 
 

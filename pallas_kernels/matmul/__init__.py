@@ -6,7 +6,7 @@ from jax import Array
 
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import hopper, hopper_gradient, reference, tpu
-from pallas_kernels.quantized import Quantized, check_quantized
+from pallas_kernels.quantized import Quantized, check_array, check_quantized
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
@@ -100,5 +100,6 @@ def check_accumulator(c: Array, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: with both.
     """
+    check_array("c", c)
     if c.shape != shape or c.dtype != jnp.float32:
         raise ValueError(f"c is {c.dtype} {c.shape}; this product accumulates into float32 {shape}")

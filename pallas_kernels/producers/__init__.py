@@ -18,7 +18,7 @@ from jax import Array
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.producers import e5m6, hopper, hopper_backward, hopper_e5m6, hopper_norm, reference, tpu
-from pallas_kernels.quantized import Quantized, Scale, check_scale, scales_shape
+from pallas_kernels.quantized import Quantized, Scale, check_array, check_scale, scales_shape
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
@@ -42,6 +42,7 @@ def rms_norm_quantize(
         ValueError: shapes, dtypes or `scale`.
     """
     _check_rows("x", x, GROUP)
+    check_array("gain", gain)
     if gain.shape != x.shape[1:] or gain.dtype != jnp.float32:
         raise ValueError(
             f"gain has shape {gain.shape} and dtype {gain.dtype}; for x {x.shape} it must be float32 {x.shape[1:]}"
@@ -98,6 +99,7 @@ def swiglu_backward_quantize(
         ValueError: shapes, dtypes or `scale`.
     """
     _check_swiglu(hidden, weight, scale)
+    check_array("grad", grad)
     expected = (hidden.shape[0], hidden.shape[1] // 2)
     if grad.shape != expected or grad.dtype != jnp.bfloat16:
         raise ValueError(
@@ -150,6 +152,8 @@ def e5m6_unpack(
     Raises:
         ValueError: shapes or dtypes.
     """
+    check_array("packed", packed)
+    check_array("scales", scales)
     if (
         packed.dtype != jnp.uint8
         or packed.ndim != 2
@@ -174,6 +178,8 @@ def e5m6_unpack(
 
 def _check_swiglu(hidden: Array, weight: Array | None, scale: str) -> None:
     _check_rows("hidden", hidden, 2 * GROUP)
+    if weight is not None:
+        check_array("weight", weight)
     if weight is not None and (weight.shape != hidden.shape[:1] or weight.dtype != jnp.float32):
         raise ValueError(
             f"weight has shape {weight.shape} and dtype {weight.dtype}; it must be float32 {hidden.shape[:1]}"
@@ -182,6 +188,7 @@ def _check_swiglu(hidden: Array, weight: Array | None, scale: str) -> None:
 
 
 def _check_rows(name: str, x: Array, multiple: int) -> None:
+    check_array(name, x)
     if x.dtype != jnp.bfloat16:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be bfloat16")
     if x.ndim != 2 or 0 in x.shape:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import GROUP
 from pallas_kernels.producers import e5m6
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.quantized import Quantized, Scale, encode, scale_of, scales_shape
+from pallas_kernels.quantized import Quantized, Scale, encode, largest_magnitude, scale_of, scales_shape
 from pallas_kernels.tpu_tiles import (
     BLOCK_GROUPS,
     WIDTH,
@@ -141,7 +141,7 @@ def e5m6_pack(x: Array, interpret: Interpret = False) -> tuple[Array, Array]:
     def body(x_ref, packed_ref, scales_ref):
         def pack(g):
             codes = load_group(x_ref, g)
-            scales = e5m6.scale_of(jnp.max(jnp.abs(codes), axis=1, keepdims=True))
+            scales = e5m6.scale_of(largest_magnitude(codes, axis=1, keepdims=True))
             codes = e5m6.encode(codes * (1.0 / scales))
             return scales, jnp.concatenate(e5m6.pack(codes[:, : e5m6.HALF], codes[:, e5m6.HALF :]), axis=1)
 
@@ -203,7 +203,7 @@ def _rows(group: Callable[[int], Array], count: int, scale: Scale, m: int, value
     columns = []
     for g in range(count):
         x = group(g)
-        columns.append(scale_of(jnp.max(jnp.abs(x), axis=1, keepdims=True), scale))
+        columns.append(scale_of(largest_magnitude(x, axis=1, keepdims=True), scale))
         values_ref[:, pl.ds((first + g) * GROUP, GROUP)] = encode(x, columns[-1])
     return scale_rows(columns, m)
 
@@ -212,5 +212,5 @@ def _columns(groups: list[Array], scale: Scale, values_t_ref, scales_t_ref) -> N
     """Quantise the columns of a block, given as groups [128, 128], into the transposed block."""
     for g, x in enumerate(groups):
         at, x_t = pl.ds(g * GROUP, GROUP), x.T
-        values_t_ref[at] = encode(x_t, scale_of(jnp.max(jnp.abs(x_t), axis=1, keepdims=True), scale))
-        scales_t_ref[0, :, at] = scale_of(jnp.max(jnp.abs(x), axis=0, keepdims=True), scale)
+        values_t_ref[at] = encode(x_t, scale_of(largest_magnitude(x_t, axis=1, keepdims=True), scale))
+        scales_t_ref[0, :, at] = scale_of(largest_magnitude(x, axis=0, keepdims=True), scale)

@@ -17,7 +17,7 @@ from jax import Array
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.quantize import hopper, hopper_transposed, reference, tpu
-from pallas_kernels.quantized import Quantized, Scale, check_quantized, check_scale
+from pallas_kernels.quantized import Quantized, Scale, check_array, check_quantized, check_scale
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -134,6 +134,7 @@ def quantize_rows(x: Array, rows: Array, *, scale: Scale = "pow2", implementatio
         ValueError: shapes, dtypes or `scale`.
     """
     _check("x", x, num_dims=(2,), whole_groups=True)
+    check_array("rows", rows)
     if rows.ndim != 1 or rows.dtype != jnp.int32:
         raise ValueError(f"rows has shape {rows.shape} and dtype {rows.dtype}; it must be int32 [w]")
     _check_not_empty("rows", rows.shape)
@@ -143,6 +144,7 @@ def quantize_rows(x: Array, rows: Array, *, scale: Scale = "pow2", implementatio
 
 
 def _check(name: str, x: Array, num_dims: tuple[int, ...], whole_groups: bool) -> None:
+    check_array(name, x)
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {x.dtype}; it must be bfloat16 or float32")
     if x.ndim not in num_dims:

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.balance import max_violation, router_stats, update_bias
+from deepseek_jax.model.balance import batch_balance, max_violation, router_stats, update_bias
 from deepseek_jax.model.router import route
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import ROWS, P
 from tests.support import small
 
 GAMMA = np.float32(1e-3)
@@ -87,8 +85,8 @@ def test_updates_balance_a_skewed_router():
     assert eighths[4:].max() < 0.1 * eighths[0]
 
 
-def loss_config(frequency="unbiased", sequence=0.0, batch=0.0, sizes=(1, 1, 1)):
-    config = small.config(sizes)
+def loss_config(frequency="unbiased", sequence=0.0, batch=0.0):
+    config = small.config()
     weights = {"sequence_balance_weight": sequence, "batch_balance_weight": batch}
     return config.with_(loss={"balance_frequency": frequency} | weights)
 
@@ -184,22 +182,18 @@ def test_frequencies_carry_no_gradient():
     assert not np.asarray(got)[~valid_BS].any()
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)], ids=small.group)
 @pytest.mark.parametrize("frequency", ["unbiased", "selected"])
-def test_batch_loss_uses_the_frequencies_of_all_devices(frequency, sizes):
-    """Sum over devices, divided by the tokens: the formula over the batch as if it were one sequence."""
-    config = loss_config(frequency, batch=1e-2, sizes=sizes)
+def test_batch_loss_is_the_formula_over_all_tokens_and_its_parts_add_up(frequency):
+    """As if the batch were one sequence; a part of the shares with the choices of all gives that part of the loss."""
+    config = loss_config(frequency, batch=1e-2)
     scores_BSE, experts_BSK, valid_BS = draw()
-    mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
-
-    def local(*arrays):
-        return jax.lax.psum(stats_of(config, *arrays), ROWS)
-
-    specs = (P(ROWS, None, None), P(ROWS, None, None), P(ROWS, None))
-    with jax.set_mesh(mesh):
-        arrays = [jax.device_put(a, spec) for a, spec in zip((scores_BSE, experts_BSK, valid_BS), specs, strict=True)]
-        stats = jax.jit(jax.shard_map(local, in_specs=specs, out_specs=P()))(*arrays)
+    stats = jax.jit(functools.partial(stats_of, config))
+    whole, first, second = (stats(scores_BSE[i], experts_BSK[i], valid_BS[i]) for i in np.s_[:, :1, 1:])
+    np.testing.assert_array_equal(whole.chosen_E, first.chosen_E + second.chosen_E)
+    assert whole.chosen_E.dtype == jnp.int32 and float(whole.sequence_balance) == 0.0  # its weight is 0: not computed
     want = balance(scores_BSE[valid_BS], chosen_by(frequency, scores_BSE, experts_BSK)[valid_BS])
-    np.testing.assert_allclose(stats.batch_balance / valid_BS.sum(), want, rtol=1e-6)
-    np.testing.assert_array_equal(stats.counts_E, np.bincount(experts_BSK[valid_BS].ravel(), minlength=E))
-    assert float(stats.sequence_balance) == 0.0  # its weight is 0: not computed
+    parts = [
+        batch_balance(MODEL, whole.chosen_E[None], part.share_E[None], valid_BS.sum())
+        for part in (whole, first, second)
+    ]
+    np.testing.assert_allclose([parts[0], parts[1] + parts[2]], want, rtol=1e-6)

@@ -57,7 +57,7 @@ def arguments(config, mesh):
         "step": integer,
         "skipped": integer,
     }
-    sums = step_lib.Sums(Terms(scalar, scalar, none), RouterStats(counts, per_layer, per_layer, per_layer))
+    sums = step_lib.Sums(Terms(scalar, scalar, none), RouterStats(counts, per_layer, per_layer))
     return state, params, sums, Normalisers(scalar, integer, integer), Rates(scalar, scalar, scalar)
 
 

@@ -75,6 +75,7 @@ class Clipped:
     """
 
     clip: float
+    batch_wise = False
 
     @property
     def observe(self):

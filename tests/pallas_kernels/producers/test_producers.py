@@ -250,6 +250,19 @@ def test_swiglu_lowers_for_hopper(m, f):
     )
 
 
+def test_a_nan_is_not_lost_on_tpu():
+    """XLA's maximum along 128 floats may lose one on a CPU; every face takes its maxima among the bits."""
+    hidden, grad, weight = swiglu_inputs(3, 128, True)
+    poisoned = hidden.at[2, 9].set(jnp.nan)
+    inputs = poisoned, grad, weight, "fp32"
+    kernel, expected = tpu.swiglu_backward_quantize(*inputs, TPU), reference.swiglu_backward_quantize(*inputs)
+    for one, other in zip(kernel[:3], expected[:3], strict=True):
+        assert np.isnan(dequantize(other)).any()
+        np.testing.assert_array_equal(np.isnan(dequantize(one)), np.isnan(dequantize(other)))
+    packed = tpu.e5m6_pack(poisoned, TPU)
+    assert np.isnan(producers.e5m6_unpack(*packed, m=3)).sum() == GROUP
+
+
 def test_norm_on_tpu():
     x, gain = draw((19, 384)), draw(384, seed=1, dtype=jnp.float32)
     same(tpu.rms_norm_quantize(x, gain, EPS, "fp32", TPU), reference.rms_norm_quantize(x, gain, EPS, "fp32"))
