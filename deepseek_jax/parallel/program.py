@@ -74,7 +74,7 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
         expert_devices: devices along the expert axes of the mesh.
 
     Raises:
-        ValueError: `execution` asks for attention, an exchange or experts that do not fit the rest of the configuration.
+        ValueError: `execution` asks for attention, an exchange or experts that do not fit the configuration.
         NotImplementedError: `execution` asks for attention that this platform does not have.
     """
     execution = config.execution
