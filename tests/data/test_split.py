@@ -52,6 +52,7 @@ def test_stdlib_is_split_by_whole_files_and_the_hash_alone(make_config):
         config = make_config("stdlib", heldout_fraction=fraction)
         assert heldout_keys(config) == [int(fraction * 2**64)]
     (source,) = config.data.sources
+    assert longest_document(source, 0.0005) == 2**20
     whole = next(d for d in read_documents(source, "text", Problems("refuse")) if len(d.content) > 150_000)
     assert whole in read_source(source, config.data, Problems("refuse"))
 
