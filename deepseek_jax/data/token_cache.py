@@ -60,14 +60,8 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
     """Return the corpus of `config.data`; the first call tokenises it into `workdir`.
 
     Raises:
-        ValueError: a source is missing, empty or unreadable, has a weight that is not positive, or has ids beyond the
-            vocabulary.
+        ValueError: a source is missing, empty or unreadable, or has ids beyond the vocabulary.
     """
-    for source in config.data.sources:
-        if source.weight <= 0:
-            raise ValueError(
-                f"data source {source.path!r} has weight {source.weight}; give it a positive one or remove it"
-            )
     folder = Path(workdir) / f"tokens-{_key(config, tokenizer)}"
     _remove_abandoned(folder.parent)
     about = _intact(folder)

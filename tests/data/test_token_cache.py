@@ -132,7 +132,7 @@ def test_sources_without_documents_or_weight_are_refused(tmp_path, make_config, 
     (tmp_path / "blank.txt").write_text("")
     with pytest.raises(ValueError, match="blank.txt' holds no readable document"):
         open_corpus(make_config(tmp_path / "blank.txt"), bpe, tmp_path / "work")
-    with pytest.raises(ValueError, match="has weight 0.0; give it a positive one or remove it"):
+    with pytest.raises(ValueError, match="weight = 0 of 'stdlib' must be positive and finite; raise it, or remove"):
         open_corpus(make_config(sources=({"path": "stdlib", "weight": 0.0},)), bpe, tmp_path / "work")
 
 
