@@ -67,6 +67,8 @@ def _read_columns(name: str, path: Path, text_field: str, problems: Problems, co
                         problems.report(f"{shown(path)} row {row} has {shown(repr(text))} in {text_field!r}, not text")
     except _NoColumn as error:
         problems.report(f"{shown(path)} has no column text_field = {text_field!r} (it has {shown(str(error))})")
+    except MemoryError:
+        problems.report(f"{shown(path)} is damaged after row {row}, or needs more memory than there is")
     except (OSError, arrow.ArrowException) as error:
         problems.report(f"{shown(path)} cannot be read after row {row}: {error}")
 

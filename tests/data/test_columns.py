@@ -64,6 +64,11 @@ def test_damaged_tables_name_their_file(tmp_path, name):
         texts, messages = skipping(tmp_path / name)
         assert all(isinstance(text, str) for text in texts)
         assert all(name in message for message in messages)
+    if name == "s.arrow":
+        damaged = content.copy()
+        damaged[4:8] = [0, 0, 0, 120]  # the length of the schema's message: 2 GB
+        (tmp_path / name).write_bytes(damaged.tobytes())
+        assert name in skipping(tmp_path / name)[1][0]
     (tmp_path / name).write_bytes(content[:-100].tobytes())
     assert name in skipping(tmp_path / name)[1][0]
 

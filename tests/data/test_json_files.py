@@ -5,6 +5,7 @@ import json
 import pytest
 
 from deepseek_jax.data import json_files
+from deepseek_jax.data.documents import Problems
 from tests.support.reading import TEXTS, contents, lines, read, skipping
 
 RECORDS = [{"text": text, "n": [1]} for text in TEXTS]
@@ -89,3 +90,14 @@ def test_lines_end_where_they_should(monkeypatch):
         if expected[-1] == b"":
             expected.pop()
         assert list(json_files.lines(lambda _, stream=stream: next(stream, b""))) == expected
+
+
+@pytest.mark.parametrize("on_error", ["refuse", "skip"])
+def test_what_a_library_says_is_escaped_too(on_error):
+    problems = Problems(on_error)
+    try:
+        problems.report("Arrow says: \x1b[2J")
+        message = problems.messages[0]
+    except ValueError as error:
+        message = str(error)
+    assert message.startswith("Arrow says: \\x1b[2J")
