@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config, Model
 from deepseek_jax.files import in_order
 from deepseek_jax.huggingface.device_arrays import ArraySpec, DeviceArray, Key, allocate, hand_over
-from deepseek_jax.huggingface.names import Tensor, tensors
+from deepseek_jax.huggingface.names import HALVED, Tensor, tensors
 from deepseek_jax.model import transformer
 from deepseek_jax.parameters import (
     EXPERTS,
@@ -148,7 +148,7 @@ def _specs(config: Config, mesh: jax.sharding.Mesh, precision: Precision) -> dic
 def _scales_spec(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) -> ArraySpec:
     """Return the array of a weight's scales: of whole matrices, split by experts only, as in `parallel.weights`."""
     *lead, rows, columns = matrices
-    if name.startswith("gate_up") and (columns // 2) % GROUP:
+    if name in HALVED and (columns // 2) % GROUP:
         raise ValueError(
             f"{name} has halves of {columns // 2} columns: in FP8 blocks of {GROUP} belong to one half; load it as"
             " 'bf16'"
