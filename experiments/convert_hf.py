@@ -24,8 +24,9 @@ from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
 from deepseek_jax.evaluation.logits import check_tokens, logits
 from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface import config as hf_config
+from deepseek_jax.huggingface.contents import expected, num_bytes
 from deepseek_jax.huggingface.folder import open_folder, progress_bar
-from deepseek_jax.huggingface.load import expected, load, num_bytes
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.inputs import local_path, new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh

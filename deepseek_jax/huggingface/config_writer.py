@@ -96,9 +96,7 @@ def still_holds(imported: dict[str, Any], model: Model, fp8: bool) -> bool:
     return read_model(imported) == model and is_fp8(imported) == fp8 and dtype == DTYPE
 
 
-def rewrite(
-    imported: dict[str, Any], model: Model, fp8: bool, tokens: TokenIds, num_positions: int
-) -> dict[str, Any]:
+def rewrite(imported: dict[str, Any], model: Model, fp8: bool, tokens: TokenIds, num_positions: int) -> dict[str, Any]:
     """Return an import's config.json with the shape of `model`; what is no part of the shape stays.
 
     Args:

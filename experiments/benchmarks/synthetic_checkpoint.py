@@ -18,7 +18,7 @@ from absl import flags
 from configs import deepseek_v3
 from deepseek_jax.config import Model, from_config_dict
 from deepseek_jax.huggingface.config_writer import TokenIds, write_model
-from deepseek_jax.huggingface.load import expected, num_bytes
+from deepseek_jax.huggingface.contents import expected, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, plan
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.progress import Bar

@@ -25,8 +25,9 @@ from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.huggingface.config import read_model, write_model
+from deepseek_jax.huggingface.contents import expected
 from deepseek_jax.huggingface.folder import initial_weights
-from deepseek_jax.huggingface.load import expected, load
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
