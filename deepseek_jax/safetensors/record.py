@@ -60,8 +60,8 @@ def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lam
             damaged.append(file)
     if damaged:
         raise ValueError(
-            f"damaged or absent in {shown(str(folder))}: {shown(', '.join(damaged))}; delete these files and convert into"
-            " the same folder again"
+            f"damaged or absent in {shown(str(folder))}: {shown(', '.join(damaged))}; delete these files and convert"
+            " into the same folder again"
         )
     if len(record["shards"]) < record["num_shards"] or not (folder / INDEX).exists():
         raise ValueError(
