@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 
 from deepseek_jax.config import Model
 from deepseek_jax.huggingface.names import tensors
@@ -58,12 +59,16 @@ def lacks_mtp(shards: Shards, model: Model) -> bool:
     return model.num_mtp_layers > 0 and not any(behind)
 
 
-def _refuse_unannounced_mtp(shards: Shards, model: Model, known) -> None:
+def _refuse_unannounced_mtp(shards: Shards, model: Model, known: Collection[str]) -> None:
     """Name the key of config.json that is missing or too small, if MTP layers are all that a folder has in excess."""
     extra = {_layer(name) for name in shards.entries if name not in known and not ROTARY_CONSTANTS.fullmatch(name)}
     first = model.num_layers + model.num_mtp_layers
     mtp = {_layer(name) for name in shards.entries if name.endswith(".eh_proj.weight")}
-    if extra and extra <= mtp and extra == set(range(first, first + len(extra))):
+    if (
+        extra
+        and extra == set(range(first, first + len(extra)))
+        and mtp == set(range(model.num_layers, first + len(extra)))
+    ):
         raise ValueError(
             f"{shown(str(shards.folder))} has tensors of an MTP layer, model.layers.{first}, that its config.json does"
             f' not announce; set "num_nextn_predict_layers": {model.num_mtp_layers + len(extra)} there, or remove them'

@@ -99,7 +99,7 @@ def folder(tmp_path):
 
 def test_a_folder_is_converted_without_running_its_program(folder):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer = Tokenizer.parse(tiktoken.convert(folder), settings, "here")
+    tokenizer = Tokenizer.parse(tiktoken.convert(folder), settings, folder / "tokenizer.json")
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (700, 701, 706)
     spelled = "ab= <|im_end|>é[BOS]\n"
     ids = tokenizer.encode(spelled)

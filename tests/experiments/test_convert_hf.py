@@ -24,7 +24,8 @@ import pytest
 from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.huggingface.config import read_model, write_model
+from deepseek_jax.huggingface.config import read_model
+from deepseek_jax.huggingface.config_writer import TokenIds, write_model
 from deepseek_jax.huggingface.contents import expected
 from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.huggingface.load import load
@@ -340,7 +341,7 @@ def test_dry_run_lists_and_writes_nothing(convert, checkpoint, workdir, tmp_path
 
 def test_dry_run_of_v3_is_the_released_checkpoint(convert, tmp_path):
     base = from_config_dict(deepseek_v3.get_config())
-    model = read_model(json.loads(json.dumps(write_model(base.model, fp8=True))))
+    model = read_model(json.loads(json.dumps(write_model(base.model, True, TokenIds(0, 1, 2), 4096))))
     claim_workdir(tmp_path, dataclasses.replace(base, model=model))
     printed = convert("export", "--dry_run", f"--workdir={tmp_path}", f"--hf={tmp_path / 'hf'}").splitlines()
     assert printed[-1] == "91,991 tensors, 688,574,839,360 bytes"
@@ -358,7 +359,7 @@ def test_a_folder_without_a_readable_config(convert, checkpoint, tmp_path):
     broken = changed(checkpoint, tmp_path / "broken")
     (broken / "config.json").write_text('{"model_type": ')
     said = convert.fails("import", f"--hf={broken}", f"--workdir={new}", *CONFIG)
-    assert f"{broken / 'config.json'} is not valid JSON" in said and "download it again" in said
+    assert f"{broken / 'config.json'} is not valid JSON" in said and "restore or repair it" in said
     assert not new.exists()
 
 

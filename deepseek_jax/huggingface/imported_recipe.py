@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 
 from deepseek_jax.config import Config, to_dict
-from deepseek_jax.inputs import shown
 
 FILE = "config.py"
 TEXT = '''"""The recipe of a run that began with a released checkpoint; `training.initial_weights` says which."""
@@ -34,16 +33,3 @@ def training_command(workdir: Path) -> str:
     """Return the command that trains with the recipe in `workdir`, for a shell."""
     arguments = [f"--config={workdir / FILE}", f"--workdir={workdir}"]
     return shlex.join(["python", "-m", "experiments.train", *arguments])
-
-
-def check_workdir_name(workdir: Path) -> None:
-    """Refuse a workdir whose recipe `--config` could not name: what follows a colon is the config's argument.
-
-    Raises:
-        ValueError: the path has a colon.
-    """
-    if ":" in str(workdir):
-        raise ValueError(
-            f"--workdir = {shown(str(workdir))} has a colon, at which --config would cut the path of its"
-            f" {FILE}; name a folder without one"
-        )
