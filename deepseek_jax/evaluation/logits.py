@@ -2,7 +2,6 @@
 
 import functools
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +71,15 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     where = shown(str(path))
     if not os.path.lexists(path):
         raise ValueError(f"{where} is missing; --tokens is a file that np.save made of int32 [B, S]")
-    with regular_file(path):  # a FIFO would wait for ever
-        pass
+    with regular_file(path) as file:  # a FIFO would wait for ever
+        magic = file.read(len(np.lib.format.MAGIC_PREFIX))
+    if magic.startswith(b"PK"):
+        raise ValueError(f"{where} is a zip, as np.savez makes it of several arrays; give int32 [B, S] of np.save")
     try:
         tokens_BS = np.load(path, mmap_mode="r", allow_pickle=False)  # a header may promise more than the file holds
-    except (EOFError, OSError, OverflowError, TypeError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, OverflowError, TypeError, ValueError, SyntaxError) as error:
         reason = shown(str(error).partition("\n")[0])
         raise ValueError(f"{where} is not an .npy file ({reason}); make it with np.save of int32 [B, S]") from error
-    if not isinstance(tokens_BS, np.ndarray):
-        raise ValueError(f"{where} has several arrays; give int32 [B, S]")
     check_tokens(tokens_BS, vocab_size, where)
     return np.array(tokens_BS)
 
