@@ -46,6 +46,7 @@ from deepseek_jax.training.workdir import (
 from experiments import command, recipe, session
 
 CONFIG = recipe.Recipe("configs/deepseek_v3.py", "Recipe of the run; the model is the checkpoint's.")
+MOST_GIGABYTES = 1e6
 HUGGINGFACE = "huggingface"  # in a workdir: the files that an import copied
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -61,7 +62,7 @@ PRECISION = flags.DEFINE_enum(
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy file with int32 tokens [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz file to write.")
 SHARD_GIGABYTES = flags.DEFINE_float(
-    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6, upper_bound=1e6
+    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6, upper_bound=MOST_GIGABYTES
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
@@ -104,6 +105,8 @@ def import_() -> None:
 def export() -> None:
     """Write a run's checkpoint in Hugging Face's format."""
     folder, workdir = new_folder(HF.value, "--hf"), local_path(_needed("workdir"), "--workdir")
+    if not SHARD_GIGABYTES.value <= MOST_GIGABYTES:  # NaN
+        raise ValueError(f"--shard_gigabytes={SHARD_GIGABYTES.value} is no size; give at most {MOST_GIGABYTES:g}")
     if PRECISION.value == "fp32":
         raise ValueError("--precision=fp32: released checkpoints are in FP8 or BF16; choose one")
     config, fp8 = read_config(workdir), PRECISION.value != "bf16"
@@ -178,7 +181,11 @@ def open_told(folder: Path) -> Folder:
 
 
 def with_precision(precision: str, model: Model) -> Config:
-    """Return a checkpoint's model in the recipe of --config, whose own model and precision do not matter."""
+    """Return a checkpoint's model in the recipe of --config, whose own model and precision do not matter.
+
+    Raises:
+        ValueError: the model is impossible, or cannot be computed in `precision`.
+    """
     base = to_dict(
         from_config_dict(CONFIG.value).with_(execution={"precision": precision, "experts": "auto"}, model=model)
     )

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
@@ -36,6 +38,7 @@ from deepseek_jax.training.state import jit_state_around
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import claim_workdir, read_config, read_tokenizer
 from experiments.benchmarks import synthetic_checkpoint
+from tests.golden import hf_checkpoint
 from tests.support.checkpoints import config as small_config
 from tests.training.runs import finish, start, write_corpus
 
@@ -214,6 +217,47 @@ def test_the_run_owns_recipe_and_model(workdir, checkpoint):
     assert config.model == small_config().model
     assert (config.name, config.data.sequence_length, config.execution.precision) == ("small", 128, "fp32")
     assert config.training.initial_weights == str(checkpoint)
+
+
+def test_a_folder_of_any_name_is_imported(convert, checkpoint, tmp_path):
+    """Its name is text in the recipe, whatever it spells, and the printed command is one for a shell."""
+    name = """a'b" \"\"\"\\ $(x); {c}"""
+    workdir = tmp_path / f"W {name}"
+    folder = changed(checkpoint, tmp_path / name)
+    printed = convert("import", f"--hf={folder}", f"--workdir={workdir}", *CONFIG)
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[:3] == ["python", "-m", "experiments.train"]
+    assert words[3:] == [f"--config={workdir / 'config.py'}", f"--workdir={workdir}"]
+    scope = {}
+    exec((workdir / "config.py").read_text(), scope)
+    assert from_config_dict(scope["get_config"]()) == read_config(workdir)
+    assert read_config(workdir).training.initial_weights == str(folder)
+
+
+def test_a_folder_without_its_mtp_layers_is_noted(convert, tmp_path):
+    """As transformers saves it: nobody is left to believe that the layers are there."""
+    golden = hf_checkpoint.FOLDER / "base"
+    hf = json.loads((golden / "config.json").read_text())
+    kept = {
+        name: value
+        for name, value in load_file(golden / "model.safetensors").items()
+        if not name.startswith(tuple(f"model.layers.{hf['num_hidden_layers'] + depth}." for depth in range(2)))
+    }
+    save_file(kept, tmp_path / "model.safetensors")
+    shutil.copy(golden / "config.json", tmp_path)
+    printed = convert("verify", f"--hf={tmp_path}", *CONFIG)
+    assert "NOTE: " in printed and "it is read WITHOUT MTP layers, as if the key were 0" in printed
+
+
+def test_widths_that_fp8_does_not_have_are_refused(convert, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros((1, 8), np.int32))
+    arguments = (f"--tokens={tmp_path / 'tokens.npy'}", f"--output={tmp_path / 'out.npz'}", *CONFIG)
+    folder = hf_checkpoint.FOLDER / "no_query_latent"
+    said = convert.fails("logits", f"--hf={folder}", "--precision=fp8", *arguments)
+    assert "width = 24 must be a multiple of 128 for execution.precision = 'fp8'; change it, or use 'bf16'" in said
+    for output in (tmp_path, "/dev/full"):
+        said = convert.fails("logits", f"--hf={folder}", *arguments[:1], f"--output={output}", *CONFIG)
+        assert str(output) in said and "load:" not in said
 
 
 def test_an_import_copies_no_weights(workdir, checkpoint):
@@ -399,6 +443,9 @@ def test_wrong_arguments(convert, checkpoint, workdir, tmp_path):
     assert "give one of import, export, verify, logits, not nothing" in convert.fails(hf)
     assert "--workdir is missing; give it: Folder of the run." in convert.fails("import", f"--hf={checkpoint}")
     assert "--workdir is missing; give it: Folder of the run." in convert.fails("export", hf)
+    for size in ("nan", "inf", "1e300"):
+        said = convert.fails("export", hf, f"--workdir={workdir}", f"--shard_gigabytes={size}")
+        assert "shard_gigabytes" in said
     said = convert.fails("export", hf, f"--workdir={workdir}", "--precision=fp32")
     assert "--precision=fp32: released checkpoints are in FP8 or BF16; choose one" in said
     assert f"{tmp_path} holds no run: config.json is missing" in convert.fails("export", hf, f"--workdir={tmp_path}")
