@@ -160,7 +160,13 @@ def write_logits() -> None:
     model, shards, fp8, _ = open_told(_hf_folder())
     tokens_BS = read_tokens(path, model.vocab_size)
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
-    config = with_precision(precision, model)  # FP8 wants multiples of 128
+    config = with_precision("bf16", model)
+    if precision != "bf16":
+        try:
+            config = with_precision(precision, model)
+        except ValueError as error:  # FP8 wants multiples of 128
+            reason = str(error).partition(";")[0]
+            raise ValueError(f"--precision={precision}: {reason}; use --precision=bf16") from error
     session.start(keep_heap=False)
     mesh = all_devices(config)
     with progress_bar(shards.num_bytes, "load") as progress:

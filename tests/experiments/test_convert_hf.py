@@ -254,7 +254,8 @@ def test_widths_that_fp8_does_not_have_are_refused(convert, tmp_path):
     arguments = (f"--tokens={tmp_path / 'tokens.npy'}", f"--output={tmp_path / 'out.npz'}", *CONFIG)
     folder = hf_checkpoint.FOLDER / "no_query_latent"
     said = convert.fails("logits", f"--hf={folder}", "--precision=fp8", *arguments)
-    assert "width = 24 must be a multiple of 128 for execution.precision = 'fp8'; change it, or use 'bf16'" in said
+    assert "--precision=fp8: config.model: width = 24 must be a multiple of 128" in said
+    assert said.endswith("; use --precision=bf16\n")
     for output in (tmp_path, "/dev/full"):
         said = convert.fails("logits", f"--hf={folder}", *arguments[:1], f"--output={output}", *CONFIG)
         assert str(output) in said and "load:" not in said
