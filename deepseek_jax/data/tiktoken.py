@@ -78,7 +78,7 @@ def make_tokenizer(
     merges = [(_symbols(left), _symbols(right)) for _, (left, right) in sorted(pairs)]
     try:
         words = pre_tokenizers.Split(Regex(pattern), "isolated")
-        encoder = tokenizers.Tokenizer(models.BPE(vocab=vocabulary | special, merges=merges, ignore_merges=True))
+        encoder = tokenizers.Tokenizer(models.BPE(vocab={**vocabulary, **special}, merges=merges, ignore_merges=True))
     except Exception as error:  # the Rust side raises plain Exception
         raise ValueError(f"{shown(origin)} cannot be converted: {shown(str(error))}; convert it elsewhere") from error
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
@@ -144,9 +144,9 @@ def _symbols(token: bytes) -> str:
 
 
 def _special_tokens(settings: Mapping[str, Any], origin: str) -> dict[str, int]:
-    added = settings.get("added_tokens_decoder")
     try:
-        special = {token["content"]: int(token_id) for token_id, token in added.items()}
+        added = settings["added_tokens_decoder"].items()
+        special = {token["content"]: int(token_id) for token_id, token in added}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{shown(origin)} has no added_tokens_decoder that gives the text of each special token by its id; take the"
@@ -186,6 +186,8 @@ def _assigned_pattern(program: Path) -> str | None:
                     func=ast.Attribute(value=ast.Constant(value=str(between)), attr="join"),
                     args=[ast.List(elts=parts) | ast.Tuple(elts=parts)],
                 ),
-            ) if all(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts):
-                return between.join(part.value for part in parts)
+            ):
+                texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+                if len(texts) == len(parts):
+                    return between.join(texts)
     return None

@@ -62,7 +62,8 @@ class Tokenizer:
         self._encoder = encoder
         self.special_ids = {token.content: token_id for token_id, token in special.items()}
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        self.bos, self.eos, self.pad = (encoder.token_to_id(name) for name in (bos, eos, pad))
+        ids = [encoder.token_to_id(name) for name in (bos, eos, pad)]
+        self.bos, self.eos, self.pad = (token_id for token_id in ids if token_id is not None)
         self.fim_begin, self.fim_hole, self.fim_end = (
             encoder.token_to_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)
         )
