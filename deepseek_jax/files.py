@@ -14,15 +14,18 @@ PARTIAL_MARK = ".partial-"  # in the name of a file that is being written
 _numbers = itertools.count()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`, text as UTF-8. After a kill or a power cut `path` has the old content or the new."""
-    with replacing(path) as descriptor:
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Replace `path` by `content`, text as UTF-8. After a kill or a power cut `path` has the old content or the new.
+
+    `mode` are the new file's permissions, less those that the process's umask takes away.
+    """
+    with replacing(path, mode) as descriptor:
         write_all(descriptor, memoryview(content.encode() if isinstance(content, str) else content))
         os.fsync(descriptor)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[int]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[int]:
     """Open a new file that replaces `path` at the end of the context; an exception removes it.
 
     Yields the file's descriptor. The caller calls `os.fsync` on it after the last byte, and so can say in its own error
@@ -30,7 +33,7 @@ def replacing(path: Path) -> Iterator[int]:
     two writers share one.
     """
     partial = path.with_name(f"{path.name}{PARTIAL_MARK}{socket.gethostname()}-{os.getpid()}-{next(_numbers)}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         try:
             yield descriptor

@@ -6,11 +6,13 @@ file of a bearable size: a FIFO would wait for ever, a device has no end. Every 
 path and the remedy.
 """
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LONGEST_PATH = 4096  # bytes, Linux's PATH_MAX
 LARGEST_SMALL_FILE = 256 << 20  # bytes; the largest known tokenizer.json has 35 MB
@@ -78,11 +80,12 @@ def new_file(text: str, name: str) -> Path:
     return path
 
 
-def read_bytes(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes.
+@contextlib.contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading.
 
     Raises:
-        ValueError: it does not exist, cannot be read, is larger, or is not a regular file.
+        ValueError: it does not exist, cannot be opened or read, or is not a regular file.
     """
     shown_path = shown(str(path))
     try:
@@ -93,15 +96,27 @@ def read_bytes(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
             if not stat.S_ISREG(mode):
                 raise ValueError(f"{shown_path} is {kind_of(mode)}; put a regular file there")
             with open(descriptor, "rb", closefd=False) as file:
-                content = file.read(limit + 1)
+                yield file
         finally:
             os.close(descriptor)
     except OSError as error:
         raise ValueError(
             f"{shown_path} cannot be read: {error.strerror}; check the path and its permissions"
         ) from error
+
+
+def read_bytes(path: Path, limit: int = LARGEST_SMALL_FILE) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        ValueError: as `regular_file`, or it is larger.
+    """
+    with regular_file(path) as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{shown_path} is larger than the {limit} bytes that such a file may have; put the right one")
+        raise ValueError(
+            f"{shown(str(path))} is larger than the {limit} bytes that such a file may have; put the right one"
+        )
     return content
 
 
@@ -123,9 +138,10 @@ def read_json(path: Path, kind: type = dict, limit: int = LARGEST_SMALL_FILE) ->
     Raises:
         ValueError: as `read_text`, or it is not JSON, too deep, or of another kind.
     """
+    text = read_text(path, limit)
     try:
-        value = json.loads(read_text(path, limit))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except ValueError as error:  # also for an integer of thousands of digits
         raise ValueError(f"{shown(str(path))} is not valid JSON ({error}); restore or repair it") from error
     except RecursionError as error:
         raise ValueError(f"{shown(str(path))} is nested too deeply for JSON; restore or repair it") from error

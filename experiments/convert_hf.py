@@ -12,29 +12,30 @@ The same command continues an interrupted export. `--dry_run` lists tensors and 
 over all devices.
 """
 
-import json
-import pprint
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from deepseek_jax.config import Config, Mesh, from_config_dict, to_dict
-from deepseek_jax.evaluation.logits import check_tokens, logits
-from deepseek_jax.files import write_atomically
+from deepseek_jax.config import Config, Mesh, Model, from_config_dict, to_dict
+from deepseek_jax.evaluation.logits import logits, read_tokens
+from deepseek_jax.files import replacing, write_atomically
+from deepseek_jax.huggingface import companions, imported_recipe
 from deepseek_jax.huggingface import config as hf_config
-from deepseek_jax.huggingface.folder import open_folder, progress_bar
-from deepseek_jax.huggingface.load import expected, load, num_bytes
+from deepseek_jax.huggingface.companions import Companion
+from deepseek_jax.huggingface.contents import expected, num_bytes
+from deepseek_jax.huggingface.folder import Folder, open_folder, progress_bar
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.inputs import local_path, new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors import record
-from deepseek_jax.safetensors.folder import RECORD, Shards
+from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import (
-    TOKENIZER_FILES,
     check_workdir,
     claim_workdir,
     initial_tokenizer,
@@ -45,6 +46,8 @@ from deepseek_jax.training.workdir import (
 from experiments import command, recipe, session
 
 CONFIG = recipe.Recipe("configs/deepseek_v3.py", "Recipe of the run; the model is the checkpoint's.")
+MOST_GIGABYTES = 1e6
+HUGGINGFACE = "huggingface"  # in a workdir: the files that an import copied
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEP = flags.DEFINE_integer(
@@ -59,25 +62,9 @@ PRECISION = flags.DEFINE_enum(
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy file with int32 tokens [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz file to write.")
 SHARD_GIGABYTES = flags.DEFINE_float(
-    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6, upper_bound=1e6
+    "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6, upper_bound=MOST_GIGABYTES
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
-
-# The files beside the weights. They go through a run unchanged as long as the model stays the same. An export writes
-# the last one last, which marks the folder complete.
-COMPANIONS = ("generation_config.json", "chat_template.jinja", *TOKENIZER_FILES, "config.json")
-
-CONFIG_FILE = '''"""The recipe of a run that began with the weights of {folder}."""
-
-from ml_collections import ConfigDict
-
-
-def get_config() -> ConfigDict:
-    """Return the configuration."""
-    return ConfigDict(
-{config}
-    )
-'''
 
 
 def main(argv: list[str]) -> None:
@@ -90,36 +77,36 @@ def import_() -> None:
     its mesh when it starts.
     """
     folder, workdir = _hf_folder().absolute(), new_folder(_needed("workdir"), "--workdir")
-    config, _, fp8 = open_checkpoint(folder)
+    opened = open_told(folder)
+    config = hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, opened.model)
     if DRY_RUN.value:
-        list_tensors(config, fp8)
+        list_tensors(config, opened.fp8)
         return
     session.start(keep_heap=False)
     config = config.with_(training={"initial_weights": str(folder)})
     tokenizer = initial_tokenizer(config)
+    files = companions.read(folder)
+    files |= {name: Companion(text) for name, text in tokenizer.items() if name not in files}  # made from another form
     check_workdir(workdir, config)
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir} holds a run with checkpoints; import into another --workdir")
-    (workdir / "huggingface").mkdir(exist_ok=True)
-    for name in COMPANIONS:
-        if (folder / name).exists():
-            write_atomically(workdir / "huggingface" / name, _text(folder / name))
+    (workdir / HUGGINGFACE).mkdir(exist_ok=True)
+    companions.write(workdir / HUGGINGFACE, files)
     put_tokenizer(workdir, tokenizer)
-    write_atomically(
-        workdir / "config.py",
-        CONFIG_FILE.format(folder=folder, config=pprint.pformat(to_dict(config), sort_dicts=False)),
-    )
+    write_atomically(workdir / imported_recipe.FILE, imported_recipe.source(config))
     claim_workdir(workdir, config)
     print(
         f"{workdir}: a run that begins with the weights of {folder}, which must stay there until the first checkpoint;"
         " to train on:"
     )
-    print(f"  python -m experiments.train --config={workdir / 'config.py'} --workdir={workdir}")
+    print(f"  {imported_recipe.training_command(workdir)}")
 
 
 def export() -> None:
     """Write a run's checkpoint in Hugging Face's format."""
     folder, workdir = new_folder(HF.value, "--hf"), local_path(_needed("workdir"), "--workdir")
+    if not SHARD_GIGABYTES.value <= MOST_GIGABYTES:  # NaN
+        raise ValueError(f"--shard_gigabytes={SHARD_GIGABYTES.value} is no size; give at most {MOST_GIGABYTES:g}")
     if PRECISION.value == "fp32":
         raise ValueError("--precision=fp32: released checkpoints are in FP8 or BF16; choose one")
     config, fp8 = read_config(workdir), PRECISION.value != "bf16"
@@ -142,15 +129,15 @@ def export() -> None:
         )
     if jax.process_index() > 0:
         return
-    for name, content in companions(workdir, config, fp8).items():
-        write_atomically(folder / name, content)
+    companions.write(folder, companions.export(workdir / HUGGINGFACE, read_tokenizer(workdir), config, fp8))
     print(f"{folder}: step {progress.step} of {workdir} in {'FP8' if fp8 else 'BF16'}")
 
 
 def verify() -> None:
     """Check a folder in Hugging Face's format."""
     folder = _hf_folder()
-    config, shards, fp8 = open_checkpoint(folder)
+    model, shards, fp8, _ = open_told(folder)
+    with_precision("bf16", model)  # the shape is possible
     session.start(keep_heap=False)
     files = {entry.file for entry in shards.entries.values()}
     form = "FP8" if fp8 else "not FP8"
@@ -168,39 +155,47 @@ def write_logits() -> None:
     path, output = local_path(_needed("tokens"), "--tokens"), new_file(_needed("output"), "--output")
     if not output.parent.is_dir():
         raise ValueError(f"there is no folder {output.parent} for --output; make it")
-    config, shards, fp8 = open_checkpoint(_hf_folder())
-    tokens_BS = read_tokens(path, config.model.vocab_size)
+    if os.path.lexists(output) and not output.is_file():  # a device would be replaced by a file
+        raise ValueError(f"--output={output} is no regular file; name one that may be replaced")
+    model, shards, fp8, _ = open_told(_hf_folder())
+    tokens_BS = read_tokens(path, model.vocab_size)
     precision = PRECISION.value or ("fp8" if fp8 else "bf16")
-    config = from_config_dict(to_dict(config.with_(execution={"precision": precision})))  # FP8 wants multiples of 128
+    config = with_precision("bf16", model)
+    if precision != "bf16":
+        try:
+            config = with_precision(precision, model)
+        except ValueError as error:  # FP8 wants multiples of 128
+            reason = str(error).partition(";")[0]
+            raise ValueError(f"--precision={precision}: {reason}; use --precision=bf16") from error
     session.start(keep_heap=False)
     mesh = all_devices(config)
     with progress_bar(shards.num_bytes, "load") as progress:
         # A checkpoint that is not in FP8 is quantised from FP32, as in training.
         weights = load(shards, config, mesh, "fp32" if precision == "fp8" and not fp8 else precision, progress.update)
     found = logits(config, weights, tokens_BS, mesh)
-    with output.open("wb") as file:
+    with replacing(output) as descriptor, open(descriptor, "wb", closefd=False) as file:
         np.savez(file, **found)
     print(f"{output}: " + ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in found.items()))
 
 
-def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """Return the tokens [B, S] of a file. Raises ValueError for bad ones, before any weight is read."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing; --tokens is a file that np.save made of int32 [B, S]")
-    try:
-        tokens_BS = np.load(path)
-    except (EOFError, ValueError) as error:  # empty, or of another format
-        raise ValueError(f"{path} is not an .npy file ({error}); make it with np.save of int32 [B, S]") from error
-    if not isinstance(tokens_BS, np.ndarray):
-        raise ValueError(f"{path} has several arrays; give int32 [B, S]")
-    check_tokens(tokens_BS, vocab_size, str(path))
-    return tokens_BS
+def open_told(folder: Path) -> Folder:
+    """Check a checkpoint, and say what a user should know of it."""
+    opened = open_folder(folder)
+    for note in opened.notes:
+        print(f"NOTE: {note}")
+    return opened
 
 
-def open_checkpoint(folder: Path) -> tuple[Config, Shards, bool]:
-    """Check a checkpoint; return its model in the recipe of --config, its shards, and whether it is in FP8."""
-    model, shards, fp8 = open_folder(folder)
-    return hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, model), shards, fp8
+def with_precision(precision: str, model: Model) -> Config:
+    """Return a checkpoint's model in the recipe of --config, whose own model and precision do not matter.
+
+    Raises:
+        ValueError: the model is impossible, or cannot be computed in `precision`.
+    """
+    base = to_dict(
+        from_config_dict(CONFIG.value).with_(execution={"precision": precision, "experts": "auto"}, model=model)
+    )
+    return from_config_dict(base)
 
 
 def all_devices(config: Config) -> jax.sharding.Mesh:
@@ -213,27 +208,12 @@ def all_devices(config: Config) -> jax.sharding.Mesh:
     return make_mesh(Mesh(pipe=1, data=1, node=1, expert=count, tensor=1))
 
 
-def companions(workdir: Path, config: Config, fp8: bool) -> dict[str, str]:
-    """Return the files beside the weights: those of the import where they still fit the model, new ones elsewhere."""
-    kept = {name: workdir / "huggingface" / name for name in COMPANIONS}
-    found = {name: _text(path) for name, path in kept.items() if path.exists()} or read_tokenizer(workdir)
-    hf = json.loads(found["config.json"]) if "config.json" in found else None
-    if hf is None or hf_config.read_model(hf) != config.model or hf_config.is_fp8(hf) != fp8:
-        found["config.json"] = json.dumps(hf_config.write_model(config.model, fp8), indent=2) + "\n"
-    return found
-
-
 def list_tensors(config: Config, fp8: bool) -> None:
     """Print every tensor with its dtype, shape and bytes, then the totals."""
     tensors = expected(config.model, fp8)
     for name, (dtype, shape) in tensors.items():
         print(f"{name}  {dtype}  {list(shape)}  {DTYPES[dtype].itemsize * int(np.prod(shape)):,}")
     print(f"{len(tensors):,} tensors, {num_bytes(config.model, fp8):,} bytes")
-
-
-def _text(path: Path) -> str:
-    """Return the text of a file with its own line ends."""
-    return path.read_bytes().decode()
 
 
 def _hf_folder() -> Path:

@@ -22,8 +22,8 @@ After rendering, marked tokens become ids and the rest is encoded as ordinary te
 tokens in another way: these are noticed and refused.
 """
 
+import datetime
 import functools
-import json
 import os
 import re
 import secrets
@@ -33,9 +33,10 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_jax.data.jinja import FAULTS, environment
 from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
+from deepseek_jax.inputs import read_json, read_text, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # Private use characters: no template takes them for spaces or letters.
@@ -59,8 +60,9 @@ class ChatTemplate:
         self._special = {"bos_token": BOS, "eos_token": EOS} | dict(special or {})
         try:
             _compile(source, ())
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is not valid Jinja: {error} (line {error.lineno})") from error
+        except FAULTS as error:
+            line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise ValueError(f"the chat template is not valid Jinja: {_told(error)}{line}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ChatTemplate":
@@ -73,30 +75,28 @@ class ChatTemplate:
         """
         config_file = Path(path) / "tokenizer_config.json" if Path(path).is_dir() else Path(path)
         template_file = config_file.with_name("chat_template.jinja")
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        except ValueError as error:
-            raise ValueError(f"{config_file} is not readable JSON: {error}") from error
-        if template_file.exists():
-            source, origin = template_file.read_text(encoding="utf-8"), template_file
+        config = read_json(config_file) if os.path.lexists(config_file) else {}
+        if os.path.lexists(template_file):
+            source, origin = read_text(template_file), template_file
         else:
             source, origin = config.get("chat_template"), config_file
         if isinstance(source, list):  # several, each with a name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            named = [entry for entry in source if isinstance(entry, dict)]
+            source = {str(entry.get("name")): entry.get("template") for entry in named}.get("default")
         if not isinstance(source, str):
             raise ValueError(
-                f"{config_file} has no chat_template and there is no {template_file};"
+                f"{shown(str(config_file))} has no chat_template and there is no {shown(str(template_file))};"
                 " add one of them, or use V3 or R1 of deepseek_jax.data.chat"
             )
         names = {
-            key: value["content"] if isinstance(value, dict) else value
+            key: value.get("content") if isinstance(value, dict) else value
             for key, value in config.items()
             if key.endswith("_token")
         }
         try:
             return cls(source, {key: name for key, name in names.items() if isinstance(name, str)})
         except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
+            raise ValueError(f"{shown(str(origin))}: {error}") from error
 
     def render(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
@@ -104,7 +104,7 @@ class ChatTemplate:
         """Return the text of a conversation.
 
         Args:
-            messages: mappings with a `role` and a `content`.
+            messages: mappings with a `role` and a `content`, which may be None beside `tool_calls`.
             add_generation_prompt: whether the text ends with the opening of the assistant's next reply.
             variables: other variables of the template.
 
@@ -130,9 +130,10 @@ class ChatTemplate:
             ValueError: as for `render`; or the template writes special tokens that the tokenizer lacks, or that cannot
                 be told from contents.
         """
+        variables = {"strftime_now": datetime.datetime.now().strftime} | variables  # one time in all renderings
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
-        harmless = [{**message, "content": "x"} for message in messages]
+        harmless = [message if message.get("content") is None else {**message, "content": "x"} for message in messages]
         for unmarked in _split(self._run(tokens, harmless, add_generation_prompt, variables))[::2]:
             token = next((token for token in tokens if token in unmarked), None) or next(
                 iter(SPECIAL_FORM.findall(unmarked)), None
@@ -168,12 +169,12 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        except FAULTS as error:
+            raise ValueError(f"the chat template cannot render these messages: {_told(error)}") from error
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Raise ValueError unless every message has one of `ROLES` and a text."""
+    """Raise ValueError unless every message has one of `ROLES` and a text, or calls of tools."""
     if isinstance(messages, str | Mapping) or not messages:
         raise ValueError(f"messages = {messages!r} must be a list of at least one message")
     for i, message in enumerate(messages):
@@ -181,8 +182,16 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             raise ValueError(f"messages[{i}] = {message!r} must be a mapping with role and content")
         if message.get("role") not in ROLES:
             raise ValueError(f"messages[{i}] has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"messages[{i}] has content {message.get('content')!r}; it must be a string")
+        calls = message.get("role") == "assistant" and message.get("content") is None and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not calls:
+            raise ValueError(
+                f"messages[{i}] has content {message.get('content')!r}; it must be a string, or None beside tool_calls"
+            )
+
+
+def _told(error: BaseException) -> str:
+    """Return what is wrong; an exception of Python's own with its name."""
+    return shown(str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}")
 
 
 def _split(text: str) -> list[str]:
@@ -201,12 +210,11 @@ def _marked(text: str, tokens: tuple[str, ...]) -> str:
 @functools.lru_cache(maxsize=16)
 def _compile(source: str, tokens: tuple[str, ...]) -> jinja2.Template:
     """Compile a template, with `tokens` marked wherever it writes them."""
-    environment = _environment()
-    program = environment.parse(source)
+    program = environment().parse(source)
     for statement in program.find_all((nodes.Output, nodes.Assign)):
         for expression in statement.nodes if isinstance(statement, nodes.Output) else [statement.node]:
             _mark(expression, tokens)
-    return jinja2.Template.from_code(environment, environment.compile(program), environment.make_globals(None))
+    return jinja2.Template.from_code(environment(), environment().compile(program), environment().make_globals(None))
 
 
 def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
@@ -231,27 +239,6 @@ def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
                 _mark(expression.expr2, tokens)
         case nodes.Filter() if expression.node is not None:
             _mark(expression.node, tokens)
-
-
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return Jinja as transformers sets it up."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json  # Jinja's own escapes <, >, & and '
-    environment.globals["raise_exception"] = _refuse
-    return environment
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _deepseek(reply: str, opening: str) -> ChatTemplate:

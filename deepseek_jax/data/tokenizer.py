@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ THINK_TOKENS = ("<think>", "</think>")
 SPECIAL_FORM = re.compile("<[｜|][^<>｜|]+[｜|]>|</?think>")
 
 CONFIG_NAME = "tokenizer_config.json"  # the file beside a tokenizer.json
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_NAME)
 
 
 class Tokenizer:
@@ -61,7 +62,8 @@ class Tokenizer:
         self._encoder = encoder
         self.special_ids = {token.content: token_id for token_id, token in special.items()}
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        self.bos, self.eos, self.pad = (encoder.token_to_id(name) for name in (bos, eos, pad))
+        ids = [encoder.token_to_id(name) for name in (bos, eos, pad)]
+        self.bos, self.eos, self.pad = (token_id for token_id in ids if token_id is not None)
         self.fim_begin, self.fim_hole, self.fim_end = (
             encoder.token_to_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END)
         )
@@ -79,22 +81,35 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            encoder = tokenizers.Tokenizer.from_str(read_text(path))
+            text = read_text(path)
+        except ValueError as error:
+            raise ValueError(f"{_unreadable(str(path))} ({error}); {_REMEDY}") from error
+        beside = path.with_name(CONFIG_NAME)
+        return cls.parse(text, read_json(beside) if os.path.lexists(beside) else {}, path)
+
+    @classmethod
+    def parse(cls, text: str, settings: Mapping[str, Any], path: Path) -> "Tokenizer":
+        """Make a tokenizer from the text of a `tokenizer.json` and the parsed `tokenizer_config.json`, as `load` does.
+
+        Raises:
+            ValueError: as `load`; `path` is where the text comes from.
+        """
+        try:
+            encoder = tokenizers.Tokenizer.from_str(text)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the Rust side raises plain Exception, and a panic is no Exception
-            raise ValueError(
-                f"{shown(str(path))} is not a readable tokenizer.json ({error}); data.tokenizer takes 'bpe', 'byte' or"
-                " such a file"
-            ) from error
+            raise ValueError(f"{_unreadable(str(path))} ({shown(str(error))}); {_REMEDY}") from error
         beside = path.with_name(CONFIG_NAME)
-        named = read_json(beside) if os.path.lexists(beside) else {}
         names = [
-            _special_name(encoder, named.get(key), usual, f"{shown(str(beside))}: {key}")
+            _special_name(encoder, settings.get(key), usual, f"{shown(str(beside))}: {key}")
             for key, usual in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD))
         ]
         if names[0] is None or names[1] is None:
-            raise ValueError(f"{path} has no token {BOS!r} or {EOS!r}; name its bos_token and eos_token in {beside}")
+            raise ValueError(
+                f"{shown(str(path))} has no token {BOS!r} or {EOS!r}; name its bos_token and eos_token in"
+                f" {shown(str(beside))}"
+            )
         return cls(encoder, names[0], names[1], names[2] or names[1])
 
     def save(self, path: str | os.PathLike) -> None:
@@ -192,13 +207,20 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
+_REMEDY = "data.tokenizer takes 'bpe', 'byte' or such a file"
+
+
+def _unreadable(origin: str) -> str:
+    return f"{shown(origin)} is not a readable tokenizer.json"
+
+
 def _special_name(encoder: tokenizers.Tokenizer, named: Any, usual: str, where: str) -> str | None:
     """Return `named` (a text, or Hugging Face's dict of a token) if `encoder` has it, else `usual`, else None."""
     name = named.get("content") if isinstance(named, dict) else named
     if named is not None and not isinstance(name, str):
         raise ValueError(f"{where} is {shown(repr(named))}, not the text of a token; repair or remove it")
     return next(
-        (token for token in (name, usual) if token is not None and encoder.token_to_id(token) is not None), None
+        (token for token in (name, usual) if isinstance(token, str) and encoder.token_to_id(token) is not None), None
     )
 
 

@@ -1,6 +1,8 @@
 """Logits, routes and gates of a checkpoint for given tokens, to compare with another implementation."""
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config, Execution, Model
+from deepseek_jax.inputs import regular_file, shown
 from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.router import weigh
@@ -37,7 +40,7 @@ def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sh
         `expert_weights` in FP32; where the model has an MTP layer, `mtp_logits` [B, S - 1, V] FP32 of its first.
 
     Raises:
-        ValueError: tokens of another shape or dtype, or beyond the vocabulary.
+        ValueError: tokens of another shape or dtype, or beyond the vocabulary; or a logit is not a number.
     """
     check_tokens(tokens_BS, config.model.vocab_size, "tokens_BS")
     num_rows = len(tokens_BS)
@@ -46,10 +49,39 @@ def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sh
         execution = resolve_for(config, mesh).execution
         run = jit_on(_forward, execution, mesh, config.model, execution)
         results = run(weights, place_batch({"tokens_BS": tokens_BS}, mesh)["tokens_BS"])
-    return {
+    found = {
         name: np.asarray(array)[:, :num_rows] if name in PER_LAYER else np.asarray(array)[:num_rows]
         for name, array in results.items()
     }
+    for name in found.keys() - set(PER_LAYER):
+        if wrong := np.argwhere(~np.isfinite(found[name]).all(axis=-1)).tolist():
+            raise ValueError(
+                f"{name} are not finite numbers at {len(wrong)} places, row and position {wrong[0]} the first: the"
+                " weights are damaged, or --precision overflows; try another precision or checkpoint"
+            )
+    return found
+
+
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """Return the tokens [B, S] of a file.
+
+    Raises:
+        ValueError: it is no regular file that `np.save` made of int32 [B, S] within the vocabulary.
+    """
+    where = shown(str(path))
+    if not os.path.lexists(path):
+        raise ValueError(f"{where} is missing; --tokens is a file that np.save made of int32 [B, S]")
+    with regular_file(path) as file:  # a FIFO would wait for ever
+        magic = file.read(len(np.lib.format.MAGIC_PREFIX))
+    if magic.startswith(b"PK"):
+        raise ValueError(f"{where} is a zip, as np.savez makes it of several arrays; give int32 [B, S] of np.save")
+    try:
+        tokens_BS = np.load(path, mmap_mode="r", allow_pickle=False)  # a header may promise more than the file holds
+    except (EOFError, OSError, OverflowError, TypeError, ValueError, SyntaxError) as error:
+        reason = shown(str(error).partition("\n")[0])
+        raise ValueError(f"{where} is not an .npy file ({reason}); make it with np.save of int32 [B, S]") from error
+    check_tokens(tokens_BS, vocab_size, where)
+    return np.array(tokens_BS)
 
 
 def check_tokens(tokens_BS: np.ndarray, vocab_size: int, origin: str) -> None:

@@ -1,5 +1,6 @@
 """Evaluation of a run from its workdir, on any mesh."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.data.token_cache import Corpus, open_corpus
+from deepseek_jax.inputs import shown
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.evaluation import Evaluation, evaluate
@@ -28,7 +30,8 @@ def evaluate_workdir(
         mesh: to evaluate on; by default that of `config`.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or the corpus is not the one that it was trained on.
+        ValueError: there is no such checkpoint, it is damaged, or the corpus is not the one that it was trained on; or
+            the loss is not a number.
     """
     mesh = mesh or make_mesh(config.mesh)
     weights, progress = restore_weights(config, workdir, mesh, step)
@@ -37,7 +40,13 @@ def evaluate_workdir(
     check_corpus(progress, open_corpus(config, tokenizer, workdir))
     held_out = open_held_out(config, tokenizer, workdir, *processes)
     with jax.set_mesh(mesh):
-        return evaluate(jit_eval_step(config, pretraining(config), mesh), weights, held_out, mesh), progress
+        result = evaluate(jit_eval_step(config, pretraining(config), mesh), weights, held_out, mesh)
+    if not math.isfinite(result.loss):
+        raise ValueError(
+            f"the held-out loss of step {progress.step} in {shown(str(workdir))} is {result.loss}: its weights are"
+            " damaged, or it diverged; evaluate an earlier --step"
+        )
+    return result, progress
 
 
 def check_corpus(progress: Progress, corpus: Corpus) -> None:

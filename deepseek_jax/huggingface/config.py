@@ -1,9 +1,10 @@
-"""config.json of a released checkpoint <-> our `Model`.
+"""The config.json of a released checkpoint as our `Model`; `config_writer` is the way back.
 
-Two families are read: "deepseek_v3" (V3, R1, and models of its architecture such as Moonlight) and "deepseek_v2" (V2,
-V2.5, V2-Lite). A key that asks for something our model cannot do is refused. Keys that only concern training or serving
-(aux_loss_alpha, seq_aux, ep_size, pretraining_tp, use_cache, ids of special tokens) are ignored. A missing or null key
-takes the value that transformers and DeepSeek's own code give it:
+Two families are read: "deepseek_v3" (V3, R1, and models of its architecture such as Moonlight and "kimi_k2") and
+"deepseek_v2" (V2, V2.5, V2-Lite). A key that asks for something our model cannot do is refused, also one that these
+families do not know but others do (`FOREIGN`). Keys that only concern training or serving (aux_loss_alpha, seq_aux,
+ep_size, pretraining_tp, use_cache, ids of special tokens) are ignored. A missing or null key takes the value that
+transformers and DeepSeek's own code give it:
 
                                 deepseek_v3    deepseek_v2
     topk_method                 noaux_tc       greedy         with "greedy" n_group and topk_group do not apply
@@ -18,25 +19,27 @@ takes the value that transformers and DeepSeek's own code give it:
     rope_theta                  10000          10000
 
 YaRN is on if the file has it, because released weights are those after context extension. It is spelled `rope_scaling`
-beside `rope_theta`; transformers 5 has both in `rope_parameters`. A missing mscale is 1 and a missing mscale_all_dim 0:
-the cosines are stretched and the softmax scale stays (DeepSeek's and transformers' code agree). Without YaRN
-`model.yarn` is off, with the numbers of the family's extension and the file's `max_position_embeddings` as
-`original_length`.
+beside `rope_theta`; transformers 5 has both in `rope_parameters`. A file with both sections is read only if they say
+the same, because programs disagree on which counts. A missing mscale is 1 and a missing mscale_all_dim 0: the cosines
+are stretched and the softmax scale stays (DeepSeek's and transformers' code agree). Without YaRN `model.yarn` is off,
+with the numbers of the family's extension and the file's `max_position_embeddings` as `original_length`.
 
 A released file does not say how weights were initialised: its `initializer_range` 0.02 is transformers' default, the
-report has 0.006. Files written here say it, with `initializer_range` and a key of our own that others ignore,
-`residual_init_scale`.
+report has 0.006. Files written here say it, with `initializer_range` and keys of our own that others ignore:
+`residual_init_scale`, and without YaRN `yarn_original_length`.
 """
 
-import copy
 import dataclasses
 from typing import Any
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.huggingface.keys import Keys
+from deepseek_jax.huggingface.names import num_tensors
 from pallas_kernels import GROUP
 
 FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+ALIASES = {"kimi_k2": "deepseek_v3"}  # model_type of a family's model under another name
+MOST_TENSORS = 500_000  # V3 has 46 thousand, Kimi-K2 70 thousand; a file that asks for more is damaged
 DEFAULTS = {  # for keys that may be absent
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
     "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
@@ -50,6 +53,18 @@ FIXED = {  # keys that may only have this value, their default, and why
     "hidden_act": ("silu", "feed-forwards here are SwiGLU"),
     "moe_layer_freq": (1, "here every layer after the first dense ones has experts"),
     "rope_interleave": (True, "rotary channels here are interleaved pairs, as in the released files"),
+}
+FOREIGN = {  # keys of other models that change the mathematics; absent, null, false and 0 are harmless
+    "index_topk": "sparse attention (V3.2)",
+    "index_n_heads": "sparse attention (V3.2)",
+    "sliding_window": "attention within a window",
+    "use_qk_norm": "norms of queries and keys",
+    "mla_scale_q_lora": "scaled latents (LongCat)",
+    "mla_scale_kv_lora": "scaled latents (LongCat)",
+    "zero_expert_num": "experts that return their input (LongCat)",
+    "swiglu_limit": "a clipped SwiGLU",
+    "attn_logit_softcapping": "capped attention scores",
+    "final_logit_softcapping": "capped logits",
 }
 QUANTIZATION = {
     "quant_method": "fp8",
@@ -79,13 +94,16 @@ def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Mo
     for key, (value, reason) in FIXED.items():
         if keys.take(key, type(value), value) != value:
             keys.refuse(key, f"{reason}; only {value!r} can be converted")
+    for key, what in FOREIGN.items():
+        if hf.get(key):
+            keys.refuse(key, f"{what} has no counterpart here; choose another checkpoint")
     heads = keys.take("num_attention_heads", int)
     if keys.take("num_key_value_heads", int, heads) != heads:
         keys.refuse("num_key_value_heads", f"latent attention has as many key and value heads as query heads, {heads}")
     if "q_lora_rank" not in hf:
         keys.refuse("q_lora_rank", "write null where queries have no latent")
     is_fp8(hf, origin)
-    return config_lib.Model(
+    model = config_lib.Model(
         vocab_size=keys.take("vocab_size", int),
         width=keys.take("hidden_size", int),
         num_layers=keys.take("num_hidden_layers", int),
@@ -105,6 +123,13 @@ def read_model(hf: dict[str, Any], origin: str = "config.json") -> config_lib.Mo
         **_rope(keys, family),
         **_init(keys),
     )
+    if (count := num_tensors(model)) > MOST_TENSORS:
+        raise ValueError(
+            f"{origin}: num_hidden_layers = {model.num_layers}, n_routed_experts = {model.num_experts} and"
+            f" num_nextn_predict_layers = {model.num_mtp_layers} make {count:,} tensors, more than {MOST_TENSORS:,};"
+            " take the config.json that belongs to the weights"
+        )
+    return model
 
 
 def is_fp8(hf: dict[str, Any], origin: str = "config.json") -> bool:
@@ -128,66 +153,6 @@ def is_fp8(hf: dict[str, Any], origin: str = "config.json") -> bool:
     return True
 
 
-def write_model(model: config_lib.Model, fp8: bool, bos_token_id: int = 0, eos_token_id: int = 1) -> dict[str, Any]:
-    """Make a config.json of which `read_model` is `model`, and that transformers, vLLM and SGLang read.
-
-    `max_position_embeddings` is the length to which YaRN extends, or without YaRN the original length.
-
-    Raises:
-        ValueError: neither family has the router of `model`.
-    """
-    family = {("sigmoid", "top2"): "deepseek_v3", ("softmax", "max"): "deepseek_v2"}.get(
-        (model.gate, model.group_score)
-    )
-    if family is None:
-        raise ValueError(
-            f"config.model: gate = {model.gate!r} with group_score = {model.group_score!r} has no config.json;"
-            " 'sigmoid' goes with 'top2'"
-            " (V3) and 'softmax' with 'max' (V2)"
-        )
-    yarn = model.yarn
-    hf = {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": model.dense_hidden,
-        "moe_intermediate_size": model.expert_hidden,
-        "num_hidden_layers": model.num_layers,
-        "num_nextn_predict_layers": model.num_mtp_layers,
-        "first_k_dense_replace": model.num_dense_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_heads,
-        "q_lora_rank": model.query_latent or None,
-        "kv_lora_rank": model.kv_latent,
-        "qk_nope_head_dim": model.content_dim,
-        "qk_rope_head_dim": model.rotary_dim,
-        "v_head_dim": model.value_dim,
-        "n_routed_experts": model.num_experts,
-        "n_shared_experts": model.num_shared_experts or None,
-        "num_experts_per_tok": model.experts_per_token,
-        "n_group": model.num_groups,
-        "topk_group": model.num_kept_groups,
-        "topk_method": _topk_method(model, family),
-        "scoring_func": model.gate,
-        "norm_topk_prob": model.normalize_gates,
-        "routed_scaling_factor": model.routed_scale,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_base,
-        "rope_scaling": _write_yarn(yarn) if yarn.enabled else None,
-        "max_position_embeddings": round(yarn.factor * yarn.original_length) if yarn.enabled else yarn.original_length,
-        "initializer_range": model.init_std,
-        "residual_init_scale": model.residual_init_scale,
-        "attention_dropout": 0.0,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-    }
-    hf |= {key: value for key, (value, _) in FIXED.items()}
-    return hf | {"quantization_config": copy.deepcopy(QUANTIZATION)} if fp8 else hf
-
-
 def run_config(base: config_lib.Config, name: str, model: config_lib.Model) -> config_lib.Config:
     """Put `model` into the run that `base` describes.
 
@@ -198,11 +163,12 @@ def run_config(base: config_lib.Config, name: str, model: config_lib.Model) -> c
 
 
 def _family(keys: Keys) -> str:
-    family = keys.take("model_type", str)
+    name = keys.take("model_type", str)
+    family = ALIASES.get(name, name)
     if family not in FAMILIES:
-        keys.refuse("model_type", f"choose a checkpoint of one of {sorted(FAMILIES)}")
+        keys.refuse("model_type", f"choose a checkpoint of one of {sorted({*FAMILIES, *ALIASES})}")
     if keys.take("architectures", list, [FAMILIES[family]]) != [FAMILIES[family]]:
-        keys.refuse("architectures", f"model_type {family!r} goes with {[FAMILIES[family]]}")
+        keys.refuse("architectures", f"model_type {name!r} goes with {[FAMILIES[family]]}")
     return family
 
 
@@ -230,26 +196,34 @@ def _router(keys: Keys, family: str) -> dict[str, Any]:
     }
 
 
-def _topk_method(model: config_lib.Model, family: str) -> str:
-    if family == "deepseek_v3":
-        return "noaux_tc"
-    return "group_limited_greedy" if model.num_groups > 1 else "greedy"
-
-
 def _rope(keys: Keys, family: str) -> dict[str, Any]:
     """Return base and YaRN, from either spelling."""
-    name = "rope_parameters" if keys.section.get("rope_parameters") else "rope_scaling"
+    sections = [name for name in ("rope_parameters", "rope_scaling") if keys.take(name, dict, {})]
+    found = [_read_section(keys, name, family) for name in sections or ["rope_scaling"]]
+    if found[0][1] != found[-1][1]:
+        keys.refuse("rope_scaling", "rope_parameters says something else; remove the one that does not hold")
+    bases = {base for base, _ in found if base is not None}
+    if (top := keys.take("rope_theta", float, None)) is not None:
+        bases.add(top)
+    if len(bases) > 1:
+        keys.refuse("rope_theta", f"the file has the bases {sorted(bases)}; remove those that do not hold")
+    return {"rope_base": next(iter(bases), 10000.0), "yarn": found[0][1]}
+
+
+def _read_section(keys: Keys, name: str, family: str) -> tuple[float | None, config_lib.Yarn]:
+    """Return the base, if the section has one, and YaRN."""
     section = keys.take(name, dict, {})
     rope = Keys(section, f"{keys.origin}: {name}")
-    base = rope.take("rope_theta", float, keys.take("rope_theta", float, 10000.0))
     spelled = "rope_type" if "rope_type" in section else "type"
     kind = rope.take(spelled, str) if section.keys() - {"rope_theta"} else "default"
+    if "type" in section and section["type"] != kind:
+        rope.refuse("type", f"rope_type is {kind!r}; remove the one that does not hold")
     if kind not in ("default", "yarn"):
         rope.refuse(spelled, "only 'yarn', or no scaling, can be converted")
     for key in sorted(section.keys() - ROPE_KEYS):
         if section[key] is not None and (key, section[key]) != ("truncate", True):
             rope.refuse(key, f"it has no counterpart here; known keys are {sorted(ROPE_KEYS)}")
-    return {"rope_base": base, "yarn": _read_yarn(rope) if kind == "yarn" else _no_yarn(keys, family)}
+    return rope.take("rope_theta", float, None), _read_yarn(rope) if kind == "yarn" else _no_yarn(keys, family)
 
 
 def _read_yarn(rope: Keys) -> config_lib.Yarn:
@@ -268,24 +242,12 @@ def _no_yarn(keys: Keys, family: str) -> config_lib.Yarn:
     return config_lib.Yarn(
         enabled=False,
         factor=40.0,
-        original_length=keys.take("max_position_embeddings", int, 4096),
+        original_length=keys.take("yarn_original_length", int, keys.take("max_position_embeddings", int, 4096)),
         beta_fast=32.0,
         beta_slow=1.0,
         mscale=MSCALE[family],
         mscale_all_dim=MSCALE[family],
     )
-
-
-def _write_yarn(yarn: config_lib.Yarn) -> dict[str, Any]:
-    return {
-        "type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_length,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
 
 
 def _init(keys: Keys) -> dict[str, float]:

@@ -6,7 +6,7 @@ another format.
 """
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ import jax
 
 from deepseek_jax.config import Config, Model
 from deepseek_jax.huggingface import config as hf_config
-from deepseek_jax.huggingface.load import Precision, check, load
+from deepseek_jax.huggingface.contents import check, lacks_mtp
+from deepseek_jax.huggingface.load import Precision, load
+from deepseek_jax.inputs import read_json, shown
 from deepseek_jax.parameters import Weights
 from deepseek_jax.progress import Bar
 from deepseek_jax.safetensors.folder import RECORD, Shards
@@ -22,38 +24,53 @@ from pallas_kernels import GROUP
 
 
 class Folder(NamedTuple):
-    """A checkpoint of `model`, found to be complete and sound; `fp8` if its weights are quantised."""
+    """A checkpoint of `model`, found to be complete and sound; `fp8` if its weights are quantised.
+
+    `notes` are sentences about the folder that a user should read.
+    """
 
     model: Model
     shards: Shards
     fp8: bool
+    notes: tuple[str, ...]
 
 
 def open_folder(folder: Path) -> Folder:
     """Read config.json and all headers, and check that they fit.
 
+    A folder that says in its config.json that it has MTP layers, and has not one tensor of them, is read without them:
+    transformers drops them when it saves a model, and keeps the key. `notes` says so.
+
     Raises:
         ValueError: something is missing, damaged or foreign; the message names the file and the tensor.
     """
-    hf = read_json(folder)
+    hf = read_config(folder)
     path = str(folder / "config.json")
     fp8, model = hf_config.is_fp8(hf, path), hf_config.read_model(hf, path)
     shards = Shards(folder)
+    notes = ()
+    if lacks_mtp(shards, model):
+        notes = (
+            f"{shown(path)} says num_nextn_predict_layers = {model.num_mtp_layers}, and the folder has no tensor of an"
+            " MTP layer (transformers drops them when it saves): it is read WITHOUT MTP layers, as if the key were 0",
+        )
+        model = dataclasses.replace(model, num_mtp_layers=0)
     check(shards, model, fp8)
-    return Folder(model, shards, fp8)
+    return Folder(model, shards, fp8, notes)
 
 
-def read_json(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
     """Return the config.json of a folder."""
     path = folder / "config.json"
-    if not path.exists() and (folder / RECORD).exists():  # config.json is written last
-        raise ValueError(f"{path} is missing: the export into this folder is unfinished; run the same command again")
-    if not path.exists():
-        raise ValueError(f"{path} is missing; a checkpoint in Hugging Face's format has one")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not os.path.lexists(path):
+        if not os.path.isdir(folder):
+            raise ValueError(f"there is no folder {shown(str(folder))}; name the folder of a checkpoint")
+        if os.path.lexists(folder / RECORD):  # config.json is written last
+            raise ValueError(
+                f"{shown(str(path))} is missing: the export into this folder is unfinished; run the same command again"
+            )
+        raise ValueError(f"{shown(str(path))} is missing; a checkpoint in Hugging Face's format has one")
+    return read_json(path)
 
 
 def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = False) -> Weights:
@@ -69,7 +86,7 @@ def initial_weights(config: Config, mesh: jax.sharding.Mesh, as_stored: bool = F
             shown.
     """
     folder = Path(config.training.initial_weights)
-    model, shards, fp8 = open_folder(folder)
+    model, shards, fp8, _ = open_folder(folder)
     if differences := [
         f"  model.{field.name}: {theirs!r} in the folder, {ours!r} in the config"
         for field in dataclasses.fields(Model)

@@ -1,9 +1,13 @@
 """Values of a config.json by key, with their types checked."""
 
 import dataclasses
+import math
 from typing import Any, NoReturn
 
+from deepseek_jax.inputs import shown
+
 _REQUIRED = object()
+LARGEST = 1e300  # of a float; JSON has integers that no float can hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +21,16 @@ class Keys:
         """Return the value of `key`; `default` where it is absent or null.
 
         Raises:
-            ValueError: it is of another type, or absent without a default.
+            ValueError: it is of another type, a float that is not finite, or absent without a default.
         """
         value = self.section.get(key)
         if value is None:
             if default is _REQUIRED:
                 self.refuse(key, "the key is required; take the config.json that belongs to the weights")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if abs(value) > LARGEST or not math.isfinite(value):
+                self.refuse(key, "it must be a finite number")
             return float(value)
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             self.refuse(key, f"it must be of type {kind.__name__}")
@@ -32,5 +38,5 @@ class Keys:
 
     def refuse(self, key: str, text: str) -> NoReturn:
         """Raise a `ValueError` that shows the key and its value, and says why it is refused and what to do."""
-        value = repr(self.section[key]) if key in self.section else "absent"
-        raise ValueError(f"{self.origin}: {key} is {value}: {text}")
+        value = shown(repr(self.section[key])) if key in self.section else "absent"
+        raise ValueError(f"{shown(self.origin)}: {key} is {value}: {text}")

@@ -16,7 +16,6 @@ scales on the device.
 """
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config, Model
 from deepseek_jax.files import in_order
 from deepseek_jax.huggingface.device_arrays import ArraySpec, DeviceArray, Key, allocate, hand_over
-from deepseek_jax.huggingface.names import Tensor, tensors
+from deepseek_jax.huggingface.names import HALVED, Tensor, tensors
 from deepseek_jax.model import transformer
 from deepseek_jax.parameters import (
     EXPERTS,
@@ -41,7 +40,7 @@ from deepseek_jax.parameters import (
     partition_specs,
 )
 from deepseek_jax.safetensors import reader
-from deepseek_jax.safetensors.folder import Shards, compare
+from deepseek_jax.safetensors.folder import Shards
 from deepseek_jax.safetensors.header import DTYPES
 from pallas_kernels import GROUP
 from pallas_kernels.quantized import E4M3
@@ -51,38 +50,6 @@ Precision = Literal["fp8", "bf16", "fp32"]
 OnBytes = Callable[[int], None]
 
 NUM_THREADS = min(4, os.cpu_count() or 1)  # chunks that are put into their arrays at once
-UNQUANTIZED = ("BF16", "F16", "F32")  # dtypes that other programs store where ours stores BF16
-
-
-def expected(model: Model, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor that a checkpoint of `model` has, by name."""
-    contents = {}
-    for tensor in tensors(model):
-        quantized = fp8 and tensor.quantized
-        contents[tensor.name] = (tensor.dtype if quantized or not tensor.quantized else "BF16", tensor.shape)
-        if quantized:
-            contents[tensor.scale_name] = ("F32", tensor.scale_shape)
-    return contents
-
-
-def num_bytes(model: Model, fp8: bool) -> int:
-    """Return the bytes of all tensors of a checkpoint of `model`."""
-    return sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in expected(model, fp8).values())
-
-
-def check(shards: Shards, model: Model, fp8: bool) -> None:
-    """Refuse a folder that is not a checkpoint of `model`.
-
-    An MTP layer may lack its copies of the embedding and the head.
-
-    Raises:
-        ValueError: tensors are missing or unknown, or of the wrong shape or dtype; each is named with its file.
-    """
-    contents = expected(model, fp8)
-    for name, (dtype, shape) in contents.items():
-        stored = shards.entries[name].dtype if name in shards.entries else dtype
-        contents[name] = (stored if dtype == "BF16" and stored in UNQUANTIZED else dtype, shape)
-    compare(shards, contents, frozenset(tensor.name for tensor in tensors(model) if tensor.copied))
 
 
 def load(
@@ -95,7 +62,7 @@ def load(
     """Return the weights on `mesh`.
 
     Args:
-        shards: a checkpoint of `config.model` (see `check`).
+        shards: a checkpoint of `config.model` (see `contents.check`).
         config: of the run; only its model and its mesh matter here.
         mesh: to which the weights go, each in its layout.
         precision: "fp8" keeps what is stored in FP8 as it is, in `Fp8Weight`s without a carrier, and makes the rest
@@ -148,7 +115,7 @@ def _specs(config: Config, mesh: jax.sharding.Mesh, precision: Precision) -> dic
 def _scales_spec(name: str, matrices: tuple[int, ...], mesh: jax.sharding.Mesh) -> ArraySpec:
     """Return the array of a weight's scales: of whole matrices, split by experts only, as in `parallel.weights`."""
     *lead, rows, columns = matrices
-    if name.startswith("gate_up") and (columns // 2) % GROUP:
+    if name in HALVED and (columns // 2) % GROUP:
         raise ValueError(
             f"{name} has halves of {columns // 2} columns: in FP8 blocks of {GROUP} belong to one half; load it as"
             " 'bf16'"

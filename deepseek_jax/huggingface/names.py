@@ -112,6 +112,17 @@ def tensors(model: Model) -> list[Tensor]:
     return listed
 
 
+def num_tensors(model: Model) -> int:
+    """Return how many tensors `tensors` lists, without a list of them."""
+
+    def count(rows: "tuple[_Row, ...]") -> int:
+        return sum(model.num_experts if "{expert}" in row.name else 1 for row in rows if _exists(row, model))
+
+    moe, mtp = count(_MOE), count(_MTP) + 2
+    dense = count(_DENSE)
+    return 3 + model.num_dense_layers * dense + model.num_moe_layers * moe + model.num_mtp_layers * (mtp + moe)
+
+
 class _Row(NamedTuple):
     """One kind of tensor in a layer, or in each expert if its name has "{expert}"; `shape` has keys of `_sizes`."""
 
@@ -123,10 +134,10 @@ class _Row(NamedTuple):
     @property
     def dtype(self) -> str:
         """Dtype in the released FP8 form: the selection bias is FP32, the rest BF16 unless it is multiplied in FP8."""
-        name = self.leaf.split()[-1]
-        if PARAMETERS[name].precision == "fp8":
+        parameter = PARAMETERS[self.leaf.split()[-1]]
+        if parameter.precision == "fp8":
             return FP8
-        return FP32 if name == "bias_E" else BF16
+        return FP32 if parameter.keeps_fp32 and not parameter.input_dims else BF16
 
 
 _ATTENTION = (
@@ -165,6 +176,10 @@ _MTP = (
     _Row("eh_proj", "merge_2DD", "D 2D"),
     _Row("shared_head.norm", "final_norm_D", "D"),
 )
+
+
+# Leaves that gate and up share: a column of their matrix belongs to one of two halves.
+HALVED = frozenset(row.leaf.split()[-1] for row in (*_DENSE, *_MOE) if row.half is not None)
 
 
 def _sizes(model: Model) -> dict[str, int]:

@@ -8,7 +8,8 @@ import jax
 
 from deepseek_jax.config import Model
 from deepseek_jax.huggingface import save_multiprocess
-from deepseek_jax.huggingface.load import OnBytes, expected
+from deepseek_jax.huggingface.contents import expected
+from deepseek_jax.huggingface.load import OnBytes
 from deepseek_jax.huggingface.stored_tensors import StoredTensors
 from deepseek_jax.parameters import Weights
 from deepseek_jax.safetensors.writer import Planned, ShardWriter

@@ -10,8 +10,9 @@ from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.decode import decode_burst, decode_execution, first_token, in_chunks, prefill
-from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.weights import decode_weights
+from deepseek_jax.inputs import shown
 from deepseek_jax.parallel.mesh import axis_size, check_model_fit, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import ROWS, P, Weights
@@ -46,10 +47,18 @@ def stream(
         mesh: the mesh that decodes, with the axes of a training mesh; by default the first device alone.
 
     Raises:
-        ValueError: an empty prompt, or one that leaves no room for `max_new_tokens`; weights in FP8 for an FP32 model.
+        ValueError: an empty prompt, one that is not text, or one that leaves no room for `max_new_tokens`; a tokenizer
+            with more ids than the model; weights in FP8 for an FP32 model; weights whose logits are not numbers.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character to continue")
+    if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
+        raise ValueError(f"the prompt {shown(prompt)} is not text that UTF-8 can write; give it in UTF-8")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is"
+            f" {config.model.vocab_size}; use the tokenizer of the model's training"
+        )
     prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)]  # as every document begins in training
     check_lengths(config, len(prompt_ids), max_new_tokens)
     decoder = StreamDecoder(tokenizer)  # a character may span tokens, and so bursts
@@ -104,7 +113,15 @@ def stream_ids(
     eos: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield new token ids [B, up to BURST] for prompts of one length; a sequence that has ended repeats `eos`."""
+    """Yield new token ids [B, up to BURST] for prompts of one length; a sequence that has ended repeats `eos`.
+
+    Raises:
+        ValueError: `prompts_BS` has ids beyond the vocabulary, `seed` more than 64 bits, or logits are not numbers.
+    """
+    if prompts_BS.min() < 0 or prompts_BS.max() >= config.model.vocab_size:
+        raise ValueError(f"the prompts have ids beyond 0 to {config.model.vocab_size - 1}; use the model's tokenizer")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed = {seed} does not fit into 64 bits; choose a smaller one")
     mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences, num_prompt_tokens = prompts_BS.shape
@@ -122,14 +139,23 @@ def stream_ids(
         run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
         logits_BV, cache = run_prefill(weights, cache, chunks, lengths_B)
         state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, keys_B, eos)
-        yield np.asarray(state.tokens_B)[:num_sequences, None]
+        yield _checked(np.asarray(state.tokens_B)[:num_sequences, None])
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
         remaining = max_new_tokens - 1
         while remaining > 0 and not bool(np.asarray(state.finished_B).all()):
             num_tokens = min(remaining, BURST)
             ids_BK, state = burst(weights, state, keys_B, eos, num_tokens)
             remaining -= num_tokens
-            yield np.asarray(ids_BK)[:num_sequences, :num_tokens]
+            yield _checked(np.asarray(ids_BK)[:num_sequences, :num_tokens])
+
+
+def _checked(ids_BK: np.ndarray) -> np.ndarray:
+    if (ids_BK == NO_TOKEN).any():
+        raise ValueError(
+            "the logits are NaN or infinite: the weights are damaged; take another --step, or import the checkpoint"
+            " again after convert_hf verify"
+        )
+    return ids_BK
 
 
 def row_keys(seed: int, batch_size: int) -> Array:

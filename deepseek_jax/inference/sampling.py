@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+# Below this temperature the quotient leaves FP32 (1e-45 is even 0 in it), and a draw is the maximum anyway.
+COLDEST = 1e-30
+NO_TOKEN = -1  # in place of an id where the logits are not numbers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a token is chosen. Hashable, so a compiled decoding step contains only what its settings need.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; 0 is greedy, and so is anything below `COLDEST`.
         top_k: keep this many of the most probable tokens; 0 keeps all.
         top_p: keep the fewest most probable tokens that together reach this probability; 1 keeps all.
     """
@@ -37,14 +41,17 @@ class Sampling:
 
 
 def sample(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
-    """Return one token id [B] int32 per row of FP32 logits.
+    """Return one token id [B] int32 per row of FP32 logits; `NO_TOKEN` where the largest is NaN or infinite.
 
     Each row draws with its own key, so its text does not depend on its neighbours.
     """
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = keep_top_p(keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
+    if sampling.temperature < COLDEST:
+        chosen_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        logits_BV = keep_top_p(keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+        chosen_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+    return jnp.where(sound_B, chosen_B, NO_TOKEN).astype(jnp.int32)
 
 
 def keep_top_k(logits_BV: Array, top_k: int) -> Array:

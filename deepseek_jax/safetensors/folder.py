@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.inputs import read_bytes, shown
 from deepseek_jax.safetensors import reader
 from deepseek_jax.safetensors.header import REMEDY, Entry, read_header, refuse_duplicates
 
@@ -44,8 +45,9 @@ class Shards:
             for entry in entries:
                 if entry.name in self.entries:
                     other = self.entries[entry.name].file
+                    files = f"{shown(str(other))} and in {shown(str(file))}"
                     raise ValueError(
-                        f"tensor {entry.name} is in {other} and in {file}: remove the file that does not belong here"
+                        f"tensor {shown(entry.name)} is in {files}: remove the file that does not belong here"
                     )
                 self.entries[entry.name] = entry
             self.metadata = metadata | self.metadata
@@ -82,7 +84,10 @@ class Shards:
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise ValueError(f"{self.folder} has no tensor {name}: choose one of its {len(self.entries)} `entries`")
+            raise ValueError(
+                f"{shown(str(self.folder))} has no tensor {shown(name)}: choose one of its {len(self.entries)}"
+                " `entries`"
+            )
         return self.entries[name]
 
 
@@ -120,38 +125,44 @@ def compare(
     lines = [f"  {len(names)} {kind}: {_shortened(names)}" for kind, names in problems.items() if names]
     if lines:
         raise ValueError(
-            "\n".join([f"{shards.folder} does not hold this model; choose its config, or another checkpoint:", *lines])
+            "\n".join(
+                [
+                    f"{shown(str(shards.folder))} does not hold this model; choose its config, or another checkpoint:",
+                    *lines,
+                ]
+            )
         )
 
 
 def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     """Return what the index says (None without one) and the files, sorted by name."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: give the folder that holds the .safetensors files")
+    where, index = shown(str(folder)), shown(str(folder / INDEX))
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {where}: give the folder that holds the .safetensors files")
     present = {file.name for file in folder.glob("*.safetensors")}
     weight_map = _weight_map(folder / INDEX)
     if weight_map is None:
         parts = sorted(name for name in present if SHARD_NAME.fullmatch(name))
         if parts or (not present and (folder / RECORD).exists()):
             raise ValueError(
-                f"{folder} has {len(parts)} shards{f' ({_shortened(parts)})' if parts else ''} and no {INDEX}: the"
+                f"{where} has {len(parts)} shards{f' ({_shortened(parts)})' if parts else ''} and no {INDEX}: the"
                 " conversion or download is "
                 "unfinished; run the same command again"
             )
         if not present:
             raise ValueError(
-                f"{folder} holds no .safetensors file: give the folder of a checkpoint in Hugging Face's format"
+                f"{where} holds no .safetensors file: give the folder of a checkpoint in Hugging Face's format"
             )
         return None, sorted(folder / name for name in present)
     for name, file in weight_map.items():
         if file not in present:
             raise ValueError(
-                f"{folder / INDEX} says that {name} is in {file}, which is absent: download or convert this file"
+                f"{index} says that {shown(name)} is in {shown(file)}, which is absent: download or convert this file"
             )
     for file in sorted(present - set(weight_map.values())):
         names = [entry.name for entry in read_header(folder / file)[0]]
         raise ValueError(
-            f"{folder / INDEX} does not name {file}, which holds {_shortened(names)}: move this file elsewhere"
+            f"{index} does not name {shown(file)}, which holds {_shortened(names)}: move this file elsewhere"
         )
     numbers = collections.defaultdict(set)
     for match in filter(None, map(SHARD_NAME.fullmatch, present)):
@@ -159,39 +170,51 @@ def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
     for total, numbers_present in numbers.items():
         if absent := sorted(set(range(1, total + 1)) - numbers_present):
             raise ValueError(
-                f"{folder} lacks {len(absent)} of {total} shards (number {_shortened(absent)}): finish the conversion"
+                f"{where} lacks {len(absent)} of {total} shards (number {_shortened(absent)}): finish the conversion"
                 " or download"
             )
     return weight_map, sorted(folder / name for name in present)
 
 
 def _weight_map(index: Path) -> dict[str, str] | None:
-    if not index.exists():
+    """Return the file of each tensor; "./name" is "name"."""
+    if not os.path.lexists(index):
         return None
+    text, where = read_bytes(index), shown(str(index))
     try:
-        weight_map = json.loads(index.read_bytes(), object_pairs_hook=refuse_duplicates)["weight_map"]
+        weight_map = json.loads(text, object_pairs_hook=refuse_duplicates)["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError("weight_map must map names to files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shown(repr(error))
         raise ValueError(
-            f"{index} is no index of a checkpoint ({error!r}): download it again, or delete it and convert again"
+            f"{where} is no index of a checkpoint ({reason}): download it again, or delete it and convert again"
         ) from error
+    weight_map = {name: file.removeprefix("./") for name, file in weight_map.items()}
+    for name, file in weight_map.items():
+        if "/" in file:
+            raise ValueError(
+                f"{where} says that {shown(name)} is in {shown(file)}: only files in the folder itself are read; put"
+                " them there, and write their names alone into the index"
+            )
     return weight_map
 
 
 def _check_index(weight_map: dict[str, str], entries: dict[str, Entry], folder: Path) -> None:
+    index = shown(str(folder / INDEX))
     for name, file in weight_map.items():
         if name not in entries or entries[name].file.name != file:
-            where = f"it is in {entries[name].file.name}" if name in entries else "no file has it"
+            where = f"it is in {shown(entries[name].file.name)}" if name in entries else "no file has it"
             raise ValueError(
-                f"{folder / INDEX} says that {name} is in {file}, which lacks it ({where}): {REMEDY}, and the index"
+                f"{index} says that {shown(name)} is in {file}, which lacks it ({where}): {REMEDY}, and the index"
             )
     for name, entry in entries.items():
         if name not in weight_map:
             raise ValueError(
-                f"{entry.file} holds {name}, which {folder / INDEX} does not name: {REMEDY}, and the index"
+                f"{shown(str(entry.file))} holds {shown(name)}, which {index} does not name: {REMEDY}, and the index"
             )
 
 
 def _shortened(names: list, count: int = 5) -> str:
-    return ", ".join(map(str, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(shown(str(name)) for name in names[:count]) + rest

@@ -17,6 +17,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.inputs import regular_file, shown
+
 DTYPES = {  # by the names that safetensors gives them
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -55,14 +57,16 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
     """Return a file's entries in the order of their offsets, and its metadata.
 
     Raises:
-        ValueError: the header cannot be understood, or its tensors do not cover the file's bytes exactly.
+        ValueError: it is no regular file, the header cannot be understood, or its tensors do not cover the file's
+            bytes exactly.
     """
-    with file.open("rb") as stream:
+    where = shown(str(file))
+    with regular_file(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(
-                f"{file} ({size} bytes) is truncated or no safetensors file: its header would have {length} bytes;"
+                f"{where} ({size} bytes) is truncated or no safetensors file: its header would have {length} bytes;"
                 f" {REMEDY}"
             )
         text = stream.read(length)
@@ -72,7 +76,7 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
         if any(not isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds more than strings")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"the header of {file} cannot be understood ({error}): {REMEDY}") from error
+        raise ValueError(f"the header of {where} cannot be understood ({shown(str(error))}): {REMEDY}") from error
     entries = [_parse(name, fields, file, 8 + length) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     end = 8 + length
@@ -80,19 +84,22 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
         if entry.offset != end:
             kind = "overlaps the tensor before it" if entry.offset < end else "leaves a gap before it"
             raise ValueError(
-                f"{file}: {entry.name} {kind} (it starts at byte {entry.offset}, the one before ends at {end}):"
+                f"{where}: {shown(entry.name)} {kind} (it starts at byte {entry.offset}, the one before ends at {end}):"
                 f" {REMEDY}"
             )
         end += entry.num_bytes
         if end > size:
-            raise ValueError(f"{file} is truncated: it has {size} bytes, and {entry.name} ends at byte {end}; {REMEDY}")
+            raise ValueError(
+                f"{where} is truncated: it has {size} bytes, and {shown(entry.name)} ends at byte {end}; {REMEDY}"
+            )
     if end < size:
-        last = entries[-1].name if entries else "the header"
-        raise ValueError(f"{file} has {size} bytes, but its last tensor ({last}) ends at byte {end}: {REMEDY}")
+        last = shown(entries[-1].name) if entries else "the header"
+        raise ValueError(f"{where} has {size} bytes, but its last tensor ({last}) ends at byte {end}: {REMEDY}")
     return entries, metadata
 
 
 def _parse(name: str, fields: object, file: Path, start: int) -> Entry:
+    where = f"{shown(str(file))}: {shown(name)}"
     try:
         # type: ignore[index]
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
@@ -100,15 +107,18 @@ def _parse(name: str, fields: object, file: Path, start: int) -> Entry:
             raise ValueError("sizes and offsets must be integers >= 0")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file}: the header does not describe {name} (dtype, shape, data_offsets): {error!r}; {REMEDY}"
+            f"{where} is not described in the header (dtype, shape, data_offsets): {shown(repr(error))}; {REMEDY}"
         ) from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
-            f"{file}: {name} has the unknown dtype {dtype!r}; known are {', '.join(DTYPES)}: convert it to one of them"
+            f"{where} has the unknown dtype {shown(repr(dtype))}; known are {', '.join(DTYPES)}: convert it to one of"
+            " them"
         )
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != num_bytes:
-        raise ValueError(f"{file}: {name} is {dtype} {list(shape)}, {num_bytes} bytes, but has {end - begin}: {REMEDY}")
+        raise ValueError(
+            f"{where} is {dtype} {shown(str(list(shape)))}, {num_bytes} bytes, but has {end - begin}: {REMEDY}"
+        )
     return Entry(name, file, dtype, shape, start + begin, num_bytes)
 
 

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepseek_jax.files import PARTIAL_MARK, write_atomically
+from deepseek_jax.inputs import read_json, shown
 from deepseek_jax.safetensors.folder import INDEX, RECORD
 
-# The names of files that a killed process leaves behind.
-PARTIAL = re.compile(
-    rf"(model-\d+-of-\d+\.safetensors|{re.escape(RECORD)}|{re.escape(INDEX)}){re.escape(PARTIAL_MARK)}.+"
-)
+# The names of files that a killed process leaves behind: of shards, record and index, and of what lies beside them.
+PARTIAL = re.compile(rf"[\w.-]+{re.escape(PARTIAL_MARK)}.+-\d+-\d+")
 _READ_BYTES = 2**24  # hashed and reported at a time
 
 
@@ -37,9 +36,13 @@ def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
     folder = Path(folder)
     check_folder(folder)
     written = (
-        sum(shard["bytes"] for shard in read_record(folder)["shards"].values()) if (folder / RECORD).exists() else 0
+        sum(shard["bytes"] for shard in read_record(folder)["shards"].values())
+        if os.path.lexists(folder / RECORD)
+        else 0
     )
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(parent):
+        raise ValueError(f"{shown(str(parent))} is a file: choose a folder that can be made")
     check_space(parent, num_bytes - written)
 
 
@@ -57,8 +60,8 @@ def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lam
             damaged.append(file)
     if damaged:
         raise ValueError(
-            f"damaged or absent in {folder}: {', '.join(damaged)}; delete these files and convert into the same folder"
-            " again"
+            f"damaged or absent in {shown(str(folder))}: {shown(', '.join(damaged))}; delete these files and convert"
+            " into the same folder again"
         )
     if len(record["shards"]) < record["num_shards"] or not (folder / INDEX).exists():
         raise ValueError(
@@ -74,18 +77,24 @@ def read_record(folder: Path) -> dict:
         ValueError: it is missing, or describes something else.
     """
     try:
-        record = json.loads((folder / RECORD).read_bytes())
-        if (
-            not isinstance(record["plan"], str)
-            or not isinstance(record["num_shards"], int)
-            or not isinstance(record["shards"], dict)
-        ):
-            raise ValueError("plan, num_shards and shards are not what they should be")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(folder / RECORD)
+    except ValueError as error:
+        raise ValueError(f"{error}; or delete the folder and convert again") from error
+    shards = record.get("shards")
+    known = isinstance(record.get("plan"), str) and isinstance(record.get("num_shards"), int)
+    if not known or not isinstance(shards, dict) or not all(map(_is_shard, shards.items())):
         raise ValueError(
-            f"{folder / RECORD} does not describe a conversion ({error!r}): delete the folder and convert again"
-        ) from error
+            f"{shown(str(folder / RECORD))} does not describe a conversion (plan, num_shards, and a sha256 and bytes"
+            " of every shard): delete the folder and convert again"
+        )
     return record
+
+
+def _is_shard(item: tuple[str, object]) -> bool:
+    file, shard = item
+    if "/" in file or not isinstance(shard, dict):
+        return False
+    return isinstance(shard.get("sha256"), str) and isinstance(shard.get("bytes"), int)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -97,12 +106,13 @@ def write_json(path: Path, content: object) -> None:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder that holds files and no record of a conversion."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a folder")
-    if not folder.exists() or (folder / RECORD).exists():
+    where = shown(str(folder))
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{where} is a file: choose a folder")
+    if not os.path.isdir(folder) or os.path.lexists(folder / RECORD):
         return
-    if files := sorted(file.name for file in folder.iterdir() if not PARTIAL.fullmatch(file.name)):
-        raise ValueError(f"{folder} holds {', '.join(files[:5])} and no conversion: choose another folder or empty it")
+    if files := sorted(shown(file.name) for file in folder.iterdir() if not PARTIAL.fullmatch(file.name)):
+        raise ValueError(f"{where} holds {', '.join(files[:5])} and no conversion: choose another folder or empty it")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -7,15 +7,16 @@ workdir/metrics.jsonl, tensorboard/              `training.metrics`
 """
 
 import json
+import os
 from pathlib import Path
 
 import jax
 from absl import logging
 
 from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
+from deepseek_jax.data.tokenizer import TOKENIZER_FILES
 from deepseek_jax.files import write_atomically
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+from deepseek_jax.huggingface import companions
 
 # What may differ when a run continues: how it is computed, and how often the loop logs, evaluates and saves.
 FREE_SECTIONS = ("mesh.", "execution.")
@@ -104,17 +105,17 @@ def initial_tokenizer(config: Config) -> dict[str, str]:
     """Return the content of the tokenizer files in the folder `training.initial_weights`, by name.
 
     Raises:
-        ValueError: the folder or one of its tokenizer files is missing.
+        ValueError: the folder or one of its tokenizer files is missing or damaged, or has more ids than the model.
     """
-    folder = Path(config.training.initial_weights)
-    if not folder.is_dir():
+    try:
+        return companions.read_tokenizer(Path(config.training.initial_weights), config.model.vocab_size)
+    except ValueError as error:
+        if os.path.isdir(config.training.initial_weights):
+            raise
         raise ValueError(
-            f"training.initial_weights = {str(folder)!r} does not exist; put the checkpoint back there, or import it"
-            " from where it is now"
-        )
-    if missing := [name for name in TOKENIZER_FILES if not (folder / name).exists()]:
-        raise ValueError(f"{folder} lacks {missing}; a run needs its tokenizer: put these files there")
-    return {name: (folder / name).read_bytes().decode() for name in TOKENIZER_FILES}
+            f"training.initial_weights = {config.training.initial_weights!r} does not exist; put the checkpoint back"
+            " there, or import it from where it is now"
+        ) from error
 
 
 def _is_free(key: str) -> bool:

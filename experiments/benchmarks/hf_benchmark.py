@@ -25,7 +25,8 @@ from absl import flags
 
 from configs import deepseek_v3
 from deepseek_jax.config import Config, Mesh, from_config_dict
-from deepseek_jax.huggingface.load import check, load, num_bytes
+from deepseek_jax.huggingface.contents import check, num_bytes
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.save import save
 from deepseek_jax.inputs import new_file
 from deepseek_jax.parallel.mesh import make_mesh

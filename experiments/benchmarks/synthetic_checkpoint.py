@@ -17,8 +17,8 @@ from absl import flags
 
 from configs import deepseek_v3
 from deepseek_jax.config import Model, from_config_dict
-from deepseek_jax.huggingface.config import write_model
-from deepseek_jax.huggingface.load import expected, num_bytes
+from deepseek_jax.huggingface.config_writer import TokenIds, write_model
+from deepseek_jax.huggingface.contents import expected, num_bytes
 from deepseek_jax.huggingface.save import SHARD_BYTES, plan
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.progress import Bar
@@ -123,7 +123,8 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     ShardWriter(folder, plan(model, fp8), max_shard_bytes).write(_with_copies(model, get), on_bytes)
-    (folder / "config.json").write_text(json.dumps(write_model(model, fp8), indent=2) + "\n")
+    hf = write_model(model, fp8, TokenIds(bos=0, eos=1, pad=2), model.yarn.original_length)  # V3's tokenizer
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
 def _cut(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

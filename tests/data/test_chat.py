@@ -182,7 +182,7 @@ def test_a_folder_without_a_template_is_refused(tmp_path):
     ):
         ChatTemplate.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json is not readable JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
         ChatTemplate.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
@@ -202,7 +202,10 @@ def test_a_folder_without_a_template_is_refused(tmp_path):
             r"messages\[1\] has role 'bot'; roles are system, user, assistant, tool",
         ),
         ([{"content": "Hi"}], r"messages\[0\] has role None"),
-        ([{"role": "user", "content": None}], r"messages\[0\] has content None; it must be a string"),
+        (
+            [{"role": "user", "content": None}],
+            r"messages\[0\] has content None; it must be a string, or None beside tool_calls",
+        ),
         ([{"role": "user"}], "has content None"),
         ([{"role": "tool", "content": "3"}], "cannot render these messages: no form for the role tool"),
     ],
@@ -218,3 +221,71 @@ def test_messages_are_checked(messages, complaint):
 def test_templates_run_in_a_sandbox(expression):
     with pytest.raises(ValueError, match="unsafe"):
         ChatTemplate("{{ " + expression + " }}").render(ONE)
+
+
+# ---- forms met in public templates
+
+REPLIES = [*ONE, {"role": "assistant", "content": "yes<｜User｜>"}]
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ '<｜Assistant｜>' + m.content }}"
+    "{% set seen = 1 %}{% endgeneration %}{{ seen is defined }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_generation_blocks_are_their_content():
+    """TRL's template of DeepSeek-V3 has them; transformers makes masks of them."""
+    template = ChatTemplate(GENERATION)
+    assert template.render(REPLIES) == "Hi<｜Assistant｜>yes<｜User｜>False"
+    ours = tokenizer()
+    assert template.encode(ours, REPLIES) == [*ours.encode("Hi"), 128_804, *ours.encode("yes<｜User｜>False")]
+    with pytest.raises(ValueError, match="not valid Jinja: Encountered unknown tag 'endgeneration'"):
+        ChatTemplate("{% endgeneration %}")
+
+
+def test_a_template_may_ask_for_the_time():
+    template = ChatTemplate("{{ strftime_now('%Y %f') }}{{ messages[0].content }}")
+    assert re.fullmatch(r"2\d{3} \d{6}Hi", template.render(ONE))
+    assert re.fullmatch(r"2\d{3} \d{6}Hi", tokenizer().decode(template.encode(tokenizer(), ONE)))  # one time for all
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{{ 'a' + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ 'a'.encode('\\ud800') }}", "Error"),
+        ("{{ [1].index(2) }}", "ValueError: 2 is not in list"),
+        ("{{ '{:d}'.format('a') }}", "ValueError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+    ],
+)
+def test_what_a_template_raises_is_one_error(source, complaint):
+    with pytest.raises(ValueError, match=f"the chat template (cannot render|is not valid).*{complaint}"):
+        ChatTemplate(source).render(ONE)
+
+
+def test_a_message_that_only_calls_tools_has_no_content():
+    """V3's form of it, shortened."""
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for call in"
+        " m['tool_calls'] %}{{ '<｜tool▁sep｜>' + call['function']['name'] + call['function']['arguments'] }}"
+        "{% endfor %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [*ONE, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    template, ours = ChatTemplate(source), tokenizer()
+    assert template.render(messages) == 'Hi<｜tool▁sep｜>f{"x": 1}'
+    assert template.encode(ours, messages) == [*ours.encode("Hi"), 128_814, *ours.encode('f{"x": 1}')]
+    call["function"]["arguments"] = "<｜User｜>"  # a token that the model, or a user, spelled there
+    with pytest.raises(ValueError, match="in a way that cannot be told from a message's own text"):
+        template.encode(ours, messages)
+    with pytest.raises(ValueError, match="cannot render these messages: TypeError"):
+        V3.render(messages)  # has no form for it
+
+
+def test_a_broken_list_of_templates_is_refused(tmp_path):
+    for broken in ([1], [{"name": "default"}], [{"template": "x"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": broken, "x_token": {}}))
+        with pytest.raises(ValueError, match="has no chat_template"):
+            ChatTemplate.load(tmp_path)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import os
+import struct
 
 import jax
 import numpy as np
 import pytest
 
 from deepseek_jax.evaluation import logits as logits_lib
-from deepseek_jax.evaluation.logits import PER_LAYER, logits
+from deepseek_jax.evaluation.logits import PER_LAYER, logits, read_tokens
 from deepseek_jax.huggingface.load import load
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.safetensors.folder import Shards
 from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
@@ -136,3 +139,58 @@ def test_bad_tokens_are_named():
         logits(golden.config, weights, np.zeros((2, 2)), one_device(golden.config))
     with pytest.raises(ValueError, match="tokens_BS has tokens from .*, the vocabulary is 0 to"):
         logits(golden.config, weights, np.full((1, 2), golden.config.model.vocab_size), one_device(golden.config))
+
+
+def test_logits_that_are_not_numbers_are_named():
+    golden = hf_checkpoint.read("base")
+    config = golden.config.with_(execution={"precision": "fp32"})
+    mesh, tokens_BS = one_device(config), golden.expected["tokens_BS"]
+    embed_VD = np.array(golden.params["embed_VD"])
+    embed_VD[tokens_BS[1, 3]] = np.nan
+    params = golden.params | {"embed_VD": embed_VD}
+    with jax.set_mesh(mesh):
+        trees = [jax.tree.map(jax.device_put, tree, partition_specs(tree)) for tree in (params, golden.router_bias)]
+    with pytest.raises(ValueError, match=r"logits are not finite numbers at \d+ places, row and position \[\d, \d+\]"):
+        logits(config, Weights(*trees), tokens_BS, mesh)
+
+
+def npy(header: bytes) -> bytes:
+    """A file of `np.save` with a header of one's own and eight bytes of data."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8)
+
+
+WRONG_FILES = {
+    "text": (b"1 2 3", "is not an .npy file"),
+    "empty": (b"", "is not an .npy file"),
+    "zip": (b"PK\x03\x04" + bytes(100), "is a zip, as np.savez makes it of several arrays"),
+    "pickle": (npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n"), "is not an .npy file"),
+    "32 TB": (
+        npy(b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000, 8000000000), }\n"),
+        "is not an .npy file .*greater than file size",
+    ),
+    "beyond": (
+        npy(b"{'descr': '<i4', 'fortran_order': False, 'shape': (1, " + b"9" * 30 + b"), }\n"),
+        "is not an .npy file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_files_of_tokens_are_refused(tmp_path, case):
+    content, message = WRONG_FILES[case]
+    (tmp_path / "tokens.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=f"tokens.npy {message}"):
+        read_tokens(tmp_path / "tokens.npy", 64)
+
+
+def test_tokens_that_are_no_file_are_refused(tmp_path):
+    path = tmp_path / "tokens.npy"
+    with pytest.raises(ValueError, match="tokens.npy is missing; --tokens is a file that np.save made"):
+        read_tokens(path, 64)
+    path.mkdir()
+    with pytest.raises(ValueError, match="tokens.npy is a folder"):
+        read_tokens(path, 64)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="tokens.npy is a FIFO"):
+        read_tokens(path, 64)

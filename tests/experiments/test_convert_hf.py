@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.huggingface.config import read_model, write_model
+from deepseek_jax.huggingface.config import read_model
+from deepseek_jax.huggingface.config_writer import TokenIds, write_model
+from deepseek_jax.huggingface.contents import expected
 from deepseek_jax.huggingface.folder import initial_weights
-from deepseek_jax.huggingface.load import expected, load
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
@@ -34,6 +38,7 @@ from deepseek_jax.training.state import jit_state_around
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import claim_workdir, read_config, read_tokenizer
 from experiments.benchmarks import synthetic_checkpoint
+from tests.golden import hf_checkpoint
 from tests.support.checkpoints import config as small_config
 from tests.training.runs import finish, start, write_corpus
 
@@ -214,6 +219,48 @@ def test_the_run_owns_recipe_and_model(workdir, checkpoint):
     assert config.training.initial_weights == str(checkpoint)
 
 
+def test_a_folder_of_any_name_is_imported(convert, checkpoint, tmp_path):
+    """Its name is text in the recipe, whatever it spells, and the printed command is one for a shell."""
+    name = """a'b" \"\"\"\\ $(x); {c}"""
+    workdir = tmp_path / f"W {name}"
+    folder = changed(checkpoint, tmp_path / name)
+    printed = convert("import", f"--hf={folder}", f"--workdir={workdir}", *CONFIG)
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[:3] == ["python", "-m", "experiments.train"]
+    assert words[3:] == [f"--config={workdir / 'config.py'}", f"--workdir={workdir}"]
+    scope = {}
+    exec((workdir / "config.py").read_text(), scope)
+    assert from_config_dict(scope["get_config"]()) == read_config(workdir)
+    assert read_config(workdir).training.initial_weights == str(folder)
+
+
+def test_a_folder_without_its_mtp_layers_is_noted(convert, tmp_path):
+    """As transformers saves it: nobody is left to believe that the layers are there."""
+    golden = hf_checkpoint.FOLDER / "base"
+    hf = json.loads((golden / "config.json").read_text())
+    kept = {
+        name: value
+        for name, value in load_file(golden / "model.safetensors").items()
+        if not name.startswith(tuple(f"model.layers.{hf['num_hidden_layers'] + depth}." for depth in range(2)))
+    }
+    save_file(kept, tmp_path / "model.safetensors")
+    shutil.copy(golden / "config.json", tmp_path)
+    printed = convert("verify", f"--hf={tmp_path}", *CONFIG)
+    assert "NOTE: " in printed and "it is read WITHOUT MTP layers, as if the key were 0" in printed
+
+
+def test_widths_that_fp8_does_not_have_are_refused(convert, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros((1, 8), np.int32))
+    arguments = (f"--tokens={tmp_path / 'tokens.npy'}", f"--output={tmp_path / 'out.npz'}", *CONFIG)
+    folder = hf_checkpoint.FOLDER / "no_query_latent"
+    said = convert.fails("logits", f"--hf={folder}", "--precision=fp8", *arguments)
+    assert "--precision=fp8: config.model: width = 24 must be a multiple of 128" in said
+    assert said.endswith("; use --precision=bf16\n")
+    for output in (tmp_path, "/dev/full"):
+        said = convert.fails("logits", f"--hf={folder}", *arguments[:1], f"--output={output}", *CONFIG)
+        assert str(output) in said and "load:" not in said
+
+
 def test_an_import_copies_no_weights(workdir, checkpoint):
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file()) < weights / 10
@@ -339,7 +386,7 @@ def test_dry_run_lists_and_writes_nothing(convert, checkpoint, workdir, tmp_path
 
 def test_dry_run_of_v3_is_the_released_checkpoint(convert, tmp_path):
     base = from_config_dict(deepseek_v3.get_config())
-    model = read_model(json.loads(json.dumps(write_model(base.model, fp8=True))))
+    model = read_model(json.loads(json.dumps(write_model(base.model, True, TokenIds(0, 1, 2), 4096))))
     claim_workdir(tmp_path, dataclasses.replace(base, model=model))
     printed = convert("export", "--dry_run", f"--workdir={tmp_path}", f"--hf={tmp_path / 'hf'}").splitlines()
     assert printed[-1] == "91,991 tensors, 688,574,839,360 bytes"
@@ -357,7 +404,7 @@ def test_a_folder_without_a_readable_config(convert, checkpoint, tmp_path):
     broken = changed(checkpoint, tmp_path / "broken")
     (broken / "config.json").write_text('{"model_type": ')
     said = convert.fails("import", f"--hf={broken}", f"--workdir={new}", *CONFIG)
-    assert f"{broken / 'config.json'} is not valid JSON" in said and "download it again" in said
+    assert f"{broken / 'config.json'} is not valid JSON" in said and "restore or repair it" in said
     assert not new.exists()
 
 
@@ -397,6 +444,9 @@ def test_wrong_arguments(convert, checkpoint, workdir, tmp_path):
     assert "give one of import, export, verify, logits, not nothing" in convert.fails(hf)
     assert "--workdir is missing; give it: Folder of the run." in convert.fails("import", f"--hf={checkpoint}")
     assert "--workdir is missing; give it: Folder of the run." in convert.fails("export", hf)
+    for size in ("nan", "inf", "1e300"):
+        said = convert.fails("export", hf, f"--workdir={workdir}", f"--shard_gigabytes={size}")
+        assert "shard_gigabytes" in said
     said = convert.fails("export", hf, f"--workdir={workdir}", "--precision=fp32")
     assert "--precision=fp32: released checkpoints are in FP8 or BF16; choose one" in said
     assert f"{tmp_path} holds no run: config.json is missing" in convert.fails("export", hf, f"--workdir={tmp_path}")

@@ -12,8 +12,10 @@ import pytest
 
 from deepseek_jax.config import Config, Model, from_config_dict
 from deepseek_jax.huggingface import config as hf_config
+from deepseek_jax.huggingface.config_writer import TokenIds, rewrite, still_holds, write_model
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+IDS = TokenIds(7, 8, 9)
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 V3 = {
@@ -211,6 +213,16 @@ def test_absent_and_null_keys_have_the_defaults_of_the_family():
     assert yarn == dataclasses.replace(released.yarn, mscale=1.0, mscale_all_dim=0.0)
 
 
+def test_both_sections_may_say_the_same():
+    """As a file has it to which someone added a model card's lines in the other spelling."""
+    both = new_spelling(V3) | {"rope_scaling": ROPE, "rope_theta": 10000, "index_topk": None, "use_qk_norm": False}
+    assert hf_config.read_model(both) == hf_config.read_model(V3)
+
+
+def test_kimi_k2_is_v3_by_another_name():
+    assert hf_config.read_model(V3 | {"model_type": "kimi_k2"}) == hf_config.read_model(V3)
+
+
 def test_fp8_is_recognised():
     assert hf_config.is_fp8(V3)
     assert hf_config.is_fp8({"quantization_config": FP8 | {"scale_fmt": "ue8m0"}})  # V3.1
@@ -224,16 +236,17 @@ def test_fp8_is_recognised():
 def test_written_and_read_is_the_same(name, enabled):
     model = with_yarn(published(name).model, enabled)
     for fp8 in (True, False):
-        hf = json.loads(json.dumps(hf_config.write_model(model, fp8)))
+        hf = json.loads(json.dumps(write_model(model, fp8, IDS, 300)))
         assert hf_config.read_model(hf) == model
         assert hf_config.is_fp8(hf) == fp8 == ("quantization_config" in hf)
-    assert hf["max_position_embeddings"] == (40 if enabled else 1) * model.yarn.original_length
+    assert hf["max_position_embeddings"] == (40 * model.yarn.original_length if enabled else 300)
+    assert [hf[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [7, 8, 9]
 
 
 @pytest.mark.parametrize(("hf", "ids"), [(V3, (0, 1)), (V2, (100000, 100001)), (V2_LITE, (100000, 100001))])
 def test_written_values_are_the_published_ones(hf, ids):
     """Every key that a program reads; those that only concern training are not written."""
-    written = hf_config.write_model(hf_config.read_model(hf), hf_config.is_fp8(hf), *ids)
+    written = write_model(hf_config.read_model(hf), hf_config.is_fp8(hf), TokenIds(*ids, 2), 4096)
     published_values = hf | {"bos_token_id": ids[0], "eos_token_id": ids[1], "initializer_range": 0.006}
     ignored = ("aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
     assert {key: written.get(key, "missing") for key in without(published_values, *ignored)} == without(
@@ -243,7 +256,7 @@ def test_written_values_are_the_published_ones(hf, ids):
 
 def test_no_shared_experts_come_back():
     model = dataclasses.replace(published("tiny").model, num_shared_experts=0)
-    assert hf_config.read_model(hf_config.write_model(model, fp8=False)) == model
+    assert hf_config.read_model(write_model(model, False, IDS, 300)) == model
 
 
 def test_a_router_of_neither_family_is_not_written():
@@ -251,7 +264,35 @@ def test_a_router_of_neither_family_is_not_written():
     with pytest.raises(
         ValueError, match="gate = 'sigmoid' with group_score = 'max' has no config.json; 'sigmoid' goes with 'top2'"
     ):
-        hf_config.write_model(model, fp8=False)
+        write_model(model, False, IDS, 300)
+
+
+OWN = {"bos_token_id": 256, "eos_token_id": [257, 300], "pad_token_id": None, "auto_map": {"AutoConfig": "c.C"}}
+
+
+@pytest.mark.parametrize("spelling", [dict, new_spelling])
+@pytest.mark.parametrize("hf", [V2_LITE, MOONLIGHT, V3 | {"model_type": "kimi_k2"}])
+def test_what_is_no_part_of_the_shape_stays_with_an_import(hf, spelling):
+    """Another precision, and fewer layers: ids, auto_map, positions and the architecture's name are the import's."""
+    imported = spelling(hf) | OWN | {"max_position_embeddings": 5000}
+    model = dataclasses.replace(hf_config.read_model(imported), num_layers=20)
+    for fp8 in (True, False):
+        assert not still_holds(imported, model, fp8)
+        written = json.loads(json.dumps(rewrite(imported, model, fp8, IDS, 300)))
+        assert hf_config.read_model(written) == model and hf_config.is_fp8(written) == fp8
+        for key in (*OWN, "max_position_embeddings", "model_type", "architectures"):
+            assert written[key] == imported[key]
+        assert {written.get("dtype"), written.get("torch_dtype")} == {"bfloat16", None}
+        assert still_holds(written, model, fp8)
+    written = rewrite(without(imported, "bos_token_id", "pad_token_id"), model, False, IDS, 300)
+    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (7, [257, 300], 9)
+
+
+def test_a_file_that_says_another_dtype_does_not_hold():
+    model = hf_config.read_model(MOONLIGHT)
+    assert still_holds(MOONLIGHT, model, False) and still_holds(MOONLIGHT | {"dtype": "bfloat16"}, model, False)
+    assert not still_holds(MOONLIGHT | {"torch_dtype": "float16"}, model, False)
+    assert rewrite(MOONLIGHT | {"dtype": "float32"}, model, False, IDS, 300)["dtype"] == "bfloat16"
 
 
 def test_run_config_replaces_the_model_and_checks_it():
@@ -268,7 +309,7 @@ ROPE = V3["rope_scaling"]
 REFUSED = {
     "family": (
         {"model_type": "deepseek_v32"},
-        "model_type is 'deepseek_v32': choose a checkpoint of one of ['deepseek_v2', 'deepseek_v3']",
+        "model_type is 'deepseek_v32': choose a checkpoint of one of ['deepseek_v2', 'deepseek_v3', 'kimi_k2']",
     ),
     "architecture": ({"architectures": ["DeepseekV3ForSequenceClassification"]}, "goes with ['DeepseekV3ForCausalLM']"),
     "mixed": ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' goes with ['DeepseekV2ForCausalLM']"),
@@ -334,6 +375,27 @@ REFUSED = {
         {"quantization_config": FP8 | {"scale_fmt": "e4m3"}},
         "scale_fmt is 'e4m3': only 'ue8m0' or none can be read",
     ),
+    "sparse": ({"index_topk": 2048}, "index_topk is 2048: sparse attention (V3.2) has no counterpart here"),
+    "clipped": ({"swiglu_limit": 10.0}, "swiglu_limit is 10.0: a clipped SwiGLU has no counterpart here"),
+    "qk_norm": ({"use_qk_norm": True}, "use_qk_norm is True: norms of queries and keys has no counterpart here"),
+    "two_rope_types": (
+        {"rope_scaling": ROPE | {"rope_type": "default"}},
+        "rope_scaling: type is 'yarn': rope_type is 'default'; remove the one that does not hold",
+    ),
+    "two_rope_sections": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
+        "rope_scaling is {'type': 'yarn'",
+    ),
+    "two_bases": (
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+        "rope_theta is 10000: the file has the bases [10000.0, 50000.0]; remove those that do not hold",
+    ),
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, n_routed_experts = 256"),
+    "experts": ({"n_routed_experts": 2_000_000}, "n_routed_experts = 2000000 and num_nextn_predict_layers = 1 make"),
+    "mtp": ({"num_nextn_predict_layers": 10**9}, "take the config.json that belongs to the weights"),
+    "infinite": ({"rope_theta": float("inf")}, "rope_theta is inf: it must be a finite number"),
+    "beyond_floats": ({"rms_norm_eps": 10**400}, "it must be a finite number"),
+    "escape": ({"model_type": "a\x1b[31m"}, "model_type is 'a\\x1b[31m': choose"),
     "no_section": ({"quantization_config": "fp8"}, "quantization_config is 'fp8': it must be of type dict"),
 }
 

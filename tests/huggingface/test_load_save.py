@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.huggingface import device_arrays
-from deepseek_jax.huggingface.load import check, load
+from deepseek_jax.huggingface.contents import check
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.save import save
 from deepseek_jax.safetensors import reader
 from deepseek_jax.safetensors.folder import Shards

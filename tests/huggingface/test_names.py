@@ -60,6 +60,12 @@ def shapes_of_init(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in leaves_of({"params": params, "router_bias": bias}).items()}
 
 
+@pytest.mark.parametrize("case", [*CONFIGS[:1], *CONFIGS[2:], *VARIANTS, *hf_checkpoint.CASES])
+def test_they_are_counted_without_a_list(case):
+    model = config_of(case).model
+    assert names.num_tensors(model) == len(names.tensors(model))
+
+
 def test_released_checkpoint_to_the_byte():
     """Counted from the headers of deepseek-ai/DeepSeek-V3."""
     listed = names.tensors(published("deepseek_v3").model)

@@ -14,7 +14,7 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference.generate import expert_mesh, stream
+from deepseek_jax.inference.generate import expert_mesh, stream, stream_ids
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
@@ -85,6 +85,39 @@ def test_prints_the_prompt_and_its_continuation(run, temperature):
 def test_devices_that_cannot_share_the_experts_are_refused(count, message):
     with pytest.raises(ValueError, match=message):
         expert_mesh(make_config().model, count)
+
+
+COLD = Sampling(temperature=1e-45, top_p=1.0, top_k=0)
+
+
+def test_nothing_is_made_of_weights_that_are_not_numbers(run):
+    _, config, params, router_bias = run
+    broken = params | {"final_norm_D": params["final_norm_D"] * jnp.nan}
+    with pytest.raises(ValueError, match="the logits are NaN or infinite: the weights are damaged; take"):
+        next(stream(config, Weights(broken, router_bias), byte_tokenizer(), "if x:", 30, COLD, seed=5))
+
+
+def test_ids_beyond_the_vocabulary_are_refused(run):
+    """They would be read as the last id."""
+    _, config, params, router_bias = run
+    more = byte_tokenizer()
+    more.vocab_size += 1
+    weights = Weights(params, router_bias)
+    with pytest.raises(ValueError, match="the tokenizer has ids up to 262, and model.vocab_size is 262; use"):
+        next(stream(config, weights, more, "if x:", 30, COLD, seed=5))
+    for wrong in (-1, 262):
+        with pytest.raises(ValueError, match="the prompts have ids beyond 0 to 261"):
+            next(stream_ids(config, weights, np.array([[0, wrong]]), 30, COLD, 5, 1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "message"),
+    [("caf\udce9", 5, "is not text that UTF-8 can write"), ("x", 2**63, "does not fit into 64 bits")],
+)
+def test_prompts_and_seeds_that_no_model_takes(run, prompt, seed, message):
+    _, config, params, router_bias = run
+    with pytest.raises(ValueError, match=message):
+        next(stream(config, Weights(params, router_bias), byte_tokenizer(), prompt, 30, COLD, seed=seed))
 
 
 @pytest.mark.slow

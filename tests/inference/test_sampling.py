@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.sampling import Sampling, keep_top_k, keep_top_p, sample
+from deepseek_jax.inference.sampling import NO_TOKEN, Sampling, keep_top_k, keep_top_p, sample
 
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 LOGITS_BV = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]], jnp.float32)) + 3.0
@@ -25,6 +25,20 @@ def draw(sampling, num_draws):
 def test_greedy_takes_the_best_and_of_equals_the_lowest_id():
     logits_BV = jnp.array([[0.0, 2.0, 2.0], [-1.0, -2.0, -3.0]])
     assert sample(GREEDY, logits_BV, jax.random.split(jax.random.key(0), 2)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-31, 1e-29, 1e-20])
+def test_the_coldest_temperatures_are_greedy(temperature):
+    """1e-45 is 0 in FP32, and 20 / 1e-38 is beyond it."""
+    logits_BV = jnp.array([[0.0, 20.0, 19.9], [-1.0, -0.9, -3000.0]])
+    cold = Sampling(temperature=temperature, top_k=0, top_p=1.0)
+    assert sample(cold, logits_BV, jax.random.split(jax.random.key(0), 2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=2, top_p=0.9)])
+def test_no_token_is_chosen_where_logits_are_not_numbers(sampling):
+    logits_BV = jnp.array([[0.0, jnp.nan, 2.0], [0.0, 50.0, -jnp.inf], [jnp.inf, 0.0, 1.0]])
+    assert sample(sampling, logits_BV, jax.random.split(jax.random.key(0), 3)).tolist() == [NO_TOKEN, 1, NO_TOKEN]
 
 
 @pytest.mark.parametrize(

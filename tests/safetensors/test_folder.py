@@ -157,10 +157,13 @@ WRONG_HEADERS = {
     "list": ({"header": []}, "cannot be understood"),
     "twice": ({"header": b'{"t": {}, "t": {}}'}, "t stands in it twice"),
     "metadata": ({"header": {"__metadata__": {"a": 1}}}, "more than strings"),
-    "fields": ({"header": {"t": {"dtype": "U8", "shape": [1]}}, "data": b"1"}, "does not describe t .*data_offsets"),
-    "no fields": ({"header": {"t": 1}}, "does not describe t"),
-    "negative": ({"header": {"t": tensor(0, 4, shape=[-4])}, "data": b"1234"}, "does not describe t .*integers"),
-    "float": ({"header": {"t": tensor(0, 4, shape=[4.0])}, "data": b"1234"}, "does not describe t .*integers"),
+    "fields": (
+        {"header": {"t": {"dtype": "U8", "shape": [1]}}, "data": b"1"},
+        "t is not described in the header .*data_offsets",
+    ),
+    "no fields": ({"header": {"t": 1}}, "t is not described"),
+    "negative": ({"header": {"t": tensor(0, 4, shape=[-4])}, "data": b"1234"}, "t is not described .*integers"),
+    "float": ({"header": {"t": tensor(0, 4, shape=[4.0])}, "data": b"1234"}, "t is not described .*integers"),
     "dtype": ({"header": {"t": tensor(0, 4, "F4")}, "data": b"1234"}, "t has the unknown dtype 'F4'"),
     "size": ({"header": {"t": tensor(0, 4, "F32", [2])}, "data": b"1234"}, r"t is F32 \[2\], 8 bytes, but has 4"),
     "gap": ({"header": {"t": tensor(0, 4), "u": tensor(5, 8)}, "data": b"12345678"}, "u leaves a gap"),
@@ -199,7 +202,29 @@ def edit_index(folder, change):
 
 WRONG_FOLDERS = {
     "absent file": (lambda f: (f / FILES[1]).unlink(), f"says that c is in {FILES[1]}, which is absent"),
-    "outside": (lambda f: edit_index(f, lambda m: m.update(c=f"../{FILES[1]}")), "which is absent"),
+    "outside": (lambda f: edit_index(f, lambda m: m.update(c=f"../{FILES[1]}")), "only files in the folder itself"),
+    "absolute": (lambda f: edit_index(f, lambda m: m.update(c=str(f / FILES[1]))), "write their names alone into"),
+    "below": (lambda f: edit_index(f, lambda m: m.update(c=f"sub/{FILES[1]}")), "only files in the folder itself"),
+    "index is a folder": (lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()), "index.json is a folder"),
+    "index dangles": (lambda f: ((f / INDEX).unlink(), (f / INDEX).symlink_to("no")), "index.json cannot be read"),
+    "shard is a folder": (lambda f: ((f / FILES[1]).unlink(), (f / FILES[1]).mkdir()), f"{FILES[1]} is a folder"),
+    "shard is a FIFO": (lambda f: ((f / FILES[1]).unlink(), os.mkfifo(f / FILES[1])), f"{FILES[1]} is a FIFO"),
+    "shard dangles": (
+        lambda f: ((f / FILES[1]).unlink(), (f / FILES[1]).symlink_to("no")),
+        f"{FILES[1]} cannot be read: No such file",
+    ),
+    "shard leads to itself": (
+        lambda f: ((f / FILES[1]).unlink(), (f / FILES[1]).symlink_to(FILES[1])),
+        f"{FILES[1]} cannot be read: Too many levels",
+    ),
+    "escape codes": (
+        lambda f: edit_index(f, lambda m: m.update({"\x1b[31m": "\x1b[0m"})),
+        r"says that \\x1b\[31m is in \\x1b\[0m, which is absent",
+    ),
+    "a name of 1 MB": (
+        lambda f: edit_index(f, lambda m: m.update({"n" * 10**6: FILES[0]})),
+        r"^.{,999}says that n{100}\.\.\.n{100} is in",
+    ),
     "absent tensor": (
         lambda f: edit_index(f, lambda m: m.update(z=FILES[0])),
         f"says that z is in {FILES[0]}, which lacks it .no file",
@@ -231,6 +256,18 @@ def test_wrong_folders_are_refused(tmp_path, case):
     spoil(write(tmp_path))
     with pytest.raises(ValueError, match=message):
         Shards(tmp_path)
+
+
+def test_an_index_may_say_that_a_file_is_here(tmp_path):
+    edit_index(write(tmp_path), lambda files: files.update({name: f"./{file}" for name, file in files.items()}))
+    assert Shards(tmp_path).entries.keys() == SHAPES.keys()
+
+
+def test_a_tensor_whose_name_is_an_escape_code_or_long(tmp_path):
+    raw(tmp_path / "model.safetensors", {"\x1b[31m": tensor(0, 1), "n" * 10**6: tensor(1, 2)}, b"12")
+    with pytest.raises(ValueError, match=r"2 extra: \\x1b\[31m in .*, n{50,}\.\.\.n{50,} in") as caught:
+        compare(Shards(tmp_path), {})
+    assert len(str(caught.value)) < 1000
 
 
 def test_the_same_tensor_in_two_files(tmp_path):

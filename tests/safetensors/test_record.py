@@ -1,6 +1,7 @@
 """A folder is verified against its record, and what would spoil one is refused."""
 
 import fcntl
+import json
 import os
 import shutil
 
@@ -65,8 +66,42 @@ def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "conversion.json").write_text("{}")
     with pytest.raises(ValueError, match="does not describe a conversion"):
         ShardWriter(tmp_path, planned())
-    with pytest.raises(ValueError, match="does not describe a conversion"):
+    with pytest.raises(ValueError, match="conversion.json cannot be read: No such file"):
         verify(tmp_path / "absent")
+
+
+WRONG_RECORDS = {
+    "no sha": lambda shards: shards[FILES[0]].pop("sha256"),
+    "sha is a number": lambda shards: shards[FILES[0]].update(sha256=1),
+    "bytes is a text": lambda shards: shards[FILES[0]].update(bytes="1"),
+    "shard is a list": lambda shards: shards.update({FILES[0]: []}),
+    "elsewhere": lambda shards: shards.update({"../x": shards[FILES[0]]}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RECORDS)
+def test_wrong_records_are_refused(tmp_path, case):
+    record = json.loads((write(tmp_path) / "conversion.json").read_text())
+    WRONG_RECORDS[case](record["shards"])
+    (tmp_path / "conversion.json").write_text(json.dumps(record))
+    for use in (lambda: verify(tmp_path), lambda: check_target(tmp_path, 1), lambda: ShardWriter(tmp_path, planned())):
+        with pytest.raises(ValueError, match="does not describe a conversion .*: delete the folder and convert again"):
+            use()
+
+
+def test_a_record_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "conversion.json").mkdir()
+    with pytest.raises(ValueError, match="conversion.json is a folder; .* or delete the folder and convert again"):
+        check_target(tmp_path, 1)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """Also of the files beside the weights."""
+    left = tmp_path / "tokenizer_config.json.partial-host-12-3"
+    left.touch()
+    check_target(tmp_path, 1)
+    write(tmp_path)
+    assert not left.exists()
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):

@@ -37,7 +37,7 @@ def test_continuing_keeps_finished_shards(tmp_path):
     with pytest.raises(ValueError, match="2 of 3 shards"):
         verify(folder)
     before = {file: ((folder / file).stat().st_ino, (folder / file).stat().st_mtime_ns) for file in FILES[:2]}
-    (folder / f"{FILES[2]}.partial-1").write_bytes(b"left over")
+    (folder / f"{FILES[2]}.partial-host-1-1").write_bytes(b"left over")
     asked, seen = [], []
     writer = ShardWriter(folder, planned(), SIZE)
     writer.write(lambda name: (asked.append(name), values(name))[1], seen.append)
