@@ -43,8 +43,13 @@ for line in sys.stdin:
             if name.startswith("JAX_"):
                 jax.config.update(name.lower(), {"1": True}.get(value, value))
         sys.argv = [request["command"], *(os.fsdecode(bytes(word)) for word in request["words"])]
-        runpy.run_module("experiments." + request["command"], run_name="__main__", alter_sys=True)
-        sys.exit(0)
+        try:
+            runpy.run_module("experiments." + request["command"], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if not jax._src.xla_bridge.backends_are_initialized():  # then nothing else runs
+                sys.stderr.flush()
+                os._exit(end.code or 0)
+            raise
     _, status, usage = os.wait4(pid, 0)
     print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime]), flush=True)
 """
