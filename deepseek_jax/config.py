@@ -13,6 +13,7 @@ from typing import Any
 
 from deepseek_jax.config_bounds import expand_paths
 from deepseek_jax.config_checks import check
+from deepseek_jax.inputs import shown
 from deepseek_jax.schedule import Schedule, check_schedule, from_number
 
 
@@ -240,12 +241,14 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         value = from_number(value)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} = {value!r} must be a sequence; write a tuple")
+            raise ValueError(f"{path} = {shown(repr(value))} must be a sequence; write a tuple")
         parts = typing.get_args(kind)
         if len(parts) == 2 and parts[1] is Ellipsis:
             parts = (parts[0],) * len(value)
         elif len(parts) != len(value):
-            raise ValueError(f"{path} = {value!r} must have {len(parts)} entries: shape, end fraction, value")
+            raise ValueError(
+                f"{path} = {shown(repr(value))} must have {len(parts)} entries: shape, end fraction, value"
+            )
         items = tuple(
             _convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True))
         )
@@ -255,21 +258,22 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-        raise ValueError(f"{path} = {value!r} is a {type(value).__name__}; it must be a {kind.__name__}")
+        raise ValueError(f"{path} = {shown(repr(value))} is a {type(value).__name__}; it must be a {kind.__name__}")
     return value
 
 
 def _convert_section(kind: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(
-            f"{path} = {value!r} must be a section with the keys {[field.name for field in dataclasses.fields(kind)]}"
+            f"{path} = {shown(repr(value))} must be a section with the keys"
+            f" {[field.name for field in dataclasses.fields(kind)]}"
         )
     fields = typing.get_type_hints(kind)
     for key in value:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
+            close = difflib.get_close_matches(str(key), fields, n=1)
             raise ValueError(
-                f"{path}.{key} is unknown"
+                f"{path}.{shown(str(key))} is unknown"
                 + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {sorted(fields)}")
             )
     optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}

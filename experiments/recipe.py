@@ -65,11 +65,16 @@ class Recipe:
             if self._required or self.overrides:
                 raise ValueError(f"--config is missing; name a file with get_config(), such as {EXAMPLE}")
             return None
-        tree = _load(self._flag.value)
-        with tree.ignore_type():
-            for key, value in self.overrides:
-                _set(tree, key, value)
-        return tree
+        return read(self._flag.value, self.overrides)
+
+
+def read(text: str, overrides: list[tuple[str, Any]]) -> ConfigDict:
+    """Return the configuration of `file` or `file:argument` with its overrides; as `Recipe.value`."""
+    tree = _load(text)
+    with tree.ignore_type():
+        for key, value in overrides:
+            _set(tree, key, value)
+    return tree
 
 
 def load() -> None:
@@ -161,7 +166,7 @@ def _parsed(key: str, kind: Any, text: str) -> Any:
             return ConfigDict(ast.literal_eval(text))
         wanted = "tuple"
         return TupleParser().parse(text)
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"--config.{key}={shown(text)} must be {_FORMS[wanted]}") from error
 
 

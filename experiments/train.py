@@ -13,7 +13,7 @@ import jax
 from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
-from deepseek_jax.data.pipeline import open_corpus
+from deepseek_jax.data.pipeline import check_data, open_corpus
 from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
@@ -52,6 +52,7 @@ def main(_) -> None:
     if WORKDIR.value is None:
         raise ValueError("--workdir is missing; name the folder of the run, for example --workdir=runs/tiny")
     workdir = new_folder(WORKDIR.value, "--workdir")
+    check_data(config, workdir)
     session.start()
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)  # what does not fit the devices is refused before there is a workdir

@@ -14,6 +14,7 @@ import pytest
 
 from configs import deepseek_v2_lite, deepseek_v3, tiny, v3_300m
 from deepseek_jax import config as config_lib
+from deepseek_jax import config_checks
 from deepseek_jax.config import Source, from_config_dict, to_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve, resolve_for
@@ -274,6 +275,34 @@ def test_two_best_scores_of_a_group_need_two_experts():
         from_config_dict(tree)
     tree["model"]["group_score"] = "max"
     assert from_config_dict(tree).model.num_groups == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        ({"num_experts": 8, "num_groups": 4, "num_kept_groups": 2}, "chooses groups and no experts within them"),
+        ({"num_experts": 4, "num_groups": 1, "num_kept_groups": 1}, "every token goes to every expert"),
+    ],
+)
+def test_a_router_that_cannot_choose_is_warned_about_once(model, choice, caplog):
+    config_checks._warn_once.cache_clear()
+    tree = tiny.get_config().to_dict()
+    tree["model"] |= model
+    for _ in range(2):
+        from_config_dict(tree)
+    (record,) = caplog.records
+    assert choice in record.getMessage() and "experts_per_token = 4" in record.getMessage()
+
+
+def test_paths_of_the_home_folder_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    tree = tiny.get_config().to_dict()
+    tree["data"] |= {"sources": [{"path": "~/text", "weight": 1.0}, {"path": "./a/", "weight": 1.0}]}
+    tree["data"] |= {"tokenizer": "~/t.json"}
+    tree["training"] |= {"initial_weights": "~/weights"}
+    config = from_config_dict(tree)
+    assert [source.path for source in config.data.sources] == ["/somewhere/text", "./a/"]
+    assert (config.data.tokenizer, config.training.initial_weights) == ("/somewhere/t.json", "/somewhere/weights")
 
 
 def test_missing_keys_are_named():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.inputs import local_path, read_bytes, read_json, read_text, shown
+from deepseek_jax.inputs import local_path, new_file, new_folder, read_bytes, read_json, read_text, shown
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,24 @@ def test_escape_codes_never_reach_the_terminal():
     assert shown("\udce9") == "\\udce9"
     assert len(shown("x" * 1000)) <= 203
     assert shown("日本 é") == "日本 é"
+
+
+def test_where_something_will_be_written_is_checked_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    before = sorted(tmp_path.iterdir())
+    assert new_folder(f"{tmp_path}/a/b", "--workdir") == tmp_path / "a" / "b"
+    assert new_folder(str(tmp_path), "--workdir") == tmp_path
+    assert new_file(f"{tmp_path}/a/b.json", "--json") == tmp_path / "a" / "b.json"
+    assert new_file(f"{tmp_path}/file", "--json") == tmp_path / "file"
+    for name in ("file", "file/W", "link", "x" * 300):
+        with pytest.raises(ValueError, match="--workdir = .* cannot be a folder.*name another"):
+            new_folder(f"{tmp_path}/{name}", "--workdir")
+    for name, why in {
+        "": "is a folder; name a file",
+        "file/x.json": "cannot be a folder",
+        "x" * 300: "too long",
+    }.items():
+        with pytest.raises(ValueError, match=f"--json = .*{why}"):
+            new_file(f"{tmp_path}/{name}", "--json")
+    assert sorted(tmp_path.iterdir()) == before

@@ -16,6 +16,7 @@ Every process packs the whole sequence, so the speed of one process bounds that 
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -26,10 +27,12 @@ from deepseek_jax.data.augmentation import Augmentation
 from deepseek_jax.data.examples import Example, check_examples
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch, pack
 from deepseek_jax.data.run_tokenizer import make_tokenizer
+from deepseek_jax.data.sources import check_source
 from deepseek_jax.data.split import train_texts
 from deepseek_jax.data.token_cache import open_corpus
 from deepseek_jax.data.token_files import Documents
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inputs import shown
 
 # Tokens of a window, about. The rows of a window come from the same documents, so it must hold many more tokens than a
 # short run sees: at 2**20, `tiny` met an eighth of its corpus, and its loss rose by 0.8 nats where the second window
@@ -127,6 +130,25 @@ class Loader:
             if end == num_rows:
                 self._window_state, self._row, self._window = self._iterator.get_state(), 0, None
         return views
+
+
+def check_data(config: Config, workdir: str | os.PathLike) -> None:
+    """Refuse sources and a tokenizer that are not there, before anything is computed or written.
+
+    Raises:
+        ValueError: a source cannot be read (`sources.check_source`), or the file `data.tokenizer`, which a workdir
+            without a tokenizer needs, cannot be, or has more ids than the model.
+    """
+    for source in config.data.sources:
+        check_source(source)
+    if config.data.tokenizer in ("bpe", "byte") or os.path.lexists(Path(workdir) / "tokenizer.json"):
+        return
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"config.data.tokenizer = {shown(config.data.tokenizer)} needs {tokenizer.vocab_size} ids and"
+            f" config.model.vocab_size = {config.model.vocab_size}; set that to at least {tokenizer.vocab_size}"
+        )
 
 
 def open_tokenizer(config: Config, workdir: str | os.PathLike) -> Tokenizer:

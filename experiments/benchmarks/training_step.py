@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch
-from deepseek_jax.data.pipeline import loader_throughput, make_train_loader, open_tokenizer
+from deepseek_jax.data.pipeline import check_data, loader_throughput, make_train_loader, open_tokenizer
 from deepseek_jax.inputs import new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
@@ -75,6 +75,8 @@ def main(_) -> None:
     busy = os.getloadavg()[0]
     json, kept = command.path_of(JSON, new_file), command.path_of(WORKDIR, new_folder)
     config = from_config_dict(with_batch_size(CONFIG.value))
+    if DATA.value or LOADER.value:
+        check_data(config, kept or Path())
     session.start()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
     size = batch_size(config, tokens_seen=0)

@@ -27,7 +27,7 @@ from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch
-from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.data.pipeline import check_data, make_train_loader, open_tokenizer
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import BLUE, GRAY, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
@@ -65,6 +65,7 @@ def main(_) -> None:
             f"config.training.num_tokens = {config.training.num_tokens:g} is {num_steps} steps, of which warm-up takes"
             f" {config.optimizer.warmup_steps}: no step is left to compare; raise it or lower optimizer.warmup_steps"
         )
+    check_data(config, workdir)
     session.start()
     mesh = make_mesh(config.mesh)
     steps = {

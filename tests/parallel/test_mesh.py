@@ -46,7 +46,7 @@ def test_mesh_has_the_sizes_asked_for(axes, shape):
     [
         ({"data": 3}, "'data': 3.*does not fit 8 devices.*multiply to 8.*mesh.data=-1.*--cpu_devices"),
         ({"data": -1, "expert": 3}, "does not fit 8 devices"),
-        ({"data": -1, "expert": 16}, "does not fit 8 devices"),
+        ({"data": -1, "expert": 16}, "config.mesh.expert = 16 does not fit 8 devices.*divide.*--cpu_devices=16"),
         ({"data": -1, "node": -1}, "at most one is -1"),
         ({"data": 0}, "sizes are positive"),
         ({"data": -2, "expert": -4}, "sizes are positive"),
