@@ -84,12 +84,11 @@ def _cast_linear(input_dims, x, carrier, values):
 
 def _cast_backward(input_dims, residuals, g):
     x, values = residuals
-    outputs = values.ndim - input_dims
-    dx = lax.dot_general(
-        g, values, ((tuple(range(g.ndim - outputs, g.ndim)), tuple(range(input_dims, values.ndim))), ((), ()))
-    )
-    rows = tuple(range(x.ndim - input_dims))
-    return dx, lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32), None
+    num_inputs = math.prod(values.shape[:input_dims])
+    g_TO = g.reshape(-1, values.size // num_inputs)
+    dx_TI = g_TO @ values.reshape(num_inputs, -1).T
+    dw_IO = jnp.matmul(x.reshape(-1, num_inputs).T, g_TO, preferred_element_type=jnp.float32)
+    return dx_TI.reshape(x.shape), dw_IO.reshape(values.shape), None
 
 
 _cast_linear.defvjp(
