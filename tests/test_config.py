@@ -49,6 +49,12 @@ def test_every_promised_config_is_there():
     assert set(PARTS) <= set(NAMES)
 
 
+def test_other_configs_keep_their_precision():
+    """Each begins with V3's, which is the report's FP8."""
+    precisions = {name: importlib.import_module(f"configs.{name}").get_config().execution.precision for name in PARTS}
+    assert precisions == dict.fromkeys(PARTS, "bf16") | {"deepseek_v3": "fp8", "tiny": "fp32"}
+
+
 def test_published_671b_values():
     """config.json of the released checkpoint (spec 1.1), and the training values that it does not have."""
     config = from_config_dict(deepseek_v3.get_config())
@@ -108,6 +114,7 @@ def test_published_671b_values():
     assert ours == published
     # training values: config.json has 0.02, and YaRN for the long context
     assert model.init_std == 0.006 and not yarn.enabled
+    assert config.execution.precision == "fp8"
     assert (config.loss.sequence_balance_weight, config.loss.balance_frequency) == (1e-4, "unbiased")
     assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip_norm) == (
         0.9,

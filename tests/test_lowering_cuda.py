@@ -15,7 +15,6 @@ import pytest
 from configs import tiny, v3_5b
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.program import resolve
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.step import jit_train_step
 from pallas_kernels import dispatch
@@ -41,10 +40,7 @@ def lower(attention, precision="bf16"):
     tree.training.update({"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8})
     tree.execution.update({"attention": attention, "precision": precision, "scan_unroll": 1})
     config = from_config_dict(tree)
-    mesh = make_mesh(config.mesh)
-    traced = abstract.trace(resolve(config, "gpu", expert_devices=4), mesh)
-    with jax.set_mesh(mesh):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return lower_step(config, "gpu")
 
 
 class MeshOf:
@@ -52,6 +48,15 @@ class MeshOf:
 
     def __init__(self, shape, devices):
         self.shape, self.devices = shape, devices
+
+
+def lower_step(config, platform):
+    """The text of the step for CUDA, with every "auto" as on a mesh of `platform`."""
+    mesh = make_mesh(config.mesh)
+    devices = np.array([SimpleNamespace(platform=platform)])
+    with jax.set_mesh(mesh):
+        step = jit_train_step(config, pretraining(config), MeshOf(mesh.shape, devices))
+        return step.trace(*abstract.inputs(config, mesh)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -65,12 +70,7 @@ def test_fp32_is_multiplied_as_fp32_on_a_gpu(platform, precision, kinds):
     """
     tree = tiny.get_config()
     tree.execution.update({"attention": "xla", "precision": precision})
-    config = from_config_dict(tree)
-    mesh = make_mesh(config.mesh)
-    devices = np.array([SimpleNamespace(platform=platform)])
-    with jax.set_mesh(mesh):
-        step = jit_train_step(config, pretraining(config), MeshOf(mesh.shape, devices))
-        text = step.trace(*abstract.inputs(config, mesh)).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower_step(from_config_dict(tree), platform)
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     precisions = [re.search(r"precision = \[(\w+), \1\]", line)[1] for line in products]
     assert set(precisions) == kinds
@@ -100,6 +100,19 @@ def test_cudnn_attention_reaches_the_program_forward_and_backward(hopper_by_name
             if name == "__cudnn$fmhaSoftmax"
             else "tensor<1x16x4096x192xbf16>" in results
         ), results
+
+
+def test_fp8_hands_cudnn_the_output_that_e5m6_keeps(hopper_by_name, monkeypatch):
+    """One layer by the kernels of Hopper: packed once, unpacked for the core's derivative and the weight gradient."""
+    monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", dispatch.HOPPER))
+    tree = v3_5b.get_config()
+    tree.model.update({"num_layers": 1, "num_dense_layers": 1})
+    tree.training.update({"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 8})
+    tree.execution.update({"precision": "fp8"})
+    tree.mesh.data = 8
+    text = lower_step(from_config_dict(tree), "gpu")
+    assert [len(re.findall(rf"@__cudnn\$fmhaSoftmax{name}\(", text)) for name in ("", "Backward")] == [1, 1]
+    assert [text.count(f"call @{name}") for name in ("e5m6_pack", "e5m6_unpack")] == [1, 2]
 
 
 def test_cudnn_attention_brings_no_collective_of_its_own(hopper_by_name):

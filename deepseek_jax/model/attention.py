@@ -36,7 +36,7 @@ from deepseek_jax.model import flash
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.linear import linear
 from deepseek_jax.model.norm_linear import norm_linear
-from deepseek_jax.model.precision import ATTENTION_OUTPUT
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, Packed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.model.rope import rotate, softmax_scale
 
@@ -125,9 +125,9 @@ class Attention(nnx.Module):
         mean_BSNC = jnp.einsum("bnsm,bmc->bsnc", weights, latent_BMC)
         return jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
 
-    def output(self, out_BSNH: jax.Array) -> jax.Array:
-        """Project the heads' outputs back to [B, S, D]."""
-        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT)
+    def output(self, out_BSNH: jax.Array, packed: Packed | None = None) -> jax.Array:
+        """Project the heads' outputs, which the core may have packed, back to [B, S, D]."""
+        return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT, packed=packed)
 
 
 # (attention, x_BSD, the layer's cache) -> (output [B, S, D] without the residual, the cache)
@@ -143,8 +143,8 @@ def expanded(execution: Execution, table: Table, segment_ids_BS: jax.Array | Non
         k_BSNQ, v_BSNH = attention.expand(entry)
         scale = softmax_scale(attention.model)
         with jax.named_scope("attention_core"):
-            out_BSNH = flash.attend(execution, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale)
-        return attention.output(out_BSNH), cache
+            out_BSNH, packed = flash.attend(execution, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale)
+        return attention.output(out_BSNH, packed), cache
 
     return attend
 

@@ -10,6 +10,10 @@ of them and logs why):
              one segment per row.
     splash   the Pallas TPU kernel that ships with JAX, with segment ids. Speed on TPU is unmeasured.
 
+For the backward pass a core keeps queries, keys, values, one statistic per token and head, and its output, which it
+reads in one place: delta = sum over channels of dout out. In FP8 the output is kept in E5M6 and handed on in that form,
+too, for the projection that follows (`model.precision`).
+
 The two kernels do not declare varying axes, so inside the step's shard_map they run behind `_opaque`: forward and
 backward are closed boxes, and their results are declared to vary as their inputs do. This is right because both passes
 are local to a device.
@@ -17,12 +21,14 @@ are local to a device.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import Execution
+from deepseek_jax.model.precision import Packed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.mesh import vary
 from pallas_kernels.lowering import manual_axes
@@ -37,33 +43,37 @@ def attend(
     v_BSNH: jax.Array,
     segment_ids_BS: jax.Array | None,
     scale: float,
-) -> jax.Array:
+) -> tuple[jax.Array, Packed | None]:
     """Return out_BSNH; position s sees positions up to s, only of its own segment if there are segment ids.
+
+    In FP8 also return what is kept of it: the same in E5M6, a row per token; otherwise None.
 
     Raises:
         ValueError: the implementation cannot do this (dtype, segments, sequence length), or is still "auto".
     """
-    implementation = execution.attention
+    implementation, packs = execution.attention, execution.precision == "fp8"
     if implementation == "xla":
-        return _xla(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale, execution.attention_chunk)
+        return _xla(q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale, execution.attention_chunk, packs)
     if implementation == "cudnn":
         if q_BSNQ.dtype != jnp.bfloat16 or segment_ids_BS is not None:
             raise ValueError(
                 "execution.attention = 'cudnn' takes BF16 and one segment per row; use precision 'bf16' or 'fp8' and no"
                 " segment ids, or attention = 'xla'"
             )
-        return _opaque(functools.partial(_cudnn, scale), q_BSNQ, k_BSNQ, v_BSNH)
+        return _opaque(
+            functools.partial(_cudnn, scale), _Layout(heads_first=False) if packs else None, q_BSNQ, k_BSNQ, v_BSNH
+        )
     if implementation == "splash":
-        return _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS)
+        return _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, packs)
     raise ValueError(f"execution.attention = {implementation!r} is not resolved; call parallel.program.resolve first")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _xla(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
-    return _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _xla(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk, packs):
+    return _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk, packs)[0]
 
 
-def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
+def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk, packs):
     def block(_, start, end, q, segments):
         scores = _scores(start, q, segments, k_BMNQ[:, :end], _until(segments_BS, end), scale)
         top = scores.max(-1)
@@ -76,12 +86,15 @@ def _xla_forward(q_BSNQ, k_BMNQ, v_BMNH, segments_BS, scale, chunk):
         return None, (out.astype(v_BMNH.dtype), (top + jnp.log(total)).swapaxes(1, 2))
 
     _, (out_BSNH, lse_BSN) = _over_chunks(block, None, (q_BSNQ, segments_BS), chunk)
-    out_BSNH, lse_BSN = keep(out_BSNH, "attention_out"), keep(lse_BSN, "attention_out")
-    return out_BSNH, (q_BSNQ, k_BMNQ, v_BMNH, segments_BS, out_BSNH, lse_BSN)
+    kept = keep(Packed.of(out_BSNH, 2) if packs else out_BSNH, "attention_out")
+    residuals = q_BSNQ, k_BMNQ, v_BMNH, segments_BS, kept, keep(lse_BSN, "attention_out")
+    return ((out_BSNH, kept) if packs else (kept, None)), residuals
 
 
-def _xla_backward(scale, chunk, residuals, g_BSNH):
-    q_BSNQ, k_BMNQ, v_BMNH, segments_BS, out_BSNH, lse_BSN = residuals
+def _xla_backward(scale, chunk, packs, residuals, cotangents):
+    q_BSNQ, k_BMNQ, v_BMNH, segments_BS, kept, lse_BSN = residuals
+    g_BSNH = cotangents[0]
+    out_BSNH = kept.unpack(g_BSNH.shape) if packs else kept
     delta_BSN = jnp.einsum("bsnh,bsnh->bsn", g_BSNH, out_BSNH, preferred_element_type=jnp.float32)
 
     def block(sums, start, end, q, segments, g, delta, lse):
@@ -161,38 +174,61 @@ def _over_chunks(block, carry, arrays, chunk):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _opaque(kernel: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+class _Layout(NamedTuple):
+    """How a kernel's output becomes rows of tokens, which are packed, and back."""
+
+    heads_first: bool  # [B, N, S, H], or [B, S, N, H]
+
+    def pack(self, out: jax.Array) -> Packed:
+        return Packed.of(out.swapaxes(1, 2) if self.heads_first else out, 2)
+
+    def unpack(self, packed: Packed, like: jax.Array) -> jax.Array:
+        if not self.heads_first:
+            return packed.unpack(like.shape)
+        batch, heads, length, dim = like.shape
+        return packed.unpack((batch, length, heads, dim)).swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _opaque(
+    kernel: Callable[..., jax.Array], layout: _Layout | None, *args: jax.Array
+) -> tuple[jax.Array, Packed | None]:
     """Run a kernel that declares no varying axes inside a shard_map that checks them.
 
-    The kernel's float arguments come first and have gradients.
+    The kernel's float arguments come first and have gradients. Its output is kept in E5M6, and returned in that form,
+    too, if its layout is given.
     """
     with manual_axes.unchecked():
         out = kernel(*manual_axes.invariant(args))
-    return vary(out, args[0])
+    out = vary(out, args[0])
+    return out, layout and layout.pack(out)
 
 
-def _opaque_forward(kernel, *args):
+def _opaque_forward(kernel, layout, *args):
     inner = manual_axes.invariant(args)
     with manual_axes.unchecked():
         out, pull = jax.vjp(functools.partial(_call_with_rest, kernel, inner), *_floats(inner))
-    named_out = keep(vary(out, args[0]), "attention_out")
+    outer = vary(out, args[0])
+    kept = keep(layout.pack(outer) if layout else outer, "attention_out")
 
     def residual(leaf):
         """Return an argument as it came; keep what the kernel made (output, softmax statistics).
 
         The recomputation policy thus decides about the arguments.
         """
-        for known, outer in zip((*inner, out), (*args, named_out), strict=True):
+        for known, outer in zip((*inner, out), (*args, kept), strict=True):
             if leaf is known:
                 return outer
         return keep(vary(leaf, args[0]), "attention_out")
 
-    return named_out, (jax.tree.map(residual, pull), len(args))
+    return ((outer, kept) if layout else (kept, None)), (jax.tree.map(residual, pull), len(args))
 
 
-def _opaque_backward(kernel, residuals, g):
-    pull, num_args = residuals
+def _opaque_backward(kernel, layout, residuals, cotangents):
+    (pull, num_args), (g, _) = residuals, cotangents
+    pull = jax.tree.map(
+        lambda x: layout.unpack(x, g) if isinstance(x, Packed) else x, pull, is_leaf=lambda x: isinstance(x, Packed)
+    )
     with manual_axes.unchecked():
         grads = manual_axes.invariant(pull)(manual_axes.invariant(g))
     return *(vary(grad, g) for grad in grads), *(None,) * (num_args - len(grads))
@@ -215,12 +251,14 @@ def _cudnn(scale, q_BSNQ, k_BSNQ, v_BSNH):
     return dot_product_attention(q_BSNQ, k_BSNQ, v_BSNH, scale=scale, mask_type=MaskType.CAUSAL)
 
 
-def _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS):
+def _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, packs):
     # The kernel takes no scale. A scale rounded to BF16 would change all scores by 0.2%, so multiply in FP32.
     q_BSNQ = (q_BSNQ.astype(jnp.float32) * scale).astype(q_BSNQ.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ, k_BSNQ, v_BSNH))
     segments = () if segment_ids_BS is None else (segment_ids_BS,)
-    return _opaque(_splash_kernel, *heads_first, *segments).swapaxes(1, 2)
+    layout = _Layout(heads_first=True) if packs else None
+    out_BNSH, packed = _opaque(_splash_kernel, layout, *heads_first, *segments)
+    return out_BNSH.swapaxes(1, 2), packed
 
 
 def _splash_kernel(q_BNSQ, k_BNSQ, v_BNSH, segment_ids_BS=None):

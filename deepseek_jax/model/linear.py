@@ -21,17 +21,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model.precision import HIDDEN, Input, as_stored, transposed
+from deepseek_jax.model.precision import HIDDEN, Input, Packed, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels import GROUP
 from pallas_kernels.matmul import matmul, matmul_accumulate
-from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
+from pallas_kernels.producers import swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requantize_transposed
 
 
 def linear(
-    x: jax.Array, weight: jax.Array | CastWeight | Fp8Weight, input_dims: int = 1, recipe: Input = HIDDEN
+    x: jax.Array,
+    weight: jax.Array | CastWeight | Fp8Weight,
+    input_dims: int = 1,
+    recipe: Input = HIDDEN,
+    packed: Packed | None = None,
 ) -> jax.Array:
     """Return x W.
 
@@ -40,6 +44,7 @@ def linear(
         weight: [*in, *out].
         input_dims: how many dims `in` has.
         recipe: how x is quantised if the weight is in FP8.
+        packed: x in E5M6 if something else keeps it in that form, too, and the recipe asks for it.
 
     Returns:
         [..., *out] in the dtype of `x`.
@@ -52,7 +57,7 @@ def linear(
     rows, out = x.shape[: x.ndim - input_dims], weight.values.shape[input_dims:]
     matrix = weight.as_matrix(input_dims)
     x_TI = x.reshape(math.prod(rows), -1)
-    return _linear(recipe, x_TI, matrix.carrier, (matrix.values, matrix.scales)).reshape(*rows, *out)
+    return _linear(recipe, x_TI, matrix.carrier, (matrix.values, matrix.scales), packed).reshape(*rows, *out)
 
 
 def swiglu_linear(x: jax.Array, gate_up_D2F: Fp8Weight, down_FD: Fp8Weight) -> jax.Array:
@@ -79,12 +84,11 @@ def _cast_linear(input_dims, x, carrier, values):
 
 def _cast_backward(input_dims, residuals, g):
     x, values = residuals
-    outputs = values.ndim - input_dims
-    dx = lax.dot_general(
-        g, values, ((tuple(range(g.ndim - outputs, g.ndim)), tuple(range(input_dims, values.ndim))), ((), ()))
-    )
-    rows = tuple(range(x.ndim - input_dims))
-    return dx, lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32), None
+    num_inputs = math.prod(values.shape[:input_dims])
+    g_TO = g.reshape(-1, values.size // num_inputs)
+    dx_TI = g_TO @ values.reshape(num_inputs, -1).T
+    dw_IO = jnp.matmul(x.reshape(-1, num_inputs).T, g_TO, preferred_element_type=jnp.float32)
+    return dx_TI.reshape(x.shape), dw_IO.reshape(values.shape), None
 
 
 _cast_linear.defvjp(
@@ -93,14 +97,16 @@ _cast_linear.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(recipe, x_TI, carrier_IO, weight):
-    return _forward(recipe, x_TI, carrier_IO, weight)[0]
+def _linear(recipe, x_TI, carrier_IO, weight, packed):
+    return _forward(recipe, x_TI, carrier_IO, weight, packed)[0]
 
 
-def _forward(recipe, x_TI, carrier_IO, weight):
+def _forward(recipe, x_TI, carrier_IO, weight, packed):
     tiles = quantize_tiles(x_TI, scale=recipe.scale)
     y_TO = matmul(tiles, transposed(*weight))
-    return y_TO, (e5m6_pack(x_TI) if recipe.kept == "e5m6" else tiles, weight)
+    if recipe.kept == "e5m6":
+        return y_TO, (packed or Packed.of(x_TI, 1), weight)
+    return y_TO, (tiles, weight)
 
 
 def _backward(recipe, residuals, g_TO):
@@ -109,10 +115,11 @@ def _backward(recipe, residuals, g_TO):
     g_tiles, g_columns = quantize_tiles_both(jnp.pad(g_TO, ((0, 0), (0, -num_outputs % GROUP))))
     dx_TI = matmul(g_tiles, as_stored(*weight))
     if recipe.kept == "e5m6":
-        _, x_columns = quantize_tiles_both(e5m6_unpack(*kept, m=num_rows), scale=recipe.scale)
+        x_TI = kept.unpack((num_rows, weight[0].shape[0]))
+        _, x_columns = quantize_tiles_both(x_TI, scale=recipe.scale)
     else:
         x_columns = requantize_transposed(kept, scale=recipe.scale)
-    return dx_TI, matmul_accumulate(x_columns, g_columns)[:, :num_outputs], None
+    return dx_TI, matmul_accumulate(x_columns, g_columns)[:, :num_outputs], None, None
 
 
 _linear.defvjp(_forward, _backward)

@@ -35,7 +35,7 @@ def core(chunk):
     execution = small.config().with_(execution={"attention": "xla", "attention_chunk": chunk}).execution
 
     def run(q, k, v, segments, g):
-        out, pull = jax.vjp(lambda *qkv: flash.attend(execution, *qkv, segments, SCALE), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: flash.attend(execution, *qkv, segments, SCALE)[0], q, k, v)
         return out, pull(g)
 
     return jax.jit(run)
@@ -138,7 +138,7 @@ def test_no_array_of_s_times_s(chunk):
     assert core(chunk).lower(*args).compile().memory_analysis().temp_size_in_bytes < 4 * square // 2
     execution = small.config().with_(execution={"attention": "xla", "attention_chunk": chunk}).execution
     _, pull = jax.eval_shape(
-        lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(execution, *qkv, args[3], SCALE), q, k, v), *args[:3]
+        lambda q, k, v: jax.vjp(lambda *qkv: flash.attend(execution, *qkv, args[3], SCALE)[0], q, k, v), *args[:3]
     )
     inputs_and_output = sum(a.size for a in args[:4]) + B * length * N * H
     # and one statistic per query

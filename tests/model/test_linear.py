@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.model.layers import swiglu
 from deepseek_jax.model.linear import linear, swiglu_linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, HIDDEN
-from deepseek_jax.parameters import Fp8Weight
+from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels.producers import e5m6_pack, e5m6_unpack, swiglu_backward_quantize, swiglu_quantize
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles, quantize_tiles_both, requantize_transposed
 from pallas_kernels.quantized import dequantize
@@ -45,6 +45,25 @@ def gradients(x, w, g, **kwargs):
 def cosine(a, b):
     a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(("shape", "input_dims"), [((NUM_IN, 2, 8), 1), ((2, NUM_IN // 2, 8), 2)])
+def test_a_weight_in_bf16_has_its_gradient_in_fp32(shape, input_dims):
+    """The outputs and input gradients of a plain array; the weight gradient is not rounded to BF16."""
+    x = draw(0, T, *shape[:input_dims]).astype(jnp.bfloat16)
+    w = draw(1, *shape).astype(jnp.bfloat16)
+    y, pull = jax.vjp(lambda x, w: linear(x, w, input_dims), x, w)
+    g = draw(2, *y.shape).astype(jnp.bfloat16)
+    dx, dw = pull(g)
+    carrier = jnp.zeros(shape, jnp.float32)
+    also_y, pull = jax.vjp(lambda x, carrier: linear(x, CastWeight(carrier, w), input_dims), x, carrier)
+    also_dx, exact = pull(g)
+    np.testing.assert_array_equal(also_y, y)
+    np.testing.assert_array_equal(also_dx, dx)
+    want = np.tensordot(np.float64(x), np.float64(g), ((0,), (0,)))
+    assert exact.dtype == jnp.float32
+    assert np.linalg.norm(exact - want) <= 1e-6 * np.linalg.norm(want)
+    assert np.linalg.norm(np.float64(dw) - want) > 1e-3 * np.linalg.norm(want)  # what a BF16 cotangent costs
 
 
 @pytest.mark.parametrize("num_out", [256, 144], ids=["whole blocks", "a partial block"])

@@ -13,7 +13,7 @@ import pytest
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import AXES, check_fit, make_mesh
-from deepseek_jax.parallel.weights import gather, reduce_gradients
+from deepseek_jax.parallel.weights import detach, gather, reduce_gradients
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, P, partition_specs
 from tests.support import small
 
@@ -191,6 +191,24 @@ def test_gather_makes_the_weight_whole_everywhere(name, dtype):
         mine = want if expert_dim(name) is None else np.split(want, 4, expert_dim(name))[device % 4]
         assert whole[name].dtype == want.dtype
         np.testing.assert_array_equal(whole[name][device], mine)
+
+
+def test_what_is_differentiated_is_summed_in_fp32_without_a_rounding_before():
+    """A cotangent of 1 + 2^-20 from each of eight devices: BF16 would make it 1. And the values are those of BF16."""
+    params = {"q_a_DA": np.float32(np.arange(64).reshape(16, 4) / 7), "norm_D": np.ones(4, np.float32)}
+
+    def local(params):
+        carriers, pull = jax.vjp(lambda tree: detach(gather(tree, jnp.bfloat16, differentiated=True))[0], params)
+        _, numbers = detach(gather(params, jnp.bfloat16, differentiated=True))
+        cotangents = jax.tree.map(lambda c: jnp.full_like(c, 1 + 2.0**-20), carriers)
+        return numbers["q_a_DA"][0][None], pull(cotangents)[0]
+
+    with jax.set_mesh(make_mesh(sizes(data=2, node=2, expert=2))):
+        specs = partition_specs(params)
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(ROWS), specs)))
+        values, grads = jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
+    np.testing.assert_array_equal(values, np.broadcast_to(params["q_a_DA"].astype(jnp.bfloat16), (8, 16, 4)))
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, np.full_like(g, 8 + 2.0**-17)), grads)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,9 +1,15 @@
 """A whole step in FP8: every mesh agrees with one device, it learns, and what is not finite is seen."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.state import create_state, weights_of
 from tests.support import small
 
 ONE, EIGHT = (1, 1, 1), (2, 1, 4)
@@ -59,3 +65,33 @@ def test_a_weight_that_is_not_finite_is_seen(bad):
     *_, after, metrics = take(ONE, state=state)
     assert np.isnan(metrics["loss"]) and metrics["nonfinite"] > 0 and after["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, after["params"], jax.device_get(state["params"]))
+
+
+def assert_fp32(grads):
+    """Require the bits of FP32: of numbers that were once BF16 the lower half is zero."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert leaf.dtype == np.float32
+        # An embedding's gradient is a sum of few residual streams, which are BF16.
+        if path[-1].key != "embed_VD":
+            assert np.mean(leaf.view(np.uint32) & 0xFFFF == 0) < 0.01, jax.tree_util.keystr(path)
+
+
+@pytest.mark.xdist_group("mesh-2x1x4-fp8")
+def test_every_gradient_is_fp32():
+    assert_fp32(take(ONE)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [ONE, (2, 1, 2)], ids=small.group)
+@pytest.mark.parametrize("gather", ["step", "layer"])
+def test_every_gradient_is_fp32_in_bf16(gather, sizes):
+    """One micro-batch, so that no sum over several hides a rounding; MTP's merge included."""
+    config = small.config(sizes).with_(
+        model={"num_layers": 2},
+        training={"micro_batch_size": 16},
+        execution={"precision": "bf16", "gather": gather, "remat": "selective"},
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(step_lib.gradients, step_lib.recipe_of(config, pretraining(config), mesh)))
+        assert_fp32(jax.device_get(run(weights_of(create_state(config)), small.put(small.batch()), small.RATES)[0]))
