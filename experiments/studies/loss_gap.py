@@ -32,6 +32,7 @@ from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import BLUE, GRAY, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.evaluation import place_batch
+from deepseek_jax.training.loop import NonFiniteError
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import batch_size, rates
 from deepseek_jax.training.state import State, create_state
@@ -79,7 +80,9 @@ def main(_) -> None:
             losses[seed, arm] = train(
                 seeded, mesh, steps[arm.split()[0]], batches, arm.endswith("noise"), f"seed {seed}, {arm}"
             )
-            write(results, config, session.describe_device(mesh), losses)
+            # Earlier results stay until a seed is complete: a run that fails leaves its losses in the workdir.
+            complete = (config.seed, ARMS[-1]) in losses
+            write(results if complete else workdir, config, session.describe_device(mesh), losses)
 
 
 def _with(config: Config, precision: str) -> Config:
@@ -112,8 +115,8 @@ def train(
         skipped = int(metrics["skipped"])
     losses = np.array(jax.device_get(found), np.float64)
     if skipped or not np.isfinite(losses).all():
-        raise ValueError(
-            f"{label}: {np.sum(~np.isfinite(losses))} losses are not finite; this configuration does not train"
+        raise NonFiniteError(
+            f"{label}: {np.sum(~np.isfinite(losses))} losses are not finite; lower optimizer.learning_rate"
         )
     return losses
 
