@@ -114,7 +114,9 @@ def get_config() -> ConfigDict:
                 "checkpoint_every": 500,
                 "keep_checkpoints": 3,
                 "max_skipped_steps": 20,  # consecutive non-finite steps after which the run stops
-                "initial_weights": "",  # random, or a released checkpoint's folder (experiments.convert_hf import)
+                # Random; or a released checkpoint's folder (experiments.convert_hf import), or a run's workdir or
+                # workdir@step, also with its whole state: docs/workdir.md.
+                "initial_weights": "",
             },
             "mesh": {"pipe": 1, "data": -1, "node": 8, "expert": 8, "tensor": 1},  # -1: whatever the other axes leave
             "execution": {

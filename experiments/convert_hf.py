@@ -34,11 +34,14 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors import record
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.header import DTYPES
+from deepseek_jax.training.origin import initial_tokenizer
+from deepseek_jax.training.saved import stored_steps
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import (
+    HUGGINGFACE,
     check_workdir,
     claim_workdir,
-    initial_tokenizer,
+    occupied,
     put_tokenizer,
     read_config,
     read_tokenizer,
@@ -47,7 +50,6 @@ from experiments import command, recipe, session
 
 CONFIG = recipe.Recipe("configs/deepseek_v3.py", "Recipe of the run; the model is the checkpoint's.")
 MOST_GIGABYTES = 1e6
-HUGGINGFACE = "huggingface"  # in a workdir: the files that an import copied
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEP = flags.DEFINE_integer(
@@ -87,19 +89,25 @@ def import_() -> None:
     tokenizer = initial_tokenizer(config)
     files = companions.read(folder)
     files |= {name: Companion(text) for name, text in tokenizer.items() if name not in files}  # made from another form
+    with occupied(workdir):
+        make_run(workdir, config, tokenizer, files)
+    print(
+        f"{workdir}: a run that begins with the weights of {folder}, which must stay there until the first checkpoint;"
+        " to train on:"
+    )
+    print(f"  {imported_recipe.training_command(workdir)}")
+
+
+def make_run(workdir: Path, config: Config, tokenizer: dict[str, str], files: dict[str, Companion]) -> None:
+    """Write the files of a run that begins with a folder's weights; the last one makes `workdir` its own."""
     check_workdir(workdir, config)
-    if (workdir / "checkpoints").exists():
+    if stored_steps(workdir):
         raise ValueError(f"{workdir} holds a run with checkpoints; import into another --workdir")
     (workdir / HUGGINGFACE).mkdir(exist_ok=True)
     companions.write(workdir / HUGGINGFACE, files)
     put_tokenizer(workdir, tokenizer)
     write_atomically(workdir / imported_recipe.FILE, imported_recipe.source(config))
     claim_workdir(workdir, config)
-    print(
-        f"{workdir}: a run that begins with the weights of {folder}, which must stay there until the first checkpoint;"
-        " to train on:"
-    )
-    print(f"  {imported_recipe.training_command(workdir)}")
 
 
 def export() -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     {"model"},
     {"parallel", "data"},
     {"parameters", "safetensors"},
-    {"files", "config", "progress"},
+    {"files", "locks", "config", "progress"},
     {"config_checks"},
     {"config_bounds"},
     {"inputs", "palette", "schedule"},

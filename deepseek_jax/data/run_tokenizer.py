@@ -3,8 +3,9 @@
 A start that fails, or is interrupted, may leave its tokenizer.json behind before the workdir belongs to a
 configuration. So what made it is written beside it, into `RECORD`: the settings, and the names, sizes and times of the
 files that a BPE was trained on. The next start uses the tokenizer if it would make the same one, and else makes its
-own. A tokenizer.json without a record was put there by someone and is used as it is; so is that of a workdir which
-belongs to a run (it has a config.json), whose configuration is checked elsewhere.
+own. A tokenizer.json without a record was put there by someone and is used as it is (a start of training refuses it,
+unless a run owns the workdir: `training.workdir`). So is that of a workdir which belongs to a run (it has a
+config.json), whose configuration is checked elsewhere.
 """
 
 import hashlib

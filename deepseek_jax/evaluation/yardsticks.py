@@ -33,6 +33,7 @@ from deepseek_jax.data.heldout import HeldOutPart, open_held_out
 from deepseek_jax.data.pipeline import Loader, make_train_loader
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.training.metrics import MetricsLog, read_rows
+from deepseek_jax.training.workdir import occupied
 
 MOST_COUNTED_TOKENS = 2 * 10**9
 ROWS_AT_ONCE = 1024  # rows of the stream per read, while counting
@@ -52,14 +53,19 @@ def add_yardsticks(
     """Return the yardsticks of a run after `step`; measure and write them if its metrics lack them.
 
     `wandb` is a project of Weights & Biases to write them to as well.
+
+    Raises:
+        ValueError: another process trains in `workdir` by now.
     """
     for row in read_rows(workdir):
         if row["step"] == step and "yardstick/bigram_bits_per_byte" in row:
             return row
     yardsticks = measure_yardsticks(config, workdir, tokenizer, tokens_seen)
-    log = MetricsLog(workdir, step, config, wandb)
-    log.write({"step": step, "tokens_seen": tokens_seen} | yardsticks)
-    log.close()
+    with occupied(workdir):
+        if all(row["step"] <= step for row in read_rows(workdir)):  # else the run has gone on meanwhile
+            log = MetricsLog(workdir, step, config, wandb)
+            log.write({"step": step, "tokens_seen": tokens_seen} | yardsticks)
+            log.close()
     return yardsticks
 
 

@@ -9,7 +9,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from deepseek_jax.files import PARTIAL_MARK, write_atomically
 from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.locks import LOCK
 from deepseek_jax.safetensors.folder import INDEX, RECORD
 
 # The names of files that a killed process leaves behind: of shards, record and index, and of what lies beside them.
@@ -111,7 +111,8 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{where} is a file: choose a folder")
     if not os.path.isdir(folder) or os.path.lexists(folder / RECORD):
         return
-    if files := sorted(shown(file.name) for file in folder.iterdir() if not PARTIAL.fullmatch(file.name)):
+    names = {file.name for file in folder.iterdir()} - {LOCK}
+    if files := sorted(shown(name) for name in names if not PARTIAL.fullmatch(name)):
         raise ValueError(f"{where} holds {', '.join(files[:5])} and no conversion: choose another folder or empty it")
 
 
@@ -144,22 +145,6 @@ def naming_full_disks(what: str, path: Path, num_bytes: int) -> Iterator[None]:
             " make room and run again"
         )
         raise OSError(error.errno, message, str(path)) from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, if its file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process writes into {folder}: wait for it, or choose another folder") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def file_size(path: Path) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.files import replacing, write_all
+from deepseek_jax.locks import locked
 from deepseek_jax.safetensors.folder import INDEX, RECORD
 from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.safetensors.record import (
@@ -34,7 +35,6 @@ from deepseek_jax.safetensors.record import (
     check_folder,
     check_space,
     file_size,
-    locked,
     naming_full_disks,
     read_record,
     write_json,

@@ -7,6 +7,7 @@
                                            (JSON)
     workdir/checkpoints/<step>/tokenizer   content of the workdir's tokenizer files, by name (JSON)
     workdir/checkpoints/damaged/           checkpoints that failed verification; moved here, never deleted
+    workdir/saved.json                     the step of the newest complete checkpoint
 
 A save copies the arrays to the host, then writes `<step>.orbax-checkpoint-tmp` in the background and renames it once
 every byte is on disk. So a process that is killed at any moment leaves complete checkpoints and at most one temporary
@@ -17,14 +18,18 @@ on the devices and equal on every mesh, and each restore makes them again and co
 
 Rule for a damaged checkpoint: a warning names it and what is wrong, and the newest intact one is used. A run is a
 function of its state, so to go back costs time and loses nothing. If none is intact, the start is refused and nothing
-is moved; there is no silent start from scratch.
+is moved; there is no silent start from scratch. Nor is there one when all are gone: saved.json tells a run that lost
+its checkpoints from one that died before its first.
+
+Readers need no lock. The run may remove a checkpoint while one reads it; it does so after a newer one is complete, so
+the reader takes that one.
 """
 
 import dataclasses
 import json
 import os
 import shutil
-import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,10 +42,12 @@ from jax.experimental import multihost_utils
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import environment
 from deepseek_jax.training.fingerprint import fingerprints
+from deepseek_jax.training.record import read_sealed, reason, seal, warn_of_changes
+from deepseek_jax.training.saved import CHECKPOINTS, DAMAGED, check_saved, note_saved
 
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
 
-LONGEST_REASON = 240  # characters of a foreign error message
+MOST_RETRIES = 20  # of a reader whose checkpoints are removed while it reads
 
 
 class SaveError(RuntimeError):
@@ -62,40 +69,6 @@ class Progress:
     data: Any
 
 
-def _warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:
-    for key in here:
-        if stored.get(key) != here[key]:
-            logging.warning(
-                "the checkpoint was written with %s = %s, this process has %s: the arrays are equal, the run that"
-                " follows need not be",
-                *(key, stored.get(key), here[key]),
-            )
-
-
-def _seal(payload: Any) -> dict[str, Any]:
-    return {"payload": payload, "crc32": _crc32(payload)}
-
-
-def _unseal(sealed: dict[str, Any], item: str) -> Any:
-    if _crc32(sealed["payload"]) != sealed["crc32"]:
-        raise ValueError(f"checksum of the item {item!r} differs")
-    return sealed["payload"]
-
-
-def _crc32(payload: Any) -> int:
-    return zlib.crc32(json.dumps(payload, sort_keys=True).encode())
-
-
-def _reason(error: Exception) -> str:
-    """Return the part of an error that a person can use.
-
-    TensorStore prints its whole specification, and says at the end what went wrong.
-    """
-    text = str(error) or repr(error)
-    before_spec = text.split(" [tensorstore_spec=")[0].split(" [os_error_code=")[0].split("\n")[0]
-    return before_spec if len(before_spec) <= LONGEST_REASON else "... " + before_spec[-LONGEST_REASON:]
-
-
 class Checkpoints:
     """The checkpoints of one workdir. Opening them for writing removes what an unfinished save left behind.
 
@@ -104,12 +77,14 @@ class Checkpoints:
         keep: how many complete checkpoints stay; `None` opens them for reading, and nothing is written or removed.
 
     Raises:
-        ValueError: opened for reading, and there are no checkpoints.
+        ValueError: opened for reading, and there are no checkpoints; or the run's checkpoints are lost.
     """
 
     def __init__(self, workdir: Path, keep: int | None):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = Path(workdir).absolute() / CHECKPOINTS
         self._writes = keep is not None
+        self._noted: int | None = None  # in saved.json, by this process
+        check_saved(self.directory.parent)
         if self._writes:
             self._remove_unfinished()
         elif not self.directory.exists():
@@ -118,6 +93,12 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _note_saved(self) -> None:
+        newest = self._manager.latest_step()
+        if self._writes and newest != self._noted and (self.directory / str(newest)).is_dir():
+            note_saved(self.directory.parent)
+            self._noted = newest
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0 and self.directory.exists():
@@ -150,22 +131,27 @@ class Checkpoints:
         }
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            run=ocp.args.JsonSave(_seal(json.loads(json.dumps(run)))),
-            tokenizer=ocp.args.JsonSave(_seal(tokenizer)),
+            run=ocp.args.JsonSave(seal(json.loads(json.dumps(run)))),
+            tokenizer=ocp.args.JsonSave(seal(tokenizer)),
         )
         self._guard(partial(self._manager.save, progress.step, args=items, force=True))
 
     def check(self) -> None:
         """Raise `SaveError` if the save in the background has failed."""
+        idle = not self._manager.is_saving_in_progress()  # asked first: a save that fails meanwhile is seen next time
         self._guard(self._manager.check_for_errors)
+        if idle:
+            self._guard(self._note_saved)
 
     def wait(self) -> None:
         """Wait until the save in the background is complete; raise `SaveError` if it failed."""
         self._guard(self._manager.wait_until_finished)
+        self._guard(self._note_saved)
 
     def close(self) -> None:
         """Wait for the save in the background and release Orbax's threads."""
         self._guard(self._manager.close)
+        self._guard(self._note_saved)
 
     def _guard(self, action) -> None:
         try:
@@ -177,12 +163,16 @@ class Checkpoints:
             kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
             free = shutil.disk_usage(self.directory).free / 2**30
             raise SaveError(
-                f"saving into {self.directory} failed: {_reason(error)}\n{kept}. {free:.2f} GiB are free there; make"
+                f"saving into {self.directory} failed: {reason(error)}\n{kept}. {free:.2f} GiB are free there; make"
                 " room (or lower training.keep_checkpoints) and run the same command to continue"
             ) from error
 
     def restore(
-        self, abstract_state: Any, mesh: jax.sharding.Mesh, step: int | None = None
+        self,
+        abstract_state: Any,
+        mesh: jax.sharding.Mesh,
+        step: int | None = None,
+        accept: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> tuple[Any, Progress, dict[str, str]] | None:
         """Return (state, progress, tokenizer) of the newest intact checkpoint, or of `step`; None if there is none.
 
@@ -191,55 +181,77 @@ class Checkpoints:
                 saved tree (for example only `params` and `router_bias`), only that part is read.
             mesh: the mesh of these shardings; a warning tells if the environment is not the recorded one.
             step: the step to restore; the newest intact one if None.
+            accept: gets a checkpoint's record (the item `run`) before its arrays are read. What it raises is raised
+                here.
 
         Raises:
             ValueError: `step` does not exist or is damaged, or no checkpoint is intact; the message names each damaged
                 one and what is wrong with it.
         """
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"{self.directory} has no checkpoint of step {step}; it has {steps}")
         failures: dict[int, str] = {}
-        for candidate in [step] if step is not None else reversed(steps):
-            try:
-                state, run, tokenizer = self._read(candidate, abstract_state)
-            except Exception as error:  # a damaged file makes Orbax, TensorStore or json raise many types
-                failures[candidate] = _reason(error)
-            else:
-                values = fingerprints(state)
-                changed = [path for path, value in values.items() if run["fingerprints"].get(path) != value]
-                if not changed:
-                    _warn_of_changes(run["environment"], environment(mesh))
-                    self._set_aside(list(failures))
-                    return (
-                        state,
-                        Progress(step=run["step"], tokens_seen=run["tokens_seen"], data=run["data"]),
-                        tokenizer,
-                    )
-                failures[candidate] = f"the values of {len(changed)} arrays have changed: {', '.join(changed[:3])}"
-            logging.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), failures[candidate])
+        retries = 0
+        while True:
+            steps = self.steps()
+            if step is not None and step not in steps:
+                raise ValueError(f"{self.directory} has no checkpoint of step {step}; it has {steps}")
+            left = [each for each in reversed(steps) if each not in failures and step in (None, each)]
+            if not left:
+                break
+            found = self._try(left[0], abstract_state, accept)
+            if not isinstance(found, str):
+                state, record, tokenizer = found
+                warn_of_changes(record["environment"], environment(mesh))
+                self._set_aside(list(failures))
+                self._note_saved()
+                progress = Progress(step=record["step"], tokens_seen=record["tokens_seen"], data=record["data"])
+                return state, progress, tokenizer
+            if retries < MOST_RETRIES and self._has_moved_on(steps):
+                retries += 1
+                continue
+            failures[left[0]] = found
+            logging.warning("checkpoint %s is damaged: %s", self.directory / str(left[0]), found)
         if failures:
-            named = "\n".join(f"  {self.directory / str(number)}: {reason}" for number, reason in failures.items())
-            others = [number for number in steps if number not in failures]
-            remedy = (
-                f"the others are {others}"
-                if others
-                else "restore one from a backup, or start again in another --workdir"
-            )
-            raise ValueError(f"no intact checkpoint:\n{named}\n{remedy}")
+            raise ValueError(self._describe(failures))
         return None
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    def _try(
+        self, step: int, abstract_state: Any, accept: Callable[[dict[str, Any]], None]
+    ) -> tuple[Any, dict[str, Any], dict[str, str]] | str:
+        """Return state, record and tokenizer of a checkpoint, or what is wrong with it."""
+        folder = self.directory / str(step)
+        try:
+            record, tokenizer = read_sealed(folder / "run"), read_sealed(folder / "tokenizer")
+        except ValueError as error:
+            return reason(error)
+        accept(record)
+        try:
+            state = self._read_arrays(step, abstract_state)
+        except Exception as error:  # a damaged file makes Orbax, TensorStore or json raise many types
+            return reason(error)
+        changed = [path for path, value in fingerprints(state).items() if record["fingerprints"].get(path) != value]
+        if changed:
+            return f"the values of {len(changed)} arrays have changed: {', '.join(changed[:3])}"
+        return state, record, tokenizer
+
+    def _read_arrays(self, step: int, abstract_state: Any) -> Any:
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True),
-                run=ocp.args.JsonRestore(),
-                tokenizer=ocp.args.JsonRestore(),
-            ),
+        state = ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+
+    def _has_moved_on(self, steps: list[int]) -> bool:
+        """Return whether the run that writes these checkpoints has saved a newer one, or removed one, since `steps`."""
+        if self._writes:
+            return False
+        self._manager.reload()
+        return self.steps() != steps
+
+    def _describe(self, failures: dict[int, str]) -> str:
+        named = "\n".join(f"  {self.directory / str(number)}: {what}" for number, what in failures.items())
+        others = [number for number in self.steps() if number not in failures]
+        remedy = (
+            f"the others are {others}" if others else "restore one from a backup, or start again in another --workdir"
         )
-        return items["state"], _unseal(items["run"], "run"), _unseal(items["tokenizer"], "tokenizer")
+        return f"no intact checkpoint:\n{named}\n{remedy}"
 
     def _set_aside(self, steps: list[int]) -> None:
         """Move damaged checkpoints out of the way: the run will write these steps again."""
@@ -247,7 +259,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in steps:
-                target = self.directory / "damaged" / f"{step}"
+                target = self.directory / DAMAGED / f"{step}"
                 number = 0
                 while target.exists():
                     number += 1

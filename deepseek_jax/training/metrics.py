@@ -11,6 +11,7 @@ uninterrupted one.
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import numpy as np
 
 from deepseek_jax.config import Config
 from deepseek_jax.files import write_atomically
+from deepseek_jax.inputs import regular_file, shown
 from deepseek_jax.training.flops import model_flops_utilization, peak_flops
 from deepseek_jax.training.trackers import open_trackers, scalars
 
@@ -100,7 +102,7 @@ class MetricsLog:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        if self._path.exists():
+        if os.path.lexists(self._path):
             kept = [row for row in read_rows(workdir) if row["step"] <= step]
             write_atomically(self._path, "".join(_line(row) for row in kept))
         self._layers = config.model.routed_layers
@@ -154,17 +156,27 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """Return the lines of a workdir's metrics, without a last line that a kill cut off.
 
     Raises:
-        ValueError: any other line is not JSON.
+        ValueError: the file cannot be read, or any other line is not a row: JSON with a step.
     """
     path = Path(workdir) / FILE_NAME
-    lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is empty or cut off
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line") from error
+    with regular_file(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):  # else it is cut off
+                rows.append(_row(line, f"{shown(str(path))}, line {number}"))
     return rows
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); remove the line") from error
+    for key in ("step", "tokens_seen"):
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{where} has no {key}, a whole number; remove the line")
+    return row
 
 
 def _line(row: dict[str, Any]) -> str:

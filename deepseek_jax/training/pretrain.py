@@ -9,7 +9,7 @@ import functools
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,21 +17,22 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import HeldOut, open_held_out
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
+from deepseek_jax.training.continuation import check_continues, check_length
 from deepseek_jax.training.evaluation import evaluate
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.metrics import MetricsLog, eval_row
 from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.progress import ProgressBar
-from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
+from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 from deepseek_jax.training.workdir import (
     check_workdir,
     claim_workdir,
-    initial_tokenizer,
+    occupied,
     put_tokenizer,
     read_tokenizer,
 )
@@ -61,24 +62,30 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None, 
         wandb: a project of Weights & Biases to show the metrics in, too; none if "".
 
     Raises:
-        ValueError: bad input, or `workdir` belongs to another config.
+        ValueError: bad input, `workdir` belongs to another config, or another process trains there.
         NonFiniteError: `training.max_skipped_steps` consecutive steps were not finite.
         SaveError: a checkpoint could not be written.
         OSError: the metrics could not be written.
     """
-    check_workdir(workdir, config)
-    mesh, processes = mesh or make_mesh(config.mesh), (jax.process_index(), jax.process_count())
-    objective = pretraining(config)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as resources:
+    with contextlib.ExitStack() as resources:
+        resources.enter_context(occupied(workdir))
+        check_workdir(workdir, config)
+        mesh, processes = mesh or make_mesh(config.mesh), (jax.process_index(), jax.process_count())
+        resources.enter_context(jax.set_mesh(mesh))
+        objective = pretraining(config)
         train_step, eval_step = jit_train_step(config, objective, mesh), jit_eval_step(config, objective, mesh)
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
         create = functools.partial(initial_state, config, workdir, mesh)
-        state, progress = begin(checkpoints, workdir, mesh, abstract_state(config, mesh), create)
+        state, progress = begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
         tokenizer = open_tokenizer(config, workdir)
         loader = make_train_loader(config, tokenizer, workdir, *processes)
         resources.callback(loader.close)
+        if progress.data is not None:
+            loader.restore(progress.data)  # refuses other data before anything is written
         held_out = open_held_out(config, tokenizer, workdir, *processes)
+        log = open_log(config, workdir, progress, resources, wandb)
+        claim_workdir(workdir, config)
         trainer = Trainer(
             config=config,
             mesh=mesh,
@@ -89,42 +96,48 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None, 
             evaluators=[functools.partial(held_out_row, eval_step, held_out, mesh)],
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
-            log=open_log(config, workdir, progress, resources, wandb),
+            log=log,
             bar=open_bar(config, progress, resources),
         )
-        claim_workdir(workdir, config)
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
 
 def begin(
-    checkpoints: Checkpoints, workdir: Path, mesh: jax.sharding.Mesh, abstract: State, create: Callable[[], State]
+    checkpoints: Checkpoints,
+    config: Config,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    abstract: State,
+    create: Callable[[], tuple[State, Progress]],
 ) -> tuple[State, Progress]:
-    """Return state and progress of the newest intact checkpoint, or of step 0 if there is none.
+    """Return state and progress of the newest intact checkpoint, or of the run's beginning if there is none.
 
     The tokenizer of the checkpoint is put into `workdir`.
 
     Args:
         checkpoints: the checkpoints of `workdir`.
+        config: to continue with.
         workdir: the run's folder.
         mesh: the mesh of the state.
         abstract: shapes and shardings of the state.
-        create: makes the state of step 0.
+        create: makes what a run without a checkpoint begins with.
+
+    Raises:
+        ValueError: the checkpoint is of another config, or has seen more tokens than `config` trains on.
     """
-    restored = checkpoints.restore(abstract, mesh)
+
+    def accept(record: dict[str, Any]) -> None:
+        where, alone = f"the checkpoint of step {record['step']}", not (workdir / "config.json").exists()
+        check_continues(record["config"], config, workdir, where, trained=True, say=alone)
+        check_length(record["config"], config, record["step"], record["tokens_seen"])
+
+    restored = checkpoints.restore(abstract, mesh, accept=accept)
     if restored is None:
-        return create(), Progress(step=0, tokens_seen=0, data=None)
+        return create()
     state, progress, tokenizer_files = restored
     put_tokenizer(workdir, tokenizer_files)
     return state, progress
-
-
-def initial_state(config: Config, workdir: Path, mesh: jax.sharding.Mesh) -> State:
-    """Return the state of step 0: random, or with `training.initial_weights`, whose tokenizer goes into `workdir`."""
-    if not config.training.initial_weights:
-        return create_state(config)
-    put_tokenizer(workdir, initial_tokenizer(config))
-    return jit_state_around(config.optimizer, initial_weights(config, mesh))
 
 
 def held_out_row(eval_step: Callable, held_out: HeldOut, mesh: jax.sharding.Mesh, weights: Weights) -> Row:

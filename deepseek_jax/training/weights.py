@@ -1,15 +1,19 @@
 """The weights of a run, for use without training."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from deepseek_jax.config import Config
-from deepseek_jax.huggingface.folder import initial_weights
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
+from deepseek_jax.training.continuation import check_continues
+from deepseek_jax.training.origin import read_origin
+from deepseek_jax.training.saved import SAVED, stored_steps
 from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.workdir import initial_tokenizer, put_tokenizer
+from deepseek_jax.training.workdir import put_tokenizer
 
 
 def restore_weights(
@@ -26,16 +30,20 @@ def restore_weights(
         as_stored: keep initial weights in FP8 if the folder stores them in FP8; all other weights are FP32.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
+        ValueError: there is no such checkpoint, it is damaged, or it is of another config.
     """
-    begins, directory = bool(config.training.initial_weights), workdir / "checkpoints"
+    begins, saved = bool(config.training.initial_weights), (workdir / SAVED).exists() or stored_steps(workdir)
     restored = None
-    if directory.exists() or not begins:
-        whole = abstract_state(config, mesh)
+    if not begins or saved:
+        accept = functools.partial(_check_same_run, config, workdir)
         checkpoints = Checkpoints(workdir, keep=None)
-        if not (begins and step == 0):
-            restored = checkpoints.restore({name: whole[name] for name in ("params", "router_bias")}, mesh, step)
-        checkpoints.close()
+        try:
+            if not (begins and step == 0):
+                whole = abstract_state(config, mesh)
+                part = {name: whole[name] for name in ("params", "router_bias")}
+                restored = checkpoints.restore(part, mesh, step, accept)
+        finally:
+            checkpoints.close()
     if restored is not None:
         state, progress, tokenizer = restored
         weights = Weights(**state)
@@ -43,11 +51,15 @@ def restore_weights(
         raise ValueError(f"{workdir} has no complete checkpoint yet; let experiments.train run until its first save")
     elif step:
         raise ValueError(
-            f"{directory} has no checkpoint of step {step}; the run has not trained since"
+            f"{workdir} has no checkpoint of step {step}; the run has not trained since"
             f" {config.training.initial_weights}"
         )
     else:
-        tokenizer = initial_tokenizer(config)
-        weights, progress = initial_weights(config, mesh, as_stored), Progress(step=0, tokens_seen=0, data=None)
+        weights, _, progress, tokenizer = read_origin(config, mesh, whole=False, as_stored=as_stored)
     put_tokenizer(workdir, tokenizer)
     return weights, progress
+
+
+def _check_same_run(config: Config, workdir: Path, record: dict[str, Any]) -> None:
+    where = f"the checkpoint of step {record['step']}"
+    check_continues(record["config"], config, workdir, where, trained=True, say=False)

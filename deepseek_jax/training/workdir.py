@@ -1,37 +1,133 @@
-"""The workdir of a run: which configuration owns it, and its tokenizer.
+"""The workdir of a run: which configuration owns it, its tokenizer, and who may write into it.
 
 workdir/config.json                              the configuration
 workdir/tokenizer.json, tokenizer_config.json    every checkpoint has their content too
-workdir/checkpoints/                             `training.checkpoint`
+workdir/checkpoints/, saved.json                 `training.checkpoint`, `training.saved`
 workdir/metrics.jsonl, tensorboard/              `training.metrics`
+workdir/tokens-*/                                `data.token_cache`
+workdir/.lock                                    while a run is being written: by whom
+
+A run owns its workdir from the moment that everything is built (`claim_workdir`). What an earlier failure made is
+removed; only the token cache stays, whose name is a digest of all that it was made from.
 """
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
-from deepseek_jax.config import Config, flatten, from_config_dict, to_dict
-from deepseek_jax.data.tokenizer import TOKENIZER_FILES
+from deepseek_jax.config import Config, from_config_dict, to_dict
+from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.data.run_tokenizer import RECORD as TOKENIZER_RECORD
+from deepseek_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from deepseek_jax.files import write_atomically
-from deepseek_jax.huggingface import companions
+from deepseek_jax.huggingface.imported_recipe import FILE as RECIPE
+from deepseek_jax.inputs import read_json, read_text, shown
+from deepseek_jax.locks import locked
+from deepseek_jax.training.continuation import check_continues
+from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 
-# What may differ when a run continues: how it is computed, and how often the loop logs, evaluates and saves.
-FREE_SECTIONS = ("mesh.", "execution.")
-FREE_KEYS = {
-    "data.prefetch",
-    "training.micro_batch_size",
-    "training.log_every",
-    "training.eval_every",
-    "training.eval_batches",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.max_skipped_steps",
-    "training.initial_weights",  # a folder may move, and a run with a checkpoint does not read it again
-}
-BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what is computed
+HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
+# What a start or an import makes before it owns the workdir.
+UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
+WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
+LONGEST_REFUSAL = 2000  # bytes that one process tells the others
+
+
+@contextlib.contextmanager
+def occupied(workdir: Path) -> Iterator[None]:
+    """Be the only run that writes into `workdir`, which is made if it does not exist, for the time of the context.
+
+    All processes of a run enter together; the first has the lock. If the context ends in an exception and `workdir`
+    belongs to no run, what was made since is removed.
+
+    Raises:
+        ValueError: another process trains in `workdir`, or no folder can be there; the same on every process.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_alone(Path(workdir)))
+            except ValueError as error:
+                refusal = str(error)
+        if jax.process_count() > 1:
+            text = np.frombuffer(refusal.encode()[:LONGEST_REFUSAL].ljust(LONGEST_REFUSAL, b"\0"), np.uint8)
+            text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+            refusal = text.tobytes().rstrip(b"\0").decode(errors="replace")
+        if refusal:
+            raise ValueError(refusal)
+        yield
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    made = [path for path in (workdir, *workdir.parents) if not os.path.lexists(path)]
+    try:
+        _make(workdir)
+        with locked(workdir, WAIT_SECONDS) as abandoned:
+            if not is_claimed(workdir):
+                _check_unclaimed(workdir, abandoned)
+            before = {name for name in UNCLAIMED if os.path.lexists(workdir / name)}
+            try:
+                yield
+            except BaseException:
+                if not is_claimed(workdir):
+                    _remove(workdir, set(UNCLAIMED) - before)
+                raise
+    finally:
+        with contextlib.suppress(OSError):  # a folder with something in it stays
+            for path in made:
+                path.rmdir()
+
+
+def _make(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        path = shown(str(workdir))
+        if os.path.islink(workdir):
+            text = f"{path} is a link to a folder that does not exist; mount or make that, or choose another --workdir"
+        elif isinstance(error, FileExistsError):
+            text = f"{path} is a file; choose a folder as --workdir"
+        else:
+            text = f"the workdir {path} cannot be made: {error.strerror}; choose another --workdir"
+        raise ValueError(text) from error
+
+
+def _check_unclaimed(workdir: Path, abandoned: bool) -> None:
+    """Remove what a killed start left in a workdir of no run; refuse a tokenizer of unknown origin, and keep it."""
+    if abandoned:
+        logging.warning("a start in %s was killed before it owned the folder; its tokenizer is made anew", workdir)
+        _remove(workdir, {*TOKENIZER_FILES, TOKENIZER_RECORD, HUGGINGFACE})
+    for name in TOKENIZER_FILES:
+        if os.path.lexists(workdir / name) and not os.path.lexists(workdir / TOKENIZER_RECORD):
+            raise ValueError(
+                f"{workdir} holds {name} but no run; name a tokenizer in data.tokenizer, and remove this one"
+            )
+
+
+def _remove(workdir: Path, names: set[str]) -> None:
+    """Remove files and folders; links stay, since no start makes one."""
+    for path in (workdir / name for name in names):
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_claimed(workdir: Path) -> bool:
+    """Return whether a run owns `workdir`."""
+    return os.path.lexists(workdir / "config.json") or bool(stored_steps(workdir))
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
@@ -44,23 +140,17 @@ def claim_workdir(workdir: Path, config: Config) -> None:
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
-    """Check that `workdir` is free, or holds a run that `config` may continue; create it if it does not exist.
+    """Check that `workdir` is free, or holds a run that `config` may continue.
 
     Raises:
         ValueError: it holds a run with another configuration; the message shows each difference.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "config.json").exists():
-        return
-    stored, given = flatten(read_config(workdir)), flatten(config)
-    changed = {key: (stored[key], given[key]) for key in given if stored[key] != given[key]}
-    lines = [f"  {key}: {old!r} in the workdir, {new!r} given" for key, (old, new) in changed.items()]
-    if any(not _is_free(key) for key in changed):
-        raise ValueError(
-            f"{workdir} holds a run with another config; give its values, or another --workdir:\n" + "\n".join(lines)
-        )
-    for line in lines:
-        logging.warning("continuing with a changed config:%s", line[1:])
+    path = workdir / "config.json"
+    if os.path.lexists(path):
+        stored = read_config(workdir)
+        check_continues(to_dict(stored), config, workdir, "the workdir", trained=bool(stored_steps(workdir)))
+        if stored.data.tokenizer != config.data.tokenizer and (workdir / TOKENIZER_FILES[0]).exists():
+            check_tokenizer(config, workdir)
 
 
 def read_config(workdir: Path) -> Config:
@@ -70,19 +160,44 @@ def read_config(workdir: Path) -> Config:
         ValueError: there is no run in `workdir`, or its config.json cannot be read.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(
-            f"{workdir} holds no run: {path.name} is missing; train one with experiments.train --workdir={workdir}"
+    if not os.path.lexists(path):
+        remedy = (
+            f"train on with --workdir={workdir} and the run's --config, which writes it anew"
+            if stored_steps(workdir)
+            else f"train one with experiments.train --workdir={workdir}"
         )
+        raise ValueError(f"{shown(str(workdir))} holds no run: {path.name} is missing; {shown(remedy)}")
+    tree = read_json(path)
     try:
-        return from_config_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it from a checkpoint's run/metadata") from error
+        return from_config_dict(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_tokenizer(workdir: Path) -> dict[str, str]:
-    """Return the content of the workdir's tokenizer files by name."""
-    return {name: (workdir / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES}
+    """Return the content of the workdir's tokenizer files by name.
+
+    Raises:
+        ValueError: one is missing or not a text file.
+    """
+    return {name: read_text(workdir / name) for name in TOKENIZER_FILES}
+
+
+def check_tokenizer(config: Config, workdir: Path) -> None:
+    """Refuse a `data.tokenizer` that names another tokenizer than the one in `workdir`; "bpe" names none.
+
+    Raises:
+        ValueError: it does, or one of them cannot be read.
+    """
+    name = config.data.tokenizer
+    if name == "bpe":
+        return
+    named = byte_tokenizer() if name == "byte" else Tokenizer.load(name)
+    if named.fingerprint != Tokenizer.load(workdir / TOKENIZER_FILES[0]).fingerprint:
+        raise ValueError(
+            f"data.tokenizer = {shown(name)!r} is another tokenizer than the one of these weights, whose ids mean other"
+            " tokens; name theirs, or 'bpe' to take it as it is"
+        )
 
 
 def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
@@ -95,28 +210,7 @@ def put_tokenizer(workdir: Path, files: dict[str, str]) -> None:
         path = workdir / name
         if not path.exists():
             write_atomically(path, content)
-        elif path.read_text(encoding="utf-8") != content:
+        elif read_text(path) != content:
             raise ValueError(
                 f"{path} is not the tokenizer of the checkpoint; remove it, and the checkpoint's own is put back"
             )
-
-
-def initial_tokenizer(config: Config) -> dict[str, str]:
-    """Return the content of the tokenizer files in the folder `training.initial_weights`, by name.
-
-    Raises:
-        ValueError: the folder or one of its tokenizer files is missing or damaged, or has more ids than the model.
-    """
-    try:
-        return companions.read_tokenizer(Path(config.training.initial_weights), config.model.vocab_size)
-    except ValueError as error:
-        if os.path.isdir(config.training.initial_weights):
-            raise
-        raise ValueError(
-            f"training.initial_weights = {config.training.initial_weights!r} does not exist; put the checkpoint back"
-            " there, or import it from where it is now"
-        ) from error
-
-
-def _is_free(key: str) -> bool:
-    return key not in BOUND_KEYS and (key in FREE_KEYS or key.startswith(FREE_SECTIONS))

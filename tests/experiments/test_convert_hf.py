@@ -426,7 +426,7 @@ def test_a_folder_without_tokenizer(convert, checkpoint, tmp_path):
 
 
 def test_a_workdir_that_is_taken(convert, checkpoint, workdir, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     said = convert.fails("import", f"--hf={checkpoint}", f"--workdir={tmp_path}", *CONFIG)
     assert f"{tmp_path} holds a run with checkpoints; import into another --workdir" in said
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

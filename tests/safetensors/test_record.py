@@ -1,12 +1,12 @@
 """A folder is verified against its record, and what would spoil one is refused."""
 
-import fcntl
 import json
 import os
 import shutil
 
 import pytest
 
+from deepseek_jax.locks import locked
 from deepseek_jax.safetensors.folder import INDEX
 from deepseek_jax.safetensors.record import check_target, verify
 from deepseek_jax.safetensors.writer import ShardWriter
@@ -106,9 +106,6 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path):
     writer = ShardWriter(tmp_path, planned(), SIZE)
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process writes"):
+    with locked(tmp_path), pytest.raises(ValueError, match="in use by process"):
         writer.write(values)
-    os.close(descriptor)
     writer.write(values)

@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding
 
 from configs.deepseek_v3 import get_config
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.training import checkpoint, pretrain
 from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from deepseek_jax.training.fingerprint import fingerprints
-from deepseek_jax.training.workdir import check_workdir, claim_workdir, put_tokenizer, read_config, read_tokenizer
 
 CONFIG = from_config_dict(get_config())
 TOKENIZER = {"tokenizer.json": '{"vocab": ["a", "é"]}', "tokenizer_config.json": "{}"}
@@ -248,43 +248,93 @@ def test_a_full_disk_while_saving_is_a_clear_error(workdir):
     assert progress.step == 3 and equal(state, make_state(mesh, 3))
 
 
-def change(**values) -> dict:
-    tree = json.loads(json.dumps(get_config().to_dict()))
-    for path, value in values.items():
-        section, key = path.split("__")
-        tree[section][key] = value
-    return tree
+def begin(workdir, config, mesh):
+    """Continue as a trainer does."""
+    with jax.set_mesh(mesh), opened(workdir) as checkpoints:
+        shapes = abstract(make_state(mesh, 0))
+        return pretrain.begin(checkpoints, config, workdir, mesh, shapes, lambda: pytest.fail("a silent restart"))
 
 
-def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
-    check_workdir(tmp_path / "new", CONFIG)
-    claim_workdir(tmp_path / "new", CONFIG)
-    assert read_config(tmp_path / "new") == CONFIG
-    check_workdir(tmp_path / "new", CONFIG)
-    with pytest.raises(ValueError, match="model.width: 7168 in the workdir, 512 given"):
-        check_workdir(tmp_path / "new", from_config_dict(change(model__width=512)))
-    with pytest.raises(ValueError, match="execution.precision: 'bf16' in the workdir, 'fp32' given"):
-        check_workdir(tmp_path / "new", from_config_dict(change(execution__precision="fp32")))
+def test_a_checkpoint_of_another_config_is_refused(workdir, caplog):
+    """config.json is lost, or only the checkpoints were copied."""
+    mesh = make_mesh(2, 4)
+    assert begin(workdir, CONFIG, mesh)[1].step == 3
+    assert begin(workdir, CONFIG.with_(mesh={"data": 2}), mesh)[1].step == 3
+    assert "mesh.data: -1 in the checkpoint of step 3, 2 given" in caplog.text
+    for section, value in (("optimizer", {"b2": 0.9}), ("training", {"batch_size": (("constant", 1.0, 128.0),)})):
+        with pytest.raises(
+            ValueError, match=rf"{section}\.{next(iter(value))}: .* in the checkpoint of step 3, .* given"
+        ):
+            begin(workdir, CONFIG.with_(**{section: value}), mesh)
+    with pytest.raises(ValueError, match="less than the 3,298,534,883,328 tokens"):
+        begin(workdir, CONFIG.with_(training={"num_tokens": 1e12}), mesh)
+    assert begin(workdir, CONFIG.with_(training={"num_tokens": 2e13}), mesh)[1].tokens_seen == 3 * 2**40
+    assert "from 14,800,000,000,000 to 20,000,000,000,000" in caplog.text
+    assert not (workdir / "checkpoints" / "damaged").exists()
 
 
-def test_what_does_not_change_the_run_may_change(tmp_path, caplog):
-    claim_workdir(tmp_path, CONFIG)
-    check_workdir(tmp_path, from_config_dict(change(mesh__expert=4, training__log_every=7)))
-    assert "mesh.expert: 8 in the workdir, 4 given" in caplog.text
+LOSSES = {
+    "deleted": lambda folder: shutil.rmtree(folder),
+    "emptied": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "a link to an empty folder": lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder.parent / "empty")),
+}
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="holds no run"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"name":')
-    with pytest.raises(ValueError, match="not valid JSON"):
-        read_config(tmp_path)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_that_lost_its_checkpoints_does_not_start_again(workdir, loss):
+    (workdir / "empty").mkdir()
+    LOSSES[loss](workdir / "checkpoints")
+    before = sorted(workdir.rglob("*"))
+    for keep in (2, None):
+        with pytest.raises(
+            ValueError, match=r"gone: .*checkpoints has none, and saved\.json says that step 3 was saved"
+        ):
+            Checkpoints(workdir, keep)
+    assert sorted(workdir.rglob("*")) == before
 
 
-def test_the_tokenizer_comes_back_and_another_one_is_refused(tmp_path):
-    put_tokenizer(tmp_path, TOKENIZER)
-    assert read_tokenizer(tmp_path) == TOKENIZER
-    put_tokenizer(tmp_path, TOKENIZER)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="not the tokenizer of the checkpoint"):
-        put_tokenizer(tmp_path, TOKENIZER)
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path):
+    mesh = make_mesh(1, 1)
+    (tmp_path / "checkpoints" / f"1{checkpoint.TMP_SUFFIX}").mkdir(parents=True)  # killed in its first save
+    assert restore(tmp_path, mesh) is None
+    write(tmp_path, (1,), mesh)
+    assert json.loads((tmp_path / "saved.json").read_text()) == {"step": 1}
+
+
+def test_the_first_complete_save_is_noted_while_the_run_goes_on(tmp_path):
+    mesh = make_mesh(1, 1)
+    with jax.set_mesh(mesh), opened(tmp_path) as checkpoints:
+        checkpoints.save(make_state(mesh, 1), Progress(step=1, tokens_seen=1, data=None), CONFIG, TOKENIZER, mesh)
+        while not (tmp_path / "saved.json").exists():
+            checkpoints.check()
+        assert checkpoints.steps() == [1] and (tmp_path / "checkpoints" / "1").is_dir()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/damaged"])
+@pytest.mark.parametrize("kind", ["is a file", "is a link to a folder that does not exist"])
+def test_what_is_in_the_way_of_checkpoints_is_refused(workdir, name, kind):
+    path = workdir / name
+    if name == "checkpoints":
+        path.rename(workdir / "elsewhere")
+    path.write_text("") if "file" in kind else path.symlink_to(workdir / "gone")
+    for keep in (2, None):
+        with pytest.raises(ValueError, match=f"{path} {kind}"):
+            Checkpoints(workdir, keep)
+
+
+def test_a_reader_takes_the_newest_when_the_run_removes_what_it_reads(workdir, caplog, monkeypatch):
+    """The run keeps one checkpoint: while the reader opens step 3, step 4 is complete and step 3 goes."""
+    mesh = make_mesh(2, 4)
+    read = Checkpoints._read_arrays
+
+    def late(self, step, shapes):
+        if step == 3:
+            write(workdir, (4,), mesh, keep=1)
+        return read(self, step, shapes)
+
+    monkeypatch.setattr(Checkpoints, "_read_arrays", late)
+    state, progress, _ = restore(workdir, mesh, keep=None)
+    assert progress.step == 4 and equal(state, make_state(mesh, 4))
+    assert "damaged" not in caplog.text
+    with pytest.raises(ValueError, match=r"has no checkpoint of step 3; it has \[4\]"):
+        restore(workdir, mesh, step=3, keep=None)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config, from_config_dict
@@ -23,12 +24,12 @@ from deepseek_jax.evaluation.workdir import evaluate_workdir
 from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training import loop, pretrain
-from deepseek_jax.training.checkpoint import Checkpoints, SaveError
+from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from deepseek_jax.training.curves import final_table
 from deepseek_jax.training.loop import NonFiniteError
 from deepseek_jax.training.metrics import KEYS, read_rows
 from deepseek_jax.training.sheet import draw_sheet
-from deepseek_jax.training.workdir import check_workdir, claim_workdir, read_config, read_tokenizer
+from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied, read_config, read_tokenizer
 from tests.training.nano import get_config
 
 NUM_STEPS = 60
@@ -104,17 +105,23 @@ class Watched:
 
 def train(config, workdir, on_show=lambda *_: None, on_batch=lambda batch: batch, log=None) -> pretrain.Result:
     """Build the parts around the table and run them; `on_show` sees what the bar shows, `on_batch` changes batches."""
-    check_workdir(workdir, config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as resources:
+        resources.enter_context(occupied(workdir))
+        check_workdir(workdir, config)
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
         abstract = fake_abstract_state(config, mesh)
-        state, progress = pretrain.begin(checkpoints, workdir, mesh, abstract, lambda: fake_state(mesh))
+
+        def create():
+            return fake_state(mesh), Progress(step=0, tokens_seen=0, data=None)
+
+        state, progress = pretrain.begin(checkpoints, config, workdir, mesh, abstract, create)
         tokenizer = open_tokenizer(config, workdir)
         loader = make_train_loader(config, tokenizer, workdir)
         resources.callback(loader.close)
         held_out, evaluate = open_held_out(config, tokenizer, workdir), jax.jit(fake_eval_step)
+        claim_workdir(workdir, config)
         trainer = loop.Trainer(
             config=config,
             mesh=mesh,
@@ -128,7 +135,6 @@ def train(config, workdir, on_show=lambda *_: None, on_batch=lambda batch: batch
             log=log or pretrain.open_log(config, workdir, progress, resources),
             bar=Watched(pretrain.open_bar(config, progress, resources), show=on_show),
         )
-        claim_workdir(workdir, config)
         interrupted_by = trainer.run()
         return pretrain.Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
@@ -247,6 +253,28 @@ def test_another_mesh_continues_with_the_same_rows(config, tmp_path):
     train(config, moved, on_show=interrupt_at(20, signal.SIGTERM))
     final = jax.device_get(train(change(config, "mesh", expert=4), moved).state)
     assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
+
+
+def test_a_longer_run_equals_one_that_was_long_from_the_start(config, tmp_path, caplog):
+    """With schedules that do not change: those that do stretch, which is said."""
+    logging.get_absl_logger().addHandler(caplog.handler)
+    constant = (("constant", 1.0, 1e-3),)
+    config = change(config, "optimizer", learning_rate=constant, bias_update_rate=constant)
+    config = config.with_(loss={"mtp_weight": constant})
+    short = change(config, "training", num_tokens=18.0 * 8 * 32)
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    expected = jax.device_get(train(config, whole).state)
+    assert train(short, grown).step == 18
+    final = jax.device_get(train(config, grown).state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, final, expected))
+    assert [row for row in lines(grown) if not (row["step"] == 18 and "eval/loss" in row)] == lines(whole)
+    assert read_config(grown) == config
+    assert "at token 4,608 optimizer.learning_rate stays 0.001" in caplog.text
+    before = (grown / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="less than the 15,360 tokens that the run has seen"):
+        train(short, grown)
+    assert (grown / "metrics.jsonl").read_bytes() == before and read_config(grown) == config
+    logging.get_absl_logger().removeHandler(caplog.handler)
 
 
 def test_a_complete_run_is_not_touched(config, tmp_path):

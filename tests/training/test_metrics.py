@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from contextlib import closing
 
@@ -102,6 +103,30 @@ def test_a_broken_line_inside_is_named(tmp_path):
     path.write_text(path.read_text().replace('{"step": 2', '{"step" 2', 1))
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         MetricsLog(tmp_path, 3, CONFIG)
+
+
+BAD_METRICS = {
+    "line 1 is not JSON": b'{"step": 1, "train/loss": "\xe9"}\n',
+    "line 2 is not JSON": b'{"step": 1, "tokens_seen": 1}\n' + b"[" * 200_000 + b"\n",
+    "line 1 has no step": b'{"tokens_seen": 1}\n',
+    "line 1 has no tokens_seen": b'{"step": 1, "tokens_seen": null}\n',
+    "line 2 has no step": b'{"step": 1, "tokens_seen": 1}\n[1]\n',
+    "line 3 has no step": b'{"step": 1, "tokens_seen": 1}\n' * 2 + b'{"step": "3", "tokens_seen": 1}\n',
+    "is a folder": None,
+    "is a FIFO": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("message", BAD_METRICS)
+def test_damaged_metrics_are_refused_and_kept(tmp_path, message):
+    path, content = tmp_path / "metrics.jsonl", BAD_METRICS[message]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        (content or os.mkdir)(path)
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl.*{message}"):
+        MetricsLog(tmp_path, 3, CONFIG)
+    assert not isinstance(content, bytes) or path.read_bytes() == content
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path):

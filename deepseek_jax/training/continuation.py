@@ -1,0 +1,143 @@
+"""What may change when a run continues, and what the change does.
+
+A run may continue with another configuration if what it computes from the same state and data is the same: on another
+mesh, executed in another way, logged and saved at other intervals. Three more keys may change:
+
+    training.num_tokens      a longer run, or a shorter one that still holds the tokens seen. Schedules are fractions of
+                             it, so they stretch: at the same token they have other values than before
+    paths in data.sources,   a corpus or a tokenizer that moved. Once there is a checkpoint, its position in the data
+    a path data.tokenizer    knows the content, and the loader refuses another one
+
+Everything else belongs to another run: it may begin with this one's weights (`training.initial_weights`).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from deepseek_jax.config import Config, from_config_dict, to_dict
+from deepseek_jax.inputs import shown
+from deepseek_jax.training.optimizer import batch_size, rates
+
+FREE_SECTIONS = ("mesh.", "execution.")
+FREE_KEYS = {
+    "data.prefetch",
+    "training.num_tokens",
+    "training.micro_batch_size",
+    "training.log_every",
+    "training.eval_every",
+    "training.eval_batches",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.max_skipped_steps",
+    "training.initial_weights",  # a folder may move, and a run with a checkpoint does not read it again
+}
+BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what is computed
+MADE_TOKENIZERS = ("bpe", "byte")  # every other data.tokenizer is a path
+ABSENT = "(absent)"
+MOST_LINES = 20  # of differences in a message
+
+
+def check_continues(stored: Any, config: Config, folder: Path, where: str, trained: bool, say: bool = True) -> None:
+    """Refuse a configuration that another run has.
+
+    Args:
+        stored: the run's configuration as JSON.
+        config: to continue with.
+        folder: that `stored` is in, for messages.
+        where: a word for it.
+        trained: whether the run has a checkpoint.
+        say: warn of each difference that is allowed.
+
+    Raises:
+        ValueError: something differs that belongs to a run; the message shows each difference.
+    """
+    old, new = _leaves(_current(stored)), _leaves(_json(to_dict(config)))
+    changed = {
+        key: (old.get(key, ABSENT), new.get(key, ABSENT))
+        for key in (*new, *(key for key in old if key not in new))
+        if old.get(key, ABSENT) != new.get(key, ABSENT)
+    }
+    lines = [f"  {key}: {_shown(was)} in {where}, {_shown(now)} given" for key, (was, now) in changed.items()]
+    if not all(_is_free(key, *values, trained) for key, values in changed.items()):
+        raise ValueError(
+            f"{folder} holds a run with another config; give its values, or another --workdir (which may begin with"
+            " these weights: training.initial_weights):\n"
+            + "\n".join([*lines[:MOST_LINES], *([f"  and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))])
+        )
+    if say:
+        for line in lines:
+            logging.warning("continuing with a changed config:%s", line[1:])
+
+
+def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> None:
+    """Say what another `training.num_tokens` does to the schedules; refuse one that the run is already beyond.
+
+    Args:
+        stored: the configuration of the checkpoint that the run continues from, as JSON.
+        config: to continue with.
+        step: optimizer steps taken.
+        tokens_seen: tokens seen.
+
+    Raises:
+        ValueError: the run has seen more tokens.
+    """
+    before, after = float(stored["training"]["num_tokens"]), config.training.num_tokens
+    if before == after:
+        return
+    if after < tokens_seen:
+        raise ValueError(
+            f"training.num_tokens = {after:,.0f} is less than the {tokens_seen:,} tokens that the run has seen; give at"
+            " least so many, or go back: remove the checkpoints beyond it"
+        )
+    old = config.with_(training={"num_tokens": before})
+    names = ("optimizer.learning_rate", "loss.mtp_weight", "optimizer.bias_update_rate", "batch size")
+    values = [(*rates(each, step, tokens_seen), batch_size(each, tokens_seen)) for each in (old, config)]
+    logging.warning(
+        "training.num_tokens goes from %s to %s. Schedules are fractions of it: at token %s %s",
+        *(f"{before:,.0f}", f"{after:,.0f}", f"{tokens_seen:,}"),
+        ", ".join(
+            f"{name} stays {was:.6g}" if was == now else f"{name} goes from {was:.6g} to {now:.6g}"
+            for name, was, now in zip(names, *values, strict=True)
+        ),
+    )
+
+
+def _is_free(key: str, old: Any, new: Any, trained: bool) -> bool:
+    if key == "data.sources":
+        return trained and _without_paths(old) == _without_paths(new)
+    if key == "data.tokenizer":
+        return trained and not {old, new} & {*MADE_TOKENIZERS, ABSENT}
+    return key not in BOUND_KEYS and (key in FREE_KEYS or key.startswith(FREE_SECTIONS))
+
+
+def _shown(value: Any) -> str:
+    return ABSENT if value == ABSENT else shown(repr(value))
+
+
+def _without_paths(sources: Any) -> Any:
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        return sources
+    return [{key: value for key, value in source.items() if key != "path"} for source in sources]
+
+
+def _current(stored: Any) -> Any:
+    """Return a stored configuration in today's form if it can be read so; else as it is."""
+    try:
+        return _json(to_dict(from_config_dict(stored)))
+    except ValueError:
+        return stored
+
+
+def _json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return `{"model.width": 7168, ...}` of nested dicts."""
+    leaves = {}
+    for key, value in tree.items() if isinstance(tree, dict) else [("", tree)]:
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
