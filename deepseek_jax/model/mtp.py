@@ -26,6 +26,7 @@ from deepseek_jax.config import Model
 from deepseek_jax.model.layer import MoELayer
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.linear import linear
+from deepseek_jax.parameters import CastWeight
 
 
 class MtpLayer(nnx.Module):
@@ -46,8 +47,11 @@ class MtpLayer(nnx.Module):
         embedded_BSD = rms_norm(embedded_BSD, self.embed_norm_D[...], eps)
         hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm_D[...], eps)
         # One product: the sum of two would be rounded to BF16 twice.
-        both_BS2D = jnp.stack((embedded_BSD, hidden_BSD), axis=-2)
-        return linear(both_BS2D, self.merge_2DD.get_value(), input_dims=2)
+        both_BS2D, weight = jnp.stack((embedded_BSD, hidden_BSD), axis=-2), self.merge_2DD.get_value()
+        if isinstance(weight, CastWeight):
+            return linear(both_BS2D, weight, input_dims=2)
+        # The same product, whose sums XLA orders differently: runs in FP32 keep their bits.
+        return jnp.einsum("bsnd,nde->bse", both_BS2D, weight)
 
     def final(self, hidden_BSD: jax.Array) -> jax.Array:
         """Apply the norm before the shared head; the next depth continues from its output too."""

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.huggingface.load import check, load
+from deepseek_jax.huggingface.contents import check
+from deepseek_jax.huggingface.load import load
 from deepseek_jax.huggingface.save import save
 from deepseek_jax.inference import generate
 from deepseek_jax.inference.sampling import Sampling
