@@ -24,6 +24,7 @@ from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
 
 AXES = ("pipe", "data", "node", "expert", "tensor")
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # of devices, or of sizes alone
 # Fields of `Model` by the letter of their dim: all dims that the layout of some parameter splits.
 SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
 
@@ -32,9 +33,19 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
     """Make the mesh of `sizes` over `devices` (all of them by default).
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices, or a reserved axis is not 1.
+        ValueError: as `mesh_shape`.
     """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
+    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+
+
+def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:
+    """Return the size of every axis for `num_devices` devices.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices, or a reserved axis is not 1.
+    """
     shape = {axis: getattr(sizes, axis) for axis in AXES}
     for axis in ("pipe", "tensor"):
         if shape[axis] != 1:
@@ -47,10 +58,10 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
         raise ValueError(f"config.mesh = {shape}: sizes are positive, and at most one is -1")
     fixed = math.prod(size for size in shape.values() if size != -1)
     if free:
-        shape[free[0]] = len(devices) // fixed
-    if math.prod(shape.values()) != len(devices):
-        raise ValueError(_misfit(given, fixed, len(devices), bool(free)))
-    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+        shape[free[0]] = num_devices // fixed
+    if math.prod(shape.values()) != num_devices:
+        raise ValueError(_misfit(given, fixed, num_devices, bool(free)))
+    return shape
 
 
 def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> str:
@@ -67,7 +78,7 @@ def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> 
     )
 
 
-def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
     """Refuse a model or batch that the mesh cannot split evenly; the message names the dim, the axes and the remedy."""
     rows = axis_size(mesh, ROWS)
     check_model_fit(config.model, mesh)
@@ -81,13 +92,13 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def check_model_fit(model: config_lib.Model, mesh: jax.sharding.Mesh) -> None:
+def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:
     """Refuse a model whose parameters the mesh cannot split evenly."""
     for field, parts in _split_sizes(mesh).items():
         _check_split(f"model.{field}", getattr(model, field), parts, mesh)
 
 
-def _check_split(name: str, size: int, parts: int, mesh: jax.sharding.Mesh) -> None:
+def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
     if size % parts:
         raise ValueError(
             f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the"
@@ -95,7 +106,7 @@ def _check_split(name: str, size: int, parts: int, mesh: jax.sharding.Mesh) -> N
         )
 
 
-def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+def _split_sizes(mesh: AnyMesh) -> dict[str, int]:
     """Return {field of `Model`: number of devices that its dim is split over}, from the layouts of `PARAMETERS`."""
     parts: dict[str, int] = {}
     for name, parameter in PARAMETERS.items():
@@ -106,7 +117,7 @@ def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
     return parts
 
 
-def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
+def axis_size(mesh: AnyMesh, axes: Sequence[str]) -> int:
     """Return the number of devices along `axes` together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 

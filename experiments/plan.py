@@ -1,0 +1,47 @@
+"""Plan a run before it starts: `python -m experiments.plan --config=configs/deepseek_v3.py --devices=256 --chip=v5p`.
+
+Prints parameters, state, FLOPs, tokens, steps and the numbers of devices that work. With --chip of a TPU it also
+compiles the training step for that many devices, which need not be there, and prints the memory of each. No array is
+made, and nothing runs.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.plan.chips import CHIPS, find_chip, prepare
+from deepseek_jax.plan.report import lines, record
+from deepseek_jax.plan.run import make_plan
+from pallas_kernels.bench.records import provenance
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
+)
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "Number of devices; by default the smallest whose memory holds the state.", lower_bound=1
+)
+CHIP = flags.DEFINE_string("chip", None, f"Kind of device: {', '.join(CHIPS)}. The step is compiled for TPUs.")
+JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
+
+
+def main(_) -> None:
+    """Parse, plan, print."""
+    logging.set_verbosity(logging.WARNING)
+    chip = find_chip(CHIP.value) if CHIP.value is not None else None
+    if chip and chip.compiles:
+        prepare()
+    plan = make_plan(from_config_dict(CONFIG.value), DEVICES.value, chip, say=lambda text: print(text, file=sys.stderr))
+    print("\n".join(lines(plan)))
+    if JSON.value is not None:
+        device = f"{plan.fit.num_devices} x {chip.name}, absent" if plan.fit and chip else "none"
+        text = json.dumps(record(plan) | provenance("experiments.plan", device), indent=1)
+        Path(JSON.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
