@@ -11,6 +11,7 @@ hides, and it reduces a gradient per island and micro-batch. With one island a g
 it per layer, ZeRO-1 once per step; that is their only difference, and the layout table does not change.
 """
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -107,14 +108,19 @@ def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
 
 
 def _split_sizes(mesh: AnyMesh) -> dict[str, int]:
-    """Return {field of `Model`: number of devices that its dim is split over}, from the layouts of `PARAMETERS`."""
-    parts: dict[str, int] = {}
+    """Return {field of `Model`: number of devices that its dim is split over}."""
+    return {field: max(axis_size(mesh, axes) for axes in layouts) for field, layouts in _split_fields().items()}
+
+
+@functools.cache
+def _split_fields() -> dict[str, set[tuple[str, ...]]]:
+    """Return {field of `Model`: the mesh axes that split its dim, one tuple per layout of `PARAMETERS`}."""
+    fields: dict[str, set[tuple[str, ...]]] = {}
     for name, parameter in PARAMETERS.items():
         for letter, axes in zip(name.rpartition("_")[2], parameter.layout, strict=True):
             if axes is not None:
-                field = SIZES[letter]
-                parts[field] = max(parts.get(field, 1), axis_size(mesh, (axes,) if isinstance(axes, str) else axes))
-    return parts
+                fields.setdefault(SIZES[letter], set()).add((axes,) if isinstance(axes, str) else tuple(axes))
+    return fields
 
 
 def axis_size(mesh: AnyMesh, axes: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.parameters import ROWS, P
+from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import largest_batch
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates
@@ -53,6 +54,10 @@ class StepMemory:
     temporaries: int | None
     capacity: int | None = None
     seconds: float | None = None
+
+    def fits(self, chip: Chip) -> bool:
+        """Return whether the compiler accepted the step for `chip`."""
+        return self.capacity is None and self.total <= chip.memory
 
 
 def compile_step(config: Config, mesh: jax.sharding.Mesh) -> StepMemory:

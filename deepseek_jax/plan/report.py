@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from deepseek_jax.plan.chips import GIB
-from deepseek_jax.plan.meshes import smallest_micro_batch
+from deepseek_jax.plan.chips import GIB, Chip
+from deepseek_jax.plan.memory import StepMemory
+from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
 from deepseek_jax.plan.run import Plan
 from deepseek_jax.training.flops import peak_flops
 
@@ -23,24 +24,19 @@ DEVICE_KINDS = {  # what JAX calls a device of a chip, for its peak
 def lines(plan: Plan) -> list[str]:
     """Return the lines that a person reads. Each figure says whether it was computed or compiled."""
     counts, config = plan.counts, plan.config
-    state = 4 * counts.parameters
-    total_flops = counts.flops_per_token * counts.tokens
+    third = _bytes(4 * counts.parameters)
+    flops, most = counts.flops_per_token, counts.tokens_per_step
+    step = f"{counts.batch_size:,} x {config.data.sequence_length:,}"
     rows = [
         ("parameters", f"{counts.parameters:,} ({_short(counts.parameters)}), MTP {_short(counts.mtp_parameters)}"),
         ("active per token", f"{counts.active:,} ({_short(counts.active)}), without MTP"),
         (
             "state",
-            f"{_bytes(3 * state)}: FP32 weights and gradients {_bytes(state)} each, two BF16 moments {_bytes(state)}",
+            f"{_bytes(12 * counts.parameters)}: FP32 weights {third}, two BF16 moments {third}, gradients {third}",
         ),
-        (
-            "FLOPs",
-            f"{counts.flops_per_token:.4g} per token, {counts.flops_per_token * counts.tokens_per_step:.4g} per step",
-        ),
-        ("", f"{total_flops:.4g} in all; recomputation does not count"),
-        (
-            "tokens",
-            f"{counts.tokens:,} in {counts.steps:,} steps of at most {counts.batch_size:,} x {config.data.sequence_length:,}",
-        ),
+        ("FLOPs", f"{flops:.4g} per token, {flops * most:.4g} per step; recomputation does not count"),
+        ("", f"{flops * counts.tokens:.4g} in all"),
+        ("tokens", f"{counts.tokens:,} in {counts.steps:,} steps of at most {step}"),
         *_devices(plan),
     ]
     head = f"{config.name}, {config.execution.precision}; computed from the config:"
@@ -48,22 +44,32 @@ def lines(plan: Plan) -> list[str]:
 
 
 def record(plan: Plan) -> dict[str, Any]:
-    """Return the same as plain values: bytes, counts, and the flags of each number of devices that works."""
-    fit = plan.fit
-    return {
+    """Return the same as plain values: counts, bytes, and the changes for each number of devices that works."""
+    fit, chip = plan.fit, plan.chip
+    values = {
         "config": plan.config.name,
         "precision": plan.config.execution.precision,
         "counts": dataclasses.asdict(plan.counts),
         "fits": [{"devices": f.num_devices, "changes": f.changes} for f in plan.fits],
         "devices": fit.num_devices if fit else None,
-        "mesh": dict(fit.mesh.shape) if fit else None,
-        "execution": dataclasses.asdict(fit.config.execution) if fit else None,
-        "micro_batch_size": fit.config.training.micro_batch_size if fit else None,
-        "chip": plan.chip.name if plan.chip else None,
-        "chip_memory": plan.chip.memory if plan.chip else None,
+        "chip": chip.name if chip else None,
         "held_computed": plan.held,
-        "step_compiled": dataclasses.asdict(plan.step) if plan.step else None,
-        "does_fit": plan.does_fit,
+    }
+    return values | (memory_record(fit, chip, plan.step) if fit and plan.step else {})
+
+
+def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
+    """Return the compiled memory of one device as plain values, in bytes, with what it was compiled for."""
+    training, data = fit.config.training, fit.config.data
+    return {
+        "mesh": dict(fit.mesh.shape),
+        "changes": fit.changes,
+        "execution": dataclasses.asdict(fit.config.execution),
+        "micro_batch_size": training.micro_batch_size,
+        "sequence_length": data.sequence_length,
+        "chip_memory": chip.memory,
+        "step_compiled": dataclasses.asdict(step),
+        "does_fit": step.fits(chip),
     }
 
 

@@ -42,7 +42,7 @@ class Plan:
     @property
     def does_fit(self) -> bool | None:
         """Whether the compiled step fits the chip; None if nothing was compiled."""
-        return None if self.step is None else self.step.capacity is None and self.step.total <= self.chip.memory
+        return None if self.step is None else self.step.fits(self.chip)
 
 
 def make_plan(
