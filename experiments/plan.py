@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.inputs import local_path, shown
 from deepseek_jax.plan.chips import CHIPS, find_chip, prepare
 from deepseek_jax.plan.report import lines, record
 from deepseek_jax.plan.run import make_plan
@@ -34,12 +35,21 @@ def main(_) -> None:
     chip = find_chip(CHIP.value) if CHIP.value is not None else None
     if chip and chip.compiles:
         prepare()
+    target = None if JSON.value is None else _target(JSON.value)
     plan = make_plan(from_config_dict(CONFIG.value), DEVICES.value, chip, say=lambda text: print(text, file=sys.stderr))
     print("\n".join(lines(plan)))
-    if JSON.value is not None:
+    if target is not None:
         device = f"{plan.fit.num_devices} x {chip.name}, absent" if plan.fit and chip else "none"
         text = json.dumps(record(plan) | provenance("experiments.plan", device), indent=1)
-        Path(JSON.value).write_text(text + "\n")
+        target.write_text(text + "\n")
+
+
+def _target(text: str) -> Path:
+    """Return the file of --json, before anything long begins."""
+    path = local_path(text, "--json")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--json = {shown(text)} cannot be written; name a file in a folder that exists")
+    return path
 
 
 if __name__ == "__main__":

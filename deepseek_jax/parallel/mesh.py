@@ -12,12 +12,14 @@ it per layer, ZeRO-1 once per step; that is their only difference, and the layou
 """
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.parameters import PARAMETERS, ROWS
@@ -33,12 +35,20 @@ SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"
 def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Make the mesh of `sizes` over `devices` (all of them by default).
 
+    A TPU's torus has physical axes of its own (8 x 4 x 4 for 128 chips). JAX lays an axis of the mesh along whole ones,
+    and refuses 2 x 8 x 8 there. Such a mesh splits a physical axis: neighbours on the mesh are then farther apart.
+
     Raises:
         ValueError: as `mesh_shape`.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+    try:
+        return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+    except NotImplementedError:
+        logging.info("mesh %s: axes of the torus are split between axes of the mesh", shape)
+        split = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(split, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
 def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:

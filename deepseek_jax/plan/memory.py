@@ -72,7 +72,7 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> StepMemory:
         with jax.set_mesh(mesh):
             found = memory_of(traced.lower().compile())
     except jax.errors.JaxRuntimeError as error:
-        found = _refused(error)
+        found = refused(error)
     return dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
@@ -84,7 +84,7 @@ def memory_of(compiled: jax.stages.Compiled) -> StepMemory:
     return StepMemory(arguments + beside + temporaries, arguments, temporaries)
 
 
-def _refused(error: jax.errors.JaxRuntimeError) -> StepMemory:
+def refused(error: jax.errors.JaxRuntimeError) -> StepMemory:
     """Return the memory of a program that the compiler refused as too large; any other refusal goes on."""
     found = TOO_LARGE.search(str(error))
     if not found:

@@ -60,15 +60,20 @@ def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a record, also appended to `records`, for every step that had to be compiled to fill the table."""
     for chip in map(CHIPS.get, TPUS):
         for name in CONFIGS:
-            config = load(name)
-            state = state_of(config)
-            for changes in VARIANTS:
-                fits = candidates(config.with_(**changes), state, chip.memory, chip.devices * chip.most_chips)
-                while (fit := next_probe(fits, chip, records)) is not None:
-                    records.append(_compiled(fit, chip))
-                    yield records[-1]
-                if any(_known(fit, chip, records) for fit in fits):
-                    break
+            for fit in missing(load(name), chip, records):
+                records.append(_compiled(fit, chip))
+                yield records[-1]
+
+
+def missing(config: Config, chip: Chip, records: list[dict[str, Any]]) -> Iterator[Fit]:
+    """Yield what must be compiled next to know the smallest fit; each result must be in `records` before the next."""
+    state = state_of(config)
+    for changes in VARIANTS:
+        fits = candidates(config.with_(**changes), state, chip.memory, chip.devices * chip.most_chips)
+        while (fit := next_probe(fits, chip, records)) is not None:
+            yield fit
+        if any(_known(fit, chip, records) for fit in fits):
+            return
 
 
 def next_probe(fits: list[Fit], chip: Chip, records: list[dict[str, Any]]) -> Fit | None:
@@ -115,7 +120,7 @@ def _compiled(fit: Fit, chip: Chip) -> dict[str, Any]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the Markdown table: a row per config, a column per TPU that is in the record for all, and the cards."""
-    tpus = [chip for chip in TPUS if {r["config"] for r in records if r["chip"] == chip} == set(CONFIGS)]
+    tpus = complete(records)
     heads = [*(f"{chip}, compiled" for chip in tpus), *(f"{card} cards, computed" for card in CARDS)]
     head = f"| Config | What it is | Parameters, MTP included | State | {' | '.join(heads)} |"
     rows = [head, "|---|---|---:|---:|" + "---|" * len(heads)]
@@ -128,6 +133,11 @@ def table(records: list[dict[str, Any]]) -> str:
         sizes = _short(parameters, "B", "M"), _short(12 * parameters, " GB", " MB")
         rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *compiled, *computed])} |")
     return "\n".join(rows)
+
+
+def complete(records: list[dict[str, Any]]) -> list[str]:
+    """Return the TPUs that the record has every config for."""
+    return [chip for chip in TPUS if {r["config"] for r in records if r["chip"] == chip} == set(CONFIGS)]
 
 
 def compiled_cell(records: list[dict[str, Any]]) -> str:

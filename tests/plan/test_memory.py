@@ -34,11 +34,11 @@ def test_memory_counts_donated_arrays_once():
 
 
 def test_a_refusal_for_memory_becomes_a_figure():
-    found = memory._refused(jax.errors.JaxRuntimeError(REFUSAL))
+    found = memory.refused(jax.errors.JaxRuntimeError(REFUSAL))
     assert found.total == int(101.73 * 2**30)
     assert found.capacity == chips.CHIPS["v5p"].memory
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        memory._refused(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+        memory.refused(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def plan_of_v3(step):
 
 
 def test_a_person_reads_that_v3_does_not_fit_and_what_helps():
-    refused = memory._refused(jax.errors.JaxRuntimeError(REFUSAL))
+    refused = memory.refused(jax.errors.JaxRuntimeError(REFUSAL))
     plan = plan_of_v3(dataclasses.replace(refused, seconds=25.0))
     assert plan.does_fit is False
     text = "\n".join(lines(plan))
