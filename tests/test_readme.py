@@ -1,13 +1,11 @@
 """What the README and `docs/` point at exists, and their numbers follow from the code and the records."""
 
 import ast
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from deepseek_jax.plan.chips import CHIPS
 from docs import make_map
 from experiments.benchmarks import memory_table, results_table
 
@@ -85,20 +83,9 @@ def test_measurements_are_those_of_the_records():
     assert results_table.KERNELS.read_text() == results_table.kernel_tables() + "\n"
 
 
-RECORDS = json.loads(memory_table.RECORD.read_text())
-
-
 def test_the_table_of_chips_is_that_of_the_record():
-    assert memory_table.table(RECORDS) in MEMORY
+    assert memory_table.table(memory_table.read_records()) in MEMORY
 
 
 def test_the_table_has_every_config():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"} == set(memory_table.CONFIGS)
-
-
-@pytest.mark.parametrize("name", memory_table.CONFIGS)
-def test_the_smallest_numbers_of_devices_are_known_to_be(name):
-    """Every smaller number that the code accepts was refused by the compiler, or is too small for the state alone."""
-    config = memory_table.load(name)
-    for chip in memory_table.complete(RECORDS):
-        assert list(memory_table.missing(config, CHIPS[chip], RECORDS)) == []

@@ -5,6 +5,7 @@ mesh or micro-batch. Those are offered as the values to change.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -57,11 +58,9 @@ def find_fit(config: Config, num_devices: int) -> Fit | None:
     """
     for mesh_changes in _meshes(config, num_devices):
         sized = config.with_(mesh={key.removeprefix("mesh."): size for key, size in mesh_changes.items()})
-        try:
-            mesh = _abstract(mesh_shape(sized.mesh, num_devices))
-            check_model_fit(sized.model, mesh)
-        except ValueError:
+        if not _fits_model(sized, num_devices):
             continue
+        mesh = _abstract(mesh_shape(sized.mesh, num_devices))
         for batch_changes in _micro_batches(config, num_devices):
             fitting = sized.with_(training={key.removeprefix("training."): n for key, n in batch_changes.items()})
             if _accepted(fitting, mesh):
@@ -76,9 +75,16 @@ def smallest_micro_batch(fit: Fit) -> int:
     return next(accepted, fit.config.training.micro_batch_size)
 
 
-def find_fits(config: Config, most: int = MOST_DEVICES) -> list[Fit]:
-    """Return a fit for every number of devices up to `most` that works."""
-    return [fit for count in range(1, most + 1) if (fit := find_fit(config, count)) is not None]
+@functools.lru_cache(maxsize=64)
+def find_fits(config: Config, most: int = MOST_DEVICES) -> tuple[Fit, ...]:
+    """Return a fit for every number of devices up to `most` that works.
+
+    Batch and dense weights are split over all devices, however the mesh divides them. So a number that does not work
+    with whole experts on every device works with no other mesh, and is not tried further.
+    """
+    open_mesh = config.with_(mesh={"data": -1, "node": 1, "expert": 1})
+    counts = (count for count in range(1, most + 1) if _fits_model(open_mesh, count))
+    return tuple(fit for count in counts if (fit := find_fit(config, count)) is not None)
 
 
 def require_fit(config: Config, num_devices: int) -> Fit:
@@ -101,6 +107,14 @@ def require_fit(config: Config, num_devices: int) -> Fit:
 
 def _abstract(shape: dict[str, int]) -> jax.sharding.AbstractMesh:
     return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+
+
+def _fits_model(config: Config, num_devices: int) -> bool:
+    try:
+        check_model_fit(config.model, _abstract(mesh_shape(config.mesh, num_devices)))
+    except ValueError:
+        return False
+    return True
 
 
 def _accepted(config: Config, mesh: jax.sharding.AbstractMesh) -> bool:

@@ -33,7 +33,7 @@ class Plan:
 
     config: Config
     counts: Counts
-    fits: list[Fit]
+    fits: tuple[Fit, ...]
     fit: Fit | None
     chip: Chip | None
     held: dict[str, int] | None

@@ -6,6 +6,7 @@ hours on two cores. What the record has already is not compiled again, so it can
 anew. Numbers of devices are those that the code accepts; cells for NVIDIA cards are computed, not compiled.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.plan.chips import CHIPS, Chip, prepare
+from deepseek_jax.plan.chips import CHIPS, GIB, Chip, prepare
 from deepseek_jax.plan.counts import bytes_per_device, count, state_of
 from deepseek_jax.plan.meshes import Fit, find_fits
 from deepseek_jax.plan.report import memory_record
@@ -26,6 +27,7 @@ from deepseek_jax.training.state import State
 from pallas_kernels.bench.records import provenance, write
 
 COMPILE = flags.DEFINE_bool("compile", False, "Compile what the record lacks.")
+NOT_COMPILED = "-"
 RECORD = Path(__file__).parents[1] / "results" / "plan" / "memory.json"
 
 CONFIGS = {
@@ -44,16 +46,24 @@ USABLE = 0.8  # of a card's memory for what is computed: the rest is left to act
 VARIANTS: tuple[dict[str, dict[str, str]], ...] = ({}, {"execution": {"remat": "full"}})
 
 
+@functools.cache
 def load(name: str) -> Config:
     """Return a config of `configs/` as it is shipped, but in BF16 where it says FP8: then TPUs and cards compare."""
     config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
     return config.with_(execution={"precision": "bf16"}) if config.execution.precision == "fp8" else config
 
 
+@functools.cache
+def abstract(config: Config) -> State:
+    """Return `state_of` of a config, made once."""
+    return state_of(config)
+
+
 def candidates(config: Config, state: State, memory: float, most: int) -> list[Fit]:
     """Return the numbers of devices that the code accepts and whose computed bytes are at most `memory`."""
-    fits = find_fits(config, most)
-    return [fit for fit in fits if sum(bytes_per_device(fit.config, state, fit.mesh).values()) <= memory]
+    return [
+        fit for fit in find_fits(config, most) if sum(bytes_per_device(fit.config, state, fit.mesh).values()) <= memory
+    ]
 
 
 def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -67,7 +77,7 @@ def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def missing(config: Config, chip: Chip, records: list[dict[str, Any]]) -> Iterator[Fit]:
     """Yield what must be compiled next to know the smallest fit; each result must be in `records` before the next."""
-    state = state_of(config)
+    state = abstract(config)
     for changes in VARIANTS:
         fits = candidates(config.with_(**changes), state, chip.memory, chip.devices * chip.most_chips)
         while (fit := next_probe(fits, chip, records)) is not None:
@@ -119,35 +129,32 @@ def _compiled(fit: Fit, chip: Chip) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return the Markdown table: a row per config, a column per TPU that is in the record for all, and the cards."""
-    tpus = complete(records)
+    """Return the Markdown table: a row per config, a column per TPU of which the record has steps, and the cards."""
+    tpus = [chip for chip in TPUS if any(r["chip"] == chip for r in records)]
     heads = [*(f"{chip}, compiled" for chip in tpus), *(f"{card} cards, computed" for card in CARDS)]
     head = f"| Config | What it is | Parameters, MTP included | State | {' | '.join(heads)} |"
     rows = [head, "|---|---|---:|---:|" + "---|" * len(heads)]
     for name, what in CONFIGS.items():
         config = load(name)
-        state = state_of(config)
+        state = abstract(config)
         parameters = count(config, state).parameters
-        compiled = [compiled_cell([r for r in records if (r["config"], r["chip"]) == (name, chip)]) for chip in tpus]
+        compiled = [compiled_cell(config, CHIPS[chip], records) for chip in tpus]
         computed = [card_cell(config, state, memory) for memory in CARDS.values()]
         sizes = _short(parameters, "B", "M"), _short(12 * parameters, " GB", " MB")
         rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *compiled, *computed])} |")
     return "\n".join(rows)
 
 
-def complete(records: list[dict[str, Any]]) -> list[str]:
-    """Return the TPUs that the record has every config for."""
-    return [chip for chip in TPUS if {r["config"] for r in records if r["chip"] == chip} == set(CONFIGS)]
-
-
-def compiled_cell(records: list[dict[str, Any]]) -> str:
+def compiled_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
     """Return the smallest number of devices on which the compiled step fits, and what it was found with."""
-    fitting = sorted((r for r in records if r["does_fit"]), key=lambda r: r["devices"])
+    if next(missing(config, chip, records), None) is not None:
+        return NOT_COMPILED
+    fitting = [r for r in records if (r["config"], r["chip"]) == (config.name, chip.name) and r["does_fit"]]
     if not fitting:
         return "none"
-    best = fitting[0]
-    remat = "" if best["remat"] == load(best["config"]).execution.remat else f", remat {best['remat']}"
-    return f"{best['devices']}{remat}: {best['step_compiled']['total'] / 2**30:,.1f} GiB each"
+    best = min(fitting, key=lambda r: r["devices"])
+    remat = "" if best["remat"] == config.execution.remat else f", remat {best['remat']}"
+    return f"{best['devices']}{remat}: {best['step_compiled']['total'] / GIB:,.1f} GiB each"
 
 
 def card_cell(config: Config, state: State, memory: int) -> str:
@@ -162,10 +169,15 @@ def _short(value: float, billions: str, millions: str) -> str:
     return f"{value / 1e6:,.1f}{millions}"
 
 
+def read_records() -> list[dict[str, Any]]:
+    """Return what was compiled so far."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else []
+
+
 def main(_) -> None:
     """Fill the record if asked to, then print the table."""
     logging.set_verbosity(logging.WARNING)
-    records = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    records = read_records()
     if COMPILE.value:
         prepare()
         for record in compile_missing(records):

@@ -44,6 +44,13 @@ def test_offered_is_what_a_run_accepts(precision):
     assert tuple(fit.changes for fit in fits.values()) == changed
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2", "moe_1b"])
+def test_no_number_is_passed_over(name):
+    config = load(name)
+    one_by_one = [count for count in range(1, 66) if meshes.find_fit(config, count) is not None]
+    assert [fit.num_devices for fit in meshes.find_fits(config, most=65)] == one_by_one
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_starts_as_it_is_shipped(name):
     config = load(name)
