@@ -9,19 +9,18 @@ import json
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+import jax
+from absl import flags
 
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.inputs import local_path, shown
 from deepseek_jax.plan.chips import CHIPS, find_chip, prepare
 from deepseek_jax.plan.report import lines, record
 from deepseek_jax.plan.run import make_plan
+from experiments import command, recipe
 from pallas_kernels.bench.records import provenance
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration, such as configs/tiny.py; --config.model.num_layers=8 overrides."
-)
+CONFIG = recipe.Recipe(None, "What to plan, such as configs/deepseek_v3.py.", required=True)
 DEVICES = flags.DEFINE_integer(
     "devices", None, "Number of devices; by default the smallest whose memory holds the state.", lower_bound=1
 )
@@ -31,7 +30,7 @@ JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
 
 def main(_) -> None:
     """Parse, plan, print."""
-    logging.set_verbosity(logging.WARNING)
+    jax.config.update("jax_platforms", "cpu")  # shapes alone: a card or TPU of this machine stays free
     chip = find_chip(CHIP.value) if CHIP.value is not None else None
     if chip and chip.compiles:
         prepare()
@@ -53,5 +52,4 @@ def _target(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

@@ -87,7 +87,6 @@ def prepare() -> None:
             " '.[tpu]', or plan without a TPU's --chip"
         )
     os.environ.update(ENVIRONMENT)
-    jax.config.update("jax_platforms", "cpu")  # JAX read its own variable when it was imported
 
 
 def absent_devices(chip: Chip, count: int) -> list[jax.Device]:

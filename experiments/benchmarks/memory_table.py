@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.plan.chips import CHIPS, GIB, Chip, prepare
@@ -24,6 +24,7 @@ from deepseek_jax.plan.meshes import Fit, find_fits
 from deepseek_jax.plan.report import memory_record
 from deepseek_jax.plan.run import compile_fit
 from deepseek_jax.training.state import State
+from experiments import command
 from pallas_kernels.bench.records import provenance, write
 
 COMPILE = flags.DEFINE_bool("compile", False, "Compile what the record lacks.")
@@ -69,7 +70,7 @@ def candidates(config: Config, state: State, memory: float, most: int) -> list[F
 def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a record, also appended to `records`, for every step that had to be compiled to fill the table."""
     for chip in map(CHIPS.get, TPUS):
-        for name in CONFIGS:
+        for name in reversed(CONFIGS):  # the largest are the ones that people ask about
             for fit in missing(load(name), chip, records):
                 records.append(_compiled(fit, chip))
                 yield records[-1]
@@ -176,7 +177,6 @@ def read_records() -> list[dict[str, Any]]:
 
 def main(_) -> None:
     """Fill the record if asked to, then print the table."""
-    logging.set_verbosity(logging.WARNING)
     records = read_records()
     if COMPILE.value:
         prepare()
@@ -187,4 +187,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)
