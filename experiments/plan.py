@@ -38,7 +38,8 @@ def main(_) -> None:
     plan = make_plan(from_config_dict(CONFIG.value), DEVICES.value, chip, say=lambda text: print(text, file=sys.stderr))
     print("\n".join(lines(plan)))
     if target is not None:
-        device = f"{plan.fit.num_devices} x {chip.name}, absent" if plan.fit and chip else "none"
+        on = plan.placement
+        device = f"{on.fit.num_devices} x {chip.name}, absent" if on and chip else "none"
         text = json.dumps(record(plan) | provenance("experiments.plan", device), indent=1)
         target.write_text(text + "\n")
 

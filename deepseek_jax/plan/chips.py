@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import math
 import os
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -89,8 +90,8 @@ def prepare() -> None:
     os.environ.update(ENVIRONMENT)
 
 
-def absent_devices(chip: Chip, count: int) -> list[jax.Device]:
-    """Return `count` devices of a TPU topology that this machine need not have; `prepare` comes first.
+def absent_devices(chip: Chip, count: int) -> list[Any]:
+    """Return `count` JAX devices of a TPU topology that this machine need not have; `prepare` comes first.
 
     Raises:
         ValueError: the chip is not a TPU, or the compiler refuses the topology.

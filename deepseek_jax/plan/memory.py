@@ -78,13 +78,13 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> StepMemory:
 
 def memory_of(compiled: jax.stages.Compiled) -> StepMemory:
     """Return the memory of a compiled step."""
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.generated_code_size_in_bytes
     return StepMemory(arguments + beside + temporaries, arguments, temporaries)
 
 
-def refused(error: jax.errors.JaxRuntimeError) -> StepMemory:
+def refused(error: Exception) -> StepMemory:
     """Return the memory of a program that the compiler refused as too large; any other refusal goes on."""
     found = TOO_LARGE.search(str(error))
     if not found:
@@ -98,7 +98,8 @@ def trace_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
     """Return the traced train step of `config`. Lower it under `jax.set_mesh(mesh)`."""
     inputs = abstract_inputs(config, mesh)
     with jax.set_mesh(mesh):
-        return jit_train_step(config, pretraining(config), mesh).trace(*inputs)
+        step: Any = jit_train_step(config, pretraining(config), mesh)
+        return step.trace(*inputs)
 
 
 def abstract_inputs(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, Any], Rates]:
@@ -106,5 +107,5 @@ def abstract_inputs(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, dict[
     rows, everywhere = (jax.sharding.NamedSharding(mesh, spec) for spec in (P(ROWS, None), P()))
     shape = largest_batch(config), config.data.sequence_length
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in BATCH_DTYPES.items()}
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     return abstract_state(config, mesh), batch, Rates(scalar, scalar, scalar)

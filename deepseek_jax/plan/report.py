@@ -6,7 +6,7 @@ from typing import Any
 from deepseek_jax.plan.chips import GIB, Chip
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
-from deepseek_jax.plan.run import Plan
+from deepseek_jax.plan.run import Placement, Plan
 from deepseek_jax.training.flops import peak_flops
 
 SECONDS_PER_DAY = 86400
@@ -45,17 +45,17 @@ def lines(plan: Plan) -> list[str]:
 
 def record(plan: Plan) -> dict[str, Any]:
     """Return the same as plain values: counts, bytes, and the changes for each number of devices that works."""
-    fit, chip = plan.fit, plan.chip
     values = {
         "config": plan.config.name,
         "precision": plan.config.execution.precision,
         "counts": dataclasses.asdict(plan.counts),
-        "fits": [{"devices": f.num_devices, "changes": f.changes} for f in plan.fits],
-        "devices": fit.num_devices if fit else None,
-        "chip": chip.name if chip else None,
-        "held_computed": plan.held,
+        "fits": [{"devices": fit.num_devices, "changes": fit.changes} for fit in plan.fits],
     }
-    return values | (memory_record(fit, chip, plan.step) if fit and plan.step else {})
+    on = plan.placement
+    if on is None:
+        return values
+    values |= {"devices": on.fit.num_devices, "held_computed": on.held}
+    return values | (memory_record(on.fit, on.chip, on.step) if on.chip and on.step else {})
 
 
 def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
@@ -73,17 +73,17 @@ def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
     }
 
 
-def advice(plan: Plan) -> list[str]:
-    """Return flags that lower the memory of a step, as far as they are not in use, and the next number of devices."""
-    config, flags = plan.fit.config, []
-    if config.execution.gather == "step" and plan.fit.num_devices > 1:
+def advice(plan: Plan, fit: Fit) -> list[str]:
+    """Return flags that lower the memory of a fit's step, as far as they are not in use, and a larger number."""
+    config, flags = fit.config, []
+    if config.execution.gather == "step" and fit.num_devices > 1:
         flags.append("--config.execution.gather=layer")
     if config.execution.remat != "full":
         flags.append("--config.execution.remat=full")
-    micro_batch = smallest_micro_batch(plan.fit)
+    micro_batch = smallest_micro_batch(fit)
     if micro_batch < config.training.micro_batch_size:
         flags.append(f"--config.training.micro_batch_size={micro_batch}")
-    more = next((fit for fit in plan.fits if fit.num_devices > plan.fit.num_devices), None)
+    more = next((other for other in plan.fits if other.num_devices > fit.num_devices), None)
     return flags + ([f"--devices={more.num_devices} {more.flags}".strip()] if more else [])
 
 
@@ -95,47 +95,50 @@ def _devices(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _on_devices(plan: Plan) -> list[str]:
-    fit, chip, step = plan.fit, plan.chip, plan.step
-    if fit is None:
-        why = "no number of devices that works holds the state" if chip else "--devices and --chip plan one mesh"
-        return [f"memory of a device: {why}"]
-    where = f"{fit.num_devices} {'devices of ' + chip.name if chip else 'devices'}"
-    axes = " x ".join(f"{axis} {size}" for axis, size in fit.mesh.shape.items() if size > 1) or "one device"
-    text = [f"one of {where} ({axes}):"]
-    text += [f"  {name:<18}{_bytes(size):>12}  computed" for name, size in plan.held.items()]
-    if step is None:
-        text.append(f"  {'together':<18}{_bytes(sum(plan.held.values())):>12}  computed")
-        return text + [_not_compiled(plan)] + _least_time(plan)
+    on = plan.placement
+    if on is None:
+        return ["memory of a device: --devices and --chip say on what; it must hold the state"]
+    kind = f" of {on.chip.name}" if on.chip else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in on.fit.mesh.shape.items() if size > 1) or "no axis is split"
+    text = [f"one of {on.fit.num_devices} devices{kind} ({axes}):"]
+    text += [f"  {name:<18}{_bytes(size):>12}  computed" for name, size in on.held.items()]
+    if on.chip and on.step:
+        text += _compiled(on.chip, on.step) + _verdict(plan, on.fit, on.chip, on.step, sum(on.held.values()))
+    else:
+        text += [f"  {'together':<18}{_bytes(sum(on.held.values())):>12}  computed", _not_compiled(on)]
+    return text + _least_time(plan, on)
+
+
+def _compiled(chip: Chip, step: StepMemory) -> list[str]:
+    rows = [("the whole step", step.total, f"compiled in {step.seconds:.0f} s"), ("a device has", chip.memory, "")]
     if step.temporaries is not None:
-        text.append(f"  {'temporaries':<18}{_bytes(step.temporaries):>12}  compiled; gradients are among them")
-    text.append(f"  {'the whole step':<18}{_bytes(step.total):>12}  compiled in {step.seconds:.0f} s")
-    text.append(f"  {'a device has':<18}{_bytes(chip.memory):>12}")
-    return text + _verdict(plan) + _least_time(plan)
+        rows.insert(0, ("temporaries", step.temporaries, "compiled; gradients and copies are among them"))
+    return [f"  {name:<18}{_bytes(size):>12}  {how}".rstrip() for name, size, how in rows]
 
 
-def _verdict(plan: Plan) -> list[str]:
-    if plan.does_fit:
-        return [f"It fits: {plan.step.total / plan.chip.memory:.0%} of the memory."]
-    rest = plan.step.total - sum(plan.held.values())
-    text = [f"It does not fit. Beside what is listed, {_bytes(rest)} are activations, gathered weights and buffers."]
-    return text + [f"  less memory, perhaps: {flags}" for flags in advice(plan)]
+def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> list[str]:
+    if step.fits(chip):
+        return [f"It fits: {step.total / chip.memory:.0%} of the memory."]
+    beside = _bytes(step.total - held)
+    text = [f"It does not fit. Beside what is listed, {beside} are activations, gathered weights and buffers."]
+    return text + [f"  less memory, perhaps: {flags}" for flags in advice(plan, fit)]
 
 
-def _not_compiled(plan: Plan) -> str:
-    if plan.chip is None:
+def _not_compiled(on: Placement) -> str:
+    if on.chip is None:
         return "Activations come on top; --chip=v5p, for example, compiles the step and says how much."
-    share = sum(plan.held.values()) / plan.chip.memory
+    share = sum(on.held.values()) / on.chip.memory
     return (
-        f"That is {share:.0%} of a device of {plan.chip.name}. Activations come on top: the step of an NVIDIA card is"
+        f"That is {share:.0%} of a device of {on.chip.name}. Activations come on top: the step of an NVIDIA card is"
         " compiled on the card (experiments.benchmarks.training_step prints its memory)."
     )
 
 
-def _least_time(plan: Plan) -> list[str]:
-    peak = peak_flops(DEVICE_KINDS[plan.chip.name]) if plan.chip else None
+def _least_time(plan: Plan, on: Placement) -> list[str]:
+    peak = peak_flops(DEVICE_KINDS[on.chip.name]) if on.chip else None
     if peak is None:
         return []
-    days = plan.counts.flops_per_token * plan.counts.tokens / (peak * plan.fit.num_devices) / SECONDS_PER_DAY
+    days = plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices) / SECONDS_PER_DAY
     return [f"At the BF16 peak of all devices, which no run reaches, the tokens take {days:,.1f} days (computed)."]
 
 

@@ -18,6 +18,23 @@ SECONDS_BETWEEN_SIGNS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """A config on a number of devices.
+
+    Attributes:
+        fit: the config, with its mesh.
+        held: bytes of one device, by contents (`counts.bytes_per_device`), computed from the layouts.
+        chip: the kind of the devices; None if none was named.
+        step: memory of the compiled step; None without a TPU to compile for.
+    """
+
+    fit: Fit
+    held: dict[str, int]
+    chip: Chip | None = None
+    step: StepMemory | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is known of a run before it starts.
 
@@ -25,24 +42,14 @@ class Plan:
         config: as it was given.
         counts: its size.
         fits: the numbers of devices that work, with what must be changed for each.
-        fit: the one that was asked for, or the smallest whose state fits the chip; None if neither is there.
-        chip: the chip; None if none was named.
-        held: bytes of one device of `fit`, by contents (`counts.bytes_per_device`), computed from the layouts.
-        step: memory of the compiled step; None on cards that are not compiled for.
+        placement: on the number of devices that was asked for, or on the smallest whose memory holds the state; None if
+            neither is there.
     """
 
     config: Config
     counts: Counts
     fits: tuple[Fit, ...]
-    fit: Fit | None
-    chip: Chip | None
-    held: dict[str, int] | None
-    step: StepMemory | None
-
-    @property
-    def does_fit(self) -> bool | None:
-        """Whether the compiled step fits the chip; None if nothing was compiled."""
-        return None if self.step is None else self.step.fits(self.chip)
+    placement: Placement | None
 
 
 def make_plan(
@@ -64,9 +71,10 @@ def make_plan(
     counts, fits = count(config, state), find_fits(config)
     if fit is None and chip is not None:
         fit = next((f for f in fits if not f.changes and _state(f, state) <= chip.memory), None)
-    held = bytes_per_device(fit.config, state, fit.mesh) if fit else None
-    step = compile_fit(fit, chip, say) if fit and chip and chip.compiles else None
-    return Plan(config, counts, fits, fit, chip, held, step)
+    if fit is None:
+        return Plan(config, counts, fits, None)
+    step = compile_fit(fit, chip, say) if chip and chip.compiles else None
+    return Plan(config, counts, fits, Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step))
 
 
 def compile_fit(fit: Fit, chip: Chip, say: Callable[[str], None] = print) -> StepMemory:

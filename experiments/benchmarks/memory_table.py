@@ -69,7 +69,7 @@ def candidates(config: Config, state: State, memory: float, most: int) -> list[F
 
 def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a record, also appended to `records`, for every step that had to be compiled to fill the table."""
-    for chip in map(CHIPS.get, TPUS):
+    for chip in (CHIPS[name] for name in TPUS):
         for name in reversed(CONFIGS):  # the largest are the ones that people ask about
             for fit in missing(load(name), chip, records):
                 records.append(_compiled(fit, chip))
