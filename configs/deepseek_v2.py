@@ -50,4 +50,6 @@ def get_config() -> ConfigDict:
     ramp = (("constant", 0.009, 2304), ("constant", 0.018, 4608), ("constant", 0.028, 6912), ("constant", 1.0, 9216))
     config.execution.precision = "bf16"  # FP8 came with V3
     config.training.update({"num_tokens": 8.1e12, "batch_size": ramp, "micro_batch_size": 128})
+    # 160 experts on 32 devices, five on each: 64 do not divide them. It starts on 32, 64 and 128 devices.
+    config.mesh.update({"node": 4, "expert": 8})
     return config

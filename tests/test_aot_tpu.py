@@ -5,7 +5,7 @@ for a TPU mesh inside the checked shard_map, that the Pallas kernels of attentio
 48/32 head dims, V3's 192/128), and that the program fits the chip's memory, which the compiler checks. It proves
 nothing about speed.
 
-Each program compiles in a process of its own, `python -m tests.test_aot_tpu PROGRAM TOPOLOGY`: libtpu reads its
+Each program compiles in a process of its own, `python -m tests.test_aot_tpu PROGRAM CHIP`: libtpu reads its
 environment once.
 """
 
@@ -18,18 +18,16 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental import topologies
 
 from configs import deepseek_v3, tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
-from tests.support import abstract
-from tests.support.aot_tpu import ENVIRONMENT
+from deepseek_jax.plan.chips import CHIPS, ENVIRONMENT, absent_devices
+from deepseek_jax.plan.memory import memory_of, trace_step
 
 ROOT = Path(__file__).parents[1]
-TOPOLOGIES = {"v5p:2x2x2": "TPU v5", "tpu7x:2x2x1": "TPU7x"}  # eight devices each: a chip of tpu7x is two
-HBM_BYTES = 95 * 2**30  # of a v5p chip; one device of tpu7x has 96
+DEVICE_KINDS = {"v5p": "TPU v5", "tpu7x": "TPU7x"}
 KERNELS_PER_ATTENTION = 3  # forward, dq, dkv; more would be the forward again in the backward pass
 
 
@@ -50,41 +48,41 @@ def program(name: str) -> Config:
     return from_config_dict(tree)
 
 
-def compile_program(name: str, topology: str) -> dict:
-    """Compile for the first eight devices of a topology; return what the test looks at."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+def compile_program(name: str, chip: str) -> dict:
+    """Compile for eight devices of a chip; return what the test looks at."""
+    devices = absent_devices(CHIPS[chip], 8)
     config = program(name)
     mesh = make_mesh(config.mesh, devices)
-    traced = abstract.trace(config, mesh)
+    traced = trace_step(config, mesh)
     with jax.set_mesh(mesh):
         compiled = traced.lower().compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    text = compiled.as_text()
     return {
         "device_kind": devices[0].device_kind,
         "attention": resolve_for(config, mesh).execution.attention,
         "kernels": text.count('custom_call_target="tpu_custom_call"'),
-        "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "bytes": memory_of(compiled).total,
         "all_to_all": "all-to-all" in text,
     }
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("chip", DEVICE_KINDS)
 # layers and MTP layers: tiny's are unrolled
 @pytest.mark.parametrize(("name", "attentions"), [("tiny", 5), ("v3_layer", 1)])
-def test_step_compiles_for_tpu(name, attentions, topology):
+def test_step_compiles_for_tpu(name, attentions, chip):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
-    command = [sys.executable, "-m", "tests.test_aot_tpu", name, topology]
+    command = [sys.executable, "-m", "tests.test_aot_tpu", name, chip]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     result = json.loads(run.stdout.splitlines()[-1])
-    assert result["device_kind"] == TOPOLOGIES[topology]
+    assert result["device_kind"] == DEVICE_KINDS[chip]
     assert result["attention"] == "splash"
     assert result["kernels"] == KERNELS_PER_ATTENTION * attentions
     assert result["all_to_all"]
-    assert result["bytes"] < HBM_BYTES
+    assert result["bytes"] < CHIPS[chip].memory
 
 
 if __name__ == "__main__":

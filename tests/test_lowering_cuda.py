@@ -15,10 +15,10 @@ import pytest
 from configs import tiny, v3_5b
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.plan.memory import abstract_inputs
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.step import jit_train_step
 from pallas_kernels import dispatch
-from tests.support import abstract
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def lower_step(config, platform):
     devices = np.array([SimpleNamespace(platform=platform)])
     with jax.set_mesh(mesh):
         step = jit_train_step(config, pretraining(config), MeshOf(mesh.shape, devices))
-        return step.trace(*abstract.inputs(config, mesh)).lower(lowering_platforms=("cuda",)).as_text()
+        return step.trace(*abstract_inputs(config, mesh)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,13 @@
 """What the README and `docs/` point at exists, and their numbers follow from the code and the records."""
 
 import ast
-import importlib
-import math
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
-from deepseek_jax.config import from_config_dict
-from deepseek_jax.model import transformer
 from docs import make_map
-from experiments.benchmarks import results_table
+from experiments.benchmarks import memory_table, results_table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "log.md"]
@@ -88,38 +83,9 @@ def test_measurements_are_those_of_the_records():
     assert results_table.KERNELS.read_text() == results_table.kernel_tables() + "\n"
 
 
-BYTES_PER_PARAMETER = 4 + 2 + 2 + 4  # FP32 weight, two BF16 moments, FP32 gradient
-USABLE = 0.8  # of a card's memory
-CARDS = (24e9, 80e9, 141e9)
-
-
-def fit_rows():
-    """Return (config name, [parameters, state, cards of each size]) of the table of configs and cards."""
-    table = MEMORY.partition("| Config |")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", table, re.MULTILINE)
-    return [(name, [cell.strip() for cell in cells.split("|")]) for name, cells in rows]
-
-
-def in_units(value, units):
-    """Return `value` as the table writes it: `units` are (size, text), largest first."""
-    size, unit, decimals = next((size, unit, decimals) for size, unit, decimals in units if value >= size)
-    return f"{value / size:.{decimals}f}{unit}"
-
-
-@pytest.mark.parametrize(("name", "cells"), fit_rows(), ids=[name for name, _ in fit_rows()])
-def test_the_table_of_cards_follows_from_the_config(name, cells):
-    config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
-    mesh = jax.make_mesh((1,) * 5, ("pipe", "data", "node", "expert", "tensor"), devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        params, _ = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state = BYTES_PER_PARAMETER * count
-    expected = [
-        in_units(count, ((1e9, "B", 3), (1e6, "M", 1))),
-        in_units(state, ((1e12, " TB", 2), (1e9, " GB", 1), (1e6, " MB", 0))),
-    ]
-    assert cells == expected + [str(math.ceil(state / (USABLE * memory))) for memory in CARDS]
+def test_the_table_of_chips_is_that_of_the_record():
+    assert memory_table.table(memory_table.read_records()) in MEMORY
 
 
 def test_the_table_has_every_config():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"} == {name for name, _ in fit_rows()}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"} == set(memory_table.CONFIGS)

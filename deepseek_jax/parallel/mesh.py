@@ -11,12 +11,15 @@ hides, and it reduces a gradient per island and micro-batch. With one island a g
 it per layer, ZeRO-1 once per step; that is their only difference, and the layout table does not change.
 """
 
+import functools
+import logging
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from deepseek_jax import config as config_lib
 from deepseek_jax.parameters import PARAMETERS, ROWS
@@ -24,6 +27,7 @@ from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
 
 AXES = ("pipe", "data", "node", "expert", "tensor")
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # of devices, or of sizes alone
 # Fields of `Model` by the letter of their dim: all dims that the layout of some parameter splits.
 SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
 
@@ -31,10 +35,28 @@ SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"
 def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Make the mesh of `sizes` over `devices` (all of them by default).
 
+    A TPU's torus has physical axes of its own (8 x 4 x 4 for 128 chips). JAX lays an axis of the mesh along whole ones,
+    and refuses 2 x 8 x 8 there. Such a mesh splits a physical axis: neighbours on the mesh are then farther apart.
+
+    Raises:
+        ValueError: as `mesh_shape`.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
+    try:
+        return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+    except NotImplementedError:
+        logging.info("mesh %s: axes of the torus are split between axes of the mesh", shape)
+        split = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(split, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+
+
+def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:
+    """Return the size of every axis for `num_devices` devices.
+
     Raises:
         ValueError: the axes do not multiply to the number of devices, or a reserved axis is not 1.
     """
-    devices = jax.devices() if devices is None else devices
     shape = {axis: getattr(sizes, axis) for axis in AXES}
     for axis in ("pipe", "tensor"):
         if shape[axis] != 1:
@@ -47,10 +69,10 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
         raise ValueError(f"config.mesh = {shape}: sizes are positive, and at most one is -1")
     fixed = math.prod(size for size in shape.values() if size != -1)
     if free:
-        shape[free[0]] = len(devices) // fixed
-    if math.prod(shape.values()) != len(devices):
-        raise ValueError(_misfit(given, fixed, len(devices), bool(free)))
-    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+        shape[free[0]] = num_devices // fixed
+    if math.prod(shape.values()) != num_devices:
+        raise ValueError(_misfit(given, fixed, num_devices, bool(free)))
+    return shape
 
 
 def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> str:
@@ -67,7 +89,7 @@ def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> 
     )
 
 
-def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
     """Refuse a model or batch that the mesh cannot split evenly; the message names the dim, the axes and the remedy."""
     rows = axis_size(mesh, ROWS)
     check_model_fit(config.model, mesh)
@@ -81,13 +103,13 @@ def check_fit(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def check_model_fit(model: config_lib.Model, mesh: jax.sharding.Mesh) -> None:
+def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:
     """Refuse a model whose parameters the mesh cannot split evenly."""
     for field, parts in _split_sizes(mesh).items():
         _check_split(f"model.{field}", getattr(model, field), parts, mesh)
 
 
-def _check_split(name: str, size: int, parts: int, mesh: jax.sharding.Mesh) -> None:
+def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
     if size % parts:
         raise ValueError(
             f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the"
@@ -95,18 +117,23 @@ def _check_split(name: str, size: int, parts: int, mesh: jax.sharding.Mesh) -> N
         )
 
 
-def _split_sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Return {field of `Model`: number of devices that its dim is split over}, from the layouts of `PARAMETERS`."""
-    parts: dict[str, int] = {}
+def _split_sizes(mesh: AnyMesh) -> dict[str, int]:
+    """Return {field of `Model`: number of devices that its dim is split over}."""
+    return {field: max(axis_size(mesh, axes) for axes in layouts) for field, layouts in _split_fields().items()}
+
+
+@functools.cache
+def _split_fields() -> dict[str, set[tuple[str, ...]]]:
+    """Return {field of `Model`: the mesh axes that split its dim, one tuple per layout of `PARAMETERS`}."""
+    fields: dict[str, set[tuple[str, ...]]] = {}
     for name, parameter in PARAMETERS.items():
         for letter, axes in zip(name.rpartition("_")[2], parameter.layout, strict=True):
             if axes is not None:
-                field = SIZES[letter]
-                parts[field] = max(parts.get(field, 1), axis_size(mesh, (axes,) if isinstance(axes, str) else axes))
-    return parts
+                fields.setdefault(SIZES[letter], set()).add((axes,) if isinstance(axes, str) else tuple(axes))
+    return fields
 
 
-def axis_size(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
+def axis_size(mesh: AnyMesh, axes: Sequence[str]) -> int:
     """Return the number of devices along `axes` together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 

@@ -21,7 +21,8 @@ from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import EXPERTS, PARAMETERS
-from tests.support import abstract, small
+from deepseek_jax.plan.memory import abstract_inputs, trace_step
+from tests.support import small
 
 MESH = (2, 1, 4)
 MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}
@@ -74,8 +75,8 @@ def _traced(sizes, gather, precision, remat):
     tree.execution.update({"gather": gather, "precision": precision, "remat": remat})
     config = from_config_dict(tree)
     mesh = make_mesh(config.mesh)
-    jaxpr = abstract.trace(resolve_for(config, mesh), mesh).jaxpr
-    return Traced(config, abstract.inputs(config, mesh)[0]["params"], collectives_of(jaxpr.jaxpr))
+    jaxpr = trace_step(resolve_for(config, mesh), mesh).jaxpr
+    return Traced(config, abstract_inputs(config, mesh)[0]["params"], collectives_of(jaxpr.jaxpr))
 
 
 def split_leaves(tree, sizes) -> list[str]:

@@ -40,6 +40,19 @@ def test_mesh_has_the_sizes_asked_for(axes, shape):
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
 
 
+def test_axes_of_a_torus_are_split_where_whole_ones_do_not_serve(monkeypatch):
+    """As on 128 chips of a v5p, 8 x 4 x 4, for a mesh of 2 x 8 x 8; `tests.plan.test_aot_tpu` asks libtpu."""
+
+    def refuse(*_, **__):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 3 of size 8")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh(sizes(data=2, expert=4))
+    assert mesh.axis_names == AXES
+    assert mesh.devices.shape == (1, 2, 1, 4, 1)
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+
+
 # fmt: skip
 @pytest.mark.parametrize(
     ("axes", "message"),

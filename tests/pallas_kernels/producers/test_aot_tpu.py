@@ -15,8 +15,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from deepseek_jax.plan.chips import ENVIRONMENT
 from pallas_kernels import producers
-from tests.support.aot_tpu import ENVIRONMENT
 
 ROOT = Path(__file__).parents[3]
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")

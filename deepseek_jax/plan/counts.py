@@ -1,0 +1,141 @@
+"""How large a run is: parameters, bytes of state, FLOPs, tokens, steps. All of it from shapes; no array is made."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parameters import PARAMETERS, layout_in_use, leaf_name
+from deepseek_jax.training.flops import flops_per_token
+from deepseek_jax.training.state import State, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """The size of a run.
+
+    Attributes:
+        parameters: all that is trained, MTP layers included. Router biases, which no gradient changes, are not.
+        mtp_parameters: those of the MTP layers; embedding and head, which they share, are not.
+        active: parameters of the main model that one token meets: all but the experts that are not chosen for it. Its
+            row of the embedding counts as the whole embedding.
+        flops_per_token: of a training step, forward and backward, MTP included, causal attention (`training.flops`).
+        tokens: of the whole run.
+        steps: optimizer steps of the whole run.
+        batch_size: sequences of the largest step.
+        tokens_per_step: of the largest step.
+    """
+
+    parameters: int
+    mtp_parameters: int
+    active: int
+    flops_per_token: float
+    tokens: int
+    steps: int
+    batch_size: int
+    tokens_per_step: int
+
+
+def count(config: Config, state: State) -> Counts:
+    """Return the size of a run whose abstract state is `state`."""
+    params = state["params"]
+    mtp = _size(params.get("mtp_layers", {}))
+    main = {name: part for name, part in params.items() if name != "mtp_layers"}
+    size = largest_batch(config)
+    length = config.data.sequence_length
+    return Counts(
+        parameters=_size(params),
+        mtp_parameters=mtp,
+        active=_active(config, main),
+        flops_per_token=flops_per_token(config.model, length, causal=True, mtp=True),
+        tokens=int(config.training.num_tokens),
+        steps=num_steps(config),
+        batch_size=size,
+        tokens_per_step=size * length,
+    )
+
+
+def largest_batch(config: Config) -> int:
+    """Return the sequences of the largest step of the batch-size ramp."""
+    return int(max(value for _, _, value in config.training.batch_size))
+
+
+def num_steps(config: Config) -> int:
+    """Return the optimizer steps of a run. A step takes the size that holds at its first token."""
+    steps = seen = 0
+    for _, until, size in config.training.batch_size:
+        tokens = int(size) * config.data.sequence_length
+        more = max(0, math.ceil((until * config.training.num_tokens - seen) / tokens))
+        steps, seen = steps + more, seen + more * tokens
+    return steps
+
+
+def state_of(config: Config) -> State:
+    """Return the abstract state of a config, with the layout of each leaf, which any mesh can take."""
+    mesh = jax.make_mesh((1,) * len(AXES), AXES, devices=jax.devices()[:1])
+    return abstract_state(config, mesh)
+
+
+def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+    """Return what one device of `mesh` holds, in bytes, by its contents.
+
+    "weights", "moments", "gradients" (FP32) and, where a config has them, "average" and "copies": weights as they are
+    multiplied, in E4M3 or BF16. With `execution.gather` = "step" a device has such copies, and gradients, of all
+    weights but other devices' experts. Activations and what a gather of one layer makes are not here: only a compiled
+    step knows them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+    held = {
+        "weights": _local(state["params"], mesh) + _local(state["router_bias"], mesh),
+        "moments": _local(state["optimizer"], mesh),
+        "gradients": _local(state["params"], mesh),
+    }
+    if "ema" in state:
+        held["average"] = _local(state["ema"], mesh)
+    if config.execution.gather == "step":
+        held["gradients"] = 4 * sum(_part_in_use(path, leaf, mesh) for path, leaf in leaves)
+    copies = sum(_copy(config, path, leaf, mesh) for path, leaf in leaves)
+    return held | ({"copies": copies} if copies else {})
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _active(config: Config, params: Any) -> int:
+    model, active = config.model, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        used = model.experts_per_token if PARAMETERS[leaf_name(path)].per_expert else model.num_experts
+        active += leaf.size * used // model.num_experts
+    return active
+
+
+def _copy(config: Config, path: Any, leaf: Any, mesh: jax.sharding.AbstractMesh) -> int:
+    """Return the bytes of a weight's copy that lives through the whole step on one device."""
+    whole = config.execution.gather == "step"
+    precision = PARAMETERS[leaf_name(path)].precision
+    if config.execution.precision == "fp8" and precision == "fp8":
+        return _part_in_use(path, leaf, mesh) if whole else _part(leaf, leaf.sharding.spec, mesh)
+    dtype = jnp.dtype(jnp.float32) if precision == "fp32" else compute_dtype(config.execution)
+    if not whole or (mesh.size == 1 and dtype == leaf.dtype):
+        return 0
+    return dtype.itemsize * _part_in_use(path, leaf, mesh)
+
+
+def _local(tree: Any, mesh: jax.sharding.AbstractMesh) -> int:
+    """Return the bytes of one device's part of a tree that has layouts."""
+    return sum(_part(leaf, leaf.sharding.spec, mesh) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part_in_use(path: Any, leaf: Any, mesh: jax.sharding.AbstractMesh) -> int:
+    """Return how many elements of a weight lie on one device while it multiplies with them."""
+    return _part(leaf, layout_in_use(leaf_name(path), leaf.ndim), mesh)
+
+
+def _part(leaf: Any, spec: jax.P, mesh: jax.sharding.AbstractMesh) -> int:
+    return math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape))

@@ -1,0 +1,150 @@
+"""A plan as a person reads it, and as a record."""
+
+import dataclasses
+from typing import Any
+
+from deepseek_jax.plan.chips import GIB, Chip
+from deepseek_jax.plan.memory import StepMemory
+from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
+from deepseek_jax.plan.run import Placement, Plan
+from deepseek_jax.training.flops import peak_flops
+
+SECONDS_PER_DAY = 86400
+DEVICE_KINDS = {  # what JAX calls a device of a chip, for its peak
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+    "h100": "NVIDIA H100",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+
+
+def lines(plan: Plan) -> list[str]:
+    """Return the lines that a person reads. Each figure says whether it was computed or compiled."""
+    counts, config = plan.counts, plan.config
+    third = _bytes(4 * counts.parameters)
+    flops, most = counts.flops_per_token, counts.tokens_per_step
+    step = f"{counts.batch_size:,} x {config.data.sequence_length:,}"
+    rows = [
+        ("parameters", f"{counts.parameters:,} ({_short(counts.parameters)}), MTP {_short(counts.mtp_parameters)}"),
+        ("active per token", f"{counts.active:,} ({_short(counts.active)}), without MTP"),
+        (
+            "state",
+            f"{_bytes(12 * counts.parameters)}: FP32 weights {third}, two BF16 moments {third}, gradients {third}",
+        ),
+        ("FLOPs", f"{flops:.4g} per token, {flops * most:.4g} per step; recomputation does not count"),
+        ("", f"{flops * counts.tokens:.4g} in all"),
+        ("tokens", f"{counts.tokens:,} in {counts.steps:,} steps of at most {step}"),
+        *_devices(plan),
+    ]
+    head = f"{config.name}, {config.execution.precision}; computed from the config:"
+    return [head, *(f"  {name:<18}{text}" for name, text in rows), *_on_devices(plan)]
+
+
+def record(plan: Plan) -> dict[str, Any]:
+    """Return the same as plain values: counts, bytes, and the changes for each number of devices that works."""
+    values = {
+        "config": plan.config.name,
+        "precision": plan.config.execution.precision,
+        "counts": dataclasses.asdict(plan.counts),
+        "fits": [{"devices": fit.num_devices, "changes": fit.changes} for fit in plan.fits],
+    }
+    on = plan.placement
+    if on is None:
+        return values
+    values |= {"devices": on.fit.num_devices, "held_computed": on.held}
+    return values | (memory_record(on.fit, on.chip, on.step) if on.chip and on.step else {})
+
+
+def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
+    """Return the compiled memory of one device as plain values, in bytes, with what it was compiled for."""
+    training, data = fit.config.training, fit.config.data
+    return {
+        "mesh": dict(fit.mesh.shape),
+        "changes": fit.changes,
+        "execution": dataclasses.asdict(fit.config.execution),
+        "micro_batch_size": training.micro_batch_size,
+        "sequence_length": data.sequence_length,
+        "chip_memory": chip.memory,
+        "step_compiled": dataclasses.asdict(step),
+        "does_fit": step.fits(chip),
+    }
+
+
+def advice(plan: Plan, fit: Fit) -> list[str]:
+    """Return flags that lower the memory of a fit's step, as far as they are not in use, and a larger number."""
+    config, flags = fit.config, []
+    if config.execution.gather == "step" and fit.num_devices > 1:
+        flags.append("--config.execution.gather=layer")
+    if config.execution.remat != "full":
+        flags.append("--config.execution.remat=full")
+    micro_batch = smallest_micro_batch(fit)
+    if micro_batch < config.training.micro_batch_size:
+        flags.append(f"--config.training.micro_batch_size={micro_batch}")
+    more = next((other for other in plan.fits if other.num_devices > fit.num_devices), None)
+    return flags + ([f"--devices={more.num_devices} {more.flags}".strip()] if more else [])
+
+
+def _devices(plan: Plan) -> list[tuple[str, str]]:
+    written = [str(fit.num_devices) for fit in plan.fits if not fit.changes]
+    changed = [fit for fit in plan.fits if fit.changes]
+    rows = [("devices", f"as written: {', '.join(written) or 'no number works'}")]
+    return rows + [("", f"{fit.num_devices} with {fit.flags}") for fit in changed]
+
+
+def _on_devices(plan: Plan) -> list[str]:
+    on = plan.placement
+    if on is None:
+        return ["memory of a device: --devices and --chip say on what; it must hold the state"]
+    kind = f" of {on.chip.name}" if on.chip else ""
+    axes = " x ".join(f"{axis} {size}" for axis, size in on.fit.mesh.shape.items() if size > 1) or "no axis is split"
+    text = [f"one of {on.fit.num_devices} devices{kind} ({axes}):"]
+    text += [f"  {name:<18}{_bytes(size):>12}  computed" for name, size in on.held.items()]
+    if on.chip and on.step:
+        text += _compiled(on.chip, on.step) + _verdict(plan, on.fit, on.chip, on.step, sum(on.held.values()))
+    else:
+        text += [f"  {'together':<18}{_bytes(sum(on.held.values())):>12}  computed", _not_compiled(on)]
+    return text + _least_time(plan, on)
+
+
+def _compiled(chip: Chip, step: StepMemory) -> list[str]:
+    rows = [("the whole step", step.total, f"compiled in {step.seconds:.0f} s"), ("a device has", chip.memory, "")]
+    if step.temporaries is not None:
+        rows.insert(0, ("temporaries", step.temporaries, "compiled; gradients and copies are among them"))
+    return [f"  {name:<18}{_bytes(size):>12}  {how}".rstrip() for name, size, how in rows]
+
+
+def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> list[str]:
+    if step.fits(chip):
+        return [f"It fits: {step.total / chip.memory:.0%} of the memory."]
+    beside = _bytes(step.total - held)
+    text = [f"It does not fit. Beside what is listed, {beside} are activations, gathered weights and buffers."]
+    return text + [f"  less memory, perhaps: {flags}" for flags in advice(plan, fit)]
+
+
+def _not_compiled(on: Placement) -> str:
+    if on.chip is None:
+        return "Activations come on top; --chip=v5p, for example, compiles the step and says how much."
+    share = sum(on.held.values()) / on.chip.memory
+    return (
+        f"That is {share:.0%} of a device of {on.chip.name}. Activations come on top: the step of an NVIDIA card is"
+        " compiled on the card (experiments.benchmarks.training_step prints its memory)."
+    )
+
+
+def _least_time(plan: Plan, on: Placement) -> list[str]:
+    peak = peak_flops(DEVICE_KINDS[on.chip.name]) if on.chip else None
+    if peak is None:
+        return []
+    days = plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices) / SECONDS_PER_DAY
+    return [f"At the BF16 peak of all devices, which no run reaches, the tokens take {days:,.1f} days (computed)."]
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:,.3f}B" if count >= 1e9 else f"{count / 1e6:,.1f}M"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB"

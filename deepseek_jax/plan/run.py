@@ -1,0 +1,107 @@
+"""The plan of a run: its size, the numbers of devices that work and, for one of them, the memory of a device."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.plan.chips import Chip, absent_devices
+from deepseek_jax.plan.counts import Counts, bytes_per_device, count, state_of
+from deepseek_jax.plan.memory import StepMemory, compile_step
+from deepseek_jax.plan.meshes import Fit, find_fits, require_fit
+
+SECONDS_BETWEEN_SIGNS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A config on a number of devices.
+
+    Attributes:
+        fit: the config, with its mesh.
+        held: bytes of one device, by contents (`counts.bytes_per_device`), computed from the layouts.
+        chip: the kind of the devices; None if none was named.
+        step: memory of the compiled step; None without a TPU to compile for.
+    """
+
+    fit: Fit
+    held: dict[str, int]
+    chip: Chip | None = None
+    step: StepMemory | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it starts.
+
+    Attributes:
+        config: as it was given.
+        counts: its size.
+        fits: the numbers of devices that work, with what must be changed for each.
+        placement: on the number of devices that was asked for, or on the smallest whose memory holds the state; None if
+            neither is there.
+    """
+
+    config: Config
+    counts: Counts
+    fits: tuple[Fit, ...]
+    placement: Placement | None
+
+
+def make_plan(
+    config: Config, num_devices: int | None = None, chip: Chip | None = None, say: Callable[[str], None] = print
+) -> Plan:
+    """Plan `config` on `num_devices` devices of a kind; for a TPU its step is compiled (`chips.prepare` comes first).
+
+    Args:
+        config: any valid config.
+        num_devices: None: with a chip, the smallest number whose state alone fits it.
+        chip: None: nothing is compiled.
+        say: takes the signs of life of a long compilation.
+
+    Raises:
+        ValueError: a run would refuse the number of devices; the message has the flags or numbers that work.
+    """
+    fit = None if num_devices is None else require_fit(config, num_devices)
+    state = state_of(config)
+    counts, fits = count(config, state), find_fits(config)
+    if fit is None and chip is not None:
+        fit = next((f for f in fits if not f.changes and _state(f, state) <= chip.memory), None)
+    if fit is None:
+        return Plan(config, counts, fits, None)
+    step = compile_fit(fit, chip, say) if chip and chip.compiles else None
+    return Plan(config, counts, fits, Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step))
+
+
+def compile_fit(fit: Fit, chip: Chip, say: Callable[[str], None] = print) -> StepMemory:
+    """Compile the step of a fit for a TPU that need not be there; return the memory of one device."""
+    mesh = make_mesh(fit.config.mesh, absent_devices(chip, fit.num_devices))
+    with signs_of_life(f"compiling the step of {fit.config.name} for {fit.num_devices} devices of {chip.name}", say):
+        return compile_step(fit.config, mesh)
+
+
+@contextmanager
+def signs_of_life(what: str, say: Callable[[str], None]):
+    """Say every few seconds that the body still runs, and how long it has."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def tell():
+        while not done.wait(SECONDS_BETWEEN_SIGNS):
+            say(f"{what} ... {time.perf_counter() - start:.0f} s")
+
+    say(f"{what} ... (minutes for a large model)")
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _state(fit: Fit, state: Any) -> int:
+    return sum(bytes_per_device(fit.config, state, fit.mesh).values())

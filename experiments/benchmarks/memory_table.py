@@ -1,0 +1,190 @@
+"""Which config fits which chip: `python -m experiments.benchmarks.memory_table --compile`.
+
+Without --compile it prints the table of `docs/memory.md` from the record, `experiments/results/plan/memory.json`. With
+it, it first compiles the training step of every config for every kind of TPU on several numbers of devices, which takes
+hours on two cores. What the record has already is not compiled again, so it can be stopped; delete the record to begin
+anew. Numbers of devices are those that the code accepts; cells for NVIDIA cards are computed, not compiled.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.plan.chips import CHIPS, GIB, Chip, prepare
+from deepseek_jax.plan.counts import bytes_per_device, count, state_of
+from deepseek_jax.plan.meshes import Fit, find_fits
+from deepseek_jax.plan.report import memory_record
+from deepseek_jax.plan.run import compile_fit
+from deepseek_jax.training.state import State
+from experiments import command
+from pallas_kernels.bench.records import provenance, write
+
+COMPILE = flags.DEFINE_bool("compile", False, "Compile what the record lacks.")
+NOT_COMPILED = "-"
+RECORD = Path(__file__).parents[1] / "results" / "plan" / "memory.json"
+
+CONFIGS = {
+    "tiny": "V3 on two CPU cores",
+    "v3_300m": "comparing precisions",
+    "moe_1b": "an ablation shape",
+    "v3_5b": "V3 on one card",
+    "deepseek_v2_lite": "V2-Lite, 16B",
+    "deepseek_v2": "V2 and V2.5, 236B",
+    "deepseek_v3": "V3 and R1, 671B",
+}
+TPUS = ("v5p", "v6e", "tpu7x")
+CARDS = {"80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
+USABLE = 0.8  # of a card's memory for what is computed: the rest is left to activations
+# In this order: the config as it is written, then with all of a layer computed once more in the backward pass.
+VARIANTS: tuple[dict[str, dict[str, str]], ...] = ({}, {"execution": {"remat": "full"}})
+
+
+@functools.cache
+def load(name: str) -> Config:
+    """Return a config of `configs/` as it is shipped, but in BF16 where it says FP8: then TPUs and cards compare."""
+    config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+    return config.with_(execution={"precision": "bf16"}) if config.execution.precision == "fp8" else config
+
+
+@functools.cache
+def abstract(config: Config) -> State:
+    """Return `state_of` of a config, made once."""
+    return state_of(config)
+
+
+def candidates(config: Config, state: State, memory: float, most: int) -> list[Fit]:
+    """Return the numbers of devices that the code accepts and whose computed bytes are at most `memory`."""
+    return [
+        fit for fit in find_fits(config, most) if sum(bytes_per_device(fit.config, state, fit.mesh).values()) <= memory
+    ]
+
+
+def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a record, also appended to `records`, for every step that had to be compiled to fill the table."""
+    for chip in (CHIPS[name] for name in TPUS):
+        for name in reversed(CONFIGS):  # the largest are the ones that people ask about
+            for fit in missing(load(name), chip, records):
+                records.append(_compiled(fit, chip))
+                yield records[-1]
+
+
+def missing(config: Config, chip: Chip, records: list[dict[str, Any]]) -> Iterator[Fit]:
+    """Yield what must be compiled next to know the smallest fit; each result must be in `records` before the next."""
+    state = abstract(config)
+    for changes in VARIANTS:
+        fits = candidates(config.with_(**changes), state, chip.memory, chip.devices * chip.most_chips)
+        while (fit := next_probe(fits, chip, records)) is not None:
+            yield fit
+        if any(_known(fit, chip, records) for fit in fits):
+            return
+
+
+def next_probe(fits: list[Fit], chip: Chip, records: list[dict[str, Any]]) -> Fit | None:
+    """Return the fit to compile next in the search for the smallest that fits; None if it is known, or that none does.
+
+    The smallest comes first, then the largest, then those between. More devices never need more memory each, so one
+    that is refused speaks for all smaller ones.
+    """
+    known = [_known(fit, chip, records) for fit in fits]
+    unknown = [fit for fit, does_fit in zip(fits, known, strict=True) if does_fit is None]
+    if not unknown:
+        return None
+    if False not in known:
+        return unknown[0]
+    return unknown[len(unknown) // 2] if True in known else unknown[-1]
+
+
+def _known(fit: Fit, chip: Chip, records: list[dict[str, Any]]) -> bool | None:
+    """Return whether a fit does fit by what is in the record, or None."""
+    key = _key(fit, chip)
+    same = [r for r in records if all(r[name] == key[name] for name in key if name != "devices")]
+    if any(r["does_fit"] and r["devices"] <= fit.num_devices for r in same):
+        return True
+    return False if any(not r["does_fit"] and r["devices"] >= fit.num_devices for r in same) else None
+
+
+def _key(fit: Fit, chip: Chip) -> dict[str, Any]:
+    execution = fit.config.execution
+    return {
+        "config": fit.config.name,
+        "precision": execution.precision,
+        "remat": execution.remat,
+        "chip": chip.name,
+        "devices": fit.num_devices,
+    }
+
+
+def _compiled(fit: Fit, chip: Chip) -> dict[str, Any]:
+    step = compile_fit(fit, chip, lambda text: print(text, file=sys.stderr))
+    versions = {"libtpu": importlib.metadata.version("libtpu")}
+    where = provenance("experiments.benchmarks.memory_table", f"{fit.num_devices} x {chip.name}, absent")
+    return _key(fit, chip) | memory_record(fit, chip, step) | versions | where
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the Markdown table: a row per config, a column per TPU of which the record has steps, and the cards."""
+    tpus = [chip for chip in TPUS if any(r["chip"] == chip for r in records)]
+    heads = [*(f"{chip}, compiled" for chip in tpus), *(f"{card} cards, computed" for card in CARDS)]
+    head = f"| Config | What it is | Parameters, MTP included | State | {' | '.join(heads)} |"
+    rows = [head, "|---|---|---:|---:|" + "---|" * len(heads)]
+    for name, what in CONFIGS.items():
+        config = load(name)
+        state = abstract(config)
+        parameters = count(config, state).parameters
+        compiled = [compiled_cell(config, CHIPS[chip], records) for chip in tpus]
+        computed = [card_cell(config, state, memory) for memory in CARDS.values()]
+        sizes = _short(parameters, "B", "M"), _short(12 * parameters, " GB", " MB")
+        rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *compiled, *computed])} |")
+    return "\n".join(rows)
+
+
+def compiled_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
+    """Return the smallest number of devices on which the compiled step fits, and what it was found with."""
+    if next(missing(config, chip, records), None) is not None:
+        return NOT_COMPILED
+    fitting = [r for r in records if (r["config"], r["chip"]) == (config.name, chip.name) and r["does_fit"]]
+    if not fitting:
+        return "none"
+    best = min(fitting, key=lambda r: r["devices"])
+    remat = "" if best["remat"] == config.execution.remat else f", remat {best['remat']}"
+    return f"{best['devices']}{remat}: {best['step_compiled']['total'] / GIB:,.1f} GiB each"
+
+
+def card_cell(config: Config, state: State, memory: int) -> str:
+    """Return the smallest number of cards that the code accepts and whose computed bytes leave room."""
+    fits = candidates(config, state, USABLE * memory, most=1024)
+    return str(fits[0].num_devices) if fits else "none"
+
+
+def _short(value: float, billions: str, millions: str) -> str:
+    if value >= 1e9:
+        return f"{value / 1e9:,.1f}{billions}" if billions != "B" else f"{value / 1e9:,.3f}B"
+    return f"{value / 1e6:,.1f}{millions}"
+
+
+def read_records() -> list[dict[str, Any]]:
+    """Return what was compiled so far."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else []
+
+
+def main(_) -> None:
+    """Fill the record if asked to, then print the table."""
+    records = read_records()
+    if COMPILE.value:
+        prepare()
+        for record in compile_missing(records):
+            write(RECORD, records)
+            print({key: record[key] for key in ("config", "chip", "devices", "remat", "does_fit")}, file=sys.stderr)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    command.run(main)

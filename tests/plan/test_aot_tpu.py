@@ -1,0 +1,63 @@
+"""What libtpu says of the chips that a plan knows: their memory, and whether the meshes that it offers can be laid out.
+
+It runs in a process of its own, `python -m tests.plan.test_aot_tpu`: libtpu reads its environment once.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import deepseek_v2, deepseek_v3
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.plan.chips import CHIPS, ENVIRONMENT, absent_devices, prepare
+from deepseek_jax.plan.memory import refused
+from deepseek_jax.plan.meshes import find_fits
+
+ROOT = Path(__file__).parents[2]
+TPUS = [chip for chip in CHIPS.values() if chip.compiles]
+
+
+def compiler_memory(chip):
+    """Return the memory that the compiler gives a program, from its refusal of one that adds 1 to 400 GiB."""
+    sharding = jax.sharding.SingleDeviceSharding(absent_devices(chip, 1)[0])
+    x = jax.ShapeDtypeStruct((400, 2**30), jnp.int8, sharding=sharding)
+    try:
+        jax.jit(lambda x: x + 1).trace(x).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = refused(error)
+        return found.capacity, found.total
+
+
+def meshes_of(config, chip):
+    """Return the shapes of all meshes that a plan offers on a pod, made of the pod's devices."""
+    fits = find_fits(config, min(512, chip.most_chips * chip.devices))
+    return [list(make_mesh(fit.config.mesh, absent_devices(chip, fit.num_devices)).shape.values()) for fit in fits]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("libtpu")
+def test_chips_are_as_libtpu_has_them():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
+    command = [sys.executable, "-m", "tests.plan.test_aot_tpu"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    memory, shapes = json.loads(run.stdout.splitlines()[-1])
+    # argument and result: a refusal names the whole need of a program
+    assert memory == {chip.name: [chip.memory, 800 * 2**30] for chip in TPUS}
+    assert [1, 2, 8, 8, 1] in shapes["v5p"]  # V3 on 128 chips, a torus of 8 x 4 x 4
+
+
+if __name__ == "__main__":
+    prepare()
+    configs = [from_config_dict(module.get_config()) for module in (deepseek_v2, deepseek_v3)]
+    laid_out = {chip.name: [shape for config in configs for shape in meshes_of(config, chip)] for chip in TPUS}
+    print(json.dumps(({chip.name: compiler_memory(chip) for chip in TPUS}, laid_out)))

@@ -1,0 +1,81 @@
+"""The numbers of devices that a plan offers are those that a run accepts."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import check_fit, make_mesh
+from deepseek_jax.plan import meshes
+from tests.support import small
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
+
+
+def load(name):
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config())
+
+
+def runs(config, num_devices):
+    """Whether a run on that many devices of this machine gets past its checks."""
+    try:
+        check_fit(config, make_mesh(config.mesh, jax.devices()[:num_devices]))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_offered_is_what_a_run_accepts(precision):
+    tree = small.fp8_config_dict() if precision == "fp8" else small.config_dict()
+    tree.mesh.update({"data": -1, "node": 1, "expert": 2})
+    tree.data.sequence_length = 64
+    config = from_config_dict(tree)
+    fits = {fit.num_devices: fit for fit in meshes.find_fits(config, most=8)}
+    for count in range(1, 9):
+        as_written = count in fits and not fits[count].changes
+        assert as_written == runs(config, count), count
+        assert count not in fits or runs(fits[count].config, count), count
+    assert set(fits) == {1, 2, 4, 8}
+    # In FP8 a device needs two rows of 64 tokens.
+    changed = {"mesh.expert": 1}, {}, {}, {"training.micro_batch_size": 16} if precision == "fp8" else {}
+    assert tuple(fit.changes for fit in fits.values()) == changed
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "moe_1b"])
+def test_no_number_is_passed_over(name):
+    config = load(name)
+    one_by_one = [count for count in range(1, 66) if meshes.find_fit(config, count) is not None]
+    assert [fit.num_devices for fit in meshes.find_fits(config, most=65)] == one_by_one
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_starts_as_it_is_shipped(name):
+    config = load(name)
+    assert any(not fit.changes for fit in meshes.find_fits(config, most=128)), "no number of devices"
+
+
+def test_v2_and_v3():
+    """160 experts over 32 devices; V3 ends where its smallest split dim does, the 512 channels of the latent."""
+    as_written = [fit.num_devices for fit in meshes.find_fits(load("deepseek_v2"), most=256) if not fit.changes]
+    assert as_written == [32, 64, 128]
+    fits = meshes.find_fits(load("deepseek_v3"), most=1024)
+    assert fits[-1].num_devices == 512
+    assert fits[-1].flags == "--config.training.micro_batch_size=512"
+
+
+def test_a_refusal_says_what_works():
+    config = load("deepseek_v3")
+    with pytest.raises(ValueError, match="size = 128.* works on 256 with --config.training.micro_batch_size=256"):
+        meshes.require_fit(config, 256)
+    with pytest.raises(ValueError, match="numbers of devices that work: 1, 2, 4, .*, 512$"):
+        meshes.require_fit(config, 192)
+    assert meshes.require_fit(config, 128).changes == {}
+
+
+def test_the_smallest_micro_batch_is_one_that_works():
+    config = load("deepseek_v3")
+    assert meshes.smallest_micro_batch(meshes.fit_as_written(config, 64)) == 64
+    assert meshes.smallest_micro_batch(meshes.fit_as_written(config, 128)) == 128
