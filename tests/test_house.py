@@ -18,7 +18,7 @@ FLOORS = [
     {"model"},
     {"parallel", "data"},
     {"parameters", "safetensors"},
-    {"files", "locks", "config", "progress"},
+    {"files", "locks", "storage", "config", "progress"},
     {"config_checks"},
     {"config_bounds"},
     {"inputs", "palette", "schedule"},

@@ -25,12 +25,14 @@ Readers need no lock. The run may remove a checkpoint while one reads it; it doe
 the reader takes that one.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable
 from functools import partial
+from logging import ERROR, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import environment
+from deepseek_jax.storage import remedy
 from deepseek_jax.training.fingerprint import fingerprints
 from deepseek_jax.training.record import read_sealed, reason, seal, warn_of_changes
 from deepseek_jax.training.saved import CHECKPOINTS, DAMAGED, check_saved, note_saved
@@ -48,10 +51,21 @@ from deepseek_jax.training.saved import CHECKPOINTS, DAMAGED, check_saved, note_
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
 
 MOST_RETRIES = 20  # of a reader whose checkpoints are removed while it reads
+ORBAX = Path(ocp.__file__).parent
+
+# By default Orbax makes the folders of a save in one thread, and the threads that write wait for its signal: 300 s, in
+# threads that keep the process alive, if the folder cannot be made and the signal never comes. Here the folders are
+# made first, in a few milliseconds, and a failure is raised at once.
+WITHOUT_WAITING_FOR_FOLDERS = ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are intact."""
+
+
+def _is_news(record: LogRecord) -> bool:
+    """Refuse the tracebacks that each of Orbax's threads logs of a failed save: `SaveError` says it once."""
+    return not (record.levelno >= ERROR and Path(record.pathname).is_relative_to(ORBAX))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +105,11 @@ class Checkpoints:
             raise ValueError(
                 f"{workdir} holds no checkpoints; train there first: python -m experiments.train --workdir={workdir}"
             )
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=self._writes)
+        self._failed = False
+        logging.get_absl_logger().addFilter(_is_news)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=self._writes, async_options=WITHOUT_WAITING_FOR_FOLDERS
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _note_saved(self) -> None:
@@ -149,23 +167,32 @@ class Checkpoints:
         self._guard(self._note_saved)
 
     def close(self) -> None:
-        """Wait for the save in the background and release Orbax's threads."""
-        self._guard(self._manager.close)
-        self._guard(self._note_saved)
+        """Wait for the save in the background and release Orbax's threads; a failure that was raised is not again."""
+        if self._failed:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+        else:
+            self._guard(self._manager.close)
+            self._guard(self._note_saved)
 
     def _guard(self, action) -> None:
         try:
             action()
         except Exception as error:  # Orbax passes on what the file system or TensorStore raised
-            self._remove_unfinished()
-            self._manager.reload()
-            steps = self.steps()
-            kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-            free = shutil.disk_usage(self.directory).free / 2**30
+            self._failed = True
             raise SaveError(
-                f"saving into {self.directory} failed: {reason(error)}\n{kept}. {free:.2f} GiB are free there; make"
-                " room (or lower training.keep_checkpoints) and run the same command to continue"
+                f"saving into {self.directory} failed: {reason(error)}\n{self._kept()};"
+                f" {remedy(error, self.directory, ' (or lower training.keep_checkpoints)')}; the same command continues"
             ) from error
+
+    def _kept(self) -> str:
+        """Say what a failed save leaves, from the folder itself: Orbax's list may have the step that failed."""
+        try:
+            self._remove_unfinished()
+            steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
+        except OSError as error:
+            return f"the folder cannot be read ({error.strerror})"
+        return f"the checkpoint of step {max(steps)} is intact" if steps else "there is no earlier checkpoint"
 
     def restore(
         self,

@@ -24,6 +24,7 @@ import numpy as np
 from deepseek_jax.config import Config
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import regular_file, shown
+from deepseek_jax.storage import remedy
 from deepseek_jax.training.flops import model_flops_utilization, peak_flops
 from deepseek_jax.training.trackers import open_trackers, scalars
 
@@ -146,8 +147,8 @@ class MetricsLog:
             yield
         except OSError as error:
             text = (
-                f"writing {self._path} or the events beside it failed: {error.strerror};"
-                " make room and run the same command to continue"
+                f"writing {self._path} or the events beside it failed: {error.strerror or error};"
+                f" {remedy(error, self._path.parent)}; the same command continues"
             )
             raise OSError(error.errno, text) from error
 

@@ -239,7 +239,7 @@ def test_a_full_disk_while_saving_is_a_clear_error(workdir):
     checkpoints = Checkpoints(workdir, 3)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with jax.set_mesh(mesh), pytest.raises(SaveError, match="(?s)File too large.*step 3 is intact.*make room"):
+        with jax.set_mesh(mesh), pytest.raises(SaveError, match="(?s)File too large.*step 3 is intact.*ulimit -f"):
             checkpoints.save(make_state(mesh, 4), Progress(step=4, tokens_seen=4, data=None), CONFIG, TOKENIZER, mesh)
             checkpoints.wait()
     finally:

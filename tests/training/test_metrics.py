@@ -135,7 +135,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
     log = MetricsLog(tmp_path, 0, CONFIG)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        with pytest.raises(OSError, match="metrics.jsonl .*failed.*make room"):
+        with pytest.raises(OSError, match="metrics.jsonl .*failed.*ulimit -f"):
             log.write({"step": 1, "tokens_seen": 1} | train_row(step_metrics(1.0), RATES))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
