@@ -10,6 +10,7 @@ import jax
 from absl import flags, logging
 
 from deepseek_jax.inputs import shown
+from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import environment
 from pallas_kernels.lowering import export_cache
 
@@ -36,6 +37,12 @@ NUM_PROCESSES = flags.DEFINE_integer(
 )
 PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "With --coordinator: index of this process, from 0.", lower_bound=0, upper_bound=2**20
+)
+CONNECT_SECONDS = flags.DEFINE_integer(
+    "connect_seconds",
+    processes.CONNECT_SECONDS,
+    "How long the processes of a run wait for each other at the start.",
+    lower_bound=1,
 )
 
 # The cache keeps programs that compile for longer. A kernel takes 0.3 to 2 s; JAX's own limit is 1 s.
@@ -152,9 +159,9 @@ def check_processes() -> None:
 def join_processes() -> None:
     """Start `jax.distributed` if the flags ask for it."""
     if COORDINATOR.value is not None:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        processes.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CONNECT_SECONDS.value)
     elif DISTRIBUTED.value:
-        jax.distributed.initialize()
+        processes.join(None, None, None, CONNECT_SECONDS.value)
 
 
 def computes_on_cpu() -> bool:

@@ -1,42 +1,138 @@
-"""Signals that ask a run to stop: the run finishes its step and saves."""
+"""Signals that ask a program to stop: Ctrl-C (SIGINT), SIGTERM, and SIGUSR1 and SIGHUP, which schedulers and closed
+terminals send.
 
+    in the training loop   `Interruption`: the step is finished and saved; of several processes all stop after the same
+                           step (`parallel.processes`)
+    before and after it    `Abort`: there is nothing to save, so the program ends
+
+A second signal ends the process at once: a checkpoint that is being written is complete or not there. The exit code is
+128 + the number of the signal. SIGHUP stays ignored where it was when the program started, as under nohup.
+
+Python runs a handler between two bytecodes of the main thread. The main thread may be in C++ for minutes, where it
+compiles or waits for a device. So a thread is told of each signal through a pipe (`signal.set_wakeup_fd`): it answers,
+and obeys the second signal, whatever the main thread does.
+"""
+
+import os
 import signal
+import sys
 import threading
-from typing import Any
+from typing import Any, Self
 
 import jax
-from jax.experimental import multihost_utils
+
+from deepseek_jax.parallel import processes
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
-class Interruption:
-    """A context in which the first SIGINT or SIGTERM is noted instead of obeyed; a second one is obeyed."""
+class Interrupted(KeyboardInterrupt):
+    """A signal came where there is nothing to save."""
+
+    def __init__(self, number: int):
+        """Keep the number of the signal."""
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+class _Handlers:
+    """A context in which the first signal is answered and the second ends the process.
+
+    Python allows handlers in the main thread only; in other threads the context does nothing.
+    """
 
     def __init__(self):
         """Start without a signal."""
         self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Interruption":
-        """Install the handlers, if this is the main thread of a single process.
-
-        Python allows handlers in the main thread only. Several processes use JAX's own notice of preemption instead.
-        """
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> Self:
+        """Install the handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = {
+            number: signal.signal(number, self._on_main_thread)
+            for number in STOPPING
+            if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN)
+        }
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, args=(self._reader,), name="signals", daemon=True)
+        self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_) -> bool | None:
         """Put the former handlers back."""
+        if not self._before:
+            return
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
+        self._before = {}
+        os.write(self._writer, b"\0")  # which is no signal
+        self._thread.join()
+        os.close(self._writer)
+        os.close(self._reader)
 
-    def _note(self, number: int, _) -> None:
-        self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: finishing the step and saving; a second one stops at once", flush=True)
-        self.__exit__()
+    def _on_main_thread(self, number: int, _) -> None:
+        self.signal = self.signal or signal.Signals(number)
+
+    def _listen(self, reader: int) -> None:
+        answered = False
+        while number := os.read(reader, 1)[0]:
+            if number not in STOPPING:
+                continue
+            if answered:
+                print(f"\n{signal.Signals(number).name}: stopped at once", file=sys.stderr)
+                processes.end(128 + number)
+            answered = True
+            self._answer(signal.Signals(number))
+
+    def _answer(self, number: signal.Signals) -> None:
+        raise NotImplementedError
+
+
+class Interruption(_Handlers):
+    """A context in which a signal asks the training loop to stop."""
 
     def requested(self, step: int) -> bool:
         """Return whether to stop after `step`; all processes get the same answer."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
+        if (watch := processes.watch()) is not None:
+            self.signal = watch.requested(step)
         return self.signal is not None
+
+    def _answer(self, number: signal.Signals) -> None:
+        if jax.process_index() == 0:
+            print(f"\n{number.name}: finishing the step and saving; a second one stops at once", flush=True)
+        if (watch := processes.watch()) is not None:
+            watch.ask_to_stop(number)
+
+
+class Abort(_Handlers):
+    """A context in which a signal ends the program with a line: `Interrupted` is raised in the main thread.
+
+    If the main thread does not come to it in time, because it is in C++ or waits for something, the process is ended.
+
+    Attributes:
+        consequence: what the line says of the interruption; it may change during the context.
+    """
+
+    def __init__(self, consequence: str):
+        """Start without a signal."""
+        super().__init__()
+        self.consequence = consequence
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Put the former handlers back; end the program if a signal asked for it."""
+        super().__exit__(kind, error, trace)
+        if isinstance(error, Interrupted):
+            sys.exit(128 + error.signal)
+
+    def _on_main_thread(self, number: int, _) -> None:
+        raise Interrupted(number)
+
+    def _answer(self, number: signal.Signals) -> None:
+        print(f"\n{number.name}: {self.consequence}", file=sys.stderr, flush=True)
+        processes.end_soon(128 + number)
+        processes.tell_end(128 + number, f"{number.name}: {self.consequence}")

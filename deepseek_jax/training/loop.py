@@ -13,10 +13,11 @@ builds the parts of pre-training.
 How a run ends:
 
     the tokens are consumed          returns, `interrupted_by` None
-    Ctrl-C or SIGTERM                the step is finished and saved; returns, `interrupted_by` the signal. A second
+    Ctrl-C, SIGTERM, SIGUSR1, SIGHUP the step is finished and saved; returns, `interrupted_by` the signal. A second
                                      signal stops at once
     N consecutive non-finite steps   `NonFiniteError`; nothing is saved, the last good checkpoint stays
     a save or a write fails          `SaveError` or `OSError`; the earlier checkpoints stay
+    another process is gone          `ProcessError`; the earlier checkpoints stay
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ import jax
 from absl import logging
 
 from deepseek_jax.config import Config
+from deepseek_jax.parallel.processes import lost_processes_named
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.evaluation import place_batch
@@ -125,7 +127,7 @@ class Trainer:
         """Train to the end, or until a signal, which is returned; leave a checkpoint of the last step either way."""
         training = self.config.training
         self.speed.restart()
-        with Interruption() as interruption:
+        with lost_processes_named(), Interruption() as interruption:
             if self.step == 0:
                 self._evaluate()
             while not self.complete and not interruption.requested(self.step):

@@ -1,12 +1,15 @@
 """Two processes of four devices do as one of eight: each trains on its own rows, and together they write one export."""
 
+import signal
 import socket
+import subprocess
+import time
 
 import numpy as np
 import pytest
 
 from deepseek_jax.training.metrics import KEYS, read_rows
-from tests.training.runs import finish, start, write_corpus
+from tests.training.runs import DEADLINE, finish, start, write_corpus
 
 STEPS = 12
 
@@ -84,3 +87,45 @@ def test_two_processes_export_what_one_does(tmp_path):
     export_together()
     assert {path.name: path.read_bytes() for path in two.iterdir()} == contents
     assert kept.stat().st_mtime_ns == before
+
+
+def start_peers(tmp_path, *options) -> tuple[list[subprocess.Popen], list]:
+    """Start two processes with the smallest loop; return them and their logs once both are in it."""
+    port, logs = free_port(), [tmp_path / f"peer{index}" for index in range(2)]
+    processes = [
+        start(["-m", "tests.training.peers", str(port), "2", str(index), *options], log)
+        for index, log in enumerate(logs)
+    ]
+    deadline = time.monotonic() + DEADLINE
+    while not all("at step 10" in log.read_text() for log in logs) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return processes, logs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "index"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number, index):
+    processes, logs = start_peers(tmp_path)
+    processes[index].send_signal(number)
+    assert [process.wait(60) for process in processes] == [128 + number] * 2
+    stopped = [log.read_text().rpartition("stopped after step ")[2].strip() for log in logs]
+    assert stopped[0] == stopped[1] and int(stopped[0]) > 10
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_with_a_line(tmp_path):
+    processes, logs = start_peers(tmp_path)
+    processes[1].kill()
+    start_of_silence = time.monotonic()
+    processes[1].wait()
+    assert processes[0].wait(60) == 1
+    assert time.monotonic() - start_of_silence < 45.0
+    said = logs[0].read_text().partition("at step 10")[2].strip()
+    assert "another process of this run is gone" in said and len(said.splitlines()) <= 3
+
+
+@pytest.mark.slow
+def test_the_failure_of_one_process_is_told_by_the_other(tmp_path):
+    processes, logs = start_peers(tmp_path, "40")
+    assert [process.wait(60) for process in processes] == [1, 1]
+    assert all("process 1 has a problem" in log.read_text() for log in logs)
