@@ -2,7 +2,7 @@
 terminals send.
 
     in the training loop   `Interruption`: the step is finished and saved; of several processes all stop after the same
-                           step (`parallel.processes`)
+                           step (`parallel.watch`)
     before and after it    `Abort`: there is nothing to save, so the program ends
 
 A second signal ends the process at once: a checkpoint that is being written is complete or not there. The exit code is
@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import jax
 
-from deepseek_jax.parallel import processes
+from deepseek_jax.parallel import watch
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
@@ -85,7 +85,7 @@ class _Handlers:
                 continue
             if answered:
                 print(f"\n{signal.Signals(number).name}: stopped at once", file=sys.stderr)
-                processes.end(128 + number)
+                watch.end(128 + number)
             answered = True
             self._answer(signal.Signals(number))
 
@@ -98,15 +98,15 @@ class Interruption(_Handlers):
 
     def requested(self, step: int) -> bool:
         """Return whether to stop after `step`; all processes get the same answer."""
-        if (watch := processes.watch()) is not None:
-            self.signal = watch.requested(step)
+        if (others := watch.of_this_process()) is not None:
+            self.signal = others.requested(step)
         return self.signal is not None
 
     def _answer(self, number: signal.Signals) -> None:
         if jax.process_index() == 0:
             print(f"\n{number.name}: finishing the step and saving; a second one stops at once", flush=True)
-        if (watch := processes.watch()) is not None:
-            watch.ask_to_stop(number)
+        if (others := watch.of_this_process()) is not None:
+            others.ask_to_stop(number)
 
 
 class Abort(_Handlers):
@@ -134,5 +134,5 @@ class Abort(_Handlers):
 
     def _answer(self, number: signal.Signals) -> None:
         print(f"\n{number.name}: {self.consequence}", file=sys.stderr, flush=True)
-        processes.end_soon(128 + number)
-        processes.tell_end(128 + number, f"{number.name}: {self.consequence}")
+        watch.end_soon(128 + number)
+        watch.tell_end(128 + number, f"{number.name}: {self.consequence}")

@@ -30,7 +30,7 @@ import jax
 from absl import logging
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel.processes import lost_processes_named
+from deepseek_jax.parallel.watch import lost_processes_named
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.evaluation import place_batch

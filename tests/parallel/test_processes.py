@@ -8,7 +8,7 @@ import time
 import pytest
 
 from deepseek_jax.parallel import processes
-from deepseek_jax.parallel.processes import BEAT_SECONDS, SILENT_SECONDS, ProcessError, Watch
+from deepseek_jax.parallel.watch import BEAT_SECONDS, SILENT_SECONDS, ProcessError, Watch
 
 
 class Store:

@@ -10,8 +10,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.parallel import processes
-from deepseek_jax.parallel.processes import ProcessError
+from deepseek_jax.parallel import processes, watch
+from deepseek_jax.parallel.watch import ProcessError
 from deepseek_jax.training.interruption import Abort, Interruption
 
 MOST_STEPS = 10_000
@@ -26,7 +26,7 @@ def main(port: int, count: int, index: int, fail_at: int = -1) -> None:
         ones = jax.device_put(jnp.ones(count), jax.NamedSharding(mesh, jax.P("data")))
         add = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(mesh, jax.P()))
         step, number = 0, signal.SIGKILL
-        with processes.lost_processes_named(), Interruption() as interruption:
+        with watch.lost_processes_named(), Interruption() as interruption:
             while step < MOST_STEPS and not interruption.requested(step):
                 assert float(add(ones)) == count
                 step += 1
@@ -45,4 +45,4 @@ if __name__ == "__main__":
         main(*map(int, sys.argv[1:]))
     except (ProcessError, ValueError) as error:
         print(error)
-        processes.end_all(1, str(error))
+        watch.end_all(1, str(error))

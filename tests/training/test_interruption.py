@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from deepseek_jax.parallel import processes
+from deepseek_jax.parallel import watch
 from deepseek_jax.training.interruption import STOPPING, Abort, Interrupted, Interruption
 
 DEADLINE = 20.0  # seconds, on a loaded machine
@@ -17,7 +17,7 @@ DEADLINE = 20.0  # seconds, on a loaded machine
 def ends(monkeypatch):
     """Return the exit codes with which the process would have been ended, instead of being ended."""
     codes = []
-    monkeypatch.setattr(processes, "end", codes.append)
+    monkeypatch.setattr(watch, "end", codes.append)
     return codes
 
 
@@ -78,7 +78,7 @@ def test_only_sighup_stays_ignored(ends, number):
 @pytest.mark.parametrize("number", STOPPING)
 def test_outside_of_the_loop_a_signal_ends_the_program_with_one_line(monkeypatch, capfd, number):
     planned = []
-    monkeypatch.setattr(processes, "end_soon", planned.append)
+    monkeypatch.setattr(watch, "end_soon", planned.append)
     with pytest.raises(SystemExit) as caught, Abort("nothing was lost"):
         os.kill(os.getpid(), number)
         time.sleep(DEADLINE)
