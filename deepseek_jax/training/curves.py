@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from deepseek_jax.config import Source
 from deepseek_jax.inputs import shown
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.sheet import SHEET_NAME
+
+NOT_MEASURED = "not measured"  # or not finite; the log says which
 
 
 def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int], sources: Sequence[Source] = ()) -> str:
@@ -18,28 +21,29 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int], so
     rows = read_rows(workdir)
     evaluations = [row for row in rows if "eval/bits_per_byte" in row]
     training = [row for row in rows if "train/loss" in row]
-    yardsticks = next(row for row in reversed(rows) if "yardstick/bigram_bits_per_byte" in row)
+    if not evaluations:
+        raise ValueError(f"{workdir} has no evaluation in its metrics")
+    yardsticks = next((row for row in reversed(rows) if "yardstick/bigram_bits_per_byte" in row), {})
     before, after = evaluations[0], evaluations[-1]
     speeds = [row["speed/tokens_per_second"] for row in training]
     step_seconds = [row["speed/step_seconds"] for row in training]
     compile_seconds = [row["speed/compile_seconds"] for row in training if "speed/compile_seconds" in row]
-    bigram, bits = yardsticks["yardstick/bigram_bits_per_byte"], after["eval/bits_per_byte"]
+    bits = after["eval/bits_per_byte"]
     lines = [
-        ("held-out bits per byte, before", f"{before['eval/bits_per_byte']:.3f}"),
-        ("held-out bits per byte, after", f"{bits:.3f}"),
+        ("held-out bits per byte, before", _text(before["eval/bits_per_byte"])),
+        ("held-out bits per byte, after", _text(bits)),
         *source_lines(sources, after.get("eval/source_bits_per_byte", ())),
-        (
-            "  bigram of the tokens seen",
-            "not counted: too many tokens" if bigram is None else f"{bigram:.3f}  ({bits / bigram - 1.0:+.1%})",
-        ),
-        ("  gzip -9 of pieces of the model's context", f"{yardsticks['yardstick/gzip_pieces_bits_per_byte']:.3f}"),
-        ("  gzip -9 of each document", f"{yardsticks['yardstick/gzip_files_bits_per_byte']:.3f}"),
-        ("  xz -9 of each document", f"{yardsticks['yardstick/xz_files_bits_per_byte']:.3f}"),
+        ("  bigram of the tokens seen", _compared(bits, yardsticks)),
+        ("  gzip -9 of pieces of the model's context", _text(yardsticks.get("yardstick/gzip_pieces_bits_per_byte"))),
+        ("  gzip -9 of each document", _text(yardsticks.get("yardstick/gzip_files_bits_per_byte"))),
+        ("  xz -9 of each document", _text(yardsticks.get("yardstick/xz_files_bits_per_byte"))),
         ("tokens seen, steps", f"{after['tokens_seen']:,}, {after['step']:,}"),
-        ("tokens/s (median)", f"{median(speeds):,.0f}"),
+        ("tokens/s (median)", f"{median(speeds):,.0f}" if speeds else NOT_MEASURED),
         (
             "step time (median), compile time",
-            f"{median(step_seconds):.3f} s, {' + '.join(f'{value:.1f}' for value in compile_seconds)} s",
+            f"{median(step_seconds):.3f} s, {' + '.join(f'{value:.1f}' for value in compile_seconds)} s"
+            if speeds
+            else NOT_MEASURED,
         ),
         ("corpus (SHA-256)", corpus_hash[:16]),
         ("checkpoints", ", ".join(str(step) for step in checkpoint_steps)),
@@ -58,3 +62,14 @@ def source_lines(sources: Sequence[Source], bits_per_byte: Sequence[float | None
         (f"  {shown(source.path)} ({source.weight / total:.3g})", "nothing held out" if bits is None else f"{bits:.3f}")
         for source, bits in zip(sources, bits_per_byte, strict=True)
     ]
+
+
+def _text(bits: float | None) -> str:
+    return NOT_MEASURED if bits is None else f"{bits:.3f}"
+
+
+def _compared(bits: float | None, yardsticks: dict[str, Any]) -> str:
+    bigram = yardsticks.get("yardstick/bigram_bits_per_byte")
+    if bigram is None and yardsticks:
+        return "not counted: too many tokens"
+    return _text(bigram) + (f"  ({bits / bigram - 1.0:+.1%})" if bits is not None and bigram else "")

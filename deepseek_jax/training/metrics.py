@@ -38,7 +38,7 @@ KEYS = {
     "train/mtp_loss": "cross entropy of each MTP depth over the same number of tokens, nats; list over depths",
     "train/balance_loss": "weighted sequence-wise and batch-wise balance losses",
     "train/z_loss": "weighted z-loss",
-    "train/tokens": "positions of the step's batch that carry loss; the rest is padding",
+    "train/tokens": "positions of the step's batch that hold a token, with or without loss; the rest is padding",
     "optimizer/learning_rate": "of this step",
     "optimizer/mtp_weight": "of this step",
     "optimizer/bias_update_rate": "gamma of this step",

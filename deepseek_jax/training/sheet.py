@@ -96,8 +96,8 @@ def _title(
     named = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
     last = training[-1]
     result = f"{last['tokens_seen'] / 1e6:,.1f}M tokens of {named}, {last['step']:,} steps"
-    if evaluations:
-        result += f": {evaluations[-1]['eval/bits_per_byte']:.3f} held-out bits per byte"
+    if evaluations and (bits := evaluations[-1]["eval/bits_per_byte"]) is not None:
+        result += f": {bits:.3f} held-out bits per byte"
     return f"{config.name}{size}, {config.execution.precision.upper()}, in {workdir}\n{result}"
 
 
