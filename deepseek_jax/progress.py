@@ -4,6 +4,7 @@ A log file keeps lines. A bar redraws itself with carriage returns, so in a file
 characters.
 """
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -12,6 +13,9 @@ from typing import Self, TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
+SECONDS_BETWEEN_RECORDS = 60.0  # of what a bar on a terminal shows
+
+journal = logging.getLogger("deepseek_jax.journal")  # gets every line; `training.journal` keeps them
 
 
 class Bar:
@@ -68,6 +72,9 @@ class Bar:
             if values:
                 self._bar.set_postfix(values, refresh=False)
             self._bar.update(min(self._done, self._total) - min(before, self._total))
+            if now - self._last_line >= SECONDS_BETWEEN_RECORDS:
+                self._last_line = now
+                journal.info("%s", self._line(now, values))
             return
         complete = self._done >= self._total > before
         if now - self._last_line >= SECONDS_BETWEEN_LINES or (complete and self._shown):
@@ -78,6 +85,7 @@ class Bar:
         """Print a line without breaking the bar."""
         if self._silent:
             return
+        journal.info("%s", text)
         if self.lines:
             print(text, file=self._file, flush=True)
         else:

@@ -129,6 +129,7 @@ class Trainer:
         self.speed.restart()
         with lost_processes_named(), Interruption() as interruption:
             if self.step == 0:
+                self.bar.note("evaluating before the first step; this compiles the evaluation ...")
                 self._evaluate()
             while not self.complete and not interruption.requested(self.step):
                 self._take_step()
@@ -158,9 +159,12 @@ class Trainer:
     def _compile(self, size: int, batch: Any, step_rates: Rates) -> None:
         self._read_pending()
         with self.speed.paused():
+            self.bar.note(f"compiling the step for batches of {size} sequences ...")
             start = time.perf_counter()
             self.programs[size] = self.train_step.lower(self.state, batch, step_rates).compile()
-            self.compile_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.bar.note(f"compiled in {seconds:.1f} s")
+            self.compile_seconds += seconds
 
     def _read_pending(self) -> None:
         pending, self.pending = self.pending, None

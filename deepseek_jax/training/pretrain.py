@@ -15,13 +15,14 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import HeldOut, open_held_out
-from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.data.pipeline import make_train_loader, open_corpus, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_continues, check_length
 from deepseek_jax.training.evaluation import evaluate
+from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.metrics import MetricsLog, eval_row
 from deepseek_jax.training.objective import pretraining
@@ -29,6 +30,7 @@ from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
+from deepseek_jax.training.summary import run_lines
 from deepseek_jax.training.workdir import (
     check_workdir,
     claim_workdir,
@@ -86,6 +88,8 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None, 
         held_out = open_held_out(config, tokenizer, workdir, *processes)
         log = open_log(config, workdir, progress, resources, wandb)
         claim_workdir(workdir, config)
+        corpus = open_corpus(config, tokenizer, workdir)
+        say("\n".join(run_lines(config, mesh, state["params"], corpus, progress)))
         trainer = Trainer(
             config=config,
             mesh=mesh,
