@@ -85,6 +85,7 @@ def sample(config: Config, workdir: Path, result: Result) -> str:
     text = "".join(
         stream(config, weights_of(result.state), result.tokenizer, prompt, num_tokens, SAMPLING, config.seed)
     )
+    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return f"sample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{prompt}{text}\n"
 
 

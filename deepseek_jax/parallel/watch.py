@@ -16,6 +16,7 @@ its stack and exit code 134 (it has a callback for this case, which no function 
 type there). A process that is stopped (SIGSTOP) for `SILENT_SECONDS` counts as killed.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -178,16 +179,19 @@ def lost_processes_named() -> Iterator[None]:
         ) from error
 
 
-def end_all(code: int, why: str) -> None:
-    """After a failure: end this process with `code`, and the others, which get the reason. Returns if there are none.
+def fail(code: int, why: str) -> None:
+    """Prepare the end of this process after an error: soon, with `code`, and known to the others.
 
-    The usual end of JAX would wait for the others, who do not know.
+    The usual end of JAX waits for the others, who would not know.
     """
-    if _watch is None:
-        return
     end_soon(code)
-    tell_end(code, why)
-    if _watch.index == 0:
+    if _watch is not None:
+        tell_end(code, why)
+        atexit.register(_leave, code)  # before JAX's farewell, which was registered earlier
+
+
+def _leave(code: int) -> None:
+    if _watch is not None and _watch.index == 0:
         time.sleep(NOTICE_SECONDS)  # the notice is gone with this process
     end(code)
 

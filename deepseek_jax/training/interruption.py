@@ -25,6 +25,8 @@ from deepseek_jax.parallel import watch
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
+UNUSABLE, FAILED = 2, 1  # exit codes: input that cannot be used, and a run that failed
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal came where there is nothing to save."""
@@ -113,6 +115,7 @@ class Abort(_Handlers):
     """A context in which a signal ends the program with a line: `Interrupted` is raised in the main thread.
 
     If the main thread does not come to it in time, because it is in C++ or waits for something, the process is ended.
+    An error ends it soon, too, and the other processes of the run: threads of libraries may wait for minutes.
 
     Attributes:
         consequence: what the line says of the interruption; it may change during the context.
@@ -124,10 +127,13 @@ class Abort(_Handlers):
         self.consequence = consequence
 
     def __exit__(self, kind, error, trace) -> None:
-        """Put the former handlers back; end the program if a signal asked for it."""
+        """Put the former handlers back; end the program if a signal asked for it or an error passes."""
         super().__exit__(kind, error, trace)
         if isinstance(error, Interrupted):
             sys.exit(128 + error.signal)
+        if isinstance(error, Exception):
+            code = UNUSABLE if isinstance(error, ValueError | NotImplementedError) else FAILED
+            watch.fail(code, next(iter(str(error).splitlines()), kind.__name__))
 
     def _on_main_thread(self, number: int, _) -> None:
         raise Interrupted(number)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel import processes, watch
-from deepseek_jax.parallel.watch import ProcessError
 from deepseek_jax.training.interruption import Abort, Interruption
 
 MOST_STEPS = 10_000
@@ -41,8 +40,4 @@ def main(port: int, count: int, index: int, fail_at: int = -1) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*map(int, sys.argv[1:]))
-    except (ProcessError, ValueError) as error:
-        print(error)
-        watch.end_all(1, str(error))
+    main(*map(int, sys.argv[1:]))
