@@ -4,7 +4,7 @@
     2           the command line, a configuration or a file cannot be used: one message with the value and the remedy
     1           the run failed: a save, a disk, memory, losses that are not finite. One message too
     1           anything else is a fault of ours, and comes with its whole call stack
-    130, 143    after Ctrl-C and SIGTERM
+    130, 143    after Ctrl-C and SIGTERM; 129, 138 after SIGHUP and SIGUSR1 in a training
 
 `--traceback` shows the call stack of every error. `--help` shows the flags of this project, `--helpfull` those of all
 libraries beneath.
@@ -24,6 +24,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from deepseek_jax.inputs import printable, shown
+from deepseek_jax.storage import remedy
 from experiments import recipe
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "After an error, show the call stack too.")
@@ -82,8 +83,11 @@ def outcome(error: Exception) -> tuple[int, str | None]:
     if isinstance(error, OSError):
         where = f": {shown(os.fsdecode(error.filename))}" if isinstance(error.filename, str | bytes) else ""
         reason = error.strerror or text
-        return FAILED, f"the operating system refused ({reason}{where}); check space and permissions there"
-    if type(error).__name__ in ("SaveError", "NonFiniteError"):  # by name: they live beside what needs JAX
+        if ";" in reason:  # with a remedy of its own
+            return FAILED, reason
+        folder = Path(os.fsdecode(error.filename) if where else os.curdir).parent
+        return FAILED, f"the operating system refused ({reason}{where}); {remedy(error, folder)}"
+    if type(error).__name__ in ("SaveError", "NonFiniteError", "ProcessError"):  # by name: beside them is JAX
         return FAILED, text
     return FAILED, None
 

@@ -82,7 +82,6 @@ def test_a_bar_on_a_terminal_is_noted_now_and_then(tmp_path, monkeypatch):
         bar.close()
     kept = lines(tmp_path)
     assert [line.split("  loss")[0] for line in kept] == [
-        "train 10.0%  step 1",
         "train 40.0%  step 4",
         "train 70.0%  step 7",
     ]
