@@ -57,7 +57,7 @@ def main(_) -> None:
             again = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
             say(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {again}")
             sys.exit(128 + result.interrupted_by)
-        abort.consequence = AFTER
+        abort.means(AFTER)
         report(config, workdir, result, WANDB.value, say)
 
 

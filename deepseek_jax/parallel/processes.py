@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -40,8 +40,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             with a line and exit code 1: JAX waits for them in C++, which no exception reaches.
     """
     where = "the coordinator" if coordinator is None else coordinator
-    late = threading.Timer(seconds, _end_late, (where, num_processes, seconds))
-    late.daemon = True
+    joined = threading.Event()
+    late = threading.Thread(target=_end_late, args=(joined, where, num_processes, seconds), daemon=True)
     options: dict[str, Any] = {
         "initialization_timeout": 2 * seconds,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
@@ -58,11 +58,13 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
     finally:
-        late.cancel()
+        joined.set()
     watch.start()
 
 
-def _end_late(where: str, num_processes: int | None, seconds: float) -> NoReturn:
+def _end_late(joined: threading.Event, where: str, num_processes: int | None, seconds: float) -> None:
+    if joined.wait(seconds):
+        return
     count = "all processes" if num_processes is None else f"all {num_processes} processes"
     print(
         f"{count} did not meet at {where} within {seconds:g} s: start the others, and check that their --num_processes"

@@ -47,9 +47,12 @@ def end_soon(code: int, seconds: float = GRACE_SECONDS) -> None:
 
     Threads of libraries, and the farewell of several processes, may wait for minutes after an error.
     """
-    timer = threading.Timer(seconds, end, (code,))
-    timer.daemon = True
-    timer.start()
+
+    def wait():
+        time.sleep(seconds)
+        end(code)
+
+    threading.Thread(target=wait, name="end soon", daemon=True).start()
 
 
 def end(code: int) -> NoReturn:

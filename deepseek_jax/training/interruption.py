@@ -116,15 +116,16 @@ class Abort(_Handlers):
 
     If the main thread does not come to it in time, because it is in C++ or waits for something, the process is ended.
     An error ends it soon, too, and the other processes of the run: threads of libraries may wait for minutes.
-
-    Attributes:
-        consequence: what the line says of the interruption; it may change during the context.
     """
 
     def __init__(self, consequence: str):
-        """Start without a signal."""
+        """Start without a signal; the line says `consequence`."""
         super().__init__()
-        self.consequence = consequence
+        self._consequence = consequence
+
+    def means(self, consequence: str) -> None:
+        """Say this from now on."""
+        self._consequence = consequence
 
     def __exit__(self, kind, error, trace) -> None:
         """Put the former handlers back; end the program if a signal asked for it or an error passes."""
@@ -139,6 +140,6 @@ class Abort(_Handlers):
         raise Interrupted(number)
 
     def _answer(self, number: signal.Signals) -> None:
-        print(f"\n{number.name}: {self.consequence}", file=sys.stderr, flush=True)
+        print(f"\n{number.name}: {self._consequence}", file=sys.stderr, flush=True)
         watch.end_soon(128 + number)
-        watch.tell_end(128 + number, f"{number.name}: {self.consequence}")
+        watch.tell_end(128 + number, f"{number.name}: {self._consequence}")
