@@ -69,7 +69,7 @@ def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
         "sequence_length": data.sequence_length,
         "chip_memory": chip.memory,
         "step_compiled": dataclasses.asdict(step),
-        "does_fit": step.fits(chip),
+        "does_fit": step.fits,
     }
 
 
@@ -113,11 +113,13 @@ def _compiled(chip: Chip, step: StepMemory) -> list[str]:
     rows = [("the whole step", step.total, f"compiled in {step.seconds:.0f} s"), ("a device has", chip.memory, "")]
     if step.temporaries is not None:
         rows.insert(0, ("temporaries", step.temporaries, "compiled; gradients and copies are among them"))
+    if step.peak is not None:
+        rows.insert(-1, ("alive at once", step.peak, "compiled"))
     return [f"  {name:<18}{_bytes(size):>12}  {how}".rstrip() for name, size, how in rows]
 
 
 def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> list[str]:
-    if step.fits(chip):
+    if step.fits:
         return [f"It fits: {step.total / chip.memory:.0%} of the memory."]
     beside = _bytes(step.total - held)
     text = [f"It does not fit. Beside what is listed, {beside} are activations, gathered weights and buffers."]
