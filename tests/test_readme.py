@@ -40,7 +40,13 @@ def defined_names(path):
     return names
 
 
-@pytest.mark.parametrize(("document", "place"), matches(r"`([\w/]+\.py:[\w.]+)`"))
+@pytest.mark.parametrize(("label", "target"), re.findall(r"\[`([\w/]+\.py:[\w.]+)`\]\(([^)]+)\)", README))
+def test_each_idea_leads_to_its_function(label, target):
+    path, name = label.split(":")
+    assert target in (path, f"deepseek_jax/{path}") and name in defined_names(ROOT / target)
+
+
+@pytest.mark.parametrize(("document", "place"), matches(r"(?<!\[)`([\w/]+\.py:[\w.]+)`"))
 def test_each_named_function_exists(document, place):
     path, name = place.split(":")
     assert name in defined_names(ROOT / path)
@@ -77,7 +83,7 @@ def test_the_map_has_every_module_as_it_describes_itself():
 
 
 def test_measurements_are_those_of_the_records():
-    assert results_table.table() in README
+    assert results_table.short_table() in README and results_table.table() in TEXTS[ROOT / "docs/measuring.md"]
     assert results_table.kernel_summary() in KERNELS
     assert results_table.conversion_table() in CHECKPOINTS
     assert results_table.KERNELS.read_text() == results_table.kernel_tables() + "\n"

@@ -20,6 +20,10 @@ HEAD = (
     "| Date, commit |\n"
     "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|---|"
 )
+SHORT_HEAD = (
+    "| Config | Precision | Tokens/s | Step | of the BF16 peak | Memory | transformers, compiled |\n"
+    "|---|---|---:|---:|---:|---:|---:|"
+)
 SUMMARY_HEAD = (
     "| Kernel | On | Shapes | Beside it | x that | of DeepGEMM | Largest error |\n|---|---|---:|---|---:|---:|---:|"
 )
@@ -41,6 +45,13 @@ def table(folder: Path = RESULTS) -> str:
         steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)]
     )
     return "\n".join([HEAD, *(_row(list(records)) for _, records in runs)])
+
+
+def short_table(folder: Path = RESULTS) -> str:
+    """Return what of `table` a reader needs first: the README's."""
+    steps = (record for record in _records(folder) if "config" in record)
+    runs = itertools.groupby(steps, key=lambda record: (record["config"], record["precision"]))
+    return "\n".join([SHORT_HEAD, *(_short_row(list(records)) for _, records in runs)])
 
 
 def kernel_summary(folder: Path = RESULTS) -> str:
@@ -106,20 +117,32 @@ def _records(folder: Path) -> Iterator[dict]:
         yield from json.loads(path.read_text())
 
 
+def _quantity(records: list[dict], mode: str) -> str:
+    record = next((record for record in records if record["mode"] == mode), None)
+    return f"{_number(record['value'])} {record['unit']}" if record else ""
+
+
+def _short_row(records: list[dict]) -> str:
+    first, step = records[0], next(record for record in records if record["mode"] == "train step")
+    modes = ("train step, median", "MFU of the BF16 peak", "memory per device, compiled")
+    beside = _number(step["yardstick"]["value"]) if step["yardstick"] else ""
+    cells = [f"`{first['config']}`", first["precision"].upper(), _number(step["value"])]
+    return f"| {' | '.join([*cells, *(_quantity(records, mode) for mode in modes), beside])} |"
+
+
 def _row(records: list[dict]) -> str:
-    modes = {record["mode"]: record for record in records}
     first, shape = records[0], records[0]["shape"]
-    yardstick = modes["train step"]["yardstick"]
+    step = next(record for record in records if record["mode"] == "train step")
+    yardstick = step["yardstick"]
 
     def measured(mode: str) -> str:
-        record = modes.get(mode)
-        return f"{_number(record['value'])} {record['unit']}" if record else ""
+        return _quantity(records, mode)
 
     cells = [
         f"`{first['config']}`",
         first["precision"].upper(),
         f"{shape['batch']} x {shape['sequence']}",
-        _number(modes["train step"]["value"]),
+        _number(step["value"]),
         measured("train step, median"),
         measured("model FLOPs"),
         measured("MFU of the BF16 peak"),
@@ -194,7 +217,7 @@ def _number(value: float) -> str:
 def main(_) -> None:
     """Write the tables of the kernels, print the others."""
     KERNELS.write_text(kernel_tables() + "\n")
-    print(table(), kernel_summary(), conversion_table(), sep="\n\n")
+    print(short_table(), table(), kernel_summary(), conversion_table(), sep="\n\n")
 
 
 if __name__ == "__main__":
