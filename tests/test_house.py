@@ -126,6 +126,7 @@ def test_configs_are_data():
 SET_FROM_OUTSIDE = {
     ("data/bpe.py", "decoder"),
     ("data/bpe.py", "pre_tokenizer"),
+    ("training/interruption.py", "unraisablehook"),
     ("training/journal.py", "propagate"),
     ("data/chat.py", "data"),
     ("data/chat.py", "value"),

@@ -123,6 +123,12 @@ class Abort(_Handlers):
         super().__init__()
         self._consequence = consequence
 
+    def __enter__(self) -> Self:
+        """Install the handlers."""
+        self._unraisablehook = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
+        return super().__enter__()
+
     def means(self, consequence: str) -> None:
         """Say this from now on."""
         self._consequence = consequence
@@ -130,6 +136,7 @@ class Abort(_Handlers):
     def __exit__(self, kind, error, trace) -> None:
         """Put the former handlers back; end the program if a signal asked for it or an error passes."""
         super().__exit__(kind, error, trace)
+        sys.unraisablehook = self._unraisablehook
         if isinstance(error, Interrupted):
             sys.exit(128 + error.signal)
         if isinstance(error, Exception):
@@ -138,6 +145,12 @@ class Abort(_Handlers):
 
     def _on_main_thread(self, number: int, _) -> None:
         raise Interrupted(number)
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """End the process if the signal came in a callback of the garbage collector, which swallows exceptions."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            watch.end(128 + unraisable.exc_value.signal)
+        self._unraisablehook(unraisable)
 
     def _answer(self, number: signal.Signals) -> None:
         print(f"\n{number.name}: {self._consequence}", file=sys.stderr, flush=True)

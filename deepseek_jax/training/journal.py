@@ -25,7 +25,7 @@ _lines.addHandler(logging.NullHandler())
 
 
 class _File(logging.Handler):
-    """Writes records into the journal; keeps them until the run owns its workdir."""
+    """Writes records into the journal; keeps warnings until the run says its first line and owns its workdir."""
 
     def __init__(self, workdir: Path):
         super().__init__(logging.INFO)
@@ -42,11 +42,16 @@ class _File(logging.Handler):
             text = record.getMessage().strip("\n")
             self._waiting += [f"{when}  {level}{line}\n" for line in text.split("\n")]
             if self._file is None:
-                if not (self._workdir / OWNER).exists():
+                if record.name != _lines.name or not (self._workdir / OWNER).exists():
                     return
                 self._file = (self._workdir / FILE_NAME).open("a", encoding="utf-8", errors="replace", buffering=1)
             lines, self._waiting = self._waiting, []
             self._file.writelines(lines)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run has said something: a start that is refused at the door leaves no line."""
+        return self._file is not None
 
     def close(self) -> None:
         super().close()
@@ -65,7 +70,8 @@ def journal(workdir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        record(f"ended by {type(error).__name__}: {error}")
+        if file.is_open:
+            record(f"ended by {type(error).__name__}: {error}")
         raise
     finally:
         warnings.removeHandler(file)

@@ -88,6 +88,21 @@ def test_outside_of_the_loop_a_signal_ends_the_program_with_one_line(monkeypatch
     assert planned == [128 + number]  # in case that the main thread does not come to it
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_callback_that_swallows_exceptions_ends_the_process(ends):
+    """JAX has one, which the garbage collector calls."""
+
+    class Deleted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with Abort("nothing was lost"):
+        value = Deleted()
+        del value
+        wait_for(lambda: ends)
+    assert ends == [128 + signal.SIGTERM]
+
+
 def test_the_loop_has_its_own_answer_inside_of_a_command(ends):
     with pytest.raises(SystemExit), Abort("nothing was lost"):
         with Interruption() as interruption:

@@ -46,6 +46,10 @@ def test_a_start_that_is_refused_leaves_no_journal(tmp_path):
         absl_logging.warning("something odd")
         raise ValueError("another config")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError), journal(tmp_path):
+        raise ValueError("another config")
+    assert not (tmp_path / "log.txt").exists()
 
 
 def test_what_came_before_the_run_owned_its_workdir_is_kept(tmp_path):
@@ -59,8 +63,9 @@ def test_what_came_before_the_run_owned_its_workdir_is_kept(tmp_path):
 def test_the_error_that_ends_a_run_is_noted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(OSError), journal(tmp_path):
+        record("step 1")
         raise OSError("the disk is full")
-    assert lines(tmp_path) == ["ended by OSError: the disk is full"]
+    assert lines(tmp_path) == ["step 1", "ended by OSError: the disk is full"]
 
 
 def test_a_full_disk_does_not_stop_the_run_here(tmp_path):
