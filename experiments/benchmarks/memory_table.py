@@ -148,14 +148,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def compiled_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
     """Return the smallest number of devices on which the compiled step fits, and what it was found with."""
-    if next(missing(config, chip, records), None) is not None:
-        return NOT_COMPILED
+    is_open = next(missing(config, chip, records), None) is not None
     fitting = [r for r in records if (r["config"], r["chip"]) == (config.name, chip.name) and r["does_fit"]]
     if not fitting:
-        return "none"
+        return NOT_COMPILED if is_open else "none"
     best = min(fitting, key=lambda r: r["devices"])
     remat = "" if best["remat"] == config.execution.remat else f", remat {best['remat']}"
-    return f"{best['devices']}{remat}: {best['step_compiled']['total'] / GIB:,.1f} GiB each"
+    return f"{'at most ' * is_open}{best['devices']}{remat}: {best['step_compiled']['total'] / GIB:,.1f} GiB each"
 
 
 def card_cell(config: Config, state: State, memory: int) -> str:
