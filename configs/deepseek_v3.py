@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
                     ("constant", 14.633 / 14.8, 2.2e-5),
                     ("constant", 1.0, 7.3e-6),
                 ),
+                "learning_rate_factor": 1.0,  # of the whole schedule, for sweeps
                 "warmup_steps": 2000,
                 "b1": 0.9,
                 "b2": 0.95,

@@ -1,9 +1,8 @@
 """Configuration: frozen dataclasses, and the one strict way from a `ConfigDict` into them.
 
-The dataclasses have no defaults, but for a source's own text field: each file in `configs/` is complete, so it says
-everything that its run does.
-`from_config_dict` refuses unknown and missing keys, wrong types and impossible values (`config_checks.py`), each with
-value and remedy, before any array exists.
+The dataclasses have no defaults, but for keys that came later: each file in `configs/` is complete, so it says
+everything that its run does. `from_config_dict` refuses unknown and missing keys, wrong types and impossible values
+(`config_checks.py`), each with value and remedy, before any array exists.
 """
 
 import dataclasses
@@ -108,6 +107,7 @@ class Optimizer:
     clip_norm: float
     bias_update_rate: Schedule
     ema_decay: float
+    learning_rate_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

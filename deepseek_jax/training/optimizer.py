@@ -88,8 +88,9 @@ def rates(config: Config, step: int, tokens_seen: int) -> Rates:
     """
     fraction = tokens_seen / config.training.num_tokens
     warmup = min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
+    factor = warmup * config.optimizer.learning_rate_factor
     return Rates(
-        learning_rate=np.float32(warmup * schedule_value(config.optimizer.learning_rate, fraction)),
+        learning_rate=np.float32(factor * schedule_value(config.optimizer.learning_rate, fraction)),
         mtp_weight=np.float32(schedule_value(config.loss.mtp_weight, fraction)),
         bias_update_rate=np.float32(schedule_value(config.optimizer.bias_update_rate, fraction)),
     )

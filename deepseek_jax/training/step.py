@@ -60,7 +60,9 @@ class Sums(NamedTuple):
 
 def recipe_of(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> Recipe:
     """Return what a step reads of `config`, with every "auto" resolved for `mesh`."""
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=(), warmup_steps=0, bias_update_rate=())
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=(), learning_rate_factor=1.0, warmup_steps=0, bias_update_rate=()
+    )
     execution = resolve_for(config, mesh).execution
     return Recipe(config.model, execution, objective, optimizer, config.training.micro_batch_size)
 

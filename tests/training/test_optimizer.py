@@ -138,6 +138,15 @@ def test_warmup_is_linear_in_steps_and_scales_nothing_else():
     }
 
 
+def test_the_factor_scales_the_whole_schedule_and_nothing_else():
+    config = from_config_dict(get_config())
+    doubled = config.with_(optimizer={"learning_rate_factor": 2.0})
+    for step, tokens_seen in ((0, 0), (10**6, 0), (10**6, 10**12), (10**6, 14 * 10**12)):
+        before, after = rates(config, step, tokens_seen), rates(doubled, step, tokens_seen)
+        assert after.learning_rate == pytest.approx(2 * before.learning_rate, rel=1e-6)
+        assert after._replace(learning_rate=before.learning_rate) == before
+
+
 def test_mtp_weight_and_bias_rate_switch_at_their_tokens():
     last = 10 * TRILLION - 62_914_560, 14_300 * 10**9 - 62_914_560  # one step of 15360 sequences earlier
     assert rates(V3, LATE, last[0]).mtp_weight == np.float32(0.3)
