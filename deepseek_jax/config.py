@@ -235,6 +235,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind` (a dataclass, a tuple type or a scalar), or raise with `path`."""
+    if kind is Source and isinstance(value, str):
+        value = {"path": value, "weight": 1.0}  # as from --config.data.sources=my/texts
     if dataclasses.is_dataclass(kind):
         return _convert_section(kind, value, path)
     if kind == Schedule:

@@ -80,7 +80,10 @@ def import_() -> None:
     """
     folder, workdir = _hf_folder().absolute(), new_folder(_needed("workdir"), "--workdir")
     opened = open_told(folder)
-    config = hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, opened.model)
+    try:
+        config = hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, opened.model)
+    except ValueError as error:  # the recipe is V3's by default, for many devices and in FP8
+        raise ValueError(f"{error}; or name a recipe of the model's size: --config=configs/tiny.py") from error
     if DRY_RUN.value:
         list_tensors(config, opened.fp8)
         return

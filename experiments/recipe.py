@@ -136,7 +136,12 @@ def same_name(key: str) -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    close = same_name(key) or difflib.get_close_matches(key, _keys(Config), n=1)
+    section = [known for known in _keys(Config) if known.rpartition(".")[0] == key.rpartition(".")[0]]
+    close = (
+        same_name(key)
+        or difflib.get_close_matches(key, section, n=1, cutoff=0.8)
+        or difflib.get_close_matches(key, _keys(Config), n=1)
+    )
     return f"did you mean --config.{close[0]}?" if close else "configs/deepseek_v3.py has every key"
 
 

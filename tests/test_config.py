@@ -527,3 +527,14 @@ def test_a_source_may_have_a_text_field_of_its_own():
     assert from_config_dict(tree).data.sources == (Source(path="a", weight=1.0),)
     with pytest.raises(ValueError, match=r"config.data.sources\[0\].text_fild is unknown; did you mean 'text_field'"):
         from_config_dict(changed("data.sources", ({"path": "a", "weight": 1.0, "text_fild": "content"},)))
+
+
+def test_a_path_alone_is_a_source_of_weight_one():
+    """What `--config.data.sources=my/texts` makes."""
+    (source,) = from_config_dict(changed("data.sources", ("my/texts",))).data.sources
+    assert (source.path, source.weight, source.text_field) == ("my/texts", 1.0, "")
+
+
+def test_a_word_for_a_schedule_is_refused_by_name():
+    with pytest.raises(ValueError, match="'1e-3x' is not a number"):
+        from_config_dict(changed("optimizer.learning_rate", ("1e-3x",)))

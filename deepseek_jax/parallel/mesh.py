@@ -11,7 +11,6 @@ hides, and it reduces a gradient per island and micro-batch. With one island a g
 it per layer, ZeRO-1 once per step; that is their only difference, and the layout table does not change.
 """
 
-import functools
 import logging
 import math
 import os
@@ -122,7 +121,6 @@ def _split_sizes(mesh: AnyMesh) -> dict[str, int]:
     return {field: max(axis_size(mesh, axes) for axes in layouts) for field, layouts in _split_fields().items()}
 
 
-@functools.cache
 def _split_fields() -> dict[str, set[tuple[str, ...]]]:
     """Return {field of `Model`: the mesh axes that split its dim, one tuple per layout of `PARAMETERS`}."""
     fields: dict[str, set[tuple[str, ...]]] = {}

@@ -57,6 +57,11 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     late.start()
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+    except ValueError as error:  # JAX found no cluster
+        raise ValueError(
+            f"no cluster was found to join ({error}); --distributed works on TPU pods, SLURM, Open MPI and Kubernetes."
+            " Elsewhere give --coordinator=host:port, --num_processes and --process_id"
+        ) from error
     finally:
         joined.set()
     watch.start()

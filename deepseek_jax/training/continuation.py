@@ -60,8 +60,10 @@ def check_continues(stored: Any, config: Config, folder: Path, where: str, train
         for key in (*new, *(key for key in old if key not in new))
         if old.get(key, ABSENT) != new.get(key, ABSENT)
     }
-    lines = [f"  {key}: {_shown(was)} in {where}, {_shown(now)} given" for key, (was, now) in changed.items()]
-    if not all(_is_free(key, *values, trained) for key, values in changed.items()):
+    bound = {key: values for key, values in changed.items() if not _is_free(key, *values, trained)}
+    differences = (bound or changed).items()
+    lines = [f"  {key}: {_shown(was)} in {where}, {_shown(now)} given" for key, (was, now) in differences]
+    if bound:
         raise ValueError(
             f"{folder} holds a run with another config; give its values, or another --workdir (which may begin with"
             " these weights: training.initial_weights):\n"

@@ -33,6 +33,7 @@ def run_lines(config: Config, mesh: jax.sharding.Mesh, params: Any, corpus: Corp
         ("model", model_line(config, params)),
         *[("data" if i == 0 else "", line) for i, line in enumerate(data_lines(config, corpus))],
         ("length", length_line(config)),
+        ("rates", rates_line(config)),
         ("devices", devices_line(mesh)),
         ("programs", programs_line(config, mesh)),
     ]
@@ -97,6 +98,14 @@ def length_line(config: Config) -> str:
     return f"{num_steps(config):,} steps of {batch} sequences of {length:,} tokens: {tokens} tokens"
 
 
+def rates_line(config: Config) -> str:
+    """Return the learning rate: its largest value, its last, and the steps of its warm-up."""
+    optimizer = config.optimizer
+    values = [value * optimizer.learning_rate_factor for _, _, value in optimizer.learning_rate]
+    warmup = f", {optimizer.warmup_steps:,} steps of warm-up" if optimizer.warmup_steps else ""
+    return f"learning rate up to {max(values):.3g}, {values[-1]:.3g} at the end{warmup}"
+
+
 def num_steps(config: Config) -> int:
     """Return the optimizer steps of a run. A step takes the size that holds at its first token."""
     steps = seen = 0
@@ -131,7 +140,10 @@ def position_line(config: Config, progress: Progress) -> str:
     total = num_steps(config)
     if progress.tokens_seen >= config.training.num_tokens:
         return f"all {progress.step:,} steps are done"
-    return f"continues after step {progress.step:,} of {total:,}" if progress.step else f"starts: step 1 of {total:,}"
+    if progress.step:
+        return f"continues after step {progress.step:,} of {total:,}"
+    origin = config.training.initial_weights
+    return f"starts: step 1 of {total:,}" + (f", with the weights of {shown(origin)}" if origin else "")
 
 
 def short(number: float) -> str:

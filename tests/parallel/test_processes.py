@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 from deepseek_jax.parallel import processes
@@ -129,3 +130,13 @@ def test_a_coordinator_of_this_machine_listens_to_this_machine_only(host, expect
         assert processes._bind_address(host, port) == f"{expected}{port}"
     except ProcessError as error:
         assert host == "[::1]", error  # a machine without IPv6
+
+
+def test_without_a_cluster_the_remedy_is_named(monkeypatch):
+    def none_found(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", none_found)
+    monkeypatch.setattr(processes.watch, "end", lambda code: pytest.fail(f"ended with {code}"))
+    with pytest.raises(ValueError, match="no cluster was found .* give --coordinator=host:port, --num_processes"):
+        processes.join(None, None, None, 30.0)

@@ -11,7 +11,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.optimizer import batch_size
 from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.summary import num_steps, run_lines, short
+from deepseek_jax.training.summary import num_steps, position_line, run_lines, short
 from tests.training.nano import get_config
 
 
@@ -37,6 +37,7 @@ def test_a_run_says_what_it_is(config, tmp_path):
         f"{documents[0]}k tokens, {documents[0]}kB, ",
         f"held out {documents[1] / 10:.2%}: {documents[1]:,} document",
         "60 steps of 8 sequences of 32 tokens: 15.4k tokens",
+        "learning rate up to 0.003, 0.0003 at the end, 5 steps of warm-up",
         "8 x cpu",
         "mesh data 4, expert 2",
         "precision fp32, attention xla (auto), experts blocks (auto), exchange all_to_all (auto)",
@@ -67,3 +68,11 @@ def test_steps_are_those_that_the_loop_takes(ramp):
 
 def test_counts_are_short():
     assert [short(n) for n in (671e9, 14.8e12, 9_842_000, 1500, 512)] == ["671B", "14.8T", "9.84M", "1.5k", "512"]
+
+
+def test_a_run_says_whose_weights_it_begins_with(config):
+    begins = config.with_(training={"initial_weights": "runs/other@500"})
+    assert position_line(begins, Progress(step=0, tokens_seen=0, data=None)).endswith(
+        "with the weights of runs/other@500"
+    )
+    assert "weights" not in position_line(config, Progress(step=0, tokens_seen=0, data=None))

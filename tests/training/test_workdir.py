@@ -156,7 +156,8 @@ def test_another_config_is_refused_with_each_difference(tmp_path):
     with pytest.raises(ValueError, match="model.width: 7168 in the workdir, 512 given") as caught:
         check_workdir(tmp_path, CONFIG.with_(model={"width": 512}, optimizer={"b1": 0.5}, mesh={"data": 3}))
     assert "optimizer.b1: 0.9 in the workdir, 0.5 given" in str(caught.value)
-    assert "mesh.data" in str(caught.value) and "another --workdir" in str(caught.value)
+    assert "another --workdir" in str(caught.value)
+    assert "mesh.data" not in str(caught.value)  # it may differ, so it is no reason
     with pytest.raises(ValueError, match="execution.precision: 'fp8' in the workdir, 'bf16' given"):
         check_workdir(tmp_path, CONFIG.with_(execution={"precision": "bf16"}))
 
