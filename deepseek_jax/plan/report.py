@@ -130,9 +130,10 @@ def _not_compiled(on: Placement) -> str:
     if on.chip is None:
         return "Activations come on top; --chip=v5p, for example, compiles the step and says how much."
     share = sum(on.held.values()) / on.chip.memory
+    verdict = "It does not fit: that" if share > 1.0 else "That"
     return (
-        f"That is {share:.0%} of a device of {on.chip.name}. Activations come on top: the step of an NVIDIA card is"
-        " compiled on the card (experiments.benchmarks.training_step prints its memory)."
+        f"{verdict} is {share:.0%} of a device of {on.chip.name}. Activations come on top: the step of an NVIDIA card"
+        " is compiled on the card (experiments.benchmarks.training_step prints its memory)."
     )
 
 
