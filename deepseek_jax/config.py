@@ -241,6 +241,11 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return _convert_section(kind, value, path)
     if kind == Schedule:
         value = from_number(value)
+        if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str):
+            raise ValueError(
+                f"{path} = {shown(value[0])} is not a number and must be a sequence of pieces otherwise; write 1e-3, or"
+                " a tuple of (shape, end, value)"
+            )
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path} = {shown(repr(value))} must be a sequence; write a tuple")

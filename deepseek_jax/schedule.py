@@ -17,8 +17,6 @@ def from_number(value: Any) -> Any:
     A flag of ml_collections makes a tuple of one number of `--config.optimizer.learning_rate=1e-3`.
     """
     number = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-    if isinstance(number, str):
-        raise ValueError(f"schedule {number!r} is not a number; write one such as 1e-3, or a tuple of pieces")
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     return (("constant", 1.0, number),) if is_number else value
 

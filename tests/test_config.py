@@ -536,5 +536,5 @@ def test_a_path_alone_is_a_source_of_weight_one():
 
 
 def test_a_word_for_a_schedule_is_refused_by_name():
-    with pytest.raises(ValueError, match="'1e-3x' is not a number"):
+    with pytest.raises(ValueError, match="config.optimizer.learning_rate = 1e-3x is not a number"):
         from_config_dict(changed("optimizer.learning_rate", ("1e-3x",)))
