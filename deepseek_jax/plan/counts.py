@@ -13,6 +13,7 @@ from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parameters import PARAMETERS, layout_in_use, leaf_name
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.state import State, abstract_state
+from deepseek_jax.training.summary import num_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +64,6 @@ def count(config: Config, state: State) -> Counts:
 def largest_batch(config: Config) -> int:
     """Return the sequences of the largest step of the batch-size ramp."""
     return int(max(value for _, _, value in config.training.batch_size))
-
-
-def num_steps(config: Config) -> int:
-    """Return the optimizer steps of a run. A step takes the size that holds at its first token."""
-    steps = seen = 0
-    for _, until, size in config.training.batch_size:
-        tokens = int(size) * config.data.sequence_length
-        more = max(0, math.ceil((until * config.training.num_tokens - seen) / tokens))
-        steps, seen = steps + more, seen + more * tokens
-    return steps
 
 
 def state_of(config: Config) -> State:
