@@ -159,6 +159,11 @@ def shown(text: str | os.PathLike) -> str:
     return printable(text)
 
 
+def printable_lines(text: str) -> str:
+    """Return a text fit for a terminal: control characters escaped, except line breaks and tabs."""
+    return "".join(character if character in "\n\t" else printable(character) for character in text)
+
+
 def printable(text: str) -> str:
     """Return a line of text fit for a terminal: control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -23,12 +23,13 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from deepseek_jax.inputs import printable, shown
+from deepseek_jax.inputs import printable, printable_lines, shown
 from deepseek_jax.storage import remedy
 from experiments import recipe
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "After an error, show the call stack too.")
 
+ROOT = Path(__file__).parents[1]
 UNUSABLE, FAILED = 2, 1
 MOST_LINES = 3  # of a message
 WIDTH = 100  # of the help
@@ -65,9 +66,16 @@ def report(name: str, error: Exception) -> int:
         stack = "".join(traceback.format_exception(error))
         print("\n".join(map(printable, stack.splitlines())), file=sys.stderr)
     if text is not None:
-        print(f"{name}: {message(text)}", file=sys.stderr)
+        hint = "; --traceback shows where" if code == UNUSABLE and _from_a_library(error) else ""
+        print(f"{name}: {message(text)}{hint}", file=sys.stderr)
     sys.stderr.flush()
     return code
+
+
+def _from_a_library(error: Exception) -> bool:
+    """Return whether code that is not ours raised the error: then it may be a fault of ours after all."""
+    *_, frame = [None, *(frame for frame, _ in traceback.walk_tb(error.__traceback__))]
+    return frame is not None and not Path(frame.f_code.co_filename).is_relative_to(ROOT)
 
 
 def outcome(error: Exception) -> tuple[int, str | None]:
@@ -139,9 +147,7 @@ def path_of(flag: flags.FlagHolder[str | None], check: Callable[[str, str], Path
 
 def for_terminal(text: str) -> str:
     """Return a model's text: as it is for a file, without escape codes for a terminal."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(character if character in "\n\t" else printable(character) for character in text)
+    return printable_lines(text) if sys.stdout.isatty() else text
 
 
 def own_flags(main: Callable) -> dict[str, flags.Flag]:

@@ -19,6 +19,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.evaluation.yardsticks import add_yardsticks
 from deepseek_jax.inference.generate import stream
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inputs import printable_lines
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.curves import final_table
 from deepseek_jax.training.pretrain import Result
@@ -85,8 +86,8 @@ def sample(config: Config, workdir: Path, result: Result) -> str:
     text = "".join(
         stream(config, weights_of(result.state), result.tokenizer, prompt, num_tokens, SAMPLING, config.seed)
     )
-    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-    return f"sample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:\n\n{prompt}{text}\n"
+    heading = f"sample, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:"
+    return f"{heading}\n\n{printable_lines(prompt + text)}\n"
 
 
 def first_words(config: Config, tokenizer: Tokenizer, workdir: Path) -> str:

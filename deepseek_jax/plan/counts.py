@@ -13,7 +13,7 @@ from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parameters import PARAMETERS, layout_in_use, leaf_name
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.state import State, abstract_state
-from deepseek_jax.training.summary import num_steps
+from deepseek_jax.training.summary import active_parameters, num_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,12 @@ def count(config: Config, state: State) -> Counts:
     """Return the size of a run whose abstract state is `state`."""
     params = state["params"]
     mtp = _size(params.get("mtp_layers", {}))
-    main = {name: part for name, part in params.items() if name != "mtp_layers"}
     size = largest_batch(config)
     length = config.data.sequence_length
     return Counts(
         parameters=_size(params),
         mtp_parameters=mtp,
-        active=_active(config, main),
+        active=active_parameters(config, params),
         flops_per_token=flops_per_token(config.model, length, causal=True, mtp=True),
         tokens=int(config.training.num_tokens),
         steps=num_steps(config),
@@ -96,14 +95,6 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
 
 def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _active(config: Config, params: Any) -> int:
-    model, active = config.model, 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        used = model.experts_per_token if PARAMETERS[leaf_name(path)].per_expert else model.num_experts
-        active += leaf.size * used // model.num_experts
-    return active
 
 
 def _copy(config: Config, path: Any, leaf: Any, mesh: jax.sharding.AbstractMesh) -> int:

@@ -1,5 +1,6 @@
 """How errors become messages and exit codes."""
 
+import json
 import os
 import sys
 
@@ -80,3 +81,14 @@ def test_simulated_devices_wait_for_each_other(monkeypatch):
         "--xla_cpu_collective_call_terminate_timeout_seconds=7",
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=86400",
     ]
+
+
+def test_an_error_of_a_library_says_how_to_see_where(capsys):
+    """A ValueError that code beneath ours raised may be a fault of ours that looks like the user's."""
+    with pytest.raises(ValueError) as ours:
+        raise ValueError("seed = -1; raise it")
+    with pytest.raises(ValueError) as theirs:
+        json.loads("{")
+    assert (command.report("name", ours.value), command.report("name", theirs.value)) == (2, 2)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "name: seed = -1; raise it" and second.endswith("; --traceback shows where")
