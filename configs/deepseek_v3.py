@@ -128,8 +128,8 @@ def get_config() -> ConfigDict:
                 "gather": "layer",  # sharded weights are gathered per "layer" (ZeRO-3) or once per "step" (ZeRO-1)
                 "attention": "auto",  # or "cudnn", "splash", "xla"
                 "attention_chunk": 512,  # queries at a time of the XLA path
-                "exchange": "auto",  # or "local", "all_to_all"
-                "exchange_slack": 2.0,  # one round carries this many times the balanced number of rows
+                "exchange": "auto",  # or "local", "dense" (one hop), "two_hop" (over node, then over expert)
+                "exchange_slack": 1.25,  # room for rows and for experts' slots, in multiples of the balanced number
                 "experts": "auto",  # or "blocks" (a loop over XLA's matmuls), "grouped" (one kernel for all experts)
                 "expert_block": 256,  # rows of one block: all of one expert
                 "expert_wave": 16,  # blocks multiplied at once

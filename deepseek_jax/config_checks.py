@@ -23,7 +23,7 @@ CHOICES = {
     "execution.remat": ("none", "selective", "full"),
     "execution.gather": ("layer", "step"),
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
-    "execution.exchange": ("auto", "local", "all_to_all"),
+    "execution.exchange": ("auto", "local", "dense", "two_hop"),
     "execution.experts": ("auto", "blocks", "grouped"),
 }
 MAY_BE_ZERO = {  # every other number is positive

@@ -449,12 +449,13 @@ def test_fp8_is_refused_on_a_gpu_without_kernels():
 def test_resolve_keeps_what_was_asked_for_and_changes_nothing_else():
     config = from_config_dict(changed("execution.attention", "xla"))
     resolved = resolve(config, "tpu", 8)
-    assert resolved == config.with_(execution={"exchange": "all_to_all", "experts": "blocks"})
+    assert resolved == config.with_(execution={"exchange": "dense", "experts": "blocks"})
 
 
 def test_resolve_chooses_exchange():
     config = from_config_dict(tiny.get_config())
-    assert [resolve(config, "cpu", devices).execution.exchange for devices in (1, 8)] == ["local", "all_to_all"]
+    assert [resolve(config, "cpu", devices).execution.exchange for devices in (1, 8)] == ["local", "dense"]
+    assert [resolve(config, "cpu", 8, nodes).execution.exchange for nodes in (1, 2, 8)] == ["dense", "two_hop", "dense"]
     with pytest.raises(
         ValueError, match="'local' needs every expert on every device, but 8 devices share them; use 'auto'"
     ):

@@ -31,9 +31,8 @@ from deepseek_jax.inference.cache import Cache
 from deepseek_jax.inference.sampling import Sampling, sample
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.transformer import decode_step
-from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import resolve_for
-from deepseek_jax.parameters import EXPERTS, ROWS, P, Weights
+from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
 
 PREFILL_CHUNK = 128  # prompt tokens per pass
@@ -59,9 +58,8 @@ def in_chunks(prompts_BS: np.ndarray) -> np.ndarray:
 
 def decode_execution(config: Config, mesh: jax.sharding.Mesh) -> Execution:
     """Return the execution of decoding on `mesh`: layers in a loop, experts in small blocks, no recomputation."""
-    exchange = "local" if axis_size(mesh, EXPERTS) == 1 else "all_to_all"
     small = {"experts": "blocks", "expert_block": EXPERT_BLOCK, "expert_wave": EXPERT_WAVE}
-    changes = {"exchange": exchange, "remat": "none", "scan_unroll": 1} | small
+    changes = {"exchange": "auto", "remat": "none", "scan_unroll": 1} | small
     return resolve_for(config.with_(execution=changes), mesh).execution
 
 

@@ -1,6 +1,5 @@
 """DeepSeekMoE: router, exchange, routed experts and shared expert (DeepSeek-V3 section 2.1.2, eq. 12-16)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.experts_blocks import expert_ffn
-from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
-from deepseek_jax.model.experts_grouped import expert_ffn_grouped
+from deepseek_jax.model.exchange import Experts, exchange
+from deepseek_jax.model.experts_blocks import BlockedExperts
+from deepseek_jax.model.experts_fp8 import Fp8Experts
+from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.router import route, router_scores
-from deepseek_jax.parallel.exchange import exchange
 from deepseek_jax.parameters import Fp8Weight
 
 # (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router
@@ -68,28 +67,25 @@ class MoE(nnx.Module):
         self, execution: Execution, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array
     ) -> jax.Array:
         model = self.model
+        weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         y_TD = exchange(
             h_BSD.reshape(-1, model.width),
             experts_BSK.reshape(-1, model.experts_per_token),
             gates_BSK.reshape(-1, model.experts_per_token),
-            {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()},
-            _expert_fn(execution.experts, execution.expert_block, execution.expert_wave),
+            weights,
+            choose_experts(execution, isinstance(weights["down_EFD"], Fp8Weight)),
             transport=execution.exchange,
             num_experts=model.num_experts,
             slack=execution.exchange_slack,
+            groups=(model.num_groups, model.num_kept_groups),
         )
         return y_TD.reshape(h_BSD.shape)
 
 
-@functools.cache
-def _expert_fn(experts: str, block: int, wave: int):
-    """Return the experts' arithmetic, one function object per choice: to the exchange's derivative it is static."""
-
-    def expert_fn(weights, x_TD, gates_TK, experts_TK):
-        if isinstance(weights["down_EFD"], Fp8Weight):
-            return expert_ffn_fp8(weights, x_TD, gates_TK, experts_TK)
-        if experts == "grouped":
-            return expert_ffn_grouped(weights, x_TD, gates_TK, experts_TK)
-        return expert_ffn(weights, x_TD, gates_TK, experts_TK, block=block, wave=wave)
-
-    return expert_fn
+def choose_experts(execution: Execution, in_fp8: bool) -> Experts:
+    """Return the experts' arithmetic for weights that are in FP8 or not."""
+    if in_fp8:
+        return Fp8Experts()
+    if execution.experts == "grouped":
+        return GroupedExperts()
+    return BlockedExperts(execution.expert_block, execution.expert_wave)

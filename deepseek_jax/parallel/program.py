@@ -62,16 +62,17 @@ def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
             "execution.precision = 'fp8' has kernels for Hopper GPUs (compute capability 9.0) and TPUs, and this GPU"
             f" ({device.device_kind}) has {capability}; use --config.execution.precision=bf16"
         )
-    return resolve(config, device.platform, axis_size(mesh, EXPERTS))
+    return resolve(config, device.platform, axis_size(mesh, EXPERTS), axis_size(mesh, EXPERTS[:1]))
 
 
-def resolve(config: Config, platform: str, expert_devices: int) -> Config:
+def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1) -> Config:
     """Return `config` with every "auto" of `execution` replaced; each choice is logged with its reason.
 
     Args:
         config: any valid config.
         platform: `device.platform` of the mesh's devices: "cpu", "gpu" or "tpu".
         expert_devices: devices along the expert axes of the mesh.
+        nodes: size of the mesh's slow axis, `node`, one of the expert axes.
 
     Raises:
         ValueError: `execution` asks for attention, an exchange or experts that do not fit the configuration.
@@ -99,8 +100,8 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
             " 'auto' or 'xla'"
         )
     if exchange == "auto":
-        exchange = "all_to_all" if expert_devices > 1 else "local"
-        logging.info("expert exchange: %s (%d devices hold experts)", exchange, expert_devices)
+        exchange = choose_exchange(expert_devices, nodes)
+        logging.info("expert exchange: %s (%d devices in %d nodes hold experts)", exchange, expert_devices, nodes)
     if exchange == "local" and expert_devices > 1:
         raise ValueError(
             f"execution.exchange = 'local' needs every expert on every device, but {expert_devices} devices share"
@@ -115,6 +116,13 @@ def resolve(config: Config, platform: str, expert_devices: int) -> Config:
             " use 'auto' or 'blocks'"
         )
     return config.with_(execution={"attention": attention, "exchange": exchange, "experts": experts})
+
+
+def choose_exchange(expert_devices: int, nodes: int) -> str:
+    """Return what `execution.exchange` = "auto" means where so many devices, in so many nodes, share the experts."""
+    if expert_devices == 1:
+        return "local"
+    return "two_hop" if 1 < nodes < expert_devices else "dense"
 
 
 def _choose_attention(config: Config, platform: str) -> tuple[str, str]:

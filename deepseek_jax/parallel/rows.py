@@ -1,40 +1,52 @@
-"""Rows of tokens in the order of slots, and back: two gathers that are each other's transpose.
+"""Rows of tokens by index: taken, as arrays or in FP8, and summed.
 
-`source` says which assignment fills a slot, `slots` where an assignment went. So both directions read by index and
-neither writes by index, and the derivative of reading by one is reading by the other. Five tokens, one expert each, six
-slots:
+Both directions read by index and neither writes by index. Five tokens, one expert each, six slots:
 
-    source_W    1 0 3 5 2 4        slot 3 is empty: 5 = T * K
+    source_Z    1 0 3 5 2 4        slot 3 is empty: 5 = T * K
     slots_TK    1 0 4 2 5          token 0 lies in slot 1
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.quantized import Quantized
+
+WORD = 4  # bytes that are read at once where a row is bytes
 
 
-@jax.custom_vjp
-def gather_rows(x_TD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Return rows in slot order: slot w holds token `source_W[w] // K`, or zeros where `source_W[w]` = T * K."""
-    return _take(x_TD, source_W // slots_TK.shape[1])
+def take_rows(rows: Any, index_Z: jax.Array) -> Any:
+    """Return the rows of an array [W, D], or of `Quantized` tiles [W, D], by index; W and beyond: zeros.
+
+    FP8 rows bring their scales; those of a row of zeros are 1. Z must then be a multiple of 4
+    (`pallas_kernels.quantized`).
+    """
+    if isinstance(rows, Quantized):
+        return Quantized(_take_bytes(rows.values, index_Z), _take_scales(rows.scales, index_Z), rows.grouping)
+    return _take(rows, index_Z)
 
 
-@jax.custom_vjp
-def sum_rows(y_WD: jax.Array, source_W: jax.Array, slots_TK: jax.Array) -> jax.Array:
-    """Sum the rows of each token's assignments in FP32: the transpose of `gather_rows`. Slot index W adds zero."""
+def sum_rows(y_ZD: jax.Array, slots_TK: jax.Array) -> jax.Array:
+    """Sum the rows of each token's slots in FP32; slot index Z adds zero. Return [T, D] in the dtype of `y_ZD`."""
     # K gathers fuse with their sum.
-    parts = (_take(y_WD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1]))
-    return sum(parts).astype(y_WD.dtype)
+    parts = (_take(y_ZD, slots_TK[:, k]).astype(jnp.float32) for k in range(slots_TK.shape[1]))
+    return sum(parts).astype(y_ZD.dtype)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
-gather_rows.defvjp(
-    lambda x, source, slots: (gather_rows(x, source, slots), (source, slots)),
-    lambda index, g: (sum_rows(g, *index), None, None),
-)
-sum_rows.defvjp(
-    lambda y, source, slots: (sum_rows(y, source, slots), (source, slots)),
-    lambda index, g: (gather_rows(g, *index), None, None),
-)
+def _take_bytes(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Take rows of E4M3 four bytes at a time."""
+    num_rows, width = values.shape
+    words = lax.bitcast_convert_type(values, jnp.uint8).reshape(num_rows, width // WORD, WORD)
+    taken = _take(lax.bitcast_convert_type(words, jnp.uint32), index)
+    taken = lax.bitcast_convert_type(taken, jnp.uint8).reshape(-1, width)
+    return lax.bitcast_convert_type(taken, values.dtype)
+
+
+def _take_scales(scales: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(scales, index, axis=1, mode="fill", fill_value=1)

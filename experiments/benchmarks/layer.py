@@ -26,7 +26,8 @@ from flax import nnx
 from configs import deepseek_v3
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.model.attention import Attention, expanded
-from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
+from deepseek_jax.model.exchange import exchange
+from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.model.rope import rotary_table
@@ -111,7 +112,17 @@ class Layer(nnx.Module):
             scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
             _, gates_BSK = route(model, scores_BSE, jnp.zeros((model.num_experts,)))
         experts = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
-        return Outputs(x_BSD + self.shared(h_BSD), expert_ffn_fp8(experts, rows_WD, gates_W1, experts_W1), gates_BSK)
+        y_WD = exchange(
+            rows_WD,
+            experts_W1,
+            gates_W1,
+            experts,
+            Fp8Experts(),
+            transport="local",
+            num_experts=experts["down_EFD"].values.shape[0],
+            slack=1.0,
+        )
+        return Outputs(x_BSD + self.shared(h_BSD), y_WD, gates_BSK)
 
 
 def make_weights(config: Config, load: Load) -> tuple[Any, Any]:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts_blocks import expert_ffn
-from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
+from deepseek_jax.model.exchange import exchange
+from deepseek_jax.model.experts_blocks import BlockedExperts
+from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.quantize import quantize_blocks
 
@@ -45,13 +46,17 @@ def quantized(w):
     return q.values.reshape(w.shape), q.scales
 
 
+def apply_local(experts, weights, x_TD, gates_TK, experts_TK):
+    return exchange(x_TD, experts_TK, gates_TK, weights, experts, transport="local", num_experts=E, slack=1.0)
+
+
 @functools.partial(jax.jit, static_argnames="fp8")
 def value_and_gradients(weights, x_TD, g_TD, gates_TK, experts_TK, fp8):
     def apply(weights, x_TD, gates_TK):
         if not fp8:
-            return expert_ffn(weights, x_TD.astype(jnp.float32), gates_TK, experts_TK, block=32, wave=100)
+            return apply_local(BlockedExperts(32, 100), weights, x_TD.astype(jnp.float32), gates_TK, experts_TK)
         parts = {name: Fp8Weight(w, *jax.lax.stop_gradient(quantized(w))) for name, w in weights.items()}
-        return expert_ffn_fp8(parts, x_TD, gates_TK, experts_TK)
+        return apply_local(Fp8Experts(), parts, x_TD, gates_TK, experts_TK)
 
     y, pull = jax.vjp(apply, weights, x_TD, gates_TK)
     dweights, dx, dgates = pull(g_TD.astype(y.dtype))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts_blocks import expert_ffn
-from deepseek_jax.model.experts_grouped import expert_ffn_grouped
-from tests.model.test_experts_fp8 import E, K, T, ids, inputs
+from deepseek_jax.model.experts_blocks import BlockedExperts
+from deepseek_jax.model.experts_grouped import GroupedExperts
+from tests.model.test_experts_fp8 import E, K, T, apply_local, ids, inputs
 
 ERROR = 6e-3  # relative L2: a few roundings to BF16, of 1.7e-3 each; measured 3.1e-3 to 4.4e-3
 
@@ -18,8 +18,8 @@ ERROR = 6e-3  # relative L2: a few roundings to BF16, of 1.7e-3 each; measured 3
 def value_and_gradients(weights, x_TD, g_TD, gates_TK, experts_TK, dtype):
     def apply(weights, x_TD, gates_TK):
         if dtype == jnp.float32:
-            return expert_ffn(weights, x_TD, gates_TK, experts_TK, block=32, wave=100)
-        return expert_ffn_grouped(weights, x_TD, gates_TK, experts_TK)
+            return apply_local(BlockedExperts(32, 100), weights, x_TD, gates_TK, experts_TK)
+        return apply_local(GroupedExperts(), weights, x_TD, gates_TK, experts_TK)
 
     weights, x_TD, g_TD = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(dtype), (weights, x_TD, g_TD))
     y, pull = jax.vjp(apply, weights, x_TD, gates_TK)

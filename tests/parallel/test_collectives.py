@@ -27,6 +27,7 @@ from tests.support import small
 MESH = (2, 1, 4)
 MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}
 GATHER, SCATTER, EXCHANGE = "all_gather", "reduce_scatter", "all_to_all"
+ROWS_OUT = "all_gather of rows"  # over the experts' axes alone; weights are gathered over `data`, too
 SUMS = ("psum", "psum_invariant")
 LARGEST = "pmax"
 
@@ -45,7 +46,9 @@ def collectives_of(jaxpr, loops=(), times=1) -> list[Collective]:
     collectives = []
     for eqn in jaxpr.eqns:
         kind = eqn.primitive.name
-        if kind in (GATHER, SCATTER, EXCHANGE, LARGEST, *SUMS):
+        if kind == GATHER and "data" not in eqn.params["axis_name"]:
+            kind = ROWS_OUT
+        if kind in (GATHER, ROWS_OUT, SCATTER, EXCHANGE, LARGEST, *SUMS):
             collectives += [Collective(kind, var.aval.dtype, var.aval.shape, loops, times) for var in eqn.invars]
         inner_loops = (*loops, kind) if kind in ("scan", "while") else loops
         inner_times = times * eqn.params["length"] if kind == "scan" else times
@@ -188,20 +191,36 @@ def test_fp8_weights_travel_in_bytes(gather):
 
 
 @pytest.mark.parametrize("remat", ["none", "selective"])
-def test_balanced_exchange_costs_seven_all_to_alls(remat):
-    """Rows, gates and ids out, results home; in the backward pass the gradients of results, rows and gates.
+def test_an_exchange_costs_so_many_collectives(remat):
+    """Counts to all; rows out, and gates with devices and slots in one array; sums home. In the backward pass the
+    gradient of the sums out, those of rows and gates home.
 
-    Recomputing sends rows and gates again, ids not: the order of the rows is kept. (MTP, outside any scan, asks for the
-    results too and leaves it to XLA to see that nobody reads them.) All else sits in loops that run no round when the
-    first carries everything.
+    Recomputing repeats nothing of it: rows and routes are kept. (MTP, outside any scan, asks for the sums again and
+    leaves it to XLA to see that nobody reads them.) All else sits in loops that run no round when the first carries
+    everything.
     """
     step = traced(remat=remat, precision="bf16")
     routers, mtp = num_routers(step.config), step.config.model.num_mtp_layers
-    per_micro_batch = 7 * routers if remat == "none" else 9 * routers + mtp
-    assert times_by_loops(step.of(EXCHANGE)) == num_micro_batches(step.config) * per_micro_batch
+    moved = 6 * routers if remat == "none" else 6 * routers + mtp
+    assert times_by_loops(step.of(EXCHANGE)) == num_micro_batches(step.config) * moved
+    assert times_by_loops(step.of(ROWS_OUT)) == num_micro_batches(step.config) * routers
     by_dtype = collections.Counter(c.dtype for c in step.of(EXCHANGE) if "while" not in c.loops)
     assert set(by_dtype) == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
-    assert {c.shape[-1] for c in step.of(EXCHANGE) if c.dtype == jnp.float32} == {1}  # only gates travel in FP32
+    k = step.config.model.experts_per_token
+    assert {c.shape[-1] for c in step.of(EXCHANGE) if c.dtype == jnp.float32} == {k}  # only gates' gradients
+    assert {c.shape[-1] for c in step.of(EXCHANGE) if c.dtype == jnp.int32} == {3 * k}
+
+
+def test_in_fp8_rows_and_their_gradients_travel_in_bytes():
+    """Out in both passes; sums come home in BF16. E4M3 travels as uint8, scales in FP32, one for 128 channels."""
+    step = traced(precision="fp8")
+    width = step.config.model.width
+    rows = [c for c in step.of(EXCHANGE) if "while" not in c.loops and c.shape[-1] == width]
+    assert {c.dtype for c in rows} == {jnp.dtype(jnp.uint8), jnp.dtype(jnp.bfloat16)}
+    times = {dtype: sum(c.times for c in rows if c.dtype == dtype) for dtype in (jnp.uint8, jnp.bfloat16)}
+    assert set(times.values()) == {2 * num_routers(step.config) * num_micro_batches(step.config)}
+    scales = [c for c in step.of(EXCHANGE) if c.dtype == jnp.float32 and c.shape[0] == width // 128]
+    assert sum(c.times for c in scales if "while" not in c.loops) == times[jnp.uint8]
 
 
 def test_no_sum_has_the_size_of_a_weight():

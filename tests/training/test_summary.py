@@ -40,7 +40,7 @@ def test_a_run_says_what_it_is(config, tmp_path):
         "learning rate up to 0.003, 0.0003 at the end, 5 steps of warm-up",
         "8 x cpu",
         "mesh data 4, expert 2",
-        "precision fp32, attention xla (auto), experts blocks (auto), exchange all_to_all (auto)",
+        "precision fp32, attention xla (auto), experts blocks (auto), exchange dense (auto)",
         "continues after step 5 of 60",
     ):
         assert expected in text, text
