@@ -116,7 +116,7 @@ def parse(argv: list[str], main: Callable, words: Sequence[str] = ()) -> list[st
         ValueError: a flag is unknown, missing or wrong, a word stands without "--", or the configuration is unusable.
     """
     logging.use_absl_handler()
-    logging.get_absl_handler().addFilter(_escape)
+    tell_plainly()
     app.define_help_flags()
     if {"--help", "-help", "--helpshort", "-h", "-?"} & set(argv):
         print(usage(main))
@@ -138,6 +138,16 @@ def parse(argv: list[str], main: Callable, words: Sequence[str] = ()) -> list[st
         logging.set_verbosity(logging.WARNING)
     recipe.load()
     return rest
+
+
+def tell_plainly() -> None:
+    """Let the log show a warning as "warning: ..." and escape what could be codes for a terminal.
+
+    absl's own prefix, with time and place, is for programmers; `log.txt` of a run has the time.
+    """
+    handler = logging.get_absl_handler()
+    handler.addFilter(_escape)
+    handler.setFormatter(python_logging.Formatter("%(level)s%(message)s", defaults={"level": ""}))
 
 
 def path_of(flag: flags.FlagHolder[str | None], check: Callable[[str, str], Path]) -> Path | None:
@@ -190,6 +200,7 @@ def _wrong_value(text: str) -> str:
 
 
 def _escape(record: python_logging.LogRecord) -> bool:
-    """Escape control characters in a line of the log, which may quote names of files."""
+    """Escape control characters in a line of the log, which may quote names of files; keep its level as a word."""
     record.msg, record.args = "\n".join(map(printable, record.getMessage().splitlines())), ()
+    record.level = f"{record.levelname.lower()}: " if record.levelno > python_logging.INFO else ""
     return True

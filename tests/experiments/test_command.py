@@ -1,11 +1,13 @@
 """How errors become messages and exit codes."""
 
 import json
+import logging
 import os
 import sys
 
 import pytest
 from absl import app
+from absl import logging as absl_logging
 
 from deepseek_jax.training.checkpoint import SaveError
 from deepseek_jax.training.loop import NonFiniteError
@@ -92,3 +94,14 @@ def test_an_error_of_a_library_says_how_to_see_where(capsys):
     assert (command.report("name", ours.value), command.report("name", theirs.value)) == (2, 2)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "name: seed = -1; raise it" and second.endswith("; --traceback shows where")
+
+
+def test_a_warning_has_no_prefix_of_absl(monkeypatch, capsys):
+    record = logging.makeLogRecord({"levelno": 30, "levelname": "WARNING", "msg": "%s is odd", "args": ("a\x1b",)})
+    handler = absl_logging.get_absl_handler()
+    monkeypatch.setattr(handler.python_handler, "stream", sys.stderr)
+    monkeypatch.setattr(handler.python_handler, "formatter", handler.python_handler.formatter)
+    monkeypatch.setattr(handler, "filters", [])
+    command.tell_plainly()
+    handler.handle(record)
+    assert capsys.readouterr().err.splitlines()[-1] == "warning: a\\x1b is odd"  # before it absl's word on flags
