@@ -245,6 +245,12 @@ def test_a_source_without_training_documents_is_refused(work, make_config, corpu
         make_train_loader(make_config(corpus_folder, heldout_fraction=1.0), bpe, work)
 
 
+def test_a_workdir_in_its_own_corpus_is_refused_at_the_door(make_config, corpus_folder):
+    with pytest.raises(ValueError, match="choose a --workdir elsewhere"):
+        pipeline.check_data(make_config(corpus_folder), corpus_folder / "run")
+    pipeline.check_data(make_config(corpus_folder), None)
+
+
 def test_a_sequence_too_short_for_mtp_is_refused(make_config):
     with pytest.raises(ValueError, match="sequence_length = 2 is too short: 1 MTP layers need at least 3"):
         make_config("unused", sequence_length=2)
