@@ -24,7 +24,14 @@ from experiments import command, session
         (NonFiniteError("step 3"), 1, "step 3"),
         (OSError(28, "No space left on device", "/a/b\x1b"), 1, "No space left on device: /a/b\\x1b"),
         (MemoryError("cannot allocate 5 TB"), 1, "cannot allocate 5 TB"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nlong\nlist\nof\nbuffers"), 1, "9 bytes)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nlong\nlist\nof\nbuffers"), 1, "9 bytes;"),
+        (
+            RuntimeError("INTERNAL: " + "x" * 300 + "\nRESOURCE_EXHAUSTED: 7 GiB\nbuffers"),
+            1,
+            "(RESOURCE_EXHAUSTED: 7 GiB;",
+        ),
+        (MemoryError("std::bad_alloc"), 1, "set execution.remat = 'full'"),
+        (MemoryError(), 1, "out of memory (MemoryError; this machine has"),
     ],
 )
 def test_errors_of_users_and_machines_are_one_message(capsys, monkeypatch, error, code, says):
