@@ -170,7 +170,7 @@ def tell_plainly() -> None:
     """
     handler = logging.get_absl_handler()
     handler.addFilter(_escape)
-    handler.setFormatter(python_logging.Formatter("%(level)s%(message)s", defaults={"level": ""}))
+    handler.setFormatter(_Plain())
 
 
 def path_of(flag: flags.FlagHolder[str | None], check: Callable[[str, str], Path]) -> Path | None:
@@ -223,7 +223,14 @@ def _wrong_value(text: str) -> str:
 
 
 def _escape(record: python_logging.LogRecord) -> bool:
-    """Escape control characters in a line of the log, which may quote names of files; keep its level as a word."""
+    """Escape control characters in a line of the log, which may quote names of files."""
     record.msg, record.args = "\n".join(map(printable, record.getMessage().splitlines())), ()
-    record.level = f"{record.levelname.lower()}: " if record.levelno > python_logging.INFO else ""
     return True
+
+
+class _Plain(python_logging.Formatter):
+    """The text alone, after a word for its level."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > python_logging.INFO else ""
+        return level + super().format(record)
