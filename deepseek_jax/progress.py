@@ -104,7 +104,7 @@ class Bar:
         self.close()
 
     def _line(self, now: float, values: dict[str, str]) -> str:
-        share = 100.0 * self._done / max(1, self._total)
+        share = min(100.0, 100.0 * self._done / max(1, self._total))  # the last step may exceed the total
         parts = [f"{self._label} {share:.1f}%", *(f"{name} {value}" for name, value in values.items())]
         start, start_done = self._start
         if self._done > start_done and now > start:

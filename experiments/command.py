@@ -32,6 +32,8 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "After an error, show the call
 ROOT = Path(__file__).parents[1]
 UNUSABLE, FAILED = 2, 1
 MOST_LINES = 3  # of a message
+MOST_ASKED = 300  # characters of what was asked for
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|std::bad_alloc")
 WIDTH = 100  # of the help
 MISSING = re.compile(r"(?s)flag --(?P<name>[\w.]+)=None: Flag --\S+ must have a value other than None.*")
 WRONG_VALUE = re.compile(r"(?s)flag --(?P<name>[\w.]+)=(?P<value>.*?): (?P<why>.*)")
@@ -83,11 +85,8 @@ def outcome(error: Exception) -> tuple[int, str | None]:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, ValueError | NotImplementedError | app.UsageError):
         return UNUSABLE, text
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text[:200]:
-        return FAILED, (
-            f"out of memory ({text.splitlines()[0]}); use smaller sizes, such as training.micro_batch_size, or more"
-            " devices"
-        )
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return FAILED, _out_of_memory(text, isinstance(error, MemoryError))
     if isinstance(error, OSError):
         where = f": {shown(os.fsdecode(error.filename))}" if isinstance(error.filename, str | bytes) else ""
         reason = error.strerror or text
@@ -98,6 +97,30 @@ def outcome(error: Exception) -> tuple[int, str | None]:
     if type(error).__name__ in ("SaveError", "NonFiniteError", "ProcessError"):  # by name: beside them is JAX
         return FAILED, text
     return FAILED, None
+
+
+def _out_of_memory(text: str, is_host: bool) -> str:
+    """Return one line for XLA's many: what was asked for, what there is, what to lower."""
+    asked = next(line for line in text.splitlines() if line.strip())
+    if found := OUT_OF_MEMORY.search(text):
+        asked = next(line for line in text[found.start() :].splitlines() if line.strip())
+    there = _memory(is_host)
+    has = f"; {'this machine' if is_host else 'a device here'} has {there / 2**30:,.1f} GiB" if there else ""
+    return (
+        f"out of memory ({shown(asked.strip())[:MOST_ASKED]}{has}); lower training.micro_batch_size or"
+        " data.sequence_length, set execution.remat = 'full', or use more devices: experiments.plan says what a step"
+        " needs"
+    )
+
+
+def _memory(is_host: bool) -> int | None:
+    """Return the bytes of a device, or of this machine, also if the device is its CPU; None if unknown."""
+    try:
+        asked = not is_host and "jax" in sys.modules  # a program of JAX failed, so JAX runs
+        statistics = sys.modules["jax"].local_devices()[0].memory_stats() if asked else None
+        return (statistics or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (RuntimeError, ValueError, OSError):
+        return None
 
 
 def message(text: str) -> str:
@@ -116,7 +139,7 @@ def parse(argv: list[str], main: Callable, words: Sequence[str] = ()) -> list[st
         ValueError: a flag is unknown, missing or wrong, a word stands without "--", or the configuration is unusable.
     """
     logging.use_absl_handler()
-    logging.get_absl_handler().addFilter(_escape)
+    tell_plainly()
     app.define_help_flags()
     if {"--help", "-help", "--helpshort", "-h", "-?"} & set(argv):
         print(usage(main))
@@ -138,6 +161,16 @@ def parse(argv: list[str], main: Callable, words: Sequence[str] = ()) -> list[st
         logging.set_verbosity(logging.WARNING)
     recipe.load()
     return rest
+
+
+def tell_plainly() -> None:
+    """Let the log show a warning as "warning: ..." and escape what could be codes for a terminal.
+
+    absl's own prefix, with time and place, is for programmers; `log.txt` of a run has the time.
+    """
+    handler = logging.get_absl_handler()
+    handler.addFilter(_escape)
+    handler.setFormatter(_Plain())
 
 
 def path_of(flag: flags.FlagHolder[str | None], check: Callable[[str, str], Path]) -> Path | None:
@@ -193,3 +226,11 @@ def _escape(record: python_logging.LogRecord) -> bool:
     """Escape control characters in a line of the log, which may quote names of files."""
     record.msg, record.args = "\n".join(map(printable, record.getMessage().splitlines())), ()
     return True
+
+
+class _Plain(python_logging.Formatter):
+    """The text alone, after a word for its level."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > python_logging.INFO else ""
+        return level + super().format(record)

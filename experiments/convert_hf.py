@@ -5,7 +5,7 @@
     export   --workdir=W --hf=DIR              write a checkpoint of W in FP8 (BF16 with --precision=bf16), with config
                                                and tokenizer
     verify   --hf=DIR                          check names, shapes, dtypes and sizes against DIR's config.json, and the
-                                               checksums of our own exports
+                                               checksums of our own exports; values of other folders are not read
     logits   --hf=DIR --tokens=T.npy --output=O.npz    write logits, routes and gates for int32 tokens [B, S]
 
 The same command continues an interrupted export. `--dry_run` lists tensors and bytes, then stops. Weights are split
@@ -81,7 +81,11 @@ def import_() -> None:
     folder, workdir = _hf_folder().absolute(), new_folder(_needed("workdir"), "--workdir")
     opened = open_told(folder)
     try:
-        config = hf_config.run_config(from_config_dict(CONFIG.value), folder.resolve().name, opened.model)
+        base = from_config_dict(CONFIG.value)
+        if CONFIG.is_default and not any(key.startswith("mesh") for key, _ in CONFIG.overrides):
+            # V3's mesh is one of 64 devices and more; this one is of whatever is there
+            base = base.with_(mesh={"data": -1, "node": 1, "expert": 1})
+        config = hf_config.run_config(base, folder.resolve().name, opened.model)
     except ValueError as error:  # the recipe is V3's by default, for many devices and in FP8
         raise ValueError(f"{error}; or name a recipe of the model's size: --config=configs/tiny.py") from error
     if DRY_RUN.value:
@@ -99,6 +103,12 @@ def import_() -> None:
         " to train on:"
     )
     print(f"  {imported_recipe.training_command(workdir)}")
+    if CONFIG.is_default:
+        precision, file = config.execution.precision.upper(), workdir / imported_recipe.FILE
+        print(
+            f"without --config its recipe is V3's (batches, schedules, corpus) in {precision}, on as many devices as"
+            f" there are; edit {file} before the first start, or import with --config"
+        )
 
 
 def make_run(workdir: Path, config: Config, tokenizer: dict[str, str], files: dict[str, Companion]) -> None:
@@ -154,11 +164,14 @@ def verify() -> None:
     form = "FP8" if fp8 else "not FP8"
     print(
         f"{folder}: {len(shards.entries):,} tensors, {shards.num_bytes:,} bytes in {len(files)} files, {form}: complete"
+        " (names, shapes, dtypes and sizes)"
     )
     if (folder / RECORD).exists():
         with progress_bar(sum(file.stat().st_size for file in files), "checksums") as progress:
             record.verify(folder, progress.update)
         print("SHA-256 of every file: as written")
+    else:
+        print("values: not checked; only our own exports have checksums")
 
 
 def write_logits() -> None:

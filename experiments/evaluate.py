@@ -32,7 +32,7 @@ def main(_) -> None:
     config = read_config(workdir)
     if CONFIG.value is not None:
         config = from_config_dict(CONFIG.value)
-        check_workdir(workdir, config)
+        check_workdir(workdir, config, "give its values, or leave --config out: then the run's own is used")
     session.start()
     result, progress = evaluate_workdir(config, workdir, STEP.value)
     values = {

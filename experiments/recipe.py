@@ -54,6 +54,11 @@ class Recipe:
         self._flag, self._required = flags.DEFINE_string("config", default, text), required
         self.defined.append(self)
 
+    @property
+    def is_default(self) -> bool:
+        """Whether the command line names no file; single values may be given all the same."""
+        return flags.FLAGS[self._flag.name].using_default_value
+
     @functools.cached_property
     def value(self) -> ConfigDict | None:
         """What `get_config` returned, with the overrides; None without `--config`.

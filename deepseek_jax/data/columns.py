@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.documents import Document, Problems, is_too_long, too_long
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.inputs import shown
 
@@ -59,7 +59,9 @@ def _read_columns(name: str, path: Path, text_field: str, problems: Problems, co
             for column in batches:
                 for text in _texts(arrow, column):
                     row += 1
-                    if isinstance(text, str):
+                    if isinstance(text, str) and is_too_long(text):
+                        problems.report(too_long(f"{shown(path)} row {row}"))
+                    elif isinstance(text, str):
                         share = size // num_rows if num_rows else raw.tell() - position
                         position = raw.tell()
                         yield Document(f"{name}:{row}", text, share)

@@ -12,6 +12,7 @@ A source names a file, a folder with all that is in it, a pattern such as "data/
 Where more bytes would be left out than read, the source is refused: a pattern then says which files are meant.
 """
 
+import fnmatch
 import glob
 import os
 import stat
@@ -30,6 +31,8 @@ STDLIB = "stdlib"
 NOT_STDLIB = {"site-packages", "dist-packages"}  # folders in that of the standard library which are not part of it
 # Files about a corpus, not of it: stems of names in capitals, and whole names.
 ABOUT_STEMS = {"README", "LICENSE", "LICENCE", "NOTICE", "CITATION", "CHANGELOG", "COPYING", "AUTHORS"}
+# Files of a run that are text too, by which a pattern may take its workdir for a corpus.
+RUN_NAMES = ("config.json", "metrics.jsonl", "log.txt", "tokenizer.json", "saved.json")
 ABOUT_NAMES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "_success"}
 
 
@@ -81,6 +84,39 @@ def find_files(source: Source) -> CorpusFiles:
     if not files and not faults:
         raise CorpusError(f"{named} is an empty folder; put text, .jsonl, .parquet or .array_record files there")
     return CorpusFiles(files, left_out, sorted(faults))
+
+
+def check_apart(source: Source, workdir: Path) -> None:
+    """Refuse a workdir whose files the source would read: the corpus would change while the run goes on.
+
+    Raises:
+        CorpusError: the workdir lies in the source's folder, or the source's pattern matches files of a run there.
+    """
+    if source.path == STDLIB or source.path.startswith("hf:"):
+        return
+    workdir = Path(os.path.realpath(workdir))
+    root = local_path(source.path, "a path of data.sources")
+    if root.is_dir():
+        root = Path(os.path.realpath(root))
+        inner = workdir.relative_to(root).parts if workdir.is_relative_to(root) else (".hidden",)
+        is_read = not any(part.startswith(".") or part == "__pycache__" for part in inner)
+    else:
+        pattern = Path(os.path.realpath(root)).parts
+        is_read = glob.has_magic(str(root)) and any(_matches((*workdir.parts, name), pattern) for name in RUN_NAMES)
+    if is_read:
+        raise CorpusError(
+            f"the workdir {shown(str(workdir))} lies in the data source {shown(source.path)!r}, which would read the"
+            " run's own files; choose a --workdir elsewhere"
+        )
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Return whether `glob` would find a path of these parts by a pattern."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def all_files(root: Path) -> list[File]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from deepseek_jax.inputs import printable
 
+LONGEST_TEXT = 1 << 28  # bytes: 256 MiB; the largest documents of public corpora have a tenth of it
 KEPT_MESSAGES = 20  # about skipped items; all items are counted
 
 
@@ -46,3 +47,13 @@ class Problems:
         self.count += 1
         if len(self.messages) < KEPT_MESSAGES:
             self.messages.append(message)
+
+
+def is_too_long(text: str) -> bool:
+    """Return whether a text has more than `LONGEST_TEXT` bytes of UTF-8; readers report it with `too_long`."""
+    return len(text) > LONGEST_TEXT or (4 * len(text) > LONGEST_TEXT and len(text.encode()) > LONGEST_TEXT)
+
+
+def too_long(where: str) -> str:
+    """Return the report of an item that is longer than `LONGEST_TEXT`."""
+    return f"{where} is longer than {LONGEST_TEXT} bytes; cut such a document"

@@ -13,6 +13,7 @@ A process ends when its socket closes. So it never outlives the program, however
 
 import contextlib
 import os
+import pickle
 import queue
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 import tokenizers
 
@@ -100,10 +102,10 @@ class _Process:
     def encode(self, texts: Sequence[str]) -> Ids:
         try:
             if self._encoder:
-                self._connection.send(self._encoder)
+                _send(self._connection, self._encoder)
                 self._encoder = None
-            self._connection.send(texts)
-            answer = self._connection.recv()
+            _send(self._connection, texts)
+            answer = _receive(self._connection)
         except (EOFError, OSError) as error:
             status = self._process.wait()
             raise ChildProcessError(
@@ -123,16 +125,29 @@ class _Process:
 
 def _serve(connection: Connection) -> None:
     """The other side: encode until the socket closes."""
-    text, encode_special_tokens = connection.recv()
+    text, encode_special_tokens = _receive(connection)
     encoder = tokenizers.Tokenizer.from_str(text)
     encoder.encode_special_tokens = encode_special_tokens
     while True:
-        texts = connection.recv()
+        texts = _receive(connection)
         try:
             answer = encode_texts(encoder, texts)
         except Exception as error:  # too little memory
             answer = error
-        connection.send(answer)
+        _send(connection, answer)
+
+
+def _send(connection: Connection, value: Any) -> None:
+    """Send a value as bytes.
+
+    `Connection.send` sends a view of a BytesIO. If that fails, the error's frames keep both, and collecting them prints
+    "BufferError: Existing exports of data" wherever the program then is.
+    """
+    connection.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from deepseek_jax.data.corpus_files import all_files
-from deepseek_jax.data.documents import CorpusError, Document, Problems
+from deepseek_jax.data.documents import CorpusError, Document, Problems, is_too_long, too_long
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.inputs import local_path, shown
 
@@ -89,7 +89,9 @@ def read_hub(path: str, text_field: str, problems: Problems) -> Iterator[Documen
         rows = datasets.load_dataset(name, hub.configuration, split=hub.split, revision=revision, streaming=True)
         for row, record in enumerate(rows, 1):
             text = record.get(text_field)
-            if isinstance(text, str):
+            if isinstance(text, str) and is_too_long(text):
+                problems.report(too_long(f"{shown(path)} row {row}"))
+            elif isinstance(text, str):
                 yield Document(f"{hub.name.rpartition('/')[2] if hub.is_local else hub.name}:{row}", text, 0)
             else:
                 problems.report(

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepseek_jax.data.compression import DecompressionError, open_file
-from deepseek_jax.data.documents import Document, Problems
+from deepseek_jax.data.documents import LONGEST_TEXT, Document, Problems
 from deepseek_jax.inputs import shown
 
 READ_AT_ONCE = 1 << 20  # bytes
-LONGEST_LINE = 1 << 28  # bytes: 256 MiB; the largest documents of public corpora have a tenth of it
+LONGEST_LINE = LONGEST_TEXT  # bytes
 LONGEST_SKIP = 1 << 30  # bytes of one line that are read only to find its end; beyond them the file is given up
 LARGEST_VALUE = 1 << 28  # bytes of a .json file that is one value and must be parsed whole
 

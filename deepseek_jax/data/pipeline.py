@@ -24,6 +24,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, Data
 from deepseek_jax.data.augmentation import Augmentation
+from deepseek_jax.data.corpus_files import check_apart
 from deepseek_jax.data.examples import Example, check_examples
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch, pack
 from deepseek_jax.data.run_tokenizer import make_tokenizer
@@ -132,16 +133,24 @@ class Loader:
         return views
 
 
-def check_data(config: Config, workdir: str | os.PathLike) -> None:
+def check_data(config: Config, workdir: str | os.PathLike | None) -> None:
     """Refuse sources and a tokenizer that are not there, before anything is computed or written.
 
+    Args:
+        config: of the run.
+        workdir: its folder; None if that will be a new one, away from every source.
+
     Raises:
-        ValueError: a source cannot be read (`sources.check_source`), or the file `data.tokenizer`, which a workdir
-            without a tokenizer needs, cannot be, or has more ids than the model.
+        ValueError: a source cannot be read (`sources.check_source`) or would read the run's own files
+            (`corpus_files.check_apart`), or the file `data.tokenizer`, which a workdir without a tokenizer needs,
+            cannot be, or has more ids than the model.
     """
     for source in config.data.sources:
         check_source(source)
-    if config.data.tokenizer in ("bpe", "byte") or os.path.lexists(Path(workdir) / "tokenizer.json"):
+        if workdir is not None:
+            check_apart(source, Path(workdir))
+    has_tokenizer = workdir is not None and os.path.lexists(Path(workdir) / "tokenizer.json")
+    if config.data.tokenizer in ("bpe", "byte") or has_tokenizer:
         return
     tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -49,7 +49,7 @@ class Documents:
 
 
 class Writer(contextlib.AbstractContextManager):
-    """Writes the files that `Documents` opens; they are complete when the context ends."""
+    """Writes the files that `Documents` opens; they are complete when the context ends without an error."""
 
     def __init__(self, stem: Path, dtype: np.dtype):
         """Write ids as `dtype` into the three files of `stem`."""
@@ -71,7 +71,11 @@ class Writer(contextlib.AbstractContextManager):
         """Return the number of documents."""
         return len(self._lengths)
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
+        if kind is not None:  # the folder is removed; a second error would hide the first
+            with contextlib.suppress(OSError):
+                self._file.close()
+            return
         self._file.close()
         np.save(f"{self._stem}.ends.npy", np.cumsum(self._lengths, dtype=np.int64))
         np.save(f"{self._stem}.bytes.npy", np.array(self._num_bytes, np.int64))

@@ -2,9 +2,9 @@
 
 They answer "compared with what?" without another model, and average the sources by weight as the model's figure does:
 
-    bigram       knows the previous token, and has seen exactly the tokens that the run has seen
-    gzip pieces  knows at most what the model knows: nothing beyond the context, which is shorter than gzip's window
-    gzip, xz     know each whole document
+    bigram of the tokens seen                  knows the previous token, and has seen exactly the tokens of the run
+    gzip -9 of pieces of the model's context   knows at most what the model knows: nothing beyond the context
+    gzip -9, xz -9 of each document            know each whole document
 
 The bigram is interpolated by Witten and Bell's rule (1991), which has no free parameter: a context that was followed by
 T different tokens in n occurrences gives T / (n + T) of its probability to the shorter context; below the shortest, all

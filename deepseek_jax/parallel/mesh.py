@@ -31,6 +31,15 @@ AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # of devices, or of siz
 SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
 
 
+class MeshMisfit(ValueError):
+    """The sizes of a mesh do not multiply to the number of devices; `fixed` is a number to which they do."""
+
+    def __init__(self, message: str, fixed: int):
+        """Keep `fixed` beside the message."""
+        super().__init__(message)
+        self.fixed = fixed
+
+
 def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Make the mesh of `sizes` over `devices` (all of them by default).
 
@@ -41,7 +50,10 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
         ValueError: as `mesh_shape`.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(sizes, len(devices))
+    try:
+        shape = mesh_shape(sizes, len(devices))
+    except MeshMisfit as error:  # a plan refuses such a mesh too, but has devices of no machine to simulate
+        raise ValueError(f"{error}, or simulate them with --cpu_devices={error.fixed}") from error
     try:
         return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
     except NotImplementedError:
@@ -70,7 +82,7 @@ def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:
     if free:
         shape[free[0]] = num_devices // fixed
     if math.prod(shape.values()) != num_devices:
-        raise ValueError(_misfit(given, fixed, num_devices, bool(free)))
+        raise MeshMisfit(_misfit(given, fixed, num_devices, bool(free)), fixed)
     return shape
 
 
@@ -79,12 +91,12 @@ def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> 
     if free:
         large = ", ".join(f"config.mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
         return (
-            f"{large} does not fit {num_devices} devices: it must divide their number; lower it, or simulate a multiple"
-            f" of {fixed} with --cpu_devices={fixed}"
+            f"{large} does not fit {num_devices} devices: it must divide their number; lower it, or use a multiple of"
+            f" {fixed} devices"
         )
     return (
         f"config.mesh = {sizes} does not fit {num_devices} devices; make the axes multiply to {num_devices}, set"
-        f" mesh.data=-1, or simulate with --cpu_devices={fixed}"
+        f" mesh.data=-1, or use {fixed} devices"
     )
 
 

@@ -26,6 +26,9 @@ ENVIRONMENT = {
 HOST = 4  # chips of one TPU host, two by two: the smallest topology
 
 
+CARD_SHARE = 0.8  # of a card's memory for what is computed
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """A kind of accelerator.
@@ -48,6 +51,15 @@ class Chip:
     def compiles(self) -> bool:
         """Whether a step can be compiled for this chip where there is none."""
         return self.torus_dims > 0
+
+    @property
+    def room(self) -> float:
+        """Bytes of one device for what is computed: weights, moments, gradients and copies.
+
+        On a TPU all of its memory: the compiler then decides. On a card four fifths, which leaves a fifth to
+        activations: that is a rule for short sequences, not a measurement.
+        """
+        return self.memory if self.compiles else CARD_SHARE * self.memory
 
 
 # TPUs: what the compiler of libtpu 0.0.48.1 gives a program ("exceeds available HBM (95.73G)").

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from deepseek_jax.plan.chips import GIB, Chip
+from deepseek_jax.plan.chips import CARD_SHARE, GIB, Chip
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
 from deepseek_jax.plan.run import Placement, Plan
@@ -129,11 +129,12 @@ def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> l
 def _not_compiled(on: Placement) -> str:
     if on.chip is None:
         return "Activations come on top; --chip=v5p, for example, compiles the step and says how much."
-    share = sum(on.held.values()) / on.chip.memory
-    verdict = "It does not fit: that" if share > 1.0 else "That"
+    held = sum(on.held.values())
+    verdict = "It fits" if held <= on.chip.room else "It does not fit"
     return (
-        f"{verdict} is {share:.0%} of a device of {on.chip.name}. Activations come on top: the step of an NVIDIA card"
-        " is compiled on the card (experiments.benchmarks.training_step prints its memory)."
+        f"{verdict}: that is {held / on.chip.memory:.0%} of a device of {on.chip.name}, and {CARD_SHARE:.0%} are for"
+        " what is computed; the rest is left to activations. How much those are is known on the card"
+        " (experiments.benchmarks.training_step prints it)."
     )
 
 

@@ -59,7 +59,7 @@ def make_plan(
 
     Args:
         config: any valid config.
-        num_devices: None: with a chip, the smallest number whose state alone fits it.
+        num_devices: None: with a chip, the smallest number on which what is computed is at most `chip.room`.
         chip: None: nothing is compiled.
         say: takes the signs of life of a long compilation.
 
@@ -70,7 +70,7 @@ def make_plan(
     state = state_of(config)
     counts, fits = count(config, state), find_fits(config)
     if fit is None and chip is not None:
-        fit = next((f for f in fits if not f.changes and _state(f, state) <= chip.memory), None)
+        fit = next((f for f in fits if not f.changes and _state(f, state) <= chip.room), None)
     if fit is None:
         return Plan(config, counts, fits, None)
     step = compile_fit(fit, chip, say) if chip and chip.compiles else None

@@ -38,9 +38,12 @@ BOUND_KEYS = {"execution.precision"}  # inside a free section, yet part of what 
 MADE_TOKENIZERS = ("bpe", "byte")  # every other data.tokenizer is a path
 ABSENT = "(absent)"
 MOST_LINES = 20  # of differences in a message
+REMEDY = "give its values, or another --workdir (which may begin with these weights: training.initial_weights)"
 
 
-def check_continues(stored: Any, config: Config, folder: Path, where: str, trained: bool, say: bool = True) -> None:
+def check_continues(
+    stored: Any, config: Config, folder: Path, where: str, trained: bool, say: bool = True, remedy: str = REMEDY
+) -> None:
     """Refuse a configuration that another run has.
 
     Args:
@@ -50,6 +53,7 @@ def check_continues(stored: Any, config: Config, folder: Path, where: str, train
         where: a word for it.
         trained: whether the run has a checkpoint.
         say: warn of each difference that is allowed.
+        remedy: what the command at hand can do.
 
     Raises:
         ValueError: something differs that belongs to a run; the message shows each difference.
@@ -65,8 +69,7 @@ def check_continues(stored: Any, config: Config, folder: Path, where: str, train
     lines = [f"  {key}: {_shown(was)} in {where}, {_shown(now)} given" for key, (was, now) in differences]
     if bound:
         raise ValueError(
-            f"{folder} holds a run with another config; give its values, or another --workdir (which may begin with"
-            " these weights: training.initial_weights):\n"
+            f"{folder} holds a run with another config; {remedy}:\n"
             + "\n".join([*lines[:MOST_LINES], *([f"  and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))])
         )
     if say:

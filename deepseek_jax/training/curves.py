@@ -7,7 +7,7 @@ from typing import Any
 
 from deepseek_jax.config import Source
 from deepseek_jax.inputs import shown
-from deepseek_jax.training.metrics import read_rows
+from deepseek_jax.training.metrics import YARDSTICKS, read_rows
 from deepseek_jax.training.sheet import SHEET_NAME
 
 NOT_MEASURED = "not measured"  # or not finite; the log says which
@@ -33,10 +33,7 @@ def final_table(workdir: Path, corpus_hash: str, checkpoint_steps: list[int], so
         ("held-out bits per byte, before", _text(before["eval/bits_per_byte"])),
         ("held-out bits per byte, after", _text(bits)),
         *source_lines(sources, after.get("eval/source_bits_per_byte", ())),
-        ("  bigram of the tokens seen", _compared(bits, yardsticks)),
-        ("  gzip -9 of pieces of the model's context", _text(yardsticks.get("yardstick/gzip_pieces_bits_per_byte"))),
-        ("  gzip -9 of each document", _text(yardsticks.get("yardstick/gzip_files_bits_per_byte"))),
-        ("  xz -9 of each document", _text(yardsticks.get("yardstick/xz_files_bits_per_byte"))),
+        *((f"  {name}", _compared(key, bits, yardsticks)) for key, name in YARDSTICKS.items()),
         ("tokens seen, steps", f"{after['tokens_seen']:,}, {after['step']:,}"),
         ("tokens/s (median)", f"{median(speeds):,.0f}" if speeds else NOT_MEASURED),
         (
@@ -68,8 +65,9 @@ def _text(bits: float | None) -> str:
     return NOT_MEASURED if bits is None else f"{bits:.3f}"
 
 
-def _compared(bits: float | None, yardsticks: dict[str, Any]) -> str:
-    bigram = yardsticks.get("yardstick/bigram_bits_per_byte")
-    if bigram is None and yardsticks:
+def _compared(key: str, bits: float | None, yardsticks: dict[str, Any]) -> str:
+    """Return the text of a yardstick; the bigram's has the distance of the model's `bits` to it."""
+    value, is_bigram = yardsticks.get(key), key == "yardstick/bigram_bits_per_byte"
+    if is_bigram and value is None and yardsticks:
         return "not counted: too many tokens"
-    return _text(bigram) + (f"  ({bits / bigram - 1.0:+.1%})" if bits is not None and bigram else "")
+    return _text(value) + (f"  ({bits / value - 1.0:+.1%})" if is_bigram and bits is not None and value else "")

@@ -11,7 +11,7 @@ import numpy as np
 
 from deepseek_jax.config import Config
 from deepseek_jax.palette import BELOW_TO_ABOVE, BLACK, BLUE, GRAY, GREEN, ORANGE, PURPLE, SERIES, VERMILION
-from deepseek_jax.training.metrics import read_rows
+from deepseek_jax.training.metrics import YARDSTICKS, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 SHEET_NAME = "training.png"
 SMOOTHED_SHARE = 0.03  # of the points of a curve go into each point of its running mean
 MOST_NAMED_LAYERS = 8  # in a legend
-YARDSTICKS = {
-    "bigram of the tokens seen": ("yardstick/bigram_bits_per_byte", ORANGE),
-    "gzip -9 per document": ("yardstick/gzip_files_bits_per_byte", GREEN),
-    "xz -9 per document": ("yardstick/xz_files_bits_per_byte", PURPLE),
+YARDSTICK_COLORS = {
+    "yardstick/bigram_bits_per_byte": ORANGE,
+    "yardstick/gzip_files_bits_per_byte": GREEN,
+    "yardstick/xz_files_bits_per_byte": PURPLE,
 }
 
 Row = dict[str, Any]  # of the metrics
@@ -129,9 +129,9 @@ def _draw_bits(panel: "Axes", rows: list[Row], evaluations: list[Row]) -> None:
     seen = [row["tokens_seen"] / 1e6 for row in evaluations]
     panel.plot(seen, _column(evaluations, "eval/bits_per_byte"), "o-", color=BLUE, markersize=4, label="this run")
     measured = next((row for row in reversed(rows) if "yardstick/bigram_bits_per_byte" in row), {})
-    for label, (key, color) in YARDSTICKS.items():
+    for key, color in YARDSTICK_COLORS.items():
         if measured.get(key) is not None:
-            panel.axhline(measured[key], color=color, linewidth=1.4, linestyle="--", label=label)
+            panel.axhline(measured[key], color=color, linewidth=1.4, linestyle="--", label=YARDSTICKS[key])
     panel.set(title="Held-out bits per byte", ylabel="bits per byte")
     panel.legend(frameon=False)
 

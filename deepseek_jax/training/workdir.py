@@ -31,13 +31,15 @@ from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface.imported_recipe import FILE as RECIPE
 from deepseek_jax.inputs import read_json, read_text, shown
 from deepseek_jax.locks import locked
-from deepseek_jax.training.continuation import check_continues
+from deepseek_jax.parallel.watch import ProcessError
+from deepseek_jax.training.continuation import REMEDY, check_continues
 from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 
 HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
 # What a start or an import makes before it owns the workdir.
 UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
+FAILURE = "the first process cannot use the workdir: "
 LONGEST_REFUSAL = 2000  # bytes that one process tells the others
 
 
@@ -50,18 +52,26 @@ def occupied(workdir: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process trains in `workdir`, or no folder can be there; the same on every process.
+        OSError: the system refused something at the door of the first process. It has the error of the system, and the
+            others a `ProcessError` that quotes it: they wait here for its word.
     """
     with contextlib.ExitStack() as stack:
-        refusal = ""
+        refusal, failure = "", None
         if jax.process_index() == 0:
             try:
                 stack.enter_context(_alone(Path(workdir)))
             except ValueError as error:
                 refusal = str(error)
+            except OSError as error:
+                refusal, failure = f"{FAILURE}{shown(str(error))}", error
         if jax.process_count() > 1:
             text = np.frombuffer(refusal.encode()[:LONGEST_REFUSAL].ljust(LONGEST_REFUSAL, b"\0"), np.uint8)
             text = np.asarray(multihost_utils.broadcast_one_to_all(text))
             refusal = text.tobytes().rstrip(b"\0").decode(errors="replace")
+        if failure is not None:
+            raise failure
+        if refusal.startswith(FAILURE):
+            raise ProcessError(refusal)
         if refusal:
             raise ValueError(refusal)
         yield
@@ -139,8 +149,8 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         write_atomically(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
-    """Check that `workdir` is free, or holds a run that `config` may continue.
+def check_workdir(workdir: Path, config: Config, remedy: str = REMEDY) -> None:
+    """Check that `workdir` is free, or holds a run that `config` may continue; else `remedy` says what to do.
 
     Raises:
         ValueError: it holds a run with another configuration; the message shows each difference.
@@ -148,7 +158,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     if os.path.lexists(path):
         stored = read_config(workdir)
-        check_continues(to_dict(stored), config, workdir, "the workdir", trained=bool(stored_steps(workdir)))
+        check_continues(to_dict(stored), config, workdir, "the workdir", bool(stored_steps(workdir)), remedy=remedy)
         if stored.data.tokenizer != config.data.tokenizer and (workdir / TOKENIZER_FILES[0]).exists():
             check_tokenizer(config, workdir)
 

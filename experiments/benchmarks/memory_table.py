@@ -41,8 +41,7 @@ CONFIGS = {
     "deepseek_v3": "V3 and R1, 671B",
 }
 TPUS = ("v5p", "v6e", "tpu7x")
-CARDS = {"80 GB": 80 * 10**9, "141 GB": 141 * 10**9}
-USABLE = 0.8  # of a card's memory for what is computed: the rest is left to activations
+CARDS = {"80 GB": "h100", "141 GB": "h200"}
 # In this order: the config as it is written, then with all of a layer computed once more in the backward pass.
 VARIANTS: tuple[dict[str, dict[str, str]], ...] = ({}, {"execution": {"remat": "full"}})
 
@@ -80,7 +79,7 @@ def missing(config: Config, chip: Chip, records: list[dict[str, Any]]) -> Iterat
     """Yield what must be compiled next to know the smallest fit; each result must be in `records` before the next."""
     state = abstract(config)
     for changes in VARIANTS:
-        fits = candidates(config.with_(**changes), state, chip.memory, chip.devices * chip.most_chips)
+        fits = candidates(config.with_(**changes), state, chip.room, chip.devices * chip.most_chips)
         while (fit := next_probe(fits, chip, records)) is not None:
             yield fit
         if any(_known(fit, chip, records) for fit in fits):
@@ -140,7 +139,7 @@ def table(records: list[dict[str, Any]]) -> str:
         state = abstract(config)
         parameters = count(config, state).parameters
         compiled = [compiled_cell(config, CHIPS[chip], records) for chip in tpus]
-        computed = [card_cell(config, state, memory) for memory in CARDS.values()]
+        computed = [card_cell(config, state, CHIPS[card]) for card in CARDS.values()]
         sizes = _short(parameters, "B", "M"), _short(12 * parameters, " GB", " MB")
         rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *compiled, *computed])} |")
     return "\n".join(rows)
@@ -157,9 +156,9 @@ def compiled_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> 
     return f"{'at most ' * is_open}{best['devices']}{remat}: {best['step_compiled']['total'] / GIB:,.1f} GiB each"
 
 
-def card_cell(config: Config, state: State, memory: int) -> str:
+def card_cell(config: Config, state: State, card: Chip) -> str:
     """Return the smallest number of cards that the code accepts and whose computed bytes leave room."""
-    fits = candidates(config, state, USABLE * memory, most=1024)
+    fits = candidates(config, state, card.room, most=1024)
     return str(fits[0].num_devices) if fits else "none"
 
 

@@ -76,7 +76,7 @@ def main(_) -> None:
     json, kept = command.path_of(JSON, new_file), command.path_of(WORKDIR, new_folder)
     config = from_config_dict(with_batch_size(CONFIG.value))
     if DATA.value or LOADER.value:
-        check_data(config, kept or Path())
+        check_data(config, kept)
     session.start()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are cold ones
     size = batch_size(config, tokens_seen=0)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deepseek_jax.data import documents
 from tests.support.reading import TEXTS, contents, read, skipping
 
 
@@ -48,6 +49,15 @@ def test_a_row_that_is_not_utf8_is_one_item(tmp_path, name):
     texts, (message,) = skipping(tmp_path / name)
     assert texts == ["abc", "def"]
     assert f"{name} row 2 has b'\\xff\\xfe\\xfd' in 'text', not text" in message
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_row_has_a_longest_length(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_TEXT", 8)
+    WRITERS[name](tmp_path / name, pa.table({"text": ["12345678", "123456789", "1234567é", "123456é"]}))
+    texts, messages = skipping(tmp_path / name)
+    assert texts == ["12345678", "123456é"]
+    assert all(f"row {row} is longer than 8 bytes" in message for row, message in zip((2, 3), messages, strict=True))
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepseek_jax.config import Source
-from deepseek_jax.data.corpus_files import find_files
+from deepseek_jax.data.corpus_files import check_apart, find_files
+from deepseek_jax.data.documents import CorpusError
 from deepseek_jax.data.sources import source_key
 from tests.support.reading import TEXTS, contents, lines, read, skipping
 
@@ -178,3 +179,30 @@ def test_a_text_field_of_its_own(tmp_path):
     assert contents(tmp_path) == ["y"]
     keys = [source_key(Source(path=str(tmp_path), weight=1.0, text_field=field)) for field in ("", "content")]
     assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "workdir", "is_read"),
+    [
+        ("", "run", True),
+        ("", "", True),
+        ("", "deep/er/run", True),
+        ("", ".run", False),
+        ("", "../run", False),
+        ("text", "run", False),
+        ("**/*.jsonl", "deep/run", True),
+        ("*/*.json*", "run", True),
+        ("*.txt", "run", False),
+        ("text/a.txt", "text", False),
+    ],
+)
+def test_a_workdir_that_the_source_would_read_is_refused(tmp_path, source, workdir, is_read):
+    """The run's own files became text, and the corpus another one with every step."""
+    (tmp_path / "corpus" / "text").mkdir(parents=True)
+    (tmp_path / "corpus" / "text" / "a.txt").write_text("a")
+    named = Source(path=str(tmp_path / "corpus" / source), weight=1.0)
+    if is_read:
+        with pytest.raises(CorpusError, match="would read the run's own files; choose a --workdir elsewhere"):
+            check_apart(named, tmp_path / "corpus" / workdir)
+    else:
+        check_apart(named, tmp_path / "corpus" / workdir)

@@ -1,5 +1,6 @@
 """Ids do not depend on who encodes, and no process stays behind."""
 
+import gc
 import operator
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import tokenizers
 
 from deepseek_jax.data import token_cache
-from deepseek_jax.data.encoders import BATCHES_PER_PROCESS
+from deepseek_jax.data.encoders import BATCHES_PER_PROCESS, Encoders
 from deepseek_jax.data.token_cache import open_corpus
 from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.array_records import write_array_record
@@ -184,3 +185,20 @@ def test_no_process_outlives_a_program(end, status):
     while any(Path(f"/proc/{pid}").exists() for pid, _ in lines):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_texts_that_cannot_be_sent_leave_no_second_error(bpe, started, monkeypatch):
+    """The error's frames held a view of a BytesIO; collecting them printed BufferError."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with Encoders(bpe._encoder, 1) as encoders:
+        list(encoders.map([["a"]]))
+        started[0].kill()
+        started[0].wait()
+        with pytest.raises(ChildProcessError) as raised:
+            list(encoders.map([["a" * 10**6]]))
+        error = raised.value
+        error.cycle = error  # as a Future and its error have one
+        del raised, error
+        gc.collect()
+    assert not unraisable

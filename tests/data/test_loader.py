@@ -10,7 +10,7 @@ import pytest
 from deepseek_jax.data import pipeline
 from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.heldout import heldout_batches
-from deepseek_jax.data.pipeline import loader_throughput, make_train_loader
+from deepseek_jax.data.pipeline import make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
 
 
@@ -245,13 +245,12 @@ def test_a_source_without_training_documents_is_refused(work, make_config, corpu
         make_train_loader(make_config(corpus_folder, heldout_fraction=1.0), bpe, work)
 
 
+def test_a_workdir_in_its_own_corpus_is_refused_at_the_door(make_config, corpus_folder):
+    with pytest.raises(ValueError, match="choose a --workdir elsewhere"):
+        pipeline.check_data(make_config(corpus_folder), corpus_folder / "run")
+    pipeline.check_data(make_config(corpus_folder), None)
+
+
 def test_a_sequence_too_short_for_mtp_is_refused(make_config):
     with pytest.raises(ValueError, match="sequence_length = 2 is too short: 1 MTP layers need at least 3"):
         make_config("unused", sequence_length=2)
-
-
-def test_throughput_is_tens_of_times_what_a_step_eats(work, make_config, corpus_folder, bpe, monkeypatch):
-    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 2**17)
-    config = make_config(corpus_folder, sequence_length=256, fim_rate=0.1, split_rate=0.1)
-    rate = max(loader_throughput(config, bpe, work, batch_size=16) for _ in range(2))
-    assert rate > 100_000  # ten times the training step on two cores; about 2M when nothing else runs

@@ -32,6 +32,13 @@ def test_the_cache_holds_the_corpus(tmp_path, make_config, corpus_folder, bpe):
     )
 
 
+def test_a_failed_writer_adds_nothing(tmp_path):
+    with pytest.raises(ValueError, match="first"), token_files.Writer(tmp_path / "0-train", np.uint16) as writer:
+        writer.add(np.arange(3), 3)
+        raise ValueError("first")
+    assert [path.name for path in tmp_path.iterdir()] == ["0-train.ids.bin"]
+
+
 def test_it_is_written_once(tmp_path, make_config, corpus_folder, bpe, monkeypatch):
     first = open_corpus(make_config(corpus_folder), bpe, tmp_path)
     monkeypatch.setattr(token_cache, "_write", lambda *_: pytest.fail("tokenised again"))

@@ -1,11 +1,13 @@
 """How errors become messages and exit codes."""
 
 import json
+import logging
 import os
 import sys
 
 import pytest
 from absl import app
+from absl import logging as absl_logging
 
 from deepseek_jax.training.checkpoint import SaveError
 from deepseek_jax.training.loop import NonFiniteError
@@ -22,7 +24,14 @@ from experiments import command, session
         (NonFiniteError("step 3"), 1, "step 3"),
         (OSError(28, "No space left on device", "/a/b\x1b"), 1, "No space left on device: /a/b\\x1b"),
         (MemoryError("cannot allocate 5 TB"), 1, "cannot allocate 5 TB"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nlong\nlist\nof\nbuffers"), 1, "9 bytes)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nlong\nlist\nof\nbuffers"), 1, "9 bytes;"),
+        (
+            RuntimeError("INTERNAL: " + "x" * 300 + "\nRESOURCE_EXHAUSTED: 7 GiB\nbuffers"),
+            1,
+            "(RESOURCE_EXHAUSTED: 7 GiB;",
+        ),
+        (MemoryError("std::bad_alloc"), 1, "set execution.remat = 'full'"),
+        (MemoryError(), 1, "out of memory (MemoryError; this machine has"),
     ],
 )
 def test_errors_of_users_and_machines_are_one_message(capsys, monkeypatch, error, code, says):
@@ -92,3 +101,14 @@ def test_an_error_of_a_library_says_how_to_see_where(capsys):
     assert (command.report("name", ours.value), command.report("name", theirs.value)) == (2, 2)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "name: seed = -1; raise it" and second.endswith("; --traceback shows where")
+
+
+def test_a_warning_has_no_prefix_of_absl(monkeypatch, capsys):
+    record = logging.makeLogRecord({"levelno": 30, "levelname": "WARNING", "msg": "%s is odd", "args": ("a\x1b",)})
+    handler = absl_logging.get_absl_handler()
+    monkeypatch.setattr(handler.python_handler, "stream", sys.stderr)
+    monkeypatch.setattr(handler.python_handler, "formatter", handler.python_handler.formatter)
+    monkeypatch.setattr(handler, "filters", [])
+    command.tell_plainly()
+    handler.handle(record)
+    assert capsys.readouterr().err.splitlines()[-1] == "warning: a\\x1b is odd"  # before it absl's word on flags

@@ -194,7 +194,7 @@ def test_every_byte_comes_back(convert, checkpoint, whole):
     printed = convert("verify", f"--hf={whole}", *CONFIG)
     assert "FP8: complete" in printed and "SHA-256 of every file: as written" in printed
     printed = convert("verify", f"--hf={checkpoint}", *CONFIG)  # nobody recorded its checksums
-    assert "FP8: complete" in printed and "SHA-256" not in printed
+    assert "FP8: complete" in printed and "SHA-256" not in printed and "values: not checked" in printed
 
 
 def test_bf16_has_no_scales(convert, checkpoint, workdir, tmp_path):
@@ -368,6 +368,16 @@ def lines(model: object, fp8: bool) -> tuple[list[str], str]:
     total = sum(size for _, _, size in rows.values())
     listed = [f"{name}  {dtype}  {shape}  {size:,}" for name, (dtype, shape, size) in rows.items()]
     return listed, f"{len(rows):,} tensors, {total:,} bytes"
+
+
+def test_an_import_without_a_recipe_runs_on_what_is_there(convert, checkpoint, tmp_path):
+    """V3's mesh of 64 devices was written, and the printed command refused it."""
+    printed = convert(
+        "import", f"--hf={checkpoint}", f"--workdir={tmp_path / 'W'}", "--config.execution.precision=bf16"
+    )
+    assert "its recipe is V3's" in printed and "in BF16" in printed
+    mesh = read_config(tmp_path / "W").mesh
+    assert (mesh.data, mesh.node, mesh.expert) == (-1, 1, 1)
 
 
 @pytest.mark.parametrize(("command", "fp8"), [("import", True), ("export", True), ("export", False)])

@@ -86,10 +86,12 @@ def test_a_person_reads_that_a_step_fits():
 def test_a_card_is_computed_and_says_so():
     tree = v3_5b.get_config()
     tree.execution.precision = "bf16"
-    plan = make_plan(from_config_dict(tree), chip=chips.find_chip("h100"))
-    assert plan.placement.fit.num_devices == 1
+    config, card = from_config_dict(tree), chips.find_chip("h100")
+    plan = make_plan(config, chip=card)
+    assert plan.placement.fit.num_devices == 2  # as docs/memory.md has it
     assert "does_fit" not in record(plan)
-    assert "Activations come on top: the step of an NVIDIA card is compiled on the card" in "\n".join(lines(plan))
+    assert "It fits: that is" in lines(plan)[-2] and "80% are for what is computed" in lines(plan)[-2]
+    assert "It does not fit: that is 85% of a device" in lines(make_plan(config, 1, card))[-2]
 
 
 def test_chips():

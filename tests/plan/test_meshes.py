@@ -75,6 +75,13 @@ def test_a_refusal_says_what_works():
     assert meshes.require_fit(config, 128).changes == {}
 
 
+def test_a_plan_names_no_flag_that_it_lacks():
+    config = load("tiny").with_(mesh={"data": -1, "expert": 16})
+    with pytest.raises(ValueError, match="use a multiple of 16 devices") as refusal:
+        meshes.require_fit(config, 8)
+    assert "--cpu_devices" not in str(refusal.value)
+
+
 def test_the_smallest_micro_batch_is_one_that_works():
     config = load("deepseek_v3")
     assert meshes.smallest_micro_batch(meshes.fit_as_written(config, 64)) == 64

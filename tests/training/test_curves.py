@@ -11,6 +11,7 @@ import pytest
 from configs import tiny
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.training import sheet
+from deepseek_jax.training.metrics import YARDSTICKS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = from_config_dict(tiny.get_config())
@@ -48,6 +49,7 @@ import deepseek_jax.training.loop
 from configs import tiny
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.training import sheet
+from deepseek_jax.training.metrics import YARDSTICKS
 workdir = pathlib.Path({str(tmp_path)!r})
 (workdir / "metrics.jsonl").write_text(json.dumps({training_row(1)!r}) + "\\n")
 assert sheet.draw_sheet(from_config_dict(tiny.get_config()), workdir).read_bytes().startswith(b"\\x89PNG")
@@ -79,7 +81,7 @@ def drawn(tmp_path, monkeypatch):
     rows += [
         {"step": n, "tokens_seen": 1000 * n, "eval/loss": 3.0, "eval/bits_per_byte": b} for n, b in ((1, 4), (100, 1.9))
     ]
-    rows += [{"step": 100, "tokens_seen": 100_000} | {key: 2.0 for key, _ in sheet.YARDSTICKS.values()}]
+    rows += [{"step": 100, "tokens_seen": 100_000} | dict.fromkeys(YARDSTICKS, 2.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
@@ -95,7 +97,7 @@ def test_the_sheet_says_which_run_it_is_and_names_layers_as_the_model_does(drawn
         "layer 1",
         "layer 3",
         "MTP 1",
-        "bigram",
+        *(YARDSTICKS[key] for key in sheet.YARDSTICK_COLORS),
         "Learning rate",
         "Gradient norm",
         "Speed",

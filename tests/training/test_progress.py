@@ -39,6 +39,14 @@ def test_short_work_without_a_terminal_shows_no_line_and_no_carriage_return(monk
     assert shown[-1] == "tokenize 100.0%  2.5 MB/s  ETA 00:00"
 
 
+def test_the_last_step_may_exceed_the_total(monkeypatch):
+    file = io.StringIO()
+    bar = ProgressBar(1000, 0, file)
+    bar.show(1007, 1, 2.0)
+    bar.close()
+    assert file.getvalue().startswith("train 100.0%  step 1")
+
+
 def test_progress_on_a_terminal_is_a_bar():
     class Terminal(io.StringIO):
         def isatty(self):

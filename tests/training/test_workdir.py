@@ -13,6 +13,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.locks import LOCK
+from deepseek_jax.parallel.watch import ProcessError
 from deepseek_jax.training import pretrain, workdir
 from deepseek_jax.training.continuation import check_continues, check_length
 from deepseek_jax.training.workdir import (
@@ -157,6 +158,8 @@ def test_another_config_is_refused_with_each_difference(tmp_path):
         check_workdir(tmp_path, CONFIG.with_(model={"width": 512}, optimizer={"b1": 0.5}, mesh={"data": 3}))
     assert "optimizer.b1: 0.9 in the workdir, 0.5 given" in str(caught.value)
     assert "another --workdir" in str(caught.value)
+    with pytest.raises(ValueError, match="holds a run with another config; leave --config out:"):
+        check_workdir(tmp_path, CONFIG.with_(model={"width": 512}), "leave --config out")
     assert "mesh.data" not in str(caught.value)  # it may differ, so it is no reason
     with pytest.raises(ValueError, match="execution.precision: 'fp8' in the workdir, 'bf16' given"):
         check_workdir(tmp_path, CONFIG.with_(execution={"precision": "bf16"}))
@@ -281,6 +284,20 @@ def test_the_tokenizer_comes_back_and_another_one_is_refused(tmp_path):
     shutil.rmtree(tmp_path)
     with pytest.raises(ValueError, match="No such file"):
         read_tokenizer(tmp_path)
+
+
+def test_all_processes_of_a_run_hear_of_a_disk_that_fails(tmp_path, monkeypatch):
+    """The first process raised its OSError before it had told the others, which waited for it."""
+    said = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda text: said.append(text) or text)
+    monkeypatch.setattr(workdir, "locked", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "a\udce9")))
+    with pytest.raises(OSError, match="No space left"), occupied(tmp_path):
+        pass
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda _: said[0])
+    with pytest.raises(ProcessError, match="first process cannot use the workdir: .*No space left"), occupied(tmp_path):
+        pass
 
 
 def test_all_processes_of_a_run_hear_of_a_refusal(tmp_path, monkeypatch):

@@ -44,4 +44,7 @@ def test_full_recomputation_comes_after_the_config_as_it_is():
 def test_cards_are_numbers_that_the_code_accepts():
     config = memory_table.load("deepseek_v3")
     state = memory_table.abstract(config)
-    assert [memory_table.card_cell(config, state, memory) for memory in memory_table.CARDS.values()] == ["256", "128"]
+    assert [memory_table.card_cell(config, state, CHIPS[card]) for card in memory_table.CARDS.values()] == [
+        "256",
+        "128",
+    ]
