@@ -23,7 +23,7 @@ from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-PARTS = ["tiny", "v3_300m", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b"]
+PARTS = ["tiny", "v3_300m", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b", "moonlight_16b"]
 
 
 def changed(path, value, base=tiny):
@@ -52,7 +52,11 @@ def test_every_promised_config_is_there():
 def test_other_configs_keep_their_precision():
     """Each begins with V3's, which is the report's FP8."""
     precisions = {name: importlib.import_module(f"configs.{name}").get_config().execution.precision for name in PARTS}
-    assert precisions == dict.fromkeys(PARTS, "bf16") | {"deepseek_v3": "fp8", "tiny": "fp32"}
+    assert precisions == dict.fromkeys(PARTS, "bf16") | {
+        "deepseek_v3": "fp8",
+        "moonlight_16b": "fp8",
+        "tiny": "fp32",
+    }
 
 
 def test_published_671b_values():
