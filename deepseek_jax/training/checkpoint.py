@@ -212,8 +212,8 @@ class Checkpoints:
                 here.
 
         Raises:
-            ValueError: `step` does not exist or is damaged, or no checkpoint is intact (the message says of each what is
-                wrong), or one has other arrays.
+            ValueError: `step` does not exist or is damaged, or no checkpoint is intact (the message says what is wrong
+                with each), or one has other arrays.
         """
         failures: dict[int, str] = {}
         retries = 0
