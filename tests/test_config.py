@@ -236,10 +236,14 @@ IMPOSSIBLE = {
     "batch between micro-batches": (
         "training.batch_size",
         (("constant", 1.0, 12),),
-        r"12\.0\) must be a constant whole multiple of micro_batch",
+        r"12\.0\) must be a constant whole multiple of micro_batch.*the nearest is 8 or 16$",
     ),
     "no batch": ("training.batch_size", (("constant", 1.0, 0),), r"0\.0\) must be a constant whole multiple"),
-    "fractional batch": ("training.batch_size", (("constant", 1.0, 8.5),), r"8\.5\) must be a constant whole multiple"),
+    "fractional batch": (
+        "training.batch_size",
+        (("constant", 1.0, 8.5),),
+        r"8\.5\) must be a constant whole multiple.*is 8 or 16$",
+    ),
     "batch that glides": (
         "training.batch_size",
         (("constant", 0.5, 8), ("linear", 1.0, 16)),
