@@ -43,7 +43,7 @@ def golden():
 
 @pytest.mark.parametrize("sizes", MESHES[:3], ids=small.group)
 def test_four_experts_on_two_ranks_have_a_norm_of_root_120(sizes):
-    """7.236 (the first rank's root 20 and the mean of two norms) is DeepSpeed's #8475; root 240 counts experts twice."""
+    """DeepSpeed's #8475 gave 7.236, the mean of the ranks' norms; root 240 would count each expert twice."""
     with jax.set_mesh(mesh_of(sizes)):
         grads = placed(jax.tree.map(np.float32, golden()))
         norms = jax.jit(lambda g: (optax.tree.norm(g), *global_norms(g, g)))(grads)
