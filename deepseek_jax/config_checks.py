@@ -158,6 +158,14 @@ def _check_fp8(config: "Config") -> None:
             )
 
 
+def _nearest_batch(value: float, micro_batch: int) -> str:
+    """Return the nearest whole multiples of a micro-batch, as the end of a refusal."""
+    if not math.isfinite(value):
+        return ""
+    below = int(value // micro_batch) * micro_batch
+    return f"; the nearest is {f'{below} or ' if below else ''}{below + micro_batch}" if value % micro_batch else ""
+
+
 def _check_training(config: "Config") -> None:
     shortest = config.model.num_mtp_layers + 2
     if config.data.sequence_length < shortest:
@@ -170,6 +178,7 @@ def _check_training(config: "Config") -> None:
             raise ValueError(
                 f"config.training.batch_size: ({shape!r}, ..., {value}) must be a constant whole multiple of"
                 f" micro_batch_size = {config.training.micro_batch_size}: every size is compiled once"
+                f"{_nearest_batch(value, config.training.micro_batch_size)}"
             )
     if config.optimizer.b2 > LARGEST_B2:
         raise ValueError(

@@ -23,7 +23,7 @@ from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-PARTS = ["tiny", "v3_300m", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b"]
+PARTS = ["tiny", "v3_300m", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b", "moonlight_16b"]
 
 
 def changed(path, value, base=tiny):
@@ -52,7 +52,11 @@ def test_every_promised_config_is_there():
 def test_other_configs_keep_their_precision():
     """Each begins with V3's, which is the report's FP8."""
     precisions = {name: importlib.import_module(f"configs.{name}").get_config().execution.precision for name in PARTS}
-    assert precisions == dict.fromkeys(PARTS, "bf16") | {"deepseek_v3": "fp8", "tiny": "fp32"}
+    assert precisions == dict.fromkeys(PARTS, "bf16") | {
+        "deepseek_v3": "fp8",
+        "moonlight_16b": "fp8",
+        "tiny": "fp32",
+    }
 
 
 def test_published_671b_values():
@@ -232,10 +236,14 @@ IMPOSSIBLE = {
     "batch between micro-batches": (
         "training.batch_size",
         (("constant", 1.0, 12),),
-        r"12\.0\) must be a constant whole multiple of micro_batch",
+        r"12\.0\) must be a constant whole multiple of micro_batch.*the nearest is 8 or 16$",
     ),
     "no batch": ("training.batch_size", (("constant", 1.0, 0),), r"0\.0\) must be a constant whole multiple"),
-    "fractional batch": ("training.batch_size", (("constant", 1.0, 8.5),), r"8\.5\) must be a constant whole multiple"),
+    "fractional batch": (
+        "training.batch_size",
+        (("constant", 1.0, 8.5),),
+        r"8\.5\) must be a constant whole multiple.*is 8 or 16$",
+    ),
     "batch that glides": (
         "training.batch_size",
         (("constant", 0.5, 8), ("linear", 1.0, 16)),

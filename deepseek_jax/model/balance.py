@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import Loss, Model
-from deepseek_jax.model.recompute import keep
+from deepseek_jax.model.recompute import CHOICE, keep
 from deepseek_jax.parallel.mesh import vary
 
 
@@ -67,7 +67,7 @@ def router_stats(
         chosen_BE = _count(
             lax.top_k(lax.stop_gradient(scores_BSE), model.experts_per_token)[1], valid_BS, model.num_experts
         )
-    chosen_BE = keep(chosen_BE, "routing")
+    chosen_BE = keep(chosen_BE, CHOICE)
     share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
     share_BE = jnp.where(valid_BS[..., None], share_BSE, 0.0).sum(1)
     if loss.sequence_balance_weight:

@@ -4,6 +4,10 @@
 middle of a layer, the SwiGLU's pre-activations and the rows in the experts' order. It also keeps small results that
 took long: the router's logits, the choice of experts and the order of their rows. Norms, the up-projections of
 attention, SwiGLU outputs and quantised copies are computed once more.
+
+The choice of experts is kept even by "full", 4 bytes for each. A choice that is made twice can come out differently
+where scores nearly tie: XLA may fuse the second computation in another way. Then gradients would go to experts that the
+token never met.
 """
 
 import functools
@@ -17,7 +21,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Execution
 
-KEPT = ("query_latent", "kv_latent", "attention_out", "middle", "ffn_hidden", "routing", "expert_rows", "expert_hidden")
+CHOICE = "choice"  # of experts, and the counts that the balance losses make of it
+KEPT = (
+    CHOICE,
+    "query_latent",
+    "kv_latent",
+    "attention_out",
+    "middle",
+    "ffn_hidden",
+    "routing",
+    "expert_rows",
+    "expert_hidden",
+)
 
 
 def keep(tree: Any, name: str) -> Any:
@@ -48,6 +63,6 @@ def recomputed(execution: Execution, body: Callable, scanned: bool) -> Callable:
     """
     if execution.remat == "none":
         return body
-    policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(*KEPT) if execution.remat == "selective" else policies.nothing_saveable
+    kept = KEPT if execution.remat == "selective" else (CHOICE,)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(body, prevent_cse=not scanned, policy=policy)

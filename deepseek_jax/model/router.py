@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import Model
-from deepseek_jax.model.recompute import keep
+from deepseek_jax.model.recompute import CHOICE, keep
 
 
 def router_scores(model: Model, h_BSD: jax.Array, router_DE: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ def route(model: Model, scores_TE: jax.Array, bias_E: jax.Array) -> tuple[jax.Ar
         top = _sum_of_best_two(grouped) if model.group_score == "top2" else grouped.max(-1)
         keep_group = _rank(top) < model.num_kept_groups
         biased = jnp.where(jnp.repeat(keep_group, grouped.shape[-1], axis=-1), biased, -jnp.inf)
-    experts = keep(lax.top_k(biased, model.experts_per_token)[1], "routing")
+    experts = keep(lax.top_k(biased, model.experts_per_token)[1], CHOICE)
     return experts, weigh(model, scores_TE, experts)
 
 

@@ -14,7 +14,7 @@ it per layer, ZeRO-1 once per step; that is their only difference, and the layou
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -89,15 +89,41 @@ def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:
 def _misfit(sizes: dict[str, int], fixed: int, num_devices: int, free: bool) -> str:
     """Return the refusal of mesh axes whose fixed sizes multiply to `fixed`."""
     if free:
-        large = ", ".join(f"config.mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
+        large = {axis: size for axis, size in sizes.items() if size > 1}
+        named = ", ".join(f"config.mesh.{axis} = {size}" for axis, size in large.items())
         return (
-            f"{large} does not fit {num_devices} devices: it must divide their number; lower it, or use a multiple of"
-            f" {fixed} devices"
+            f"{named} does not fit {num_devices} devices: it must divide their number;"
+            f" {_nearest_axes(large, num_devices)}, or use a multiple of {fixed} devices"
         )
+    rest = {axis: fixed // size for axis, size in sizes.items()}
+    whole = [f"{axis}={num_devices // n}" for axis, n in rest.items() if sizes[axis] > 1 and num_devices % n == 0]
     return (
-        f"config.mesh = {sizes} does not fit {num_devices} devices; make the axes multiply to {num_devices}, set"
-        f" mesh.data=-1, or use {fixed} devices"
+        f"config.mesh = {sizes} does not fit {num_devices} devices; make the axes multiply to {num_devices}"
+        f"{''.join(f', for example mesh.{one}' for one in whole[:1])}, set mesh.data=-1, or use {fixed} devices"
     )
+
+
+def _nearest_axes(sizes: dict[str, int], num_devices: int) -> str:
+    """Return the advice to change one of the axes: the nearest sizes with which all of them divide the devices."""
+    found = []
+    for axis, size in sizes.items():
+        rest = math.prod(sizes.values()) // size
+        fitting = [n for n in range(1, num_devices + 1) if num_devices % (n * rest) == 0]
+        if fitting:
+            found.append(f"{axis} = {nearest(size, fitting)}")
+    return f"the nearest that does is {', or '.join(found)}" if found else "lower it"
+
+
+def nearest(value: int, fitting: Iterable[int]) -> str:
+    """Return the nearest of `fitting` below and above `value`, as words: "4", or "4 or 8"."""
+    fitting = set(fitting)
+    sides = max((n for n in fitting if n < value), default=None), min((n for n in fitting if n > value), default=None)
+    return " or ".join(str(n) for n in sides if n is not None)
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """Return the nearest multiples of `step` below and above `value`, as words; 0 is none."""
+    return nearest(value, {n for n in (value // step * step, -(-value // step) * step) if n})
 
 
 def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
@@ -110,8 +136,15 @@ def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
         raise ValueError(
             f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of"
             f" {rows} devices; in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of"
-            f" {GROUP}, by data.sequence_length or training.micro_batch_size, or use execution.precision = 'bf16'"
+            f" {GROUP}, by data.sequence_length or training.micro_batch_size"
+            f" ({nearest_multiples(config.training.micro_batch_size, _fp8_rows(config, rows))}), or use"
+            " execution.precision = 'bf16'"
         )
+
+
+def _fp8_rows(config: config_lib.Config, rows: int) -> int:
+    """Return the smallest micro-batch of which each of `rows` devices has a multiple of 128 tokens."""
+    return rows * (GROUP // math.gcd(GROUP, config.data.sequence_length))
 
 
 def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:
@@ -123,9 +156,14 @@ def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:
 def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
     if size % parts:
         raise ValueError(
-            f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; change it or the"
-            " mesh"
+            f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; the nearest that"
+            f" can is {nearest_multiples(size, parts)}: change it or the mesh, whose parts must divide it"
+            f" ({nearest(parts, _divisors(size))})"
         )
+
+
+def _divisors(size: int) -> list[int]:
+    return [n for n in range(1, size + 1) if size % n == 0]
 
 
 def _split_sizes(mesh: AnyMesh) -> dict[str, int]:

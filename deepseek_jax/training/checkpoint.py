@@ -45,7 +45,7 @@ from deepseek_jax.config import Config, to_dict
 from deepseek_jax.parallel.mesh import environment
 from deepseek_jax.storage import remedy
 from deepseek_jax.training.fingerprint import fingerprints
-from deepseek_jax.training.record import read_sealed, reason, seal, warn_of_changes
+from deepseek_jax.training.record import check_names, read_sealed, reason, seal, warn_of_changes
 from deepseek_jax.training.saved import CHECKPOINTS, DAMAGED, check_saved, note_saved
 
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's name for the folder of an unfinished save
@@ -212,8 +212,8 @@ class Checkpoints:
                 here.
 
         Raises:
-            ValueError: `step` does not exist or is damaged, or no checkpoint is intact; the message names each damaged
-                one and what is wrong with it.
+            ValueError: `step` does not exist or is damaged, or no checkpoint is intact (the message says what is wrong
+                with each), or one has other arrays.
         """
         failures: dict[int, str] = {}
         retries = 0
@@ -251,6 +251,7 @@ class Checkpoints:
         except ValueError as error:
             return reason(error)
         accept(record)
+        check_names(record, abstract_state)
         try:
             state = self._read_arrays(step, abstract_state)
         except Exception as error:  # a damaged file makes Orbax, TensorStore or json raise many types

@@ -28,6 +28,7 @@ from deepseek_jax.training.metrics import MetricsLog, eval_row
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.progress import ProgressBar
+from deepseek_jax.training.record import check_names
 from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
 from deepseek_jax.training.summary import run_lines
@@ -128,13 +129,15 @@ def begin(
         create: makes what a run without a checkpoint begins with.
 
     Raises:
-        ValueError: the checkpoint is of another config, or has seen more tokens than `config` trains on.
+        ValueError: the checkpoint is of another config, has other arrays, or has seen more tokens than `config` trains
+            on.
     """
 
     def accept(record: dict[str, Any]) -> None:
         where, alone = f"the checkpoint of step {record['step']}", not (workdir / "config.json").exists()
         check_continues(record["config"], config, workdir, where, trained=True, say=alone)
         check_length(record["config"], config, record["step"], record["tokens_seen"])
+        check_names(record, abstract, whole=True)
 
     restored = checkpoints.restore(abstract, mesh, accept=accept)
     if restored is None:

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 
 from deepseek_jax.inputs import read_json
@@ -28,6 +29,29 @@ def read_sealed(folder: Path) -> Any:
     if sealed.keys() != {"payload", "crc32"} or _crc32(sealed["payload"]) != sealed["crc32"]:
         raise ValueError(f"checksum of the item {folder.name!r} differs")
     return sealed["payload"]
+
+
+def check_names(record: dict[str, Any], asked: Any, whole: bool = False) -> None:
+    """Refuse a checkpoint that does not hold the arrays that are asked for: each must be there, and none besides.
+
+    Args:
+        record: of the checkpoint; `fingerprints` has the path of every array.
+        asked: the state, or some of its top entries. Of an entry that is asked for, all arrays must be.
+        whole: all top entries must be asked for, too.
+
+    Raises:
+        ValueError: the message names the arrays that are missing, and those that are left over.
+    """
+    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(asked)}
+    entries = tuple(f"[{name!r}]" for name in asked)
+    stored = {path for path in record["fingerprints"] if whole or path.startswith(entries)}
+    found = {"lacks": paths - stored, "has, and the config has not,": stored - paths}
+    parts = [f"{verb} {', '.join(sorted(some)[:3])} ({len(some)} in all)" for verb, some in found.items() if some]
+    if parts:
+        raise ValueError(
+            f"the checkpoint of step {record['step']} {'; it '.join(parts)}; continue with the config and the version"
+            " of the code that wrote it"
+        )
 
 
 def warn_of_changes(stored: dict[str, Any], here: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ CONFIGS = {
     "moe_1b": "an ablation shape",
     "v3_5b": "V3 on one card",
     "deepseek_v2_lite": "V2-Lite, 16B",
+    "moonlight_16b": "Moonlight, V3 on one node",
     "deepseek_v2": "V2 and V2.5, 236B",
     "deepseek_v3": "V3 and R1, 671B",
 }

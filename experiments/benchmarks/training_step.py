@@ -4,6 +4,9 @@ Prints tokens/s, model TFLOP/s, MFU if the device's peak is known, the memory by
 and compiling. Then the time by scope and pass, and by kernel. Then the rate of the loader alone, which must stay well
 above the step's. --json writes the same numbers as records.
 
+On a mesh of several devices the same work of one device is timed beside it, a step of each in turn: --noscaling leaves
+that out.
+
 A step is timed from its call until its results are there; the median of --steps is reported. Tokens are random unless
 --data is given: a fresh model routes both nearly evenly.
 """
@@ -11,8 +14,7 @@ A step is timed from its call until its results are there; the median of --steps
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +28,11 @@ from deepseek_jax.data.packing import Batch, Rows, next_token_batch
 from deepseek_jax.data.pipeline import check_data, loader_throughput, make_train_loader, open_tokenizer
 from deepseek_jax.inputs import new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
-from deepseek_jax.training.objective import pretraining
-from deepseek_jax.training.optimizer import batch_size, rates
-from deepseek_jax.training.state import create_state
-from deepseek_jax.training.step import jit_train_step
+from deepseek_jax.training.optimizer import batch_size
 from experiments import command, recipe, session
 from experiments.benchmarks import breakdown, report
+from experiments.benchmarks.stepper import WARMUP_STEPS, Stepper, open_alone, rate, scaling, time_in_turn
 from pallas_kernels.bench.records import provenance, write
 
 CONFIG = recipe.Recipe(
@@ -49,11 +48,11 @@ BREAKDOWN = flags.DEFINE_bool(
     "breakdown", True, "Also profile a few steps; on a GPU the step is compiled once more for that."
 )
 LOADER = flags.DEFINE_bool("loader", True, "Also measure the loader alone.")
+SCALING = flags.DEFINE_bool("scaling", True, "On a mesh, also measure the same work of one device alone.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder that keeps the tokenizer and the tokenised corpus for the next time."
 )
 
-WARMUP_STEPS = 3  # the first steps touch fresh memory, and the clocks still rise
 NUM_RANDOM_BATCHES = 4
 
 
@@ -68,6 +67,7 @@ class Measurement(NamedTuple):
     first_loss: float  # nats per token
     last_loss: float
     events: list[breakdown.Event]
+    alone: float | str | None  # tokens/s of one device with the same work, or why it was not measured; None: not asked
 
 
 def main(_) -> None:
@@ -83,8 +83,12 @@ def main(_) -> None:
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as scratch:
         workdir = kept or Path(scratch)
-        batches = corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
-        measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value)
+
+        def batches(config: Config, size: int) -> Iterator[Batch]:
+            return corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
+
+        beside = SCALING.value and mesh.size > 1
+        measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value, beside)
         step_records = describe_step(config, mesh, size, measurement)
         records = step_records + (
             measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else []
@@ -93,6 +97,7 @@ def main(_) -> None:
     records = [record | common for record in records]
     work = f"{size} x {config.data.sequence_length} tokens a step, {config.model.num_mtp_layers} MTP layers"
     report.print_records(f"{config.name}, {config.execution.precision}, {work}", records)
+    print_scaling(mesh, step_records[0]["value"], measurement.alone)
     report.print_events(measurement.events)
     report.warn_if_busy(busy)
     if json:
@@ -128,36 +133,39 @@ def corpus_batches(config: Config, workdir: Path, size: int) -> Iterator[Batch]:
 
 
 def measure_step(
-    config: Config, mesh: jax.sharding.Mesh, batches: Iterator[Batch], num_steps: int, profile: bool
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    batches: Callable[[Config, int], Iterator[Batch]],
+    num_steps: int,
+    profile: bool,
+    beside: bool,
 ) -> Measurement:
-    """Compile the train step, warm it up, time `num_steps` of it, and profile a few more."""
-    losses, seconds = [], []
+    """Compile the train step, warm it up, time `num_steps` of it, and profile a few more.
+
+    Args:
+        config: what is trained.
+        mesh: of `config`.
+        batches: makes the batches of a config and a number of sequences a step.
+        num_steps: timed steps.
+        profile: whether to profile.
+        beside: whether to time the same work of one device in turn with it.
+    """
+    size = batch_size(config, tokens_seen=0)
+    stepper = Stepper(config, mesh, batches(config, size))
+    for _ in range(WARMUP_STEPS):
+        stepper.run()
+    peak = (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use")  # before a device alone takes its own
+    alone = open_alone(config, size, mesh, batches) if beside else None
+    time_in_turn(stepper, alone if isinstance(alone, Stepper) else None, num_steps)
+    timed, first, last = stepper.seconds[WARMUP_STEPS:], stepper.losses[0], stepper.losses[-1]
+    alone_rate = rate(alone, num_steps) if isinstance(alone, Stepper) else alone
+    del alone  # its state makes room for the profile
+    memory = _memory(stepper.state, stepper.step)
     with jax.set_mesh(mesh):
-        state = create_state(config)
-        batch = place_batch(next(batches), mesh)
-        start = time.perf_counter()
-        lowered = jit_train_step(config, pretraining(config), mesh).lower(state, batch, rates(config, 0, 0))
-        traced = time.perf_counter()
-        step = lowered.compile()
-        compiled = time.perf_counter()
-
-        def run(step):
-            nonlocal state
-            arguments = (
-                place_batch(next(batches), mesh),
-                rates(config, len(losses), len(losses) * batch["tokens_BS"].size),
-            )
-            begin = time.perf_counter()
-            state, metrics = jax.block_until_ready(step(state, *arguments))
-            seconds.append(time.perf_counter() - begin)
-            losses.append(float(metrics["loss"]))
-
-        for _ in range(WARMUP_STEPS + num_steps):
-            run(step)
-        memory, peak = _memory(state, step), (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use")
-        timed, first, last = seconds[WARMUP_STEPS:], losses[0], losses[-1]
-        events = report.profile(lowered, step, run) if profile else []
-    return Measurement(traced - start, compiled - traced, timed, memory, peak, first, last, events)
+        events = report.profile(stepper.lowered, stepper.step, stepper.run) if profile else []
+    return Measurement(
+        stepper.trace_seconds, stepper.compile_seconds, timed, memory, peak, first, last, events, alone_rate
+    )
 
 
 def _memory(state: Any, step: jax.stages.Compiled) -> dict[str, int]:
@@ -198,7 +206,30 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, size: int, measuremen
         utilization = model_flops_utilization(flops, tokens_per_second, peak * mesh.size)
         values.insert(4, ("MFU of the BF16 peak", 100 * utilization, "%"))
     values += report.scope_times(measurement.events)
-    return [_record(config, mode, size, value, unit) for mode, value, unit in values]
+    records = [_record(config, mode, size, value, unit) for mode, value, unit in values]
+    return [record | {"mesh": split_axes(mesh)} for record in records + _scaling(config, mesh, size, measurement)]
+
+
+def split_axes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Return the axes of a mesh that have more than one device."""
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
+
+
+def _scaling(config: Config, mesh: jax.sharding.Mesh, size: int, measurement: Measurement) -> list[dict[str, Any]]:
+    """Return the record of one device's rate, and that of the rate per device of the mesh in % of it, if measured."""
+    if not isinstance(measurement.alone, float):
+        return []
+    tokens_per_second = size * config.data.sequence_length / statistics.median(measurement.step_seconds)
+    percent, _ = scaling(mesh.size, tokens_per_second, measurement.alone)
+    yardstick = {"name": "one device with the same work, in turn", "version": None, "value": measurement.alone}
+    each = _record(config, "train step, per device", size, tokens_per_second / mesh.size, "tokens/s")
+    return [each | {"yardstick": yardstick}, _record(config, "scaling", size, percent, "%")]
+
+
+def print_scaling(mesh: jax.sharding.Mesh, tokens_per_second: float, alone: float | str | None) -> None:
+    """Print the rate of the mesh beside that of one device, or why there is none."""
+    if alone is not None:
+        print(f"\n{alone if isinstance(alone, str) else scaling(mesh.size, tokens_per_second, alone)[1]}")
 
 
 def measure_loader(config: Config, workdir: Path, size: int, step_rate: float) -> list[dict[str, Any]]:

@@ -192,6 +192,8 @@ def test_a_model_of_the_architecture_by_someone_else(spelling):
     )
     assert model == dataclasses.replace(expected, yarn=dataclasses.replace(expected.yarn, original_length=8192))
     hf_config.run_config(published("v3_300m"), "moonlight", model)
+    ours = published("moonlight_16b").model
+    assert model == dataclasses.replace(ours, init_std=model.init_std)
 
 
 def test_absent_and_null_keys_have_the_defaults_of_the_family():

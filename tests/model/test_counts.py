@@ -27,6 +27,8 @@ TOTALS = {
     "deepseek_v3": (671.026, 37.552, 36.626),
     "deepseek_v2": (235.741, 21.376, 20.852),
     "deepseek_v2_lite": (15.706, 2.661, 2.451),
+    # Moonlight's model card: 15.29 in all and 2.24 active, embedding and head not counted (0.336 each)
+    "moonlight_16b": (15.960, 2.915, 2.579),
 }
 
 

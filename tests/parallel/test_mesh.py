@@ -58,8 +58,17 @@ def test_axes_of_a_torus_are_split_where_whole_ones_do_not_serve(monkeypatch):
     ("axes", "message"),
     [
         ({"data": 3}, "'data': 3.*does not fit 8 devices.*multiply to 8.*mesh.data=-1.*--cpu_devices"),
-        ({"data": -1, "expert": 3}, "does not fit 8 devices"),
-        ({"data": -1, "expert": 16}, "config.mesh.expert = 16 does not fit 8 devices.*divide.*--cpu_devices=16"),
+        (
+            {"data": -1, "expert": 3},
+            "config.mesh.expert = 3 does not fit 8 devices.*nearest that does is expert = 2 or 4",
+        ),
+        ({"data": -1, "node": 2, "expert": 3}, "does not fit 8 .*nearest that does is expert = 2 or 4,"),
+        ({"data": -1, "node": 3, "expert": 3}, "does not fit 8 devices.*lower it"),
+        ({"data": 2, "expert": 3}, "does not fit 8 devices.*for example mesh.expert=4"),
+        (
+            {"data": -1, "expert": 16},
+            "config.mesh.expert = 16 does not fit 8 devices.*divide.*is expert = 8,.*--cpu_devices=16",
+        ),
         ({"data": -1, "node": -1}, "at most one is -1"),
         ({"data": 0}, "sizes are positive"),
         ({"data": -2, "expert": -4}, "sizes are positive"),
@@ -74,23 +83,23 @@ def test_mesh_that_does_not_fit_is_refused(axes, message):
 
 # fmt: skip
 @pytest.mark.parametrize(
-    ("section", "name", "value", "parts"),
+    ("section", "name", "value", "parts", "fitting"),
     [
-        ("model", "width", 60, 8),
-        ("model", "query_latent", 36, 8),
-        ("model", "kv_latent", 36, 8),
-        ("model", "num_experts", 12, 8),
-        ("training", "micro_batch_size", 4, 8),
+        ("model", "width", 60, 8, r"is 56 or 64: .*\(6 or 10\)"),
+        ("model", "query_latent", 36, 8, r"is 32 or 40: .*\(6 or 9\)"),
+        ("model", "kv_latent", 36, 8, r"is 32 or 40: .*\(6 or 9\)"),
+        ("model", "num_experts", 12, 8, r"is 8 or 16: .*\(6 or 12\)"),
+        ("training", "micro_batch_size", 4, 8, r"is 8: .*\(4\)"),
     ],
 )
-def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts):
+def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts, fitting):
     tree = small.config_dict()
     tree.mesh.update({"data": 1, "expert": 8})
     check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))
     tree[section][name] = value
     config = from_config_dict(tree)
     with pytest.raises(
-        ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*change it or the mesh"
+        ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*nearest that can {fitting}"
     ):
         check_fit(config, make_mesh(config.mesh))
 
@@ -102,7 +111,7 @@ def test_tokens_that_share_no_scale_are_refused_in_fp8():
     tree.data.sequence_length = 192
     message = (
         "micro_batch_size = 8 leaves 192 tokens to each of 8 devices; in FP8 128 tokens share"
-        " .* make it a multiple of 128"
+        r" .* make it a multiple of 128, .*\(16\)"
     )
     with pytest.raises(ValueError, match=message):
         check_fit(from_config_dict(tree), make_mesh(from_config_dict(tree).mesh))

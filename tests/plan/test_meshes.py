@@ -9,6 +9,7 @@ import pytest
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.plan import meshes
+from deepseek_jax.plan.counts import bytes_per_device, state_of
 from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
@@ -55,6 +56,15 @@ def test_no_number_is_passed_over(name):
 def test_every_config_starts_as_it_is_shipped(name):
     config = load(name)
     assert any(not fit.changes for fit in meshes.find_fits(config, most=128)), "no number of devices"
+
+
+def test_moonlight_is_for_a_node_of_eight():
+    """And its state leaves a card of 80 GB half of its memory for activations."""
+    config = load("moonlight_16b")
+    fit = meshes.fit_as_written(config, 8)
+    assert fit.mesh.shape["expert"] == 8 and config.training.micro_batch_size == 64
+    assert sum(bytes_per_device(config, state_of(config), fit.mesh).values()) < 0.5 * 80e9
+    assert meshes.smallest_micro_batch(fit) == 8
 
 
 def test_v2_and_v3():

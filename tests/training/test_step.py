@@ -93,6 +93,8 @@ def test_gradients_and_losses_are_those_of_the_plain_objective():
 
 CUTS = {
     "one micro-batch": (ONE, {"micro_batch_size": 16}, {}),
+    "two micro-batches on two devices": ((2, 1, 1), {"micro_batch_size": 8}, {}),
+    "four micro-batches on four devices": ((4, 1, 1), {"micro_batch_size": 4}, {}),
     "gathered per step": ((2, 1, 2), {}, {"gather": "step", "remat": "full"}),
 }
 

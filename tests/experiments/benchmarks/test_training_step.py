@@ -1,11 +1,21 @@
 """The command `experiments.benchmarks.training_step`: its records are complete and agree with each other."""
 
+import re
+
 import pytest
 
 from tests.experiments.benchmarks import command
 
 SMALL = {
-    "model": {"vocab_size": 300, "width": 32, "num_layers": 2, "num_heads": 2, "dense_hidden": 32, "expert_hidden": 16},
+    "model": {
+        "vocab_size": 300,
+        "width": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dense_hidden": 32,
+        "expert_hidden": 16,
+        "num_mtp_layers": 0,
+    },
     "data": {"sequence_length": 32, "tokenizer": "byte"},
     "execution": {"expert_block": 8, "scan_unroll": 1},
 }
@@ -28,8 +38,14 @@ def test_records_of_a_small_model(tmp_path):
     assert values["train step"] == pytest.approx(16 * 32 / (values["train step, median"] / 1e3))
     assert values["train step, fastest"] <= values["train step, median"]
     assert values["loss of step 23"] < values["loss of step 1"], "four batches over and over are learnt"
-    assert records[0]["shape"] == {"batch": 16, "sequence": 32, "mtp_layers": 1} and records[0]["device"].startswith(
+    assert records[0]["shape"] == {"batch": 16, "sequence": 32, "mtp_layers": 0} and records[0]["device"].startswith(
         "2 x cpu"
     )
+    assert all(record["mesh"] == {"data": 2} for record in records if record["mode"] != "loader alone")
+    each = next(record for record in records if record["mode"] == "train step, per device")
+    assert each["value"] == pytest.approx(values["train step"] / 2)
+    assert values["scaling"] == pytest.approx(100 * each["value"] / each["yardstick"]["value"])
+    line = rf"2 devices: [\d,]+ tokens/s, [\d,]+ per device, {values['scaling']:.1f} % of one device's [\d,]+"
+    assert re.search(line, printed)
     loader = next(record for record in records if record["mode"] == "loader alone")
     assert loader["yardstick"]["value"] == values["train step"] and "loader alone" in printed
