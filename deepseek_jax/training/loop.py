@@ -18,6 +18,7 @@ How a run ends:
     N consecutive non-finite steps   `NonFiniteError`; nothing is saved, the last good checkpoint stays
     a save or a write fails          `SaveError` or `OSError`; the earlier checkpoints stay
     another process is gone          `ProcessError`; the earlier checkpoints stay
+    no step is finished for long     of several processes, each ends with exit code 75 (`parallel.watchdog`)
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from absl import logging
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.watch import lost_processes_named
+from deepseek_jax.parallel.watchdog import Watchdog
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.evaluation import place_batch
@@ -112,6 +114,7 @@ class Trainer:
             self.batches.restore(self.progress.data)
         flops = flops_per_token(self.config.model, self.config.data.sequence_length, causal=True, mtp=True)
         self.speed = Speedometer(flops, list(self.mesh.devices.flat))
+        self.watchdog = Watchdog()
         self.programs: dict[int, Any] = {}  # by batch size
         self.compile_seconds = 0.0  # not yet in the log
         self.pending: Pending | None = None
@@ -127,7 +130,7 @@ class Trainer:
         """Train to the end, or until a signal, which is returned; leave a checkpoint of the last step either way."""
         training = self.config.training
         self.speed.restart()
-        with lost_processes_named(), Interruption() as interruption:
+        with lost_processes_named(), Interruption() as interruption, self.watchdog:
             if self.step == 0:
                 self.bar.note("evaluating before the first step; this compiles the evaluation ...")
                 self._evaluate()
@@ -138,7 +141,8 @@ class Trainer:
                 if self.step % training.checkpoint_every == 0:
                     self._save()
             self._save()
-            self.checkpoints.wait()
+            with self.watchdog.phase("saving"):
+                self.checkpoints.wait()
         return None if self.complete else interruption.signal
 
     def _take_step(self) -> None:
@@ -158,7 +162,7 @@ class Trainer:
 
     def _compile(self, size: int, batch: Any, step_rates: Rates) -> None:
         self._read_pending()
-        with self.speed.paused():
+        with self.speed.paused(), self.watchdog.phase("compiling"):
             self.bar.note(f"compiling the step for batches of {size} sequences ...")
             start = time.perf_counter()
             self.programs[size] = self.train_step.lower(self.state, batch, step_rates).compile()
@@ -176,6 +180,7 @@ class Trainer:
             return
         metrics = jax.device_get(pending.metrics)
         self.speed.count(pending.num_tokens)
+        self.watchdog.finished(pending.step)
         self.skipped = int(metrics["skipped"])
         self.bar.show(pending.tokens_seen, pending.step, float(metrics["loss"]))
         if pending.step % self.config.training.log_every == 0 or self.skipped:
@@ -198,7 +203,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._read_pending()
-        with self.speed.paused():
+        with self.speed.paused(), self.watchdog.phase("evaluating"):
             rows = [evaluate(weights_of(self.state)) for evaluate in self.evaluators]
         for row in rows:
             self.log.write({"step": self.step, "tokens_seen": self.tokens_seen} | row)
@@ -214,6 +219,6 @@ class Trainer:
             return
         self.log.flush()
         progress = Progress(step=self.step, tokens_seen=self.tokens_seen, data=self.batches.state())
-        with self.speed.paused():
+        with self.speed.paused(), self.watchdog.phase("saving"):
             self.checkpoints.save(self.state, progress, self.config, self.tokenizer_files, self.mesh)
         self.saved_step = self.step
