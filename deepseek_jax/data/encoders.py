@@ -137,7 +137,7 @@ def _serve(connection: Connection) -> None:
         _send(connection, answer)
 
 
-def _send(connection: Connection, value: Any) -> None:
+def _send(connection: Any, value: Any) -> None:
     """Send a value as bytes.
 
     `Connection.send` sends a view of a BytesIO. If that fails, the error's frames keep both, and collecting them prints
@@ -146,7 +146,7 @@ def _send(connection: Connection, value: Any) -> None:
     connection.send_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
 
 
-def _receive(connection: Connection) -> Any:
+def _receive(connection: Any) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 

@@ -44,7 +44,10 @@ from pallas_kernels.quantized import ROW_ALIGNMENT
 class Experts(Protocol):
     """The experts' arithmetic on rows that are here. Hashable: to the exchange's derivative it is static."""
 
-    unit: int  # slots of an expert are a multiple of it
+    @property
+    def unit(self) -> int:
+        """Slots of an expert are a multiple of it."""
+        ...
 
     def num_slots(self, assignments: int, num_experts: int) -> int:
         """Return how many slots `assignments` to `num_experts` experts fill at most, in whole steps of the work."""
@@ -104,7 +107,9 @@ def exchange(
         whole = weight if isinstance(weight, Fp8Weight) else CastWeight.of(weight)
         carriers[name] = whole.carrier
         numbers[name] = (whole.values, whole.scales) if isinstance(whole, Fp8Weight) else (whole.values,)
-    y_TD = _exchange(_Static(way, experts, num_experts, slack), x_TD, gates_TK, carriers, numbers, experts_TK)
+    y_TD: jax.Array = _exchange(
+        _Static(way, experts, num_experts, slack), x_TD, gates_TK, carriers, numbers, experts_TK
+    )
     return y_TD[:num_tokens] if missing else y_TD
 
 
@@ -133,7 +138,7 @@ class _Plan(NamedTuple):
 class _Arrived(NamedTuple):
     """What one round brought."""
 
-    sending: Sending
+    sending: Sending | None
     rows: Any
     gates_WK: jax.Array
     device_WK: jax.Array
@@ -158,19 +163,19 @@ def _arrive(static: _Static, plan: _Plan | None, index, experts_TK, gates_TK, x_
     """Send the rows of round `index`."""
     way = static.transport
     with jax.named_scope("route"):
-        if plan is None:
-            now = Sending(None, None)
-        else:
-            now = sending(way, plan.hop_TK, plan.position_TK, plan.first_TK, index)
-            in_round = plan.position_TK // (way.capacity or 1) == index
+        now = None
+        if plan is not None and way.capacity is not None:
+            now = sending(way, way.capacity, plan.hop_TK, plan.position_TK, plan.first_TK, index)
+            in_round = plan.position_TK // way.capacity == index
             experts_TK = jnp.where(in_round, experts_TK, static.num_experts)
         assigned = assign(experts_TK, static.num_experts, static.experts.unit, static.axes)
     with jax.named_scope("dispatch"):
         rows = send(way, now, static.experts.pack(x_TD))
-        return _Arrived(now, rows, *_send_gates(way, now, assigned, gates_TK), assigned.rows_E)
+        gates_WK, device_WK, slot_WK = _send_gates(way, now, assigned, gates_TK)
+        return _Arrived(now, rows, gates_WK, device_WK, slot_WK, assigned.rows_E)
 
 
-def _send_gates(way: Transport, now: Sending, assigned: Assigned, gates_TK: jax.Array) -> tuple[jax.Array, ...]:
+def _send_gates(way: Transport, now: Sending | None, assigned: Assigned, gates_TK: jax.Array) -> tuple[jax.Array, ...]:
     """Send gates, devices and slots, in one array."""
     if not way.first:
         return gates_TK, assigned.device_TK, assigned.slot_TK
@@ -245,7 +250,7 @@ def _backward_round(static: _Static, arrived: _Arrived, numbers, num_assignments
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exchange(static, x_TD, gates_TK, carriers, numbers, experts_TK):
+def _exchange(static, x_TD, gates_TK, carriers, numbers, experts_TK) -> Any:
     return _forward(static, x_TD, gates_TK, carriers, numbers, experts_TK)[0]
 
 

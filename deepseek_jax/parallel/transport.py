@@ -49,10 +49,10 @@ class Transport(NamedTuple):
 
 
 class Sending(NamedTuple):
-    """The rows of one round; both None if all rows go to all devices."""
+    """The rows of one round. There is none where all rows go to all devices."""
 
-    source_W: jax.Array | None  # the token that fills each place [device, capacity], T where empty
-    slots_TK: jax.Array | None  # the place of each assignment's token; W where another assignment of it has it, or none
+    source_W: jax.Array  # the token that fills each place [device, capacity], T where empty
+    slots_TK: jax.Array  # the place of each assignment's token; W where another assignment of it has it, or none
 
 
 def choose(name: str, num_tokens: int, k: int, groups: tuple[int, int], slack: float) -> Transport:
@@ -112,12 +112,9 @@ def positions(transport: Transport, hop_TK: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def sending(
-    transport: Transport, hop_TK: jax.Array, position_TK: jax.Array, first_TK: jax.Array, index: Any
+    transport: Transport, capacity: int, hop_TK: jax.Array, position_TK: jax.Array, first_TK: jax.Array, index: Any
 ) -> Sending:
-    """Return the rows of round `index`."""
-    capacity = transport.capacity
-    if capacity is None:
-        return Sending(None, None)
+    """Return the rows of round `index`, in which each pair of devices has room for `capacity` rows."""
     num_places = capacity * math.prod(lax.axis_size(axis) for axis in transport.first)
     now = first_TK & (position_TK // capacity == index)
     slots_TK = jnp.where(now, hop_TK * capacity + position_TK % capacity, num_places)
@@ -128,14 +125,14 @@ def sending(
     return Sending(source_W, slots_TK)
 
 
-def send(transport: Transport, sending: Sending, rows: Any, fill: int = 0) -> Any:
+def send(transport: Transport, sending: Sending | None, rows: Any, fill: int = 0) -> Any:
     """Send rows [T, ...] (an array, or `Quantized` tiles) to the devices that they are for; return those that arrive.
 
     `fill` is what an empty place has in an array of integers.
     """
     if not transport.first:
         return rows
-    if transport.capacity is None:
+    if sending is None:
         arrived = _each_part(lambda part, dim: _gather(part, transport.first, dim), rows)
     else:
         if jnp.issubdtype(getattr(rows, "dtype", jnp.float32), jnp.integer):
@@ -148,13 +145,13 @@ def send(transport: Transport, sending: Sending, rows: Any, fill: int = 0) -> An
     return arrived
 
 
-def bring(transport: Transport, sending: Sending, y_WD: jax.Array) -> jax.Array:
+def bring(transport: Transport, sending: Sending | None, y_WD: jax.Array) -> jax.Array:
     """Return the sums [T, D] of what the devices made of this device's rows: the transpose of `send`."""
     if not transport.first:
         return y_WD
     if transport.second:
         y_WD = _sum_parts(y_WD, transport.second)
-    if transport.capacity is None:
+    if sending is None:
         return _sum_parts(y_WD, transport.first)
     return sum_rows(_swap(y_WD, transport.first, 0), sending.slots_TK)
 

@@ -117,7 +117,7 @@ def bark(why: str) -> None:
     others = watch.of_this_process()
     why = f"process {0 if others is None else others.index}: {why}"
     print(f"\n{why}; the stacks of all threads:", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
     watch.tell_end(STUCK, why)
     if others is not None:
         time.sleep(watch.NOTICE_SECONDS)  # the others read the notice; that of process 0 is gone with it

@@ -47,9 +47,8 @@ class Stepper:
             batch = place_batch(next(batches), mesh)
             self.tokens = batch["tokens_BS"].size
             start = time.perf_counter()
-            self.lowered = jit_train_step(config, pretraining(config), mesh).lower(
-                self.state, batch, rates(config, 0, 0)
-            )
+            step: Any = jit_train_step(config, pretraining(config), mesh)
+            self.lowered = step.lower(self.state, batch, rates(config, 0, 0))
             traced = time.perf_counter()
             self.step = self.lowered.compile()
             self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
