@@ -19,7 +19,7 @@ computed later, and in the backward pass once more:
 
     slots of a device       further ranges of slots, each device on its own
     rows for a device       further rounds, all devices together, because a round has collectives. There is one round
-                            wherever a pair of devices has room for all rows (`transport.choose`): always on up to
+                            wherever a pair of devices has room for all rows (`choose_transport`): always on up to
                             slack * K devices
 
 "local" is the specification: nothing moves, one round, one range. In FP8 the rows that arrive are bit for bit those
@@ -34,9 +34,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.parallel import transport as transport_lib
 from deepseek_jax.parallel.slots import Assigned, Routing, assign, num_ranges, routing
-from deepseek_jax.parallel.transport import Sending, Transport, bring, hop_of, positions, send, sending
+from deepseek_jax.parallel.transport import (
+    Places,
+    Rounds,
+    Transport,
+    bring,
+    choose_transport,
+    places_of,
+    plan_rounds,
+    send,
+)
 from deepseek_jax.parameters import EXPERTS, CastWeight, Fp8Weight
 from pallas_kernels.quantized import ROW_ALIGNMENT
 
@@ -101,7 +109,7 @@ def exchange(
     if missing:
         x_TD, gates_TK = (jnp.pad(a, ((0, missing), (0, 0))) for a in (x_TD, gates_TK))
         experts_TK = jnp.pad(experts_TK, ((0, missing), (0, 0)), constant_values=num_experts)
-    way = transport_lib.choose(transport, num_tokens + missing, k, groups, slack)
+    way = choose_transport(transport, num_tokens + missing, k, groups, slack)
     carriers, numbers = {}, {}
     for name, weight in weights.items():
         whole = weight if isinstance(weight, Fp8Weight) else CastWeight.of(weight)
@@ -126,19 +134,10 @@ class _Static(NamedTuple):
         return EXPERTS if self.transport.first else ()
 
 
-class _Plan(NamedTuple):
-    """Which rows travel when; None if all do at once."""
-
-    hop_TK: jax.Array
-    position_TK: jax.Array
-    first_TK: jax.Array
-    rounds: jax.Array  # the same on every device of the exchange
-
-
 class _Arrived(NamedTuple):
     """What one round brought."""
 
-    sending: Sending | None
+    places: Places | None
     rows: Any
     gates_WK: jax.Array
     device_WK: jax.Array
@@ -146,43 +145,37 @@ class _Arrived(NamedTuple):
     rows_E: jax.Array
 
 
-def _plan(static: _Static, experts_TK: jax.Array) -> _Plan | None:
-    """Return which rows travel in which round."""
-    way = static.transport
-    if way.capacity is None:
+def _plan(static: _Static, experts_TK: jax.Array) -> Rounds | None:
+    """Return which rows travel in which round; None if all do at once."""
+    if static.transport.capacity is None:
         return None
-    per_device = static.num_experts // lax.axis_size(EXPERTS)
     there = (experts_TK >= 0) & (experts_TK < static.num_experts)
-    hop_TK = hop_of(way, jnp.where(there, experts_TK // per_device, -1))
-    position_TK, first_TK = positions(way, hop_TK)
-    most = jnp.where(first_TK, position_TK + 1, 0).max()
-    return _Plan(hop_TK, position_TK, first_TK, lax.pmax((most + way.capacity - 1) // way.capacity, EXPERTS))
+    per_device = static.num_experts // lax.axis_size(EXPERTS)
+    return plan_rounds(static.transport, jnp.where(there, experts_TK // per_device, -1))
 
 
-def _arrive(static: _Static, plan: _Plan | None, index, experts_TK, gates_TK, x_TD) -> _Arrived:
+def _arrive(static: _Static, rounds: Rounds | None, index, experts_TK, gates_TK, x_TD) -> _Arrived:
     """Send the rows of round `index`."""
-    way = static.transport
     with jax.named_scope("route"):
-        now = None
-        if plan is not None and way.capacity is not None:
-            now = sending(way, way.capacity, plan.hop_TK, plan.position_TK, plan.first_TK, index)
-            in_round = plan.position_TK // way.capacity == index
-            experts_TK = jnp.where(in_round, experts_TK, static.num_experts)
-        assigned = assign(experts_TK, static.num_experts, static.experts.unit, static.axes)
+        places, serves_TK = places_of(static.transport, rounds, index)
+        served_TK = jnp.where(serves_TK, experts_TK, static.num_experts)
+        assigned = assign(served_TK, static.num_experts, static.experts.unit, static.axes)
     with jax.named_scope("dispatch"):
-        rows = send(way, now, static.experts.pack(x_TD))
-        gates_WK, device_WK, slot_WK = _send_gates(way, now, assigned, gates_TK)
-        return _Arrived(now, rows, gates_WK, device_WK, slot_WK, assigned.rows_E)
+        rows = send(static.transport, places, static.experts.pack(x_TD))
+        gates_WK, device_WK, slot_WK = _send_gates(static.transport, places, assigned, gates_TK)
+        return _Arrived(places, rows, gates_WK, device_WK, slot_WK, assigned.rows_E)
 
 
-def _send_gates(way: Transport, now: Sending | None, assigned: Assigned, gates_TK: jax.Array) -> tuple[jax.Array, ...]:
-    """Send gates, devices and slots, in one array."""
-    if not way.first:
+def _send_gates(
+    transport: Transport, places: Places | None, assigned: Assigned, gates_TK: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Send gates, devices and slots, in one array; the device of an empty place is -1."""
+    if not transport.first:
         return gates_TK, assigned.device_TK, assigned.slot_TK
     bits = lax.bitcast_convert_type(gates_TK, jnp.int32)
-    words = jnp.concatenate([bits, assigned.device_TK, assigned.slot_TK], axis=1)
-    bits, device_WK, slot_WK = jnp.split(send(way, now, words, fill=-1), 3, axis=1)
-    return lax.bitcast_convert_type(bits, jnp.float32), device_WK, slot_WK
+    words = jnp.concatenate([bits, assigned.device_TK + 1, assigned.slot_TK], axis=1)
+    bits, device_WK, slot_WK = jnp.split(send(transport, places, words), 3, axis=1)
+    return lax.bitcast_convert_type(bits, jnp.float32), device_WK - 1, slot_WK
 
 
 def _num_slots(static: _Static, arrived: _Arrived, num_assignments: int) -> tuple[int, bool]:
@@ -226,14 +219,14 @@ def _forward_round(static: _Static, arrived: _Arrived, numbers, num_assignments:
             lambda further: static.experts.forward(numbers, arrived.rows, arrived.gates_WK, further)[0],
         )
     with jax.named_scope("combine"):
-        return bring(static.transport, arrived.sending, y_WD), (route, hidden)
+        return bring(static.transport, arrived.places, y_WD), (route, hidden)
 
 
 def _backward_round(static: _Static, arrived: _Arrived, numbers, num_assignments: int, kept, g_TD):
     """Return the gradients of rows, gates and weights of one round."""
     route, hidden = kept
     with jax.named_scope("dispatch"):
-        g_rows = send(static.transport, arrived.sending, static.experts.pack(g_TD))
+        g_rows = send(static.transport, arrived.places, static.experts.pack(g_TD))
 
     def one_range(route, hidden):
         return static.experts.backward(numbers, arrived.rows, arrived.gates_WK, route, hidden, g_rows)
@@ -244,8 +237,8 @@ def _backward_round(static: _Static, arrived: _Arrived, numbers, num_assignments
     with jax.named_scope("experts"):
         dx_WD, dgates_WK, dweights = _sum_ranges(static, arrived, num_assignments, one_range(route, hidden), further)
     with jax.named_scope("combine"):
-        dx_TD = bring(static.transport, arrived.sending, dx_WD)
-        dgates_TK = bring(static.transport, arrived.sending, dgates_WK)
+        dx_TD = bring(static.transport, arrived.places, dx_WD)
+        dgates_TK = bring(static.transport, arrived.places, dgates_WK)
     return dx_TD, dgates_TK, dweights
 
 
@@ -255,35 +248,35 @@ def _exchange(static, x_TD, gates_TK, carriers, numbers, experts_TK) -> Any:
 
 
 def _forward(static, x_TD, gates_TK, carriers, numbers, experts_TK):
-    plan = _plan(static, experts_TK)
-    arrived = _arrive(static, plan, 0, experts_TK, gates_TK, x_TD)
+    rounds = _plan(static, experts_TK)
+    arrived = _arrive(static, rounds, 0, experts_TK, gates_TK, x_TD)
     arrived = keep(arrived._replace(rows=None), "routing")._replace(rows=keep(arrived.rows, "expert_rows"))
     y_TD, kept = _forward_round(static, arrived, numbers, experts_TK.size)
-    if plan is not None:
+    if rounds is None:
+        return y_TD, (arrived, kept, numbers, None)
 
-        def body(index, y):
-            later = _arrive(static, plan, index, experts_TK, gates_TK, x_TD)
-            return y + _forward_round(static, later, numbers, experts_TK.size)[0]
+    def body(index, y):
+        later = _arrive(static, rounds, index, experts_TK, gates_TK, x_TD)
+        return y + _forward_round(static, later, numbers, experts_TK.size)[0]
 
-        y_TD = lax.fori_loop(1, plan.rounds, body, y_TD)
-    later = None if plan is None else (plan, x_TD, gates_TK, experts_TK)
-    return y_TD, (arrived, kept, numbers, later)
+    y_TD = lax.fori_loop(1, rounds.count, body, y_TD)
+    return y_TD, (arrived, kept, numbers, (rounds, x_TD, gates_TK, experts_TK))
 
 
 def _backward(static, residuals, g_TD):
-    arrived, kept, numbers, later = residuals
+    arrived, kept, numbers, inputs = residuals
     num_assignments = g_TD.shape[0] * arrived.gates_WK.shape[1]
-    total = _backward_round(static, arrived, numbers, num_assignments, kept, g_TD)
-    if later is not None:
-        plan, x_TD, gates_TK, experts_TK = later
+    gradients = _backward_round(static, arrived, numbers, num_assignments, kept, g_TD)
+    if inputs is not None:
+        rounds, x_TD, gates_TK, experts_TK = inputs
 
         def body(index, total):
-            again = _arrive(static, plan, index, experts_TK, gates_TK, x_TD)
-            kept = _forward_round(static, again, numbers, num_assignments)[1]
-            return jax.tree.map(jnp.add, total, _backward_round(static, again, numbers, num_assignments, kept, g_TD))
+            later = _arrive(static, rounds, index, experts_TK, gates_TK, x_TD)
+            kept = _forward_round(static, later, numbers, num_assignments)[1]
+            return jax.tree.map(jnp.add, total, _backward_round(static, later, numbers, num_assignments, kept, g_TD))
 
-        total = lax.fori_loop(1, plan.rounds, body, total)
-    dx_TD, dgates_TK, dweights = total
+        gradients = lax.fori_loop(1, rounds.count, body, gradients)
+    dx_TD, dgates_TK, dweights = gradients
     return dx_TD, dgates_TK, dweights, None, None
 
 

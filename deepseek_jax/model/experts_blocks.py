@@ -126,7 +126,7 @@ class BlockedExperts:
         zeros = (*buffers, jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape))
         carry = jax.tree.map(lambda a: vary(a, rows), zeros)
         dx_ZD, dweight_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, carry)
-        dgates_WK = jnp.take(dweight_Z, routing.slots_WK, mode="fill", fill_value=0)
+        dgates_WK = routing.to_assignments(dweight_Z)
         return sum_rows(dx_ZD, routing.slots_WK), dgates_WK, {"gate_up_ED2F": dgate_up, "down_EFD": ddown}
 
     def _sizes(self, routing: Routing) -> tuple[tuple[int, int], Blocks]:

@@ -22,7 +22,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
@@ -52,9 +51,9 @@ class Fp8Experts:
     def forward(self, weights: dict[str, tuple], rows: Quantized, gates_WK: jax.Array, routing: Routing):
         """Return the BF16 sums [W, D] and the pre-activations [Z, H]."""
         gate_up, down = _matrices(weights)
-        x_ZD = take_rows(rows, _row_of(routing, gates_WK))
+        x_ZD = take_rows(rows, routing.row_Z)
         hidden_ZH = keep(grouped_matmul(x_ZD, transposed(*gate_up), routing.rows_E), "expert_hidden")
-        act_ZF = swiglu_quantize(hidden_ZH, _weight_of(routing, gates_WK))
+        act_ZF = swiglu_quantize(hidden_ZH, routing.to_slots(gates_WK))
         y_ZD = grouped_matmul(act_ZF, transposed(*down), routing.rows_E)
         return sum_rows(y_ZD, routing.slots_WK), hidden_ZH
 
@@ -69,16 +68,16 @@ class Fp8Experts:
     ):
         """Return the gradients of rows (BF16), gates and weights (FP32)."""
         gate_up, down = _matrices(weights)
-        row_of_Z, rows_E = _row_of(routing, gates_WK), routing.rows_E
-        dy_ZD = take_rows(g_rows, row_of_Z)
+        rows_E = routing.rows_E
+        dy_ZD = take_rows(g_rows, routing.row_Z)
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
-        weight_Z = _weight_of(routing, gates_WK)
+        weight_Z = routing.to_slots(gates_WK)
         dhidden_ZH, dhidden_HZ, act_FZ, dweight_Z = swiglu_backward_quantize(hidden, dact_ZF, weight_Z)
         ddown = grouped_matmul_accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
-        x_DZ = requantize_transposed(take_rows(rows, row_of_Z), scale=DISPATCH)
+        x_DZ = requantize_transposed(take_rows(rows, routing.row_Z), scale=DISPATCH)
         dgate_up = grouped_matmul_accumulate(x_DZ, dhidden_HZ, rows_E)
-        dgates_WK = jnp.take(dweight_Z, routing.slots_WK, mode="fill", fill_value=0)
+        dgates_WK = routing.to_assignments(dweight_Z)
         dweights = {
             "gate_up_ED2F": dgate_up.reshape(weights["gate_up_ED2F"][0].shape),
             "down_EFD": ddown,
@@ -90,13 +89,3 @@ def _matrices(weights: dict[str, tuple]) -> tuple[tuple[jax.Array, jax.Array], t
     """Return (values, scales) of gate and up as one matrix [D, H] per expert, and of down."""
     values_ED2F, scales = weights["gate_up_ED2F"]
     return (values_ED2F.reshape(*values_ED2F.shape[:2], -1), scales), weights["down_EFD"]
-
-
-def _row_of(routing: Routing, gates_WK: jax.Array) -> jax.Array:
-    """Return the row that fills each slot; empty slots have a number beyond the rows, and become zeros."""
-    return routing.source_Z // gates_WK.shape[1]
-
-
-def _weight_of(routing: Routing, gates_WK: jax.Array) -> jax.Array:
-    """Return the gate weight of each slot."""
-    return jnp.take(gates_WK.reshape(-1), routing.source_Z, mode="fill", fill_value=0)

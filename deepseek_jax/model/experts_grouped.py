@@ -36,9 +36,9 @@ class GroupedExperts:
     def forward(self, weights: dict[str, tuple], rows: jax.Array, gates_WK: jax.Array, routing: Routing):
         """Return the BF16 sums [W, D] and the pre-activations [Z, H]."""
         gate_up_EDH, down_EFD = _matrices(weights)
-        x_ZD = _read(rows, gates_WK, routing)
+        x_ZD = take_rows(rows, routing.row_Z)
         hidden_ZH = keep(grouped_matmul_bf16(x_ZD, gate_up_EDH, routing.rows_E, transpose_b=True), "expert_hidden")
-        act_ZF = _act(hidden_ZH, _weight_of(routing, gates_WK))
+        act_ZF = _act(hidden_ZH, routing.to_slots(gates_WK)[:, None])
         y_ZD = grouped_matmul_bf16(act_ZF, down_EFD, routing.rows_E, transpose_b=True)
         return sum_rows(y_ZD, routing.slots_WK), hidden_ZH
 
@@ -53,8 +53,8 @@ class GroupedExperts:
     ):
         """Return the gradients of rows (BF16), gates and weights (FP32)."""
         gate_up_EDH, down_EFD = _matrices(weights)
-        rows_E, weight_Z1 = routing.rows_E, _weight_of(routing, gates_WK)
-        dy_ZD = _read(g_rows, gates_WK, routing)
+        rows_E, weight_Z1 = routing.rows_E, routing.to_slots(gates_WK)[:, None]
+        dy_ZD = take_rows(g_rows, routing.row_Z)
         dact_ZF = grouped_matmul_bf16(dy_ZD, down_EFD, rows_E).astype(jnp.float32)
         ddown = grouped_matmul_accumulate_bf16(_act(hidden, weight_Z1), dy_ZD, rows_E)
         gate, up = _halves(hidden)
@@ -63,8 +63,8 @@ class GroupedExperts:
         dact_ZF = dact_ZF * weight_Z1
         dhidden_ZH = jnp.concatenate([dact_ZF * up * slope, dact_ZF * silu], axis=1).astype(hidden.dtype)
         dx_ZD = grouped_matmul_bf16(dhidden_ZH, gate_up_EDH, rows_E)
-        dgate_up = grouped_matmul_accumulate_bf16(_read(rows, gates_WK, routing), dhidden_ZH, rows_E)
-        dgates_WK = jnp.take(dweight_Z, routing.slots_WK, mode="fill", fill_value=0)
+        dgate_up = grouped_matmul_accumulate_bf16(take_rows(rows, routing.row_Z), dhidden_ZH, rows_E)
+        dgates_WK = routing.to_assignments(dweight_Z)
         dweights = {"gate_up_ED2F": dgate_up.reshape(weights["gate_up_ED2F"][0].shape), "down_EFD": ddown}
         return sum_rows(dx_ZD, routing.slots_WK), dgates_WK, dweights
 
@@ -73,16 +73,6 @@ def _matrices(weights: dict[str, tuple]) -> tuple[jax.Array, jax.Array]:
     """Return gate and up as one matrix [D, H] per expert, and down."""
     (values_ED2F,), (down_EFD,) = weights["gate_up_ED2F"], weights["down_EFD"]
     return values_ED2F.reshape(*values_ED2F.shape[:2], -1), down_EFD
-
-
-def _read(rows: jax.Array, gates_WK: jax.Array, routing: Routing) -> jax.Array:
-    """Return rows in the order of slots; empty slots are zeros."""
-    return take_rows(rows, routing.source_Z // gates_WK.shape[1])
-
-
-def _weight_of(routing: Routing, gates_WK: jax.Array) -> jax.Array:
-    """Return the gate weight of each slot, as a column."""
-    return jnp.take(gates_WK.reshape(-1), routing.source_Z, mode="fill", fill_value=0)[:, None]
 
 
 def _halves(hidden_ZH: jax.Array) -> list[jax.Array]:

@@ -43,6 +43,19 @@ class Routing(NamedTuple):
     slots_WK: jax.Array  # slot of each assignment, Z where it has none
     rows_E: jax.Array  # slots of each expert, empty ones included
 
+    @property
+    def row_Z(self) -> jax.Array:
+        """The row that fills each slot; W where empty."""
+        return self.source_Z // self.slots_WK.shape[1]
+
+    def to_slots(self, gates_WK: jax.Array) -> jax.Array:
+        """Return a number of each assignment as one of each slot, 0 where empty."""
+        return jnp.take(gates_WK.reshape(-1), self.source_Z, mode="fill", fill_value=0)
+
+    def to_assignments(self, number_Z: jax.Array) -> jax.Array:
+        """Return a number of each slot as one of each assignment [W, K], 0 without a slot: the transpose."""
+        return jnp.take(number_Z, self.slots_WK, mode="fill", fill_value=0)
+
 
 def assign(experts_TK: jax.Array, num_experts: int, unit: int, axes: Sequence[str]) -> Assigned:
     """Give each assignment a slot.

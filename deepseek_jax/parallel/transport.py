@@ -1,7 +1,7 @@
 """How rows move between devices: out to the devices of their experts, and sums of what these make of them back.
 
 A token is sent once to a device, however many of its experts live there. `Transport` says over which axes, in one hop
-or in two, and `Sending` which rows go, in one round. `send` and `bring` are each other's transpose:
+or in two, and `Places` which rows go, in one round. `send` and `bring` are each other's transpose:
 
     send(rows)     row t goes to every device that it is for
     bring(y)       sum over those devices of what each made of row t, in FP32
@@ -48,14 +48,23 @@ class Transport(NamedTuple):
     capacity: int | None
 
 
-class Sending(NamedTuple):
-    """The rows of one round. There is none where all rows go to all devices."""
+class Rounds(NamedTuple):
+    """Which rows wait for which round, where a pair of devices has no room for all."""
 
-    source_W: jax.Array  # the token that fills each place [device, capacity], T where empty
-    slots_TK: jax.Array  # the place of each assignment's token; W where another assignment of it has it, or none
+    hop_TK: jax.Array  # device of the first hop of each assignment, -1: nowhere
+    position_TK: jax.Array  # of its token among the rows for that device
+    first_TK: jax.Array  # bool: no earlier assignment of its token is for that device; the row goes once
+    count: jax.Array  # of the rounds, the same on every device of the exchange
 
 
-def choose(name: str, num_tokens: int, k: int, groups: tuple[int, int], slack: float) -> Transport:
+class Places(NamedTuple):
+    """The rows of one round, [device, capacity] of them."""
+
+    token_W: jax.Array  # the token whose row fills each place, T where empty
+    place_TK: jax.Array  # where the row of each assignment's token is; W: another assignment says it, or nowhere
+
+
+def choose_transport(name: str, num_tokens: int, k: int, groups: tuple[int, int], slack: float) -> Transport:
     """Return the transport for `num_tokens` rows per device.
 
     Args:
@@ -70,7 +79,7 @@ def choose(name: str, num_tokens: int, k: int, groups: tuple[int, int], slack: f
     first, second = (EXPERTS, ()) if name == "dense" else (EXPERTS[:1], EXPERTS[1:])
     if second and lax.axis_size(second) == 1:
         second = ()
-    parts = math.prod(lax.axis_size(axis) for axis in first)
+    parts = _parts(first)
     room = slack * num_tokens * most_copies(parts, k, groups) / parts
     room = math.ceil(room / ROW_ALIGNMENT) * ROW_ALIGNMENT
     return Transport(first, second, room if room < num_tokens else None)
@@ -92,68 +101,69 @@ def most_copies(parts: int, k: int, groups: tuple[int, int]) -> int:
     return min(k, parts)
 
 
-def hop_of(transport: Transport, device_TK: jax.Array) -> jax.Array:
-    """Return the device of the first hop for each assignment; -1 stays."""
-    inside = math.prod(lax.axis_size(axis) for axis in transport.second)
-    return jnp.where(device_TK < 0, -1, device_TK // inside)
+def plan_rounds(transport: Transport, device_TK: jax.Array) -> Rounds | None:
+    """Return which rows travel in which round; None if all do at once.
 
-
-def positions(transport: Transport, hop_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return, for each assignment, the position of its token among the rows for the same device, and whether it is the
-    first assignment of its token for that device; its row goes once.
+    Args:
+        transport: the way.
+        device_TK: of each assignment's expert along `EXPERTS`; -1: nowhere.
     """
-    parts = math.prod(lax.axis_size(axis) for axis in transport.first)
-    wanted_TP = (hop_TK[..., None] == jnp.arange(parts)).any(1)
+    if transport.capacity is None:
+        return None
+    hop_TK = jnp.where(device_TK < 0, -1, device_TK // _parts(transport.second))
+    wanted_TP = (hop_TK[..., None] == jnp.arange(_parts(transport.first))).any(1)
     position_TP = jnp.cumsum(wanted_TP, axis=0, dtype=jnp.int32) - 1
     position_TK = jnp.take_along_axis(position_TP, jnp.maximum(hop_TK, 0), axis=1)
-    same = hop_TK[:, :, None] == hop_TK[:, None, :]
-    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
-    return position_TK, ~(same & earlier).any(2) & (hop_TK >= 0)
+    earlier_KK = jnp.tril(jnp.ones((hop_TK.shape[1],) * 2, bool), -1)
+    repeated_TK = ((hop_TK[:, :, None] == hop_TK[:, None, :]) & earlier_KK).any(2)
+    count = -(-(position_TP.max() + 1) // transport.capacity)
+    return Rounds(hop_TK, position_TK, ~repeated_TK & (hop_TK >= 0), lax.pmax(count, EXPERTS))
 
 
-def sending(
-    transport: Transport, capacity: int, hop_TK: jax.Array, position_TK: jax.Array, first_TK: jax.Array, index: Any
-) -> Sending:
-    """Return the rows of round `index`, in which each pair of devices has room for `capacity` rows."""
-    num_places = capacity * math.prod(lax.axis_size(axis) for axis in transport.first)
-    now = first_TK & (position_TK // capacity == index)
-    slots_TK = jnp.where(now, hop_TK * capacity + position_TK % capacity, num_places)
-    num_tokens, k = hop_TK.shape
+def places_of(transport: Transport, rounds: Rounds | None, index: Any) -> tuple[Places | None, jax.Array | bool]:
+    """Return the rows of round `index`, and which assignments it serves: [T, K], or True for all."""
+    if rounds is None or transport.capacity is None:
+        return None, True
+    num_places = transport.capacity * _parts(transport.first)
+    serves_TK = rounds.position_TK // transport.capacity == index
+    place_TK = rounds.hop_TK * transport.capacity + rounds.position_TK % transport.capacity
+    place_TK = jnp.where(serves_TK & rounds.first_TK, place_TK, num_places)
+    num_tokens, k = place_TK.shape
+    empty = vary(jnp.full((num_places,), num_tokens, jnp.int32), place_TK)
     token = jnp.arange(num_tokens * k, dtype=jnp.int32) // k
-    empty = vary(jnp.full((num_places,), num_tokens, jnp.int32), slots_TK)
-    source_W = empty.at[slots_TK.reshape(-1)].set(token, mode="drop", unique_indices=True)
-    return Sending(source_W, slots_TK)
+    token_W = empty.at[place_TK.reshape(-1)].set(token, mode="drop", unique_indices=True)
+    return Places(token_W, place_TK), serves_TK
 
 
-def send(transport: Transport, sending: Sending | None, rows: Any, fill: int = 0) -> Any:
+def send(transport: Transport, places: Places | None, rows: Any) -> Any:
     """Send rows [T, ...] (an array, or `Quantized` tiles) to the devices that they are for; return those that arrive.
 
-    `fill` is what an empty place has in an array of integers.
+    Without `places` every row goes everywhere. An empty place is a row of zeros.
     """
     if not transport.first:
         return rows
-    if sending is None:
+    if places is None:
         arrived = _each_part(lambda part, dim: _gather(part, transport.first, dim), rows)
     else:
-        if jnp.issubdtype(getattr(rows, "dtype", jnp.float32), jnp.integer):
-            out = jnp.take(rows, sending.source_W, axis=0, mode="fill", fill_value=fill)
-        else:
-            out = take_rows(rows, sending.source_W)
-        arrived = _each_part(lambda part, dim: _swap(part, transport.first, dim), out)
+        arrived = _each_part(lambda part, dim: _swap(part, transport.first, dim), take_rows(rows, places.token_W))
     if transport.second:
         arrived = _each_part(lambda part, dim: _gather(part, transport.second, dim), arrived)
     return arrived
 
 
-def bring(transport: Transport, sending: Sending | None, y_WD: jax.Array) -> jax.Array:
+def bring(transport: Transport, places: Places | None, y_WD: jax.Array) -> jax.Array:
     """Return the sums [T, D] of what the devices made of this device's rows: the transpose of `send`."""
     if not transport.first:
         return y_WD
     if transport.second:
         y_WD = _sum_parts(y_WD, transport.second)
-    if sending is None:
+    if places is None:
         return _sum_parts(y_WD, transport.first)
-    return sum_rows(_swap(y_WD, transport.first, 0), sending.slots_TK)
+    return sum_rows(_swap(y_WD, transport.first, 0), places.place_TK)
+
+
+def _parts(axes: tuple[str, ...]) -> int:
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 def _each_part(move, rows: Any) -> Any:
@@ -174,6 +184,5 @@ def _swap(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
 
 def _sum_parts(y_WD: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Send part p of the rows to device p, and sum what arrives in FP32; a reduce-scatter would round each sum."""
-    parts = math.prod(lax.axis_size(axis) for axis in axes)
-    arrived = _swap(y_WD, axes, 0).reshape(parts, -1, *y_WD.shape[1:])
+    arrived = _swap(y_WD, axes, 0).reshape(_parts(axes), -1, *y_WD.shape[1:])
     return arrived.astype(jnp.float32).sum(0).astype(y_WD.dtype)

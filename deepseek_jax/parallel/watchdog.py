@@ -6,7 +6,7 @@ thread in each process measures the loop. The time since the last finished step 
     max(`FLOOR_SECONDS`, `MULTIPLE` x the median time of the last steps)
 
 The bound holds only between two finished steps. It is off before `MEASURED_STEPS` steps were measured, and from the
-start of a named phase (compiling, evaluating, saving, restoring) until the next step is finished here: a step has
+start of a named phase (compiling, evaluating, saving) until the next step is finished here: a step has
 collectives, so it is finished only when all processes have left the phase. A process that compiles for longer than the
 others ends nobody. The price: one that falls asleep within a phase, or in the first step after it, is not found.
 

@@ -75,8 +75,7 @@ class TanhExperts:
         return dx, dgates, {"down_EFD": dweights}
 
     def apply(self, w_EDD, rows, gates_WK, routing):
-        x_ZD = take_rows(rows, routing.source_Z // gates_WK.shape[1])
-        gate_Z = jnp.take(gates_WK.reshape(-1), routing.source_Z, mode="fill", fill_value=0)
+        x_ZD, gate_Z = take_rows(rows, routing.row_Z), routing.to_slots(gates_WK)
         end_E = jnp.cumsum(routing.rows_E)
         slot_Z = jnp.arange(routing.source_Z.size)[:, None]
         mine_ZE = (slot_Z < end_E) & (slot_Z >= end_E - routing.rows_E)
@@ -349,7 +348,7 @@ BIG_T, BIG_K, BIG_D, BIG_F, LOCAL = 512, 8, 224, 64, 4  # V3's proportions: K = 
 
 
 @functools.cache
-def peak_bytes(devices, slack):
+def peak_bytes(devices, slack, k=BIG_K):
     """Compiled bytes per device (arguments, results, temporaries) of an exchange with the real experts.
 
     Forward and backward, FP32.
@@ -371,8 +370,8 @@ def peak_bytes(devices, slack):
         "gate_up_ED2F": abstract(EXPERTS, LOCAL, BIG_D, 2, BIG_F),
         "down_EFD": abstract(EXPERTS, LOCAL, BIG_F, BIG_D),
     }
-    x_TD, gates_TK = abstract(ROWS, BIG_T, BIG_D), abstract(ROWS, BIG_T, BIG_K)
-    experts_TK = abstract(ROWS, BIG_T, BIG_K, dtype=jnp.int32)
+    x_TD, gates_TK = abstract(ROWS, BIG_T, BIG_D), abstract(ROWS, BIG_T, k)
+    experts_TK = abstract(ROWS, BIG_T, k, dtype=jnp.int32)
     specs = (P(ROWS), P(ROWS), P(EXPERTS))
     with jax.set_mesh(mesh):
         run = jax.shard_map(jax.grad(loss, (0, 1, 2)), in_specs=(*specs, P(ROWS)), out_specs=specs)
@@ -392,9 +391,17 @@ def balanced_minimum():
     return 4 * (BIG_T * BIG_K * per_row + in_and_out)
 
 
-def test_peak_memory_is_at_most_three_times_the_balanced_minimum():
-    """A quarter of the slots is spare, and a row arrives once for all its experts. Measured: 2.3."""
-    assert peak_bytes(8, 1.25) <= 3.0 * balanced_minimum()
+def test_peak_memory_is_near_the_balanced_minimum():
+    """A quarter of the slots is spare, and a row arrives once for all its experts. Measured: 1.47 times."""
+    assert peak_bytes(8, 1.25) <= 1.6 * balanced_minimum()
+
+
+def test_peak_memory_does_not_know_the_worst_case():
+    """At worst, a device of eight receives all rows of eight: with two experts a token there is room for fewer.
+
+    Measured: the same as a device of four needs, within 1%. Each has as many tokens and experts.
+    """
+    assert peak_bytes(8, 1.25, 2) <= 1.05 * peak_bytes(4, 1.25, 2)
 
 
 def test_a_token_without_an_expert_gets_zero_and_costs_no_slot():
