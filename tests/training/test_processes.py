@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from deepseek_jax.parallel.watchdog import STUCK
 from deepseek_jax.training.metrics import KEYS, read_rows
 from tests.training.runs import DEADLINE, finish, start, write_corpus
 
@@ -131,3 +132,36 @@ def test_the_failure_of_one_process_is_told_by_the_other(tmp_path):
     assert processes[0].wait(60) == 2
     assert all("process 1 has a problem" in log.read_text() for log in logs)
     assert "Check failure stack trace" not in logs[0].read_text() + logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_asleep_ends_both_with_its_stack(tmp_path):
+    """Bound: 3 s. The whole test took 9 s, both starts included."""
+    processes, logs = start_peers(tmp_path, "-1", "40", "3")
+    start_of_silence = time.monotonic()
+    assert [process.wait(60) for process in processes] == [STUCK] * 2
+    assert time.monotonic() - start_of_silence < 30.0
+    assert "no step was finished for" in logs[1].read_text() and "in fall_asleep" in logs[1].read_text()
+    assert "Check failure stack trace" not in logs[0].read_text() + logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_process_ends_the_other(tmp_path):
+    """SIGSTOP: its connections stay. It ends, too, when it goes on."""
+    processes, logs = start_peers(tmp_path, "-1", "-1", "3")
+    processes[1].send_signal(signal.SIGSTOP)
+    assert processes[0].wait(60) == STUCK
+    assert "no step was finished for" in logs[0].read_text()
+    processes[1].send_signal(signal.SIGCONT)
+    assert processes[1].wait(60) != 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_process_that_sleeps(tmp_path):
+    processes, _ = start_peers(tmp_path, "-1", "40")
+    time.sleep(2.0)
+    for _ in range(2):
+        processes[1].send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+    assert processes[1].wait(30) == 128 + signal.SIGTERM
+    assert processes[0].wait(60) != 0
