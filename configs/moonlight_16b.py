@@ -1,8 +1,8 @@
 """Moonlight-16B-A3B (Moonshot AI, arXiv 2502.16982): V3's mathematics at the size of one node of eight GPUs.
 
 The shape is that of the released `config.json`: V2-Lite's with V3's router, and no query latent, no groups, no MTP. The
-recipe is V3's (AdamW, where the report has Muon; sequences of 4,096). Tokens, batch sizes and learning rate are those of
-the report's main part to our knowledge; they were not compared with its text.
+recipe is V3's (AdamW, where the report has Muon; sequences of 4,096). Tokens, batch sizes and learning rate are, to our
+knowledge, those of the report's main part; they were not compared with its text.
 """
 
 from ml_collections import ConfigDict
