@@ -14,9 +14,10 @@ from tests.support import small
 
 ONE, EIGHT = (1, 1, 1), (2, 1, 4)
 # Rounding to BF16 differs by mesh (a token's partial sums are rounded on every device that has an expert for it), and
-# flips routes whose scores are near ties: measured 0.081 in gradients (a latent of attention; norms of the difference
-# over that of the gradient).
-LOSS, GRADIENT = 1e-4, 0.12
+# flips E4M3's roundings, and routes whose scores are near ties. Measured on four batches: 8.3e-5 in the loss, and in
+# gradients 0.101 (norms of the difference over that of the gradient), the median of all leaves 0.07. With sums in FP32
+# on the wire, twice the bytes, these are 0.075 and 0.04.
+LOSS, GRADIENT = 2e-4, 0.12
 
 
 def arrays(seed=0):
