@@ -259,7 +259,7 @@ def _forward(static, x_TD, gates_TK, carriers, numbers, experts_TK):
         later = _arrive(static, rounds, index, experts_TK, gates_TK, x_TD)
         return y + _forward_round(static, later, numbers, experts_TK.size)[0]
 
-    y_TD = lax.fori_loop(1, rounds.count, body, y_TD)
+    y_TD = lax.fori_loop(1, rounds.num_rounds, body, y_TD)
     return y_TD, (arrived, kept, numbers, (rounds, x_TD, gates_TK, experts_TK))
 
 
@@ -275,7 +275,7 @@ def _backward(static, residuals, g_TD):
             kept = _forward_round(static, later, numbers, num_assignments)[1]
             return jax.tree.map(jnp.add, total, _backward_round(static, later, numbers, num_assignments, kept, g_TD))
 
-        gradients = lax.fori_loop(1, rounds.count, body, gradients)
+        gradients = lax.fori_loop(1, rounds.num_rounds, body, gradients)
     dx_TD, dgates_TK, dweights = gradients
     return dx_TD, dgates_TK, dweights, None, None
 

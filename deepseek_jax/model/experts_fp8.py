@@ -73,6 +73,7 @@ class Fp8Experts:
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
         weight_Z = routing.to_slots(gates_WK)
         dhidden_ZH, dhidden_HZ, act_FZ, dweight_Z = swiglu_backward_quantize(hidden, dact_ZF, weight_Z)
+        assert dweight_Z is not None  # there are weights
         ddown = grouped_matmul_accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
         x_DZ = requantize_transposed(take_rows(rows, routing.row_Z), scale=DISPATCH)

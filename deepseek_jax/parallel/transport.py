@@ -54,7 +54,7 @@ class Rounds(NamedTuple):
     hop_TK: jax.Array  # device of the first hop of each assignment, -1: nowhere
     position_TK: jax.Array  # of its token among the rows for that device
     first_TK: jax.Array  # bool: no earlier assignment of its token is for that device; the row goes once
-    count: jax.Array  # of the rounds, the same on every device of the exchange
+    num_rounds: jax.Array  # how many there are, the same on every device of the exchange
 
 
 class Places(NamedTuple):
