@@ -182,6 +182,7 @@ class Execution:
     attention_chunk: int
     exchange: str
     exchange_slack: float
+    interleave: int
     experts: str
     expert_block: int
     expert_wave: int

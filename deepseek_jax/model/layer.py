@@ -5,17 +5,21 @@ feed-forward. How a layer attends is a value that its caller passes (`model.atte
 sequence in training, absorbed over a cache in decoding. So training, decoding, a pipeline stage and an MTP layer share
 this code:
 
-    training          run_layers(all layers,      attend=expanded,    cache={})
-    decoding          run_layers(all layers,      attend=absorbed,    cache={"moe_layers": ...})
-    pipeline stage    run_layers(layers 8 to 15,  attend=expanded,    cache={})
+    training          run_layers(all layers,      [Part(expanded)],                    cache={})
+    overlapped        run_layers(all layers,      [Part(expanded), Part(expanded)],    cache={})
+    decoding          run_layers(all layers,      [Part(absorbed)],                    cache={"moe_layers": ...})
+    pipeline stage    run_layers(layers 8 to 15,  [Part(expanded)],                    cache={})
+
+Parts are rows that share nothing but the weights (section 3.2.1: the report overlaps two micro-batches). They pass each
+layer side by side, so that the compiler can let one part attend while the rows of the other are on the wire.
 
 This is the one file that calls Flax NNX's `split` and `merge`; all others see nested dicts of arrays. Layers of one
 kind are stacked in a leading dim and scanned, so compile time does not grow with depth.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +36,19 @@ from deepseek_jax.parameters import Weights
 
 Tree = dict[str, Any]
 Gather = Callable[[Tree], Tree]
+Streams = tuple[jax.Array, ...]  # the residual stream [B, S, D] of each part
+
+
+class Part(NamedTuple):
+    """Rows that pass the layers together.
+
+    Attributes:
+        attend: how a layer attends to them.
+        valid_BS: False on padding, which reaches no routed expert.
+    """
+
+    attend: Attend
+    valid_BS: jax.Array
 
 
 class Layer(nnx.Module):
@@ -86,50 +103,60 @@ def run_layers(
     model: Model,
     execution: Execution,
     weights: Weights,
-    x_BSD: jax.Array,
-    attend: Attend,
+    streams: Streams,
+    parts: Sequence[Part],
     cache: Tree,
-    valid_BS: jax.Array,
     gather: Gather = lambda tree: tree,
     observe: Observer = unobserved,
-) -> tuple[jax.Array, Tree, list[Any]]:
+) -> tuple[Streams, Tree, list[Any]]:
     """Run the residual stream through the layers that `weights` has: all of a model, or those of a pipeline stage.
 
     Args:
         model: shape of the layers.
         execution: resolved (`parallel.program.resolve`).
         weights: stacks "dense_layers" and "moe_layers"; either may be absent, and other parameters are ignored.
-        x_BSD: residual stream before the first of these layers.
-        attend: how a layer attends.
-        cache: the layers' caches, stacked like the layers, as `attend` expects them; {} if it uses none.
-        valid_BS: False on padding, which reaches no routed expert.
+        streams: each part's residual stream [B, S, D] before the first of these layers.
+        parts: as many.
+        cache: the layers' caches, stacked like the layers, as `attend` expects them, and then there is one part; {} if
+            it uses none.
         gather: makes a layer's split weights whole and casts them; called just before their use, and again where the
             backward pass recomputes the layer.
         observe: what to report of each router (`model.moe`).
 
     Returns:
-        the residual stream, the cache, and the reports of `observe`: one tree [layers, ...] per stack with routers, or
+        the residual streams, the cache, and the reports of `observe`: one tree [layers, ...] per stack with routers, or
         an empty list if it reports nothing.
     """
     cache, observations = dict(cache), []
 
-    def body(kind, x_BSD, layer):
+    def body(kind, streams, layer):
         params, bias, layer_cache = layer
-        x_BSD, layer_cache, observed = merge(kind, model, gather(params), bias)(
-            execution, x_BSD, attend, layer_cache, valid_BS, observe
-        )
-        return x_BSD, (layer_cache, observed)
+        whole = merge(kind, model, gather(params), bias)
+        streams, layer_cache, observed = run_layer(whole, execution, streams, parts, layer_cache, observe)
+        return streams, (layer_cache, observed)
 
     for name, kind in (("dense_layers", DenseLayer), ("moe_layers", MoELayer)):
         if name not in weights.params:
             continue
         stack = weights.params[name], weights.router_bias.get(name, {}), cache.get(name)
-        x_BSD, (layer_caches, observed) = _scan(execution, functools.partial(body, kind), x_BSD, stack)
+        streams, (layer_caches, observed) = _scan(execution, functools.partial(body, kind), streams, stack)
         if layer_caches is not None:
             cache[name] = layer_caches
         if observed is not None:
             observations.append(observed)
-    return x_BSD, cache, observations
+    return streams, cache, observations
+
+
+def run_layer(
+    layer: Layer, execution: Execution, streams: Streams, parts: Sequence[Part], cache: Any, observe: Observer
+) -> tuple[Streams, Any, Any]:
+    """Run each part through a layer; return their residual streams, the cache, and the sum of what was observed."""
+    outputs = [
+        layer(execution, x_BSD, part.attend, cache, part.valid_BS, observe)
+        for x_BSD, part in zip(streams, parts, strict=True)
+    ]
+    streams, (cache, *_), observed = zip(*outputs, strict=True)
+    return streams, cache, jax.tree.map(lambda *reports: functools.reduce(jnp.add, reports), *observed)
 
 
 def make_stack(kind: type[nnx.Module], model: Model, rngs: nnx.Rngs, count: int) -> tuple[Tree, Tree]:
@@ -150,17 +177,17 @@ def _graphdef(kind: type[nnx.Module], model: Model):
     return nnx.split(layer, nnx.Param, RouterBias)[0]
 
 
-def _scan(execution: Execution, body: Callable, x_BSD: jax.Array, layers: Any):
+def _scan(execution: Execution, body: Callable, streams: Streams, layers: Any):
     num = len(jax.tree.leaves(layers)[0])
     scanned = execution.scan_unroll < num
     body = recomputed(execution, body, scanned)
     if scanned:
-        return lax.scan(body, x_BSD, layers, unroll=execution.scan_unroll)
+        return lax.scan(body, streams, layers, unroll=execution.scan_unroll)
     outputs = []  # fully unrolled: what the backward pass needs is not stacked and cut apart again
     for layer in _unstack(layers):
-        x_BSD, out = body(x_BSD, layer)
+        streams, out = body(streams, layer)
         outputs.append(out)
-    return x_BSD, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    return streams, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.router import route, router_scores
 from deepseek_jax.parameters import Fp8Weight
 
-# (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router
+# (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router: sums over rows
 Observer = Callable[[Model, jax.Array, jax.Array, jax.Array], Any]
 
 

@@ -16,8 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.attention import Attend, absorbed, expanded
-from deepseek_jax.model.layer import DenseLayer, Gather, MoELayer, Tree, make_stack, merge, run_layers
+from deepseek_jax.model.attention import absorbed, expanded
+from deepseek_jax.model.layer import (
+    DenseLayer,
+    Gather,
+    MoELayer,
+    Part,
+    Streams,
+    Tree,
+    make_stack,
+    merge,
+    run_layer,
+    run_layers,
+)
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.moe import Observer, unobserved
 from deepseek_jax.model.mtp import MtpLayer
@@ -88,6 +99,7 @@ def apply(
     inputs: Inputs,
     gather: Gather = lambda tree: tree,
     observe: Observer = unobserved,
+    num_parts: int = 1,
 ) -> Output:
     """Run the network over this device's rows.
 
@@ -98,24 +110,27 @@ def apply(
         inputs: rows.
         gather: makes a layer's split weights whole and casts them; the identity if they are whole and cast already.
         observe: what to report of each router (`model.moe`).
+        num_parts: into so many parts the rows are cut, which pass the layers side by side (`model.layer`).
     """
     top = gather({name: weights.params[name] for name in ("embed_VD", "final_norm_D")})
-    attend = expanded(execution, rotary_table(model, inputs.positions_BS), inputs.segment_ids_BS)
-    x_BSD = embed(execution, top["embed_VD"], inputs.tokens_BS)
-    x_BSD, _, observed = run_layers(model, execution, weights, x_BSD, attend, {}, inputs.valid_BS, gather, observe)
-    hidden_BSD = rms_norm(x_BSD, top["final_norm_D"], model.norm_eps)
-    mtp_hidden, state_BSD = [], hidden_BSD
+    cut = _cut(inputs, num_parts)
+    parts = [
+        Part(expanded(execution, rotary_table(model, part.positions_BS), part.segment_ids_BS), part.valid_BS)
+        for part in cut
+    ]
+    streams = tuple(embed(execution, top["embed_VD"], part.tokens_BS) for part in cut)
+    streams, _, observed = run_layers(model, execution, weights, streams, parts, {}, gather, observe)
+    states = tuple(rms_norm(x_BSD, top["final_norm_D"], model.norm_eps) for x_BSD in streams)
+    hidden = [jnp.concatenate(states)]
     for depth in range(model.num_mtp_layers if inputs.next_BS is not None else 0):
         layer = jax.tree.map(lambda a, i=depth: a[i], (weights.params["mtp_layers"], weights.router_bias["mtp_layers"]))
-        embedded_BSD = embed(execution, top["embed_VD"], _shifted(inputs.next_BS, depth))
-        run = functools.partial(_mtp_depth, model, execution, attend, gather, observe)
-        state_BSD, mtp_observed = recomputed(execution, run, scanned=False)(
-            layer, embedded_BSD, state_BSD, inputs.valid_BS
-        )
-        mtp_hidden.append(state_BSD)
+        embedded = tuple(embed(execution, top["embed_VD"], _shifted(part.next_BS, depth)) for part in cut)
+        run = functools.partial(_mtp_depth, model, execution, parts, gather, observe)
+        states, mtp_observed = recomputed(execution, run, scanned=False)(layer, embedded, states)
+        hidden.append(jnp.concatenate(states))
         observed.append(jax.tree.map(lambda a: a[None], mtp_observed))
     whole = jax.tree.map(lambda *a: jnp.concatenate(a), *observed) if observed else None
-    return Output(hidden_BSD, tuple(mtp_hidden), whole)
+    return Output(hidden[0], tuple(hidden[1:]), whole)
 
 
 def decode_step(
@@ -141,9 +156,9 @@ def decode_step(
     Returns:
         hidden_BSD after the final norm, and the cache with the new tokens written.
     """
-    attend = absorbed(rotary_table(model, positions_BS), positions_BS)
+    part = Part(absorbed(rotary_table(model, positions_BS), positions_BS), valid_BS)
     x_BSD = embed(execution, weights.params["embed_VD"], tokens_BS)
-    x_BSD, cache, _ = run_layers(model, execution, weights, x_BSD, attend, cache, valid_BS)
+    (x_BSD,), cache, _ = run_layers(model, execution, weights, (x_BSD,), [part], cache)
     return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), cache
 
 
@@ -151,6 +166,18 @@ def decode_step(
 def embed(execution: Execution, embed_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
     """Return the embeddings of tokens in the dtype of the activations."""
     return embed_VD[tokens_BS].astype(compute_dtype(execution))
+
+
+def _cut(inputs: Inputs, num_parts: int) -> list[Inputs]:
+    """Cut rows into parts of the same number."""
+    rows = inputs.tokens_BS.shape[0]
+    if rows % num_parts:
+        raise ValueError(
+            f"execution.interleave = {num_parts} does not divide the {rows} rows of a device and micro-batch; use 1, or"
+            " change training.micro_batch_size"
+        )
+    size = rows // num_parts
+    return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], inputs) for i in range(num_parts)]
 
 
 def _shifted(next_BS: jax.Array, steps: int) -> jax.Array:
@@ -161,17 +188,16 @@ def _shifted(next_BS: jax.Array, steps: int) -> jax.Array:
 def _mtp_depth(
     model: Model,
     execution: Execution,
-    attend: Attend,
+    parts: list[Part],
     gather: Gather,
     observe: Observer,
     layer: tuple[Tree, Tree],
-    embedded_BSD: jax.Array,
-    state_BSD: jax.Array,
-    valid_BS: jax.Array,
-) -> tuple[jax.Array, Any]:
-    """Run one depth of multi-token prediction; return its state after its final norm, and what was observed."""
+    embedded: Streams,
+    states: Streams,
+) -> tuple[Streams, Any]:
+    """Run one depth of multi-token prediction; return its states after its final norm, and what was observed."""
     params, bias = layer
     mtp = merge(MtpLayer, model, gather(params), bias)
-    x_BSD = mtp.merge(embedded_BSD, state_BSD)
-    x_BSD, _, observed = mtp.block(execution, x_BSD, attend, None, valid_BS, observe)
-    return mtp.final(x_BSD), observed
+    streams = tuple(mtp.merge(*both) for both in zip(embedded, states, strict=True))
+    streams, _, observed = run_layer(mtp.block, execution, streams, parts, None, observe)
+    return tuple(mtp.final(x_BSD) for x_BSD in streams), observed

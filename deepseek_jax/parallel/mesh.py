@@ -131,19 +131,26 @@ def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
     rows = axis_size(mesh, ROWS)
     check_model_fit(config.model, mesh)
     _check_split("training.micro_batch_size", config.training.micro_batch_size, rows, mesh)
-    tokens = config.training.micro_batch_size // rows * config.data.sequence_length
-    if config.execution.precision == "fp8" and tokens % GROUP:
+    size, parts = config.training.micro_batch_size, config.execution.interleave
+    if size % (rows * parts):
         raise ValueError(
-            f"config.training.micro_batch_size = {config.training.micro_batch_size} leaves {tokens} tokens to each of"
-            f" {rows} devices; in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of"
-            f" {GROUP}, by data.sequence_length or training.micro_batch_size"
-            f" ({nearest_multiples(config.training.micro_batch_size, _fp8_rows(config, rows))}), or use"
-            " execution.precision = 'bf16'"
+            f"config.execution.interleave = {parts} does not divide the {size // rows} rows that"
+            f" training.micro_batch_size = {size} leaves to each of {rows} devices; the nearest that can be is"
+            f" {nearest_multiples(size, rows * parts)}, or use execution.interleave = 1"
+        )
+    tokens = size // (rows * parts) * config.data.sequence_length
+    if config.execution.precision == "fp8" and tokens % GROUP:
+        of_parts = f" and {parts} parts" if parts > 1 else ""
+        raise ValueError(
+            f"config.training.micro_batch_size = {size} leaves {tokens} tokens to each of {rows} devices{of_parts}; in"
+            f" FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by"
+            f" data.sequence_length or training.micro_batch_size"
+            f" ({nearest_multiples(size, _fp8_rows(config, rows * parts))}), or use execution.precision = 'bf16'"
         )
 
 
 def _fp8_rows(config: config_lib.Config, rows: int) -> int:
-    """Return the smallest micro-batch of which each of `rows` devices has a multiple of 128 tokens."""
+    """Return the smallest micro-batch of which each of `rows` devices, or their parts, has a multiple of 128 tokens."""
     return rows * (GROUP // math.gcd(GROUP, config.data.sequence_length))
 
 

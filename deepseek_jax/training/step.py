@@ -187,18 +187,22 @@ def _specs(weights: Weights) -> Weights:
     return Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
 
 
-def _run(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Output:
+def _run(
+    model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load, num_parts: int = 1
+) -> Output:
     """Run the network over this device's rows."""
     valid_BS = batch["segment_ids_BS"] > 0
     # cuDNN runs only on rows of one segment, padded at the end: a causal mask is enough (`parallel.program.resolve`).
     segment_ids_BS = None if execution.attention == "cudnn" else batch["segment_ids_BS"]
     inputs = Inputs(batch["tokens_BS"], batch["positions_BS"], valid_BS, segment_ids_BS, objective.next_tokens(batch))
-    return apply(model, execution, weights, inputs, load, objective.observe)
+    return apply(model, execution, weights, inputs, load, objective.observe, num_parts)
 
 
-def _forward(model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load) -> Sums:
+def _forward(
+    model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load, num_parts: int = 1
+) -> Sums:
     """Run the network and its head over this device's rows, and sum the objective's terms."""
-    output = _run(model, execution, objective, weights, batch, load)
+    output = _run(model, execution, objective, weights, batch, load, num_parts)
     head_DV = in_fp32(load({"head_DV": weights.params["head_DV"]})["head_DV"])
     router = output.observed if model.num_moe_layers else no_routers(model, output.hidden_BSD)
     return Sums(objective.terms(output, head_DV, batch), router)
@@ -223,7 +227,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     chosen_LE = _choices(parts, whole(params), micro_batches, load) if several and objective.batch_wise else None
 
     def loss(params, micro_batch):
-        sums = _forward(*parts, whole(params), micro_batch, load)
+        sums = _forward(*parts, whole(params), micro_batch, load, execution.interleave)
         router = sums.router
         if objective.batch_wise:
             chosen = lax.psum(router.chosen_E, ROWS) if chosen_LE is None else chosen_LE

@@ -11,7 +11,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.model.attention import expanded
 from deepseek_jax.model.balance import router_stats
-from deepseek_jax.model.layer import run_layers
+from deepseek_jax.model.layer import Part, run_layers
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import Weights
@@ -61,15 +61,15 @@ def run(cut):
     model, execution, loss = config().model, config().execution, config().loss
     batch = {name: array[:ROWS, -LENGTH:] for name, array in small.batch().items()}
     segments_BS = batch["segment_ids_BS"]
-    attend = expanded(execution, rotary_table(model, batch["positions_BS"]), segments_BS)
+    part = Part(expanded(execution, rotary_table(model, batch["positions_BS"]), segments_BS), segments_BS > 0)
     observe = functools.partial(router_stats, loss)
 
     def objective(params):
         whole = weights()._replace(params=params)
         x_BSD, observed = params["embed_VD"][batch["tokens_BS"]], []
         for dense, moe in CUTS[cut]:
-            x_BSD, cache, stats = run_layers(
-                model, execution, stage(whole, dense, moe), x_BSD, attend, {}, segments_BS > 0, observe=observe
+            (x_BSD,), cache, stats = run_layers(
+                model, execution, stage(whole, dense, moe), (x_BSD,), [part], {}, observe=observe
             )
             assert cache == {}
             observed += stats
@@ -98,13 +98,6 @@ def test_every_layer_of_a_stage_runs():
     assert counts_LE.shape == (3, config().model.num_experts)
     assert counts_LE.sum(-1).tolist() == [int((small.batch()["segment_ids_BS"][:ROWS, -LENGTH:] > 0).sum()) * 4] * 3
     attend = expanded(config().execution, rotary_table(config().model, np.arange(8)[None]), None)
-    part, _, stats = run_layers(
-        config().model,
-        config().execution,
-        stage(weights(), slice(0, 2), slice(0, 0)),
-        x_BSD[:1, :8],
-        attend,
-        {},
-        np.ones((1, 8), bool),
-    )
-    assert stats == [] and part.shape == (1, 8, 32) and not np.array_equal(part, x_BSD[:1, :8])
+    part, weights_of_stage = Part(attend, np.ones((1, 8), bool)), stage(weights(), slice(0, 2), slice(0, 0))
+    (y_BSD,), _, stats = run_layers(config().model, config().execution, weights_of_stage, (x_BSD[:1, :8],), [part], {})
+    assert stats == [] and y_BSD.shape == (1, 8, 32) and not np.array_equal(y_BSD, x_BSD[:1, :8])

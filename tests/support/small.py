@@ -74,9 +74,11 @@ def fp8_config_dict() -> ConfigDict:
     return config
 
 
-def config(sizes: Sizes = (1, 1, 1), fp8: bool = False) -> Config:
-    """The small configuration on a mesh of `sizes`."""
+def config(sizes: Sizes = (1, 1, 1), fp8: bool = False, interleave: int = 1) -> Config:
+    """The small configuration on a mesh of `sizes`; interleaved, a micro-batch is the whole batch."""
     tree = fp8_config_dict() if fp8 else config_dict()
+    tree.execution.interleave = interleave
+    tree.training.micro_batch_size *= 1 if interleave == 1 else 2
     tree.mesh.update(dict(zip(("data", "node", "expert"), sizes, strict=True)))
     return from_config_dict(tree)
 
@@ -121,9 +123,9 @@ class OnMesh(NamedTuple):
 
 
 @functools.cache
-def on_mesh(sizes: Sizes, fp8: bool = False) -> OnMesh:
+def on_mesh(sizes: Sizes, fp8: bool = False, interleave: int = 1) -> OnMesh:
     """Initial state and compiled step of the small model; use the results under `jax.set_mesh(result.mesh)`."""
-    cfg = config(sizes, fp8)
+    cfg = config(sizes, fp8, interleave)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
 
