@@ -41,6 +41,8 @@ from deepseek_jax.parallel.transport import (
     Transport,
     bring,
     choose_transport,
+    cross,
+    fan_out,
     places_of,
     plan_rounds,
     send,
@@ -138,7 +140,7 @@ class _Arrived(NamedTuple):
     """What one round brought."""
 
     places: Places | None
-    rows: Any
+    rows: Any  # by the first hop: the second is done again in the backward pass, so that its copies are not kept
     gates_WK: jax.Array
     device_WK: jax.Array
     slot_WK: jax.Array
@@ -161,7 +163,7 @@ def _arrive(static: _Static, rounds: Rounds | None, index, experts_TK, gates_TK,
         served_TK = jnp.where(serves_TK, experts_TK, static.num_experts)
         assigned = assign(served_TK, static.num_experts, static.experts.unit, static.axes)
     with jax.named_scope("dispatch"):
-        rows = send(static.transport, places, static.experts.pack(x_TD))
+        rows = cross(static.transport, places, static.experts.pack(x_TD))
         gates_WK, device_WK, slot_WK = _send_gates(static.transport, places, assigned, gates_TK)
         return _Arrived(places, rows, gates_WK, device_WK, slot_WK, assigned.rows_E)
 
@@ -209,14 +211,16 @@ def _forward_round(static: _Static, arrived: _Arrived, numbers, num_assignments:
     """Return this device's tokens' sums of one round, and what the first range keeps."""
     num_slots, _ = _num_slots(static, arrived, num_assignments)
     route = keep(_routing(static, arrived, num_slots, 0), "routing")
+    with jax.named_scope("dispatch"):
+        rows = fan_out(static.transport, arrived.rows)
     with jax.named_scope("experts"):
-        y_WD, hidden = static.experts.forward(numbers, arrived.rows, arrived.gates_WK, route)
+        y_WD, hidden = static.experts.forward(numbers, rows, arrived.gates_WK, route)
         y_WD = _sum_ranges(
             static,
             arrived,
             num_assignments,
             y_WD,
-            lambda further: static.experts.forward(numbers, arrived.rows, arrived.gates_WK, further)[0],
+            lambda further: static.experts.forward(numbers, rows, arrived.gates_WK, further)[0],
         )
     with jax.named_scope("combine"):
         return bring(static.transport, arrived.places, y_WD), (route, hidden)
@@ -227,12 +231,13 @@ def _backward_round(static: _Static, arrived: _Arrived, numbers, num_assignments
     route, hidden = kept
     with jax.named_scope("dispatch"):
         g_rows = send(static.transport, arrived.places, static.experts.pack(g_TD))
+        rows = fan_out(static.transport, arrived.rows)
 
     def one_range(route, hidden):
-        return static.experts.backward(numbers, arrived.rows, arrived.gates_WK, route, hidden, g_rows)
+        return static.experts.backward(numbers, rows, arrived.gates_WK, route, hidden, g_rows)
 
     def further(route):
-        return one_range(route, static.experts.forward(numbers, arrived.rows, arrived.gates_WK, route)[1])
+        return one_range(route, static.experts.forward(numbers, rows, arrived.gates_WK, route)[1])
 
     with jax.named_scope("experts"):
         dx_WD, dgates_WK, dweights = _sum_ranges(static, arrived, num_assignments, one_range(route, hidden), further)

@@ -3,7 +3,7 @@
 A token is sent once to a device, however many of its experts live there. `Transport` says over which axes, in one hop
 or in two, and `Places` which rows go, in one round. `send` and `bring` are each other's transpose:
 
-    send(rows)     row t goes to every device that it is for
+    send(rows)     row t goes to every device that it is for: `cross`, the first hop, then `fan_out`, the second
     bring(y)       sum over those devices of what each made of row t, in FP32
 
 First hop, over P devices. If a token is for most of them, all rows go to all (an all-gather; then no row needs an
@@ -12,7 +12,8 @@ for one pair are the most that can be, so there are at most T / capacity rounds.
 
 Second hop, in "two_hop": the first goes over the slow axis, `node`, to the device of the same index there. That device
 hands all that arrived to its neighbours in the node, over the fast axis. So a token crosses the slow axis once per node
-(DeepSeek-V3 section 3.2.2), and on the way back a node sends one sum.
+(DeepSeek-V3 section 3.2.2), and on the way back a node sends one sum. Who needs the rows once more keeps those of the
+first hop, and fans them out again.
 
 On the wire, rows are what the experts read: E4M3 with scales, or BF16. Sums are in the dtype of the experts' results,
 added in FP32.
@@ -140,15 +141,23 @@ def send(transport: Transport, places: Places | None, rows: Any) -> Any:
 
     Without `places` every row goes everywhere. An empty place is a row of zeros.
     """
+    return fan_out(transport, cross(transport, places, rows))
+
+
+def cross(transport: Transport, places: Places | None, rows: Any) -> Any:
+    """Do the first hop of `send`."""
     if not transport.first:
         return rows
     if places is None:
-        arrived = _each_part(lambda part, dim: _gather(part, transport.first, dim), rows)
-    else:
-        arrived = _each_part(lambda part, dim: _swap(part, transport.first, dim), take_rows(rows, places.token_W))
-    if transport.second:
-        arrived = _each_part(lambda part, dim: _gather(part, transport.second, dim), arrived)
-    return arrived
+        return _each_part(lambda part, dim: _gather(part, transport.first, dim), rows)
+    return _each_part(lambda part, dim: _swap(part, transport.first, dim), take_rows(rows, places.token_W))
+
+
+def fan_out(transport: Transport, rows: Any) -> Any:
+    """Do the second hop of `send`: hand what the first one brought to all devices of the node."""
+    if not transport.second:
+        return rows
+    return _each_part(lambda part, dim: _gather(part, transport.second, dim), rows)
 
 
 def bring(transport: Transport, places: Places | None, y_WD: jax.Array) -> jax.Array:

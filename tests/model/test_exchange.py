@@ -344,6 +344,25 @@ def test_slow_axis_carries_at_most_four_copies_of_a_token():
     assert 0 < shipped["int32"] * 7 / 8 / tokens <= 3.5 * 3 * 8 * 4  # gate, device and slot of each assignment
 
 
+@pytest.mark.parametrize(("sizes", "rows"), [((1, 2, 4), 2 * T), ((1, 1, 8), 8 * T)])
+def test_two_hops_keep_the_rows_of_the_first(sizes, rows):
+    """The copies inside a node, four times as many, are made again in the backward pass."""
+    kept = []
+
+    def local(experts_TK, x_TD, gates_TK, w_EDD, _):
+        def apply(x_TD):
+            weights = {"down_EFD": vary(w_EDD, x_TD)}
+            way = "two_hop" if sizes[1] > 1 else "dense"
+            return exchange(x_TD, experts_TK, gates_TK, weights, TanhExperts(), transport=way, num_experts=E, slack=8.0)
+
+        y_TD, pull = jax.vjp(apply, x_TD)
+        kept.extend(leaf.shape[0] for leaf in jax.tree.leaves(pull) if leaf.ndim == 2 and leaf.shape[1] == D)
+        return y_TD
+
+    sharded(sizes, local, P(ROWS, None))(*inputs("balanced"))
+    assert max(kept) == rows
+
+
 BIG_T, BIG_K, BIG_D, BIG_F, LOCAL = 512, 8, 224, 64, 4  # V3's proportions: K = 8, D = 3.5 F
 
 
