@@ -26,14 +26,14 @@ STEPS = 3
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
 
-def config(sizes: small.Sizes, num_cuts: int, exchange: str):
+def config(sizes: small.Sizes, num_cuts: int, exchange: str, remat: str):
     """One MoE layer and one MTP layer; a balance loss that is not lost in rounding."""
     return small.config(sizes).with_(
         model={"num_layers": 1, "num_dense_layers": 0, "width": 32, "vocab_size": VOCAB},
         data={"sequence_length": LENGTH},
         loss={"sequence_balance_weight": 0.01},
         training={"micro_batch_size": ROWS // num_cuts},
-        execution={"exchange": exchange},
+        execution={"exchange": exchange, "remat": remat},
     )
 
 
@@ -54,13 +54,13 @@ def initial_state():
     """The initial state on the host."""
     mesh = make_mesh(small.config(ONE).mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return jax.device_get(create_state(config(ONE, 1, "auto")))
+        return jax.device_get(create_state(config(ONE, 1, "auto", "none")))
 
 
 @functools.cache
-def run(sizes: small.Sizes, num_cuts: int, exchange: str = "auto"):
+def run(sizes: small.Sizes, num_cuts: int, exchange: str = "auto", remat: str = "none"):
     """Take three steps; return (gradients, sums, state, metrics) of the first and of the last."""
-    cfg = config(sizes, num_cuts, exchange)
+    cfg = config(sizes, num_cuts, exchange, remat)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
 
@@ -94,32 +94,40 @@ def assert_equal_steps(got, want, tolerance):
         assert np.linalg.norm(other - leaf) <= tolerance * np.linalg.norm(leaf), jax.tree_util.keystr(path)
 
 
-QUICK = {((4, 1, 1), 4, "auto"), ((1, 2, 4), 2, "two_hop")}
-CUTS = [((data, 1, 1), cuts, "auto") for data in (1, 2, 4) for cuts in (1, 2, 4)][1:]
+RECOMPUTED = ((1, 2, 4), 2, "two_hop", "full")
+QUICK = {((4, 1, 1), 4), RECOMPUTED}
+CUTS = [((data, 1, 1), cuts) for data in (1, 2, 4) for cuts in (1, 2, 4)][1:]
 TRANSPORTS = [  # two hops on (2, 2, 2), one on (2, 1, 4): tests.parallel.test_meshes
     ((1, 1, 8), 1, "dense"),
     ((1, 2, 4), 1, "dense"),
-    ((1, 2, 4), 2, "two_hop"),
+    RECOMPUTED,
     ((2, 2, 2), 2, "dense"),
     ((1, 4, 2), 2, "dense"),
     ((1, 4, 2), 1, "two_hop"),
 ]
 CELLS = [
     pytest.param(
-        *cell,
+        cell,
         marks=[pytest.mark.slow] * (cell not in QUICK),
-        id=f"{small.group(cell[0])}, {cell[1]} micro-batches, {cell[2]}",
+        id=" ".join(map(str, (small.group(cell[0]), *cell[1:]))),
     )
     for cell in CUTS + TRANSPORTS
 ]
 
 
-@pytest.mark.parametrize(("sizes", "num_cuts", "exchange"), CELLS)
-def test_a_step_is_that_of_one_device_and_one_micro_batch(sizes, num_cuts, exchange):
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_is_that_of_one_device_and_one_micro_batch(cell):
     """Measured: gradients 6e-7 apart in the first step, and 6e-6 in the third, as Adam divides rounding by rounding."""
-    assert (sizes, num_cuts) != (ONE, 1)
-    for got, want, tolerance in zip(run(sizes, num_cuts, exchange), run(ONE, 1), (5e-6, 5e-5), strict=True):
+    for got, want, tolerance in zip(run(*cell), run(ONE, 1), (5e-6, 5e-5), strict=True):
         assert_equal_steps(got, want, tolerance)
+
+
+def test_recomputation_counts_no_token_again():
+    """Each valid token K times in each layer with a router, as often as the step says (prime-rl #2953)."""
+    model = small.config().model
+    for seed, (_, _, _, metrics) in zip((0, STEPS - 1), run(*RECOMPUTED), strict=True):
+        valid = (batch(seed)["segment_ids_BS"] > 0).sum()
+        np.testing.assert_array_equal(metrics["counts_LE"].sum(1), model.experts_per_token * valid)
 
 
 def test_micro_batches_and_devices_have_unequal_tokens():

@@ -306,3 +306,20 @@ def test_evaluation_sums_what_the_step_averages():
     np.testing.assert_allclose(sums["loss_sum"] / sums["weight_sum"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(sums["mtp_loss_sum"] / sums["weight_sum"], metrics["mtp_loss"], rtol=1e-6)
     np.testing.assert_array_equal(sums["counts_LE"], metrics["counts_LE"])
+
+
+def test_evaluation_moves_no_bias():
+    """Nor is it counted: a step between two evaluations is the step without them (prime-rl #2953)."""
+    on = small.on_mesh(ONE)
+    before = jax.device_get(on.state)
+    with jax.set_mesh(on.mesh):
+        evaluate = step_lib.jit_eval_step(on.config, pretraining(on.config), on.mesh)
+        weights = Weights(on.state["params"], on.state["router_bias"])
+        first = jax.device_get(evaluate(weights, small.put(uneven_batch())))
+        _, _, _, state, metrics = on.step(on.state, small.put(uneven_batch()), small.RATES)
+        second = jax.device_get(evaluate(weights, small.put(uneven_batch())))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(on.state), before)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), run()[3])
+    np.testing.assert_array_equal(metrics["counts_LE"], run()[-1]["counts_LE"])
+    assert any(np.any(bias) for bias in jax.tree.leaves(jax.device_get(state["router_bias"])))
