@@ -26,14 +26,14 @@ STEPS = 3
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
 
-def config(sizes: small.Sizes, num_cuts: int, exchange: str, remat: str):
+def config(sizes: small.Sizes, num_cuts: int, exchange: str, remat: str, interleave: int):
     """One MoE layer and one MTP layer; a balance loss that is not lost in rounding."""
     return small.config(sizes).with_(
         model={"num_layers": 1, "num_dense_layers": 0, "width": 32, "vocab_size": VOCAB},
         data={"sequence_length": LENGTH},
         loss={"sequence_balance_weight": 0.01},
         training={"micro_batch_size": ROWS // num_cuts},
-        execution={"exchange": exchange, "remat": remat},
+        execution={"exchange": exchange, "remat": remat, "interleave": interleave},
     )
 
 
@@ -54,13 +54,13 @@ def initial_state():
     """The initial state on the host."""
     mesh = make_mesh(small.config(ONE).mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return jax.device_get(create_state(config(ONE, 1, "auto", "none")))
+        return jax.device_get(create_state(config(ONE, 1, "auto", "none", 1)))
 
 
 @functools.cache
-def run(sizes: small.Sizes, num_cuts: int, exchange: str = "auto", remat: str = "none"):
+def run(sizes: small.Sizes, num_cuts: int, exchange: str = "auto", remat: str = "none", interleave: int = 1):
     """Take three steps; return (gradients, sums, state, metrics) of the first and of the last."""
-    cfg = config(sizes, num_cuts, exchange, remat)
+    cfg = config(sizes, num_cuts, exchange, remat, interleave)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
 
@@ -104,6 +104,8 @@ TRANSPORTS = [  # two hops on (2, 2, 2), one on (2, 1, 4): tests.parallel.test_m
     ((2, 2, 2), 2, "dense"),
     ((1, 4, 2), 2, "dense"),
     ((1, 4, 2), 1, "two_hop"),
+    ((1, 4, 2), 1, "dense", "selective", 2),  # two parts side by side
+    ((1, 2, 4), 1, "two_hop", "none", 2),
 ]
 CELLS = [
     pytest.param(
