@@ -7,6 +7,7 @@ One line is one case: the command, its arguments, what the message must contain,
 import json
 import os
 
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -25,6 +26,7 @@ RUN = {"W/config.json": json.dumps(to_dict(from_config_dict(tiny.get_config())))
 BASE = "--hf=tests/golden/v2"
 FP32 = f"{BASE} --precision=fp32 --config.execution.precision=fp32"
 LINK = {"link": lambda path: path.symlink_to(path.with_name("nothing"))}
+NPY = {"e.npy": lambda path: np.save(path, np.zeros((2, 8)))}
 LONG = "x" * 300
 A_CONFIG = "from configs import tiny\n\n\ndef get_config():\n    return tiny.get_config()\n"
 
@@ -101,6 +103,17 @@ FLAGS = [
     case("benchmarks.layer_benchmark", "--rows=1000000000000", "--rows=1000000000000", "each expert"),
     case("benchmarks.layer_benchmark", "--local_experts=-1", "--local_experts=-1", "Routed experts"),
     case("benchmarks.layer_benchmark", "--config.model.num_shared_experts=0", "num_shared_experts = 0", "set it to 1"),
+    case("benchmarks.traffic", "", "--config is missing", "--config=configs/tiny.py"),
+    case("benchmarks.traffic", f"{TINY} --devices=0", "--devices=0", "Number of devices"),
+    case("benchmarks.traffic", f"{TINY} --devices=3", "model.width = 256", "numbers of devices that work"),
+    case("benchmarks.traffic", f"{TINY} --compiled --devices=8", "--devices = 8", "--cpu_devices"),
+    case("benchmarks.traffic", f"{TINY} --config.mesh.tensor=2", "config.mesh.tensor = 2", "set it to 1"),
+    case(
+        "benchmarks.traffic", f"{TINY} --config.execution.exchange=local --devices=8 --config.mesh.expert=4", "'local'"
+    ),
+    case("benchmarks.traffic", f"{TINY} --experts={{d}}/none.npy", "none.npy cannot be read", "check the path"),
+    case("benchmarks.traffic", f"{TINY} --experts={{d}}/file", "is no .npy file", "save one", files=FILE),
+    case("benchmarks.traffic", f"{TINY} --experts={{d}}/e.npy", "float64 [2, 8]", "integers [tokens, ", files=NPY),
     case("benchmarks.hf_benchmark", "", "--hf is missing", "Folder to write"),
     case("benchmarks.hf_benchmark", "--hf={d}/x --gigabytes=1e12", "--gigabytes=1e12", "Approximate size"),
     case("benchmarks.hf_benchmark", "--hf={d}/x --gigabytes=9999", "--gigabytes=9999", "free", "lower"),

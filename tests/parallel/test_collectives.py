@@ -9,15 +9,24 @@ own account outside the shard_map: a reshard of a weight or an all-reduce of its
 import collections
 import functools
 import math
-import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel.collectives import (
+    EXCHANGE,
+    GATHER,
+    SCATTER,
+    SUMS,
+    WHILE,
+    Collective,
+    compiled_collectives,
+    sent_bytes,
+    traced_collectives,
+)
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import EXPERTS, PARAMETERS
@@ -26,35 +35,17 @@ from tests.support import small
 
 MESH = (2, 1, 4)
 MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}
-GATHER, SCATTER, EXCHANGE = "all_gather", "reduce_scatter", "all_to_all"
 ROWS_OUT = "all_gather of rows"  # over the experts' axes alone; weights are gathered over `data`, too
-SUMS = ("psum", "psum_invariant")
 LARGEST = "pmax"
 
 
-class Collective(NamedTuple):
-    """One collective of the traced step."""
+def of_kinds(found: list[Collective]) -> list[Collective]:
+    """The collectives, with gathers of rows as a kind of their own."""
 
-    kind: str
-    dtype: jnp.dtype
-    shape: tuple[int, ...]  # of its operand, on one device
-    loops: tuple[str, ...]  # "scan" and "while" around it
-    times: int  # product of the scans' lengths; a while counts once
+    def of_rows(c):
+        return c.kind == GATHER and "data" not in c.axes
 
-
-def collectives_of(jaxpr, loops=(), times=1) -> list[Collective]:
-    collectives = []
-    for eqn in jaxpr.eqns:
-        kind = eqn.primitive.name
-        if kind == GATHER and "data" not in eqn.params["axis_name"]:
-            kind = ROWS_OUT
-        if kind in (GATHER, ROWS_OUT, SCATTER, EXCHANGE, LARGEST, *SUMS):
-            collectives += [Collective(kind, var.aval.dtype, var.aval.shape, loops, times) for var in eqn.invars]
-        inner_loops = (*loops, kind) if kind in ("scan", "while") else loops
-        inner_times = times * eqn.params["length"] if kind == "scan" else times
-        for inner in jaxprs_in_params(eqn.params):
-            collectives += collectives_of(inner, inner_loops, inner_times)
-    return collectives
+    return [c._replace(kind=ROWS_OUT) if of_rows(c) else c for c in found]
 
 
 class Traced(NamedTuple):
@@ -79,7 +70,7 @@ def _traced(sizes, gather, precision, remat):
     config = from_config_dict(tree)
     mesh = make_mesh(config.mesh)
     jaxpr = trace_step(resolve_for(config, mesh), mesh).jaxpr
-    return Traced(config, abstract_inputs(config, mesh)[0]["params"], collectives_of(jaxpr.jaxpr))
+    return Traced(config, abstract_inputs(config, mesh)[0]["params"], of_kinds(traced_collectives(jaxpr.jaxpr)))
 
 
 def split_leaves(tree, sizes) -> list[str]:
@@ -245,24 +236,10 @@ def largest_everywhere(step):
     return largest
 
 
-class Instruction(NamedTuple):
-    """One collective of the compiled step."""
-
-    kind: str
-    results: list[tuple[str, int]]  # dtype and number of elements
-    origin: str  # the JAX operations it was made from
-
-
 @functools.cache
-def compiled_collectives() -> list[Instruction]:
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    instructions = []
-    for line in small.on_mesh(MESH).step.as_text().splitlines():
-        if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
-            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            results = [(dtype, math.prod(int(size) for size in dims.split(",") if size)) for dtype, dims in shapes]
-            instructions.append(Instruction(match[2], results, re.search(r'op_name="([^"]*)"', line)[1]))
-    return instructions
+def compiled() -> list[Collective]:
+    on = small.on_mesh(MESH)
+    return of_kinds(compiled_collectives(on.step.as_text(), dict(on.mesh.shape)))
 
 
 @pytest.mark.slow
@@ -272,20 +249,42 @@ def test_the_partitioner_moves_no_weight_on_its_own_account():
 
     Outside, the partitioner adds only sums for norms: scalars.
     """
-    instructions = compiled_collectives()
-    kinds = collections.Counter(i.kind for i in instructions)
-    assert kinds["collective-permute"] == 0
-    for kind in ("all-gather", "reduce-scatter", "all-to-all"):
+    kinds = collections.Counter(c.kind for c in compiled())
+    assert kinds["ppermute"] == 0
+    for kind in (GATHER, ROWS_OUT, SCATTER, EXCHANGE):
         assert kinds[kind] > 0
-        assert [i.origin for i in instructions if i.kind == kind and "/shard_map/" not in i.origin] == []
-    outside = [i for i in instructions if "shard_map" not in i.origin]
-    assert {size for i in outside for _, size in i.results} <= {1}
+        assert [c.scope for c in compiled() if c.kind == kind and "/shard_map/" not in c.scope] == []
+    outside = [c for c in compiled() if "shard_map" not in c.scope]
+    assert {math.prod(c.shape) for c in outside} <= {1}
 
 
 @pytest.mark.xdist_group(small.group(MESH))
 def test_compiled_step_has_no_all_reduce_of_a_weight():
     bound = largest_everywhere(traced())
-    for instruction in compiled_collectives():
-        if instruction.kind == "all-reduce":
-            assert max(size for _, size in instruction.results) <= bound, instruction
-            assert {dtype for dtype, _ in instruction.results} <= {"f32", "s32"}, instruction
+    for c in compiled():
+        if c.kind in SUMS:
+            assert math.prod(c.shape) <= bound, c
+            assert c.dtype in (jnp.float32, jnp.int32), c
+
+
+@pytest.mark.xdist_group(small.group(MESH))
+def test_the_compiled_step_sends_the_bytes_of_the_traced_one():
+    """Rows, sums and gradients, by axis, kind and dtype; scans count as often as they run.
+
+    Gathers of weights may be fewer: the second micro-batch of two, which needs no loop, shares them with the first.
+    """
+
+    def sent(found):
+        sums = collections.Counter()
+        for c in found:
+            if WHILE not in c.loops and c.kind in (EXCHANGE, SCATTER, GATHER, ROWS_OUT):
+                whole = c._replace(kind=GATHER) if c.kind == ROWS_OUT else c
+                for axis, count in sent_bytes(whole, dict(small.on_mesh(MESH).mesh.shape)).items():
+                    sums[axis, c.kind, str(c.dtype)] += count * c.times
+        return +sums
+
+    wanted, got = sent(traced().collectives), sent(compiled())
+    assert set(got) == set(wanted)
+    assert any(axis == "expert" and kind == EXCHANGE for axis, kind, _ in got)
+    for key, count in wanted.items():
+        assert got[key] <= count if key[1] == GATHER else got[key] == count, key

@@ -19,9 +19,7 @@ MESHES = [(1, 1, 8), (1, 1, 1), (4, 2, 1)]
 
 
 def config(sizes):
-    return small.config(sizes).with_(
-        model={"num_layers": 2, "num_mtp_layers": 0, "vocab_size": 64}, optimizer={"ema_decay": 0.9}
-    )
+    return small.config(sizes).with_(model={"num_layers": 2, "vocab_size": 64}, optimizer={"ema_decay": 0.9})
 
 
 def mesh_of(sizes):
@@ -79,8 +77,12 @@ def test_every_expert_is_there_on_any_mesh(saved, sizes):
     assert set(state) == {"params", "router_bias", "optimizer", "ema", "step", "skipped"}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), want)
     for part in (state["params"], state["ema"], state["optimizer"][1].mu, state["optimizer"][1].nu):
-        experts = np.float32(part["moe_layers"]["moe"]["down_EFD"])[0]
-        assert len(np.unique(experts.reshape(len(experts), -1), axis=0)) == 16
+        for layer in (part["moe_layers"], part["mtp_layers"]["block"]):
+            for name in ("down_EFD", "gate_up_ED2F"):
+                experts = np.float32(layer["moe"][name])[0]
+                assert len(np.unique(experts.reshape(len(experts), -1), axis=0)) == 16
+    for bias_LE in jax.tree.leaves(state["router_bias"]):
+        assert len(np.unique(np.asarray(bias_LE))) == bias_LE.size > 0
     gate_up = state["params"]["moe_layers"]["moe"]["gate_up_ED2F"]
     assert gate_up.addressable_shards[0].data.shape[1] == 16 // (sizes[1] * sizes[2])
 

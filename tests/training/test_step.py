@@ -91,19 +91,11 @@ def test_gradients_and_losses_are_those_of_the_plain_objective():
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(want), rtol=1e-5)
 
 
-CUTS = {
-    "one micro-batch": (ONE, {"micro_batch_size": 16}, {}),
-    "two micro-batches on two devices": ((2, 1, 1), {"micro_batch_size": 8}, {}),
-    "four micro-batches on four devices": ((4, 1, 1), {"micro_batch_size": 4}, {}),
-    "gathered per step": ((2, 1, 2), {}, {"gather": "step", "remat": "full"}),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "training", "execution"), CUTS.values(), ids=CUTS)
-def test_gradients_do_not_depend_on_how_the_batch_is_cut(sizes, training, execution):
-    config = small.config(sizes)
-    config = config.with_(training=training, execution=execution)
+def test_gradients_do_not_depend_on_when_weights_are_gathered():
+    """Once a step, on (data 2, expert 2), fully recomputed. Cuts and meshes: `tests.training.test_equal_steps`."""
+    sizes = (2, 1, 2)
+    config = small.config(sizes).with_(execution={"gather": "step", "remat": "full"})
     mesh = make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(config, pretraining(config), mesh)
     params, router_bias = jax.device_get((small.on_mesh(ONE).state["params"], small.on_mesh(ONE).state["router_bias"]))
@@ -314,3 +306,20 @@ def test_evaluation_sums_what_the_step_averages():
     np.testing.assert_allclose(sums["loss_sum"] / sums["weight_sum"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(sums["mtp_loss_sum"] / sums["weight_sum"], metrics["mtp_loss"], rtol=1e-6)
     np.testing.assert_array_equal(sums["counts_LE"], metrics["counts_LE"])
+
+
+def test_evaluation_moves_no_bias():
+    """Nor is it counted: a step between two evaluations is the step without them (prime-rl #2953)."""
+    on = small.on_mesh(ONE)
+    before = jax.device_get(on.state)
+    with jax.set_mesh(on.mesh):
+        evaluate = step_lib.jit_eval_step(on.config, pretraining(on.config), on.mesh)
+        weights = Weights(on.state["params"], on.state["router_bias"])
+        first = jax.device_get(evaluate(weights, small.put(uneven_batch())))
+        _, _, _, state, metrics = on.step(on.state, small.put(uneven_batch()), small.RATES)
+        second = jax.device_get(evaluate(weights, small.put(uneven_batch())))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(on.state), before)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), run()[3])
+    np.testing.assert_array_equal(metrics["counts_LE"], run()[-1]["counts_LE"])
+    assert any(np.any(bias) for bias in jax.tree.leaves(jax.device_get(state["router_bias"])))
