@@ -1,24 +1,44 @@
-"""Continue a prompt with a trained model: `python -m experiments.generate --workdir=runs/tiny --prompt="def "`.
+"""Continue prompts with a trained model: `python -m experiments.generate --workdir=runs/tiny --prompt="def "`.
 
-Text appears while the model makes it. Configuration and tokenizer come from the workdir, weights from its newest intact
-checkpoint. One device decodes; with --expert_devices, several devices share the routed experts. Before a run that began
-with a released FP8 checkpoint has a checkpoint of its own, its weights stay in FP8 if the model can be decoded so: with
-activations in BF16, and dims that are multiples of 128. Otherwise they are multiplied out.
+The text of one --prompt appears while the model makes it. --prompts=FILE has many, of any lengths: JSON lines, each an
+object with "prompt". What follows each is written as the same object with "completion", "finish_reason" ("stop": end of
+the document or a --stop string; "length") and "num_tokens", to --out or to standard output.
+
+Configuration and tokenizer come from the workdir, weights from its newest intact checkpoint. One device decodes; with
+--expert_devices, several devices share the routed experts. Before a run that began with a released FP8 checkpoint has a
+checkpoint of its own, its weights stay in FP8 if the model can be decoded so: with activations in BF16, and dims that
+are multiples of 128. Otherwise they are multiplied out.
 """
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
+from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.generate import expert_mesh, stream
+from deepseek_jax.files import replacing, write_all
+from deepseek_jax.inference.generate import Completion, complete, expert_mesh, prompt_ids, stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import takes_fp8
-from deepseek_jax.inputs import local_path, shown
+from deepseek_jax.inputs import local_path, new_file, read_text, shown
+from deepseek_jax.progress import Bar
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import read_config
 from experiments import command, session
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
+PROMPTS = flags.DEFINE_string("prompts", None, 'File of prompts instead: JSON lines, each an object with "prompt".')
+OUT = flags.DEFINE_string("out", None, "JSON lines to write what follows --prompts to; standard output by default.")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 32, "How many of --prompts are decoded at once.", lower_bound=1, upper_bound=2**16
+)
+STOP = flags.DEFINE_multi_string("stop", [], "End a text before this string; may be given several times.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest intact one by default.", lower_bound=0)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
@@ -48,20 +68,95 @@ SEED = flags.DEFINE_integer(
 
 def main(_) -> None:
     """Restore, decode, print."""
-    workdir, prompt = local_path(WORKDIR.value, "--workdir"), checked_prompt(PROMPT.value)
+    if PROMPT.value is None and PROMPTS.value is None:
+        raise ValueError("--prompt is missing, and --prompts too; give the text to continue, or a file of prompts")
+    if PROMPT.value is not None and PROMPTS.value is not None:
+        raise ValueError("--prompt and --prompts are both given; leave one out")
+    if OUT.value is not None and PROMPTS.value is None:
+        raise ValueError(f"--out={shown(OUT.value)} is for --prompts; the text of one --prompt is printed")
+    workdir = local_path(WORKDIR.value, "--workdir")
+    requests = read_requests() if PROMPTS.value is not None else [{"prompt": checked_prompt(PROMPT.value)}]
     config = read_config(workdir)
     sampling = Sampling(temperature=TEMPERATURE.value, top_p=TOP_P.value, top_k=TOP_K.value)
+    out = command.path_of(OUT, new_file)
     session.start()
     mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
+    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+    check_requests(config, tokenizer, requests)
     as_stored = takes_fp8(config.model, config.execution)
     weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
-    text = stream(config, weights, tokenizer, prompt, MAX_NEW_TOKENS.value, sampling, SEED.value, mesh)
+    rest = MAX_NEW_TOKENS.value, sampling, SEED.value, mesh, STOP.value
+    if PROMPTS.value is not None:
+        with lines_to(out) as write:
+            size = BATCH_SIZE.value if len(requests) > BATCH_SIZE.value else 0
+            answer(requests, lambda prompts, i: complete(config, weights, tokenizer, prompts, *rest, i, size), write)
+        return
+    prompt = requests[0]["prompt"]
+    text = stream(config, weights, tokenizer, prompt, *rest)
     first = next(text)  # or a refusal, before anything is printed
     print(prompt + command.for_terminal(first), end="", flush=True)
     for part in text:
         print(command.for_terminal(part), end="", flush=True)
     print()
+
+
+def answer(
+    requests: list[dict[str, Any]], run: Callable[[list[str], int], list[Completion]], write: Callable[[str], None]
+) -> None:
+    """Complete requests batch by batch, and write each batch when it is done."""
+    with Bar(len(requests), "decode", "prompts") as bar:
+        for start in range(0, len(requests), BATCH_SIZE.value):
+            batch = requests[start : start + BATCH_SIZE.value]
+            for request, found in zip(batch, run([r["prompt"] for r in batch], start), strict=True):
+                result = {"completion": found.text, "finish_reason": found.reason, "num_tokens": found.num_tokens}
+                write(json.dumps(request | result) + "\n")
+            bar.update(len(batch))
+
+
+@contextlib.contextmanager
+def lines_to(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """Yield what writes a line to standard output, or to a file that is there when all are written."""
+    if path is None:
+        yield lambda line: print(line, end="", flush=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as descriptor:
+        yield lambda line: write_all(descriptor, memoryview(line.encode()))
+        os.fsync(descriptor)
+
+
+def read_requests() -> list[dict[str, Any]]:
+    """Return the objects of --prompts.
+
+    Raises:
+        ValueError: a line is not an object with a text "prompt", or there is none.
+    """
+    path, requests = local_path(PROMPTS.value, "--prompts"), []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"--prompts={shown(PROMPTS.value)}, line {number}"
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({shown(str(error))}); write one object a line") from error
+        if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
+            raise ValueError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
+        requests.append(request)
+    if not requests:
+        raise ValueError(f"--prompts={shown(PROMPTS.value)} holds no prompt; write one object a line")
+    return requests
+
+
+def check_requests(config: Config, tokenizer: Tokenizer, requests: list[dict[str, Any]]) -> None:
+    """Refuse the first prompt that cannot be continued; of several, the message has its number."""
+    for number, request in enumerate(requests, start=1):
+        try:
+            prompt_ids(config, tokenizer, request["prompt"], MAX_NEW_TOKENS.value)
+        except ValueError as error:
+            if PROMPTS.value is None:
+                raise
+            raise ValueError(f"prompt {number} of --prompts={shown(PROMPTS.value)}: {error}") from error
 
 
 def checked_prompt(prompt: str) -> str:

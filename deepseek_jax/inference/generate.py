@@ -1,16 +1,18 @@
-"""Generation of text: the prompt goes through the model, then tokens follow and are yielded as they are made."""
+"""Generation of text: prompts go through the model, then tokens follow and are yielded as they are made."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
 from deepseek_jax.config import Config, Mesh, Model
-from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.decode import decode_burst, decode_execution, first_token, in_chunks, prefill
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
+from deepseek_jax.inference.text import Text
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import shown
 from deepseek_jax.parallel.mesh import axis_size, check_model_fit, make_mesh
@@ -19,6 +21,14 @@ from deepseek_jax.parameters import ROWS, P, Weights
 
 BURST = 16  # tokens that the device makes before the host reads them
 CACHE_STEP = 256  # cache sizes are multiples of this, so that few programs are compiled
+
+
+class Completion(NamedTuple):
+    """What follows a prompt."""
+
+    text: str
+    reason: str  # "stop" (EOS, or a stop string, which the text lacks) or "length"
+    num_tokens: int  # those of a stop string included, EOS not
 
 
 def stream(
@@ -30,8 +40,9 @@ def stream(
     sampling: Sampling,
     seed: int,
     mesh: jax.sharding.Mesh | None = None,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Yield the text that continues `prompt` as it is made, up to EOS or `max_new_tokens` tokens.
+    """Yield the text that continues `prompt` as it is made, up to EOS, a stop string or `max_new_tokens` tokens.
 
     The pieces join to the whole text: `"".join(stream(...))`.
 
@@ -45,10 +56,67 @@ def stream(
         sampling: temperature, top-p, top-k.
         seed: seed of the draws; the same seed gives the same text.
         mesh: the mesh that decodes, with the axes of a training mesh; by default the first device alone.
+        stop: the text ends before the first of these.
 
     Raises:
-        ValueError: an empty prompt, one that is not text, or one that leaves no room for `max_new_tokens`; a tokenizer
-            with more ids than the model; weights in FP8 for an FP32 model; weights whose logits are not numbers.
+        ValueError: an empty prompt or stop string, a prompt that is not text or leaves no room for `max_new_tokens`; a
+            tokenizer with more ids than the model; weights in FP8 for an FP32 model; weights whose logits are not
+            numbers.
+    """
+    prompts = [prompt_ids(config, tokenizer, prompt, max_new_tokens)]
+    weights, text, stopped_B = known_ids(weights, tokenizer), Text(tokenizer, stop), np.zeros(1, bool)
+    for ids in stream_ids(config, weights, prompts, max_new_tokens, sampling, seed, tokenizer.eos, mesh, stopped_B):
+        yield text.push(ids[0])
+        stopped_B[0] = text.reason is not None
+    yield text.finish()
+
+
+def complete(
+    config: Config,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    mesh: jax.sharding.Mesh | None = None,
+    stop: Sequence[str] = (),
+    first_row: int = 0,
+    batch_size: int = 0,
+) -> list[Completion]:
+    """Return what follows each of several prompts of any lengths, decoded as one batch.
+
+    Args:
+        config: as all others but the last, see `stream`.
+        first_row: number of the first prompt. Its draws depend on the seed and this number alone, so prompts that are
+            completed in several batches get the same texts as in one, up to rounding.
+        batch_size: rows of the batch, if there are fewer prompts: a last, smaller batch then shares programs.
+
+    Raises:
+        ValueError: as `stream`.
+    """
+    if not prompts:
+        raise ValueError("there is no prompt; give at least one")
+    texts = [Text(tokenizer, stop) for _ in prompts]
+    ids = [prompt_ids(config, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+    pieces: list[list[str]] = [[] for _ in prompts]
+    weights, stopped_B = known_ids(weights, tokenizer), np.zeros(len(prompts), bool)
+    for ids_BK in stream_ids(
+        config, weights, ids, max_new_tokens, sampling, seed, tokenizer.eos, mesh, stopped_B, first_row, batch_size
+    ):
+        for i, text in enumerate(texts):
+            pieces[i].append(text.push(ids_BK[i]))
+            stopped_B[i] = text.reason is not None
+    whole = ["".join([*parts, text.finish()]) for parts, text in zip(pieces, texts, strict=True)]
+    return [Completion(t, str(text.reason), text.num_tokens) for t, text in zip(whole, texts, strict=True)]
+
+
+def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> list[int]:
+    """Return the ids of a prompt, which begins as every document in training: with BOS.
+
+    Raises:
+        ValueError: the prompt is empty, is not text, or leaves no room for `max_new_tokens`; the tokenizer has more ids
+            than the model.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character to continue")
@@ -59,15 +127,15 @@ def stream(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is"
             f" {config.model.vocab_size}; use the tokenizer of the model's training"
         )
-    prompt_ids = [tokenizer.bos, *tokenizer.encode(prompt)]  # as every document begins in training
-    check_lengths(config, len(prompt_ids), max_new_tokens)
-    decoder = StreamDecoder(tokenizer)  # a character may span tokens, and so bursts
-    known_DV = weights.params["head_DV"][:, : tokenizer.vocab_size]  # ids that no token has are never trained
-    weights = weights._replace(params=weights.params | {"head_DV": known_DV})
-    prompts = np.array([prompt_ids])
-    for ids in stream_ids(config, weights, prompts, max_new_tokens, sampling, seed, tokenizer.eos, mesh):
-        yield decoder.push(ids[0][ids[0] != tokenizer.eos])
-    yield decoder.finish()
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    check_lengths(config, len(ids), max_new_tokens)
+    return ids
+
+
+def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
+    """Return weights whose head lacks the ids that no token has: they are never trained."""
+    known_DV = weights.params["head_DV"][:, : tokenizer.vocab_size]
+    return weights._replace(params=weights.params | {"head_DV": known_DV})
 
 
 def expert_mesh(model: Model, num_devices: int) -> jax.sharding.Mesh:
@@ -106,34 +174,52 @@ def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -
 def stream_ids(
     config: Config,
     weights: Weights,
-    prompts_BS: np.ndarray,
+    prompts: Sequence[Sequence[int]] | np.ndarray,
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
     eos: int,
     mesh: jax.sharding.Mesh | None = None,
+    stopped_B: np.ndarray | None = None,
+    first_row: int = 0,
+    batch_size: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Yield new token ids [B, up to BURST] for prompts of one length; a sequence that has ended repeats `eos`.
+    """Yield new token ids [B, up to BURST] for prompts of any lengths; a sequence that has ended repeats `eos`.
+
+    Args:
+        config: as all that follow here, see `stream`.
+        weights: as there.
+        prompts: B sequences of ids, none of them empty.
+        max_new_tokens: as there.
+        sampling: as there.
+        seed: as there.
+        eos: the id that ends a sequence.
+        mesh: as there.
+        stopped_B: bool, read between bursts: sequences that the caller wants no more of end there.
+        first_row: number of the first sequence, on which its draws depend.
+        batch_size: rows, if there are fewer sequences.
 
     Raises:
-        ValueError: `prompts_BS` has ids beyond the vocabulary, `seed` more than 64 bits, or logits are not numbers.
+        ValueError: `prompts` have ids beyond the vocabulary, `seed` more than 64 bits, or logits are not numbers.
     """
-    if prompts_BS.min() < 0 or prompts_BS.max() >= config.model.vocab_size:
+    lengths = [len(prompt) for prompt in prompts]
+    flat = np.concatenate([np.asarray(prompt) for prompt in prompts])
+    if flat.min() < 0 or flat.max() >= config.model.vocab_size:
         raise ValueError(f"the prompts have ids beyond 0 to {config.model.vocab_size - 1}; use the model's tokenizer")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed = {seed} does not fit into 64 bits; choose a smaller one")
     mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
-    num_sequences, num_prompt_tokens = prompts_BS.shape
-    prompts_BS = np.pad(prompts_BS, ((0, -num_sequences % axis_size(mesh, ROWS)), (0, 0)))
-    batch_size = len(prompts_BS)
-    lengths_B = np.where(np.arange(batch_size) < num_sequences, num_prompt_tokens, 0).astype(np.int32)
+    num_sequences = len(prompts)
+    batch_size = max(num_sequences, batch_size)
+    batch_size += -batch_size % axis_size(mesh, ROWS)
+    prompts_BS, lengths_B = _padded(prompts, batch_size)
     chunks = in_chunks(prompts_BS)
-    num_positions = max(num_prompt_tokens + max_new_tokens, chunks.shape[0] * chunks.shape[2])
+    num_positions = max(max(lengths) + max_new_tokens, chunks.shape[0] * chunks.shape[2])
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
     with jax.set_mesh(mesh):
         weights = decode_weights(execution, weights, mesh)
-        keys_B = jax.device_put(row_keys(seed, batch_size), P(ROWS))
+        keys_B = jax.device_put(row_keys(seed, batch_size, first_row), P(ROWS))
         cache = make_cache(model, execution, batch_size, num_slots)
         chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))
         run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
@@ -142,11 +228,27 @@ def stream_ids(
         yield _checked(np.asarray(state.tokens_B)[:num_sequences, None])
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
         remaining = max_new_tokens - 1
-        while remaining > 0 and not bool(np.asarray(state.finished_B).all()):
+        while remaining > 0:
+            finished_B = np.array(state.finished_B)
+            if stopped_B is not None and (stopped_B & ~finished_B[:num_sequences]).any():
+                finished_B[:num_sequences] |= stopped_B
+                state = state._replace(finished_B=jax.device_put(finished_B, P(ROWS)))
+            if finished_B.all():
+                return
             num_tokens = min(remaining, BURST)
             ids_BK, state = burst(weights, state, keys_B, eos, num_tokens)
             remaining -= num_tokens
             yield _checked(np.asarray(ids_BK)[:num_sequences, :num_tokens])
+
+
+def _padded(prompts: Sequence[Sequence[int]] | np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompts [B, S] filled up with token 0, and their lengths; rows without a sequence have length 0."""
+    lengths_B = np.zeros(batch_size, np.int32)
+    lengths_B[: len(prompts)] = [len(prompt) for prompt in prompts]
+    prompts_BS = np.zeros((batch_size, lengths_B.max()), np.int32)
+    for row, prompt in zip(prompts_BS, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    return prompts_BS, lengths_B
 
 
 def _checked(ids_BK: np.ndarray) -> np.ndarray:
@@ -158,6 +260,6 @@ def _checked(ids_BK: np.ndarray) -> np.ndarray:
     return ids_BK
 
 
-def row_keys(seed: int, batch_size: int) -> Array:
-    """Return a key for the draws of each row; it depends only on the seed and the row."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(batch_size))
+def row_keys(seed: int, batch_size: int, first_row: int = 0) -> Array:
+    """Return a key for the draws of each row; it depends only on the seed and the row's number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first_row + np.arange(batch_size))

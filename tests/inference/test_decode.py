@@ -190,6 +190,51 @@ def test_nothing_is_computed_after_every_row_has_ended():
     assert ids(num_tokens=40, eos=first).tolist() == [[first]]
 
 
+MIXED = ["def ", "x", "if a == b:\n    return", "import o"]
+
+
+def completed(prompts, sampling=GREEDY, **options):
+    return generate.complete(CONFIG, make_weights(), byte_tokenizer(), prompts, 18, sampling, 3, **options)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "drawn"])
+def test_a_batch_of_mixed_lengths_is_each_prompt_alone(sampling):
+    """Bit for bit here: each row is masked to its own length, and draws by its own number."""
+    together = completed(MIXED, sampling)
+    assert together == [completed([prompt], sampling, first_row=i)[0] for i, prompt in enumerate(MIXED)]
+    assert together[2:] == completed(MIXED[2:], sampling, first_row=2, batch_size=4)
+    assert len({found.text for found in together}) == 4 and all(found.num_tokens for found in together)
+
+
+def test_a_completion_is_the_streamed_text():
+    streamed = "".join(generate.stream(CONFIG, make_weights(), byte_tokenizer(), MIXED[0], 18, GREEDY, seed=3))
+    assert completed(MIXED[:1])[0].text == streamed
+
+
+def test_a_stop_string_ends_one_sequence_and_no_other():
+    plain = completed(MIXED)
+    stop = plain[0].text[5:7]
+    cut = completed(MIXED, stop=[stop])
+    assert cut[0] == (plain[0].text[: plain[0].text.index(stop)], "stop", cut[0].num_tokens)
+    assert [found.text for found in cut] == [found.text.split(stop)[0] for found in plain]
+    assert (
+        "".join(generate.stream(CONFIG, make_weights(), byte_tokenizer(), MIXED[0], 18, GREEDY, 3, stop=[stop]))
+        == cut[0].text
+    )
+
+
+def test_sequences_that_the_caller_stops_end_at_the_next_burst(monkeypatch):
+    """They repeat EOS; when all are stopped, the device makes no burst more."""
+    monkeypatch.setattr(generate, "BURST", 4)
+    stopped_B, prompts, parts = np.array([False, False]), [[1, 2, 3], [4, 5]], []
+    eos = min(set(range(300)) - set(ids(prompts, num_tokens=9).flat))
+    for ids_BK in generate.stream_ids(CONFIG, make_weights(), prompts, 40, GREEDY, 0, eos, stopped_B=stopped_B):
+        parts.append(ids_BK)
+        stopped_B[:] = [len(parts) >= 2, len(parts) >= 3]
+    assert [part.shape for part in parts] == [(2, 1), (2, 4), (2, 4)]
+    assert (parts[2][0] == eos).all() and (parts[2][1] != eos).all()
+
+
 def test_the_number_of_tokens_is_kept():
     for num_tokens in (1, 2, generate.BURST + 1, generate.BURST + 2):
         assert ids(num_tokens=num_tokens).shape == (1, num_tokens)

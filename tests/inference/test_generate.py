@@ -1,6 +1,7 @@
 """The command `experiments.generate` on a workdir with a checkpoint of random weights."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference.generate import expert_mesh, stream, stream_ids
+from deepseek_jax.inference.generate import complete, expert_mesh, stream, stream_ids
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
@@ -75,6 +76,36 @@ def test_prints_the_prompt_and_its_continuation(run, temperature):
     assert done.stdout == f"if x:{text}\n" and text
 
 
+@pytest.mark.slow
+def test_a_file_of_prompts_becomes_a_file_of_completions(run, tmp_path):
+    """In the order of the file and with its other keys; two batches of two, of which the last is half empty."""
+    workdir, config, params, router_bias = run
+    requests = [{"prompt": "if x:", "id": 7}, {"prompt": "a"}, {"prompt": "while True:"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    options = f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/new/out.jsonl", "--batch_size=2"
+    done = command(workdir, *options, "--temperature=1", "--max_new_tokens=20", "--seed=5", "--stop=e")
+    assert done.returncode == 0, done.stderr
+    got = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0)
+    want = complete(
+        config,
+        Weights(params, router_bias),
+        byte_tokenizer(),
+        [request["prompt"] for request in requests],
+        20,
+        sampling,
+        5,
+        stop=["e"],
+    )
+    for request, line, found in zip(requests, got, want, strict=True):
+        assert line == request | {
+            "completion": found.text,
+            "finish_reason": found.reason,
+            "num_tokens": found.num_tokens,
+        }
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl", "new"] and done.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("count", "message"),
     [
@@ -123,5 +154,8 @@ def test_prompts_and_seeds_that_no_model_takes(run, prompt, seed, message):
 @pytest.mark.slow
 def test_says_what_is_missing(run, tmp_path):
     assert f"{tmp_path} holds no run" in command(tmp_path, "--prompt=x").stderr
-    assert "has no checkpoint of step 4; it has [3]" in command(run[0], "--prompt=x", "--step=4").stderr
+    assert (
+        "has no checkpoint of step 4; it has [3]"
+        in command(run[0], "--prompt=x", "--step=4", "--max_new_tokens=9").stderr
+    )
     assert "a prompt of 101 tokens" in command(run[0], f"--prompt={'x' * 100}").stderr
