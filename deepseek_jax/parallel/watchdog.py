@@ -120,5 +120,5 @@ def bark(why: str) -> None:
     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
     watch.tell_end(STUCK, why)
     if others is not None:
-        time.sleep(watch.NOTICE_SECONDS)  # the others read the notice; that of process 0 is gone with it
+        time.sleep(watch.NOTICE_SECONDS)  # for the others to read the notice
     watch.end(STUCK)

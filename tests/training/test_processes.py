@@ -114,15 +114,16 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other(tmp_path):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_killed_process_ends_the_other(tmp_path, index):
     processes, logs = start_peers(tmp_path)
-    processes[1].kill()
+    processes[index].kill()
     start_of_silence = time.monotonic()
-    processes[1].wait()
-    assert processes[0].wait(60) == 1
+    processes[index].wait()
+    assert processes[1 - index].wait(60) == 1
     assert time.monotonic() - start_of_silence < 45.0
-    assert "ProcessError: another process of this run is gone" in logs[0].read_text()
-    assert "Check failure stack trace" not in logs[0].read_text()
+    assert "ProcessError: another process of this run is gone" in logs[1 - index].read_text()
+    assert "Check failure stack trace" not in logs[1 - index].read_text()
 
 
 @pytest.mark.slow
