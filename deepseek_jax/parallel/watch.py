@@ -202,10 +202,10 @@ def _leave(code: int) -> None:
 
 
 def tell_end(code: int, why: str) -> None:
-    """Tell the other processes, if there are any, that this one ends with `code`."""
+    """Tell the other processes, if there are any, that this one ends with `code`; they say which it was."""
     if _watch is not None:
         try:
-            _watch.tell_end(code, why)
+            _watch.tell_end(code, f"process {_watch.index}: {why}")
         except Exception as error:  # the coordinator may be what failed
             logging.warning("the other processes could not be told: %s", _first_line(error))
 

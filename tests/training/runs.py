@@ -1,8 +1,10 @@
 """Runs of the command in processes of their own, on a small corpus."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -36,3 +38,31 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
 def finish(process: subprocess.Popen, log: Path) -> None:
     """Wait for its good end."""
     assert process.wait(DEADLINE) == 0, log.read_text()[-4000:]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start_peers(folder: Path, count: int, *options: str) -> tuple[list[subprocess.Popen], list[Path]]:
+    """Start `count` processes with the smallest loop; return them and their logs once all are in it."""
+    together = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}", "--cpu_devices=1", *options]
+    logs = [folder / f"peer{index}" for index in range(count)]
+    processes = [
+        start(["-m", "tests.training.peers", *together, f"--process_id={index}"], log) for index, log in enumerate(logs)
+    ]
+    for log in logs:
+        wait_for("at step 10\n", log, processes)
+    return processes, logs
+
+
+def wait_for(line: str, log: Path, processes: list[subprocess.Popen], seconds: float = DEADLINE) -> None:
+    """Wait until `log` has `line`, all processes have ended, or the time is over."""
+    deadline = time.monotonic() + seconds
+    while line not in log.read_text() and time.monotonic() < deadline:
+        if all(process.poll() is not None for process in processes):
+            return
+        time.sleep(0.02)
