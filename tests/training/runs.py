@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from deepseek_jax.training.metrics import read_rows
+
 ROOT = Path(__file__).parents[2]
 DEADLINE = 600.0  # seconds for one process, on a loaded machine with nothing compiled
 
@@ -24,9 +26,9 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen:
-    """Start `python *command`, its output appended to `log`."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+def start(command: list[str], log: Path, **variables: str) -> subprocess.Popen:
+    """Start `python *command` with variables of the environment, its output appended to `log`."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables
     if jax.config.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     with log.open("ab") as output:
@@ -40,6 +42,11 @@ def finish(process: subprocess.Popen, log: Path) -> None:
     assert process.wait(DEADLINE) == 0, log.read_text()[-4000:]
 
 
+def metrics_without_times(workdir: Path) -> list[dict]:
+    """Return the rows of a run's metrics without what is time."""
+    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in read_rows(workdir)]
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens at."""
     with socket.socket() as probe:
@@ -48,12 +55,20 @@ def free_port() -> int:
 
 
 def start_peers(folder: Path, count: int, *options: str) -> tuple[list[subprocess.Popen], list[Path]]:
-    """Start `count` processes with the smallest loop; return them and their logs once all are in it."""
-    together = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}", "--cpu_devices=1", *options]
-    logs = [folder / f"peer{index}" for index in range(count)]
-    processes = [
-        start(["-m", "tests.training.peers", *together, f"--process_id={index}"], log) for index, log in enumerate(logs)
-    ]
+    """Start `count` processes with the smallest loop; return them and their logs once all are in it.
+
+    With the option "--distributed" they find each other by the variables that SLURM's srun sets.
+    """
+    port, logs = str(free_port()), [folder / f"peer{index}" for index in range(count)]
+    processes = []
+    for index, log in enumerate(logs):
+        variables, given = {}, [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+        if "--distributed" in options:
+            names = {"JOB_ID": 7, "STEP_NODELIST": "localhost", "NTASKS": count, "PROCID": index, "LOCALID": index}
+            variables = {f"SLURM_{name}": str(value) for name, value in names.items()} | {"JAX_COORDINATOR_PORT": port}
+            given = []
+        command = ["-m", "tests.training.peers", "--cpu_devices=1", *given, *options]
+        processes.append(start(command, log, **variables))
     for log in logs:
         wait_for("at step 10\n", log, processes)
     return processes, logs

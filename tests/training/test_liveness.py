@@ -9,7 +9,16 @@ import time
 import pytest
 
 from deepseek_jax.parallel.watchdog import STUCK
-from tests.training.runs import start_peers, wait_for
+from tests.training.runs import (
+    DEADLINE,
+    finish,
+    free_port,
+    metrics_without_times,
+    start,
+    start_peers,
+    wait_for,
+    write_corpus,
+)
 
 BOUND = 3.0  # seconds, of the watchdog
 KILLED, STOPPED = -signal.SIGKILL, None  # None: it stays until the test lets it go on
@@ -85,8 +94,16 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(peers):
     assert_a_signal_stops_all_after_the_same_step(*peers(2), signal.SIGTERM, 0)
 
 
-def assert_a_signal_stops_all_after_the_same_step(processes, logs, number, index):
-    processes[index].send_signal(number)
+@pytest.mark.slow
+def test_processes_of_slurm_find_each_other_and_stop_before_the_time_limit(peers):
+    """SLURM sends the signal to all processes: each has its first, and only a second would stop at once."""
+    processes, logs = peers(2, "--distributed")
+    assert_a_signal_stops_all_after_the_same_step(processes, logs, signal.SIGUSR1, 0, 1)
+
+
+def assert_a_signal_stops_all_after_the_same_step(processes, logs, number, *indices):
+    for index in indices:
+        processes[index].send_signal(number)
     assert [process.wait(60) for process in processes] == [128 + number] * len(processes)
     first, *rest = [log.read_text().rpartition("stopped after step ")[2].strip() for log in logs]
     assert rest == [first] * len(rest) and int(first) > 10
@@ -101,3 +118,32 @@ def test_a_second_signal_ends_a_process_that_sleeps(peers):
         time.sleep(1.0)
     assert processes[1].wait(30) == 128 + signal.SIGTERM
     assert processes[0].wait(60) != 0
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_continues_as_if_nothing_had_happened(tmp_path):
+    """Process 0 is killed, which has the coordinator, the workdir's lock and the log; the same commands again."""
+    corpus, logs = write_corpus(tmp_path / "corpus"), [tmp_path / "log0", tmp_path / "log1"]
+    steps = f"--config.training.num_tokens={30 * 8 * 32}"
+
+    def start_two(workdir, port):
+        options = [f"--config=tests/training/nano.py:{corpus}", f"--workdir={workdir}", "--config.mesh.data=2", steps]
+        together = ["--cpu_devices=1", f"--coordinator=localhost:{port}", "--num_processes=2"]
+        return [
+            start(["-m", "experiments.train", *options, *together, f"--process_id={index}"], log)
+            for index, log in enumerate(logs)
+        ]
+
+    whole, cut, port = tmp_path / "whole", tmp_path / "cut", free_port()
+    for process, log in zip(start_two(whole, free_port()), logs, strict=True):
+        finish(process, log)
+    first, second = start_two(cut, port)
+    deadline = time.monotonic() + DEADLINE
+    while not (cut / "checkpoints" / "5").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    first.kill()
+    assert first.wait() == KILLED and second.wait(60) == 1
+    for process, log in zip(start_two(cut, port), logs, strict=True):
+        finish(process, log)
+    assert "continues after step" in logs[0].read_text()
+    assert metrics_without_times(cut) == metrics_without_times(whole)
