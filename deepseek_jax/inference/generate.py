@@ -10,7 +10,7 @@ from jax import Array
 from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.cache import make_cache
-from deepseek_jax.inference.decode import decode_burst, decode_execution, first_token, in_chunks, prefill
+from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, first_token, in_chunks, prefill
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.text import Text
 from deepseek_jax.inference.weights import decode_weights
@@ -202,12 +202,7 @@ def stream_ids(
     Raises:
         ValueError: `prompts` have ids beyond the vocabulary, `seed` more than 64 bits, or logits are not numbers.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    flat = np.concatenate([np.asarray(prompt) for prompt in prompts])
-    if flat.min() < 0 or flat.max() >= config.model.vocab_size:
-        raise ValueError(f"the prompts have ids beyond 0 to {config.model.vocab_size - 1}; use the model's tokenizer")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed = {seed} does not fit into 64 bits; choose a smaller one")
+    _check_ids(config.model, prompts, seed)
     mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences = len(prompts)
@@ -215,7 +210,7 @@ def stream_ids(
     batch_size += -batch_size % axis_size(mesh, ROWS)
     prompts_BS, lengths_B = _padded(prompts, batch_size)
     chunks = in_chunks(prompts_BS)
-    num_positions = max(max(lengths) + max_new_tokens, chunks.shape[0] * chunks.shape[2])
+    num_positions = max(prompts_BS.shape[1] + max_new_tokens, chunks.shape[0] * chunks.shape[2])
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
     with jax.set_mesh(mesh):
         weights = decode_weights(execution, weights, mesh)
@@ -229,16 +224,33 @@ def stream_ids(
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
         remaining = max_new_tokens - 1
         while remaining > 0:
-            finished_B = np.array(state.finished_B)
-            if stopped_B is not None and (stopped_B & ~finished_B[:num_sequences]).any():
-                finished_B[:num_sequences] |= stopped_B
-                state = state._replace(finished_B=jax.device_put(finished_B, P(ROWS)))
-            if finished_B.all():
+            state, has_ended = _stop(state, stopped_B)
+            if has_ended:
                 return
             num_tokens = min(remaining, BURST)
             ids_BK, state = burst(weights, state, keys_B, eos, num_tokens)
             remaining -= num_tokens
             yield _checked(np.asarray(ids_BK)[:num_sequences, :num_tokens])
+
+
+def _check_ids(model: Model, prompts: Sequence[Sequence[int]] | np.ndarray, seed: int) -> None:
+    ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
+    if ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise ValueError(f"the prompts have ids beyond 0 to {model.vocab_size - 1}; use the model's tokenizer")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed = {seed} does not fit into 64 bits; choose a smaller one")
+
+
+def _stop(state: Generation, stopped_B: np.ndarray | None) -> tuple[Generation, bool]:
+    """Return the state in which the sequences of `stopped_B` have ended too, and whether all have."""
+    finished_B = np.array(state.finished_B)
+    if stopped_B is None:
+        return state, bool(finished_B.all())
+    new_B = stopped_B & ~finished_B[: len(stopped_B)]
+    finished_B[: len(stopped_B)] |= stopped_B
+    if new_B.any():
+        state = state._replace(finished_B=jax.device_put(finished_B, P(ROWS)))
+    return state, bool(finished_B.all())
 
 
 def _padded(prompts: Sequence[Sequence[int]] | np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

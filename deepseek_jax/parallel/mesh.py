@@ -11,6 +11,7 @@ hides, and it reduces a gradient per island and micro-batch. With one island a g
 it per layer, ZeRO-1 once per step; that is their only difference, and the layout table does not change.
 """
 
+import itertools
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 
 from deepseek_jax import config as config_lib
@@ -55,11 +57,32 @@ def make_mesh(sizes: config_lib.Mesh, devices: Sequence[jax.Device] | None = Non
     except MeshMisfit as error:  # a plan refuses such a mesh too, but has devices of no machine to simulate
         raise ValueError(f"{error}, or simulate them with --cpu_devices={error.fixed}") from error
     try:
-        return jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
+        mesh = jax.make_mesh(tuple(shape.values()), AXES, devices=devices)
     except NotImplementedError:
         logging.info("mesh %s: axes of the torus are split between axes of the mesh", shape)
         split = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
-        return jax.sharding.Mesh(split, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+        mesh = jax.sharding.Mesh(split, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+    if devices[0].platform == "cpu" and len({device.process_index for device in devices}) > 1:
+        connect(mesh)
+    return mesh
+
+
+def connect(mesh: jax.sharding.Mesh) -> list[jax.Array]:
+    """Sum over every group of axes once, while all processes are here; return the sizes of the groups.
+
+    Gloo carries collectives between the processes of CPUs. It gives a group of devices 30 s, which nothing can change,
+    from the first process that reaches its first collective to the last. A step may compile for longer in one process:
+    on CPUs JAX's cache of programs serves process 0 only (the others have other keys, and write nothing).
+    """
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
+    rests = [jax.P(tuple(axis for axis in axes if axis not in group)) for group in groups]
+    one = jax.NamedSharding(mesh, jax.P(tuple(axes)))
+    ones = jax.make_array_from_callback((mesh.size,), one, lambda _: np.ones(1, np.int32))
+    add = jax.shard_map(
+        lambda x: [jax.lax.psum(x, group) for group in groups], mesh=mesh, in_specs=one.spec, out_specs=rests
+    )
+    return jax.block_until_ready(jax.jit(add)(ones))
 
 
 def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:

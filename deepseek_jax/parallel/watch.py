@@ -1,19 +1,20 @@
 """What the processes of a run tell each other: they stop after the same step, and one's end ends all.
 
-JAX's coordinator, a service in process 0, connects them. What JAX does when something goes wrong is to wait for minutes
-and then to abort in C++ with a stack of 90 lines. So beside it a thread in each process, the watch, looks once a second
-at a few keys of the coordinator's key-value store:
+JAX's coordinator, a service beside process 0 (`coordinator`), connects them. What JAX does when something goes wrong is
+to wait for minutes and then to abort in C++ with a stack of 90 lines. So beside it a thread in each process, the watch,
+looks once a second at a few keys of the coordinator's key-value store:
 
     notice/stop      a process was asked to stop, by a signal. Each watch then writes down the last step that its loop
                      has asked about; all meet at a barrier; all stop after the largest of these steps, plus one. No
                      process is further than that, because steps have collectives, and none of the watches waits for a
                      loop. (JAX has the same protocol, for SIGTERM only and without a second signal.)
     notice/end       a process ends with an exit code and a line that says why: all others print it and end
-    beat/<index>     counts up. Process 0 reads them; one that stands still belongs to a process that was killed
+    first/0, beat/1  count up, one for each process. Process 0 reads those of the others, and they read that of
+                     process 0; one that stands still belongs to a process that was killed
 
-What this cannot do: if process 0 is killed, the coordinator dies with it, and JAX's C++ ends the others at once, with
-its stack and exit code 134 (it has a callback for this case, which no function of Python can be: its argument has no
-type there). A process that is stopped (SIGSTOP) for `SILENT_SECONDS` counts as killed.
+What this cannot do: if the coordinator is killed too, with the machine or the container of process 0, JAX's C++ ends
+the others at once, with its stack and exit code 134 (it has a callback for this case, which no function of Python can
+be: its argument has no type there). A process that is stopped (SIGSTOP) for `SILENT_SECONDS` counts as killed.
 """
 
 import atexit
@@ -107,8 +108,9 @@ class Watch:
             self._agree(signal.Signals(int(number)))
         if now >= self._next_beat:
             self._next_beat, self._beat = now + BEAT_SECONDS, self._beat + 1
-            self._client.key_value_set(f"{KEYS}/beat/{self.index}", str(self._beat), allow_overwrite=True)
-            if self.index == 0 and (silent := self._silent(now)):
+            own, others = ("beat", "first") if self.index else ("first", "beat")
+            self._client.key_value_set(f"{KEYS}/{own}/{self.index}", str(self._beat), allow_overwrite=True)
+            if silent := self._silent(others, now):
                 why = f"process {', '.join(silent)} has not answered for {SILENT_SECONDS:g} s: killed, or cut off"
                 self.tell_end(1, why)
                 return 1, why
@@ -121,9 +123,9 @@ class Watch:
             steps = [int(step) for _, step in self._client.key_value_dir_get(f"{KEYS}/step/")]
             self._last, self._signal = max(steps) + 1, number
 
-    def _silent(self, now: float) -> list[str]:
-        """Return the processes whose beat stands still."""
-        for key, beat in self._client.key_value_dir_get(f"{KEYS}/beat/"):
+    def _silent(self, folder: str, now: float) -> list[str]:
+        """Return the processes whose beat in `folder` stands still."""
+        for key, beat in self._client.key_value_dir_get(f"{KEYS}/{folder}/"):
             if self._beats.get(key, ("", 0.0))[0] != beat:
                 self._beats[key] = (beat, now)
         return [key.rpartition("/")[2] for key, (_, since) in self._beats.items() if now - since > SILENT_SECONDS]
@@ -195,15 +197,15 @@ def fail(code: int, why: str) -> None:
 
 def _leave(code: int) -> None:
     if _watch is not None and _watch.index == 0:
-        time.sleep(NOTICE_SECONDS)  # the notice is gone with this process
+        time.sleep(NOTICE_SECONDS)  # without a coordinator beside it the notice goes with this process
     end(code)
 
 
 def tell_end(code: int, why: str) -> None:
-    """Tell the other processes, if there are any, that this one ends with `code`."""
+    """Tell the other processes, if there are any, that this one ends with `code`; they say which it was."""
     if _watch is not None:
         try:
-            _watch.tell_end(code, why)
+            _watch.tell_end(code, f"process {_watch.index}: {why}")
         except Exception as error:  # the coordinator may be what failed
             logging.warning("the other processes could not be told: %s", _first_line(error))
 

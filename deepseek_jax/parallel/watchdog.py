@@ -115,10 +115,10 @@ def bark(why: str) -> None:
     """Print `why` and the stacks of all threads, tell the other processes, and end this one with `STUCK`."""
     watch.end_soon(STUCK)  # what follows may wait for a coordinator that is stuck, too
     others = watch.of_this_process()
-    why = f"process {0 if others is None else others.index}: {why}"
-    print(f"\n{why}; the stacks of all threads:", file=sys.stderr, flush=True)
+    index = 0 if others is None else others.index
+    print(f"\nprocess {index}: {why}; the stacks of all threads:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
     watch.tell_end(STUCK, why)
     if others is not None:
-        time.sleep(watch.NOTICE_SECONDS)  # the others read the notice; that of process 0 is gone with it
+        time.sleep(watch.NOTICE_SECONDS)  # for the others to read the notice
     watch.end(STUCK)

@@ -39,8 +39,8 @@ HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
 # What a start or an import makes before it owns the workdir.
 UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
-FAILURE = "the first process cannot use the workdir: "
 LONGEST_REFUSAL = 2000  # bytes that one process tells the others
+BY_US, BY_THE_SYSTEM = 1, 2  # who refuses a workdir: a ValueError, an OSError
 
 
 @contextlib.contextmanager
@@ -56,25 +56,33 @@ def occupied(workdir: Path) -> Iterator[None]:
             others a `ProcessError` that quotes it: they wait here for its word.
     """
     with contextlib.ExitStack() as stack:
-        refusal, failure = "", None
+        refusal = None
         if jax.process_index() == 0:
             try:
                 stack.enter_context(_alone(Path(workdir)))
-            except ValueError as error:
-                refusal = str(error)
-            except OSError as error:
-                refusal, failure = f"{FAILURE}{shown(str(error))}", error
+            except (ValueError, OSError) as error:
+                refusal = error
         if jax.process_count() > 1:
-            text = np.frombuffer(refusal.encode()[:LONGEST_REFUSAL].ljust(LONGEST_REFUSAL, b"\0"), np.uint8)
-            text = np.asarray(multihost_utils.broadcast_one_to_all(text))
-            refusal = text.tobytes().rstrip(b"\0").decode(errors="replace")
-        if failure is not None:
-            raise failure
-        if refusal.startswith(FAILURE):
-            raise ProcessError(refusal)
-        if refusal:
-            raise ValueError(refusal)
+            refusal = _of_the_first(refusal)
+        if refusal is not None:
+            raise refusal
         yield
+
+
+def _of_the_first(refusal: ValueError | OSError | None) -> Exception | None:
+    """Tell the other processes what refuses the workdir to the first; return what this one should raise."""
+    told = np.zeros(1 + LONGEST_REFUSAL, np.uint8)  # who refuses, and the message
+    if refusal is not None:
+        text = str(refusal).encode(errors="backslashreplace")[:LONGEST_REFUSAL]
+        told[0] = BY_THE_SYSTEM if isinstance(refusal, OSError) else BY_US
+        told[1 : 1 + len(text)] = np.frombuffer(text, np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
+    text = told[1:].tobytes().rstrip(b"\0").decode(errors="replace")
+    if refusal is not None or not told[0]:
+        return refusal
+    if told[0] == BY_THE_SYSTEM:
+        return ProcessError(f"the first process cannot use the workdir: {shown(text)}")
+    return ValueError(text)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import AXES, check_fit, make_mesh
+from deepseek_jax.parallel.mesh import AXES, check_fit, connect, make_mesh
 from deepseek_jax.parallel.weights import detach, gather, reduce_gradients
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, P, partition_specs
 from tests.support import small
@@ -38,6 +38,11 @@ def test_mesh_has_the_sizes_asked_for(axes, shape):
     assert mesh.axis_names == AXES
     assert mesh.devices.shape == shape
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+
+
+def test_every_group_of_axes_connects():
+    sums = connect(make_mesh(sizes(data=2, node=2, expert=2)))
+    assert [set(np.asarray(sum_).tolist()) for sum_ in sums] == [{2}] * 3 + [{4}] * 3 + [{8}]
 
 
 def test_axes_of_a_torus_are_split_where_whole_ones_do_not_serve(monkeypatch):

@@ -98,6 +98,36 @@ def test_a_killed_process_is_named_after_its_silence():
     assert watches[1].look(now + 2 * BEAT_SECONDS) == (1, why)
 
 
+def test_a_killed_process_0_is_named_by_the_others():
+    store = Store(2)
+    watches = [Watch(store, index) for index in range(2)]
+    for watch in watches:
+        assert watch.look(0.0) is None
+    now = 0.0
+    while now < SILENT_SECONDS:
+        now += BEAT_SECONDS
+        assert watches[1].look(now) is None
+    code, why = watches[1].look(now + 2 * BEAT_SECONDS)
+    assert code == 1 and why.startswith("process 0 has not answered for 30 s")
+
+
+def test_jax_gets_the_cluster_that_it_finds_and_an_address_for_its_own_service(monkeypatch):
+    for name, value in {"JOB_ID": "7", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    served, joined = [], []
+    monkeypatch.setattr(processes.service, "start", lambda *arguments: served.append(arguments) or True)
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *arguments, **options: joined.append((arguments, options))
+    )
+    processes.join(None, None, None, 30)
+    ((address, count, _),) = served
+    assert (address, count) == ("localhost:61447", 2)
+    ((given, options),) = joined
+    assert given == (address, 2, 0) and options["coordinator_bind_address"] == "127.0.0.1:0"
+
+
 def test_a_coordinator_that_nobody_runs_is_named_within_the_time():
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -115,7 +145,7 @@ def test_a_port_that_is_taken_is_named():
         taken.bind(("localhost", 0))
         taken.listen()
         with pytest.raises(ProcessError, match="cannot listen at port .*choose another port"):
-            processes.join(f"localhost:{taken.getsockname()[1]}", 2, 0, 5)
+            processes.join(f"localhost:{taken.getsockname()[1]}", 2, 0, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +157,7 @@ def test_a_coordinator_of_this_machine_listens_to_this_machine_only(host, expect
         free.bind(("", 0))
         port = free.getsockname()[1]
     try:
-        assert processes._bind_address(host, port) == f"{expected}{port}"
+        assert processes._bind_address(host, port, 0.0) == f"{expected}{port}"
     except ProcessError as error:
         assert host == "[::1]", error  # a machine without IPv6
 

@@ -18,10 +18,9 @@ import pytest
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import TMP_SUFFIX, Checkpoints
-from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.state import abstract_state
 from tests.training.nano import get_config
-from tests.training.runs import DEADLINE, finish, start, write_corpus
+from tests.training.runs import DEADLINE, finish, metrics_without_times, start, write_corpus
 
 
 def saves(workdir: Path) -> set[str]:
@@ -62,11 +61,6 @@ def final_state(corpus: Path, workdir: Path) -> dict:
     return jax.device_get(state)
 
 
-def lines(workdir: Path) -> list[dict]:
-    """The metrics without what is time."""
-    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in read_rows(workdir)]
-
-
 def command(corpus: Path, workdir: Path) -> list[str]:
     return [
         "-m",
@@ -95,4 +89,4 @@ def test_eight_kills_leave_no_trace(tmp_path):
     assert in_mid_save >= 1
     assert not any(TMP_SUFFIX in name for name in saves(killed))
     assert jax.tree.all(jax.tree.map(np.array_equal, final_state(corpus, killed), final_state(corpus, whole)))
-    assert lines(killed) == lines(whole)
+    assert metrics_without_times(killed) == metrics_without_times(whole)

@@ -1,16 +1,10 @@
 """Two processes of four devices do as one of eight: each trains on its own rows, and together they write one export."""
 
-import signal
-import socket
-import subprocess
-import time
-
 import numpy as np
 import pytest
 
-from deepseek_jax.parallel.watchdog import STUCK
 from deepseek_jax.training.metrics import KEYS, read_rows
-from tests.training.runs import DEADLINE, finish, start, write_corpus
+from tests.training.runs import finish, free_port, start, write_corpus
 
 STEPS = 12
 
@@ -27,12 +21,6 @@ def command(corpus, workdir, *options):
         *mesh,
         *options,
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -88,80 +76,3 @@ def test_two_processes_export_what_one_does(tmp_path):
     export_together()
     assert {path.name: path.read_bytes() for path in two.iterdir()} == contents
     assert kept.stat().st_mtime_ns == before
-
-
-def start_peers(tmp_path, *options) -> tuple[list[subprocess.Popen], list]:
-    """Start two processes with the smallest loop; return them and their logs once both are in it."""
-    port, logs = free_port(), [tmp_path / f"peer{index}" for index in range(2)]
-    processes = [
-        start(["-m", "tests.training.peers", str(port), "2", str(index), *options], log)
-        for index, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + DEADLINE
-    while not all("at step 10" in log.read_text() for log in logs) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return processes, logs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "index"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
-def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, number, index):
-    processes, logs = start_peers(tmp_path)
-    processes[index].send_signal(number)
-    assert [process.wait(60) for process in processes] == [128 + number] * 2
-    stopped = [log.read_text().rpartition("stopped after step ")[2].strip() for log in logs]
-    assert stopped[0] == stopped[1] and int(stopped[0]) > 10
-
-
-@pytest.mark.slow
-def test_a_killed_process_ends_the_other(tmp_path):
-    processes, logs = start_peers(tmp_path)
-    processes[1].kill()
-    start_of_silence = time.monotonic()
-    processes[1].wait()
-    assert processes[0].wait(60) == 1
-    assert time.monotonic() - start_of_silence < 45.0
-    assert "ProcessError: another process of this run is gone" in logs[0].read_text()
-    assert "Check failure stack trace" not in logs[0].read_text()
-
-
-@pytest.mark.slow
-def test_the_failure_of_one_process_is_told_by_the_other(tmp_path):
-    processes, logs = start_peers(tmp_path, "40")
-    processes[1].wait(60)  # this program has no front door, which would exit with 2
-    assert processes[0].wait(60) == 2
-    assert all("process 1 has a problem" in log.read_text() for log in logs)
-    assert "Check failure stack trace" not in logs[0].read_text() + logs[1].read_text()
-
-
-@pytest.mark.slow
-def test_a_process_that_falls_asleep_ends_both_with_its_stack(tmp_path):
-    """Bound: 3 s. The whole test took 9 s, both starts included."""
-    processes, logs = start_peers(tmp_path, "-1", "40", "3")
-    start_of_silence = time.monotonic()
-    assert [process.wait(60) for process in processes] == [STUCK] * 2
-    assert time.monotonic() - start_of_silence < 30.0
-    assert "no step was finished for" in logs[1].read_text() and "in fall_asleep" in logs[1].read_text()
-    assert "Check failure stack trace" not in logs[0].read_text() + logs[1].read_text()
-
-
-@pytest.mark.slow
-def test_a_stopped_process_ends_the_other(tmp_path):
-    """SIGSTOP: its connections stay. It ends, too, when it goes on."""
-    processes, logs = start_peers(tmp_path, "-1", "-1", "3")
-    processes[1].send_signal(signal.SIGSTOP)
-    assert processes[0].wait(60) == STUCK
-    assert "no step was finished for" in logs[0].read_text()
-    processes[1].send_signal(signal.SIGCONT)
-    assert processes[1].wait(60) != 0
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_a_process_that_sleeps(tmp_path):
-    processes, _ = start_peers(tmp_path, "-1", "40")
-    time.sleep(2.0)
-    for _ in range(2):
-        processes[1].send_signal(signal.SIGTERM)
-        time.sleep(1.0)
-    assert processes[1].wait(30) == 128 + signal.SIGTERM
-    assert processes[0].wait(60) != 0

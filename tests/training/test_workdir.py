@@ -300,6 +300,22 @@ def test_all_processes_of_a_run_hear_of_a_disk_that_fails(tmp_path, monkeypatch)
         pass
 
 
+def test_all_processes_of_a_run_are_refused_with_the_same_words(tmp_path, monkeypatch):
+    said, words = [], "first process cannot use the workdir: the words of a refusal, é"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda text: said.append(text) or text)
+    monkeypatch.setattr(workdir, "locked", lambda *_: (_ for _ in ()).throw(ValueError(words)))
+    with pytest.raises(ValueError, match=words), occupied(tmp_path):
+        pass
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda _: said[0])
+    with pytest.raises(ValueError, match=words), occupied(tmp_path):
+        pass
+    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda mine: mine)
+    with occupied(tmp_path):
+        pass
+
+
 def test_all_processes_of_a_run_hear_of_a_refusal(tmp_path, monkeypatch):
     """The first process has the lock; the others wait for its word."""
     said = []
