@@ -54,6 +54,14 @@ TOP_P = flags.DEFINE_float(
 TOP_K = flags.DEFINE_integer(
     "top_k", 0, "Draw among this many of the most probable tokens; 0 means all.", upper_bound=2**31 - 1
 )
+MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw among tokens of at least this share of the largest probability.")
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Divides positive logits, multiplies negative ones, of tokens in prompt or text."
+)
+FREQUENCY_PENALTY = flags.DEFINE_float(
+    "frequency_penalty", 0.0, "Subtracted from a token's logit for every time that the text has it."
+)
+PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", 0.0, "Subtracted once if the text has the token.")
 EXPERT_DEVICES = flags.DEFINE_integer(
     "expert_devices", 1, "Devices that share the routed experts; each has all other weights.", lower_bound=1
 )
@@ -77,7 +85,15 @@ def main(_) -> None:
     workdir = local_path(WORKDIR.value, "--workdir")
     requests = read_requests() if PROMPTS.value is not None else [{"prompt": checked_prompt(PROMPT.value)}]
     config = read_config(workdir)
-    sampling = Sampling(temperature=TEMPERATURE.value, top_p=TOP_P.value, top_k=TOP_K.value)
+    sampling = Sampling(
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        top_k=TOP_K.value,
+        min_p=MIN_P.value,
+        repetition_penalty=REPETITION_PENALTY.value,
+        frequency_penalty=FREQUENCY_PENALTY.value,
+        presence_penalty=PRESENCE_PENALTY.value,
+    )
     out = command.path_of(OUT, new_file)
     session.start()
     mesh = expert_mesh(config.model, EXPERT_DEVICES.value)

@@ -28,7 +28,7 @@ from jax import Array, lax
 
 from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.inference.cache import Cache
-from deepseek_jax.inference.sampling import Sampling, sample
+from deepseek_jax.inference.sampling import Sampling, Seen, sample
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.transformer import decode_step
 from deepseek_jax.parallel.program import resolve_for
@@ -47,6 +47,7 @@ class Generation(NamedTuple):
     cache: Cache
     tokens_B: Array  # chosen, not yet run through the model
     finished_B: Array  # bool: has produced EOS, or is a row without a sequence
+    seen: Seen | None = None  # where the sampling has penalties
 
 
 def in_chunks(prompts_BS: np.ndarray) -> np.ndarray:
@@ -101,16 +102,24 @@ def prefill(
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(weights, cache, chunks, lengths_B)
 
 
-def first_token(sampling: Sampling, logits_BV: Array, cache: Cache, keys_B: Array, eos: int) -> Generation:
-    """Choose the token after each prompt."""
+def first_token(
+    sampling: Sampling, logits_BV: Array, cache: Cache, keys_B: Array, eos: int, chunks: Array
+) -> Generation:
+    """Choose the token after each prompt; `chunks` are the prompts, as `prefill` takes them."""
 
-    def local(logits_BV, length_B, keys_B, eos):
-        tokens_B = sample(sampling, logits_BV, _keys_at(keys_B, length_B))
-        return tokens_B, (tokens_B == eos) | (length_B == 0)
+    def local(logits_BV, length_B, keys_B, eos, chunks):
+        seen = None
+        if sampling.penalizes:
+            tokens_BS = chunks.swapaxes(0, 1).reshape(chunks.shape[1], -1)
+            seen = Seen.of_prompts(tokens_BS, length_B, logits_BV.shape[-1])
+        tokens_B = sample(sampling, logits_BV, _keys_at(keys_B, length_B), seen)
+        return tokens_B, (tokens_B == eos) | (length_B == 0), seen and seen.add(tokens_B)
 
     rows = P(ROWS)
-    choose = jax.shard_map(local, in_specs=(rows, rows, rows, P()), out_specs=(rows, rows))
-    return Generation(cache, *choose(logits_BV, cache.length_B, keys_B, eos))
+    choose = jax.shard_map(
+        local, in_specs=(rows, rows, rows, P(), P(None, ROWS)), out_specs=(rows, rows, _seen_specs(sampling))
+    )
+    return Generation(cache, *choose(logits_BV, cache.length_B, keys_B, eos, chunks))
 
 
 def decode_burst(
@@ -135,12 +144,13 @@ def decode_burst(
         weights = _varying(weights)
 
         def step(carry):
-            i, _, ids_BK, (cache, tokens_B, finished_B) = carry
+            i, _, ids_BK, (cache, tokens_B, finished_B, seen) = carry
             logits_BV, cache = _decode_token(model, execution, weights, cache, tokens_B)
-            chosen_B = sample(sampling, logits_BV, _keys_at(keys_B, cache.length_B))
+            chosen_B = sample(sampling, logits_BV, _keys_at(keys_B, cache.length_B), seen)
             tokens_B = jnp.where(finished_B, eos, chosen_B)
             finished_B |= tokens_B == eos
-            return i + 1, _all(finished_B), ids_BK.at[:, i].set(tokens_B), Generation(cache, tokens_B, finished_B)
+            after = Generation(cache, tokens_B, finished_B, seen and seen.add(tokens_B))
+            return i + 1, _all(finished_B), ids_BK.at[:, i].set(tokens_B), after
 
         def unfinished(carry):
             return (carry[0] < num_tokens) & ~carry[1]
@@ -150,7 +160,7 @@ def decode_burst(
         _, _, ids_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), ids_BK, state))
         return ids_BK, state
 
-    state_specs = Generation(_cache_specs(state.cache), P(ROWS), P(ROWS))
+    state_specs = Generation(_cache_specs(state.cache), P(ROWS), P(ROWS), _seen_specs(sampling))
     in_specs = (weight_specs(weights), state_specs, P(ROWS), P(), P())
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(ROWS), state_specs))
     return run(weights, state, keys_B, eos, num_tokens)
@@ -195,6 +205,10 @@ def _all(finished_B: Array) -> Array:
 def _varying(weights: Weights) -> Weights:
     """Declare weights to vary like the rows that they are multiplied with."""
     return manual_axes.vary(weights, frozenset(ROWS))
+
+
+def _seen_specs(sampling: Sampling) -> Seen | None:
+    return Seen(P(ROWS), P(ROWS)) if sampling.penalizes else None
 
 
 def _cache_specs(cache: Cache) -> Cache:

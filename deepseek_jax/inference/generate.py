@@ -219,7 +219,7 @@ def stream_ids(
         chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))
         run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
         logits_BV, cache = run_prefill(weights, cache, chunks, lengths_B)
-        state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, keys_B, eos)
+        state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, keys_B, eos, chunks)
         yield _checked(np.asarray(state.tokens_B)[:num_sequences, None])
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
         remaining = max_new_tokens - 1

@@ -206,6 +206,19 @@ def test_a_batch_of_mixed_lengths_is_each_prompt_alone(sampling):
     assert len({found.text for found in together}) == 4 and all(found.num_tokens for found in together)
 
 
+def test_penalties_follow_each_sequence_over_bursts(monkeypatch):
+    """With a presence penalty beyond all logits no token comes twice."""
+    monkeypatch.setattr(generate, "BURST", 4)
+    prompts, alone = [[1, 2, 3, 4, 5], [6, 7]], []
+    once = dataclasses.replace(GREEDY, presence_penalty=1e4, repetition_penalty=1e6)
+    new_BK = ids(prompts, num_tokens=30, sampling=once)
+    for row, prompt in zip(new_BK, prompts, strict=True):
+        assert len(set(row.tolist())) == 30
+        alone.append(ids([prompt], num_tokens=30, sampling=once)[0])
+    np.testing.assert_array_equal(new_BK, alone)
+    assert len(set(ids(prompts, num_tokens=30)[0].tolist())) < 30, "the plain text repeats nothing: nothing is tested"
+
+
 def test_a_completion_is_the_streamed_text():
     streamed = "".join(generate.stream(CONFIG, make_weights(), byte_tokenizer(), MIXED[0], 18, GREEDY, seed=3))
     assert completed(MIXED[:1])[0].text == streamed

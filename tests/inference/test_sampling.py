@@ -5,11 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.sampling import NO_TOKEN, Sampling, keep_top_k, keep_top_p, sample
+from deepseek_jax.inference.sampling import (
+    NO_TOKEN,
+    Sampling,
+    Seen,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalized,
+    sample,
+)
 
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 LOGITS_BV = jnp.log(jnp.array([PROBABILITIES, PROBABILITIES[::-1]], jnp.float32)) + 3.0
-GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+GREEDY = Sampling(**NEUTRAL | {"temperature": 0.0})
 
 
 def kept(logits_BV):
@@ -87,6 +97,37 @@ def test_rows_draw_with_their_own_keys():
 
 
 @pytest.mark.parametrize(
+    ("min_p", "ids"), [(0.0, [0, 1, 2, 3]), (0.09, [0, 1, 2, 3]), (0.11, [0, 1, 3]), (0.31, [1, 3]), (1.0, [1])]
+)
+def test_min_p_keeps_shares_of_the_largest(min_p, ids):
+    """Of the largest, 0.5, the four have 0.3, 1, 0.1 and 0.6."""
+    assert kept(keep_min_p(LOGITS_BV, min_p)) == [ids, sorted(3 - i for i in ids)]
+
+
+def test_penalties_are_those_of_a_loop():
+    """Against a loop over tokens: prompt [0, 2, 2] of the first row, [1] of the second; outputs [2, 3, 3] and [0]."""
+    logits_BV = np.array([[2.0, -1.0, 1.0, 0.5], [-3.0, 4.0, 0.0, -0.5]], np.float32)
+    prompts, outputs = [[0, 2, 2], [1]], [[2, 3, 3], [0]]
+    seen = Seen.of_prompts(jnp.array([[0, 2, 2, 1], [1, 3, 3, 3]]), jnp.array([3, 1]), 4)
+    for i in range(3):
+        seen = seen.add(jnp.array([outputs[0][i], outputs[1][i] if i < 1 else 9]))  # 9: beyond, so nothing
+    sampling = Sampling(**NEUTRAL | {"repetition_penalty": 1.5, "frequency_penalty": 0.25, "presence_penalty": -0.5})
+    want_BV = logits_BV.copy()
+    for row, prompt, output in zip(want_BV, prompts, outputs, strict=True):
+        for token in range(4):
+            if token in prompt + output:
+                row[token] = row[token] / 1.5 if row[token] > 0 else row[token] * 1.5
+            row[token] -= 0.25 * output.count(token) - 0.5 * (token in output)
+    np.testing.assert_allclose(penalized(sampling, logits_BV, seen), want_BV, rtol=1e-6)
+
+
+def test_neutral_penalties_are_none():
+    assert not Sampling(**NEUTRAL).penalizes
+    for changed in ({"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": -0.1}):
+        assert Sampling(**NEUTRAL | changed).penalizes
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"temperature": -0.1}, "temperature = -0.1"),
@@ -94,8 +135,13 @@ def test_rows_draw_with_their_own_keys():
         ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.5}, "top_p = 1.5"),
+        ({"min_p": 1.1}, "min_p = 1.1"),
+        ({"min_p": float("nan")}, "min_p = nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"frequency_penalty": 2e4}, "frequency_penalty = 20000.0"),
+        ({"presence_penalty": float("nan")}, "presence_penalty = nan"),
     ],
 )
 def test_refuses_values_out_of_range(values, message):
     with pytest.raises(ValueError, match=message):
-        Sampling(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | values))
+        Sampling(**NEUTRAL | values)
