@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 READY = "ready"
+FAILED = "failed: "  # and why, among lines of the service's log
 UNKNOWN = 3  # exit code: this jaxlib has another service than the one that we know
 LINGER_SECONDS = 60.0  # for the others to notice that process 0 is gone, and to end
 CONNECTED = "01"  # TCP_ESTABLISHED of Linux
@@ -67,7 +68,8 @@ def start(address: str, num_processes: int, options: dict[str, Any]) -> bool:
             child.stdout.close()
             _child = child
             return True
-        said = line.strip() or said
+        if line.startswith(FAILED):
+            said = line.removeprefix(FAILED).strip()
     child.communicate()
     if child.returncode == UNKNOWN:
         return False
@@ -83,7 +85,7 @@ def serve(arguments: dict[str, Any]) -> NoReturn:
         jaxlib = importlib.import_module("jaxlib._jax")  # the service is nowhere else
         service = jaxlib.get_distributed_runtime_service(**arguments)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        print(f"\n{FAILED}{error}", flush=True)
         unknown = isinstance(error, ImportError | AttributeError | TypeError)
         os._exit(UNKNOWN if unknown else 1)  # a service that did not start may crash when Python takes it down
     print(READY, flush=True)
