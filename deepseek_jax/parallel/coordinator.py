@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 READY = "ready"
+FAILED = "failed: "  # and why, among lines of the service's log; it may crash (SIGSEGV) before it says so
 UNKNOWN = 3  # exit code: this jaxlib has another service than the one that we know
 LINGER_SECONDS = 60.0  # for the others to notice that process 0 is gone, and to end
 CONNECTED = "01"  # TCP_ESTABLISHED of Linux
@@ -61,17 +62,19 @@ def start(address: str, num_processes: int, options: dict[str, Any]) -> bool:
         start_new_session=True,  # Ctrl-C and a closed terminal do not reach it
     )
     assert child.stdout is not None  # a pipe
-    said = ""
+    said = log = ""
     for line in child.stdout:
         if line.strip() == READY:
             child.stdout.close()
             _child = child
             return True
-        said = line.strip() or said
+        if line.startswith(FAILED):
+            said = line.removeprefix(FAILED).strip()
+        log = line.strip() or log
     child.communicate()
     if child.returncode == UNKNOWN:
         return False
-    raise CoordinatorError(said or f"exit code {child.returncode}")
+    raise CoordinatorError(said or log or f"exit code {child.returncode}")
 
 
 def serve(arguments: dict[str, Any]) -> NoReturn:
@@ -83,7 +86,7 @@ def serve(arguments: dict[str, Any]) -> NoReturn:
         jaxlib = importlib.import_module("jaxlib._jax")  # the service is nowhere else
         service = jaxlib.get_distributed_runtime_service(**arguments)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        print(f"\n{FAILED}{error}", flush=True)
         unknown = isinstance(error, ImportError | AttributeError | TypeError)
         os._exit(UNKNOWN if unknown else 1)  # a service that did not start may crash when Python takes it down
     print(READY, flush=True)

@@ -124,13 +124,15 @@ def test_a_second_signal_ends_a_process_that_sleeps(peers):
 def test_a_run_that_lost_a_process_continues_as_if_nothing_had_happened(tmp_path):
     """Process 0 is killed, which has the coordinator, the workdir's lock and the log; the same commands again."""
     corpus, logs = write_corpus(tmp_path / "corpus"), [tmp_path / "log0", tmp_path / "log1"]
-    steps = f"--config.training.num_tokens={30 * 8 * 32}"
+    # process 1 compiles each time (`parallel.mesh.connect`): one layer of experts, no MTP
+    model = ["--config.model.num_layers=1", "--config.model.num_dense_layers=0", "--config.model.num_mtp_layers=0"]
+    training = ["--config.training.eval_every=0", f"--config.training.num_tokens={30 * 8 * 32}"]
 
     def start_two(workdir, port):
-        options = [f"--config=tests/training/nano.py:{corpus}", f"--workdir={workdir}", "--config.mesh.data=2", steps]
+        options = [f"--config=tests/training/nano.py:{corpus}", f"--workdir={workdir}", "--config.mesh.data=2"]
         together = ["--cpu_devices=1", f"--coordinator=localhost:{port}", "--num_processes=2"]
         return [
-            start(["-m", "experiments.train", *options, *together, f"--process_id={index}"], log)
+            start(["-m", "experiments.train", *options, *model, *training, *together, f"--process_id={index}"], log)
             for index, log in enumerate(logs)
         ]
 

@@ -25,6 +25,7 @@ def command(corpus, workdir, *options):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
+    """Most of its time process 1 compiles, for which process 0 waits in Gloo: JAX's cache serves process 0 only."""
     corpus = write_corpus(tmp_path / "corpus")
     one, two, logs = tmp_path / "one", tmp_path / "two", [tmp_path / name for name in ("log", "log0", "log1")]
     finish(start(command(corpus, one, "--cpu_devices=8"), logs[0]), logs[0])

@@ -311,9 +311,6 @@ def test_all_processes_of_a_run_are_refused_with_the_same_words(tmp_path, monkey
     monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda _: said[0])
     with pytest.raises(ValueError, match=words), occupied(tmp_path):
         pass
-    monkeypatch.setattr(workdir.multihost_utils, "broadcast_one_to_all", lambda mine: mine)
-    with occupied(tmp_path):
-        pass
 
 
 def test_all_processes_of_a_run_hear_of_a_refusal(tmp_path, monkeypatch):
