@@ -83,7 +83,8 @@ def main(_) -> None:
     if OUT.value is not None and PROMPTS.value is None:
         raise ValueError(f"--out={shown(OUT.value)} is for --prompts; the text of one --prompt is printed")
     workdir = local_path(WORKDIR.value, "--workdir")
-    requests = read_requests() if PROMPTS.value is not None else [{"prompt": checked_prompt(PROMPT.value)}]
+    many = PROMPTS.value is not None
+    requests = read_requests(PROMPTS.value) if many else [{"prompt": checked_prompt(PROMPT.value or "")}]
     config = read_config(workdir)
     sampling = Sampling(
         temperature=TEMPERATURE.value,
@@ -98,11 +99,11 @@ def main(_) -> None:
     session.start()
     mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
-    check_requests(config, tokenizer, requests)
+    check_requests(config, tokenizer, requests, PROMPTS.value)
     as_stored = takes_fp8(config.model, config.execution)
     weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
     rest = MAX_NEW_TOKENS.value, sampling, SEED.value, mesh, STOP.value
-    if PROMPTS.value is not None:
+    if many:
         with lines_to(out) as write:
             size = BATCH_SIZE.value if len(requests) > BATCH_SIZE.value else 0
             answer(requests, lambda prompts, i: complete(config, weights, tokenizer, prompts, *rest, i, size), write)
@@ -141,17 +142,17 @@ def lines_to(path: Path | None) -> Iterator[Callable[[str], None]]:
         os.fsync(descriptor)
 
 
-def read_requests() -> list[dict[str, Any]]:
-    """Return the objects of --prompts.
+def read_requests(file: str) -> list[dict[str, Any]]:
+    """Return the objects of the file of --prompts.
 
     Raises:
         ValueError: a line is not an object with a text "prompt", or there is none.
     """
-    path, requests = local_path(PROMPTS.value, "--prompts"), []
+    path, requests = local_path(file, "--prompts"), []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"--prompts={shown(PROMPTS.value)}, line {number}"
+        where = f"--prompts={shown(file)}, line {number}"
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -160,19 +161,17 @@ def read_requests() -> list[dict[str, Any]]:
             raise ValueError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
         requests.append(request)
     if not requests:
-        raise ValueError(f"--prompts={shown(PROMPTS.value)} holds no prompt; write one object a line")
+        raise ValueError(f"--prompts={shown(file)} holds no prompt; write one object a line")
     return requests
 
 
-def check_requests(config: Config, tokenizer: Tokenizer, requests: list[dict[str, Any]]) -> None:
+def check_requests(config: Config, tokenizer: Tokenizer, requests: list[dict[str, Any]], file: str | None) -> None:
     """Refuse the first prompt that cannot be continued; of several, the message has its number."""
     for number, request in enumerate(requests, start=1):
         try:
             prompt_ids(config, tokenizer, request["prompt"], MAX_NEW_TOKENS.value)
         except ValueError as error:
-            if PROMPTS.value is None:
-                raise
-            raise ValueError(f"prompt {number} of --prompts={shown(PROMPTS.value)}: {error}") from error
+            raise error if file is None else ValueError(f"prompt {number} of --prompts={shown(file)}: {error}")
 
 
 def checked_prompt(prompt: str) -> str:

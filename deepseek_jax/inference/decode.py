@@ -19,7 +19,7 @@ Steps run on the device in bursts of a few tokens, each a `lax.while_loop`; betw
 The noise of a draw depends only on the seed, the row and the position, not on where a burst ends.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +208,8 @@ def _varying(weights: Weights) -> Weights:
 
 
 def _seen_specs(sampling: Sampling) -> Seen | None:
-    return Seen(P(ROWS), P(ROWS)) if sampling.penalizes else None
+    rows: Any = P(ROWS)
+    return Seen(rows, rows) if sampling.penalizes else None
 
 
 def _cache_specs(cache: Cache) -> Cache:

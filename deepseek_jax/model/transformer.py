@@ -122,9 +122,10 @@ def apply(
     streams, _, observed = run_layers(model, execution, weights, streams, parts, {}, gather, observe)
     states = tuple(rms_norm(x_BSD, top["final_norm_D"], model.norm_eps) for x_BSD in streams)
     hidden = [jnp.concatenate(states)]
-    for depth in range(model.num_mtp_layers if inputs.next_BS is not None else 0):
+    following = [part.next_BS for part in cut if part.next_BS is not None]
+    for depth in range(model.num_mtp_layers if following else 0):
         layer = jax.tree.map(lambda a, i=depth: a[i], (weights.params["mtp_layers"], weights.router_bias["mtp_layers"]))
-        embedded = tuple(embed(execution, top["embed_VD"], _shifted(part.next_BS, depth)) for part in cut)
+        embedded = tuple(embed(execution, top["embed_VD"], _shifted(next_BS, depth)) for next_BS in following)
         run = functools.partial(_mtp_depth, model, execution, parts, gather, observe)
         states, mtp_observed = recomputed(execution, run, scanned=False)(layer, embedded, states)
         hidden.append(jnp.concatenate(states))
