@@ -83,8 +83,8 @@ def main(_) -> None:
     if OUT.value is not None and PROMPTS.value is None:
         raise ValueError(f"--out={shown(OUT.value)} is for --prompts; the text of one --prompt is printed")
     workdir = local_path(WORKDIR.value, "--workdir")
-    many = PROMPTS.value is not None
-    requests = read_requests(PROMPTS.value) if many else [{"prompt": checked_prompt(PROMPT.value or "")}]
+    file = PROMPTS.value
+    requests = [{"prompt": checked_prompt(PROMPT.value or "")}] if file is None else read_requests(file)
     config = read_config(workdir)
     sampling = Sampling(
         temperature=TEMPERATURE.value,
@@ -99,11 +99,11 @@ def main(_) -> None:
     session.start()
     mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
-    check_requests(config, tokenizer, requests, PROMPTS.value)
+    check_requests(config, tokenizer, requests, file)
     as_stored = takes_fp8(config.model, config.execution)
     weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
     rest = MAX_NEW_TOKENS.value, sampling, SEED.value, mesh, STOP.value
-    if many:
+    if file is not None:
         with lines_to(out) as write:
             size = BATCH_SIZE.value if len(requests) > BATCH_SIZE.value else 0
             answer(requests, lambda prompts, i: complete(config, weights, tokenizer, prompts, *rest, i, size), write)
@@ -171,7 +171,9 @@ def check_requests(config: Config, tokenizer: Tokenizer, requests: list[dict[str
         try:
             prompt_ids(config, tokenizer, request["prompt"], MAX_NEW_TOKENS.value)
         except ValueError as error:
-            raise error if file is None else ValueError(f"prompt {number} of --prompts={shown(file)}: {error}")
+            if file is None:
+                raise
+            raise ValueError(f"prompt {number} of --prompts={shown(file)}: {error}") from error
 
 
 def checked_prompt(prompt: str) -> str:
