@@ -1,7 +1,8 @@
 """MLA decode attention over a paged latent cache, in the absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
 A token's cache entry is its latent and its rotary key, the same for all heads. With the up-projections absorbed into
-the queries and the output, a head attends to the entries themselves: they are the keys, and their latent part the values.
+the queries and the output, a head attends to the entries themselves: they are the keys, and their latent part the
+values.
 """
 
 import jax
@@ -67,7 +68,10 @@ def mla_decode(
 
 
 def plan(lengths: Array, num_rows: int) -> Schedule:
-    """Return the schedule of the Hopper kernels for `lengths` int32 [B] and `num_rows` = heads x queries of a sequence."""
+    """Return the schedule of the Hopper kernels for `lengths` int32 [B].
+
+    `num_rows` is heads x queries of a sequence.
+    """
     check_lengths(lengths)
     return hopper.plan(lengths, num_rows)
 
@@ -110,7 +114,7 @@ def check_lengths(lengths: Array) -> None:
     """
     check_array("lengths", lengths)
     if lengths.ndim != 1 or not len(lengths) or lengths.dtype != jnp.int32:
-        raise ValueError(f"lengths is {lengths.dtype} {lengths.shape}; it must be int32 with a number for each sequence")
+        raise ValueError(f"lengths is {lengths.dtype} {lengths.shape}; it must be int32 with one for each sequence")
     if not isinstance(lengths, jax.core.Tracer | jax.ShapeDtypeStruct) and np.min(lengths) < 0:
         raise ValueError(f"lengths has {np.min(lengths)}; a sequence has 0 tokens or more")
 

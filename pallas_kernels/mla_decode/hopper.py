@@ -8,14 +8,12 @@ Memory binds up to about 97 rows, the products beyond. A kernel runs one thread 
 same pages but other rows run side by side and meet in the L2 cache.
 """
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.mla_decode import hopper_combine, hopper_few, hopper_many
+from pallas_kernels.mla_decode.hopper_fragments import Task
 from pallas_kernels.mla_decode.schedule import Schedule, make_schedule
 
 FEW = hopper_few.TuningConfig()
@@ -56,22 +54,3 @@ def mla_decode(
     out, lse = hopper_combine.combine(schedule, partial_out, partial_lse, out, lse)
     out, lse = (x[:, :num_rows] if padded > num_rows else x for x in (out, lse))
     return out.reshape(batch, num_queries, num_heads, value_dim), lse.reshape(batch, num_queries, num_heads)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a kernel must know of its rows: row r is head r % num_heads of query r // num_heads."""
-
-    num_queries: int
-    num_heads: int
-    scale: float
-
-
-def results(batch: int, num_fragments: int, num_rows: int, value_dim: int) -> list[jax.ShapeDtypeStruct]:
-    """Return the types of a kernel's results: whole sequences, then fragments."""
-    return [
-        jax.ShapeDtypeStruct((batch, num_rows, value_dim), jnp.bfloat16),
-        jax.ShapeDtypeStruct((batch, num_rows), jnp.float32),
-        jax.ShapeDtypeStruct((num_fragments, num_rows, value_dim), jnp.float32),
-        jax.ShapeDtypeStruct((num_fragments, num_rows), jnp.float32),
-    ]

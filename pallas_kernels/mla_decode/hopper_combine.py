@@ -17,9 +17,7 @@ AHEAD = 4  # fragments that are read together
 LOWEST = -1e30
 
 
-def combine(
-    schedule: Schedule, partial_out: Array, partial_lse: Array, out: Array, lse: Array
-) -> tuple[Array, Array]:
+def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Array, lse: Array) -> tuple[Array, Array]:
     """Return `out` BF16 [B, rows, dims] and `lse` FP32 [B, rows], complete.
 
     Args:

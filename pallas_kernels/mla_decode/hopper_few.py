@@ -14,24 +14,24 @@ wgmma has 64 rows at least, but as few as 8 columns. With queries as columns not
 """
 
 import dataclasses
-import math
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.ring import WARPGROUPS, by_role, launch, tiled
+from pallas_kernels.hopper.ring import WARPGROUPS, launch, tiled
+from pallas_kernels.mla_decode.hopper_fragments import LOWEST, finish, over_fragments
 from pallas_kernels.mla_decode.schedule import PAGE, Schedule
 
 TILE = 64  # dims: one swizzled line of BF16
 KEY_TILES, VALUE_TILES = 9, 8  # of an entry: 512 latent and 64 rotary dims
 OWN_TILES = VALUE_TILES // WARPGROUPS
+# per thread; with fewer, either spills
+MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 MOST_ROWS = 32
-LOWEST = -1e30  # a maximum before there is one: finite, so that differences are
-LOG2E = math.log2(math.e)
 L = plgpu.Layout
 
 
@@ -65,79 +65,41 @@ class TuningConfig:
 
 
 def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule, config: TuningConfig) -> list[Array]:
-    """Return `hopper.results`: those of whole sequences, and of fragments."""
-    from pallas_kernels.mla_decode.hopper import results
-
+    """Return `Task.results`: those of whole sequences, and of fragments."""
     (batch, n, _), num_parts, stages = q.shape, len(schedule.parts), config.stages(q.shape[1])
 
     def kernel(q_ref, cache_ref, tables_ref, parts_ref, fragments_ref, *refs):
-        outputs, (q_slots, ring_slots, weights, full, empty, q_full, q_empty, tail) = refs[:4], refs[4:]
-        part = lax.axis_index("sm")
+        outputs, shared = refs[:4], Shared(*refs[4:])
+        part, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        over_own = functools.partial(over_fragments, parts_ref, fragments_ref, part)
+        start = jnp.int32(0), jnp.int32(0)
 
-        def over_fragments(body):
-            """Fold `body(fragment, slot, turn) -> slot` over this part's fragments; `turn` counts those with pages."""
-            first, count = parts_ref[part, 0], parts_ref[part, 1]
+        def after_fragment(fragment, slot, turn):
+            used = lax.rem(slot + (fragment.end - fragment.start) * KEY_TILES, jnp.int32(stages))
+            return used, jnp.where(fragment.end > fragment.start, 1 - turn, turn)
 
-            def one(i, carry):
-                number = first + i
-                fragment = [number, *(fragments_ref[number, field] for field in range(5))]
-                return body(fragment, *carry)
+        @pl.when(wg == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
+            def fragment(fragment, carry):
+                copy(fragment, q_ref, cache_ref, tables_ref, shared, *carry)
+                return after_fragment(fragment, *carry)
 
-        def copy():
-            def fragment(fields, slot, turn):
-                _, sequence, start, end, _, _ = fields
-                turn_slot = lax.rem(turn, jnp.int32(2))
+            over_own(fragment, start)
+            shared.drain()
 
-                @pl.when(end > start)
-                def _():
-                    plgpu.barrier_wait(q_empty.at[turn_slot])
-                    plgpu.copy_gmem_to_smem(q_ref.at[sequence], q_slots.at[turn_slot], q_full.at[turn_slot])
+        @pl.when(wg < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            shared.begin_free()
+            half = Half(config.interpreted, task, n, shared, wg)
 
-                def page(j, carry):
-                    slot, number = carry
-                    following = tables_ref[sequence, jnp.minimum(j + 1, end - 1)]  # read ahead of the waits
-                    for tile in range(KEY_TILES):
-                        plgpu.barrier_wait(empty.at[slot])
-                        source = cache_ref.at[number, :, pl.ds(tile * TILE, TILE)]
-                        plgpu.copy_gmem_to_smem(source, ring_slots.at[slot], full.at[slot])
-                        slot = after(slot, 1, stages)
-                    return slot, following
+            def fragment(fragment, carry):
+                pl.when(fragment.end > fragment.start)(lambda: half.fragment(fragment, outputs, *carry))
+                return after_fragment(fragment, *carry)
 
-                number = tables_ref[sequence, jnp.minimum(start, tables_ref.shape[1] - 1)]
-                slot, _ = lax.fori_loop(start, end, page, (slot, number))
-                return slot, turn + (end > start).astype(jnp.int32)
-
-            over_fragments(fragment)
-            for i in range(2):
-                plgpu.barrier_wait(q_empty.at[i])
-
-        def compute(wg):
-            for i in range(2):
-                plgpu.barrier_arrive(q_empty.at[i])
-            block = Block(config, task, n, ring_slots, q_slots, weights.at[wg], full, empty, tail)
-
-            def fragment(fields, slot, turn):
-                number, sequence, start, end, split, length = fields
-
-                def attend():
-                    turn_slot = lax.rem(turn, jnp.int32(2))
-                    plgpu.barrier_wait(q_full.at[turn_slot])
-                    carry = slot, *block.start()
-                    carry = lax.fori_loop(start, end, lambda j, c: block.page(wg, turn_slot, j, length, *c), carry)
-                    plgpu.barrier_arrive(q_empty.at[turn_slot])
-                    block.store(wg, number, sequence, split, outputs, *carry[1:])
-
-                pl.when(end > start)(attend)
-                used = (end - start) * KEY_TILES
-                return lax.rem(slot + used, jnp.int32(stages)), turn + (end > start).astype(jnp.int32)
-
-            over_fragments(fragment)
-
-        from pallas_kernels.hopper.ring import Ring
-
-        by_role(Ring((ring_slots,), full, empty), copy, compute)
+            over_own(fragment, start)
 
     scratch = [
         tiled((2, n, KEY_TILES * TILE), jnp.bfloat16),
@@ -149,7 +111,8 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
     ]
-    run = launch(kernel, results(batch, len(schedule.fragments), n, VALUE_TILES * TILE), num_parts, scratch)
+    out_type = task.results(batch, len(schedule.fragments), n, VALUE_TILES * TILE)
+    run = launch(kernel, out_type, num_parts, scratch)
     return run(q, cache, tables, schedule.parts, schedule.fragments)
 
 
@@ -159,82 +122,138 @@ def after(slot: Array, count: Any, stages: int) -> Array:
     return jnp.where(behind >= stages, behind - stages, behind)
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """What a multiplying warpgroup works with: its rows and its shared memory."""
+def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Any, slot: Array, turn: Array) -> None:
+    """Copy a fragment's queries and pages, each tile as soon as its slot is free."""
 
-    config: TuningConfig
-    task: Any
-    n: int
-    ring: Any
-    q: Any
-    weights: Any
+    def page(j, carry):
+        slot, number = carry
+        following = tables_ref[fragment.sequence, jnp.minimum(j + 1, fragment.end - 1)]  # read ahead of the waits
+        for tile in range(KEY_TILES):
+            plgpu.barrier_wait(shared.empty.at[slot])
+            source = cache_ref.at[number, :, pl.ds(tile * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(source, shared.ring.at[slot], shared.full.at[slot])
+            slot = after(slot, 1, shared.ring.shape[0])
+        return slot, following
+
+    @pl.when(fragment.end > fragment.start)
+    def _():
+        plgpu.barrier_wait(shared.queries_empty.at[turn])
+        plgpu.copy_gmem_to_smem(q_ref.at[fragment.sequence], shared.queries.at[turn], shared.queries_full.at[turn])
+        lax.fori_loop(fragment.start, fragment.end, page, (slot, tables_ref[fragment.sequence, fragment.start]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """The shared memory of a thread block, and its barriers."""
+
+    queries: Any  # [2, n, 576]
+    ring: Any  # [stages, 64, 64]
+    weights: Any  # [2, n, 64], of each warpgroup
     full: Any
     empty: Any
+    queries_full: Any
+    queries_empty: Any
     tail: Any
 
-    def start(self) -> tuple:
-        """Return maxima [n], sums [64, n] not yet added up, and this warpgroup's tiles of O^T [64, n]."""
-        lowest = plgpu.layout_cast(jnp.full((self.n,), LOWEST, jnp.float32), L.WGMMA.reduce(0))
-        return lowest, *(plgpu.layout_cast(jnp.zeros((TILE, self.n), jnp.float32), L.WGMMA) for _ in range(5))
+    def begin_free(self) -> None:
+        """Free all slots, before the first copy."""
+        for slot in range(self.ring.shape[0]):
+            plgpu.barrier_arrive(self.empty.at[slot])
+        for turn in range(2):
+            plgpu.barrier_arrive(self.queries_empty.at[turn])
 
-    def page(self, wg, turn, j, length, slot, largest, sums, *totals) -> tuple:
-        """Take one page: scores, weights, values."""
-        stages, n = self.config.stages(self.n), self.n
+    def drain(self) -> None:
+        """Wait until all slots are free again: the memory warpgroup's last act."""
+        for slot in range(self.ring.shape[0]):
+            plgpu.barrier_wait(self.empty.at[slot])
+        for turn in range(2):
+            plgpu.barrier_wait(self.queries_empty.at[turn])
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """A multiplying warpgroup, its rows and its half of the output."""
+
+    interpreted: bool
+    task: Any
+    n: int
+    shared: Shared
+    wg: Array
+
+    def fragment(self, fragment, outputs, slot, turn) -> None:
+        """Attend to a fragment's pages and store the result."""
+        shared = self.shared
+        plgpu.barrier_wait(shared.queries_full.at[turn])
+        lowest = plgpu.layout_cast(jnp.full((self.n,), LOWEST, jnp.float32), L.WGMMA.reduce(0))
+        zeros = [plgpu.layout_cast(jnp.zeros((TILE, self.n), jnp.float32), L.WGMMA) for _ in range(1 + OWN_TILES)]
+
+        def page(j, carry):
+            return self.page(turn, j * PAGE, fragment.length, *carry)
+
+        _, largest, sums, *totals = lax.fori_loop(fragment.start, fragment.end, page, (slot, lowest, *zeros))
+        plgpu.barrier_arrive(shared.queries_empty.at[turn])
+        self.store(fragment, outputs, largest, sums.sum(axis=0), totals)
+
+    def page(self, turn, first, length, slot, largest, sums, *totals) -> tuple:
+        """Take the page whose first token is `first`: scores, weights, values.
+
+        The sums [64, n] are added up at the end.
+        """
+        shared, stages, n = self.shared, self.shared.ring.shape[0], self.n
         slots = [after(slot, tile, stages) for tile in range(KEY_TILES)]
-        own = [after(slot, wg * OWN_TILES + tile, stages) for tile in range(OWN_TILES)]
-        others = [after(slot, (1 - wg) * OWN_TILES + tile, stages) for tile in range(OWN_TILES)]
+        own, others = (
+            [after(slot, half * OWN_TILES + tile, stages) for tile in range(OWN_TILES)]
+            for half in (self.wg, 1 - self.wg)
+        )
         scores = self.score(slots, turn)
         for other in (*others, slots[-1]):
-            plgpu.barrier_arrive(self.empty.at[other])
-        token = plgpu.broadcasted_iota(jnp.int32, (PAGE, n), 0, layout=L.WGMMA) + j * PAGE
+            plgpu.barrier_arrive(shared.empty.at[other])
+        token = plgpu.broadcasted_iota(jnp.int32, (PAGE, n), 0, layout=L.WGMMA) + first
         row = plgpu.broadcasted_iota(jnp.int32, (PAGE, n), 1, layout=L.WGMMA)
-        seen = length - self.task.num_queries + 1
-        query = sum((row >= i * self.task.num_heads).astype(jnp.int32) for i in range(1, self.task.num_queries))
-        scores = jnp.where(token < seen + query, scores, -jnp.inf)
-        self.clear_tail(own, length - j * PAGE)
-        new = jnp.maximum(largest, scores.max(axis=0) * (self.task.scale * LOG2E))
-        faded = jnp.exp2(largest - new)
-        weights = jnp.exp2(scores * (self.task.scale * LOG2E) - lax.broadcast_in_dim(new, (PAGE, n), [1]))
-        wide = lax.broadcast_in_dim(faded, (PAGE, n), [1])
-        sums = sums * wide + weights
-        self.weights.transpose((1, 0))[...] = plgpu.layout_cast(weights.astype(jnp.bfloat16), L.WGMMA_TRANSPOSED)
+        scores = jnp.where(token < self.task.seen(row, length), scores, -jnp.inf)
+        self.clear_tail(own, length - first)
+        new = jnp.maximum(largest, scores.max(axis=0) * self.task.scale_log2)
+        faded = lax.broadcast_in_dim(jnp.exp2(largest - new), (PAGE, n), [1])
+        weights = jnp.exp2(scores * self.task.scale_log2 - lax.broadcast_in_dim(new, (PAGE, n), [1]))
+        stored = plgpu.layout_cast(weights.astype(jnp.bfloat16), L.WGMMA_TRANSPOSED)
+        shared.weights.at[self.wg].transpose((1, 0))[...] = stored
         plgpu.commit_smem()
-        totals = self.weigh(own, [total * wide for total in totals])
-        for slot_ in own:
-            plgpu.barrier_arrive(self.empty.at[slot_])
-        return after(slots[-1], 1, stages), new, sums, *totals
+        totals = self.weigh(own, [total * faded for total in totals])
+        for used in own:
+            plgpu.barrier_arrive(shared.empty.at[used])
+        return after(slots[-1], 1, stages), new, sums * faded + weights, *totals
 
     def score(self, slots, turn) -> Array:
         """Return S^T [64, n] of a page."""
-        queries = [self.q.at[turn, :, pl.ds(tile * TILE, TILE)].transpose((1, 0)) for tile in range(KEY_TILES)]
-        if self.config.interpreted:
+        columns = [pl.ds(tile * TILE, TILE) for tile in range(KEY_TILES)]
+        queries = [self.shared.queries.at[turn, :, column].transpose((1, 0)) for column in columns]
+        if self.interpreted:
             total = jnp.zeros((PAGE, self.n), jnp.float32)
             for slot, query in zip(slots, queries, strict=True):
-                plgpu.barrier_wait(self.full.at[slot])
-                total += jnp.dot(self.ring[slot], query[...], preferred_element_type=jnp.float32)
+                plgpu.barrier_wait(self.shared.full.at[slot])
+                total += jnp.dot(self.shared.ring[slot], query[...], preferred_element_type=jnp.float32)
             return total
 
         def run(total):
             for slot, query in zip(slots, queries, strict=True):
-                plgpu.barrier_wait(self.full.at[slot])
-                plgpu.wgmma(total, self.ring.at[slot], query)
+                plgpu.barrier_wait(self.shared.full.at[slot])
+                plgpu.wgmma(total, self.shared.ring.at[slot], query)
             return total[...]
 
         return pl.run_scoped(run, plgpu.ACC((PAGE, self.n), jnp.float32))
 
     def weigh(self, slots, totals) -> tuple:
         """Return the tiles of O^T [64, n] with the values of this page added."""
-        weights = self.weights.transpose((1, 0))
-        if self.config.interpreted:
+        weights = self.shared.weights.at[self.wg].transpose((1, 0))
+        if self.interpreted:
             return tuple(
-                total + jnp.dot(self.ring[slot].T, weights[...], preferred_element_type=jnp.float32)
+                total + jnp.dot(self.shared.ring[slot].T, weights[...], preferred_element_type=jnp.float32)
                 for slot, total in zip(slots, totals, strict=True)
             )
 
         def run(totals):
             for slot, total in zip(slots, totals, strict=True):
-                plgpu.wgmma(total, self.ring.at[slot].transpose((1, 0)), weights)
+                plgpu.wgmma(total, self.shared.ring.at[slot].transpose((1, 0)), weights)
 
         return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(total) for total in totals)))
 
@@ -243,31 +262,27 @@ class Block:
 
         @pl.when(valid < PAGE)
         def _():
-            plgpu.barrier_arrive(self.tail)
-            plgpu.barrier_wait(self.tail)
+            plgpu.barrier_arrive(self.shared.tail)
+            plgpu.barrier_wait(self.shared.tail)
             token = plgpu.broadcasted_iota(jnp.int32, (PAGE, TILE), 0, layout=L.WGMMA)
             for slot in slots:
-                tile = plgpu.load(self.ring.at[slot], layout=L.WGMMA)
-                self.ring[slot] = jnp.where(token < valid, tile, jnp.bfloat16(0))
+                tile = plgpu.load(self.shared.ring.at[slot], layout=L.WGMMA)
+                self.shared.ring[slot] = jnp.where(token < valid, tile, jnp.bfloat16(0))
 
-    def store(self, wg, number, sequence, split, outputs, largest, sums, *totals) -> None:
+    def store(self, fragment, outputs, largest, sums, totals) -> None:
         """Store a fragment's result, normalised by itself: in BF16 if it is a sequence's only one."""
-        out, lse, partial_out, partial_lse = outputs
-        sums = sums.sum(axis=0)
-        empty = sums == 0
-        inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, sums))
-        logarithm = jnp.where(empty, -jnp.inf, (largest + jnp.log2(jnp.where(empty, 1.0, sums))) * (1 / LOG2E))
+        inverse, logarithm = finish(sums, largest)
 
         def to(values, logarithms, index):
             for tile, total in enumerate(totals):
-                columns = pl.ds((wg * OWN_TILES + tile) * TILE, TILE)
+                columns = pl.ds((self.wg * OWN_TILES + tile) * TILE, TILE)
                 result = (total * lax.broadcast_in_dim(inverse, total.shape, [1])).astype(values.dtype)
-                target = values.at[index, :, columns].transpose((1, 0))
-                target[...] = plgpu.layout_cast(result, L.WGMMA_TRANSPOSED)
+                values.at[index, :, columns].transpose((1, 0))[...] = plgpu.layout_cast(result, L.WGMMA_TRANSPOSED)
 
-            @pl.when(wg == 0)
+            @pl.when(self.wg == 0)
             def _():
                 logarithms[index, :] = logarithm
 
-        pl.when(split == 0)(lambda: to(out, lse, sequence))
-        pl.when(split != 0)(lambda: to(partial_out, partial_lse, number))
+        out, lse, partial_out, partial_lse = outputs
+        pl.when(fragment.split == 0)(lambda: to(out, lse, fragment.sequence))
+        pl.when(fragment.split != 0)(lambda: to(partial_out, partial_lse, fragment.number))

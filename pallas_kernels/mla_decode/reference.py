@@ -18,9 +18,7 @@ def mla_decode(
     used = written[:, ::page]
     entries = cache.at[jnp.where(used, tables, 0)].get(mode="clip").reshape(len(q), -1, cache.shape[2])
     entries = jnp.where(written[..., None], entries, 0).astype(jnp.float32)  # 0 times NaN would be NaN
-    scores = scale * jnp.einsum(
-        "bsnk,bmk->bsnm", q.astype(jnp.float32), entries, precision=lax.Precision.HIGHEST
-    )
+    scores = scale * jnp.einsum("bsnk,bmk->bsnm", q.astype(jnp.float32), entries, precision=lax.Precision.HIGHEST)
     mask = (positions < seen[..., None])[:, :, None]
     scores = jnp.where(mask, scores, -jnp.inf)
     largest = jnp.where(seen > 0, scores.max(axis=(2, 3)), 0)[:, :, None, None]

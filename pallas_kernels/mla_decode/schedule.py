@@ -10,7 +10,7 @@ of overhead `-` and three parts:
     fragments       (part 0, sequence 0), (1, 0), (1, 1), (2, 2); (1, 2) is empty
 
 Fragment (p, b) has the number p + b. From one fragment to the next, the part or the sequence goes up by one, so numbers
-never collide, and nothing is counted or sorted: everything follows from one cumulative sum and binary searches. Numbers
+never collide, and nothing is counted or sorted: everything follows from one cumulative sum and searches. Numbers
 that are skipped belong to empty fragments.
 
 A sequence of one fragment gets its result at once. The fragments of others leave FP32 results, each normalised by
@@ -66,20 +66,25 @@ def make_schedule(lengths: Array, num_parts: int, *, unit: int, overhead: int) -
     total = ends[-1]
     used = jnp.clip(total, 1, num_parts)  # no part in between is empty
     cuts = jnp.minimum(jnp.arange(num_parts + 1, dtype=jnp.int32), used) * total // used
-    first = jnp.minimum(jnp.searchsorted(ends, cuts[:-1], side="right"), batch - 1).astype(jnp.int32)
-    last = jnp.minimum(jnp.searchsorted(ends, cuts[1:] - 1, side="right"), batch - 1).astype(jnp.int32)
+    first = jnp.minimum(search(ends, cuts[:-1]), batch - 1)
+    last = jnp.minimum(search(ends, cuts[1:] - 1), batch - 1)
     part = jnp.arange(num_parts, dtype=jnp.int32)
     parts = jnp.stack([part + first, jnp.where(cuts[1:] > cuts[:-1], last - first + 1, 0)], axis=1)
 
     number = jnp.arange(num_parts + batch, dtype=jnp.int32)
-    part_of = (jnp.searchsorted(part + first, number, side="right") - 1).astype(jnp.int32)
+    part_of = search(part + first, number) - 1
     sequence = jnp.minimum(number - part_of, batch - 1)
     start, end = (jnp.clip(cuts[part_of + i] - firsts[sequence], 0, units[sequence]) for i in range(2))
 
-    first_part = jnp.searchsorted(cuts, firsts, side="right").astype(jnp.int32) - 1
-    last_part = jnp.searchsorted(cuts, ends - 1, side="right").astype(jnp.int32) - 1
+    first_part = search(cuts, firsts) - 1
+    last_part = search(cuts, ends - 1) - 1
     count = jnp.where(units > 0, last_part - first_part + 1, 0)
     sequences = jnp.stack([first_part + jnp.arange(batch, dtype=jnp.int32), count], axis=1)
     fields = [sequence, start * unit, end * unit, (count > 1)[sequence].astype(jnp.int32), lengths[sequence]]
     padding = [jnp.zeros_like(sequence)] * (FRAGMENT_FIELDS - len(fields))
     return Schedule(parts, jnp.stack([*fields, *padding], axis=1), sequences, unit)
+
+
+def search(ascending: Array, values: Array) -> Array:
+    """Return, for each value, how many of `ascending` are not above it; int32, in one fusion of all comparisons."""
+    return (ascending <= values[:, None]).sum(axis=1, dtype=jnp.int32)
