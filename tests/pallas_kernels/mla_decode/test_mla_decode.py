@@ -13,7 +13,7 @@ from tests.pallas_kernels.mla_decode import cases
 RAGGED = (1, 0, 64, 65, 200, 3, 127)
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 4])
 def test_the_reference_equals_fp64_and_leaks_no_nan(queries):
     operands = cases.make(RAGGED, queries, heads=3, key=40, page=16, dtype=jnp.float32)
     result = mla_decode.mla_decode(*operands, scale=0.2, value_dim=32, implementation="reference")
@@ -73,18 +73,17 @@ def check_schedule(lengths, num_parts, unit, overhead, schedule):
     assert max(costs) <= -(-(units + overhead).sum() // num_parts), "parts are equal"
 
 
-@pytest.mark.parametrize("unit", [1, 2])
-def test_every_page_is_in_one_fragment_and_parts_are_equal(unit):
-    rng = np.random.default_rng(unit)
+def test_every_page_is_in_one_fragment_and_parts_are_equal():
+    rng = np.random.default_rng(0)
     schedule_of = jax.jit(make_schedule, static_argnames=("num_parts", "unit", "overhead"))
-    for batch, num_parts, overhead in ((1, 132, 1), (5, 7, 0), (16, 66, 2), (130, 132, 5)):
-        for _ in range(10):
+    for batch, num_parts, unit, overhead in ((1, 132, 1, 1), (5, 7, 2, 0), (16, 66, 2, 2), (130, 132, 1, 5)):
+        for _ in range(6):
             lengths = (10 ** rng.uniform(0, 4.5, batch)).astype(np.int32) * (rng.uniform(size=batch) > 0.2)
             lengths = lengths.astype(np.int32)
             schedule = schedule_of(lengths, num_parts=num_parts, unit=unit, overhead=overhead)
             check_schedule(lengths, num_parts, unit, overhead, schedule)
     nothing = np.zeros(3, np.int32)
-    check_schedule(nothing, 4, unit, 1, make_schedule(nothing, 4, unit=unit, overhead=1))
+    check_schedule(nothing, 4, 1, 1, make_schedule(nothing, 4, unit=1, overhead=1))
 
 
 def good():
