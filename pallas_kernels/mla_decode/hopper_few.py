@@ -45,7 +45,7 @@ class TuningConfig:
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
-    tiles: tuple[int, int] = (23, 18)
+    tiles: tuple[int, int] = (22, 17)
     overhead: int = 1
     interpreted: bool = False
 
@@ -110,9 +110,10 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
+        plgpu.SMEM((WARPGROUPS, n * 32), jnp.float32),
     ]
     out_type = task.results(batch, len(schedule.fragments), n, VALUE_TILES * TILE)
-    run = launch(kernel, out_type, num_parts, scratch)
+    run = launch(kernel, out_type, num_parts, scratch, reduction_scratch_bytes=0)
     return run(q, cache, tables, schedule.parts, schedule.fragments)
 
 
@@ -154,6 +155,7 @@ class Shared:
     queries_full: Any
     queries_empty: Any
     tail: Any
+    scratch: Any  # FP32 [2, .], of each warpgroup's reductions
 
     def begin_free(self) -> None:
         """Free all slots, before the first copy."""
@@ -192,7 +194,7 @@ class Half:
 
         _, largest, sums, *totals = lax.fori_loop(fragment.start, fragment.end, page, (slot, lowest, *zeros))
         plgpu.barrier_arrive(shared.queries_empty.at[turn])
-        self.store(fragment, outputs, largest, sums.sum(axis=0), totals)
+        self.store(fragment, outputs, largest, self.reduce("add", sums), totals)
 
     def page(self, turn, first, length, slot, largest, sums, *totals) -> tuple:
         """Take the page whose first token is `first`: scores, weights, values.
@@ -212,7 +214,7 @@ class Half:
         row = plgpu.broadcasted_iota(jnp.int32, (PAGE, n), 1, layout=L.WGMMA)
         scores = jnp.where(token < self.task.seen(row, length), scores, -jnp.inf)
         self.clear_tail(own, length - first)
-        new = jnp.maximum(largest, scores.max(axis=0) * self.task.scale_log2)
+        new = jnp.maximum(largest, self.reduce("max", scores) * self.task.scale_log2)
         faded = lax.broadcast_in_dim(jnp.exp2(largest - new), (PAGE, n), [1])
         weights = jnp.exp2(scores * self.task.scale_log2 - lax.broadcast_in_dim(new, (PAGE, n), [1]))
         stored = plgpu.layout_cast(weights.astype(jnp.bfloat16), L.WGMMA_TRANSPOSED)
@@ -256,6 +258,22 @@ class Half:
                 plgpu.wgmma(total, self.shared.ring.at[slot].transpose((1, 0)), weights)
 
         return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(total) for total in totals)))
+
+    def reduce(self, operation: str, x: Array) -> Array:
+        """Return the maxima or sums of columns.
+
+        `x.max(axis=0)` would do, but all warpgroups of a kernel exchange their warps' results through the same memory
+        (jax 0.11.2): two that reduce at the same time spoil each other's.
+        """
+        if self.interpreted:
+            return x.max(axis=0) if operation == "max" else x.sum(axis=0)
+        vector = plgpu.ShapeDtypeStruct((self.n,), jnp.float32, layout=L.WGMMA.reduce(0))
+
+        @plgpu.inline_mgpu(arg_types=(L.WGMMA, plgpu.RefType()), return_type=vector)
+        def emit(_, x, scratch):
+            return x.reduce(operation, 0, scratch)
+
+        return emit(x, self.shared.scratch.at[self.wg])
 
     def clear_tail(self, slots, valid) -> None:
         """Put zeros behind the first `valid` tokens of these tiles, when both warpgroups have read them as keys."""
