@@ -4,6 +4,9 @@ A thread block per sequence and some of its rows. It leaves sequences of one fra
 and gives an empty sequence its zeros.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lowering import layout_inference
+from pallas_kernels.mla_decode.hopper_fragments import LOWEST
 from pallas_kernels.mla_decode.schedule import Schedule
 
-AHEAD = 4  # fragments that are read together
-LOWEST = -1e30
+MOST_AHEAD = 16  # fragments that are read together, of long sequences
+MANY_ROWS, MOST_ROWS = 2048, 8  # from so many rows on, a block takes up to eight: blocks do not start for free
 
 
 def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Array, lse: Array) -> tuple[Array, Array]:
@@ -28,37 +32,43 @@ def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Arr
         lse: likewise.
     """
     batch, num_rows, dims = out.shape
+    rows = math.gcd(num_rows, MOST_ROWS) if batch * num_rows > MANY_ROWS else 1
+    ahead = 2 if rows > 1 or batch > len(schedule.parts) // 4 else MOST_AHEAD
+    layout = plgpu.Layout.WG_STRIDED((dims,), vec_size=dims // 128)
 
     def kernel(sequences_ref, partial_ref, partial_lse_ref, out_ref, lse_ref):
-        row, sequence = lax.axis_index("row"), lax.axis_index("sequence")
+        row, sequence = lax.axis_index("row") * rows, lax.axis_index("sequence")
         first, count = sequences_ref[sequence, 0], sequences_ref[sequence, 1]
+
+        def add(row, numbers, valid, largest, total, values):
+            logs = [
+                jnp.where(ok, partial_lse_ref[number, row], -jnp.inf) for number, ok in zip(numbers, valid, strict=True)
+            ]
+            read = [plgpu.load(partial_ref.at[number, row], layout=layout) for number in numbers]
+            new = functools.reduce(jnp.maximum, logs, largest)
+            faded = jnp.exp(largest - new)
+            total, values = total * faded, values * faded
+            for log, value in zip(logs, read, strict=True):
+                weight = jnp.exp(log - new)
+                total, values = total + weight, values + weight * value
+            return new, total, values
 
         @pl.when(count != 1)
         def _():
             def some(i, carry):
-                largest, total, values = carry
-                numbers = [first + jnp.minimum(i * AHEAD + k, count - 1) for k in range(AHEAD)]
-                logs = [partial_lse_ref[number, row] for number in numbers]
-                logs = [jnp.where(i * AHEAD + k < count, x, -jnp.inf) for k, x in enumerate(logs)]
-                read = [plgpu.load(partial_ref.at[number, row], layout=L, optimized=True) for number in numbers]
-                new = largest
-                for x in logs:
-                    new = jnp.maximum(new, x)
-                faded = jnp.exp(largest - new)
-                total, values = total * faded, values * faded
-                for x, value in zip(logs, read, strict=True):
-                    weight = jnp.exp(x - new)
-                    total, values = total + weight, values + weight * value
-                return new, total, values
+                numbers = [first + jnp.minimum(i * ahead + k, count - 1) for k in range(ahead)]
+                valid = [i * ahead + k < count for k in range(ahead)]
+                return tuple(add(row + r, numbers, valid, *sums) for r, sums in enumerate(carry))
 
-            L = plgpu.Layout.WG_STRIDED((dims,), vec_size=dims // 128)
-            zeros = plgpu.layout_cast(jnp.zeros((dims,), jnp.float32), L)
+            zeros = plgpu.layout_cast(jnp.zeros((dims,), jnp.float32), layout)
             start = jnp.float32(LOWEST), jnp.float32(0), zeros
-            largest, total, values = lax.fori_loop(0, pl.cdiv(count, AHEAD), some, start)
-            empty = total == 0
-            inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
-            out_ref[sequence, row, :] = (values * inverse).astype(jnp.bfloat16)
-            lse_ref[sequence, row] = jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1.0, total)))
+            sums = lax.fori_loop(0, pl.cdiv(count, ahead), some, (start,) * rows)
+            for r, (largest, total, values) in enumerate(sums):
+                empty = total == 0
+                inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
+                out_ref[sequence, row + r, :] = (values * inverse).astype(jnp.bfloat16)
+                logarithm = largest + jnp.log(jnp.where(empty, 1.0, total))
+                lse_ref[sequence, row + r] = jnp.where(empty, -jnp.inf, logarithm)
 
     layout_inference.install()
     out, lse = jax.new_ref(out), jax.new_ref(lse)
@@ -66,7 +76,7 @@ def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Arr
         kernel,
         kernel_name="mla_decode_combine",
         out_type=(),
-        grid=(num_rows, batch),
+        grid=(num_rows // rows, batch),
         grid_names=("row", "sequence"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(schedule.sequences, partial_out, partial_lse, out, lse)

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a maximum before there is one: finite, so that differences are
@@ -54,13 +57,15 @@ class Fragment(NamedTuple):
 
 def over_fragments(parts_ref: Any, fragments_ref: Any, part: Array, body: Callable, carry: Any) -> Any:
     """Fold `body(fragment, carry)` over the fragments of a part."""
-    first, count = parts_ref[part, 0], parts_ref[part, 1]
+    first, count, *fields = (parts_ref[part, i] for i in range(7))
 
     def one(i, carry):
-        number = first + i
-        return body(Fragment(number, *(fragments_ref[number, field] for field in range(5))), carry)
+        fields, carry = carry
+        carry = body(Fragment(first + i, *fields), carry)
+        following = jnp.minimum(first + i + 1, fragments_ref.shape[0] - 1)
+        return tuple(fragments_ref[following, field] for field in range(5)), carry
 
-    return lax.fori_loop(0, count, one, carry)
+    return lax.fori_loop(0, count, one, (tuple(fields), carry))[1]
 
 
 def finish(sums: Array, largest: Array) -> tuple[Array, Array]:
@@ -73,3 +78,16 @@ def finish(sums: Array, largest: Array) -> tuple[Array, Array]:
     empty = sums == 0
     sums = jnp.where(empty, 1.0, sums)
     return jnp.where(empty, 0.0, 1 / sums), jnp.where(empty, -jnp.inf, (largest + jnp.log2(sums)) * (1 / LOG2E))
+
+
+def prefetch(page: Any) -> None:
+    """Have the L2 cache fetch a page, whose bytes lie together."""
+    num_bytes = math.prod(page.shape) * 2
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def emit(_, page):
+        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
+            ptx = f"cp.async.bulk.prefetch.L2.global [$0], {num_bytes};"
+            llvm.inline_asm(None, [utils.memref_ptr(page)], ptx, "l", has_side_effects=True)
+
+    emit(page)

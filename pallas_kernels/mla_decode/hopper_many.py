@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.ring import COMPUTE_REGISTERS, MEMORY_REGISTERS, WARPGROUPS, launch, tiled
-from pallas_kernels.mla_decode.hopper_fragments import over_fragments
+from pallas_kernels.mla_decode.hopper_fragments import over_fragments, prefetch
 from pallas_kernels.mla_decode.hopper_seesaw import HALF, ROTARY, ROWS, Half, Shared
 from pallas_kernels.mla_decode.schedule import PAGE, Schedule
 
@@ -39,11 +39,13 @@ class TuningConfig:
     """How the work is cut.
 
     Attributes:
-        overhead: what a sequence costs beside its pages, in units of two.
+        overhead: what a fragment costs beside its pages, in units of two.
+        ahead: whether the L2 cache is told of the next turn's pages when a turn is copied.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
     overhead: int = 1
+    ahead: bool = True
     interpreted: bool = False
 
     unit = 2
@@ -65,24 +67,26 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
     def kernel(q_ref, cache_ref, tables_ref, parts_ref, fragments_ref, *refs):
         outputs, shared = refs[:4], Shared(*refs[4:])
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        part, rows = lax.div(sm, jnp.int32(num_blocks)), pl.ds(lax.rem(sm, jnp.int32(num_blocks)) * ROWS, ROWS)
+        part, block = lax.div(sm, jnp.int32(num_blocks)), lax.rem(sm, jnp.int32(num_blocks))
+        rows = pl.ds(block * ROWS, ROWS)
 
         def over_own(body):
             over_fragments(parts_ref, fragments_ref, part, lambda fragment, _: body(fragment), None)
 
         @pl.when(wg == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            over_own(lambda fragment: copy(fragment, q_ref.at[:, rows], cache_ref, tables_ref, shared))
+            plgpu.set_max_registers(40, action="decrease")
+            told = config.ahead and not config.interpreted
+            over_own(lambda fragment: copy(fragment, q_ref.at[:, rows], cache_ref, tables_ref, shared, told))
             shared.drain()
 
         for side in range(WARPGROUPS):
 
             @pl.when(wg == side)
             def _(side=side):
-                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                plgpu.set_max_registers(232, action="increase")
                 shared.begin_free(side)
-                half = Half(side, config.interpreted, task, shared, lax.rem(sm, jnp.int32(num_blocks)) * ROWS)
+                half = Half(side, config.interpreted, task, shared, block * ROWS)
                 over_own(lambda fragment: half.fragment(fragment, outputs, rows))
 
     scratch = [
@@ -101,8 +105,11 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
     return run(q, cache, tables, schedule.parts, schedule.fragments)
 
 
-def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Shared) -> None:
-    """Copy a fragment's queries and pages, each piece as soon as it is free, in the order in which that is."""
+def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Shared, told: bool) -> None:
+    """Copy a fragment's queries and pages, each piece as soon as it is free, in the order in which that is.
+
+    `told`: whether the L2 cache is told of the next pages.
+    """
     last = jnp.maximum(lax.div(fragment.length - 1, jnp.int32(PAGE)), 0)
     pieces = (  # barrier, page of the turn, where to, dims
         (4, 0, shared.rotary, 2 * HALF, ROTARY),
@@ -118,6 +125,13 @@ def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Sha
 
     def turn(i, pages):
         following = numbers(fragment.start + 2 * i + 2)  # read ahead of the waits
+        if told:
+
+            @pl.when(fragment.start + 2 * i + 2 < fragment.end)
+            def _():
+                for number in following:
+                    prefetch(cache_ref.at[number])
+
         for barrier, page, target, first, count in pieces:
             plgpu.barrier_wait(shared.empty.at[barrier])
             source = cache_ref.at[pages[page], :, pl.ds(first, count)]

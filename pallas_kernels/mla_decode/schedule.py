@@ -14,7 +14,10 @@ never collide, and nothing is counted or sorted: everything follows from one cum
 that are skipped belong to empty fragments.
 
 A sequence of one fragment gets its result at once. The fragments of others leave FP32 results, each normalised by
-itself, and their log-sum-exp; the combine adds them up.
+itself, and their log-sum-exp; the combine adds them up. That costs, so the number of parts is not always that of the
+blocks: 128 equal sequences on 132 multiprocessors are 128 parts, and none is cut. All numbers from half the blocks on
+are tried at once, and that of the least cost is taken: the longest part, where a fragment costs `overhead`, and as much
+again if its sequence is cut.
 
 The schedule depends on the lengths alone. A decoding step makes it once for all its layers.
 """
@@ -27,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 
 PAGE = 64  # tokens, as FlashMLA has them
-FRAGMENT_FIELDS = 8  # sequence, first page, end page, whether split, length; padded to 32 bytes
+FIELDS = 8  # sequence, first page, end page, whether split, length; padded to 32 bytes
 
 
 @functools.partial(
@@ -38,7 +41,7 @@ class Schedule:
     """The work of every part.
 
     Attributes:
-        parts: int32 [parts, 2]: a part's first fragment, and how many it has.
+        parts: int32 [parts, 8]: a part's first fragment, how many it has, and the fields of the first.
         fragments: int32 [parts + B, 8]: sequence, first page, end page, whether its sequence has others, the length.
         sequences: int32 [B, 2]: a sequence's first fragment, and how many it has; 0 of an empty sequence.
         unit: pages that are never parted. An end page may lie beyond the last page, up to a multiple of it.
@@ -64,12 +67,12 @@ def make_schedule(lengths: Array, num_parts: int, *, unit: int, overhead: int) -
     ends = jnp.cumsum(units + overhead, dtype=jnp.int32)
     firsts = ends - units  # of each sequence, behind its overhead
     total = ends[-1]
-    used = jnp.clip(total, 1, num_parts)  # no part in between is empty
-    cuts = jnp.minimum(jnp.arange(num_parts + 1, dtype=jnp.int32), used) * total // used
-    first = jnp.minimum(search(ends, cuts[:-1]), batch - 1)
-    last = jnp.minimum(search(ends, cuts[1:] - 1), batch - 1)
+    candidates = jnp.clip(total, 1, jnp.arange(max(1, num_parts // 2), num_parts + 1, dtype=jnp.int32))  # none is empty
+    positions = jnp.arange(num_parts + 1, dtype=jnp.int32)
+    every = jnp.minimum(positions, candidates[:, None]) * total // candidates[:, None]
+    cuts = every[jnp.argmin(longest(every, firsts, units, overhead))]
+    first, last = (jnp.minimum(search(ends, x), batch - 1) for x in (cuts[:-1], cuts[1:] - 1))
     part = jnp.arange(num_parts, dtype=jnp.int32)
-    parts = jnp.stack([part + first, jnp.where(cuts[1:] > cuts[:-1], last - first + 1, 0)], axis=1)
 
     number = jnp.arange(num_parts + batch, dtype=jnp.int32)
     part_of = search(part + first, number) - 1
@@ -81,8 +84,19 @@ def make_schedule(lengths: Array, num_parts: int, *, unit: int, overhead: int) -
     count = jnp.where(units > 0, last_part - first_part + 1, 0)
     sequences = jnp.stack([first_part + jnp.arange(batch, dtype=jnp.int32), count], axis=1)
     fields = [sequence, start * unit, end * unit, (count > 1)[sequence].astype(jnp.int32), lengths[sequence]]
-    padding = [jnp.zeros_like(sequence)] * (FRAGMENT_FIELDS - len(fields))
-    return Schedule(parts, jnp.stack([*fields, *padding], axis=1), sequences, unit)
+    padding = [jnp.zeros_like(sequence)] * (FIELDS - len(fields))
+    fragments = jnp.stack([*fields, *padding], axis=1)
+    starts = jnp.stack([part + first, jnp.where(cuts[1:] > cuts[:-1], last - first + 1, 0)], axis=1)
+    parts = jnp.concatenate([starts, fragments[starts[:, 0], : FIELDS - 2]], axis=1)
+    return Schedule(parts, fragments, sequences, unit)
+
+
+def longest(cuts: Array, firsts: Array, units: Array, overhead: int) -> Array:
+    """Return the cost of the longest part of every row of `cuts`."""
+    before = jnp.clip(cuts[..., None] - firsts, 0, units)  # [candidates, cuts, B]: units of a sequence before a cut
+    taken = before[:, 1:] - before[:, :-1]
+    cost = taken + overhead * (taken > 0) + overhead * ((taken > 0) & (taken < units))
+    return cost.sum(axis=2).max(axis=1)
 
 
 def search(ascending: Array, values: Array) -> Array:
