@@ -5,7 +5,6 @@ and gives an empty sequence its zeros.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from pallas_kernels.lowering import layout_inference
 from pallas_kernels.mla_decode.hopper_fragments import LOWEST
 from pallas_kernels.mla_decode.schedule import Schedule
 
-MOST_AHEAD = 16  # fragments that are read together, of long sequences
-MANY_ROWS, MOST_ROWS = 2048, 8  # from so many rows on, a block takes up to eight: blocks do not start for free
+MOST_AHEAD = 16  # fragments that are read together
+MANY_ROWS, MOST_ROWS = 1024, 8  # blocks do not start for free: with more rows, a block takes up to eight
 
 
 def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Array, lse: Array) -> tuple[Array, Array]:
@@ -32,8 +31,10 @@ def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Arr
         lse: likewise.
     """
     batch, num_rows, dims = out.shape
-    rows = math.gcd(num_rows, MOST_ROWS) if batch * num_rows > MANY_ROWS else 1
-    ahead = 2 if rows > 1 or batch > len(schedule.parts) // 4 else MOST_AHEAD
+    ahead = min(MOST_AHEAD, 2 ** max(1, (len(schedule.parts) // batch).bit_length() - 1))
+    rows = 1
+    while rows < MOST_ROWS and batch * num_rows > MANY_ROWS * rows and num_rows % (2 * rows) == 0:
+        rows *= 2
     layout = plgpu.Layout.WG_STRIDED((dims,), vec_size=dims // 128)
 
     def kernel(sequences_ref, partial_ref, partial_lse_ref, out_ref, lse_ref):

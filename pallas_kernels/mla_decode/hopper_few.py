@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.ring import WARPGROUPS, launch, tiled
-from pallas_kernels.mla_decode.hopper_fragments import LOWEST, finish, over_fragments, prefetch
+from pallas_kernels.mla_decode.hopper_fragments import LOWEST, finish, over_fragments
 from pallas_kernels.mla_decode.schedule import PAGE, Schedule
 
 TILE = 64  # dims: one swizzled line of BF16
@@ -42,13 +42,11 @@ class TuningConfig:
     Attributes:
         tiles: of the ring, for at most 16 rows and for more.
         overhead: what a fragment costs beside its pages, in pages.
-        ahead: pages behind the one that is copied, up to which the L2 cache has them fetched; 0 is none.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
     tiles: tuple[int, int] = (22, 17)
     overhead: int = 1
-    ahead: int = 2
     interpreted: bool = False
 
     unit = 1
@@ -85,7 +83,7 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
             def fragment(fragment, carry):
-                copy(config, fragment, q_ref, cache_ref, tables_ref, shared, *carry)
+                copy(fragment, q_ref, cache_ref, tables_ref, shared, *carry)
                 return after_fragment(fragment, *carry)
 
             over_own(fragment, start)
@@ -125,32 +123,27 @@ def after(slot: Array, count: Any, stages: int) -> Array:
     return jnp.where(behind >= stages, behind - stages, behind)
 
 
-def copy(config: TuningConfig, fragment, q_ref, cache_ref, tables_ref, shared, slot, turn) -> None:
+def copy(fragment, q_ref, cache_ref, tables_ref, shared, slot, turn) -> None:
     """Copy a fragment's queries and pages, each tile as soon as its slot is free."""
 
     def number(j):
         return tables_ref[fragment.sequence, jnp.minimum(j, fragment.end - 1)]
 
-    ahead = 0 if config.interpreted else config.ahead
-
     def page(j, carry):
-        slot, *numbers = carry  # of this page, and of those of which the L2 cache is told
-        following = number(j + ahead + 1)  # read ahead of the waits
+        slot, page_number = carry
+        following = number(j + 1)  # read ahead of the waits
         for tile in range(KEY_TILES):
             plgpu.barrier_wait(shared.empty.at[slot])
-            source = cache_ref.at[numbers[0], :, pl.ds(tile * TILE, TILE)]
+            source = cache_ref.at[page_number, :, pl.ds(tile * TILE, TILE)]
             plgpu.copy_gmem_to_smem(source, shared.ring.at[slot], shared.full.at[slot])
             slot = after(slot, 1, shared.ring.shape[0])
-        if ahead:
-            pl.when(j + ahead < fragment.end)(lambda: prefetch(cache_ref.at[numbers[-1]]))
-        return slot, *numbers[1:], following
+        return slot, following
 
     @pl.when(fragment.end > fragment.start)
     def _():
         plgpu.barrier_wait(shared.queries_empty.at[turn])
         plgpu.copy_gmem_to_smem(q_ref.at[fragment.sequence], shared.queries.at[turn], shared.queries_full.at[turn])
-        numbers = [number(fragment.start + i) for i in range(ahead + 1)]
-        lax.fori_loop(fragment.start, fragment.end, page, (slot, *numbers))
+        lax.fori_loop(fragment.start, fragment.end, page, (slot, number(fragment.start)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import llvm
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a maximum before there is one: finite, so that differences are
@@ -78,16 +75,3 @@ def finish(sums: Array, largest: Array) -> tuple[Array, Array]:
     empty = sums == 0
     sums = jnp.where(empty, 1.0, sums)
     return jnp.where(empty, 0.0, 1 / sums), jnp.where(empty, -jnp.inf, (largest + jnp.log2(sums)) * (1 / LOG2E))
-
-
-def prefetch(page: Any) -> None:
-    """Have the L2 cache fetch a page, whose bytes lie together."""
-    num_bytes = math.prod(page.shape) * 2
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def emit(_, page):
-        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
-            ptx = f"cp.async.bulk.prefetch.L2.global [$0], {num_bytes};"
-            llvm.inline_asm(None, [utils.memref_ptr(page)], ptx, "l", has_side_effects=True)
-
-    emit(page)

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.ring import COMPUTE_REGISTERS, MEMORY_REGISTERS, WARPGROUPS, launch, tiled
-from pallas_kernels.mla_decode.hopper_fragments import over_fragments, prefetch
+from pallas_kernels.mla_decode.hopper_fragments import over_fragments
 from pallas_kernels.mla_decode.hopper_seesaw import HALF, ROTARY, ROWS, Half, Shared
 from pallas_kernels.mla_decode.schedule import PAGE, Schedule
 
@@ -40,12 +40,12 @@ class TuningConfig:
 
     Attributes:
         overhead: what a fragment costs beside its pages, in units of two.
-        ahead: whether the L2 cache is told of the next turn's pages when a turn is copied.
+        staggered: whether warpgroup 1 begins its scores when warpgroup 0 has its own.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
     overhead: int = 1
-    ahead: bool = True
+    staggered: bool = True
     interpreted: bool = False
 
     unit = 2
@@ -75,18 +75,17 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
 
         @pl.when(wg == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-            told = config.ahead and not config.interpreted
-            over_own(lambda fragment: copy(fragment, q_ref.at[:, rows], cache_ref, tables_ref, shared, told))
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            over_own(lambda fragment: copy(fragment, q_ref.at[:, rows], cache_ref, tables_ref, shared))
             shared.drain()
 
         for side in range(WARPGROUPS):
 
             @pl.when(wg == side)
             def _(side=side):
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
                 shared.begin_free(side)
-                half = Half(side, config.interpreted, task, shared, block * ROWS)
+                half = Half(side, config.interpreted, config.staggered, task, shared, block * ROWS)
                 over_own(lambda fragment: half.fragment(fragment, outputs, rows))
 
     scratch = [
@@ -105,11 +104,8 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
     return run(q, cache, tables, schedule.parts, schedule.fragments)
 
 
-def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Shared, told: bool) -> None:
-    """Copy a fragment's queries and pages, each piece as soon as it is free, in the order in which that is.
-
-    `told`: whether the L2 cache is told of the next pages.
-    """
+def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Shared) -> None:
+    """Copy a fragment's queries and pages, each piece as soon as it is free, in the order in which that is."""
     last = jnp.maximum(lax.div(fragment.length - 1, jnp.int32(PAGE)), 0)
     pieces = (  # barrier, page of the turn, where to, dims
         (4, 0, shared.rotary, 2 * HALF, ROTARY),
@@ -125,13 +121,6 @@ def copy(fragment: Any, q_ref: Any, cache_ref: Any, tables_ref: Any, shared: Sha
 
     def turn(i, pages):
         following = numbers(fragment.start + 2 * i + 2)  # read ahead of the waits
-        if told:
-
-            @pl.when(fragment.start + 2 * i + 2 < fragment.end)
-            def _():
-                for number in following:
-                    prefetch(cache_ref.at[number])
-
         for barrier, page, target, first, count in pieces:
             plgpu.barrier_wait(shared.empty.at[barrier])
             source = cache_ref.at[pages[page], :, pl.ds(first, count)]

@@ -64,6 +64,7 @@ class Half:
 
     side: int
     interpreted: bool
+    staggered: bool
     task: Any
     shared: Shared
     first_row: Array
@@ -129,9 +130,12 @@ class Half:
         """Take two pages as warpgroup 1."""
         shared, zero = self.shared, lax.shift_right_logical(i, 20)
         token = (fragment.start + 2 * i) * PAGE
+        if self.staggered:
+            plgpu.barrier_wait(shared.scored0)
         scores = self.scores(zero, 1, rotary, (3, 1), token + PAGE, is_last, fragment)
         page_largest = scores.max(axis=1) * self.task.scale_log2
-        plgpu.barrier_wait(shared.scored0)
+        if not self.staggered:
+            plgpu.barrier_wait(shared.scored0)
         old, faded = self.stat(0), self.stat(1)
         largest = jnp.maximum(old, page_largest)
         factor = jnp.exp2(old - largest)
