@@ -41,11 +41,13 @@ class TuningConfig:
 
     Attributes:
         tiles: of the ring, for at most 16 rows and for more.
+        query_slots: sequences whose queries have room, likewise.
         overhead: what a fragment costs beside its pages, in pages.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
-    tiles: tuple[int, int] = (22, 17)
+    tiles: tuple[int, int] = (22, 21)
+    query_slots: tuple[int, int] = (2, 1)
     overhead: int = 1
     interpreted: bool = False
 
@@ -59,14 +61,11 @@ class TuningConfig:
         """Thread blocks that read the same pages."""
         return 1
 
-    def stages(self, num_rows: int) -> int:
-        """Tiles of the ring."""
-        return self.tiles[num_rows > 16]
-
 
 def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule, config: TuningConfig) -> list[Array]:
     """Return `Task.results`: those of whole sequences, and of fragments."""
-    (batch, n, _), num_parts, stages = q.shape, len(schedule.parts), config.stages(q.shape[1])
+    (batch, n, _), num_parts = q.shape, len(schedule.parts)
+    stages, query_slots = config.tiles[n > 16], config.query_slots[n > 16]
 
     def kernel(q_ref, cache_ref, tables_ref, parts_ref, fragments_ref, *refs):
         outputs, shared = refs[:4], Shared(*refs[4:])
@@ -76,7 +75,7 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
 
         def after_fragment(fragment, slot, turn):
             used = lax.rem(slot + (fragment.end - fragment.start) * KEY_TILES, jnp.int32(stages))
-            return used, jnp.where(fragment.end > fragment.start, 1 - turn, turn)
+            return used, jnp.where(fragment.end > fragment.start, lax.rem(turn + 1, jnp.int32(query_slots)), turn)
 
         @pl.when(wg == WARPGROUPS)
         def _():
@@ -102,13 +101,13 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
             over_own(fragment, start)
 
     scratch = [
-        tiled((2, n, KEY_TILES * TILE), jnp.bfloat16),
+        tiled((query_slots, n, KEY_TILES * TILE), jnp.bfloat16),
         tiled((stages, PAGE, TILE), jnp.bfloat16),
         tiled((WARPGROUPS, n, PAGE), jnp.bfloat16),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
+        plgpu.Barrier(num_barriers=query_slots),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=query_slots),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
         plgpu.SMEM((WARPGROUPS, n * 32), jnp.float32),
     ]
@@ -150,7 +149,7 @@ def copy(fragment, q_ref, cache_ref, tables_ref, shared, slot, turn) -> None:
 class Shared:
     """The shared memory of a thread block, and its barriers."""
 
-    queries: Any  # [2, n, 576]
+    queries: Any  # [slots, n, 576]
     ring: Any  # [stages, 64, 64]
     weights: Any  # [2, n, 64], of each warpgroup
     full: Any
@@ -164,14 +163,14 @@ class Shared:
         """Free all slots, before the first copy."""
         for slot in range(self.ring.shape[0]):
             plgpu.barrier_arrive(self.empty.at[slot])
-        for turn in range(2):
+        for turn in range(self.queries.shape[0]):
             plgpu.barrier_arrive(self.queries_empty.at[turn])
 
     def drain(self) -> None:
         """Wait until all slots are free again: the memory warpgroup's last act."""
         for slot in range(self.ring.shape[0]):
             plgpu.barrier_wait(self.empty.at[slot])
-        for turn in range(2):
+        for turn in range(self.queries.shape[0]):
             plgpu.barrier_wait(self.queries_empty.at[turn])
 
 

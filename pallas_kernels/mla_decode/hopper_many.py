@@ -40,12 +40,10 @@ class TuningConfig:
 
     Attributes:
         overhead: what a fragment costs beside its pages, in units of two.
-        staggered: whether warpgroup 1 begins its scores when warpgroup 0 has its own.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
     overhead: int = 1
-    staggered: bool = True
     interpreted: bool = False
 
     unit = 2
@@ -85,7 +83,7 @@ def attend(task: Any, q: Array, cache: Array, tables: Array, schedule: Schedule,
             def _(side=side):
                 plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
                 shared.begin_free(side)
-                half = Half(side, config.interpreted, config.staggered, task, shared, block * ROWS)
+                half = Half(side, config.interpreted, task, shared, block * ROWS)
                 over_own(lambda fragment: half.fragment(fragment, outputs, rows))
 
     scratch = [

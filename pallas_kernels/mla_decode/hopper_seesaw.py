@@ -64,7 +64,6 @@ class Half:
 
     side: int
     interpreted: bool
-    staggered: bool
     task: Any
     shared: Shared
     first_row: Array
@@ -103,8 +102,7 @@ class Half:
         largest = jnp.maximum(old, scores.max(axis=1) * self.task.scale_log2)
         faded = jnp.exp2(old - largest)
         shared.stats[0, :], shared.stats[1, :] = largest, faded
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(shared.scored0)
+        plgpu.barrier_arrive(shared.scored0)  # all threads arrive: a barrier orders plain stores and loads by itself
         weights = jnp.exp2(scores * self.task.scale_log2 - wide(largest, PAGE))
         sums = sums * faded + weights.sum(axis=1)
         self.clear_tail(shared.left.at[zero], fragment.length - token, fragment)
@@ -130,32 +128,28 @@ class Half:
         """Take two pages as warpgroup 1."""
         shared, zero = self.shared, lax.shift_right_logical(i, 20)
         token = (fragment.start + 2 * i) * PAGE
-        if self.staggered:
-            plgpu.barrier_wait(shared.scored0)
         scores = self.scores(zero, 1, rotary, (3, 1), token + PAGE, is_last, fragment)
         page_largest = scores.max(axis=1) * self.task.scale_log2
-        if not self.staggered:
-            plgpu.barrier_wait(shared.scored0)
+        plgpu.barrier_wait(shared.scored0)
         old, faded = self.stat(0), self.stat(1)
         largest = jnp.maximum(old, page_largest)
         factor = jnp.exp2(old - largest)
         shared.stats[0, :], shared.stats[2, :] = largest, factor
-        plgpu.commit_smem()
         plgpu.barrier_arrive(shared.scored1)
         weights = jnp.exp2(scores * self.task.scale_log2 - wide(largest, PAGE))
         factor *= faded
-        sums = sums * factor + weights.sum(axis=1)
-        weights = weights.astype(jnp.bfloat16)
-        shared.rotary_queries[...] = weights
+        rounded = weights.astype(jnp.bfloat16)
+        shared.rotary_queries[...] = rounded
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.weighed1)
+        sums = sums * factor + weights.sum(axis=1)
         self.clear_tail(shared.right.at[zero + 1], fragment.length - token - PAGE, fragment)
 
         def take_over():
             plgpu.barrier_wait(shared.weighed0)
             plgpu.barrier_wait(shared.full.at[2])
 
-        total = self.accumulate(total * wide(factor, HALF), (weights, shared.right.at[zero + 1]), take_over)
+        total = self.accumulate(total * wide(factor, HALF), (rounded, shared.right.at[zero + 1]), take_over)
         plgpu.barrier_arrive(shared.empty.at[3])
         self.clear_tail(shared.right.at[zero], fragment.length - token, fragment)
         total = self.accumulate(total, (shared.weights, shared.right.at[zero]))

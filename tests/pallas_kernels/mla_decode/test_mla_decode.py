@@ -53,8 +53,9 @@ def check_schedule(lengths, num_parts, unit, overhead, schedule):
     units = -(-lengths // (unit * PAGE))
     seen = [[] for _ in lengths]  # of each sequence: its fragments' pages, in order
     costs, visited = [], []
-    for first, count in parts:
+    for first, count, *fields in parts:
         cost = 0
+        np.testing.assert_array_equal(fields, fragments[first, :6])
         for number in range(first, first + count):
             visited.append(number)
             sequence, start, end, split, length = fragments[number, :5]
@@ -62,7 +63,8 @@ def check_schedule(lengths, num_parts, unit, overhead, schedule):
                 seen[sequence].append((number, range(start, end)))
                 assert length == lengths[sequence] and start % unit == end % unit == 0
                 assert split == (sequences[sequence, 1] > 1)
-                cost += (end - start) // unit
+                cost += (end - start) // unit + overhead * (1 + split)
+                assert (end - start == units[sequence] * unit) != split, "split is a sequence of several fragments"
         costs.append(cost)
     assert len(visited) == len(set(visited)), "a fragment is visited twice"
     for sequence, found in enumerate(seen):
@@ -70,7 +72,25 @@ def check_schedule(lengths, num_parts, unit, overhead, schedule):
         assert pages == list(range(units[sequence] * unit)), "each page exactly once, in order"
         first, count = sequences[sequence]
         assert count == len(found) and [number for number, _ in found] == list(range(first, first + count))
-    assert max(costs) <= -(-(units + overhead).sum() // num_parts), "parts are equal"
+    assert max(costs) <= cost_of_all_parts(units, num_parts, overhead), "no longer than if all parts were used"
+
+
+def cost_of_all_parts(units, num_parts, overhead):
+    """Return the cost of the longest of `num_parts` equal parts, place by place."""
+    places = [(i, place >= overhead) for i, n in enumerate(units) for place in range(overhead + n)]
+    used = min(num_parts, len(places))
+    longest = 0
+    for part in range(used):
+        inside = places[part * len(places) // used : (part + 1) * len(places) // used]
+        taken = np.bincount([i for i, is_unit in inside if is_unit], minlength=len(units))
+        cut = (taken > 0) & (taken < units)
+        longest = max(longest, taken.sum() + overhead * ((taken > 0).sum() + cut.sum()))
+    return longest
+
+
+def test_equal_sequences_are_not_cut_for_a_few_idle_multiprocessors():
+    schedule = make_schedule(np.full(128, 1024, np.int32), 132, unit=1, overhead=1)
+    np.testing.assert_array_equal(schedule.sequences[:, 1], 1)
 
 
 def test_every_page_is_in_one_fragment_and_parts_are_equal():
