@@ -46,7 +46,7 @@ class TuningConfig:
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
-    tiles: tuple[int, int] = (22, 21)
+    tiles: tuple[int, int] = (18, 21)
     query_slots: tuple[int, int] = (2, 1)
     overhead: int = 1
     interpreted: bool = False
