@@ -91,8 +91,11 @@ def over_steps(num_steps: Any, unroll: int, body: Callable[[Any, int, Any], Any]
     return lax.fori_loop(rounds * unroll, num_steps, lambda i, carry: body(i, 1, carry), carry)
 
 
-def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) -> Callable:
-    """Return the kernel of `body(*refs)` on a persistent grid of `num_blocks`, three warpgroups each."""
+def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list, **params: Any) -> Callable:
+    """Return the kernel of `body(*refs)` on a persistent grid of `num_blocks`, three warpgroups each.
+
+    `params` are more of `plgpu.CompilerParams`.
+    """
     layout_inference.install()
     return plgpu.kernel(
         body,
@@ -103,7 +106,7 @@ def launch(body: Callable, out_type: Any, num_blocks: int, scratch_types: list) 
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch_types,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, **params),
     )
 
 
