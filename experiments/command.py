@@ -25,7 +25,7 @@ from absl import app, flags, logging
 
 from deepseek_jax.inputs import printable, printable_lines, shown
 from deepseek_jax.storage import remedy
-from experiments import recipe
+from experiments import accelerator, recipe
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "After an error, show the call stack too.")
 
@@ -48,6 +48,7 @@ def run(main: Callable[[list[str]], None], words: Sequence[str] = ()) -> NoRetur
     """
     name = getattr(sys.modules["__main__"].__spec__, "name", None) or main.__module__
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not exist here, and no command opens a window
+    accelerator.choose()
     try:
         main(parse(sys.argv, main, words))
         sys.stdout.flush()
