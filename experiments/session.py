@@ -69,8 +69,8 @@ def start(keep_heap: bool = True) -> None:
     cache ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
 
     Call it before anything runs on a device, and after the checks that need none. Without --cpu_devices the platform is
-    that of `accelerator.choose`. `keep_heap` suits steps that allocate the same memory again and again; a command that moves a model
-    once should give its memory back.
+    that of `accelerator.choose`. `keep_heap` suits steps that allocate the same memory again and again; a command that
+    moves a model once should give its memory back.
 
     Raises:
         ValueError: the flags about processes do not fit each other, a variable of the environment makes JAX compute
@@ -129,13 +129,15 @@ def start_devices() -> None:
     except (RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), "") or "no such device"
         platforms = jax.config.jax_platforms or ""
-        raise ValueError(
-            f"JAX_PLATFORMS={platforms} cannot be used here ({shown(reason)}); unset it, or set it to cpu"
-            if "JAX_PLATFORMS" in os.environ
-            else f"this machine seems to have a device for JAX's platform {platforms.partition(',')[0]!r}, which does not"
-            f" start ({shown(reason)}); repair its driver, install the extra '.[{platforms.partition(',')[0]}]', or set"
-            " JAX_PLATFORMS=cpu"
-        ) from error
+        if "JAX_PLATFORMS" in os.environ:
+            told = f"JAX_PLATFORMS={platforms} cannot be used here ({shown(reason)}); unset it, or set it to cpu"
+        else:
+            found = platforms.partition(",")[0]
+            told = (
+                f"there is a device for JAX's platform {found!r} here, and it does not start ({shown(reason)}); install"
+                f" the extra '.[{found}]', repair the driver, or set JAX_PLATFORMS=cpu"
+            )
+        raise ValueError(told) from error
 
 
 def check_processes() -> None:

@@ -335,11 +335,25 @@ RUNS = [
         "name a folder",
     ),
 ]
+
+
+def empty(name, text, *says, skip=False):
+    """A corpus without a text to train on."""
+    skipping = " --config.data.on_error=skip" if skip else ""
+    words = f"{TINY} --workdir={{d}}/W --config.data.sources={{d}}/{name}{skipping}"
+    return case("train", words, *(says or ("holds no readable document", "add text")), files={name: text})
+
+
 DATA = [
     case("train", f"{NEW} --config.data.tokenizer=/dev/zero", "/dev/zero", "a device", "'byte'"),
     case("train", f"{NEW} --config.data.tokenizer={{d}}/none.json", "none.json", "'byte'"),
     case("train", f"{NEW} --config.data.tokenizer={{d}}/file", "tokenizer.json", "'byte'", files=FILE),
     case("train", f"{NEW} '--config.data.sources[0].path={{d}}'", "is an empty folder", "put"),
+    empty("a.txt", ""),
+    empty("a.jsonl", ""),
+    empty("a.jsonl", '{"content": "x", "id": "1"}\n', "keys ['content', 'id']", "--config.data.text_field=content"),
+    empty("a.jsonl", '{"my text": "x"}\n', "'--config.data.text_field=my text'"),
+    empty("a.jsonl", '{"content": "x"}\n' * 3, "a.jsonl' holds", "3 items skipped", "line 1 has no text", skip=True),
     case("train", f"{NEW} '--config.data.sources[0].path={{d}}/fifo'", "fifo", files={"fifo": os.mkfifo}),
     case("benchmarks.training_step", f"{TINY} '--config.data.sources[0].path={{d}}/none'", "none", "name a folder"),
     case("studies.loss_gap", "--workdir={d}/W '--config.data.sources[0].path={d}/none'", "none", "name a folder"),
