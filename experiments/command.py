@@ -208,7 +208,11 @@ def _nearest(name: str) -> str:
     if keys:
         return f"did you mean --config.{keys[0]}?"
     close = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
-    return f"did you mean --{close[0]}?" if close else "see --help"
+    if close:
+        return f"did you mean --{close[0]}?"
+    return (
+        "see --help, and --print_config for the values of the config" if "print_config" in flags.FLAGS else "see --help"
+    )
 
 
 def _wrong_value(text: str) -> str:

@@ -37,7 +37,8 @@ FLAGS = [
     case("train", TINY, "--workdir is missing", "--workdir=runs/tiny"),
     case("train", f"{TINY} --workdri={{d}}/W", "--workdri is unknown", "--workdir"),
     case("train", f"{NEW} --learning_rate=1", "--learning_rate is unknown", "--config.optimizer.learning_rate"),
-    case("train", f"{NEW} --zzzzzz", "--zzzzzz is unknown", "--help"),
+    case("train", f"{NEW} --zzzzzz", "--zzzzzz is unknown", "--help", "--print_config"),
+    case("train", f"{NEW} --lr=1", "--lr is unknown", "--config.optimizer.learning_rate?"),
     case("train", f"{NEW} config.model.width=64", "config.model.width=64 is not a flag", "--config.model.width=64"),
     case("train", f"{TINY} {{d}}/W", "is not a flag"),
     case("train", f"{NEW} -- --config.model.width=64", "is not a flag"),
@@ -188,6 +189,12 @@ def config_file(text, *says, name="c.py", argument=""):
     return case("train", f"'--config={{d}}/{name}{argument}' --workdir={{d}}/W", *says, files=files)
 
 
+def assigned(key, value, *says):
+    """A file that gives a key a value of another type."""
+    text = A_CONFIG.replace("    return", f"    c = tiny.get_config()\n    c.{key} = {value}\n    return")
+    return config_file(text, *says)
+
+
 FILES = [
     config_file(None, "No such file", "configs/tiny.py"),
     config_file(lambda path: path.mkdir(), "is a folder", "configs/tiny.py"),
@@ -217,6 +224,11 @@ FILES = [
     config_file(A_CONFIG, "takes another number of arguments", "drop", argument=":corpus"),
     config_file(A_CONFIG.replace("get_config()\n", "get_config\n", 1), "returned function"),
     config_file("def get_config():\n    return {1: 2}\n", "config.1 is unknown"),
+    assigned("data.sources", '"/my/one.txt"', "line 6: sources = /my/one.txt is of type str", 'write ("/my/one.txt",)'),
+    assigned("optimizer.learning_rate", "1e-3", 'write (("constant", 1.0, 0.001),)'),
+    assigned(
+        "model.width", '"wide"', "width = wide is of type str and must be of type int", "write a value of type int"
+    ),
     config_file("def get_config():\n    return {'name': 'x'}\n", "config lacks", "configs/deepseek_v3.py"),
     config_file(
         A_CONFIG.replace("    return", "    c = tiny.get_config()\n    c.model.depth = 3\n    return c\n    return"),
@@ -236,6 +248,8 @@ FIELDS = [
     field("modle.width=64", "--config.modle.width", "--config.model.width"),
     field("width=64", "--config.width", "--config.model.width"),
     field("zzz.zzz=64", "--config.zzz.zzz", "configs/deepseek_v3.py"),
+    field("optimizer.lr=1e-3", "did you mean --config.optimizer.learning_rate?"),
+    field("optimizer.zz=1", "--config.optimizer.zz: ", "optimizer has learning_rate, warmup_steps, b1"),
     field(".=1", "not a key"),
     field('model["=1', "not a key"),
     field("model.width=abc", "--config.model.width=abc", "whole number"),
@@ -257,6 +271,7 @@ FIELDS = [
     field('model={"width": 64}', "config.model lacks", "configs/deepseek_v3.py"),
     field("data.sources[5].path=x", "sources[5].path"),
     field("data.sources[0].pth=x", "sources[0].pth"),
+    field("data.sources=A,B", "data.sources=A,B must be a path", '\'("A", "B")\''),
     field("data.sources=()", "sources is empty"),
     field('data.sources=({"path": "stdlib", "weight": -1.0},)', "weight = -1", "stdlib", "positive"),
     field('data.sources=({"path": "stdlib", "weight": 1e999},)', "weight = inf", "stdlib"),
