@@ -106,7 +106,8 @@ def _failed(path: Path, error: BaseException) -> ValueError:
         forms = {"sources": f'("{value}",)', "tuple": f'(("constant", 1.0, {value}),)'}
         remedy = forms.get(key) or forms.get(wanted) or f"a value of type {wanted}"
         return ValueError(
-            f"--config: {shown(str(path))}{where}: {key} = {value} is of type {was} and must be of type {wanted}; write {remedy}"
+            f"--config: {shown(str(path))}{where}: {key} = {value} is of type {was} and must be of type {wanted}; write"
+            f" {remedy}"
         )
     return ValueError(f"--config: {shown(str(path))} failed ({_told(error)}{where}); repair it")
 

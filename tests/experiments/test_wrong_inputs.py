@@ -226,9 +226,7 @@ FILES = [
     config_file("def get_config():\n    return {1: 2}\n", "config.1 is unknown"),
     assigned("data.sources", '"/my/one.txt"', "line 6: sources = /my/one.txt is of type str", 'write ("/my/one.txt",)'),
     assigned("optimizer.learning_rate", "1e-3", 'write (("constant", 1.0, 0.001),)'),
-    assigned(
-        "model.width", '"wide"', "width = wide is of type str and must be of type int", "write a value of type int"
-    ),
+    assigned("model.width", '"wide"', "width = wide is of type str and must be of type int; write a value of type int"),
     config_file("def get_config():\n    return {'name': 'x'}\n", "config lacks", "configs/deepseek_v3.py"),
     config_file(
         A_CONFIG.replace("    return", "    c = tiny.get_config()\n    c.model.depth = 3\n    return c\n    return"),
