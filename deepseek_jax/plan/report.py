@@ -146,12 +146,10 @@ def _not_compiled(plan: Plan, on: Placement) -> list[str]:
 
 def _too_small(plan: Plan, chip: Chip) -> list[str]:
     written = ", ".join(str(fit.num_devices) for fit in plan.fits if not fit.changes) or "none"
-    text = (
-        f"{chip.name} is too small: on no number of devices that works as written ({written}) does one hold its state"
-    )
-    share = "" if chip.compiles else f" ({_share(chip)} the rest is for activations)"
+    text = f"{chip.name} is too small: it holds its part of the state on no number that works as written ({written})"
+    share = "" if chip.compiles else f"; {_share(chip)} the rest is for activations"
     if not plan.holding:
-        return [f"{text}{share}, nor on another; use a larger chip, a smaller model or execution.gather = 'layer'."]
+        return [f"{text}{share}; on another neither: use a larger chip, a smaller model or execution.gather = 'layer'."]
     given = (f"  --chip={chip.name} --devices={fit.num_devices} {fit.flags}" for fit in plan.holding)
     return [f"{text}{share}. With a change:", *given]
 
