@@ -204,7 +204,7 @@ def _one_path(text: str) -> tuple[str]:
 _FORMS = {
     "bool": "true or false",
     "int": "a whole number, in digits",
-    "float": "a number",
+    "float": "a number, such as 1e6",
     "dict": "a section as a Python dict, in quotes",
     "sources": 'a path, or a Python tuple in quotes, such as \'("A", "B")\'',
     "tuple": "a Python tuple in quotes, such as '((\"constant\", 1.0, 8),)'",

@@ -38,6 +38,7 @@ from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
 # What a start or an import makes before it owns the workdir.
 UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
+MOST_NAMED = 5  # of runs in a message
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
 LONGEST_REFUSAL = 2000  # bytes that one process tells the others
 BY_US, BY_THE_SYSTEM = 1, 2  # who refuses a workdir: a ValueError, an OSError
@@ -171,6 +172,18 @@ def check_workdir(workdir: Path, config: Config, remedy: str = REMEDY) -> None:
             check_tokenizer(config, workdir)
 
 
+def _near(workdir: Path) -> str:
+    """Return which runs are inside or around a folder without one, as a remedy; "" if none is."""
+    around = [folder for folder in workdir.absolute().parents[:2] if (folder / "config.json").is_file()]
+    inside = sorted(path.parent for path in workdir.glob("*/config.json"))
+    if around:
+        return f"give the run's own folder, --workdir={around[0]}"
+    if not inside:
+        return ""
+    more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+    return f"give one of the runs inside, {', '.join(f'--workdir={path}' for path in inside[:MOST_NAMED])}{more}"
+
+
 def read_config(workdir: Path) -> Config:
     """Return the configuration that `workdir` was started with.
 
@@ -179,11 +192,10 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / "config.json"
     if not os.path.lexists(path):
-        remedy = (
-            f"train on with --workdir={workdir} and the run's --config, which writes it anew"
-            if stored_steps(workdir)
-            else f"train one with experiments.train --workdir={workdir}"
-        )
+        if stored_steps(workdir):
+            remedy = f"train on with --workdir={workdir} and the run's --config, which writes it anew"
+        else:
+            remedy = _near(workdir) or f"train one with experiments.train --workdir={workdir}"
         raise ValueError(f"{shown(str(workdir))} holds no run: {path.name} is missing; {shown(remedy)}")
     tree = read_json(path)
     try:
