@@ -98,12 +98,7 @@ def _check_fp32(name: str, value: float) -> None:
 
 
 def _check_tokens(config: "Config") -> None:
-    length, wanted = config.data.sequence_length, config.training.num_tokens
-    if wanted < (least := min(value for _, _, value in config.training.batch_size) * length):
-        raise ValueError(
-            f"config.training.num_tokens = {wanted:g} is less than one step sees, {least:g} tokens (batch_size x"
-            " sequence_length); raise it"
-        )
+    length = config.data.sequence_length
     for key, sequences in (
         ("micro_batch_size", config.training.micro_batch_size),
         *(("batch_size", value) for _, _, value in config.training.batch_size),

@@ -112,6 +112,16 @@ def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> No
     )
 
 
+def check_one_step(config: Config) -> None:
+    """Refuse a run that is shorter than its first step."""
+    wanted, step = config.training.num_tokens, batch_size(config, 0) * config.data.sequence_length
+    if wanted < step:
+        raise ValueError(
+            f"config.training.num_tokens = {wanted:g} is less than the {step:,} tokens of one step (batch_size x"
+            " sequence_length); raise it"
+        )
+
+
 def _is_free(key: str, old: Any, new: Any, trained: bool) -> bool:
     if key == "data.sources":
         return trained and _without_paths(old) == _without_paths(new)

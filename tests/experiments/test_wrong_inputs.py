@@ -304,7 +304,7 @@ FIELDS = [
     field("training.num_tokens=1e308", "num_tokens = 1e+308", "2**63"),
     field("training.num_tokens=0.5", "num_tokens = 0.5", "at least 1"),
     field("training.num_tokens=1M", "num_tokens=1M", "a number, such as 1e6"),
-    field("training.num_tokens=10", "num_tokens = 10 is less than one step sees, 2048 tokens", "raise it"),
+    field("training.num_tokens=10", "num_tokens = 10 is less than the 2,048 tokens of one step", "raise it"),
     field("model.vocab_size=200", "vocab_size = 200 is too small for BPE", "raise it"),
     field("training.micro_batch_size=3", "micro_batch_size = 3", "multiple"),
     field("execution.expert_block=9223372036854775808", "expert_block", "at most"),
