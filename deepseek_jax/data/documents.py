@@ -59,7 +59,8 @@ def other_field(record: Mapping[str, Any], text_field: str) -> str:
     texts = {key: len(value) for key, value in record.items() if isinstance(value, str)}
     if text_field in record or not texts:
         return ""
-    return f": give {shown(shlex.quote(f'--config.data.text_field={max(texts, key=texts.get)}'))}"
+    longest = max(texts, key=lambda key: texts[key])
+    return f": give {shown(shlex.quote(f'--config.data.text_field={longest}'))}"
 
 
 def is_too_long(text: str) -> bool:

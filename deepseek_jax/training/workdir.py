@@ -162,9 +162,12 @@ def check_workdir(workdir: Path, config: Config, remedy: str = REMEDY) -> None:
     """Check that `workdir` is free, or holds a run that `config` may continue; else `remedy` says what to do.
 
     Raises:
-        ValueError: it holds a run with another configuration; the message shows each difference.
+        ValueError: it holds a run with another configuration, and the message shows each difference; or it is the
+            folder of another run's checkpoints.
     """
     path = workdir / "config.json"
+    if CHECKPOINTS in workdir.absolute().parts[-2:] and (around := _around(workdir)):
+        raise ValueError(f"{shown(str(workdir))} is inside of a run; give the run's own folder, --workdir={around}")
     if os.path.lexists(path):
         stored = read_config(workdir)
         check_continues(to_dict(stored), config, workdir, "the workdir", bool(stored_steps(workdir)), remedy=remedy)
@@ -174,14 +177,27 @@ def check_workdir(workdir: Path, config: Config, remedy: str = REMEDY) -> None:
 
 def _near(workdir: Path) -> str:
     """Return which runs are inside or around a folder without one, as a remedy; "" if none is."""
-    around = [folder for folder in workdir.absolute().parents[:2] if (folder / "config.json").is_file()]
-    inside = sorted(path.parent for path in workdir.glob("*/config.json"))
-    if around:
-        return f"give the run's own folder, --workdir={around[0]}"
+    if around := _around(workdir):
+        return f"give the run's own folder, --workdir={around}"
+    inside = sorted(path.parent for path in workdir.glob("*/config.json") if _is_run(path.parent))
     if not inside:
         return ""
     more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
     return f"give one of the runs inside, {', '.join(f'--workdir={path}' for path in inside[:MOST_NAMED])}{more}"
+
+
+def _around(workdir: Path) -> Path | None:
+    """Return the run that a folder, or the folder above it, lies in."""
+    return next(filter(_is_run, workdir.absolute().parents[:2]), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder has a run's configuration; a checkpoint's in Hugging Face's format is none."""
+    try:
+        tree = read_json(folder / "config.json")
+    except ValueError:
+        return False
+    return isinstance(tree, dict) and "training" in tree
 
 
 def read_config(workdir: Path) -> Config:

@@ -337,6 +337,8 @@ RUNS = [
     case("evaluate", "--workdir={d}/W", "no", files=RUN),
     case("evaluate", "--workdir={d}", "holds no run", "one of the runs inside, --workdir={d}/W", files=RUN),
     case("evaluate", "--workdir={d}/W/checkpoints", "the run's own folder, --workdir={d}/W", files=RUN),
+    case("evaluate", "--workdir={d}", "train one with experiments.train", files={"hf/config.json": '{"x": 1}'}),
+    case("train", f"{TINY} --workdir={{d}}/W/checkpoints", "inside of a run", "--workdir={d}/W", files=RUN),
     case("generate", "--workdir={d}/W/checkpoints/9 --prompt=x", "own folder, --workdir={d}/W", files=RUN),
     case(
         "train",
