@@ -1,22 +1,18 @@
 # `make train` and `make test` need nothing but a Python >= 3.12 (.ci/find_python says where it is looked for).
 
-# JAX runs on the accelerator that is visible, or on the CPU without asking for others. Set JAX_PLATFORMS to choose.
+# The accelerator decides what is installed. Commands run on it, or on the CPU; set JAX_PLATFORMS to choose.
 NVIDIA := $(shell nvidia-smi --list-gpus 2>/dev/null | grep '^GPU')
 TPU := $(wildcard /dev/accel[0-9]* /dev/vfio/[0-9]*)
 ifneq ($(NVIDIA),)
   ACCELERATOR := cuda
-  JAX_PLATFORMS ?= cuda,cpu
 else ifneq ($(TPU),)
   ACCELERATOR := tpu
-  JAX_PLATFORMS ?= tpu,cpu
-else
-  JAX_PLATFORMS ?= cpu
 endif
-export JAX_PLATFORMS PYTHON
+export PYTHON
 
 RUN := exec .venv/bin/python -m
 
-.PHONY: help train bench test test-slow lint types format docs environment test-environment
+.PHONY: help train bench test test-slow lint types format docs environment test-environment docs-environment
 
 help:
 	@echo "make train      train configs/tiny.py on real text into runs/tiny; the same command continues an interrupted run"
@@ -33,7 +29,7 @@ train: environment
 bench: environment
 	@$(RUN) experiments.benchmarks.training_step --config=configs/tiny.py
 
-test test-slow: JAX_PLATFORMS := cpu
+test test-slow: export JAX_PLATFORMS := cpu
 
 test: test-environment
 	@$(RUN) pytest
@@ -53,7 +49,7 @@ format: test-environment
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-docs: test-environment
+docs: docs-environment
 	@$(RUN) docs.make_site
 
 environment:
@@ -61,3 +57,6 @@ environment:
 
 test-environment:
 	@.ci/environment data dev docs
+
+docs-environment:
+	@.ci/environment docs

@@ -115,11 +115,11 @@ class Source:
     """One corpus of the mixture.
 
     `path` takes the forms that docs/data.md lists. `text_field` is the key or column of the text; "" stands for
-    `data.text_field`. It may be absent, as from configs that are older than it.
+    `data.text_field`. It and the weight may be absent.
     """
 
     path: str
-    weight: float
+    weight: float = 1.0
     text_field: str = ""
 
 
@@ -237,7 +237,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind` (a dataclass, a tuple type or a scalar), or raise with `path`."""
     if kind is Source and isinstance(value, str):
-        value = {"path": value, "weight": 1.0}  # as from --config.data.sources=my/texts
+        value = {"path": value}  # as from --config.data.sources=my/texts
     if dataclasses.is_dataclass(kind):
         return _convert_section(kind, value, path)
     if kind == Schedule:

@@ -25,7 +25,7 @@ from absl import app, flags, logging
 
 from deepseek_jax.inputs import printable, printable_lines, shown
 from deepseek_jax.storage import remedy
-from experiments import recipe
+from experiments import accelerator, recipe
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "After an error, show the call stack too.")
 
@@ -48,6 +48,7 @@ def run(main: Callable[[list[str]], None], words: Sequence[str] = ()) -> NoRetur
     """
     name = getattr(sys.modules["__main__"].__spec__, "name", None) or main.__module__
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not exist here, and no command opens a window
+    accelerator.choose()
     try:
         main(parse(sys.argv, main, words))
         sys.stdout.flush()
@@ -207,7 +208,11 @@ def _nearest(name: str) -> str:
     if keys:
         return f"did you mean --config.{keys[0]}?"
     close = difflib.get_close_matches(name, list(flags.FLAGS), n=1)
-    return f"did you mean --{close[0]}?" if close else "see --help"
+    if close:
+        return f"did you mean --{close[0]}?"
+    return (
+        "see --help, and --print_config for the values of the config" if "print_config" in flags.FLAGS else "see --help"
+    )
 
 
 def _wrong_value(text: str) -> str:

@@ -2,8 +2,8 @@
 
     import   --hf=DIR --workdir=W --config=C   make a run in W that begins with the weights of DIR: the checkpoint's
                                                model and C's recipe, in W/config.py
-    export   --workdir=W --hf=DIR              write a checkpoint of W in FP8 (BF16 with --precision=bf16), with config
-                                               and tokenizer
+    export   --workdir=W --hf=DIR              write a checkpoint of W in FP8, whatever its precision (in BF16 with
+                                               --precision=bf16), with config and tokenizer
     verify   --hf=DIR                          check names, shapes, dtypes and sizes against DIR's config.json, and the
                                                checksums of our own exports; values of other folders are not read
     logits   --hf=DIR --tokens=T.npy --output=O.npz    write logits, routes and gates for int32 tokens [B, S]
@@ -59,7 +59,7 @@ PRECISION = flags.DEFINE_enum(
     "precision",
     None,
     ["fp8", "bf16", "fp32"],
-    "export: precision of the files, fp8 or bf16. logits: precision of the arithmetic.",
+    "export: precision of the files, fp8 (the default) or bf16. logits: precision of the arithmetic.",
 )
 TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy file with int32 tokens [B, S].")
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz file to write.")
@@ -134,7 +134,11 @@ def export() -> None:
     if DRY_RUN.value:
         list_tensors(config, fp8)
         return
-    record.check_target(folder, num_bytes(config.model, fp8))
+    record.check_target(
+        folder, num_bytes(config.model, fp8), (dtype for dtype, _ in expected(config.model, fp8).values())
+    )
+    if PRECISION.value is None:
+        print("writing FP8, the form of the released checkpoint; --precision=bf16 writes BF16")
     session.start(keep_heap=False)
     mesh = all_devices(config)
     weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)

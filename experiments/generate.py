@@ -86,15 +86,7 @@ def main(_) -> None:
     file = PROMPTS.value
     requests = [{"prompt": checked_prompt(PROMPT.value or "")}] if file is None else read_requests(file)
     config = read_config(workdir)
-    sampling = Sampling(
-        temperature=TEMPERATURE.value,
-        top_p=TOP_P.value,
-        top_k=TOP_K.value,
-        min_p=MIN_P.value,
-        repetition_penalty=REPETITION_PENALTY.value,
-        frequency_penalty=FREQUENCY_PENALTY.value,
-        presence_penalty=PRESENCE_PENALTY.value,
-    )
+    sampling = sampling_of_flags()
     out = command.path_of(OUT, new_file)
     session.start()
     mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
@@ -115,6 +107,22 @@ def main(_) -> None:
     for part in text:
         print(command.for_terminal(part), end="", flush=True)
     print()
+
+
+def sampling_of_flags() -> Sampling:
+    """Return how tokens are drawn; a refusal begins with the name of a field, which is that of the flag."""
+    try:
+        return Sampling(
+            temperature=TEMPERATURE.value,
+            top_p=TOP_P.value,
+            top_k=TOP_K.value,
+            min_p=MIN_P.value,
+            repetition_penalty=REPETITION_PENALTY.value,
+            frequency_penalty=FREQUENCY_PENALTY.value,
+            presence_penalty=PRESENCE_PENALTY.value,
+        )
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def answer(

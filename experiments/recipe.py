@@ -13,12 +13,9 @@ import ast
 import dataclasses
 import difflib
 import functools
-import inspect
+import os
 import re
-import sys
-import types
 import typing
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -26,14 +23,22 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 from ml_collections.config_flags.tuple_parser import TupleParser
 
-from deepseek_jax.config import Config
-from deepseek_jax.inputs import local_path, read_text, shown
+from deepseek_jax.config import Config, Source
+from deepseek_jax.inputs import shown
+from experiments.config_file import load_file
 
 flags.disclaim_key_flags()  # the flag belongs to the command that defines it
 
-LARGEST_FILE = 1 << 20  # bytes of a configuration
 EXAMPLE = "--config=configs/tiny.py"
 OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<key>[^=]*)(=(?P<text>.*))?", re.DOTALL)
+ALIASES = {  # what others call a key
+    "lr": "optimizer.learning_rate",
+    "wd": "optimizer.weight_decay",
+    "beta1": "optimizer.b1",
+    "beta2": "optimizer.b2",
+    "seq_len": "data.sequence_length",
+    "hidden_size": "model.width",
+}
 BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -75,7 +80,7 @@ class Recipe:
 
 def read(text: str, overrides: list[tuple[str, Any]]) -> ConfigDict:
     """Return the configuration of `file` or `file:argument` with its overrides; as `Recipe.value`."""
-    tree = _load(text)
+    tree = load_file(text)
     with tree.ignore_type():
         for key, value in overrides:
             _set(tree, key, value)
@@ -136,18 +141,24 @@ def _kind_of(key: str) -> Any:
 
 
 def same_name(key: str) -> list[str]:
-    """Return the dotted keys of `Config` whose last part is that of `key`."""
-    return [known for known in _keys(Config) if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    """Return the dotted keys of `Config` whose last part is that of `key`, or what others call so."""
+    last = key.rpartition(".")[2]
+    return [known for known in _keys(Config) if known.rpartition(".")[2] == last] or [
+        known for known in _keys(Config) if known == ALIASES.get(last)
+    ]
 
 
 def _nearest(key: str) -> str:
-    section = [known for known in _keys(Config) if known.rpartition(".")[0] == key.rpartition(".")[0]]
+    section, _, last = key.rpartition(".")
+    names = [known.rpartition(".")[2] for known in _keys(Config) if section and known.rpartition(".")[0] == section]
     close = (
         same_name(key)
-        or difflib.get_close_matches(key, section, n=1, cutoff=0.8)
-        or difflib.get_close_matches(key, _keys(Config), n=1)
+        or [f"{section}.{name}" for name in difflib.get_close_matches(last, names, n=1)]
+        or difflib.get_close_matches(key, [] if names else _keys(Config), n=1, cutoff=0.8)
     )
-    return f"did you mean --config.{close[0]}?" if close else "configs/deepseek_v3.py has every key"
+    if close:
+        return f"did you mean --config.{close[0]}?"
+    return f"{section} has {', '.join(names)}" if names else "configs/deepseek_v3.py has every key"
 
 
 def _keys(kind: type, prefix: str = "") -> list[str]:
@@ -175,16 +186,27 @@ def _parsed(key: str, kind: Any, text: str) -> Any:
             wanted = "dict"
             return ConfigDict(ast.literal_eval(text))
         wanted = "tuple"
+        if kind == tuple[Source, ...]:
+            wanted = "sources"
+            if not text.startswith(("(", "[", "{", '"', "'")):
+                return _one_path(text)
         return TupleParser().parse(text)
     except (ValueError, TypeError, AttributeError, KeyError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"--config.{key}={shown(text)} must be {_FORMS[wanted]}") from error
 
 
+def _one_path(text: str) -> tuple[str]:
+    if "," in text and not os.path.exists(text):
+        raise ValueError("several paths without quotes")
+    return (text,)
+
+
 _FORMS = {
     "bool": "true or false",
     "int": "a whole number, in digits",
-    "float": "a number",
+    "float": "a number, such as 1e6",
     "dict": "a section as a Python dict, in quotes",
+    "sources": 'a path, or a Python tuple in quotes, such as \'("A", "B")\'',
     "tuple": "a Python tuple in quotes, such as '((\"constant\", 1.0, 8),)'",
 }
 
@@ -197,90 +219,3 @@ def _set(tree: ConfigDict, key: str, value: Any) -> None:
             f"--config.{shown(key)} does not fit the file's configuration ({type(error).__name__}); name a key that it"
             " has"
         ) from error
-
-
-def _load(text: str) -> ConfigDict:
-    """Run the file of `--config` and return its configuration."""
-    name, argument = _split(text)
-    path = local_path(name, "--config")
-    where = shown(str(path))
-    module = types.ModuleType("config_file")
-    module.__file__ = str(path)
-    program = _compiled(path)
-    sys.modules[module.__name__] = module  # where dataclasses of the file look themselves up
-    try:
-        exec(program, module.__dict__)
-    except (Exception, SystemExit) as error:
-        raise _failed(path, error) from error
-    if not callable(getattr(module, "get_config", None)):
-        raise ValueError(
-            f"--config: {where} has no get_config(); write one that returns a ConfigDict, as in configs/tiny.py"
-        )
-    return _called(module.get_config, path, argument)
-
-
-def _compiled(path: Path) -> types.CodeType:
-    where = shown(str(path))
-    try:
-        source = read_text(path, LARGEST_FILE)
-    except ValueError as error:
-        raise ValueError(f"--config: {error}; give a Python file such as configs/tiny.py") from error
-    if path.suffix == ".json" or source.lstrip().startswith("{"):
-        raise ValueError(f"--config: {where} is JSON; give a Python file with get_config(), such as configs/tiny.py")
-    try:
-        return compile(source, str(path), "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise ValueError(
-            f"--config: {where} is not Python ({_told(error)}{line}); give a Python file with get_config(), such as"
-            " configs/tiny.py"
-        ) from error
-
-
-def _called(get_config: Any, path: Path, argument: list[str]) -> ConfigDict:
-    """Call `get_config` with the text after the colon, if there is one."""
-    where = shown(str(path))
-    try:
-        inspect.signature(get_config).bind(*argument)
-    except (TypeError, ValueError) as error:
-        remedy = "drop the text after the colon" if argument else f"give it: --config={where}:ARGUMENT"
-        raise ValueError(f"--config: get_config of {where} takes another number of arguments; {remedy}") from error
-    try:
-        tree = get_config(*argument)
-        if isinstance(tree, dict):
-            tree = ConfigDict(tree)
-    except (Exception, SystemExit) as error:
-        raise _failed(path, error) from error
-    if not isinstance(tree, ConfigDict):
-        raise ValueError(f"--config: get_config of {where} returned {type(tree).__name__}; return a ConfigDict")
-    return tree.lock()
-
-
-def _split(text: str) -> tuple[str, list[str]]:
-    """Split `file:argument`; the name of a file that exists may have a colon itself."""
-    places = [found.start() for found in re.finditer(":", text)]
-    for place in [len(text), *places]:
-        try:
-            if Path(text[:place]).is_file():
-                return text[:place], [text[place + 1 :]] if place < len(text) else []
-        except (OSError, ValueError):  # too long, or a NUL: `local_path` says so
-            break
-    if "://" in text or not places:
-        return text, []
-    return text[: places[0]], [text[places[0] + 1 :]]
-
-
-def _failed(path: Path, error: BaseException) -> ValueError:
-    """Return the refusal of a file that raises, with its own line."""
-    lines, trace = [], error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    where = f", line {lines[-1]}" if lines else ""
-    return ValueError(f"--config: {shown(str(path))} failed ({_told(error)}{where}); repair it")
-
-
-def _told(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {shown(text)}" if text else type(error).__name__

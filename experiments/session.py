@@ -12,6 +12,7 @@ from absl import flags, logging
 from deepseek_jax.inputs import shown
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import environment
+from experiments import accelerator
 from pallas_kernels.lowering import export_cache
 
 # On two cores 1,024 simulated devices start and sum an array in two seconds. 100,000 were not ready after minutes: each
@@ -67,9 +68,9 @@ def start(keep_heap: bool = True) -> None:
     """Join the other processes if there are any, apply --cpu_devices to this one, and use the persistent compilation
     cache ($JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder).
 
-    Call it before anything runs on a device, and after the checks that need none. Without --cpu_devices JAX chooses the
-    platform itself. `keep_heap` suits steps that allocate the same memory again and again; a command that moves a model
-    once should give its memory back.
+    Call it before anything runs on a device, and after the checks that need none. Without --cpu_devices the platform is
+    that of `accelerator.choose`. `keep_heap` suits steps that allocate the same memory again and again; a command that
+    moves a model once should give its memory back.
 
     Raises:
         ValueError: the flags about processes do not fit each other, a variable of the environment makes JAX compute
@@ -121,16 +122,22 @@ def start_devices() -> None:
     """Start JAX's devices.
 
     Raises:
-        ValueError: the platform that $JAX_PLATFORMS names cannot be used.
+        ValueError: the platform that $JAX_PLATFORMS names, or that was found, cannot be used.
     """
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), "") or "no such device"
-        raise ValueError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({shown(reason)}); unset it, or set it"
-            " to cpu"
-        ) from error
+        platforms = jax.config.jax_platforms or ""
+        if "JAX_PLATFORMS" in os.environ:
+            told = f"JAX_PLATFORMS={platforms} cannot be used here ({shown(reason)}); unset it, or set it to cpu"
+        else:
+            found = platforms.partition(",")[0]
+            told = (
+                f"there is a device for JAX's platform {found!r} here, and it does not start ({shown(reason)}); install"
+                f" the extra '.[{found}]', repair the driver, or set JAX_PLATFORMS=cpu"
+            )
+        raise ValueError(told) from error
 
 
 def check_processes() -> None:
@@ -168,8 +175,7 @@ def computes_on_cpu() -> bool:
     """Return whether JAX will choose the CPU, as far as one can tell without starting its backends."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
-    devices = Path("/dev")
-    return not any([*devices.glob("nvidia[0-9]*"), *devices.glob("accel*"), *devices.glob("vfio/[0-9]*")])
+    return accelerator.find() is None
 
 
 def describe_device(mesh: jax.sharding.Mesh) -> str:

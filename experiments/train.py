@@ -17,6 +17,7 @@ from deepseek_jax.evaluation.report import report
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.interruption import Abort
 from deepseek_jax.training.journal import journal, say
 from deepseek_jax.training.pretrain import train
@@ -45,6 +46,7 @@ def main(_) -> None:
         return
     if WORKDIR.value is None:
         raise ValueError("--workdir is missing; name the folder of the run, for example --workdir=runs/tiny")
+    check_one_step(config)
     workdir = new_folder(WORKDIR.value, "--workdir")
     with journal(workdir), Abort(BEFORE) as abort:
         check_data(config, workdir)

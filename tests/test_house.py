@@ -141,7 +141,7 @@ SET_FROM_OUTSIDE = {
     ("benchmarks/training_step.py", "batch_size"),
     ("experiments/command.py", "args"),
     ("experiments/command.py", "msg"),
-    ("experiments/recipe.py", "__file__"),
+    ("experiments/config_file.py", "__file__"),
     ("experiments/recipe.py", "overrides"),
     ("experiments/session.py", "restype"),
     ("huggingface/companions.py", "post_processor"),

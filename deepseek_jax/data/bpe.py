@@ -46,13 +46,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: `vocab_size` does not hold the bytes and the special tokens.
     """
+    check_vocab_size(vocab_size)
     encoder = _untrained()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(SPECIAL_TOKENS) + len(alphabet):
-        raise ValueError(
-            f"model.vocab_size = {vocab_size} is too small for BPE: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
-            " need 262"
-        )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS],
@@ -62,6 +58,16 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     _interruptible(functools.partial(encoder.train_from_iterator, documents, trainer))
     return Tokenizer(encoder, BOS, EOS, PAD)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that does not hold the bytes and the special tokens."""
+    needed = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+    if vocab_size < needed:
+        raise ValueError(
+            f"model.vocab_size = {vocab_size} is too small for BPE: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            f" need {needed}; raise it"
+        )
 
 
 def _interruptible(function: Callable[[], None]) -> None:

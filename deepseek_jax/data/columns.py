@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deepseek_jax.data.documents import Document, Problems, is_too_long, too_long
+from deepseek_jax.data.documents import Document, Problems, is_too_long, other_field, too_long
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.inputs import shown
 
@@ -23,7 +23,7 @@ def read_parquet(name: str, path: Path, text_field: str, problems: Problems) -> 
     @contextlib.contextmanager
     def columns(raw: BinaryIO) -> Iterator[tuple[int, Iterable]]:
         with parquet.ParquetFile(raw) as file:
-            _check_column(text_field, file.schema_arrow.names)
+            _check_column(text_field, file.schema_arrow)
             batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field])
             yield file.metadata.num_rows, (batch.column(0) for batch in batches)
 
@@ -40,7 +40,7 @@ def read_arrow(name: str, path: Path, text_field: str, problems: Problems) -> It
         raw.seek(0)
         reader = arrow.ipc.open_file(raw) if has_footer else arrow.ipc.open_stream(raw)
         with reader:
-            _check_column(text_field, reader.schema.names)
+            _check_column(text_field, reader.schema)
             index = reader.schema.names.index(text_field)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if has_footer else reader
             yield 0, (batch.column(index) for batch in batches)
@@ -68,16 +68,18 @@ def _read_columns(name: str, path: Path, text_field: str, problems: Problems, co
                     else:
                         problems.report(f"{shown(path)} row {row} has {shown(repr(text))} in {text_field!r}, not text")
     except _NoColumn as error:
-        problems.report(f"{shown(path)} has no column text_field = {text_field!r} (it has {shown(str(error))})")
+        names, remedy = error.args
+        problems.report(f"{shown(path)} has no column text_field = {text_field!r} (it has {shown(str(names))}){remedy}")
     except MemoryError:
         problems.report(f"{shown(path)} is damaged after row {row}, or needs more memory than there is")
     except (OSError, arrow.ArrowException) as error:
         problems.report(f"{shown(path)} cannot be read after row {row}: {error}")
 
 
-def _check_column(text_field: str, names: list[str]) -> None:
-    if text_field not in names:
-        raise _NoColumn(names)
+def _check_column(text_field: str, schema: Any) -> None:
+    if text_field not in schema.names:
+        texts = {field.name: "" for field in schema if "string" in str(field.type)}
+        raise _NoColumn(schema.names, other_field(texts, text_field))
 
 
 def _texts(arrow: Any, column: Any) -> Iterator[Any]:

@@ -1,11 +1,13 @@
 """What every reader yields, a `Document`, and what it does with an item that it cannot read: `Problems`."""
 
 import hashlib
-from typing import NamedTuple
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.inputs import printable
+from deepseek_jax.inputs import printable, shown
 
 LONGEST_TEXT = 1 << 28  # bytes: 256 MiB; the largest documents of public corpora have a tenth of it
 KEPT_MESSAGES = 20  # about skipped items; all items are counted
@@ -47,6 +49,18 @@ class Problems:
         self.count += 1
         if len(self.messages) < KEPT_MESSAGES:
             self.messages.append(message)
+
+
+def other_field(record: Mapping[str, Any], text_field: str) -> str:
+    """Return the end of a message about a record without `text_field`: the flag that takes its longest text instead.
+
+    It is empty if the record has the field, or no text at all.
+    """
+    texts = {key: len(value) for key, value in record.items() if isinstance(value, str)}
+    if text_field in record or not texts:
+        return ""
+    longest = max(texts, key=lambda key: texts[key])
+    return f": give {shown(shlex.quote(f'--config.data.text_field={longest}'))}"
 
 
 def is_too_long(text: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from deepseek_jax.data.corpus_files import all_files
-from deepseek_jax.data.documents import CorpusError, Document, Problems, is_too_long, too_long
+from deepseek_jax.data.documents import CorpusError, Document, Problems, is_too_long, other_field, too_long
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.inputs import local_path, shown
 
@@ -96,7 +96,7 @@ def read_hub(path: str, text_field: str, problems: Problems) -> Iterator[Documen
             else:
                 problems.report(
                     f"{shown(path)} row {row} has no text under text_field = {text_field!r} (it has keys"
-                    f" {shown(str(sorted(record)))})"
+                    f" {shown(str(sorted(record)))}){other_field(record, text_field)}"
                 )
     except CorpusError:
         raise

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepseek_jax.data.compression import DecompressionError, open_file
-from deepseek_jax.data.documents import LONGEST_TEXT, Document, Problems
+from deepseek_jax.data.documents import LONGEST_TEXT, Document, Problems, other_field
 from deepseek_jax.inputs import shown
 
 READ_AT_ONCE = 1 << 20  # bytes
@@ -168,4 +168,5 @@ def _text_of(record, text_field: str, where: str, problems: Problems) -> str | N
             return problems.report(f"{where} is not JSON text ({error})")
         return text
     has = f"keys {shown(str(sorted(record)))}" if isinstance(record, dict) else f"a {type(record).__name__}"
-    return problems.report(f"{where} has no text under text_field = {text_field!r} (it has {has})")
+    remedy = other_field(record, text_field) if isinstance(record, dict) else ""
+    return problems.report(f"{where} has no text under text_field = {text_field!r} (it has {has}){remedy}")

@@ -24,6 +24,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, Data
 from deepseek_jax.data.augmentation import Augmentation
+from deepseek_jax.data.bpe import byte_tokenizer, check_vocab_size
 from deepseek_jax.data.corpus_files import check_apart
 from deepseek_jax.data.examples import Example, check_examples
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch, pack
@@ -150,9 +151,13 @@ def check_data(config: Config, workdir: str | os.PathLike | None) -> None:
         if workdir is not None:
             check_apart(source, Path(workdir))
     has_tokenizer = workdir is not None and os.path.lexists(Path(workdir) / "tokenizer.json")
-    if config.data.tokenizer in ("bpe", "byte") or has_tokenizer:
+    if has_tokenizer:
         return
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if config.data.tokenizer == "bpe":
+        if not config.training.initial_weights:  # whose tokenizer is taken
+            check_vocab_size(config.model.vocab_size)
+        return
+    tokenizer = byte_tokenizer() if config.data.tokenizer == "byte" else Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"config.data.tokenizer = {shown(config.data.tokenizer)} needs {tokenizer.vocab_size} ids and"

@@ -29,6 +29,7 @@ from deepseek_jax.data.corpus_files import STDLIB
 from deepseek_jax.data.documents import Document, Problems
 from deepseek_jax.data.sources import check_source, num_bytes, read_documents
 from deepseek_jax.data.text_files import SHORTEST_BLOCK, block_size, cut_text
+from deepseek_jax.inputs import shown
 
 LONGEST_DOCUMENT = 2**20  # bytes
 ALWAYS_WHOLE = 2 * SHORTEST_BLOCK  # bytes
@@ -61,8 +62,8 @@ def heldout_keys(config: Config) -> list[int]:
     It reads a source until one document of each split is found: about 50 documents at 2%.
 
     Raises:
-        ValueError: `data.heldout_fraction` is between 0 and 1, and no source has two different documents; or as
-            `sources.read_documents`.
+        ValueError: a source has no document; `data.heldout_fraction` is between 0 and 1, and no source has two
+            different documents; or as `sources.read_documents`.
     """
     data = config.data
     for source in data.sources:
@@ -107,6 +108,17 @@ def train_texts(config: Config) -> Iterator[str]:
         )
 
 
+def check_filled(num_documents: int, source: Source, problems: Problems) -> None:
+    """Refuse a source of which no document could be read, with the reason for the first."""
+    if not num_documents:
+        first = f"; the first: {problems.messages[0]}" if problems.count else ""
+        remedy = "repair them, or name another source" if problems.count else "add text to it"
+        raise ValueError(
+            f"data source {shown(source.path)!r} holds no readable document ({problems.count} items skipped{first});"
+            f" {remedy}"
+        )
+
+
 def _cut(documents: Iterable[Document], longest: int) -> Iterator[Document]:
     for document in documents:
         content = document.content
@@ -129,14 +141,16 @@ def _heldout_key(source: Source, data: Data) -> tuple[int, int]:
     fraction = data.heldout_fraction
     below = math.ceil(fraction * 2**64)
     keys, sizes, found = array("Q"), array("Q"), set()
-    for document in read_source(source, data, Problems(data.on_error)):
+    problems = Problems(data.on_error)
+    for document in read_source(source, data, problems):
         keys.append(_key(document.digest()))
         sizes.append(_num_bytes(document))
         found.add(keys[-1] < below)
         if len(found) == 2:
             return below, sum(sizes)
+    check_filled(len(keys), source, problems)
     different = sorted(set(keys))
-    if not keys or fraction in (0.0, 1.0):
+    if fraction in (0.0, 1.0):
         return below, sum(sizes)
     if len(different) == 1:
         return 0, sum(sizes)

@@ -28,7 +28,7 @@ from deepseek_jax.data.array_records import id_fault
 from deepseek_jax.data.documents import Document, Problems
 from deepseek_jax.data.encoding import EncodingError, Ids
 from deepseek_jax.data.sources import num_bytes, source_key
-from deepseek_jax.data.split import heldout_keys, is_heldout, read_source
+from deepseek_jax.data.split import check_filled, heldout_keys, is_heldout, read_source
 from deepseek_jax.data.token_files import Documents, Writer, open_about, seal
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inputs import shown
@@ -156,12 +156,7 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
                     writer.add(ids, _num_bytes(document, ids, tokenizer))
                     bar.update(document.num_file_bytes)
             sizes.append({"train": train.sizes(), "heldout": heldout.sizes()})
-            if not len(train) + len(heldout):
-                first = f", for example: {problems.messages[0]}" if problems.count else ""
-                raise ValueError(
-                    f"data source {source.path!r} holds no readable document ({problems.count} items skipped{first});"
-                    " add text to it"
-                )
+            check_filled(len(train) + len(heldout), source, problems)
     about = {"digest": digest.hexdigest(), "dtype": dtype.name, "sizes": sizes}
     seal(folder, about | {"num_skipped": problems.count, "skipped": problems.messages})
 

@@ -78,7 +78,13 @@ def sample(config: Config, workdir: Path, result: Result) -> str:
     """
     prompt = first_words(config, result.tokenizer, workdir)
     if jax.process_count() > 1:
-        command = ["python", "-m", "experiments.generate", f"--workdir={workdir}", f"--prompt={prompt}"]
+        command = [
+            "python",
+            "-m",
+            "experiments.generate",
+            f"--workdir={workdir}",
+            f"--prompt={' '.join(prompt.split())}",
+        ]
         return f"The weights are spread over {jax.process_count()} processes; for a sample:\n{shlex.join(command)}"
     num_tokens = min(SAMPLE_TOKENS, config.data.sequence_length - len(result.tokenizer.encode(prompt)) - 1)
     if num_tokens < 1:

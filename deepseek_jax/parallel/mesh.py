@@ -185,9 +185,10 @@ def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:
 
 def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
     if size % parts:
+        field = name.rpartition(".")[2]
         raise ValueError(
-            f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; the nearest that"
-            f" can is {nearest_multiples(size, parts)}: change it or the mesh, whose parts must divide it"
+            f"config.{name} = {size} cannot be split over {parts} devices of mesh {dict(mesh.shape)}; the nearest"
+            f" {field} that can is {nearest_multiples(size, parts)}: change it or the mesh, whose parts must divide it"
             f" ({nearest(parts, _divisors(size))})"
         )
 

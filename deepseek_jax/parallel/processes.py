@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -82,9 +83,10 @@ def _end_late(joined: threading.Event, where: str, num_processes: int | None, se
     if joined.wait(seconds):
         return
     count = "all processes" if num_processes is None else f"all {num_processes} processes"
+    name = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
     print(
-        f"{count} did not meet at {where} within {seconds:g} s: start the others, and check that their --num_processes"
-        " and --process_id fit, or raise --connect_seconds",
+        f"{name}: {count} did not meet at {where} within {seconds:g} s: start the others, and check that their"
+        " --num_processes and --process_id fit, or raise --connect_seconds",
         file=sys.stderr,
     )
     watch.end(1)

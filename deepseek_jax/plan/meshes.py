@@ -98,11 +98,11 @@ def require_fit(config: Config, num_devices: int) -> Fit:
     except ValueError as error:
         fit = find_fit(config, num_devices)
         if fit is not None:
-            remedy = f"it works on {num_devices} with {fit.flags}"
-        else:
-            counts = [fit.num_devices for fit in find_fits(config)]
-            remedy = f"numbers of devices that work: {', '.join(map(str, counts)) or 'none'}"
-        raise ValueError(f"{error}; {remedy}") from None
+            raise ValueError(f"{error}; it works on {num_devices} with {fit.flags}") from None
+        works = ", ".join(str(fit.num_devices) for fit in find_fits(config)) or "none"
+        raise ValueError(
+            f"{num_devices} devices do not work; numbers of devices that work: {works}. Of {num_devices}: {error}"
+        ) from None
 
 
 def _abstract(shape: dict[str, int]) -> jax.sharding.AbstractMesh:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from deepseek_jax.plan.chips import CARD_SHARE, GIB, Chip
+from deepseek_jax.plan.chips import GIB, Chip
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
 from deepseek_jax.plan.run import Placement, Plan
@@ -73,15 +73,18 @@ def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
     }
 
 
-def advice(plan: Plan, fit: Fit) -> list[str]:
-    """Return flags that lower the memory of a fit's step, as far as they are not in use, and a larger number."""
+def advice(plan: Plan, fit: Fit, of_state: bool = False) -> list[str]:
+    """Return flags that lower the memory of a fit's step, as far as they are not in use, and a larger number.
+
+    `of_state` leaves out what only lowers activations.
+    """
     config, flags = fit.config, []
     if config.execution.gather == "step" and fit.num_devices > 1:
         flags.append("--config.execution.gather=layer")
-    if config.execution.remat != "full":
+    if config.execution.remat != "full" and not of_state:
         flags.append("--config.execution.remat=full")
     micro_batch = smallest_micro_batch(fit)
-    if micro_batch < config.training.micro_batch_size:
+    if micro_batch < config.training.micro_batch_size and not of_state:
         flags.append(f"--config.training.micro_batch_size={micro_batch}")
     more = next((other for other in plan.fits if other.num_devices > fit.num_devices), None)
     return flags + ([f"--devices={more.num_devices} {more.flags}".strip()] if more else [])
@@ -96,6 +99,8 @@ def _devices(plan: Plan) -> list[tuple[str, str]]:
 
 def _on_devices(plan: Plan) -> list[str]:
     on = plan.placement
+    if on is None and plan.too_small:
+        return _too_small(plan, plan.too_small)
     if on is None:
         return ["memory of a device: --devices and --chip say on what; it must hold the state"]
     kind = f" of {on.chip.name}" if on.chip else ""
@@ -105,7 +110,7 @@ def _on_devices(plan: Plan) -> list[str]:
     if on.chip and on.step:
         text += _compiled(on.chip, on.step) + _verdict(plan, on.fit, on.chip, on.step, sum(on.held.values()))
     else:
-        text += [f"  {'together':<18}{_bytes(sum(on.held.values())):>12}  computed", _not_compiled(on)]
+        text += [f"  {'together':<18}{_bytes(sum(on.held.values())):>12}  computed", *_not_compiled(plan, on)]
     return text + _least_time(plan, on)
 
 
@@ -123,19 +128,38 @@ def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> l
         return [f"It fits: {step.total / chip.memory:.0%} of the memory."]
     beside = _bytes(step.total - held)
     text = [f"It does not fit. Beside what is listed, {beside} are activations, gathered weights and buffers."]
-    return text + [f"  less memory, perhaps: {flags}" for flags in advice(plan, fit)]
+    return text + _advised(advice(plan, fit))
 
 
-def _not_compiled(on: Placement) -> str:
+def _not_compiled(plan: Plan, on: Placement) -> list[str]:
     if on.chip is None:
-        return "Activations come on top; --chip=v5p, for example, compiles the step and says how much."
+        return ["Activations come on top; --chip=v5p, for example, compiles the step and says how much."]
     held = sum(on.held.values())
-    verdict = "It fits" if held <= on.chip.room else "It does not fit"
-    return (
-        f"{verdict}: that is {held / on.chip.memory:.0%} of a device of {on.chip.name}, and {CARD_SHARE:.0%} are for"
-        " what is computed; the rest is left to activations. How much those are is known on the card"
-        " (experiments.benchmarks.training_step prints it)."
-    )
+    figures = f"{held / on.chip.memory:.0%} of the card; {_share(on.chip)} the rest is for activations"
+    if held > on.chip.room:
+        return [f"It does not fit: that is {figures}.", *_advised(advice(plan, on.fit, of_state=True))]
+    return [
+        f"It fits: that is {figures}.",
+        "How much those are is known on the card (experiments.benchmarks.training_step prints it).",
+    ]
+
+
+def _too_small(plan: Plan, chip: Chip) -> list[str]:
+    written = ", ".join(str(fit.num_devices) for fit in plan.fits if not fit.changes) or "none"
+    text = f"{chip.name} is too small: it holds its part of the state on no number that works as written ({written})"
+    share = "" if chip.compiles else f"; {_share(chip)} the rest is for activations"
+    if not plan.holding:
+        return [f"{text}{share}; on another neither: use a larger chip, a smaller model or execution.gather = 'layer'."]
+    given = (f"  --chip={chip.name} --devices={fit.num_devices} {fit.flags}" for fit in plan.holding)
+    return [f"{text}{share}. With a change:", *given]
+
+
+def _share(chip: Chip) -> str:
+    return f"at most {chip.room / chip.memory:.0%} may be state,"
+
+
+def _advised(flags: list[str]) -> list[str]:
+    return [f"  less memory, perhaps: {flag}" for flag in flags]
 
 
 def _least_time(plan: Plan, on: Placement) -> list[str]:

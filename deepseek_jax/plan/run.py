@@ -44,12 +44,16 @@ class Plan:
         fits: the numbers of devices that work, with what must be changed for each.
         placement: on the number of devices that was asked for, or on the smallest whose memory holds the state; None if
             neither is there.
+        too_small: the chip whose memory holds the state on none of the numbers that work as written; else None.
+        holding: the fits with changes whose state it holds.
     """
 
     config: Config
     counts: Counts
     fits: tuple[Fit, ...]
     placement: Placement | None
+    too_small: Chip | None = None
+    holding: tuple[Fit, ...] = ()
 
 
 def make_plan(
@@ -72,7 +76,8 @@ def make_plan(
     if fit is None and chip is not None:
         fit = next((f for f in fits if not f.changes and _state(f, state) <= chip.room), None)
     if fit is None:
-        return Plan(config, counts, fits, None)
+        holding = tuple(f for f in fits if f.changes and _state(f, state) <= chip.room) if chip else ()
+        return Plan(config, counts, fits, None, chip, holding)
     step = compile_fit(fit, chip, say) if chip and chip.compiles else None
     return Plan(config, counts, fits, Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step))
 

@@ -1,10 +1,11 @@
 """The record of a conversion, conversion.json: which shards are finished, and whether a folder may be written into.
 
     {"plan": "3f1c...",
+     "dtypes": ["BF16", "F32", "F8_E4M3"],
      "num_shards": 163,
      "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...", "bytes": 5234139343}, ...}}
 
-`plan` is a digest of tensors, files, metadata and source (`writer.ShardWriter`).
+`plan` is a digest of tensors, files, metadata and source (`writer.ShardWriter`). `dtypes` may be absent.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from deepseek_jax.files import PARTIAL_MARK, write_atomically
@@ -27,23 +28,32 @@ PARTIAL = re.compile(rf"[\w.-]+{re.escape(PARTIAL_MARK)}.+-\d+-\d+")
 _READ_BYTES = 2**24  # hashed and reported at a time
 
 
-def check_target(folder: str | os.PathLike[str], num_bytes: int) -> None:
-    """Refuse a folder that cannot take a conversion of `num_bytes`, before the work begins.
+def check_target(folder: str | os.PathLike[str], num_bytes: int, dtypes: Iterable[str] = ()) -> None:
+    """Refuse a folder that cannot take `num_bytes`, or holds a conversion in other dtypes, before the work begins.
 
     Raises:
         ValueError: it is a file, or holds something else; OSError: the disk has too little space for the rest.
     """
-    folder = Path(folder)
+    folder, written = Path(folder), 0
     check_folder(folder)
-    written = (
-        sum(shard["bytes"] for shard in read_record(folder)["shards"].values())
-        if os.path.lexists(folder / RECORD)
-        else 0
-    )
+    if os.path.lexists(folder / RECORD):
+        record = read_record(folder)
+        check_dtypes(folder, record, dtypes)
+        written = sum(shard["bytes"] for shard in record["shards"].values())
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(parent):
         raise ValueError(f"{shown(str(parent))} is a file: choose a folder that can be made")
     check_space(parent, num_bytes - written)
+
+
+def check_dtypes(folder: Path, record: dict, dtypes: Iterable[str]) -> None:
+    """Refuse to continue a conversion whose record names other dtypes."""
+    before, now = record.get("dtypes"), sorted(set(dtypes))
+    if isinstance(before, list) and now and before != now:
+        raise ValueError(
+            f"{shown(str(folder))} holds a conversion in another precision ({shown(', '.join(map(str, before)))}) than"
+            f" this one ({', '.join(now)}): give that --precision, choose another folder, or delete this one"
+        )
 
 
 def verify(folder: str | os.PathLike[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:

@@ -32,6 +32,7 @@ from deepseek_jax.safetensors.folder import INDEX, RECORD
 from deepseek_jax.safetensors.header import DTYPES
 from deepseek_jax.safetensors.record import (
     PARTIAL,
+    check_dtypes,
     check_folder,
     check_space,
     file_size,
@@ -122,6 +123,7 @@ class ShardWriter:
         # transformers insists on "pt".
         metadata = {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))
         shards = plan(tensors, int(max_shard_bytes))
+        self._dtypes = sorted({tensor.dtype for tensor in tensors})
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
         self._headers = {file: _header(shard, metadata) for file, shard in self.shards.items()}
         digest = hashlib.sha256(source.encode())
@@ -224,6 +226,7 @@ class ShardWriter:
     def _finished(self) -> dict[str, dict]:
         record = read_record(self.folder)
         if record["plan"] != self.digest:
+            check_dtypes(self.folder, record, self._dtypes)
             what = "other tensors, shard sizes, metadata or source"
             raise ValueError(f"{self.folder} holds a conversion of {what}: choose another folder, or delete this one")
         return record["shards"]
@@ -231,7 +234,12 @@ class ShardWriter:
     def _record_finished(self, shards: dict[str, dict]) -> None:
         write_json(
             self.folder / RECORD,
-            {"plan": self.digest, "num_shards": len(self.shards), "shards": dict(sorted(shards.items()))},
+            {
+                "plan": self.digest,
+                "dtypes": self._dtypes,
+                "num_shards": len(self.shards),
+                "shards": dict(sorted(shards.items())),
+            },
         )
 
     def write_shard(

@@ -21,10 +21,11 @@ from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.inputs import shown
 from deepseek_jax.training.optimizer import batch_size, rates
 
+LENGTH = "training.num_tokens"
 FREE_SECTIONS = ("mesh.", "execution.")
 FREE_KEYS = {
     "data.prefetch",
-    "training.num_tokens",
+    LENGTH,
     "training.micro_batch_size",
     "training.log_every",
     "training.eval_every",
@@ -65,16 +66,17 @@ def check_continues(
         if old.get(key, ABSENT) != new.get(key, ABSENT)
     }
     bound = {key: values for key, values in changed.items() if not _is_free(key, *values, trained)}
-    differences = (bound or changed).items()
-    lines = [f"  {key}: {_shown(was)} in {where}, {_shown(now)} given" for key, (was, now) in differences]
+    differences = bound or changed
+    lines = [f"  {key}: {_shown(was)} in {where}, {_shown(now)} given" for key, (was, now) in differences.items()]
     if bound:
         raise ValueError(
             f"{folder} holds a run with another config; {remedy}:\n"
             + "\n".join([*lines[:MOST_LINES], *([f"  and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))])
         )
     if say:
-        for line in lines:
-            logging.warning("continuing with a changed config:%s", line[1:])
+        for key, line in zip(differences, lines, strict=True):
+            if not trained or key != LENGTH:  # which `check_length` tells
+                logging.warning("the config has changed:%s", line[1:])
 
 
 def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> None:
@@ -94,8 +96,8 @@ def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> No
         return
     if after < tokens_seen:
         raise ValueError(
-            f"training.num_tokens = {after:,.0f} is less than the {tokens_seen:,} tokens that the run has seen; give at"
-            " least so many, or go back: remove the checkpoints beyond it"
+            f"training.num_tokens = {after:,.0f} is less than the {tokens_seen:,} tokens that the run has seen; add"
+            f" --config.{LENGTH}={before:.0f}, which its checkpoint has, or go back: remove the checkpoints beyond it"
         )
     old = config.with_(training={"num_tokens": before})
     names = ("optimizer.learning_rate", "loss.mtp_weight", "optimizer.bias_update_rate", "batch size")
@@ -108,6 +110,16 @@ def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> No
             for name, was, now in zip(names, *values, strict=True)
         ),
     )
+
+
+def check_one_step(config: Config) -> None:
+    """Refuse a run that is shorter than its first step."""
+    wanted, step = config.training.num_tokens, batch_size(config, 0) * config.data.sequence_length
+    if wanted < step:
+        raise ValueError(
+            f"config.training.num_tokens = {wanted:g} is less than the {step:,} tokens of one step (batch_size x"
+            " sequence_length); raise it"
+        )
 
 
 def _is_free(key: str, old: Any, new: Any, trained: bool) -> bool:

@@ -38,6 +38,7 @@ from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
 # What a start or an import makes before it owns the workdir.
 UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
+MOST_NAMED = 5  # of runs in a message
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
 LONGEST_REFUSAL = 2000  # bytes that one process tells the others
 BY_US, BY_THE_SYSTEM = 1, 2  # who refuses a workdir: a ValueError, an OSError
@@ -161,14 +162,42 @@ def check_workdir(workdir: Path, config: Config, remedy: str = REMEDY) -> None:
     """Check that `workdir` is free, or holds a run that `config` may continue; else `remedy` says what to do.
 
     Raises:
-        ValueError: it holds a run with another configuration; the message shows each difference.
+        ValueError: it holds a run with another configuration, and the message shows each difference; or it is the
+            folder of another run's checkpoints.
     """
     path = workdir / "config.json"
+    if CHECKPOINTS in workdir.absolute().parts[-2:] and (around := _around(workdir)):
+        raise ValueError(f"{shown(str(workdir))} is inside of a run; give the run's own folder, --workdir={around}")
     if os.path.lexists(path):
         stored = read_config(workdir)
         check_continues(to_dict(stored), config, workdir, "the workdir", bool(stored_steps(workdir)), remedy=remedy)
         if stored.data.tokenizer != config.data.tokenizer and (workdir / TOKENIZER_FILES[0]).exists():
             check_tokenizer(config, workdir)
+
+
+def _near(workdir: Path) -> str:
+    """Return which runs are inside or around a folder without one, as a remedy; "" if none is."""
+    if around := _around(workdir):
+        return f"give the run's own folder, --workdir={around}"
+    inside = sorted(path.parent for path in workdir.glob("*/config.json") if _is_run(path.parent))
+    if not inside:
+        return ""
+    more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+    return f"give one of the runs inside, {', '.join(f'--workdir={path}' for path in inside[:MOST_NAMED])}{more}"
+
+
+def _around(workdir: Path) -> Path | None:
+    """Return the run that a folder, or the folder above it, lies in."""
+    return next(filter(_is_run, workdir.absolute().parents[:2]), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder has a run's configuration; a checkpoint's in Hugging Face's format is none."""
+    try:
+        tree = read_json(folder / "config.json")
+    except ValueError:
+        return False
+    return isinstance(tree, dict) and "training" in tree
 
 
 def read_config(workdir: Path) -> Config:
@@ -179,11 +208,10 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / "config.json"
     if not os.path.lexists(path):
-        remedy = (
-            f"train on with --workdir={workdir} and the run's --config, which writes it anew"
-            if stored_steps(workdir)
-            else f"train one with experiments.train --workdir={workdir}"
-        )
+        if stored_steps(workdir):
+            remedy = f"train on with --workdir={workdir} and the run's --config, which writes it anew"
+        else:
+            remedy = _near(workdir) or f"train one with experiments.train --workdir={workdir}"
         raise ValueError(f"{shown(str(workdir))} holds no run: {path.name} is missing; {shown(remedy)}")
     tree = read_json(path)
     try:

@@ -141,7 +141,7 @@ def table(records: list[dict[str, Any]]) -> str:
         parameters = count(config, state).parameters
         compiled = [compiled_cell(config, CHIPS[chip], records) for chip in tpus]
         computed = [card_cell(config, state, CHIPS[card]) for card in CARDS.values()]
-        sizes = _short(parameters, "B", "M"), _short(12 * parameters, " GB", " MB")
+        sizes = _count(parameters), _bytes(12 * parameters)
         rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *compiled, *computed])} |")
     return "\n".join(rows)
 
@@ -163,10 +163,12 @@ def card_cell(config: Config, state: State, card: Chip) -> str:
     return str(fits[0].num_devices) if fits else "none"
 
 
-def _short(value: float, billions: str, millions: str) -> str:
-    if value >= 1e9:
-        return f"{value / 1e9:,.1f}{billions}" if billions != "B" else f"{value / 1e9:,.3f}B"
-    return f"{value / 1e6:,.1f}{millions}"
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:,.3f}B" if parameters >= 1e9 else f"{parameters / 1e6:,.1f}M"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def read_records() -> list[dict[str, Any]]:

@@ -57,9 +57,11 @@ def test_rows_without_text_are_items_and_a_broken_network_is_not(library):
     texts, (message,) = skipping("hf:x/y:train")
     assert texts == ["a", "b"]
     assert "hf:x/y:train row 2 has no text under text_field = 'text' (it has keys ['text'])" in message
+    library.rows[:] = [{"n": 1, "id": "7", "content": "some text"}, {"text": "a"}]
+    assert skipping("hf:x/y:train")[1][0].endswith("['content', 'id', 'n']): give --config.data.text_field=content")
     library.rows.append(ConnectionError("reset\x1b[31m by peer"))
     with pytest.raises(
-        ValueError, match=r"hf:x/y:train cannot be read after row 3: ConnectionError: reset\\x1b.* start a"
+        ValueError, match=r"hf:x/y:train cannot be read after row 2: ConnectionError: reset\\x1b.* start a"
     ):
         skipping("hf:x/y:train")
 

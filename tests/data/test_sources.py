@@ -85,7 +85,7 @@ def bad_inputs(folder):
         (
             "field.jsonl",
             b'{"content": "x"}\n' + good,
-            r"line 1 has no text under text_field = 'text' \(it has keys \['content'\]\)",
+            r"line 1 has no text under text_field = 'text' \(it has keys \['content'\]\): give .*text_field=content",
             3,
         ),
         ("number.jsonl", good + b"\n12", "number.jsonl line 4 has no text .* a int", 3),
@@ -96,7 +96,7 @@ def bad_inputs(folder):
         (
             "column.parquet",
             made["column.parquet"],
-            r"has no column text_field = 'text' \(it has \['content'\]\)",
+            r"has no column text_field = 'text' \(it has \['content'\]\): give --config.data.text_field=content",
             0,
         ),
         ("cut.parquet", made["made.parquet"][:-9], "cut.parquet cannot be read after row 0", 0),

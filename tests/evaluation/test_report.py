@@ -114,4 +114,7 @@ def test_a_context_without_room_for_a_sample_is_named(config, result, tmp_path):
 
 def test_of_several_processes_a_sample_is_a_command(config, result, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert "python -m experiments.generate --workdir=" in sample(config, tmp_path, result)
+    monkeypatch.setattr("deepseek_jax.evaluation.report.first_words", lambda *_: "of\n  the\nnumber")
+    *_, command = sample(config, tmp_path, result).splitlines()
+    assert command.startswith("python -m experiments.generate --workdir=")
+    assert command.endswith("'--prompt=of the number'")

@@ -59,6 +59,8 @@ def test_one_source_of_several_takes_another_path():
             "optimizer.learning_rate",
             [["linear", 0.5, 1e-3], ["cosine", 1.0, 1e-4]],
         ),
+        (["--config.data.sources=({'path': 'a'},)"], "data.sources", [{"path": "a", "weight": 1.0, "text_field": ""}]),
+        (["--config.data.sources=my texts"], "data.sources", [{"path": "my texts", "weight": 1.0, "text_field": ""}]),
         (["--config.mesh={'pipe': 1, 'data': 1, 'node': 1, 'expert': 2, 'tensor': 1}"], "mesh.expert", 2),
     ],
 )

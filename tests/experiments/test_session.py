@@ -8,7 +8,7 @@ import textwrap
 import jax
 import pytest
 
-from experiments import session
+from experiments import accelerator, session
 
 COUNT_FAULTS = """
     import ctypes, resource, sys
@@ -51,3 +51,33 @@ def test_platform_is_read_from_the_configuration():
         assert not session.computes_on_cpu()
     finally:
         jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("files", "plugins", "variables", "chosen"),
+    [
+        ([], ["jax_cuda13_plugin", "libtpu"], {}, "cpu"),  # the extra `dev` alone
+        (["nvidia0"], ["jax_cuda13_plugin", "libtpu"], {}, "cuda,cpu"),
+        (["nvidia0"], ["libtpu"], {}, None),
+        (["nvidia0"], ["jax_cuda13_plugin"], {"CUDA_VISIBLE_DEVICES": ""}, "cpu"),
+        (["nvidiactl"], ["jax_cuda13_plugin"], {}, "cpu"),
+        (["accel3"], ["libtpu"], {}, "tpu,cpu"),
+        (["nvidia0"], ["jax_cuda13_plugin"], {"JAX_PLATFORMS": "cpu"}, None),
+    ],
+)
+def test_commands_compute_on_the_device_that_is_there(monkeypatch, tmp_path, files, plugins, variables, chosen):
+    for name in files:
+        (tmp_path / name).touch()
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(accelerator.find, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: name in plugins or None)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        accelerator.choose()
+        assert jax.config.jax_platforms == chosen
+    finally:
+        jax.config.update("jax_platforms", before)

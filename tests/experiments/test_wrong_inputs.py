@@ -37,7 +37,8 @@ FLAGS = [
     case("train", TINY, "--workdir is missing", "--workdir=runs/tiny"),
     case("train", f"{TINY} --workdri={{d}}/W", "--workdri is unknown", "--workdir"),
     case("train", f"{NEW} --learning_rate=1", "--learning_rate is unknown", "--config.optimizer.learning_rate"),
-    case("train", f"{NEW} --zzzzzz", "--zzzzzz is unknown", "--help"),
+    case("train", f"{NEW} --zzzzzz", "--zzzzzz is unknown", "--help", "--print_config"),
+    case("train", f"{NEW} --lr=1", "--lr is unknown", "--config.optimizer.learning_rate?"),
     case("train", f"{NEW} config.model.width=64", "config.model.width=64 is not a flag", "--config.model.width=64"),
     case("train", f"{TINY} {{d}}/W", "is not a flag"),
     case("train", f"{NEW} -- --config.model.width=64", "is not a flag"),
@@ -80,11 +81,11 @@ FLAGS = [
     case("generate", "--workdir={d}/W --prompt=x --seed=4294967296", "--seed=4294967296", "4294967295"),
     case("generate", "--workdir={d}/W --prompt=x --seed=99999999999999999999", "--seed=9999", "4294967295"),
     case("generate", "--workdir={d}/W --prompt=x --max_new_tokens=0", "--max_new_tokens=0", "Stop after"),
-    case("generate", "--workdir={d}/W --prompt=x --temperature=nan", "temperature = nan", "at least 0", files=RUN),
-    case("generate", "--workdir={d}/W --prompt=x --temperature=-1", "temperature = -1", "at least 0", files=RUN),
+    case("generate", "--workdir={d}/W --prompt=x --temperature=nan", "--temperature = nan", "at least 0", files=RUN),
+    case("generate", "--workdir={d}/W --prompt=x --temperature=-1", "--temperature = -1", "at least 0", files=RUN),
     case("generate", "--workdir={d}/W --prompt=x --temperature=hot", "--temperature=hot", "Divides the logits"),
-    case("generate", "--workdir={d}/W --prompt=x --top_p=0", "top_p = 0", "(0, 1]", files=RUN),
-    case("generate", "--workdir={d}/W --prompt=x --top_k=-1", "top_k = -1", "at least 0", files=RUN),
+    case("generate", "--workdir={d}/W --prompt=x --top_p=0", "--top_p = 0", "(0, 1]", files=RUN),
+    case("generate", "--workdir={d}/W --prompt=x --top_k=-1", "--top_k = -1", "at least 0", files=RUN),
     case("generate", "--workdir={d}/W --prompt=x --top_k=99999999999", "--top_k=99999999999", "0 means all"),
     case("generate", "--workdir={d}/W --prompt=x --expert_devices=0", "--expert_devices=0", "share the routed experts"),
     case("generate", "--workdir={d}/W --prompt=x --expert_devices=3", "3", files=RUN),
@@ -188,6 +189,12 @@ def config_file(text, *says, name="c.py", argument=""):
     return case("train", f"'--config={{d}}/{name}{argument}' --workdir={{d}}/W", *says, files=files)
 
 
+def assigned(key, value, *says):
+    """A file that gives a key a value of another type."""
+    text = A_CONFIG.replace("    return", f"    c = tiny.get_config()\n    c.{key} = {value}\n    return")
+    return config_file(text, *says)
+
+
 FILES = [
     config_file(None, "No such file", "configs/tiny.py"),
     config_file(lambda path: path.mkdir(), "is a folder", "configs/tiny.py"),
@@ -217,6 +224,9 @@ FILES = [
     config_file(A_CONFIG, "takes another number of arguments", "drop", argument=":corpus"),
     config_file(A_CONFIG.replace("get_config()\n", "get_config\n", 1), "returned function"),
     config_file("def get_config():\n    return {1: 2}\n", "config.1 is unknown"),
+    assigned("data.sources", '"/my/one.txt"', "line 6: sources = /my/one.txt is of type str", 'write ("/my/one.txt",)'),
+    assigned("optimizer.learning_rate", "1e-3", 'write (("constant", 1.0, 0.001),)'),
+    assigned("model.width", '"wide"', "width = wide is of type str and must be of type int; write a value of type int"),
     config_file("def get_config():\n    return {'name': 'x'}\n", "config lacks", "configs/deepseek_v3.py"),
     config_file(
         A_CONFIG.replace("    return", "    c = tiny.get_config()\n    c.model.depth = 3\n    return c\n    return"),
@@ -236,6 +246,8 @@ FIELDS = [
     field("modle.width=64", "--config.modle.width", "--config.model.width"),
     field("width=64", "--config.width", "--config.model.width"),
     field("zzz.zzz=64", "--config.zzz.zzz", "configs/deepseek_v3.py"),
+    field("optimizer.lr=1e-3", "did you mean --config.optimizer.learning_rate?"),
+    field("optimizer.zz=1", "--config.optimizer.zz: ", "optimizer has learning_rate, warmup_steps, b1"),
     field(".=1", "not a key"),
     field('model["=1', "not a key"),
     field("model.width=abc", "--config.model.width=abc", "whole number"),
@@ -257,6 +269,7 @@ FIELDS = [
     field('model={"width": 64}', "config.model lacks", "configs/deepseek_v3.py"),
     field("data.sources[5].path=x", "sources[5].path"),
     field("data.sources[0].pth=x", "sources[0].pth"),
+    field("data.sources=A,B", "data.sources=A,B must be a path", '\'("A", "B")\''),
     field("data.sources=()", "sources is empty"),
     field('data.sources=({"path": "stdlib", "weight": -1.0},)', "weight = -1", "stdlib", "positive"),
     field('data.sources=({"path": "stdlib", "weight": 1e999},)', "weight = inf", "stdlib"),
@@ -290,7 +303,9 @@ FIELDS = [
     field("data.on_error=ignore", "on_error = 'ignore'", "skip"),
     field("training.num_tokens=1e308", "num_tokens = 1e+308", "2**63"),
     field("training.num_tokens=0.5", "num_tokens = 0.5", "at least 1"),
-    field("training.num_tokens=many", "num_tokens=many", "a number"),
+    field("training.num_tokens=1M", "num_tokens=1M", "a number, such as 1e6"),
+    field("training.num_tokens=10", "num_tokens = 10 is less than the 2,048 tokens of one step", "raise it"),
+    field("model.vocab_size=200", "vocab_size = 200 is too small for BPE", "raise it"),
     field("training.micro_batch_size=3", "micro_batch_size = 3", "multiple"),
     field("execution.expert_block=9223372036854775808", "expert_block", "at most"),
     field("execution.precision=fp4", "precision = 'fp4'", "fp8"),
@@ -320,6 +335,11 @@ RUNS = [
     case("evaluate", "--workdir={d}/W", "not valid JSON", "restore", files={"W/config.json": "{"}),
     case("generate", "--workdir={d}/W --prompt=x", "config lacks", files={"W/config.json": "{}"}),
     case("evaluate", "--workdir={d}/W", "no", files=RUN),
+    case("evaluate", "--workdir={d}", "holds no run", "one of the runs inside, --workdir={d}/W", files=RUN),
+    case("evaluate", "--workdir={d}/W/checkpoints", "the run's own folder, --workdir={d}/W", files=RUN),
+    case("evaluate", "--workdir={d}", "train one with experiments.train", files={"hf/config.json": '{"x": 1}'}),
+    case("train", f"{TINY} --workdir={{d}}/W/checkpoints", "inside of a run", "--workdir={d}/W", files=RUN),
+    case("generate", "--workdir={d}/W/checkpoints/9 --prompt=x", "own folder, --workdir={d}/W", files=RUN),
     case(
         "train",
         f"{TINY} --workdir={{d}}/W --config.data.sequence_length=64",
@@ -335,11 +355,25 @@ RUNS = [
         "name a folder",
     ),
 ]
+
+
+def empty(name, text, *says, skip=False):
+    """A corpus without a text to train on."""
+    skipping = " --config.data.on_error=skip" if skip else ""
+    words = f"{TINY} --workdir={{d}}/W --config.data.sources={{d}}/{name}{skipping}"
+    return case("train", words, *(says or ("holds no readable document", "add text")), files={name: text})
+
+
 DATA = [
     case("train", f"{NEW} --config.data.tokenizer=/dev/zero", "/dev/zero", "a device", "'byte'"),
     case("train", f"{NEW} --config.data.tokenizer={{d}}/none.json", "none.json", "'byte'"),
     case("train", f"{NEW} --config.data.tokenizer={{d}}/file", "tokenizer.json", "'byte'", files=FILE),
     case("train", f"{NEW} '--config.data.sources[0].path={{d}}'", "is an empty folder", "put"),
+    empty("a.txt", ""),
+    empty("a.jsonl", ""),
+    empty("a.jsonl", '{"content": "x", "id": "1"}\n', "keys ['content', 'id']", "--config.data.text_field=content"),
+    empty("a.jsonl", '{"my text": "x"}\n', "'--config.data.text_field=my text'"),
+    empty("a.jsonl", '{"content": "x"}\n' * 3, "a.jsonl' holds", "3 items skipped", "line 1 has no text", skip=True),
     case("train", f"{NEW} '--config.data.sources[0].path={{d}}/fifo'", "fifo", files={"fifo": os.mkfifo}),
     case("benchmarks.training_step", f"{TINY} '--config.data.sources[0].path={{d}}/none'", "none", "name a folder"),
     case("studies.loss_gap", "--workdir={d}/W '--config.data.sources[0].path={d}/none'", "none", "name a folder"),

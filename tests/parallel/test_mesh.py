@@ -104,7 +104,8 @@ def test_dims_that_the_mesh_cannot_split_are_refused(section, name, value, parts
     tree[section][name] = value
     config = from_config_dict(tree)
     with pytest.raises(
-        ValueError, match=f"{section}.{name} = {value} cannot be split over {parts} devices.*nearest that can {fitting}"
+        ValueError,
+        match=f"{section}.{name} = {value} cannot be split over {parts} devices.*nearest {name} that can {fitting}",
     ):
         check_fit(config, make_mesh(config.mesh))
 

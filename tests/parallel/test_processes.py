@@ -170,3 +170,13 @@ def test_without_a_cluster_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(processes.watch, "end", lambda code: pytest.fail(f"ended with {code}"))
     with pytest.raises(ValueError, match="no cluster was found .* give --coordinator=host:port, --num_processes"):
         processes.join(None, None, None, 30.0)
+
+
+def test_processes_that_do_not_meet_are_told_by_the_command(monkeypatch, capsys):
+    codes, joined = [], threading.Event()
+    monkeypatch.setattr(processes.watch, "end", codes.append)
+    monkeypatch.setattr(processes.sys, "argv", ["/somewhere/train.py"])
+    monkeypatch.setattr(processes.sys.modules["__main__"], "__spec__", None)
+    processes._end_late(joined, "10.0.0.1:1234", 2, 0.0)
+    assert codes == [1]
+    assert capsys.readouterr().err.startswith("train.py: all 2 processes did not meet at 10.0.0.1:1234 within 0 s: ")

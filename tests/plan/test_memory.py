@@ -90,8 +90,18 @@ def test_a_card_is_computed_and_says_so():
     plan = make_plan(config, chip=card)
     assert plan.placement.fit.num_devices == 2  # as docs/memory.md has it
     assert "does_fit" not in record(plan)
-    assert "It fits: that is" in lines(plan)[-2] and "80% are for what is computed" in lines(plan)[-2]
-    assert "It does not fit: that is 85% of a device" in lines(make_plan(config, 1, card))[-2]
+    assert "It fits: that is" in lines(plan)[-3] and "at most 80% may be state" in lines(plan)[-3]
+    told = lines(make_plan(config, 1, card))
+    assert "It does not fit: that is 85% of the card; at most 80% may be state" in told[-3]
+    assert told[-2] == "  less memory, perhaps: --devices=2"
+
+
+def test_a_chip_that_is_too_small_is_told_with_what_would_hold_the_state():
+    config = from_config_dict(deepseek_v3.get_config())
+    told = lines(make_plan(config, chip=chips.find_chip("h100")))
+    assert "h100 is too small" in told[-3] and "no number that works as written (64, 128); at most 80%" in told[-3]
+    assert told[-2] == "  --chip=h100 --devices=256 --config.training.micro_batch_size=256"
+    assert "; on another neither: use a larger chip" in lines(make_plan(config, chip=chips.find_chip("v5e")))[-1]
 
 
 def test_chips():

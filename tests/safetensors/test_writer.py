@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_jax.safetensors import writer as writer_module
 from deepseek_jax.safetensors.folder import INDEX, Shards
-from deepseek_jax.safetensors.record import verify
+from deepseek_jax.safetensors.record import check_target, verify
 from deepseek_jax.safetensors.writer import Planned, ShardWriter, plan
 from tests.support.shards import FILES, SHAPES, SIZE, hashes, planned, same, values, write
 
@@ -199,6 +199,17 @@ def test_another_plan_does_not_continue_a_folder(tmp_path, change):
     ):
         write(tmp_path, **({"source": "step 1"} | change))
     assert hashes(tmp_path) == before
+
+
+def test_another_precision_is_named(tmp_path):
+    write(tmp_path)
+    shapes = {name: ("BF16", shape) for name, (_, shape) in SHAPES.items()}
+    with pytest.raises(
+        ValueError, match=r"another precision \(.*F32.*\) than this one \(BF16\): give that --precision"
+    ):
+        check_target(tmp_path, 0, (dtype for dtype, _ in shapes.values()))
+    with pytest.raises(ValueError, match="another precision"):
+        write(tmp_path, shapes=shapes)
 
 
 @pytest.mark.parametrize(
