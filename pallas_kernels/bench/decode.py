@@ -112,8 +112,8 @@ def microseconds(function: Callable, arrays: tuple, only: str = "") -> float:
     """Return the median time of the kernels whose names contain `only`."""
     times = []
     for _ in range(ROUNDS):
-        _, launches = profiler.measure(function, aggregate=False, iterations=LAUNCHES)(*arrays)
-        times += [sum(time for name, time in launch if only in name) for launch in launches]
+        measured: Any = profiler.measure(function, aggregate=False, iterations=LAUNCHES)(*arrays)
+        times += [sum(time for name, time in launch if only in name) for launch in measured[1]]
     return 1e3 * statistics.median(times)
 
 
@@ -190,7 +190,7 @@ def main() -> None:
         limit | {"mode": "read rate", "value": 1e-9 * read, "unit": "GB/s"} | common,
         limit | {"mode": "product rate", "value": 1e-12 * product, "unit": "TFLOP/s"} | common,
     ]
-    rows = [tuple(map(int, row.split(","))) for row in arguments.rows.split()]
+    rows = [(int(heads), int(queries)) for heads, queries in (row.split(",") for row in arguments.rows.split())]
     todo = shapes(rows, [int(x) for x in arguments.batches.split()], [int(x) for x in arguments.contexts.split()])
     most = max(sum(-(-length // PAGE) for length in shape.lengths) for shape in todo)
     pool = jax.jit(lambda key: jax.random.normal(key, (most + 1, PAGE, KEY), jnp.bfloat16))(jax.random.key(1))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import hopper, reference
@@ -102,7 +103,7 @@ def check(q: Array, cache: Array, tables: Array, lengths: Array, value_dim: int)
             " int32 with a row and a number for each"
         )
     most = tables.shape[1] * cache.shape[1]
-    if not isinstance(lengths, jax.core.Tracer | jax.ShapeDtypeStruct) and np.max(lengths) > most:
+    if not isinstance(lengths, Tracer | jax.ShapeDtypeStruct) and np.max(lengths) > most:
         raise ValueError(f"a sequence of {np.max(lengths)} tokens does not fit the {most} of its row in tables")
 
 
@@ -115,7 +116,7 @@ def check_lengths(lengths: Array) -> None:
     check_array("lengths", lengths)
     if lengths.ndim != 1 or not len(lengths) or lengths.dtype != jnp.int32:
         raise ValueError(f"lengths is {lengths.dtype} {lengths.shape}; it must be int32 with one for each sequence")
-    if not isinstance(lengths, jax.core.Tracer | jax.ShapeDtypeStruct) and np.min(lengths) < 0:
+    if not isinstance(lengths, Tracer | jax.ShapeDtypeStruct) and np.min(lengths) < 0:
         raise ValueError(f"lengths has {np.min(lengths)}; a sequence has 0 tokens or more")
 
 

@@ -72,7 +72,7 @@ def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Arr
                 lse_ref[sequence, row + r] = jnp.where(empty, -jnp.inf, logarithm)
 
     layout_inference.install()
-    out, lse = jax.new_ref(out), jax.new_ref(lse)
+    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     plgpu.kernel(
         kernel,
         kernel_name="mla_decode_combine",
@@ -80,5 +80,5 @@ def combine(schedule: Schedule, partial_out: Array, partial_lse: Array, out: Arr
         grid=(num_rows // rows, batch),
         grid_names=("row", "sequence"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(schedule.sequences, partial_out, partial_lse, out, lse)
-    return jax.freeze(out), jax.freeze(lse)
+    )(schedule.sequences, partial_out, partial_lse, out_ref, lse_ref)
+    return jax.freeze(out_ref), jax.freeze(lse_ref)

@@ -13,6 +13,7 @@ from pallas_kernels.mla_decode.schedule import PAGE
 
 ROWS, HALF, ROTARY = 64, 256, 64
 L = plgpu.Layout
+UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 COLUMN = L.WGMMA.reduce(1)
 
 
@@ -179,7 +180,7 @@ class Half:
             scores = run(jnp.zeros((ROWS, PAGE), jnp.float32))
             plgpu.commit_smem()  # the detector wants it between a plain read and the next copy; wgmma reads otherwise
         else:
-            scores = pl.run_scoped(run, plgpu.ACC((ROWS, PAGE), jnp.float32))
+            scores = pl.run_scoped(run, UNTYPED.ACC((ROWS, PAGE), jnp.float32))
         plgpu.barrier_arrive(shared.empty.at[4 + page])
 
         @pl.when(is_last)
@@ -214,7 +215,7 @@ class Half:
             plgpu.wgmma(ref, *product)
             meanwhile()
 
-        return pl.run_state(run)(plgpu.ACC.init(total))
+        return pl.run_state(run)(UNTYPED.ACC.init(total))
 
     def clear_tail(self, values, valid, fragment) -> None:
         """Put zeros behind the first `valid` tokens of these values: they may be NaN."""

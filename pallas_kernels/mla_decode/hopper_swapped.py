@@ -16,6 +16,7 @@ TILE = 64  # dims: one swizzled line of BF16
 KEY_TILES, VALUE_TILES = 9, 8  # of an entry: 512 latent and 64 rotary dims
 OWN_TILES = VALUE_TILES // WARPGROUPS
 L = plgpu.Layout
+UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 
 
 def after(slot: Array, count: Any, stages: int) -> Array:
@@ -123,7 +124,7 @@ class Half:
                 plgpu.wgmma(total, self.shared.ring.at[slot], query)
             return total[...]
 
-        return pl.run_scoped(run, plgpu.ACC((PAGE, self.n), jnp.float32))
+        return pl.run_scoped(run, UNTYPED.ACC((PAGE, self.n), jnp.float32))
 
     def weigh(self, slots, totals) -> tuple:
         """Return the tiles of O^T [64, n] with the values of this page added."""
@@ -138,7 +139,7 @@ class Half:
             for slot, total in zip(slots, totals, strict=True):
                 plgpu.wgmma(total, self.shared.ring.at[slot].transpose((1, 0)), weights)
 
-        return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(total) for total in totals)))
+        return tuple(pl.run_state(run)(tuple(UNTYPED.ACC.init(total) for total in totals)))
 
     def reduce(self, operation: str, x: Array) -> Array:
         """Return the maxima or sums of columns.
@@ -150,7 +151,7 @@ class Half:
             return x.max(axis=0) if operation == "max" else x.sum(axis=0)
         vector = plgpu.ShapeDtypeStruct((self.n,), jnp.float32, layout=L.WGMMA.reduce(0))
 
-        @plgpu.inline_mgpu(arg_types=(L.WGMMA, plgpu.RefType()), return_type=vector)
+        @UNTYPED.inline_mgpu(arg_types=(L.WGMMA, plgpu.RefType()), return_type=vector)
         def emit(_, x, scratch):
             return x.reduce(operation, 0, scratch)
 
