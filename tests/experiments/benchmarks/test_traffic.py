@@ -37,7 +37,13 @@ def test_one_layer_from_the_program_and_from_the_compiler(tmp_path):
     assert "data 2 x node 2 x expert 2" in traced[0] and traced[0].endswith("traced")
     assert compiled[0] == traced[0].replace("traced", "compiled")
     cut = traced.index(next(line for line in traced if line.startswith("all layers")))
-    assert compiled[:cut][1:] == traced[:cut][1:]
+    # The backward pass hands rows on inside a node once more. Where both passes lie in one block, XLA does it once.
+    again = next(i for i, line in enumerate(traced) if line.startswith("expert  backward  rows"))
+    assert [line for i, line in enumerate(compiled[:cut]) if i not in (0, again)] == [
+        line for i, line in enumerate(traced[:cut]) if i not in (0, again)
+    ]
+    once = next(line.split()[4] for line in traced if line.startswith("expert  forward   rows"))
+    assert traced[again].split()[4] == str(2 * int(once)) and compiled[again].split()[4] in (once, str(2 * int(once)))
     rows = next(line.split() for line in traced if line.startswith("node    forward   rows"))
     assert rows[3] == "128"  # 2 copies x 1/2 x 32 FP32
     assert any(line.startswith("data    backward  gradients") for line in traced[cut:])
