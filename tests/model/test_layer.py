@@ -56,33 +56,38 @@ CUTS = {
 
 
 @functools.cache
-def run(cut):
+def run(cut, num_parts=1):
     """The residual stream after the stages, what each router reported, and the gradient of the weights."""
     model, execution, loss = config().model, config().execution, config().loss
     batch = {name: array[:ROWS, -LENGTH:] for name, array in small.batch().items()}
     segments_BS = batch["segment_ids_BS"]
-    part = Part(expanded(execution, rotary_table(model, batch["positions_BS"]), segments_BS), segments_BS > 0)
+    rows = np.split(np.arange(ROWS), num_parts)
+    parts = [
+        Part(expanded(execution, rotary_table(model, batch["positions_BS"][r]), segments_BS[r]), segments_BS[r] > 0)
+        for r in rows
+    ]
     observe = functools.partial(router_stats, loss)
 
     def objective(params):
         whole = weights()._replace(params=params)
-        x_BSD, observed = params["embed_VD"][batch["tokens_BS"]], []
+        streams, observed = tuple(params["embed_VD"][batch["tokens_BS"][r]] for r in rows), []
         for dense, moe in CUTS[cut]:
-            (x_BSD,), cache, stats = run_layers(
-                model, execution, stage(whole, dense, moe), (x_BSD,), [part], {}, observe=observe
+            streams, cache, stats = run_layers(
+                model, execution, stage(whole, dense, moe), streams, parts, {}, observe=observe
             )
             assert cache == {}
             observed += stats
         counts_LE = jnp.concatenate([stats.counts_E for stats in observed])
+        x_BSD = jnp.concatenate(streams)
         return jnp.tanh(x_BSD).sum(), (x_BSD, counts_LE)
 
     (_, outputs), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(weights().params)
     return jax.device_get((*outputs, gradient))
 
 
-@pytest.mark.parametrize("cut", [name for name in CUTS if name != "whole"])
-def test_stages_one_after_the_other_are_the_whole(cut):
-    x_BSD, counts_LE, gradient = run(cut)
+@pytest.mark.parametrize(("cut", "num_parts"), [*((name, 1) for name in CUTS if name != "whole"), ("whole", 2)])
+def test_stages_one_after_the_other_and_parts_side_by_side_are_the_whole(cut, num_parts):
+    x_BSD, counts_LE, gradient = run(cut, num_parts)
     want_BSD, want_LE, want = run("whole")
     np.testing.assert_allclose(x_BSD, want_BSD, rtol=0, atol=2e-6 * np.abs(want_BSD).max())  # fused differently
     np.testing.assert_array_equal(counts_LE, want_LE)
