@@ -82,6 +82,11 @@ def main(_) -> None:
         raise ValueError("--prompt and --prompts are both given; leave one out")
     if OUT.value is not None and PROMPTS.value is None:
         raise ValueError(f"--out={shown(OUT.value)} is for --prompts; the text of one --prompt is printed")
+    if session.COORDINATOR.value is not None or session.DISTRIBUTED.value:
+        raise ValueError(
+            "experiments.generate runs in one process; leave --coordinator and --distributed out, and give"
+            " --expert_devices"
+        )
     workdir = local_path(WORKDIR.value, "--workdir")
     file = PROMPTS.value
     requests = [{"prompt": checked_prompt(PROMPT.value or "")}] if file is None else read_requests(file)

@@ -102,6 +102,8 @@ def train_texts(config: Config) -> Iterator[str]:
             num_wanted -= len(document.content)
             empty = False
             yield document.content
+    if empty and data.heldout_fraction == 1.0:
+        raise ValueError("data.heldout_fraction = 1 leaves nothing to train on; lower it, 0.02 for example")
     if empty:
         raise ValueError(
             "no training text in data.sources to train a tokenizer on; set data.tokenizer to a tokenizer.json or 'byte'"

@@ -99,9 +99,10 @@ def require_fit(config: Config, num_devices: int) -> Fit:
         fit = find_fit(config, num_devices)
         if fit is not None:
             raise ValueError(f"{error}; it works on {num_devices} with {fit.flags}") from None
+        cause = str(error).partition("; the nearest ")[0]  # which would be another model
         works = ", ".join(str(fit.num_devices) for fit in find_fits(config)) or "none"
         raise ValueError(
-            f"{num_devices} devices do not work; numbers of devices that work: {works}. Of {num_devices}: {error}"
+            f"{num_devices} devices do not work; numbers of devices that work: {works}. Of {num_devices}: {cause}"
         ) from None
 
 

@@ -1,6 +1,7 @@
 """The plan of a run: its size, the numbers of devices that work and, for one of them, the memory of a device."""
 
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -45,7 +46,8 @@ class Plan:
         placement: on the number of devices that was asked for, or on the smallest whose memory holds the state; None if
             neither is there.
         too_small: the chip whose memory holds the state on none of the numbers that work as written; else None.
-        holding: the fits with changes whose state it holds.
+        holding: the fits with changes whose state it holds; of a placement whose state is too large, the next that it
+            holds.
     """
 
     config: Config
@@ -79,7 +81,12 @@ def make_plan(
         holding = tuple(f for f in fits if f.changes and _state(f, state) <= chip.room) if chip else ()
         return Plan(config, counts, fits, None, chip, holding)
     step = compile_fit(fit, chip, say) if chip and chip.compiles else None
-    return Plan(config, counts, fits, Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step))
+    holding = ()
+    if chip and _state(fit, state) > chip.room:
+        larger = (f for f in fits if f.num_devices > fit.num_devices and _state(f, state) <= chip.room)
+        holding = tuple(itertools.islice(larger, 1))
+    on = Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step)
+    return Plan(config, counts, fits, on, holding=holding)
 
 
 def compile_fit(fit: Fit, chip: Chip, say: Callable[[str], None] = print) -> StepMemory:

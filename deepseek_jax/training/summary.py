@@ -103,6 +103,8 @@ def rates_line(config: Config) -> str:
     optimizer = config.optimizer
     values = [value * optimizer.learning_rate_factor for _, _, value in optimizer.learning_rate]
     warmup = f", {optimizer.warmup_steps:,} steps of warm-up" if optimizer.warmup_steps else ""
+    if optimizer.warmup_steps > num_steps(config):
+        warmup += ", more than the run has, so the rate stays below: lower optimizer.warmup_steps"
     return f"learning rate up to {max(values):.3g}, {values[-1]:.3g} at the end{warmup}"
 
 

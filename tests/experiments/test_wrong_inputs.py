@@ -72,6 +72,7 @@ FLAGS = [
     case("generate", "--workdir={d}/W", "--prompt is missing", "give the text to continue"),
     case("generate", "--workdir={d}/W --prompt=x --prompts=y", "both given; leave one out"),
     case("generate", "--workdir={d}/W --prompt=x --out=y", "--out=y is for --prompts"),
+    case("generate", "--workdir={d}/W --prompt=x --distributed", "runs in one process", "--expert_devices"),
     case("generate", "--workdir={d}/W --prompts={d}/none.jsonl", "none.jsonl", "check the path"),
     case("generate", "--workdir={d}/W --prompts={d}/p", "line 2 is not JSON", files={"p": '{"prompt": "x"}\nx\n'}),
     case("generate", "--workdir={d}/W --prompts={d}/p", "line 1 has no text", files={"p": '{"prompt": 1}\n'}),

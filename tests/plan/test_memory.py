@@ -96,6 +96,13 @@ def test_a_card_is_computed_and_says_so():
     assert told[-2] == "  less memory, perhaps: --devices=2"
 
 
+def test_the_advice_is_a_number_of_cards_that_hold_the_state():
+    """64 H100s lack the room for V3, and so do 128, which would be the next."""
+    told = lines(make_plan(from_config_dict(deepseek_v3.get_config()), 64, chips.find_chip("h100")))
+    advised = [line for line in told if "--devices=" in line]
+    assert advised == ["  less memory, perhaps: --devices=256 --config.training.micro_batch_size=256"]
+
+
 def test_a_chip_that_is_too_small_is_told_with_what_would_hold_the_state():
     config = from_config_dict(deepseek_v3.get_config())
     told = lines(make_plan(config, chip=chips.find_chip("h100")))

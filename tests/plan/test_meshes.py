@@ -84,6 +84,8 @@ def test_a_refusal_says_what_works():
         ValueError, match="^192 devices do not work; numbers of devices that work: 1, 2, 4, .*, 512. Of"
     ):
         meshes.require_fit(config, 192)
+    with pytest.raises(ValueError, match=r"512\. Of 1024: .*cannot be split over 1024 devices[^;]*$"):
+        meshes.require_fit(config, 1024)
     assert meshes.require_fit(config, 128).changes == {}
 
 

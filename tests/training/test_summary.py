@@ -11,7 +11,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.optimizer import batch_size
 from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.summary import num_steps, position_line, run_lines, short
+from deepseek_jax.training.summary import num_steps, position_line, rates_line, run_lines, short
 from tests.training.nano import get_config
 
 
@@ -44,6 +44,12 @@ def test_a_run_says_what_it_is(config, tmp_path):
         "continues after step 5 of 60",
     ):
         assert expected in text, text
+
+
+def test_a_warm_up_longer_than_the_run_is_told(config):
+    assert rates_line(config.with_(optimizer={"warmup_steps": 60})).endswith("60 steps of warm-up")
+    told = rates_line(config.with_(optimizer={"warmup_steps": 61}))
+    assert told.endswith("more than the run has, so the rate stays below: lower optimizer.warmup_steps")
 
 
 def test_epochs_count_what_is_trained_on(config, tmp_path):
