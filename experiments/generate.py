@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.files import replacing, write_all
+from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.generate import Completion, complete, expert_mesh, prompt_ids, stream
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.inference.weights import takes_fp8
+from deepseek_jax.inference.weights import decode_weights, takes_fp8
 from deepseek_jax.inputs import local_path, new_file, read_text, shown
 from deepseek_jax.progress import Bar
 from deepseek_jax.training.weights import restore_weights
@@ -101,6 +103,8 @@ def main(_) -> None:
     weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
     rest = MAX_NEW_TOKENS.value, sampling, SEED.value, mesh, STOP.value
     if file is not None:
+        with jax.set_mesh(mesh):  # once, not for every batch
+            weights = decode_weights(decode_execution(config, mesh), weights, mesh)
         with lines_to(out) as write:
             size = BATCH_SIZE.value if len(requests) > BATCH_SIZE.value else 0
             answer(requests, lambda prompts, i: complete(config, weights, tokenizer, prompts, *rest, i, size), write)
