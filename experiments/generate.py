@@ -104,7 +104,7 @@ def main(_) -> None:
     rest = MAX_NEW_TOKENS.value, sampling, SEED.value, mesh, STOP.value
     if file is not None:
         with jax.set_mesh(mesh):  # once, not for every batch
-            weights = decode_weights(decode_execution(config, mesh), weights, mesh)
+            weights = decode_weights(config.model, decode_execution(config, mesh), weights, mesh)
         with lines_to(out) as write:
             size = BATCH_SIZE.value if len(requests) > BATCH_SIZE.value else 0
             answer(requests, lambda prompts, i: complete(config, weights, tokenizer, prompts, *rest, i, size), write)

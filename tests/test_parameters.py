@@ -75,7 +75,7 @@ def test_a_new_row_is_cast_for_decoding(new_row):
     bf16.execution.precision = "bf16"
     params = {NEW: np.ones((4, 4, 4), np.float32), "norm_D": np.ones(4, np.float32)}
     mesh = make_mesh(config(data=1).mesh, jax.devices()[:1])
-    cast, _ = decode_weights(from_config_dict(bf16).execution, Weights(params, {}), mesh)
+    cast, _ = decode_weights(from_config_dict(bf16).model, from_config_dict(bf16).execution, Weights(params, {}), mesh)
     assert (cast[NEW].dtype, cast["norm_D"].dtype) == (jnp.bfloat16, jnp.float32)
 
 

@@ -1,77 +1,72 @@
 """The latent cache: per token and layer C channels of the normalised latent and R of the rotated key, no more.
 
-The two parts are separate arrays because absorbed attention reads the latent twice, as key and as value, and the rotary
-part once (`model.attention`). A slot that a sequence has not written gets no attention, so slots need no clearing; they
-only have to be finite. At the 671B shape a token takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads
-would take 4,997,120 (DeepSeek-V3 section 2.1.1).
+Pages of 64 tokens hold them (`model.absorbed` says how a page is found). A row of a page that its sequence has not
+written gets no attention, so pages need no clearing, and what lies in them may be anything. At the 671B shape a token
+takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would take 4,997,120 (DeepSeek-V3 section 2.1.1).
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.attention import Entry
 from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS, P
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ContiguousCache:
-    """The entries of one layer: M contiguous slots for every sequence. Stacked over layers, [L, B, M, ...]."""
-
-    latent_BMC: jax.Array
-    rotary_BMR: jax.Array
-
-    def write(self, entry: Entry, positions_BS: jax.Array) -> "ContiguousCache":
-        """Return the cache with the entry of each new token in the slot of its position."""
-        rows = jnp.arange(positions_BS.shape[0])[:, None]
-        return ContiguousCache(
-            self.latent_BMC.at[rows, positions_BS].set(entry.latent_BSC.astype(self.latent_BMC.dtype)),
-            self.rotary_BMR.at[rows, positions_BS].set(entry.rotary_BSR.astype(self.rotary_BMR.dtype)),
-        )
-
-    def read(self) -> Entry:
-        """Return all slots."""
-        return Entry(self.latent_BMC, self.rotary_BMR)
+from pallas_kernels.mla_decode.schedule import PAGE
 
 
 class Cache(NamedTuple):
-    """The cache of B sequences.
+    """The cache of B sequences. Each device has pages and sequences of its own.
 
     Attributes:
-        layers: one stack of caches per stack of layers, "dense_layers" and "moe_layers".
+        pages: [L, pages, 64, C + R], of all layers in order, in the dtype of the activations.
+        tables_BJ: int32, the pages of each sequence in order, by their numbers on the sequence's device. Numbers behind
+            a sequence's last page may be anything. Two sequences may share a page in which neither writes.
         length_B: tokens that each sequence has written, int32.
     """
 
-    layers: dict[str, ContiguousCache]
+    pages: jax.Array
+    tables_BJ: jax.Array
     length_B: jax.Array
 
 
-def make_cache(model: Model, execution: Execution, batch_size: int, num_slots: int) -> Cache:
-    """Return an empty cache of M = `num_slots` positions for `batch_size` sequences, in the dtype of the activations.
+CACHE_SPECS = Cache(P(None, ROWS), P(ROWS), P(ROWS))
 
-    Sequences are split over the devices of the mesh that is set.
+
+def make_cache(model: Model, execution: Execution, batch_size: int, num_positions: int) -> Cache:
+    """Return an empty cache in which each of `batch_size` sequences has pages for `num_positions` tokens, in a row.
+
+    Sequences, and with them the pages, are split over the devices of the mesh that is set.
     """
-    explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = mesh.are_all_axes_explicit
+    devices = axis_size(mesh, ROWS) if explicit else 1
+    pages_each = num_pages(num_positions)
 
     def zeros(*shape: int, dtype: jnp.dtype, split: P) -> jax.Array:
         return jnp.zeros(shape, dtype, out_sharding=split if explicit else None)
 
-    def stack(count: int) -> ContiguousCache:
-        widths = model.kv_latent, model.rotary_dim
-        arrays = [
-            zeros(count, batch_size, num_slots, width, dtype=compute_dtype(execution), split=P(None, ROWS))
-            for width in widths
-        ]
-        return ContiguousCache(*arrays)
+    shape = model.num_layers, batch_size * pages_each, PAGE, model.kv_latent + model.rotary_dim
+    tables_BJ = contiguous_tables(batch_size, pages_each, devices)
+    return Cache(
+        zeros(*shape, dtype=compute_dtype(execution), split=CACHE_SPECS.pages),
+        jax.device_put(tables_BJ, CACHE_SPECS.tables_BJ) if explicit else jnp.asarray(tables_BJ),
+        zeros(batch_size, dtype=jnp.int32, split=CACHE_SPECS.length_B),
+    )
 
-    stacks = {"dense_layers": model.num_dense_layers, "moe_layers": model.num_moe_layers}
-    layers = {name: stack(count) for name, count in stacks.items() if count}
-    return Cache(layers, zeros(batch_size, dtype=jnp.int32, split=P(ROWS)))
+
+def num_pages(num_positions: int) -> int:
+    """Return how many pages hold so many tokens of a sequence."""
+    return -(-num_positions // PAGE)
+
+
+def contiguous_tables(batch_size: int, pages_each: int, devices: int) -> np.ndarray:
+    """Return the tables [B, J] of sequences whose pages follow each other, from 0 on each of the devices."""
+    numbers = np.arange(batch_size // devices * pages_each, dtype=np.int32)
+    return np.tile(numbers.reshape(-1, pages_each), (devices, 1))
 
 
 def cache_bytes_per_token(model: Model, execution: Execution) -> int:

@@ -3,17 +3,16 @@
 A token that goes through the model writes the cache entry of its position, and logits come out for the next. With
 prompt t0 t1 t2:
 
-    prefill   t0 t1 t2       slots 0 1 2 filled, length 3, logits for position 3 -> t3
-    step      t3             slot 3 filled, length 4, logits -> t4
+    prefill   t0 t1 t2       positions 0 1 2 written, length 3, logits for position 3 -> t3
+    step      t3             position 3 written, length 4, logits -> t4
     ...                      until EOS or the last token asked for, which is never run through the model
 
 Prefill works on chunks of a fixed number of tokens, so its scores [B, N, chunk, M] stay small and prompts of many
-lengths share a program. Token 0 fills up the last chunk. Its slots lie at or beyond the length: a later token
-overwrites its slot before anything attends to it.
+lengths share a program. Token 0 fills up the last chunk; it is written nowhere.
 
 Decoding runs on the axes of the training mesh: sequences are split over `ROWS`, routed experts over `EXPERTS`, and all
-other weights are whole on every device. A row of the batch without a sequence has length 0; it reaches no expert and
-counts as ended.
+other weights are whole on every device. Every device has pages of its own for its sequences. A row of the batch without
+a sequence has length 0 and counts as ended. A sequence that has ended reads no page, writes none and reaches no expert.
 
 Steps run on the device in bursts of a few tokens, each a `lax.while_loop`; between bursts the host reads the tokens.
 The noise of a draw depends only on the seed, the row and the position, not on where a burst ends.
@@ -27,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Config, Execution, Model
-from deepseek_jax.inference.cache import Cache
+from deepseek_jax.inference.cache import CACHE_SPECS, Cache
 from deepseek_jax.inference.sampling import Sampling, Seen, sample
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.transformer import decode_step
@@ -85,20 +84,20 @@ def prefill(
         weights = _varying(weights)
         num_chunks, batch_size, size = chunks.shape
 
-        def one_chunk(layers, inputs):
+        def one_chunk(pages, inputs):
             tokens_BS, start = inputs
             positions_BS = jnp.broadcast_to(start + jnp.arange(size), tokens_BS.shape)
-            valid_BS = positions_BS < lengths_B[:, None]
-            hidden_BSD, layers = decode_step(model, execution, weights, layers, tokens_BS, positions_BS, valid_BS)
-            return layers, hidden_BSD
+            new = tokens_BS, positions_BS, positions_BS < lengths_B[:, None]
+            hidden_BSD, pages = decode_step(model, execution, weights, pages, cache.tables_BJ, *new)
+            return pages, hidden_BSD
 
-        layers, hidden = lax.scan(one_chunk, cache.layers, (chunks, size * jnp.arange(num_chunks)))
+        pages, hidden = lax.scan(one_chunk, cache.pages, (chunks, size * jnp.arange(num_chunks)))
         last_B = jnp.maximum(lengths_B - 1, 0)
         hidden_BD = hidden[last_B // size, jnp.arange(batch_size), last_B % size]
-        return _logits(weights, hidden_BD), Cache(layers, lengths_B)
+        return _logits(weights, hidden_BD), cache._replace(pages=pages, length_B=lengths_B)
 
-    in_specs = (weight_specs(weights), _cache_specs(cache), P(None, ROWS), P(ROWS))
-    out_specs = (P(ROWS), _cache_specs(cache))
+    in_specs = (weight_specs(weights), CACHE_SPECS, P(None, ROWS), P(ROWS))
+    out_specs = (P(ROWS), CACHE_SPECS)
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(weights, cache, chunks, lengths_B)
 
 
@@ -145,7 +144,7 @@ def decode_burst(
 
         def step(carry):
             i, _, ids_BK, (cache, tokens_B, finished_B, seen) = carry
-            logits_BV, cache = _decode_token(model, execution, weights, cache, tokens_B)
+            logits_BV, cache = _decode_token(model, execution, weights, cache, tokens_B, ~finished_B)
             chosen_B = sample(sampling, logits_BV, _keys_at(keys_B, cache.length_B), seen)
             tokens_B = jnp.where(finished_B, eos, chosen_B)
             finished_B |= tokens_B == eos
@@ -160,7 +159,7 @@ def decode_burst(
         _, _, ids_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), ids_BK, state))
         return ids_BK, state
 
-    state_specs = Generation(_cache_specs(state.cache), P(ROWS), P(ROWS), _seen_specs(sampling))
+    state_specs = Generation(CACHE_SPECS, P(ROWS), P(ROWS), _seen_specs(sampling))
     in_specs = (weight_specs(weights), state_specs, P(ROWS), P(), P())
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(ROWS), state_specs))
     return run(weights, state, keys_B, eos, num_tokens)
@@ -172,19 +171,20 @@ def decode_token(
     """Run one token per sequence; return FP32 logits [B, V] of the next one, and the cache, one token longer."""
 
     def local(weights, cache, tokens_B):
-        return _decode_token(model, execution, _varying(weights), cache, tokens_B)
+        return _decode_token(model, execution, _varying(weights), cache, tokens_B, cache.length_B > 0)
 
-    in_specs = (weight_specs(weights), _cache_specs(cache), P(ROWS))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=(P(ROWS), _cache_specs(cache)))(weights, cache, tokens_B)
+    in_specs = (weight_specs(weights), CACHE_SPECS, P(ROWS))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=(P(ROWS), CACHE_SPECS))(weights, cache, tokens_B)
 
 
 def _decode_token(
-    model: Model, execution: Execution, weights: Weights, cache: Cache, tokens_B: Array
+    model: Model, execution: Execution, weights: Weights, cache: Cache, tokens_B: Array, running_B: Array
 ) -> tuple[Array, Cache]:
-    layers, length_B = cache
-    valid_B1 = (length_B > 0)[:, None]
-    hidden_BSD, layers = decode_step(model, execution, weights, layers, tokens_B[:, None], length_B[:, None], valid_B1)
-    return _logits(weights, hidden_BSD[:, 0]), Cache(layers, length_B + (length_B > 0))
+    """Run a token of each running sequence; the others write nothing, read nothing, and stay as long as they are."""
+    pages, tables_BJ, length_B = cache
+    new = tokens_B[:, None], length_B[:, None], running_B[:, None]
+    hidden_BSD, pages = decode_step(model, execution, weights, pages, tables_BJ, *new)
+    return _logits(weights, hidden_BSD[:, 0]), Cache(pages, tables_BJ, length_B + running_B)
 
 
 def _logits(weights: Weights, hidden_BD: Array) -> Array:
@@ -210,7 +210,3 @@ def _varying(weights: Weights) -> Weights:
 def _seen_specs(sampling: Sampling) -> Seen | None:
     rows: Any = P(ROWS)
     return Seen(rows, rows) if sampling.penalizes else None
-
-
-def _cache_specs(cache: Cache) -> Cache:
-    return Cache(jax.tree.map(lambda _: P(None, ROWS), cache.layers), P(ROWS))

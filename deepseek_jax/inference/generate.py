@@ -210,10 +210,10 @@ def stream_ids(
     batch_size += -batch_size % axis_size(mesh, ROWS)
     prompts_BS, lengths_B = _padded(prompts, batch_size)
     chunks = in_chunks(prompts_BS)
-    num_positions = max(prompts_BS.shape[1] + max_new_tokens, chunks.shape[0] * chunks.shape[2])
+    num_positions = prompts_BS.shape[1] + max_new_tokens
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
     with jax.set_mesh(mesh):
-        weights = decode_weights(execution, weights, mesh)
+        weights = decode_weights(model, execution, weights, mesh)
         keys_B = jax.device_put(row_keys(seed, batch_size, first_row), P(ROWS))
         cache = make_cache(model, execution, batch_size, num_slots)
         chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))

@@ -1,6 +1,7 @@
-"""Weights as decoding reads them: routed experts on their devices, all else whole; FP8 weights stay in FP8."""
+"""Weights as decoding reads them: in layers, routed experts on their devices, all else whole; FP8 stays in FP8."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from deepseek_jax.config import Execution, Model
+from deepseek_jax.model.absorbed import UpProjection
+from deepseek_jax.model.layer import STACKS
 from deepseek_jax.model.precision import as_stored, compute_dtype
 from deepseek_jax.parameters import (
     PARAMETERS,
@@ -22,7 +25,7 @@ from deepseek_jax.parameters import (
 from pallas_kernels import GROUP
 from pallas_kernels.quantized import dequantize
 
-TAKEN_APART = {"kv_b_CNX"}  # absorbed attention multiplies with its two parts, so it is dequantised
+APART = "kv_b_CNX"
 
 
 def takes_fp8(model: Model, execution: Execution) -> bool:
@@ -32,35 +35,67 @@ def takes_fp8(model: Model, execution: Execution) -> bool:
     return execution.precision != "fp32" and not any(size % GROUP for size in sums)
 
 
-def decode_weights(execution: Execution, weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
+def decode_weights(model: Model, execution: Execution, weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
     """Return the weights that decoding reads, placed on `mesh`: no MTP layers, and matrices in the compute dtype.
 
-    Weights in FP8 stay in FP8, except the one that absorbed attention takes apart.
+    A stack becomes a list of layers: a program that cut a weight out of a stack would copy it. Weights in FP8 stay in
+    FP8, except the one that absorbed attention takes apart (`model.absorbed.UpProjection`). Weights that this function
+    made stay as they are.
 
     Raises:
         ValueError: weights in FP8 for an FP32 model.
     """
-    dtype = compute_dtype(execution)
+    place = functools.partial(_place, execution, mesh)
+    params = {name: _layers(model, place, name, tree) for name, tree in weights.params.items() if name != "mtp_layers"}
+    bias = {name: _layers(model, place, name, tree) for name, tree in weights.router_bias.items() if name in params}
+    return Weights(params, bias)
 
-    def place(path, weight: Array | Fp8Weight) -> Array | Fp8Weight:
-        name = leaf_name(path)
-        if isinstance(weight, Fp8Weight):
-            if dtype == jnp.float32:
-                raise ValueError(
-                    f"{jax.tree_util.keystr(path)} is in FP8 and execution.precision = 'fp32': load the weights as"
-                    " 'fp32', or set execution.precision to 'fp8' or 'bf16'"
-                )
-            if name not in TAKEN_APART:
-                return _place_fp8(name, weight, mesh)
-            weight = _dequantized(name, weight)
-        spec = layout_in_use(name, weight.ndim)
-        weight = jax.device_put(weight, jax.sharding.NamedSharding(mesh, spec))
-        return weight if PARAMETERS[name].precision == "fp32" else weight.astype(dtype)
 
-    kept = {name: tree for name, tree in weights.params.items() if name != "mtp_layers"}
-    params = jax.tree.map_with_path(place, kept, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
-    bias = {name: tree for name, tree in weights.router_bias.items() if name != "mtp_layers"}
-    return Weights(params, jax.device_put(bias, jax.sharding.NamedSharding(mesh, P())))
+Place = Callable[[Any, Any], Any]
+
+
+def _layers(model: Model, place: Place, name: str, tree: Any) -> Any:
+    """Return the leaves of `tree` in their places, a stack as a list of layers."""
+    tops = (jax.tree_util.DictKey(name),)
+    if name not in dict(STACKS) or isinstance(tree, list):
+        return jax.tree.map_with_path(lambda path, leaf: place((*tops, *path), leaf), tree, is_leaf=_is_weight)
+    leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_weight)
+    layers = []
+    for path, leaf in leaves:  # one by one, so that no second copy of a whole stack is alive
+        whole = place((*tops, *path), leaf)
+        count = len(jax.tree.leaves(whole)[0])
+        layers.append([_layer(model, leaf_name(path) == APART, whole, i) for i in range(count)])
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*layers, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(model: Model, apart: bool, stack: Array | Fp8Weight, i: int) -> Array | Fp8Weight | UpProjection:
+    layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+    return UpProjection.of(model, layer) if apart else layer
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Fp8Weight | UpProjection)
+
+
+def _place(
+    execution: Execution, mesh: jax.sharding.Mesh, path: Any, weight: Array | Fp8Weight | UpProjection
+) -> Array | Fp8Weight | UpProjection:
+    name, dtype = leaf_name(path), compute_dtype(execution)
+    if isinstance(weight, Fp8Weight):
+        if dtype == jnp.float32:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} is in FP8 and execution.precision = 'fp32': load the weights as"
+                " 'fp32', or set execution.precision to 'fp8' or 'bf16'"
+            )
+        if name != APART:
+            return _place_fp8(name, weight, mesh)
+        weight = _dequantized(name, weight)
+    if isinstance(weight, UpProjection):
+        return jax.device_put(weight, jax.sharding.NamedSharding(mesh, P()))
+    spec = layout_in_use(name, weight.ndim)
+    weight = jax.device_put(weight, jax.sharding.NamedSharding(mesh, spec))
+    return weight if PARAMETERS[name].precision == "fp32" else weight.astype(dtype)
 
 
 def _place_fp8(name: str, weight: Fp8Weight, mesh: jax.sharding.Mesh) -> Fp8Weight:
@@ -80,11 +115,13 @@ def _dequantized(name: str, weight: Fp8Weight) -> Array:
 def weight_specs(weights: Weights) -> Weights:
     """Return the layouts of weights as `decode_weights` places them."""
 
-    def spec(path, leaf: Array | Fp8Weight) -> Any:
+    def spec(path, leaf: Array | Fp8Weight | UpProjection) -> Any:
         name = leaf_name(path)
+        if isinstance(leaf, UpProjection):
+            return UpProjection(P(), P())
         if not isinstance(leaf, Fp8Weight):
             return layout_in_use(name, leaf.ndim)
         layout = layout_in_use(name, leaf.values.ndim)
         return Fp8Weight(None, layout, P(*layout[: num_lead_dims(name, leaf.values.ndim)]))
 
-    return jax.tree.map_with_path(spec, weights, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
+    return jax.tree.map_with_path(spec, weights, is_leaf=_is_weight)

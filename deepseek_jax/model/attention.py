@@ -19,12 +19,11 @@ token instead of N (P + R + H) = 40,960, and decoding is bound by memory.
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
 
 A layer attends in three steps: `project` makes queries and the cache entry of each new token, a form attends, `output`
-projects back. A form is a value (`Attend`). `expanded(...)` and `absorbed(...)` below make two; another cache or kernel
-gets a third.
+projects back. A form is a value (`Attend`): `expanded(...)` below makes one, `model.absorbed` another.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +47,6 @@ class Entry(NamedTuple):
 
     latent_BSC: jax.Array
     rotary_BSR: jax.Array
-
-
-class Cache(Protocol):
-    """The entries of one layer: a tree of arrays, which `run_layers` cuts out of a stack of all layers."""
-
-    def write(self, entry: Entry, positions_BS: jax.Array) -> Self:
-        """Return the cache with the entries of new tokens at their positions."""
-
-    def read(self) -> Entry:
-        """Return all slots as [B, M, C] and [B, M, R], slot m at position m; unwritten slots hold finite numbers."""
 
 
 class Attention(nnx.Module):
@@ -102,29 +91,6 @@ class Attention(nnx.Module):
         rotary_BSNR = jnp.broadcast_to(entry.rotary_BSR[:, :, None], rotary_shape)
         return jnp.concatenate([content_BSNP, rotary_BSNR], axis=-1), v_BSNH
 
-    def absorb(self, q_BSNQ: jax.Array, entries: Entry, seen_BSM: jax.Array) -> jax.Array:
-        """Attend to the cache entries themselves, without making keys and values.
-
-        Args:
-            q_BSNQ: queries, content channels then rotated ones.
-            entries: latent [B, M, C] and rotary [B, M, R]; slots that no query sees must be finite.
-            seen_BSM: which slots each query sees; at least one.
-
-        Returns:
-            out_BSNH.
-        """
-        model = self.model
-        latent_BMC, rotary_BMR = entries
-        key_CNP, value_CNH = lax.split(self.kv_b_CNX[...], (model.content_dim, model.value_dim), axis=2)
-        q_BSNC = jnp.einsum("bsnp,cnp->bsnc", q_BSNQ[..., : model.content_dim], key_CNP)
-        scores = jnp.einsum("bsnc,bmc->bnsm", q_BSNC, latent_BMC, preferred_element_type=jnp.float32)
-        q_BSNR = q_BSNQ[..., model.content_dim :]
-        scores += jnp.einsum("bsnr,bmr->bnsm", q_BSNR, rotary_BMR, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen_BSM[:, None], scores * softmax_scale(model), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q_BSNQ.dtype)
-        mean_BSNC = jnp.einsum("bnsm,bmc->bsnc", weights, latent_BMC)
-        return jnp.einsum("bsnc,cnh->bsnh", mean_BSNC, value_CNH)
-
     def output(self, out_BSNH: jax.Array, packed: Packed | None = None) -> jax.Array:
         """Project the heads' outputs, which the core may have packed, back to [B, S, D]."""
         return linear(out_BSNH, self.o_NHD.get_value(), input_dims=2, recipe=ATTENTION_OUTPUT, packed=packed)
@@ -145,19 +111,5 @@ def expanded(execution: Execution, table: Table, segment_ids_BS: jax.Array | Non
         with jax.named_scope("attention_core"):
             out_BSNH, packed = flash.attend(execution, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale)
         return attention.output(out_BSNH, packed), cache
-
-    return attend
-
-
-def absorbed(table: Table, positions_BS: jax.Array) -> Attend:
-    """Write each new token into the cache slot of its position, and attend to all slots up to that one."""
-
-    @jax.named_scope("attention")
-    def attend(attention: Attention, x_BSD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        q_BSNQ, entry = attention.project(x_BSD, table)
-        cache = cache.write(entry, positions_BS)
-        entries = cache.read()
-        seen_BSM = jnp.arange(entries.latent_BSC.shape[1]) <= positions_BS[:, :, None]
-        return attention.output(attention.absorb(q_BSNQ, entries, seen_BSM)), cache
 
     return attend

@@ -5,16 +5,17 @@ feed-forward. How a layer attends is a value that its caller passes (`model.atte
 sequence in training, absorbed over a cache in decoding. So training, decoding, a pipeline stage and an MTP layer share
 this code:
 
-    training          run_layers(all layers,      [Part(expanded)],                    cache={})
-    overlapped        run_layers(all layers,      [Part(expanded), Part(expanded)],    cache={})
-    decoding          run_layers(all layers,      [Part(absorbed)],                    cache={"moe_layers": ...})
-    pipeline stage    run_layers(layers 8 to 15,  [Part(expanded)],                    cache={})
+    training          run_layers(all layers,      [Part(expanded)])
+    overlapped        run_layers(all layers,      [Part(expanded), Part(expanded)])
+    pipeline stage    run_layers(layers 8 to 15,  [Part(expanded)])
+    decoding          run_cached_layers(all layers, Part(absorbed), pages)
 
 Parts are rows that share nothing but the weights (section 3.2.1: the report overlaps two micro-batches). They pass each
 layer side by side, so that the compiler can let one part attend while the rows of the other are on the wire.
 
 This is the one file that calls Flax NNX's `split` and `merge`; all others see nested dicts of arrays. Layers of one
-kind are stacked in a leading dim and scanned, so compile time does not grow with depth.
+kind are stacked in a leading dim and scanned, so compile time does not grow with depth. Decoding reads each weight once
+per token, so there its layers are not stacked: a scan would copy every weight out of its stack before its product.
 """
 
 import functools
@@ -27,6 +28,7 @@ from flax import nnx
 from jax import lax
 
 from deepseek_jax.config import Execution, Model
+from deepseek_jax.model.absorbed import LayerPages
 from deepseek_jax.model.attention import Attend, Attention
 from deepseek_jax.model.layers import DenseFeedForward
 from deepseek_jax.model.moe import MoE, Observer, RouterBias, unobserved
@@ -99,16 +101,18 @@ class MoELayer(Layer):
         return self.moe(execution, x_BSD, valid_BS, observe)
 
 
+STACKS = (("dense_layers", DenseLayer), ("moe_layers", MoELayer))  # in the order of the layers
+
+
 def run_layers(
     model: Model,
     execution: Execution,
     weights: Weights,
     streams: Streams,
     parts: Sequence[Part],
-    cache: Tree,
     gather: Gather = lambda tree: tree,
     observe: Observer = unobserved,
-) -> tuple[Streams, Tree, list[Any]]:
+) -> tuple[Streams, list[Any]]:
     """Run the residual stream through the layers that `weights` has: all of a model, or those of a pipeline stage.
 
     Args:
@@ -117,34 +121,65 @@ def run_layers(
         weights: stacks "dense_layers" and "moe_layers"; either may be absent, and other parameters are ignored.
         streams: each part's residual stream [B, S, D] before the first of these layers.
         parts: as many.
-        cache: the layers' caches, stacked like the layers, as `attend` expects them, and then there is one part; {} if
-            it uses none.
         gather: makes a layer's split weights whole and casts them; called just before their use, and again where the
             backward pass recomputes the layer.
         observe: what to report of each router (`model.moe`).
 
     Returns:
-        the residual streams, the cache, and the reports of `observe`: one tree [layers, ...] per stack with routers, or
-        an empty list if it reports nothing.
+        the residual streams, and the reports of `observe`: one tree [layers, ...] per stack with routers, or an empty
+        list if it reports nothing.
     """
-    cache, observations = dict(cache), []
+    observations = []
 
     def body(kind, streams, layer):
-        params, bias, layer_cache = layer
+        params, bias = layer
         whole = merge(kind, model, gather(params), bias)
-        streams, layer_cache, observed = run_layer(whole, execution, streams, parts, layer_cache, observe)
-        return streams, (layer_cache, observed)
+        streams, _, observed = run_layer(whole, execution, streams, parts, None, observe)
+        return streams, observed
 
-    for name, kind in (("dense_layers", DenseLayer), ("moe_layers", MoELayer)):
+    for name, kind in STACKS:
         if name not in weights.params:
             continue
-        stack = weights.params[name], weights.router_bias.get(name, {}), cache.get(name)
-        streams, (layer_caches, observed) = _scan(execution, functools.partial(body, kind), streams, stack)
-        if layer_caches is not None:
-            cache[name] = layer_caches
+        stack = weights.params[name], weights.router_bias.get(name, {})
+        streams, observed = _scan(execution, functools.partial(body, kind), streams, stack)
         if observed is not None:
             observations.append(observed)
-    return streams, cache, observations
+    return streams, observations
+
+
+def run_cached_layers(
+    model: Model, execution: Execution, weights: Weights, x_BSD: jax.Array, part: Part, pages: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Run the residual stream of new tokens through layers with a cache.
+
+    The layers of a kind are one jitted function, which is traced and lowered once.
+
+    Args:
+        model: shape of the layers.
+        execution: resolved.
+        weights: "dense_layers" and "moe_layers" are lists of layers; either may be absent.
+        x_BSD: before the first layer.
+        part: how a layer attends (`model.absorbed`), and which tokens are there.
+        pages: the cache [L, pages, 64, C + R] of all these layers in order.
+
+    Returns:
+        the residual stream and the pages after the last layer.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(kind, params, bias, x_BSD, cache):
+        layer = merge(kind, model, params, bias)
+        (x_BSD,), cache, _ = run_layer(layer, execution, (x_BSD,), [part], cache, unobserved)
+        return x_BSD, cache.pages
+
+    number = 0
+    for name, kind in STACKS:
+        layers, biases = weights.params.get(name, []), weights.router_bias.get(name)
+        for i, params in enumerate(layers):
+            cache = LayerPages(pages, jnp.int32(number))
+            x_BSD, pages = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
+            number += 1
+    return x_BSD, pages
 
 
 def run_layer(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.attention import absorbed, expanded
+from deepseek_jax.model.absorbed import absorbed
+from deepseek_jax.model.attention import expanded
 from deepseek_jax.model.layer import (
     DenseLayer,
     Gather,
@@ -26,6 +27,7 @@ from deepseek_jax.model.layer import (
     Tree,
     make_stack,
     merge,
+    run_cached_layers,
     run_layer,
     run_layers,
 )
@@ -119,7 +121,7 @@ def apply(
         for part in cut
     ]
     streams = tuple(embed(execution, top["embed_VD"], part.tokens_BS) for part in cut)
-    streams, _, observed = run_layers(model, execution, weights, streams, parts, {}, gather, observe)
+    streams, observed = run_layers(model, execution, weights, streams, parts, gather, observe)
     states = tuple(rms_norm(x_BSD, top["final_norm_D"], model.norm_eps) for x_BSD in streams)
     hidden = [jnp.concatenate(states)]
     following = [part.next_BS for part in cut if part.next_BS is not None]
@@ -138,29 +140,32 @@ def decode_step(
     model: Model,
     execution: Execution,
     weights: Weights,
-    cache: Tree,
+    pages: jax.Array,
+    tables_BJ: jax.Array,
     tokens_BS: jax.Array,
     positions_BS: jax.Array,
     valid_BS: jax.Array,
-) -> tuple[jax.Array, Tree]:
+) -> tuple[jax.Array, jax.Array]:
     """Run new tokens through the absorbed form over the latent cache.
 
     Args:
         model: shape and mathematics.
         execution: resolved.
         weights: as decoding reads them (`inference.weights.decode_weights`).
-        cache: a stack of caches for each stack of layers, "dense_layers" and "moe_layers" (`model.attention.Cache`).
+        pages: the cache of all layers [L, pages, 64, C + R] (`model.absorbed`).
+        tables_BJ: int32, numbers of each sequence's pages in order.
         tokens_BS: new tokens; S is 1, or the length of a piece of the prompt.
-        positions_BS: their positions, which are also their slots in the cache.
-        valid_BS: False where there is no token: it reaches no routed expert, and its output means nothing.
+        positions_BS: their positions.
+        valid_BS: False where there is no token: it is written nowhere, it reaches no routed expert, and its output
+            means nothing. With S up to 4, the most that decoding drafts, a row has all its tokens or none.
 
     Returns:
-        hidden_BSD after the final norm, and the cache with the new tokens written.
+        hidden_BSD after the final norm, and the pages with the new tokens written.
     """
-    part = Part(absorbed(rotary_table(model, positions_BS), positions_BS), valid_BS)
+    part = Part(absorbed(model, tables_BJ, positions_BS, valid_BS), valid_BS)
     x_BSD = embed(execution, weights.params["embed_VD"], tokens_BS)
-    (x_BSD,), cache, _ = run_layers(model, execution, weights, (x_BSD,), [part], cache)
-    return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), cache
+    x_BSD, pages = run_cached_layers(model, execution, weights, x_BSD, part, pages)
+    return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), pages
 
 
 @jax.named_scope("embedding")

@@ -14,7 +14,7 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import decode, generate
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.inference.weights import decode_weights, takes_fp8
+from deepseek_jax.inference.weights import APART, _dequantized, decode_weights, takes_fp8
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
@@ -91,7 +91,7 @@ def prefilled(config, weights, prompts_BS, lengths_B, num_slots=256, cache=None)
     execution = decode.decode_execution(config, mesh)
     run = jax.jit(functools.partial(decode.prefill, config.model, execution))
     with jax.set_mesh(mesh):
-        weights = decode_weights(execution, weights, mesh)
+        weights = decode_weights(config.model, execution, weights, mesh)
         cache = cache or make_cache(config.model, execution, len(prompts_BS), num_slots)
         chunks = jax.device_put(decode.in_chunks(prompts_BS), P(None, ROWS))
         lengths_B = jax.device_put(np.array(lengths_B, np.int32), P(ROWS))
@@ -138,20 +138,19 @@ def test_prompts_longer_than_a_chunk(monkeypatch):
         prompts_BS = np.random.default_rng(1).integers(0, 300, (1, 21))
         assert decode.in_chunks(prompts_BS).shape == (-(-21 // size), 1, size)
         *_, logits_BV, cache = prefilled(CONFIG, make_weights(), prompts_BS, [21])
-        moe, dense = cache.layers["moe_layers"], cache.layers["dense_layers"]
-        results.append([logits_BV, moe.latent_BMC[:, :, :21], dense.rotary_BMR[:, :, :21]])
+        results.append([logits_BV, cache.pages[:, 0, :21]])
     for one_pass, three_passes in zip(*results, strict=True):
         np.testing.assert_allclose(one_pass, three_passes, atol=1e-5 * np.abs(one_pass).max())
 
 
-def test_slots_beyond_the_length_are_never_read():
+def test_pages_that_are_not_written_are_never_read():
     logits = []
-    for poison in (0.0, 1e3):
+    for poison in (0.0, np.nan):
         execution = decode.decode_execution(CONFIG, one_device())
         with jax.set_mesh(one_device()):
             cache = make_cache(CONFIG.model, execution, 1, 256)
-        layers = jax.tree.map(lambda leaf, poison=poison: leaf + leaf.dtype.type(poison), cache.layers)
-        logits.append(prefilled(CONFIG, make_weights(), PROMPT, [5], cache=cache._replace(layers=layers))[2])
+            cache = cache._replace(pages=cache.pages + np.float32(poison))
+        logits.append(prefilled(CONFIG, make_weights(), PROMPT, [5], cache=cache)[2])
     np.testing.assert_array_equal(*logits)
 
 
@@ -369,11 +368,20 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
     config = make_config("fp8", **FP8_MODEL)
     weights = stored_in_fp8(config)
     mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=experts, tensor=1), jax.devices()[:experts])
-    placed = decode_weights(decode.decode_execution(config, mesh), weights, mesh)
+    placed = decode_weights(config.model, decode.decode_execution(config, mesh), weights, mesh)
     kept = jax.tree.leaves(placed.params, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
-    assert sum(isinstance(leaf, Fp8Weight) for leaf in kept) == 4 + 2 + 4 + 2 + 2  # attention twice, without kv_b
+    assert sum(isinstance(leaf, Fp8Weight) for leaf in kept) == (4 + 2) + 2 * (4 + 2 + 2)  # no kv_b
     tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
     assert ids(prompts=tokens_BS[:, :9], num_tokens=5, weights=weights, mesh=mesh, config=config).shape == (1, 5)
+
+
+def _without_fp8(name, weights):
+    """Return weights of which those of this name are in BF16, as absorbed attention has them."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: _dequantized(name, leaf).astype(jnp.bfloat16) if leaf_name(path) == name else leaf,
+        weights,
+        is_leaf=lambda leaf: isinstance(leaf, Fp8Weight),
+    )
 
 
 @pytest.mark.parametrize(("num_layers", "tolerance"), [(1, 0.08), pytest.param(2, 0.2, marks=pytest.mark.slow)])
@@ -385,14 +393,18 @@ def test_fp8_over_a_cache_is_near_the_expanded_form(num_layers, tolerance):
     """
     config = make_config("fp8", **FP8_MODEL, num_layers=num_layers)
     execution = decode.decode_execution(config, one_device())
-    weights = decode_weights(execution, stored_in_fp8(config), one_device())
+    weights = decode_weights(config.model, execution, stored_in_fp8(config), one_device())
     tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
     positions_BS, valid_BS = np.arange(128, dtype=np.int32)[None], np.ones((1, 128), bool)
     cache = make_cache(config.model, execution, 1, 128)
     step = jax.jit(functools.partial(transformer.decode_step, config.model, execution))
-    got = np.float32(step(weights, cache.layers, tokens_BS, positions_BS, valid_BS)[0])
+    got = np.float32(step(weights, cache.pages, cache.tables_BJ, tokens_BS, positions_BS, valid_BS)[0])
     run = jax.jit(functools.partial(transformer.apply, config.model, config.execution))
-    want = np.float32(run(weights, transformer.Inputs(tokens_BS, positions_BS, valid_BS)).hidden_BSD)
+    want = np.float32(
+        run(
+            _without_fp8(APART, stored_in_fp8(config)), transformer.Inputs(tokens_BS, positions_BS, valid_BS)
+        ).hidden_BSD
+    )
     error_BS = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert np.median(error_BS) < tolerance, error_BS
 
@@ -406,14 +418,17 @@ def test_fp8_weights_of_an_fp32_model_are_refused():
 def test_mtp_layers_stay_behind():
     weights = make_weights()
     mtp_layers = {"mtp_layers": {"final_norm_D": jnp.ones((1, 32))}}
-    kept = decode_weights(CONFIG.execution, Weights(*(part | mtp_layers for part in weights)), one_device())
+    kept = decode_weights(
+        CONFIG.model, CONFIG.execution, Weights(*(part | mtp_layers for part in weights)), one_device()
+    )
     assert set(kept.params) == set(weights.params) and set(kept.router_bias) == set(weights.router_bias)
 
 
 def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
-    params, _ = decode_weights(make_config(precision="bf16").execution, make_weights(), one_device())
-    attention, moe = params["moe_layers"]["attention"], params["moe_layers"]["moe"]
-    in_bf16 = params["head_DV"], attention["q_b_ANQ"], moe["down_EFD"]
+    config = make_config(precision="bf16")
+    params, _ = decode_weights(config.model, config.execution, make_weights(), one_device())
+    attention, moe = params["moe_layers"][1]["attention"], params["moe_layers"][1]["moe"]
+    in_bf16 = params["head_DV"], attention["q_b_ANQ"], attention["kv_b_CNX"].key_NPC, moe["down_EFD"]
     in_fp32 = params["embed_VD"], attention["kv_norm_C"], moe["router_DE"]
     assert {leaf.dtype for leaf in in_bf16} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in in_fp32} == {jnp.dtype(jnp.float32)}
@@ -423,11 +438,11 @@ def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
     config = make_config(precision="bf16")
     *_, logits_BV, cache = prefilled(config, make_weights(), PROMPT, [5])
     assert logits_BV.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in [cache.pages]} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_row_without_a_sequence_stays_without_one():
-    """It has length 0 for ever: no expert is asked for it, in prefill or afterwards."""
+    """It has length 0 for ever: no expert is asked for it, and no page is written, in prefill or afterwards."""
     prompts_BS = np.concatenate([PROMPT, np.zeros_like(PROMPT)])
     execution, weights, logits_BV, cache = prefilled(CONFIG, make_weights(), prompts_BS, [5, 0])
     step = jax.jit(functools.partial(decode.decode_token, CONFIG.model, execution))
@@ -436,6 +451,7 @@ def test_a_row_without_a_sequence_stays_without_one():
             tokens_B = jax.device_put(np.array([1, 1], np.int32), P(ROWS))
             logits_BV, cache = step(weights, cache, tokens_B)
     assert cache.length_B.tolist() == [7, 0] and np.isfinite(logits_BV).all()
+    assert np.asarray(cache.pages).any(axis=-1).sum(axis=(1, 2)).tolist() == [7] * CONFIG.model.num_layers
 
 
 def test_which_models_decode_fp8_as_stored():

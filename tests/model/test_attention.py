@@ -4,7 +4,6 @@ Also the memory of the core, documents in one row, and a cache of another kind.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.extend.core
@@ -13,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.inference.cache import ContiguousCache
+from deepseek_jax.inference.cache import contiguous_tables
 from deepseek_jax.model import flash
-from deepseek_jax.model.attention import Attention, Entry, absorbed, expanded
+from deepseek_jax.model.absorbed import LayerPages, UpProjection, absorbed
+from deepseek_jax.model.attention import Attention, expanded
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
@@ -182,6 +182,8 @@ VARIANTS = {
     "YaRN": {"yarn": {"enabled": True, "factor": 4.0, "original_length": 16}, "rope_base": 100.0},
 }
 
+LAYER = 1  # of the three that have pages
+
 
 @functools.cache
 def layer(variant):
@@ -198,13 +200,17 @@ def layer(variant):
         table = rotary_table(config.model, positions_BS)
         return expanded(config.execution, table, segment_ids_BS)(attention, x_BSD, None)[0]
 
-    def run_absorbed(attention, x_BSD, cache, positions_BS):
-        return absorbed(rotary_table(config.model, positions_BS), positions_BS)(attention, x_BSD, cache)
+    def run_absorbed(attention, x_BSD, pages, tables_BJ, positions_BS, valid_BS):
+        attend = absorbed(config.model, tables_BJ, positions_BS, valid_BS)
+        y_BSD, cache = attend(attention, x_BSD, LayerPages(pages, LAYER))
+        return y_BSD, cache.pages
 
+    apart = nnx.clone(attention)
+    apart.kv_b_CNX = nnx.Param(UpProjection.of(config.model, attention.kv_b_CNX[...]))
     return (
         config.model,
         functools.partial(nnx.jit(run_expanded), attention),
-        functools.partial(nnx.jit(run_absorbed), attention),
+        functools.partial(nnx.jit(run_absorbed), apart),
     )
 
 
@@ -214,56 +220,60 @@ def draw_stream(model, length=40):
     )
 
 
+def draw_pages(model, num_pages, filler=np.nan):
+    """Pages of three layers, of which `LAYER` runs, full of something that is no entry."""
+    return jnp.full((3, num_pages, 64, model.kv_latent + model.rotary_dim), filler, jnp.float32)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absorbed_equals_expanded(variant):
-    """A prompt and single tokens over a cache of exactly C + R values per token, within 1e-5 relative."""
+    """A prompt, a draft of two and single tokens over a cache of C + R values per token, within 1e-5 relative."""
     model, run_expanded, run_absorbed = layer(variant)
-    x_BSD, positions_BS = draw_stream(model)
+    x_BSD, positions_BS = draw_stream(model, length=80)
     want_BSD = run_expanded(x_BSD, positions_BS, np.ones_like(positions_BS))
-    slots = 48
-    cache = ContiguousCache(jnp.full((B, slots, model.kv_latent), 7.0), jnp.full((B, slots, model.rotary_dim), 7.0))
-    assert sum(a.size for a in jax.tree.leaves(cache)) == B * slots * (model.kv_latent + model.rotary_dim)
-    parts = []
-    for new in (slice(0, 37), slice(37, 38), slice(38, 39), slice(39, 40)):
-        part, cache = run_absorbed(x_BSD[:, new], cache, positions_BS[:, new])
+    pages, tables_BJ = draw_pages(model, 2 * B), contiguous_tables(B, 2, devices=1)
+    parts, valid_BS = [], np.ones((B, 80), bool)
+    for new in (slice(0, 76), slice(76, 77), slice(77, 79), slice(79, 80)):
+        part, pages = run_absorbed(x_BSD[:, new], pages, tables_BJ, positions_BS[:, new], valid_BS[:, new])
         parts.append(part)
     error = np.linalg.norm(jnp.concatenate(parts, axis=1) - want_BSD, axis=-1) / np.linalg.norm(want_BSD, axis=-1)
     assert error.max() <= 1e-5
-    assert all((np.asarray(a)[:, 40:] == 7.0).all() and (np.asarray(a)[:, :40] != 7.0).all() for a in cache.read())
+    written = np.isfinite(np.asarray(pages)).all(-1).reshape(3, B, 128)
+    assert written[LAYER, :, :80].all() and written.sum() == 80 * B, "other rows, or other layers, are written"
 
 
-class PagedToy(NamedTuple):
-    """A cache of another kind: pages of four slots, anywhere in one pool, that a table assigns to sequences."""
-
-    latent: jax.Array  # [pages, 4, C]
-    rotary: jax.Array  # [pages, 4, R]
-    table_BP: jax.Array
-
-    def write(self, entry, positions_BS):
-        page_BS = jnp.take_along_axis(self.table_BP, positions_BS // 4, axis=1)
-        return PagedToy(
-            self.latent.at[page_BS, positions_BS % 4].set(entry.latent_BSC),
-            self.rotary.at[page_BS, positions_BS % 4].set(entry.rotary_BSR),
-            self.table_BP,
-        )
-
-    def read(self):
-        rows = (pool[self.table_BP] for pool in (self.latent, self.rotary))
-        return Entry(*(x.reshape(len(x), -1, x.shape[-1]) for x in rows))
-
-
-def test_attention_runs_over_a_cache_of_another_kind():
-    """Pages in a random order give the numbers of contiguous slots, to the bit."""
+def test_pages_in_any_order_give_the_numbers_of_pages_in_a_row():
+    """To the bit; page numbers that no sequence reads may be anything, and what lies there leaks nowhere."""
     model, _, run = layer("V3")
-    x_BSD, positions_BS = draw_stream(model)
-    widths, pages = (model.kv_latent, model.rotary_dim), np.random.default_rng(0).permutation(24).reshape(B, 12)
-    contiguous = ContiguousCache(*(jnp.zeros((B, 48, width)) for width in widths))
-    paged = PagedToy(*(jnp.full((24, 4, width), 5.0) for width in widths), jnp.asarray(pages))
-    for new in (slice(0, 37), slice(37, 38), slice(38, 40)):
-        want, contiguous = run(x_BSD[:, new], contiguous, positions_BS[:, new])
-        got, paged = run(x_BSD[:, new], paged, positions_BS[:, new])
+    x_BSD, positions_BS = draw_stream(model, length=90)
+    contiguous, row = draw_pages(model, 4 * B, 0.0), contiguous_tables(B, 4, devices=1)
+    scattered = draw_pages(model, 4 * B)
+    shuffled = np.random.default_rng(0).permutation(4 * B)[: 2 * B].reshape(B, 2).astype(np.int32)
+    foreign = np.array([[-7, 10**9]] * B, np.int32)
+    valid_BS = np.ones((B, 90), bool)
+    for new in (slice(0, 87), slice(87, 88), slice(88, 90)):
+        rest = positions_BS[:, new], valid_BS[:, new]
+        want, contiguous = run(x_BSD[:, new], contiguous, row, *rest)
+        got, scattered = run(x_BSD[:, new], scattered, np.concatenate([shuffled, foreign], axis=1), *rest)
         np.testing.assert_array_equal(got, want)
-    assert pages.ravel().tolist() != sorted(pages.ravel())
+    assert shuffled.ravel().tolist() != sorted(shuffled.ravel())
+    untouched = np.isnan(np.asarray(scattered)).all(axis=(2, 3))[LAYER]
+    assert untouched.sum() == 2 * B and not untouched[shuffled].any()
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_a_token_that_is_not_valid_is_written_nowhere(length):
+    """A row without a sequence owns no page: its table may name the pages of others. Nor does a page it lacks exist."""
+    model, _, run = layer("V3")
+    x_BSD, positions_BS = draw_stream(model, length)
+    pages, tables_BJ = draw_pages(model, 2), np.array([[1]] + [[0]] * (B - 1), np.int32)
+    valid_BS = np.zeros((B, length), bool)
+    valid_BS[0] = True
+    y_BSD, after = run(x_BSD, pages, tables_BJ, positions_BS, valid_BS)
+    written = np.isfinite(np.asarray(after)).all(-1)
+    assert written.sum() == length and written[LAYER, 1, :length].all() and np.isfinite(y_BSD[0]).all()
+    _, after = run(x_BSD, pages, tables_BJ, positions_BS + 64, valid_BS)
+    assert not np.isfinite(after).any(), "a position behind the table is written somewhere"
 
 
 def test_only_differences_of_positions_matter():

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference.cache import ContiguousCache
+from deepseek_jax.config import Mesh
+from deepseek_jax.inference.cache import contiguous_tables, num_pages
+from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.model.balance import router_stats
 from deepseek_jax.model.router import weigh
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from tests.golden import hf_checkpoint
 from tests.support.network import apply
@@ -96,7 +99,7 @@ def test_mtp_logits():
 
 @pytest.mark.parametrize("case", ["yarn", "no_query_latent"])
 def test_absorbed_decoding_gives_the_same_logits(case):
-    """A prompt in one step, then single tokens, over a latent cache that has room left, full of garbage.
+    """A prompt in one step, then single tokens, over a latent cache that has room left, full of NaN.
 
     YaRN reaches past the original length.
     """
@@ -104,18 +107,20 @@ def test_absorbed_decoding_gives_the_same_logits(case):
     model, tokens_BS = golden.config.model, golden.expected["tokens_BS"]
     batch, length = tokens_BS.shape
 
-    def garbage(layers):
-        shape = (layers, batch, length + 7)
-        return ContiguousCache(jnp.full((*shape, model.kv_latent), 99.0), jnp.full((*shape, model.rotary_dim), 99.0))
-
-    cache = {"dense_layers": garbage(model.num_dense_layers), "moe_layers": garbage(model.num_moe_layers)}
-    decode = jax.jit(functools.partial(transformer.decode_step, model, golden.config.execution))
-    weights, valid_BS = Weights(golden.params, golden.router_bias), np.ones((batch, length), bool)
+    pages_each = num_pages(length + 7)
+    pages = jnp.full((model.num_layers, batch * pages_each, 64, model.kv_latent + model.rotary_dim), jnp.nan)
+    tables = contiguous_tables(batch, pages_each, devices=1)[:, ::-1].copy()
+    execution = golden.config.execution
+    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    decode = jax.jit(functools.partial(transformer.decode_step, model, execution))
+    weights = decode_weights(model, execution, Weights(golden.params, golden.router_bias), mesh)
+    weights = jax.device_get(weights)  # on no mesh
+    valid_BS = np.ones((batch, length), bool)
     hidden, start = [], 0
     for size in (length - 4, 1, 1, 1, 1):
         new = slice(start, start + size)
         positions_BS = jnp.broadcast_to(jnp.arange(start, start + size), (batch, size))
-        step, cache = decode(weights, cache, tokens_BS[:, new], positions_BS, valid_BS[:, new])
+        step, pages = decode(weights, pages, tables, tokens_BS[:, new], positions_BS, valid_BS[:, new])
         hidden.append(step)
         start += size
     np.testing.assert_allclose(

@@ -72,10 +72,7 @@ def run(cut, num_parts=1):
         whole = weights()._replace(params=params)
         streams, observed = tuple(params["embed_VD"][batch["tokens_BS"][r]] for r in rows), []
         for dense, moe in CUTS[cut]:
-            streams, cache, stats = run_layers(
-                model, execution, stage(whole, dense, moe), streams, parts, {}, observe=observe
-            )
-            assert cache == {}
+            streams, stats = run_layers(model, execution, stage(whole, dense, moe), streams, parts, observe=observe)
             observed += stats
         counts_LE = jnp.concatenate([stats.counts_E for stats in observed])
         x_BSD = jnp.concatenate(streams)
@@ -104,5 +101,5 @@ def test_every_layer_of_a_stage_runs():
     assert counts_LE.sum(-1).tolist() == [int((small.batch()["segment_ids_BS"][:ROWS, -LENGTH:] > 0).sum()) * 4] * 3
     attend = expanded(config().execution, rotary_table(config().model, np.arange(8)[None]), None)
     part, weights_of_stage = Part(attend, np.ones((1, 8), bool)), stage(weights(), slice(0, 2), slice(0, 0))
-    (y_BSD,), _, stats = run_layers(config().model, config().execution, weights_of_stage, (x_BSD[:1, :8],), [part], {})
+    (y_BSD,), stats = run_layers(config().model, config().execution, weights_of_stage, (x_BSD[:1, :8],), [part])
     assert stats == [] and y_BSD.shape == (1, 8, 32) and not np.array_equal(y_BSD, x_BSD[:1, :8])
