@@ -126,6 +126,34 @@ class Fp8Weight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TurnedFp8Weight:
+    """An `Fp8Weight` as decoding keeps it: each matrix [out, in], because tensor cores sum over the last dim.
+
+    A product asks for [out, in]; from weights that are stored [in, out] the program would make it anew at every step.
+
+    Attributes:
+        values: E4M3 [..., out, in].
+        scales: FP32 [..., ceil(out / 128), ceil(in / 128)].
+        shape: of the weight, [..., *in, *out].
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, weight: Fp8Weight, input_dims: int, stacked: int = 0) -> "TurnedFp8Weight":
+        """Turn the matrices of a weight; the `stacked` dims before them stay."""
+        matrix = weight.as_matrix(input_dims, stacked)
+        return cls(matrix.values.swapaxes(-1, -2), matrix.scales.swapaxes(-1, -2), weight.values.shape)
+
+    def restored(self) -> Fp8Weight:
+        """Return the weight; XLA drops this turn together with that of the product."""
+        return Fp8Weight(None, self.values.swapaxes(-1, -2).reshape(self.shape), self.scales.swapaxes(-1, -2))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class CastWeight:
     """A weight in BF16 with a path for its gradient in FP32; in BF16 and FP8 training a layer finds it in place of an
     array that is multiplied.

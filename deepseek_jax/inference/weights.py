@@ -1,8 +1,7 @@
 """Weights as decoding reads them: in layers, routed experts on their devices, all else whole; FP8 stays in FP8."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,14 @@ from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import UpProjection
 from deepseek_jax.model.layer import STACKS
 from deepseek_jax.model.precision import as_stored, compute_dtype
+from deepseek_jax.model.router import in_parts
+from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import (
+    EXPERTS,
     PARAMETERS,
     Fp8Weight,
     P,
+    TurnedFp8Weight,
     Weights,
     layout_in_use,
     leaf_name,
@@ -45,43 +48,91 @@ def decode_weights(model: Model, execution: Execution, weights: Weights, mesh: j
     Raises:
         ValueError: weights in FP8 for an FP32 model.
     """
-    place = functools.partial(_place, execution, mesh)
-    params = {name: _layers(model, place, name, tree) for name, tree in weights.params.items() if name != "mtp_layers"}
-    bias = {name: _layers(model, place, name, tree) for name, tree in weights.router_bias.items() if name in params}
+    target = _Target(model, execution, mesh)
+    params = {name: _layers(target, name, tree) for name, tree in weights.params.items() if name != "mtp_layers"}
+    bias = {name: _layers(target, name, tree) for name, tree in weights.router_bias.items() if name in params}
     return Weights(params, bias)
 
 
-Place = Callable[[Any, Any], Any]
+class _Target(NamedTuple):
+    """What weights are prepared for."""
+
+    model: Model
+    execution: Execution
+    mesh: jax.sharding.Mesh
 
 
-def _layers(model: Model, place: Place, name: str, tree: Any) -> Any:
+def _layers(target: _Target, name: str, tree: Any) -> Any:
     """Return the leaves of `tree` in their places, a stack as a list of layers."""
-    tops = (jax.tree_util.DictKey(name),)
+    top = (jax.tree_util.DictKey(name),)
     if name not in dict(STACKS) or isinstance(tree, list):
-        return jax.tree.map_with_path(lambda path, leaf: place((*tops, *path), leaf), tree, is_leaf=_is_weight)
+        return jax.tree.map_with_path(lambda path, leaf: _place(target, (*top, *path), leaf), tree, is_leaf=_is_weight)
     leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_weight)
-    layers = []
+    columns = []
     for path, leaf in leaves:  # one by one, so that no second copy of a whole stack is alive
-        whole = place((*tops, *path), leaf)
-        count = len(jax.tree.leaves(whole)[0])
-        layers.append([_layer(model, leaf_name(path) == APART, whole, i) for i in range(count)])
-    return [jax.tree.unflatten(structure, layer) for layer in zip(*layers, strict=True)]
+        whole, path = _place(target, (*top, *path), leaf), (*top, *path)
+        count, dtype = len(jax.tree.leaves(whole)[0]), compute_dtype(target.execution)
+        columns.append([_layer(target.model, dtype, leaf_name(path), whole, i) for i in range(count)])
+    layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
+    alone = axis_size(target.mesh, EXPERTS) == 1
+    return [_with_shared_inside(layer) for layer in layers] if alone else layers
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(model: Model, apart: bool, stack: Array | Fp8Weight, i: int) -> Array | Fp8Weight | UpProjection:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(model: Model, dtype: jnp.dtype, name: str, stack: Array | Fp8Weight, i: int) -> Any:
+    """Return the weight of layer i in the form that decoding multiplies with."""
     layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
-    return UpProjection.of(model, layer) if apart else layer
+    if name == APART:
+        return UpProjection.of(model, layer)
+    if name == "router_DE" and dtype == jnp.bfloat16:
+        return in_parts(layer)
+    if isinstance(layer, Fp8Weight):
+        row = PARAMETERS[name]
+        return TurnedFp8Weight.of(layer, row.input_dims, stacked=int(row.per_expert))
+    return layer
+
+
+def _with_shared_inside(layer: Any) -> Any:
+    """Return a layer whose shared expert, if it has one, lies behind the routed ones (`model.moe`)."""
+    moe = layer.get("moe", {})
+    if "shared" not in moe:
+        return layer
+    shared, rest = moe["shared"], {name: leaf for name, leaf in moe.items() if name != "shared"}
+    gate_up, down = _join(rest["gate_up_ED2F"], rest["down_EFD"], shared["gate_up_D2F"], shared["down_FD"])
+    return layer | {"moe": rest | {"gate_up_ED2F": gate_up, "down_EFD": down}}
+
+
+@jax.jit
+def _join(gate_up: Any, down: Any, shared_gate_up: Any, shared_down: Any) -> tuple[Any, Any]:
+    """Append the shared expert, cut into experts of the routed ones' width."""
+    if not isinstance(down, TurnedFp8Weight):
+        width, hidden = gate_up.shape[1], down.shape[1]
+        more = shared_gate_up.reshape(width, 2, -1, hidden).transpose(2, 0, 1, 3)
+        return _append(gate_up, more), _append(down, shared_down.reshape(-1, hidden, width))
+
+    def joined(whole, more_gate_up, more_down):  # [E, 2F, D] and [E, D, F], or their scales
+        rows, columns = whole[1].shape[1:]
+        more_gate_up = more_gate_up.reshape(2, -1, columns, rows).swapaxes(0, 1).reshape(-1, 2 * columns, rows)
+        more_down = more_down.reshape(rows, -1, columns).swapaxes(0, 1)
+        return _append(whole[0], more_gate_up), _append(whole[1], more_down)
+
+    values = joined((gate_up.values, down.values), shared_gate_up.values, shared_down.values)
+    scales = joined((gate_up.scales, down.scales), shared_gate_up.scales, shared_down.scales)
+    shapes = ((v.shape[0], *old.shape[1:]) for v, old in zip(values, (gate_up, down), strict=True))
+    return tuple(TurnedFp8Weight(*parts) for parts in zip(values, scales, shapes, strict=True))
+
+
+def _append(experts: Array, more: Array) -> Array:
+    return jnp.concatenate([experts, jax.sharding.reshard(more, jax.typeof(experts).sharding)])
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, Fp8Weight | UpProjection)
+    return isinstance(leaf, Fp8Weight | TurnedFp8Weight | UpProjection)
 
 
-def _place(
-    execution: Execution, mesh: jax.sharding.Mesh, path: Any, weight: Array | Fp8Weight | UpProjection
-) -> Array | Fp8Weight | UpProjection:
-    name, dtype = leaf_name(path), compute_dtype(execution)
+def _place(target: _Target, path: Any, weight: Any) -> Any:
+    """Return a weight on the mesh, in its dtype; one that `decode_weights` made stays as it is."""
+    name, dtype, mesh = leaf_name(path), compute_dtype(target.execution), target.mesh
     if isinstance(weight, Fp8Weight):
         if dtype == jnp.float32:
             raise ValueError(
@@ -91,8 +142,10 @@ def _place(
         if name != APART:
             return _place_fp8(name, weight, mesh)
         weight = _dequantized(name, weight)
-    if isinstance(weight, UpProjection):
-        return jax.device_put(weight, jax.sharding.NamedSharding(mesh, P()))
+    if isinstance(weight, UpProjection | TurnedFp8Weight):
+        return jax.device_put(
+            weight, jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), _spec(path, weight))
+        )
     spec = layout_in_use(name, weight.ndim)
     weight = jax.device_put(weight, jax.sharding.NamedSharding(mesh, spec))
     return weight if PARAMETERS[name].precision == "fp32" else weight.astype(dtype)
@@ -114,14 +167,17 @@ def _dequantized(name: str, weight: Fp8Weight) -> Array:
 
 def weight_specs(weights: Weights) -> Weights:
     """Return the layouts of weights as `decode_weights` places them."""
+    return jax.tree.map_with_path(_spec, weights, is_leaf=_is_weight)
 
-    def spec(path, leaf: Array | Fp8Weight | UpProjection) -> Any:
-        name = leaf_name(path)
-        if isinstance(leaf, UpProjection):
-            return UpProjection(P(), P())
-        if not isinstance(leaf, Fp8Weight):
-            return layout_in_use(name, leaf.ndim)
+
+def _spec(path: Any, leaf: Any) -> Any:
+    name = leaf_name(path)
+    if isinstance(leaf, UpProjection):
+        return UpProjection(P(), P())
+    if isinstance(leaf, TurnedFp8Weight):
+        layout = P(EXPERTS) if PARAMETERS[name].per_expert else P()
+        return TurnedFp8Weight(layout, layout, leaf.shape)
+    if isinstance(leaf, Fp8Weight):
         layout = layout_in_use(name, leaf.values.ndim)
         return Fp8Weight(None, layout, P(*layout[: num_lead_dims(name, leaf.values.ndim)]))
-
-    return jax.tree.map_with_path(spec, weights, is_leaf=_is_weight)
+    return layout_in_use(name, leaf.ndim)

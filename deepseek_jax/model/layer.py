@@ -18,6 +18,7 @@ kind are stacked in a leading dim and scanned, so compile time does not grow wit
 per token, so there its layers are not stacked: a scan would copy every weight out of its stack before its product.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages
 from deepseek_jax.model.attention import Attend, Attention
 from deepseek_jax.model.layers import DenseFeedForward
-from deepseek_jax.model.moe import MoE, Observer, RouterBias, unobserved
+from deepseek_jax.model.moe import FEW_TOKENS, MoE, Observer, RouterBias, unobserved
 from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.parallel.mesh import vary
-from deepseek_jax.parameters import Weights
+from deepseek_jax.parameters import TurnedFp8Weight, Weights
+from pallas_kernels.mla_decode import MOST_QUERIES
 
 Tree = dict[str, Any]
 Gather = Callable[[Tree], Tree]
@@ -157,7 +159,8 @@ def run_cached_layers(
     Args:
         model: shape of the layers.
         execution: resolved.
-        weights: "dense_layers" and "moe_layers" are lists of layers; either may be absent.
+        weights: "dense_layers" and "moe_layers" are lists of layers; either may be absent. A layer without the weights
+            of the shared expert has them behind those of the routed ones (`model.moe`).
         x_BSD: before the first layer.
         part: how a layer attends (`model.absorbed`), and which tokens are there.
         pages: the cache [L, pages, 64, C + R] of all these layers in order.
@@ -166,9 +169,14 @@ def run_cached_layers(
         the residual stream and the pages after the last layer.
     """
 
+    few = execution.exchange == "local" and x_BSD.shape[1] <= MOST_QUERIES and part.valid_BS.size <= FEW_TOKENS
+    execution = dataclasses.replace(execution, experts="few") if few else execution
+
     @functools.partial(jax.jit, static_argnums=0)
     def run(kind, params, bias, x_BSD, cache):
-        layer = merge(kind, model, params, bias)
+        params = jax.tree.map(_restored, params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
+        inside = "moe" in params and "shared" not in params["moe"]
+        layer = merge(kind, dataclasses.replace(model, num_shared_experts=0) if inside else model, params, bias)
         (x_BSD,), cache, _ = run_layer(layer, execution, (x_BSD,), [part], cache, unobserved)
         return x_BSD, cache.pages
 
@@ -180,6 +188,10 @@ def run_cached_layers(
             x_BSD, pages = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
             number += 1
     return x_BSD, pages
+
+
+def _restored(leaf: Any) -> Any:
+    return leaf.restored() if isinstance(leaf, TurnedFp8Weight) else leaf
 
 
 def run_layer(

@@ -10,11 +10,14 @@ from flax import nnx
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.exchange import Experts, exchange
 from deepseek_jax.model.experts_blocks import BlockedExperts
+from deepseek_jax.model.experts_decode import expert_decode
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.router import route, router_scores
-from deepseek_jax.parameters import Fp8Weight
+from deepseek_jax.parameters import CastWeight, Fp8Weight
+
+FEW_TOKENS = 512  # of a decoding step: up to them the time is that of reading the experts' weights
 
 # (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router: sums over rows
 Observer = Callable[[Model, jax.Array, jax.Array, jax.Array], Any]
@@ -29,7 +32,11 @@ class RouterBias(nnx.Variable):
 
 
 class MoE(nnx.Module):
-    """The feed-forward half of an MoE layer, norm included."""
+    """The feed-forward half of an MoE layer, norm included.
+
+    Where decoding has all experts on one device, the shared expert lies behind the routed ones, as experts that every
+    token has: it is read with them, in no product of its own.
+    """
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         std = model.init_std
@@ -68,18 +75,41 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         model = self.model
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
+        h_TD = h_BSD.reshape(-1, model.width)
+        experts_TK, gates_TK = (x.reshape(-1, model.experts_per_token) for x in (experts_BSK, gates_BSK))
+        num_experts = model.num_experts
+        if execution.exchange == "local":
+            down_EFD = weights["down_EFD"]
+            num_experts = (down_EFD.values if isinstance(down_EFD, Fp8Weight | CastWeight) else down_EFD).shape[0]
+            experts_TK, gates_TK = _with_shared(model.num_experts, num_experts, experts_TK, gates_TK)
+        if execution.experts == "few":
+            return expert_decode(h_TD, experts_TK, gates_TK, weights).reshape(h_BSD.shape)
         y_TD = exchange(
-            h_BSD.reshape(-1, model.width),
-            experts_BSK.reshape(-1, model.experts_per_token),
-            gates_BSK.reshape(-1, model.experts_per_token),
+            h_TD,
+            experts_TK,
+            gates_TK,
             weights,
             choose_experts(execution, isinstance(weights["down_EFD"], Fp8Weight)),
             transport=execution.exchange,
-            num_experts=model.num_experts,
+            num_experts=num_experts,
             slack=execution.exchange_slack,
             groups=(model.num_groups, model.num_kept_groups),
         )
         return y_TD.reshape(h_BSD.shape)
+
+
+def _with_shared(
+    num_routed: int, num_experts: int, experts_TK: jax.Array, gates_TK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Give each token the experts behind the routed ones, too, with gate 1: where decoding keeps the shared expert."""
+    if num_experts == num_routed:
+        return experts_TK, gates_TK
+    shared = jnp.arange(num_routed, num_experts, dtype=experts_TK.dtype)
+    there_T1 = experts_TK[:, :1] < num_routed  # padding has no expert at all
+    shared_TK = jnp.where(there_T1, shared, num_experts)
+    experts_TK = jnp.where(there_T1, experts_TK, num_experts)
+    ones_TK = jnp.ones_like(gates_TK, shape=shared_TK.shape)
+    return jnp.concatenate([experts_TK, shared_TK], 1), jnp.concatenate([gates_TK, ones_TK], 1)
 
 
 def choose_experts(execution: Execution, in_fp8: bool) -> Experts:

@@ -23,12 +23,21 @@ def router_scores(model: Model, h_BSD: jax.Array, router_DE: jax.Array) -> jax.A
     Args:
         model: says whether the gate is a sigmoid or a softmax.
         h_BSD: normalised residual stream, BF16 or FP32.
-        router_DE: FP32.
+        router_DE: FP32, or what `in_parts` makes of it.
     """
     h_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
-    product = _product_of_parts if h_TD.dtype == jnp.bfloat16 else _product
-    logits_BSE = keep(product(h_TD, router_DE.astype(jnp.float32)).reshape(*h_BSD.shape[:-1], -1), "routing")
+    if router_DE.dtype == jnp.bfloat16:
+        logits_TE = _sum_of_parts(_matmul(h_TD, router_DE))
+    else:
+        product = _product_of_parts if h_TD.dtype == jnp.bfloat16 else _product
+        logits_TE = product(h_TD, router_DE.astype(jnp.float32))
+    logits_BSE = keep(logits_TE.reshape(*h_BSD.shape[:-1], -1), "routing")
     return jax.nn.sigmoid(logits_BSE) if model.gate == "sigmoid" else jax.nn.softmax(logits_BSE, axis=-1)
+
+
+def in_parts(router_DE: jax.Array) -> jax.Array:
+    """Return the BF16 parts of a router's weights side by side, [D, 3E]: decoding makes them once."""
+    return _beside(_parts(router_DE))
 
 
 def route(model: Model, scores_TE: jax.Array, bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.quantized import Quantized, dequantize
 
-UNROLLED = 16  # experts, up to which each has code of its own and is read in place: a slice at run time is copied
+UNROLLED = 24  # experts, up to which each has code of its own and is read in place: a slice at run time is copied
 
 
 def experts_decode(
@@ -45,7 +46,7 @@ def experts_decode(
         out = ffn(rows, gates_ET[e], *weights, in_fp8)
         return jnp.where(there_ET[e][:, None], out, 0)
 
-    y = jnp.zeros(rows.shape, jnp.float32)
+    y = manual_axes.vary(jnp.zeros(rows.shape, jnp.float32), manual_axes.varies_over((rows, experts, gates)))
     return over(count_E, visit, y).astype(jnp.bfloat16 if in_fp8 else rows.dtype)
 
 

@@ -23,6 +23,7 @@ from deepseek_jax.parameters import (
     ROWS,
     Fp8Weight,
     P,
+    TurnedFp8Weight,
     Weights,
     leaf_name,
     matrix_shape,
@@ -369,8 +370,9 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
     weights = stored_in_fp8(config)
     mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=experts, tensor=1), jax.devices()[:experts])
     placed = decode_weights(config.model, decode.decode_execution(config, mesh), weights, mesh)
-    kept = jax.tree.leaves(placed.params, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
-    assert sum(isinstance(leaf, Fp8Weight) for leaf in kept) == (4 + 2) + 2 * (4 + 2 + 2)  # no kv_b
+    kept = jax.tree.leaves(placed.params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
+    shared = 2 if experts > 1 else 0  # on one device it lies behind the routed experts
+    assert sum(isinstance(leaf, TurnedFp8Weight) for leaf in kept) == (4 + 2) + 2 * (4 + 2 + shared)  # no kv_b
     tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
     assert ids(prompts=tokens_BS[:, :9], num_tokens=5, weights=weights, mesh=mesh, config=config).shape == (1, 5)
 
@@ -425,11 +427,14 @@ def test_mtp_layers_stay_behind():
 
 
 def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
+    """The router as three BF16 parts, whose sum it is (`model.router`)."""
     config = make_config(precision="bf16")
     params, _ = decode_weights(config.model, config.execution, make_weights(), one_device())
     attention, moe = params["moe_layers"][1]["attention"], params["moe_layers"][1]["moe"]
     in_bf16 = params["head_DV"], attention["q_b_ANQ"], attention["kv_b_CNX"].key_NPC, moe["down_EFD"]
-    in_fp32 = params["embed_VD"], attention["kv_norm_C"], moe["router_DE"]
+    in_fp32 = params["embed_VD"], attention["kv_norm_C"]
+    parts = np.split(np.float64(moe["router_DE"]), 3, axis=1)
+    np.testing.assert_array_equal(sum(parts), make_weights().params["moe_layers"]["moe"]["router_DE"][1])
     assert {leaf.dtype for leaf in in_bf16} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in in_fp32} == {jnp.dtype(jnp.float32)}
 
