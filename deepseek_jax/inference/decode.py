@@ -30,11 +30,15 @@ from deepseek_jax.inference.cache import CACHE_SPECS, Cache
 from deepseek_jax.inference.sampling import Sampling, Seen, sample
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.transformer import decode_step
+from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
 
 PREFILL_CHUNK = 128  # prompt tokens per pass
+# Products of fewer rows are slow: XLA writes a product of one row as a pass over the weights that stores every summand.
+# A row without a sequence reads no page and no expert.
+GPU_ROWS = 16
 # Rows of one expert in a block, and blocks multiplied at once. A decoding batch has far fewer assignments than a
 # training batch, so both are small.
 EXPERT_BLOCK, EXPERT_WAVE = 16, 8
@@ -61,6 +65,12 @@ def decode_execution(config: Config, mesh: jax.sharding.Mesh) -> Execution:
     small = {"experts": "blocks", "expert_block": EXPERT_BLOCK, "expert_wave": EXPERT_WAVE}
     changes = {"exchange": "auto", "remat": "none", "scan_unroll": 1} | small
     return resolve_for(config.with_(execution=changes), mesh).execution
+
+
+def num_rows(num_sequences: int, mesh: jax.sharding.Mesh) -> int:
+    """Return the rows of a batch: the devices get as many each, and a GPU a multiple of `GPU_ROWS`."""
+    unit = GPU_ROWS if mesh.devices.flat[0].platform == "gpu" else 1
+    return num_sequences + -num_sequences % (unit * axis_size(mesh, ROWS))
 
 
 def prefill(

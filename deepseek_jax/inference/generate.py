@@ -10,12 +10,20 @@ from jax import Array
 from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.cache import make_cache
-from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, first_token, in_chunks, prefill
+from deepseek_jax.inference.decode import (
+    Generation,
+    decode_burst,
+    decode_execution,
+    first_token,
+    in_chunks,
+    num_rows,
+    prefill,
+)
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.text import Text
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import shown
-from deepseek_jax.parallel.mesh import axis_size, check_model_fit, make_mesh
+from deepseek_jax.parallel.mesh import check_model_fit, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import ROWS, P, Weights
 
@@ -206,8 +214,7 @@ def stream_ids(
     mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences = len(prompts)
-    batch_size = max(num_sequences, batch_size)
-    batch_size += -batch_size % axis_size(mesh, ROWS)
+    batch_size = num_rows(max(num_sequences, batch_size), mesh)
     prompts_BS, lengths_B = _padded(prompts, batch_size)
     chunks = in_chunks(prompts_BS)
     num_positions = prompts_BS.shape[1] + max_new_tokens

@@ -1,0 +1,252 @@
+"""Measure decoding: `python -m experiments.benchmarks.decoding --config=configs/v3_5b.py --batch=1,32,128`.
+
+Weights are random, with a router that spreads tokens over the experts (normal, 0.02). The context is random, too: what
+lies in the cache does not change the time. Every batch is measured on its own:
+
+    --mode=decode     bursts of tokens, as `inference.generate` runs them, after a context of --context tokens
+    --mode=prefill    prompts of --context tokens
+
+A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. The floor
+is the time of reading what must be read, once, at --read_rate: all weights but the embedding (of the routed experts
+those that a batch touches on average), and in decoding the cache. --json writes the same numbers as records.
+"""
+
+import functools
+import re
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array
+
+from deepseek_jax.config import Config, Execution, from_config_dict
+from deepseek_jax.inference.cache import CACHE_SPECS, Cache, cache_bytes_per_token, make_cache
+from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, in_chunks, num_rows, prefill
+from deepseek_jax.inference.generate import BURST, row_keys
+from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.weights import decode_weights
+from deepseek_jax.inputs import new_file
+from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.program import jit_on
+from deepseek_jax.parameters import PARAMETERS, ROWS, Fp8Weight, P, Weights, leaf_name, matrix_shape, num_lead_dims
+from experiments import command, recipe, session
+from experiments.benchmarks import report
+from pallas_kernels.bench.records import provenance, write
+from pallas_kernels.quantize import quantize_blocks
+
+CONFIG = recipe.Recipe(None, "Configuration, such as configs/v3_5b.py.", required=True)
+JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
+MODE = flags.DEFINE_enum("mode", "decode", ["decode", "prefill"], "What is measured.")
+BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Sequences, one measurement for each number.")
+CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of every sequence.", lower_bound=1, upper_bound=2**20)
+PRECISION = flags.DEFINE_list("precision", None, "Precisions, one after the other; by default that of the config.")
+REPEATS = flags.DEFINE_integer("repeats", 10, "Timed bursts or prefills.", lower_bound=1, upper_bound=10**4)
+READ_RATE = flags.DEFINE_float("read_rate", 4300.0, "GB/s that the memory of the device reads; an H200's by default.")
+BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also profile; on a GPU the program is compiled once more for that.")
+
+ROUTER_STD = 0.02  # of logits per unit of the normed stream: at width 2048 their standard deviation is 0.9
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+NO_EOS = -2  # no token is it
+
+
+class Program(NamedTuple):
+    """A compiled program, and how it is run."""
+
+    lowered: Any
+    compiled: Any
+    arrays: tuple  # its arguments; the state at place 1 is donated
+    tokens: int  # of all sequences, that a run makes or reads
+    steps: int  # in the loop of the program
+
+
+def main(_) -> None:
+    """Parse, measure, report."""
+    json = command.path_of(JSON, new_file)
+    config = from_config_dict(CONFIG.value)
+    batches = [_number(text) for text in BATCH.value]
+    for precision in PRECISION.value or []:
+        if precision not in ("fp32", "bf16", "fp8"):
+            raise ValueError(f"--precision={precision} is unknown; use fp32, bf16 or fp8")
+    session.start()
+    mesh, records = make_mesh(config.mesh), []
+    for precision in PRECISION.value or [config.execution.precision]:
+        changed = config.with_(execution={"precision": precision})
+        execution = decode_execution(changed, mesh)
+        weights = decode_weights(config.model, execution, random_weights(changed, mesh), mesh)
+        for batch in batches:
+            records += measure(changed, execution, mesh, weights, batch)
+    common = provenance("experiments.benchmarks.decoding", session.describe_device(mesh))
+    records = [record | common for record in records]
+    report.print_records(f"{config.name}, {MODE.value}, context {CONTEXT.value}", records)
+    if json:
+        write(json, records)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 2**16:
+        raise ValueError(f"--batch={text} must be numbers of sequences, such as 1,32,128")
+    return int(text)
+
+
+def random_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
+    """Return weights as `transformer.init` makes them, but for the router; those of an FP8 model in FP8."""
+    in_fp8 = config.execution.precision == "fp8"
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def change(path, leaf):
+        name = leaf_name(path)
+        if name == "router_DE":
+            return ROUTER_STD / config.model.init_std * leaf
+        if not in_fp8 or PARAMETERS[name].precision != "fp8":
+            return leaf
+        matrix = matrix_shape(leaf.shape, num_lead_dims(name, leaf.ndim), PARAMETERS[name].row_dims)
+        blocks = quantize_blocks(leaf.reshape(-1, *matrix[-2:]))
+        scales = blocks.scales.reshape(*matrix[:-2], *blocks.scales.shape[-2:])
+        return Fp8Weight(None, blocks.values.reshape(leaf.shape), scales)
+
+    with jax.set_mesh(mesh):
+        weights = jax.jit(functools.partial(transformer.init, config.model))(jax.random.key(config.seed))
+        return Weights(jax.tree.map_with_path(change, weights.params), weights.router_bias)
+
+
+def measure(
+    config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batch: int
+) -> list[dict[str, Any]]:
+    """Return the records of one batch size."""
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        program = (decode_program if MODE.value == "decode" else prefill_program)(
+            config, execution, mesh, weights, batch
+        )
+        compile_seconds = time.perf_counter() - start
+        seconds, arrays = [], program.arrays
+        for _ in range(REPEATS.value + 2):
+            start = time.perf_counter()
+            arrays = run(program.compiled, arrays)
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[2:])
+        events = []
+        if BREAKDOWN.value:
+            state = [arrays]
+
+            def again(compiled):
+                state[0] = run(compiled, state[0])
+
+            events = report.profile(program.lowered, program.compiled, again)
+            report.print_events(events)
+    floor = floor_seconds(config, weights, batch) * program.steps
+    values = [
+        (MODE.value, program.tokens / median, "tokens/s"),
+        ("floor", program.tokens / floor, "tokens/s"),
+        ("share of the floor", 100 * floor / median, "%"),
+        ("time", 1e3 * median / program.steps, "ms"),
+        ("time, fastest", 1e3 * min(seconds[2:]) / program.steps, "ms"),
+        ("trace and compile", compile_seconds, "s"),
+        ("kernels of a layer", kernels_of_a_step(program.compiled.as_text()) / config.model.num_layers, ""),
+        *((mode, value / program.steps, unit) for mode, value, unit in report.scope_times(events)),
+    ]
+    shape = {"batch": batch, "context": CONTEXT.value}
+    records = [report.record(config, mode, shape, value, unit) for mode, value, unit in values]
+    report.print_records(
+        f"{config.execution.precision}, batch {batch}", [r | {"device": "", "jax": ""} for r in records]
+    )
+    return records
+
+
+def run(compiled: Any, arrays: tuple) -> tuple:
+    """Run a program once, wait for it, and return the arguments of the next run."""
+    result, state = jax.block_until_ready(compiled(*arrays))
+    if isinstance(state, Cache):
+        return (arrays[0], state._replace(length_B=0 * state.length_B), *arrays[2:])
+    length_B = arrays[-1]
+    return (arrays[0], state._replace(cache=state.cache._replace(length_B=length_B + 0)), *arrays[2:])
+
+
+def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
+    """Return the time of reading, once, what a step must read."""
+    model = config.model
+    read = sum(leaf.nbytes for name, leaf in weights.params.items() if name in ("head_DV", "final_norm_D"))
+    tokens = batch * (CONTEXT.value if MODE.value == "prefill" else 1)
+    for path, leaf in jax.tree.leaves_with_path(
+        [weights.params.get(name, []) for name in ("dense_layers", "moe_layers")]
+    ):
+        share = 1.0
+        if PARAMETERS[leaf_name(path)].per_expert:
+            num_all = leaf.shape[0]
+            always = num_all - model.num_experts  # the shared expert
+            touched = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
+            share = (always + touched) / num_all
+        read += share * leaf.nbytes
+    if MODE.value == "decode":
+        read += batch * (CONTEXT.value + BURST // 2) * cache_bytes_per_token(model, config.execution)
+    return read / (READ_RATE.value * 1e9)
+
+
+def decode_program(
+    config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batch: int
+) -> Program:
+    """Compile a burst over sequences of --context tokens; each of its runs begins there."""
+    model, rows = config.model, num_rows(batch, mesh)
+    cache = make_cache(model, execution, rows, CONTEXT.value + BURST)
+    cache = cache._replace(pages=fill(cache.pages))
+    there_B = np.arange(rows) < batch
+    length_B, finished_B, tokens_B = (
+        jax.device_put(x, P(ROWS)) for x in (np.int32(CONTEXT.value * there_B), ~there_B, np.zeros(rows, np.int32))
+    )
+    state = Generation(cache._replace(length_B=length_B + 0), tokens_B, finished_B)
+    keys_B = jax.device_put(row_keys(0, rows), P(ROWS))
+    burst = jit_on(measured_burst, execution, mesh, model, execution, GREEDY, donate=(1,))
+    arrays = weights, state, keys_B, length_B
+    lowered = burst.lower(*arrays)
+    return Program(lowered, lowered.compile(), arrays, batch * BURST, BURST)
+
+
+def measured_burst(model, execution, sampling, weights, state, keys_B, length_B) -> tuple[Array, Generation]:
+    """A burst of `inference.decode`; `length_B`, with which each run begins, is not read."""
+    return decode_burst(model, execution, sampling, BURST, weights, state, keys_B, NO_EOS, BURST)
+
+
+def fill(pages: Array) -> Array:
+    """Return pages of random entries, of the size of a norm's output."""
+    split = CACHE_SPECS.pages
+    make = jax.jit(
+        lambda: jax.random.normal(jax.random.key(1), pages.shape, jnp.bfloat16, out_sharding=split).astype(pages.dtype)
+    )
+    return make()
+
+
+def prefill_program(
+    config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batch: int
+) -> Program:
+    """Compile a prefill of prompts of --context tokens."""
+    model, rows = config.model, num_rows(batch, mesh)
+    rng = np.random.default_rng(0)
+    prompts_BS = rng.integers(0, model.vocab_size, (rows, CONTEXT.value))
+    chunks = jax.device_put(in_chunks(prompts_BS), P(None, ROWS))
+    length_B = jax.device_put(np.int32(CONTEXT.value * (np.arange(rows) < batch)), P(ROWS))
+    cache = make_cache(model, execution, rows, CONTEXT.value)
+    arrays = weights, cache, chunks, length_B
+    lowered = jit_on(prefill, execution, mesh, model, execution, donate=(1,)).lower(*arrays)
+    return Program(lowered, lowered.compile(), arrays, batch * CONTEXT.value, 1)
+
+
+def kernels_of_a_step(program: str) -> int:
+    """Return the kernels in the longest loop body of a compiled program: fusions, calls of kernels, and copies."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
+    longest = 0
+    for body in bodies:
+        found = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.MULTILINE | re.DOTALL)
+        kernels = re.findall(
+            r" = .*? (?:fusion|custom-call|copy|sort|dot|convolution|scatter)\(", found[0] if found else ""
+        )
+        longest = max(longest, len(kernels))
+    return longest
+
+
+if __name__ == "__main__":
+    command.run(main)
