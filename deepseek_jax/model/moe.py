@@ -83,7 +83,8 @@ class MoE(nnx.Module):
             num_experts = (down_EFD.values if isinstance(down_EFD, Fp8Weight | CastWeight) else down_EFD).shape[0]
             experts_TK, gates_TK = _with_shared(model.num_experts, num_experts, experts_TK, gates_TK)
         if execution.experts == "few":
-            return expert_decode(h_TD, experts_TK, gates_TK, weights).reshape(h_BSD.shape)
+            with jax.named_scope("experts"):
+                return expert_decode(h_TD, experts_TK, gates_TK, weights).reshape(h_BSD.shape)
         y_TD = exchange(
             h_TD,
             experts_TK,

@@ -104,6 +104,7 @@ def random_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
             return ROUTER_STD / config.model.init_std * leaf
         if not in_fp8 or PARAMETERS[name].precision != "fp8":
             return leaf
+        leaf = jax.sharding.reshard(leaf, P())
         matrix = matrix_shape(leaf.shape, num_lead_dims(name, leaf.ndim), PARAMETERS[name].row_dims)
         blocks = quantize_blocks(leaf.reshape(-1, *matrix[-2:]))
         scales = blocks.scales.reshape(*matrix[:-2], *blocks.scales.shape[-2:])
