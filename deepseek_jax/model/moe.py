@@ -14,7 +14,7 @@ from deepseek_jax.model.experts_decode import expert_decode
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
-from deepseek_jax.model.router import route, router_scores
+from deepseek_jax.model.router import route, route_few, router_scores
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 
 FEW_TOKENS = 512  # of a decoding step: up to them the time is that of reading the experts' weights
@@ -60,33 +60,42 @@ class MoE(nnx.Module):
         """
         model = self.model
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
-        with jax.named_scope("route"):
-            scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
-            experts_BSK, gates_BSK = route(model, scores_BSE, self.bias_E[...])
-            observed = observe(model, scores_BSE, experts_BSK, valid_BS)
-            experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, model.num_experts)
-        out_BSD = self._routed(execution, h_BSD, experts_BSK, gates_BSK)
+        if execution.experts == "few":
+            out_BSD, observed = self._few(h_BSD, valid_BS), None
+        else:
+            with jax.named_scope("route"):
+                scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
+                experts_BSK, gates_BSK = route(model, scores_BSE, self.bias_E[...])
+                observed = observe(model, scores_BSE, experts_BSK, valid_BS)
+                experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, model.num_experts)
+            out_BSD = self._routed(execution, h_BSD, experts_BSK, gates_BSK)
         if model.num_shared_experts:
             out_BSD += self.shared(h_BSD)
         return out_BSD, observed
+
+    def _few(self, h_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
+        """Return the sums of a decoding step, whose tokens and experts are all here."""
+        weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
+        h_TD = h_BSD.reshape(-1, self.model.width)
+        with jax.named_scope("route"):
+            scores_TE = router_scores(self.model, h_TD, self.router_DE[...])
+            num_experts = _num_experts(weights["down_EFD"])
+            chosen = route_few(self.model, scores_TE, self.bias_E[...], valid_BS.reshape(-1), num_experts)
+        with jax.named_scope("experts"):
+            return expert_decode(h_TD, *chosen, weights).reshape(h_BSD.shape)
 
     def _routed(
         self, execution: Execution, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array
     ) -> jax.Array:
         model = self.model
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
-        h_TD = h_BSD.reshape(-1, model.width)
         experts_TK, gates_TK = (x.reshape(-1, model.experts_per_token) for x in (experts_BSK, gates_BSK))
         num_experts = model.num_experts
         if execution.exchange == "local":
-            down_EFD = weights["down_EFD"]
-            num_experts = (down_EFD.values if isinstance(down_EFD, Fp8Weight | CastWeight) else down_EFD).shape[0]
+            num_experts = _num_experts(weights["down_EFD"])
             experts_TK, gates_TK = _with_shared(model.num_experts, num_experts, experts_TK, gates_TK)
-        if execution.experts == "few":
-            with jax.named_scope("experts"):
-                return expert_decode(h_TD, experts_TK, gates_TK, weights).reshape(h_BSD.shape)
         y_TD = exchange(
-            h_TD,
+            h_BSD.reshape(-1, model.width),
             experts_TK,
             gates_TK,
             weights,
@@ -97,6 +106,10 @@ class MoE(nnx.Module):
             groups=(model.num_groups, model.num_kept_groups),
         )
         return y_TD.reshape(h_BSD.shape)
+
+
+def _num_experts(down_EFD: jax.Array | CastWeight | Fp8Weight) -> int:
+    return (down_EFD.values if isinstance(down_EFD, Fp8Weight | CastWeight) else down_EFD).shape[0]
 
 
 def _with_shared(

@@ -433,7 +433,7 @@ def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
     attention, moe = params["moe_layers"][1]["attention"], params["moe_layers"][1]["moe"]
     in_bf16 = params["head_DV"], attention["q_b_ANQ"], attention["kv_b_CNX"].key_NPC, moe["down_EFD"]
     in_fp32 = params["embed_VD"], attention["kv_norm_C"]
-    parts = np.split(np.float64(moe["router_DE"]), 3, axis=1)
+    parts = np.split(np.float64(moe["router_DE"]), 3, axis=0)
     np.testing.assert_array_equal(sum(parts), make_weights().params["moe_layers"]["moe"]["router_DE"][1])
     assert {leaf.dtype for leaf in in_bf16} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in in_fp32} == {jnp.dtype(jnp.float32)}

@@ -11,7 +11,7 @@ from flax import nnx
 from configs import deepseek_v2, deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model.moe import MoE
-from deepseek_jax.model.router import _rank, _sum_of_best_two, route, router_scores
+from deepseek_jax.model.router import _rank, _sum_of_best_two, route, route_few, router_scores
 
 V3, V2, LITE, TINY = (
     from_config_dict(c.get_config()).model for c in (deepseek_v3, deepseek_v2, deepseek_v2_lite, tiny)
@@ -62,6 +62,26 @@ def test_router_equals_loops(name, bias_name):
     want = [reference(model, scores_E, bias_E) for scores_E in scores_TE]
     np.testing.assert_array_equal(experts_TK, [experts for _, experts, _ in want])
     np.testing.assert_allclose(gates_TK, [gates for _, _, gates in want], rtol=1e-6)
+    assert experts_TK.dtype == jnp.int32 and gates_TK.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_few_tokens_choose_as_many_do(name, tied):
+    """The experts in their order, the gates, and behind them what every token has; padding has nothing."""
+    model = MODELS[name]
+    scores_TE, bias_E = draw_scores(model), draw_bias(model, "both signs")
+    if tied:
+        scores_TE, bias_E = np.float32(np.round(scores_TE, 1)), 0 * bias_E
+    want_TK, want_gates_TK = jit_route(model, scores_TE, bias_E)
+    valid_T = np.arange(NUM_TOKENS) != 1
+    run = jax.jit(route_few, static_argnums=(0, 4))
+    experts_TK, gates_TK = run(model, scores_TE, bias_E, valid_T, model.num_experts + 2)
+    k = model.experts_per_token
+    np.testing.assert_array_equal(experts_TK[valid_T, :k], want_TK[valid_T])
+    np.testing.assert_allclose(gates_TK[valid_T, :k], want_gates_TK[valid_T], rtol=5e-7)
+    assert (experts_TK[valid_T, k:] == model.num_experts + np.arange(2)).all() and (gates_TK[valid_T, k:] == 1).all()
+    assert (experts_TK[1] == model.num_experts + 2).all() and (gates_TK[1] == 0).all()
     assert experts_TK.dtype == jnp.int32 and gates_TK.dtype == jnp.float32
 
 
