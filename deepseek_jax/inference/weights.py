@@ -1,6 +1,7 @@
 """Weights as decoding reads them: in layers, routed experts on their devices, all else whole; FP8 stays in FP8."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax import Array
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import UpProjection
+from deepseek_jax.model.attention import Beside
 from deepseek_jax.model.layer import STACKS
 from deepseek_jax.model.precision import as_stored, compute_dtype
 from deepseek_jax.model.router import in_parts
@@ -74,6 +76,8 @@ def _layers(target: _Target, name: str, tree: Any) -> Any:
         count, dtype = len(jax.tree.leaves(whole)[0]), compute_dtype(target.execution)
         columns.append([_layer(target.model, dtype, leaf_name(path), whole, i) for i in range(count)])
     layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
+    if "attention" in tree:
+        layers = [layer | {"attention": _with_queries_beside(layer["attention"])} for layer in layers]
     alone = axis_size(target.mesh, EXPERTS) == 1
     return [_with_shared_inside(layer) for layer in layers] if alone else layers
 
@@ -90,6 +94,22 @@ def _layer(model: Model, dtype: jnp.dtype, name: str, stack: Array | Fp8Weight, 
         row = PARAMETERS[name]
         return TurnedFp8Weight.of(layer, row.input_dims, stacked=int(row.per_expert))
     return layer
+
+
+def _with_queries_beside(attention: Any) -> Any:
+    """Return attention's weights with both products of its norm in one weight; not if blocks of FP8 would shift."""
+    name = "q_a_DA" if "q_a_DA" in attention else "q_DNQ"
+    queries, rest = attention[name], attention["kv_a_DC"]
+    out = queries.shape[1:]
+    if isinstance(queries, TurnedFp8Weight):
+        if math.prod(out) % GROUP:
+            return attention
+        values = jnp.concatenate([queries.values, rest.values])
+        scales = jnp.concatenate([queries.scales, rest.scales])
+        both = TurnedFp8Weight(values, scales, (values.shape[1], values.shape[0]))
+    else:
+        both = jnp.concatenate([queries.reshape(len(queries), -1), rest], axis=1)
+    return attention | {name: Beside(out), "kv_a_DC": both}
 
 
 def _with_shared_inside(layer: Any) -> Any:
@@ -127,7 +147,7 @@ def _append(experts: Array, more: Array) -> Array:
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, Fp8Weight | TurnedFp8Weight | UpProjection)
+    return isinstance(leaf, Beside | Fp8Weight | TurnedFp8Weight | UpProjection)
 
 
 def _place(target: _Target, path: Any, weight: Any) -> Any:
@@ -142,7 +162,7 @@ def _place(target: _Target, path: Any, weight: Any) -> Any:
         if name != APART:
             return _place_fp8(name, weight, mesh)
         weight = _dequantized(name, weight)
-    if isinstance(weight, UpProjection | TurnedFp8Weight):
+    if isinstance(weight, Beside | UpProjection | TurnedFp8Weight):
         return jax.device_put(
             weight, jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), _spec(path, weight))
         )
@@ -172,6 +192,8 @@ def weight_specs(weights: Weights) -> Weights:
 
 def _spec(path: Any, leaf: Any) -> Any:
     name = leaf_name(path)
+    if isinstance(leaf, Beside):
+        return leaf
     if isinstance(leaf, UpProjection):
         return UpProjection(P(), P())
     if isinstance(leaf, TurnedFp8Weight):

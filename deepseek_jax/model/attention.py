@@ -22,6 +22,8 @@ A layer attends in three steps: `project` makes queries and the cache entry of e
 projects back. A form is a value (`Attend`): `expanded(...)` below makes one, `model.absorbed` another.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +51,19 @@ class Entry(NamedTuple):
     rotary_BSR: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """In place of a query weight: decoding has its columns in front of those of `kv_a_DC`, and one product of both."""
+
+    out: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # shape of a token's queries
+
+    def split(self, both: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the queries [..., *out], and the rest of the columns."""
+        columns = math.prod(self.out)
+        return both[..., :columns].reshape(*both.shape[:-1], *self.out), both[..., columns:]
+
+
 class Attention(nnx.Module):
     """MLA with its norms.
 
@@ -74,8 +89,12 @@ class Attention(nnx.Module):
     def project(self, x_BSD: jax.Array, table: Table) -> tuple[jax.Array, Entry]:
         """Return q_BSNQ, content channels then rotated ones, and the cache entries of the same tokens."""
         model, eps = self.model, self.model.norm_eps
-        queries = self.q_a_DA if model.query_latent else self.q_DNQ
-        q, kv_BSC = norm_linear(x_BSD, self.norm_D[...], eps, queries.get_value(), self.kv_a_DC.get_value())
+        queries = (self.q_a_DA if model.query_latent else self.q_DNQ).get_value()
+        if isinstance(queries, Beside):
+            (both_BSX,) = norm_linear(x_BSD, self.norm_D[...], eps, self.kv_a_DC.get_value())
+            q, kv_BSC = queries.split(both_BSX)
+        else:
+            q, kv_BSC = norm_linear(x_BSD, self.norm_D[...], eps, queries, self.kv_a_DC.get_value())
         if model.query_latent:
             (q,) = norm_linear(keep(q, "query_latent"), self.q_norm_A[...], eps, self.q_b_ANQ.get_value())
         latent_BSC, rotary_BSR = lax.split(keep(kv_BSC, "kv_latent"), (model.kv_latent, model.rotary_dim), axis=2)

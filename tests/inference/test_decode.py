@@ -41,7 +41,7 @@ PROMPT = np.array([[7, 3, 250, 12, 88]], np.int32)
 def make_config(precision="fp32", **model):
     config = get_config()
     config.model.update(
-        vocab_size=300, width=32, num_layers=3, num_heads=2, query_latent=16, kv_latent=24, content_dim=8
+        vocab_size=300, width=32, num_layers=2, num_heads=2, query_latent=16, kv_latent=24, content_dim=8
     )
     config.model.update(rotary_dim=4, value_dim=8, dense_hidden=48, num_experts=8, expert_hidden=16, num_mtp_layers=0)
     config.model.update(model)
@@ -372,7 +372,7 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
     placed = decode_weights(config.model, decode.decode_execution(config, mesh), weights, mesh)
     kept = jax.tree.leaves(placed.params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
     shared = 2 if experts > 1 else 0  # on one device it lies behind the routed experts
-    assert sum(isinstance(leaf, TurnedFp8Weight) for leaf in kept) == (4 + 2) + 2 * (4 + 2 + shared)  # no kv_b
+    assert sum(isinstance(leaf, TurnedFp8Weight) for leaf in kept) == (3 + 2) + (3 + 2 + shared)  # no kv_b, and one for both products of the first norm
     tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
     assert ids(prompts=tokens_BS[:, :9], num_tokens=5, weights=weights, mesh=mesh, config=config).shape == (1, 5)
 
@@ -430,11 +430,11 @@ def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
     """The router as three BF16 parts, whose sum it is (`model.router`)."""
     config = make_config(precision="bf16")
     params, _ = decode_weights(config.model, config.execution, make_weights(), one_device())
-    attention, moe = params["moe_layers"][1]["attention"], params["moe_layers"][1]["moe"]
+    attention, moe = params["moe_layers"][0]["attention"], params["moe_layers"][0]["moe"]
     in_bf16 = params["head_DV"], attention["q_b_ANQ"], attention["kv_b_CNX"].key_NPC, moe["down_EFD"]
     in_fp32 = params["embed_VD"], attention["kv_norm_C"]
     parts = np.split(np.float64(moe["router_DE"]), 3, axis=0)
-    np.testing.assert_array_equal(sum(parts), make_weights().params["moe_layers"]["moe"]["router_DE"][1])
+    np.testing.assert_array_equal(sum(parts), make_weights().params["moe_layers"]["moe"]["router_DE"][0])
     assert {leaf.dtype for leaf in in_bf16} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in in_fp32} == {jnp.dtype(jnp.float32)}
 
