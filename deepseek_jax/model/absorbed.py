@@ -129,6 +129,7 @@ def write(cache: LayerPages, entry: Entry, places: Places) -> LayerPages:
     page_BS = jnp.where(owned_BS, cache.layer * num_pages + places.page_BS, nowhere)
     flat = pages.reshape(nowhere, PAGE, width)
     flat = flat.at[page_BS, places.row_BS].set(rows_BSK, mode="drop")
+    flat = lax.optimization_barrier(flat)  # fused with the reads that follow, the write would need a copy of all pages
     return cache._replace(pages=flat.reshape(pages.shape))
 
 

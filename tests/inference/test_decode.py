@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +155,36 @@ def test_pages_that_are_not_written_are_never_read():
             cache = cache._replace(pages=cache.pages + np.float32(poison))
         logits.append(prefilled(CONFIG, make_weights(), PROMPT, [5], cache=cache)[2])
     np.testing.assert_array_equal(*logits)
+
+
+def test_sequences_that_have_ended_write_nothing():
+    """Of three, one has ended and one has no tokens: a burst leaves their pages and lengths as they are."""
+    execution, weights, _, cache = prefilled(CONFIG, make_weights(), np.repeat(PROMPT, 3, 0), [5, 5, 0], num_slots=64)
+    before, ended_B = np.asarray(cache.pages), np.array([False, True, True])
+    run = jax.jit(functools.partial(decode.decode_burst, CONFIG.model, execution, GREEDY, 4))
+    with jax.set_mesh(one_device()):
+        rows = np.array([1, 2, 3], np.int32), ended_B, generate.row_keys(0, 3)
+        tokens_B, finished_B, keys_B = jax.device_put(rows, P(ROWS))
+        new_BK, state = run(weights, decode.Generation(cache, tokens_B, finished_B), keys_B, NEVER, 3)
+    after = np.asarray(state.cache.pages)
+    changed = (after != before).any(axis=(0, 3))
+    assert changed[0].nonzero()[0].tolist() == [5, 6, 7] and not changed[1:].any()
+    assert state.cache.length_B.tolist() == [8, 5, 0] and (new_BK[1:] == NEVER).all()
+
+
+def test_no_step_copies_the_cache_or_a_weight():
+    """In the compiled program of a step no operation but the writes in place makes an array of the cache's size."""
+    execution = decode.decode_execution(CONFIG, one_device())
+    with jax.set_mesh(one_device()):
+        weights = decode_weights(CONFIG.model, execution, make_weights(), one_device())
+        cache = make_cache(CONFIG.model, execution, 3, 64 * 1024)
+        tables_BJ = jax.device_put(np.asarray(cache.tables_BJ)[:, :2], P(ROWS))  # the reference gathers what they name
+        step = jax.jit(functools.partial(decode.decode_token, CONFIG.model, execution), donate_argnums=1)
+        tokens_B = jax.device_put(np.ones(3, np.int32), P(ROWS))
+        text = step.lower(weights, cache._replace(tables_BJ=tables_BJ), tokens_B).compile().as_text()
+    made = re.findall(r"= \(?(\w+\[[\d,]+\])\S* (?:copy|dynamic-slice|transpose)\(", text)
+    sizes = [math.prod(map(int, shape.split("[")[1][:-1].split(","))) for shape in made]
+    assert sizes and max(sizes) < weights.params["moe_layers"][0]["moe"]["down_EFD"].size < cache.pages.size
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_bursts(monkeypatch):
@@ -365,14 +397,14 @@ def stored_in_fp8(config):
 
 @pytest.mark.parametrize("experts", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_in_fp8_are_decoded_as_stored(experts):
-    """They stay FP8, but for the one that absorbed attention takes apart."""
+    """They stay FP8, but for the one that absorbed attention takes apart; queries and latents share one."""
     config = make_config("fp8", **FP8_MODEL)
     weights = stored_in_fp8(config)
     mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=experts, tensor=1), jax.devices()[:experts])
     placed = decode_weights(config.model, decode.decode_execution(config, mesh), weights, mesh)
     kept = jax.tree.leaves(placed.params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
     shared = 2 if experts > 1 else 0  # on one device it lies behind the routed experts
-    assert sum(isinstance(leaf, TurnedFp8Weight) for leaf in kept) == (3 + 2) + (3 + 2 + shared)  # no kv_b, and one for both products of the first norm
+    assert sum(isinstance(leaf, TurnedFp8Weight) for leaf in kept) == (3 + 2) + (3 + 2 + shared)
     tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
     assert ids(prompts=tokens_BS[:, :9], num_tokens=5, weights=weights, mesh=mesh, config=config).shape == (1, 5)
 
