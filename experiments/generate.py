@@ -23,8 +23,9 @@ from absl import flags
 from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.files import replacing, write_all
+from deepseek_jax.inference.completions import Completion, complete
 from deepseek_jax.inference.decode import decode_execution
-from deepseek_jax.inference.generate import Completion, complete, expert_mesh, prompt_ids, stream
+from deepseek_jax.inference.generate import expert_mesh, prompt_ids, stream
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import decode_weights, takes_fp8
 from deepseek_jax.inputs import local_path, new_file, read_text, shown

@@ -1,17 +1,16 @@
 """Generation of text: prompts go through the model, then tokens follow and are yielded as they are made."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
 from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, first_token, in_chunks, prefill
-from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
+from deepseek_jax.inference.requests import PLAIN, Request, check_bias, make_rows
+from deepseek_jax.inference.sampling import NO_TOKEN, Chosen, Sampling
 from deepseek_jax.inference.text import Text
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import shown
@@ -23,19 +22,11 @@ BURST = 16  # tokens that the device makes before the host reads them
 CACHE_STEP = 256  # cache sizes are multiples of this, so that few programs are compiled
 
 
-class Completion(NamedTuple):
-    """What follows a prompt."""
-
-    text: str
-    reason: str  # "stop" (EOS, or a stop string, which the text lacks) or "length"
-    num_tokens: int  # those of a stop string included, EOS not
-
-
 def stream(
     config: Config,
     weights: Weights,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
@@ -51,7 +42,7 @@ def stream(
         weights: as the training state has them, or in FP8 as a checkpoint stores them; on any mesh that this process
             sees whole.
         tokenizer: the one of the model's training.
-        prompt: text; the output does not repeat it.
+        prompt: text, or ids as `data.chat` makes them, BOS included; the output does not repeat it.
         max_new_tokens: at most this many tokens follow.
         sampling: temperature, top-p, top-k.
         seed: seed of the draws; the same seed gives the same text.
@@ -71,63 +62,25 @@ def stream(
     yield text.finish()
 
 
-def complete(
-    config: Config,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    mesh: jax.sharding.Mesh | None = None,
-    stop: Sequence[str] = (),
-    first_row: int = 0,
-    batch_size: int = 0,
-) -> list[Completion]:
-    """Return what follows each of several prompts of any lengths, decoded as one batch.
-
-    Args:
-        config: as all others but the last, see `stream`.
-        first_row: number of the first prompt. Its draws depend on the seed and this number alone, so prompts that are
-            completed in several batches get the same texts as in one, up to rounding.
-        batch_size: rows of the batch, if there are fewer prompts: a last, smaller batch then shares programs.
-
-    Raises:
-        ValueError: as `stream`.
-    """
-    if not prompts:
-        raise ValueError("there is no prompt; give at least one")
-    texts = [Text(tokenizer, stop) for _ in prompts]
-    ids = [prompt_ids(config, tokenizer, prompt, max_new_tokens) for prompt in prompts]
-    pieces: list[list[str]] = [[] for _ in prompts]
-    weights, stopped_B = known_ids(weights, tokenizer), np.zeros(len(prompts), bool)
-    for ids_BK in stream_ids(
-        config, weights, ids, max_new_tokens, sampling, seed, tokenizer.eos, mesh, stopped_B, first_row, batch_size
-    ):
-        for i, text in enumerate(texts):
-            pieces[i].append(text.push(ids_BK[i]))
-            stopped_B[i] = text.reason is not None
-    whole = ["".join([*parts, text.finish()]) for parts, text in zip(pieces, texts, strict=True)]
-    return [Completion(t, str(text.reason), text.num_tokens) for t, text in zip(whole, texts, strict=True)]
-
-
-def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> list[int]:
-    """Return the ids of a prompt, which begins as every document in training: with BOS.
+def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str | Sequence[int], max_new_tokens: int) -> Sequence[int]:
+    """Return the ids of a prompt; one in text begins as every document in training, with BOS.
 
     Raises:
         ValueError: the prompt is empty, is not text, or leaves no room for `max_new_tokens`; the tokenizer has more ids
             than the model.
     """
-    if not prompt:
+    if not len(prompt):
         raise ValueError("the prompt is empty; give at least one character to continue")
-    if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
-        raise ValueError(f"the prompt {shown(prompt)} is not text that UTF-8 can write; give it in UTF-8")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is"
             f" {config.model.vocab_size}; use the tokenizer of the model's training"
         )
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    ids = prompt
+    if isinstance(prompt, str):
+        if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
+            raise ValueError(f"the prompt {shown(prompt)} is not text that UTF-8 can write; give it in UTF-8")
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     check_lengths(config, len(ids), max_new_tokens)
     return ids
 
@@ -171,7 +124,13 @@ def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -
         )
 
 
-def stream_ids(
+def stream_ids(*args, **options) -> Iterator[np.ndarray]:
+    """Yield the ids of what `stream_chosen` yields, of which all arguments are."""
+    for chosen in stream_chosen(*args, **options):
+        yield chosen.ids_B
+
+
+def stream_chosen(
     config: Config,
     weights: Weights,
     prompts: Sequence[Sequence[int]] | np.ndarray,
@@ -183,26 +142,32 @@ def stream_ids(
     stopped_B: np.ndarray | None = None,
     first_row: int = 0,
     batch_size: int = 0,
-) -> Iterator[np.ndarray]:
-    """Yield new token ids [B, up to BURST] for prompts of any lengths; a sequence that has ended repeats `eos`.
+    requests: Sequence[Request] = (),
+) -> Iterator[Chosen]:
+    """Yield new tokens [B, up to BURST] for prompts of any lengths; a sequence that has ended repeats `eos`.
 
     Args:
         config: as all that follow here, see `stream`.
         weights: as there.
-        prompts: B sequences of ids, none of them empty.
+        prompts: B sequences of ids.
         max_new_tokens: as there.
-        sampling: as there.
-        seed: as there.
+        sampling: as there; with `num_logprobs`, log-probabilities come along.
+        seed: as there, for requests without one.
         eos: the id that ends a sequence.
         mesh: as there.
         stopped_B: bool, read between bursts: sequences that the caller wants no more of end there.
         first_row: number of the first sequence, on which its draws depend.
         batch_size: rows, if there are fewer sequences.
+        requests: what each sequence asks for, or nothing where none asks for anything.
 
     Raises:
-        ValueError: `prompts` have ids beyond the vocabulary, `seed` more than 64 bits, or logits are not numbers.
+        ValueError: `prompts` have ids beyond the vocabulary or one is empty, `seed` has more than 64 bits, a bias is
+            for an id that the vocabulary lacks, or logits are not numbers.
     """
+    requests = requests or [PLAIN] * len(prompts)
     _check_ids(config.model, prompts, seed)
+    for request in requests:
+        check_bias(request, weights.params["head_DV"].shape[1])
     mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences = len(prompts)
@@ -214,13 +179,13 @@ def stream_ids(
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
     with jax.set_mesh(mesh):
         weights = decode_weights(execution, weights, mesh)
-        keys_B = jax.device_put(row_keys(seed, batch_size, first_row), P(ROWS))
+        rows = jax.device_put(make_rows(requests, seed, batch_size, first_row), P(ROWS))
         cache = make_cache(model, execution, batch_size, num_slots)
         chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))
         run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
         logits_BV, cache = run_prefill(weights, cache, chunks, lengths_B)
-        state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, keys_B, eos, chunks)
-        yield _checked(np.asarray(state.tokens_B)[:num_sequences, None])
+        chosen, state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, rows, eos, chunks)
+        yield _read(chosen, num_sequences, None)
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
         remaining = max_new_tokens - 1
         while remaining > 0:
@@ -228,12 +193,14 @@ def stream_ids(
             if has_ended:
                 return
             num_tokens = min(remaining, BURST)
-            ids_BK, state = burst(weights, state, keys_B, eos, num_tokens)
+            chosen, state = burst(weights, state, rows, eos, num_tokens)
             remaining -= num_tokens
-            yield _checked(np.asarray(ids_BK)[:num_sequences, :num_tokens])
+            yield _read(chosen, num_sequences, slice(num_tokens))
 
 
 def _check_ids(model: Model, prompts: Sequence[Sequence[int]] | np.ndarray, seed: int) -> None:
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty, or there is none; give at least one id")
     ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise ValueError(f"the prompts have ids beyond 0 to {model.vocab_size - 1}; use the model's tokenizer")
@@ -263,15 +230,12 @@ def _padded(prompts: Sequence[Sequence[int]] | np.ndarray, batch_size: int) -> t
     return prompts_BS, lengths_B
 
 
-def _checked(ids_BK: np.ndarray) -> np.ndarray:
-    if (ids_BK == NO_TOKEN).any():
+def _read(chosen: Chosen, num_sequences: int, columns: slice | None) -> Chosen:
+    """Return tokens on the host: of the rows with a sequence, and these columns, or one that is new."""
+    chosen = jax.tree.map(lambda leaf: np.asarray(leaf)[:num_sequences, columns], chosen)
+    if (chosen.ids_B == NO_TOKEN).any():
         raise ValueError(
             "the logits are NaN or infinite: the weights are damaged; take another --step, or import the checkpoint"
             " again after convert_hf verify"
         )
-    return ids_BK
-
-
-def row_keys(seed: int, batch_size: int, first_row: int = 0) -> Array:
-    """Return a key for the draws of each row; it depends only on the seed and the row's number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first_row + np.arange(batch_size))
+    return chosen
