@@ -42,7 +42,7 @@ def complete(
     sampling: Sampling,
     seed: int,
     mesh: jax.sharding.Mesh | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str | int] = (),
     first_row: int = 0,
     batch_size: int = 0,
     requests: Sequence[Request] = (),

@@ -31,7 +31,7 @@ def stream(
     sampling: Sampling,
     seed: int,
     mesh: jax.sharding.Mesh | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str | int] = (),
 ) -> Iterator[str]:
     """Yield the text that continues `prompt` as it is made, up to EOS, a stop string or `max_new_tokens` tokens.
 
@@ -47,7 +47,7 @@ def stream(
         sampling: temperature, top-p, top-k.
         seed: seed of the draws; the same seed gives the same text.
         mesh: the mesh that decodes, with the axes of a training mesh; by default the first device alone.
-        stop: the text ends before the first of these.
+        stop: the text ends before the first of these texts, or tokens by id.
 
     Raises:
         ValueError: an empty prompt or stop string, a prompt that is not text or leaves no room for `max_new_tokens`; a
@@ -91,28 +91,36 @@ def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
     return weights._replace(params=weights.params | {"head_DV": known_DV})
 
 
-def expert_mesh(model: Model, num_devices: int) -> jax.sharding.Mesh:
-    """Return a mesh of this process's first devices that share the routed experts; each has all other weights.
+def expert_mesh(model: Model, num_devices: int, num_groups: int = 1) -> jax.sharding.Mesh:
+    """Return a mesh of this process's first devices: groups of `num_devices` that share the routed experts.
+
+    Each device has all other weights, and its own share of the sequences.
 
     Raises:
         ValueError: there are fewer devices, or the model does not divide over them.
     """
-    devices = jax.local_devices()
-    if num_devices > len(devices):
+    devices, count = jax.local_devices(), num_devices * num_groups
+    if count > len(devices):
+        groups = f" in {num_groups} groups" if num_groups > 1 else ""
         raise ValueError(
-            f"{num_devices} expert devices are asked for, and there are {len(devices)}; lower --expert_devices, or"
+            f"{count} expert devices{groups} are asked for, and there are {len(devices)}; lower --expert_devices, or"
             " simulate more with --cpu_devices"
         )
-    sizes = Mesh(pipe=1, data=1, node=1, expert=num_devices, tensor=1)
-    mesh = make_mesh(sizes, devices[:num_devices])
+    sizes = Mesh(pipe=1, data=num_groups, node=1, expert=num_devices, tensor=1)
+    mesh = make_mesh(sizes, devices[:count])
     check_model_fit(model, mesh)
     return mesh
 
 
+def longest_text(config: Config) -> int:
+    """Return how many positions the model knows."""
+    yarn = config.model.yarn
+    return int(yarn.original_length * yarn.factor) if yarn.enabled else config.data.sequence_length
+
+
 def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """Refuse a prompt that leaves no room for `max_new_tokens`."""
-    yarn = config.model.yarn
-    longest = int(yarn.original_length * yarn.factor) if yarn.enabled else config.data.sequence_length
+    longest = longest_text(config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     if num_prompt_tokens + max_new_tokens > longest:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.inference.sampling import LARGEST_PENALTY, MOST_LOGPROBS, Bias, Rows
@@ -66,7 +67,7 @@ def make_rows(requests: Sequence[Request], seed: int, batch_size: int, first_row
 def row_keys(seeds: Sequence[int], numbers: Sequence[int]) -> jax.Array:
     """Return a key for the draws of each row; it depends on the row's seed of 64 bits and its number only."""
     words = [[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF] for seed in seeds]
-    keys_B = jax.random.wrap_key_data(np.array(words, np.uint32), impl="threefry2x32")
+    keys_B = jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl="threefry2x32")
     return jax.vmap(jax.random.fold_in)(keys_B, np.array(numbers, np.uint32))
 
 
@@ -80,4 +81,4 @@ def _bias(requests: Sequence[Request]) -> Bias | None:
     for ids, values, request in zip(ids_BJ, values_BJ, requests, strict=True):
         ids[: len(request.logit_bias)] = list(request.logit_bias)
         values[: len(request.logit_bias)] = list(request.logit_bias.values())
-    return Bias(ids_BJ, values_BJ)
+    return Bias(jnp.asarray(ids_BJ), jnp.asarray(values_BJ))
