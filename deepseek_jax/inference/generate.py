@@ -1,6 +1,6 @@
 """Generation of text: prompts go through the model, then tokens follow and are yielded as they are made."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, first_token, in_chunks, prefill
+from deepseek_jax.inference.memory import check_room
 from deepseek_jax.inference.requests import PLAIN, Request, check_bias, make_rows
 from deepseek_jax.inference.sampling import NO_TOKEN, Chosen, Sampling
 from deepseek_jax.inference.text import Text
@@ -170,7 +171,7 @@ def stream_chosen(
 
     Raises:
         ValueError: `prompts` have ids beyond the vocabulary or one is empty, `seed` has more than 64 bits, a bias is
-            for an id that the vocabulary lacks, or logits are not numbers.
+            for an id that the vocabulary lacks, the cache does not fit the memory, or logits are not numbers.
     """
     requests = requests or [PLAIN] * len(prompts)
     _check_ids(config.model, prompts, seed)
@@ -185,6 +186,7 @@ def stream_chosen(
     chunks = in_chunks(prompts_BS)
     num_positions = max(prompts_BS.shape[1] + max_new_tokens, chunks.shape[0] * chunks.shape[2])
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
+    check_room(model, execution, batch_size, num_slots, mesh)
     with jax.set_mesh(mesh):
         weights = decode_weights(execution, weights, mesh)
         rows = jax.device_put(make_rows(requests, seed, batch_size, first_row), P(ROWS))
@@ -195,15 +197,28 @@ def stream_chosen(
         chosen, state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, rows, eos, chunks)
         yield _read(chosen, num_sequences, None)
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
-        remaining = max_new_tokens - 1
-        while remaining > 0:
-            state, has_ended = _stop(state, stopped_B)
-            if has_ended:
-                return
-            num_tokens = min(remaining, BURST)
-            chosen, state = burst(weights, state, rows, eos, num_tokens)
-            remaining -= num_tokens
-            yield _read(chosen, num_sequences, slice(num_tokens))
+
+        def more(state: Generation, num_tokens: int) -> tuple[Chosen, Generation]:
+            return burst(weights, state, rows, eos, num_tokens)
+
+        yield from _following(more, state, max_new_tokens - 1, num_sequences, stopped_B)
+
+
+def _following(
+    more: Callable[[Generation, int], tuple[Chosen, Generation]],
+    state: Generation,
+    num_tokens: int,
+    num_sequences: int,
+    stopped_B: np.ndarray | None,
+) -> Iterator[Chosen]:
+    """Yield the tokens after the first, burst by burst."""
+    while num_tokens > 0:
+        state, has_ended = _stop(state, stopped_B)
+        if has_ended:
+            return
+        chosen, state = more(state, min(num_tokens, BURST))
+        yield _read(chosen, num_sequences, slice(min(num_tokens, BURST)))
+        num_tokens -= BURST
 
 
 def _check_ids(model: Model, prompts: Sequence[Sequence[int]] | np.ndarray, seed: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference import decode, generate
+from deepseek_jax.inference import decode, generate, memory
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.completions import complete
 from deepseek_jax.inference.requests import Request, row_keys
@@ -501,6 +501,15 @@ def test_keys_are_those_of_jax_and_take_64_bits():
     assert (jax.random.key_data(row_keys([5], [3])[0]) == jax.random.key_data(want)).all()
     keys = jax.random.key_data(row_keys([1, 1 + 2**32, -1, 2**64 - 1], [0] * 4)).tolist()
     assert keys[0] != keys[1] and keys[2] == keys[3]
+
+
+def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
+    """3 layers of 28 FP32 numbers a token: 256 tokens of 64 sequences are 5.25 MiB."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 5 * 2**20)
+    with pytest.raises(ValueError, match="of 64 sequences of 256 tokens takes 0.0 GiB of a device, and 0.0 GiB are fr"):
+        ids([[1]] * 64)
+    monkeypatch.undo()
+    assert 2**28 < memory.free_bytes(jax.devices()[0]) < 2**44
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
