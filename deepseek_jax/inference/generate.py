@@ -77,13 +77,12 @@ def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str | Sequence[int]
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is"
             f" {config.model.vocab_size}; use the tokenizer of the model's training"
         )
-    ids = prompt
     if isinstance(prompt, str):
         if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
             raise ValueError(f"the prompt {shown(prompt)} is not text that UTF-8 can write; give it in UTF-8")
-        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-    check_lengths(config, len(ids), max_new_tokens)
-    return ids
+        prompt = [tokenizer.bos, *tokenizer.encode(prompt)]
+    check_lengths(config, len(prompt), max_new_tokens)
+    return prompt
 
 
 def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
@@ -136,7 +135,7 @@ def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -
 def stream_ids(*args, **options) -> Iterator[np.ndarray]:
     """Yield the ids of what `stream_chosen` yields, of which all arguments are."""
     for chosen in stream_chosen(*args, **options):
-        yield chosen.ids_B
+        yield np.asarray(chosen.ids_B)
 
 
 def stream_chosen(
@@ -156,14 +155,11 @@ def stream_chosen(
     """Yield new tokens [B, up to BURST] for prompts of any lengths; a sequence that has ended repeats `eos`.
 
     Args:
-        config: as all that follow here, see `stream`.
-        weights: as there.
+        config: as all others that are not named here, see `stream`.
         prompts: B sequences of ids.
-        max_new_tokens: as there.
-        sampling: as there; with `num_logprobs`, log-probabilities come along.
-        seed: as there, for requests without one.
+        sampling: with `num_logprobs`, log-probabilities come along.
+        seed: for requests without one.
         eos: the id that ends a sequence.
-        mesh: as there.
         stopped_B: bool, read between bursts: sequences that the caller wants no more of end there.
         first_row: number of the first sequence, on which its draws depend.
         batch_size: rows, if there are fewer sequences.

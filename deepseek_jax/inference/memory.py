@@ -14,11 +14,10 @@ def check_room(model: Model, execution: Execution, batch_size: int, num_slots: i
     Raises:
         ValueError: with both sizes and the remedy.
     """
-    device = mesh.local_devices[0]
     num_bytes = cache_bytes_per_token(model, execution) * batch_size * num_slots
-    if device.platform != "cpu":  # the devices of a CPU share its memory
+    if mesh.local_devices[0].platform != "cpu":  # the devices of a CPU share its memory
         num_bytes //= mesh.size
-    free = free_bytes(device)
+    free = free_bytes(mesh)
     if num_bytes > free:
         raise ValueError(
             f"the cache of {batch_size:,} sequences of {num_slots:,} tokens takes {num_bytes / 2**30:,.1f} GiB of a"
@@ -27,9 +26,9 @@ def check_room(model: Model, execution: Execution, batch_size: int, num_slots: i
         )
 
 
-def free_bytes(device: jax.Device) -> int:
-    """Return the free memory of a device as its allocator tells it; of a CPU all memory of the machine."""
-    told = device.memory_stats() or {}
+def free_bytes(mesh: jax.sharding.Mesh) -> int:
+    """Return the free memory of the first device as its allocator tells it; of a CPU all memory of the machine."""
+    told = mesh.local_devices[0].memory_stats() or {}
     if "bytes_limit" in told:
         return told["bytes_limit"] - told.get("bytes_in_use", 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
