@@ -44,11 +44,17 @@ def test_a_folder_in_fp8_is_decoded_as_stored(tmp_path):
     source = open_released(write_folder(tmp_path))
     assert source.config.execution.precision == "fp8" and longest_text(source.config) == 128
     assert source.generation == ({"temperature": 0.6, "top_p": 0.95}, (1, 27))
-    mesh, tokenizer = expert_mesh(source.config.model, 1), source.tokenizer()
-    weights = source.load(mesh)
+    assert source.tokenizer().eos == 1
+    weights = source.load(expert_mesh(source.config.model, 1))
     leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
     assert sum(isinstance(leaf, Fp8Weight) for leaf in leaves) > 10
-    rest = 12, GREEDY, 0, mesh
+
+
+@pytest.mark.slow
+def test_texts_end_where_the_folder_says_and_begin_as_its_template(tmp_path):
+    source = open_released(write_folder(tmp_path))
+    mesh, tokenizer = expert_mesh(source.config.model, 1), source.tokenizer()
+    weights, rest = source.load(mesh), (12, GREEDY, 0, mesh)
     found = complete(source.config, weights, tokenizer, LETTERS, *rest)
     assert all(set(each.text) <= set(LETTERS) and each.num_tokens == len(each.text) for each in found)
     i = max(range(26), key=lambda i: len(set(found[i].text)))

@@ -51,6 +51,7 @@ def test_fp32_logits_are_the_goldens(case, tmp_path):
     np.testing.assert_allclose(found, expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL)
 
 
+@pytest.mark.slow
 def test_fp8_logits_are_as_far_from_exact_ones_as_the_published_programs(tmp_path):
     """From the stored bytes, in FP8 products; by token, because a token whose route flips is far away (0.7 here).
 
