@@ -1,7 +1,7 @@
 """Which pages of the latent cache hold a sequence's tokens: the host's side of the paged cache.
 
 The device has one array of pages, `PAGE_SIZE` tokens each, and a table of page numbers per sequence. This module fills
-the tables. It knows token ids and no entry of the cache:
+the tables; of several devices each has a pool of its own. It knows token ids and no entry of the cache:
 
     pool = PagePool(num_pages=1000)
     sequence = PagedSequence.open(pool, prompt)  # shares the full pages of a prefix that are known

@@ -181,21 +181,25 @@ def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
     vocab_size, top_k, top_p = logits_BV.shape[-1], sampling.top_k, sampling.top_p
     categorical = jax.vmap(jax.random.categorical)
 
-    def among(num_candidates: int, log_sum_B1: Array | None = None) -> Array:
-        values_BK, ids_BK = jax.lax.top_k(logits_BV, num_candidates)
+    def among(values_BK: Array, ids_BK: Array, log_sum_B1: Array | None = None) -> Array:
         if top_p < 1.0:
             values_BK = keep_top_p(values_BK, top_p, log_sum_B1)
         return jnp.take_along_axis(ids_BK, categorical(keys_B, values_BK)[:, None], axis=-1)[:, 0]
 
     if 0 < top_k < vocab_size:
-        return among(top_k)
+        return among(*jax.lax.top_k(logits_BV, top_k))
     if top_p == 1.0:
         return categorical(keys_B, logits_BV)
     if vocab_size <= CANDIDATES:
-        return among(vocab_size)
+        return among(*jax.lax.top_k(logits_BV, vocab_size))
     log_sum_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-    reached_B1 = jnp.exp(jax.lax.top_k(logits_BV, CANDIDATES)[0] - log_sum_B1).sum(-1, keepdims=True) >= top_p
-    return jax.lax.cond(reached_B1.all(), lambda: among(CANDIDATES, log_sum_B1), lambda: among(vocab_size, log_sum_B1))
+    few = jax.lax.top_k(logits_BV, CANDIDATES)
+    reached_B = jnp.exp(few[0] - log_sum_B1).sum(axis=-1) >= top_p
+    return jax.lax.cond(
+        reached_B.all(),
+        lambda: among(*few, log_sum_B1),
+        lambda: among(*jax.lax.top_k(logits_BV, vocab_size), log_sum_B1),
+    )
 
 
 def penalized(sampling: Sampling, logits_BV: Array, seen: Seen) -> Array:
