@@ -140,10 +140,9 @@ def _deliver(static: Static, arrived: Arrived, index) -> tuple[Any, Delivered]:
         return arrived.rows, Delivered(None, arrived.routes)
     with jax.named_scope("route"):
         rounds = plan_rounds(way.second, second_parts(way, arrived.routes.device_WK))
-        places, serves_WK = places_of(way.second, rounds, index)
-        routes = arrived.routes._replace(device_WK=jnp.where(serves_WK, arrived.routes.device_WK, -1))
+        places, _ = places_of(way.second, rounds, index)
     with jax.named_scope("dispatch"):
-        rows, routes = send_routed(way.second, places, arrived.rows, routes)
+        rows, routes = send_routed(way.second, places, arrived.rows, arrived.routes)
     return rows, Delivered(places, routes)
 
 
@@ -214,7 +213,7 @@ def _backward_delivery(static: Static, arrived: Arrived, numbers, num_assignment
     hop = static.transport.second
     places, routes = delivered or (None, arrived.routes)
     with jax.named_scope("dispatch"):
-        g_rows, rows = send(hop, places, g_rows), send(hop, places, arrived.rows)
+        g_rows, rows = send(hop, places, (g_rows, arrived.rows))
 
     def one_range(route, hidden):
         return static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)

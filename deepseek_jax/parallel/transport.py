@@ -215,9 +215,14 @@ def places_of(hop: Hop, rounds: Rounds | None, index: Any) -> tuple[Places | Non
 
 
 def send(hop: Hop, places: Places | None, rows: Any) -> Any:
-    """Send rows [T, ...] (an array, or `Quantized` tiles) to the devices that they are for; return those that arrive.
+    """Send rows to the devices that they are for; return those that arrive.
 
     Without `places` every row goes everywhere. An empty place is zeros, scales included.
+
+    Args:
+        hop: the hop.
+        places: of this round.
+        rows: an array [T, ...], `Quantized` tiles, or a tuple of these, whose scales then travel together.
     """
     return _send(hop, places, rows, [])[0] if hop.axes else rows
 
@@ -248,29 +253,36 @@ def _wanted(part_TK: jax.Array, parts: int) -> jax.Array:
     return (part_TK[..., None] == jnp.arange(parts)).any(1)
 
 
-def _send(hop: Hop, places: Places | None, rows: Any, words: list[jax.Array]) -> tuple[Any, jax.Array | None]:
-    """Send rows, and words (int32) of each in one array; E4M3 moves as bytes, and its scales among the words."""
-    tiles, wide = isinstance(rows, Quantized), rows
-    if tiles:
-        wide = rows.values
-        words = [lax.bitcast_convert_type(rows.scales.T, jnp.int32), *words]
-    narrow = jnp.concatenate(words, axis=1) if words else None
-    if places is not None:
-        wide = take_bytes(wide, places.token_W) if tiles else take_rows(wide, places.token_W)
-        narrow = None if narrow is None else take_rows(narrow, places.token_W)
-    move = _gather if places is None else _swap
-    wide = move(hop, lax.bitcast_convert_type(wide, jnp.uint8) if tiles else wide)
-    narrow = None if narrow is None else move(hop, narrow)
-    if not tiles:
-        return wide, narrow
-    groups = rows.scales.shape[0]
-    scales = lax.bitcast_convert_type(narrow[:, :groups], jnp.float32).T
-    values = lax.bitcast_convert_type(wide, rows.values.dtype)
-    return Quantized(values, scales, rows.grouping), narrow[:, groups:]
+def _send(hop: Hop, places: Places | None, rows: Any, words: list[jax.Array]) -> tuple[Any, jax.Array]:
+    """Send rows, and words of each (int32): an array for each kind of row, and one for scales and words."""
+    kinds, tree = jax.tree.flatten(rows, is_leaf=_is_tiles)
+    wide = [_move(hop, places, kind.values if _is_tiles(kind) else kind) for kind in kinds]
+    scales = [lax.bitcast_convert_type(kind.scales.T, jnp.int32) for kind in kinds if _is_tiles(kind)]
+    narrow = jnp.concatenate([*scales, *words], axis=1) if scales or words else jnp.zeros((0, 0), jnp.int32)
+    narrow = _move(hop, places, narrow) if narrow.size else narrow
+    arrived = []
+    for kind, array in zip(kinds, wide, strict=True):
+        if _is_tiles(kind):
+            groups = kind.scales.shape[0]
+            scales_GW = lax.bitcast_convert_type(narrow[:, :groups], jnp.float32).T
+            array, narrow = Quantized(array, scales_GW, kind.grouping), narrow[:, groups:]
+        arrived.append(array)
+    return jax.tree.unflatten(tree, arrived), narrow
 
 
-def _gather(hop: Hop, x: jax.Array) -> jax.Array:
-    return lax.all_gather(x, hop.axes, tiled=True)
+def _is_tiles(rows: Any) -> bool:
+    return isinstance(rows, Quantized)
+
+
+def _move(hop: Hop, places: Places | None, x: jax.Array) -> jax.Array:
+    """Send one array; E4M3 as bytes."""
+    dtype = x.dtype
+    if dtype.itemsize == 1:
+        x = lax.bitcast_convert_type(x if places is None else take_bytes(x, places.token_W), jnp.uint8)
+    elif places is not None:
+        x = take_rows(x, places.token_W)
+    x = lax.all_gather(x, hop.axes, tiled=True) if places is None else _swap(hop, x)
+    return lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 1 else x
 
 
 def _swap(hop: Hop, x: jax.Array) -> jax.Array:
