@@ -187,8 +187,9 @@ def rounds_to_tell(transport: Transport, rounds: Rounds | None, device_TK: jax.A
 
 def num_rounds(transport: Transport, told_RX: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Return how many rounds the first hop has, and this round's second hop, from what all devices told."""
-    one = jnp.ones((), jnp.int32)
-    first = second = one
+    first = second = jnp.ones((), jnp.int32)
+    if told_RX is None:
+        return first, second
     if transport.first.capacity is not None:
         first = -(-told_RX[:, 0].max() // transport.first.capacity)
     if transport.second.capacity is not None:
