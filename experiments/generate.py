@@ -1,41 +1,43 @@
 """Continue prompts with a trained model: `python -m experiments.generate --workdir=runs/tiny --prompt="def "`.
 
-The text of one --prompt appears while the model makes it. --prompts=FILE has many, of any lengths: JSON lines, each an
-object with "prompt". What follows each is written as the same object with "completion", "finish_reason" ("stop": end of
-the document or a --stop string; "length") and "num_tokens", to --out or to standard output.
+The model is that of a run (--workdir), or that of a folder in Hugging Face's format (--hf): a released checkpoint, or
+an export of ours.
 
-Configuration and tokenizer come from the workdir, weights from its newest intact checkpoint. One device decodes; with
---expert_devices, several devices share the routed experts. Before a run that began with a released FP8 checkpoint has a
-checkpoint of its own, its weights stay in FP8 if the model can be decoded so: with activations in BF16, and dims that
+The text of one --prompt appears while the model makes it. --prompts=FILE has many, of any lengths: JSON lines, each an
+object with "prompt", and, if it likes, "seed", "logit_bias" and "logprobs" of its own. What follows each is written as
+the same object with "completion", "finish_reason" ("stop": end of the document or a --stop string; "length") and
+"num_tokens", to --out or to standard output. --chat talks in the terminal, in the form of the folder's chat template.
+
+One device decodes; with --expert_devices, several devices share the routed experts, and --data_devices such groups
+share the prompts. Weights in FP8 stay in FP8 if the model can be decoded so: with activations in BF16, and dims that
 are multiples of 128. Otherwise they are multiplied out.
 """
 
-import contextlib
-import json
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
-from deepseek_jax.config import Config
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.files import replacing, write_all
+from deepseek_jax.inference.completions import Completion, complete
 from deepseek_jax.inference.decode import decode_execution
-from deepseek_jax.inference.generate import Completion, complete, expert_mesh, prompt_ids, stream
+from deepseek_jax.inference.generate import expert_mesh, longest_text, stream
+from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.inference.weights import decode_weights, takes_fp8
-from deepseek_jax.inputs import local_path, new_file, read_text, shown
-from deepseek_jax.progress import Bar
-from deepseek_jax.training.weights import restore_weights
-from deepseek_jax.training.workdir import read_config
+from deepseek_jax.inference.weights import decode_weights
+from deepseek_jax.inputs import local_path, new_file, shown
 from experiments import command, session
+from experiments.conversation import HELP, converse, read_terminal
+from experiments.model_source import Source, open_released, open_run
+from experiments.prompts import Line, answer, check_lines, lines_to, read_lines
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format instead.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPTS = flags.DEFINE_string("prompts", None, 'File of prompts instead: JSON lines, each an object with "prompt".')
+CHAT = flags.DEFINE_bool("chat", False, "Talk in the terminal instead, in the form of the model's chat template.")
 OUT = flags.DEFINE_string("out", None, "JSON lines to write what follows --prompts to; standard output by default.")
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "How many of --prompts are decoded at once.", lower_bound=1, upper_bound=2**16
@@ -67,6 +69,9 @@ PRESENCE_PENALTY = flags.DEFINE_float("presence_penalty", 0.0, "Subtracted once 
 EXPERT_DEVICES = flags.DEFINE_integer(
     "expert_devices", 1, "Devices that share the routed experts; each has all other weights.", lower_bound=1
 )
+DATA_DEVICES = flags.DEFINE_integer(
+    "data_devices", 1, "Groups of --expert_devices that share the prompts; each has all weights.", lower_bound=1
+)
 SEED = flags.DEFINE_integer(
     "seed",
     0,
@@ -76,12 +81,73 @@ SEED = flags.DEFINE_integer(
 )
 
 
+class Model:
+    """A model on its devices, ready to make text as the flags say."""
+
+    def __init__(self, source: Source, sampling: Sampling, mesh: jax.sharding.Mesh, tokenizer: Tokenizer):
+        """Read the weights."""
+        self.config, self.tokenizer, self._sampling, self._mesh = source.config, tokenizer, sampling, mesh
+        self._stop = [*STOP.value, *source.generation.ends]
+        self._weights = source.load(mesh)
+
+    def keep_placed(self) -> None:
+        """Cast and place the weights once, not for every text."""
+        with jax.set_mesh(self._mesh):
+            execution = decode_execution(self.config, self._mesh)
+            self._weights = decode_weights(self.config.model, execution, self._weights, self._mesh)
+
+    def stream(self, prompt: str | Sequence[int], max_new_tokens: int) -> Iterator[str]:
+        """Yield the text that follows a prompt."""
+        rest = self._sampling, SEED.value, self._mesh, self._stop
+        return stream(self.config, self._weights, self.tokenizer, prompt, max_new_tokens, *rest)
+
+    def complete(self, lines: Sequence[Line], first: int, size: int) -> list[Completion]:
+        """Return what follows the prompts of some lines, the first of which has the number `first`."""
+        rest = MAX_NEW_TOKENS.value, self._sampling, SEED.value, self._mesh, self._stop, first, size
+        prompts, requests = [line.prompt for line in lines], [line.request for line in lines]
+        return complete(self.config, self._weights, self.tokenizer, prompts, *rest, requests)
+
+
 def main(_) -> None:
-    """Restore, decode, print."""
-    if PROMPT.value is None and PROMPTS.value is None:
-        raise ValueError("--prompt is missing, and --prompts too; give the text to continue, or a file of prompts")
-    if PROMPT.value is not None and PROMPTS.value is not None:
-        raise ValueError("--prompt and --prompts are both given; leave one out")
+    """Open, check, read, decode, print."""
+    check_flags()
+    file = PROMPTS.value
+    lines = [Line({"prompt": checked_prompt(PROMPT.value or "")}, Request())] if file is None else read_lines(file)
+    source = open_source()
+    sampling = sampling_of_flags(source.generation.sampling)
+    out = command.path_of(OUT, new_file)
+    template = ChatTemplate.load(source.chat_folder) if CHAT.value else None
+    session.start()
+    mesh = expert_mesh(source.config.model, EXPERT_DEVICES.value, DATA_DEVICES.value)
+    tokenizer = source.tokenizer()
+    if template is None:
+        check_lines(source.config, tokenizer, lines, MAX_NEW_TOKENS.value, file)
+    model = Model(source, sampling, mesh, tokenizer)
+    if template is not None:
+        chat(model, template)
+    elif file is not None:
+        model.keep_placed()
+        size = BATCH_SIZE.value if len(lines) > BATCH_SIZE.value else 0
+        with lines_to(out) as write:
+            answer(lines, BATCH_SIZE.value, tokenizer, lambda batch, i: model.complete(batch, i, size), write)
+    else:
+        text = model.stream(lines[0].prompt, MAX_NEW_TOKENS.value)
+        first = next(text)  # or a refusal, before anything is printed
+        print(lines[0].prompt + command.for_terminal(first), end="", flush=True)
+        for part in text:
+            print(command.for_terminal(part), end="", flush=True)
+        print()
+
+
+def check_flags() -> None:
+    """Refuse flags that do not go together."""
+    given = [f"--{flag.name}" for flag in (PROMPT, PROMPTS, CHAT) if flag.value not in (None, False)]
+    if not given:
+        raise ValueError(
+            "--prompt is missing, and --prompts and --chat too; give the text to continue, or a file of prompts"
+        )
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} are both given; leave one out")
     if OUT.value is not None and PROMPTS.value is None:
         raise ValueError(f"--out={shown(OUT.value)} is for --prompts; the text of one --prompt is printed")
     if session.COORDINATOR.value is not None or session.DISTRIBUTED.value:
@@ -89,108 +155,49 @@ def main(_) -> None:
             "experiments.generate runs in one process; leave --coordinator and --distributed out, and give"
             " --expert_devices"
         )
-    workdir = local_path(WORKDIR.value, "--workdir")
-    file = PROMPTS.value
-    requests = [{"prompt": checked_prompt(PROMPT.value or "")}] if file is None else read_requests(file)
-    config = read_config(workdir)
-    sampling = sampling_of_flags()
-    out = command.path_of(OUT, new_file)
-    session.start()
-    mesh = expert_mesh(config.model, EXPERT_DEVICES.value)
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
-    check_requests(config, tokenizer, requests, file)
-    as_stored = takes_fp8(config.model, config.execution)
-    weights, _ = restore_weights(config, workdir, mesh, STEP.value, as_stored=as_stored)
-    rest = MAX_NEW_TOKENS.value, sampling, SEED.value, mesh, STOP.value
-    if file is not None:
-        with jax.set_mesh(mesh):  # once, not for every batch
-            weights = decode_weights(config.model, decode_execution(config, mesh), weights, mesh)
-        with lines_to(out) as write:
-            size = BATCH_SIZE.value if len(requests) > BATCH_SIZE.value else 0
-            answer(requests, lambda prompts, i: complete(config, weights, tokenizer, prompts, *rest, i, size), write)
-        return
-    prompt = requests[0]["prompt"]
-    text = stream(config, weights, tokenizer, prompt, *rest)
-    first = next(text)  # or a refusal, before anything is printed
-    print(prompt + command.for_terminal(first), end="", flush=True)
-    for part in text:
-        print(command.for_terminal(part), end="", flush=True)
-    print()
+    if WORKDIR.value is None and HF.value is None:
+        raise ValueError("--workdir is missing, and --hf too; give the folder of a run, or that of a checkpoint")
+    if WORKDIR.value is not None and HF.value is not None:
+        raise ValueError("--workdir and --hf are both given; leave one out")
+    if HF.value is not None and STEP.value is not None:
+        raise ValueError(f"--step={STEP.value} is for --workdir; a folder of --hf has one checkpoint")
 
 
-def sampling_of_flags() -> Sampling:
-    """Return how tokens are drawn; a refusal begins with the name of a field, which is that of the flag."""
+def open_source() -> Source:
+    """Return the model that --workdir or --hf names."""
+    if HF.value is not None:
+        return open_released(local_path(HF.value, "--hf"))
+    return open_run(local_path(WORKDIR.value or "", "--workdir"), STEP.value)
+
+
+def chat(model: Model, template: ChatTemplate) -> None:
+    """Talk in the terminal; the longest reply is --max_new_tokens, or what the model's positions leave."""
+    longest = longest_text(model.config)
+
+    def reply(ids: list[int]) -> Iterator[str]:
+        if len(ids) >= longest:
+            raise ValueError(f"the conversation has {len(ids)} tokens, and the model knows {longest}; /new begins anew")
+        return model.stream(ids, min(MAX_NEW_TOKENS.value, longest - len(ids)))
+
+    def write(text: str) -> None:
+        print(command.for_terminal(text), end="", flush=True)
+
+    model.keep_placed()
+    print(HELP)
+    converse(template, model.tokenizer, reply, read_terminal, write)
+
+
+def sampling_of_flags(defaults: dict[str, Any]) -> Sampling:
+    """Return how tokens are drawn: as the flags say, where one is not given as the folder says.
+
+    A refusal begins with the name of a field, which is that of the flag.
+    """
+    named = (TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION_PENALTY, FREQUENCY_PENALTY, PRESENCE_PENALTY)
+    given: dict[str, Any] = {flag.name: flag.value for flag in named if flag.present or flag.name not in defaults}
     try:
-        return Sampling(
-            temperature=TEMPERATURE.value,
-            top_p=TOP_P.value,
-            top_k=TOP_K.value,
-            min_p=MIN_P.value,
-            repetition_penalty=REPETITION_PENALTY.value,
-            frequency_penalty=FREQUENCY_PENALTY.value,
-            presence_penalty=PRESENCE_PENALTY.value,
-        )
+        return Sampling(**defaults | given)
     except ValueError as error:
         raise ValueError(f"--{error}") from error
-
-
-def answer(
-    requests: list[dict[str, Any]], run: Callable[[list[str], int], list[Completion]], write: Callable[[str], None]
-) -> None:
-    """Complete requests batch by batch, and write each batch when it is done."""
-    with Bar(len(requests), "decode", "prompts") as bar:
-        for start in range(0, len(requests), BATCH_SIZE.value):
-            batch = requests[start : start + BATCH_SIZE.value]
-            for request, found in zip(batch, run([r["prompt"] for r in batch], start), strict=True):
-                result = {"completion": found.text, "finish_reason": found.reason, "num_tokens": found.num_tokens}
-                write(json.dumps(request | result) + "\n")
-            bar.update(len(batch))
-
-
-@contextlib.contextmanager
-def lines_to(path: Path | None) -> Iterator[Callable[[str], None]]:
-    """Yield what writes a line to standard output, or to a file that is there when all are written."""
-    if path is None:
-        yield lambda line: print(line, end="", flush=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as descriptor:
-        yield lambda line: write_all(descriptor, memoryview(line.encode()))
-        os.fsync(descriptor)
-
-
-def read_requests(file: str) -> list[dict[str, Any]]:
-    """Return the objects of the file of --prompts.
-
-    Raises:
-        ValueError: a line is not an object with a text "prompt", or there is none.
-    """
-    path, requests = local_path(file, "--prompts"), []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"--prompts={shown(file)}, line {number}"
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({shown(str(error))}); write one object a line") from error
-        if not isinstance(request, dict) or not isinstance(request.get("prompt"), str):
-            raise ValueError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
-        requests.append(request)
-    if not requests:
-        raise ValueError(f"--prompts={shown(file)} holds no prompt; write one object a line")
-    return requests
-
-
-def check_requests(config: Config, tokenizer: Tokenizer, requests: list[dict[str, Any]], file: str | None) -> None:
-    """Refuse the first prompt that cannot be continued; of several, the message has its number."""
-    for number, request in enumerate(requests, start=1):
-        try:
-            prompt_ids(config, tokenizer, request["prompt"], MAX_NEW_TOKENS.value)
-        except ValueError as error:
-            if file is None:
-                raise
-            raise ValueError(f"prompt {number} of --prompts={shown(file)}: {error}") from error
 
 
 def checked_prompt(prompt: str) -> str:

@@ -15,7 +15,7 @@ other weights are whole on every device. Every device has pages of its own for i
 a sequence has length 0 and counts as ended. A sequence that has ended reads no page, writes none and reaches no expert.
 
 Steps run on the device in bursts of a few tokens, each a `lax.while_loop`; between bursts the host reads the tokens.
-The noise of a draw depends only on the seed, the row and the position, not on where a burst ends.
+The noise of a draw depends only on the row's key and the position, not on where a burst ends.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.inference.cache import CACHE_SPECS, Cache
-from deepseek_jax.inference.sampling import Sampling, Seen, sample
+from deepseek_jax.inference.sampling import Chosen, Rows, Sampling, Seen, choose
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.transformer import decode_step
 from deepseek_jax.parallel.mesh import axis_size
@@ -112,23 +112,24 @@ def prefill(
 
 
 def first_token(
-    sampling: Sampling, logits_BV: Array, cache: Cache, keys_B: Array, eos: int, chunks: Array
-) -> Generation:
+    sampling: Sampling, logits_BV: Array, cache: Cache, rows: Rows, eos: int, chunks: Array
+) -> tuple[Chosen, Generation]:
     """Choose the token after each prompt; `chunks` are the prompts, as `prefill` takes them."""
 
-    def local(logits_BV, length_B, keys_B, eos, chunks):
+    def local(logits_BV, length_B, rows, eos, chunks):
         seen = None
         if sampling.penalizes:
             tokens_BS = chunks.swapaxes(0, 1).reshape(chunks.shape[1], -1)
             seen = Seen.of_prompts(tokens_BS, length_B, logits_BV.shape[-1])
-        tokens_B = sample(sampling, logits_BV, _keys_at(keys_B, length_B), seen)
-        return tokens_B, (tokens_B == eos) | (length_B == 0), seen and seen.add(tokens_B)
+        chosen = choose(sampling, logits_BV, rows, length_B, seen)
+        return chosen, (chosen.ids_B == eos) | (length_B == 0), seen and seen.add(chosen.ids_B)
 
-    rows = P(ROWS)
-    choose = jax.shard_map(
-        local, in_specs=(rows, rows, rows, P(), P(None, ROWS)), out_specs=(rows, rows, _seen_specs(sampling))
+    split = P(ROWS)
+    run = jax.shard_map(
+        local, in_specs=(split, split, split, P(), P(None, ROWS)), out_specs=(split, split, _seen_specs(sampling))
     )
-    return Generation(cache, *choose(logits_BV, cache.length_B, keys_B, eos, chunks))
+    chosen, finished_B, seen = run(logits_BV, cache.length_B, rows, eos, chunks)
+    return chosen, Generation(cache, chosen.ids_B, finished_B, seen)
 
 
 def decode_burst(
@@ -138,41 +139,44 @@ def decode_burst(
     burst: int,
     weights: Weights,
     state: Generation,
-    keys_B: Array,
+    rows: Rows,
     eos: int,
     num_tokens: int,
-) -> tuple[Array, Generation]:
+) -> tuple[Chosen, Generation]:
     """Extend every sequence by `num_tokens` (traced, at most `burst`), or until all have ended.
 
     Returns:
-        ids [B, burst] and the new state. `eos` fills a row after its sequence has ended, and every row after
+        Tokens [B, burst] and the new state. `eos` fills a row after its sequence has ended, and every row after
         `num_tokens`.
     """
 
-    def local(weights, state, keys_B, eos, num_tokens):
+    def local(weights, state, rows, eos, num_tokens):
         weights = _varying(weights)
 
         def step(carry):
-            i, _, ids_BK, (cache, tokens_B, finished_B, seen) = carry
+            i, _, chosen_BK, (cache, tokens_B, finished_B, seen) = carry
             logits_BV, cache = _decode_token(model, execution, weights, cache, tokens_B, ~finished_B)
-            chosen_B = sample(sampling, logits_BV, _keys_at(keys_B, cache.length_B), seen)
-            tokens_B = jnp.where(finished_B, eos, chosen_B)
+            chosen = choose(sampling, logits_BV, rows, cache.length_B, seen)
+            tokens_B = jnp.where(finished_B, eos, chosen.ids_B)
             finished_B |= tokens_B == eos
             after = Generation(cache, tokens_B, finished_B, seen and seen.add(tokens_B))
-            return i + 1, _all(finished_B), ids_BK.at[:, i].set(tokens_B), after
+            chosen_BK = jax.tree.map(
+                lambda all_, new: all_.at[:, i].set(new), chosen_BK, chosen._replace(ids_B=tokens_B)
+            )
+            return i + 1, _all(finished_B), chosen_BK, after
 
         def unfinished(carry):
             return (carry[0] < num_tokens) & ~carry[1]
 
-        ids_BK = jnp.full((state.tokens_B.shape[0], burst), eos, jnp.int32)
-        ids_BK = manual_axes.vary(ids_BK, frozenset(ROWS))
-        _, _, ids_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), ids_BK, state))
-        return ids_BK, state
+        chosen_BK = Chosen.filled(sampling, (state.tokens_B.shape[0], burst), eos)
+        chosen_BK = manual_axes.vary(chosen_BK, frozenset(ROWS))
+        _, _, chosen_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), chosen_BK, state))
+        return chosen_BK, state
 
     state_specs = Generation(CACHE_SPECS, P(ROWS), P(ROWS), _seen_specs(sampling))
     in_specs = (weight_specs(weights), state_specs, P(ROWS), P(), P())
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(ROWS), state_specs))
-    return run(weights, state, keys_B, eos, num_tokens)
+    return run(weights, state, rows, eos, num_tokens)
 
 
 def decode_token(
@@ -200,11 +204,6 @@ def _decode_token(
 def _logits(weights: Weights, hidden_BD: Array) -> Array:
     with jax.named_scope("head"):
         return jnp.matmul(hidden_BD, weights.params["head_DV"], preferred_element_type=jnp.float32)
-
-
-def _keys_at(keys_B: Array, positions_B: Array) -> Array:
-    """Return the key of each row's draw at its position."""
-    return jax.vmap(jax.random.fold_in)(keys_B, positions_B)
 
 
 def _all(finished_B: Array) -> Array:

@@ -1,11 +1,9 @@
 """Generation of text: prompts go through the model, then tokens follow and are yielded as they are made."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax import Array
 
 from deepseek_jax.config import Config, Mesh, Model
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -19,7 +17,9 @@ from deepseek_jax.inference.decode import (
     num_rows,
     prefill,
 )
-from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
+from deepseek_jax.inference.memory import check_room
+from deepseek_jax.inference.requests import PLAIN, Request, check_bias, make_rows
+from deepseek_jax.inference.sampling import NO_TOKEN, Chosen, Sampling
 from deepseek_jax.inference.text import Text
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import shown
@@ -31,24 +31,16 @@ BURST = 16  # tokens that the device makes before the host reads them
 CACHE_STEP = 256  # cache sizes are multiples of this, so that few programs are compiled
 
 
-class Completion(NamedTuple):
-    """What follows a prompt."""
-
-    text: str
-    reason: str  # "stop" (EOS, or a stop string, which the text lacks) or "length"
-    num_tokens: int  # those of a stop string included, EOS not
-
-
 def stream(
     config: Config,
     weights: Weights,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
     mesh: jax.sharding.Mesh | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str | int] = (),
 ) -> Iterator[str]:
     """Yield the text that continues `prompt` as it is made, up to EOS, a stop string or `max_new_tokens` tokens.
 
@@ -59,12 +51,12 @@ def stream(
         weights: as the training state has them, or in FP8 as a checkpoint stores them; on any mesh that this process
             sees whole.
         tokenizer: the one of the model's training.
-        prompt: text; the output does not repeat it.
+        prompt: text, or ids as `data.chat` makes them, BOS included; the output does not repeat it.
         max_new_tokens: at most this many tokens follow.
         sampling: temperature, top-p, top-k.
         seed: seed of the draws; the same seed gives the same text.
         mesh: the mesh that decodes, with the axes of a training mesh; by default the first device alone.
-        stop: the text ends before the first of these.
+        stop: the text ends before the first of these texts, or tokens by id.
 
     Raises:
         ValueError: an empty prompt or stop string, a prompt that is not text or leaves no room for `max_new_tokens`; a
@@ -79,65 +71,26 @@ def stream(
     yield text.finish()
 
 
-def complete(
-    config: Config,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    mesh: jax.sharding.Mesh | None = None,
-    stop: Sequence[str] = (),
-    first_row: int = 0,
-    batch_size: int = 0,
-) -> list[Completion]:
-    """Return what follows each of several prompts of any lengths, decoded as one batch.
-
-    Args:
-        config: as all others but the last, see `stream`.
-        first_row: number of the first prompt. Its draws depend on the seed and this number alone, so prompts that are
-            completed in several batches get the same texts as in one, up to rounding.
-        batch_size: rows of the batch, if there are fewer prompts: a last, smaller batch then shares programs.
-
-    Raises:
-        ValueError: as `stream`.
-    """
-    if not prompts:
-        raise ValueError("there is no prompt; give at least one")
-    texts = [Text(tokenizer, stop) for _ in prompts]
-    ids = [prompt_ids(config, tokenizer, prompt, max_new_tokens) for prompt in prompts]
-    pieces: list[list[str]] = [[] for _ in prompts]
-    weights, stopped_B = known_ids(weights, tokenizer), np.zeros(len(prompts), bool)
-    for ids_BK in stream_ids(
-        config, weights, ids, max_new_tokens, sampling, seed, tokenizer.eos, mesh, stopped_B, first_row, batch_size
-    ):
-        for i, text in enumerate(texts):
-            pieces[i].append(text.push(ids_BK[i]))
-            stopped_B[i] = text.reason is not None
-    whole = ["".join([*parts, text.finish()]) for parts, text in zip(pieces, texts, strict=True)]
-    return [Completion(t, str(text.reason), text.num_tokens) for t, text in zip(whole, texts, strict=True)]
-
-
-def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> list[int]:
-    """Return the ids of a prompt, which begins as every document in training: with BOS.
+def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str | Sequence[int], max_new_tokens: int) -> Sequence[int]:
+    """Return the ids of a prompt; one in text begins as every document in training, with BOS.
 
     Raises:
         ValueError: the prompt is empty, is not text, or leaves no room for `max_new_tokens`; the tokenizer has more ids
             than the model.
     """
-    if not prompt:
+    if not len(prompt):
         raise ValueError("the prompt is empty; give at least one character to continue")
-    if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
-        raise ValueError(f"the prompt {shown(prompt)} is not text that UTF-8 can write; give it in UTF-8")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is"
             f" {config.model.vocab_size}; use the tokenizer of the model's training"
         )
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-    check_lengths(config, len(ids), max_new_tokens)
-    return ids
+    if isinstance(prompt, str):
+        if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
+            raise ValueError(f"the prompt {shown(prompt)} is not text that UTF-8 can write; give it in UTF-8")
+        prompt = [tokenizer.bos, *tokenizer.encode(prompt)]
+    check_lengths(config, len(prompt), max_new_tokens)
+    return prompt
 
 
 def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
@@ -146,28 +99,36 @@ def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
     return weights._replace(params=weights.params | {"head_DV": known_DV})
 
 
-def expert_mesh(model: Model, num_devices: int) -> jax.sharding.Mesh:
-    """Return a mesh of this process's first devices that share the routed experts; each has all other weights.
+def expert_mesh(model: Model, num_devices: int, num_groups: int = 1) -> jax.sharding.Mesh:
+    """Return a mesh of this process's first devices: groups of `num_devices` that share the routed experts.
+
+    Each device has all other weights, and its own share of the sequences.
 
     Raises:
         ValueError: there are fewer devices, or the model does not divide over them.
     """
-    devices = jax.local_devices()
-    if num_devices > len(devices):
+    devices, count = jax.local_devices(), num_devices * num_groups
+    if count > len(devices):
+        groups = f" in {num_groups} groups" if num_groups > 1 else ""
         raise ValueError(
-            f"{num_devices} expert devices are asked for, and there are {len(devices)}; lower --expert_devices, or"
+            f"{count} expert devices{groups} are asked for, and there are {len(devices)}; lower --expert_devices, or"
             " simulate more with --cpu_devices"
         )
-    sizes = Mesh(pipe=1, data=1, node=1, expert=num_devices, tensor=1)
-    mesh = make_mesh(sizes, devices[:num_devices])
+    sizes = Mesh(pipe=1, data=num_groups, node=1, expert=num_devices, tensor=1)
+    mesh = make_mesh(sizes, devices[:count])
     check_model_fit(model, mesh)
     return mesh
 
 
+def longest_text(config: Config) -> int:
+    """Return how many positions the model knows."""
+    yarn = config.model.yarn
+    return int(yarn.original_length * yarn.factor) if yarn.enabled else config.data.sequence_length
+
+
 def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """Refuse a prompt that leaves no room for `max_new_tokens`."""
-    yarn = config.model.yarn
-    longest = int(yarn.original_length * yarn.factor) if yarn.enabled else config.data.sequence_length
+    longest = longest_text(config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     if num_prompt_tokens + max_new_tokens > longest:
@@ -179,7 +140,13 @@ def check_lengths(config: Config, num_prompt_tokens: int, max_new_tokens: int) -
         )
 
 
-def stream_ids(
+def stream_ids(*args, **options) -> Iterator[np.ndarray]:
+    """Yield the ids of what `stream_chosen` yields, of which all arguments are."""
+    for chosen in stream_chosen(*args, **options):
+        yield np.asarray(chosen.ids_B)
+
+
+def stream_chosen(
     config: Config,
     weights: Weights,
     prompts: Sequence[Sequence[int]] | np.ndarray,
@@ -191,26 +158,29 @@ def stream_ids(
     stopped_B: np.ndarray | None = None,
     first_row: int = 0,
     batch_size: int = 0,
-) -> Iterator[np.ndarray]:
-    """Yield new token ids [B, up to BURST] for prompts of any lengths; a sequence that has ended repeats `eos`.
+    requests: Sequence[Request] = (),
+) -> Iterator[Chosen]:
+    """Yield new tokens [B, up to BURST] for prompts of any lengths; a sequence that has ended repeats `eos`.
 
     Args:
-        config: as all that follow here, see `stream`.
-        weights: as there.
-        prompts: B sequences of ids, none of them empty.
-        max_new_tokens: as there.
-        sampling: as there.
-        seed: as there.
+        config: as all others that are not named here, see `stream`.
+        prompts: B sequences of ids.
+        sampling: with `num_logprobs`, log-probabilities come along.
+        seed: for requests without one.
         eos: the id that ends a sequence.
-        mesh: as there.
         stopped_B: bool, read between bursts: sequences that the caller wants no more of end there.
         first_row: number of the first sequence, on which its draws depend.
         batch_size: rows, if there are fewer sequences.
+        requests: what each sequence asks for, or nothing where none asks for anything.
 
     Raises:
-        ValueError: `prompts` have ids beyond the vocabulary, `seed` more than 64 bits, or logits are not numbers.
+        ValueError: `prompts` have ids beyond the vocabulary or one is empty, `seed` has more than 64 bits, a bias is
+            for an id that the vocabulary lacks, the cache does not fit the memory, or logits are not numbers.
     """
+    requests = requests or [PLAIN] * len(prompts)
     _check_ids(config.model, prompts, seed)
+    for request in requests:
+        check_bias(request, weights.params["head_DV"].shape[1])
     mesh = mesh or expert_mesh(config.model, 1)
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences = len(prompts)
@@ -219,28 +189,44 @@ def stream_ids(
     chunks = in_chunks(prompts_BS)
     num_positions = prompts_BS.shape[1] + max_new_tokens
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
+    check_room(model, execution, batch_size, num_slots, mesh)
     with jax.set_mesh(mesh):
         weights = decode_weights(model, execution, weights, mesh)
-        keys_B = jax.device_put(row_keys(seed, batch_size, first_row), P(ROWS))
+        rows = jax.device_put(make_rows(requests, seed, batch_size, first_row), P(ROWS))
         cache = make_cache(model, execution, batch_size, num_slots)
         chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))
         run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
         logits_BV, cache = run_prefill(weights, cache, chunks, lengths_B)
-        state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, keys_B, eos, chunks)
-        yield _checked(np.asarray(state.tokens_B)[:num_sequences, None])
+        chosen, state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, rows, eos, chunks)
+        yield _read(chosen, num_sequences, None)
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
-        remaining = max_new_tokens - 1
-        while remaining > 0:
-            state, has_ended = _stop(state, stopped_B)
-            if has_ended:
-                return
-            num_tokens = min(remaining, BURST)
-            ids_BK, state = burst(weights, state, keys_B, eos, num_tokens)
-            remaining -= num_tokens
-            yield _checked(np.asarray(ids_BK)[:num_sequences, :num_tokens])
+
+        def more(state: Generation, num_tokens: int) -> tuple[Chosen, Generation]:
+            return burst(weights, state, rows, eos, num_tokens)
+
+        yield from _following(more, state, max_new_tokens - 1, num_sequences, stopped_B)
+
+
+def _following(
+    more: Callable[[Generation, int], tuple[Chosen, Generation]],
+    state: Generation,
+    num_tokens: int,
+    num_sequences: int,
+    stopped_B: np.ndarray | None,
+) -> Iterator[Chosen]:
+    """Yield the tokens after the first, burst by burst."""
+    while num_tokens > 0:
+        state, has_ended = _stop(state, stopped_B)
+        if has_ended:
+            return
+        chosen, state = more(state, min(num_tokens, BURST))
+        yield _read(chosen, num_sequences, slice(min(num_tokens, BURST)))
+        num_tokens -= BURST
 
 
 def _check_ids(model: Model, prompts: Sequence[Sequence[int]] | np.ndarray, seed: int) -> None:
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty, or there is none; give at least one id")
     ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise ValueError(f"the prompts have ids beyond 0 to {model.vocab_size - 1}; use the model's tokenizer")
@@ -270,15 +256,12 @@ def _padded(prompts: Sequence[Sequence[int]] | np.ndarray, batch_size: int) -> t
     return prompts_BS, lengths_B
 
 
-def _checked(ids_BK: np.ndarray) -> np.ndarray:
-    if (ids_BK == NO_TOKEN).any():
+def _read(chosen: Chosen, num_sequences: int, columns: slice | None) -> Chosen:
+    """Return tokens on the host: of the rows with a sequence, and these columns, or one that is new."""
+    chosen = jax.tree.map(lambda leaf: np.asarray(leaf)[:num_sequences, columns], chosen)
+    if (chosen.ids_B == NO_TOKEN).any():
         raise ValueError(
             "the logits are NaN or infinite: the weights are damaged; take another --step, or import the checkpoint"
             " again after convert_hf verify"
         )
-    return ids_BK
-
-
-def row_keys(seed: int, batch_size: int, first_row: int = 0) -> Array:
-    """Return a key for the draws of each row; it depends only on the seed and the row's number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), first_row + np.arange(batch_size))
+    return chosen

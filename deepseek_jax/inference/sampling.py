@@ -1,8 +1,12 @@
-"""From logits to the next token: penalties; then greedy, or temperature, min-p, top-k, top-p and one draw.
+"""From logits to the next token: bias, penalties; then greedy, or temperature, min-p, top-k, top-p and one draw.
 
-Each restriction returns logits with -inf for the tokens that it rules out, so restrictions compose. The draw is
-`jax.random.categorical`: it adds Gumbel noise and takes the maximum. The distribution is that of the released script,
-which divides probabilities by exponential noise.
+A draw is among candidates: tokens in the order of their logits, with -inf for those that are ruled out. Top-k has k
+candidates. Top-p has the `CANDIDATES` most probable, and all tokens only where these do not reach p. So a step hardly
+ever sorts the vocabulary, and a greedy one never. Without top-k and top-p all tokens are candidates, by id.
+
+The draw is `jax.random.categorical`: it adds Gumbel noise and takes the maximum. The distribution is that of the
+released script, which divides probabilities by exponential noise. The noise of candidate i depends on the row's key,
+the position and i, but not on how many candidates there are: a row draws the same whatever its neighbours need.
 """
 
 import dataclasses
@@ -17,6 +21,8 @@ from jax import Array
 COLDEST = 1e-30
 LARGEST_PENALTY = 1e4  # subtracted for each of many tokens, it stays far from FP32's end
 NO_TOKEN = -1  # in place of an id where the logits are not numbers
+CANDIDATES = 1024  # of top-p, while they are enough
+MOST_LOGPROBS = 20  # OpenAI's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,8 @@ class Sampling:
             1 leaves them (Keskar et al., 2019, as in Hugging Face transformers).
         frequency_penalty: subtracted from a token's logit for every time that the output has it (OpenAI's).
         presence_penalty: subtracted once if the output has it.
+        num_logprobs: log-probabilities come with each token: its own, and those of so many most probable ones; None
+            computes none.
     """
 
     temperature: float
@@ -41,6 +49,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    num_logprobs: int | None = None
 
     def __post_init__(self):
         """Refuse values outside their range, NaN included."""
@@ -60,6 +69,8 @@ class Sampling:
             value = getattr(self, name)
             if not -LARGEST_PENALTY <= value <= LARGEST_PENALTY:
                 raise ValueError(f"{name} = {value} must be at most {LARGEST_PENALTY:g} away from 0, which leaves them")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"num_logprobs = {self.num_logprobs} must be from 0 to {MOST_LOGPROBS}")
 
     @property
     def penalizes(self) -> bool:
@@ -87,22 +98,108 @@ class Seen(NamedTuple):
         return self._replace(count_BV=self.count_BV.at[jnp.arange(len(tokens_B)), tokens_B].add(1, mode="drop"))
 
 
-def sample(sampling: Sampling, logits_BV: Array, keys_B: Array, seen: Seen | None = None) -> Array:
+class Bias(NamedTuple):
+    """What is added to logits: of each row, J pairs of an id and a number. An id beyond the vocabulary adds nothing."""
+
+    ids_BJ: Array  # int32
+    values_BJ: Array  # FP32
+
+
+class Rows(NamedTuple):
+    """What the requests in the rows of a batch have of their own."""
+
+    keys_B: Array  # of the draws
+    bias: Bias | None = None
+
+
+class Logprobs(NamedTuple):
+    """Natural logarithms of the model's own probabilities, before bias, penalties and temperature, in FP32."""
+
+    chosen_B: Array
+    top_ids_BK: Array  # int32, the most probable first
+    top_BK: Array
+
+
+class Chosen(NamedTuple):
+    """The next token of each row, or, with a dim more, the next tokens."""
+
+    ids_B: Array  # int32
+    logprobs: Logprobs | None  # where `num_logprobs` asks for them
+
+    @classmethod
+    def filled(cls, sampling: Sampling, shape: tuple[int, ...], token: int | Array) -> "Chosen":
+        """Return arrays for tokens of `shape`, filled with `token`."""
+        count, logprobs = sampling.num_logprobs, None
+        if count is not None:
+            tops = jnp.zeros((*shape, count), jnp.int32), jnp.zeros((*shape, count), jnp.float32)
+            logprobs = Logprobs(jnp.zeros(shape, jnp.float32), *tops)
+        return cls(jnp.full(shape, token, jnp.int32), logprobs)
+
+
+def choose(sampling: Sampling, logits_BV: Array, rows: Rows, positions_B: Array, seen: Seen | None = None) -> Chosen:
+    """Return the token at each row's position from FP32 logits; `seen` is what penalties need."""
+    keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, positions_B)
+    ids_B = sample(sampling, logits_BV, keys_B, rows.bias, seen)
+    if sampling.num_logprobs is None:
+        return Chosen(ids_B, None)
+    return Chosen(ids_B, log_probabilities(logits_BV, ids_B, sampling.num_logprobs))
+
+
+def log_probabilities(logits_BV: Array, ids_B: Array, num_top: int) -> Logprobs:
+    """Return the log-probabilities of the tokens `ids_B`, and of the `num_top` most probable ones."""
+    log_sum_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    chosen_B1 = jnp.take_along_axis(logits_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
+    top_BK, top_ids_BK = jax.lax.top_k(logits_BV, min(num_top, logits_BV.shape[-1]))
+    missing = [(0, 0), (0, num_top - top_BK.shape[-1])]  # a vocabulary of fewer tokens
+    top_BK = jnp.pad(top_BK - log_sum_B1, missing, constant_values=-jnp.inf)
+    return Logprobs((chosen_B1 - log_sum_B1)[:, 0], jnp.pad(top_ids_BK, missing), top_BK)
+
+
+def sample(
+    sampling: Sampling, logits_BV: Array, keys_B: Array, bias: Bias | None = None, seen: Seen | None = None
+) -> Array:
     """Return one token id [B] int32 per row of FP32 logits; `NO_TOKEN` where the largest is NaN or infinite.
 
     Each row draws with its own key, so its text does not depend on its neighbours. Penalties need `seen`.
     """
     sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
+    if bias is not None:
+        rows = jnp.arange(len(logits_BV))[:, None]
+        logits_BV = logits_BV.at[rows, bias.ids_BJ].add(bias.values_BJ, mode="drop")
     if sampling.penalizes:
         assert seen is not None, "penalties need what the sequences have"
         logits_BV = penalized(sampling, logits_BV, seen)
     if sampling.temperature < COLDEST:
         chosen_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        logits_BV = keep_min_p(logits_BV / sampling.temperature, sampling.min_p)
-        logits_BV = keep_top_p(keep_top_k(logits_BV, sampling.top_k), sampling.top_p)
-        chosen_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+        chosen_B = draw(sampling, keep_min_p(logits_BV / sampling.temperature, sampling.min_p), keys_B)
     return jnp.where(sound_B, chosen_B, NO_TOKEN).astype(jnp.int32)
+
+
+def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
+    """Return one token id per row, drawn among those that top-k and then top-p keep."""
+    vocab_size, top_k, top_p = logits_BV.shape[-1], sampling.top_k, sampling.top_p
+    categorical = jax.vmap(jax.random.categorical)
+
+    def among(values_BK: Array, ids_BK: Array, log_sum_B1: Array | None = None) -> Array:
+        if top_p < 1.0:
+            values_BK = keep_top_p(values_BK, top_p, log_sum_B1)
+        return jnp.take_along_axis(ids_BK, categorical(keys_B, values_BK)[:, None], axis=-1)[:, 0]
+
+    if 0 < top_k < vocab_size:
+        return among(*jax.lax.top_k(logits_BV, top_k))
+    if top_p == 1.0:
+        return categorical(keys_B, logits_BV)
+    if vocab_size <= CANDIDATES:
+        return among(*jax.lax.top_k(logits_BV, vocab_size))
+    log_sum_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    few = jax.lax.top_k(logits_BV, CANDIDATES)
+    reached_B = jnp.exp(few[0] - log_sum_B1).sum(axis=-1) >= top_p
+    return jax.lax.cond(
+        reached_B.all(),
+        lambda: among(*few, log_sum_B1),
+        lambda: among(*jax.lax.top_k(logits_BV, vocab_size), log_sum_B1),
+    )
 
 
 def penalized(sampling: Sampling, logits_BV: Array, seen: Seen) -> Array:
@@ -122,25 +219,13 @@ def keep_min_p(logits_BV: Array, min_p: float) -> Array:
     return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + math.log(min_p), logits_BV, -jnp.inf)
 
 
-def keep_top_k(logits_BV: Array, top_k: int) -> Array:
-    """Keep exactly `top_k` tokens per row, the lowest ids of equal logits; 0 keeps all."""
-    if top_k == 0 or top_k >= logits_BV.shape[-1]:
-        return logits_BV
-    values_BK, ids_BK = jax.lax.top_k(logits_BV, top_k)
-    return _scatter(values_BK, ids_BK, logits_BV)
+def keep_top_p(values_BK: Array, top_p: float, log_sum_B1: Array | None = None) -> Array:
+    """Keep of logits in falling order the fewest whose probabilities sum to `top_p` or more, at least one.
 
-
-def keep_top_p(logits_BV: Array, top_p: float) -> Array:
-    """Keep per row the fewest most probable tokens that sum to a probability of `top_p` or more, at least one."""
-    if top_p == 1.0:
-        return logits_BV
-    ids_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
-    sorted_BV = jnp.take_along_axis(logits_BV, ids_BV, axis=-1)
-    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    return _scatter(jnp.where(before_BV < top_p, sorted_BV, -jnp.inf), ids_BV, logits_BV)
-
-
-def _scatter(values_BK: Array, ids_BK: Array, like_BV: Array) -> Array:
-    """Put `values_BK` at `ids_BK` into rows of -inf."""
-    return jnp.put_along_axis(jnp.full_like(like_BV, -jnp.inf), ids_BK, values_BK, axis=-1, inplace=False)
+    `log_sum_B1` is the logarithm under the softmax where these are not all logits.
+    """
+    if log_sum_B1 is None:
+        log_sum_B1 = jax.nn.logsumexp(values_BK, axis=-1, keepdims=True)
+    probabilities_BK = jnp.exp(values_BK - log_sum_B1)
+    before_BK = jnp.cumsum(probabilities_BK, axis=-1) - probabilities_BK
+    return jnp.where(before_BK < top_p, values_BK, -jnp.inf)

@@ -12,17 +12,17 @@ class Text:
 
     Attributes:
         reason: `STOP`, `LENGTH`, or None while tokens can follow.
-        num_tokens: up to the end of the text, those of a stop string included, EOS not.
+        num_tokens: up to the end of the text, those of a stop string included, EOS and a stop token not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        """Start a text that ends before the first of the `stop` strings, which may span tokens."""
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str | int] = ()):
+        """Start a text that ends before the first of `stop`: strings, which may span tokens, and ids of tokens."""
         if "" in stop:
             raise ValueError("a stop string is empty; give at least one character, or none")
         self.reason: str | None = None
         self.num_tokens = 0
-        self._stop = tuple(stop)
-        self._eos = tokenizer.eos
+        self._stop = tuple(text for text in stop if isinstance(text, str))
+        self._ends = {tokenizer.eos, *(token for token in stop if not isinstance(token, str))}
         self._decoder = StreamDecoder(tokenizer)  # a character may span tokens
         self._held = ""  # may be the beginning of a stop string
 
@@ -37,7 +37,7 @@ class Text:
         return self._end(LENGTH)
 
     def _push(self, token: int) -> str:
-        if token == self._eos:
+        if token in self._ends:
             return self._end(STOP)
         self.num_tokens += 1
         self._held += self._decoder.push([token])

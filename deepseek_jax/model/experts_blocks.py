@@ -49,7 +49,7 @@ def cut_blocks(rows_E: jax.Array, num_slots: int, block: int, wave: int) -> Bloc
 
 @dataclasses.dataclass(frozen=True)
 class BlockedExperts:
-    """The arithmetic of `model.exchange.Experts` by batched products of blocks, in FP32 or BF16.
+    """The arithmetic of `model.rounds.Experts` by batched products of blocks, in FP32 or BF16.
 
     Attributes:
         block: rows per block.

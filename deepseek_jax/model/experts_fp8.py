@@ -36,7 +36,7 @@ from pallas_kernels.quantized import Quantized
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Experts:
-    """The arithmetic of `model.exchange.Experts` in FP8. Widths D and F are multiples of 128."""
+    """The arithmetic of `model.rounds.Experts` in FP8. Widths D and F are multiples of 128."""
 
     unit: int = GROUP  # slots of an expert are a multiple of it
 

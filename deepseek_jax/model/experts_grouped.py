@@ -21,7 +21,7 @@ from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmu
 
 @dataclasses.dataclass(frozen=True)
 class GroupedExperts:
-    """The arithmetic of `model.exchange.Experts` in BF16 by grouped products."""
+    """The arithmetic of `model.rounds.Experts` in BF16 by grouped products."""
 
     unit: int = GROUP  # slots of an expert are a multiple of it
 

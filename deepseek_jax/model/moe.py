@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.exchange import Experts, exchange
+from deepseek_jax.model.exchange import exchange
 from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_decode import expert_decode
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
+from deepseek_jax.model.rounds import Experts
 from deepseek_jax.model.router import route, route_few, router_scores
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 

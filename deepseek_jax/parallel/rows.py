@@ -24,8 +24,17 @@ def take_rows(rows: Any, index_Z: jax.Array) -> Any:
     (`pallas_kernels.quantized`).
     """
     if isinstance(rows, Quantized):
-        return Quantized(_take_bytes(rows.values, index_Z), _take_scales(rows.scales, index_Z), rows.grouping)
+        return Quantized(take_bytes(rows.values, index_Z), _take_scales(rows.scales, index_Z), rows.grouping)
     return _take(rows, index_Z)
+
+
+def take_bytes(values: jax.Array, index_Z: jax.Array) -> jax.Array:
+    """Return rows of E4M3 [W, D] by index, read four bytes at a time; W and beyond: zeros."""
+    num_rows, width = values.shape
+    words = lax.bitcast_convert_type(values, jnp.uint8).reshape(num_rows, width // WORD, WORD)
+    taken = _take(lax.bitcast_convert_type(words, jnp.uint32), index_Z)
+    taken = lax.bitcast_convert_type(taken, jnp.uint8).reshape(-1, width)
+    return lax.bitcast_convert_type(taken, values.dtype)
 
 
 def sum_rows(y_ZD: jax.Array, slots_TK: jax.Array) -> jax.Array:
@@ -37,15 +46,6 @@ def sum_rows(y_ZD: jax.Array, slots_TK: jax.Array) -> jax.Array:
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
-
-
-def _take_bytes(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Take rows of E4M3 four bytes at a time."""
-    num_rows, width = values.shape
-    words = lax.bitcast_convert_type(values, jnp.uint8).reshape(num_rows, width // WORD, WORD)
-    taken = _take(lax.bitcast_convert_type(words, jnp.uint32), index)
-    taken = lax.bitcast_convert_type(taken, jnp.uint8).reshape(-1, width)
-    return lax.bitcast_convert_type(taken, values.dtype)
 
 
 def _take_scales(scales: jax.Array, index: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ class Assigned(NamedTuple):
     device_TK: jax.Array  # int32, along the axes of the experts; -1: nowhere
     slot_TK: jax.Array  # int32, on that device
     rows_E: jax.Array  # slots of each expert that lives here, empty ones included
+    told_RX: jax.Array | None = None  # what each device tells all others besides
 
 
 class Routing(NamedTuple):
@@ -57,7 +58,9 @@ class Routing(NamedTuple):
         return jnp.take(number_Z, self.slots_WK, mode="fill", fill_value=0)
 
 
-def assign(experts_TK: jax.Array, num_experts: int, unit: int, axes: Sequence[str]) -> Assigned:
+def assign(
+    experts_TK: jax.Array, num_experts: int, unit: int, axes: Sequence[str], to_tell_X: jax.Array | None = None
+) -> Assigned:
     """Give each assignment a slot.
 
     Args:
@@ -65,6 +68,7 @@ def assign(experts_TK: jax.Array, num_experts: int, unit: int, axes: Sequence[st
         num_experts: E, over all devices of `axes`.
         unit: slots of an expert are a multiple of it.
         axes: mesh axes that hold the experts; () if all are here.
+        to_tell_X: int32 numbers that travel with the counts.
     """
     flat = experts_TK.reshape(-1)
     there = (flat >= 0) & (flat < num_experts)
@@ -72,7 +76,9 @@ def assign(experts_TK: jax.Array, num_experts: int, unit: int, axes: Sequence[st
     bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1), method="compare_all").astype(jnp.int32)
     count_E = jnp.diff(bounds)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
-    count_RE = lax.all_gather(count_E, axes) if axes else count_E[None]
+    told = count_E if to_tell_X is None else jnp.concatenate([count_E, to_tell_X])
+    told = lax.all_gather(told, axes) if axes else told[None]
+    count_RE, told_RX = (told, None) if to_tell_X is None else (told[:, :num_experts], told[:, num_experts:])
     me = lax.axis_index(axes) if axes else 0
     parts = count_RE.shape[0]
     before_E = jnp.where(jnp.arange(parts)[:, None] < me, count_RE, 0).sum(0, dtype=jnp.int32)
@@ -81,7 +87,7 @@ def assign(experts_TK: jax.Array, num_experts: int, unit: int, axes: Sequence[st
     expert = jnp.clip(flat, 0, num_experts - 1)
     slot = (first_E + before_E - bounds[:-1])[expert] + rank
     device = jnp.where(there, expert // rows_RE.shape[1], -1)
-    return Assigned(device.reshape(experts_TK.shape), slot.reshape(experts_TK.shape), rows_RE[me])
+    return Assigned(device.reshape(experts_TK.shape), slot.reshape(experts_TK.shape), rows_RE[me], told_RX)
 
 
 def num_ranges(rows_E: jax.Array, num_slots: int) -> jax.Array:

@@ -55,6 +55,7 @@ WEIGHTS, GRADIENTS, OTHER = "weights", "gradients", "scales, losses"
 KINDS = (*EXCHANGED, WEIGHTS, GRADIENTS, OTHER)
 SCOPES = ("dispatch", "combine", "route", "gather")
 WORD = 4  # bytes of FP32 and int32
+ROUTE_WORDS = 3  # of each assignment: gate, device and slot
 
 
 class Line(NamedTuple):
@@ -215,11 +216,12 @@ def _shipped(config: Config, mesh: AnyMesh, collectives: Iterable[Collective]) -
     tokens = config.training.micro_batch_size // axis_size(mesh, ROWS) * config.data.sequence_length
     shipped: dict[tuple[str, str, str], float] = {}
     for c in collectives:
-        kind, direction = _kind(c, config.model.experts_per_token), _direction(c)
+        shares, direction = _kinds(config, c), _direction(c)
         for axis, sent in sent_bytes(c, dict(mesh.shape)).items():
-            if sent and WHILE not in c.loops:
-                key = axis, kind, direction
-                shipped[key] = shipped.get(key, 0.0) + sent * c.times / tokens
+            for kind, share in shares.items():
+                if sent and share and WHILE not in c.loops:
+                    key = axis, kind, direction
+                    shipped[key] = shipped.get(key, 0.0) + share * sent * c.times / tokens
     return shipped
 
 
@@ -229,17 +231,21 @@ def _direction(c: Collective) -> str:
     return BACKWARD if "transpose(" in c.scope or c.kind == SCATTER else FORWARD
 
 
-def _kind(c: Collective, k: int) -> str:
+def _kinds(config: Config, c: Collective) -> dict[str, float]:
+    """Return which share of a collective's bytes is of which kind."""
     scope = [word for word in re.findall(r"\w+", c.scope) if word in SCOPES][-1:]
     if scope == ["dispatch"]:
-        return ROUTES if c.dtype == jnp.int32 else ROWS_OUT
+        # words beside rows: their scales, and on the first way routes
+        has_routes = c.dtype == jnp.int32 and _direction(c) != BACKWARD
+        routes = ROUTE_WORDS * config.model.experts_per_token / c.shape[-1] if has_routes else 0.0
+        return {ROUTES: routes, ROWS_OUT: 1.0 - routes}
     if scope == ["combine"]:
-        return GATE_GRADIENTS if c.shape[-1] == k else SUMS_BACK
+        return {GATE_GRADIENTS if c.shape[-1] == config.model.experts_per_token else SUMS_BACK: 1.0}
     if scope == ["route"]:
-        return COUNTS if c.kind == GATHER else OTHER
+        return {COUNTS if c.kind == GATHER else OTHER: 1.0}
     if c.kind == SCATTER or (c.kind in SUMS and _direction(c) == BACKWARD):
-        return GRADIENTS
-    return WEIGHTS if c.kind == GATHER else OTHER
+        return {GRADIENTS: 1.0}
+    return {WEIGHTS if c.kind == GATHER else OTHER: 1.0}
 
 
 def _row_bytes(config: Config, kind: str) -> int | None:
@@ -249,7 +255,7 @@ def _row_bytes(config: Config, kind: str) -> int | None:
     in_fp8 = config.execution.precision == "fp8"
     return {
         ROWS_OUT: width + WORD * -(-width // GROUP) if in_fp8 else width * number,
-        ROUTES: 3 * k * WORD,  # gate, device and slot of each assignment
+        ROUTES: ROUTE_WORDS * k * WORD,
         SUMS_BACK: width * number,
         GATE_GRADIENTS: k * WORD,
     }.get(kind)

@@ -26,8 +26,9 @@ from jax import Array
 from deepseek_jax.config import Config, Execution, from_config_dict
 from deepseek_jax.inference.cache import CACHE_SPECS, Cache, cache_bytes_per_token, make_cache
 from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, in_chunks, num_rows, prefill
-from deepseek_jax.inference.generate import BURST, row_keys
-from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.inference.generate import BURST
+from deepseek_jax.inference.requests import make_rows
+from deepseek_jax.inference.sampling import Chosen, Sampling
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import new_file
 from deepseek_jax.model import transformer
@@ -200,16 +201,16 @@ def decode_program(
         jax.device_put(x, P(ROWS)) for x in (np.int32(CONTEXT.value * there_B), ~there_B, np.zeros(rows, np.int32))
     )
     state = Generation(cache._replace(length_B=length_B + 0), tokens_B, finished_B)
-    keys_B = jax.device_put(row_keys(0, rows), P(ROWS))
+    drawn = jax.device_put(make_rows([], 0, rows), P(ROWS))
     burst = jit_on(measured_burst, execution, mesh, model, execution, GREEDY, donate=(1,))
-    arrays = weights, state, keys_B, length_B
+    arrays = weights, state, drawn, length_B
     lowered = burst.lower(*arrays)
     return Program(lowered, lowered.compile(), arrays, batch * BURST, BURST)
 
 
-def measured_burst(model, execution, sampling, weights, state, keys_B, length_B) -> tuple[Array, Generation]:
+def measured_burst(model, execution, sampling, weights, state, rows, length_B) -> tuple[Chosen, Generation]:
     """A burst of `inference.decode`; `length_B`, with which each run begins, is not read."""
-    return decode_burst(model, execution, sampling, BURST, weights, state, keys_B, NO_EOS, BURST)
+    return decode_burst(model, execution, sampling, BURST, weights, state, rows, NO_EOS, BURST)
 
 
 def fill(pages: Array) -> Array:

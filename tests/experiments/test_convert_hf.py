@@ -565,3 +565,9 @@ def test_the_run_is_trained_on_and_continues_a_prompt(convert, checkpoint, tmp_p
         start(["-m", "experiments.generate", f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=3"], text), text
     )
     assert text.read_text(errors="replace").startswith("the ")
+
+    # an export of ours is opened where it lies
+    convert("export", f"--hf={tmp_path / 'E'}", f"--workdir={workdir}", "--precision=bf16")
+    options = f"--hf={tmp_path / 'E'}", "--prompt=the ", "--max_new_tokens=3", "--temperature=1"
+    finish(start(["-m", "experiments.generate", *options], text), text)
+    assert "the " in text.read_text(errors="replace")

@@ -13,8 +13,10 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference import decode, generate
+from deepseek_jax.inference import decode, generate, memory
 from deepseek_jax.inference.cache import make_cache
+from deepseek_jax.inference.completions import complete
+from deepseek_jax.inference.requests import Request, make_rows, row_keys
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import APART, _dequantized, decode_weights, takes_fp8
 from deepseek_jax.model import transformer
@@ -163,9 +165,9 @@ def test_sequences_that_have_ended_write_nothing():
     before, ended_B = np.asarray(cache.pages), np.array([False, True, True])
     run = jax.jit(functools.partial(decode.decode_burst, CONFIG.model, execution, GREEDY, 4))
     with jax.set_mesh(one_device()):
-        rows = np.array([1, 2, 3], np.int32), ended_B, generate.row_keys(0, 3)
-        tokens_B, finished_B, keys_B = jax.device_put(rows, P(ROWS))
-        new_BK, state = run(weights, decode.Generation(cache, tokens_B, finished_B), keys_B, NEVER, 3)
+        rows = np.array([1, 2, 3], np.int32), ended_B, make_rows([], 0, 3)
+        tokens_B, finished_B, rows = jax.device_put(rows, P(ROWS))
+        (new_BK, _), state = run(weights, decode.Generation(cache, tokens_B, finished_B), rows, NEVER, 3)
     after = np.asarray(state.cache.pages)
     changed = (after != before).any(axis=(0, 3))
     assert changed[0].nonzero()[0].tolist() == [5, 6, 7] and not changed[1:].any()
@@ -226,7 +228,7 @@ MIXED = ["def ", "x", "if a == b:\n    return", "import o"]
 
 
 def completed(prompts, sampling=GREEDY, **options):
-    return generate.complete(CONFIG, make_weights(), byte_tokenizer(), prompts, 18, sampling, 3, **options)
+    return complete(CONFIG, make_weights(), byte_tokenizer(), prompts, 18, sampling, 3, **options)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "drawn"])
@@ -260,7 +262,7 @@ def test_a_stop_string_ends_one_sequence_and_no_other():
     plain = completed(MIXED)
     stop = plain[0].text[5:7]
     cut = completed(MIXED, stop=[stop])
-    assert cut[0] == (plain[0].text[: plain[0].text.index(stop)], "stop", cut[0].num_tokens)
+    assert cut[0][:3] == (plain[0].text[: plain[0].text.index(stop)], "stop", cut[0].num_tokens)
     assert [found.text for found in cut] == [found.text.split(stop)[0] for found in plain]
     assert (
         "".join(generate.stream(CONFIG, make_weights(), byte_tokenizer(), MIXED[0], 18, GREEDY, 3, stop=[stop]))
@@ -497,3 +499,73 @@ def test_which_models_decode_fp8_as_stored():
     assert takes_fp8(fp8.with_(model={"kv_latent": 64}).model, fp8.execution)  # its projection is read in BF16
     assert not takes_fp8(fp8.model, fp8.with_(execution={"precision": "fp32"}).execution)
     assert not takes_fp8(fp8.with_(model={"expert_hidden": 96}).model, fp8.execution)
+
+
+def test_a_request_draws_by_its_own_seed_wherever_it_stands():
+    """Like the first prompt of a batch with that seed, in any row and among any neighbours."""
+    prompts, own = [MIXED[1], MIXED[0], MIXED[0], MIXED[2]], [Request(), Request(seed=9), Request(), Request(seed=9)]
+    found, plain = completed(prompts, WARM, requests=own), completed(prompts, WARM)
+    alone = complete(CONFIG, make_weights(), byte_tokenizer(), [MIXED[0]], 18, WARM, 9)
+    assert found[1] == alone[0] and found[1] != found[2]
+    assert (found[0], found[2]) == (plain[0], plain[2])
+
+
+def test_requests_of_a_batch_ask_for_different_things():
+    """Log-probabilities are those of the expanded form, over bursts; a bias is of one row; a plain row is unchanged."""
+    tokenizer, params = byte_tokenizer(), make_weights().params
+    letter = tokenizer.encode("A")[0]
+    asked = [Request(num_logprobs=2), Request(logit_bias={letter: 1000.0, 0: -5.0}), Request(num_logprobs=0), Request()]
+    found = completed(MIXED, WARM, requests=asked)
+    plain = completed(MIXED, WARM)
+    assert found[1] == ("A" * 18, "length", 18, None) and found[3] == plain[3]
+    known = make_weights()._replace(params=params | {"head_DV": params["head_DV"][:, : tokenizer.vocab_size]})
+    for i, count in ((0, 2), (2, 0)):
+        prompt, logprobs = [tokenizer.bos, *tokenizer.encode(MIXED[i])], found[i].logprobs
+        assert found[i][:3] == plain[i][:3] and len(logprobs) == found[i].num_tokens > 12
+        tokens = [token.token for token in logprobs]
+        whole = np.array([(prompt + tokens + [0] * 60)[:60]])  # one program for both
+        logits_SV = np.float64(expanded_logits(CONFIG, known, whole)[0, len(prompt) - 1 :][: len(tokens)])
+        want_SV = logits_SV - np.log(np.exp(logits_SV).sum(-1, keepdims=True))
+        got_S = [token.logprob for token in logprobs]
+        np.testing.assert_allclose(got_S, want_SV[np.arange(len(tokens)), tokens], atol=2e-4)
+        for token, want_V in zip(logprobs, want_SV, strict=True):
+            order = np.argsort(-want_V)[:count]
+            assert [other for other, _ in token.top] == order.tolist()
+            np.testing.assert_allclose([value for _, value in token.top], want_V[order], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": 2**64}, "does not fit into 64 bits"),
+        ({"logit_bias": {-1: 1.0}}, "an id is at least 0"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias = nan for id 1"),
+        ({"logit_bias": {262: 1.0}}, "logit_bias has id 262, and the last token is 261"),
+        ({"num_logprobs": 21}, "logprobs = 21 must be from 0 to 20"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        completed(MIXED[:1], requests=[Request(**values)])
+
+
+def test_keys_are_those_of_jax_and_take_64_bits():
+    want = jax.random.fold_in(jax.random.key(5), 3)
+    assert (jax.random.key_data(row_keys([5], [3])[0]) == jax.random.key_data(want)).all()
+    keys = jax.random.key_data(row_keys([1, 1 + 2**32, -1, 2**64 - 1], [0] * 4)).tolist()
+    assert keys[0] != keys[1] and keys[2] == keys[3]
+
+
+def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
+    """3 layers of 28 FP32 numbers a token: 256 tokens of 64 sequences are 5.25 MiB."""
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: 5 * 2**20)
+    with pytest.raises(ValueError, match="of 64 sequences of 256 tokens takes 0.0 GiB of a device, and 0.0 GiB are fr"):
+        ids([[1]] * 64)
+    monkeypatch.undo()
+    assert 2**28 < memory.free_bytes(one_device()) < 2**44
+
+
+@pytest.mark.parametrize("prompts", [[], [[1], []]])
+def test_empty_prompts_are_refused(prompts):
+    with pytest.raises(ValueError, match="a prompt is empty, or there is none; give at least one id"):
+        ids(prompts)

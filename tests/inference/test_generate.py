@@ -15,7 +15,8 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference.generate import complete, expert_mesh, stream, stream_ids
+from deepseek_jax.inference.completions import complete
+from deepseek_jax.inference.generate import expert_mesh, stream, stream_ids
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh

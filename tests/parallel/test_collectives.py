@@ -9,6 +9,7 @@ own account outside the shard_map: a reshard of a weight or an all-reduce of its
 import collections
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -57,16 +58,16 @@ class Traced(NamedTuple):
         return [c for c in self.collectives if c.kind in kinds]
 
 
-def traced(sizes=MESH, *, gather="layer", precision="fp32", remat="none") -> Traced:
+def traced(sizes=MESH, *, gather="layer", precision="fp32", remat="none", exchange="auto") -> Traced:
     """The small model's step, traced without an array."""
-    return _traced(sizes, gather, precision, remat)
+    return _traced(sizes, gather, precision, remat, exchange)
 
 
 @functools.cache
-def _traced(sizes, gather, precision, remat):
+def _traced(sizes, gather, precision, remat, exchange):
     tree = small.fp8_config_dict() if precision == "fp8" else small.config_dict()
     tree.mesh.update(dict(zip(("data", "node", "expert"), sizes, strict=True)))
-    tree.execution.update({"gather": gather, "precision": precision, "remat": remat})
+    tree.execution.update({"gather": gather, "precision": precision, "remat": remat, "exchange": exchange})
     config = from_config_dict(tree)
     mesh = make_mesh(config.mesh)
     jaxpr = trace_step(resolve_for(config, mesh), mesh).jaxpr
@@ -203,15 +204,33 @@ def test_an_exchange_costs_so_many_collectives(remat):
 
 
 def test_in_fp8_rows_and_their_gradients_travel_in_bytes():
-    """Out in both passes; sums come home in BF16. E4M3 travels as uint8, scales in FP32, one for 128 channels."""
+    """Out in both passes; sums come home in BF16. E4M3 travels as uint8, its scales as words, one for 128 channels."""
     step = traced(precision="fp8")
     width = step.config.model.width
     rows = [c for c in step.of(EXCHANGE) if "while" not in c.loops and c.shape[-1] == width]
     assert {c.dtype for c in rows} == {jnp.dtype(jnp.uint8), jnp.dtype(jnp.bfloat16)}
     times = {dtype: sum(c.times for c in rows if c.dtype == dtype) for dtype in (jnp.uint8, jnp.bfloat16)}
     assert set(times.values()) == {2 * num_routers(step.config) * num_micro_batches(step.config)}
-    scales = [c for c in step.of(EXCHANGE) if c.dtype == jnp.float32 and c.shape[0] == width // 128]
-    assert sum(c.times for c in scales if "while" not in c.loops) == times[jnp.uint8]
+    words = [c for c in step.of(EXCHANGE) if "while" not in c.loops and c.dtype == jnp.int32]
+    routes, scales = 3 * step.config.model.experts_per_token, width // 128
+    assert {c.shape[-1] for c in words} == {scales + routes, scales}  # with the rows, and with their gradients
+    assert sum(c.times for c in words) == times[jnp.uint8]
+
+
+@pytest.mark.parametrize(("sizes", "exchange", "forward", "backward"), [
+    ((2, 1, 4), "dense", 4, 4),  # counts; rows, words; sums / gradients, their scales; those of rows and of gates
+    ((1, 2, 4), "two_hop", 7, 9),  # rows, words and sums twice / rows once more, with scales beside the gradients'
+])  # fmt: skip
+def test_an_exchange_in_fp8_costs_so_few_collectives(sizes, exchange, forward, backward):
+    """One flies at a time, and each has its latency: what is narrow shares one, and counts say how many rounds."""
+    step = traced(sizes, precision="fp8", exchange=exchange)
+    inside = ("dispatch", "combine", "route")
+    found = [c for c in step.collectives if "while" not in c.loops and set(re.findall(r"\w+", c.scope)) & set(inside)]
+    times = {False: 0, True: 0}
+    for c in found:
+        times["transpose(" in c.scope] += c.times
+    layers = num_routers(step.config) * num_micro_batches(step.config)
+    assert (times[False] / layers, times[True] / layers) == (forward, backward)
 
 
 def test_no_sum_has_the_size_of_a_weight():

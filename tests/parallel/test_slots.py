@@ -46,7 +46,7 @@ def test_ranges_together_are_the_whole(case):
     ids = draw_ids(case)
     assigned = assign(jnp.asarray(ids), E, unit, ())
     ranges = int(num_ranges(assigned.rows_E, num_slots))
-    parts = [routing(*assigned, num_slots, index, 0) for index in range(ranges)]
+    parts = [routing(*assigned[:3], num_slots, index, 0) for index in range(ranges)]
     sources = np.concatenate([part.source_Z for part in parts]) if parts else np.zeros(0, int)
     here = np.flatnonzero((ids.ravel() >= 0) & (ids.ravel() < E))
     np.testing.assert_array_equal(np.sort(sources[sources < T * K]), here)

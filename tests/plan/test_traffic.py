@@ -51,6 +51,16 @@ def test_v3_sends_four_copies_a_token_between_nodes(direction):
     assert kinds == {"rows", "sums", *(["routes", "counts"] if direction == "forward" else ["gate gradients"])}
 
 
+@pytest.mark.parametrize("direction", [traffic.FORWARD, traffic.BACKWARD])
+def test_inside_a_node_a_row_goes_to_those_who_want_it(direction):
+    """7 of 8 copies leave the forwarder at slack 1; in the backward pass rows are handed on beside their gradients."""
+    lines = layer()
+    rows, sums = lines["expert", "rows", direction], lines["expert", "sums", direction]
+    times = 1 if direction == traffic.FORWARD else 2
+    assert (rows.shipped, rows.limit) == (times * 7 * 7_392, 7 * 7_392)
+    assert (sums.shipped, sums.limit) == (7 * 14_336, 7 * 14_336)
+
+
 def test_routing_asks_for_no_more_than_is_sent_and_allowed():
     for line in layer().values():
         if line.useful is not None:
