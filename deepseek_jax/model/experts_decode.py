@@ -1,0 +1,65 @@
+"""The routed experts' FFN for the few tokens of a decoding step: no slots, no exchange, weights read once.
+
+This device's tokens meet the experts that live here. On a mesh every device calls it with all the tokens of the devices
+that share its experts, counts experts from its own first one, so that those of others are out of range, and the results
+are summed over the devices.
+"""
+
+from typing import Any
+
+import jax
+
+from deepseek_jax.model.precision import DISPATCH, transposed
+from deepseek_jax.parameters import CastWeight, Fp8Weight
+from pallas_kernels.experts_decode import experts_decode
+from pallas_kernels.quantize import quantize_tiles
+from pallas_kernels.quantized import Quantized
+
+
+def decode_form(weights: dict[str, Any]) -> dict[str, Any]:
+    """Return experts' weights as decoding reads them: those in FP8 with the dim of the sum last, others as they are.
+
+    The tensor cores want that of FP8. It is done once, where weights are placed; `grouped_matmul` takes the same blocks.
+
+    Args:
+        weights: "gate_up_ED2F" and "down_EFD": arrays, or `Fp8Weight`s. They may have a leading dim L.
+    """
+    return {name: _blocks(weight) for name, weight in weights.items()}
+
+
+def expert_decode(
+    h_TD: jax.Array,
+    experts_TK: jax.Array,
+    gates_TK: jax.Array,
+    weights: dict[str, Any],
+    layer: jax.Array | int | None = None,
+    *,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Return the gated sums y_TD of the experts that are here (DeepSeek-V3 eq. 12).
+
+    Args:
+        h_TD: normed rows.
+        experts_TK: int32; values outside [0, E) are no expert: padding, or another device's.
+        gates_TK: FP32.
+        weights: as `decode_form` returns them.
+        layer: which layer of weights with a leading dim L. They are read in place: a slice would be copied.
+        implementation: see `pallas_kernels.experts_decode`.
+    """
+    gate_up, down = (_blocks(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
+    if isinstance(gate_up, Quantized):
+        rows = quantize_tiles(h_TD, scale=DISPATCH)
+    else:
+        rows, gate_up = h_TD, gate_up.reshape(*gate_up.shape[:-2], -1)
+    return experts_decode(rows, experts_TK, gates_TK, gate_up, down, layer=layer, implementation=implementation)
+
+
+def _blocks(weight: Any) -> Any:
+    if isinstance(weight, CastWeight):
+        return weight.values
+    if not isinstance(weight, Fp8Weight):
+        return weight
+    values = weight.values
+    if values.ndim > weight.scales.ndim:  # gate and up side by side
+        values = values.reshape(*values.shape[:-2], -1)
+    return transposed(values, weight.scales)

@@ -1,0 +1,220 @@
+"""The routed experts of a decoding step on Hopper: two kernels that read the weights of touched experts once.
+
+    gate_up    a unit of work is a visit (an expert and N rows) and some columns of F, gate and up side by side in a
+               slot: act = silu(gate) * up * gate weight, in BF16, or in E4M3 with a scale per row and 128 columns
+    down       a unit is some columns of D and a group of visits, over which it sums. Dense visits: a few groups, whose
+               FP32 partial sums [groups, N, D] are added in the fusion that follows. Sorted visits: each has its own
+               rows, and K of them are added for each token
+
+Floor. A touched expert is 3 D F weights, 12.6 MB in configs/v3_5b.py in BF16 and 88 MB in V3; rows, activations and
+partial sums are 1 to 3% of it. One H200 reads 4.3 TB/s, so that 64 touched experts take 187 us, and the 8 of a single
+token 23 us, half of these in FP8.
+
+Prediction, before the first run. A kernel costs 3 us beside its bytes: the launch, the first bytes, the last store. With
+the last round of units, which is not full (8 rounds for 7.6), 0.85 of the read rate at 32 and 128 tokens, and 30 us
+for one token in BF16, 18 in FP8. Many bytes are under way: 208 KB of each multiprocessor, six times what latency needs.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import GROUP
+from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.experts_decode.hopper_stream import BLOCKS, ROWS, L, Shape, Stream, TuningConfig, launch, over_units
+from pallas_kernels.experts_decode.plan import Plan, make_plan, round_up
+from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
+
+BF16, FP8 = TuningConfig(), TuningConfig(width=GROUP)
+MOST_GROUPS = 8  # of visits
+
+
+def experts_decode(
+    h: Array | Quantized,
+    experts: Array,
+    gates: Array,
+    gate_up: Array | Quantized,
+    down: Array | Quantized,
+    base: Array,
+    *,
+    num_experts: int,
+    config: TuningConfig | None = None,
+) -> Array:
+    """Return y [T, D] in BF16; the experts' weights begin at `base` of the first dim."""
+    in_fp8 = isinstance(gate_up, Quantized)
+    config = config or (FP8 if in_fp8 else BF16)
+    num_tokens, width = h.shape
+    plan = make_plan(experts, gates, num_experts)
+    rows = rows_of(h, plan, experts.shape[1])
+    base = base.reshape(1)
+    act = gate_up_visits(config, plan, rows, gate_up, base)
+    groups = choose_groups(plan, num_tokens * experts.shape[1], num_experts, width // (BLOCKS * config.width))
+    y = down_visits(config, plan, act, down, base, groups)
+    if plan.dense:
+        return y.sum(0)[:num_tokens].astype(jnp.bfloat16)
+    parts = [jnp.take(y, plan.slots_TK[:, k], axis=0, mode="fill", fill_value=0) for k in range(experts.shape[1])]
+    return sum(part.astype(jnp.float32) for part in parts).astype(jnp.bfloat16)
+
+
+def rows_of(h: Array | Quantized, plan: Plan, k: int) -> tuple[Array, ...]:
+    """Return the rows of the visits, and in FP8 their scales [D / 128, rows]."""
+    whole = (h.values, h.scales) if isinstance(h, Quantized) else (h,)
+    if not plan.dense:
+        token = plan.source // k
+        taken = [jnp.take(whole[0], token, axis=0, mode="fill", fill_value=0)]
+        return *taken, *(jnp.take(scales, token, axis=1, mode="fill", fill_value=1) for scales in whole[1:])
+    missing = round_up(h.shape[0]) - h.shape[0]
+    if not missing:
+        return whole
+    padded = [jnp.pad(whole[0], ((0, missing), (0, 0)))]
+    return *padded, *(jnp.pad(x, ((0, 0), (0, len(padded[0]) - x.shape[1])), constant_values=1) for x in whole[1:])
+
+
+def choose_groups(plan: Plan, assignments: int, num_experts: int, tiles: int) -> int:
+    """Return into how many groups the visits are cut: the least work of the busiest multiprocessor.
+
+    Counted for the visits that a spread routing gives, from which no number depends.
+    """
+    if not plan.dense:
+        return plan.most_visits
+    visits = num_experts * (1 - (1 - 1 / num_experts) ** assignments)
+    blocks = num_multiprocessors()
+
+    def cost(groups):
+        return math.ceil(groups * tiles / blocks) * math.ceil(visits / groups - 0.5), groups
+
+    return min(range(1, min(MOST_GROUPS, plan.most_visits) + 1), key=cost)
+
+
+def gate_up_visits(
+    config: TuningConfig, plan: Plan, rows: tuple[Array, ...], gate_up: Array | Quantized, base: Array
+) -> tuple[Array, ...]:
+    """Return the activations [visits * N, F] with their gates, in FP8 also their scales [F / 128, visits * N]."""
+    in_fp8, n, width = isinstance(gate_up, Quantized), plan.rows, config.width
+    values, *weight_scales = (gate_up.values, gate_up.scales) if in_fp8 else (gate_up,)
+    k, hidden = rows[0].shape[1], values.shape[1 if in_fp8 else 2] // 2
+    shape, tiles = Shape(in_fp8, n, width, k), hidden // width
+    scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
+
+    def kernel(base_ref, gates_ref, *refs):
+        tables, refs = refs[:num_tables], refs[num_tables:]
+        row_refs, (weight, *scales), outputs = refs[:many], refs[many : 2 * many], refs[2 * many : 3 * many]
+        stream = Stream.of(shape, config.interpreted, refs[3 * many :])
+        num_visits, find = plan.schedule(*tables)
+        first = base_ref[0]
+
+        def place(unit):
+            visit = find(lax.div(unit, jnp.int32(tiles)))
+            return visit, lax.rem(unit, jnp.int32(tiles)) * width
+
+        def copy(unit, slot):
+            visit, column = place(unit)
+            columns, row = (column, hidden + column), 0 if plan.dense else visit.row
+            row_scales = row_refs[1] if in_fp8 else None
+            return stream.fill(slot, weight.at[first + visit.expert], columns, row_refs[0], row_scales, row)
+
+        def multiply(unit, slot):
+            visit, column = place(unit)
+
+            def block_scale(_):
+                of_expert = scales[0].at[first + visit.expert]
+                return lambda block, step: of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), step]
+
+            slot, sums = stream.multiply(slot, 1, block_scale)
+            weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
+            store_act(outputs, sums, weights, visit.row, column)
+            return slot
+
+        units = num_visits * tiles
+        stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
+
+    num_rows = plan.most_visits * n
+    out_type = [jax.ShapeDtypeStruct((num_rows, hidden), E4M3 if in_fp8 else jnp.bfloat16)]
+    if in_fp8:
+        out_type.append(jax.ShapeDtypeStruct((hidden // GROUP, num_rows), jnp.float32))
+    run = launch(kernel, "experts_decode_gate_up", out_type, scratch)
+    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales))
+
+
+def store_act(outputs: tuple, sums: list[Array], weights: Array, row: Array, column: Array) -> None:
+    """Store silu(gate) * up * weight, transposed; `sums` are those of gate, then of up, 64 columns each."""
+    half, n = len(sums) // 2, sums[0].shape[1]
+    weights = lax.broadcast_in_dim(weights, sums[0].shape, [1])
+    acts = [gate / (1 + jnp.exp(-gate)) * up for gate, up in zip(sums[:half], sums[half:], strict=True)]
+    acts = [jnp.where(weights == 0, 0.0, act * weights) for act in acts]  # of rows without this expert, NaN or not
+    rows, dtype = pl.ds(row, n), jnp.bfloat16
+    if len(outputs) == 2:
+        largest = [largest_magnitude(act.astype(dtype).astype(jnp.float32), axis=0) for act in acts]
+        scale = scale_of(jnp.maximum(*largest), "fp32")
+        outputs[1][lax.div(column, jnp.int32(GROUP)), rows] = scale
+        inverse, dtype = lax.broadcast_in_dim(1.0 / scale, sums[0].shape, [1]), E4M3
+        acts = [act.astype(jnp.bfloat16).astype(jnp.float32) * inverse for act in acts]
+    for i, act in enumerate(acts):
+        target = outputs[0].at[rows, pl.ds(column + i * ROWS, ROWS)].transpose((1, 0))
+        target[...] = turned(act, dtype)
+
+
+def turned(x: Array, dtype: jnp.dtype) -> Array:
+    """Return FP32 [64, N] in `dtype`, neighbours along the 64 in one register."""
+    if dtype == E4M3:  # shuffles know 16 and 32 bits
+        return plgpu.layout_cast(x, L.WGMMA_TRANSPOSED).astype(dtype)
+    return plgpu.layout_cast(x.astype(dtype), L.WGMMA_TRANSPOSED)
+
+
+def down_visits(
+    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array, groups: int
+) -> Array:
+    """Return FP32 partial sums [groups, N, D] of dense visits, or BF16 [visits * N, D] of sorted ones."""
+    in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.width
+    values, *weight_scales = (down.values, down.scales) if in_fp8 else (down,)
+    k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
+    shape, tiles = Shape(in_fp8, n, width, k), columns_d // (BLOCKS * width)
+    scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
+    dtype = jnp.float32 if plan.dense else jnp.bfloat16
+
+    def kernel(base_ref, *refs):
+        tables, refs = refs[:num_tables], refs[num_tables:]
+        row_refs, (weight, *scales), out = refs[:many], refs[many : 2 * many], refs[2 * many]
+        stream = Stream.of(shape, config.interpreted, refs[2 * many + 1 :])
+        num_visits, find = plan.schedule(*tables)
+        first = base_ref[0]
+
+        def place(unit):
+            group = lax.div(unit, jnp.int32(tiles))
+            return group, lax.div(num_visits - group + groups - 1, jnp.int32(groups)), lax.rem(unit, jnp.int32(tiles))
+
+        def copy(unit, slot):
+            group, visits, tile = place(unit)
+            columns = [(tile * BLOCKS + block) * width for block in range(BLOCKS)]
+
+            def one(i, slot):
+                visit = find(group + i * groups)
+                row_scales = row_refs[1] if in_fp8 else None
+                return stream.fill(slot, weight.at[first + visit.expert], columns, row_refs[0], row_scales, visit.row)
+
+            return lax.fori_loop(0, visits, one, slot)
+
+        def multiply(unit, slot):
+            group, visits, tile = place(unit)
+
+            def block_scale(i):
+                of_expert = scales[0].at[first + find(group + i * groups).expert]
+                return lambda block, step: of_expert[tile * BLOCKS + block, step]
+
+            slot, sums = stream.multiply(slot, visits, block_scale)
+            for i, total in enumerate(sums):
+                column = pl.ds(tile * (BLOCKS * width) + i * ROWS, ROWS)
+                target = out.at[group, :, column] if plan.dense else out.at[pl.ds(group * n, n), column]
+                target.transpose((1, 0))[...] = turned(total, dtype)
+            return slot
+
+        units = (groups if plan.dense else num_visits) * tiles
+        stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
+
+    out_shape = (groups, n, columns_d) if plan.dense else (plan.most_visits * n, columns_d)
+    run = launch(kernel, "experts_decode_down", jax.ShapeDtypeStruct(out_shape, dtype), scratch)
+    return run(base, *plan.tables, *act, values, *weight_scales)

@@ -1,0 +1,294 @@
+"""How weights stream through a multiprocessor while few rows are multiplied with them.
+
+A thread block has two warpgroups: one copies, one multiplies. What stands in a slot of the ring is one step along k, 128
+bytes of it: two blocks of weights of `width` columns each, and the N rows that they are multiplied with.
+
+    BF16    weights [64 k, width] as they are stored, rows [N, 64]        sums stay in the tensor cores' accumulators
+    FP8     weights [width, 128 k], rows [N, 128] and their scales        promoted in FP32 after every step
+
+Weights are the left operand, with 64 of their columns as wgmma's rows, and the rows are its columns: nothing is padded
+to 64. One multiplying warpgroup suffices: memory takes 900 clocks for a slot of 16 KB, its products and barriers 300.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import GROUP
+from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.hopper.ring import tiled
+from pallas_kernels.lowering import layout_inference
+from pallas_kernels.quantized import E4M3
+
+ROWS, BLOCKS = 64, 2  # of wgmma; of a slot
+STEP_BYTES = 128  # of k
+L = plgpu.Layout
+UNTYPED: Any = plgpu  # the type checker does not see all that it exports
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How the work is cut.
+
+    Attributes:
+        width: columns of a block of weights, 64 or 128; in FP8 128, a group of the activations.
+        ring_bytes: of shared memory, for the slots.
+        interpreted: whether products are `jnp.dot`, as the interpreter wants them.
+    """
+
+    width: int = 64
+    ring_bytes: int = 208 * 1024
+    interpreted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static facts of a stream.
+
+    Attributes:
+        in_fp8: whether operands are E4M3 with scales.
+        rows: N.
+        width: of a block.
+        k: numbers that a product sums.
+    """
+
+    in_fp8: bool
+    rows: int
+    width: int
+    k: int
+
+    @property
+    def depth(self) -> int:
+        """Numbers along k in a step."""
+        return GROUP if self.in_fp8 else GROUP // 2
+
+    @property
+    def steps(self) -> int:
+        """Steps of a visit."""
+        return self.k // self.depth
+
+    @property
+    def tiles(self) -> int:
+        """Sums of a block."""
+        return self.width // ROWS
+
+    def scratch(self, ring_bytes: int) -> list:
+        """Return the ring and its barriers."""
+        block = (self.width, self.depth) if self.in_fp8 else (self.depth, self.width)
+        dtype = E4M3 if self.in_fp8 else jnp.bfloat16
+        slot = (BLOCKS * self.width + self.rows) * STEP_BYTES + 4 * self.rows * self.in_fp8
+        stages = min(ring_bytes // slot, 24)
+        copies = BLOCKS + 1 + self.in_fp8
+        scales = [plgpu.SMEM((stages, self.rows), jnp.float32)] if self.in_fp8 else []
+        return [
+            tiled((stages, BLOCKS, *block), dtype),
+            tiled((stages, self.rows, self.depth), dtype),
+            *scales,
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The ring in a kernel."""
+
+    shape: Shape
+    interpreted: bool
+    weights: Any
+    rows: Any
+    scales: Any
+    full: Any
+    empty: Any
+
+    @classmethod
+    def of(cls, shape: Shape, interpreted: bool, refs: Sequence[Any]) -> "Stream":
+        """Return the stream of the refs of `Shape.scratch`."""
+        weights, rows, *scales, full, empty = refs
+        return cls(shape, interpreted, weights, rows, scales[0] if scales else None, full, empty)
+
+    @property
+    def stages(self) -> int:
+        """The number of slots."""
+        return self.weights.shape[0]
+
+    def after(self, slot: Array) -> Array:
+        """Return the slot that follows."""
+        return jnp.where(slot == self.stages - 1, 0, slot + 1)
+
+    def by_role(self, copy: Callable[[], None], multiply: Callable[[], None]) -> None:
+        """Run `copy()` in the one warpgroup and `multiply()` in the other; slots begin and end free."""
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == 1)
+        def _():
+            copy()
+            for slot in range(self.stages):
+                plgpu.barrier_wait(self.empty.at[slot])
+
+        @pl.when(wg == 0)
+        def _():
+            for slot in range(self.stages):
+                plgpu.barrier_arrive(self.empty.at[slot])
+            multiply()
+
+    def fill(self, slot: Array, weight: Any, columns: Sequence[Any], rows: Any, scales: Any, row: Any) -> Array:
+        """Copy the steps of a visit into slots, each once it is free; return the next slot.
+
+        Args:
+            slot: the first.
+            weight: ref of the expert's matrix [k, .], in FP8 [., k].
+            columns: the first column of each block.
+            rows: ref [., k].
+            scales: ref [k / 128, .] of the rows, or None.
+            row: the first.
+        """
+        shape = self.shape
+        taken = pl.ds(row, shape.rows)
+
+        def step(i, slot):
+            ks = pl.ds(i * shape.depth, shape.depth)
+            full = self.full.at[slot]
+            plgpu.barrier_wait(self.empty.at[slot])
+            for block, column in enumerate(columns):
+                own = pl.ds(column, shape.width)
+                source = weight.at[own, ks] if shape.in_fp8 else weight.at[ks, own]
+                plgpu.copy_gmem_to_smem(source, self.weights.at[slot, block], full)
+            plgpu.copy_gmem_to_smem(rows.at[taken, ks], self.rows.at[slot], full)
+            if shape.in_fp8:
+                plgpu.copy_gmem_to_smem(scales.at[i, taken], self.scales.at[slot], full)
+            return self.after(slot)
+
+        return lax.fori_loop(0, shape.steps, step, slot)
+
+    def multiply(self, slot: Array, visits: Any, block_scale: Callable) -> tuple[Array, list[Array]]:
+        """Return the next slot, and the FP32 sums [64, N] over the steps of some visits, block after block.
+
+        Args:
+            slot: the first.
+            visits: how many, a number or a scalar.
+            block_scale: visit -> a function from block and step to the scale of the weights; FP8 only.
+        """
+        if not self.shape.in_fp8:
+            return self._multiply_bf16(slot, visits * self.shape.steps)
+        return self._multiply_fp8(slot, visits, block_scale)
+
+    def _products(self, slot: Array, accumulators: Sequence[Any]) -> None:
+        shape = self.shape
+        right = self.rows.at[slot].transpose((1, 0))
+        for i, accumulator in enumerate(accumulators):
+            plgpu.wgmma(accumulator, self._left(slot, i), right)
+
+    def _left(self, slot: Array, i: int) -> Any:
+        block, tile = divmod(i, self.shape.tiles)
+        own = pl.ds(tile * ROWS, ROWS)
+        if self.shape.in_fp8:
+            return self.weights.at[slot, block, own]
+        return self.weights.at[slot, block, :, own].transpose((1, 0))
+
+    def _dots(self, slot: Array) -> list[Array]:
+        """Return the products of a step, where wgmma is not known."""
+        right = self.rows[slot].astype(jnp.float32)
+        lefts = [self._left(slot, i)[...].astype(jnp.float32) for i in range(BLOCKS * self.shape.tiles)]
+        return [jnp.dot(left, right.T, preferred_element_type=jnp.float32) for left in lefts]
+
+    def _zeros(self) -> list[Array]:
+        zero = plgpu.layout_cast(jnp.zeros((ROWS, self.shape.rows), jnp.float32), L.WGMMA)
+        return [zero] * (BLOCKS * self.shape.tiles)
+
+    def _accumulators(self) -> list:
+        return [UNTYPED.ACC((ROWS, self.shape.rows), jnp.float32)] * (BLOCKS * self.shape.tiles)
+
+    def _multiply_bf16(self, slot, steps):
+        def before(slot):
+            return jnp.where(slot == 0, self.stages - 1, slot - 1)
+
+        if self.interpreted:
+
+            def dots(_, carry):
+                slot, *totals = carry
+                plgpu.barrier_wait(self.full.at[slot])
+                totals = [total + dot for total, dot in zip(totals, self._dots(slot), strict=True)]
+                plgpu.barrier_arrive(self.empty.at[slot])
+                return self.after(slot), *totals
+
+            slot, *totals = lax.fori_loop(0, steps, dots, (slot, *self._zeros()))
+            return slot, totals
+
+        def run(*accumulators):
+            def step(i, slot):
+                plgpu.barrier_wait(self.full.at[slot])
+                self._products(slot, accumulators)
+                plgpu.wgmma_wait(len(accumulators))
+                pl.when(i > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before(slot)]))
+                return self.after(slot)
+
+            last = lax.fori_loop(0, steps, step, slot)
+            totals = [accumulator[...] for accumulator in accumulators]
+            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before(last)]))
+            return last, *totals
+
+        slot, *totals = pl.run_scoped(run, *self._accumulators())
+        return slot, totals
+
+    def _multiply_fp8(self, slot, visits, block_scale):
+        def product(slot):
+            if self.interpreted:
+                return self._dots(slot)
+
+            def run(*accumulators):
+                self._products(slot, accumulators)
+                return [accumulator[...] for accumulator in accumulators]
+
+            return pl.run_scoped(run, *self._accumulators())
+
+        def visit(number, carry):
+            scale_of = block_scale(number)
+
+            def step(i, carry):
+                slot, scales, *totals = carry
+                following = [scale_of(block, jnp.minimum(i + 1, self.shape.steps - 1)) for block in range(BLOCKS)]
+                plgpu.barrier_wait(self.full.at[slot])
+                own = plgpu.load(self.scales.at[slot], layout=L.WGMMA.reduce(0), optimized=False)
+                products = product(slot)
+                plgpu.barrier_arrive(self.empty.at[slot])
+                factors = [lax.broadcast_in_dim(own * scale, products[0].shape, [1]) for scale in scales]
+                for j, value in enumerate(products):
+                    totals[j] += value * factors[j // self.shape.tiles]
+                return self.after(slot), following, *totals
+
+            slot, *totals = carry
+            first = [scale_of(block, 0) for block in range(BLOCKS)]
+            slot, _, *totals = lax.fori_loop(0, self.shape.steps, step, (slot, first, *totals))
+            return slot, *totals
+
+        slot, *totals = lax.fori_loop(0, visits, visit, (slot, *self._zeros()))
+        return slot, totals
+
+
+def launch(body: Callable, name: str, out_type: Any, scratch: list) -> Callable:
+    """Return the kernel of `body(*refs)`: a block of two warpgroups on every multiprocessor."""
+    layout_inference.install()
+    return plgpu.kernel(
+        body,
+        kernel_name=name,
+        out_type=out_type,
+        grid=(num_multiprocessors(),),
+        grid_names=("sm",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+
+
+def over_units(count: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """Fold `body(unit, carry)` over this block's share of `count` units, every `num_multiprocessors`-th."""
+    own, blocks = lax.axis_index("sm"), lax.axis_size("sm")
+    turns = lax.div(count - own + blocks - 1, jnp.int32(blocks))
+    return lax.fori_loop(0, turns, lambda i, carry: body(own + i * blocks, carry), carry)

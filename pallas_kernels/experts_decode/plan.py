@@ -1,0 +1,159 @@
+"""Which expert is multiplied with which rows in a decoding step: the visits of the Hopper kernels.
+
+A visit is an expert and N rows, the columns of its products. There are two ways to choose the rows:
+
+    dense    at most `MOST_DENSE` tokens: the rows of every visit are all tokens, and the gate is 0 where a token did not
+             choose the expert. Nothing is sorted or moved. The tensor cores have time for it: memory gives a
+             multiprocessor 18 bytes of weights a clock, and 64 x 16 weights in BF16 with N columns take N / 2 clocks.
+             All that a kernel needs is a bit for each expert: who is visited.
+    sorted   more tokens: rows are the tokens of the expert, N at a time, copied in the order of their experts.
+
+Worked example, three tokens that choose [5 1], [1 7], [5 none], in N = 8 rows:
+
+    dense    bits of experts 1, 5, 7         visits (1; 0 1 2 -), (5; 0 1 2 -), (7; 0 1 2 -)
+    sorted   counts 1: 2, 5: 2, 7: 1         visits (1; 0 1 -), (5; 0 2 -), (7; 1 -)
+             rows                            [0 1 - - - - - - | 0 2 - - - - - - | 1 - ...]
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+WORD = 32  # bits
+ROW_UNIT = 8  # columns of a product are a multiple of it
+MOST_DENSE, MOST_SORTED = 32, 64  # rows of a visit
+
+
+class Visit(NamedTuple):
+    """An expert, the row of its gates, and its first row among the activations."""
+
+    expert: Array
+    gates: Array
+    row: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The visits of a step.
+
+    Attributes:
+        tables: arrays that `schedule` reads in the kernel.
+        schedule: refs of the tables -> the number of visits, and a function from the number of a visit to the `Visit`.
+        gates: FP32 [., N], of the rows of visits, 0 where there is no token.
+        rows: N, of a visit.
+        most_visits: that there can be.
+        dense: whether rows are tokens.
+        source: int32, the assignment in each row, T * K where there is none; None if rows are tokens.
+        slots_TK: int32, the row of each assignment, past the last where it has no expert; None if rows are tokens.
+    """
+
+    tables: tuple[Array, ...]
+    schedule: Callable[..., tuple[Array, Callable[[Array], Visit]]]
+    gates: Array
+    rows: int
+    most_visits: int
+    dense: bool
+    source: Array | None = None
+    slots_TK: Array | None = None
+
+
+def rows_of(num_tokens: int, k: int, num_experts: int) -> int:
+    """Return N for a number of tokens."""
+    if num_tokens <= MOST_DENSE:
+        return round_up(num_tokens)
+    mean = num_tokens * k / num_experts
+    return min(MOST_SORTED, round_up(mean + 2 * mean**0.5))  # few experts of a spread routing have more
+
+
+def round_up(rows: float) -> int:
+    """Return the next multiple of `ROW_UNIT`."""
+    return max(1, math.ceil(rows / ROW_UNIT)) * ROW_UNIT
+
+
+def make_plan(experts_TK: Array, gates_TK: Array, num_experts: int) -> Plan:
+    """Return the visits of tokens with these experts; values outside [0, `num_experts`) are no expert."""
+    num_tokens, k = experts_TK.shape
+    there = (experts_TK >= 0) & (experts_TK < num_experts)
+    experts_TK = jnp.where(there, experts_TK, num_experts)
+    rows = rows_of(num_tokens, k, num_experts)
+    make = make_dense if num_tokens <= MOST_DENSE else make_sorted
+    return make(experts_TK, gates_TK, num_experts, rows)
+
+
+def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) -> Plan:
+    """Return visits of all tokens; the table has a bit per expert."""
+    num_tokens, k = experts_TK.shape
+    words = -(-num_experts // WORD)
+    word, bit = experts_TK.reshape(-1) // WORD, jnp.left_shift(jnp.int32(1), experts_TK.reshape(-1) % WORD)
+    bits = jnp.where(word[:, None] == jnp.arange(words), bit[:, None], 0)
+    bits = jnp.where((experts_TK.reshape(-1) < num_experts)[:, None], bits, 0)
+    mask = lax.reduce(bits, jnp.int32(0), lax.bitwise_or, (0,))
+    chosen = experts_TK[None] == jnp.arange(num_experts)[:, None, None]  # [E, T, K]
+    gates = jnp.pad(jnp.where(chosen, gates_TK, 0).sum(2), ((0, 0), (0, rows - num_tokens)))
+
+    def schedule(mask_ref):
+        found = [mask_ref[i] for i in range(words)]
+        counts = [ones(word) for word in found]
+
+        def find(number):
+            expert, before = jnp.int32(0), jnp.int32(0)
+            for i, (word, count) in enumerate(zip(found, counts, strict=True)):
+                rank = number - before
+                inside = (rank >= 0) & (rank < count)
+                expert = jnp.where(inside, i * WORD + place(word, rank), expert)
+                before += count
+            return Visit(expert, expert, number * rows)
+
+        return sum(counts, jnp.int32(0)), find
+
+    return Plan((mask,), schedule, gates, rows, min(num_experts, num_tokens * k), dense=True)
+
+
+def ones(word: Array) -> Array:
+    """Return how many bits of int32 `word` are set."""
+    word = word - (shift(word, 1) & 0x55555555)
+    word = (word & 0x33333333) + (shift(word, 2) & 0x33333333)
+    word = (word + shift(word, 4)) & 0x0F0F0F0F
+    return shift(word * 0x01010101, 24)
+
+
+def place(word: Array, rank: Array) -> Array:
+    """Return the place of the set bit of int32 `word` that has `rank` set bits below it."""
+    found = jnp.int32(0)
+    for half in (16, 8, 4, 2, 1):
+        below = ones(word & ((1 << half) - 1))
+        above = rank >= below
+        word = jnp.where(above, shift(word, half), word)
+        rank = jnp.where(above, rank - below, rank)
+        found = jnp.where(above, found + half, found)
+    return found
+
+
+def shift(word: Array, count: int) -> Array:
+    """Shift to the right, zeros coming in."""
+    return lax.shift_right_logical(word, jnp.int32(count))
+
+
+def make_sorted(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) -> Plan:
+    """Return visits of the tokens of each expert; the table has the number of visits, then their experts."""
+    flat, most = experts_TK.reshape(-1), min(experts_TK.size, experts_TK.size // rows + num_experts)
+    numbers = jnp.arange(flat.size, dtype=jnp.int32)
+    count_E = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    rank = ((flat[:, None] == flat) & (numbers < numbers[:, None])).sum(1, dtype=jnp.int32)
+    visits_E = (count_E + rows - 1) // rows
+    end_E = jnp.cumsum(visits_E, dtype=jnp.int32)
+    first = jnp.take(end_E - visits_E, flat, mode="fill", fill_value=most) * rows
+    slot = jnp.minimum(first + rank, most * rows)
+    expert_V = (end_E <= jnp.arange(most)[:, None]).sum(1, dtype=jnp.int32)
+    source = jnp.full((most * rows,), flat.size, jnp.int32).at[slot].set(numbers, mode="drop")
+    gates = jnp.take(gates_TK.reshape(-1), source, mode="fill", fill_value=0).reshape(most, rows)
+
+    def schedule(table_ref):
+        return table_ref[0], lambda number: Visit(table_ref[number + 1], number, number * rows)
+
+    table = jnp.concatenate([end_E[-1:], expert_V])
+    return Plan((table,), schedule, gates, rows, most, False, source, slot.reshape(experts_TK.shape))
