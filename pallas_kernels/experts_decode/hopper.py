@@ -52,7 +52,7 @@ def experts_decode(
     rows = rows_of(h, plan, experts.shape[1])
     base = base.reshape(1)
     act = gate_up_visits(config, plan, rows, gate_up, base)
-    groups = choose_groups(plan, num_tokens * experts.shape[1], num_experts, width // (BLOCKS * config.width))
+    groups = choose_groups(plan, *experts.shape, num_experts, width // (BLOCKS * config.width))
     y = down_visits(config, plan, act, down, base, groups)
     if plan.dense:
         return y.sum(0)[:num_tokens].astype(jnp.bfloat16)
@@ -74,18 +74,18 @@ def rows_of(h: Array | Quantized, plan: Plan, k: int) -> tuple[Array, ...]:
     return *padded, *(jnp.pad(x, ((0, 0), (0, len(padded[0]) - x.shape[1])), constant_values=1) for x in whole[1:])
 
 
-def choose_groups(plan: Plan, assignments: int, num_experts: int, tiles: int) -> int:
+def choose_groups(plan: Plan, num_tokens: int, k: int, num_experts: int, tiles: int) -> int:
     """Return into how many groups the visits are cut: the least work of the busiest multiprocessor.
 
     Counted for the visits that a spread routing gives, from which no number depends.
     """
     if not plan.dense:
         return plan.most_visits
-    visits = num_experts * (1 - (1 - 1 / num_experts) ** assignments)
+    visits = num_experts * (1 - (1 - k / num_experts) ** num_tokens)
     blocks = num_multiprocessors()
 
     def cost(groups):
-        return math.ceil(groups * tiles / blocks) * math.ceil(visits / groups - 0.5), groups
+        return math.ceil(groups * tiles / blocks) * math.ceil(visits / groups), groups
 
     return min(range(1, min(MOST_GROUPS, plan.most_visits) + 1), key=cost)
 
@@ -144,15 +144,17 @@ def store_act(outputs: tuple, sums: list[Array], weights: Array, row: Array, col
     """Store silu(gate) * up * weight, transposed; `sums` are those of gate, then of up, 64 columns each."""
     half, n = len(sums) // 2, sums[0].shape[1]
     weights = lax.broadcast_in_dim(weights, sums[0].shape, [1])
+    if len(outputs) == 2:  # rounded as in training
+        sums = [total.astype(jnp.bfloat16).astype(jnp.float32) for total in sums]
     acts = [gate / (1 + jnp.exp(-gate)) * up for gate, up in zip(sums[:half], sums[half:], strict=True)]
     acts = [jnp.where(weights == 0, 0.0, act * weights) for act in acts]  # of rows without this expert, NaN or not
     rows, dtype = pl.ds(row, n), jnp.bfloat16
     if len(outputs) == 2:
-        largest = [largest_magnitude(act.astype(dtype).astype(jnp.float32), axis=0) for act in acts]
+        largest = [largest_magnitude(act, axis=0) for act in acts]
         scale = scale_of(jnp.maximum(*largest), "fp32")
         outputs[1][lax.div(column, jnp.int32(GROUP)), rows] = scale
         inverse, dtype = lax.broadcast_in_dim(1.0 / scale, sums[0].shape, [1]), E4M3
-        acts = [act.astype(jnp.bfloat16).astype(jnp.float32) * inverse for act in acts]
+        acts = [act * inverse for act in acts]
     for i, act in enumerate(acts):
         target = outputs[0].at[rows, pl.ds(column + i * ROWS, ROWS)].transpose((1, 0))
         target[...] = turned(act, dtype)

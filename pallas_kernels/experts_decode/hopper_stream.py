@@ -27,6 +27,7 @@ from pallas_kernels.quantized import E4M3
 
 ROWS, BLOCKS = 64, 2  # of wgmma; of a slot
 STEP_BYTES = 128  # of k
+FEW_ROWS = 32  # up to which all products of a step have registers beside the sums
 L = plgpu.Layout
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 
@@ -178,10 +179,9 @@ class Stream:
             return self._multiply_bf16(slot, visits * self.shape.steps)
         return self._multiply_fp8(slot, visits, block_scale)
 
-    def _products(self, slot: Array, accumulators: Sequence[Any]) -> None:
-        shape = self.shape
+    def _products(self, slot: Array, first: int, accumulators: Sequence[Any]) -> None:
         right = self.rows.at[slot].transpose((1, 0))
-        for i, accumulator in enumerate(accumulators):
+        for i, accumulator in enumerate(accumulators, first):
             plgpu.wgmma(accumulator, self._left(slot, i), right)
 
     def _left(self, slot: Array, i: int) -> Any:
@@ -191,18 +191,19 @@ class Stream:
             return self.weights.at[slot, block, own]
         return self.weights.at[slot, block, :, own].transpose((1, 0))
 
-    def _dots(self, slot: Array) -> list[Array]:
-        """Return the products of a step, where wgmma is not known."""
+    def _dots(self, slot: Array, numbers: range) -> list[Array]:
+        """Return products of a step, where wgmma is not known."""
         right = self.rows[slot].astype(jnp.float32)
-        lefts = [self._left(slot, i)[...].astype(jnp.float32) for i in range(BLOCKS * self.shape.tiles)]
+        lefts = [self._left(slot, i)[...].astype(jnp.float32) for i in numbers]
+        plgpu.commit_smem()  # ordinary reads before a copy into the slot: the race detector asks for it, wgmma does not
         return [jnp.dot(left, right.T, preferred_element_type=jnp.float32) for left in lefts]
 
     def _zeros(self) -> list[Array]:
         zero = plgpu.layout_cast(jnp.zeros((ROWS, self.shape.rows), jnp.float32), L.WGMMA)
         return [zero] * (BLOCKS * self.shape.tiles)
 
-    def _accumulators(self) -> list:
-        return [UNTYPED.ACC((ROWS, self.shape.rows), jnp.float32)] * (BLOCKS * self.shape.tiles)
+    def _accumulators(self, count: int) -> list:
+        return [UNTYPED.ACC((ROWS, self.shape.rows), jnp.float32)] * count
 
     def _multiply_bf16(self, slot, steps):
         def before(slot):
@@ -213,7 +214,7 @@ class Stream:
             def dots(_, carry):
                 slot, *totals = carry
                 plgpu.barrier_wait(self.full.at[slot])
-                totals = [total + dot for total, dot in zip(totals, self._dots(slot), strict=True)]
+                totals = [total + dot for total, dot in zip(totals, self._dots(slot, range(len(totals))), strict=True)]
                 plgpu.barrier_arrive(self.empty.at[slot])
                 return self.after(slot), *totals
 
@@ -223,7 +224,7 @@ class Stream:
         def run(*accumulators):
             def step(i, slot):
                 plgpu.barrier_wait(self.full.at[slot])
-                self._products(slot, accumulators)
+                self._products(slot, 0, accumulators)
                 plgpu.wgmma_wait(len(accumulators))
                 pl.when(i > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before(slot)]))
                 return self.after(slot)
@@ -233,19 +234,22 @@ class Stream:
             pl.when(steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before(last)]))
             return last, *totals
 
-        slot, *totals = pl.run_scoped(run, *self._accumulators())
+        slot, *totals = pl.run_scoped(run, *self._accumulators(BLOCKS * self.shape.tiles))
         return slot, totals
 
     def _multiply_fp8(self, slot, visits, block_scale):
-        def product(slot):
+        count = BLOCKS * self.shape.tiles
+        together = count if self.shape.rows <= FEW_ROWS else self.shape.tiles  # products in registers beside all sums
+
+        def products(slot, first):
             if self.interpreted:
-                return self._dots(slot)
+                return self._dots(slot, range(first, first + together))
 
             def run(*accumulators):
-                self._products(slot, accumulators)
+                self._products(slot, first, accumulators)
                 return [accumulator[...] for accumulator in accumulators]
 
-            return pl.run_scoped(run, *self._accumulators())
+            return pl.run_scoped(run, *self._accumulators(together))
 
         def visit(number, carry):
             scale_of = block_scale(number)
@@ -255,11 +259,13 @@ class Stream:
                 following = [scale_of(block, jnp.minimum(i + 1, self.shape.steps - 1)) for block in range(BLOCKS)]
                 plgpu.barrier_wait(self.full.at[slot])
                 own = plgpu.load(self.scales.at[slot], layout=L.WGMMA.reduce(0), optimized=False)
-                products = product(slot)
-                plgpu.barrier_arrive(self.empty.at[slot])
-                factors = [lax.broadcast_in_dim(own * scale, products[0].shape, [1]) for scale in scales]
-                for j, value in enumerate(products):
-                    totals[j] += value * factors[j // self.shape.tiles]
+                factors = [lax.broadcast_in_dim(own * scale, totals[0].shape, [1]) for scale in scales]
+                for first in range(0, count, together):
+                    made = products(slot, first)
+                    if first + together == count:
+                        plgpu.barrier_arrive(self.empty.at[slot])
+                    for j, value in enumerate(made, first):
+                        totals[j] += value * factors[j // self.shape.tiles]
                 return self.after(slot), following, *totals
 
             slot, *totals = carry

@@ -88,12 +88,14 @@ def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) 
     """Return visits of all tokens; the table has a bit per expert."""
     num_tokens, k = experts_TK.shape
     words = -(-num_experts // WORD)
-    word, bit = experts_TK.reshape(-1) // WORD, jnp.left_shift(jnp.int32(1), experts_TK.reshape(-1) % WORD)
-    bits = jnp.where(word[:, None] == jnp.arange(words), bit[:, None], 0)
-    bits = jnp.where((experts_TK.reshape(-1) < num_experts)[:, None], bits, 0)
-    mask = lax.reduce(bits, jnp.int32(0), lax.bitwise_or, (0,))
-    chosen = experts_TK[None] == jnp.arange(num_experts)[:, None, None]  # [E, T, K]
-    gates = jnp.pad(jnp.where(chosen, gates_TK, 0).sum(2), ((0, 0), (0, rows - num_tokens)))
+    flat = experts_TK.reshape(-1)
+    bits = jnp.left_shift(jnp.int32(1), flat % WORD)
+    own = (flat // WORD == jnp.arange(words)[:, None]) & (flat < num_experts)
+    mask = lax.reduce(jnp.where(own, bits, 0), jnp.int32(0), lax.bitwise_or, (1,))
+    missing = (0, rows - num_tokens), (0, 0)
+    experts_NK = jnp.pad(experts_TK, missing, constant_values=num_experts)
+    chosen = experts_NK == jnp.arange(num_experts)[:, None, None]  # [E, N, K]
+    gates = jnp.where(chosen, jnp.pad(gates_TK, missing), 0).sum(2)
 
     def schedule(mask_ref):
         found = [mask_ref[i] for i in range(words)]

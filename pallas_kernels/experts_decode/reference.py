@@ -75,10 +75,12 @@ def pick(picked: Array, x: Array) -> Array:
 def ffn(x: Array, gates: Array, gate_up: Any, down: Any, in_fp8: bool) -> Array:
     """Return the gated output of one expert in FP32; in FP8 the activations are tiles of 128 channels."""
     hidden = product(x, gate_up)
+    if in_fp8:  # rounded as in training
+        hidden = hidden.astype(jnp.bfloat16).astype(jnp.float32)
     gate, up = jnp.split(hidden, 2, axis=1)
     act = jax.nn.silu(gate) * up * gates[:, None]
     if in_fp8:
-        act = dequantize(quantize_tiles(act.astype(jnp.bfloat16), implementation="reference"))
+        act = dequantize(quantize_tiles(act, implementation="reference"))
     return product(act.astype(x.dtype), down)
 
 
