@@ -15,6 +15,7 @@ the last round of units, which is not full (8 rounds for 7.6), 0.85 of the read 
 for one token in BF16, 18 in FP8. Many bytes are under way: 208 KB of each multiprocessor, six times what latency needs.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -25,11 +26,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.experts_decode.hopper_stream import BLOCKS, ROWS, L, Shape, Stream, TuningConfig, launch, over_units
-from pallas_kernels.experts_decode.plan import Plan, make_plan, round_up
+from pallas_kernels.experts_decode.hopper_stream import (
+    BLOCKS,
+    ROWS,
+    L,
+    Shape,
+    Source,
+    Stream,
+    TuningConfig,
+    launch,
+    over_units,
+)
+from pallas_kernels.experts_decode.hopper_sort import sort_rows
+from pallas_kernels.experts_decode.plan import MOST_DENSE, Plan, make_dense, make_sorted, only_here, rows_of_visit
 from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
 
-BF16, FP8 = TuningConfig(), TuningConfig(width=GROUP)
+FEW, MANY, FP8 = TuningConfig(), TuningConfig(width=128), TuningConfig(width=GROUP)
+MOST_FEW = 32  # rows of a visit in BF16 with narrow blocks: of wide ones, fewer bytes of rows are copied beside them
+MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 48  # rows of a visit for which all sums have registers
 MOST_GROUPS = 8  # of visits
 
 
@@ -46,41 +60,37 @@ def experts_decode(
 ) -> Array:
     """Return y [T, D] in BF16; the experts' weights begin at `base` of the first dim."""
     in_fp8 = isinstance(gate_up, Quantized)
-    config = config or (FP8 if in_fp8 else BF16)
-    num_tokens, width = h.shape
-    plan = make_plan(experts, gates, num_experts)
-    rows = rows_of(h, plan, experts.shape[1])
-    base = base.reshape(1)
+    num_tokens, k = experts.shape
+    n = rows_of_visit(num_tokens, k, num_experts, MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16)
+    config = config or (FP8 if in_fp8 else FEW if n <= MOST_FEW else MANY)
+    experts, base = only_here(experts, num_experts), base.reshape(1)
+    rows, tiles = (h.values, h.scales) if in_fp8 else (h,), h.shape[1] // (BLOCKS * config.width)
+    if num_tokens <= MOST_DENSE:
+        plan = make_dense(experts, gates, num_experts, n)
+        act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
+        groups = choose_groups(plan, num_tokens, k, num_experts, tiles)
+        return down_visits(config, plan, act, down, base, groups).sum(0)[:num_tokens].astype(jnp.bfloat16)
+    plan, keys, first_E = make_sorted(experts, num_experts, n)
+    rows, row_gates, slots_TK = sort_rows(rows, gates, keys, first_E, n, plan.most_visits * n)
+    plan = dataclasses.replace(plan, gates=row_gates.reshape(-1, n))
     act = gate_up_visits(config, plan, rows, gate_up, base)
-    groups = choose_groups(plan, *experts.shape, num_experts, width // (BLOCKS * config.width))
-    y = down_visits(config, plan, act, down, base, groups)
-    if plan.dense:
-        return y.sum(0)[:num_tokens].astype(jnp.bfloat16)
-    parts = [jnp.take(y, plan.slots_TK[:, k], axis=0, mode="fill", fill_value=0) for k in range(experts.shape[1])]
+    y = down_visits(config, plan, act, down, base, plan.most_visits)
+    parts = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
     return sum(part.astype(jnp.float32) for part in parts).astype(jnp.bfloat16)
 
 
-def rows_of(h: Array | Quantized, plan: Plan, k: int) -> tuple[Array, ...]:
-    """Return the rows of the visits, and in FP8 their scales [D / 128, rows]."""
-    whole = (h.values, h.scales) if isinstance(h, Quantized) else (h,)
-    if not plan.dense:
-        token = plan.source // k
-        taken = [jnp.take(whole[0], token, axis=0, mode="fill", fill_value=0)]
-        return *taken, *(jnp.take(scales, token, axis=1, mode="fill", fill_value=1) for scales in whole[1:])
-    missing = round_up(h.shape[0]) - h.shape[0]
-    if not missing:
-        return whole
-    padded = [jnp.pad(whole[0], ((0, missing), (0, 0)))]
-    return *padded, *(jnp.pad(x, ((0, 0), (0, len(padded[0]) - x.shape[1])), constant_values=1) for x in whole[1:])
+def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
+    """Return rows [n, D] and, in FP8, scales [D / 128, n]."""
+    missing = n - len(rows[0])
+    padded = [jnp.pad(rows[0], ((0, missing), (0, 0)))] if missing else [rows[0]]
+    return *padded, *(jnp.pad(x, ((0, 0), (0, n - x.shape[1])), constant_values=1) for x in rows[1:])
 
 
 def choose_groups(plan: Plan, num_tokens: int, k: int, num_experts: int, tiles: int) -> int:
     """Return into how many groups the visits are cut: the least work of the busiest multiprocessor.
 
-    Counted for the visits that a spread routing gives, from which no number depends.
+    Counted for the visits that a spread routing gives; with others it is slower, not wrong.
     """
-    if not plan.dense:
-        return plan.most_visits
     visits = num_experts * (1 - (1 - k / num_experts) ** num_tokens)
     blocks = num_multiprocessors()
 
@@ -99,6 +109,7 @@ def gate_up_visits(
     k, hidden = rows[0].shape[1], values.shape[1 if in_fp8 else 2] // 2
     shape, tiles = Shape(in_fp8, n, width, k), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
+    overlap = config.overlap and not config.interpreted
 
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]
@@ -106,18 +117,19 @@ def gate_up_visits(
         stream = Stream.of(shape, config.interpreted, refs[3 * many :])
         num_visits, find = plan.schedule(*tables)
         first = base_ref[0]
+        if overlap:
+            plgpu.griddepcontrol_launch_dependents()
 
         def place(unit):
             visit = find(lax.div(unit, jnp.int32(tiles)))
             return visit, lax.rem(unit, jnp.int32(tiles)) * width
 
-        def copy(unit, slot):
+        def copy(_, unit, slot):
             visit, column = place(unit)
             columns, row = (column, hidden + column), 0 if plan.dense else visit.row
-            row_scales = row_refs[1] if in_fp8 else None
-            return stream.fill(slot, weight.at[first + visit.expert], columns, row_refs[0], row_scales, row)
+            return stream.fill(slot, Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row))
 
-        def multiply(unit, slot):
+        def multiply(_, unit, slot):
             visit, column = place(unit)
 
             def block_scale(_):
@@ -176,6 +188,7 @@ def down_visits(
     k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
     shape, tiles = Shape(in_fp8, n, width, k), columns_d // (BLOCKS * width)
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
+    overlap = config.overlap and not config.interpreted
     dtype = jnp.float32 if plan.dense else jnp.bfloat16
 
     def kernel(base_ref, *refs):
@@ -189,18 +202,23 @@ def down_visits(
             group = lax.div(unit, jnp.int32(tiles))
             return group, lax.div(num_visits - group + groups - 1, jnp.int32(groups)), lax.rem(unit, jnp.int32(tiles))
 
-        def copy(unit, slot):
+        def copy(turn, unit, slot):
             group, visits, tile = place(unit)
             columns = [(tile * BLOCKS + block) * width for block in range(BLOCKS)]
 
-            def one(i, slot):
+            def one(i, slot, ahead=0):
                 visit = find(group + i * groups)
-                row_scales = row_refs[1] if in_fp8 else None
-                return stream.fill(slot, weight.at[first + visit.expert], columns, row_refs[0], row_scales, visit.row)
+                source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], visit.row)
+                return stream.fill(slot, source, ahead)
 
-            return lax.fori_loop(0, visits, one, slot)
+            if not overlap:
+                return lax.fori_loop(0, visits, one, slot)
+            ahead = min(stream.stages, shape.steps)
+            starts = (turn == 0) & (visits > 0)
+            slot = lax.cond(starts, lambda: one(0, slot, ahead), lambda: slot)
+            return lax.fori_loop(starts.astype(jnp.int32), visits, one, slot)
 
-        def multiply(unit, slot):
+        def multiply(_, unit, slot):
             group, visits, tile = place(unit)
 
             def block_scale(i):

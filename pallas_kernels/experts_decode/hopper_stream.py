@@ -11,8 +11,9 @@ to 64. One multiplying warpgroup suffices: memory takes 900 clocks for a slot of
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,6 +28,7 @@ from pallas_kernels.quantized import E4M3
 
 ROWS, BLOCKS = 64, 2  # of wgmma; of a slot
 STEP_BYTES = 128  # of k
+SCALES_UNIT = 32  # FP32 numbers in the 128 bytes at which a copy may begin
 FEW_ROWS = 32  # up to which all products of a step have registers beside the sums
 L = plgpu.Layout
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports
@@ -39,11 +41,13 @@ class TuningConfig:
     Attributes:
         width: columns of a block of weights, 64 or 128; in FP8 128, a group of the activations.
         ring_bytes: of shared memory, for the slots.
-        interpreted: whether products are `jnp.dot`, as the interpreter wants them.
+        overlap: whether the second kernel is launched while the first ends, and asks for its first weights.
+        interpreted: whether products are `jnp.dot`, as the interpreter wants them; without overlap.
     """
 
     width: int = 64
     ring_bytes: int = 208 * 1024
+    overlap: bool = True
     interpreted: bool = False
 
 
@@ -82,10 +86,11 @@ class Shape:
         """Return the ring and its barriers."""
         block = (self.width, self.depth) if self.in_fp8 else (self.depth, self.width)
         dtype = E4M3 if self.in_fp8 else jnp.bfloat16
-        slot = (BLOCKS * self.width + self.rows) * STEP_BYTES + 4 * self.rows * self.in_fp8
+        slot = (BLOCKS * self.width + self.rows) * STEP_BYTES + 512 * self.in_fp8
         stages = min(ring_bytes // slot, 24)
         copies = BLOCKS + 1 + self.in_fp8
-        scales = [plgpu.SMEM((stages, self.rows), jnp.float32)] if self.in_fp8 else []
+        padded = -(-self.rows // SCALES_UNIT) * SCALES_UNIT
+        scales = [plgpu.SMEM((stages, padded), jnp.float32)] if self.in_fp8 else []
         return [
             tiled((stages, BLOCKS, *block), dtype),
             tiled((stages, self.rows, self.depth), dtype),
@@ -93,6 +98,24 @@ class Shape:
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
         ]
+
+
+class Source(NamedTuple):
+    """What a visit copies.
+
+    Attributes:
+        weight: ref of the expert's matrix [k, .], in FP8 [., k].
+        columns: the first column of each block.
+        rows: ref [., k].
+        scales: ref [k / 128, .] of the rows, in FP8.
+        row: the first.
+    """
+
+    weight: Any
+    columns: Sequence[Any]
+    rows: Any
+    scales: Any
+    row: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,34 +161,34 @@ class Stream:
                 plgpu.barrier_arrive(self.empty.at[slot])
             multiply()
 
-    def fill(self, slot: Array, weight: Any, columns: Sequence[Any], rows: Any, scales: Any, row: Any) -> Array:
+    def fill(self, slot: Array, source: "Source", ahead: int = 0) -> Array:
         """Copy the steps of a visit into slots, each once it is free; return the next slot.
 
-        Args:
-            slot: the first.
-            weight: ref of the expert's matrix [k, .], in FP8 [., k].
-            columns: the first column of each block.
-            rows: ref [., k].
-            scales: ref [k / 128, .] of the rows, or None.
-            row: the first.
+        The weights of the first `ahead` steps are asked for at once; their rows follow when the kernel before has ended,
+        which makes them (`griddepcontrol_wait`).
         """
-        shape = self.shape
-        taken = pl.ds(row, shape.rows)
+        if not ahead:
+            return lax.fori_loop(0, self.shape.steps, functools.partial(self._fill_step, source, True, True), slot)
+        early = lax.fori_loop(0, ahead, functools.partial(self._fill_step, source, True, False), slot)
+        plgpu.griddepcontrol_wait()
+        lax.fori_loop(0, ahead, functools.partial(self._fill_step, source, False, True), slot)
+        return lax.fori_loop(ahead, self.shape.steps, functools.partial(self._fill_step, source, True, True), early)
 
-        def step(i, slot):
-            ks = pl.ds(i * shape.depth, shape.depth)
-            full = self.full.at[slot]
+    def _fill_step(self, source: "Source", with_weights: bool, with_rows: bool, i: Array, slot: Array) -> Array:
+        shape, full = self.shape, self.full.at[slot]
+        taken, ks = pl.ds(source.row, shape.rows), pl.ds(i * shape.depth, shape.depth)
+        if with_weights:
             plgpu.barrier_wait(self.empty.at[slot])
-            for block, column in enumerate(columns):
+            for block, column in enumerate(source.columns):
                 own = pl.ds(column, shape.width)
-                source = weight.at[own, ks] if shape.in_fp8 else weight.at[ks, own]
-                plgpu.copy_gmem_to_smem(source, self.weights.at[slot, block], full)
-            plgpu.copy_gmem_to_smem(rows.at[taken, ks], self.rows.at[slot], full)
+                weights = source.weight.at[own, ks] if shape.in_fp8 else source.weight.at[ks, own]
+                plgpu.copy_gmem_to_smem(weights, self.weights.at[slot, block], full)
+        if with_rows:
+            plgpu.copy_gmem_to_smem(source.rows.at[taken, ks], self.rows.at[slot], full)
             if shape.in_fp8:
-                plgpu.copy_gmem_to_smem(scales.at[i, taken], self.scales.at[slot], full)
-            return self.after(slot)
-
-        return lax.fori_loop(0, shape.steps, step, slot)
+                own = self.scales.at[slot, pl.ds(0, shape.rows)]
+                plgpu.copy_gmem_to_smem(source.scales.at[i, taken], own, full)
+        return self.after(slot)
 
     def multiply(self, slot: Array, visits: Any, block_scale: Callable) -> tuple[Array, list[Array]]:
         """Return the next slot, and the FP32 sums [64, N] over the steps of some visits, block after block.
@@ -258,7 +281,7 @@ class Stream:
                 slot, scales, *totals = carry
                 following = [scale_of(block, jnp.minimum(i + 1, self.shape.steps - 1)) for block in range(BLOCKS)]
                 plgpu.barrier_wait(self.full.at[slot])
-                own = plgpu.load(self.scales.at[slot], layout=L.WGMMA.reduce(0), optimized=False)
+                own = plgpu.load(self.scales.at[slot, pl.ds(0, self.shape.rows)], layout=L.WGMMA.reduce(0), optimized=False)
                 factors = [lax.broadcast_in_dim(own * scale, totals[0].shape, [1]) for scale in scales]
                 for first in range(0, count, together):
                     made = products(slot, first)
@@ -293,8 +316,8 @@ def launch(body: Callable, name: str, out_type: Any, scratch: list) -> Callable:
     )
 
 
-def over_units(count: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-    """Fold `body(unit, carry)` over this block's share of `count` units, every `num_multiprocessors`-th."""
+def over_units(count: Array, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+    """Fold `body(turn, unit, carry)` over this block's share of `count` units, every `num_multiprocessors`-th."""
     own, blocks = lax.axis_index("sm"), lax.axis_size("sm")
     turns = lax.div(count - own + blocks - 1, jnp.int32(blocks))
-    return lax.fori_loop(0, turns, lambda i, carry: body(own + i * blocks, carry), carry)
+    return lax.fori_loop(0, turns, lambda i, carry: body(i, own + i * blocks, carry), carry)

@@ -25,14 +25,15 @@ from jax import Array, lax
 
 WORD = 32  # bits
 ROW_UNIT = 8  # columns of a product are a multiple of it
-MOST_DENSE, MOST_SORTED = 32, 64  # rows of a visit
+KEYS_UNIT = 128  # lanes of a warpgroup
+MOST_DENSE = 32  # rows of a visit
 
 
 class Visit(NamedTuple):
     """An expert, the row of its gates, and its first row among the activations."""
 
     expert: Array
-    gates: Array
+    gates: Array | None
     row: Array
 
 
@@ -43,30 +44,27 @@ class Plan:
     Attributes:
         tables: arrays that `schedule` reads in the kernel.
         schedule: refs of the tables -> the number of visits, and a function from the number of a visit to the `Visit`.
-        gates: FP32 [., N], of the rows of visits, 0 where there is no token.
+        gates: FP32 [., N], of the rows of visits, 0 where a row is no token of the expert.
         rows: N, of a visit.
         most_visits: that there can be.
         dense: whether rows are tokens.
-        source: int32, the assignment in each row, T * K where there is none; None if rows are tokens.
-        slots_TK: int32, the row of each assignment, past the last where it has no expert; None if rows are tokens.
     """
 
     tables: tuple[Array, ...]
     schedule: Callable[..., tuple[Array, Callable[[Array], Visit]]]
-    gates: Array
+    gates: Array | None
     rows: int
     most_visits: int
     dense: bool
-    source: Array | None = None
-    slots_TK: Array | None = None
 
 
-def rows_of(num_tokens: int, k: int, num_experts: int) -> int:
-    """Return N for a number of tokens."""
+def rows_of_visit(num_tokens: int, k: int, num_experts: int, most_sorted: int) -> int:
+    """Return N for a number of tokens, sorted at most `most_sorted`."""
     if num_tokens <= MOST_DENSE:
         return round_up(num_tokens)
     mean = num_tokens * k / num_experts
-    return min(MOST_SORTED, round_up(mean + 2 * mean**0.5))  # few experts of a spread routing have more
+    most = mean + 2 * mean**0.5  # few experts of a spread routing have more
+    return round_up(most / math.ceil(most / most_sorted))
 
 
 def round_up(rows: float) -> int:
@@ -74,14 +72,9 @@ def round_up(rows: float) -> int:
     return max(1, math.ceil(rows / ROW_UNIT)) * ROW_UNIT
 
 
-def make_plan(experts_TK: Array, gates_TK: Array, num_experts: int) -> Plan:
-    """Return the visits of tokens with these experts; values outside [0, `num_experts`) are no expert."""
-    num_tokens, k = experts_TK.shape
-    there = (experts_TK >= 0) & (experts_TK < num_experts)
-    experts_TK = jnp.where(there, experts_TK, num_experts)
-    rows = rows_of(num_tokens, k, num_experts)
-    make = make_dense if num_tokens <= MOST_DENSE else make_sorted
-    return make(experts_TK, gates_TK, num_experts, rows)
+def only_here(experts_TK: Array, num_experts: int) -> Array:
+    """Return E in place of every value outside [0, E)."""
+    return jnp.where((experts_TK >= 0) & (experts_TK < num_experts), experts_TK, num_experts)
 
 
 def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) -> Plan:
@@ -140,22 +133,21 @@ def shift(word: Array, count: int) -> Array:
     return lax.shift_right_logical(word, jnp.int32(count))
 
 
-def make_sorted(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) -> Plan:
-    """Return visits of the tokens of each expert; the table has the number of visits, then their experts."""
+def make_sorted(experts_TK: Array, num_experts: int, rows: int) -> tuple[Plan, Array, Array]:
+    """Return visits of the tokens of each expert, and what `hopper_sort.sort_rows` needs: keys and first visits.
+
+    The table has the number of visits, then their experts. The gates are not there yet.
+    """
     flat, most = experts_TK.reshape(-1), min(experts_TK.size, experts_TK.size // rows + num_experts)
-    numbers = jnp.arange(flat.size, dtype=jnp.int32)
-    count_E = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
-    rank = ((flat[:, None] == flat) & (numbers < numbers[:, None])).sum(1, dtype=jnp.int32)
-    visits_E = (count_E + rows - 1) // rows
-    end_E = jnp.cumsum(visits_E, dtype=jnp.int32)
-    first = jnp.take(end_E - visits_E, flat, mode="fill", fill_value=most) * rows
-    slot = jnp.minimum(first + rank, most * rows)
-    expert_V = (end_E <= jnp.arange(most)[:, None]).sum(1, dtype=jnp.int32)
-    source = jnp.full((most * rows,), flat.size, jnp.int32).at[slot].set(numbers, mode="drop")
-    gates = jnp.take(gates_TK.reshape(-1), source, mode="fill", fill_value=0).reshape(most, rows)
+    keys = jnp.pad(flat, (0, -flat.size % KEYS_UNIT), constant_values=num_experts)
+    everyone = jnp.arange(num_experts)
+    visits_E = ((keys == everyone[:, None]).sum(1, dtype=jnp.int32) + rows - 1) // rows
+    first_E = jnp.where(everyone < everyone[:, None], visits_E, 0).sum(1, dtype=jnp.int32)
+    number = jnp.arange(most + 1)  # one more than that of the visit: the first place is that of the total
+    ended = (first_E + visits_E < number[:, None]) | (number == 0)[:, None]
+    table = jnp.where(ended, jnp.where((number == 0)[:, None], visits_E, 1), 0).sum(1, dtype=jnp.int32)
 
     def schedule(table_ref):
         return table_ref[0], lambda number: Visit(table_ref[number + 1], number, number * rows)
 
-    table = jnp.concatenate([end_E[-1:], expert_V])
-    return Plan((table,), schedule, gates, rows, most, False, source, slot.reshape(experts_TK.shape))
+    return Plan((table,), schedule, None, rows, most, dense=False), keys, first_E
