@@ -19,7 +19,7 @@ from pallas_kernels.quantized import Quantized
 def decode_form(weights: dict[str, Any]) -> dict[str, Any]:
     """Return experts' weights as decoding reads them: those in FP8 with the dim of the sum last, others as they are.
 
-    The tensor cores want that of FP8. It is done once, where weights are placed; `grouped_matmul` takes the same blocks.
+    The tensor cores want that of FP8. It is done once, where weights are placed. `grouped_matmul` takes them, too.
 
     Args:
         weights: "gate_up_ED2F" and "down_EFD": arrays, or `Fp8Weight`s. They may have a leading dim L.

@@ -1,18 +1,21 @@
-"""Time the experts of a decoding step on one Hopper GPU: `python -m pallas_kernels.bench.experts [--json=results.json]`.
+"""Time the experts of a decoding step on a Hopper GPU: `python -m pallas_kernels.bench.experts [--json=results.json]`.
 
 A row is a shape, a precision, a number of tokens and a routing: "spread" (every token chooses at random), "skewed"
 (half of all choices fall on an eighth of the experts) or "one" (all tokens choose the same). One assignment in 32 is
-no expert. Before every launch 256 MiB are read, so that weights come from memory.
+no expert.
 
-`kernels` is the time of the two kernels, `call` that of all kernels of a call, by CUPTI, the median of 15; `beside` the
-same of today's general path, through the exchange, and `x` what it takes of it. `floor` is the bytes of the touched
-experts' weights over the card's read rate, measured in the same run.
+`call` is the whole call from BF16 rows to their sums, with all kernels and what lies between them: a loop of `CALLS`
+calls, one on the result of the other, each with other experts than the last, so that weights come from memory; the
+median of `REPEATS` loops by the host's clock. `floor` is the bytes of the touched experts' weights over the card's read
+rate, measured in the same run.
 """
 
 import argparse
 import functools
 import math
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels.bench import records
 from pallas_kernels.bench.__main__ import take_gpu
-from pallas_kernels.bench.decode import FLUSH_WORDS, LAUNCHES, READ_WORDS, ROUNDS, microseconds
+from pallas_kernels.bench.decode import READ_WORDS, microseconds
 from pallas_kernels.bench.operation import relative_error
 from pallas_kernels.experts_decode import experts_decode, reference
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
@@ -47,6 +49,8 @@ class Shape(NamedTuple):
 
 SHAPES = {shape.name: shape for shape in (Shape("v3_5b", 64, 8, 2048, 1024), Shape("v3", 256, 8, 7168, 2048))}
 NO_EXPERT = 1 / 32  # of all assignments
+CALLS, ROUTINGS, REPEATS = 64, 8, 9
+STEP = jnp.bfloat16(0.01)  # of a result that is added to the rows
 
 
 def choose(shape: Shape, num_tokens: int, routing: str) -> tuple[np.ndarray, np.ndarray]:
@@ -101,57 +105,59 @@ def exact(h: jax.Array, experts: jax.Array, gates: jax.Array, gate_up: Any, down
     return lax.fori_loop(0, num_experts, one, jnp.zeros(h.shape, jnp.float32))
 
 
-@jax.jit
-def cold(flush: jax.Array, *arrays: Any) -> Any:
-    """Return the largest of `flush`, read through the L2 cache, and the result."""
-    return flush.max(), decode(*arrays)
+def calls(function: Callable, h: jax.Array, experts: jax.Array, gates: jax.Array, *weights: Any) -> jax.Array:
+    """Return h after `CALLS` layers, each on the result of the one before; experts [ROUTINGS, T, K] take turns."""
+
+    def layer(i, h):
+        chosen = lax.dynamic_index_in_dim(experts, i % ROUTINGS, keepdims=False)
+        return h + STEP * function(h, chosen, gates, *weights)
+
+    return lax.fori_loop(0, CALLS, layer, h)
 
 
-def times(function: Any, arrays: tuple) -> tuple[float, float, int]:
-    """Return the median microseconds of the two kernels, of all kernels of a call, and how many there are.
-
-    The two largest of the others, which read `flush`, are not of the call.
-    """
-    own, whole, count = [], [], 0
-    for _ in range(ROUNDS):
-        measured: Any = profiler.measure(function, aggregate=False, iterations=LAUNCHES)(*arrays)
-        for launch in measured[1]:
-            ours = sum(time for name, time in launch if "experts_decode" in name)
-            flushing = [name for name, time in launch if time > 0.03 and "experts_decode" not in name]  # 256 MiB: 60 us
-            rest = [time for name, time in launch if name not in flushing and "experts_decode" not in name]
-            own.append(ours)
-            whole.append(ours + sum(rest))
-            count = len(rest) + 2
-    return 1e3 * statistics.median(own), 1e3 * statistics.median(whole), count
+def microseconds_of(function: Callable, operands: tuple) -> float:
+    """Return the median time of one of the calls."""
+    run = jax.jit(functools.partial(calls, function))
+    run(*operands).block_until_ready()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run(*operands).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times) / CALLS
 
 
-def measure(shape: Shape, in_fp8: bool, num_tokens: int, routing: str, weights: tuple, flush: jax.Array, read: float):
+def turns(shape: Shape, experts: np.ndarray) -> jax.Array:
+    """Return a routing and the same with all experts moved on, so that calls read weights that the last did not."""
+    moved = [(experts + i * shape.num_experts // ROUTINGS) % shape.num_experts for i in range(ROUTINGS)]
+    return jnp.asarray(np.where(experts < shape.num_experts, np.stack(moved), experts))
+
+
+def measure(shape: Shape, in_fp8: bool, num_tokens: int, routing: str, weights: tuple, read: float) -> list[dict]:
     """Return the records of a row, and print it."""
     experts, gates = choose(shape, num_tokens, routing)
     touched = len(set(experts.reshape(-1).tolist()) - {shape.num_experts})
     h = jax.random.normal(jax.random.key(num_tokens), (num_tokens, shape.width), jnp.bfloat16)
     arrays = h, jnp.asarray(experts), jnp.asarray(gates), *weights
-    error = relative_error(cold(flush, *arrays)[1], exact(*arrays))
-    kernels, call, count = times(cold, (flush, *arrays))
+    error = relative_error(jax.jit(decode)(*arrays), exact(*arrays))
+    call = microseconds_of(decode, (h, turns(shape, experts), *arrays[2:]))
     floor = 1e6 * touched * shape.expert_bytes(in_fp8) / read
     precision = "fp8" if in_fp8 else "bf16"
     print(
-        f"{shape.name:6} {precision:4} {num_tokens:4d} {routing:7} {touched:4d} {kernels:8.1f} {call:8.1f} {count:3d}"
-        f" {floor:8.1f} {floor / kernels:6.2f} {floor / call:6.2f} {1e-9 * read * floor / kernels:8,.0f}"
-        f" {error:.1e}",
+        f"{shape.name:6} {precision:4} {num_tokens:4d} {routing:7} {touched:4d} {call:8.1f} {floor:8.1f}"
+        f" {floor / call:6.2f} {1e-9 * read * floor / call:8,.0f} {error:.1e}",
         flush=True,
     )
     described = {"tokens": num_tokens, "routing": routing, "touched experts": touched, **shape._asdict()}
     base = {"op": "experts_decode", "precision": precision, "shape": described, "yardstick": None}
     return [
-        base | {"mode": "kernels", "value": kernels, "unit": "us"},
         base | {"mode": "call", "value": call, "unit": "us"},
         base | {"mode": "floor", "value": floor, "unit": "us"},
         base | {"mode": "relative L2 error", "value": error, "unit": ""},
     ]
 
 
-HEAD = "shape  prec    T routing  exp.  kernels     call   n    floor  of it of call     GB/s error"
+HEAD = "shape  prec    T routing  exp.     call    floor  of it     GB/s error"
 
 
 def main() -> None:
@@ -171,14 +177,13 @@ def main() -> None:
     print(f"1 x {device.device_kind}: reads {1e-9 * read:,.0f} GB/s\n{HEAD}")
     limit = {"op": "experts_decode", "precision": "bf16", "shape": {}, "yardstick": None}
     found = [limit | {"mode": "read rate", "value": 1e-9 * read, "unit": "GB/s"} | common]
-    flush = jnp.arange(FLUSH_WORDS, dtype=jnp.uint32)
     for name in arguments.shapes.split():
         for precision in arguments.precisions.split():
             in_fp8 = precision == "fp8"
             weights = make_weights(SHAPES[name], in_fp8, jax.random.key(1))
             for num_tokens in map(int, arguments.tokens.split()):
                 for routing in arguments.routings.split():
-                    row = measure(SHAPES[name], in_fp8, num_tokens, routing, weights, flush, read)
+                    row = measure(SHAPES[name], in_fp8, num_tokens, routing, weights, read)
                     found += [record | common for record in row]
                     if arguments.json:
                         records.write(arguments.json, found)  # after each row: an interrupted run keeps what it has

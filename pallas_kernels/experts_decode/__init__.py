@@ -100,7 +100,9 @@ def check(h, experts, gates, gate_up, down, layer) -> int:
     for name, array, dtype in (("experts", experts, jnp.int32), ("gates", gates, jnp.float32)):
         check_array(name, array)
         if array.dtype != dtype or array.ndim != 2 or array.shape[0] != h.shape[0] or array.shape != experts.shape:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}; for h {h.shape} it must be {dtype.__name__} [T, K]")
+            raise ValueError(
+                f"{name} is {array.dtype} {array.shape}; for h {h.shape} it must be {dtype.__name__} [T, K]"
+            )
     return gate_up.shape[lead - 1]
 
 

@@ -10,9 +10,11 @@ Floor. A touched expert is 3 D F weights, 12.6 MB in configs/v3_5b.py in BF16 an
 partial sums are 1 to 3% of it. One H200 reads 4.3 TB/s, so that 64 touched experts take 187 us, and the 8 of a single
 token 23 us, half of these in FP8.
 
-Prediction, before the first run. A kernel costs 3 us beside its bytes: the launch, the first bytes, the last store. With
-the last round of units, which is not full (8 rounds for 7.6), 0.85 of the read rate at 32 and 128 tokens, and 30 us
-for one token in BF16, 18 in FP8. Many bytes are under way: 208 KB of each multiprocessor, six times what latency needs.
+Prediction, before the first run. A kernel costs 3 us beside its bytes: the launch, the first bytes, the last store.
+With the last round of units, which is not full (8 rounds for 7.6), 0.85 of the read rate at 32 and 128 tokens, and 30
+us for one token in BF16, 18 in FP8. 208 KB of each multiprocessor are under way, six times what latency needs.
+experiments/log.md has what was measured. To launch `down` while `gate_up` ends, with its first weights asked for
+(programmatic dependent launch), changed nothing that could be seen.
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.experts_decode.hopper_sort import sort_rows
 from pallas_kernels.experts_decode.hopper_stream import (
     BLOCKS,
     ROWS,
@@ -37,14 +40,18 @@ from pallas_kernels.experts_decode.hopper_stream import (
     launch,
     over_units,
 )
-from pallas_kernels.experts_decode.hopper_sort import sort_rows
 from pallas_kernels.experts_decode.plan import MOST_DENSE, Plan, make_dense, make_sorted, only_here, rows_of_visit
 from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
 
-FEW, MANY, FP8 = TuningConfig(), TuningConfig(width=128), TuningConfig(width=GROUP)
-MOST_FEW = 32  # rows of a visit in BF16 with narrow blocks: of wide ones, fewer bytes of rows are copied beside them
+MOST_FEW = 32  # rows of a visit with narrow blocks; beside wide ones fewer bytes of rows are copied
+CONFIGS = {  # in FP8, few rows
+    (False, True): TuningConfig(),
+    (False, False): TuningConfig(width=128, down_width=128),
+    (True, True): TuningConfig(width=GROUP),
+    (True, False): TuningConfig(width=GROUP, down_width=128),
+}
 MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 48  # rows of a visit for which all sums have registers
-MOST_GROUPS = 8  # of visits
+MOST_GROUPS = 16  # of visits
 
 
 def experts_decode(
@@ -62,9 +69,9 @@ def experts_decode(
     in_fp8 = isinstance(gate_up, Quantized)
     num_tokens, k = experts.shape
     n = rows_of_visit(num_tokens, k, num_experts, MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16)
-    config = config or (FP8 if in_fp8 else FEW if n <= MOST_FEW else MANY)
+    config = config or CONFIGS[in_fp8, n <= MOST_FEW]
     experts, base = only_here(experts, num_experts), base.reshape(1)
-    rows, tiles = (h.values, h.scales) if in_fp8 else (h,), h.shape[1] // (BLOCKS * config.width)
+    rows, tiles = (h.values, h.scales) if in_fp8 else (h,), h.shape[1] // (BLOCKS * config.down_width)
     if num_tokens <= MOST_DENSE:
         plan = make_dense(experts, gates, num_experts, n)
         act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
@@ -109,7 +116,6 @@ def gate_up_visits(
     k, hidden = rows[0].shape[1], values.shape[1 if in_fp8 else 2] // 2
     shape, tiles = Shape(in_fp8, n, width, k), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
-    overlap = config.overlap and not config.interpreted
 
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]
@@ -117,19 +123,17 @@ def gate_up_visits(
         stream = Stream.of(shape, config.interpreted, refs[3 * many :])
         num_visits, find = plan.schedule(*tables)
         first = base_ref[0]
-        if overlap:
-            plgpu.griddepcontrol_launch_dependents()
 
         def place(unit):
             visit = find(lax.div(unit, jnp.int32(tiles)))
             return visit, lax.rem(unit, jnp.int32(tiles)) * width
 
-        def copy(_, unit, slot):
+        def copy(unit, slot):
             visit, column = place(unit)
             columns, row = (column, hidden + column), 0 if plan.dense else visit.row
             return stream.fill(slot, Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row))
 
-        def multiply(_, unit, slot):
+        def multiply(unit, slot):
             visit, column = place(unit)
 
             def block_scale(_):
@@ -183,12 +187,11 @@ def down_visits(
     config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array, groups: int
 ) -> Array:
     """Return FP32 partial sums [groups, N, D] of dense visits, or BF16 [visits * N, D] of sorted ones."""
-    in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.width
+    in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
     values, *weight_scales = (down.values, down.scales) if in_fp8 else (down,)
     k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
     shape, tiles = Shape(in_fp8, n, width, k), columns_d // (BLOCKS * width)
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
-    overlap = config.overlap and not config.interpreted
     dtype = jnp.float32 if plan.dense else jnp.bfloat16
 
     def kernel(base_ref, *refs):
@@ -202,28 +205,23 @@ def down_visits(
             group = lax.div(unit, jnp.int32(tiles))
             return group, lax.div(num_visits - group + groups - 1, jnp.int32(groups)), lax.rem(unit, jnp.int32(tiles))
 
-        def copy(turn, unit, slot):
+        def copy(unit, slot):
             group, visits, tile = place(unit)
             columns = [(tile * BLOCKS + block) * width for block in range(BLOCKS)]
 
-            def one(i, slot, ahead=0):
+            def one(i, slot):
                 visit = find(group + i * groups)
                 source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], visit.row)
-                return stream.fill(slot, source, ahead)
+                return stream.fill(slot, source)
 
-            if not overlap:
-                return lax.fori_loop(0, visits, one, slot)
-            ahead = min(stream.stages, shape.steps)
-            starts = (turn == 0) & (visits > 0)
-            slot = lax.cond(starts, lambda: one(0, slot, ahead), lambda: slot)
-            return lax.fori_loop(starts.astype(jnp.int32), visits, one, slot)
+            return lax.fori_loop(0, visits, one, slot)
 
-        def multiply(_, unit, slot):
+        def multiply(unit, slot):
             group, visits, tile = place(unit)
 
             def block_scale(i):
                 of_expert = scales[0].at[first + find(group + i * groups).expert]
-                return lambda block, step: of_expert[tile * BLOCKS + block, step]
+                return lambda block, step: of_expert[lax.div((tile * BLOCKS + block) * width, jnp.int32(GROUP)), step]
 
             slot, sums = stream.multiply(slot, visits, block_scale)
             for i, total in enumerate(sums):

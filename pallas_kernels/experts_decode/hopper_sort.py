@@ -39,7 +39,9 @@ def sort_rows(
     (num_tokens, k), num_experts, width = gates_TK.shape, len(first_E), rows[0].shape[1]
     count, many = num_tokens * k, len(rows)
     places = plgpu.Layout.WG_STRIDED((len(keys),), vec_size=1)
-    size = next(size for size in (16, 8, 4, 2, 1) if width % (LANES * size) == 0 and size * rows[0].dtype.itemsize <= 16)
+    size = next(
+        size for size in (16, 8, 4, 2, 1) if width % (LANES * size) == 0 and size * rows[0].dtype.itemsize <= 16
+    )
     line = plgpu.Layout.WG_STRIDED((width,), vec_size=size)
 
     def kernel(*refs):
@@ -79,6 +81,5 @@ def sort_rows(
         out_type=[*out_type, jax.ShapeDtypeStruct((num_rows,), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)],
         grid=(min(count, 2 * num_multiprocessors()),),
         grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=False),
     )(*rows, gates_TK.reshape(-1), keys, first_E)
     return tuple(moved), gates, slots.reshape(num_tokens, k)

@@ -1,7 +1,7 @@
 """How weights stream through a multiprocessor while few rows are multiplied with them.
 
-A thread block has two warpgroups: one copies, one multiplies. What stands in a slot of the ring is one step along k, 128
-bytes of it: two blocks of weights of `width` columns each, and the N rows that they are multiplied with.
+A thread block has two warpgroups: one copies, one multiplies. What stands in a slot of the ring is one step along k,
+128 bytes of it: two blocks of weights of some columns each, and the N rows that they are multiplied with.
 
     BF16    weights [64 k, width] as they are stored, rows [N, 64]        sums stay in the tensor cores' accumulators
     FP8     weights [width, 128 k], rows [N, 128] and their scales        promoted in FP32 after every step
@@ -11,7 +11,6 @@ to 64. One multiplying warpgroup suffices: memory takes 900 clocks for a slot of
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,15 +38,15 @@ class TuningConfig:
     """How the work is cut.
 
     Attributes:
-        width: columns of a block of weights, 64 or 128; in FP8 128, a group of the activations.
+        width: columns of a block of gate and of up, 64 or 128; in FP8 128, a group of the activations.
+        down_width: columns of a block of down, 64 or 128.
         ring_bytes: of shared memory, for the slots.
-        overlap: whether the second kernel is launched while the first ends, and asks for its first weights.
-        interpreted: whether products are `jnp.dot`, as the interpreter wants them; without overlap.
+        interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
     width: int = 64
+    down_width: int = 64
     ring_bytes: int = 208 * 1024
-    overlap: bool = True
     interpreted: bool = False
 
 
@@ -161,34 +160,25 @@ class Stream:
                 plgpu.barrier_arrive(self.empty.at[slot])
             multiply()
 
-    def fill(self, slot: Array, source: "Source", ahead: int = 0) -> Array:
-        """Copy the steps of a visit into slots, each once it is free; return the next slot.
+    def fill(self, slot: Array, source: "Source") -> Array:
+        """Copy the steps of a visit into slots, each once it is free; return the next slot."""
+        shape = self.shape
+        taken = pl.ds(source.row, shape.rows)
 
-        The weights of the first `ahead` steps are asked for at once; their rows follow when the kernel before has ended,
-        which makes them (`griddepcontrol_wait`).
-        """
-        if not ahead:
-            return lax.fori_loop(0, self.shape.steps, functools.partial(self._fill_step, source, True, True), slot)
-        early = lax.fori_loop(0, ahead, functools.partial(self._fill_step, source, True, False), slot)
-        plgpu.griddepcontrol_wait()
-        lax.fori_loop(0, ahead, functools.partial(self._fill_step, source, False, True), slot)
-        return lax.fori_loop(ahead, self.shape.steps, functools.partial(self._fill_step, source, True, True), early)
-
-    def _fill_step(self, source: "Source", with_weights: bool, with_rows: bool, i: Array, slot: Array) -> Array:
-        shape, full = self.shape, self.full.at[slot]
-        taken, ks = pl.ds(source.row, shape.rows), pl.ds(i * shape.depth, shape.depth)
-        if with_weights:
+        def step(i, slot):
+            ks, full = pl.ds(i * shape.depth, shape.depth), self.full.at[slot]
             plgpu.barrier_wait(self.empty.at[slot])
             for block, column in enumerate(source.columns):
                 own = pl.ds(column, shape.width)
                 weights = source.weight.at[own, ks] if shape.in_fp8 else source.weight.at[ks, own]
                 plgpu.copy_gmem_to_smem(weights, self.weights.at[slot, block], full)
-        if with_rows:
             plgpu.copy_gmem_to_smem(source.rows.at[taken, ks], self.rows.at[slot], full)
             if shape.in_fp8:
                 own = self.scales.at[slot, pl.ds(0, shape.rows)]
                 plgpu.copy_gmem_to_smem(source.scales.at[i, taken], own, full)
-        return self.after(slot)
+            return self.after(slot)
+
+        return lax.fori_loop(0, shape.steps, step, slot)
 
     def multiply(self, slot: Array, visits: Any, block_scale: Callable) -> tuple[Array, list[Array]]:
         """Return the next slot, and the FP32 sums [64, N] over the steps of some visits, block after block.
@@ -281,7 +271,9 @@ class Stream:
                 slot, scales, *totals = carry
                 following = [scale_of(block, jnp.minimum(i + 1, self.shape.steps - 1)) for block in range(BLOCKS)]
                 plgpu.barrier_wait(self.full.at[slot])
-                own = plgpu.load(self.scales.at[slot, pl.ds(0, self.shape.rows)], layout=L.WGMMA.reduce(0), optimized=False)
+                own = plgpu.load(
+                    self.scales.at[slot, pl.ds(0, self.shape.rows)], layout=L.WGMMA.reduce(0), optimized=False
+                )
                 factors = [lax.broadcast_in_dim(own * scale, totals[0].shape, [1]) for scale in scales]
                 for first in range(0, count, together):
                     made = products(slot, first)
@@ -316,8 +308,8 @@ def launch(body: Callable, name: str, out_type: Any, scratch: list) -> Callable:
     )
 
 
-def over_units(count: Array, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
-    """Fold `body(turn, unit, carry)` over this block's share of `count` units, every `num_multiprocessors`-th."""
+def over_units(count: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """Fold `body(unit, carry)` over this block's share of `count` units, every `num_multiprocessors`-th."""
     own, blocks = lax.axis_index("sm"), lax.axis_size("sm")
     turns = lax.div(count - own + blocks - 1, jnp.int32(blocks))
-    return lax.fori_loop(0, turns, lambda i, carry: body(i, own + i * blocks, carry), carry)
+    return lax.fori_loop(0, turns, lambda i, carry: body(own + i * blocks, carry), carry)

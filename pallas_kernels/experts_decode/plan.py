@@ -2,8 +2,8 @@
 
 A visit is an expert and N rows, the columns of its products. There are two ways to choose the rows:
 
-    dense    at most `MOST_DENSE` tokens: the rows of every visit are all tokens, and the gate is 0 where a token did not
-             choose the expert. Nothing is sorted or moved. The tensor cores have time for it: memory gives a
+    dense    at most `MOST_DENSE` tokens: the rows of every visit are all tokens, and the gate is 0 where a token did
+             not choose the expert. Nothing is sorted or moved. The tensor cores have time for it: memory gives a
              multiprocessor 18 bytes of weights a clock, and 64 x 16 weights in BF16 with N columns take N / 2 clocks.
              All that a kernel needs is a bit for each expert: who is visited.
     sorted   more tokens: rows are the tokens of the expert, N at a time, copied in the order of their experts.
@@ -18,7 +18,7 @@ Worked example, three tokens that choose [5 1], [1 7], [5 none], in N = 8 rows:
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax

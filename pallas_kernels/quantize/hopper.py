@@ -44,7 +44,11 @@ SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane,
 
 
 def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES) -> Quantized:
-    """See `quantize.quantize_tiles`."""
+    """See `quantize.quantize_tiles`.
+
+    The scales of a tile are one piece of memory, which is clipped at the end of the array only (jax 0.11.2): in a row
+    of scales that is not whole tiles long it would overwrite the next group's. So rows are, and are cut off.
+    """
     m, k = x.shape
     groups, layout = k // GROUP, row_layout(x.dtype)
     num_tiles = pl.cdiv(m, config.rows) * groups
@@ -77,7 +81,10 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES
         lines((out_ring, config.rows, GROUP), E4M3),
         plgpu.SMEM((out_ring, config.rows), jnp.float32),
     ]
-    return Quantized(*launch(body, config, num_tiles, quantized_type((m, k)), scratch)(x), "tile")
+    values_type, scales_type = quantized_type((m, k))
+    whole = jax.ShapeDtypeStruct((groups, pl.cdiv(m, config.rows) * config.rows), jnp.float32)
+    values, scales = launch(body, config, num_tiles, (values_type, whole), scratch)(x)
+    return Quantized(values, scales[:, : scales_type.shape[1]], "tile")
 
 
 def quantize_blocks(w: Array, scale: Scale, config: TuningConfig = QUANTIZE_BLOCKS) -> Quantized:
