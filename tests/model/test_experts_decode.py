@@ -1,0 +1,83 @@
+"""Experts of a decoding step against the exchange, which training uses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from deepseek_jax.model.exchange import exchange
+from deepseek_jax.model.experts_blocks import BlockedExperts
+from deepseek_jax.model.experts_decode import decode_form, expert_decode
+from deepseek_jax.model.experts_fp8 import Fp8Experts
+from deepseek_jax.parameters import EXPERTS, Fp8Weight, P
+from pallas_kernels.quantize import quantize_blocks
+
+T, K, E, D, F = 5, 2, 4, 256, 128
+
+
+def case(dtype):
+    keys = jax.random.split(jax.random.key(0), 5)
+    h_TD = jax.random.normal(keys[0], (T, D), dtype)
+    experts_TK = jax.vmap(lambda key: jax.random.permutation(key, E)[:K])(jax.random.split(keys[1], T))
+    gates_TK = jax.random.uniform(keys[2], (T, K))
+    gate_up_ED2F = jax.random.normal(keys[3], (E, D, 2, F), dtype) / D**0.5
+    down_EFD = jax.random.normal(keys[4], (E, F, D), dtype) / F**0.5
+    return h_TD, experts_TK.at[2, 1].set(E), gates_TK, {"gate_up_ED2F": gate_up_ED2F, "down_EFD": down_EFD}
+
+
+def in_fp8(weights):
+    def quantized(weight):
+        blocks = quantize_blocks(weight.reshape(*weight.shape[:2], -1))
+        return Fp8Weight(None, blocks.values.reshape(weight.shape), blocks.scales)
+
+    return {name: quantized(weight) for name, weight in weights.items()}
+
+
+def through_exchange(h_TD, experts_TK, gates_TK, weights, experts):
+    return exchange(h_TD, experts_TK, gates_TK, weights, experts, transport="local", num_experts=E, slack=1.25)
+
+
+def distance(x, y):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+def test_it_equals_the_exchange():
+    operands = case(jnp.float32)
+    assert distance(jax.jit(expert_decode)(*operands), through_exchange(*operands, BlockedExperts(4, 4))) < 2e-6
+
+
+@pytest.mark.parametrize("placed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_so_it_does_in_fp8(placed):
+    """The sums of training are rounded to BF16 for each expert; here only once."""
+    *operands, weights = case(jnp.bfloat16)
+    weights = in_fp8(weights)
+    want = through_exchange(*operands, weights, Fp8Experts())
+    assert distance(jax.jit(expert_decode)(*operands, decode_form(weights) if placed else weights), want) < 5e-3
+
+
+def test_a_layer_of_stacked_weights():
+    *operands, weights = case(jnp.float32)
+    stacked = jax.tree.map(lambda x: jnp.stack([-x, x]), weights)
+    np.testing.assert_array_equal(expert_decode(*operands, stacked, 1), expert_decode(*operands, weights))
+
+
+def test_weights_in_fp8_are_turned_once():
+    weights = in_fp8(case(jnp.bfloat16)[-1])
+    placed = decode_form(jax.tree.map(lambda x: jnp.stack([x] * 3), weights))
+    assert placed["gate_up_ED2F"].shape == (3, E, 2 * F, D)
+    assert placed["down_EFD"].shape == (3, E, D, F)
+    assert decode_form(placed)["down_EFD"] is placed["down_EFD"]
+
+
+def test_devices_sum_up_what_their_experts_give():
+    *operands, weights = case(jnp.float32)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), EXPERTS)
+
+    def local(h_TD, experts_TK, gates_TK, weights):
+        first = jax.lax.axis_index(EXPERTS) * weights["down_EFD"].shape[0]
+        return jax.lax.psum(expert_decode(h_TD, experts_TK - first, gates_TK, weights), EXPERTS)
+
+    whole = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(), P(EXPERTS)), out_specs=P()))
+    assert distance(whole(*operands, weights), expert_decode(*operands, weights)) < 1e-6
