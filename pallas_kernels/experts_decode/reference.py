@@ -1,8 +1,8 @@
 """The routed experts of a decoding step in plain jnp: the specification, and the way on CPUs.
 
-A loop over the experts that have tokens; others are not read. An expert takes the rows of its tokens together, filled up
-to the next power of two: a product with one row reads the weights as long as one with four, and with 16 three times as
-long (two CPU cores, the shapes of configs/tiny.py).
+A loop over the experts that have tokens; others are not read. An expert takes the rows of its tokens together, filled
+up to the next power of two: a product with one row reads the weights as long as one with four, and with 16 three times
+as long (two CPU cores, the shapes of configs/tiny.py).
 """
 
 import functools
