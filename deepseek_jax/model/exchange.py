@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.recompute import keep
-from deepseek_jax.model.rounds import Experts, Static, arrive, backward_round, forward_round, sum_rounds
+from deepseek_jax.model.rounds import Experts, Static, add_all, arrive, backward_round, count_rounds, forward_round
 from deepseek_jax.parallel.transport import choose_transport
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels.quantized import ROW_ALIGNMENT
@@ -76,7 +76,8 @@ def exchange(
         whole = weight if isinstance(weight, Fp8Weight) else CastWeight.of(weight)
         carriers[name] = whole.carrier
         numbers[name] = (whole.values, whole.scales) if isinstance(whole, Fp8Weight) else (whole.values,)
-    y_TD: jax.Array = _exchange(Static(way, experts, num_experts, slack), x_TD, gates_TK, carriers, numbers, experts_TK)
+    static = Static(way, experts, num_experts, experts_TK.size, slack)
+    y_TD: jax.Array = _exchange(static, x_TD, gates_TK, carriers, numbers, experts_TK)
     return y_TD[:num_tokens] if missing else y_TD
 
 
@@ -88,29 +89,26 @@ def _exchange(static, x_TD, gates_TK, carriers, numbers, experts_TK) -> Any:
 def _forward(static, x_TD, gates_TK, carriers, numbers, experts_TK):
     arrived = arrive(static, 0, experts_TK, gates_TK, x_TD)
     arrived = keep(arrived._replace(rows=None), "routing")._replace(rows=keep(arrived.rows, "expert_rows"))
-    y_TD, kept = forward_round(static, arrived, numbers, experts_TK.size)
+    y_TD, kept = forward_round(static, arrived, numbers, keeps=True)
 
     def later(index):
-        later = arrive(static, index, experts_TK, gates_TK, x_TD)
-        return forward_round(static, later, numbers, experts_TK.size)[0]
+        return forward_round(static, arrive(static, index, experts_TK, gates_TK, x_TD), numbers, keeps=False)[0]
 
-    hop = static.transport.first
-    inputs = None if hop.capacity is None else (x_TD, gates_TK, experts_TK)
-    return sum_rounds(hop, arrived, 0, y_TD, later), (arrived, kept, numbers, inputs)
+    count = count_rounds(static, arrived)
+    inputs = None if count is None else (x_TD, gates_TK, experts_TK)
+    return add_all(count, y_TD, later, gates_TK), (arrived, kept, numbers, inputs)
 
 
 def _backward(static, residuals, g_TD):
     arrived, kept, numbers, inputs = residuals
-    num_assignments = g_TD.shape[0] * arrived.routes.gates_WK.shape[1]
-    gradients = backward_round(static, arrived, numbers, num_assignments, kept, g_TD)
+    gradients = backward_round(static, arrived, numbers, kept, g_TD)
 
     def later(index):
         x_TD, gates_TK, experts_TK = inputs
-        later = arrive(static, index, experts_TK, gates_TK, x_TD)
-        kept = forward_round(static, later, numbers, num_assignments)[1]
-        return backward_round(static, later, numbers, num_assignments, kept, g_TD)
+        return backward_round(static, arrive(static, index, experts_TK, gates_TK, x_TD), numbers, None, g_TD)
 
-    dx_TD, dgates_TK, dweights = sum_rounds(static.transport.first, arrived, 0, gradients, later)
+    gradients = add_all(count_rounds(static, arrived), gradients, later, g_TD)
+    dx_TD, dgates_TK, dweights = gradients
     return dx_TD, dgates_TK, dweights, None, None
 
 

@@ -12,9 +12,12 @@ the experts compute ranges of slots as often as there are deliveries: once, unle
 
 Rows of the first hop are kept for the backward pass. Their copies inside a node, several times as many, are sent once
 more.
+
+What comes first (round, delivery and range of slots 0) is written out, and nearly always all. The rest of each of the
+three is a loop that then does not run (`add_all`). Inside a loop all is computed anew, also in the backward pass.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,9 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.recompute import keep
+from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.slots import Routing, assign, num_ranges, routing
 from deepseek_jax.parallel.transport import (
-    Hop,
     Places,
     Routes,
     Transport,
@@ -76,6 +79,7 @@ class Static(NamedTuple):
     transport: Transport
     experts: Experts
     num_experts: int
+    num_assignments: int  # of this device's tokens
     slack: float
 
     @property
@@ -83,12 +87,12 @@ class Static(NamedTuple):
         """Axes that hold the experts; () if all are here."""
         return EXPERTS if self.transport.first.axes else ()
 
-    def num_slots(self, arrived: "Arrived", num_assignments: int) -> tuple[int, bool]:
+    def num_slots(self, arrived: "Arrived") -> tuple[int, bool]:
         """Return the slots of a range, and whether they hold all that can come in one round of the first hop."""
         local = arrived.rows_E.size
         num_rows, k = arrived.routes.slot_WK.shape
         most = num_rows * self.transport.second.parts * min(k, local)
-        room = most if not self.axes else min(most, int(self.slack * num_assignments))
+        room = most if not self.axes else min(most, int(self.slack * self.num_assignments))
         return self.experts.num_slots(room, local), room == most
 
 
@@ -133,6 +137,37 @@ def _device(static: Static, experts_TK: jax.Array) -> jax.Array:
     return jnp.where(there, experts_TK // (static.num_experts // lax.axis_size(EXPERTS)), -1)
 
 
+def add_all(count: jax.Array | None, first: Any, one: Callable[[Any], Any], like: jax.Array) -> Any:
+    """Return the sum of `one(i)` for every i below `count`; None: there is one.
+
+    Args:
+        count: traced.
+        first: `one(0)`, or None to have the loop compute it.
+        one: of a traced index.
+        like: varies over the mesh axes that results vary over.
+    """
+    if count is None:
+        return one(0) if first is None else first
+    start, total = 1, first
+    if first is None:
+        start, total = 0, jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), like), jax.eval_shape(one, 0))
+    return lax.fori_loop(start, count, lambda i, total: jax.tree.map(jnp.add, total, one(i)), total)
+
+
+def count_rounds(static: Static, arrived: Arrived) -> jax.Array | None:
+    """Return how many rounds there are, the same on every device of the exchange; None: one."""
+    return None if static.transport.first.capacity is None or arrived.rounds is None else arrived.rounds[0]
+
+
+def _count_deliveries(static: Static, arrived: Arrived) -> jax.Array | None:
+    return None if static.transport.second.capacity is None or arrived.rounds is None else arrived.rounds[1]
+
+
+def _count_ranges(static: Static, arrived: Arrived) -> jax.Array | None:
+    num_slots, enough = static.num_slots(arrived)
+    return None if enough else num_ranges(arrived.rows_E, num_slots)
+
+
 def _deliver(static: Static, arrived: Arrived, index) -> tuple[Any, Delivered]:
     """Send what arrived on, in round `index` of the second hop; return rows and the rest."""
     way = static.transport
@@ -146,99 +181,84 @@ def _deliver(static: Static, arrived: Arrived, index) -> tuple[Any, Delivered]:
     return rows, Delivered(places, routes)
 
 
-def _routing(static: Static, arrived: Arrived, routes: Routes, num_slots: int, index) -> Routing:
+def _routing(static: Static, arrived: Arrived, routes: Routes, index) -> Routing:
+    """Return the routing of range `index` of the slots."""
     me = lax.axis_index(static.axes) if static.axes else 0
     with jax.named_scope("route"):
-        return routing(routes.device_WK, routes.slot_WK, arrived.rows_E, num_slots, index, me)
+        return routing(routes.device_WK, routes.slot_WK, arrived.rows_E, static.num_slots(arrived)[0], index, me)
 
 
-def _sum_ranges(static: Static, arrived: Arrived, routes: Routes, num_assignments: int, first, one_range):
-    """Return `first` plus `one_range(routing)` of every further range of slots."""
-    num_slots, enough = static.num_slots(arrived, num_assignments)
-    if enough:
-        return first
-
-    def body(index, total):
-        return jax.tree.map(jnp.add, total, one_range(_routing(static, arrived, routes, num_slots, index)))
-
-    return lax.fori_loop(1, num_ranges(arrived.rows_E, num_slots), body, first)
-
-
-def sum_rounds(hop: Hop, arrived: Arrived, number: int, first, one_round):
-    """Return `first` plus `one_round(index)` of every further round of a hop, the first (0) or the second (1)."""
-    if hop.capacity is None or arrived.rounds is None:
-        return first
-
-    def body(index, total):
-        return jax.tree.map(jnp.add, total, one_round(index))
-
-    return lax.fori_loop(1, arrived.rounds[number], body, first)
-
-
-def _forward_delivery(static: Static, arrived: Arrived, numbers, num_assignments: int, index):
-    """Return the sums of the rows that arrived here, of one round of the second hop, and what its first range keeps."""
+def _forward_delivery(static: Static, arrived: Arrived, numbers, index, keeps: bool):
+    """Return the sums of the rows that arrived here, and, if it `keeps`, what its first range keeps."""
     rows, delivered = _deliver(static, arrived, index)
-    if static.transport.second.axes:
+    if keeps and static.transport.second.axes:
         delivered = keep(delivered, "routing")
-    num_slots, _ = static.num_slots(arrived, num_assignments)
-    routes = delivered.routes
-    route = keep(_routing(static, arrived, routes, num_slots, 0), "routing")
+    gates_WK = delivered.routes.gates_WK
+
+    def one_range(index):
+        return static.experts.forward(numbers, rows, gates_WK, _routing(static, arrived, delivered.routes, index))[0]
+
+    y_WD = kept = None
+    if keeps:
+        route = keep(_routing(static, arrived, delivered.routes, 0), "routing")
+        with jax.named_scope("experts"):
+            y_WD, hidden = static.experts.forward(numbers, rows, gates_WK, route)
+        kept = delivered if static.transport.second.axes else None, route, hidden
     with jax.named_scope("experts"):
-        y_WD, hidden = static.experts.forward(numbers, rows, routes.gates_WK, route)
-        y_WD = _sum_ranges(
-            static,
-            arrived,
-            routes,
-            num_assignments,
-            y_WD,
-            lambda further: static.experts.forward(numbers, rows, routes.gates_WK, further)[0],
-        )
+        y_WD = add_all(_count_ranges(static, arrived), y_WD, one_range, gates_WK)
     with jax.named_scope("combine"):
-        y_WD = bring(static.transport.second, delivered.places, y_WD)
-    return y_WD, (delivered if static.transport.second.axes else None, route, hidden)
+        return bring(static.transport.second, delivered.places, y_WD), kept
 
 
-def forward_round(static: Static, arrived: Arrived, numbers, num_assignments: int):
-    """Return this device's tokens' sums of one round, and what its first delivery keeps."""
-    one = functools.partial(_forward_delivery, static, arrived, numbers, num_assignments)
-    y_WD, kept = one(0)
-    y_WD = sum_rounds(static.transport.second, arrived, 1, y_WD, lambda index: one(index)[0])
+def forward_round(static: Static, arrived: Arrived, numbers, keeps: bool):
+    """Return this device's tokens' sums of one round, and, if it `keeps`, what the backward pass needs of it."""
+    y_WD, kept = _forward_delivery(static, arrived, numbers, 0, True) if keeps else (None, None)
+
+    def one(index):
+        return _forward_delivery(static, arrived, numbers, index, False)[0]
+
+    y_WD = add_all(_count_deliveries(static, arrived), y_WD, one, arrived.routes.gates_WK)
     with jax.named_scope("combine"):
         return bring(static.transport.first, arrived.places, y_WD), kept
 
 
-def _backward_delivery(static: Static, arrived: Arrived, numbers, num_assignments: int, g_rows, kept):
-    """Return the gradients of the rows that arrived here, of gates and of weights, of one round of the second hop."""
-    delivered, route, hidden = kept
+def _backward_delivery(static: Static, arrived: Arrived, numbers, g_rows, index, kept):
+    """Return the gradients of the rows that arrived here, of gates and of weights."""
     hop = static.transport.second
-    places, routes = delivered or (None, arrived.routes)
+    if kept is None:
+        rows, (places, routes) = _deliver(static, arrived, index)
+    else:
+        rows, (places, routes) = arrived.rows, kept[0] or (None, arrived.routes)
     with jax.named_scope("dispatch"):
-        g_rows, rows = send(hop, places, (g_rows, arrived.rows))
+        if kept is None:
+            g_rows = send(hop, places, g_rows)
+        else:
+            g_rows, rows = send(hop, places, (g_rows, rows))
 
-    def one_range(route, hidden):
+    def backward(route, hidden):
         return static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
 
-    def further(route):
-        return one_range(route, static.experts.forward(numbers, rows, routes.gates_WK, route)[1])
+    def one_range(index):
+        route = _routing(static, arrived, routes, index)
+        return backward(route, static.experts.forward(numbers, rows, routes.gates_WK, route)[1])
 
     with jax.named_scope("experts"):
-        dx_WD, dgates_WK, dweights = _sum_ranges(
-            static, arrived, routes, num_assignments, one_range(route, hidden), further
-        )
+        first = None if kept is None else backward(*kept[1:])
+        dx_WD, dgates_WK, dweights = add_all(_count_ranges(static, arrived), first, one_range, routes.gates_WK)
     with jax.named_scope("combine"):
         return bring(hop, places, dx_WD), bring(hop, places, dgates_WK), dweights
 
 
-def backward_round(static: Static, arrived: Arrived, numbers, num_assignments: int, kept, g_TD):
-    """Return the gradients of rows, gates and weights of one round."""
+def backward_round(static: Static, arrived: Arrived, numbers, kept, g_TD):
+    """Return the gradients of rows, gates and weights of one round; without `kept` it computes all once more."""
     with jax.named_scope("dispatch"):
         g_rows = send(static.transport.first, arrived.places, static.experts.pack(g_TD))
-    one = functools.partial(_backward_delivery, static, arrived, numbers, num_assignments, g_rows)
 
-    def again(index):
-        return one(_forward_delivery(static, arrived, numbers, num_assignments, index)[1])
+    def one(index, kept=None):
+        return _backward_delivery(static, arrived, numbers, g_rows, index, kept)
 
-    dx_WD, dgates_WK, dweights = sum_rounds(static.transport.second, arrived, 1, one(kept), again)
+    first = None if kept is None else one(0, kept)
+    dx_WD, dgates_WK, dweights = add_all(_count_deliveries(static, arrived), first, one, arrived.routes.gates_WK)
     with jax.named_scope("combine"):
         dx_TD, dgates_TK = (bring(static.transport.first, arrived.places, d) for d in (dx_WD, dgates_WK))
     return dx_TD, dgates_TK, dweights

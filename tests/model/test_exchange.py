@@ -176,31 +176,33 @@ def room(slack, copies, parts, most):
 
 
 def predicted_rounds(experts_TK, way, slack):
-    """Rounds of each device, by definition: of the first hop, and together of the second after each of these.
+    """Rounds of each data group, by definition, and how often each device computes.
 
-    The fullest pair of devices of a data group decides, in capacities.
+    The fullest pair of devices decides, in capacities. Return the rounds of the first hop, those of the second together
+    (as many, without one), and calls of the experts: one, and one for each further round that brings a device a row.
     """
     transport, (groups, nodes, inside) = WAYS[way]
-    parts = nodes * inside if transport == "dense" else nodes
-    ids = experts_TK.reshape(groups, nodes * inside, T, K, 1)  # data group, sender
+    devices = nodes * inside
+    parts = devices if transport == "dense" else nodes
+    ids = experts_TK.reshape(groups, devices, T, K, 1)  # data group, sender
     wanted = (ids // (E // parts) == np.arange(parts)).any(3)
+    for_device = (ids // (E // devices) == np.arange(devices)).any(3)
     first = room(slack, min(K, parts), parts, T)
-    round_of = np.where(wanted, (np.cumsum(wanted, 2) - 1) // first, -1) if first < T else wanted - 1
-    num_first = np.maximum(round_of.max((1, 2, 3)) + 1, 1)
-    if transport == "dense":
-        return np.repeat(num_first, nodes * inside), np.repeat(num_first, nodes * inside)
-    arriving = nodes * first
-    second = room(slack, min(K, nodes * inside), inside, arriving)
-    for_device = (ids // (E // (nodes * inside)) == np.arange(nodes * inside)).any(3)
-    num_second = []
+    round_of = np.where(wanted, (np.cumsum(wanted, 2) - 1) // first if first < T else 0, -1)
+    second = room(slack, min(K, devices), inside, nodes * first)
+    num_first, num_second, calls = [], [], []
     for group in range(groups):
-        total = 0
-        for index in range(num_first[group]):
-            here = np.repeat(round_of[group] == index, inside, axis=2) & for_device[group]
-            pairs = here.reshape(nodes, inside, T, nodes * inside).sum((0, 2))  # forwarder's index, device
-            total += max(-(-pairs.max() // second), 1) if second < arriving else 1
-        num_second.append(total)
-    return np.repeat(num_first, nodes * inside), np.repeat(num_second, nodes * inside)
+        num_first.append(max(round_of[group].max() + 1, 1))
+        num_second.append(0)
+        calls.append(np.zeros(devices, int))
+        for index in range(num_first[-1]):
+            here = np.repeat(round_of[group] == index, devices // parts, axis=2) & for_device[group]
+            pairs = here.reshape(nodes, inside, T, devices).sum((0, 2))  # forwarder's index, device
+            has_room = transport == "dense" or second == nodes * first
+            deliveries = 1 if has_room else max(-(-pairs.max() // second), 1)
+            num_second[-1] += deliveries
+            calls[-1] += deliveries * (pairs.sum(0) > 0) + (index == 0) * (pairs.sum(0) == 0)
+    return num_first, num_second, np.concatenate(calls)
 
 
 @pytest.mark.parametrize(("way", "slack", "case", "rounds", "deliveries"), [
@@ -231,9 +233,9 @@ def test_rounds_are_as_many_as_the_fullest_pair_needs(way, slack, case, rounds, 
     arrays = inputs(case)
     sharded(sizes, local, P(ROWS, None))(*arrays)
     jax.effects_barrier()
-    first, both = predicted_rounds(arrays[0], way, slack)
-    assert set(first.tolist()) <= rounds and set(both.tolist()) <= deliveries
-    assert [calls[d] for d in range(DEVICES)] == both.tolist()
+    num_first, num_second, predicted = predicted_rounds(arrays[0], way, slack)
+    assert set(num_first) <= rounds and set(num_second) <= deliveries
+    assert [calls[d] for d in range(DEVICES)] == predicted.tolist()
 
 
 F, D8 = 128, 256  # FP8 wants whole groups of 128 channels
