@@ -5,7 +5,7 @@ written gets no attention, so pages need no clearing, and what lies in them may 
 takes 61 * 576 BF16 values, 70,272 bytes; keys and values of 128 heads would take 4,997,120 (DeepSeek-V3 section 2.1.1).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,9 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
 
-CACHE_SPECS = Cache(P(None, ROWS), P(ROWS), P(ROWS))
+_PAGES: Any = P(None, ROWS)
+_SEQUENCES: Any = P(ROWS)
+CACHE_SPECS = Cache(_PAGES, _SEQUENCES, _SEQUENCES)  # layouts in the place of arrays
 
 
 def make_cache(model: Model, execution: Execution, batch_size: int, num_positions: int) -> Cache:
@@ -46,7 +48,7 @@ def make_cache(model: Model, execution: Execution, batch_size: int, num_position
     devices = axis_size(mesh, ROWS) if explicit else 1
     pages_each = num_pages(num_positions)
 
-    def zeros(*shape: int, dtype: jnp.dtype, split: P) -> jax.Array:
+    def zeros(*shape: int, dtype: jnp.dtype, split: Any) -> jax.Array:
         return jnp.zeros(shape, dtype, out_sharding=split if explicit else None)
 
     shape = model.num_layers, batch_size * pages_each, PAGE, model.kv_latent + model.rotary_dim

@@ -122,7 +122,8 @@ def decode_burst(
         _, _, chosen_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), chosen_BK, state))
         return chosen_BK, state
 
-    state_specs = Generation(CACHE_SPECS, P(ROWS), P(ROWS), _seen_specs(sampling))
+    split: Any = P(ROWS)
+    state_specs = Generation(CACHE_SPECS, split, split, _seen_specs(sampling))
     in_specs = (weight_specs(weights), state_specs, P(ROWS), P(), P())
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(P(ROWS), state_specs))
     return run(weights, state, rows, eos, num_tokens)

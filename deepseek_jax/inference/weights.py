@@ -139,7 +139,8 @@ def _join(gate_up: Any, down: Any, shared_gate_up: Any, shared_down: Any) -> tup
     values = joined((gate_up.values, down.values), shared_gate_up.values, shared_down.values)
     scales = joined((gate_up.scales, down.scales), shared_gate_up.scales, shared_down.scales)
     shapes = ((v.shape[0], *old.shape[1:]) for v, old in zip(values, (gate_up, down), strict=True))
-    return tuple(TurnedFp8Weight(*parts) for parts in zip(values, scales, shapes, strict=True))
+    gate_up, down = (TurnedFp8Weight(*parts) for parts in zip(values, scales, shapes, strict=True))
+    return gate_up, down
 
 
 def _append(experts: Array, more: Array) -> Array:
@@ -194,12 +195,14 @@ def _spec(path: Any, leaf: Any) -> Any:
     name = leaf_name(path)
     if isinstance(leaf, Beside):
         return leaf
+    layout: Any = P()
     if isinstance(leaf, UpProjection):
-        return UpProjection(P(), P())
+        return UpProjection(layout, layout)
     if isinstance(leaf, TurnedFp8Weight):
         layout = P(EXPERTS) if PARAMETERS[name].per_expert else P()
         return TurnedFp8Weight(layout, layout, leaf.shape)
     if isinstance(leaf, Fp8Weight):
         layout = layout_in_use(name, leaf.values.ndim)
-        return Fp8Weight(None, layout, P(*layout[: num_lead_dims(name, leaf.values.ndim)]))
+        scales: Any = P(*layout[: num_lead_dims(name, leaf.values.ndim)])
+        return Fp8Weight(None, layout, scales)
     return layout_in_use(name, leaf.ndim)

@@ -19,6 +19,7 @@ experiments/log.md has what was measured. To launch `down` while `gate_up` ends,
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ MOST_GROUPS = 16  # of visits
 
 
 def experts_decode(
-    h: Array | Quantized,
+    h: Any,
     experts: Array,
     gates: Array,
     gate_up: Array | Quantized,
@@ -74,7 +75,8 @@ def experts_decode(
     act = gate_up_visits(config, plan, rows, gate_up, base)
     y = down_visits(config, plan, act, down, base, plan.most_visits)
     parts = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
-    return sum(part.astype(jnp.float32) for part in parts).astype(jnp.bfloat16)
+    total: Any = sum(part.astype(jnp.float32) for part in parts)
+    return total.astype(jnp.bfloat16)
 
 
 def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
@@ -99,7 +101,7 @@ def choose_groups(plan: Plan, num_tokens: int, k: int, num_experts: int, tiles: 
 
 
 def gate_up_visits(
-    config: TuningConfig, plan: Plan, rows: tuple[Array, ...], gate_up: Array | Quantized, base: Array
+    config: TuningConfig, plan: Plan, rows: tuple[Array, ...], gate_up: Any, base: Array
 ) -> tuple[Array, ...]:
     """Return the activations [visits * N, F] with their gates, in FP8 also their scales [F / 128, visits * N]."""
     in_fp8, n, width = isinstance(gate_up, Quantized), plan.rows, config.width
@@ -175,7 +177,7 @@ def turned(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def down_visits(
-    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array, groups: int
+    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Any, base: Array, groups: int
 ) -> Array:
     """Return FP32 partial sums [groups, N, D] of dense visits, or BF16 [visits * N, D] of sorted ones."""
     in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
