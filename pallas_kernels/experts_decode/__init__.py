@@ -5,6 +5,8 @@
 Here the experts of all layers may lie in one array, of which a call reads one layer in place.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -63,7 +65,7 @@ def experts_decode(
     return face(h, experts, gates, gate_up, down, base, num_experts=num_experts)
 
 
-def merge(weight: Array | Quantized) -> Array | Quantized:
+def merge(weight: Any) -> Any:
     """Return weights [L, E, ...] as [L * E, ...]."""
     if isinstance(weight, Quantized):
         return Quantized(merge(weight.values), merge(weight.scales), weight.grouping)

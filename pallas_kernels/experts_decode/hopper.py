@@ -176,9 +176,7 @@ def turned(x: Array, dtype: jnp.dtype) -> Array:
     return plgpu.layout_cast(x.astype(dtype), L.WGMMA_TRANSPOSED)
 
 
-def down_visits(
-    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Any, base: Array, groups: int
-) -> Array:
+def down_visits(config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Any, base: Array, groups: int) -> Array:
     """Return FP32 partial sums [groups, N, D] of dense visits, or BF16 [visits * N, D] of sorted ones."""
     in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
     values, *weight_scales = (down.values, down.scales) if in_fp8 else (down,)

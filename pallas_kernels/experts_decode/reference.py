@@ -58,11 +58,11 @@ def in_turn(
 
         def some(size: int) -> Array:
             source = sources(rank_T == jnp.arange(size)[:, None], there_T, token)
-            out = ffn(rows[source], gates_T[source], *weights, in_fp8)
+            out = ffn(rows[source], gates_T[source], first, second, in_fp8)
             return out[jnp.minimum(rank_T, size - 1)]
 
-        weights = [matrix(w, base + e) for w in (gate_up, down)]
-        ways = [*(functools.partial(some, size) for size in sizes), lambda: ffn(rows, gates_T, *weights, in_fp8)]
+        first, second = matrix(gate_up, base + e), matrix(down, base + e)
+        ways = [*(functools.partial(some, size) for size in sizes), lambda: ffn(rows, gates_T, first, second, in_fp8)]
         return y + jnp.where(there_T[:, None], lax.switch(level_E[e], ways), 0)
 
     return lax.fori_loop(0, (count_E > 0).sum(), visit, y)
