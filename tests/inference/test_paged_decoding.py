@@ -31,20 +31,20 @@ class Device:
         self._copy = jax.jit(lambda pages, source, target: pages.at[:, target].set(pages[:, source]))
 
     def append(self, sequence, ids):
-        """Write `ids`, in chunks; return the hidden state of the last."""
+        """Write `ids`, a few at once and the rest one by one; return the hidden state of the last."""
         for source, target in sequence.reserve(len(ids)):
             self.pages = self._copy(self.pages, source, target)
         row_J = np.full(LONGEST // PAGE_SIZE, -7, np.int32)  # a number that no page has
         sequence.fill(row_J)
-        for start in range(0, len(ids), CHUNK):
-            part = ids[start : start + CHUNK]
-            positions_S = len(sequence) + np.arange(CHUNK, dtype=np.int32)
-            valid_S = np.arange(CHUNK) < len(part)
-            tokens_S = np.array([*part, *[0] * (CHUNK - len(part))], np.int32)
-            new = tokens_S[None], positions_S[None], valid_S[None]
+        hidden_BSD = None
+        while ids:
+            size = CHUNK if len(ids) >= CHUNK else 1
+            part, ids = ids[:size], ids[size:]
+            positions_S = len(sequence) + np.arange(size, dtype=np.int32)
+            new = np.array([part], np.int32), positions_S[None], np.ones((1, size), bool)
             hidden_BSD, self.pages = self._step(self.weights, self.pages, row_J[None], *new)
             sequence.commit(part)
-        return hidden_BSD[0, len(part) - 1]
+        return hidden_BSD[0, -1]
 
 
 def check(hidden_D, ids):
