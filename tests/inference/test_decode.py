@@ -557,8 +557,8 @@ def test_keys_are_those_of_jax_and_take_64_bits():
 
 
 def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
-    """3 layers of 28 FP32 numbers a token: 256 tokens of 64 sequences are 5.25 MiB."""
-    monkeypatch.setattr(memory, "free_bytes", lambda mesh: 5 * 2**20)
+    """2 layers of 28 FP32 numbers a token: 256 tokens of 64 sequences are 3.5 MiB."""
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: 3 * 2**20)
     with pytest.raises(ValueError, match="of 64 sequences of 256 tokens takes 0.0 GiB of a device, and 0.0 GiB are fr"):
         ids([[1]] * 64)
     monkeypatch.undo()
