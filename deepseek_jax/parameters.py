@@ -134,7 +134,7 @@ class TurnedFp8Weight:
     Attributes:
         values: E4M3 [..., out, in].
         scales: FP32 [..., ceil(out / 128), ceil(in / 128)].
-        shape: of one matrix, [*in, *out].
+        shape: of the weight, [..., *in, *out].
     """
 
     values: jax.Array
@@ -145,12 +145,11 @@ class TurnedFp8Weight:
     def of(cls, weight: Fp8Weight, input_dims: int, stacked: int = 0) -> "TurnedFp8Weight":
         """Turn the matrices of a weight; the `stacked` dims before them stay."""
         matrix = weight.as_matrix(input_dims, stacked)
-        return cls(matrix.values.swapaxes(-1, -2), matrix.scales.swapaxes(-1, -2), weight.values.shape[stacked:])
+        return cls(matrix.values.swapaxes(-1, -2), matrix.scales.swapaxes(-1, -2), weight.values.shape)
 
     def restored(self) -> Fp8Weight:
         """Return the weight; XLA drops this turn together with that of the product."""
-        shape = (*self.values.shape[:-2], *self.shape)
-        return Fp8Weight(None, self.values.swapaxes(-1, -2).reshape(shape), self.scales.swapaxes(-1, -2))
+        return Fp8Weight(None, self.values.swapaxes(-1, -2).reshape(self.shape), self.scales.swapaxes(-1, -2))
 
 
 @jax.tree_util.register_dataclass

@@ -138,7 +138,7 @@ def _join(gate_up: Any, down: Any, shared_gate_up: Any, shared_down: Any) -> tup
 
     values = joined((gate_up.values, down.values), shared_gate_up.values, shared_down.values)
     scales = joined((gate_up.scales, down.scales), shared_gate_up.scales, shared_down.scales)
-    shapes = gate_up.shape, down.shape
+    shapes = ((v.shape[0], *old.shape[1:]) for v, old in zip(values, (gate_up, down), strict=True))
     return tuple(TurnedFp8Weight(*parts) for parts in zip(values, scales, shapes, strict=True))
 
 
