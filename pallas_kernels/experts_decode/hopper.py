@@ -28,18 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape, TuningConfig
 from pallas_kernels.experts_decode.hopper_sort import sort_rows
-from pallas_kernels.experts_decode.hopper_stream import (
-    BLOCKS,
-    ROWS,
-    L,
-    Shape,
-    Source,
-    Stream,
-    TuningConfig,
-    launch,
-    over_units,
-)
+from pallas_kernels.experts_decode.hopper_stream import L, Source, Stream, launch, over_units
 from pallas_kernels.experts_decode.plan import MOST_DENSE, Plan, make_dense, make_sorted, only_here, rows_of_visit
 from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
 

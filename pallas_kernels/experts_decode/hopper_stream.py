@@ -19,84 +19,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
-from pallas_kernels.hopper.ring import tiled
+from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape
 from pallas_kernels.lowering import layout_inference
-from pallas_kernels.quantized import E4M3
 
-ROWS, BLOCKS = 64, 2  # of wgmma; of a slot
-STEP_BYTES = 128  # of k
-SCALES_UNIT = 32  # FP32 numbers in the 128 bytes at which a copy may begin
 FEW_ROWS = 32  # up to which all products of a step have registers beside the sums
 L = plgpu.Layout
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """How the work is cut.
-
-    Attributes:
-        width: columns of a block of gate and of up, 64 or 128; in FP8 128, a group of the activations.
-        down_width: columns of a block of down, 64 or 128.
-        ring_bytes: of shared memory, for the slots.
-        interpreted: whether products are `jnp.dot`, as the interpreter wants them.
-    """
-
-    width: int = 64
-    down_width: int = 64
-    ring_bytes: int = 208 * 1024
-    interpreted: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The static facts of a stream.
-
-    Attributes:
-        in_fp8: whether operands are E4M3 with scales.
-        rows: N.
-        width: of a block.
-        k: numbers that a product sums.
-    """
-
-    in_fp8: bool
-    rows: int
-    width: int
-    k: int
-
-    @property
-    def depth(self) -> int:
-        """Numbers along k in a step."""
-        return GROUP if self.in_fp8 else GROUP // 2
-
-    @property
-    def steps(self) -> int:
-        """Steps of a visit."""
-        return self.k // self.depth
-
-    @property
-    def tiles(self) -> int:
-        """Sums of a block."""
-        return self.width // ROWS
-
-    def scratch(self, ring_bytes: int) -> list:
-        """Return the ring and its barriers."""
-        block = (self.width, self.depth) if self.in_fp8 else (self.depth, self.width)
-        dtype = E4M3 if self.in_fp8 else jnp.bfloat16
-        slot = (BLOCKS * self.width + self.rows) * STEP_BYTES + 512 * self.in_fp8
-        stages = min(ring_bytes // slot, 24)
-        copies = BLOCKS + 1 + self.in_fp8
-        padded = -(-self.rows // SCALES_UNIT) * SCALES_UNIT
-        scales = [plgpu.SMEM((stages, padded), jnp.float32)] if self.in_fp8 else []
-        return [
-            tiled((stages, BLOCKS, *block), dtype),
-            tiled((stages, self.rows, self.depth), dtype),
-            *scales,
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-        ]
 
 
 class Source(NamedTuple):

@@ -283,3 +283,12 @@ def ones_beyond(scales: Array, first_row: Array, m: int, layout: plgpu.Layout) -
 def quantized_type(shape: tuple[int, ...], grouping: str = "tile") -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Return the types of the values and scales of a quantised tensor."""
     return jax.ShapeDtypeStruct(shape, E4M3), jax.ShapeDtypeStruct(scales_shape(shape, grouping), jnp.float32)
+
+
+def whole_tiles(scales: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:
+    """Return the type of scales [groups, m] with m up to a multiple of `rows`, those of a tile.
+
+    The scales of one group and tile are one piece of memory, which is clipped at the end of the array only (jax
+    0.11.2). In a row that is not whole tiles long it would overwrite the scales of the next group.
+    """
+    return jax.ShapeDtypeStruct((scales.shape[0], pl.cdiv(scales.shape[1], rows) * rows), scales.dtype)

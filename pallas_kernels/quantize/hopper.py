@@ -30,6 +30,7 @@ from pallas_kernels.hopper.stream import (
     quantized_type,
     row_layout,
     spread,
+    whole_tiles,
 )
 from pallas_kernels.quantized import E4M3, Quantized, Scale, pad_rows, scale_of, scales_shape
 
@@ -44,11 +45,7 @@ SLAB_LAYOUT = plgpu.Layout.TILED(  # registers of a slab's scales, two per lane,
 
 
 def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES) -> Quantized:
-    """See `quantize.quantize_tiles`.
-
-    The scales of a tile are one piece of memory, which is clipped at the end of the array only (jax 0.11.2): in a row
-    of scales that is not whole tiles long it would overwrite the next group's. So rows are, and are cut off.
-    """
+    """See `quantize.quantize_tiles`."""
     m, k = x.shape
     groups, layout = k // GROUP, row_layout(x.dtype)
     num_tiles = pl.cdiv(m, config.rows) * groups
@@ -82,8 +79,8 @@ def quantize_tiles(x: Array, scale: Scale, config: TuningConfig = QUANTIZE_TILES
         plgpu.SMEM((out_ring, config.rows), jnp.float32),
     ]
     values_type, scales_type = quantized_type((m, k))
-    whole = jax.ShapeDtypeStruct((groups, pl.cdiv(m, config.rows) * config.rows), jnp.float32)
-    values, scales = launch(body, config, num_tiles, (values_type, whole), scratch)(x)
+    out_type = values_type, whole_tiles(scales_type, config.rows)
+    values, scales = launch(body, config, num_tiles, out_type, scratch)(x)
     return Quantized(values, scales[:, : scales_type.shape[1]], "tile")
 
 

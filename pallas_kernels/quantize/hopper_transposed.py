@@ -40,6 +40,7 @@ from pallas_kernels.hopper.stream import (
     quantized_type,
     row_layout,
     spread,
+    whole_tiles,
 )
 from pallas_kernels.quantized import E4M3, Quantized, Scale
 
@@ -96,9 +97,10 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
 
     out_slots = [lines((config.out_slots, GROUP, GROUP), E4M3), plgpu.SMEM((config.out_slots, GROUP), jnp.float32)]
     scratch = [tiled((config.stages, GROUP, GROUP), x.dtype), *out_slots, *out_slots]
-    out_type = (*quantized_type((m, k)), *quantized_type((k, tall * GROUP)))
+    values_type, scales_type = quantized_type((m, k))
+    out_type = (values_type, whole_tiles(scales_type, GROUP), *quantized_type((k, tall * GROUP)))
     values, scales, values_t, scales_t = launch(body, config, tall * groups, out_type, scratch, share="slots")(x)
-    return Quantized(values, scales, "tile"), Quantized(values_t, scales_t, "tile")
+    return Quantized(values, scales[:, : scales_type.shape[1]], "tile"), Quantized(values_t, scales_t, "tile")
 
 
 def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZE_TRANSPOSED) -> Quantized:

@@ -60,7 +60,7 @@ def test_so_it_does_in_fp8(placed):
 def test_a_layer_of_stacked_weights():
     *operands, weights = case(jnp.float32)
     stacked = jax.tree.map(lambda x: jnp.stack([-x, x]), weights)
-    np.testing.assert_array_equal(expert_decode(*operands, stacked, 1), expert_decode(*operands, weights))
+    assert distance(expert_decode(*operands, stacked, 1), expert_decode(*operands, weights)) < 1e-6
 
 
 def test_weights_in_fp8_are_turned_once():

@@ -1,4 +1,4 @@
-"""The kernels of experts at decode, compiled for an H100 that is not there: registers suffice, and nothing is copied."""
+"""The kernels of experts at decode, compiled for an H100 that is not there: registers suffice, nothing is copied."""
 
 import functools
 import re
