@@ -149,7 +149,9 @@ class TurnedFp8Weight:
 
     def restored(self) -> Fp8Weight:
         """Return the weight; XLA drops this turn together with that of the product."""
-        return Fp8Weight(None, self.values.swapaxes(-1, -2).reshape(self.shape), self.scales.swapaxes(-1, -2))
+        lead = self.values.shape[:-2]  # on a device its part of them
+        values = self.values.swapaxes(-1, -2).reshape(*lead, *self.shape[len(lead) :])
+        return Fp8Weight(None, values, self.scales.swapaxes(-1, -2))
 
 
 @jax.tree_util.register_dataclass
