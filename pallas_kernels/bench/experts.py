@@ -97,7 +97,7 @@ def exact(h: jax.Array, experts: jax.Array, gates: jax.Array, gate_up: Any, down
         h = reference.dequantize(quantize_tiles(h, scale="pow2", implementation="reference"))
 
     def one(e, y):
-        weights = [reference.matrix(w, e) for w in (gate_up, down)]
+        weights = reference.matrix(gate_up, e), reference.matrix(down, e)
         gates_T = jnp.where(experts == e, gates, 0).sum(1)
         return y + reference.ffn(h, gates_T, *weights, in_fp8)
 

@@ -5,6 +5,7 @@
 Here the experts of all layers may lie in one array, of which a call reads one layer in place.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -65,9 +66,7 @@ def experts_decode(
 
 def merge(weight: Array | Quantized) -> Array | Quantized:
     """Return weights [L, E, ...] as [L * E, ...]."""
-    if isinstance(weight, Quantized):
-        return Quantized(merge(weight.values), merge(weight.scales), weight.grouping)
-    return weight.reshape(-1, *weight.shape[2:])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), weight)
 
 
 def check(h, experts, gates, gate_up, down, layer) -> int:

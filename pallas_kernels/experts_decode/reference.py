@@ -61,7 +61,7 @@ def in_turn(
             out = ffn(rows[source], gates_T[source], *weights, in_fp8)
             return out[jnp.minimum(rank_T, size - 1)]
 
-        weights = [matrix(w, base + e) for w in (gate_up, down)]
+        weights = matrix(gate_up, base + e), matrix(down, base + e)
         ways = [*(functools.partial(some, size) for size in sizes), lambda: ffn(rows, gates_T, *weights, in_fp8)]
         return y + jnp.where(there_T[:, None], lax.switch(level_E[e], ways), 0)
 
@@ -104,9 +104,7 @@ def sources(at: Array, there: Array, token: Array) -> Array:
 
 def matrix(weight: Any, index: Any) -> Any:
     """Return one expert's matrix."""
-    if isinstance(weight, Quantized):
-        return Quantized(matrix(weight.values, index), matrix(weight.scales, index), "block")
-    return lax.dynamic_index_in_dim(weight, index, keepdims=False)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), weight)
 
 
 def ffn(x: Array, gates: Array, gate_up: Any, down: Any, in_fp8: bool) -> Array:
