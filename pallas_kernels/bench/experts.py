@@ -97,9 +97,9 @@ def exact(h: jax.Array, experts: jax.Array, gates: jax.Array, gate_up: Any, down
         h = reference.dequantize(quantize_tiles(h, scale="pow2", implementation="reference"))
 
     def one(e, y):
-        first, second = reference.matrix(gate_up, e), reference.matrix(down, e)
+        weights = reference.matrix(gate_up, e), reference.matrix(down, e)
         gates_T = jnp.where(experts == e, gates, 0).sum(1)
-        return y + reference.ffn(h, gates_T, first, second, in_fp8)
+        return y + reference.ffn(h, gates_T, *weights, in_fp8)
 
     num_experts = (gate_up.values if in_fp8 else gate_up).shape[0]
     return lax.fori_loop(0, num_experts, one, jnp.zeros(h.shape, jnp.float32))

@@ -5,8 +5,7 @@
 Here the experts of all layers may lie in one array, of which a call reads one layer in place.
 """
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -65,11 +64,9 @@ def experts_decode(
     return face(h, experts, gates, gate_up, down, base, num_experts=num_experts)
 
 
-def merge(weight: Any) -> Any:
+def merge(weight: Array | Quantized) -> Array | Quantized:
     """Return weights [L, E, ...] as [L * E, ...]."""
-    if isinstance(weight, Quantized):
-        return Quantized(merge(weight.values), merge(weight.scales), weight.grouping)
-    return weight.reshape(-1, *weight.shape[2:])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), weight)
 
 
 def check(h, experts, gates, gate_up, down, layer) -> int:

@@ -19,7 +19,6 @@ experiments/log.md has what was measured. To launch `down` while `gate_up` ends,
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ MOST_GROUPS = 16  # of visits
 
 
 def experts_decode(
-    h: Any,
+    h: Array | Quantized,
     experts: Array,
     gates: Array,
     gate_up: Array | Quantized,
@@ -63,7 +62,7 @@ def experts_decode(
     n = rows_of_visit(num_tokens, k, num_experts, MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16)
     config = config or CONFIGS[in_fp8, n <= MOST_FEW]
     experts, base = only_here(experts, num_experts), base.reshape(1)
-    rows, tiles = (h.values, h.scales) if in_fp8 else (h,), h.shape[1] // (BLOCKS * config.down_width)
+    rows, tiles = tuple(jax.tree.leaves(h)), h.shape[1] // (BLOCKS * config.down_width)
     if num_tokens <= MOST_DENSE:
         plan = make_dense(experts, gates, num_experts, n)
         act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
@@ -75,8 +74,7 @@ def experts_decode(
     act = gate_up_visits(config, plan, rows, gate_up, base)
     y = down_visits(config, plan, act, down, base, plan.most_visits)
     parts = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
-    total: Any = sum(part.astype(jnp.float32) for part in parts)
-    return total.astype(jnp.bfloat16)
+    return sum((part.astype(jnp.float32) for part in parts), jnp.float32(0)).astype(jnp.bfloat16)
 
 
 def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
@@ -101,11 +99,11 @@ def choose_groups(plan: Plan, num_tokens: int, k: int, num_experts: int, tiles: 
 
 
 def gate_up_visits(
-    config: TuningConfig, plan: Plan, rows: tuple[Array, ...], gate_up: Any, base: Array
+    config: TuningConfig, plan: Plan, rows: tuple[Array, ...], gate_up: Array | Quantized, base: Array
 ) -> tuple[Array, ...]:
     """Return the activations [visits * N, F] with their gates, in FP8 also their scales [F / 128, visits * N]."""
     in_fp8, n, width = isinstance(gate_up, Quantized), plan.rows, config.width
-    values, *weight_scales = (gate_up.values, gate_up.scales) if in_fp8 else (gate_up,)
+    values, *weight_scales = jax.tree.leaves(gate_up)
     k, hidden = rows[0].shape[1], values.shape[1 if in_fp8 else 2] // 2
     shape, tiles = Shape(in_fp8, n, width, k), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
@@ -176,10 +174,12 @@ def turned(x: Array, dtype: jnp.dtype) -> Array:
     return plgpu.layout_cast(x.astype(dtype), L.WGMMA_TRANSPOSED)
 
 
-def down_visits(config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Any, base: Array, groups: int) -> Array:
+def down_visits(
+    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array, groups: int
+) -> Array:
     """Return FP32 partial sums [groups, N, D] of dense visits, or BF16 [visits * N, D] of sorted ones."""
     in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
-    values, *weight_scales = (down.values, down.scales) if in_fp8 else (down,)
+    values, *weight_scales = jax.tree.leaves(down)
     k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
     shape, tiles = Shape(in_fp8, n, width, k), columns_d // (BLOCKS * width)
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
@@ -221,7 +221,7 @@ def down_visits(config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: 
                 target.transpose((1, 0))[...] = turned(total, dtype)
             return slot
 
-        units = (groups if plan.dense else num_visits) * tiles
+        units = (jnp.int32(groups) if plan.dense else num_visits) * tiles
         stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
 
     out_shape = (groups, n, columns_d) if plan.dense else (plan.most_visits * n, columns_d)

@@ -237,7 +237,7 @@ def launch(body: Callable, name: str, out_type: Any, scratch: list) -> Callable:
     )
 
 
-def over_units(count: Array | int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+def over_units(count: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """Fold `body(unit, carry)` over this block's share of `count` units, every `num_multiprocessors`-th."""
     own, blocks = lax.axis_index("sm"), lax.axis_size("sm")
     turns = lax.div(count - own + blocks - 1, jnp.int32(blocks))

@@ -58,11 +58,11 @@ def in_turn(
 
         def some(size: int) -> Array:
             source = sources(rank_T == jnp.arange(size)[:, None], there_T, token)
-            out = ffn(rows[source], gates_T[source], first, second, in_fp8)
+            out = ffn(rows[source], gates_T[source], *weights, in_fp8)
             return out[jnp.minimum(rank_T, size - 1)]
 
-        first, second = matrix(gate_up, base + e), matrix(down, base + e)
-        ways = [*(functools.partial(some, size) for size in sizes), lambda: ffn(rows, gates_T, first, second, in_fp8)]
+        weights = matrix(gate_up, base + e), matrix(down, base + e)
+        ways = [*(functools.partial(some, size) for size in sizes), lambda: ffn(rows, gates_T, *weights, in_fp8)]
         return y + jnp.where(there_T[:, None], lax.switch(level_E[e], ways), 0)
 
     return lax.fori_loop(0, (count_E > 0).sum(), visit, y)
@@ -104,9 +104,7 @@ def sources(at: Array, there: Array, token: Array) -> Array:
 
 def matrix(weight: Any, index: Any) -> Any:
     """Return one expert's matrix."""
-    if isinstance(weight, Quantized):
-        return Quantized(matrix(weight.values, index), matrix(weight.scales, index), "block")
-    return lax.dynamic_index_in_dim(weight, index, keepdims=False)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), weight)
 
 
 def ffn(x: Array, gates: Array, gate_up: Any, down: Any, in_fp8: bool) -> Array:

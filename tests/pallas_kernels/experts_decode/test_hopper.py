@@ -50,3 +50,14 @@ def test_sorted_visits_in_fp8(interpret):
 def test_other_cases(interpret, num_tokens, fp8, routing):
     operands = cases.make(num_tokens, 3, 8, 512, 256, routing=routing)
     check(interpret, cases.in_fp8(*operands) if fp8 else operands, 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [5, 34])
+def test_a_token_that_is_nan_spoils_itself_only(interpret, num_tokens):
+    h, *rest = cases.make(num_tokens, 2, 4, 256, 128)
+    config = dataclasses.replace(hopper.CONFIGS[False, True], interpreted=True)
+    run = functools.partial(hopper.experts_decode, num_experts=4, config=config)
+    result = interpret(run, h.at[3].set(jax.numpy.nan), *rest, jax.numpy.int32(0))
+    others = [token for token in range(num_tokens) if token != 3]
+    assert cases.error(result[others], cases.expected(h, *rest)[others]) < 5e-3
