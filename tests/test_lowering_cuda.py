@@ -5,6 +5,7 @@ recomputation policy with the types that its inputs have, and reaches the progra
 head dims, forward and backward. It cannot prove speed, or that cuDNN accepts them.
 """
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -14,7 +15,14 @@ import pytest
 
 from configs import tiny, v3_5b
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.inference import prefill
+from deepseek_jax.inference.cache import CACHE_SPECS, make_cache
+from deepseek_jax.inference.generate import expert_mesh
+from deepseek_jax.inference.weights import decode_weights, weight_specs
+from deepseek_jax.model import transformer
+from deepseek_jax.model.packed import Rows
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import ROWS
 from deepseek_jax.plan.memory import abstract_inputs
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.step import jit_train_step
@@ -151,3 +159,28 @@ def test_fp8_reaches_the_program_as_kernels(hopper_by_name, monkeypatch):
 
 def products(text):
     return [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+
+
+def test_prefill_attends_through_the_call_that_training_makes(hopper_by_name):
+    """A row per sequence, 192/128 dims, one call for each kind of layer; behind a prefix, too."""
+    tree = v3_5b.get_config()
+    tree.model.num_layers = 2
+    tree.execution.update({"attention": "cudnn", "exchange": "local", "experts": "grouped", "remat": "none"})
+    config = from_config_dict(tree)
+    mesh = expert_mesh(config.model, 1)
+    model, execution = config.model, config.execution
+
+    def on_mesh(tree, specs):
+        return jax.tree.map(lambda leaf, spec: leaf.update(sharding=jax.NamedSharding(mesh, spec)), tree, specs)
+
+    with jax.set_mesh(mesh):
+        init = functools.partial(transformer.init, model)
+        weights = jax.eval_shape(lambda key: decode_weights(model, execution, init(key), mesh), jax.random.key(0))
+        cache = on_mesh(jax.eval_shape(lambda: make_cache(model, execution, 32, 512)), CACHE_SPECS)
+        shapes = ((32, model.vocab_size), "float32"), ((16384,), "int32"), ((32,), "int32")
+        arrays = [on_mesh(jax.ShapeDtypeStruct(*shape), jax.P(ROWS)) for shape in shapes]
+        run = jax.jit(functools.partial(prefill.prefill, model, execution, Rows(32, 512), True))
+        program = run.trace(on_mesh(weights, weight_specs(weights)), cache, *arrays)
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    q, v = "tensor<32x512x16x192xbf16>", "tensor<32x512x16x128xbf16>"
+    assert re.findall(r"fmhaSoftmax\(.*?: \((tensor<.*?)\) ->", text) == [f"{q}, {q}, {v}"] * 2

@@ -1,4 +1,4 @@
-"""The programs of decoding: prefill of prompts, and bursts of tokens, over the latent cache.
+"""The programs of decoding: bursts of tokens over the latent cache, after a prefill (`inference.prefill`).
 
 A token that goes through the model writes the cache entry of its position, and logits come out for the next. With
 prompt t0 t1 t2:
@@ -6,9 +6,6 @@ prompt t0 t1 t2:
     prefill   t0 t1 t2       positions 0 1 2 written, length 3, logits for position 3 -> t3
     step      t3             position 3 written, length 4, logits -> t4
     ...                      until EOS or the last token asked for, which is never run through the model
-
-Prefill works on chunks of a fixed number of tokens, so its scores [B, N, chunk, M] stay small and prompts of many
-lengths share a program. Token 0 fills up the last chunk; it is written nowhere.
 
 Decoding runs on the axes of the training mesh: sequences are split over `ROWS`, routed experts over `EXPERTS`, and all
 other weights are whole on every device. Every device has pages of its own for its sequences. A row of the batch without
@@ -22,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Config, Execution, Model
@@ -35,7 +31,6 @@ from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
 
-PREFILL_CHUNK = 128  # prompt tokens per pass
 # Products of fewer rows are slow: XLA writes a product of one row as a pass over the weights that stores every summand.
 # A row without a sequence reads no page and no expert.
 GPU_ROWS = 16
@@ -53,13 +48,6 @@ class Generation(NamedTuple):
     seen: Seen | None = None  # where the sampling has penalties
 
 
-def in_chunks(prompts_BS: np.ndarray) -> np.ndarray:
-    """Return prompts as [chunks, B, PREFILL_CHUNK] int32, filled up with token 0."""
-    batch_size, length = prompts_BS.shape
-    filled = np.pad(prompts_BS, ((0, 0), (0, -length % PREFILL_CHUNK))).astype(np.int32)
-    return filled.reshape(batch_size, -1, PREFILL_CHUNK).swapaxes(0, 1)
-
-
 def decode_execution(config: Config, mesh: jax.sharding.Mesh) -> Execution:
     """Return the execution of decoding on `mesh`: layers in a loop, experts in small blocks, no recomputation."""
     small = {"experts": "blocks", "expert_block": EXPERT_BLOCK, "expert_wave": EXPERT_WAVE}
@@ -73,62 +61,23 @@ def num_rows(num_sequences: int, mesh: jax.sharding.Mesh) -> int:
     return num_sequences + -num_sequences % (unit * axis_size(mesh, ROWS))
 
 
-def prefill(
-    model: Model, execution: Execution, weights: Weights, cache: Cache, chunks: Array, lengths_B: Array
-) -> tuple[Array, Cache]:
-    """Run prompts through an empty cache.
-
-    Args:
-        model: shape and mathematics.
-        execution: as `decode_execution` returns it.
-        weights: as `decode_weights` returns them.
-        cache: empty.
-        chunks: prompts as `in_chunks` returns them, [chunks, B, S].
-        lengths_B: tokens of each prompt, without the filling; 0 for a row without a sequence.
-
-    Returns:
-        FP32 logits [B, V] of the token after each prompt, and the cache.
-    """
-
-    def local(weights, cache, chunks, lengths_B):
-        weights = _varying(weights)
-        num_chunks, batch_size, size = chunks.shape
-
-        def one_chunk(pages, inputs):
-            tokens_BS, start = inputs
-            positions_BS = jnp.broadcast_to(start + jnp.arange(size), tokens_BS.shape)
-            new = tokens_BS, positions_BS, positions_BS < lengths_B[:, None]
-            hidden_BSD, pages = decode_step(model, execution, weights, pages, cache.tables_BJ, *new)
-            return pages, hidden_BSD
-
-        pages, hidden = lax.scan(one_chunk, cache.pages, (chunks, size * jnp.arange(num_chunks)))
-        last_B = jnp.maximum(lengths_B - 1, 0)
-        hidden_BD = hidden[last_B // size, jnp.arange(batch_size), last_B % size]
-        return _logits(weights, hidden_BD), cache._replace(pages=pages, length_B=lengths_B)
-
-    in_specs = (weight_specs(weights), CACHE_SPECS, P(None, ROWS), P(ROWS))
-    out_specs = (P(ROWS), CACHE_SPECS)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(weights, cache, chunks, lengths_B)
-
-
 def first_token(
-    sampling: Sampling, logits_BV: Array, cache: Cache, rows: Rows, eos: int, chunks: Array
+    sampling: Sampling, logits_BV: Array, cache: Cache, rows: Rows, eos: int, prompts_BS: Array | None = None
 ) -> tuple[Chosen, Generation]:
-    """Choose the token after each prompt; `chunks` are the prompts, as `prefill` takes them."""
+    """Choose the token after each prompt; penalties need the prompts, filled up to the longest."""
 
-    def local(logits_BV, length_B, rows, eos, chunks):
+    def local(logits_BV, length_B, rows, eos, prompts_BS):
         seen = None
         if sampling.penalizes:
-            tokens_BS = chunks.swapaxes(0, 1).reshape(chunks.shape[1], -1)
-            seen = Seen.of_prompts(tokens_BS, length_B, logits_BV.shape[-1])
+            seen = Seen.of_prompts(prompts_BS, length_B, logits_BV.shape[-1])
         chosen = choose(sampling, logits_BV, rows, length_B, seen)
         return chosen, (chosen.ids_B == eos) | (length_B == 0), seen and seen.add(chosen.ids_B)
 
     split = P(ROWS)
     run = jax.shard_map(
-        local, in_specs=(split, split, split, P(), P(None, ROWS)), out_specs=(split, split, _seen_specs(sampling))
+        local, in_specs=(split, split, split, P(), split), out_specs=(split, split, _seen_specs(sampling))
     )
-    chosen, finished_B, seen = run(logits_BV, cache.length_B, rows, eos, chunks)
+    chosen, finished_B, seen = run(logits_BV, cache.length_B, rows, eos, prompts_BS)
     return chosen, Generation(cache, chosen.ids_B, finished_B, seen)
 
 

@@ -13,11 +13,10 @@ from deepseek_jax.inference.decode import (
     decode_burst,
     decode_execution,
     first_token,
-    in_chunks,
     num_rows,
-    prefill,
 )
 from deepseek_jax.inference.memory import check_room
+from deepseek_jax.inference.prefill import prefill_execution, run_prefill
 from deepseek_jax.inference.requests import PLAIN, Request, check_bias, make_rows
 from deepseek_jax.inference.sampling import NO_TOKEN, Chosen, Sampling
 from deepseek_jax.inference.text import Text
@@ -185,19 +184,17 @@ def stream_chosen(
     model, execution = config.model, decode_execution(config, mesh)
     num_sequences = len(prompts)
     batch_size = num_rows(max(num_sequences, batch_size), mesh)
-    prompts_BS, lengths_B = _padded(prompts, batch_size)
-    chunks = in_chunks(prompts_BS)
-    num_positions = prompts_BS.shape[1] + max_new_tokens
+    new_tokens = [*prompts, *[()] * (batch_size - num_sequences)]
+    num_positions = max(map(len, prompts)) + max_new_tokens
     num_slots = -(-num_positions // CACHE_STEP) * CACHE_STEP
     check_room(model, execution, batch_size, num_slots, mesh)
     with jax.set_mesh(mesh):
         weights = decode_weights(model, execution, weights, mesh)
         rows = jax.device_put(make_rows(requests, seed, batch_size, first_row), P(ROWS))
         cache = make_cache(model, execution, batch_size, num_slots)
-        chunks, lengths_B = jax.device_put((chunks, lengths_B), (P(None, ROWS), P(ROWS)))
-        run_prefill = jit_on(prefill, execution, mesh, model, execution, donate=(1,))
-        logits_BV, cache = run_prefill(weights, cache, chunks, lengths_B)
-        chosen, state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, rows, eos, chunks)
+        logits_BV, cache = run_prefill(model, prefill_execution(config, mesh), mesh, weights, cache, new_tokens)
+        prompts_BS = jax.device_put(_padded(new_tokens), P(ROWS)) if sampling.penalizes else None
+        chosen, state = jit_on(first_token, execution, mesh, sampling)(logits_BV, cache, rows, eos, prompts_BS)
         yield _read(chosen, num_sequences, None)
         burst = jit_on(decode_burst, execution, mesh, model, execution, sampling, BURST, donate=(1,))
 
@@ -246,14 +243,13 @@ def _stop(state: Generation, stopped_B: np.ndarray | None) -> tuple[Generation, 
     return state, bool(finished_B.all())
 
 
-def _padded(prompts: Sequence[Sequence[int]] | np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts [B, S] filled up with token 0, and their lengths; rows without a sequence have length 0."""
-    lengths_B = np.zeros(batch_size, np.int32)
-    lengths_B[: len(prompts)] = [len(prompt) for prompt in prompts]
-    prompts_BS = np.zeros((batch_size, lengths_B.max()), np.int32)
-    for row, prompt in zip(prompts_BS, prompts, strict=False):
+def _padded(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return prompts [B, S] filled up with token 0, S a power of two, so that few programs are compiled."""
+    longest = max(map(len, prompts))
+    prompts_BS = np.zeros((len(prompts), 1 << (longest - 1).bit_length()), np.int32)
+    for row, prompt in zip(prompts_BS, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return prompts_BS, lengths_B
+    return prompts_BS
 
 
 def _read(chosen: Chosen, num_sequences: int, columns: slice | None) -> Chosen:

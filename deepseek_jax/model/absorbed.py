@@ -25,7 +25,7 @@ from jax import lax
 from deepseek_jax.config import Model
 from deepseek_jax.model.attention import Attend, Attention, Entry
 from deepseek_jax.model.rope import rotary_table, softmax_scale
-from pallas_kernels.mla_decode import MOST_QUERIES, mla_decode, plan
+from pallas_kernels.mla_decode import mla_decode, plan
 from pallas_kernels.mla_decode.schedule import PAGE, Schedule
 
 
@@ -69,7 +69,7 @@ class Places(NamedTuple):
         page_BS: int32, the page of each new token; -1 of a token that is written nowhere.
         row_BS: int32, its row there.
         length_B: int32, tokens of each sequence that the last of its queries sees; 0: nobody reads its output.
-        schedule: of the kernel that reads the pages; None where the form for many queries does.
+        schedule: of the kernel that reads the pages; None in prefill (`model.prefill`).
     """
 
     tables_BJ: jax.Array
@@ -86,7 +86,7 @@ def places_of(model: Model, tables_BJ: jax.Array, positions_BS: jax.Array, valid
     page_BS = jnp.take_along_axis(tables_BJ, column_BS, axis=1, mode="clip")
     length_B = jnp.where(valid_BS, positions_BS + 1, 0).max(axis=1).astype(jnp.int32)
     num_queries = positions_BS.shape[1]
-    schedule = plan(length_B, model.num_heads * num_queries) if num_queries <= MOST_QUERIES else None
+    schedule = plan(length_B, model.num_heads * num_queries)
     return Places(tables_BJ, jnp.where(inside_BS, page_BS, -1), positions_BS % PAGE, length_B, schedule)
 
 
@@ -97,7 +97,7 @@ def absorbed(model: Model, tables_BJ: jax.Array, positions_BS: jax.Array, valid_
         model: shape.
         tables_BJ: int32, numbers of each sequence's pages in order; those behind its last page may be anything.
         positions_BS: int32, of the new tokens.
-        valid_BS: False where there is no token. With at most `MOST_QUERIES` tokens, a row has all or none.
+        valid_BS: False where there is no token. A row has all or none, at most four.
     """
     table, places = rotary_table(model, positions_BS), places_of(model, tables_BJ, positions_BS, valid_BS)
 
@@ -110,10 +110,7 @@ def absorbed(model: Model, tables_BJ: jax.Array, positions_BS: jax.Array, valid_
         q_BSNK = jnp.concatenate([q_BSNC, q_BSNR], axis=3)
         cache = write(cache, entry, places)
         with jax.named_scope("attention_core"):
-            if places.schedule is None:
-                mean_BSNC = _over_prompt(model, q_BSNK, cache, places, positions_BS)
-            else:
-                mean_BSNC = _over_pages(model, q_BSNK, cache, places)
+            mean_BSNC = _over_pages(model, q_BSNK, cache, places)
         return attention.output(jnp.einsum("bsnc,nch->bsnh", mean_BSNC, up.value_NCH)), cache
 
     return attend
@@ -139,20 +136,3 @@ def _over_pages(model: Model, q_BSNK: jax.Array, cache: LayerPages, places: Plac
     tables_BJ = cache.layer * num_pages + places.tables_BJ
     scale, value_dim = softmax_scale(model), model.kv_latent
     return mla_decode(q_BSNK, flat, tables_BJ, places.length_B, places.schedule, scale=scale, value_dim=value_dim)[0]
-
-
-def _over_prompt(
-    model: Model, q_BSNK: jax.Array, cache: LayerPages, places: Places, positions_BS: jax.Array
-) -> jax.Array:
-    """Attend to gathered pages with any number of queries, in plain jnp."""
-    num_layers, num_pages, _, width = cache.pages.shape
-    flat = cache.pages.reshape(num_layers * num_pages, PAGE, width)
-    tables_BJ = cache.layer * num_pages + jnp.clip(places.tables_BJ, 0, num_pages - 1)
-    slots = jnp.arange(places.tables_BJ.shape[1] * PAGE)
-    entries_BMK = flat[tables_BJ].reshape(len(tables_BJ), -1, width)
-    entries_BMK = jnp.where((slots < places.length_B[:, None])[..., None], entries_BMK, 0)  # 0 times NaN would be NaN
-    scores = jnp.einsum("bsnk,bmk->bnsm", q_BSNK, entries_BMK, preferred_element_type=jnp.float32)
-    seen_BSM = slots <= positions_BS[:, :, None]
-    scores = jnp.where(seen_BSM[:, None], scores * softmax_scale(model), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BSNK.dtype)
-    return jnp.einsum("bnsm,bmc->bsnc", weights, entries_BMK[..., : model.kv_latent])

@@ -8,18 +8,18 @@ channels, one key for all heads.
                              v_h = c_KV W_UV,h                                     H
     out = concat_h softmax(q_h k_h^T scale) v_h  W_O
 
-Expanded (training): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic per pair of
-tokens: N (P + R + H).
+Expanded (training and prefill): make k_h and v_h and call a flash attention of N heads with 192 / 128 dims. Arithmetic
+per pair of tokens: N (P + R + H).
 
-Absorbed (over a cache: decoding, and prefill too): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move
-into latent space and all heads attend to the C + R cached values themselves, like one key-value head of width 576;
-W_UV,h is applied to the averaged latent. Arithmetic per pair: N (2C + R), 3.4 times more. But it reads 576 values per
-token instead of N (P + R + H) = 40,960, and decoding is bound by memory.
+Absorbed (decoding, over a cache): q_h . (c_KV W_UK,h) = (q_h W_UK,h^T) . c_KV, so the queries move into latent space
+and all heads attend to the C + R cached values themselves, like one key-value head of width 576; W_UV,h is applied to
+the averaged latent. Arithmetic per pair: N (2C + R), 3.4 times more. But it reads 576 values per token instead of
+N (P + R + H) = 40,960, and decoding is bound by memory.
 
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
 
 A layer attends in three steps: `project` makes queries and the cache entry of each new token, a form attends, `output`
-projects back. A form is a value (`Attend`): `expanded(...)` below makes one, `model.absorbed` another.
+projects back. A form is a value (`Attend`): `expanded(...)` below makes one, `model.absorbed` and `model.prefill` others.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""The whole network behind three functions: `init`, `apply` (training, evaluation) and `decode_step` (over a cache).
+"""The whole network: `init`, `apply` (training, evaluation), and over a cache `prefill_step` and `decode_step`.
 
     params       embed_VD, head_DV, final_norm_D, dense_layers {attention, ffn}, moe_layers {attention, moe},
                  mtp_layers {..., block {attention, moe}}
     router_bias  moe_layers {moe {bias_E}}, mtp_layers {block {moe {bias_E}}}
 
-`apply` and `decode_step` work on the arrays of one device, inside a program's shard_map. The head is not here: a loss
+All but `init` work on the arrays of one device, inside a program's shard_map. The head is not here: a loss
 makes logits in chunks (`model.head`), decoding makes those of one position.
 """
 
@@ -34,7 +34,9 @@ from deepseek_jax.model.layer import (
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.moe import Observer, unobserved
 from deepseek_jax.model.mtp import MtpLayer
+from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.model.prefill import Sequences, expanded_over_pages
 from deepseek_jax.model.recompute import recomputed
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parameters import Weights
@@ -136,6 +138,39 @@ def apply(
     return Output(hidden[0], tuple(hidden[1:]), whole)
 
 
+def prefill_step(
+    model: Model,
+    execution: Execution,
+    weights: Weights,
+    pages: jax.Array,
+    tokens_T: jax.Array,
+    sequences: Sequences,
+    *,
+    continues: bool,
+    rows: Rows,
+) -> tuple[jax.Array, jax.Array]:
+    """Run new tokens of packed sequences through the expanded form, behind what the latent cache has of them.
+
+    Args:
+        model: shape and mathematics.
+        execution: resolved.
+        weights: as decoding reads them (`inference.weights.decode_weights`).
+        pages: the cache of all layers [L, pages, 64, C + R] (`model.absorbed`).
+        tokens_T: packed new tokens.
+        sequences: where they lie.
+        continues: whether any sequence has a prefix in the cache.
+        rows: that the new tokens of the sequences fill (`model.packed`).
+
+    Returns:
+        hidden_TD after the final norm, which means nothing where there is no token, and the pages with the new tokens.
+    """
+    attend = expanded_over_pages(model, execution, sequences, continues=continues, rows=rows)
+    part = Part(attend, sequences.valid_T[None])
+    x_1TD = embed(execution, weights.params["embed_VD"], tokens_T[None])
+    x_1TD, pages = run_cached_layers(model, execution, weights, x_1TD, part, pages)
+    return rms_norm(x_1TD[0], weights.params["final_norm_D"], model.norm_eps), pages
+
+
 def decode_step(
     model: Model,
     execution: Execution,
@@ -146,7 +181,7 @@ def decode_step(
     positions_BS: jax.Array,
     valid_BS: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run new tokens through the absorbed form over the latent cache.
+    """Run a few new tokens of each sequence through the absorbed form over the latent cache.
 
     Args:
         model: shape and mathematics.
@@ -154,10 +189,10 @@ def decode_step(
         weights: as decoding reads them (`inference.weights.decode_weights`).
         pages: the cache of all layers [L, pages, 64, C + R] (`model.absorbed`).
         tables_BJ: int32, numbers of each sequence's pages in order.
-        tokens_BS: new tokens; S is 1, or the length of a piece of the prompt.
+        tokens_BS: new tokens; S is at most 4: one, and what is drafted.
         positions_BS: their positions.
         valid_BS: False where there is no token: it is written nowhere, it reaches no routed expert, and its output
-            means nothing. With S up to 4, the most that decoding drafts, a row has all its tokens or none.
+            means nothing. A row has all its tokens or none.
 
     Returns:
         hidden_BSD after the final norm, and the pages with the new tokens written.

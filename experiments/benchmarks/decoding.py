@@ -8,7 +8,8 @@ lies in the cache does not change the time. Every batch is measured on its own:
 
 A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. The floor
 is the time of reading what must be read, once, at --read_rate: all weights but the embedding (of the routed experts
-those that a batch touches on average), and in decoding the cache. --json writes the same numbers as records.
+those that a batch touches on average), and in decoding the cache. In prefill it is the time of the products at
+--product_rate, if that is longer. --json writes the same numbers as records.
 """
 
 import functools
@@ -24,15 +25,16 @@ from absl import flags
 from jax import Array
 
 from deepseek_jax.config import Config, Execution, from_config_dict
+from deepseek_jax.inference import prefill
 from deepseek_jax.inference.cache import CACHE_SPECS, Cache, cache_bytes_per_token, make_cache
-from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, in_chunks, num_rows, prefill
+from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, num_rows
 from deepseek_jax.inference.generate import BURST
 from deepseek_jax.inference.requests import make_rows
 from deepseek_jax.inference.sampling import Chosen, Sampling
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import new_file
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import PARAMETERS, ROWS, Fp8Weight, P, Weights, leaf_name, matrix_shape, num_lead_dims
 from experiments import command, recipe, session
@@ -48,6 +50,7 @@ CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of every sequence.", lowe
 PRECISION = flags.DEFINE_list("precision", None, "Precisions, one after the other; by default that of the config.")
 REPEATS = flags.DEFINE_integer("repeats", 10, "Timed bursts or prefills.", lower_bound=1, upper_bound=10**4)
 READ_RATE = flags.DEFINE_float("read_rate", 4300.0, "GB/s that the memory of the device reads; an H200's by default.")
+PRODUCT_RATE = flags.DEFINE_float("product_rate", 790.0, "TFLOP/s of products in BF16; an H200's by default.")
 BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also profile; on a GPU the program is compiled once more for that.")
 
 ROUTER_STD = 0.02  # of logits per unit of the normed stream: at width 2048 their standard deviation is 0.9
@@ -164,14 +167,14 @@ def run(compiled: Any, arrays: tuple) -> tuple:
     """Run a program once, wait for it, and return the arguments of the next run."""
     result, state = jax.block_until_ready(compiled(*arrays))
     if isinstance(state, Cache):
-        return (arrays[0], state._replace(length_B=0 * state.length_B), *arrays[2:])
+        return (arrays[0], state._replace(length_B=0 * state.length_B), result, *arrays[3:])
     length_B = arrays[-1]
     return (arrays[0], state._replace(cache=state.cache._replace(length_B=length_B + 0)), *arrays[2:])
 
 
 def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
-    """Return the time of reading, once, what a step must read."""
-    model = config.model
+    """Return the time of reading, once, what a step must read; in prefill that of the products, if it is longer."""
+    model, products = config.model, 0.0
     read = sum(leaf.nbytes for name, leaf in weights.params.items() if name in ("head_DV", "final_norm_D"))
     tokens = batch * (CONTEXT.value if MODE.value == "prefill" else 1)
     for path, leaf in jax.tree.leaves_with_path(
@@ -183,10 +186,18 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
             always = num_all - model.num_experts  # the shared expert
             touched = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
             share = (always + touched) / num_all
+            products += 2 * tokens * (always + model.experts_per_token) / num_all * leaf.size
+        elif leaf.ndim > 1:
+            products += 2 * tokens * leaf.size
         read += share * leaf.nbytes
     if MODE.value == "decode":
         read += batch * (CONTEXT.value + BURST // 2) * cache_bytes_per_token(model, config.execution)
-    return read / (READ_RATE.value * 1e9)
+    seconds = read / (READ_RATE.value * 1e9)
+    if MODE.value == "decode":
+        return seconds
+    pairs = model.num_layers * tokens * CONTEXT.value / 2  # of a token and one before it
+    products += 2 * pairs * model.num_heads * (model.query_dim + model.value_dim)
+    return max(seconds, products / (PRODUCT_RATE.value * 1e12))
 
 
 def decode_program(
@@ -227,13 +238,19 @@ def prefill_program(
 ) -> Program:
     """Compile a prefill of prompts of --context tokens."""
     model, rows = config.model, num_rows(batch, mesh)
-    rng = np.random.default_rng(0)
-    prompts_BS = rng.integers(0, model.vocab_size, (rows, CONTEXT.value))
-    chunks = jax.device_put(in_chunks(prompts_BS), P(None, ROWS))
-    length_B = jax.device_put(np.int32(CONTEXT.value * (np.arange(rows) < batch)), P(ROWS))
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, CONTEXT.value))
+    new_tokens = [*prompts, *[()] * (rows - batch)]
+    found = prefill.calls(new_tokens, np.zeros(rows, int), axis_size(mesh, ROWS), prefill.MOST_TOKENS)
+    if len(found) > 1:
+        raise ValueError(
+            f"--batch={batch} prompts of --context={CONTEXT.value} tokens take {len(found)} runs of prefill; measure"
+            f" at most {prefill.MOST_TOKENS} tokens a device"
+        )
     cache = make_cache(model, execution, rows, CONTEXT.value)
-    arrays = weights, cache, chunks, length_B
-    lowered = jit_on(prefill, execution, mesh, model, execution, donate=(1,)).lower(*arrays)
+    logits_BV = np.zeros((rows, model.vocab_size), np.float32)
+    arrays = weights, cache, *jax.device_put((logits_BV, found[0].tokens_T, found[0].new_B), P(ROWS))
+    execution = prefill.prefill_execution(config, mesh)
+    lowered = prefill.prefill_program(model, execution, mesh, found[0]).lower(*arrays)
     return Program(lowered, lowered.compile(), arrays, batch * CONTEXT.value, 1)
 
 

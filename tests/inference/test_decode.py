@@ -13,7 +13,7 @@ import pytest
 from configs.tiny import get_config
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.inference import decode, generate, memory
+from deepseek_jax.inference import decode, generate, memory, prefill
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.completions import complete
 from deepseek_jax.inference.requests import Request, make_rows, row_keys
@@ -90,17 +90,15 @@ def ids(prompts=PROMPT, num_tokens=12, sampling=GREEDY, seed=0, eos=NEVER, weigh
     return np.concatenate(list(new), axis=1)
 
 
-def prefilled(config, weights, prompts_BS, lengths_B, num_slots=256, cache=None):
+def prefilled(config, weights, prompts, num_slots=256, cache=None):
     """Execution and weights of decoding, and logits and cache after a prefill on one device."""
     mesh = one_device()
     execution = decode.decode_execution(config, mesh)
-    run = jax.jit(functools.partial(decode.prefill, config.model, execution))
     with jax.set_mesh(mesh):
         weights = decode_weights(config.model, execution, weights, mesh)
-        cache = cache or make_cache(config.model, execution, len(prompts_BS), num_slots)
-        chunks = jax.device_put(decode.in_chunks(prompts_BS), P(None, ROWS))
-        lengths_B = jax.device_put(np.array(lengths_B, np.int32), P(ROWS))
-        return execution, weights, *run(weights, cache, chunks, lengths_B)
+        cache = cache or make_cache(config.model, execution, len(prompts), num_slots)
+        run = prefill.prefill_execution(config, mesh)
+        return execution, weights, *prefill.run_prefill(config.model, run, mesh, weights, cache, prompts)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +112,8 @@ def test_prefill_and_steps_equal_the_expanded_form(model):
     weights = make_weights(config)
     tokens_BS = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
     want_BSV = np.asarray(expanded_logits(config, weights, tokens_BS))
-    prompts_BS = np.where(np.arange(11) < np.array([[7], [11]]), tokens_BS[:, :11], 0)  # two lengths in one batch
-    execution, weights, logits_BV, cache = prefilled(config, weights, prompts_BS, [7, 11], decode.PREFILL_CHUNK)
+    prompts = [tokens_BS[0, :7], tokens_BS[1, :11]]  # two lengths in one batch
+    execution, weights, logits_BV, cache = prefilled(config, weights, prompts, 128)
     step = jax.jit(functools.partial(decode.decode_token, config.model, execution))
     for i in range(9):
         want_BV = want_BSV[[0, 1], [6 + i, 10 + i]]
@@ -135,19 +133,6 @@ def test_greedy_takes_the_argmax_of_the_expanded_form():
     assert len(set(new_ids[0].tolist())) > 3, "a constant continuation would test nothing"
 
 
-def test_prompts_longer_than_a_chunk(monkeypatch):
-    """21 tokens in one pass or in three: the same logits, and the same cache up to the prompt's end."""
-    results = []
-    for size in (decode.PREFILL_CHUNK, 8):
-        monkeypatch.setattr(decode, "PREFILL_CHUNK", size)
-        prompts_BS = np.random.default_rng(1).integers(0, 300, (1, 21))
-        assert decode.in_chunks(prompts_BS).shape == (-(-21 // size), 1, size)
-        *_, logits_BV, cache = prefilled(CONFIG, make_weights(), prompts_BS, [21])
-        results.append([logits_BV, cache.pages[:, 0, :21]])
-    for one_pass, three_passes in zip(*results, strict=True):
-        np.testing.assert_allclose(one_pass, three_passes, atol=1e-5 * np.abs(one_pass).max())
-
-
 def test_pages_that_are_not_written_are_never_read():
     logits = []
     for poison in (0.0, np.nan):
@@ -155,13 +140,13 @@ def test_pages_that_are_not_written_are_never_read():
         with jax.set_mesh(one_device()):
             cache = make_cache(CONFIG.model, execution, 1, 256)
             cache = cache._replace(pages=cache.pages + np.float32(poison))
-        logits.append(prefilled(CONFIG, make_weights(), PROMPT, [5], cache=cache)[2])
+        logits.append(prefilled(CONFIG, make_weights(), PROMPT, cache=cache)[2])
     np.testing.assert_array_equal(*logits)
 
 
 def test_sequences_that_have_ended_write_nothing():
     """Of three, one has ended and one has no tokens: a burst leaves their pages and lengths as they are."""
-    execution, weights, _, cache = prefilled(CONFIG, make_weights(), np.repeat(PROMPT, 3, 0), [5, 5, 0], num_slots=64)
+    execution, weights, _, cache = prefilled(CONFIG, make_weights(), [PROMPT[0], PROMPT[0], []], num_slots=64)
     before, ended_B = np.asarray(cache.pages), np.array([False, True, True])
     run = jax.jit(functools.partial(decode.decode_burst, CONFIG.model, execution, GREEDY, 4))
     with jax.set_mesh(one_device()):
@@ -433,14 +418,26 @@ def test_fp8_over_a_cache_is_near_the_expanded_form(num_layers, tolerance):
     tokens_BS = np.random.default_rng(2).integers(0, 300, (1, 128)).astype(np.int32)
     positions_BS, valid_BS = np.arange(128, dtype=np.int32)[None], np.ones((1, 128), bool)
     cache = make_cache(config.model, execution, 1, 128)
-    step = jax.jit(functools.partial(transformer.decode_step, config.model, execution))
-    got = np.float32(step(weights, cache.pages, cache.tables_BJ, tokens_BS, positions_BS, valid_BS)[0])
+
+    @jax.jit
+    def step(cache, token, position):
+        there = jnp.ones((1, 1), bool)
+        hidden_BSD, pages = transformer.decode_step(
+            config.model, execution, weights, cache.pages, cache.tables_BJ, token, position, there
+        )
+        return hidden_BSD, cache._replace(pages=pages)
+
+    got = []
+    for i in range(128):
+        hidden, cache = step(cache, tokens_BS[:, i : i + 1], positions_BS[:, i : i + 1])
+        got.append(hidden)
     run = jax.jit(functools.partial(transformer.apply, config.model, config.execution))
     want = np.float32(
         run(
             _without_fp8(APART, stored_in_fp8(config)), transformer.Inputs(tokens_BS, positions_BS, valid_BS)
         ).hidden_BSD
     )
+    got = np.float32(np.concatenate(got, axis=1))
     error_BS = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert np.median(error_BS) < tolerance, error_BS
 
@@ -475,15 +472,14 @@ def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
 
 def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
     config = make_config(precision="bf16")
-    *_, logits_BV, cache = prefilled(config, make_weights(), PROMPT, [5])
+    *_, logits_BV, cache = prefilled(config, make_weights(), PROMPT)
     assert logits_BV.dtype == jnp.float32
     assert {leaf.dtype for leaf in [cache.pages]} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_row_without_a_sequence_stays_without_one():
     """It has length 0 for ever: no expert is asked for it, and no page is written, in prefill or afterwards."""
-    prompts_BS = np.concatenate([PROMPT, np.zeros_like(PROMPT)])
-    execution, weights, logits_BV, cache = prefilled(CONFIG, make_weights(), prompts_BS, [5, 0])
+    execution, weights, logits_BV, cache = prefilled(CONFIG, make_weights(), [PROMPT[0], []])
     step = jax.jit(functools.partial(decode.decode_token, CONFIG.model, execution))
     with jax.set_mesh(one_device()):
         for _ in range(2):

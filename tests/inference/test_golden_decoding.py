@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.huggingface.load import load
-from deepseek_jax.inference import decode
+from deepseek_jax.inference import decode, prefill
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.weights import decode_weights
@@ -31,10 +31,9 @@ def decoded(case, precision, folder):
     with jax.set_mesh(mesh):
         weights = decode_weights(config.model, execution, weights, mesh)
         cache = make_cache(config.model, execution, len(tokens_BS), 256)
-        chunks = jax.device_put(decode.in_chunks(tokens_BS[:, :NUM_PREFILLED]), P(None, ROWS))
-        lengths_B = jax.device_put(np.full(len(tokens_BS), NUM_PREFILLED, np.int32), P(ROWS))
-        run = jax.jit(functools.partial(decode.prefill, config.model, execution))
-        logits_BV, cache = run(weights, cache, chunks, lengths_B)
+        run = prefill.prefill_execution(config, mesh)
+        prompts = list(tokens_BS[:, :NUM_PREFILLED])
+        logits_BV, cache = prefill.run_prefill(config.model, run, mesh, weights, cache, prompts)
         step, found = jax.jit(functools.partial(decode.decode_token, config.model, execution)), [logits_BV]
         for tokens_B in tokens_BS[:, NUM_PREFILLED:].T:
             logits_BV, cache = step(weights, cache, jax.device_put(tokens_B, P(ROWS)))

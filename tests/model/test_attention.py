@@ -16,6 +16,8 @@ from deepseek_jax.inference.cache import contiguous_tables
 from deepseek_jax.model import flash
 from deepseek_jax.model.absorbed import LayerPages, UpProjection, absorbed
 from deepseek_jax.model.attention import Attention, expanded
+from deepseek_jax.model.packed import Rows
+from deepseek_jax.model.prefill import Sequences, expanded_over_pages
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
@@ -200,17 +202,25 @@ def layer(variant):
         table = rotary_table(config.model, positions_BS)
         return expanded(config.execution, table, segment_ids_BS)(attention, x_BSD, None)[0]
 
-    def run_absorbed(attention, x_BSD, pages, tables_BJ, positions_BS, valid_BS):
-        attend = absorbed(config.model, tables_BJ, positions_BS, valid_BS)
-        y_BSD, cache = attend(attention, x_BSD, LayerPages(pages, LAYER))
-        return y_BSD, cache.pages
+    def run_over_pages(attention, x_BSD, pages, tables_BJ, positions_BS, valid_BS):
+        """A few tokens in the absorbed form; more of them, packed, as prefill does it."""
+        batch, length, width = x_BSD.shape
+        if length <= 4:
+            attend = absorbed(config.model, tables_BJ, positions_BS, valid_BS)
+            y_BSD, cache = attend(attention, x_BSD, LayerPages(pages, LAYER))
+            return y_BSD, cache.pages
+        x_1TD = jnp.pad(x_BSD.reshape(1, -1, width), ((0, 0), (0, 256 - batch * length), (0, 0)))
+        sequences = Sequences.of(tables_BJ, positions_BS[:, 0], jnp.full(batch, length, jnp.int32), 256)
+        attend = expanded_over_pages(config.model, config.execution, sequences, continues=False, rows=Rows(0, 0))
+        y_1TD, cache = attend(attention, x_1TD, LayerPages(pages, LAYER))
+        return y_1TD[0, : batch * length].reshape(x_BSD.shape), cache.pages
 
     apart = nnx.clone(attention)
     apart.kv_b_CNX = nnx.Param(UpProjection.of(config.model, attention.kv_b_CNX[...]))
     return (
         config.model,
         functools.partial(nnx.jit(run_expanded), attention),
-        functools.partial(nnx.jit(run_absorbed), apart),
+        functools.partial(nnx.jit(run_over_pages), apart),
     )
 
 
@@ -228,13 +238,13 @@ def draw_pages(model, num_pages, filler=np.nan):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absorbed_equals_expanded(variant):
     """A prompt, a draft of two and single tokens over a cache of C + R values per token, within 1e-5 relative."""
-    model, run_expanded, run_absorbed = layer(variant)
+    model, run_expanded, run_over_pages = layer(variant)
     x_BSD, positions_BS = draw_stream(model, length=80)
     want_BSD = run_expanded(x_BSD, positions_BS, np.ones_like(positions_BS))
     pages, tables_BJ = draw_pages(model, 2 * B), contiguous_tables(B, 2, devices=1)
     parts, valid_BS = [], np.ones((B, 80), bool)
     for new in (slice(0, 76), slice(76, 77), slice(77, 79), slice(79, 80)):
-        part, pages = run_absorbed(x_BSD[:, new], pages, tables_BJ, positions_BS[:, new], valid_BS[:, new])
+        part, pages = run_over_pages(x_BSD[:, new], pages, tables_BJ, positions_BS[:, new], valid_BS[:, new])
         parts.append(part)
     error = np.linalg.norm(jnp.concatenate(parts, axis=1) - want_BSD, axis=-1) / np.linalg.norm(want_BSD, axis=-1)
     assert error.max() <= 1e-5

@@ -17,6 +17,8 @@ from deepseek_jax.inference.cache import contiguous_tables, num_pages
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.model.balance import router_stats
+from deepseek_jax.model.packed import Rows
+from deepseek_jax.model.prefill import Sequences
 from deepseek_jax.model.router import weigh
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
@@ -99,7 +101,7 @@ def test_mtp_logits():
 
 @pytest.mark.parametrize("case", ["yarn", "no_query_latent"])
 def test_absorbed_decoding_gives_the_same_logits(case):
-    """A prompt in one step, then single tokens, over a latent cache that has room left, full of NaN.
+    """Packed prompts, then single tokens, over a latent cache that has room left, full of NaN.
 
     YaRN reaches past the original length.
     """
@@ -115,14 +117,20 @@ def test_absorbed_decoding_gives_the_same_logits(case):
     decode = jax.jit(functools.partial(transformer.decode_step, model, execution))
     weights = decode_weights(model, execution, Weights(golden.params, golden.router_bias), mesh)
     weights = jax.device_get(weights)  # on no mesh
-    valid_BS = np.ones((batch, length), bool)
-    hidden, start = [], 0
-    for size in (length - 4, 1, 1, 1, 1):
-        new = slice(start, start + size)
-        positions_BS = jnp.broadcast_to(jnp.arange(start, start + size), (batch, size))
-        step, pages = decode(weights, pages, tables, tokens_BS[:, new], positions_BS, valid_BS[:, new])
+    prompt, num_tokens = length - 4, 1 << (batch * length).bit_length()
+    tokens_T = np.zeros(num_tokens, np.int32)
+    tokens_T[: batch * prompt] = tokens_BS[:, :prompt].reshape(-1)
+    sequences = Sequences.of(
+        jnp.asarray(tables), jnp.zeros(batch, jnp.int32), jnp.full(batch, prompt, jnp.int32), num_tokens
+    )
+    options = {"continues": False, "rows": Rows(0, 0)}
+    prefill = jax.jit(functools.partial(transformer.prefill_step, model, execution, **options))
+    hidden_TD, pages = prefill(weights, pages, tokens_T, sequences)
+    hidden = [hidden_TD[: batch * prompt].reshape(batch, prompt, -1)]
+    for start in range(prompt, length):
+        positions_BS, valid_BS = np.full((batch, 1), start), np.ones((batch, 1), bool)
+        step, pages = decode(weights, pages, tables, tokens_BS[:, start : start + 1], positions_BS, valid_BS)
         hidden.append(step)
-        start += size
     np.testing.assert_allclose(
         logits(golden, np.concatenate(hidden, axis=1)), golden.expected["logits_BSV"], rtol=0, atol=LOGITS_ATOL
     )
