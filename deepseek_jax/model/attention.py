@@ -19,7 +19,8 @@ N (P + R + H) = 40,960, and decoding is bound by memory.
 The latent is normalised before it is cached and the rotary key rotated, so the cache holds what both forms use.
 
 A layer attends in three steps: `project` makes queries and the cache entry of each new token, a form attends, `output`
-projects back. A form is a value (`Attend`): `expanded(...)` below makes one, `model.absorbed` and `model.prefill` others.
+projects back. A form is a value (`Attend`): `expanded(...)` below makes one, `model.absorbed` and `model.prefill` make
+others.
 """
 
 import dataclasses
