@@ -261,7 +261,8 @@ def _backward_delivery(static: Static, arrived: Arrived, numbers, g_rows, index,
     with jax.named_scope("experts"):
         first = None
         if kept is not None:
-            *terms, dweights = static.experts.backward(numbers, rows, routes.gates_WK, *kept[1:], g_rows)
+            _, route, hidden = kept
+            *terms, dweights = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
             first = tuple(terms), dweights
         terms, dweights = add_all(_count_ranges(static, arrived), first, one_range, routes.gates_WK, dweights)
     with jax.named_scope("combine"):
