@@ -91,24 +91,25 @@ def _forward(static, x_TD, gates_TK, carriers, numbers, experts_TK):
     arrived = keep(arrived._replace(rows=None), "routing")._replace(rows=keep(arrived.rows, "expert_rows"))
     y_TD, kept = forward_round(static, arrived, numbers, keeps=True)
 
-    def later(index):
-        return forward_round(static, arrive(static, index, experts_TK, gates_TK, x_TD), numbers, keeps=False)[0]
+    def later(index, carried):
+        later = arrive(static, index, experts_TK, gates_TK, x_TD)
+        return forward_round(static, later, numbers, keeps=False)[0], carried
 
     count = count_rounds(static, arrived)
     inputs = None if count is None else (x_TD, gates_TK, experts_TK)
-    return add_all(count, y_TD, later, gates_TK), (arrived, kept, numbers, inputs)
+    return add_all(count, (y_TD, ()), later, gates_TK)[0], (arrived, kept, numbers, inputs)
 
 
 def _backward(static, residuals, g_TD):
     arrived, kept, numbers, inputs = residuals
-    gradients = backward_round(static, arrived, numbers, kept, g_TD)
+    gradients = backward_round(static, arrived, numbers, kept, g_TD, None)
 
-    def later(index):
+    def later(index, dweights):
         x_TD, gates_TK, experts_TK = inputs
-        return backward_round(static, arrive(static, index, experts_TK, gates_TK, x_TD), numbers, None, g_TD)
+        later = arrive(static, index, experts_TK, gates_TK, x_TD)
+        return backward_round(static, later, numbers, None, g_TD, dweights)
 
-    gradients = add_all(count_rounds(static, arrived), gradients, later, g_TD)
-    dx_TD, dgates_TK, dweights = gradients
+    (dx_TD, dgates_TK), dweights = add_all(count_rounds(static, arrived), gradients, later, g_TD)
     return dx_TD, dgates_TK, dweights, None, None
 
 

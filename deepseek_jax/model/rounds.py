@@ -137,21 +137,34 @@ def _device(static: Static, experts_TK: jax.Array) -> jax.Array:
     return jnp.where(there, experts_TK // (static.num_experts // lax.axis_size(EXPERTS)), -1)
 
 
-def add_all(count: jax.Array | None, first: Any, one: Callable[[Any], Any], like: jax.Array) -> Any:
-    """Return the sum of `one(i)` for every i below `count`; None: there is one.
+# (index, carried) -> (terms of a sum, carried on): one round, delivery or range
+One = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def add_all(count: jax.Array | None, first: tuple[Any, Any] | None, one: One, like: jax.Array, carried: Any = ()):
+    """Return the sum of the terms of `one` for every index below `count`, and what it carries on.
+
+    Gradients of weights are carried: loops inside loops add to one copy of them.
 
     Args:
-        count: traced.
-        first: `one(0)`, or None to have the loop compute it.
+        count: traced; None: there is one.
+        first: `one(0, carried)`, or None to have the loop compute it.
         one: of a traced index.
-        like: varies over the mesh axes that results vary over.
+        like: varies over the mesh axes that terms vary over.
+        carried: to start with, without `first`.
     """
     if count is None:
-        return one(0) if first is None else first
+        return one(0, carried) if first is None else first
     start, total = 1, first
-    if first is None:
-        start, total = 0, jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), like), jax.eval_shape(one, 0))
-    return lax.fori_loop(start, count, lambda i, total: jax.tree.map(jnp.add, total, one(i)), total)
+    if total is None:
+        terms = jax.eval_shape(one, 0, carried)[0]
+        start, total = 0, (jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), like), terms), carried)
+
+    def body(index, total):
+        terms, carried = one(index, total[1])
+        return jax.tree.map(jnp.add, total[0], terms), carried
+
+    return lax.fori_loop(start, count, body, total)
 
 
 def count_rounds(static: Static, arrived: Arrived) -> jax.Array | None:
@@ -195,35 +208,39 @@ def _forward_delivery(static: Static, arrived: Arrived, numbers, index, keeps: b
         delivered = keep(delivered, "routing")
     gates_WK = delivered.routes.gates_WK
 
-    def one_range(index):
-        return static.experts.forward(numbers, rows, gates_WK, _routing(static, arrived, delivered.routes, index))[0]
+    def one_range(index, carried):
+        route = _routing(static, arrived, delivered.routes, index)
+        return static.experts.forward(numbers, rows, gates_WK, route)[0], carried
 
-    y_WD = kept = None
+    first = kept = None
     if keeps:
         route = keep(_routing(static, arrived, delivered.routes, 0), "routing")
         with jax.named_scope("experts"):
             y_WD, hidden = static.experts.forward(numbers, rows, gates_WK, route)
-        kept = delivered if static.transport.second.axes else None, route, hidden
+        first, kept = (y_WD, ()), (delivered if static.transport.second.axes else None, route, hidden)
     with jax.named_scope("experts"):
-        y_WD = add_all(_count_ranges(static, arrived), y_WD, one_range, gates_WK)
+        y_WD, _ = add_all(_count_ranges(static, arrived), first, one_range, gates_WK)
     with jax.named_scope("combine"):
         return bring(static.transport.second, delivered.places, y_WD), kept
 
 
 def forward_round(static: Static, arrived: Arrived, numbers, keeps: bool):
     """Return this device's tokens' sums of one round, and, if it `keeps`, what the backward pass needs of it."""
-    y_WD, kept = _forward_delivery(static, arrived, numbers, 0, True) if keeps else (None, None)
+    first = kept = None
+    if keeps:
+        y_WD, kept = _forward_delivery(static, arrived, numbers, 0, True)
+        first = y_WD, ()
 
-    def one(index):
-        return _forward_delivery(static, arrived, numbers, index, False)[0]
+    def one(index, carried):
+        return _forward_delivery(static, arrived, numbers, index, False)[0], carried
 
-    y_WD = add_all(_count_deliveries(static, arrived), y_WD, one, arrived.routes.gates_WK)
+    y_WD, _ = add_all(_count_deliveries(static, arrived), first, one, arrived.routes.gates_WK)
     with jax.named_scope("combine"):
         return bring(static.transport.first, arrived.places, y_WD), kept
 
 
-def _backward_delivery(static: Static, arrived: Arrived, numbers, g_rows, index, kept):
-    """Return the gradients of the rows that arrived here, of gates and of weights."""
+def _backward_delivery(static: Static, arrived: Arrived, numbers, g_rows, index, kept, dweights):
+    """Return the gradients of (the rows that arrived here, gates), and of weights, added to those so far."""
     hop = static.transport.second
     if kept is None:
         rows, (places, routes) = _deliver(static, arrived, index)
@@ -235,30 +252,39 @@ def _backward_delivery(static: Static, arrived: Arrived, numbers, g_rows, index,
         else:
             g_rows, rows = send(hop, places, (g_rows, rows))
 
-    def backward(route, hidden):
-        return static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
-
-    def one_range(index):
+    def one_range(index, dweights):
         route = _routing(static, arrived, routes, index)
-        return backward(route, static.experts.forward(numbers, rows, routes.gates_WK, route)[1])
+        hidden = static.experts.forward(numbers, rows, routes.gates_WK, route)[1]
+        *terms, more = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
+        return tuple(terms), jax.tree.map(jnp.add, dweights, more)
 
     with jax.named_scope("experts"):
-        first = None if kept is None else backward(*kept[1:])
-        dx_WD, dgates_WK, dweights = add_all(_count_ranges(static, arrived), first, one_range, routes.gates_WK)
+        first = None
+        if kept is not None:
+            _, route, hidden = kept
+            *terms, dweights = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
+            first = tuple(terms), dweights
+        terms, dweights = add_all(_count_ranges(static, arrived), first, one_range, routes.gates_WK, dweights)
     with jax.named_scope("combine"):
-        return bring(hop, places, dx_WD), bring(hop, places, dgates_WK), dweights
+        return tuple(bring(hop, places, term) for term in terms), dweights
 
 
-def backward_round(static: Static, arrived: Arrived, numbers, kept, g_TD):
-    """Return the gradients of rows, gates and weights of one round; without `kept` it computes all once more."""
+def backward_round(static: Static, arrived: Arrived, numbers, kept, g_TD, dweights):
+    """Return the gradients of (rows, gates) of one round, and those of weights.
+
+    Args:
+        static, arrived, numbers: as before.
+        kept: from the forward pass; None: compute all once more.
+        g_TD: gradient of the sums.
+        dweights: without `kept`: gradients of weights so far, to add to.
+    """
     with jax.named_scope("dispatch"):
         g_rows = send(static.transport.first, arrived.places, static.experts.pack(g_TD))
 
-    def one(index, kept=None):
-        return _backward_delivery(static, arrived, numbers, g_rows, index, kept)
+    def one(index, dweights, kept=None):
+        return _backward_delivery(static, arrived, numbers, g_rows, index, kept, dweights)
 
-    first = None if kept is None else one(0, kept)
-    dx_WD, dgates_WK, dweights = add_all(_count_deliveries(static, arrived), first, one, arrived.routes.gates_WK)
+    first = None if kept is None else one(0, None, kept)
+    terms, dweights = add_all(_count_deliveries(static, arrived), first, one, arrived.routes.gates_WK, dweights)
     with jax.named_scope("combine"):
-        dx_TD, dgates_TK = (bring(static.transport.first, arrived.places, d) for d in (dx_WD, dgates_WK))
-    return dx_TD, dgates_TK, dweights
+        return tuple(bring(static.transport.first, arrived.places, term) for term in terms), dweights

@@ -20,7 +20,7 @@ device (0, 0), whose experts are on
     token 1: (1, 0) (1, 1)      once to (1, 0), which keeps it and hands it to (1, 1)
     token 2: (0, 1)             stays in the first hop; (0, 0) hands it to (0, 1)
 
-With room for one row a pair, (1, 0) has two rows for (1, 1): token 1 comes in the second hop's second round.
+(1, 0) has two rows for (1, 1). If the second hop has room for one row a pair, token 1 comes in its second round.
 
 How many rounds there are follows from counts that every device tells all others beforehand (`rounds_to_tell`), so all
 devices of the exchange agree on them.
@@ -194,7 +194,7 @@ def num_rounds(transport: Transport, told_RX: jax.Array | None) -> tuple[jax.Arr
         first = -(-told_RX[:, 0].max() // transport.first.capacity)
     if transport.second.capacity is not None:
         nodes, inside = transport.first.parts, transport.second.parts
-        # from device (node, i) to all (node, j); a row comes to device i of its node j's neighbours from every node
+        # what device (m, i) has for device (n, j) passes (n, i): add over m
         rows = told_RX[:, -nodes * inside :].reshape(nodes, inside, nodes, inside).sum(0)
         second = -(-rows.max() // transport.second.capacity)
     return first, second
