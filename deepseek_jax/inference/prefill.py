@@ -80,17 +80,17 @@ def calls(new_tokens: Sequence[Sequence[int]], length_B: np.ndarray, num_devices
     left_B, each, found = np.array([len(row) for row in tokens]), len(tokens) // num_devices, []
     while left_B.any():
         new_B = np.zeros(len(tokens), np.int32)
-        length = _bucket(min(left_B.max(), most_tokens))
+        length = _bucket(min(int(left_B.max()), most_tokens))
         for first in range(0, len(tokens), each):
             _fill(new_B[first : first + each], left_B[first : first + each], most_tokens, length)
         begin_B = np.array([len(row) for row in tokens]) - left_B
-        num_tokens = _bucket(new_B.reshape(-1, each).sum(1).max())
+        num_tokens = _bucket(int(new_B.reshape(-1, each).sum(1).max()))
         tokens_RT = np.zeros((num_devices, num_tokens), np.int32)
         for device, packed_T in enumerate(tokens_RT):
             rows = range(device * each, (device + 1) * each)
             new = np.concatenate([tokens[row][begin_B[row] : begin_B[row] + new_B[row]] for row in rows])
             packed_T[: len(new)] = new
-        number = _power_of_two((new_B.reshape(-1, each) > 0).sum(1).max())
+        number = _power_of_two(int((new_B.reshape(-1, each) > 0).sum(1).max()))
         continues = bool(((new_B > 0) & (begin_B + length_B > 0)).any())
         found.append(Call(tokens_RT.reshape(-1), new_B, Rows(number, length), continues))
         left_B = left_B - new_B

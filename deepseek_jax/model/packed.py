@@ -20,7 +20,7 @@ Two implementations of one function, chosen by `execution.attention`:
 There is no derivative.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +86,9 @@ def attend(
         rows: of what cuDNN takes.
     """
     if execution.attention == "cudnn" and causal:
-        arrays = manual_axes.invariant((q_TNQ, k_MNQ, v_MNH, queries))
+        q, k, v, spans = manual_axes.invariant((q_TNQ, k_MNQ, v_MNH, queries))
         with manual_axes.unchecked():
-            attended = _cudnn(*arrays, scale, rows)
+            attended = _cudnn(q, k, v, spans, scale, rows)
         return jax.tree.map(lambda x: vary(x, q_TNQ), attended)
     row_T, there_T = rows_of(queries, len(q_TNQ))
     start_T = keys.start_B[row_T]
@@ -166,7 +166,8 @@ def _cudnn(q_TNQ, k_TNQ, v_TNH, spans: Spans, scale: float, rows: Rows) -> Atten
     row_R = jnp.nonzero(there_B, size=rows.number, fill_value=0)[0]
     token_RS = jnp.minimum(spans.start_B[row_R][:, None] + jnp.arange(rows.length), num_tokens - 1)
     q, k, v = (x[token_RS] for x in (q_TNQ, k_TNQ, v_TNH))
-    out_RSNH, lse_RNS = dot_product_attention(q, k, v, scale=scale, mask_type=MaskType.CAUSAL, return_residual=True)
+    attend: Any = dot_product_attention
+    out_RSNH, lse_RNS = attend(q, k, v, scale=scale, mask_type=MaskType.CAUSAL, return_residual=True)
     row_T, there_T = rows_of(spans, num_tokens)
     place_T = jnp.clip(jnp.arange(num_tokens) - spans.start_B[row_T], 0, rows.length - 1)
     rank_T = (jnp.cumsum(there_B) - 1)[row_T]

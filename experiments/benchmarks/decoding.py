@@ -213,7 +213,7 @@ def decode_program(
     )
     state = Generation(cache._replace(length_B=length_B + 0), tokens_B, finished_B)
     drawn = jax.device_put(make_rows([], 0, rows), P(ROWS))
-    burst = jit_on(measured_burst, execution, mesh, model, execution, GREEDY, donate=(1,))
+    burst: Any = jit_on(measured_burst, execution, mesh, model, execution, GREEDY, donate=(1,))
     arrays = weights, state, drawn, length_B
     lowered = burst.lower(*arrays)
     return Program(lowered, lowered.compile(), arrays, batch * BURST, BURST)
@@ -226,7 +226,7 @@ def measured_burst(model, execution, sampling, weights, state, rows, length_B) -
 
 def fill(pages: Array) -> Array:
     """Return pages of random entries, of the size of a norm's output."""
-    split = CACHE_SPECS.pages
+    split: Any = CACHE_SPECS.pages
     make = jax.jit(
         lambda: jax.random.normal(jax.random.key(1), pages.shape, jnp.bfloat16, out_sharding=split).astype(pages.dtype)
     )
@@ -250,7 +250,8 @@ def prefill_program(
     logits_BV = np.zeros((rows, model.vocab_size), np.float32)
     arrays = weights, cache, *jax.device_put((logits_BV, found[0].tokens_T, found[0].new_B), P(ROWS))
     execution = prefill.prefill_execution(config, mesh)
-    lowered = prefill.prefill_program(model, execution, mesh, found[0]).lower(*arrays)
+    program: Any = prefill.prefill_program(model, execution, mesh, found[0])
+    lowered = program.lower(*arrays)
     return Program(lowered, lowered.compile(), arrays, batch * CONTEXT.value, 1)
 
 

@@ -210,7 +210,7 @@ def layer(variant):
             y_BSD, cache = attend(attention, x_BSD, LayerPages(pages, LAYER))
             return y_BSD, cache.pages
         x_1TD = jnp.pad(x_BSD.reshape(1, -1, width), ((0, 0), (0, 256 - batch * length), (0, 0)))
-        sequences = Sequences.of(tables_BJ, positions_BS[:, 0], jnp.full(batch, length, jnp.int32), 256)
+        sequences = Sequences.of(tables_BJ, positions_BS[:, 0], valid_BS.sum(1, dtype=jnp.int32), 256)
         attend = expanded_over_pages(config.model, config.execution, sequences, continues=False, rows=Rows(0, 0))
         y_1TD, cache = attend(attention, x_1TD, LayerPages(pages, LAYER))
         return y_1TD[0, : batch * length].reshape(x_BSD.shape), cache.pages
