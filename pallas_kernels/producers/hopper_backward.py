@@ -46,9 +46,10 @@ from pallas_kernels.hopper.stream import (
     quantize_registers,
     quantized_type,
     spread,
+    whole_tiles,
 )
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
-from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, scale_of, scales_shape
+from pallas_kernels.quantized import E4M3, Quantized, Scale, largest_magnitude, scale_of
 
 SLAB = 32  # rows of a warpgroup
 SLABS = GROUP // SLAB
@@ -104,9 +105,10 @@ def swiglu_backward_quantize(
     """
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, tall, weighted = f // GROUP, pl.cdiv(m, GROUP), weight is not None
-    values, scales = quantized_type((m, 2 * f))
+    values, scales_type = quantized_type((m, 2 * f))
     values = jax.ShapeDtypeStruct((m, 2 * groups, GROUP), values.dtype)
-    sums = [jax.ShapeDtypeStruct(scales_shape((m, f), "tile"), jnp.float32)] * weighted
+    sums = [jax.ShapeDtypeStruct((groups, tall * GROUP), jnp.float32)] * weighted
+    scales = whole_tiles(scales_type, GROUP)
     kernel = launch(
         _body(m, groups, weighted, scale),
         config,
@@ -121,7 +123,7 @@ def swiglu_backward_quantize(
     results = kernel(hidden.reshape(m, 2, groups, GROUP), grad.reshape(m, groups, GROUP), *weights)
     values, scales, values_t, scales_t, act_t, act_scales_t, *sums = results
     return (
-        Quantized(values.reshape(m, 2 * f), scales, "tile"),
+        Quantized(values.reshape(m, 2 * f), scales[:, : scales_type.shape[1]], "tile"),
         Quantized(values_t, scales_t, "tile"),
         Quantized(act_t, act_scales_t, "tile"),
         jnp.sum(sums[0], axis=0)[:m] if weighted else None,

@@ -17,7 +17,7 @@ from pallas_kernels.hopper import stream
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.quantize import hopper, hopper_transposed, tpu
 from pallas_kernels.quantize import reference as quantize_reference
-from pallas_kernels.quantized import E4M3, Quantized, decode, dequantize, pad_rows
+from pallas_kernels.quantized import E4M3, Quantized, decode, dequantize
 
 M, K = 70, 256  # m is a multiple of neither 64 nor 4
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -266,22 +266,3 @@ def test_hopper_kernels_lower_for_cuda(case):
 def test_wrong_operands_are_refused_with_their_numbers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize("operation", ["quantize_tiles", "quantize_tiles_both"])
-def test_the_scales_of_a_tile_stay_in_their_group_on_hopper(operation, monkeypatch):
-    """A copy of the scales of a tile is not clipped at the end of their row, so the rows are whole tiles (jax 0.11.2).
-
-    The interpreter clips it, and does not show what happens without.
-    """
-    module, rows = {"quantize_tiles": (hopper, 64), "quantize_tiles_both": (hopper_transposed, 128)}[operation]
-    made = []
-
-    def launch(body, config, num_tiles, out_type, *rest, **options):
-        made.extend(out_type)
-        return lambda x: [jnp.zeros(kind.shape, kind.dtype) for kind in out_type]
-
-    monkeypatch.setattr(module, "launch", launch)
-    result = jax.tree.leaves(getattr(module, operation)(sample(jnp.bfloat16), "fp32"))
-    assert made[1].shape == (K // GROUP, -(-M // rows) * rows)
-    assert result[1].shape == (K // GROUP, pad_rows(M))
