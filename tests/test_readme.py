@@ -89,6 +89,7 @@ def test_measurements_are_those_of_the_records():
     assert results_table.KERNELS.read_text() == results_table.kernel_tables() + "\n"
 
 
+@pytest.mark.slow
 def test_the_table_of_chips_is_that_of_the_record():
     assert memory_table.table(memory_table.read_records()) in MEMORY
 

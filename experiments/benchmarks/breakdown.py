@@ -120,6 +120,19 @@ def kernel_table(events: list[Event], count: int = 25) -> str:
     return "\n".join([*lines, f"{rest:>10.2f} ms            in {len(sums) - len(longest)} others"])
 
 
+def kernels_of_a_step(program: str) -> int:
+    """Return the kernels in the longest loop body of a compiled program: fusions, calls of kernels, and copies."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
+    longest = 0
+    for body in bodies:
+        found = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.MULTILINE | re.DOTALL)
+        kernels = re.findall(
+            r" = .*? (?:fusion|custom-call|copy|sort|dot|convolution|scatter)\(", found[0] if found else ""
+        )
+        longest = max(longest, len(kernels))
+    return longest
+
+
 def _read(path: Path) -> Iterator[tuple[str, str, float]]:
     """Yield (instruction, kernel, nanoseconds) of the first device, or of the CPU where no device has events."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)

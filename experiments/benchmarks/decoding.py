@@ -13,7 +13,6 @@ those that a batch touches on average), and in decoding the cache. In prefill it
 """
 
 import functools
-import re
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -38,7 +37,7 @@ from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import PARAMETERS, ROWS, Fp8Weight, P, Weights, leaf_name, matrix_shape, num_lead_dims
 from experiments import command, recipe, session
-from experiments.benchmarks import report
+from experiments.benchmarks import breakdown, report
 from pallas_kernels.bench.records import provenance, write
 from pallas_kernels.quantize import quantize_blocks
 
@@ -152,7 +151,7 @@ def measure(
         ("time", 1e3 * median / program.steps, "ms"),
         ("time, fastest", 1e3 * min(seconds[2:]) / program.steps, "ms"),
         ("trace and compile", compile_seconds, "s"),
-        ("kernels of a layer", kernels_of_a_step(program.compiled.as_text()) / config.model.num_layers, ""),
+        ("kernels of a layer", breakdown.kernels_of_a_step(program.compiled.as_text()) / config.model.num_layers, ""),
         *((mode, value / program.steps, unit) for mode, value, unit in report.scope_times(events)),
     ]
     shape = {"batch": batch, "context": CONTEXT.value}
@@ -253,19 +252,6 @@ def prefill_program(
     program: Any = prefill.prefill_program(model, execution, mesh, found[0])
     lowered = program.lower(*arrays)
     return Program(lowered, lowered.compile(), arrays, batch * CONTEXT.value, 1)
-
-
-def kernels_of_a_step(program: str) -> int:
-    """Return the kernels in the longest loop body of a compiled program: fusions, calls of kernels, and copies."""
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
-    longest = 0
-    for body in bodies:
-        found = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.MULTILINE | re.DOTALL)
-        kernels = re.findall(
-            r" = .*? (?:fusion|custom-call|copy|sort|dot|convolution|scatter)\(", found[0] if found else ""
-        )
-        longest = max(longest, len(kernels))
-    return longest
 
 
 if __name__ == "__main__":

@@ -82,7 +82,13 @@ def run(cut, num_parts=1):
     return jax.device_get((*outputs, gradient))
 
 
-@pytest.mark.parametrize(("cut", "num_parts"), [*((name, 1) for name in CUTS if name != "whole"), ("whole", 2)])
+STAGES = [("three stages", 1), ("whole", 2)]
+MORE_STAGES = [("between the kinds", 1), ("among the experts", 1)]
+
+
+@pytest.mark.parametrize(
+    ("cut", "num_parts"), STAGES + [pytest.param(*stages, marks=pytest.mark.slow) for stages in MORE_STAGES]
+)
 def test_stages_one_after_the_other_and_parts_side_by_side_are_the_whole(cut, num_parts):
     x_BSD, counts_LE, gradient = run(cut, num_parts)
     want_BSD, want_LE, want = run("whole")

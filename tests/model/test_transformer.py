@@ -98,7 +98,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("full", "unrolled in part"))) for name in VARIANTS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "selective")) for name in VARIANTS]
 )
 def test_recomputation_and_unrolling_change_no_number(name):
     want_grads, want = differentiate(remat="none")

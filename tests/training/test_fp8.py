@@ -41,6 +41,7 @@ def test_a_mesh_equals_one_device():
         assert np.linalg.norm(got - expected) <= GRADIENT * np.linalg.norm(expected), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("mesh-2x1x4-fp8")
 def test_it_learns():
     on = small.on_mesh(ONE, fp8=True)

@@ -1,8 +1,11 @@
 """The command `experiments.benchmarks.decoding`: its records, its floor, and how it counts kernels."""
 
+import subprocess
+import sys
+
 import pytest
 
-from experiments.benchmarks import decoding
+from experiments.benchmarks import breakdown
 from tests.experiments.benchmarks import command
 
 PROGRAM = """
@@ -24,15 +27,17 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 
 
 def test_kernels_are_those_of_the_longest_loop():
-    assert decoding.kernels_of_a_step(PROGRAM) == 3
-    assert decoding.kernels_of_a_step("") == 0
+    assert breakdown.kernels_of_a_step(PROGRAM) == 3
+    assert breakdown.kernels_of_a_step("") == 0
 
 
-def test_numbers_of_sequences_are_checked():
-    assert decoding._number("32") == 32
-    for text in ("0", "-1", "x", "1.5", str(10**6)):
-        with pytest.raises(ValueError, match="--batch="):
-            decoding._number(text)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["0", "1.5"])
+def test_numbers_of_sequences_are_checked(number):
+    arguments = ["--config=configs/tiny.py", f"--batch=1,{number}"]
+    refused = [sys.executable, "-m", "experiments.benchmarks.decoding", *arguments]
+    done = subprocess.run(refused, cwd=command.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and f"--batch={number} must be numbers" in done.stderr
 
 
 @pytest.mark.slow
