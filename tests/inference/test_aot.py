@@ -18,7 +18,7 @@ from deepseek_jax.inference.weights import decode_weights, weight_specs
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import ROWS, P
-from experiments.benchmarks.decoding import kernels_of_a_step
+from experiments.benchmarks.breakdown import kernels_of_a_step
 from pallas_kernels import dispatch
 from tests.pallas_kernels.h100 import H100
 
