@@ -49,7 +49,10 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
 
 @pytest.mark.parametrize(
     ("weights", "sizes"),
-    [("fp8", MESHES[0]), ("bf16", MESHES[1]), pytest.param("fp32", MESHES[2], marks=pytest.mark.slow)],
+    [
+        ("fp8", MESHES[0]),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("bf16", MESHES[1]), ("fp32", MESHES[2]))),
+    ],
 )
 def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch, sizes, weights):
     """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in
