@@ -168,7 +168,7 @@ def run_cached_layers(
     Returns:
         the residual stream and the pages after the last layer.
     """
-
+    # Not a value of the configuration: a step of few tokens has kernels of its own for experts (`model.moe`).
     few = execution.exchange == "local" and x_BSD.shape[1] <= MOST_QUERIES and part.valid_BS.size <= FEW_TOKENS
     execution = dataclasses.replace(execution, experts="few") if few else execution
 

@@ -35,6 +35,7 @@ from deepseek_jax.parameters import (
     partition_specs,
 )
 from pallas_kernels.quantize import quantize_blocks
+from tests.support.drawn import drawn_weights
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 WARM = Sampling(temperature=1.0, top_k=0, top_p=1.0)
@@ -61,18 +62,8 @@ def one_device():
 CONFIG = make_config()
 
 
-@functools.cache
 def make_weights(config=CONFIG):
-    """Weights in the shapes of `init`, whose random numbers compile longer than the tests, and biases of both signs."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(
-        functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))
-    )
-    params, router_bias = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    params = jax.tree.map_with_path(
-        lambda path, leaf: jnp.array(1 + 0.1 * leaf if "norm" in path[-1].key else 0.3 * leaf), params
-    )
-    return Weights(params, jax.tree.map(lambda leaf: jnp.array(0.05 * leaf), router_bias))
+    return drawn_weights(config.model)
 
 
 @functools.partial(jax.jit, static_argnums=0)

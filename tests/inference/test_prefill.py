@@ -17,8 +17,9 @@ from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import jit_on, resolve
-from deepseek_jax.parameters import ROWS, P, Weights
+from deepseek_jax.parameters import ROWS, P
 from tests.support.cudnn import causal_attention
+from tests.support.drawn import drawn_weights
 
 LENGTHS = [40, 1, 64, 130, 7]  # tokens of the sequences
 RNG = np.random.default_rng(3)
@@ -45,17 +46,8 @@ def make_config():
 CONFIG = make_config()
 
 
-@functools.cache
 def make_weights():
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(
-        functools.partial(transformer.init, CONFIG.model), jax.eval_shape(lambda: jax.random.key(0))
-    )
-    params, router_bias = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    params = jax.tree.map_with_path(
-        lambda path, leaf: jnp.array(1 + 0.1 * leaf if "norm" in path[-1].key else 0.3 * leaf), params
-    )
-    return Weights(params, jax.tree.map(lambda leaf: jnp.array(0.05 * leaf), router_bias))
+    return drawn_weights(CONFIG.model)
 
 
 @functools.cache
