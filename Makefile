@@ -56,7 +56,7 @@ environment:
 	@.ci/environment data $(ACCELERATOR)
 
 test-environment:
-	@.ci/environment data dev docs
+	@.ci/environment data serve dev docs
 
 docs-environment:
 	@.ci/environment docs
