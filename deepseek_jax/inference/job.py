@@ -6,7 +6,7 @@ A job always ends with exactly one delta that has a `finish_reason`, whatever ha
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -60,6 +60,7 @@ class Job:
         prompt_logprobs: log-probabilities of the prompt's tokens come along, and so many of the most probable.
         salt: jobs with different salts share no pages.
         routes: the experts of every token come along.
+        spelled: the texts of special tokens, by id, that are to be part of the text; the others are left out.
     """
 
     prompt: Sequence[int]
@@ -74,6 +75,7 @@ class Job:
     prompt_logprobs: int | None = None
     salt: Hashable = None
     routes: bool = False
+    spelled: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 class Usage(NamedTuple):
