@@ -29,8 +29,8 @@ STREAM = (
     'data: {"choices":[{"delta":{"reasoning_content":"Hm, ü"}}]}\n\n: ping\n\n'
     'data: {"choices":[{"delta":{"content":"Grüße 🙂"}}]}\n\n'
     'event: other\ndata: {"choices":[{"delta":{"content":"!"},"finish_reason":"stop"}]}\n\n'
-    'data: {"choices":[],"usage":{"prompt_tokens":80,"completion_tokens":11,"prompt_tokens_details":{"cached_tokens":64},'
-    '"completion_tokens_details":{"accepted_prediction_tokens":6,"rejected_prediction_tokens":2}}}\n\n'
+    'data: {"choices":[],"usage":{"prompt_tokens":80,"completion_tokens":11,'
+    '"prompt_tokens_details":{"cached_tokens":64},"completion_tokens_details":{"accepted_prediction_tokens":6,"rejected_prediction_tokens":2}}}\n\n'
     "data: [DONE]\n\n"
 )
 

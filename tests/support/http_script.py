@@ -35,7 +35,7 @@ def reply_events(events: AsyncIterator[bytes]) -> Reply:
 
 @contextlib.contextmanager
 def serving(script: Callable[[Asked], Awaitable[Reply]]) -> Iterator[str]:
-    """Serve by a script in a thread of its own; yields the URL. The body of a reply is closed when its reader leaves."""
+    """Serve by a script in a thread of its own; yields the URL. A body is closed when its reader leaves."""
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(lambda *ends: _connection(script, *ends), "127.0.0.1", 0))
     thread = threading.Thread(target=loop.run_forever, daemon=True)

@@ -109,7 +109,8 @@ function inline(text, depth = 0) {
       mark.lastIndex = i;
       const ticks = mark.exec(text)[0];
       const end = find(ticks, i + ticks.length);
-      i = end < 0 ? i + ticks.length : add(i, end + ticks.length, { kind: "code", text: text.slice(i + ticks.length, end) });
+      const code = { kind: "code", text: text.slice(i + ticks.length, end) };
+      i = end < 0 ? i + ticks.length : add(i, end + ticks.length, code);
     } else if ((character === "*" || character === "_") && depth < DEEPEST) {
       const mark = text[i + 1] === character ? character + character : character;
       const start = i + mark.length;

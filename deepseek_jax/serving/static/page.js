@@ -62,8 +62,9 @@ function request(said) {
   if (!chats()) {
     return ["v1/completions", { max_tokens: 256, ...body, prompt: said.map(({ content }) => content).join("") }];
   }
-  const system = fields.system.value.trim();
-  return ["v1/chat/completions", { ...body, messages: [...(system ? [{ role: "system", content: system }] : []), ...said] }];
+  const content = fields.system.value.trim();
+  const system = content ? [{ role: "system", content }] : [];
+  return ["v1/chat/completions", { ...body, messages: [...system, ...said] }];
 }
 
 async function open(said, signal) {
@@ -229,7 +230,8 @@ function follow(wanted) {
 }
 
 function showError(error) {
-  at("error").textContent = error instanceof ServerError ? error.message : `The server cannot be reached: ${error.message}`;
+  const reached = error instanceof ServerError;
+  at("error").textContent = reached ? error.message : `The server cannot be reached: ${error.message}`;
   at("error").hidden = false;
   if (error.status === 401) {
     showSettings(true);
