@@ -46,8 +46,7 @@ class Answer:
     def __init__(self, service: Service, form: Form, wishes: Wishes, jobs: Sequence[Job], choices: Sequence[Choice]):
         """Make an answer of `choices`, one for each of `jobs`."""
         self._service, self._form, self._wishes, self._choices = service, form, wishes, choices
-        limits = service.limits
-        self._answers = Answers(service.model.engine, service.mailbox, jobs, limits.heartbeat_seconds)
+        self._jobs = jobs
         self._usage = UsageSum(wishes.num_choices)
         self._id, self._created = form.prefix + secrets.token_hex(12), int(time.time())
         self._began = time.monotonic()
@@ -62,23 +61,25 @@ class Answer:
         """
         notes = request.scope.setdefault("notes", {})
         notes["id"], notes["usage"] = self._id, self._usage
+        service = self._service
+        answers = Answers(service.model.engine, service.mailbox, self._jobs, service.limits.heartbeat_seconds)
         if self._wishes.stream:
-            return EventStream(self._answers, self._chunks())  # type: ignore[return-value]  # an ASGI application
-        with self._answers:
-            body = await unless_gone(request.receive, self._whole())
+            return EventStream(answers, self._chunks(answers))  # type: ignore[return-value]  # an ASGI application
+        with answers:
+            body = await unless_gone(request.receive, self._whole(answers))
         return Response(status_code=CLIENT_GONE) if body is None else JSONResponse(body)
 
-    async def _whole(self) -> dict[str, Any]:
+    async def _whole(self, answers: Answers) -> dict[str, Any]:
         parts: list[list[dict[str, Any]]] = [[] for _ in self._choices]
-        async for arrived in self._parts():
+        async for arrived in self._parts(answers):
             if arrived is not None:
                 parts[arrived[0]] += arrived[1]
         merged = [choice.merge(own) for choice, own in zip(self._choices, parts, strict=True)]
         return self._body(self._form.whole, merged) | {"usage": self._usage.body()}
 
-    async def _chunks(self) -> AsyncIterator[dict[str, Any] | None]:
+    async def _chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any] | None]:
         wishes = self._wishes
-        async for arrived in self._parts():
+        async for arrived in self._parts(answers):
             if arrived is None:
                 yield None
                 continue
@@ -102,9 +103,9 @@ class Answer:
             "choices": choices,
         }
 
-    async def _parts(self) -> AsyncIterator[tuple[int, list[dict[str, Any]]] | None]:
+    async def _parts(self, answers: Answers) -> AsyncIterator[tuple[int, list[dict[str, Any]]] | None]:
         """Yield the number of a choice and what it adds, or None for a heartbeat."""
-        async for arrival in self._answers:
+        async for arrival in answers:
             if arrival is None:
                 yield None
                 continue

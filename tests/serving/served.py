@@ -4,7 +4,6 @@ import contextlib
 import threading
 
 from deepseek_jax.serving.app import make_app
-from deepseek_jax.serving.chat_format import ChatFormat
 from deepseek_jax.serving.model import Model
 from deepseek_jax.serving.server import Server, bind, host_names
 from deepseek_jax.serving.service import Limits, Service
@@ -23,14 +22,18 @@ def fake_model(template="v3", **settings) -> Model:
     """Return a model without weights; `settings` are those of `FakeEngine`."""
     tokenizer = chat_tokenizer()
     engine = FakeEngine(tokenizer, **{"scripts": SCRIPTS, **settings})
-    chat = template and ChatFormat(tokenizer, None, vocab_size=tokenizer.vocab_size, name=template)
+    chat = None
+    if template:
+        from deepseek_jax.serving.chat_format import ChatFormat
+
+        chat = ChatFormat(tokenizer, None, vocab_size=tokenizer.vocab_size, name=template)
     return Model(
         name="fake",
         engine=engine,
         tokenizer=tokenizer,
         num_positions=engine.num_positions,
         most_jobs=engine.most_waiting,
-        chat=chat or None,
+        chat=chat,
     )
 
 
