@@ -50,11 +50,15 @@ def make_app(
         Route("/tokenize", _computed(service, tokens.tokenize), methods=["POST"]),
         Route("/detokenize", _computed(service, tokens.detokenize), methods=["POST"]),
         Route("/tokenizer_info", _told(lambda _: tokens.tokenizer_info(service.model))),
-        Route("/health", _told(lambda _: {"status": "ok"})),
+        Route("/health", _told(lambda _: _health(service))),
         Route("/metrics", _metrics(service)),
         *(Route(path, _static(response)) for path, response in page.items()),
     ]
-    handlers: Mapping[Any, Any] = {ApiError: answer_api_error, HTTPException: answer_http_exception, Exception: answer_fault}
+    handlers: Mapping[Any, Any] = {
+        ApiError: answer_api_error,
+        HTTPException: answer_http_exception,
+        Exception: answer_fault,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     # RFC 9110: a path with another slash is another path; a redirect would lose the body of a POST
     app.router.redirect_slashes = False
@@ -108,3 +112,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         message = f"the model {name[:200]!r} does not exist; GET /v1/models names the one that does"
         raise ApiError(404, message, param="model", code="model_not_found")
     return service.model.described()
+
+
+def _health(service: Service) -> dict[str, Any]:
+    if service.model.engine.stats().error is not None:
+        raise ApiError(503, "the engine has stopped", code="engine_stopped")
+    return {"status": "ok"}

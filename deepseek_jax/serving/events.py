@@ -1,9 +1,9 @@
 """Server-sent events: an answer in chunks, each of them sent when it is there.
 
-    data: {"id": ..., "choices": [...]}      a chunk
-    : waiting                                a heartbeat, which clients skip
-    data: {"error": {...}}                   what went wrong, if something did
-    data: [DONE]                             always the end
+data: {"id": ..., "choices": [...]}      a chunk
+: waiting                                a heartbeat, which clients skip
+data: {"error": {...}}                   what went wrong, if something did
+data: [DONE]                             always the end
 """
 
 import asyncio

@@ -22,11 +22,11 @@ class Model:
     Attributes:
         name: what clients call it.
         num_positions: of prompt and text together.
-        vocab_size: ids that a prompt may have.
         most_jobs: texts that one request may ask for.
         chat: how conversations become prompts; None for a model without a chat template.
         sampling: fields of `inference.sampling.Sampling` where the client says nothing.
         ends: ids that end a text, beside EOS.
+        grammars: what makes grammars of JSON schemas for its tokens.
     """
 
     name: str
@@ -37,12 +37,8 @@ class Model:
     chat: "ChatFormat | None" = None
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    grammars: "Grammars | None" = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    @property
-    def grammars(self) -> "Grammars | None":
-        """What makes grammars of JSON schemas for this vocabulary."""
-        return None if self.chat is None else self.chat.grammars
 
     @property
     def vocab_size(self) -> int:
