@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
+from deepseek_jax.inference.engine import Engine
 
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh, longest_text
 from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inputs import printable_lines, shown
@@ -138,6 +138,7 @@ def open_service(source: Source) -> "Service":
     """Return the model in an engine whose programs are compiled, with its limits."""
     from deepseek_jax.serving.chat_format import open_chat_format
     from deepseek_jax.serving.grammar import Grammars
+
     from deepseek_jax.serving.model import Model
     from deepseek_jax.serving.service import Limits, Service
 

@@ -1,4 +1,4 @@
-"""From deltas to an answer: in chunks as they come, or whole. The whole answer is its chunks joined, by construction."""
+"""From deltas to an answer: in chunks as they come, or whole. The whole answer is made of the chunks."""
 
 import secrets
 import time

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deepseek_jax.inference.completions import TokenLogprob
-from deepseek_jax.inference.job import Delta, Job
+from deepseek_jax.inference.job import Delta
 from deepseek_jax.inference.sampling import MOST_LOGPROBS
 from deepseek_jax.serving.answering import Answer, Form, end_of
 from deepseek_jax.serving.errors import ApiError

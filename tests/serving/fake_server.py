@@ -1,4 +1,4 @@
-"""Serve the fake engine, to try pages and clients without a model: `python -m tests.serving.fake_server --port=8000`."""
+"""Serve the fake engine, to try clients without a model: `python -m tests.serving.fake_server --port=8000`."""
 
 import argparse
 

@@ -38,9 +38,9 @@ def fake_model(template="v3", **settings) -> Model:
 
 
 @contextlib.contextmanager
-def served(model: Model, limits: Limits = Limits(), *, drain_seconds=5.0, log=None, **door):
+def served(model: Model, limits: Limits | None = None, *, drain_seconds=5.0, log=None, **door):
     """Yield a running server; it has drained when the context ends."""
-    service = Service(model=model, limits=limits)
+    service = Service(model=model, limits=limits or Limits())
     lines: list[str] = []
     app = make_app(service, hosts=host_names("127.0.0.1"), log=lines.append if log is None else log, **door)
     server = Server(app, service, bind("127.0.0.1", 0), drain_seconds)
