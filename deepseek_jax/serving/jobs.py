@@ -178,4 +178,5 @@ def check_count(model: Model, count: int, param: str) -> None:
         ApiError: there are too many.
     """
     if count > model.most_jobs:
-        raise ApiError(400, f"the request asks for {count} texts; at most {model.most_jobs} at once", param=param)
+        message = f"{param} asks for {count} texts; at most {model.most_jobs} at once"
+        raise ApiError(400, message, param=param, code="invalid_value")

@@ -18,7 +18,7 @@ SCRIPTS = {
 }
 
 
-def fake_model(template="v3", **settings) -> Model:
+def fake_model(template=None, **settings) -> Model:
     """Return a model without weights; `settings` are those of `FakeEngine`."""
     tokenizer = chat_tokenizer()
     engine = FakeEngine(tokenizer, **{"scripts": SCRIPTS, **settings})

@@ -92,7 +92,14 @@ def test_evaluations_get_one_entry_more_than_the_prompt_has(client, server):
 
 
 def test_what_a_body_asks_for_reaches_the_engine(client, server):
-    body = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "priority": 3, "stop_token_ids": [7], "cache_salt": "s"}
+    body = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "priority": 3,
+        "stop_token_ids": [7],
+        "cache_salt": "s",
+    }
     complete(
         client,
         temperature=0.5,
@@ -119,7 +126,12 @@ def test_ids_come_along_on_request(client, server):
 
 
 def test_a_schema_holds_for_completions_too(client):
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     text = complete(client, max_tokens=200, extra_body={"response_format": wanted}).choices[0].text
     assert text.startswith("{")

@@ -149,7 +149,9 @@ def test_a_body_of_100_mb_is_refused_and_hardly_kept(server, announced):
     content = piece * 100 if announced else (piece for _ in range(100))
     refused(post(server, content), 413, code="body_too_large") if announced else None
     if not announced:
-        answer = httpx2.post(server.url + "/v1/completions", content=content, headers={"content-type": "application/json"})
+        answer = httpx2.post(
+            server.url + "/v1/completions", content=content, headers={"content-type": "application/json"}
+        )
         refused(answer, 413, code="body_too_large")
     assert post(server, {"prompt": "a" * (BODY_BYTES + 1)}).status_code == 413
 
