@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Logprobs, Sampling
 from deepseek_jax.parameters import Weights
@@ -105,6 +106,10 @@ class Batch(Protocol):
     vocab_size: int
     most_prefill_tokens: int
     num_drafts: int
+
+    def check(self, job: Job) -> None:
+        """Refuse, with a ValueError, a job that asks for something that no row can do."""
+        ...
 
     def open_row(self, row: int, settings: RowSettings) -> None:
         """Give a row to a job, with the next step."""
