@@ -114,10 +114,12 @@ class Member:
         self._in_flight += piece.is_last
         return piece
 
-    def commit(self, num_tokens: int) -> None:
-        """Say that the first `num_tokens` are written by steps that are dispatched."""
+    def commit(self, num_tokens: int) -> bool:
+        """Say that steps that are dispatched write the first `num_tokens`; return whether pages may have changed."""
         assert self._sequence is not None
+        before = len(self._sequence) // PAGE_SIZE
         self._sequence.commit(self.ids[len(self._sequence) : num_tokens])
+        return len(self._sequence) // PAGE_SIZE > before
 
     def can_decode(self) -> bool:
         """Whether the step that is planned chooses a token for it."""
@@ -150,8 +152,7 @@ class Member:
         num_written = len(self.ids) - 1
         if num_written // PAGE_SIZE == len(self._sequence) // PAGE_SIZE:
             return False
-        self.commit(num_written)
-        return True
+        return self.commit(num_written)
 
     @property
     def in_flight(self) -> int:

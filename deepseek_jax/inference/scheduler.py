@@ -34,6 +34,8 @@ import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from deepseek_jax.inference.member import Lane, Member, Piece
 from deepseek_jax.inference.page_pool import PAGE_SIZE, FullError, PagePool
 from deepseek_jax.inference.pages import PagedSequence
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
 
     closed: list[int]
     opened: list[Member]
-    tables: list[Member]  # whose pages have changed, those of `opened` too
+    tables: list[tuple[Member, np.ndarray]]  # pages of those whose pages have changed, those of `opened` too
     pieces: list[Piece]
     decodes: list[Member]
 
@@ -123,11 +125,12 @@ class Scheduler:
         opened = self._admit(budgets, admit)
         pieces += [self._piece(member, budgets) for member in opened]
         found = [piece for piece in pieces if piece]
-        for piece in found:  # after all were let in: what this step writes, only later ones read
-            piece.member.commit(piece.end)
-        changed = [member for member in self._changed if member.row is not None]
-        plan = Plan(self._closed, opened, changed, found, decodes)
+        tables = [(member, member.table()) for member in self._changed]
+        plan = Plan(self._closed, opened, tables, found, decodes)
         self._closed, self._changed = [], {}
+        for piece in found:  # with all done: what this step writes, only later ones find
+            if piece.member.commit(piece.end):
+                self._changed[piece.member] = None
         return plan
 
     def _decode(self) -> list[Member]:

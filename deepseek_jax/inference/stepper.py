@@ -187,8 +187,8 @@ class Stepper:
             batch.close_row(row)
         for member in plan.opened:
             batch.open_row(member.row, self._settings(member))
-        for member in plan.tables:
-            batch.set_table(member.row, member.table())
+        for member, table_P in plan.tables:
+            batch.set_table(member.row, table_P)
         if not plan:
             return None
         decodes_B = np.zeros(batch.num_rows, bool)

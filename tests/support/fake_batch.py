@@ -1,4 +1,4 @@
-"""A device side of the engine without a model: it keeps ids in pages, and the next token is a function of what it reads.
+"""A device side of the engine without a model: pages keep ids, and the next token is a function of what is read.
 
 A wrong page, an entry that is not written, a table that came too late: each gives another token, or raises.
 """
