@@ -162,4 +162,3 @@ def _draw(sampling: RowSampling, logits_BV: Array, keys_B: Array, warm_B: Array)
     by_id_B = jax.lax.cond((warm_B & ~ranked_B).any(), by_id, lambda: nothing_B)
     ranked_B_ids = jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: nothing_B)
     return jnp.where(ranked_B, ranked_B_ids, by_id_B)
-
