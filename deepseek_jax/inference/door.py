@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from deepseek_jax.inference.device import Batch
+from deepseek_jax.inference.device import Device
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inference.requests import check_bias
 from deepseek_jax.inference.sampling import MOST_LOGPROBS
 
 
-def check_job(job: Job, batch: Batch) -> None:
+def check_job(job: Job, batch: Device) -> None:
     """Refuse a job that cannot be done.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Self
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Answers
 from deepseek_jax.inference.completions import TokenLogprob
-from deepseek_jax.inference.device import Batch
+from deepseek_jax.inference.device import Device
 from deepseek_jax.inference.door import check_job
 from deepseek_jax.inference.inbox import Inbox
 from deepseek_jax.inference.job import ClosedError, Job, Listener, QueueFullError, Stats, Ticket
@@ -41,7 +41,7 @@ class Engine:
 
     def __init__(
         self,
-        batch: Batch,
+        batch: Device,
         tokenizer: Tokenizer,
         *,
         most_waiting: int = 1024,

@@ -19,7 +19,6 @@ class Reply:
 
     Attributes:
         job: what was asked for.
-        ends: ids that end the text.
         words_W: what the next token may be, where there is a grammar; see `job.Grammar`.
         num_logprobs: most probable tokens that come with each; None without log-probabilities.
     """
@@ -29,7 +28,6 @@ class Reply:
         self.job = job
         self._listener = listener
         self._text = Text(tokenizer, job.stop, job.ignore_eos, job.spelled)
-        self.ends = self._text.ends
         own = job.own.num_logprobs
         self.num_logprobs = job.sampling.num_logprobs if own is None else own
         self._prompt_logprobs: list[TokenLogprob | None] | None = None if job.prompt_logprobs is None else [None]

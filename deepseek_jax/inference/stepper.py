@@ -19,15 +19,17 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_jax.inference.counters import Counters
-from deepseek_jax.inference.device import Batch, RowSettings, Step, StepResult
-from deepseek_jax.inference.device import Piece as RowPiece
+from deepseek_jax.inference.device import Device, Dispatched
 from deepseek_jax.inference.inbox import Inbox
 from deepseek_jax.inference.job import CANCELLED, DEADLINE, ERROR, LENGTH, ClosedError
 from deepseek_jax.inference.member import Member, Piece
 from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.reply import Reply
+from deepseek_jax.inference.row_state import RowSettings
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.scheduler import ALL, BEGUN, Plan, Scheduler
+from deepseek_jax.inference.step import Piece as RowPiece
+from deepseek_jax.inference.step import StepResult
 
 FINISH, KEEP, RECOMPUTE, ABORT = "finish", "keep", "recompute", "abort"  # what becomes of running jobs at a change
 
@@ -43,7 +45,7 @@ class Change(NamedTuple):
 class _Ahead(NamedTuple):
     """A step that was dispatched and not read."""
 
-    step: Step
+    step: Dispatched
     pieces: list[tuple[int, Piece]]  # with their rows
     choosing: list[tuple[int, Member]]  # who gets tokens
 
@@ -51,7 +53,7 @@ class _Ahead(NamedTuple):
 class Stepper:
     """What the engine's thread has. Its methods are called by that thread, but for `run`'s start."""
 
-    def __init__(self, batch: Batch, inbox: Inbox, seed: int, version: int, beside: int):
+    def __init__(self, batch: Device, inbox: Inbox, seed: int, version: int, beside: int):
         """Begin without jobs; `seed` is that of jobs without one; see `Scheduler` for `beside`."""
         self._batch, self._inbox, self._seed = batch, inbox, seed
         self.pools = [PagePool(batch.num_pages) for _ in range(batch.num_devices)]
@@ -199,10 +201,7 @@ class Stepper:
         for row, member in choosing:
             if member.masked:
                 batch.set_mask(row, member.owner.words_W)
-        step = batch.step(
-            [RowPiece(row, piece.member.ids[piece.begin : piece.end], piece.is_last) for row, piece in pieces],
-            decodes_B,
-        )
+        step = batch.step([_row_piece(row, piece) for row, piece in pieces], decodes_B)
         self.counters.step()
         return _Ahead(step, pieces, choosing)
 
@@ -215,18 +214,17 @@ class Stepper:
             self.counters.begin(member.num_prompt, member.cached)
         seed, number = (self._seed, member.rank[1]) if job.own.seed is None else (job.own.seed, 0)
         return RowSettings(
-            prompt=job.prompt,
-            made=member.ids[member.num_prompt :],
-            start=member.start,
-            max_new_tokens=member.most - len(member.ids),
-            ends=reply.ends,
             sampling=job.sampling,
             own=job.own,
             seed=seed,
             number=number & 0xFFFFFFFF,
+            max_new_tokens=member.most - len(member.ids),
+            end_ids=[token for token in job.stop if not isinstance(token, str)],
+            ignore_eos=job.ignore_eos,
+            prompt=job.prompt,
+            output=member.ids[member.num_prompt :],
+            length=member.start,
             masked=member.masked,
-            prompt_logprobs=job.prompt_logprobs,
-            routes=job.routes,
         )
 
     def _read(self, ahead: _Ahead) -> None:
@@ -284,6 +282,13 @@ class Stepper:
         self.scheduler.end(member)
         self.counters.end(reason)
         self._inbox.note_end()
+
+
+def _row_piece(row: int, piece: Piece) -> RowPiece:
+    """Return a piece as the device takes it."""
+    member, wants = piece.member, piece.member.owner.wants_whole_prompt
+    following = member.ids[piece.end] if wants and piece.end < len(member.ids) else None
+    return RowPiece(row, member.ids[piece.begin : piece.end], piece.is_last, wants, following)
 
 
 def _of_row(logprobs: Logprobs | None, row: int) -> Logprobs | None:

@@ -5,13 +5,12 @@ A wrong page, an entry that is not written, a table that came too late: each giv
 
 import numpy as np
 
-from deepseek_jax.inference.device import StepResult
 from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inference.sampling import Logprobs
+from deepseek_jax.inference.step import StepResult
 
 UNWRITTEN = -(10**9)
 VERSION = 1000  # what a version of the weights adds to an entry
-NUM_ROUTES = 2, 3  # MoE layers, experts of a token
 
 
 def next_token(entries, vocab_size, salt=0):
@@ -66,7 +65,7 @@ class FakeBatch:
 
     def open_row(self, row, settings):
         assert row not in self.rows
-        self.rows[row] = Row(settings)
+        self.rows[row] = Row(settings, self.eos)
 
     def close_row(self, row):
         del self.rows[row]
@@ -92,11 +91,10 @@ class FakeBatch:
         assert not any(decodes_B[piece.row] for piece in pieces)
         self.log.append((sum(len(piece.ids) for piece in pieces), int(decodes_B.sum())))
         tokens, counts = np.zeros((self.num_rows, 1), np.int32), np.zeros(self.num_rows, np.int32)
-        chosen, prompts, routes = np.zeros((self.num_rows, 1), np.float32), {}, {}
+        chosen, prompts = np.zeros((self.num_rows, 1), np.float32), {}
         for piece in pieces:
             row = self.rows[piece.row]
             prompts |= self._evaluate(piece, row)
-            routes |= self._route(piece.row, row, len(piece.ids))
             row.write(self, piece.ids)
             if piece.is_last and row.left:
                 self._choose(piece.row, tokens, counts, chosen)
@@ -104,12 +102,12 @@ class FakeBatch:
             row = self.rows[number]
             if row.ended:
                 continue
-            routes |= self._route(number, row, 1)
             row.write(self, [row.last])
             self._choose(number, tokens, counts, chosen)
         top = np.repeat(chosen[..., None], 20, 2)
         ids = np.repeat(tokens[..., None], 20, 2)
-        return FakeStep(StepResult(tokens, counts, Logprobs(chosen, ids, top), prompts, routes))
+        ended = np.array([number in self.rows and self.rows[number].ended for number in range(self.num_rows)])
+        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts))
 
     def _choose(self, number, tokens, counts, chosen):
         row = self.rows[number]
@@ -121,29 +119,24 @@ class FakeBatch:
             row.mask = None
         tokens[number, 0], counts[number], chosen[number, 0] = token, 1, logprob(entries, token)
         row.last, row.left = token, row.left - 1
-        row.ended = token in row.settings.ends or row.left == 0
+        row.ended = token in row.ends or row.left == 0
 
     def _evaluate(self, piece, row):
-        count, prompt = row.settings.prompt_logprobs, row.settings.prompt
-        if count is None or row.length + 1 >= len(prompt):
+        if not piece.logprobs:
             return {}
-        assert list(prompt[row.length : row.length + len(piece.ids)]) == list(piece.ids)[: len(prompt) - row.length]
-        ends = range(row.length + 1, min(row.length + len(piece.ids) + 1, len(prompt)))
-        values = [logprob([token + VERSION * self.version for token in prompt[:end]], prompt[end]) for end in ends]
+        ids = [*piece.ids, *([] if piece.following is None else [piece.following])]
+        before = row.read(self).tolist()
+        entries = [token + VERSION * self.version for token in ids]
+        values = [logprob([*before, *entries[: i + 1]], ids[i + 1]) for i in range(len(ids) - 1)]
         values = np.array(values, np.float32)
         return {piece.row: Logprobs(values, np.zeros((len(values), 20), int), np.zeros((len(values), 20)))}
 
-    def _route(self, number, row, num_tokens):
-        if not row.settings.routes:
-            return {}
-        positions = np.arange(row.length, row.length + num_tokens)[:, None, None]
-        return {number: np.broadcast_to(positions, (num_tokens, *NUM_ROUTES)).astype(np.uint16)}
-
 
 class Row:
-    def __init__(self, settings):
+    def __init__(self, settings, eos):
         self.settings, self.table, self.mask = settings, None, None
-        self.length, self.left, self.last, self.ended = settings.start, settings.max_new_tokens, None, False
+        self.length, self.left, self.last, self.ended = settings.length, settings.max_new_tokens, None, False
+        self.ends = {*settings.end_ids} | ({eos} if not settings.ignore_eos else set())
 
     def write(self, batch, ids):
         for token in ids:
