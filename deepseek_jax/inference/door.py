@@ -5,7 +5,6 @@ import numpy as np
 from deepseek_jax.inference.device import Device
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.page_pool import PAGE_SIZE
-from deepseek_jax.inference.requests import check_bias
 from deepseek_jax.inference.sampling import MOST_LOGPROBS
 
 
@@ -41,7 +40,6 @@ def check_job(job: Job, batch: Device) -> None:
             f"a prompt of {num_prompt} tokens and {num_new} new ones take {num_pages} pages of {PAGE_SIZE}, and the"
             f" cache has {batch.num_pages}; ask for fewer tokens, or make a larger cache"
         )
-    check_bias(job.own, batch.vocab_size)
     stops = [token for token in job.stop if not isinstance(token, str)]
     if any(not 0 <= token < batch.vocab_size for token in stops):
         raise ValueError(f"stop has ids beyond 0 to {batch.vocab_size - 1}: {stops}")
