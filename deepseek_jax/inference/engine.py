@@ -206,7 +206,7 @@ class Engine:
             try:
                 return self.submit(job, answers.listener(i))
             except QueueFullError as error:
-                answers.wait_for_one(error.retry_after)
+                answers.wait_for_one(min(error.retry_after, 0.1))
 
 
 class _Ticket:

@@ -6,6 +6,7 @@ A wrong page, an entry that is not written, a table that came too late: each giv
 import numpy as np
 
 from deepseek_jax.inference.page_pool import PAGE_SIZE
+from deepseek_jax.inference.requests import check_bias
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.step import StepResult
 
@@ -59,9 +60,12 @@ class FakeBatch:
         self.log = []  # (prompt tokens, decoding rows) of each step
         self.fails_at = None
 
+    def fail_at(self, step):
+        """Let this step fail when it is read."""
+        self.fails_at = step
+
     def check(self, job):
-        if len(job.own.logit_bias) > 300:
-            raise ValueError("too many biases")
+        check_bias(job.own, self.vocab_size)
 
     def open_row(self, row, settings):
         assert row not in self.rows
