@@ -12,7 +12,7 @@ from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import ClosedError, Job, QueueFullError
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
-from tests.support.fake_batch import VERSION, FakeBatch, logprob, text_ids
+from tests.support.fake_batch import VERSION, FakeBatch, fake_weights, logprob, text_ids
 
 TOKENIZER = byte_tokenizer()
 DRAWN = Sampling(temperature=1.0, top_k=0, top_p=1.0)
@@ -291,7 +291,7 @@ def test_new_weights_wait_for_those_that_run():
             engine.submit(job, listener)
         while len(heard[0]) < 20:
             time.sleep(0.001)
-        engine.update_weights(5, version=5)
+        engine.update_weights(fake_weights(5), version=5)
         after = engine.generate([jobs[0]])[0]
         assert engine.stats().version == 5
     answers = [listener.answer() for listener in heard]
@@ -307,13 +307,13 @@ def test_new_weights_at_once(running):
         engine.submit(job, heard)
         while len(heard) < 20:
             time.sleep(0.001)
-        engine.update_weights(1, running=running)
+        engine.update_weights(fake_weights(1), running=running)
         answer = heard.answer()
         assert engine.stats().version == 1
         with pytest.raises(ValueError, match="do not fit"):
-            engine.update_weights("wrong")
+            engine.update_weights(fake_weights(None))
         with pytest.raises(ValueError, match="'sometimes'"):
-            engine.update_weights(1, running="sometimes")
+            engine.update_weights(fake_weights(1), running="sometimes")
         assert engine.generate([job])[0].versions == [1] * 400
     num_old = answer.versions.count(0)
     assert answer.ids[:num_old] == want_ids(batch, job)[:num_old] and num_old >= 20
@@ -340,7 +340,7 @@ def test_pause_and_resume():
         ticket = engine.submit(long_job(5), waiting)
         engine.submit(long_job(5, deadline=time.monotonic() + 0.05), late)
         with pytest.raises(RuntimeError, match="resume it first"):
-            engine.update_weights(1)
+            engine.update_weights(fake_weights(1))
         assert late.answer().finish_reason == "deadline"
         ticket.cancel()
         assert waiting.answer().finish_reason == "cancelled"
@@ -380,7 +380,7 @@ def test_if_the_device_fails_every_job_ends_and_the_engine_says_so():
         with pytest.raises(ClosedError, match="the device is gone"):
             engine.submit(long_job(), Heard())
         with pytest.raises(ClosedError):
-            engine.update_weights(1)
+            engine.update_weights(fake_weights(1))
         assert "the device is gone" in engine.stats().error and engine.stats().finished["error"] == 4
 
 

@@ -9,6 +9,7 @@ from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inference.requests import check_bias
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.step import StepResult
+from deepseek_jax.parameters import Weights
 
 UNWRITTEN = -(10**9)
 VERSION = 1000  # what a version of the weights adds to an entry
@@ -30,6 +31,11 @@ def text_ids(prompt, num_tokens, vocab_size, ends=(), version=0, salt=0):
         made.append(token)
         entries.append(token + VERSION * version)
     return made
+
+
+def fake_weights(version):
+    """Return weights for `FakeBatch.update_weights`; those of version None do not fit."""
+    return Weights({"head_DV": np.zeros((1, 300)), "version": version}, {})
 
 
 def logprob(entries, target):
@@ -82,9 +88,9 @@ class FakeBatch:
         self.rows[row].mask = np.flatnonzero(bits)
 
     def update_weights(self, weights):
-        if not isinstance(weights, int):
+        if weights.params["version"] is None:
             raise ValueError("the weights do not fit")
-        self.version = weights
+        self.version = weights.params["version"]
 
     def step(self, pieces, decodes_B):
         if self.before:
