@@ -75,6 +75,9 @@ MOST_BODY_MIB = flags.DEFINE_integer(
 DRAIN_SECONDS = flags.DEFINE_float(
     "drain_seconds", 30.0, "For which running requests may go on after Ctrl-C or SIGTERM.", lower_bound=0.0
 )
+NUM_DRAFTS = flags.DEFINE_integer(
+    "num_drafts", 0, "Tokens that the MTP layer drafts for each text; 0 drafts none.", lower_bound=0, upper_bound=3
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the engine.", lower_bound=0, upper_bound=2**32 - 1)
 
 KEY_VARIABLE = "DEEPSEEK_JAX_API_KEY"
@@ -183,6 +186,7 @@ def open_engine(source: Source, tokenizer: Tokenizer) -> Engine:
         num_rows=BATCH_SIZE.value,
         num_pages=None if CACHE_TOKENS.value is None else -(-CACHE_TOKENS.value // PAGE_SIZE),
         num_positions=MOST_POSITIONS.value,
+        num_drafts=NUM_DRAFTS.value,
         most_waiting=MOST_WAITING.value,
         seed=SEED.value,
     )

@@ -78,12 +78,15 @@ class Answer:
         return self._body(self._form.whole, merged) | {"usage": self._usage.body()}
 
     async def _chunks(self, answers: Answers) -> AsyncIterator[dict[str, Any] | None]:
-        wishes = self._wishes
+        """Yield chunks, and None where nothing was sent for long: tokens may come whose text is held back."""
+        wishes, sent = self._wishes, time.monotonic()
         async for arrived in self._parts(answers):
-            if arrived is None:
-                yield None
-                continue
-            for part in arrived[1]:
+            parts = () if arrived is None else arrived[1]
+            if parts or time.monotonic() - sent >= self._service.limits.heartbeat_seconds:
+                sent = time.monotonic()
+                if not parts:
+                    yield None
+            for part in parts:
                 chunk = self._body(self._form.chunk, [part])
                 if wishes.usage_always:
                     chunk["usage"] = self._usage.body()

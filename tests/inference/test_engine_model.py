@@ -1,9 +1,7 @@
 """The engine over a small model in FP32: every job gets what `complete` and teacher forcing give it alone."""
 
 import functools
-import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.opening import open_batch
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.model import transformer
 from tests.inference.test_decode import make_config, one_device
 from tests.support.drawn import drawn_weights
 

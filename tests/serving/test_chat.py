@@ -66,7 +66,9 @@ def joined(stream):
     found: dict[int, dict] = {}
     for chunk in stream:
         for choice in chunk.choices:
-            own = found.setdefault(choice.index, {"content": "", "reasoning": "", "calls": [], "ends": [], "tokens": []})
+            own = found.setdefault(
+                choice.index, {"content": "", "reasoning": "", "calls": [], "ends": [], "tokens": []}
+            )
             assert choice.delta.role in (None, "assistant")
             own["content"] += choice.delta.content or ""
             own["reasoning"] += getattr(choice.delta, "reasoning_content", None) or ""

@@ -47,6 +47,14 @@ def test_heartbeats_come_while_nothing_else_does(server):
     assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 
+def test_heartbeats_come_while_tokens_are_held_back(slow):
+    """The text may be the beginning of a stop string, token after token."""
+    with streaming(slow, prompt="greet", stop=["Grüße, 世界! and more"], max_tokens=100) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines.index(": waiting") < min(i for i, line in enumerate(lines) if "Grü" in line)
+    assert lines[-1] == "data: [DONE]"
+
+
 def test_a_stream_ends_with_done_whatever_happens(server, slow):
     with streaming(server, max_tokens=3) as answer:
         assert events(answer)[-1] == "[DONE]"
