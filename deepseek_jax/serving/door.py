@@ -108,11 +108,8 @@ class Door:
         metrics = self._service.metrics
         try:
             self._check(scope)
-            metrics.active += 1
-            try:
+            with metrics.answering():
                 await self._app(scope, receive, noting)
-            finally:
-                metrics.active -= 1
         except ApiError as error:
             await error.response()(scope, receive, noting)
         except Exception as error:

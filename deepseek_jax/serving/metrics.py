@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
@@ -50,6 +51,15 @@ class Metrics:
         self._responses: collections.Counter[tuple[str, int]] = collections.Counter()
         self._tokens: collections.Counter[int] = collections.Counter()  # by second
         self.active = 0
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request as one that is being answered."""
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
 
     def count_response(self, path: str, status: int) -> None:
         """Count an answer; `path` is one of the server's own."""

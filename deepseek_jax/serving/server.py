@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -197,9 +196,9 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        if self.cycle is not None and not self.cycle.response_complete:
             self._head = _cancelled(self._head)
-        elif self._head is None and (self.cycle is None or self.conn.trailing_data[0]):
+        elif self._head is None:
             self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
 

@@ -20,14 +20,14 @@ from tests.support.drawn import drawn_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engine_served")]
 
-NUM_POSITIONS = 320
+NUM_POSITIONS = 1024
 
 
 @pytest.fixture(scope="module")
 def served_engine():
     tokenizer = chat_tokenizer()
     config = make_config(vocab_size=tokenizer.vocab_size).with_(data={"sequence_length": NUM_POSITIONS})
-    sizes = {"num_rows": 8, "num_pages": 40, "most_prefill_tokens": 128, "silent": True}
+    sizes = {"num_rows": 8, "num_pages": 64, "most_prefill_tokens": 128, "silent": True}
     engine = Engine.open(config, drawn_weights(config.model), tokenizer, one_device(), **sizes)
     chat = ChatFormat(tokenizer, None, vocab_size=tokenizer.vocab_size, name="v3")
     model = Model(
@@ -112,6 +112,7 @@ def test_chat_with_a_schema_and_a_tool_that_must_be_called(served_engine, client
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     choice = client.chat.completions.create(**settings, tools=tools, tool_choice="required").choices[0]
     if choice.finish_reason == "tool_calls":
+        assert choice.message.tool_calls[0].function.name == "f"
         assert json.loads(choice.message.tool_calls[0].function.arguments)["x"] in (1, 2)
     settled(served_engine.service.model.engine)
 

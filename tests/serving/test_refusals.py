@@ -166,8 +166,8 @@ def test_the_type_of_a_body_keeps_foreign_pages_out(server):
 def test_a_client_that_sends_slowly_is_told_so(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
-        connection.sendall(head.encode() + b'{"prompt": "a')
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b'Content-Length: 50\r\n\r\n{"prompt": "a')
         answer = connection.recv(65536)
         assert b" 408 " in answer.split(b"\r\n")[0] and b"body_too_slow" in answer
 
