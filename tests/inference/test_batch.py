@@ -316,3 +316,27 @@ def test_a_batch_that_cannot_be_is_refused():
         )
     with pytest.raises(ValueError, match="pages would fit"):
         DeviceBatch(CONFIG, make_weights(), one_device(), num_rows=1, num_pages=10**9, num_positions=1, eos=1)
+
+
+@pytest.mark.slow
+def test_rows_of_two_devices_get_what_each_gets_alone():
+    """The devices share the experts; each has rows and pages of its own, and the same page numbers."""
+    batch = make_batch(mesh=generate.expert_mesh(CONFIG.model, 2))
+    assert (batch.num_devices, batch.num_rows, batch.device_of(2), batch.device_of(3)) == (2, 6, 0, 1)
+    samplings = [GREEDY, WARM, GREEDY, GREEDY, WARM, GREEDY]
+    jobs = Host(batch).run(jobs_of(samplings), most_running=4)
+    for i, job in enumerate(jobs):
+        assert job.tokens == alone(PROMPTS[i], LENGTHS[i], samplings[i], number=i), i
+    assert {batch.device_of(job.row) for job in jobs} == {0, 1}
+    batch.copy_pages(4, [Copy(1, 2), Copy(2, 3)])
+    batch.open_row(4, RowSettings(sampling=GREEDY, max_new_tokens=0))
+    batch.set_table(4, [0])
+    piece = Piece(4, TOKENS[6][:40], True, True)
+    before = np.asarray(batch._calls._pages)
+    found = batch.step([piece], np.zeros(6, bool)).read().prompt_logprobs[4]
+    after = np.asarray(batch._calls._pages)
+    assert (after[:, [PAGES + 2, PAGES + 3]] == before[:, [PAGES + 1]]).all()
+    assert (after[:, :PAGES] == before[:, :PAGES]).all() and (after[:, PAGES] != before[:, PAGES]).any()
+    logits_SV = expanded_logits(CONFIG, make_weights(), np.array([piece.ids + [0] * 24]))[0]
+    log_SV = np.asarray(jax.nn.log_softmax(logits_SV.astype(jnp.float32)))
+    np.testing.assert_allclose(found.chosen_B, log_SV[np.arange(39), piece.ids[1:]], atol=1e-5)
