@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(5).integers(0, 300, (8, 300)).tolist()
 SHARED = TOKENS[7][:140]
 PROMPTS = [TOKENS[0][:5], TOKENS[1][:230], SHARED, TOKENS[3][:64], SHARED[:130] + TOKENS[4][:9], TOKENS[5][:1]]
 LENGTHS = [20, 7, 12, 1, 9, 30]
-WARM = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, presence_penalty=0.5)
+WARM = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, presence_penalty=-3.0)
 
 
 def make_batch(config=CONFIG, weights=None, mesh=None, rows=ROWS, eos=NEVER):
@@ -256,7 +256,7 @@ def test_other_weights_need_no_program_and_bad_ones_change_nothing(batch):
     weights = make_weights()
     other = weights._replace(params=weights.params | {"head_DV": weights.params["head_DV"][:, ::-1]})
     short = weights._replace(params=weights.params | {"head_DV": weights.params["head_DV"][:, :299]})
-    with pytest.raises(ValueError, match="other shapes"):
+    with pytest.raises(ValueError, match=r"head_DV.* is float32\[32, 299\] where float32\[32, 300\]"):
         batch.update_weights(short)
     programs = dict(batch._calls._programs)
     batch.update_weights(other)
@@ -287,6 +287,22 @@ def test_a_step_leaves_pages_in_place(batch):
     for name, program in batch._calls._programs.items():
         found = re.findall(rf"= f32\[(?:{shape}|{flat})\]\S* copy\(.*", program.as_text())
         assert not found, (name, found)
+
+
+def test_pages_are_copied_in_their_order(batch):
+    """The second copy reads what the first has written; ten take two calls."""
+    batch.update_weights(make_weights())
+    batch.open_row(0, RowSettings(sampling=GREEDY, max_new_tokens=0))
+    batch.set_table(0, [1])
+    batch.step([Piece(0, [5, 6, 7], True)], np.zeros(ROWS, bool)).read()
+    before = np.asarray(batch._calls._pages)
+    batch.copy_pages(0, [Copy(page, page + 1) for page in range(1, 11)])
+    batch.step([], np.zeros(ROWS, bool)).read()
+    batch.close_row(0)
+    after = np.asarray(batch._calls._pages)
+    assert (
+        before[:, 1, :3].any() and (after[:, 1:12] == before[:, [1]]).all() and (after[:, 12:] == before[:, 12:]).all()
+    )
 
 
 @pytest.mark.parametrize(
