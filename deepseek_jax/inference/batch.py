@@ -25,10 +25,11 @@ from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.cache import num_pages as pages_of
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
+from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import FEWEST_TOKENS, prefill_execution
-from deepseek_jax.inference.requests import check_bias
+from deepseek_jax.inference.requests import Request, check_bias
 from deepseek_jax.inference.row_calls import MOST_COPIES, Calls, Sizes
 from deepseek_jax.inference.row_state import (
     MASK,
@@ -93,6 +94,7 @@ class DeviceBatch:
         self.num_devices = axis_size(mesh, ROWS)
         self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions), most_prefill_tokens
+        self.num_positions, self.num_drafts = num_positions, num_drafts
         self._config, self._mesh, self._eos = config, mesh, eos
         model, executions = config.model, (decode_execution(config, mesh), prefill_execution(config, mesh))
         sizes = Sizes(self.num_devices, self.num_rows, num_pages, self.num_columns, num_positions, most_prefill_tokens)
@@ -100,7 +102,7 @@ class DeviceBatch:
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh)
         self._calls = Calls(model, executions, mesh, sizes, placed)
-        self._vocab_size = placed.params["head_DV"].shape[1]
+        self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
         self._tables_changed = False
         self._open: dict[int, RowSettings] = {}
@@ -117,6 +119,12 @@ class DeviceBatch:
         """Return the number of the device that has a row, whose pages the row's table means."""
         return row * self.num_devices // self.num_rows
 
+    def check(self, job: Job) -> None:
+        """Refuse, with a ValueError, what no row can do."""
+        check_own(job.own, self.vocab_size)
+        if job.routes:
+            raise ValueError("routes are not told yet; leave them out")
+
     def open_row(self, row: int, settings: RowSettings) -> None:
         """Begin a job in a closed row; it is on the device with the next step.
 
@@ -125,9 +133,7 @@ class DeviceBatch:
         """
         if row in self._open or not 0 <= row < self.num_rows:
             raise ValueError(f"row {row} is open, or none of the {self.num_rows} rows; close it first")
-        check_bias(settings.own, self._vocab_size)
-        if len(settings.own.logit_bias) > MOST_BIASES:
-            raise ValueError(f"logit_bias has {len(settings.own.logit_bias)} ids; give at most {MOST_BIASES}")
+        check_own(settings.own, self.vocab_size)
         self._open[row] = self._changed[row] = settings
         self._is_plain_B[row], self._wants_logprobs_B[row] = settings.is_plain, settings.wants_logprobs
 
@@ -255,6 +261,13 @@ class DeviceBatch:
                 record["writes"] |= MASK
                 words_UW[i] = masks[row]
         self._calls.update(records, words_UW)
+
+
+def check_own(own: Request, vocab_size: int) -> None:
+    """Refuse a bias of an id that no token has, and more of them than a row can have."""
+    check_bias(own, vocab_size)
+    if len(own.logit_bias) > MOST_BIASES:
+        raise ValueError(f"logit_bias has {len(own.logit_bias)} ids; give at most {MOST_BIASES}")
 
 
 def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_tokens: int) -> None:

@@ -245,8 +245,8 @@ def keep_near(logits_BV: Array, log_share: float | Array) -> Array:
 def keep_top_p(values_BK: Array, top_p: float | Array, log_sum_B1: Array | None = None) -> Array:
     """Keep of logits in falling order the fewest whose probabilities sum to `top_p` or more, at least one.
 
-    `top_p` is a number, or [B, 1] of a row each; `log_sum_B1` is the logarithm under the softmax where these are not all
-    logits.
+    `top_p` is a number, or [B, 1] of a row each; `log_sum_B1` is the logarithm under the softmax where these are not
+    all logits.
     """
     if log_sum_B1 is None:
         log_sum_B1 = jax.nn.logsumexp(values_BK, axis=-1, keepdims=True)

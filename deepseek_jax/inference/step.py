@@ -61,6 +61,8 @@ class StepResult(NamedTuple):
         logprobs: of new tokens, [B, K] and [B, K, `MOST_LOGPROBS`], where a row of the step asks for them.
         prompt_logprobs: by row, of pieces that ask: [n] and [n, `MOST_LOGPROBS`], for the tokens behind each of a
             piece's, n its tokens, or one less if nothing follows.
+        routes: by row, experts of the tokens that went through the model, [n, MoE layers, K].
+        drafted_B: drafts that were verified of each row.
     """
 
     tokens_BK: np.ndarray
@@ -68,6 +70,8 @@ class StepResult(NamedTuple):
     finished_B: np.ndarray
     logprobs: Logprobs | None
     prompt_logprobs: dict[int, Logprobs]
+    routes: dict[int, np.ndarray] = {}
+    drafted_B: np.ndarray | None = None
 
 
 class Step:
