@@ -154,6 +154,10 @@ class PagedSequence:
             before = self._table[i - 1] if i else None
             self._table[i] = self._pool.share(self._table[i], before, page_ids, self._salt)
 
+    def completes(self, num_tokens: int) -> bool:
+        """Whether it has more pages that others may find, and that may change with that, with so many tokens."""
+        return self._pool.num_final(num_tokens) > self._pool.num_final(len(self._ids))
+
     def shrink(self, num_tokens: int) -> None:
         """Keep the first `num_tokens`, and give back the pages beyond them, reserved ones too."""
         self._check_open()

@@ -37,8 +37,8 @@ class Told(NamedTuple):
     """What the host reads of a step's tokens.
 
     Attributes:
-        numbers_BX: int32, token, whether there is one, and whether the row has ended. With drafts, K tokens and how many
-            count.
+        numbers_BX: int32, token, whether there is one, and whether the row has ended; with drafts, K tokens and how
+            many of them count.
         logprobs: zeros where no row asks for them; None from the greedy program.
         drafted_B: int32, drafts that were verified, where there are any.
     """

@@ -174,7 +174,7 @@ def follow_prefill(
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Return the tokens of a step, by the share of drafts that are accepted at each position once those before it are."""
+    """Return the tokens of a step, by the share of drafts accepted at each position, of those that were reached."""
     return 1.0 + float(np.cumprod(acceptance).sum())
 
 
@@ -215,7 +215,7 @@ def _draft(num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen,
 
 
 def _advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: Array) -> tuple[Array, Progress]:
-    """Return how many tokens each row gets, up to one that ends it and to the last that it may have, and the progress."""
+    """Return how many tokens each row gets, up to one that ends it or the last that it may have, and the progress."""
     tokens_BS, place = verified.tokens_BS, jnp.arange(verified.tokens_BS.shape[1])
     is_end_BS = (tokens_BS[..., None] == end_ids_BE[:, None]).any(axis=-1) | (tokens_BS == NO_TOKEN)
     most_B = jnp.minimum(verified.accepted_B + 1, progress.left_B)
