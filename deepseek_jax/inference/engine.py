@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Self
 
+import jax
+
+from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.answers import Answer, Answers
 from deepseek_jax.inference.completions import TokenLogprob
 from deepseek_jax.inference.device import Device
 from deepseek_jax.inference.door import check_job
+from deepseek_jax.inference.generate import known_ids
 from deepseek_jax.inference.inbox import Inbox
 from deepseek_jax.inference.job import ClosedError, Job, Listener, QueueFullError, Stats, Ticket
 from deepseek_jax.inference.member import Member
+from deepseek_jax.inference.opening import open_batch
 from deepseek_jax.inference.reply import Reply
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.scheduler import PATIENCE
@@ -70,6 +75,30 @@ class Engine:
         self._stepper = Stepper(batch, self._inbox, seed, version, prefill_beside)
         self._thread = threading.Thread(target=self._stepper.run, name="engine", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh | None = None,
+        *,
+        num_rows: int = 32,
+        num_pages: int | None = None,
+        num_positions: int | None = None,
+        most_prefill_tokens: int = 2048,
+        num_drafts: int = 0,
+        silent: bool = False,
+        **options: int,
+    ) -> Self:
+        """Place the weights, compile all programs, and return an engine.
+
+        The arguments up to `silent` are those of `opening.open_batch`, and `options` those of the class.
+        """
+        sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
+        rest = {"most_prefill_tokens": most_prefill_tokens, "num_drafts": num_drafts, "silent": silent}
+        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest), tokenizer, **options)
 
     def __enter__(self) -> Self:
         """Return the engine, which the end of the `with` block closes."""
@@ -145,7 +174,7 @@ class Engine:
             RuntimeError: the engine is paused, and jobs are to finish.
             ClosedError: the engine is closing, or has stopped.
         """
-        update = functools.partial(self.batch.update_weights, weights)
+        update = functools.partial(self.batch.update_weights, known_ids(weights, self.tokenizer))
         self._change(running, functools.partial(self._stepper.take_weights, update, version))
 
     def pause(self, running: str = KEEP) -> None:
@@ -206,7 +235,7 @@ class Engine:
             try:
                 return self.submit(job, answers.listener(i))
             except QueueFullError as error:
-                answers.wait_for_one(error.retry_after)
+                answers.wait_for_one(min(error.retry_after, 0.1))
 
 
 class _Ticket:

@@ -6,7 +6,7 @@ microseconds each; an array that stays as it was is not sent again. No call wait
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -178,9 +178,13 @@ class Calls:
         drafts = "mtp_layers" in self.weights.params
         place = functools.partial(decode_weights, self._model, self._decode_execution, mesh=self._mesh, drafts=drafts)
         with jax.set_mesh(self._mesh):
-            old, new = (jax.tree.map(_kind, tree) for tree in (self.weights, jax.eval_shape(place, weights)))
-            if old != new:
-                raise ValueError("the new weights have other shapes or dtypes; make a new engine for them")
+            old, new = (dict(_kinds(tree)) for tree in (self.weights, jax.eval_shape(place, weights)))
+            other = next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None)
+            if other is not None:
+                raise ValueError(
+                    f"weight {other} is {new.get(other)} where {old.get(other)} is decoded: other shapes or dtypes need"
+                    " an engine of their own"
+                )
             is_tight = free_bytes(self._mesh) < sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
             if is_tight:
                 self.weights = None  # arrays that nobody else holds are freed when the last step that reads them ends
@@ -246,5 +250,7 @@ class Calls:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split if split else self._whole)
 
 
-def _kind(leaf: Any) -> tuple:
-    return leaf.shape, leaf.dtype
+def _kinds(weights: Weights) -> Iterator[tuple[str, str]]:
+    """Yield the name of each weight, and its dtype and shape."""
+    for path, leaf in jax.tree.leaves_with_path(weights):
+        yield jax.tree_util.keystr(path), f"{leaf.dtype}{list(leaf.shape)}"

@@ -62,7 +62,7 @@ def test_first_come_first_served_and_priorities_before():
         scheduler.add(found)
     order = []
     while scheduler.waiting or scheduler.running:
-        order += [name for name in step(scheduler)[0]]
+        order += list(step(scheduler)[0])
     assert order == ["D", "B", "C", "E"]
 
 

@@ -6,8 +6,10 @@ A wrong page, an entry that is not written, a table that came too late: each giv
 import numpy as np
 
 from deepseek_jax.inference.page_pool import PAGE_SIZE
+from deepseek_jax.inference.requests import check_bias
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.step import StepResult
+from deepseek_jax.parameters import Weights
 
 UNWRITTEN = -(10**9)
 VERSION = 1000  # what a version of the weights adds to an entry
@@ -29,6 +31,11 @@ def text_ids(prompt, num_tokens, vocab_size, ends=(), version=0, salt=0):
         made.append(token)
         entries.append(token + VERSION * version)
     return made
+
+
+def fake_weights(version):
+    """Return weights for `FakeBatch.update_weights`; those of version None do not fit."""
+    return Weights({"head_DV": np.zeros((1, 300)), "version": version}, {})
 
 
 def logprob(entries, target):
@@ -59,9 +66,12 @@ class FakeBatch:
         self.log = []  # (prompt tokens, decoding rows) of each step
         self.fails_at = None
 
+    def fail_at(self, step):
+        """Let this step fail when it is read."""
+        self.fails_at = step
+
     def check(self, job):
-        if len(job.own.logit_bias) > 300:
-            raise ValueError("too many biases")
+        check_bias(job.own, self.vocab_size)
 
     def open_row(self, row, settings):
         assert row not in self.rows
@@ -78,9 +88,9 @@ class FakeBatch:
         self.rows[row].mask = np.flatnonzero(bits)
 
     def update_weights(self, weights):
-        if not isinstance(weights, int):
+        if weights.params["version"] is None:
             raise ValueError("the weights do not fit")
-        self.version = weights
+        self.version = weights.params["version"]
 
     def step(self, pieces, decodes_B):
         if self.before:
