@@ -117,9 +117,9 @@ class Member:
     def commit(self, num_tokens: int) -> bool:
         """Say that steps that are dispatched write the first `num_tokens`; return whether pages may have changed."""
         assert self._sequence is not None
-        before = len(self._sequence) // PAGE_SIZE
+        completes = self._sequence.completes(num_tokens)
         self._sequence.commit(self.ids[len(self._sequence) : num_tokens])
-        return len(self._sequence) // PAGE_SIZE > before
+        return completes
 
     def can_decode(self) -> bool:
         """Whether the step that is planned chooses a token for it."""
@@ -150,9 +150,7 @@ class Member:
         if self._sequence is None:
             return False
         num_written = len(self.ids) - 1
-        if num_written // PAGE_SIZE == len(self._sequence) // PAGE_SIZE:
-            return False
-        return self.commit(num_written)
+        return self._sequence.completes(num_written) and self.commit(num_written)
 
     @property
     def in_flight(self) -> int:

@@ -56,7 +56,7 @@ class Stepper:
     def __init__(self, batch: Device, inbox: Inbox, seed: int, version: int, beside: int):
         """Begin without jobs; `seed` is that of jobs without one; see `Scheduler` for `beside`."""
         self._batch, self._inbox, self._seed = batch, inbox, seed
-        self.pools = [PagePool(batch.num_pages) for _ in range(batch.num_devices)]
+        self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1)) for _ in range(batch.num_devices)]
         self.scheduler = Scheduler(self.pools, batch.num_rows, batch.most_prefill_tokens, batch.num_drafts, beside)
         self.counters = Counters(batch.num_drafts)
         self.version = version
@@ -286,7 +286,7 @@ class Stepper:
 def _row_piece(row: int, piece: Piece) -> RowPiece:
     """Return a piece as the device takes it."""
     member, wants = piece.member, piece.member.owner.wants_whole_prompt
-    following = member.ids[piece.end] if wants and piece.end < len(member.ids) else None
+    following = member.ids[piece.end] if piece.end < len(member.ids) else None
     return RowPiece(row, member.ids[piece.begin : piece.end], piece.is_last, wants, following)
 
 
