@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from deepseek_jax.config import Config, Execution, Model
+from deepseek_jax.config import Config
 from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.cache import num_pages as pages_of
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
+from deepseek_jax.inference.drafting import DraftingCalls, check_drafts
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.pages import Copy
@@ -71,6 +72,7 @@ class DeviceBatch:
         eos: int,
         most_prefill_tokens: int = 2048,
         num_drafts: int = 0,
+        drafting_rows: int | None = None,
     ):
         """Place weights and an empty cache.
 
@@ -84,24 +86,25 @@ class DeviceBatch:
             eos: ends every row that does not ignore it.
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
+            drafting_rows: nothing is drafted while more rows decode (`speculative.worth_rows`); by default never.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
         """
         check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
-        if num_drafts:
-            raise NotImplementedError(f"num_drafts = {num_drafts}: drafting is not there yet; use 0")
+        check_drafts(num_drafts)
         self.num_devices = axis_size(mesh, ROWS)
         self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
-        self.num_columns, self.most_prefill_tokens = pages_of(num_positions), most_prefill_tokens
+        self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens
         self.num_positions, self.num_drafts = num_positions, num_drafts
         self._config, self._mesh, self._eos = config, mesh, eos
         model, executions = config.model, (decode_execution(config, mesh), prefill_execution(config, mesh))
         sizes = Sizes(self.num_devices, self.num_rows, num_pages, self.num_columns, num_positions, most_prefill_tokens)
-        check_pages(model, executions[0], num_pages, mesh)
+        check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
-            placed = decode_weights(model, executions[0], weights, mesh)
-        self._calls = Calls(model, executions, mesh, sizes, placed)
+            placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
+        made = model, executions, mesh, sizes, placed
+        self._calls = DraftingCalls(*made, num_drafts, drafting_rows) if num_drafts else Calls(*made)
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
         self._tables_changed = False
@@ -112,7 +115,10 @@ class DeviceBatch:
         self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile all programs, at most 12; later none is compiled. `progress(done, all)` is called after each."""
+        """Compile all programs, at most 12, or 20 with drafts; later none is compiled.
+
+        `progress(done, all)` is called after each.
+        """
         self._calls.compile(progress)
 
     def device_of(self, row: int) -> int:
@@ -143,7 +149,7 @@ class DeviceBatch:
             self._changed[row] = None
             self._masks.pop(row, None)
 
-    def set_table(self, row: int, table: Sequence[int]) -> None:
+    def set_table(self, row: int, table: Sequence[int] | np.ndarray) -> None:
         """Give a row the pages `table`, in order, from the next step on."""
         if len(table) > self.num_columns:
             raise ValueError(f"a table of {len(table)} pages is longer than the {self.num_columns} of a row")
@@ -178,7 +184,7 @@ class DeviceBatch:
         """
         decoding = np.flatnonzero(rows_B)
         self._send(self._check(pieces, decoding))
-        step = Step(self.num_rows, 1)
+        step = Step(self.num_rows, 1 + self.num_drafts)
         for call in pack(pieces, self._calls.sizes, self._calls.pieces):
             self._prefill(step, call)
         if len(decoding):
@@ -205,6 +211,7 @@ class DeviceBatch:
         if call.last_rows.size:
             wants_logprobs = bool(self._wants_logprobs_B[call.last_rows].any())
             step.tell(self._calls.first(hidden_RD, call.packed), call.last_rows, call.last_places, wants_logprobs)
+        self._calls.follow(call.packed, hidden_TD, call.next_R)
         if call.spans:
             step.evaluate(self._calls.evaluate(hidden_TD, call.following_T, call.num_R), call.spans)
 
@@ -281,9 +288,9 @@ def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_
         )
 
 
-def check_pages(model: Model, execution: Execution, num_pages: int, mesh: jax.sharding.Mesh) -> None:
+def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -> None:
     """Refuse pages that the devices of `mesh` cannot hold."""
-    num_bytes = cache_bytes_per_token(model, execution) * PAGE * num_pages
+    num_bytes = bytes_per_token * PAGE * num_pages
     if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
         num_bytes *= axis_size(mesh, ROWS)
     free = free_bytes(mesh)

@@ -6,7 +6,7 @@ microseconds each; an array that stays as it was is not sent again. No call wait
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +87,8 @@ class Calls:
         self.num_words = -(-weights.params["head_DV"].shape[1] // WORD)
         self._split, self._whole = (jax.NamedSharding(mesh, spec) for spec in (P(ROWS), P()))
         with jax.set_mesh(mesh):
-            shape = model.num_layers, sizes.devices * sizes.pages, PAGE, model.kv_latent + model.rotary_dim
+            num_layers = model.num_layers + len(weights.params.get("mtp_layers", ()))  # where tokens are drafted
+            shape = num_layers, sizes.devices * sizes.pages, PAGE, model.kv_latent + model.rotary_dim
             dtype = compute_dtype(executions[0])
             self._pages = jnp.zeros(shape, dtype, out_sharding=CACHE_SPECS.pages)
         state = row_state.empty_state(sizes.rows, weights.params["head_DV"].shape[1])
@@ -101,13 +102,16 @@ class Calls:
 
     def compile(self, progress: Callable[[int, int], None] | None) -> None:
         """Compile all programs that are not compiled yet."""
-        names: list[tuple] = [("decode", width, greedy) for width in self.widths for greedy in (True, False)]
-        names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
-        names += [("first",), ("evaluate",), ("update",), ("see",), ("copy",)]
+        names = self._names()
         for i, name in enumerate(names):
             self._program(name)
             if progress is not None:
                 progress(i + 1, len(names))
+
+    def _names(self) -> list[tuple]:
+        names: list[tuple] = [("decode", width, greedy) for width in self.widths for greedy in (True, False)]
+        names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
+        return [*names, ("first",), ("evaluate",), ("update",), ("see",), ("copy",)]
 
     def set_tables(self, tables_BJ: np.ndarray) -> None:
         """Send the pages of all rows."""
@@ -145,16 +149,16 @@ class Calls:
         told, self._progress, self._seen = self._program(("first",))(*arrays)
         return told
 
+    def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
+        """Do what comes after a call of prefill and its first tokens: nothing, where nothing is drafted."""
+
     def evaluate(self, hidden_TD: jax.Array, following_T: np.ndarray, num_R: np.ndarray) -> Logprobs:
         """Return log-probabilities of the tokens that follow the first `num_R` tokens of each device."""
         return self._program(("evaluate",))(self._head, hidden_TD, following_T, num_R)
 
     def decode(self, rows_B: np.ndarray, is_greedy: bool) -> tuple[Told, int]:
         """Decode a token of each of these rows; return what is told of the first rows of each device, and how many."""
-        if self._run_bytes != (key := rows_B.tobytes()):
-            self._run, self._run_bytes = jax.device_put(rows_B.copy(), self._split), key
-        most = int(rows_B.reshape(self.sizes.devices, -1).any(axis=0).nonzero()[0][-1]) + 1
-        width = self.widths[0] if most <= self.widths[0] else self.widths[-1]
+        width = self._send_rows(rows_B)
         program = self._program(("decode", width, is_greedy))
         seen = None if is_greedy else self._seen
         arrays = self.weights, self._pages, self._progress, self._settings, seen, self._tables_BJ, self._run
@@ -162,13 +166,25 @@ class Calls:
         self._seen = self._seen if is_greedy else seen
         return told, width
 
+    def _send_rows(self, rows_B: np.ndarray) -> int:
+        """Send which rows run; return of how many the program is."""
+        if self._run_bytes != (key := rows_B.tobytes()):
+            self._run, self._run_bytes = jax.device_put(rows_B.copy(), self._split), key
+        most = int(rows_B.reshape(self.sizes.devices, -1).any(axis=0).nonzero()[0][-1]) + 1
+        return self.widths[0] if most <= self.widths[0] else self.widths[-1]
+
     def update_weights(self, weights: Weights) -> None:
         """Place other weights; the old ones go first where there is no room for both."""
-        place = functools.partial(decode_weights, self._model, self._decode_execution, mesh=self._mesh)
+        drafts = "mtp_layers" in self.weights.params
+        place = functools.partial(decode_weights, self._model, self._decode_execution, mesh=self._mesh, drafts=drafts)
         with jax.set_mesh(self._mesh):
-            old, new = (jax.tree.map(_kind, tree) for tree in (self.weights, jax.eval_shape(place, weights)))
-            if old != new:
-                raise ValueError("the new weights have other shapes or dtypes; make a new engine for them")
+            old, new = (dict(_kinds(tree)) for tree in (self.weights, jax.eval_shape(place, weights)))
+            other = next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None)
+            if other is not None:
+                raise ValueError(
+                    f"weight {other} is {new.get(other)} where {old.get(other)} is decoded: other shapes or dtypes need"
+                    " an engine of their own"
+                )
             is_tight = free_bytes(self._mesh) < sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
             if is_tight:
                 self.weights = None  # arrays that nobody else holds are freed when the last step that reads them ends
@@ -183,7 +199,7 @@ class Calls:
         if found is None:
             kind, *numbers = name
             function, static, donate, arguments = getattr(self, f"_{kind}_program")(*numbers)
-            execution = self._prefill_execution if kind == "prefill" else self._decode_execution
+            execution = self._prefill_execution if kind in ("prefill", "follow") else self._decode_execution
             with jax.set_mesh(self._mesh):
                 jitted = jit_on(function, execution, self._mesh, *static, donate=donate)
                 found = self._programs[name] = jitted.lower(*arguments).compile()
@@ -234,5 +250,7 @@ class Calls:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split if split else self._whole)
 
 
-def _kind(leaf: Any) -> tuple:
-    return leaf.shape, leaf.dtype
+def _kinds(weights: Weights) -> Iterator[tuple[str, str]]:
+    """Yield the name of each weight, and its dtype and shape."""
+    for path, leaf in jax.tree.leaves_with_path(weights):
+        yield jax.tree_util.keystr(path), f"{leaf.dtype}{list(leaf.shape)}"

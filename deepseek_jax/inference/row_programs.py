@@ -37,12 +37,15 @@ class Told(NamedTuple):
     """What the host reads of a step's tokens.
 
     Attributes:
-        numbers_BX: int32, token, whether there is one, and whether the row has ended. With drafts, K tokens.
+        numbers_BX: int32, token, whether there is one, and whether the row has ended; with drafts, K tokens and how
+            many of them count.
         logprobs: zeros where no row asks for them; None from the greedy program.
+        drafted_B: int32, drafts that were verified, where there are any.
     """
 
     numbers_BX: Array
     logprobs: Logprobs | None
+    drafted_B: Array | None = None
 
 
 def decode(
@@ -83,7 +86,7 @@ def decode(
         run_B &= ~progress.finished_B
         new = progress.token_B[:, None], progress.length_B[:, None], run_B[:, None]
         hidden_BSD, pages = decode_step(model, execution, weights, pages, tables_BJ, *new)
-        logits_BV = _logits(weights.params["head_DV"], hidden_BSD[:, 0])
+        logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
         progress = progress._replace(length_B=progress.length_B + run_B)
         chosen, progress, seen = _chosen(is_greedy, logits_BV, progress, settings, seen, run_B)
         told = _told(chosen, run_B, progress)
@@ -137,7 +140,7 @@ def prefill(
         weights = manual_axes.vary(weights, frozenset(ROWS))
         row_R, new_R = packed.row_R, packed.new_R
         sequences = Sequences.of(
-            _of_rows(tables_BJ, row_R), _of_rows(progress.length_B, row_R), new_R, len(packed.tokens_T)
+            of_rows(tables_BJ, row_R), of_rows(progress.length_B, row_R), new_R, len(packed.tokens_T)
         )
         options = {"continues": True, "rows": rows}
         hidden_TD, pages = prefill_step(model, execution, weights, pages, packed.tokens_T, sequences, **options)
@@ -157,9 +160,9 @@ def first(
     """Choose the token behind each piece that is the last of a prompt; progress and seen are donated."""
 
     def local(head_DV, progress, settings, seen, hidden_RD, packed):
-        logits_RV = _logits(manual_axes.vary(head_DV, frozenset(ROWS)), hidden_RD)
+        logits_RV = logits_of(manual_axes.vary(head_DV, frozenset(ROWS)), hidden_RD)
         row_R = packed.row_R
-        of_R = jax.tree.map(lambda x: _of_rows(x, row_R), RowState(progress, settings, seen))
+        of_R = jax.tree.map(lambda x: of_rows(x, row_R), RowState(progress, settings, seen))
         last_R = packed.last_R & (of_R.progress.left_B > 0) & ~of_R.progress.finished_B
         # A prompt after which nothing is wanted ends here.
         over_R = packed.last_R & ~last_R
@@ -191,7 +194,7 @@ def evaluate(head_DV: Array, hidden_TD: Array, following_T: Array, num_T1: Array
             hidden_XD, ids_X = (
                 lax.dynamic_slice_in_dim(x, i * HEAD_CHUNK, HEAD_CHUNK) for x in (hidden_TD, following_T)
             )
-            part = log_probabilities(_logits(head_DV, hidden_XD), ids_X, MOST_LOGPROBS)
+            part = log_probabilities(logits_of(head_DV, hidden_XD), ids_X, MOST_LOGPROBS)
             return jax.tree.map(
                 lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, i * HEAD_CHUNK, 0), found, part
             )
@@ -250,11 +253,12 @@ def _told(chosen: Chosen, run_B: Array, progress: Progress) -> Told:
     )
 
 
-def _logits(head_DV: Array, hidden_BD: Array) -> Array:
+def logits_of(head_DV: Array, hidden_BD: Array) -> Array:
+    """Return FP32 logits [.., V] of hidden states [.., D]."""
     with jax.named_scope("head"):
         return jnp.matmul(hidden_BD, head_DV, preferred_element_type=jnp.float32)
 
 
-def _of_rows(array: Array, row_R: Array) -> Array:
+def of_rows(array: Array, row_R: Array) -> Array:
     """Return the entries of rows; of one that is none, those of the last."""
     return array[jnp.minimum(row_R, len(array) - 1)]

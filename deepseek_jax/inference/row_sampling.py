@@ -9,6 +9,7 @@ Rows whose candidates are all tokens draw by id, and rows with top-k or top-p in
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -97,21 +98,31 @@ def choose(choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array
     return Chosen(ids_B, logprobs)
 
 
+def counted(choice: Choice | None, seen: Seen | None, ids_B: Array, chosen_B: Array) -> Seen | None:
+    """Return what the rows have seen with their new tokens: those of `chosen_B` whose settings have penalties."""
+    if choice is None or seen is None:
+        return seen
+    counted_B = chosen_B & choice.sampling.penalizes_B()
+    beyond = seen.count_BV.shape[1]  # where a token that is none, or is not counted, goes
+    ids_B = jnp.where(counted_B & (ids_B >= 0), ids_B, beyond)
+    return jax.lax.cond(counted_B.any(), lambda: seen.add(ids_B), lambda: seen)
+
+
 def allowed(mask_BW: Array, vocab_size: int) -> Array:
     """Return which tokens a mask lets come, bool [B, V]."""
     bits_BWX = mask_BW[..., None] >> jnp.arange(WORD) & 1
     return bits_BWX.reshape(len(mask_BW), -1)[:, :vocab_size] > 0
 
 
-def _sample(choice: Choice, logits_BV: Array, keys_B: Array, active_B: Array, seen: Seen) -> Array:
-    sampling = choice.sampling
-    sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
+def adjusted(choice: Choice, logits_BV: Array, active_B: Array, seen: Seen) -> Array:
+    """Return logits with the bias and the penalties of each row, and -inf where its mask rules a token out."""
 
     def where_any(rows_B, change, logits_BV):
         return jax.lax.cond((active_B & rows_B).any(), change, lambda x: x, logits_BV)
 
-    has_bias_B = (choice.bias.ids_BJ[:, 0] < logits_BV.shape[-1]) if choice.bias.ids_BJ.shape[1] else active_B & False
-    logits_BV = where_any(has_bias_B, lambda x: biased(x, choice.bias), logits_BV)
+    sampling, bias = choice.sampling, choice.bias
+    has_bias_B = (bias.ids_BJ[:, 0] < logits_BV.shape[-1]) if bias.ids_BJ.shape[1] else active_B & False
+    logits_BV = where_any(has_bias_B, lambda x: biased(x, bias), logits_BV)
     columns = jax.tree.map(lambda x: x[:, None], sampling)
     logits_BV = where_any(sampling.penalizes_B(), lambda x: penalized(columns, x, seen), logits_BV)
 
@@ -119,7 +130,28 @@ def _sample(choice: Choice, logits_BV: Array, keys_B: Array, active_B: Array, se
         allowed_BV = allowed(choice.mask_BW, x.shape[-1]) | ~choice.masked_B[:, None]
         return jnp.where(allowed_BV, x, -jnp.inf)
 
-    logits_BV = where_any(choice.masked_B, masked, logits_BV)
+    return where_any(choice.masked_B, masked, logits_BV)
+
+
+def kept(sampling: RowSampling, logits_BV: Array, warm_B: Array) -> Array:
+    """Return what each warm row draws from: logits over its temperature, -inf for tokens that are ruled out."""
+    logits_BV = _tempered(sampling, logits_BV, warm_B)
+    cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
+    rows_B1 = jnp.arange(len(logits_BV))[:, None]
+
+    def scattered(values_BK, ids_BK):
+        return jnp.full_like(logits_BV, -jnp.inf).at[rows_B1, ids_BK].set(values_BK)
+
+    def ranked():
+        return jnp.where(ranked_B[:, None], _among(sampling, logits_BV, warm_B & ranked_B, cut_B, scattered), logits_BV)
+
+    return jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: logits_BV)
+
+
+def _sample(choice: Choice, logits_BV: Array, keys_B: Array, active_B: Array, seen: Seen) -> Array:
+    sampling = choice.sampling
+    sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
+    logits_BV = adjusted(choice, logits_BV, active_B, seen)
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     sound_B &= logits_BV.max(axis=-1) > -jnp.inf
     warm_B = sampling.temperature > 0
@@ -131,34 +163,54 @@ def _sample(choice: Choice, logits_BV: Array, keys_B: Array, active_B: Array, se
 
 def _draw(sampling: RowSampling, logits_BV: Array, keys_B: Array, warm_B: Array) -> Array:
     """Return a token drawn for each warm row."""
-    vocab_size, few = logits_BV.shape[-1], min(fixed.CANDIDATES, logits_BV.shape[-1])
     categorical = jax.vmap(jax.random.categorical)
-    logits_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1)[:, None]
-    logits_BV = keep_near(logits_BV, sampling.log_min_p[:, None])
-    cut_B = (sampling.top_k > 0) & (sampling.top_k < vocab_size)
-    most_B = jnp.where(cut_B, sampling.top_k, vocab_size)
-    ranked_B = cut_B | (sampling.top_p < 1)
-    log_sum_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    logits_BV = _tempered(sampling, logits_BV, warm_B)
+    cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
 
     def by_id():
         return categorical(keys_B, logits_BV).astype(jnp.int32)
 
-    def kept(values_BK, ids_BK):
-        values_BK = jnp.where(jnp.arange(values_BK.shape[1]) < most_B[:, None], values_BK, -jnp.inf)
-        left_B = jnp.where(cut_B, jax.nn.logsumexp(values_BK, axis=-1), log_sum_B)
-        values_BK = keep_top_p(values_BK, sampling.top_p[:, None], left_B[:, None])
+    def drawn(values_BK, ids_BK):
         return jnp.take_along_axis(ids_BK, categorical(keys_B, values_BK)[:, None], axis=-1)[:, 0]
 
     def ranked():
-        values_BK, ids_BK = jax.lax.top_k(logits_BV, few)
-        if few == vocab_size:
-            return kept(values_BK, ids_BK)
-        reached_B = jnp.exp(values_BK - log_sum_B[:, None]).sum(axis=-1) >= sampling.top_p
-        enough_B = jnp.where(cut_B, most_B <= few, reached_B) | ~(warm_B & ranked_B)
-        every = (lambda: kept(values_BK, ids_BK), lambda: kept(*jax.lax.top_k(logits_BV, vocab_size)))
-        return jax.lax.cond(enough_B.all(), *every)
+        return _among(sampling, logits_BV, warm_B & ranked_B, cut_B, drawn)
 
     nothing_B = vary(jnp.zeros(len(logits_BV), jnp.int32), keys_B)
     by_id_B = jax.lax.cond((warm_B & ~ranked_B).any(), by_id, lambda: nothing_B)
     ranked_B_ids = jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: nothing_B)
     return jnp.where(ranked_B, ranked_B_ids, by_id_B)
+
+
+def _tempered(sampling: RowSampling, logits_BV: Array, warm_B: Array) -> Array:
+    logits_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1)[:, None]
+    return keep_near(logits_BV, sampling.log_min_p[:, None])
+
+
+def _ranked_rows(sampling: RowSampling, vocab_size: int) -> tuple[Array, Array]:
+    """Return the rows that top-k cuts, and those whose candidates are in the order of their logits."""
+    cut_B = (sampling.top_k > 0) & (sampling.top_k < vocab_size)
+    return cut_B, cut_B | (sampling.top_p < 1)
+
+
+def _among(
+    sampling: RowSampling, logits_BV: Array, rows_B: Array, cut_B: Array, finish: Callable[[Array, Array], Array]
+) -> Array:
+    """Return what `finish` makes of the candidates that top-k and then top-p keep, logits in order and their ids."""
+    vocab_size, few = logits_BV.shape[-1], min(fixed.CANDIDATES, logits_BV.shape[-1])
+    most_B = jnp.where(cut_B, sampling.top_k, vocab_size)
+    log_sum_B = jax.nn.logsumexp(logits_BV, axis=-1)
+
+    def among(values_BK, ids_BK):
+        values_BK = jnp.where(jnp.arange(values_BK.shape[1]) < most_B[:, None], values_BK, -jnp.inf)
+        left_B = jnp.where(cut_B, jax.nn.logsumexp(values_BK, axis=-1), log_sum_B)
+        return finish(keep_top_p(values_BK, sampling.top_p[:, None], left_B[:, None]), ids_BK)
+
+    values_BK, ids_BK = jax.lax.top_k(logits_BV, few)
+    if few == vocab_size:
+        return among(values_BK, ids_BK)
+    reached_B = jnp.exp(values_BK - log_sum_B[:, None]).sum(axis=-1) >= sampling.top_p
+    enough_B = jnp.where(cut_B, most_B <= few, reached_B) | ~rows_B
+    return jax.lax.cond(
+        enough_B.all(), lambda: among(values_BK, ids_BK), lambda: among(*jax.lax.top_k(logits_BV, vocab_size))
+    )

@@ -19,7 +19,7 @@ class Piece(NamedTuple):
         ids: at least one.
         is_last: the first new token is chosen after these.
         logprobs: log-probabilities are wanted of the tokens that follow each of these.
-        following: with `logprobs`, the token behind the piece, where the prompt has one.
+        following: the token behind the piece, where the prompt has one; read with `logprobs` and with drafts.
     """
 
     row: int
@@ -39,6 +39,7 @@ class Call(NamedTuple):
         spans: rows that want log-probabilities, and the tokens of all devices that theirs follow.
         following_T: of `most_tokens` a device, the token behind each that is wanted.
         num_R: of each device, the tokens up to the last that is wanted.
+        next_R: the prompt's token behind each piece.
     """
 
     packed: Packed
@@ -47,6 +48,7 @@ class Call(NamedTuple):
     spans: list[tuple[int, slice]]
     following_T: np.ndarray
     num_R: np.ndarray
+    next_R: np.ndarray
 
 
 class StepResult(NamedTuple):
@@ -86,8 +88,7 @@ class Step:
 
     def tell(self, told: Told, rows_X: np.ndarray, places_X: np.ndarray, wants_logprobs: bool) -> None:
         """Have what the entries `places_X` say of the rows `rows_X`."""
-        for leaf in told if wants_logprobs else told[:1]:
-            _begin_reading(leaf)
+        _begin_reading(told if wants_logprobs else told._replace(logprobs=None))
         self._told.append((told, rows_X, places_X, wants_logprobs))
 
     def evaluate(self, logprobs: Logprobs, spans: Sequence[tuple[int, slice]]) -> None:
@@ -105,20 +106,21 @@ class Step:
     def _read(self) -> StepResult:
         num_rows, num_tokens = self._shape
         tokens_BK, counts_B = np.zeros((num_rows, num_tokens), np.int32), np.zeros(num_rows, np.int32)
-        finished_B, logprobs = np.zeros(num_rows, bool), None
+        finished_B, drafted_B, logprobs = np.zeros(num_rows, bool), None, None
         for told, rows_X, places_X, wants_logprobs in self._told:
             numbers = np.asarray(told.numbers_BX)[places_X]
-            tokens_BK[rows_X], counts_B[rows_X], finished_B[rows_X] = (
-                numbers[:, :-2],
-                numbers[:, -2],
-                numbers[:, -1] > 0,
-            )
+            count = numbers.shape[1] - 2  # of tokens; a first token is alone
+            tokens_BK[rows_X, :count] = numbers[:, :count]
+            counts_B[rows_X], finished_B[rows_X] = numbers[:, -2], numbers[:, -1] > 0
+            if told.drafted_B is not None:
+                drafted_B = np.zeros(num_rows, np.int32) if drafted_B is None else drafted_B
+                drafted_B[rows_X] = np.asarray(told.drafted_B)[places_X]
             if wants_logprobs:
                 logprobs = logprobs or _empty(num_rows, num_tokens)
                 for whole, part in zip(logprobs, told.logprobs, strict=True):
-                    whole[rows_X] = np.asarray(part)[places_X].reshape(-1, *whole.shape[1:])
+                    whole[rows_X, :count] = np.asarray(part)[places_X].reshape(-1, count, *whole.shape[2:])
         prompts = {row: Logprobs(*(np.asarray(leaf)[span] for leaf in found)) for found, row, span in self._evaluated}
-        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts)
+        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, drafted_B=drafted_B)
 
 
 def _begin_reading(tree) -> None:
@@ -146,7 +148,7 @@ def _call(queues: list[list[Piece]], sizes: Sizes, num_places: int) -> Call:
     num_tokens = next(bucket for bucket in sizes.buckets if bucket >= most)
     tokens_RT = np.zeros((sizes.devices, num_tokens), np.int32)
     row_RP = np.full((sizes.devices, num_places), sizes.each, np.int32)
-    new_RP, last_RP = np.zeros_like(row_RP), np.zeros(row_RP.shape, bool)
+    new_RP, next_RP, last_RP = np.zeros_like(row_RP), np.zeros_like(row_RP), np.zeros(row_RP.shape, bool)
     following_RT, num_R = np.zeros((sizes.devices, sizes.prefill_tokens), np.int32), np.zeros(sizes.devices, np.int32)
     spans, last_rows = [], []
     for device, queue in enumerate(queues):
@@ -155,7 +157,7 @@ def _call(queues: list[list[Piece]], sizes: Sizes, num_places: int) -> Call:
             end = start + len(ids)
             tokens_RT[device, start:end] = ids
             row_RP[device, place], new_RP[device, place] = row - device * sizes.each, len(ids)
-            last_RP[device, place] = is_last
+            last_RP[device, place], next_RP[device, place] = is_last, following or 0
             last_rows += [row] if is_last else []
             if logprobs:
                 behind = [*ids[1:], *([] if following is None else [following])]
@@ -165,4 +167,4 @@ def _call(queues: list[list[Piece]], sizes: Sizes, num_places: int) -> Call:
             start = end
     packed = Packed(*(array.reshape(-1) for array in (tokens_RT, row_RP, new_RP, last_RP)))
     places = np.flatnonzero(packed.last_R)
-    return Call(packed, np.array(last_rows, int), places, spans, following_RT.reshape(-1), num_R)
+    return Call(packed, np.array(last_rows, int), places, spans, following_RT.reshape(-1), num_R, next_RP.reshape(-1))

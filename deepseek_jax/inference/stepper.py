@@ -56,7 +56,7 @@ class Stepper:
     def __init__(self, batch: Device, inbox: Inbox, seed: int, version: int, beside: int):
         """Begin without jobs; `seed` is that of jobs without one; see `Scheduler` for `beside`."""
         self._batch, self._inbox, self._seed = batch, inbox, seed
-        self.pools = [PagePool(batch.num_pages) for _ in range(batch.num_devices)]
+        self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1)) for _ in range(batch.num_devices)]
         self.scheduler = Scheduler(self.pools, batch.num_rows, batch.most_prefill_tokens, batch.num_drafts, beside)
         self.counters = Counters(batch.num_drafts)
         self.version = version
@@ -209,8 +209,7 @@ class Stepper:
         """Return what a row is opened with."""
         reply: Reply = member.owner
         job = reply.job
-        if not member.num_made:
-            reply.begin(member.cached)
+        if reply.begin(member.cached):
             self.counters.begin(member.num_prompt, member.cached)
         seed, number = (self._seed, member.rank[1]) if job.own.seed is None else (job.own.seed, 0)
         return RowSettings(
@@ -287,7 +286,7 @@ class Stepper:
 def _row_piece(row: int, piece: Piece) -> RowPiece:
     """Return a piece as the device takes it."""
     member, wants = piece.member, piece.member.owner.wants_whole_prompt
-    following = member.ids[piece.end] if wants and piece.end < len(member.ids) else None
+    following = member.ids[piece.end] if piece.end < len(member.ids) else None
     return RowPiece(row, member.ids[piece.begin : piece.end], piece.is_last, wants, following)
 
 

@@ -168,15 +168,11 @@ def run_cached_layers(
     Returns:
         the residual stream and the pages after the last layer.
     """
-    # Not a value of the configuration: a step of few tokens has kernels of its own for experts (`model.moe`).
-    few = execution.exchange == "local" and x_BSD.shape[1] <= MOST_QUERIES and part.valid_BS.size <= FEW_TOKENS
-    execution = dataclasses.replace(execution, experts="few") if few else execution
+    execution = cached_execution(execution, part.valid_BS)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(kind, params, bias, x_BSD, cache):
-        params = jax.tree.map(_restored, params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
-        inside = "moe" in params and "shared" not in params["moe"]
-        layer = merge(kind, dataclasses.replace(model, num_shared_experts=0) if inside else model, params, bias)
+        layer = merge_cached(kind, model, params, bias)
         (x_BSD,), cache, _ = run_layer(layer, execution, (x_BSD,), [part], cache, unobserved)
         return x_BSD, cache.pages
 
@@ -188,6 +184,20 @@ def run_cached_layers(
             x_BSD, pages = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
             number += 1
     return x_BSD, pages
+
+
+def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:
+    """Return the execution of a call over a cache: a step of few tokens has kernels of its own for experts."""
+    few = execution.exchange == "local" and valid_BS.shape[1] <= MOST_QUERIES and valid_BS.size <= FEW_TOKENS
+    return dataclasses.replace(execution, experts="few") if few else execution
+
+
+def merge_cached(kind: type[nnx.Module], model: Model, params: Tree, bias: Tree) -> Any:
+    """Return a layer with weights in the form that decoding reads; its shared expert may lie behind the routed ones."""
+    params = jax.tree.map(_restored, params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
+    moe = params.get("block", params).get("moe")
+    inside = moe is not None and "shared" not in moe
+    return merge(kind, dataclasses.replace(model, num_shared_experts=0) if inside else model, params, bias)
 
 
 def _restored(leaf: Any) -> Any:

@@ -192,7 +192,7 @@ def decode_step(
         tokens_BS: new tokens; S is at most 4: one, and what is drafted.
         positions_BS: their positions.
         valid_BS: False where there is no token: it is written nowhere, it reaches no routed expert, and its output
-            means nothing. A row has all its tokens or none.
+            means nothing. A row has its first tokens or none (`model.absorbed`).
 
     Returns:
         hidden_BSD after the final norm, and the pages with the new tokens written.

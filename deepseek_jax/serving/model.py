@@ -53,6 +53,7 @@ class Model:
             "created": self.created,
             "owned_by": "deepseek-jax",
             "max_model_len": self.num_positions,
+            "vocab_size": self.vocab_size,
             "chat": self.chat is not None,
         }
 

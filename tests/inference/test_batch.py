@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(5).integers(0, 300, (8, 300)).tolist()
 SHARED = TOKENS[7][:140]
 PROMPTS = [TOKENS[0][:5], TOKENS[1][:230], SHARED, TOKENS[3][:64], SHARED[:130] + TOKENS[4][:9], TOKENS[5][:1]]
 LENGTHS = [20, 7, 12, 1, 9, 30]
-WARM = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, presence_penalty=0.5)
+WARM = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, presence_penalty=-3.0)
 
 
 def make_batch(config=CONFIG, weights=None, mesh=None, rows=ROWS, eos=NEVER):
@@ -256,7 +256,7 @@ def test_other_weights_need_no_program_and_bad_ones_change_nothing(batch):
     weights = make_weights()
     other = weights._replace(params=weights.params | {"head_DV": weights.params["head_DV"][:, ::-1]})
     short = weights._replace(params=weights.params | {"head_DV": weights.params["head_DV"][:, :299]})
-    with pytest.raises(ValueError, match="other shapes"):
+    with pytest.raises(ValueError, match=r"head_DV.* is float32\[32, 299\] where float32\[32, 300\]"):
         batch.update_weights(short)
     programs = dict(batch._calls._programs)
     batch.update_weights(other)
@@ -289,6 +289,22 @@ def test_a_step_leaves_pages_in_place(batch):
         assert not found, (name, found)
 
 
+def test_pages_are_copied_in_their_order(batch):
+    """The second copy reads what the first has written; ten take two calls."""
+    batch.update_weights(make_weights())
+    batch.open_row(0, RowSettings(sampling=GREEDY, max_new_tokens=0))
+    batch.set_table(0, [1])
+    batch.step([Piece(0, [5, 6, 7], True)], np.zeros(ROWS, bool)).read()
+    before = np.asarray(batch._calls._pages)
+    batch.copy_pages(0, [Copy(page, page + 1) for page in range(1, 11)])
+    batch.step([], np.zeros(ROWS, bool)).read()
+    batch.close_row(0)
+    after = np.asarray(batch._calls._pages)
+    assert (
+        before[:, 1, :3].any() and (after[:, 1:12] == before[:, [1]]).all() and (after[:, 12:] == before[:, 12:]).all()
+    )
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -316,3 +332,27 @@ def test_a_batch_that_cannot_be_is_refused():
         )
     with pytest.raises(ValueError, match="pages would fit"):
         DeviceBatch(CONFIG, make_weights(), one_device(), num_rows=1, num_pages=10**9, num_positions=1, eos=1)
+
+
+@pytest.mark.slow
+def test_rows_of_two_devices_get_what_each_gets_alone():
+    """The devices share the experts; each has rows and pages of its own, and the same page numbers."""
+    batch = make_batch(mesh=generate.expert_mesh(CONFIG.model, 2))
+    assert (batch.num_devices, batch.num_rows, batch.device_of(2), batch.device_of(3)) == (2, 6, 0, 1)
+    samplings = [GREEDY, WARM, GREEDY, GREEDY, WARM, GREEDY]
+    jobs = Host(batch).run(jobs_of(samplings), most_running=4)
+    for i, job in enumerate(jobs):
+        assert job.tokens == alone(PROMPTS[i], LENGTHS[i], samplings[i], number=i), i
+    assert {batch.device_of(job.row) for job in jobs} == {0, 1}
+    batch.copy_pages(4, [Copy(1, 2), Copy(2, 3)])
+    batch.open_row(4, RowSettings(sampling=GREEDY, max_new_tokens=0))
+    batch.set_table(4, [0])
+    piece = Piece(4, TOKENS[6][:40], True, True)
+    before = np.asarray(batch._calls._pages)
+    found = batch.step([piece], np.zeros(6, bool)).read().prompt_logprobs[4]
+    after = np.asarray(batch._calls._pages)
+    assert (after[:, [PAGES + 2, PAGES + 3]] == before[:, [PAGES + 1]]).all()
+    assert (after[:, :PAGES] == before[:, :PAGES]).all() and (after[:, PAGES] != before[:, PAGES]).any()
+    logits_SV = expanded_logits(CONFIG, make_weights(), np.array([piece.ids + [0] * 24]))[0]
+    log_SV = np.asarray(jax.nn.log_softmax(logits_SV.astype(jnp.float32)))
+    np.testing.assert_allclose(found.chosen_B, log_SV[np.arange(39), piece.ids[1:]], atol=1e-5)
