@@ -26,18 +26,20 @@ def draw(records: list[dict[str, Any]]) -> "Figure":
     for axes, (name, limit) in zip(panels, PANELS.items(), strict=True):
         for q, color in PERCENTILES.items():
             axes.plot(*line(f"{name}, p{q}"), label=f"p{q}", color=color, **style)
-        axes.axhline(limit, color=GRAY, linestyle="--", linewidth=1, label=f"limit of a good request, {limit:g} s")
-        axes.set(title=name[0].upper() + name[1:], ylabel="seconds", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        axes.axhline(limit, color=GRAY, linestyle="--", linewidth=1, label=f"limit of a good one, {limit:g} s")
+        axes.set(title=name[0].upper() + name[1:], ylabel="seconds")
     rates, _ = line("goodput")
     speed.plot(rates, rates, color=GRAY, linestyle="--", linewidth=1, label="asked for")
     speed.plot(*line("completed"), label="completed", color=BLUE, **style)
     speed.plot(*line("goodput"), label="completed in time (goodput)", color=GREEN, **style)
     speed.set(title="Requests a second", ylabel="requests/s", ylim=(0, None))
+    panels[0].set(yscale="log")  # from milliseconds to minutes
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[1].set(ylim=(0, None))
     for axes in (*panels, speed):
         axes.set(xlabel="load, requests/s")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize="small")
     shape = records[0]["shape"]
     figure.suptitle(
         f"{records[0]['config']}: prompts {shape['prompt_tokens']}, answers {shape['output_tokens']} tokens"
