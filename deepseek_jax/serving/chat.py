@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: the next reply of a conversation."""
 
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "prompt": (),
 }
 MOST_TEMPLATE_FIELDS = 64
+FIELD = re.compile(r"\w+")
 
 
 def read_chat(service: Service, body: dict[str, Any]) -> Answer:
@@ -110,7 +112,10 @@ def prepare(model: Model, fields: Fields) -> "Chat":
             variables=variables,
         )
     except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+        # its first word is the field: "tools[0].function ..."
+        named = FIELD.match(str(error))
+        param = named[0] if named and named[0] in ("tools", "tool_choice", "response_format") else "messages"
+        raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
 
 class ChatChoice:

@@ -99,6 +99,11 @@ class ChatFormat:
         self.grammars = Grammars(tokenizer, vocab_size, ends)
         self._constraints = Constraints(tokenizer, self.grammars, self.name)
 
+    @property
+    def template_text(self) -> str:
+        """The template, in Jinja."""
+        return self._template.source
+
     def reads(self, variable: str) -> bool:
         """Return whether the template knows a variable of a request, such as `reasoning_effort`."""
         return variable in _variables(self._template.source)

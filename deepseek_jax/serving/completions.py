@@ -8,6 +8,7 @@ from deepseek_jax.inference.completions import TokenLogprob
 from deepseek_jax.inference.job import Delta
 from deepseek_jax.inference.sampling import MOST_LOGPROBS
 from deepseek_jax.serving.answering import Answer, Form, end_of
+from deepseek_jax.serving.constraints import read_response_format
 from deepseek_jax.serving.errors import ApiError
 from deepseek_jax.serving.fields import Fields, checked_ids, wrong
 from deepseek_jax.serving.jobs import LARGEST_INTEGER, check_count, check_room, make_jobs, read_wishes
@@ -72,13 +73,14 @@ def grammar_of(model: Model, fields: Fields) -> Any:
     Raises:
         ApiError: it cannot be met.
     """
-    wanted = fields.object("response_format")
+    wanted = fields.get("response_format")
     if wanted is None:
         return None
     if model.grammars is None:
         raise ApiError(400, "response_format is not done for this model", param="response_format")
     try:
-        return model.grammars.response_format(wanted)
+        schema = read_response_format(wanted)
+        return None if schema is None else model.grammars.schema(schema, "response_format")
     except ValueError as error:
         raise ApiError(400, str(error), param="response_format", code="invalid_value") from error
 

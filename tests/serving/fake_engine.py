@@ -117,21 +117,20 @@ class FakeEngine:
         return len(self._tickets)
 
     def _run(self, ticket: FakeTicket) -> None:
-        while not self._rows.acquire(timeout=0.02):
-            if ticket.cancelled.is_set() or _is_late(ticket.job):
-                break
-        else:
-            self.running += 1
-        try:
-            for delta in self._deltas(ticket):
-                if delta.finish_reason is not None:
+        has_row = False
+        while not has_row and not ticket.cancelled.is_set() and not _is_late(ticket.job):
+            has_row = self._rows.acquire(timeout=0.02)
+        with self._lock:
+            self.running += has_row
+        for delta in self._deltas(ticket):
+            if delta.finish_reason is not None:
+                with self._lock:
                     self.finished[delta.finish_reason] += 1
-                    with self._lock:
-                        self._tickets.remove(ticket)
-                    self.running -= 1
-                ticket.listener(delta)
-        finally:
-            self._rows.release()
+                    self._tickets.remove(ticket)
+                    self.running -= has_row
+                if has_row:
+                    self._rows.release()
+            ticket.listener(delta)
 
     def _deltas(self, ticket: FakeTicket):
         job, text = ticket.job, None

@@ -4,6 +4,7 @@ import contextlib
 import threading
 
 from deepseek_jax.serving.app import make_app
+from deepseek_jax.serving.chat_format import ChatFormat
 from deepseek_jax.serving.model import Model
 from deepseek_jax.serving.server import Server, bind, host_names
 from deepseek_jax.serving.service import Limits, Service
@@ -18,15 +19,11 @@ SCRIPTS = {
 }
 
 
-def fake_model(template=None, **settings) -> Model:
+def fake_model(template="v3", **settings) -> Model:
     """Return a model without weights; `settings` are those of `FakeEngine`."""
     tokenizer = chat_tokenizer()
     engine = FakeEngine(tokenizer, **{"scripts": SCRIPTS, **settings})
-    chat = None
-    if template:
-        from deepseek_jax.serving.chat_format import ChatFormat
-
-        chat = ChatFormat(tokenizer, None, vocab_size=tokenizer.vocab_size, name=template)
+    chat = template and ChatFormat(tokenizer, None, vocab_size=tokenizer.vocab_size, name=template)
     return Model(
         name="fake",
         engine=engine,
@@ -34,6 +31,7 @@ def fake_model(template=None, **settings) -> Model:
         num_positions=engine.num_positions,
         most_jobs=engine.most_waiting,
         chat=chat,
+        grammars=chat and chat.grammars,
     )
 
 
