@@ -11,6 +11,7 @@ lets running requests end, for up to --drain_seconds; a second one stops at once
 """
 
 import contextlib
+import importlib.util
 import os
 import socket
 import sys
@@ -19,10 +20,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
-from deepseek_jax.inference.engine import Engine
 
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.generate import expert_mesh, longest_text
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inputs import printable_lines, shown
 from experiments import command, session
@@ -56,6 +57,9 @@ BATCH_SIZE = flags.DEFINE_integer(
 CACHE_TOKENS = flags.DEFINE_integer(
     "cache_tokens", None, "Tokens that the cache holds; by default what the free memory does.", lower_bound=PAGE_SIZE
 )
+MOST_POSITIONS = flags.DEFINE_integer(
+    "most_positions", None, "Longest prompt and text together; by default what the model knows.", lower_bound=2
+)
 MOST_WAITING = flags.DEFINE_integer(
     "most_waiting", 1024, "How many texts may wait; more requests get 429.", lower_bound=1, upper_bound=2**20
 )
@@ -79,7 +83,9 @@ INSTALL = "pip install -e '.[serve]'"  # in a clone: no package index has this p
 
 def main(_) -> None:
     """Check, bind, read the model, compile, serve."""
-    server = import_server()
+    check_installed()
+    from deepseek_jax.serving import server
+
     check_flags()
     keys = read_keys()
     if not server.is_loopback(HOST.value) and not keys and not INSECURE.value:
@@ -96,17 +102,15 @@ def main(_) -> None:
         sys.exit(128 + ended_by)
 
 
-def import_server():
-    """Return the module `deepseek_jax.serving.server`.
+def check_installed() -> None:
+    """Refuse to start without the libraries of the extra `serve`.
 
     Raises:
-        ValueError: the extra is not installed.
+        ValueError: one is not installed.
     """
-    try:
-        from deepseek_jax.serving import server
-    except ImportError as error:
-        raise ValueError(f"serving needs {error.name}; install it in the clone with: {INSTALL}") from error
-    return server
+    for module in ("starlette", "uvicorn", "llguidance"):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"serving needs {module}; install it in the clone with: {INSTALL}")
 
 
 def check_flags() -> None:
@@ -138,19 +142,18 @@ def open_service(source: Source) -> "Service":
     """Return the model in an engine whose programs are compiled, with its limits."""
     from deepseek_jax.serving.chat_format import open_chat_format
     from deepseek_jax.serving.grammar import Grammars
-
     from deepseek_jax.serving.model import Model
     from deepseek_jax.serving.service import Limits, Service
 
     tokenizer = source.tokenizer()
-    vocab_size, ends = source.config.model.vocab_size, source.generation.ends
+    vocab_size, ends = tokenizer.vocab_size, source.generation.ends
     chat = open_chat_format(source.chat_folder, tokenizer, vocab_size=vocab_size, name=CHAT_TEMPLATE.value, ends=ends)
     engine = open_engine(source, tokenizer)
     model = Model(
         name=NAME.value or source.config.name,
         engine=engine,
         tokenizer=tokenizer,
-        num_positions=longest_text(source.config),
+        num_positions=engine.batch.num_positions,
         most_jobs=MOST_WAITING.value,
         chat=chat,
         grammars=Grammars(tokenizer, vocab_size, ends) if chat is None else chat.grammars,
@@ -172,21 +175,21 @@ def open_engine(source: Source, tokenizer: Tokenizer) -> Engine:
     weights = source.load(mesh)
     print(f"{source.config.name}: weights read in {time.monotonic() - begun:.1f} s", flush=True)
     begun = time.monotonic()
-    num_pages = None if CACHE_TOKENS.value is None else -(-CACHE_TOKENS.value // PAGE_SIZE)
     engine = Engine.open(
         source.config,
         weights,
         tokenizer,
         mesh,
         num_rows=BATCH_SIZE.value,
-        num_pages=num_pages,
+        num_pages=None if CACHE_TOKENS.value is None else -(-CACHE_TOKENS.value // PAGE_SIZE),
+        num_positions=MOST_POSITIONS.value,
         most_waiting=MOST_WAITING.value,
         seed=SEED.value,
     )
     stats = engine.stats()
     print(
-        f"ready in {time.monotonic() - begun:.1f} s: {stats.rows} texts at once, a cache of {stats.pages * PAGE_SIZE:,}"
-        f" tokens ({stats.pages:,} pages), up to {longest_text(source.config):,} tokens a text",
+        f"compiled in {time.monotonic() - begun:.1f} s: {stats.rows} texts at once, a cache of"
+        f" {stats.pages * PAGE_SIZE:,} tokens, up to {engine.batch.num_positions:,} tokens a text",
         flush=True,
     )
     return engine
