@@ -63,14 +63,15 @@ def target(server: Server, model: str, options: dict[str, Any]) -> Target:
     """Return what asks a server: for a completion of ids or a text, or for a chat where the prompt is messages.
 
     Args:
-        options: further fields of every request, such as `temperature`.
+        options: further fields of every request, such as `temperature`. A server whose chunks have the usage so far
+            (`continuous_usage_stats`) is measured token by token, others chunk by chunk.
     """
 
     async def ask(asked: Asked) -> AsyncIterator[Arrival]:
         is_chat = isinstance(asked.prompt, list) and isinstance(asked.prompt[0], dict)
         path, name = ("/chat/completions", "messages") if is_chat else ("/completions", "prompt")
         body = {"model": model, name: asked.prompt, "max_tokens": asked.max_new_tokens, **options}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"stream": True}
         tokens = 0
         async with _respond(server, "POST", path, json.dumps(body).encode()) as pieces:
             async for data in _events(pieces):
@@ -79,9 +80,10 @@ def target(server: Server, model: str, options: dict[str, Any]) -> Target:
                 event = json.loads(data)
                 if event.get("error"):
                     raise RuntimeError(_message(data))
-                is_text = any(map(_has_text, event.get("choices") or []))
+                choices, before = event.get("choices") or [], tokens
+                is_text = any(map(_has_text, choices))
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens + is_text)
-                yield Arrival(is_text, tokens)
+                yield Arrival(is_text or (bool(choices) and tokens > before), tokens)
         raise RuntimeError("the stream ended before [DONE]")
 
     return ask

@@ -38,7 +38,11 @@ OUTPUT_TOKENS = flags.DEFINE_string("output_tokens", "128", "Lengths of the answ
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts, JSON lines, instead of random ids.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 256, "Random ids are less.", lower_bound=101, upper_bound=2**24)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of every request.", lower_bound=0.0, upper_bound=2.0)
-IGNORE_EOS = flags.DEFINE_bool("ignore_eos", True, "Answers have their whole length; servers without this refuse it.")
+EXTENSIONS = flags.DEFINE_bool(
+    "extensions",
+    True,
+    "Ask for answers of the whole length and for counts in every chunk, as vLLM and this server know.",
+)
 WARMUP = flags.DEFINE_integer("warmup", 2, "Requests before the measurement.", lower_bound=0, upper_bound=1000)
 SEED = flags.DEFINE_integer("seed", 0, "Of arrivals, lengths and prompts.", lower_bound=0)
 DEVICE = flags.DEFINE_string("device", "not said", "What the server runs on, for the records.")
@@ -70,7 +74,10 @@ def main(_) -> None:
     make_prompt = _prompts()
     server = event_client.parse_url(URL.value, os.environ.get("OPENAI_API_KEY"))
     model = MODEL.value or asyncio.run(_first_model(server))
-    options = {"temperature": TEMPERATURE.value} | ({"ignore_eos": True} if IGNORE_EOS.value else {})
+    options: dict[str, Any] = {"temperature": TEMPERATURE.value, "stream_options": {"include_usage": True}}
+    if EXTENSIONS.value:
+        options |= {"ignore_eos": True, "return_token_ids": True}
+        options["stream_options"]["continuous_usage_stats"] = True
     setting = Setting(model, "of a file" if PROMPTS.value else PROMPT_TOKENS.value, OUTPUT_TOKENS.value)
     measured = measure(event_client.target(server, model, options), rates, make_prompt, setting)
     common = provenance("experiments.benchmarks.serving", DEVICE.value)

@@ -190,7 +190,9 @@ async def events(*pieces):
 
 USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 5}}\n\n'
 DONE = b"data: [DONE]\n\n"
+COUNTED = b'data: {"choices": [{"text": ""}], "usage": {"completion_tokens": 2}}\n\n'
 ANSWERS = {
+    "counted": [chunk(text="a"), COUNTED, COUNTED, USAGE, DONE],
     "whole": [chunk(text="a"), chunk(text="b")[:9], chunk(text="b")[9:] + b": ping\n\n" + chunk(text=""), USAGE + DONE],
     "error": [chunk(text="a"), b'data: {"error": {"message": "the cache is full"}}\n\n'],
     "cut": [chunk(text="a")],
@@ -215,13 +217,14 @@ def test_a_server_over_http():
         server = event_client.parse_url(url, "sesame")
         assert asyncio.run(event_client.get_json(server, "/models"))["data"][0]["id"] == "tiny"
         target = event_client.target(server, "tiny", {"temperature": 0.5})
-        prompts = ["whole", "error", "cut", [{"role": "user", "content": "hi"}]]
+        prompts = ["whole", "error", "cut", "counted", [{"role": "user", "content": "hi"}]]
         samples = asyncio.run(load.run(target, [Asked(0.0, prompt, 4) for prompt in prompts], 10.0))
         refused = event_client.target(server._replace(key=None), "tiny", {"temperature": 0.5})
         (unknown,) = asyncio.run(load.run(refused, [Asked(0.0, "whole", 4)], 10.0))
     errors = [sample.error for sample in (*samples, unknown)]
-    assert errors == [None, "the cache is full", "the stream ended before [DONE]", None, "401: no"]
-    whole, _, _, chat, _ = (*samples, unknown)
+    assert errors == [None, "the cache is full", "the stream ended before [DONE]", None, None, "401: no"]
+    whole, _, _, counted, chat = samples
+    assert (len(counted.arrivals), counted.tokens) == (2, 5)  # the second token has no text
     assert (len(whole.arrivals), whole.tokens, len(chat.arrivals), chat.tokens) == (2, 5, 1, 1)
     assert 0.02 <= whole.first < 0.2 and 0.08 <= whole.total < 0.5
     (gone,) = asyncio.run(load.run(target, [Asked(0.0, "whole", 4)], 10.0))
