@@ -143,7 +143,7 @@ def test_an_answer_is_shown_as_text_with_its_speed(page, script):
     assert script.asked[-1] == {
         "model": "tiny",
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "messages": [{"role": "user", "content": "first line"}],
     }
     assert page.complaints == []

@@ -55,7 +55,8 @@ function describeModel() {
 
 // Returns the path and the body of a request for what follows the turns `said`.
 function request(said) {
-  const body = { model: fields.model.value, stream: true, stream_options: { include_usage: true } };
+  const usage = { include_usage: true, continuous_usage_stats: true };
+  const body = { model: fields.model.value, stream: true, stream_options: usage };
   for (const name of ["temperature", "top_p", "max_tokens"]) {
     if (fields[name].value !== "") body[name] = Number(fields[name].value);
   }
