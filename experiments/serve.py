@@ -78,8 +78,14 @@ DRAIN_SECONDS = flags.DEFINE_float(
 NUM_DRAFTS = flags.DEFINE_integer(
     "num_drafts", 0, "Tokens that the MTP layer drafts for each text; 0 drafts none.", lower_bound=0, upper_bound=3
 )
+DRAFTING_ROWS = flags.DEFINE_integer(
+    "drafting_rows", None, "Draft only while at most so many texts are made; by default always.", lower_bound=1
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the engine.", lower_bound=0, upper_bound=2**32 - 1)
 
+# After which a thread of Python hands over to another: with the usual 5 ms the event loop would hold up the engine's
+# thread, which has a step of 1.3 ms to dispatch.
+SWITCH_SECONDS = 5e-4
 KEY_VARIABLE = "DEEPSEEK_JAX_API_KEY"
 INSTALL = "pip install -e '.[serve]'"  # in a clone: no package index has this project
 
@@ -87,6 +93,7 @@ INSTALL = "pip install -e '.[serve]'"  # in a clone: no package index has this p
 def main(_) -> None:
     """Check, bind, read the model, compile, serve."""
     check_installed()
+    sys.setswitchinterval(SWITCH_SECONDS)
     from deepseek_jax.serving import server
 
     check_flags()
@@ -187,6 +194,7 @@ def open_engine(source: Source, tokenizer: Tokenizer) -> Engine:
         num_pages=None if CACHE_TOKENS.value is None else -(-CACHE_TOKENS.value // PAGE_SIZE),
         num_positions=MOST_POSITIONS.value,
         num_drafts=NUM_DRAFTS.value,
+        drafting_rows=DRAFTING_ROWS.value,
         most_waiting=MOST_WAITING.value,
         seed=SEED.value,
     )

@@ -100,7 +100,7 @@ def read_sampling(fields: Fields, model: Model) -> Sampling:
         ApiError: a value is beyond its range.
     """
     default = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | dict(model.sampling)
-    top_k = fields.integer("top_k", default["top_k"], -1, LARGEST_INTEGER)  # -1: all, as in vLLM
+    top_k = fields.integer("top_k", int(default["top_k"]), -1, LARGEST_INTEGER)  # -1: all, as in vLLM
     values = {
         "temperature": fields.number("temperature", default["temperature"], 0.0, 100.0),
         "top_p": fields.number("top_p", default["top_p"], 0.0, 1.0),
@@ -112,7 +112,15 @@ def read_sampling(fields: Fields, model: Model) -> Sampling:
     for name in ("top_p", "repetition_penalty"):
         if values[name] == 0.0:
             raise wrong(name, 0, "write a number above 0")
-    return Sampling(top_k=max(top_k, 0), **values)
+    return Sampling(
+        top_k=max(top_k, 0),
+        temperature=values["temperature"],
+        top_p=values["top_p"],
+        min_p=values["min_p"],
+        repetition_penalty=values["repetition_penalty"],
+        frequency_penalty=values["frequency_penalty"],
+        presence_penalty=values["presence_penalty"],
+    )
 
 
 def make_jobs(
