@@ -85,14 +85,16 @@ class Fields:
             raise wrong(name, value, "write an object")
         return value
 
-    def texts(self, name: str, most: int) -> list[str]:
-        """Return a list of texts, or one text as a list."""
+    def texts(self, name: str, most: int, longest: int) -> list[str]:
+        """Return a list of up to `most` texts of up to `longest` characters, or one text as a list."""
         value = self._body.get(name)
         values = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
             raise wrong(name, value, "write a text that is not empty, or a list of such texts")
         if len(values) > most:
             raise wrong(name, value, f"give at most {most}")
+        if any(len(text) > longest for text in values):
+            raise wrong(name, value, f"a text of it may have {longest} characters")
         return values
 
     def ids(self, name: str, vocab_size: int) -> list[int]:

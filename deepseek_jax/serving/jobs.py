@@ -12,7 +12,7 @@ from deepseek_jax.serving.fields import Fields, wrong
 from deepseek_jax.serving.model import Model
 
 MOST_CHOICES = 128  # OpenAI's
-MOST_STOPS = 64
+MOST_STOPS, LONGEST_STOP = 64, 1024
 LARGEST_INTEGER = 2**31 - 1
 # Fields of OpenAI's API and of vLLM's that change the answer and are not done, with the values that ask for nothing.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -71,7 +71,7 @@ def read_wishes(fields: Fields, model: Model) -> Wishes:
     stop_ids = fields.ids("stop_token_ids", model.vocab_size)
     eos = model.special_texts.get(model.tokenizer.eos)
     # the text of EOS is never part of a text, and it ends there anyway
-    stop: list[str | int] = [text for text in fields.texts("stop", MOST_STOPS) if text != eos]
+    stop: list[str | int] = [text for text in fields.texts("stop", MOST_STOPS, LONGEST_STOP) if text != eos]
     options = fields.object("stream_options") or {}
     stream = fields.boolean("stream")
     if options and not stream:

@@ -21,6 +21,7 @@ from deepseek_jax.serving.service import Service
 
 HEAD_SECONDS = 20.0  # in which a client must have sent the head of a request
 UNREAD_SECONDS = 60.0  # for which a client may leave unread what was sent to it
+KEEP_SECONDS = 30  # for which a connection waits for its next request
 SHUTDOWN_SECONDS = 5  # for connections to close when their answers are complete
 POLL_SECONDS = 0.05
 
@@ -86,6 +87,7 @@ class Server:
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=KEEP_SECONDS,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         self._uvicorn = _Uvicorn(config)

@@ -91,7 +91,6 @@ FLAGS = [
     case("serve", "--workdir={d}/W", "is empty", "leave it out", environment={"DEEPSEEK_JAX_API_KEY": "a,,b"}),
     case("serve", "--workdir={d}/W --port=65536", "--port=65536", "Port to serve"),
     case("serve", "--workdir={d}/W --name=", "--name", "give some letters"),
-    case("serve", "--workdir={d}/W --chat_template=v9 --port=0", "v9", files=RUN),
     case("serve", "--workdir={d}/W --batch_size=0", "--batch_size=0", "made at once"),
     case("serve", "--workdir={d}/W --distributed", "runs in one process"),
     case("generate", "--workdir=tests/golden/v2 --prompt=x", "and no run", "give --hf"),

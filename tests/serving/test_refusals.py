@@ -94,6 +94,7 @@ def test_bodies_that_are_no_json(server, content):
         ("stop", [""]),
         ("stop", 5),
         ("stop", ["a"] * 100),
+        ("stop", "a" * 2000),
         ("logprobs", True),
         ("logprobs", 21),
         ("logprobs", -1),
