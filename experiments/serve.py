@@ -45,17 +45,20 @@ API_KEY = flags.DEFINE_multi_string(
     "api_key",
     [],
     "Key that every request must have; several may be given. $DEEPSEEK_JAX_API_KEY is better: others see"
-    " a command line.",
+    " a command line",
 )
 INSECURE = flags.DEFINE_bool("insecure", False, "Serve other machines without a key.")
 ALLOW_ORIGIN = flags.DEFINE_multi_string(
-    "allow_origin", [], "Pages of other servers that may call this one from a browser, such as https://example.org."
+    "allow_origin", [], "Pages of other servers that may call this one from a browser, such as https://example.org"
 )
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "How many texts are made at once.", lower_bound=1, upper_bound=2**12
 )
 CACHE_TOKENS = flags.DEFINE_integer(
-    "cache_tokens", None, "Tokens that the cache holds; by default what the free memory does.", lower_bound=PAGE_SIZE
+    "cache_tokens",
+    None,
+    "Tokens that the cache holds; by default --batch_size of the longest texts, or what fits.",
+    lower_bound=PAGE_SIZE,
 )
 MOST_POSITIONS = flags.DEFINE_integer(
     "most_positions", None, "Longest prompt and text together; by default what the model knows.", lower_bound=2
