@@ -158,6 +158,19 @@ def test_the_order_of_jobs_changes_nothing():
     assert [(answer.text, answer.ids) for answer in forth] == [(answer.text, answer.ids) for answer in back]
 
 
+def test_priorities_go_first():
+    order, jobs = [], [long_job(3, priority=priority) for priority in (0, 1, 0, 2)]
+    engine = Engine(FakeBatch(num_rows=1), TOKENIZER)
+    engine.pause()
+    for i, job in enumerate(jobs):
+        engine.submit(job, lambda delta, i=i: order.append(i) if delta.finish_reason else None)
+    engine.resume()
+    while len(order) < 4:
+        time.sleep(0.001)
+    engine.close()
+    assert order == [3, 1, 0, 2]
+
+
 def test_the_next_step_is_dispatched_before_the_last_is_read():
     events = []
 
@@ -183,7 +196,10 @@ def test_the_next_step_is_dispatched_before_the_last_is_read():
 def test_a_long_prompt_does_not_stop_those_that_run():
     batch = endless_batch()
     with Engine(batch, TOKENIZER, prefill_beside=32) as engine:
-        ticket = engine.submit(long_job(), Heard())
+        heard = Heard()
+        ticket = engine.submit(long_job(), heard)
+        while not heard:
+            time.sleep(0.001)
         engine.generate([Job(prompt=[9] * 640, max_new_tokens=2, sampling=GREEDY)])
         ticket.cancel()
     beside = [step for step in batch.log if step[0] > 3]
