@@ -30,6 +30,7 @@ def open_batch(
     num_positions: int | None = None,
     most_prefill_tokens: int = 2048,
     num_drafts: int = 0,
+    drafting_rows: int | None = None,
     silent: bool = False,
 ) -> DeviceBatch:
     """Return a batch whose programs are compiled.
@@ -43,7 +44,8 @@ def open_batch(
         num_pages: of each device, 64 tokens each; by default as many as `fitting_pages` tells.
         num_positions: longest sequence, prompt and new tokens; by default what the model knows.
         most_prefill_tokens: of prompts in a step and device, a power of two from 128 on.
-        num_drafts: tokens that the MTP layer drafts for each row.
+        num_drafts: tokens that the MTP layer drafts for each row, up to 3; 1 is what it was trained for.
+        drafting_rows: nothing is drafted while more rows decode (`speculative.worth_rows`); by default never.
         silent: show no progress.
 
     Raises:
@@ -59,9 +61,10 @@ def open_batch(
         )
     mesh, num_positions = mesh or expert_mesh(config.model, 1), num_positions or longest
     with jax.set_mesh(mesh):
-        placed = decode_weights(config.model, decode_execution(config, mesh), known_ids(weights, tokenizer), mesh)
+        execution, known = decode_execution(config, mesh), known_ids(weights, tokenizer)
+        placed = decode_weights(config.model, execution, known, mesh, num_drafts > 0)
     if num_pages is None:
-        num_pages = fitting_pages(config, mesh, num_rows, num_positions)
+        num_pages = fitting_pages(config, mesh, num_rows, num_positions, num_drafts)
     batch = DeviceBatch(
         config,
         placed,
@@ -72,6 +75,7 @@ def open_batch(
         eos=tokenizer.eos,
         most_prefill_tokens=most_prefill_tokens,
         num_drafts=num_drafts,
+        drafting_rows=drafting_rows,
     )
     compile_batch(batch, silent)
     return batch
@@ -91,7 +95,9 @@ def compile_batch(batch: DeviceBatch, silent: bool) -> None:
         bar.close()
 
 
-def fitting_pages(config: Config, mesh: jax.sharding.Mesh, num_rows: int, num_positions: int) -> int:
+def fitting_pages(
+    config: Config, mesh: jax.sharding.Mesh, num_rows: int, num_positions: int, num_drafts: int = 0
+) -> int:
     """Return pages of each device: for all rows at their longest, or what `PAGES_SHARE` of the free memory holds.
 
     Call it when the weights are placed.
@@ -100,10 +106,10 @@ def fitting_pages(config: Config, mesh: jax.sharding.Mesh, num_rows: int, num_po
         ValueError: not even one sequence fits.
     """
     devices = axis_size(mesh, ROWS)
-    page_bytes = PAGE_SIZE * cache_bytes_per_token(config.model, decode_execution(config, mesh))
+    page_bytes = PAGE_SIZE * cache_bytes_per_token(config.model, decode_execution(config, mesh), num_drafts > 0)
     if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
         page_bytes *= devices
-    columns = -(-num_positions // PAGE_SIZE)
+    columns = -(-(num_positions + num_drafts) // PAGE_SIZE)
     fitting = int(PAGES_SHARE * free_bytes(mesh)) // page_bytes
     if fitting < columns:
         raise ValueError(
