@@ -149,7 +149,7 @@ class DeviceBatch:
             self._changed[row] = None
             self._masks.pop(row, None)
 
-    def set_table(self, row: int, table: Sequence[int]) -> None:
+    def set_table(self, row: int, table: Sequence[int] | np.ndarray) -> None:
         """Give a row the pages `table`, in order, from the next step on."""
         if len(table) > self.num_columns:
             raise ValueError(f"a table of {len(table)} pages is longer than the {self.num_columns} of a row")

@@ -9,7 +9,7 @@ class Counters:
     def __init__(self, num_drafts: int):
         """Begin at 0."""
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.num_steps = 0
-        self.finished = dict.fromkeys((STOP, LENGTH, CANCELLED, DEADLINE, ERROR), 0)
+        self.finished: dict[str, int] = dict.fromkeys((STOP, LENGTH, CANCELLED, DEADLINE, ERROR), 0)
         self.drafted, self.accepted = [0] * num_drafts, [0] * num_drafts
 
     def begin(self, num_prompt: int, num_cached: int) -> None:

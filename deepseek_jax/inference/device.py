@@ -52,7 +52,7 @@ class Device(Protocol):
         """Let a row take no part in steps dispatched from now on."""
         ...
 
-    def set_table(self, row: int, table: Sequence[int]) -> None:
+    def set_table(self, row: int, table: Sequence[int] | np.ndarray) -> None:
         """Say which pages a row has from the next step on, in order."""
         ...
 

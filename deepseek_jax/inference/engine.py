@@ -98,9 +98,9 @@ class Engine:
         The arguments up to `silent` are those of `opening.open_batch`, and `options` those of the class.
         """
         sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
-        rest = {"most_prefill_tokens": most_prefill_tokens, "silent": silent}
-        drafts = {"num_drafts": num_drafts, "drafting_rows": drafting_rows}
-        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest, **drafts), tokenizer, **options)
+        sizes["most_prefill_tokens"] = most_prefill_tokens
+        rest = {"num_drafts": num_drafts, "drafting_rows": drafting_rows, "silent": silent}
+        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest), tokenizer, **options)
 
     def __enter__(self) -> Self:
         """Return the engine, which the end of the `with` block closes."""

@@ -9,6 +9,8 @@ import numpy as np
 from deepseek_jax.inference.page_pool import PAGE_SIZE, PagePool
 from deepseek_jax.inference.pages import PagedSequence
 
+NOWHERE = -1  # in place of a row
+
 
 class Lane:
     """A device: its pages, and the rows that are free."""
@@ -28,8 +30,8 @@ class Member:
         rank: smaller ones come first.
         ids: the prompt, and what has followed it and was read.
         num_prompt: of them, those of the prompt.
-        row: where it runs, or None.
-        cached: tokens of its prompt that it found in the cache when it began; None before.
+        row: where it runs, or `NOWHERE`.
+        cached: tokens of its prompt that it found in the cache when it began; -1 before.
         start: tokens that its row had when it was opened.
         ended: it is neither running nor waiting any more.
     """
@@ -54,8 +56,7 @@ class Member:
         self.ids = array("i", prompt)
         self.num_prompt = len(self.ids)
         self.most = self.num_prompt + max_new_tokens
-        self.row: int | None = None
-        self.cached: int | None = None
+        self.row, self.cached = NOWHERE, -1
         self.start = 0
         self.ended = False
         self._sequence: PagedSequence | None = None
@@ -73,7 +74,12 @@ class Member:
     @property
     def has_begun(self) -> bool:
         """Whether it has a row, or has had one."""
-        return self.cached is not None
+        return self.cached >= 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has a row."""
+        return self.row != NOWHERE
 
     def table(self) -> np.ndarray:
         """Return the numbers of its pages, in order."""
@@ -87,16 +93,17 @@ class Member:
         self._lane, self._sequence, self.row = lane, sequence, lane.free_rows.pop()
         self.start = self._sent = len(sequence)
         self._target, self._room = len(self.ids), PAGE_SIZE * sequence.num_pages
-        if self.cached is None:
+        if not self.has_begun:
             self.cached = self.start
         self._follows = None
 
     def close(self) -> None:
         """Give row and pages back."""
-        assert self._sequence is not None and self._lane is not None and self.row is not None
+        assert self._sequence is not None and self._lane is not None
         self._sequence.close()
         self._lane.free_rows.append(self.row)
-        self._sequence = self._lane = self.row = None
+        self._sequence = self._lane = None
+        self.row = NOWHERE
 
     def end(self) -> None:
         """Take part no more."""

@@ -33,6 +33,7 @@ class Reply:
         self._prompt_logprobs: list[TokenLogprob | None] | None = None if job.prompt_logprobs is None else [None]
         self._routes: list[np.ndarray] = []
         self._num_routed = 0
+        self._has_begun = False
         self._cached = self._drafted = self._accepted = 0
         self._grammar = job.grammar() if job.grammar else None
         self.words_W: np.ndarray | None = None
@@ -50,9 +51,10 @@ class Reply:
         """Whether log-probabilities of the prompt are still to come, so none of it may be skipped."""
         return self._prompt_logprobs is not None and len(self._prompt_logprobs) < len(self.job.prompt)
 
-    def begin(self, num_cached: int) -> None:
-        """Note how much of the prompt was cached."""
-        self._cached = num_cached
+    def begin(self, num_cached: int) -> bool:
+        """Note how much of the prompt was cached; return whether it is the first time."""
+        is_first, self._has_begun, self._cached = not self._has_begun, True, num_cached
+        return is_first
 
     def add_prompt_logprobs(self, begin: int, logprobs: Logprobs) -> None:
         """Take those of the tokens behind the prompt's token `begin`; what has come before changes nothing."""

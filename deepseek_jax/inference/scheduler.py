@@ -96,7 +96,7 @@ class Scheduler:
         """Take a job out, wherever it is; full pages of it stay known."""
         if member.ended:
             return
-        if member.row is None:
+        if not member.is_running:
             del self.waiting[bisect.bisect_left(self.waiting, member.rank, key=_rank)]
         else:
             self._leave(member)
@@ -137,7 +137,7 @@ class Scheduler:
         """Return who gets its next token; the last in rank give way where pages are missing."""
         decodes = []
         for member in list(self.running):
-            if member.row is not None and member.can_decode() and self._has_room(member):
+            if member.is_running and member.can_decode() and self._has_room(member):
                 member.decode()
                 decodes.append(member)
         return decodes
@@ -228,7 +228,6 @@ class Scheduler:
 
     def _leave(self, member: Member) -> None:
         """Take a job out of its row."""
-        assert member.row is not None
         del self.running[bisect.bisect_left(self.running, member.rank, key=_rank)]
         self._closed.append(member.row)
         self._changed.pop(member, None)

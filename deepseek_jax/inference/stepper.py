@@ -209,8 +209,7 @@ class Stepper:
         """Return what a row is opened with."""
         reply: Reply = member.owner
         job = reply.job
-        if not member.num_made:
-            reply.begin(member.cached)
+        if reply.begin(member.cached):
             self.counters.begin(member.num_prompt, member.cached)
         seed, number = (self._seed, member.rank[1]) if job.own.seed is None else (job.own.seed, 0)
         return RowSettings(

@@ -1,5 +1,6 @@
 """The engine over a small model in FP32: jobs together get what each gets alone, and what teacher forcing says."""
 
+import dataclasses
 import functools
 import threading
 
@@ -221,3 +222,32 @@ def test_open_compiles_everything_before_the_first_job(capsys):
     check_greedy(jobs, answers)
     with pytest.raises(ValueError, match="256, which the model knows"):
         Engine.open(CONFIG, make_weights(), TOKENIZER, num_positions=257)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_drafts_change_no_greedy_text(num_drafts):
+    """Nor log-probabilities; with stop strings, prefixes, pages that run out, and jobs that are cancelled."""
+    config = make_config(vocab_size=TOKENIZER.vocab_size, num_mtp_layers=1).with_(data={"sequence_length": 256})
+    weights, sizes = drawn_weights(config.model), {"num_rows": 4, "num_positions": 256, "most_prefill_tokens": 128}
+    logged = Sampling(temperature=0.0, top_k=0, top_p=1.0, num_logprobs=2)
+    jobs = [dataclasses.replace(job, sampling=logged, own=Request()) for job in make_jobs(30)]
+    jobs = [Job(prompt=[70] * 5, max_new_tokens=150, sampling=logged), *jobs]
+    with Engine.open(config, weights, TOKENIZER, one_device(), silent=True, **sizes) as engine:
+        want = engine.generate(jobs)
+        stop = want[0].text[40:43]
+        want[0] = engine.generate([dataclasses.replace(jobs[0], stop=[stop])])[0]
+        jobs[0] = dataclasses.replace(jobs[0], stop=[stop])
+    options = {"num_pages": 6, "num_drafts": num_drafts, "silent": True}
+    with Engine.open(config, weights, TOKENIZER, one_device(), **sizes, **options) as engine:
+        engine.submit(jobs[1], lambda _: None).cancel()
+        found = engine.generate(jobs)
+        again = engine.generate(jobs[::-1])[::-1]
+        check_pages_are_back(engine)
+        stats = engine.stats()
+    assert texts_of(found) == texts_of(want) == texts_of(again)
+    assert sum(stats.drafted) > 0 and stats.cached_tokens > 0
+    for answer, other in zip(found, want, strict=True):
+        assert [entry.token for entry in answer.logprobs] == answer.ids
+        got, expected = ([entry.logprob for entry in a.logprobs] for a in (answer, other))
+        np.testing.assert_allclose(got, expected, atol=2e-5)
