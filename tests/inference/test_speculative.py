@@ -61,7 +61,7 @@ class DraftingHost(Host):
 
     def __init__(self, batch, ahead=2):
         super().__init__(batch, ahead)
-        self.pools = [PagePool(PAGES, min(batch.num_drafts, 1))]
+        self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1))]
         self.drafted = self.accepted = 0
 
     def pieces(self, running):
