@@ -27,7 +27,7 @@ from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
 from deepseek_jax.inference.drafting import DraftingCalls, check_drafts
 from deepseek_jax.inference.job import Job
-from deepseek_jax.inference.memory import free_bytes
+from deepseek_jax.inference.memory import check_pages
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import FEWEST_TOKENS, prefill_execution
 from deepseek_jax.inference.requests import Request, check_bias
@@ -45,7 +45,6 @@ from deepseek_jax.inference.step import Call, Piece, Step, pack
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS, Weights
-from pallas_kernels.mla_decode.schedule import PAGE
 
 
 class DeviceBatch:
@@ -285,17 +284,4 @@ def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_
     if most_prefill_tokens < FEWEST_TOKENS or most_prefill_tokens & (most_prefill_tokens - 1):
         raise ValueError(
             f"most_prefill_tokens = {most_prefill_tokens} must be a power of two, and at least {FEWEST_TOKENS}"
-        )
-
-
-def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuse pages that the devices of `mesh` cannot hold."""
-    num_bytes = bytes_per_token * PAGE * num_pages
-    if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
-        num_bytes *= axis_size(mesh, ROWS)
-    free = free_bytes(mesh)
-    if num_bytes > free:
-        raise ValueError(
-            f"a cache of {num_pages:,} pages takes {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free;"
-            f" {int(num_pages * free / num_bytes):,} pages would fit"
         )
