@@ -6,9 +6,6 @@ import jax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.cache import cache_bytes_per_token
-from deepseek_jax.parallel.mesh import axis_size
-from deepseek_jax.parameters import ROWS
-from pallas_kernels.mla_decode.schedule import PAGE
 
 
 def check_room(model: Model, execution: Execution, batch_size: int, num_slots: int, mesh: jax.sharding.Mesh) -> None:
@@ -26,19 +23,6 @@ def check_room(model: Model, execution: Execution, batch_size: int, num_slots: i
             f"the cache of {batch_size:,} sequences of {num_slots:,} tokens takes {num_bytes / 2**30:,.1f} GiB of a"
             f" device, and {free / 2**30:,.1f} GiB are free; decode fewer sequences at once (--batch_size), ask for"
             " fewer tokens (--max_new_tokens), or use more devices"
-        )
-
-
-def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuse pages that the devices of `mesh` cannot hold."""
-    num_bytes = bytes_per_token * PAGE * num_pages
-    if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
-        num_bytes *= axis_size(mesh, ROWS)
-    free = free_bytes(mesh)
-    if num_bytes > free:
-        raise ValueError(
-            f"a cache of {num_pages:,} pages takes {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free;"
-            f" {int(num_pages * free / num_bytes):,} pages would fit"
         )
 
 

@@ -136,12 +136,12 @@ class Calls:
         """Copy pages: devices, sources and targets."""
         self._pages = self._program(("copy",))(self._pages, copies_U3)
 
-    def prefill(self, packed: Packed) -> tuple[jax.Array, jax.Array]:
-        """Run pieces; return the hidden states behind each, and those of all tokens."""
+    def prefill(self, packed: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Run pieces; return the hidden states behind each, those of all tokens, and the experts of all tokens."""
         program = self._program(("prefill", len(packed.tokens_T) // self.sizes.devices))
         arrays = self.weights, self._pages, self._progress, self._tables_BJ, packed
-        hidden_RD, hidden_TD, self._pages, self._progress = program(*arrays)
-        return hidden_RD, hidden_TD
+        hidden_RD, hidden_TD, routes_TLK, self._pages, self._progress = program(*arrays)
+        return hidden_RD, hidden_TD, routes_TLK
 
     def first(self, hidden_RD: jax.Array, packed: Packed) -> Told:
         """Choose the tokens behind the last pieces."""

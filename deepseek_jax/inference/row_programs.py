@@ -23,7 +23,7 @@ from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Chosen, Log
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.model.transformer import decode_step, prefill_step
+from deepseek_jax.model.transformer import decode_step, routed_decode_step, routed_prefill_step
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
@@ -41,11 +41,13 @@ class Told(NamedTuple):
             many of them count.
         logprobs: zeros where no row asks for them; None from the greedy program.
         drafted_B: int32, drafts that were verified, where there are any.
+        routes_BSLK: experts of the tokens that went through the model, not from the greedy program.
     """
 
     numbers_BX: Array
     logprobs: Logprobs | None
     drafted_B: Array | None = None
+    routes_BSLK: Array | None = None
 
 
 def decode(
@@ -85,11 +87,11 @@ def decode(
         )
         run_B &= ~progress.finished_B
         new = progress.token_B[:, None], progress.length_B[:, None], run_B[:, None]
-        hidden_BSD, pages = decode_step(model, execution, weights, pages, tables_BJ, *new)
+        hidden_BSD, pages, routes_BSLK = run_decode(is_greedy, model, execution, weights, pages, tables_BJ, *new)
         logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
         progress = progress._replace(length_B=progress.length_B + run_B)
         chosen, progress, seen = _chosen(is_greedy, logits_BV, progress, settings, seen, run_B)
-        told = _told(chosen, run_B, progress)
+        told = _told(chosen, run_B, progress)._replace(routes_BSLK=routes_BSLK)
         progress, seen = jax.tree.map(
             lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0),
             (all_rows[0], all_rows[2]),
@@ -100,6 +102,11 @@ def decode(
     in_specs = weight_specs(weights), PAGES, SPLIT, SPLIT, SPLIT, SPLIT, SPLIT
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, SPLIT, SPLIT))
     return run(weights, pages, progress, settings, seen, tables_BJ, run_B)
+
+
+def run_decode(is_greedy: bool, model: Model, *arrays: Any) -> tuple[Array, Array, Array | None]:
+    """Run a step as `transformer.decode_step`; return its experts, too, which the greedy program has no use for."""
+    return (*decode_step(model, *arrays), None) if is_greedy else routed_decode_step(model, *arrays)
 
 
 class Packed(NamedTuple):
@@ -128,12 +135,12 @@ def prefill(
     progress: Progress,
     tables_BJ: Array,
     packed: Packed,
-) -> tuple[Array, Array, Array, Progress]:
+) -> tuple[Array, Array, Array, Array, Progress]:
     """Run pieces of prompts behind what their rows have; pages and progress are donated.
 
     Returns:
         the hidden states after the last token of each piece [R, D], those of all tokens, filled up to
-        [`most_tokens`, D], the pages and the progress.
+        [`most_tokens`, D], the experts of all tokens [T, MoE layers, K], the pages and the progress.
     """
 
     def local(weights, pages, progress, tables_BJ, packed):
@@ -143,14 +150,15 @@ def prefill(
             of_rows(tables_BJ, row_R), of_rows(progress.length_B, row_R), new_R, len(packed.tokens_T)
         )
         options = {"continues": True, "rows": rows}
-        hidden_TD, pages = prefill_step(model, execution, weights, pages, packed.tokens_T, sequences, **options)
+        step = model, execution, weights, pages, packed.tokens_T, sequences
+        hidden_TD, pages, routes_TLK = routed_prefill_step(*step, **options)
         hidden_RD = hidden_TD[jnp.maximum(jnp.cumsum(new_R) - 1, 0)]
         hidden_TD = jnp.pad(hidden_TD, ((0, most_tokens - len(hidden_TD)), (0, 0)))
         length_B = progress.length_B.at[row_R].add(new_R, mode="drop")
-        return hidden_RD, hidden_TD, pages, progress._replace(length_B=length_B)
+        return hidden_RD, hidden_TD, routes_TLK, pages, progress._replace(length_B=length_B)
 
     in_specs = weight_specs(weights), PAGES, SPLIT, SPLIT, SPLIT
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, SPLIT, PAGES, SPLIT))
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, SPLIT, SPLIT, PAGES, SPLIT))
     return run(weights, pages, progress, tables_BJ, packed)
 
 

@@ -47,6 +47,7 @@ class RowSettings:
         output: ids that the job had made when it was preempted, which now stand behind its prompt; read as `prompt` is.
         length: tokens that its pages have already: those of a known prefix.
         masked: the row has a grammar: `set_mask` comes before each step that chooses a token for it.
+        routes: the experts of its tokens come along.
     """
 
     sampling: Sampling
@@ -60,6 +61,7 @@ class RowSettings:
     output: Sequence[int] = ()
     length: int = 0
     masked: bool = False
+    routes: bool = False
 
     @property
     def wants_logprobs(self) -> bool:
@@ -70,7 +72,7 @@ class RowSettings:
     def is_plain(self) -> bool:
         """Whether its tokens are those of the largest logits, and nothing else is wanted."""
         greedy = RowSampling.numbers(self.sampling).temperature == 0 and not self.sampling.penalizes
-        return greedy and not (self.own.logit_bias or self.masked or self.wants_logprobs)
+        return greedy and not (self.own.logit_bias or self.masked or self.wants_logprobs or self.routes)
 
 
 class Progress(NamedTuple):

@@ -31,7 +31,7 @@ from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.acceptance import Drafts, Verified, distribution, draw_drafts, verify
-from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows
+from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows, run_decode
 from deepseek_jax.inference.row_sampling import Choice, counted
 from deepseek_jax.inference.row_state import Progress, Settings
 from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Logprobs, Seen, log_probabilities
@@ -39,7 +39,6 @@ from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.drafter import draft_prefill_step, draft_step
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.model.transformer import decode_step
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
@@ -121,7 +120,7 @@ def _step(
     tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
     valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
     new = tokens_BS, length_B[:, None] + place, valid_BS
-    hidden_BSD, pages = decode_step(model, execution, weights, pages, tables_BJ, *new)
+    hidden_BSD, pages, routes_BSLK = run_decode(kind.is_greedy, model, execution, weights, pages, tables_BJ, *new)
     logits_BSV = logits_of(head_DV, hidden_BSD)
     verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, kind.forced)
     counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
@@ -131,7 +130,7 @@ def _step(
     last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
     told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
-    return told, pages, progress, draft_BD, verified.seen
+    return told._replace(routes_BSLK=routes_BSLK), pages, progress, draft_BD, verified.seen
 
 
 def follow_prefill(

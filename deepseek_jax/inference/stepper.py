@@ -224,6 +224,7 @@ class Stepper:
             output=member.ids[member.num_prompt :],
             length=member.start,
             masked=member.masked,
+            routes=job.routes,
         )
 
     def _read(self, ahead: _Ahead) -> None:
