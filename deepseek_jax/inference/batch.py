@@ -83,7 +83,7 @@ class DeviceBatch:
             eos: ends every row that does not ignore it.
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
-            drafting_rows: nothing is drafted while more rows decode (`speculative.worth_rows`); by default never.
+            drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.

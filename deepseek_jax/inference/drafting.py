@@ -75,7 +75,7 @@ class DraftingCalls(Calls):
     def _speculate_program(self, width: int, is_greedy: bool, drafts: int):
         rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, self._shape(bool, self.sizes.rows)
         arguments = self.weights, self._pages, self._progress, self._draft_BD, *rest
-        static = self._model, self._decode_execution, drafts, width, is_greedy, self._forced
+        static = self._model, self._decode_execution, speculative.Kind(drafts, width, is_greedy, self._forced)
         return speculative.speculate, static, (1, 2, 3) if is_greedy else (1, 2, 3, 5), arguments
 
     def _follow_program(self, num_tokens: int):
