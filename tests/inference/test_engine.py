@@ -411,6 +411,7 @@ def test_close_drains_for_so_long():
     with pytest.raises(ClosedError):
         engine.submit(long_job(), Heard())
     engine.close()
+    assert not engine.batch.rows, "another engine may take the batch"
 
 
 def test_a_listener_may_submit_cancel_and_raise():
