@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import Mesh
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import row_calls
 from deepseek_jax.inference.batch import DeviceBatch
@@ -17,6 +18,7 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
 from tests.inference.test_decode import make_config, one_device
 from tests.support.drawn import drawn_weights
 
@@ -240,6 +242,20 @@ def test_open_compiles_everything_before_the_first_job(capsys):
     check_greedy(jobs, answers)
     with pytest.raises(ValueError, match="256, which the model knows"):
         Engine.open(CONFIG, make_weights(), TOKENIZER, num_positions=257)
+
+
+@pytest.mark.slow
+def test_four_devices_are_one(batch):
+    """Each has pages of its own, too few for its rows."""
+    jobs = [Job(prompt=[70] * 5, max_new_tokens=150, sampling=GREEDY)] * 8 + make_jobs(30)
+    mesh = make_mesh(Mesh(pipe=1, data=2, node=1, expert=2, tensor=1), jax.devices()[:4])
+    options = {"num_rows": 8, "num_pages": 5, "num_positions": 256, "most_prefill_tokens": 128, "silent": True}
+    with Engine(batch, TOKENIZER) as engine:
+        want = texts_of(engine.generate(jobs))
+    with Engine.open(CONFIG, make_weights(), TOKENIZER, mesh, **options) as engine:
+        assert texts_of(engine.generate(jobs)) == want
+        assert engine.stats().preemptions > 0
+        check_pages_are_back(engine)
 
 
 @pytest.mark.slow
