@@ -77,11 +77,13 @@ def endless_batch(**options):
     return FakeBatch(before=lambda: time.sleep(0.0005), **options)
 
 
-@pytest.mark.parametrize("num_pages", [400, 10])
-def test_every_job_is_as_alone(num_pages):
-    """With room for all and in a cache that fits one job, where jobs give way to each other all the time."""
-    batch = FakeBatch(num_rows=8, num_pages=num_pages)
-    jobs = random_jobs(80)
+@pytest.mark.parametrize(
+    ("num_pages", "num_drafts", "num_devices"), [(400, 0, 1), (400, 2, 1), (10, 0, 1), (10, 3, 1), (10, 1, 2)]
+)
+def test_every_job_is_as_alone(num_pages, num_drafts, num_devices):
+    """With room for all and in a cache that fits one job, where jobs give way; with drafts, on several devices."""
+    batch = FakeBatch(num_rows=8, num_pages=num_pages, num_drafts=num_drafts, num_devices=num_devices)
+    jobs = [*random_jobs(80), *(long_job(300, prompt=[i] * 5, sampling=GREEDY) for i in range(9))]
     with Engine(batch, TOKENIZER) as engine:
         for job, answer in zip(jobs, engine.generate(jobs), strict=True):
             want = want_ids(batch, job)
@@ -101,6 +103,7 @@ def test_every_job_is_as_alone(num_pages):
         stats = engine.stats()
         assert stats.cached_tokens > 0 and stats.prompt_tokens == sum(len(job.prompt) for job in jobs)
         assert (stats.preemptions > 0) == (num_pages == 10)
+        assert (sum(stats.drafted) > sum(stats.accepted) > 0) == (num_drafts > 0)
         assert stats.completion_tokens == sum(len(want_ids(batch, job)) for job in jobs)
 
 
@@ -411,6 +414,7 @@ def test_close_drains_for_so_long():
     with pytest.raises(ClosedError):
         engine.submit(long_job(), Heard())
     engine.close()
+    assert not engine.batch.rows, "another engine may take the batch"
 
 
 def test_a_listener_may_submit_cancel_and_raise():
