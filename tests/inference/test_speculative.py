@@ -13,7 +13,7 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import job as job_lib
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.engine import Engine
-from deepseek_jax.inference.generate import known_ids
+from deepseek_jax.inference.generate import expert_mesh, known_ids
 from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.row_state import RowSettings
@@ -207,6 +207,19 @@ def test_nothing_is_drafted_while_more_rows_decode_than_it_is_for():
     host.run(made)
     assert made[0].tokens == plain()[0].tokens
     assert host.accepted / host.drafted > 0.3 and host.drafted < 80
+
+
+@pytest.mark.slow
+def test_rows_of_two_devices_draft_as_those_of_one():
+    """The devices share the experts of the main model and of the MTP layer."""
+    mesh, sizes = expert_mesh(CONFIG.model, 2), {"num_rows": ROWS, "num_pages": PAGES, "num_positions": POSITIONS}
+    drafts = {"most_prefill_tokens": BUDGET, "num_drafts": 2}
+    batch = DeviceBatch(CONFIG, known_ids(weights(), TOKENIZER), mesh, eos=TOKENIZER.eos, **sizes, **drafts)
+    host = DraftingHost(batch)
+    host.pools = [PagePool(PAGES, 1) for _ in range(batch.num_devices)]
+    for got, want in zip(host.run(jobs(), most_running=ROWS), plain(), strict=True):
+        assert got.tokens == want.tokens
+    assert 0.3 < host.accepted / host.drafted < 0.95
 
 
 class OddThenEven:
