@@ -77,8 +77,11 @@ def draw_drafts(choice: Choice | None, drafter: Distribution, positions_B: Array
     """Return a draft [B] int32 for each row's position."""
     if choice is None:
         return drafter.best_B
-    keys_B = _keys(choice, positions_B, DRAFT)
-    return _warm_or(choice, lambda: _categorical(keys_B, drafter.log_BV), drafter.best_B)
+    keys_B, log_BV = _keys(choice, positions_B, DRAFT), drafter.log_BV
+    assert log_BV is not None, "only greedy rows have none"
+    warm_B = choice.sampling.temperature > 0
+    drawn_B = jax.lax.cond(warm_B.any(), lambda: _categorical(keys_B, log_BV), lambda: drafter.best_B)
+    return jnp.where(warm_B, drawn_B, drafter.best_B)
 
 
 def accepts(
@@ -88,6 +91,7 @@ def accepts(
     is_best_B = ids_B == model.best_B
     if choice is None:
         return is_best_B
+    assert model.log_BV is not None and drafter_log_BV is not None, "only greedy rows have none"
     p_B, q_B = (jnp.take_along_axis(log_BV, ids_B[:, None], axis=1)[:, 0] for log_BV in (model.log_BV, drafter_log_BV))
     return jnp.where(choice.sampling.temperature > 0, u_B < jnp.exp(p_B - q_B), is_best_B)
 
@@ -169,22 +173,19 @@ def _behind(
     positions_B, silent = length_B + 1 + accepted_B, choice._replace(wants_logprobs_B=run_B & False)
     ids_B = choose(silent, logits_BV, positions_B, run_B, seen).ids_B
     rejected_B = run_B & (accepted_B < drafts.num_B) & (choice.sampling.temperature > 0) & (ids_B != NO_TOKEN)
-    if drafts.log_BKV is None or not drafts.ids_BK.shape[1]:
+    log_BKV = drafts.log_BKV
+    if log_BKV is None:
         return ids_B
 
     def drawn():
-        model = distribution(choice, logits_BV, rejected_B, seen)
+        model_log_BV = distribution(choice, logits_BV, rejected_B, seen).log_BV
+        assert model_log_BV is not None, "only greedy rows have none"
         last_B = jnp.minimum(accepted_B, drafts.ids_BK.shape[1] - 1)
-        drafter_log_BV = jnp.take_along_axis(drafts.log_BKV, last_B[:, None, None], axis=1)[:, 0]
+        drafter_log_BV = jnp.take_along_axis(log_BKV, last_B[:, None, None], axis=1)[:, 0]
         keys_B = _keys(choice, positions_B, RESIDUAL)
-        return jnp.where(rejected_B, _categorical(keys_B, residual(model.log_BV, drafter_log_BV)), ids_B)
+        return jnp.where(rejected_B, _categorical(keys_B, residual(model_log_BV, drafter_log_BV)), ids_B)
 
     return jax.lax.cond(rejected_B.any(), drawn, lambda: ids_B)
-
-
-def _warm_or(choice: Choice, drawn, best_B: Array) -> Array:
-    warm_B = choice.sampling.temperature > 0
-    return jax.lax.cond(warm_B.any(), lambda: jnp.where(warm_B, drawn(), best_B), lambda: best_B)
 
 
 def _keys(choice: Choice, positions_B: Array, purpose: int) -> Array:

@@ -21,20 +21,18 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config
+from deepseek_jax.inference.batch_checks import check_own, check_pages, check_sizes
 from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.cache import num_pages as pages_of
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
 from deepseek_jax.inference.drafting import DraftingCalls, check_drafts
 from deepseek_jax.inference.job import Job
-from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.pages import Copy
-from deepseek_jax.inference.prefill import FEWEST_TOKENS, prefill_execution
-from deepseek_jax.inference.requests import Request, check_bias
+from deepseek_jax.inference.prefill import prefill_execution
 from deepseek_jax.inference.row_calls import MOST_COPIES, Calls, Sizes
 from deepseek_jax.inference.row_state import (
     MASK,
-    MOST_BIASES,
     MOST_RECORDS,
     SETTINGS,
     RowSettings,
@@ -45,7 +43,6 @@ from deepseek_jax.inference.step import Call, Piece, Step, pack
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS, Weights
-from pallas_kernels.mla_decode.schedule import PAGE
 
 
 class DeviceBatch:
@@ -86,7 +83,7 @@ class DeviceBatch:
             eos: ends every row that does not ignore it.
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
-            drafting_rows: nothing is drafted while more rows decode (`speculative.worth_rows`); by default never.
+            drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
@@ -110,6 +107,7 @@ class DeviceBatch:
         self._tables_changed = False
         self._open: dict[int, RowSettings] = {}
         self._is_plain_B, self._wants_logprobs_B = np.ones(self.num_rows, bool), np.zeros(self.num_rows, bool)
+        self._routes_B = np.zeros(self.num_rows, bool)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed
         self._masks: dict[int, np.ndarray] = {}
         self._copies: list[tuple[int, int, int]] = []
@@ -128,8 +126,13 @@ class DeviceBatch:
     def check(self, job: Job) -> None:
         """Refuse, with a ValueError, what no row can do."""
         check_own(job.own, self.vocab_size)
-        if job.routes:
-            raise ValueError("routes are not told yet; leave them out")
+
+    def expert_load(self) -> np.ndarray:
+        """Return how many tokens each expert of each MoE layer has had, int64 [L, E], from any thread.
+
+        Rejected drafts count, the MTP layer does not. Steps in flight are left out. Counts begin anew at 2**32.
+        """
+        return self._calls.expert_load()
 
     def open_row(self, row: int, settings: RowSettings) -> None:
         """Begin a job in a closed row; it is on the device with the next step.
@@ -142,6 +145,7 @@ class DeviceBatch:
         check_own(settings.own, self.vocab_size)
         self._open[row] = self._changed[row] = settings
         self._is_plain_B[row], self._wants_logprobs_B[row] = settings.is_plain, settings.wants_logprobs
+        self._routes_B[row] = settings.routes
 
     def close_row(self, row: int) -> None:
         """Let a row's job go, whether it has ended or not; nothing is written for it from the next step on."""
@@ -191,7 +195,8 @@ class DeviceBatch:
             wants_logprobs = bool(self._wants_logprobs_B[decoding].any())
             told, width = self._calls.decode(rows_B, bool(self._is_plain_B[decoding].all()))
             device, local = np.divmod(decoding, self.num_rows // self.num_devices)
-            step.tell(told, decoding, device * width + local, wants_logprobs)
+            routed = decoding[self._routes_B[decoding]]
+            step.tell(told, decoding, device * width + local, wants_logprobs, routed)
         return step
 
     def update_weights(self, weights: Weights) -> None:
@@ -207,10 +212,13 @@ class DeviceBatch:
 
     def _prefill(self, step: Step, call: Call) -> None:
         """Dispatch a call of prefill, and what is wanted of it."""
-        hidden_RD, hidden_TD = self._calls.prefill(call.packed)
+        hidden_RD, hidden_TD, routes_TLK = self._calls.prefill(call.packed)
+        if routed := {row: span for row, span in call.tokens.items() if self._routes_B[row]}:
+            step.route(routes_TLK, routed)
         if call.last_rows.size:
             wants_logprobs = bool(self._wants_logprobs_B[call.last_rows].any())
-            step.tell(self._calls.first(hidden_RD, call.packed), call.last_rows, call.last_places, wants_logprobs)
+            told = self._calls.first(hidden_RD, call.packed)
+            step.tell(told, call.last_rows, call.last_places, wants_logprobs, call.last_rows[:0])
         self._calls.follow(call.packed, hidden_TD, call.next_R)
         if call.spans:
             step.evaluate(self._calls.evaluate(hidden_TD, call.following_T, call.num_R), call.spans)
@@ -268,34 +276,3 @@ class DeviceBatch:
                 record["writes"] |= MASK
                 words_UW[i] = masks[row]
         self._calls.update(records, words_UW)
-
-
-def check_own(own: Request, vocab_size: int) -> None:
-    """Refuse a bias of an id that no token has, and more of them than a row can have."""
-    check_bias(own, vocab_size)
-    if len(own.logit_bias) > MOST_BIASES:
-        raise ValueError(f"logit_bias has {len(own.logit_bias)} ids; give at most {MOST_BIASES}")
-
-
-def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_tokens: int) -> None:
-    """Refuse sizes that no batch can have."""
-    for name, value in (("num_rows", num_rows), ("num_pages", num_pages), ("num_positions", num_positions)):
-        if value < 1:
-            raise ValueError(f"{name} = {value} must be at least 1")
-    if most_prefill_tokens < FEWEST_TOKENS or most_prefill_tokens & (most_prefill_tokens - 1):
-        raise ValueError(
-            f"most_prefill_tokens = {most_prefill_tokens} must be a power of two, and at least {FEWEST_TOKENS}"
-        )
-
-
-def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuse pages that the devices of `mesh` cannot hold."""
-    num_bytes = bytes_per_token * PAGE * num_pages
-    if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
-        num_bytes *= axis_size(mesh, ROWS)
-    free = free_bytes(mesh)
-    if num_bytes > free:
-        raise ValueError(
-            f"a cache of {num_pages:,} pages takes {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free;"
-            f" {int(num_pages * free / num_bytes):,} pages would fit"
-        )

@@ -44,8 +44,8 @@ def open_batch(
         num_pages: of each device, 64 tokens each; by default as many as `fitting_pages` tells.
         num_positions: longest sequence, prompt and new tokens; by default what the model knows.
         most_prefill_tokens: of prompts in a step and device, a power of two from 128 on.
-        num_drafts: tokens that the MTP layer drafts for each row, up to 3.
-        drafting_rows: it drafts while at most so many rows decode; by default always.
+        num_drafts: tokens that the MTP layer drafts for each row, up to 3; 1 is what it was trained for.
+        drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
         silent: show no progress.
 
     Raises:
@@ -61,10 +61,10 @@ def open_batch(
         )
     mesh, num_positions = mesh or expert_mesh(config.model, 1), num_positions or longest
     with jax.set_mesh(mesh):
-        known, execution = known_ids(weights, tokenizer), decode_execution(config, mesh)
-        placed = decode_weights(config.model, execution, known, mesh, drafts=num_drafts > 0)
+        execution, known = decode_execution(config, mesh), known_ids(weights, tokenizer)
+        placed = decode_weights(config.model, execution, known, mesh, num_drafts > 0)
     if num_pages is None:
-        num_pages = fitting_pages(config, mesh, num_rows, num_positions, drafts=num_drafts > 0)
+        num_pages = fitting_pages(config, mesh, num_rows, num_positions, num_drafts)
     batch = DeviceBatch(
         config,
         placed,
@@ -96,7 +96,7 @@ def compile_batch(batch: DeviceBatch, silent: bool) -> None:
 
 
 def fitting_pages(
-    config: Config, mesh: jax.sharding.Mesh, num_rows: int, num_positions: int, drafts: bool = False
+    config: Config, mesh: jax.sharding.Mesh, num_rows: int, num_positions: int, num_drafts: int = 0
 ) -> int:
     """Return pages of each device: for all rows at their longest, or what `PAGES_SHARE` of the free memory holds.
 
@@ -106,10 +106,10 @@ def fitting_pages(
         ValueError: not even one sequence fits.
     """
     devices = axis_size(mesh, ROWS)
-    page_bytes = PAGE_SIZE * cache_bytes_per_token(config.model, decode_execution(config, mesh), drafts)
+    page_bytes = PAGE_SIZE * cache_bytes_per_token(config.model, decode_execution(config, mesh), num_drafts > 0)
     if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
         page_bytes *= devices
-    columns = -(-num_positions // PAGE_SIZE)
+    columns = -(-(num_positions + num_drafts) // PAGE_SIZE)
     fitting = int(PAGES_SHARE * free_bytes(mesh)) // page_bytes
     if fitting < columns:
         raise ValueError(

@@ -47,6 +47,7 @@ class RowSettings:
         output: ids that the job had made when it was preempted, which now stand behind its prompt; read as `prompt` is.
         length: tokens that its pages have already: those of a known prefix.
         masked: the row has a grammar: `set_mask` comes before each step that chooses a token for it.
+        routes: the experts of its tokens come along.
     """
 
     sampling: Sampling
@@ -60,6 +61,7 @@ class RowSettings:
     output: Sequence[int] = ()
     length: int = 0
     masked: bool = False
+    routes: bool = False
 
     @property
     def wants_logprobs(self) -> bool:

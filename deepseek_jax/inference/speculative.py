@@ -22,6 +22,7 @@ large that more tokens take more time; `worth_rows` says where that begins.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.acceptance import Drafts, Verified, distribution, draw_drafts, verify
-from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows
+from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows, run_decode
 from deepseek_jax.inference.row_sampling import Choice, counted
 from deepseek_jax.inference.row_state import Progress, Settings
 from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Logprobs, Seen, log_probabilities
@@ -38,7 +39,6 @@ from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.drafter import draft_prefill_step, draft_step
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.model.transformer import decode_step
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
@@ -47,81 +47,94 @@ from pallas_kernels.mla_decode import MOST_QUERIES
 MOST_DRAFTS = MOST_QUERIES - 1
 
 
+class Kind(NamedTuple):
+    """What a program of decoding with drafts is made for.
+
+    Attributes:
+        num_drafts: of each row, up to `MOST_DRAFTS`; 0 drafts nothing and keeps the MTP layer's entries up to date.
+        width: the first rows of each device, which alone take part.
+        is_greedy: no row of them has other settings.
+        forced: see `acceptance.verify`.
+    """
+
+    num_drafts: int
+    width: int
+    is_greedy: bool
+    forced: float | None = None
+
+
+class DraftingRows(NamedTuple):
+    """The rows of a batch as a step reads them; `seen` is None where all are greedy."""
+
+    progress: Progress
+    draft_BD: Array  # the MTP layer's state at the last position of each row
+    settings: Settings
+    seen: Seen | None
+    tables_BJ: Array  # with a column for `num_drafts` positions behind a row's last one
+    run_B: Array
+    load_RLE: Array  # as `row_programs.run_decode` has it
+
+
 def speculate(
-    model: Model,
-    execution: Execution,
-    num_drafts: int,
-    width: int,
-    is_greedy: bool,
-    forced: float | None,
-    weights: Weights,
-    pages: Array,
-    progress: Progress,
-    draft_BD: Array,
-    settings: Settings,
-    seen: Seen | None,
-    tables_BJ: Array,
-    run_B: Array,
-) -> tuple[Told, Array, Progress, Array, Seen | None]:
+    model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, *rows: Any
+) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
     """Decode one to `num_drafts` + 1 tokens of each row of `run_B` that has not ended.
 
     Args:
         model: shape and mathematics.
         execution: of decoding.
-        num_drafts: of each row, up to `MOST_DRAFTS`; 0 drafts nothing and keeps the MTP layer's entries up to date.
-        width: the first rows of each device, which alone take part.
-        is_greedy: no row of them has other settings; `seen` is None then.
-        forced: see `acceptance.verify`.
+        kind: of the program.
         weights: as `decode_weights` returns them with `drafts`.
         pages: [L + 1, pages, 64, C + R]; donated.
-        progress: donated.
-        draft_BD: the MTP layer's state at the last position of each row; donated.
-        settings: of the rows.
-        seen: donated.
-        tables_BJ: int32, pages of each row; with a column for `num_drafts` positions behind a row's last one.
-        run_B: bool.
+        rows: `DraftingRows`; progress, states and what they have seen are donated, and come back new behind the
+            load.
     """
 
     def local(weights, pages, *rows):
         weights = manual_axes.vary(weights, frozenset(ROWS))
-        progress, draft_BD, settings, seen, tables_BJ, run_B = jax.tree.map(lambda x: x[:width], rows)
-        choice = None if is_greedy else settings.choice
-        run_B &= ~progress.finished_B
-        length_B, token_B = progress.length_B, progress.token_B
+        told, pages, load_RLE, *new = _step(model, execution, kind, weights, pages, DraftingRows(*rows))
+        old = rows[0], rows[1], rows[3]
+        changed = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0), old, tuple(new))
+        return told, pages, load_RLE, *changed
 
-        def follow(pages, next_BS, hidden_BSD, start_B, valid_BS):
-            positions_BS = start_B[:, None] + jnp.arange(next_BS.shape[1])
-            return draft_step(model, execution, weights, pages, tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS)
+    in_specs = weight_specs(weights), PAGES, *[SPLIT] * len(rows)
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, *[SPLIT] * 4))
+    return run(weights, pages, *rows)
 
-        most_B = jnp.minimum(num_drafts, progress.left_B - 1)
-        most_B = jnp.where(run_B & ~settings.choice.masked_B, jnp.maximum(most_B, 0), 0)
-        head_DV = weights.params["head_DV"]
-        drafts, pages = _draft(num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow)
 
-        tokens_BS = jnp.concatenate([token_B[:, None], drafts.ids_BK], axis=1)
-        place = jnp.arange(num_drafts + 1)
-        valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
-        new = tokens_BS, length_B[:, None] + place, valid_BS
-        hidden_BSD, pages = decode_step(model, execution, weights, pages, tables_BJ, *new)
-        logits_BSV = logits_of(head_DV, hidden_BSD)
-        verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, forced)
-        counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
+def _step(
+    model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, rows: DraftingRows
+) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
+    """Draft, verify and follow on one device."""
+    *rest, load_RLE = rows
+    progress, draft_BD, settings, seen, tables_BJ, run_B = jax.tree.map(lambda x: x[: kind.width], rest)
+    choice = None if kind.is_greedy else settings.choice
+    run_B &= ~progress.finished_B
+    length_B, head_DV, place = progress.length_B, weights.params["head_DV"], jnp.arange(kind.num_drafts + 1)
 
-        with jax.named_scope("follow"):
-            states_BSD, pages = follow(pages, verified.tokens_BS, hidden_BSD, length_B, place < counts_B[:, None])
-        last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
-        draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
-        told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
-        changed = jax.tree.map(
-            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0),
-            (rows[0], rows[1], rows[3]),
-            (progress, draft_BD, verified.seen),
-        )
-        return told, pages, *changed
+    def follow(pages, next_BS, hidden_BSD, start_B, valid_BS):
+        positions_BS = start_B[:, None] + jnp.arange(next_BS.shape[1])
+        return draft_step(model, execution, weights, pages, tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS)
 
-    in_specs = weight_specs(weights), PAGES, *[SPLIT] * 6
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, SPLIT, SPLIT, SPLIT))
-    return run(weights, pages, progress, draft_BD, settings, seen, tables_BJ, run_B)
+    most_B = jnp.clip(progress.left_B - 1, 0, kind.num_drafts)
+    most_B = jnp.where(run_B & ~settings.choice.masked_B, most_B, 0)
+    drafts, pages = _draft(kind.num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow)
+
+    tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
+    valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
+    new = tokens_BS, length_B[:, None] + place, valid_BS
+    step = model, execution, weights, pages, tables_BJ, *new
+    hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
+    logits_BSV = logits_of(head_DV, hidden_BSD)
+    verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, kind.forced)
+    counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
+
+    with jax.named_scope("follow"):
+        states_BSD, pages = follow(pages, verified.tokens_BS, hidden_BSD, length_B, place < counts_B[:, None])
+    last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
+    told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
+    return told._replace(routes_BSLK=routes_BSLK), pages, load_RLE, progress, draft_BD, verified.seen
 
 
 def follow_prefill(

@@ -1,6 +1,6 @@
 """What goes into a step of a `DeviceBatch`, and what comes out of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,6 +40,7 @@ class Call(NamedTuple):
         following_T: of `most_tokens` a device, the token behind each that is wanted.
         num_R: of each device, the tokens up to the last that is wanted.
         next_R: the prompt's token behind each piece.
+        tokens: where each piece lies among the tokens of all devices, by row.
     """
 
     packed: Packed
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     following_T: np.ndarray
     num_R: np.ndarray
     next_R: np.ndarray
+    tokens: dict[int, slice]
 
 
 class StepResult(NamedTuple):
@@ -63,7 +65,8 @@ class StepResult(NamedTuple):
         logprobs: of new tokens, [B, K] and [B, K, `MOST_LOGPROBS`], where a row of the step asks for them.
         prompt_logprobs: by row, of pieces that ask: [n] and [n, `MOST_LOGPROBS`], for the tokens behind each of a
             piece's, n its tokens, or one less if nothing follows.
-        routes: by row, experts of the tokens that went through the model, [n, MoE layers, K].
+        routes: by row, where they are asked for, experts of the tokens that went through the model, uint8 or uint16
+            [n, MoE layers, K], the best first.
         drafted_B: drafts that were verified of each row.
     """
 
@@ -82,14 +85,25 @@ class Step:
     def __init__(self, num_rows: int, num_tokens: int):
         """Begin with nothing of `num_rows` rows, of which each may get `num_tokens`."""
         self._shape = num_rows, num_tokens
-        self._told: list[tuple[Told, np.ndarray, np.ndarray, bool]] = []
+        self._told: list[tuple[Told, np.ndarray, np.ndarray, frozenset[int]]] = []
         self._evaluated: list[tuple[Logprobs, int, slice]] = []
+        self._routed: list[tuple[jax.Array, int, slice]] = []
         self._result: StepResult | None = None
 
-    def tell(self, told: Told, rows_X: np.ndarray, places_X: np.ndarray, wants_logprobs: bool) -> None:
-        """Have what the entries `places_X` say of the rows `rows_X`."""
-        _begin_reading(told if wants_logprobs else told._replace(logprobs=None))
-        self._told.append((told, rows_X, places_X, wants_logprobs))
+    def tell(
+        self, told: Told, rows_X: np.ndarray, places_X: np.ndarray, wants_logprobs: bool, routed: np.ndarray
+    ) -> None:
+        """Have what the entries `places_X` say of the rows `rows_X`; experts of the rows `routed`."""
+        told = told._replace(
+            logprobs=told.logprobs if wants_logprobs else None, routes_BSLK=told.routes_BSLK if len(routed) else None
+        )
+        _begin_reading(told)
+        self._told.append((told, rows_X, places_X, frozenset(routed.tolist())))
+
+    def route(self, routes_TLK: jax.Array, spans: Mapping[int, slice]) -> None:
+        """Have the experts of prompts: each row's in its slice."""
+        _begin_reading(routes_TLK)
+        self._routed += [(routes_TLK, row, span) for row, span in spans.items()]
 
     def evaluate(self, logprobs: Logprobs, spans: Sequence[tuple[int, slice]]) -> None:
         """Have log-probabilities of prompts: each row's in its slice."""
@@ -100,14 +114,15 @@ class Step:
         """Wait for the step, and return what it made; a second call returns the same."""
         if self._result is None:
             self._result = self._read()
-            self._told, self._evaluated = [], []
+            self._told, self._evaluated, self._routed = [], [], []
         return self._result
 
     def _read(self) -> StepResult:
         num_rows, num_tokens = self._shape
         tokens_BK, counts_B = np.zeros((num_rows, num_tokens), np.int32), np.zeros(num_rows, np.int32)
         finished_B, drafted_B, logprobs = np.zeros(num_rows, bool), None, None
-        for told, rows_X, places_X, wants_logprobs in self._told:
+        routes = {row: np.asarray(routes_TLK)[span] for routes_TLK, row, span in self._routed}
+        for told, rows_X, places_X, routed in self._told:
             numbers = np.asarray(told.numbers_BX)[places_X]
             count = numbers.shape[1] - 2  # of tokens; a first token is alone
             tokens_BK[rows_X, :count] = numbers[:, :count]
@@ -115,12 +130,15 @@ class Step:
             if told.drafted_B is not None:
                 drafted_B = np.zeros(num_rows, np.int32) if drafted_B is None else drafted_B
                 drafted_B[rows_X] = np.asarray(told.drafted_B)[places_X]
-            if wants_logprobs:
+            if told.routes_BSLK is not None:
+                ran = [(row, place) for row, place in zip(rows_X.tolist(), places_X, strict=True) if row in routed]
+                routes |= {row: np.asarray(told.routes_BSLK)[place, : counts_B[row]] for row, place in ran}
+            if told.logprobs is not None:
                 logprobs = logprobs or _empty(num_rows, num_tokens)
                 for whole, part in zip(logprobs, told.logprobs, strict=True):
                     whole[rows_X, :count] = np.asarray(part)[places_X].reshape(-1, count, *whole.shape[2:])
         prompts = {row: Logprobs(*(np.asarray(leaf)[span] for leaf in found)) for found, row, span in self._evaluated}
-        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, drafted_B=drafted_B)
+        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, routes, drafted_B)
 
 
 def _begin_reading(tree) -> None:
@@ -150,11 +168,12 @@ def _call(queues: list[list[Piece]], sizes: Sizes, num_places: int) -> Call:
     row_RP = np.full((sizes.devices, num_places), sizes.each, np.int32)
     new_RP, next_RP, last_RP = np.zeros_like(row_RP), np.zeros_like(row_RP), np.zeros(row_RP.shape, bool)
     following_RT, num_R = np.zeros((sizes.devices, sizes.prefill_tokens), np.int32), np.zeros(sizes.devices, np.int32)
-    spans, last_rows = [], []
+    spans, last_rows, tokens = [], [], {}
     for device, queue in enumerate(queues):
         start = 0
         for place, (row, ids, is_last, logprobs, following) in enumerate(queue):
             end = start + len(ids)
+            tokens[row] = slice(device * num_tokens + start, device * num_tokens + end)
             tokens_RT[device, start:end] = ids
             row_RP[device, place], new_RP[device, place] = row - device * sizes.each, len(ids)
             last_RP[device, place], next_RP[device, place] = is_last, following or 0
@@ -167,4 +186,6 @@ def _call(queues: list[list[Piece]], sizes: Sizes, num_places: int) -> Call:
             start = end
     packed = Packed(*(array.reshape(-1) for array in (tokens_RT, row_RP, new_RP, last_RP)))
     places = np.flatnonzero(packed.last_R)
-    return Call(packed, np.array(last_rows, int), places, spans, following_RT.reshape(-1), num_R, next_RP.reshape(-1))
+    return Call(
+        packed, np.array(last_rows, int), places, spans, following_RT.reshape(-1), num_R, next_RP.reshape(-1), tokens
+    )

@@ -150,8 +150,14 @@ def run_layers(
 
 
 def run_cached_layers(
-    model: Model, execution: Execution, weights: Weights, x_BSD: jax.Array, part: Part, pages: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    model: Model,
+    execution: Execution,
+    weights: Weights,
+    x_BSD: jax.Array,
+    part: Part,
+    pages: jax.Array,
+    observe: Observer = unobserved,
+) -> tuple[jax.Array, jax.Array, list[Any]]:
     """Run the residual stream of new tokens through layers with a cache.
 
     The layers of a kind are one jitted function, which is traced and lowered once.
@@ -164,26 +170,28 @@ def run_cached_layers(
         x_BSD: before the first layer.
         part: how a layer attends (`model.absorbed`), and which tokens are there.
         pages: the cache [L, pages, 64, C + R] of all these layers in order.
+        observe: what to report of each router (`model.moe`).
 
     Returns:
-        the residual stream and the pages after the last layer.
+        the residual stream and the pages after the last layer, and what `observe` reports of each layer with a router.
     """
     execution = cached_execution(execution, part.valid_BS)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(kind, params, bias, x_BSD, cache):
         layer = merge_cached(kind, model, params, bias)
-        (x_BSD,), cache, _ = run_layer(layer, execution, (x_BSD,), [part], cache, unobserved)
-        return x_BSD, cache.pages
+        (x_BSD,), cache, observed = run_layer(layer, execution, (x_BSD,), [part], cache, observe)
+        return x_BSD, cache.pages, observed
 
-    number = 0
+    number, observations = 0, []
     for name, kind in STACKS:
         layers, biases = weights.params.get(name, []), weights.router_bias.get(name)
         for i, params in enumerate(layers):
             cache = LayerPages(pages, jnp.int32(number))
-            x_BSD, pages = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
+            x_BSD, pages, observed = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
+            observations += [observed] if observed is not None else []
             number += 1
-    return x_BSD, pages
+    return x_BSD, pages, observations
 
 
 def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:

@@ -16,6 +16,8 @@ from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.row_state import RowSettings
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.step import Piece
+from deepseek_jax.model import transformer
+from deepseek_jax.model.moe import chosen_experts
 from tests.inference.test_decode import CONFIG, GREEDY, NEVER, expanded_logits, make_weights, one_device
 
 ROWS, PAGES, POSITIONS, BUDGET = 6, 14, 320, 128
@@ -210,6 +212,35 @@ def test_log_probabilities_are_those_of_teacher_forcing(batch):
     np.testing.assert_allclose(chosen, log_SV[np.arange(len(whole) - 1), whole[1:]], atol=1e-5)
     np.testing.assert_allclose(top, np.sort(log_SV)[:, ::-1][:, : top.shape[1]], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(log_SV, ids, 1), top, atol=1e-5)
+
+
+def test_experts_of_every_token_are_those_of_the_training_form(batch):
+    """Of a prompt in two pieces, behind another's piece, and of two tokens that went through the model."""
+    prompt, load_before = TOKENS[6][:90], batch.expert_load()
+    batch.open_row(1, RowSettings(sampling=GREEDY, max_new_tokens=0))
+    batch.open_row(2, RowSettings(sampling=GREEDY, max_new_tokens=3, routes=True))
+    batch.set_table(1, [7])
+    batch.set_table(2, [4, 5])
+    no_row, row_2 = np.zeros(ROWS, bool), np.arange(ROWS) == 2
+    found = [
+        batch.step([Piece(1, TOKENS[5][:9], True), Piece(2, prompt[:70], False)], no_row).read(),
+        batch.step([Piece(2, prompt[70:], True)], no_row).read(),
+        *(batch.step([], row_2).read() for _ in range(3)),
+    ]
+    batch.close_row(1)
+    batch.close_row(2)
+    assert all(result.routes.keys() == {2} for result in found)
+    assert [len(result.routes[2]) for result in found] == [70, 20, 1, 1, 0]
+    routes_TLK = np.concatenate([result.routes[2] for result in found])
+    whole = prompt + [int(result.tokens_BK[2, 0]) for result in found[1:3]]
+    inputs = transformer.Inputs(jnp.array([whole]), jnp.arange(92)[None], jnp.ones((1, 92), bool))
+    options = {"observe": chosen_experts}
+    run = jax.jit(lambda: transformer.apply(CONFIG.model, CONFIG.execution, make_weights(), inputs, **options).observed)
+    assert routes_TLK.dtype == np.uint8 and routes_TLK.shape[1:] == (1, CONFIG.model.experts_per_token)
+    np.testing.assert_array_equal(routes_TLK.swapaxes(0, 1), run()[:, 0])
+    load_LE = batch.expert_load() - load_before  # the neighbour's nine tokens are in it, padding is not
+    mine_E = np.bincount(routes_TLK.reshape(-1), minlength=CONFIG.model.num_experts)
+    assert load_LE.sum() == (9 + 92) * CONFIG.model.experts_per_token and (load_LE[0] >= mine_E).all()
 
 
 def test_a_prompt_after_which_nothing_is_wanted_ends_without_a_token(batch):

@@ -1,5 +1,6 @@
 """Rows that draft get what they get without drafts: tokens, ends, log-probabilities, and pages that others find."""
 
+import dataclasses
 import functools
 from array import array
 
@@ -8,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.inference import job as job_lib
 from deepseek_jax.inference.batch import DeviceBatch
+from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.generate import expert_mesh, known_ids
 from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.row_state import RowSettings
@@ -17,6 +22,7 @@ from deepseek_jax.inference.speculative import expected_tokens, worth_rows
 from deepseek_jax.inference.step import Piece
 from tests.inference.test_batch import BUDGET, PAGES, POSITIONS, SEED, Host, Job
 from tests.inference.test_drafter import CONFIG, MESH
+from tests.inference.test_engine_model import Smaller, check_pages_are_back, texts_of
 from tests.support.drawn import drawn_weights
 
 ROWS = 4
@@ -24,7 +30,8 @@ GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 TOLD = Sampling(temperature=0.0, top_k=0, top_p=1.0, num_logprobs=3)
 WARM = Sampling(temperature=0.8, top_k=20, top_p=0.9)
 PENALIZED = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.3, frequency_penalty=0.2)
-TOKENS = np.random.default_rng(5).integers(0, 300, (8, 300)).tolist()
+TOKENIZER = byte_tokenizer()
+TOKENS = np.random.default_rng(5).integers(6, 262, (8, 300)).tolist()
 
 
 @functools.cache
@@ -46,7 +53,7 @@ def weights():
 def batch_of(num_drafts, drafting_rows=None):
     sizes = {"num_rows": ROWS, "num_pages": PAGES, "num_positions": POSITIONS, "most_prefill_tokens": BUDGET}
     drafts = {"num_drafts": num_drafts, "drafting_rows": drafting_rows}
-    return DeviceBatch(CONFIG, weights(), MESH, eos=-1, **sizes, **drafts)
+    return DeviceBatch(CONFIG, known_ids(weights(), TOKENIZER), MESH, eos=TOKENIZER.eos, **sizes, **drafts)
 
 
 class DraftingHost(Host):
@@ -54,7 +61,7 @@ class DraftingHost(Host):
 
     def __init__(self, batch, ahead=2):
         super().__init__(batch, ahead)
-        self.pools = [PagePool(PAGES, min(batch.num_drafts, 1))]
+        self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1))]
         self.drafted = self.accepted = 0
 
     def pieces(self, running):
@@ -88,7 +95,7 @@ def jobs():
     prompts = [TOKENS[0][:5], TOKENS[1][:230], shared, TOKENS[3][:64], shared[:130] + TOKENS[4][:9], TOKENS[5][:1]]
     settings = [(GREEDY, 40), (PENALIZED, 7), (TOLD, 30), (GREEDY, 2), (GREEDY, 66), (TOLD, 33)]
     made = [
-        Job(prompt, sampling=sampling, max_new_tokens=most, seed=SEED, number=i)
+        Job(prompt, sampling=sampling, max_new_tokens=most, seed=SEED, number=i, ignore_eos=True)
         for i, (prompt, (sampling, most)) in enumerate(zip(prompts, settings, strict=True))
     ]
     made[3].settings["own"] = Request(logit_bias={7: 3.0, 8: 2.0})
@@ -122,7 +129,7 @@ def run(batch, *made, **options):
 
 
 def job(prompt, most, sampling=GREEDY, **settings):
-    return Job(prompt, sampling=sampling, max_new_tokens=most, seed=SEED, number=0, **settings)
+    return Job(prompt, sampling=sampling, max_new_tokens=most, seed=SEED, number=0, ignore_eos=True, **settings)
 
 
 def test_a_row_ends_at_its_last_token_and_at_an_end_inside_of_a_draft():
@@ -148,13 +155,13 @@ def test_a_masked_row_drafts_nothing_and_gets_what_it_gets_without_drafts():
     """Drawn, one token a step, beside a row that drafts."""
     found, rows_B = [], np.array([True, True, False, False])
     for batch in (batch_of(0), batch_of(3)):
-        batch.open_row(0, RowSettings(sampling=WARM, seed=SEED, max_new_tokens=9, masked=True))
-        batch.open_row(1, RowSettings(sampling=GREEDY, max_new_tokens=30))
+        batch.open_row(0, RowSettings(sampling=WARM, seed=SEED, max_new_tokens=9, masked=True, ignore_eos=True))
+        batch.open_row(1, RowSettings(sampling=GREEDY, max_new_tokens=30, ignore_eos=True))
         batch.set_table(0, [3])
         batch.set_table(1, [4])
         steps = []
         for i in range(9):
-            keep = np.random.default_rng(i).random(320) < 0.2
+            keep = np.random.default_rng(i).random(288) < 0.2
             batch.set_mask(0, np.packbits(keep, bitorder="little").view("<i4"))
             pieces = [] if i else [Piece(0, TOKENS[4][:20], True), Piece(1, TOKENS[0][:5], True)]
             steps.append(batch.step(pieces, rows_B & (i > 0)).read())
@@ -174,7 +181,7 @@ def test_a_prefix_whose_end_was_drafted_is_found_as_it_is_computed():
     host = run(batch, first)
     assert host.accepted < host.drafted
     longer = [job(TOKENS[3][:61] + first.tokens[:n], 20) for n in (3, 4, 29)]
-    other = job(TOKENS[3][:61] + first.tokens[:3] + [(first.tokens[3] + 1) % 300, 5], 20)
+    other = job(TOKENS[3][:61] + first.tokens[:3] + [(first.tokens[3] + 1) % 262, 5], 20)
     host.run([*longer, other])
     assert [one.cached for one in [*longer, other]] == [0, 64, 64, 0]  # the last one's next token is another
     got = entries(host, longer[2].prompt)
@@ -200,6 +207,62 @@ def test_nothing_is_drafted_while_more_rows_decode_than_it_is_for():
     host.run(made)
     assert made[0].tokens == plain()[0].tokens
     assert host.accepted / host.drafted > 0.3 and host.drafted < 80
+
+
+@pytest.mark.slow
+def test_rows_of_two_devices_draft_as_those_of_one():
+    """The devices share the experts of the main model and of the MTP layer."""
+    mesh, sizes = expert_mesh(CONFIG.model, 2), {"num_rows": ROWS, "num_pages": PAGES, "num_positions": POSITIONS}
+    drafts = {"most_prefill_tokens": BUDGET, "num_drafts": 2}
+    batch = DeviceBatch(CONFIG, known_ids(weights(), TOKENIZER), mesh, eos=TOKENIZER.eos, **sizes, **drafts)
+    host = DraftingHost(batch)
+    host.pools = [PagePool(PAGES, 1) for _ in range(batch.num_devices)]
+    for got, want in zip(host.run(jobs(), most_running=ROWS), plain(), strict=True):
+        assert got.tokens == want.tokens
+    assert 0.3 < host.accepted / host.drafted < 0.95
+
+
+class OddThenEven:
+    """A grammar: ids are odd and even in turns."""
+
+    def __init__(self):
+        self.num = 0
+
+    def fill(self, words_W):
+        words_W[:] = 0x55555555 if self.num % 2 else -0x55555556
+
+    def accept(self, token):
+        assert token % 2 != self.num % 2
+        self.num += 1
+
+
+def test_an_engine_that_drafts_gives_the_same_answers():
+    """Greedy, stop strings, grammars, prefixes, more jobs than rows, and a cache so small that jobs are preempted."""
+    rng = np.random.default_rng(2)
+    jobs = [job_lib.Job(prompt=TOKENS[i][:5], max_new_tokens=150, sampling=GREEDY, ignore_eos=True) for i in (3, 4, 5)]
+    for i in range(16):
+        prompt = TOKENS[i % 3][: rng.integers(1, 130)]
+        more = {"grammar": OddThenEven} if i % 5 == 0 else {"stop": [chr(65 + i), 70 + i]} if i % 5 == 1 else {}
+        sampling, most = TOLD if i % 4 == 0 else GREEDY, int(rng.integers(1, 60))
+        jobs.append(job_lib.Job(prompt=prompt, max_new_tokens=most, sampling=sampling, **more))
+    with Engine(batch_of(0), TOKENIZER) as engine:
+        answers = engine.generate(jobs)
+    drawn = [dataclasses.replace(one, sampling=WARM, own=Request(seed=4), stop=(), grammar=None) for one in jobs[3:9]]
+    with Engine(batch_of(3), TOKENIZER) as engine:
+        found = engine.generate(jobs)
+        assert texts_of(found) == texts_of(answers)
+        assert texts_of(engine.generate(drawn)) == texts_of(engine.generate(drawn[::-1]))[::-1]
+        check_pages_are_back(engine)
+        drafted, accepted = np.array(engine.stats().drafted), np.array(engine.stats().accepted)
+    assert (drafted >= accepted).all() and (accepted > 0).all() and (np.diff(accepted) < 0).all()
+    for got, want in zip(found, answers, strict=True):
+        assert got.usage.accepted_tokens <= got.usage.drafted_tokens
+        if want.logprobs:
+            np.testing.assert_allclose(*([one.logprob for one in x.logprobs] for x in (got, want)), atol=1e-5)
+    with Engine(Smaller(batch_of(3), 5), TOKENIZER) as engine:
+        assert texts_of(engine.generate(jobs)) == texts_of(answers)
+        assert engine.stats().preemptions > 0
+        check_pages_are_back(engine)
 
 
 def test_where_drafting_is_worth_its_time():
