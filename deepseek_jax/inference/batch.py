@@ -127,6 +127,13 @@ class DeviceBatch:
         """Refuse, with a ValueError, what no row can do."""
         check_own(job.own, self.vocab_size)
 
+    def expert_load(self) -> np.ndarray:
+        """Return how many tokens each expert of each MoE layer has had, int64 [L, E], from any thread.
+
+        Rejected drafts count, the MTP layer does not. Steps in flight are left out. Counts begin anew at 2**32.
+        """
+        return self._calls.expert_load()
+
     def open_row(self, row: int, settings: RowSettings) -> None:
         """Begin a job in a closed row; it is on the device with the next step.
 

@@ -44,6 +44,10 @@ class Device(Protocol):
         """Refuse, with a ValueError, a job that asks for something that no row can do."""
         ...
 
+    def expert_load(self) -> np.ndarray:
+        """Return how many tokens each expert of each MoE layer has had, [L, E]; from any thread, without waiting."""
+        ...
+
     def open_row(self, row: int, settings: RowSettings) -> None:
         """Give a row to a job."""
         ...

@@ -53,8 +53,10 @@ class DraftingCalls(Calls):
         drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
         program = self._program(("speculate", width, is_greedy, drafts))
         seen = None if is_greedy else self._seen
-        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, self._run
-        told, self._pages, self._progress, self._draft_BD, seen = program(self.weights, self._pages, *rows)
+        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
+        told, self._pages, load_RLE, *new = program(self.weights, self._pages, *rows)
+        self._progress, self._draft_BD, seen = new
+        self._loads.append(load_RLE)
         self._seen = self._seen if is_greedy else seen
         return told, width
 
@@ -74,7 +76,7 @@ class DraftingCalls(Calls):
 
     def _speculate_program(self, width: int, is_greedy: bool, drafts: int):
         rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, self._shape(bool, self.sizes.rows)
-        arguments = self.weights, self._pages, self._progress, self._draft_BD, *rest
+        arguments = self.weights, self._pages, self._progress, self._draft_BD, *rest, self._loads[-1]
         static = self._model, self._decode_execution, speculative.Kind(drafts, width, is_greedy, self._forced)
         return speculative.speculate, static, (1, 2, 3) if is_greedy else (1, 2, 3, 5), arguments
 

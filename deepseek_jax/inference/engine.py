@@ -210,6 +210,7 @@ class Engine:
             finished=dict(counters.finished),
             drafted=tuple(counters.drafted),
             accepted=tuple(counters.accepted),
+            expert_load_LE=self.batch.expert_load(),
             version=stepper.version,
             paused=stepper.is_paused,
             steps=counters.num_steps,

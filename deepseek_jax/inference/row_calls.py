@@ -6,6 +6,7 @@ microseconds each; an array that stays as it was is not sent again. No call wait
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from pallas_kernels.mla_decode.schedule import PAGE
 MOST_COPIES = 8  # pages that a call copies
 MOST_PIECES, MOST_PIECES_OF_CUDNN = 16, 4  # of a device in a call of prefill; cuDNN fills each up to a whole call
 FEW_ROWS_ON_CPU = 4
+MOST_LOADS = 16  # calls in flight, about
 
 
 class Sizes(NamedTuple):
@@ -97,6 +99,10 @@ class Calls:
         self._progress, self._settings, self._seen = state
         self._no_words = jax.device_put(np.zeros((row_state.MOST_RECORDS, self.num_words), np.int32), self._whole)
         self._run, self._run_bytes = None, b""
+        num_moe_layers = len(weights.params.get("moe_layers", ()))
+        load_RLE = np.zeros((sizes.devices, num_moe_layers, model.num_experts), np.int32)
+        # Never donated: any thread may read the last that is ready.
+        self._loads = deque([jax.device_put(load_RLE, self._split)], MOST_LOADS)
         self.set_tables(np.zeros((sizes.rows, sizes.columns), np.int32))
         self._programs: dict[tuple, Any] = {}
 
@@ -139,8 +145,9 @@ class Calls:
     def prefill(self, packed: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run pieces; return the hidden states behind each, those of all tokens, and the experts of all tokens."""
         program = self._program(("prefill", len(packed.tokens_T) // self.sizes.devices))
-        arrays = self.weights, self._pages, self._progress, self._tables_BJ, packed
-        hidden_RD, hidden_TD, routes_TLK, self._pages, self._progress = program(*arrays)
+        arrays = self.weights, self._pages, self._progress, self._tables_BJ, packed, self._loads[-1]
+        hidden_RD, hidden_TD, routes_TLK, self._pages, self._progress, load_RLE = program(*arrays)
+        self._loads.append(load_RLE)
         return hidden_RD, hidden_TD, routes_TLK
 
     def first(self, hidden_RD: jax.Array, packed: Packed) -> Told:
@@ -161,8 +168,9 @@ class Calls:
         width = self._send_rows(rows_B)
         program = self._program(("decode", width, is_greedy))
         seen = None if is_greedy else self._seen
-        arrays = self.weights, self._pages, self._progress, self._settings, seen, self._tables_BJ, self._run
-        told, self._pages, self._progress, seen = program(*arrays)
+        rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
+        told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
+        self._loads.append(load_RLE)
         self._seen = self._seen if is_greedy else seen
         return told, width
 
@@ -172,6 +180,12 @@ class Calls:
             self._run, self._run_bytes = jax.device_put(rows_B.copy(), self._split), key
         most = int(rows_B.reshape(self.sizes.devices, -1).any(axis=0).nonzero()[0][-1]) + 1
         return self.widths[0] if most <= self.widths[0] else self.widths[-1]
+
+    def expert_load(self) -> np.ndarray:
+        """Return how many tokens each expert of each MoE layer has had, as far as the device has come."""
+        loads = list(self._loads)
+        load_RLE = next((load for load in reversed(loads) if load.is_ready()), loads[0])
+        return np.asarray(load_RLE).view(np.uint32).sum(axis=0, dtype=np.int64)
 
     def update_weights(self, weights: Weights) -> None:
         """Place other weights; the old ones go first where there is no room for both."""
@@ -207,14 +221,15 @@ class Calls:
 
     def _decode_program(self, width: int, is_greedy: bool):
         run_B = self._shape(bool, self.sizes.rows)
-        rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, run_B
+        rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
         donate = (1, 2) if is_greedy else (1, 2, 4)
         return row_programs.decode, (self._model, self._decode_execution, width, is_greedy), donate, arguments
 
     def _prefill_program(self, num_tokens: int):
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens), self.sizes.prefill_tokens
-        arguments = self.weights, self._pages, self._progress, self._tables_BJ, self._packed(num_tokens)
+        rows = self._progress, self._tables_BJ, self._packed(num_tokens), self._loads[-1]
+        arguments = self.weights, self._pages, *rows
         return row_programs.prefill, static, (1, 2), arguments
 
     def _first_program(self):

@@ -23,7 +23,7 @@ from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Chosen, Log
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.model.transformer import decode_step, routed_decode_step, routed_prefill_step
+from deepseek_jax.model.transformer import routed_decode_step, routed_prefill_step
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
@@ -41,7 +41,7 @@ class Told(NamedTuple):
             many of them count.
         logprobs: zeros where no row asks for them; None from the greedy program.
         drafted_B: int32, drafts that were verified, where there are any.
-        routes_BSLK: experts of the tokens that went through the model, not from the greedy program.
+        routes_BSLK: experts of the tokens that went through the model; None from `first`.
     """
 
     numbers_BX: Array
@@ -62,7 +62,8 @@ def decode(
     seen: Seen | None,
     tables_BJ: Array,
     run_B: Array,
-) -> tuple[Told, Array, Progress, Seen | None]:
+    load_RLE: Array,
+) -> tuple[Told, Array, Progress, Seen | None, Array]:
     """Run the last token of each row of `run_B` that has not ended, and choose the next.
 
     Args:
@@ -77,9 +78,10 @@ def decode(
         seen: donated.
         tables_BJ: int32, pages of each row.
         run_B: bool.
+        load_RLE: as `run_decode` has it.
     """
 
-    def local(weights, pages, progress, settings, seen, tables_BJ, run_B):
+    def local(weights, pages, progress, settings, seen, tables_BJ, run_B, load_RLE):
         weights = manual_axes.vary(weights, frozenset(ROWS))
         all_rows = progress, settings, seen
         progress, settings, seen, tables_BJ, run_B = jax.tree.map(
@@ -87,7 +89,8 @@ def decode(
         )
         run_B &= ~progress.finished_B
         new = progress.token_B[:, None], progress.length_B[:, None], run_B[:, None]
-        hidden_BSD, pages, routes_BSLK = run_decode(is_greedy, model, execution, weights, pages, tables_BJ, *new)
+        step = model, execution, weights, pages, tables_BJ, *new
+        hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
         logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
         progress = progress._replace(length_B=progress.length_B + run_B)
         chosen, progress, seen = _chosen(is_greedy, logits_BV, progress, settings, seen, run_B)
@@ -97,16 +100,28 @@ def decode(
             (all_rows[0], all_rows[2]),
             (progress, seen),
         )
-        return told, pages, progress, seen
+        return told, pages, progress, seen, load_RLE
 
-    in_specs = weight_specs(weights), PAGES, SPLIT, SPLIT, SPLIT, SPLIT, SPLIT
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, SPLIT, SPLIT))
-    return run(weights, pages, progress, settings, seen, tables_BJ, run_B)
+    in_specs = weight_specs(weights), PAGES, *[SPLIT] * 6
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, SPLIT, SPLIT, SPLIT))
+    return run(weights, pages, progress, settings, seen, tables_BJ, run_B, load_RLE)
 
 
-def run_decode(is_greedy: bool, model: Model, *arrays: Any) -> tuple[Array, Array, Array | None]:
-    """Run a step as `transformer.decode_step`; return its experts, too, which the greedy program has no use for."""
-    return (*decode_step(model, *arrays), None) if is_greedy else routed_decode_step(model, *arrays)
+def run_decode(load_RLE: Array, model: Model, *arrays: Any) -> tuple[Array, Array, Array, Array]:
+    """Run a step as `transformer.routed_decode_step`, of which all other arguments are.
+
+    `load_RLE` is how many tokens each expert has had, int32 [1, MoE layers, E] of this device; it comes back with more.
+    """
+    *step, routes_BSLK = routed_decode_step(model, *arrays)
+    return (*step, routes_BSLK, _with_load(load_RLE, routes_BSLK, valid=arrays[-1]))
+
+
+def _with_load(load_RLE: Array, routes: Array, valid: Array) -> Array:
+    """Return the load with the experts [..., MoE layers, K] of valid tokens [...]."""
+    *_, num_layers, num_experts = load_RLE.shape
+    flat_TLK, valid_T = routes.reshape(-1, *routes.shape[-2:]), valid.reshape(-1)
+    is_for = (flat_TLK[..., None] == jnp.arange(num_experts)) & valid_T[:, None, None, None]
+    return load_RLE + is_for.sum(axis=(0, 2), dtype=jnp.int32)
 
 
 class Packed(NamedTuple):
@@ -135,15 +150,17 @@ def prefill(
     progress: Progress,
     tables_BJ: Array,
     packed: Packed,
-) -> tuple[Array, Array, Array, Array, Progress]:
+    load_RLE: Array,
+) -> tuple[Array, Array, Array, Array, Progress, Array]:
     """Run pieces of prompts behind what their rows have; pages and progress are donated.
 
     Returns:
         the hidden states after the last token of each piece [R, D], those of all tokens, filled up to
-        [`most_tokens`, D], the experts of all tokens [T, MoE layers, K], the pages and the progress.
+        [`most_tokens`, D], the experts of all tokens [T, MoE layers, K], the pages, the progress and the load
+        (`run_decode`).
     """
 
-    def local(weights, pages, progress, tables_BJ, packed):
+    def local(weights, pages, progress, tables_BJ, packed, load_RLE):
         weights = manual_axes.vary(weights, frozenset(ROWS))
         row_R, new_R = packed.row_R, packed.new_R
         sequences = Sequences.of(
@@ -155,11 +172,12 @@ def prefill(
         hidden_RD = hidden_TD[jnp.maximum(jnp.cumsum(new_R) - 1, 0)]
         hidden_TD = jnp.pad(hidden_TD, ((0, most_tokens - len(hidden_TD)), (0, 0)))
         length_B = progress.length_B.at[row_R].add(new_R, mode="drop")
-        return hidden_RD, hidden_TD, routes_TLK, pages, progress._replace(length_B=length_B)
+        load_RLE = _with_load(load_RLE, routes_TLK, sequences.valid_T)
+        return hidden_RD, hidden_TD, routes_TLK, pages, progress._replace(length_B=length_B), load_RLE
 
-    in_specs = weight_specs(weights), PAGES, SPLIT, SPLIT, SPLIT
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, SPLIT, SPLIT, PAGES, SPLIT))
-    return run(weights, pages, progress, tables_BJ, packed)
+    in_specs = weight_specs(weights), PAGES, *[SPLIT] * 4
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, SPLIT, SPLIT, PAGES, SPLIT, SPLIT))
+    return run(weights, pages, progress, tables_BJ, packed, load_RLE)
 
 
 def first(

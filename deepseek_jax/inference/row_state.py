@@ -72,7 +72,7 @@ class RowSettings:
     def is_plain(self) -> bool:
         """Whether its tokens are those of the largest logits, and nothing else is wanted."""
         greedy = RowSampling.numbers(self.sampling).temperature == 0 and not self.sampling.penalizes
-        return greedy and not (self.own.logit_bias or self.masked or self.wants_logprobs or self.routes)
+        return greedy and not (self.own.logit_bias or self.masked or self.wants_logprobs)
 
 
 class Progress(NamedTuple):

@@ -72,11 +72,12 @@ class DraftingRows(NamedTuple):
     seen: Seen | None
     tables_BJ: Array  # with a column for `num_drafts` positions behind a row's last one
     run_B: Array
+    load_RLE: Array  # as `row_programs.run_decode` has it
 
 
 def speculate(
     model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, *rows: Any
-) -> tuple[Told, Array, Progress, Array, Seen | None]:
+) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
     """Decode one to `num_drafts` + 1 tokens of each row of `run_B` that has not ended.
 
     Args:
@@ -85,26 +86,28 @@ def speculate(
         kind: of the program.
         weights: as `decode_weights` returns them with `drafts`.
         pages: [L + 1, pages, 64, C + R]; donated.
-        rows: `DraftingRows`; progress, states and what they have seen are donated, and returned as they are then.
+        rows: `DraftingRows`; progress, states and what they have seen are donated, and come back new behind the
+            load.
     """
 
     def local(weights, pages, *rows):
         weights = manual_axes.vary(weights, frozenset(ROWS))
-        told, pages, *new = _step(model, execution, kind, weights, pages, DraftingRows(*rows))
+        told, pages, load_RLE, *new = _step(model, execution, kind, weights, pages, DraftingRows(*rows))
         old = rows[0], rows[1], rows[3]
         changed = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0), old, tuple(new))
-        return told, pages, *changed
+        return told, pages, load_RLE, *changed
 
     in_specs = weight_specs(weights), PAGES, *[SPLIT] * len(rows)
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, SPLIT, SPLIT, SPLIT))
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, *[SPLIT] * 4))
     return run(weights, pages, *rows)
 
 
 def _step(
     model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, rows: DraftingRows
-) -> tuple[Told, Array, Progress, Array, Seen | None]:
+) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
     """Draft, verify and follow on one device."""
-    progress, draft_BD, settings, seen, tables_BJ, run_B = jax.tree.map(lambda x: x[: kind.width], rows)
+    *rest, load_RLE = rows
+    progress, draft_BD, settings, seen, tables_BJ, run_B = jax.tree.map(lambda x: x[: kind.width], rest)
     choice = None if kind.is_greedy else settings.choice
     run_B &= ~progress.finished_B
     length_B, head_DV, place = progress.length_B, weights.params["head_DV"], jnp.arange(kind.num_drafts + 1)
@@ -120,7 +123,8 @@ def _step(
     tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
     valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
     new = tokens_BS, length_B[:, None] + place, valid_BS
-    hidden_BSD, pages, routes_BSLK = run_decode(kind.is_greedy, model, execution, weights, pages, tables_BJ, *new)
+    step = model, execution, weights, pages, tables_BJ, *new
+    hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
     logits_BSV = logits_of(head_DV, hidden_BSD)
     verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, kind.forced)
     counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
@@ -130,7 +134,7 @@ def _step(
     last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
     told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
-    return told._replace(routes_BSLK=routes_BSLK), pages, progress, draft_BD, verified.seen
+    return told._replace(routes_BSLK=routes_BSLK), pages, load_RLE, progress, draft_BD, verified.seen
 
 
 def follow_prefill(

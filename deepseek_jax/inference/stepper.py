@@ -83,6 +83,8 @@ class Stepper:
             request()
         for member in self._members():
             self._end(member, reason, self.error)
+        if self.error is None:  # another engine may take the batch
+            self._dispatch(self.scheduler.plan())
         for change in self._changes:
             change.done.set_exception(ClosedError(why))
         self._inbox.tell(0)

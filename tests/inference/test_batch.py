@@ -216,7 +216,7 @@ def test_log_probabilities_are_those_of_teacher_forcing(batch):
 
 def test_experts_of_every_token_are_those_of_the_training_form(batch):
     """Of a prompt in two pieces, behind another's piece, and of two tokens that went through the model."""
-    prompt = TOKENS[6][:90]
+    prompt, load_before = TOKENS[6][:90], batch.expert_load()
     batch.open_row(1, RowSettings(sampling=GREEDY, max_new_tokens=0))
     batch.open_row(2, RowSettings(sampling=GREEDY, max_new_tokens=3, routes=True))
     batch.set_table(1, [7])
@@ -238,6 +238,9 @@ def test_experts_of_every_token_are_those_of_the_training_form(batch):
     run = jax.jit(lambda: transformer.apply(CONFIG.model, CONFIG.execution, make_weights(), inputs, **options).observed)
     assert routes_TLK.dtype == np.uint8 and routes_TLK.shape[1:] == (1, CONFIG.model.experts_per_token)
     np.testing.assert_array_equal(routes_TLK.swapaxes(0, 1), run()[:, 0])
+    load_LE = batch.expert_load() - load_before  # the neighbour's nine tokens are in it, padding is not
+    mine_E = np.bincount(routes_TLK.reshape(-1), minlength=CONFIG.model.num_experts)
+    assert load_LE.sum() == (9 + 92) * CONFIG.model.experts_per_token and (load_LE[0] >= mine_E).all()
 
 
 def test_a_prompt_after_which_nothing_is_wanted_ends_without_a_token(batch):

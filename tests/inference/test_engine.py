@@ -77,11 +77,13 @@ def endless_batch(**options):
     return FakeBatch(before=lambda: time.sleep(0.0005), **options)
 
 
-@pytest.mark.parametrize("num_pages", [400, 10])
-def test_every_job_is_as_alone(num_pages):
-    """With room for all and in a cache that fits one job, where jobs give way to each other all the time."""
-    batch = FakeBatch(num_rows=8, num_pages=num_pages)
-    jobs = random_jobs(80)
+@pytest.mark.parametrize(
+    ("num_pages", "num_drafts", "num_devices"), [(400, 0, 1), (400, 2, 1), (10, 0, 1), (10, 3, 1), (10, 1, 2)]
+)
+def test_every_job_is_as_alone(num_pages, num_drafts, num_devices):
+    """With room for all and in a cache that fits one job, where jobs give way; with drafts, on several devices."""
+    batch = FakeBatch(num_rows=8, num_pages=num_pages, num_drafts=num_drafts, num_devices=num_devices)
+    jobs = [*random_jobs(80), *(long_job(300, prompt=[i] * 5, sampling=GREEDY) for i in range(9))]
     with Engine(batch, TOKENIZER) as engine:
         for job, answer in zip(jobs, engine.generate(jobs), strict=True):
             want = want_ids(batch, job)
@@ -101,6 +103,7 @@ def test_every_job_is_as_alone(num_pages):
         stats = engine.stats()
         assert stats.cached_tokens > 0 and stats.prompt_tokens == sum(len(job.prompt) for job in jobs)
         assert (stats.preemptions > 0) == (num_pages == 10)
+        assert (sum(stats.drafted) > sum(stats.accepted) > 0) == (num_drafts > 0)
         assert stats.completion_tokens == sum(len(want_ids(batch, job)) for job in jobs)
 
 
@@ -158,6 +161,19 @@ def test_the_order_of_jobs_changes_nothing():
     assert [(answer.text, answer.ids) for answer in forth] == [(answer.text, answer.ids) for answer in back]
 
 
+def test_priorities_go_first():
+    order, jobs = [], [long_job(3, priority=priority) for priority in (0, 1, 0, 2)]
+    engine = Engine(FakeBatch(num_rows=1), TOKENIZER)
+    engine.pause()
+    for i, job in enumerate(jobs):
+        engine.submit(job, lambda delta, i=i: order.append(i) if delta.finish_reason else None)
+    engine.resume()
+    while len(order) < 4:
+        time.sleep(0.001)
+    engine.close()
+    assert order == [3, 1, 0, 2]
+
+
 def test_the_next_step_is_dispatched_before_the_last_is_read():
     events = []
 
@@ -183,7 +199,10 @@ def test_the_next_step_is_dispatched_before_the_last_is_read():
 def test_a_long_prompt_does_not_stop_those_that_run():
     batch = endless_batch()
     with Engine(batch, TOKENIZER, prefill_beside=32) as engine:
-        ticket = engine.submit(long_job(), Heard())
+        heard = Heard()
+        ticket = engine.submit(long_job(), heard)
+        while not heard:
+            time.sleep(0.001)
         engine.generate([Job(prompt=[9] * 640, max_new_tokens=2, sampling=GREEDY)])
         ticket.cancel()
     beside = [step for step in batch.log if step[0] > 3]
@@ -395,6 +414,7 @@ def test_close_drains_for_so_long():
     with pytest.raises(ClosedError):
         engine.submit(long_job(), Heard())
     engine.close()
+    assert not engine.batch.rows, "another engine may take the batch"
 
 
 def test_a_listener_may_submit_cancel_and_raise():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.config import Mesh
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import row_calls
 from deepseek_jax.inference.batch import DeviceBatch
@@ -17,6 +18,7 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.mesh import make_mesh
 from tests.inference.test_decode import make_config, one_device
 from tests.support.drawn import drawn_weights
 
@@ -183,6 +185,24 @@ def check_logprobs(entries, tokens, logprobs_SV, num_top):
         np.testing.assert_allclose([value for _, value in entry.top], top, atol=2e-5)
 
 
+def test_routes_of_every_token_come_once(batch):
+    """Of the prompt and all tokens but the last, which does not go through the model; the same after preemption."""
+    jobs = [
+        Job(prompt=[70 + i] * 70, max_new_tokens=90, sampling=GREEDY, ignore_eos=True, routes=True) for i in range(3)
+    ]
+    found = []
+    for i, num_pages in enumerate((60, 5)):
+        with Engine(Smaller(batch, num_pages), TOKENIZER) as engine:
+            found.append(engine.generate([dataclasses.replace(job, salt=i) for job in jobs]))
+            assert (engine.stats().preemptions > 0) == (num_pages == 5)
+            again = engine.generate([dataclasses.replace(jobs[2], salt=i)])[0]
+    for roomy, tight in zip(*found, strict=True):
+        assert roomy.routes_TLK.shape == (70 + 90 - 1, 1, CONFIG.model.experts_per_token)
+        np.testing.assert_array_equal(np.sort(roomy.routes_TLK), np.sort(tight.routes_TLK))
+    assert len(again.routes_TLK) == 159 - again.usage.cached_tokens and again.usage.cached_tokens == 64
+    np.testing.assert_array_equal(np.sort(again.routes_TLK), np.sort(found[0][2].routes_TLK[64:]))
+
+
 def test_new_weights_while_jobs_run(batch):
     """Those that run end on the old weights, the others begin with the new, also with an old prefix."""
     jobs = [job for job in make_jobs(24, seed=10) if job.sampling is GREEDY]
@@ -225,6 +245,20 @@ def test_open_compiles_everything_before_the_first_job(capsys):
 
 
 @pytest.mark.slow
+def test_four_devices_are_one(batch):
+    """Each has pages of its own, too few for its rows."""
+    jobs = [Job(prompt=[70] * 5, max_new_tokens=150, sampling=GREEDY)] * 8 + make_jobs(30)
+    mesh = make_mesh(Mesh(pipe=1, data=2, node=1, expert=2, tensor=1), jax.devices()[:4])
+    options = {"num_rows": 8, "num_pages": 5, "num_positions": 256, "most_prefill_tokens": 128, "silent": True}
+    with Engine(batch, TOKENIZER) as engine:
+        want = texts_of(engine.generate(jobs))
+    with Engine.open(CONFIG, make_weights(), TOKENIZER, mesh, **options) as engine:
+        assert texts_of(engine.generate(jobs)) == want
+        assert engine.stats().preemptions > 0
+        check_pages_are_back(engine)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_drafts", [1, 3])
 def test_drafts_change_no_greedy_text(num_drafts):
     """Nor log-probabilities; with stop strings, prefixes, pages that run out, and jobs that are cancelled."""
@@ -242,6 +276,7 @@ def test_drafts_change_no_greedy_text(num_drafts):
     with Engine.open(config, weights, TOKENIZER, one_device(), **sizes, **options) as engine:
         engine.submit(jobs[1], lambda _: None).cancel()
         found = engine.generate(jobs)
+        engine.update_weights(weights)
         again = engine.generate(jobs[::-1])[::-1]
         check_pages_are_back(engine)
         stats = engine.stats()

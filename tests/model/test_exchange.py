@@ -276,8 +276,9 @@ def fp8_inputs():
     return routes("padding", rng), x_TD, gates_TK, weights, g_TD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "slack"), [
-    pytest.param("1x8", 8.0, marks=pytest.mark.slow),  # all rows to all
+    ("1x8", 8.0),  # all rows to all
     ("2x4 nodes", 2.0),  # that, and then rows to those who want them
 ])  # fmt: skip
 def test_in_fp8_the_wire_changes_no_bit_of_gradients_of_weights(way, slack):

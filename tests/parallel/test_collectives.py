@@ -277,6 +277,7 @@ def test_the_partitioner_moves_no_weight_on_its_own_account():
     assert {math.prod(c.shape) for c in outside} <= {1}
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group(small.group(MESH))
 def test_compiled_step_has_no_all_reduce_of_a_weight():
     bound = largest_everywhere(traced())
@@ -286,6 +287,7 @@ def test_compiled_step_has_no_all_reduce_of_a_weight():
             assert c.dtype in (jnp.float32, jnp.int32), c
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group(small.group(MESH))
 def test_the_compiled_step_sends_the_bytes_of_the_traced_one():
     """Rows, sums and gradients, by axis, kind and dtype; scans count as often as they run.

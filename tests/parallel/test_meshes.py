@@ -1,5 +1,7 @@
 """One step on every mesh equals one device: loss, each gradient, counts, routes and biases."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ NUM_STEPS = 50
 DRIFT = 2.5e-2
 
 
+@functools.cache
 def run(sizes, steps=1):
     """Take `steps` steps; return the first step's gradients and the losses, metrics and state of the last."""
     on = small.on_mesh(sizes)

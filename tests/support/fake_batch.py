@@ -53,15 +53,14 @@ class FakeStep:
 
 
 class FakeBatch:
-    def __init__(
-        self, num_rows=4, num_pages=64, num_positions=1024, vocab_size=262, most_prefill_tokens=128, eos=1, before=None
-    ):
-        self.num_rows, self.num_pages, self.num_positions = num_rows, num_pages, num_positions
-        self.vocab_size, self.most_prefill_tokens = vocab_size, most_prefill_tokens
-        self.num_devices, self.num_drafts = 1, 0
-        self.pages = np.full((num_pages, PAGE_SIZE), UNWRITTEN, np.int64)
+    num_rows, num_pages, num_positions, vocab_size = 4, 64, 1024, 262
+    most_prefill_tokens, num_devices, num_drafts, eos = 128, 1, 0, 1
+
+    def __init__(self, before=None, **sizes):
+        self.__dict__.update(sizes)
+        self.pages = np.full((self.num_devices, self.num_pages, PAGE_SIZE), UNWRITTEN, np.int64)
         self.version = 0
-        self.eos, self.before = eos, before  # `before` is called before each step
+        self.before = before  # called before each step
         self.rows = {}
         self.log = []  # (prompt tokens, decoding rows) of each step
         self.fails_at = None
@@ -73,9 +72,13 @@ class FakeBatch:
     def check(self, job):
         check_bias(job.own, self.vocab_size)
 
+    def expert_load(self):
+        return np.zeros((1, 2), np.int64)
+
     def open_row(self, row, settings):
         assert row not in self.rows
-        self.rows[row] = Row(settings, self.eos)
+        pages = self.pages[row * self.num_devices // self.num_rows]
+        self.rows[row] = Row(settings, self.eos, pages)
 
     def close_row(self, row):
         del self.rows[row]
@@ -97,37 +100,43 @@ class FakeBatch:
             self.before()
         if self.fails_at is not None and len(self.log) == self.fails_at:
             return FakeStep(RuntimeError("XLA: the device is gone\nmore"))
-        assert sum(len(piece.ids) for piece in pieces) <= self.most_prefill_tokens
+        assert sum(len(piece.ids) for piece in pieces) <= self.most_prefill_tokens * self.num_devices
         assert not any(decodes_B[piece.row] for piece in pieces)
         self.log.append((sum(len(piece.ids) for piece in pieces), int(decodes_B.sum())))
-        tokens, counts = np.zeros((self.num_rows, 1), np.int32), np.zeros(self.num_rows, np.int32)
-        chosen, prompts = np.zeros((self.num_rows, 1), np.float32), {}
+        shape = self.num_rows, self.num_drafts + 1
+        tokens, counts, drafted = np.zeros(shape, np.int32), *np.zeros((2, self.num_rows), np.int32)
+        chosen, prompts = np.zeros(shape, np.float32), {}
         for piece in pieces:
             row = self.rows[piece.row]
             prompts |= self._evaluate(piece, row)
-            row.write(self, piece.ids)
+            row.write(piece.ids, self.version)
             if piece.is_last and row.left:
                 self._choose(piece.row, tokens, counts, chosen)
         for number in np.flatnonzero(decodes_B):
             row = self.rows[number]
             if row.ended:
                 continue
-            row.write(self, [row.last])
-            self._choose(number, tokens, counts, chosen)
+            drafted[number] = 0 if row.settings.masked else self.num_drafts
+            accepted = row.last % (drafted[number] + 1)
+            while not row.ended and counts[number] <= accepted:
+                row.write([row.last], self.version)
+                self._choose(number, tokens, counts, chosen)
+            row.spoil(drafted[number] + 1 - counts[number])
         top = np.repeat(chosen[..., None], 20, 2)
         ids = np.repeat(tokens[..., None], 20, 2)
         ended = np.array([number in self.rows and self.rows[number].ended for number in range(self.num_rows)])
-        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts))
+        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts, {}, drafted))
 
     def _choose(self, number, tokens, counts, chosen):
         row = self.rows[number]
-        entries = row.read(self)
+        entries = row.read()
         salt = row.settings.seed + row.settings.number if row.settings.sampling.temperature else 0
         token = next_token(entries, self.vocab_size, salt)
         if row.settings.masked:
             token = int(row.mask[token % len(row.mask)])
             row.mask = None
-        tokens[number, 0], counts[number], chosen[number, 0] = token, 1, logprob(entries, token)
+        tokens[number, counts[number]], chosen[number, counts[number]] = token, logprob(entries, token)
+        counts[number] += 1
         row.last, row.left = token, row.left - 1
         row.ended = token in row.ends or row.left == 0
 
@@ -135,7 +144,7 @@ class FakeBatch:
         if not piece.logprobs:
             return {}
         ids = [*piece.ids, *([] if piece.following is None else [piece.following])]
-        before = row.read(self).tolist()
+        before = row.read().tolist()
         entries = [token + VERSION * self.version for token in ids]
         values = [logprob([*before, *entries[: i + 1]], ids[i + 1]) for i in range(len(ids) - 1)]
         values = np.array(values, np.float32)
@@ -143,18 +152,25 @@ class FakeBatch:
 
 
 class Row:
-    def __init__(self, settings, eos):
-        self.settings, self.table, self.mask = settings, None, None
+    def __init__(self, settings, eos, pages):
+        self.settings, self.table, self.mask, self.pages = settings, None, None, pages
         self.length, self.left, self.last, self.ended = settings.length, settings.max_new_tokens, None, False
         self.ends = {*settings.end_ids} | ({eos} if not settings.ignore_eos else set())
 
-    def write(self, batch, ids):
+    def write(self, ids, version):
         for token in ids:
-            page, place = self.table[self.length // PAGE_SIZE], self.length % PAGE_SIZE
-            batch.pages[page, place] = token + VERSION * batch.version
+            self._put(self.length, token + VERSION * version)
             self.length += 1
 
-    def read(self, batch):
-        entries = batch.pages[self.table].reshape(-1)[: self.length]
+    def spoil(self, num_tokens):
+        """Write what drafts that were not accepted leave."""
+        for position in range(self.length, self.length + num_tokens):
+            self._put(position, UNWRITTEN)
+
+    def read(self):
+        entries = self.pages[self.table].reshape(-1)[: self.length]
         assert len(entries) == self.length and (entries != UNWRITTEN).all(), "an entry that is not written is read"
         return entries
+
+    def _put(self, position, entry):
+        self.pages[self.table[position // PAGE_SIZE], position % PAGE_SIZE] = entry

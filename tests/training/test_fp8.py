@@ -85,8 +85,7 @@ def test_every_gradient_is_fp32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [ONE, (2, 1, 2)], ids=small.group)
-@pytest.mark.parametrize("gather", ["step", "layer"])
+@pytest.mark.parametrize(("gather", "sizes"), [("step", ONE), ("layer", (2, 1, 2))])
 def test_every_gradient_is_fp32_in_bf16(gather, sizes):
     """One micro-batch, so that no sum over several hides a rounding; MTP's merge included."""
     config = small.config(sizes).with_(

@@ -72,12 +72,12 @@ def command(corpus: Path, workdir: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_eight_kills_leave_no_trace(tmp_path):
+def test_five_kills_leave_no_trace(tmp_path):
     corpus, whole, killed = write_corpus(tmp_path / "corpus"), tmp_path / "whole", tmp_path / "killed"
     log, rng = tmp_path / "log", random.Random(0)
     finish(start(command(corpus, whole), log), log)
     deaths, in_mid_save = 0, 0
-    for kind in ("random", "save", "random", "random", "save", "random", "random", "save"):
+    for kind in ("random", "save", "random", "save", "random"):
         process = start(command(corpus, killed), log)
         if kind == "save":
             in_mid_save += kill_in_mid_save(process, killed)
@@ -85,7 +85,7 @@ def test_eight_kills_leave_no_trace(tmp_path):
             kill_at_random(process, killed, rng)
         deaths += process.returncode == -signal.SIGKILL
     finish(start(command(corpus, killed), log), log)
-    assert deaths == 8, "the run was over before the last kill; make it longer"
+    assert deaths == 5, "the run was over before the last kill; make it longer"
     assert in_mid_save >= 1
     assert not any(TMP_SUFFIX in name for name in saves(killed))
     assert jax.tree.all(jax.tree.map(np.array_equal, final_state(corpus, killed), final_state(corpus, whole)))

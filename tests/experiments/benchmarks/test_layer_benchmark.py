@@ -26,6 +26,7 @@ def make_config(model):
     return resolve(from_config_dict(tree), "cpu", expert_devices=1)
 
 
+@pytest.mark.slow
 def test_every_weight_and_input_has_a_gradient():
     config = make_config(SMALL)
     arguments = *make_weights(config, LOAD), *make_inputs(config, LOAD)

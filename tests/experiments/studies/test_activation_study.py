@@ -15,6 +15,7 @@ def test_a_known_error_is_found():
     )
 
 
+@pytest.mark.slow
 def test_records_and_drawing():
     points = activation_study.measure(taken()[1][0])
     assert [point["op"] for point in points] == list(activation_study.PRODUCTS)
