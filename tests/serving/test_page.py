@@ -48,7 +48,7 @@ class Script:
         if self.key and asked.headers.get("authorization") != f"Bearer {self.key}":
             return reply_json({"error": {"message": "Give the API key of this server."}}, 401)
         if asked.path == "/v1/models":
-            return reply_json({"data": [{"id": "tiny"}]})
+            return reply_json({"data": [{"id": "tiny", "max_model_len": 256}]})
         body = json.loads(asked.body)
         self.asked.append(body)
         if asked.path == "/v1/completions":
@@ -222,6 +222,7 @@ def test_a_base_model_continues_the_text(page, script):
     assert page.do(f"{LAST}.querySelector('.text').textContent") == "x = <b>1</b>\n"
     assert "continues your text" in page.do("document.querySelector('#notice').textContent")
     say(page, "y")
+    assert script.asked[-1]["max_tokens"] == 64  # of 256 positions
     assert script.asked[-1]["prompt"] == "def f():\n    x = <b>1</b>\ny"
 
 
@@ -248,14 +249,18 @@ def test_the_page_needs_nothing_from_elsewhere():
         assert not [part for part in ("http://", "//cdn", "innerHTML", "eval(") if part in text], path.name
     policy = page_files()["/"].headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
-    assert set(page_files()) == {"/", "/page.css", "/page.js", "/markdown.js", "/stream.js"}
+    assert set(page_files()) == {"/", "/page.css", "/page.js", "/markdown.js", "/stream.js", "/view.js"}
 
 
 if __name__ == "__main__":  # pictures to look at: python tests/serving/test_page.py FOLDER
     import sys
     import tempfile
 
-    with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as shown, serving(Script()) as address:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        open_browser(Path(profile)) as shown,
+        serving(Script()) as address,
+    ):
         for name, size in {"wide": (1000, 800), "phone": (390, 800)}.items():
             for dark in (False, True):
                 shown.look(*size, dark=dark)

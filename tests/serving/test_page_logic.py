@@ -154,12 +154,12 @@ def test_a_text_takes_time_in_proportion_to_its_length():
     slow = run(
         """
         const texts = value.map((mark) => mark.repeat(50000));
-        texts.push("[".repeat(500000) + "](" + "x".repeat(200000) + ")", "_".repeat(200000) + "a__");
+        texts.push("[".repeat(1000000) + "](" + "x".repeat(200000) + ")", "_".repeat(200000) + "a__");
         texts.push("*[".repeat(100000) + "](http:" + "/".repeat(100000) + ")");
         result = texts.filter((text) => {
-            const start = performance.now();
+            const start = process.cpuUsage();
             markdown.parse(text);
-            return performance.now() - start > 500;
+            return process.cpuUsage(start).user > 1e6;
         }).map((text) => text.slice(0, 10));""",
         MARKS,
     )

@@ -106,14 +106,19 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     script = f'exec "$0" "$@" 3<&{its_input} 4>&{its_output}'
     arguments = ["bash", "-c", script, program, *SWITCHES, f"--user-data-dir={profile}"]
     process = subprocess.Popen(
-        arguments, pass_fds=(its_input, its_output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        arguments,
+        env=os.environ | {"TMPDIR": str(profile)},
+        pass_fds=(its_input, its_output),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(its_input)
     os.close(its_output)
     try:
         yield Browser(sending, receiving)
     finally:
-        process.terminate()
+        with contextlib.suppress(OSError):
+            os.write(sending, b'{"id": 0, "method": "Browser.close"}\0')
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

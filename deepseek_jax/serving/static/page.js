@@ -1,8 +1,8 @@
 // The chat page: a conversation with the server that it comes from. It is kept in this tab and nowhere else; the
 // settings, the key among them, live as long as the tab (sessionStorage).
 
-import { element, parse } from "./markdown.js";
-import { Answer, ServerError, errorMessage, events, seconds } from "./stream.js";
+import { Answer, ServerError, errorMessage, events } from "./stream.js";
+import { drawer, follow } from "./view.js";
 
 const at = (id) => document.getElementById(id);
 const settings = at("settings");
@@ -61,7 +61,9 @@ function request(said) {
     if (fields[name].value !== "") body[name] = Number(fields[name].value);
   }
   if (!chats()) {
-    return ["v1/completions", { max_tokens: 256, ...body, prompt: said.map(({ content }) => content).join("") }];
+    const positions = models[fields.model.value]?.max_model_len ?? 1024;
+    const most = Math.min(256, Math.ceil(positions / 4)); // the server's own default is 16
+    return ["v1/completions", { max_tokens: most, ...body, prompt: said.map(({ content }) => content).join("") }];
   }
   const content = fields.system.value.trim();
   const system = content ? [{ role: "system", content }] : [];
@@ -89,7 +91,7 @@ async function answer() {
   running = new AbortController();
   const said = turns.map(({ role, content }) => ({ role, content }));
   const turn = addTurn("assistant", "");
-  const draw = drawer(turn.view);
+  const draw = drawer(turn.view, () => !chats());
   const growing = new Answer(now());
   showState();
   try {
@@ -155,80 +157,7 @@ function remove(turn) {
   turns = turns.filter((other) => other !== turn);
 }
 
-// Returns a function that shows an answer in its view, at most once a frame until it is the last time.
-function drawer(view) {
-  const text = view.querySelector(".text");
-  const speed = document.createElement("div");
-  speed.className = "speed";
-  view.append(speed);
-  view.classList.add("waiting");
-  let thinking = null;
-  let shown = []; // the blocks that are on the page, as JSON
-  let waiting = false;
-
-  function show(growing, last) {
-    const reach = atBottom();
-    if (growing.reasoning) {
-      thinking ??= foldedReasoning(view);
-      const took = growing.thought ?? (last ? growing.last : null);
-      thinking.title.textContent = took === null ? "Thinking…" : `Thought for ${seconds(took - growing.first)}`;
-      thinking.text.textContent = growing.reasoning;
-    }
-    if (!chats()) {
-      text.classList.add("plain");
-      text.textContent = growing.content;
-    } else {
-      shown = drawBlocks(text, parse(growing.content), shown);
-    }
-    speed.textContent = growing.speed();
-    view.classList.toggle("waiting", !last);
-    follow(reach);
-  }
-
-  return (growing, last = false) => {
-    if (last) {
-      show(growing, true);
-    } else if (!waiting) {
-      waiting = true;
-      requestAnimationFrame(() => {
-        waiting = false;
-        if (view.classList.contains("waiting")) show(growing, false);
-      });
-    }
-  };
-}
-
-// Replaces the blocks that changed, which are those at the end.
-function drawBlocks(text, blocks, shown) {
-  const wanted = blocks.map((block) => JSON.stringify(block));
-  let same = 0;
-  while (same < wanted.length && wanted[same] === shown[same]) same += 1;
-  while (text.childNodes.length > same) text.lastChild.remove();
-  text.append(...blocks.slice(same).map(element));
-  return wanted;
-}
-
-function foldedReasoning(view) {
-  const folded = document.createElement("details");
-  folded.className = "reasoning";
-  const title = document.createElement("summary");
-  const text = document.createElement("div");
-  folded.append(title, text);
-  view.prepend(folded);
-  return { title, text };
-}
-
 // ---- the page around it
-
-function atBottom() {
-  const main = document.querySelector("main");
-  return main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-}
-
-function follow(wanted) {
-  const main = document.querySelector("main");
-  if (wanted) main.scrollTop = main.scrollHeight;
-}
 
 function showError(error) {
   const reached = error instanceof ServerError;
