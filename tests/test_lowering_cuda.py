@@ -21,9 +21,9 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.inference import prefill
 from deepseek_jax.inference.cache import CACHE_SPECS, make_cache
 from deepseek_jax.inference.decode import decode_execution
+from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.row_state import empty_state
 from deepseek_jax.inference.speculative import Kind, speculate
-from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.weights import decode_weights, weight_specs
 from deepseek_jax.model import transformer
 from deepseek_jax.model.packed import Rows
@@ -194,7 +194,7 @@ def test_prefill_attends_through_the_call_that_training_makes(hopper_by_name):
 
 @pytest.mark.slow
 def test_a_step_with_drafts_runs_the_kernels_of_decoding(monkeypatch):
-    """Of attention and of few tokens' experts, in two kinds of layer and in the MTP layer with three queries and one."""
+    """Of attention and of few experts: in two kinds of layer with three queries, in the MTP layer with one, too."""
     monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", dispatch.HOPPER))
     tree = v3_5b.get_config()
     tree.model.update({"num_layers": 2, "num_mtp_layers": 1})
@@ -215,9 +215,10 @@ def test_a_step_with_drafts_runs_the_kernels_of_decoding(monkeypatch):
             lambda leaf: leaf.update(sharding=jax.NamedSharding(mesh, jax.P(ROWS))), shapes
         )
         pages = jax.ShapeDtypeStruct((3, 256, 64, 576), "bfloat16", sharding=jax.NamedSharding(mesh, CACHE_SPECS.pages))
-        rest = ((32, model.width), "bfloat16"), ((32, 8), "int32"), ((32,), "bool")
-        draft_BD, tables_BJ, run_B = (on_mesh(jax.ShapeDtypeStruct(*shape), jax.P(ROWS)) for shape in rest)
-        rows = progress, draft_BD, settings, seen, tables_BJ, run_B
+        load = (1, model.num_moe_layers, model.num_experts), "int32"
+        rest = ((32, model.width), "bfloat16"), ((32, 8), "int32"), ((32,), "bool"), load
+        draft_BD, tables_BJ, run_B, load_RLE = (on_mesh(jax.ShapeDtypeStruct(*shape), jax.P(ROWS)) for shape in rest)
+        rows = progress, draft_BD, settings, seen, tables_BJ, run_B, load_RLE
         run = jax.jit(functools.partial(speculate, model, execution, Kind(2, 32, False)))
         text = (
             run.trace(on_mesh(weights, weight_specs(weights)), pages, *rows)
