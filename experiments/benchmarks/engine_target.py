@@ -17,7 +17,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
-from deepseek_jax.inference.job import ERROR, LENGTH, STOP, Delta, Job, QueueFullError
+from deepseek_jax.inference.job import LENGTH, STOP, Delta, Job, QueueFullError
 from deepseek_jax.inference.sampling import Sampling
 from experiments.benchmarks.load import Arrival, Asked, Target
 from experiments.benchmarks.random_weights import random_weights
@@ -61,13 +61,13 @@ def target(engine: Engine, temperature: float) -> Target:
         except QueueFullError as error:
             raise RuntimeError(str(error)) from error
         try:
-            reason = None
-            while reason is None:
-                delta = await deltas.get()
-                reason = delta.finish_reason
+            while True:
+                delta: Delta = await deltas.get()
                 yield Arrival(bool(delta.ids), delta.usage.completion_tokens)
-            if reason not in (STOP, LENGTH):
-                raise RuntimeError(delta.error if reason == ERROR else reason)
+                if delta.finish_reason in (STOP, LENGTH):
+                    return
+                if delta.finish_reason is not None:
+                    raise RuntimeError(delta.error or delta.finish_reason)
         finally:
             ticket.cancel()
 

@@ -85,7 +85,7 @@ def main(_) -> None:
     if CONFIG.value is not None:
         records = measure_engine(from_config_dict(CONFIG.value), rates)
     else:
-        records = measure_server(rates)
+        records = measure_server(URL.value or "", rates)
     finish(records, *outputs)
 
 
@@ -105,11 +105,11 @@ def measure_engine(config: Config, rates: list[float]) -> list[dict[str, Any]]:
     return [record | common for record in records]
 
 
-def measure_server(rates: list[float]) -> list[dict[str, Any]]:
+def measure_server(url: str, rates: list[float]) -> list[dict[str, Any]]:
     """Return the records of the server at --url."""
     make_prompt = _prompts(VOCAB_SIZE.value)
-    server = event_client.parse_url(URL.value, os.environ.get("OPENAI_API_KEY"))
-    model = MODEL.value or asyncio.run(_first_model(server))
+    server = event_client.parse_url(url, os.environ.get("OPENAI_API_KEY"))
+    model = MODEL.value or asyncio.run(_first_model(server, shown(url)))
     options: dict[str, Any] = {"temperature": TEMPERATURE.value, "stream_options": {"include_usage": True}}
     if EXTENSIONS.value:
         options |= {"ignore_eos": True, "return_token_ids": True}
@@ -139,13 +139,13 @@ def _rate(text: str) -> float:
     return rate
 
 
-async def _first_model(server: event_client.Server) -> str:
+async def _first_model(server: event_client.Server, url: str) -> str:
     try:
         return (await event_client.get_json(server, "/models"))["data"][0]["id"]
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"--url={shown(URL.value)} lists no model; name one with --model") from error
+        raise ValueError(f"--url={url} lists no model; name one with --model") from error
     except (OSError, EOFError, RuntimeError) as error:
-        raise ValueError(f"--url={shown(URL.value)}: {shown(str(error))}; check the address and the server") from error
+        raise ValueError(f"--url={url}: {shown(str(error))}; check the address and the server") from error
 
 
 def _prompts(vocab_size: int) -> load.MakePrompt:
