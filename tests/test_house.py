@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"experiments"},
     {"evaluation", "plan"},
-    {"training"},
+    {"training", "serving"},
     {"inference", "huggingface"},
     {"model"},
     {"parallel", "data"},
