@@ -30,7 +30,6 @@ from deepseek_jax.serving.tool_calls import CallArguments, CallStart, CallText
 
 THINK, END_THINK = THINK_TOKENS
 STRUCTURE = (THINK, END_THINK, CALLS, END_CALLS, CALL, END_CALL, SEPARATOR)
-MOST_HELD = 64  # line breaks that may be the end of the reasoning
 
 
 class Reasoning(NamedTuple):
@@ -152,17 +151,16 @@ class Reply:
     def _start(self, text: str) -> None:
         """Nothing but blanks has come."""
         self._held += text
-        if self._held.strip() or len(self._held) > MOST_HELD:
+        if self._held.strip():
             text, self._read, self._held, self._fresh = self._held, self._content, "", False
             self._content(text)
 
     def _thinking(self, text: str) -> None:
         text = self._without_breaks(self._held + text)
-        rest = len(text) - len(text.rstrip("\n"))
-        body = len(text) - (rest if rest <= MOST_HELD else 0)
-        self._held = text[body:]
+        body = text.rstrip("\n")
+        self._held = text[len(body) :]
         if body:
-            self._emit(Reasoning(text[:body]))
+            self._emit(Reasoning(body))
 
     def _content(self, text: str) -> None:
         text = self._without_breaks(text)
@@ -171,7 +169,7 @@ class Reply:
 
     def _between_calls(self, text: str) -> None:
         self._held += text
-        if self._held.strip() or len(self._held) > MOST_HELD:
+        if self._held.strip():
             text, self._read, self._held, self._fresh = self._held, self._content, "", False
             self._content(text)
 

@@ -101,17 +101,19 @@ class CallText:
         name = _PLAIN_NAME.fullmatch(self._before)
         if name is None or self._after is None:
             return None
-        header = v3.match(self._after) if name[1] == "function" else None
-        self.name = header[1] if header else None
+        longest = MOST_HEADER - len(self._before)
+        header = v3.match(self._after, 0, longest) if name[1] == "function" else None
+        found = header[1] if header else name[1]
+        header = header or v31.match(self._after, 0, longest)
         if header is None:
-            header = v31.match(self._after)
-            self.name = name[1] if header else None
-        return self._after[header.end() :] if header else None
+            return None
+        self.name = found
+        return self._after[header.end() :]
 
     def _arguments(self, text: str) -> str:
         text = self._held + text
         body = text.rstrip()
         marks = min(len(body) - len(body.rstrip("`")), 3)
-        start = max(len(body[: len(body) - marks].rstrip()), len(text) - MOST_HEADER)
+        start = len(body[: len(body) - marks].rstrip())
         self._held = text[start:]
         return text[:start]
