@@ -134,8 +134,11 @@ class ChatTemplate:
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
         harmless = [
-            {key: value if key == "role" else "x" if key == "content" and value else _harmless(value, tokens)
-             for key, value in message.items()} for message in messages
+            {
+                key: value if key == "role" else "x" if key == "content" and value else _harmless(value, tokens)
+                for key, value in message.items()
+            }
+            for message in messages
         ]
         others = {key: _harmless(value, tokens) for key, value in variables.items()}
         for unmarked in _split(self._run(tokens, harmless, add_generation_prompt, others))[::2]:
@@ -197,13 +200,18 @@ def _harmless(value: Any, tokens: tuple[str, ...]) -> Any:
     """Return `value` with an "x" for every special token that a text in it spells."""
     match value:
         case str():
-            value = SPECIAL_FORM.sub("x", value)
-            return re.sub("|".join(map(re.escape, tokens)), "x", value) if tokens else value
+            return _spelled(tokens).sub("x", value)
         case Mapping():
             return {_harmless(key, tokens): _harmless(item, tokens) for key, item in value.items()}
         case list() | tuple():
             return [_harmless(item, tokens) for item in value]
     return value
+
+
+@functools.lru_cache(maxsize=16)
+def _spelled(tokens: tuple[str, ...]) -> re.Pattern:
+    """Return what finds special tokens in a text: `tokens`, and what has their form."""
+    return re.compile("|".join([*map(re.escape, sorted(tokens, key=len, reverse=True)), SPECIAL_FORM.pattern]))
 
 
 def _told(error: BaseException) -> str:

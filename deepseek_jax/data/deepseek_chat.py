@@ -21,6 +21,7 @@ from deepseek_jax.data.chat import ChatTemplate
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 SEPARATOR = "<｜tool▁sep｜>"
+TURNS = ("<｜User｜>", "<｜Assistant｜>")
 
 _CONVERSATION = r"""
     {{- bos_token + messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') }}
@@ -97,6 +98,8 @@ def _template(**parts: str) -> ChatTemplate:
 _V3_OUTPUTS = {"FIRST_OUTPUT": "'<｜tool▁outputs▁begin｜>'", "LAST_OUTPUT": "'<｜tool▁outputs▁end｜>'"}
 V3 = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", DROP="false", OPENING="''")
 R1 = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", DROP="true", OPENING=r"'<think>\n'")
+# of R1-0528, which opens its reasoning itself
+R1_UNOPENED = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", DROP="true", OPENING="''")
 V3_1 = _template(
     TOOLS=_V31_TOOLS,
     CALL=_V31_CALL,

@@ -1,7 +1,7 @@
 """A grammar that begins behind the reasoning: a model thinks freely, and only its answer is held to a schema.
 
-    the prompt ends with <think>      anything, </think>, line breaks, then the grammar
-    it does not                       the grammar, or <think> first where the model may think
+the prompt ends with <think>      anything, </think>, perhaps line breaks, then the grammar
+it does not                       the grammar, or <think> first where the model may think
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from deepseek_jax.data.tokenizer import THINK_TOKENS, Tokenizer
 from deepseek_jax.inference.job import Grammar
 from deepseek_jax.serving.grammar import set_bits
 
-START, THINKING, BREAKS, ANSWER = "start", "thinking", "breaks", "answer"
+START, THINKING, BEHIND, ANSWER = "start", "thinking", "behind", "answer"
 
 
 class Tokens(NamedTuple):
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
     breaks: tuple[int, ...]
 
 
-def find_tokens(tokenizer: Tokenizer, vocab_size: int) -> Tokens | None:
+def reasoning_tokens(tokenizer: Tokenizer, vocab_size: int) -> Tokens | None:
     """Return the tokens of reasoning; None if the tokenizer has none."""
     think, end_think = (tokenizer.special_ids.get(name) for name in THINK_TOKENS)
     if think is None or end_think is None:
@@ -58,8 +58,7 @@ def after_reasoning(make: Callable[[], Grammar], tokens: Tokens, thinking: bool)
 class _AfterReasoning:
     def __init__(self, answer: Grammar, tokens: Tokens, state: str):
         self._answer, self._tokens, self._state = answer, tokens, state
-        self._states: list[str] = []  # before each token of those that came before the answer
-        self._num_answered = 0
+        self._history: list[tuple[str, bool]] = []  # of each token: the state before it, and whether it was answered
 
     def fill(self, words_W: np.ndarray) -> None:
         """Write which tokens may come next."""
@@ -69,35 +68,26 @@ class _AfterReasoning:
         self._answer.fill(words_W)
         if self._state == START:
             set_bits(words_W, [self._tokens.think])
-        elif self._state == BREAKS:
+        elif self._state == BEHIND:
             set_bits(words_W, self._tokens.breaks)
 
     def accept(self, token: int) -> None:
         """Go on behind a token."""
-        if self._state == ANSWER:
-            self._answer.accept(token)
-            self._num_answered += 1
-            return
-        self._states.append(self._state)
-        if self._state == START and token == self._tokens.think:
+        before, answer = self._state, False
+        if before == THINKING:
+            self._state = BEHIND if token == self._tokens.end_think else THINKING
+        elif before == START and token == self._tokens.think:
             self._state = THINKING
-        elif self._state == THINKING:
-            self._state = BREAKS if token == self._tokens.end_think else THINKING
-        elif self._state == BREAKS and token in self._tokens.breaks:
-            # two of them at most
-            self._state = ANSWER if self._states[-2:-1] == [BREAKS] else BREAKS
         else:
-            self._states.pop()
-            self._before_answer, self._state = self._state, ANSWER
-            self.accept(token)
+            answer = before != BEHIND or token not in self._tokens.breaks
+            self._state = ANSWER
+        if answer:
+            self._answer.accept(token)
+        self._history.append((before, answer))
 
     def rollback(self, count: int) -> None:
         """Forget the last `count` tokens that were accepted."""
-        answered = min(count, self._num_answered)
-        if answered:
-            self._answer.rollback(answered)
-            self._num_answered -= answered
-            if not self._num_answered:
-                self._state = self._before_answer
-        for _ in range(count - answered):
-            self._state = self._states.pop()
+        for _ in range(count):
+            self._state, answer = self._history.pop()
+            if answer:
+                self._answer.rollback(1)

@@ -127,7 +127,7 @@ class Reply:
                 self._enter(self._content)
             case _ if name == SEPARATOR and state == self._in_call:
                 self._arguments(self._call.separate())
-            case _ if name == CALLS or name == CALL:
+            case _ if name in (CALLS, CALL):
                 if state == self._in_call:
                     self._end_call(closed=True)
                 self._enter(self._between_calls if name == CALLS else self._in_call)
