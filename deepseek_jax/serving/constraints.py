@@ -3,8 +3,10 @@
     response_format           the schema's JSON
     tool_choice = required    one call or more of any tool, or of the one that is named
     both of tools and format  calls, or the schema's JSON
+    a strict tool             any text, then calls or not; the arguments of strict tools fit their parameters
+    one call at most          the same (`parallel_tool_calls` = false)
 
-Behind the reasoning, where the model thinks.
+All of it behind the reasoning, where the model thinks.
 """
 
 import functools
@@ -22,6 +24,7 @@ from deepseek_jax.serving.reasoning import Tokens, after_reasoning, reasoning_to
 
 SCHEMA = "response_format.json_schema.schema"
 _ANY_OBJECT = {"type": "object"}
+_ANY_TEXT = "content: /(?s:.+)/"
 
 
 class Constraints:
@@ -47,30 +50,37 @@ class Constraints:
             ValueError: the format is wrong, or nothing fits it or a tool's parameters.
         """
         schema = read_response_format(response_format)
-        if choice.mode == "required":
-            found = self._calls(choice, None)
-        elif schema is None:
-            return None
-        elif choice.mode == "auto":
-            found = self._calls(choice, schema)
-        else:
+        if choice.mode == "none":
+            if schema is None:
+                return None
             found = self._grammars.schema(schema, SCHEMA)
+        elif choice.mode == "required":
+            found = self._calls(choice, None)
+        elif schema is not None:
+            self._grammars.schema(schema, SCHEMA)  # tells what is wrong with it
+            found = self._calls(choice, f"content: {json_rule(schema, SCHEMA)}")
+        elif not choice.parallel or any(_strict(tool) for tool in choice.tools):
+            found = self._calls(choice, _ANY_TEXT)
+        else:
+            return None
         if self._reasoning is not None and (thinking or self._form == "r1"):
             return after_reasoning(found, self._reasoning, thinking)
         return found
 
-    def _calls(self, choice: Choice, schema: Any) -> Callable[[], Grammar]:
-        """Return what makes grammars of calls; with a `schema` that is not None its JSON may come instead."""
+    def _calls(self, choice: Choice, content: str | None) -> Callable[[], Grammar]:
+        """Return what makes grammars of calls, and of `content`, a rule, where that may come too."""
         schemas = {}
         for i, tool in enumerate(choice.tools):
             name = f"tools[{i}].function.parameters"
-            schemas[tool["function"]["name"]] = parameters = _parameters(tool["function"].get("parameters"), name)
+            schemas[tool["function"]["name"]] = parameters = (
+                _ANY_OBJECT
+                if content == _ANY_TEXT and not _strict(tool)
+                else _parameters(tool["function"].get("parameters"), name)
+            )
             self._grammars.schema(parameters, name)  # tells which one is wrong
-        if schema is not None:
-            self._grammars.schema(schema, SCHEMA)
-        return self._grammars.lark(self._lark(schemas, choice.parallel, schema), "tools")
+        return self._grammars.lark(self._lark(schemas, choice.parallel, content), "tools")
 
-    def _lark(self, schemas: dict[str, Any], parallel: bool, schema: Any) -> str:
+    def _lark(self, schemas: dict[str, Any], parallel: bool, content: str | None) -> str:
         """Return the grammar of calls in the form that the model writes them in."""
         token = {
             name: f"<[{self._tokenizer.special_ids[name]}]>" for name in (CALLS, END_CALLS, CALL, END_CALL, SEPARATOR)
@@ -78,13 +88,14 @@ class Constraints:
         v31 = self._form == "v3.1"
         between = "" if v31 else '"\\n" '
         more = f" ({between}call)*" if parallel else ""
+        start = "calls" if content is None else "content? calls?" if content == _ANY_TEXT else "calls | content"
         rules = [
-            "start: calls" + (" | content" if schema is not None else ""),
+            f"start: {start}",
             f"calls: {token[CALLS]} call{more} {token[END_CALLS]}",
             f"call: {token[CALL]} ({' | '.join(f'tool{i}' for i in range(len(schemas)))}) {token[END_CALL]}",
         ]
-        if schema is not None:
-            rules.append(f"content: {json_rule(schema, SCHEMA)}")
+        if content is not None:
+            rules.append(content)
         for i, (name, parameters) in enumerate(schemas.items()):
             before, behind = json.dumps(f"{name}\n```json\n"), json.dumps("\n```")
             rules += [
@@ -117,6 +128,10 @@ def read_response_format(value: Any) -> Any:
     if not isinstance(given, Mapping) or given.get("schema") is None:
         raise ValueError("response_format.json_schema has no schema; give {'name': ..., 'schema': {...}}")
     return given["schema"]
+
+
+def _strict(tool: Mapping) -> bool:
+    return tool["function"].get("strict") is True
 
 
 def _parameters(schema: Mapping | None, name: str) -> Mapping:

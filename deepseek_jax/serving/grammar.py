@@ -70,6 +70,10 @@ class Grammars:
             raise ValueError(f"{name} cannot be used: {found}")
         return lambda: _Matched(found.deep_copy(), self.vocab_size, self.ends)
 
+    def warm(self) -> None:
+        """Build the tables now, which takes a second, and not with the first grammar."""
+        self._compiled(llguidance.LLMatcher.grammar_from_lark('start: ""'))
+
     @functools.cached_property
     def _table(self) -> llguidance.LLTokenizer:
         wrapper = llguidance.TokenizerWrapper(_Tokens(self._tokenizer, self.vocab_size))
@@ -82,7 +86,7 @@ class Grammars:
         matcher = llguidance.LLMatcher(table, source, log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the work of the first token is done once
-            if matcher.is_stopped() and not matcher.is_accepting():
+            if matcher.stop_reason().startswith("NoExtension") and not matcher.is_accepting():
                 return "no text fits it"
         return _told(matcher) if matcher.is_error() else matcher
 
