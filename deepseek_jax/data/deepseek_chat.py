@@ -40,7 +40,7 @@ _CONVERSATION = r"""
             {{- '<｜User｜>' + message.content }}
         {%- elif message.role == 'assistant' %}
             {{- '<｜Assistant｜>' + @PAST if last.role != 'tool' else '' }}
-            {{- message.content.split('</think>')[-1] if message.content and @DROP else message.content or '' }}
+            {{- @REPLY if message.content else '' }}
             {%- if message.tool_calls %}
                 {{- '<｜tool▁calls▁begin｜>' }}
                 {%- for call in message.tool_calls %}
@@ -95,17 +95,22 @@ def _template(**parts: str) -> ChatTemplate:
     return ChatTemplate(source)
 
 
+_WITHOUT_REASONING = "message.content.split('</think>')[-1]"
 _V3_OUTPUTS = {"FIRST_OUTPUT": "'<｜tool▁outputs▁begin｜>'", "LAST_OUTPUT": "'<｜tool▁outputs▁end｜>'"}
-V3 = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", DROP="false", OPENING="''")
-R1 = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", DROP="true", OPENING=r"'<think>\n'")
+V3 = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", REPLY="message.content", OPENING="''")
+R1 = _template(
+    TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", REPLY=_WITHOUT_REASONING, OPENING=r"'<think>\n'"
+)
 # of R1-0528, which opens its reasoning itself
-R1_UNOPENED = _template(TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", DROP="true", OPENING="''")
+R1_UNOPENED = _template(
+    TOOLS=_V3_TOOLS, CALL=_V3_CALL, **_V3_OUTPUTS, PAST="''", REPLY=_WITHOUT_REASONING, OPENING="''"
+)
 V3_1 = _template(
     TOOLS=_V31_TOOLS,
     CALL=_V31_CALL,
     FIRST_OUTPUT="''",
     LAST_OUTPUT="''",
     PAST="'</think>'",
-    DROP="true",
+    REPLY=_WITHOUT_REASONING,
     OPENING="('<think>' if thinking else '</think>')",
 )

@@ -1,6 +1,6 @@
 """The text of one sequence while its tokens come, and where it ends."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
 
@@ -15,14 +15,26 @@ class Text:
         num_tokens: up to the end of the text, those of a stop string included, EOS and a stop token not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str | int] = ()):
-        """Start a text that ends before the first of `stop`: strings, which may span tokens, and ids of tokens."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str | int] = (),
+        ignore_eos: bool = False,
+        spelled: Mapping[int, str] | None = None,
+    ):
+        """Start a text that ends before the first of `stop`: strings, which may span tokens, and ids of tokens.
+
+        It ends at EOS, too, unless `ignore_eos`. The texts of `spelled` stand for its tokens.
+        """
         if "" in stop:
             raise ValueError("a stop string is empty; give at least one character, or none")
         self.reason: str | None = None
         self.num_tokens = 0
         self._stop = tuple(text for text in stop if isinstance(text, str))
-        self._ends = {tokenizer.eos, *(token for token in stop if not isinstance(token, str))}
+        self._ends = {token for token in stop if not isinstance(token, str)}
+        if not ignore_eos:
+            self._ends.add(tokenizer.eos)
+        self._spelled = spelled or {}
         self._decoder = StreamDecoder(tokenizer)  # a character may span tokens
         self._held = ""  # may be the beginning of a stop string
 
@@ -40,7 +52,10 @@ class Text:
         if token in self._ends:
             return self._end(STOP)
         self.num_tokens += 1
-        self._held += self._decoder.push([token])
+        if token in self._spelled:
+            self._held += self._decoder.finish() + self._spelled[token]
+        else:
+            self._held += self._decoder.push([token])
         starts = [start for start in map(self._held.find, self._stop) if start >= 0]
         if starts:
             self.reason, text = STOP, self._held[: min(starts)]

@@ -99,6 +99,11 @@ class ChatFormat:
         self.grammars = Grammars(tokenizer, vocab_size, ends)
         self._constraints = Constraints(tokenizer, self.grammars, self.name)
 
+    @property
+    def template_text(self) -> str:
+        """The template, in Jinja."""
+        return self._template.source
+
     def reads(self, variable: str) -> bool:
         """Return whether the template knows a variable of a request, such as `reasoning_effort`."""
         return variable in _variables(self._template.source)
@@ -131,7 +136,7 @@ class ChatFormat:
         ids = self._tokenizer.special_ids
         spelled = {ids[name]: mark(name) for name in names if name in ids}
         marks = {mark(name): name for name in names if name in ids}
-        if THINK not in ids and THINK in self._template.source:
+        if THINK not in ids and END_THINK in self._template.source:
             marks |= {name: name for name in (THINK, END_THINK)}
         return Chat(prompt, grammar, spelled, lambda: Reply(marks, thinking))
 
@@ -155,8 +160,6 @@ class ChatFormat:
     def _opened(self, prompt: list[int]) -> bool:
         """Return whether the prompt ends in reasoning that is open."""
         think = self._tokenizer.special_ids.get(THINK)
-        if think is None:
-            return THINK in self._template.source and self._tokenizer.decode(prompt[-32:]).rstrip().endswith(THINK)
         pieces = self._tokenizer.token_bytes
         return next((token == think for token in reversed(prompt) if not pieces[token].isspace()), False)
 
@@ -183,7 +186,7 @@ def open_chat_format(
     if name in FORMS:
         return ChatFormat(tokenizer, None, name=name, **rest)
     if name is not None:
-        path = local_path(name)
+        path = local_path(name, "--chat_template")
         if not path.is_file():
             raise ValueError(
                 f"{shown(name)} is neither a file with a chat template nor a chat format; the formats are"

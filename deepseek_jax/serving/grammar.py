@@ -44,7 +44,6 @@ class Grammars:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.ends = tuple(sorted({tokenizer.eos, *ends}))
-        self._lock = threading.Lock()
         self._compiled = functools.lru_cache(MOST_COMPILED)(self._compile)
 
     def schema(self, schema: Any, name: str) -> Callable[[], Grammar]:
@@ -74,15 +73,10 @@ class Grammars:
         """Build the tables now, which takes a second, and not with the first grammar."""
         self._compiled(llguidance.LLMatcher.grammar_from_lark('start: ""'))
 
-    @functools.cached_property
-    def _table(self) -> llguidance.LLTokenizer:
-        wrapper = llguidance.TokenizerWrapper(_Tokens(self._tokenizer, self.vocab_size))
-        return llguidance.LLTokenizer(wrapper, n_vocab=self.vocab_size, eos_token=list(self.ends))
-
     def _compile(self, source: str) -> llguidance.LLMatcher | str:
         """Return a matcher that stands at the beginning, or what is wrong."""
-        with self._lock:
-            table = self._table
+        with _building:  # once, whoever asks
+            table = _table(self._tokenizer, self.vocab_size, self.ends)
         matcher = llguidance.LLMatcher(table, source, log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the work of the first token is done once
@@ -148,6 +142,15 @@ class _Matched:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar of this text stopped: {_told(self._matcher)}")
+
+
+_building = threading.Lock()
+
+
+@functools.lru_cache(maxsize=4)
+def _table(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> llguidance.LLTokenizer:
+    wrapper = llguidance.TokenizerWrapper(_Tokens(tokenizer, vocab_size))
+    return llguidance.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=list(ends))
 
 
 class _Tokens:

@@ -36,11 +36,12 @@ def reasoning_tokens(tokenizer: Tokenizer, vocab_size: int) -> Tokens | None:
     think, end_think = (tokenizer.special_ids.get(name) for name in THINK_TOKENS)
     if think is None or end_think is None:
         return None
-    special = set(tokenizer.special_ids.values())
-    free_W = np.zeros(-(-vocab_size // 32), np.int32)
     pieces = tokenizer.token_bytes[:vocab_size]
-    set_bits(free_W, (i for i, piece in enumerate(pieces) if piece and i not in special))
-    set_bits(free_W, [end_think])
+    may = np.zeros(-(-vocab_size // 32) * 32, bool)
+    may[: len(pieces)] = [len(piece) > 0 for piece in pieces]
+    may[[i for i in tokenizer.special_ids.values() if i < vocab_size]] = False
+    may[end_think] = True
+    free_W = np.packbits(may, bitorder="little").view(np.int32)
     return Tokens(think, end_think, free_W, tuple(i for i, piece in enumerate(pieces) if piece in (b"\n", b"\n\n")))
 
 
