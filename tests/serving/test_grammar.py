@@ -61,9 +61,10 @@ def test_the_end_is_allowed_exactly_where_the_text_may_end(grammars):
     may = set(allowed(grammar, V))
     assert ends <= may and not set(tokenizer().special_ids.values()) - ends & may
     assert max(may) < tokenizer().vocab_size
-    grammar.accept(1)
-    assert set(allowed(grammar, V)) == ends  # behind the end
-    grammar.rollback(1)
+    for token in (1, 128_805, 1):  # where EOS is ignored
+        grammar.accept(token)
+        assert set(allowed(grammar, V)) == ends
+    grammar.rollback(3)
     assert set(allowed(grammar, V)) == may
     with pytest.raises(RuntimeError, match="the grammar of this text stopped"):
         grammar.accept(tokenizer().encode("x")[0])
@@ -72,6 +73,15 @@ def test_the_end_is_allowed_exactly_where_the_text_may_end(grammars):
     assert set(allowed(make(), V)) == set(allowed(make(), V))  # others go on
     with pytest.raises(ValueError, match=r"words_W is int64\[4040\], not int32\[4040\]"):
         make().fill(np.zeros(4040, np.int64))
+
+
+def test_no_special_token_stands_in_a_string(grammars):
+    """Spelled in ordinary tokens it does."""
+    special = set(tokenizer().special_ids.values())
+    grammar = grammars.schema({"type": "string"}, "schema")()
+    for token in tokenizer().encode('"<｜User｜></think>x'):
+        assert not special & set(allowed(grammar, V))
+        grammar.accept(token)
 
 
 def test_drafts_are_rolled_back(grammars):
@@ -93,7 +103,7 @@ def test_blanks_are_bounded(grammars):
     """A model that writes blanks for ever never ends."""
     make = grammars.schema(PERSON, "schema")
     assert refused(make, tokenizer(), "{" + "\n" * 64 + '"name": "x", "age": 1}', V) is None
-    assert refused(make, tokenizer(), "{" + "\n" * 200 + '"name"', V)
+    assert refused(make, tokenizer(), "{" + "\n" * 65 + '"name": "x", "age": 1}', V)
 
 
 def test_a_character_may_span_tokens(grammars):

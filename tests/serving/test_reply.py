@@ -68,6 +68,13 @@ GOLDEN = [
     (f"{CALL}f{{}}{CALL}g{SEPARATOR}{{}}{END_CALL}", False, "", f"{CALL}f{{}}", [("g", "{}")]),
     (f"{CALL}{'x' * 2 * MOST_HEADER}", False, "", f"{CALL}{'x' * 2 * MOST_HEADER}", []),
     (f"{CALL}f{SEPARATOR}{' ' * MOST_HEADER}{{}}", False, "", f"{CALL}f{SEPARATOR}{' ' * MOST_HEADER}{{}}", []),
+    (
+        f"{CALL}function{SEPARATOR}f\n{' ' * MOST_HEADER}{{}}",
+        False,
+        "",
+        f"{CALL}function{SEPARATOR}f\n{' ' * MOST_HEADER}{{}}",
+        [],
+    ),
     (f"a{END_CALL}b{SEPARATOR}c{END_CALLS}", False, "", f"a{END_CALL}b{SEPARATOR}c{END_CALLS}", []),
 ]
 

@@ -58,6 +58,13 @@ def test_schemas_pass_as_they_are(schema):
         ({"$defs": {"node": needs("a", NODE)}, **NODE}, "cannot be met"),
         ({"$defs": {"node": needs("a", NODE)}, "anyOf": [NODE, NODE]}, "cannot be met"),
         ({"$defs": {"node": needs("a", NODE)}, "allOf": [{}, NODE]}, "cannot be met"),
+        (
+            {
+                "$defs": chain(20, lambda ref: needs("ab", ref))["$defs"] | {"node": needs("a", NODE)},
+                "allOf": [{"$ref": "#/$defs/d0"}, NODE],
+            },
+            "cannot be met",
+        ),
         ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "cannot be met"),
         ({"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 1}, "cannot be met"),
     ],
