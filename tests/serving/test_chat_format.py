@@ -35,8 +35,8 @@ def formats():
     return {name: open_chat_format(None, tokenizer(), vocab_size=V, name=name) for name in ("v3", "r1", "v3.1")}
 
 
-def tool(parameters):
-    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+def named(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 def fits(chat, text):
@@ -225,12 +225,16 @@ def test_tools_and_a_format_together_and_strict_tools(formats):
             "^response_format.json_schema.schema is false",
         ),
         (
-            {"tools": [tool({"not": {}})], "tool_choice": "required"},
+            {"tools": [named("f", {"not": {}})], "tool_choice": "required"},
             r"^tools\[0\].function.parameters cannot be used: Unimplemented",
         ),
         (
-            {"tools": [tool({"type": "string"})], "tool_choice": "required"},
+            {"tools": [named("f", {"type": "string"})], "tool_choice": "required"},
             "arguments are an object",
+        ),
+        (
+            {"tools": [named(f"f{i}", {"description": "x" * 40_000}) for i in range(8)], "tool_choice": "required"},
+            "parameters of tools have more than 262,144 characters; give fewer tools",
         ),
         ({"variables": {"messages": []}}, "variable messages cannot be set"),
     ],
