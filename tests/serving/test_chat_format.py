@@ -1,6 +1,7 @@
 """From a request to a prompt, a grammar and how the reply is read."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -235,6 +236,14 @@ def test_tools_and_a_format_together_and_strict_tools(formats):
         (
             {"tools": [named(f"f{i}", {"description": "x" * 40_000}) for i in range(8)], "tool_choice": "required"},
             "parameters of tools have more than 262,144 characters; give fewer tools",
+        ),
+        (
+            {"tools": [named("f", functools.reduce(lambda inner, _: {"items": inner}, range(50_000), {}))]},
+            "tools is nested",
+        ),
+        (
+            {"variables": {"x": functools.reduce(lambda inner, _: [inner], range(50_000), [])}},
+            "kwargs is nested more than",
         ),
         ({"variables": {"messages": []}}, "variable messages cannot be set"),
     ],
