@@ -2,15 +2,19 @@
 
 import copy
 import functools
+import json
 import re
 
+import numpy as np
 import pytest
 
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.deepseek_chat import R1, V3, V3_1
+from deepseek_jax.inference.text import Text
 from deepseek_jax.serving.chat_format import ChatFormat, open_chat_format, recognised
 from deepseek_jax.serving.reply import Content, Reasoning
+from deepseek_jax.serving.tool_calls import CallArguments, CallStart
 from tests.support.masks import allowed, refused
 from tests.support.released import folder, tokenizer
 
@@ -163,6 +167,36 @@ def test_required_calls_behind_reasoning_and_in_v31s_form(formats):
     assert not fits(thinks, ONE + END) and not fits(thinks, "hm") and not fits(thinks, "hm</think>text")
     newer = formats["v3.1"].prepare(USER, tools=TOOLS, tool_choice="required")
     assert fits(newer, f"<｜tool▁calls▁begin｜>{CALL31}{CALL31}{END}") and not fits(newer, ONE + END)
+
+
+@pytest.mark.parametrize("name", ["v3", "r1", "v3.1"])
+def test_what_is_drawn_from_the_masks_is_read_as_calls(formats, name):
+    """From the grammar through the decoder to the reply: a model that draws at random makes calls that fit."""
+    strict = [
+        tool | {"function": tool["function"] | {"parameters": F | {"additionalProperties": False}}} for tool in TOOLS
+    ]
+    chat = formats[name].prepare(USER, tools=strict, tool_choice="required")
+    rng, ids = np.random.default_rng(0), tokenizer().special_ids
+    for _ in range(3):
+        grammar, reply, text = chat.grammar(), chat.reply(), Text(tokenizer(), spelled=chat.spelled)
+        pieces, count = [], 0
+        while text.reason is None:
+            may, count = allowed(grammar, V), count + 1
+            ends = [token for token in (1, ids["</think>"], ids["<｜tool▁calls▁end｜>"]) if token in may]
+            token = ends[0] if ends and count > 20 else int(rng.choice(may))
+            grammar.accept(token)
+            pieces += reply.push(text.push([token]))
+        pieces += reply.finish()
+        starts = [piece for piece in pieces if isinstance(piece, CallStart)]
+        arguments = [""] * len(starts)
+        for piece in pieces:
+            if isinstance(piece, CallArguments):
+                arguments[piece[0]] += piece.text
+        assert starts and not any(isinstance(piece, Content) for piece in pieces)
+        assert {start.name for start in starts} <= {"f", "foo"} and len({start.id for start in starts}) == len(starts)
+        assert all(json.loads(made)["x"] in ("a", "b") for made in arguments)
+        assert any(isinstance(piece, Reasoning) for piece in pieces) == (name == "r1")
+        assert reply.finish_reason(text.reason) == "tool_calls"
 
 
 def test_response_formats(formats):
