@@ -22,7 +22,8 @@ class Cache(NamedTuple):
     """The cache of B sequences. Each device has pages and sequences of its own.
 
     Attributes:
-        pages: [L, pages, 64, C + R], of all layers in order, in the dtype of the activations.
+        pages: [L, pages, 64, C + R], of all layers in order, in the dtype of the activations. Where tokens are drafted,
+            a layer more is the MTP layer's (`model.drafter`).
         tables_BJ: int32, the pages of each sequence in order, by their numbers on the sequence's device. Numbers behind
             a sequence's last page may be anything. Two sequences may share a page in which neither writes.
         length_B: tokens that each sequence has written, int32.
@@ -38,7 +39,7 @@ _SEQUENCES: Any = P(ROWS)
 CACHE_SPECS = Cache(_PAGES, _SEQUENCES, _SEQUENCES)  # layouts in the place of arrays
 
 
-def make_cache(model: Model, execution: Execution, batch_size: int, num_positions: int) -> Cache:
+def make_cache(model: Model, execution: Execution, batch_size: int, num_positions: int, drafts: bool = False) -> Cache:
     """Return an empty cache in which each of `batch_size` sequences has pages for `num_positions` tokens, in a row.
 
     Sequences, and with them the pages, are split over the devices of the mesh that is set.
@@ -51,7 +52,7 @@ def make_cache(model: Model, execution: Execution, batch_size: int, num_position
     def zeros(*shape: int, dtype: jnp.dtype, split: Any) -> jax.Array:
         return jnp.zeros(shape, dtype, out_sharding=split if explicit else None)
 
-    shape = model.num_layers, batch_size * pages_each, PAGE, model.kv_latent + model.rotary_dim
+    shape = model.num_layers + drafts, batch_size * pages_each, PAGE, model.kv_latent + model.rotary_dim
     tables_BJ = contiguous_tables(batch_size, pages_each, devices)
     return Cache(
         zeros(*shape, dtype=compute_dtype(execution), split=CACHE_SPECS.pages),
@@ -71,6 +72,6 @@ def contiguous_tables(batch_size: int, pages_each: int, devices: int) -> np.ndar
     return np.tile(numbers.reshape(-1, pages_each), (devices, 1))
 
 
-def cache_bytes_per_token(model: Model, execution: Execution) -> int:
-    """Return the bytes one token takes in the caches of all main-model layers."""
-    return model.num_layers * (model.kv_latent + model.rotary_dim) * compute_dtype(execution).itemsize
+def cache_bytes_per_token(model: Model, execution: Execution, drafts: bool = False) -> int:
+    """Return the bytes one token takes in the caches of all main-model layers, and with `drafts` of the MTP layer."""
+    return (model.num_layers + drafts) * (model.kv_latent + model.rotary_dim) * compute_dtype(execution).itemsize

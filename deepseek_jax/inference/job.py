@@ -6,7 +6,7 @@ A job always ends with exactly one delta that has a `finish_reason`, whatever ha
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +58,7 @@ class Job:
         deadline: of `time.monotonic`, when the job ends wherever it stands.
         grammar: called once for the text.
         prompt_logprobs: log-probabilities of the prompt's tokens come along, and so many of the most probable.
+        spelled: texts that stand for tokens, special ones that would be left out among them.
         salt: jobs with different salts share no pages.
         routes: the experts of every token come along.
     """
@@ -72,6 +73,7 @@ class Job:
     deadline: float | None = None
     grammar: Callable[[], Grammar] | None = None
     prompt_logprobs: int | None = None
+    spelled: Mapping[int, str] = dataclasses.field(default_factory=dict)
     salt: Hashable = None
     routes: bool = False
 
@@ -143,6 +145,8 @@ class Stats(NamedTuple):
     expert_load_LE: np.ndarray | None = None  # tokens that each expert of each MoE layer had
     version: int = 0
     paused: bool = False
+    steps: int = 0
+    error: str | None = None  # why the engine has stopped, if it has
 
 
 class TextEngine(Protocol):

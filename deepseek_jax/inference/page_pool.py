@@ -4,6 +4,10 @@ A full page is known by its ids, all that come before, and a salt. Known pages a
 ids, the pages that have followed it. Looking up a page hashes its ids, and the dictionary then compares them, so ids
 with equal hashes share nothing.
 
+Some entries depend on tokens that follow: that of the MTP layer on one (`model.drafter`). A pool with a `lookahead` of
+one knows a page by its ids and the next. So a page is known only when the token behind it is there, and a prompt finds
+it if it goes on with that token.
+
 A page that no sequence holds stays in the tree, and is taken when no page is free, the longest unused first. A sequence
 holds every page before a page that it holds, and lets the last go first, so no page is taken before those that follow
 it. `pages.PagedSequence` is who holds.
@@ -35,11 +39,14 @@ class _Node:
 class PagePool:
     """The pages of one cache."""
 
-    def __init__(self, num_pages: int):
-        """Begin with `num_pages` free pages, numbered from 0."""
+    def __init__(self, num_pages: int, lookahead: int = 0):
+        """Begin with `num_pages` free pages, numbered from 0; entries depend on `lookahead` tokens that follow."""
         if num_pages < 1:
             raise ValueError(f"num_pages = {num_pages} must be at least 1; a page holds {PAGE_SIZE} tokens")
+        if lookahead not in (0, 1):
+            raise ValueError(f"lookahead = {lookahead} must be 0, or 1 where an MTP layer has entries, too")
         self.num_pages = num_pages
+        self.lookahead = lookahead
         self.num_evicted = 0  # pages taken from the tree so far
         self._free = list(range(num_pages - 1, -1, -1))
         self._kept: OrderedDict[int, None] = OrderedDict()  # held by nobody, in the tree; the longest unused first
@@ -71,13 +78,17 @@ class PagePool:
     def find(self, ids: array, salt: Hashable) -> list[int]:
         """Return the full pages that are known to begin with `ids`, held for one sequence."""
         found, node = [], self._roots.get(salt)
-        for start in range(0, len(ids) // PAGE_SIZE * PAGE_SIZE, PAGE_SIZE):
-            node = node and node.children.get(_key(ids[start : start + PAGE_SIZE]))
+        for start in range(0, self.num_final(len(ids)) * PAGE_SIZE, PAGE_SIZE):
+            node = node and node.children.get(_key(ids[start : start + PAGE_SIZE + self.lookahead]))
             if node is None:
                 break
             found.append(node.page)
         self.hold(found)
         return found
+
+    def num_final(self, num_tokens: int) -> int:
+        """Return how many pages of so many tokens are full, with entries that will not change any more."""
+        return max(num_tokens - self.lookahead, 0) // PAGE_SIZE
 
     def forget(self) -> None:
         """Let nobody find what is there now: the weights have changed. Open sequences keep their pages."""
@@ -127,7 +138,10 @@ class PagePool:
                 self._kept[page] = None
 
     def share(self, page: int, before: int | None, ids: array, salt: Hashable) -> int:
-        """Let a full page be found behind the page `before`; return the page that is found there, it or its like."""
+        """Let a full page be found behind the page `before`; return the page that is found there, it or its like.
+
+        `ids` are those of the page and the `lookahead` behind it.
+        """
         key = _key(ids)
         if before is None:
             parent = self._roots.setdefault(salt, _Node(-1, None, salt))

@@ -26,6 +26,15 @@ sequence that makes room in a page that another one holds gets a copy. One that 
 behind the tokens that both have. A known page that only one sequence holds, and is about to write into (after
 `shrink`), is known no more, nor are those that follow it.
 
+Lookahead. Where the entry of a token depends on the one that follows, as that of the MTP layer does, the pool has a
+`lookahead` of 1. A page is then known only with the token behind it, so a full page whose last entry is not final is
+found by nobody, and who goes on behind it writes into it: after `fork` or `shrink` it is copied as a partly filled one
+is. A sequence that was opened must go on with the token of its prompt, which the entries that it found depend on. With
+pages of 4 tokens:
+
+    A has 0 1 2 3       nobody finds the page: entry 3 waits for a token
+    A has 0 1 2 3 | 4   a prompt 0 1 2 3 4 .. finds it, a prompt 0 1 2 3 9 .. does not
+
 The count is exact. A sequence has all pages of the room that it has reserved; a full cache refuses with `FullError` and
 changes nothing, so an engine can close a sequence, whose full pages are found again, and go on.
 
@@ -53,13 +62,17 @@ class Copy(NamedTuple):
 class PagedSequence:
     """The pages of one sequence: as many tokens as `len` says are written, and there is room for some more."""
 
-    def __init__(self, pool: PagePool, salt: Hashable, generation: int, ids: array, table: array):
-        """Begin with `ids` in the pages `table`, which are held for it; `open` and `fork` call this."""
+    def __init__(self, pool: PagePool, salt: Hashable, generation: int, ids: array, table: array, promised: array):
+        """Begin with `ids` in the pages `table`, which are held for it; `open` and `fork` call this.
+
+        The entries of `ids` are those of a sequence that goes on with `promised`.
+        """
         self._pool = pool
         self._salt = salt
         self._generation = generation
         self._table = table
         self._ids = ids  # those written
+        self._promised = promised
         self._room = len(ids)  # tokens that it may have written without another `reserve`
         self._is_open = True
 
@@ -72,8 +85,10 @@ class PagedSequence:
         nothing.
         """
         prompt = array("i", ids)
-        table = array("i", pool.find(prompt[:-1], salt))
-        return cls(pool, salt, pool.generation, prompt[: PAGE_SIZE * len(table)], table)
+        table = array("i", pool.find(prompt if pool.lookahead else prompt[:-1], salt))
+        length = PAGE_SIZE * len(table)
+        promised = prompt[length : length + pool.lookahead] if length else array("i")
+        return cls(pool, salt, pool.generation, prompt[:length], table, promised)
 
     def __len__(self) -> int:
         """Return the number of tokens that are written."""
@@ -99,7 +114,8 @@ class PagedSequence:
         length, pool = len(self._ids), self._pool
         if length + num_tokens <= self._room:
             return []
-        starts_inside = length % PAGE_SIZE > 0 and self._room == length  # of a page where it has no room yet
+        first = length if self._promised else max(length - pool.lookahead, 0)  # entry that it writes
+        starts_inside = first < PAGE_SIZE * -(-length // PAGE_SIZE) and self._room == length  # where it has no room yet
         must_copy = starts_inside and pool.is_shared(self._table[-1])
         taken = pool.take(-(-(length + num_tokens) // PAGE_SIZE) - len(self._table) + must_copy)
         copies = []
@@ -117,19 +133,30 @@ class PagedSequence:
         """Append tokens that the device has written, or writes before anything that it is given later.
 
         Raises:
-            ValueError: there are more than `num_reserved`.
+            ValueError: there are more than `num_reserved`, or the first is not the one that the prompt had there.
         """
         self._check_open()
         if len(ids) > self.num_reserved:
             raise ValueError(f"{len(ids)} tokens are written and {self.num_reserved} reserved; call reserve first")
-        num_full = len(self._ids) // PAGE_SIZE
+        num_final, lookahead = self._pool.num_final(len(self._ids)), self._pool.lookahead
+        if self._promised and len(ids):
+            if ids[0] != self._promised[0]:
+                raise ValueError(
+                    f"token {ids[0]} follows the pages that were found for a prompt with {self._promised[0]}; write the"
+                    " prompt first"
+                )
+            self._promised = array("i")
         self._ids.extend(array("i", ids))
         if self._generation != self._pool.generation:
             return
-        for i in range(num_full, len(self._ids) // PAGE_SIZE):
-            page_ids = self._ids[i * PAGE_SIZE : (i + 1) * PAGE_SIZE]
+        for i in range(num_final, self._pool.num_final(len(self._ids))):
+            page_ids = self._ids[i * PAGE_SIZE : (i + 1) * PAGE_SIZE + lookahead]
             before = self._table[i - 1] if i else None
             self._table[i] = self._pool.share(self._table[i], before, page_ids, self._salt)
+
+    def completes(self, num_tokens: int) -> bool:
+        """Whether it has more pages that others may find, and that may change with that, with so many tokens."""
+        return self._pool.num_final(num_tokens) > self._pool.num_final(len(self._ids))
 
     def shrink(self, num_tokens: int) -> None:
         """Keep the first `num_tokens`, and give back the pages beyond them, reserved ones too."""
@@ -141,14 +168,19 @@ class PagedSequence:
         self._room = min(self._room, PAGE_SIZE * num_pages) if num_tokens == len(self._ids) else num_tokens
         self._pool.release(self._table[num_pages:])
         del self._table[num_pages:]
+        if num_tokens < len(self._ids):
+            self._promised = array("i")
         del self._ids[num_tokens:]
 
     def fork(self) -> "PagedSequence":
-        """Return another sequence with the same tokens in the same pages, without reserved room."""
+        """Return another sequence with the same tokens in the same pages, without reserved room.
+
+        With a lookahead its last entry is one that follows from what it writes next.
+        """
         self._check_open()
         table = self._table[: -(-len(self._ids) // PAGE_SIZE)]
         self._pool.hold(table)
-        return PagedSequence(self._pool, self._salt, self._generation, self._ids[:], table)
+        return PagedSequence(self._pool, self._salt, self._generation, self._ids[:], table, self._promised[:])
 
     def close(self) -> None:
         """Let all pages go; the full ones stay known until they are evicted. A closed sequence stays closed."""

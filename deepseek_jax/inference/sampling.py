@@ -11,7 +11,7 @@ the position and i, but not on how many candidates there are: a row draws the sa
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,19 @@ class Sampling:
     def penalizes(self) -> bool:
         """Whether a choice depends on the tokens before it."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+class Penalties(Protocol):
+    """The penalties of `Sampling`: numbers, or arrays [B, 1] of a row each."""
+
+    @property
+    def repetition_penalty(self) -> Any: ...  # noqa: D102
+
+    @property
+    def frequency_penalty(self) -> Any: ...  # noqa: D102
+
+    @property
+    def presence_penalty(self) -> Any: ...  # noqa: D102
 
 
 class Seen(NamedTuple):
@@ -164,16 +177,30 @@ def sample(
     """
     sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
     if bias is not None:
-        rows = jnp.arange(len(logits_BV))[:, None]
-        logits_BV = logits_BV.at[rows, bias.ids_BJ].add(bias.values_BJ, mode="drop")
+        logits_BV = biased(logits_BV, bias)
     if sampling.penalizes:
         assert seen is not None, "penalties need what the sequences have"
         logits_BV = penalized(sampling, logits_BV, seen)
     if sampling.temperature < COLDEST:
-        chosen_B = jnp.argmax(logits_BV, axis=-1)
+        chosen_B = argmax(logits_BV)
     else:
         chosen_B = draw(sampling, keep_min_p(logits_BV / sampling.temperature, sampling.min_p), keys_B)
     return jnp.where(sound_B, chosen_B, NO_TOKEN).astype(jnp.int32)
+
+
+def biased(logits_BV: Array, bias: Bias) -> Array:
+    """Return logits with what the bias of each row adds."""
+    rows = jnp.arange(len(logits_BV))[:, None]
+    return logits_BV.at[rows, bias.ids_BJ].add(bias.values_BJ, mode="drop")
+
+
+def argmax(logits_BV: Array) -> Array:
+    """Return the first of the largest of each row: two plain reductions, which XLA vectorises on CPUs; argmax it does
+    not. Where a logit is NaN there is none, and `V` stands for it.
+    """
+    vocab_size = logits_BV.shape[-1]
+    is_largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
+    return jnp.where(is_largest_BV, jnp.arange(vocab_size), vocab_size).min(axis=-1)
 
 
 def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
@@ -202,8 +229,8 @@ def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
     )
 
 
-def penalized(sampling: Sampling, logits_BV: Array, seen: Seen) -> Array:
-    """Return logits after the penalties, repetition first."""
+def penalized(sampling: Penalties, logits_BV: Array, seen: Seen) -> Array:
+    """Return logits after the penalties, repetition first. Each is a number, or [B, 1] of a row each."""
     factor = sampling.repetition_penalty
     repeated_BV = seen.prompt_BV | (seen.count_BV > 0)
     scaled_BV = jnp.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
@@ -216,13 +243,19 @@ def keep_min_p(logits_BV: Array, min_p: float) -> Array:
     """Keep tokens whose probability is at least `min_p` of the row's largest; 0 keeps all."""
     if min_p == 0.0:
         return logits_BV
-    return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + math.log(min_p), logits_BV, -jnp.inf)
+    return keep_near(logits_BV, math.log(min_p))
 
 
-def keep_top_p(values_BK: Array, top_p: float, log_sum_B1: Array | None = None) -> Array:
+def keep_near(logits_BV: Array, log_share: float | Array) -> Array:
+    """Keep logits that are at most -`log_share`, a number or [B, 1], below the row's largest."""
+    return jnp.where(logits_BV >= logits_BV.max(-1, keepdims=True) + log_share, logits_BV, -jnp.inf)
+
+
+def keep_top_p(values_BK: Array, top_p: float | Array, log_sum_B1: Array | None = None) -> Array:
     """Keep of logits in falling order the fewest whose probabilities sum to `top_p` or more, at least one.
 
-    `log_sum_B1` is the logarithm under the softmax where these are not all logits.
+    `top_p` is a number, or [B, 1] of a row each; `log_sum_B1` is the logarithm under the softmax where these are not
+    all logits.
     """
     if log_sum_B1 is None:
         log_sum_B1 = jax.nn.logsumexp(values_BK, axis=-1, keepdims=True)

@@ -40,20 +40,39 @@ def takes_fp8(model: Model, execution: Execution) -> bool:
     return execution.precision != "fp32" and not any(size % GROUP for size in sums)
 
 
-def decode_weights(model: Model, execution: Execution, weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
-    """Return the weights that decoding reads, placed on `mesh`: no MTP layers, and matrices in the compute dtype.
+def decode_weights(
+    model: Model, execution: Execution, weights: Weights, mesh: jax.sharding.Mesh, drafts: bool = False
+) -> Weights:
+    """Return the weights that decoding reads, placed on `mesh`: matrices in the compute dtype, and no MTP layers.
+
+    With `drafts` the first MTP layer comes along (`model.drafter`).
 
     A stack becomes a list of layers: a program that cut a weight out of a stack would copy it. Weights in FP8 stay in
     FP8, except the one that absorbed attention takes apart (`model.absorbed.UpProjection`). Weights that this function
     made stay as they are.
 
     Raises:
-        ValueError: weights in FP8 for an FP32 model.
+        ValueError: weights in FP8 for an FP32 model, or drafts from a model without an MTP layer.
     """
+    if drafts and "mtp_layers" not in weights.params:
+        raise ValueError(
+            "drafts are made by the MTP layer, and these weights have none; set num_drafts to 0, or take a model with"
+            " model.num_mtp_layers = 1"
+        )
     target = _Target(model, execution, mesh)
-    params = {name: _layers(target, name, tree) for name, tree in weights.params.items() if name != "mtp_layers"}
-    bias = {name: _layers(target, name, tree) for name, tree in weights.router_bias.items() if name in params}
+    names = [name for name in weights.params if drafts or name != "mtp_layers"]
+    params = {name: _layers(target, name, _first(name, weights.params[name])) for name in names}
+    bias = {
+        name: _layers(target, name, _first(name, tree)) for name, tree in weights.router_bias.items() if name in params
+    }
     return Weights(params, bias)
+
+
+def _first(name: str, tree: Any) -> Any:
+    """Return a stack of MTP layers with the first alone, and others as they are."""
+    if name != "mtp_layers":
+        return tree
+    return tree[:1] if isinstance(tree, list) else jax.tree.map(lambda leaf: leaf[:1], tree)
 
 
 class _Target(NamedTuple):
@@ -67,7 +86,7 @@ class _Target(NamedTuple):
 def _layers(target: _Target, name: str, tree: Any) -> Any:
     """Return the leaves of `tree` in their places, a stack as a list of layers."""
     top = (jax.tree_util.DictKey(name),)
-    if name not in dict(STACKS) or isinstance(tree, list):
+    if name not in (*dict(STACKS), "mtp_layers") or isinstance(tree, list):
         return jax.tree.map_with_path(lambda path, leaf: _place(target, (*top, *path), leaf), tree, is_leaf=_is_weight)
     leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_weight)
     columns = []
@@ -76,10 +95,19 @@ def _layers(target: _Target, name: str, tree: Any) -> Any:
         count, dtype = len(jax.tree.leaves(whole)[0]), compute_dtype(target.execution)
         columns.append([_layer(target.model, dtype, leaf_name(path), whole, i) for i in range(count)])
     layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
-    if "attention" in tree:
-        layers = [layer | {"attention": _with_queries_beside(layer["attention"])} for layer in layers]
-    alone = axis_size(target.mesh, EXPERTS) == 1
-    return [_with_shared_inside(layer) for layer in layers] if alone else layers
+    inside = axis_size(target.mesh, EXPERTS) == 1 and compute_dtype(target.execution) != jnp.float32
+    return [_prepared(layer, inside) for layer in layers]
+
+
+def _prepared(layer: Any, inside: bool) -> Any:
+    """Return a layer whose products are joined where decoding reads them together; `inside`: the shared expert's
+    among those of the routed ones.
+    """
+    if "block" in layer:
+        return layer | {"block": _prepared(layer["block"], inside)}
+    if "attention" in layer:
+        layer = layer | {"attention": _with_queries_beside(layer["attention"])}
+    return _with_shared_inside(layer) if inside else layer
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -80,11 +80,14 @@ class Places(NamedTuple):
 
 
 def places_of(model: Model, tables_BJ: jax.Array, positions_BS: jax.Array, valid_BS: jax.Array) -> Places:
-    """Return where new tokens lie; a position behind a sequence's table lies nowhere."""
+    """Return where new tokens lie; a position behind a sequence's table lies nowhere.
+
+    The kernel takes the queries of a row for its last positions, so tokens that are not valid count in its length.
+    """
     column_BS = positions_BS // PAGE
     inside_BS = valid_BS & (column_BS < tables_BJ.shape[1])
     page_BS = jnp.take_along_axis(tables_BJ, column_BS, axis=1, mode="clip")
-    length_B = jnp.where(valid_BS, positions_BS + 1, 0).max(axis=1).astype(jnp.int32)
+    length_B = jnp.where(valid_BS[:, 0], positions_BS[:, -1] + 1, 0).astype(jnp.int32)
     num_queries = positions_BS.shape[1]
     schedule = plan(length_B, model.num_heads * num_queries)
     return Places(tables_BJ, jnp.where(inside_BS, page_BS, -1), positions_BS % PAGE, length_B, schedule)
@@ -96,8 +99,9 @@ def absorbed(model: Model, tables_BJ: jax.Array, positions_BS: jax.Array, valid_
     Args:
         model: shape.
         tables_BJ: int32, numbers of each sequence's pages in order; those behind its last page may be anything.
-        positions_BS: int32, of the new tokens.
-        valid_BS: False where there is no token. A row has all or none, at most four.
+        positions_BS: int32, of the new tokens, one behind the other; at most four.
+        valid_BS: False where there is no token. A row has its first ones or none. The table needs a column for the
+            positions of the others too, with the number of any page.
     """
     table, places = rotary_table(model, positions_BS), places_of(model, tables_BJ, positions_BS, valid_BS)
 

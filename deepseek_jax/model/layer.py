@@ -150,8 +150,14 @@ def run_layers(
 
 
 def run_cached_layers(
-    model: Model, execution: Execution, weights: Weights, x_BSD: jax.Array, part: Part, pages: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    model: Model,
+    execution: Execution,
+    weights: Weights,
+    x_BSD: jax.Array,
+    part: Part,
+    pages: jax.Array,
+    observe: Observer = unobserved,
+) -> tuple[jax.Array, jax.Array, list[Any]]:
     """Run the residual stream of new tokens through layers with a cache.
 
     The layers of a kind are one jitted function, which is traced and lowered once.
@@ -164,30 +170,42 @@ def run_cached_layers(
         x_BSD: before the first layer.
         part: how a layer attends (`model.absorbed`), and which tokens are there.
         pages: the cache [L, pages, 64, C + R] of all these layers in order.
+        observe: what to report of each router (`model.moe`).
 
     Returns:
-        the residual stream and the pages after the last layer.
+        the residual stream and the pages after the last layer, and what `observe` reports of each layer with a router.
     """
-    # Not a value of the configuration: a step of few tokens has kernels of its own for experts (`model.moe`).
-    few = execution.exchange == "local" and x_BSD.shape[1] <= MOST_QUERIES and part.valid_BS.size <= FEW_TOKENS
-    execution = dataclasses.replace(execution, experts="few") if few else execution
+    execution = cached_execution(execution, part.valid_BS)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(kind, params, bias, x_BSD, cache):
-        params = jax.tree.map(_restored, params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
-        inside = "moe" in params and "shared" not in params["moe"]
-        layer = merge(kind, dataclasses.replace(model, num_shared_experts=0) if inside else model, params, bias)
-        (x_BSD,), cache, _ = run_layer(layer, execution, (x_BSD,), [part], cache, unobserved)
-        return x_BSD, cache.pages
+        layer = merge_cached(kind, model, params, bias)
+        (x_BSD,), cache, observed = run_layer(layer, execution, (x_BSD,), [part], cache, observe)
+        return x_BSD, cache.pages, observed
 
-    number = 0
+    number, observations = 0, []
     for name, kind in STACKS:
         layers, biases = weights.params.get(name, []), weights.router_bias.get(name)
         for i, params in enumerate(layers):
             cache = LayerPages(pages, jnp.int32(number))
-            x_BSD, pages = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
+            x_BSD, pages, observed = run(kind, params, biases[i] if biases else {}, x_BSD, cache)
+            observations += [observed] if observed is not None else []
             number += 1
-    return x_BSD, pages
+    return x_BSD, pages, observations
+
+
+def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:
+    """Return the execution of a call over a cache: a step of few tokens has kernels of its own for experts."""
+    few = execution.exchange == "local" and valid_BS.shape[1] <= MOST_QUERIES and valid_BS.size <= FEW_TOKENS
+    return dataclasses.replace(execution, experts="few") if few else execution
+
+
+def merge_cached(kind: type[nnx.Module], model: Model, params: Tree, bias: Tree) -> Any:
+    """Return a layer with weights in the form that decoding reads; its shared expert may lie behind the routed ones."""
+    params = jax.tree.map(_restored, params, is_leaf=lambda leaf: isinstance(leaf, TurnedFp8Weight))
+    moe = params.get("block", params).get("moe")
+    inside = moe is not None and "shared" not in moe
+    return merge(kind, dataclasses.replace(model, num_shared_experts=0) if inside else model, params, bias)
 
 
 def _restored(leaf: Any) -> Any:

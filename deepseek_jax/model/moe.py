@@ -28,6 +28,11 @@ def unobserved(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, vali
     """Report nothing."""
 
 
+def chosen_experts(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    """Report the experts of each token, the best first, in the smallest type; those of padding mean nothing."""
+    return experts_BSK.astype(jnp.uint8 if model.num_experts <= 256 else jnp.uint16)
+
+
 class RouterBias(nnx.Variable):
     """The selection bias. It has its own variable type, so Optax, weight decay, clipping and averaging never see it."""
 
@@ -62,7 +67,7 @@ class MoE(nnx.Module):
         model = self.model
         h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         if execution.experts == "few":
-            out_BSD, observed = self._few(h_BSD, valid_BS), None
+            out_BSD, observed = self._few(h_BSD, valid_BS, observe)
         else:
             with jax.named_scope("route"):
                 scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
@@ -74,16 +79,19 @@ class MoE(nnx.Module):
             out_BSD += self.shared(h_BSD)
         return out_BSD, observed
 
-    def _few(self, h_BSD: jax.Array, valid_BS: jax.Array) -> jax.Array:
-        """Return the sums of a decoding step, whose tokens and experts are all here."""
+    def _few(self, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer) -> tuple[jax.Array, Any]:
+        """Return the sums of a decoding step, whose tokens and experts are all here, and what is reported of it."""
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         h_TD = h_BSD.reshape(-1, self.model.width)
         with jax.named_scope("route"):
             scores_TE = router_scores(self.model, h_TD, self.router_DE[...])
             num_experts = _num_experts(weights["down_EFD"])
-            chosen = route_few(self.model, scores_TE, self.bias_E[...], valid_BS.reshape(-1), num_experts)
+            experts_TK, gates_TK = route_few(self.model, scores_TE, self.bias_E[...], valid_BS.reshape(-1), num_experts)
+            routed_TK = experts_TK[:, : self.model.experts_per_token]  # without those that every token has
+            scores_BSE, routed_BSK = (x.reshape(*valid_BS.shape, -1) for x in (scores_TE, routed_TK))
+            observed = observe(self.model, scores_BSE, routed_BSK, valid_BS)
         with jax.named_scope("experts"):
-            return expert_decode(h_TD, *chosen, weights).reshape(h_BSD.shape)
+            return expert_decode(h_TD, experts_TK, gates_TK, weights).reshape(h_BSD.shape), observed
 
     def _routed(
         self, execution: Execution, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array

@@ -32,7 +32,7 @@ from deepseek_jax.model.layer import (
     run_layers,
 )
 from deepseek_jax.model.layers import gain, matrix, rms_norm
-from deepseek_jax.model.moe import Observer, unobserved
+from deepseek_jax.model.moe import Observer, chosen_experts, unobserved
 from deepseek_jax.model.mtp import MtpLayer
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype
@@ -164,11 +164,22 @@ def prefill_step(
     Returns:
         hidden_TD after the final norm, which means nothing where there is no token, and the pages with the new tokens.
     """
+    options = {"continues": continues, "rows": rows}
+    return _prefill_step(unobserved, model, execution, weights, pages, tokens_T, sequences, **options)[:2]
+
+
+def routed_prefill_step(model: Model, *arrays: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Do as `prefill_step`, of which all arguments are; return also the experts of each token [T, MoE layers, K]."""
+    hidden_TD, pages, routes = _prefill_step(chosen_experts, model, *arrays, **options)
+    return hidden_TD, pages, _routes(model, routes, (1, len(hidden_TD)))[0]
+
+
+def _prefill_step(observe, model, execution, weights, pages, tokens_T, sequences, *, continues, rows):
     attend = expanded_over_pages(model, execution, sequences, continues=continues, rows=rows)
     part = Part(attend, sequences.valid_T[None])
     x_1TD = embed(execution, weights.params["embed_VD"], tokens_T[None])
-    x_1TD, pages = run_cached_layers(model, execution, weights, x_1TD, part, pages)
-    return rms_norm(x_1TD[0], weights.params["final_norm_D"], model.norm_eps), pages
+    x_1TD, pages, observed = run_cached_layers(model, execution, weights, x_1TD, part, pages, observe)
+    return rms_norm(x_1TD[0], weights.params["final_norm_D"], model.norm_eps), pages, observed
 
 
 def decode_step(
@@ -192,15 +203,32 @@ def decode_step(
         tokens_BS: new tokens; S is at most 4: one, and what is drafted.
         positions_BS: their positions.
         valid_BS: False where there is no token: it is written nowhere, it reaches no routed expert, and its output
-            means nothing. A row has all its tokens or none.
+            means nothing. A row has its first tokens or none (`model.absorbed`).
 
     Returns:
         hidden_BSD after the final norm, and the pages with the new tokens written.
     """
+    new = tokens_BS, positions_BS, valid_BS
+    return _decode_step(unobserved, model, execution, weights, pages, tables_BJ, *new)[:2]
+
+
+def routed_decode_step(model: Model, *arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Do as `decode_step`, of which all arguments are; return also the experts of each token [B, S, MoE layers, K]."""
+    hidden_BSD, pages, routes = _decode_step(chosen_experts, model, *arrays)
+    return hidden_BSD, pages, _routes(model, routes, hidden_BSD.shape[:2])
+
+
+def _decode_step(observe, model, execution, weights, pages, tables_BJ, tokens_BS, positions_BS, valid_BS):
     part = Part(absorbed(model, tables_BJ, positions_BS, valid_BS), valid_BS)
     x_BSD = embed(execution, weights.params["embed_VD"], tokens_BS)
-    x_BSD, pages = run_cached_layers(model, execution, weights, x_BSD, part, pages)
-    return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), pages
+    x_BSD, pages, observed = run_cached_layers(model, execution, weights, x_BSD, part, pages, observe)
+    return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), pages, observed
+
+
+def _routes(model: Model, routes: list[jax.Array], shape: tuple[int, int]) -> jax.Array:
+    """Put the experts of all layers together; a model without MoE layers has none."""
+    none = jnp.zeros((*shape, 0, model.experts_per_token), jnp.uint8)
+    return jnp.stack(routes, axis=2) if routes else none
 
 
 @jax.named_scope("embedding")

@@ -12,22 +12,34 @@ from deepseek_jax.inference.pages import PagedSequence
 
 
 class Device:
-    """Pages of token ids: what the device's array of entries would hold."""
+    """Pages of token ids, and of those that follow: what the device's array of entries would hold."""
 
     def __init__(self, num_pages, page_size=PAGE_SIZE):
-        self.pages, self.size = np.full((num_pages, page_size), -1), page_size
+        self.pages, self.next, self.size = *np.full((2, num_pages, page_size), -1), page_size
 
-    def append(self, sequence, ids, spare=0):
-        """Reserve, copy, write and commit `ids`; `spare` more tokens are reserved."""
+    def append(self, sequence, ids, spare=0, found=False):
+        """Reserve, copy, write and commit `ids`; `spare` more tokens are reserved.
+
+        The entry of the token before them is written again for the one that follows, unless it was `found` so.
+        """
         for source, target in sequence.reserve(len(ids) + spare):
-            self.pages[target] = self.pages[source]
-        table = table_of(sequence)
-        for position, token in enumerate(ids, start=len(sequence)):
+            self.pages[target], self.next[target] = self.pages[source], self.next[source]
+        table, start = table_of(sequence), len(sequence)
+        for position, token in enumerate(ids, start=start):
             self.pages[table[position // self.size], position % self.size] = token
+            before = position - 1
+            if before >= start or (before >= 0 and not found):
+                self.next[table[before // self.size], before % self.size] = token
+        if len(ids):
+            last = start + len(ids) - 1
+            self.next[table[last // self.size], last % self.size] = -2  # follows from a token that is not written
         sequence.commit(ids)
 
     def read(self, sequence):
         return self.pages[table_of(sequence)].ravel()[: len(sequence)].tolist()
+
+    def read_next(self, sequence):
+        return self.next[table_of(sequence)].ravel()[: len(sequence)].tolist()
 
 
 def table_of(sequence):
@@ -61,9 +73,10 @@ def check_books(pool, sequences):
 class Model:
     """Sequences as lists of ids, and the same operations on them and on the pages."""
 
-    def __init__(self, rng, num_pages, page_size):
+    def __init__(self, rng, num_pages, page_size, lookahead):
         self.rng, self.size = rng, page_size
-        self.pool, self.device = PagePool(num_pages), Device(num_pages, page_size)
+        self.pool, self.device = PagePool(num_pages, lookahead), Device(num_pages, page_size)
+        self.promised = {}  # with a lookahead: the token that a sequence which was just opened must go on with
         self.ids, self.salts, self.generations = {}, {}, {}  # of the open sequences
         self.generation, self.done = 0, Counter()
 
@@ -79,6 +92,8 @@ class Model:
         assert min(known, most) * self.size <= len(sequence) <= most * self.size and len(sequence) % self.size == 0
         self.ids[sequence], self.salts[sequence] = prompt[: len(sequence)], salt
         self.generations[sequence] = self.generation
+        if len(sequence) and self.pool.lookahead:
+            self.promised[sequence] = prompt[len(sequence)]
         self.done["shared"] += len(sequence) > 0
         self.append(sequence, prompt[len(sequence) :])
 
@@ -86,17 +101,21 @@ class Model:
         return self.salts[other] == salt and self.generations[other] == self.generation
 
     def common(self, prompt, other):
-        """Full pages that a prompt has in common with an open sequence."""
+        """Full pages that a prompt has in common with an open sequence, with the tokens that they depend on."""
         ids = self.ids[other]
         different = (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
-        return next(different, min(len(prompt), len(ids))) // self.size
+        return self.pool.num_final(next(different, min(len(prompt), len(ids))))
 
     def new_ids(self, most):
         return [self.rng.choice((3, 4)) for _ in range(self.some(most))]
 
     def append(self, sequence, ids):
         spare, length = self.some(self.size), len(sequence)
-        last = table_of(sequence)[length // self.size] if length % self.size and not sequence.num_reserved else None
+        if sequence in self.promised and ids:
+            ids = [self.promised[sequence], *ids[1:]]
+        first = length if sequence in self.promised else max(0, length - self.pool.lookahead)
+        inside = first < -(-length // self.size) * self.size and not sequence.num_reserved
+        last = table_of(sequence)[first // self.size] if inside else None
         shared = sum(last in table_of(other) for other in self.ids) > 1
         missing = -(-(length + len(ids) + spare) // self.size) - sequence.num_pages
         wanted = max(0, missing + shared) if len(ids) + spare else 0
@@ -109,13 +128,24 @@ class Model:
             self.close()  # preempt
             return
         self.done["copied"] += shared and len(ids) + spare > 0
-        self.device.append(sequence, ids, spare)
+        self.device.append(sequence, ids, spare, found=sequence in self.promised)
         self.ids[sequence] = self.ids[sequence] + ids
+        if ids:
+            self.promised.pop(sequence, None)
 
     def close(self):
         sequence = self.rng.choice(list(self.ids))
         sequence.close()
         del self.ids[sequence], self.salts[sequence], self.generations[sequence]
+        self.promised.pop(sequence, None)
+
+    def check(self):
+        """Each sequence reads its own ids, and where entries depend on the next one, they depend on its own."""
+        for sequence, ids in self.ids.items():
+            assert self.device.read(sequence) == ids
+            if self.pool.lookahead:
+                following = [*ids[1:], self.promised[sequence]] if sequence in self.promised else ids[1:]
+                assert self.device.read_next(sequence)[: len(following)] == following
 
     def step(self):
         kind = self.rng.choices(
@@ -136,25 +166,29 @@ class Model:
             elif kind == "shrink":
                 keep = max(0, len(sequence) - self.some(self.size + 2)) if self.some(1) else len(sequence)
                 sequence.shrink(keep)
+                if keep < len(self.ids[sequence]):
+                    self.promised.pop(sequence, None)
                 self.ids[sequence] = self.ids[sequence][:keep]
                 assert sequence.num_pages == -(-keep // self.size)
             else:
                 other = sequence.fork()
                 self.ids[other], self.salts[other] = self.ids[sequence], self.salts[sequence]
                 self.generations[other] = self.generations[sequence]
+                if sequence in self.promised:
+                    self.promised[other] = self.promised[sequence]
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize(("page_size", "num_steps"), [(4, 10_000), (PAGE_SIZE, 1_000)])
-def test_random_operations_lose_no_page_and_mix_no_tokens(page_size, num_steps, monkeypatch):
+def test_random_operations_lose_no_page_and_mix_no_tokens(page_size, num_steps, lookahead, monkeypatch):
     """After every operation the books balance, and each sequence reads its own ids from its pages."""
     monkeypatch.setattr(page_pool, "PAGE_SIZE", page_size)
     monkeypatch.setattr(pages, "PAGE_SIZE", page_size)
-    model = Model(random.Random(1), 40, page_size)
+    model = Model(random.Random(1), 40, page_size, lookahead)
     for _ in range(num_steps):
         model.step()
         check_books(model.pool, list(model.ids))
-        for sequence, ids in model.ids.items():
-            assert model.device.read(sequence) == ids
+        model.check()
     assert min(model.done.values()) > 0 and model.pool.num_evicted > 10, model.done
     assert {"shared", "full", "copied", "forget"} <= set(model.done)
     while model.ids:
@@ -274,6 +308,29 @@ def test_rejected_drafts_give_their_pages_back():
     sequence.shrink(64)
     assert pool.num_free == 3 and len(PagedSequence.open(pool, [*range(63), 99, 100])) == 0
     assert len(PagedSequence.open(pool, list(range(65)))) == 64
+
+
+def test_with_a_lookahead_a_page_is_found_with_the_token_that_follows_it():
+    """Its last entry depends on that token; a sequence that was opened cannot go on with another one."""
+    pool, device, prompt = PagePool(10, lookahead=1), Device(10), list(range(64))
+    first, _ = started(pool, device, prompt)
+    assert len(PagedSequence.open(pool, [*prompt, 64])) == 0
+    device.append(first, [64])
+    assert [len(PagedSequence.open(pool, [*prompt, *more])) for more in ([], [99], [64])] == [0, 0, 64]
+    second = PagedSequence.open(pool, [*prompt, 64, 65])
+    assert second.reserve(2) == []
+    with pytest.raises(ValueError, match="token 99 follows the pages that were found for a prompt with 64"):
+        second.commit([99, 65])
+    second.commit([64, 65])
+    fork = first.fork()
+    fork.shrink(64)  # goes back, to another token: the full page is copied, and its last entry written again
+    (copy,) = fork.reserve(1)
+    device.pages[copy.target], device.next[copy.target] = device.pages[copy.source], device.next[copy.source]
+    device.append(fork, [99])
+    assert device.read_next(first)[63] == 64 and device.read_next(fork)[63] == 99
+    assert len(PagedSequence.open(pool, [*prompt, 99])) == 64
+    with pytest.raises(ValueError, match="lookahead = 2 must be 0, or 1"):
+        PagePool(1, lookahead=2)
 
 
 def test_a_page_that_was_found_is_not_written_when_a_sequence_goes_back_into_it():

@@ -1,0 +1,42 @@
+"""What a `DeviceBatch` refuses before it is made, and before a job is taken."""
+
+import jax
+
+from deepseek_jax.inference.memory import free_bytes
+from deepseek_jax.inference.prefill import FEWEST_TOKENS
+from deepseek_jax.inference.requests import Request, check_bias
+from deepseek_jax.inference.row_state import MOST_BIASES
+from deepseek_jax.parallel.mesh import axis_size
+from deepseek_jax.parameters import ROWS
+from pallas_kernels.mla_decode.schedule import PAGE
+
+
+def check_own(own: Request, vocab_size: int) -> None:
+    """Refuse a bias of an id that no token has, and more of them than a row can have."""
+    check_bias(own, vocab_size)
+    if len(own.logit_bias) > MOST_BIASES:
+        raise ValueError(f"logit_bias has {len(own.logit_bias)} ids; give at most {MOST_BIASES}")
+
+
+def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_tokens: int) -> None:
+    """Refuse sizes that no batch can have."""
+    for name, value in (("num_rows", num_rows), ("num_pages", num_pages), ("num_positions", num_positions)):
+        if value < 1:
+            raise ValueError(f"{name} = {value} must be at least 1")
+    if most_prefill_tokens < FEWEST_TOKENS or most_prefill_tokens & (most_prefill_tokens - 1):
+        raise ValueError(
+            f"most_prefill_tokens = {most_prefill_tokens} must be a power of two, and at least {FEWEST_TOKENS}"
+        )
+
+
+def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuse pages that the devices of `mesh` cannot hold."""
+    num_bytes = bytes_per_token * PAGE * num_pages
+    if mesh.local_devices[0].platform == "cpu":  # its devices share the memory
+        num_bytes *= axis_size(mesh, ROWS)
+    free = free_bytes(mesh)
+    if num_bytes > free:
+        raise ValueError(
+            f"a cache of {num_pages:,} pages takes {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free;"
+            f" {int(num_pages * free / num_bytes):,} pages would fit"
+        )

@@ -1,0 +1,89 @@
+"""The programs of a `DeviceBatch` that drafts tokens (`speculative`), in the place of those that decode one a row."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Execution, Model
+from deepseek_jax.inference import speculative
+from deepseek_jax.inference.row_calls import Calls, Sizes
+from deepseek_jax.inference.row_programs import Packed, Told
+from deepseek_jax.inference.speculative import MOST_DRAFTS
+from deepseek_jax.model.packed import Rows
+from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parameters import ROWS, P, Weights
+
+
+def check_drafts(num_drafts: int) -> None:
+    """Refuse more drafts than a step verifies."""
+    if not 0 <= num_drafts <= MOST_DRAFTS:
+        raise ValueError(f"num_drafts = {num_drafts} must be from 0 to {MOST_DRAFTS}; 0 drafts nothing")
+
+
+class DraftingCalls(Calls):
+    """Calls whose rows also have a state of the MTP layer.
+
+    While more rows decode than drafting is for, a step drafts nothing, and the MTP layer only follows.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        executions: tuple[Execution, Execution],
+        mesh: jax.sharding.Mesh,
+        sizes: Sizes,
+        weights: Weights,
+        num_drafts: int,
+        drafting_rows: int | None,
+        forced: float | None = None,
+    ):
+        """Begin as `Calls`; `weights` have the MTP layer. `forced` is for benchmarks (`acceptance.verify`)."""
+        super().__init__(model, executions, mesh, sizes, weights)
+        self._num_drafts, self._forced = num_drafts, forced
+        self._drafting_rows = sizes.rows if drafting_rows is None else drafting_rows
+        with jax.set_mesh(mesh):
+            shape, dtype = (sizes.rows, model.width), compute_dtype(executions[0])
+            self._draft_BD = jnp.zeros(shape, dtype, out_sharding=P(ROWS))
+
+    def decode(self, rows_B: np.ndarray, is_greedy: bool) -> tuple[Told, int]:
+        """Decode tokens of each of these rows, as `Calls.decode`."""
+        width = self._send_rows(rows_B)
+        drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
+        program = self._program(("speculate", width, is_greedy, drafts))
+        seen = None if is_greedy else self._seen
+        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
+        told, self._pages, load_RLE, *new = program(self.weights, self._pages, *rows)
+        self._progress, self._draft_BD, seen = new
+        self._loads.append(load_RLE)
+        self._seen = self._seen if is_greedy else seen
+        return told, width
+
+    def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
+        """Run the MTP layer over the pieces of a call."""
+        program = self._program(("follow", len(packed.tokens_T) // self.sizes.devices))
+        rows = self._draft_BD, self._progress, self._tables_BJ, packed, hidden_TD, next_R
+        self._pages, self._draft_BD = program(self.weights, self._pages, *rows)
+
+    def _names(self) -> list[tuple]:
+        names: list[tuple] = [name for name in super()._names() if name[0] != "decode"]
+        for width in self.widths:
+            numbers = [self._num_drafts] if self._drafting_rows > 0 else []
+            numbers += [0] if self._drafting_rows < width * self.sizes.devices else []
+            names += [("speculate", width, greedy, drafts) for greedy in (True, False) for drafts in numbers]
+        return names + [("follow", num_tokens) for num_tokens in self.sizes.buckets]
+
+    def _speculate_program(self, width: int, is_greedy: bool, drafts: int):
+        rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, self._shape(bool, self.sizes.rows)
+        arguments = self.weights, self._pages, self._progress, self._draft_BD, *rest, self._loads[-1]
+        static = self._model, self._decode_execution, speculative.Kind(drafts, width, is_greedy, self._forced)
+        return speculative.speculate, static, (1, 2, 3) if is_greedy else (1, 2, 3, 5), arguments
+
+    def _follow_program(self, num_tokens: int):
+        pieces, most = self.sizes.devices * self.pieces, self.sizes.devices * self.sizes.prefill_tokens
+        hidden_TD: Any = self._shape(compute_dtype(self._prefill_execution), most, self._model.width)
+        rows = self._draft_BD, self._progress, self._tables_BJ, self._packed(num_tokens), hidden_TD
+        arguments = self.weights, self._pages, *rows, self._shape(np.int32, pieces)
+        static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens)
+        return speculative.follow_prefill, static, (1, 2), arguments

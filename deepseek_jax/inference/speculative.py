@@ -1,0 +1,271 @@
+"""Speculative decoding: the MTP layer drafts tokens, and the main model verifies all of them in one pass.
+
+A step of decoding reads every weight for one token of a row. It takes hardly longer for a few, so a row gets several
+tokens of a step where a cheap layer guesses them. DeepSeek-V3's guesses are its MTP layer's, right 85 to 90% of the
+time (section 5.4.3); `model.drafter` has that layer over the cache, `acceptance` the rule that keeps the distribution.
+
+A row has n tokens in its pages, the token t_n that was chosen and not yet run, and `draft_D`, the MTP layer's state at
+position n - 1. With k = 2 drafts, of which the first is right:
+
+    draft     head(draft_D) -> d1;  MTP layer (draft_D, d1) at n -> d2
+    verify    main model on t_n d1 d2 at n, n + 1, n + 2 -> logits: t_{n+1} = d1, t_{n+2} instead of d2
+    follow    MTP layer on (h_n, t_{n+1}) (h_{n+1}, t_{n+2}) at n, n + 1: `draft_D` of the next step is its last state
+    now       n + 2 tokens in the pages, t_{n+2} chosen
+
+So after a step the entries of both are final up to the length, and those behind it (a rejected draft's, a guess's) are
+read by nobody before they are written again. Nothing is written at the position n + k or before it that the row has no
+right to: a row that may choose m more tokens drafts at most m - 1. A step without drafts is k = 0: then the MTP layer
+follows alone, so that drafting can go on later, and pages stay what other rows expect.
+
+A row with a mask drafts nothing: its next mask is known only when its token is. Drafting costs where the batch is so
+large that more tokens take more time; `worth_rows` says where that begins.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from deepseek_jax.config import Execution, Model
+from deepseek_jax.inference.acceptance import Drafts, Verified, distribution, draw_drafts, verify
+from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows, run_decode
+from deepseek_jax.inference.row_sampling import Choice, counted
+from deepseek_jax.inference.row_state import Progress, Settings
+from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Logprobs, Seen, log_probabilities
+from deepseek_jax.inference.weights import weight_specs
+from deepseek_jax.model.drafter import draft_prefill_step, draft_step
+from deepseek_jax.model.packed import Rows
+from deepseek_jax.model.prefill import Sequences
+from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parameters import ROWS, P, Weights
+from pallas_kernels.lowering import manual_axes
+from pallas_kernels.mla_decode import MOST_QUERIES
+
+MOST_DRAFTS = MOST_QUERIES - 1
+
+
+class Kind(NamedTuple):
+    """What a program of decoding with drafts is made for.
+
+    Attributes:
+        num_drafts: of each row, up to `MOST_DRAFTS`; 0 drafts nothing and keeps the MTP layer's entries up to date.
+        width: the first rows of each device, which alone take part.
+        is_greedy: no row of them has other settings.
+        forced: see `acceptance.verify`.
+    """
+
+    num_drafts: int
+    width: int
+    is_greedy: bool
+    forced: float | None = None
+
+
+class DraftingRows(NamedTuple):
+    """The rows of a batch as a step reads them; `seen` is None where all are greedy."""
+
+    progress: Progress
+    draft_BD: Array  # the MTP layer's state at the last position of each row
+    settings: Settings
+    seen: Seen | None
+    tables_BJ: Array  # with a column for `num_drafts` positions behind a row's last one
+    run_B: Array
+    load_RLE: Array  # as `row_programs.run_decode` has it
+
+
+def speculate(
+    model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, *rows: Any
+) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
+    """Decode one to `num_drafts` + 1 tokens of each row of `run_B` that has not ended.
+
+    Args:
+        model: shape and mathematics.
+        execution: of decoding.
+        kind: of the program.
+        weights: as `decode_weights` returns them with `drafts`.
+        pages: [L + 1, pages, 64, C + R]; donated.
+        rows: `DraftingRows`; progress, states and what they have seen are donated, and come back new behind the
+            load.
+    """
+
+    def local(weights, pages, *rows):
+        weights = manual_axes.vary(weights, frozenset(ROWS))
+        told, pages, load_RLE, *new = _step(model, execution, kind, weights, pages, DraftingRows(*rows))
+        old = rows[0], rows[1], rows[3]
+        changed = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0), old, tuple(new))
+        return told, pages, load_RLE, *changed
+
+    in_specs = weight_specs(weights), PAGES, *[SPLIT] * len(rows)
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, *[SPLIT] * 4))
+    return run(weights, pages, *rows)
+
+
+def _step(
+    model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, rows: DraftingRows
+) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
+    """Draft, verify and follow on one device."""
+    *rest, load_RLE = rows
+    progress, draft_BD, settings, seen, tables_BJ, run_B = jax.tree.map(lambda x: x[: kind.width], rest)
+    choice = None if kind.is_greedy else settings.choice
+    run_B &= ~progress.finished_B
+    length_B, head_DV, place = progress.length_B, weights.params["head_DV"], jnp.arange(kind.num_drafts + 1)
+
+    def follow(pages, next_BS, hidden_BSD, start_B, valid_BS):
+        positions_BS = start_B[:, None] + jnp.arange(next_BS.shape[1])
+        return draft_step(model, execution, weights, pages, tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS)
+
+    most_B = jnp.clip(progress.left_B - 1, 0, kind.num_drafts)
+    most_B = jnp.where(run_B & ~settings.choice.masked_B, most_B, 0)
+    drafts, pages = _draft(kind.num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow)
+
+    tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
+    valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
+    new = tokens_BS, length_B[:, None] + place, valid_BS
+    step = model, execution, weights, pages, tables_BJ, *new
+    hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
+    logits_BSV = logits_of(head_DV, hidden_BSD)
+    verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, kind.forced)
+    counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
+
+    with jax.named_scope("follow"):
+        states_BSD, pages = follow(pages, verified.tokens_BS, hidden_BSD, length_B, place < counts_B[:, None])
+    last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+    draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
+    told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
+    return told._replace(routes_BSLK=routes_BSLK), pages, load_RLE, progress, draft_BD, verified.seen
+
+
+def follow_prefill(
+    model: Model,
+    execution: Execution,
+    rows: Rows,
+    weights: Weights,
+    pages: Array,
+    draft_BD: Array,
+    progress: Progress,
+    tables_BJ: Array,
+    packed: Packed,
+    hidden_TD: Array,
+    following_R: Array,
+) -> tuple[Array, Array]:
+    """Run the MTP layer over pieces of prompts, behind `row_programs.prefill` and `first`; return pages and states.
+
+    Args:
+        model: shape and mathematics.
+        execution: of prefill.
+        rows: that the pieces fill (`model.packed`).
+        weights: as `decode_weights` returns them with `drafts`.
+        pages: donated.
+        draft_BD: donated.
+        progress: of the rows, the pieces and the first tokens included.
+        tables_BJ: int32, pages of each row.
+        packed: the pieces.
+        hidden_TD: their hidden states, filled up.
+        following_R: the prompt's token behind each piece; of the last one it is the token that was chosen.
+    """
+
+    def local(weights, pages, draft_BD, progress, tables_BJ, packed, hidden_TD, following_R):
+        weights = manual_axes.vary(weights, frozenset(ROWS))
+        row_R, new_R, num_tokens = packed.row_R, packed.new_R, len(packed.tokens_T)
+        start_R = of_rows(progress.length_B, row_R) - new_R
+        sequences = Sequences.of(of_rows(tables_BJ, row_R), start_R, new_R, num_tokens)
+        following_R = jnp.where(packed.last_R, of_rows(progress.token_B, row_R), following_R)
+        end_R = jnp.cumsum(new_R) - 1
+        next_T = jnp.roll(packed.tokens_T, -1)
+        next_T = next_T.at[jnp.where(new_R > 0, end_R, num_tokens)].set(jnp.maximum(following_R, 0), mode="drop")
+        options = {"continues": True, "rows": rows}
+        step = model, execution, weights, pages, next_T, hidden_TD[:num_tokens], sequences
+        states_TD, pages = draft_prefill_step(*step, **options)
+        states_RD = states_TD[jnp.maximum(end_R, 0)]
+        return pages, draft_BD.at[jnp.where(new_R > 0, row_R, len(draft_BD))].set(states_RD, mode="drop")
+
+    in_specs = weight_specs(weights), PAGES, *[SPLIT] * 6
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=(PAGES, P(ROWS)))
+    return run(weights, pages, draft_BD, progress, tables_BJ, packed, hidden_TD, following_R)
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Return the tokens of a step, by the share of drafts accepted at each position, of those that were reached."""
+    return 1.0 + float(np.cumprod(acceptance).sum())
+
+
+def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
+    """Return up to how many rows drafting is faster: while (1 + a) / (1 + c) is more than 1.
+
+    Args:
+        acceptance: as `expected_tokens` takes it; a is the sum over positions.
+        costs: c of some numbers of rows: what a step with drafts takes longer than one without, as a share of that.
+    """
+    worth = 0
+    for num_rows, cost in sorted(costs.items()):
+        if expected_tokens(acceptance) <= 1.0 + cost:
+            break
+        worth = num_rows
+    return worth
+
+
+def _draft(num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow) -> tuple[Drafts, Array]:
+    """Draft tokens of each row, one after the other, at most `most_B` of them."""
+    ids, logs, states_BD = [], [], draft_BD
+    for k in range(num_drafts):
+        with jax.named_scope("draft"):
+            logits_BV = logits_of(head_DV, states_BD)
+            drafter = distribution(choice, logits_BV, k < most_B, seen)
+            ids_B = draw_drafts(choice, drafter, length_B + 1 + k)
+            most_B = jnp.where(jnp.isfinite(logits_BV.max(axis=-1)), most_B, jnp.minimum(most_B, k))
+            ids.append(ids_B)
+            logs.append(drafter.log_BV)
+            if k + 1 < num_drafts:
+                seen = counted(choice, seen, ids_B, k < most_B)
+                guess = ids_B[:, None], states_BD[:, None], length_B + k, (k + 1 < most_B)[:, None]
+                states_BSD, pages = follow(pages, *guess)
+                states_BD = states_BSD[:, 0]
+    ids_BK = jnp.stack(ids, axis=1) if ids else jnp.zeros((*length_B.shape, 0), jnp.int32)
+    log_BKV = jnp.stack(logs, axis=1) if ids and choice is not None else None
+    return Drafts(ids_BK, log_BKV, most_B), pages
+
+
+def _advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: Array) -> tuple[Array, Progress]:
+    """Return how many tokens each row gets, up to one that ends it or the last that it may have, and the progress."""
+    tokens_BS, place = verified.tokens_BS, jnp.arange(verified.tokens_BS.shape[1])
+    is_end_BS = (tokens_BS[..., None] == end_ids_BE[:, None]).any(axis=-1) | (tokens_BS == NO_TOKEN)
+    most_B = jnp.minimum(verified.accepted_B + 1, progress.left_B)
+    is_end_BS &= place < most_B[:, None]
+    ends_B = is_end_BS.any(axis=1)
+    counts_B = jnp.where(run_B, jnp.where(ends_B, jnp.argmax(is_end_BS, axis=1) + 1, most_B), 0).astype(jnp.int32)
+    last_B = jnp.take_along_axis(tokens_BS, jnp.maximum(counts_B - 1, 0)[:, None], axis=1)[:, 0]
+    left_B = progress.left_B - counts_B
+    return counts_B, Progress(
+        progress.length_B + counts_B,
+        jnp.where(run_B, last_B, progress.token_B),
+        left_B,
+        progress.finished_B | run_B & (ends_B | (left_B <= 0)),
+    )
+
+
+def _told(
+    choice: Choice | None,
+    logits_BSV: Array,
+    verified: Verified,
+    counts_B: Array,
+    progress: Progress,
+    drafted_B: Array,
+    run_B: Array,
+) -> Told:
+    """Return the tokens, counts and ends for the host, and log-probabilities of all tokens where a row wants them."""
+    numbers = verified.tokens_BS.T, counts_B[None], progress.finished_B[None].astype(jnp.int32)
+    numbers_BX = jnp.concatenate(numbers).T
+    if choice is None:
+        return Told(numbers_BX, None, drafted_B)
+    shape, vocab_size = verified.tokens_BS.shape, logits_BSV.shape[-1]
+
+    def found():
+        flat = log_probabilities(logits_BSV.reshape(-1, vocab_size), verified.tokens_BS.reshape(-1), MOST_LOGPROBS)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), flat)
+
+    none = Logprobs(*(jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(found)))
+    none = jax.tree.map(lambda x: vary(x, logits_BSV), none)
+    logprobs = lax.cond((run_B & choice.wants_logprobs_B).any(), found, lambda: none)
+    return Told(numbers_BX, logprobs, drafted_B)

@@ -1,0 +1,176 @@
+"""A device side of the engine without a model: pages keep ids, and the next token is a function of what is read.
+
+A wrong page, an entry that is not written, a table that came too late: each gives another token, or raises.
+"""
+
+import numpy as np
+
+from deepseek_jax.inference.page_pool import PAGE_SIZE
+from deepseek_jax.inference.requests import check_bias
+from deepseek_jax.inference.sampling import Logprobs
+from deepseek_jax.inference.step import StepResult
+from deepseek_jax.parameters import Weights
+
+UNWRITTEN = -(10**9)
+VERSION = 1000  # what a version of the weights adds to an entry
+
+
+def next_token(entries, vocab_size, salt=0):
+    """Return the token after entries, one of the ordinary ones."""
+    weights = np.arange(1, len(entries) + 1, dtype=np.int64) * 2654435761 % 1000003
+    return int((np.dot(np.asarray(entries, np.int64) + 7, weights) + salt * 7919) % (vocab_size - 8))
+
+
+def text_ids(prompt, num_tokens, vocab_size, ends=(), version=0, salt=0):
+    """Return what follows a prompt, up to an end."""
+    entries, made = [token + VERSION * version for token in prompt], []
+    for _ in range(num_tokens):
+        token = next_token(entries, vocab_size, salt)
+        if token in ends:
+            break
+        made.append(token)
+        entries.append(token + VERSION * version)
+    return made
+
+
+def fake_weights(version):
+    """Return weights for `FakeBatch.update_weights`; those of version None do not fit."""
+    return Weights({"head_DV": np.zeros((1, 300)), "version": version}, {})
+
+
+def logprob(entries, target):
+    return -float((sum(entries) + target) % 97) / 10 - 0.01
+
+
+class FakeStep:
+    def __init__(self, result):
+        self._result = result
+
+    def read(self):
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+class FakeBatch:
+    num_rows, num_pages, num_positions, vocab_size = 4, 64, 1024, 262
+    most_prefill_tokens, most_pieces, num_devices, num_drafts, eos = 128, 16, 1, 0, 1
+
+    def __init__(self, before=None, **sizes):
+        self.__dict__.update(sizes)
+        self.pages = np.full((self.num_devices, self.num_pages, PAGE_SIZE), UNWRITTEN, np.int64)
+        self.version = 0
+        self.before = before  # called before each step
+        self.rows = {}
+        self.log = []  # (prompt tokens, decoding rows) of each step
+        self.fails_at = None
+
+    def fail_at(self, step):
+        """Let this step fail when it is read."""
+        self.fails_at = step
+
+    def check(self, job):
+        check_bias(job.own, self.vocab_size)
+
+    def expert_load(self):
+        return np.zeros((1, 2), np.int64)
+
+    def open_row(self, row, settings):
+        assert row not in self.rows
+        pages = self.pages[row * self.num_devices // self.num_rows]
+        self.rows[row] = Row(settings, self.eos, pages)
+
+    def close_row(self, row):
+        del self.rows[row]
+
+    def set_table(self, row, pages):
+        self.rows[row].table = np.array(pages)
+
+    def set_mask(self, row, words_W):
+        bits = np.unpackbits(words_W.view(np.uint8), bitorder="little")
+        self.rows[row].mask = np.flatnonzero(bits)
+
+    def update_weights(self, weights):
+        if weights.params["version"] is None:
+            raise ValueError("the weights do not fit")
+        self.version = weights.params["version"]
+
+    def step(self, pieces, decodes_B):
+        if self.before:
+            self.before()
+        if self.fails_at is not None and len(self.log) == self.fails_at:
+            return FakeStep(RuntimeError("XLA: the device is gone\nmore"))
+        assert sum(len(piece.ids) for piece in pieces) <= self.most_prefill_tokens * self.num_devices
+        assert not any(decodes_B[piece.row] for piece in pieces)
+        self.log.append((sum(len(piece.ids) for piece in pieces), int(decodes_B.sum())))
+        shape = self.num_rows, self.num_drafts + 1
+        tokens, counts, drafted = np.zeros(shape, np.int32), *np.zeros((2, self.num_rows), np.int32)
+        chosen, prompts = np.zeros(shape, np.float32), {}
+        for piece in pieces:
+            row = self.rows[piece.row]
+            prompts |= self._evaluate(piece, row)
+            row.write(piece.ids, self.version)
+            if piece.is_last and row.left:
+                self._choose(piece.row, tokens, counts, chosen)
+        for number in np.flatnonzero(decodes_B):
+            row = self.rows[number]
+            if row.ended:
+                continue
+            drafted[number] = 0 if row.settings.masked else self.num_drafts
+            accepted = row.last % (drafted[number] + 1)
+            while not row.ended and counts[number] <= accepted:
+                row.write([row.last], self.version)
+                self._choose(number, tokens, counts, chosen)
+            row.spoil(drafted[number] + 1 - counts[number])
+        top = np.repeat(chosen[..., None], 20, 2)
+        ids = np.repeat(tokens[..., None], 20, 2)
+        ended = np.array([number in self.rows and self.rows[number].ended for number in range(self.num_rows)])
+        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts, {}, drafted))
+
+    def _choose(self, number, tokens, counts, chosen):
+        row = self.rows[number]
+        entries = row.read()
+        salt = row.settings.seed + row.settings.number if row.settings.sampling.temperature else 0
+        token = next_token(entries, self.vocab_size, salt)
+        if row.settings.masked:
+            token = int(row.mask[token % len(row.mask)])
+            row.mask = None
+        tokens[number, counts[number]], chosen[number, counts[number]] = token, logprob(entries, token)
+        counts[number] += 1
+        row.last, row.left = token, row.left - 1
+        row.ended = token in row.ends or row.left == 0
+
+    def _evaluate(self, piece, row):
+        if not piece.logprobs:
+            return {}
+        ids = [*piece.ids, *([] if piece.following is None else [piece.following])]
+        before = row.read().tolist()
+        entries = [token + VERSION * self.version for token in ids]
+        values = [logprob([*before, *entries[: i + 1]], ids[i + 1]) for i in range(len(ids) - 1)]
+        values = np.array(values, np.float32)
+        return {piece.row: Logprobs(values, np.zeros((len(values), 20), int), np.zeros((len(values), 20)))}
+
+
+class Row:
+    def __init__(self, settings, eos, pages):
+        self.settings, self.table, self.mask, self.pages = settings, None, None, pages
+        self.length, self.left, self.last, self.ended = settings.length, settings.max_new_tokens, None, False
+        self.ends = {*settings.end_ids} | ({eos} if not settings.ignore_eos else set())
+
+    def write(self, ids, version):
+        for token in ids:
+            self._put(self.length, token + VERSION * version)
+            self.length += 1
+
+    def spoil(self, num_tokens):
+        """Write what drafts that were not accepted leave."""
+        for position in range(self.length, self.length + num_tokens):
+            self._put(position, UNWRITTEN)
+
+    def read(self):
+        entries = self.pages[self.table].reshape(-1)[: self.length]
+        assert len(entries) == self.length and (entries != UNWRITTEN).all(), "an entry that is not written is read"
+        return entries
+
+    def _put(self, position, entry):
+        self.pages[self.table[position // PAGE_SIZE], position % PAGE_SIZE] = entry
