@@ -136,6 +136,7 @@ SET_FROM_OUTSIDE = {
     ("data/tokenizer.py", "encode_special_tokens"),
     ("data/tokenizer.py", "special"),
     ("benchmarks/breakdown.py", "host_tracer_level"),
+    ("benchmarks/engine_target.py", "decoder"),
     ("benchmarks/breakdown.py", "python_tracer_level"),
     ("benchmarks/layer_benchmark.py", "precision"),
     ("benchmarks/training_step.py", "batch_size"),

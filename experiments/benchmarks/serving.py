@@ -1,7 +1,8 @@
 """Measure a server under load: `python -m experiments.benchmarks.serving --url=http://127.0.0.1:8000 --rate=1,2,4`.
 
-Any OpenAI-compatible server will do. For each rate, requests arrive at random (Poisson, --seed) for --seconds; their
-prompts are random ids of --prompt_tokens, or the lines of a file:
+Any OpenAI-compatible server will do. With --config=configs/v3_5b.py instead of --url an engine with random weights is
+made in this process and asked without HTTP. For each rate, requests arrive at random (Poisson, --seed) for --seconds;
+their prompts are random ids of --prompt_tokens, or the lines of a file:
 
     --prompts=FILE     JSON lines: {"prompt": "..."} or {"messages": [...]}, in random order
 
@@ -16,19 +17,24 @@ first ones have special meanings in most vocabularies.
 import asyncio
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.inputs import new_file, shown
-from experiments import command
+from experiments import command, recipe, session
 from experiments.benchmarks import event_client, load, load_drawing, report
 from experiments.benchmarks.load_prompts import parse_lengths, read_prompts
 from pallas_kernels.bench.records import provenance, write
 
-URL = flags.DEFINE_string("url", None, "Address of the server, such as http://127.0.0.1:8000.", required=True)
+URL = flags.DEFINE_string("url", None, "Address of the server, such as http://127.0.0.1:8000.")
+CONFIG = recipe.Recipe(None, "Configuration of an engine in this process, with random weights, instead of a server.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "With --config: texts at once.", lower_bound=1, upper_bound=2**12)
+NUM_DRAFTS = flags.DEFINE_integer("num_drafts", 0, "With --config: drafts of the MTP layer.", lower_bound=0)
 MODEL = flags.DEFINE_string("model", None, "Name of the model; by default the first that the server lists.")
 RATE = flags.DEFINE_list("rate", ["1", "2", "4"], "Requests a second, one measurement for each number.")
 SECONDS = flags.DEFINE_float("seconds", 60.0, "For how long requests arrive.", lower_bound=0.1, upper_bound=86400)
@@ -50,6 +56,8 @@ JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
 PLOT = flags.DEFINE_string("plot", None, "Draw latency and goodput against load into this PNG file.")
 
 LOWEST_ID = 100  # of random ids
+SWITCH_SECONDS = 5e-4  # after which the event loop lets the engine's thread run; 5 ms would be several steps of a card
+MODULE = "experiments.benchmarks.serving"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +65,14 @@ class Setting:
     """What is measured, whatever the rate: goes into every record."""
 
     model: str
+    precision: str | None
     prompt: str
     output: str
 
     def record(self, rate: float, mode: str, value: float, unit: str) -> dict[str, Any]:
         """Return a record without its provenance."""
         shape = {"rate": rate, "prompt_tokens": self.prompt, "output_tokens": self.output, "seconds": SECONDS.value}
-        found = {"config": self.model, "mode": mode, "precision": None, "shape": shape}
+        found = {"config": self.model, "mode": mode, "precision": self.precision, "shape": shape}
         return found | {"value": value, "unit": unit, "yardstick": None}
 
 
@@ -71,17 +80,44 @@ def main(_) -> None:
     """Parse, measure, report."""
     rates = [_rate(text) for text in RATE.value]
     outputs = [command.path_of(flag, new_file) for flag in (JSON, PLOT)]
-    make_prompt = _prompts()
+    if (URL.value is None) == (CONFIG.value is None):
+        raise ValueError("give --url, or --config for an engine in this process")
+    if CONFIG.value is not None:
+        records = measure_engine(from_config_dict(CONFIG.value), rates)
+    else:
+        records = measure_server(rates)
+    finish(records, *outputs)
+
+
+def measure_engine(config: Config, rates: list[float]) -> list[dict[str, Any]]:
+    """Return the records of an engine in this process."""
+    from experiments.benchmarks import engine_target  # a server's clients need no engine
+
+    if PROMPTS.value:
+        raise ValueError("--prompts needs a server; with --config prompts are random ids")
+    make_prompt = _prompts(config.model.vocab_size)
+    session.start()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with engine_target.open_engine(config, BATCH_SIZE.value, NUM_DRAFTS.value) as engine:
+        setting = Setting(config.name, config.execution.precision, PROMPT_TOKENS.value, OUTPUT_TOKENS.value)
+        records = measure(engine_target.target(engine, TEMPERATURE.value), rates, make_prompt, setting)
+    common = provenance(MODULE, engine_target.describe())
+    return [record | common for record in records]
+
+
+def measure_server(rates: list[float]) -> list[dict[str, Any]]:
+    """Return the records of the server at --url."""
+    make_prompt = _prompts(VOCAB_SIZE.value)
     server = event_client.parse_url(URL.value, os.environ.get("OPENAI_API_KEY"))
     model = MODEL.value or asyncio.run(_first_model(server))
     options: dict[str, Any] = {"temperature": TEMPERATURE.value, "stream_options": {"include_usage": True}}
     if EXTENSIONS.value:
         options |= {"ignore_eos": True, "return_token_ids": True}
         options["stream_options"]["continuous_usage_stats"] = True
-    setting = Setting(model, "of a file" if PROMPTS.value else PROMPT_TOKENS.value, OUTPUT_TOKENS.value)
+    setting = Setting(model, None, "of a file" if PROMPTS.value else PROMPT_TOKENS.value, OUTPUT_TOKENS.value)
     measured = measure(event_client.target(server, model, options), rates, make_prompt, setting)
-    common = provenance("experiments.benchmarks.serving", DEVICE.value)
-    finish([record | common for record in measured], *outputs)
+    common = provenance(MODULE, DEVICE.value)
+    return [record | common for record in measured]
 
 
 def finish(records: list[dict[str, Any]], json_file: Path | None, plot_file: Path | None) -> None:
@@ -112,7 +148,7 @@ async def _first_model(server: event_client.Server) -> str:
         raise ValueError(f"--url={shown(URL.value)}: {shown(str(error))}; check the address and the server") from error
 
 
-def _prompts() -> load.MakePrompt:
+def _prompts(vocab_size: int) -> load.MakePrompt:
     """Return what draws prompts, by the flags.
 
     Raises:
@@ -123,7 +159,7 @@ def _prompts() -> load.MakePrompt:
         lines = read_prompts(PROMPTS.value)
         return lambda rng: (lines[rng.integers(len(lines))], outputs.draw(rng))
     lengths = parse_lengths(PROMPT_TOKENS.value, "--prompt_tokens")
-    return lambda rng: (rng.integers(LOWEST_ID, VOCAB_SIZE.value, lengths.draw(rng)).tolist(), outputs.draw(rng))
+    return lambda rng: (rng.integers(LOWEST_ID, vocab_size, lengths.draw(rng)).tolist(), outputs.draw(rng))
 
 
 def measure(

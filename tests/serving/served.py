@@ -15,6 +15,7 @@ SCRIPTS = {
     "weather": f"Let me look.<｜tool▁calls▁begin｜>{CALL}<｜tool▁calls▁end｜>",
     "riddle": "<think>\nIt may be an egg.\n</think>\n\nAn egg.",
     "endless": "<think>\nOn the one hand",
+    "pause": "  ",
     "greet": "Grüße, 世界!",
 }
 

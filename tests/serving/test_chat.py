@@ -135,6 +135,11 @@ def test_reasoning_is_apart_and_fails_safe(thinker):
     assert choice.finish_reason == "length"
 
 
+def test_what_is_held_to_the_end_is_not_lost(client):
+    """Blanks at the beginning may stand before reasoning."""
+    assert chat(client, "pause").choices[0].message.content == "  "
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_schema_is_met(client, stream):
     wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}

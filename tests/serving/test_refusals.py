@@ -1,12 +1,17 @@
 """Requests that cannot be answered: each gets its status and a message, and the server goes on."""
 
+import asyncio
 import json
 import socket
+import tracemalloc
 
 import httpx2
 import openai
 import pytest
+from starlette.requests import Request
 
+from deepseek_jax.serving.body import read_bytes
+from deepseek_jax.serving.errors import ApiError
 from tests.serving.conftest import BODY_BYTES
 
 
@@ -155,6 +160,25 @@ def test_a_body_of_100_mb_is_refused_and_hardly_kept(server, announced):
         )
         refused(answer, 413, code="body_too_large")
     assert post(server, {"prompt": "a" * (BODY_BYTES + 1)}).status_code == 413
+
+
+def test_a_body_that_is_too_large_is_not_kept():
+    async def read():
+        pieces = iter(range(60))
+
+        async def receive():
+            return {"type": "http.request", "body": bytes(1_000_000), "more_body": next(pieces, 0) < 59}
+
+        scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+        tracemalloc.start()
+        try:
+            with pytest.raises(ApiError, match="more than 2,500,000 bytes"):
+                await read_bytes(Request(scope, receive), 2_500_000, 20.0)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert asyncio.run(read()) < 8_000_000
 
 
 def test_the_type_of_a_body_keeps_foreign_pages_out(server):
