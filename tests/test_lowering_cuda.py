@@ -5,11 +5,14 @@ recomputation policy with the types that its inputs have, and reaches the progra
 head dims, forward and backward. It cannot prove speed, or that cuDNN accepts them.
 """
 
+import dataclasses
 import functools
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +20,10 @@ from configs import tiny, v3_5b
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.inference import prefill
 from deepseek_jax.inference.cache import CACHE_SPECS, make_cache
+from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.generate import expert_mesh
+from deepseek_jax.inference.row_state import empty_state
+from deepseek_jax.inference.speculative import Kind, speculate
 from deepseek_jax.inference.weights import decode_weights, weight_specs
 from deepseek_jax.model import transformer
 from deepseek_jax.model.packed import Rows
@@ -184,3 +190,41 @@ def test_prefill_attends_through_the_call_that_training_makes(hopper_by_name):
         text = program.lower(lowering_platforms=("cuda",)).as_text()
     q, v = "tensor<32x512x16x192xbf16>", "tensor<32x512x16x128xbf16>"
     assert re.findall(r"fmhaSoftmax\(.*?: \((tensor<.*?)\) ->", text) == [f"{q}, {q}, {v}"] * 2
+
+
+@pytest.mark.slow
+def test_a_step_with_drafts_runs_the_kernels_of_decoding(monkeypatch):
+    """Of attention and of few experts: in two kinds of layer with three queries, in the MTP layer with one, too."""
+    monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", dispatch.HOPPER))
+    tree = v3_5b.get_config()
+    tree.model.update({"num_layers": 2, "num_mtp_layers": 1})
+    config = from_config_dict(tree)
+    mesh, model = expert_mesh(config.model, 1), config.model
+    with jax.set_mesh(mesh):
+        execution = dataclasses.replace(decode_execution(config, mesh), precision="bf16")
+
+        def on_mesh(tree, specs):
+            return jax.tree.map(lambda leaf, spec: leaf.update(sharding=jax.NamedSharding(mesh, spec)), tree, specs)
+
+        def placed(key):
+            return decode_weights(model, execution, transformer.init(model, key), mesh, drafts=True)
+
+        weights = jax.eval_shape(placed, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_state(32, model.vocab_size)))
+        progress, settings, seen = jax.tree.map(
+            lambda leaf: leaf.update(sharding=jax.NamedSharding(mesh, jax.P(ROWS))), shapes
+        )
+        pages = jax.ShapeDtypeStruct((3, 256, 64, 576), "bfloat16", sharding=jax.NamedSharding(mesh, CACHE_SPECS.pages))
+        load = (1, model.num_moe_layers, model.num_experts), "int32"
+        rest = ((32, model.width), "bfloat16"), ((32, 8), "int32"), ((32,), "bool"), load
+        draft_BD, tables_BJ, run_B, load_RLE = (on_mesh(jax.ShapeDtypeStruct(*shape), jax.P(ROWS)) for shape in rest)
+        rows = progress, draft_BD, settings, seen, tables_BJ, run_B, load_RLE
+        run = jax.jit(functools.partial(speculate, model, execution, Kind(2, 32, False)))
+        text = (
+            run.trace(on_mesh(weights, weight_specs(weights)), pages, *rows)
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
+    kernels = Counter(re.findall(r"\w*?([a-z]\w*)_mosaic_gpu", text))
+    shapes = {"mla_decode", "mla_decode_combine", "experts_decode_gate_up", "experts_decode_down"}
+    assert all(kernels[name] == 2 for name in shapes), kernels  # three queries of a row, and one
