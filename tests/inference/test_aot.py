@@ -14,6 +14,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.inference import decode, row_programs, row_state
 from deepseek_jax.inference.cache import CACHE_SPECS, make_cache
 from deepseek_jax.inference.requests import make_rows
+from deepseek_jax.inference.row_sampling import GREEDY
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import decode_weights, weight_specs
 from deepseek_jax.model import transformer
@@ -87,7 +88,7 @@ def test_a_step_of_an_engine_has_few_kernels_and_copies_nothing_large(monkeypatc
     load_RLE = jax.ShapeDtypeStruct((1, NUM_LAYERS - model.num_dense_layers, model.num_experts), jnp.int32)
     rows = state.progress, state.settings, None, cache.tables_BJ, np.zeros(NUM_ROWS, bool), load_RLE
     specs = weight_specs(weights), CACHE_SPECS.pages, jax.tree.map(lambda _: P(ROWS), rows)
-    step = functools.partial(row_programs.decode, model, execution, NUM_ROWS, True)
+    step = functools.partial(row_programs.decode, model, execution, NUM_ROWS, GREEDY)
     compiled = compiled_on(
         mesh, lambda weights, pages, rows: step(weights, pages, *rows), 1, (weights, cache.pages, rows), specs
     )
