@@ -55,6 +55,7 @@ class DeviceBatch:
         num_pages: of each device.
         num_columns: of a row's table, J.
         most_prefill_tokens: of a device in a step.
+        most_pieces: of a device in a call of prefill; a step with more makes several calls.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class DeviceBatch:
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
         made = model, executions, mesh, sizes, placed
         self._calls = DraftingCalls(*made, num_drafts, drafting_rows, forced) if num_drafts else Calls(*made)
+        self.most_pieces = self._calls.pieces
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
         self._tables_changed = False

@@ -29,6 +29,7 @@ class Device(Protocol):
         num_positions: the longest sequence, prompt and new tokens.
         vocab_size: ids beyond it are no tokens.
         most_prefill_tokens: of each device in a step.
+        most_pieces: of each device that go through the model in one call; a step with more takes several.
         num_drafts: tokens that a step may choose beyond the first.
     """
 
@@ -38,6 +39,7 @@ class Device(Protocol):
     num_positions: int
     vocab_size: int
     most_prefill_tokens: int
+    most_pieces: int
     num_drafts: int
 
     def check(self, job: Job) -> None:

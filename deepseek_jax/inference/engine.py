@@ -1,5 +1,6 @@
 """The engine: many jobs at once, each of which comes and goes when it likes."""
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -75,6 +76,7 @@ class Engine:
         self._stepper = Stepper(batch, self._inbox, seed, version, prefill_beside)
         self._thread = threading.Thread(target=self._stepper.run, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # the interpreter must not end while the thread is inside of the device
 
     @classmethod
     def open(
@@ -225,6 +227,7 @@ class Engine:
         except ClosedError:
             pass  # its thread has ended
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _change(self, running: str, apply: Callable[[], None]) -> None:
         if running not in (FINISH, KEEP, RECOMPUTE, ABORT):

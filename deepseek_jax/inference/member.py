@@ -165,8 +165,9 @@ class Member:
         return self._in_flight
 
     @property
-    def lane(self) -> Lane | None:
+    def lane(self) -> Lane:
         """The device that it runs on."""
+        assert self._lane is not None
         return self._lane
 
     def will_write(self, num_tokens: int) -> bool:

@@ -58,6 +58,23 @@ class Plan(NamedTuple):
         return bool(self.pieces or self.decodes)
 
 
+class _Budget:
+    """What of prompts a device takes in a step."""
+
+    def __init__(self, num_tokens: int, num_pieces: int):
+        self._num_tokens, self._num_pieces = num_tokens, num_pieces
+
+    def __bool__(self) -> bool:
+        return self._num_tokens > 0 and self._num_pieces > 0
+
+    def piece(self, member: Member) -> Piece:
+        """Take the next tokens of a prompt, as many as there are left."""
+        num_tokens = min(member.num_unsent, self._num_tokens)
+        self._num_tokens -= num_tokens
+        self._num_pieces -= 1
+        return member.send(num_tokens)
+
+
 def _rank(member: Member) -> tuple[float, int]:
     return member.rank
 
@@ -66,7 +83,13 @@ class Scheduler:
     """The jobs that wait and those that run, the first in rank first."""
 
     def __init__(
-        self, pools: Sequence[PagePool], num_rows: int, most_prefill_tokens: int, num_drafts: int = 0, beside: int = 0
+        self,
+        pools: Sequence[PagePool],
+        num_rows: int,
+        most_prefill_tokens: int,
+        num_drafts: int = 0,
+        beside: int = 0,
+        most_pieces: int = 16,
     ):
         """Begin with no job.
 
@@ -76,6 +99,7 @@ class Scheduler:
             most_prefill_tokens: tokens of prompts that a device takes in a step.
             num_drafts: tokens that a step may choose beyond the first.
             beside: as `most_prefill_tokens`, in a step in which tokens are chosen for others; 0 for the same.
+            most_pieces: of prompts on a device in such a step: more take the time of several calls.
         """
         each = num_rows // len(pools)
         self.lanes = [Lane(pool, range(i * each, (i + 1) * each)) for i, pool in enumerate(pools)]
@@ -83,7 +107,7 @@ class Scheduler:
         self.running: list[Member] = []
         self.num_preemptions = 0
         self._most, self._beside = most_prefill_tokens, beside or most_prefill_tokens
-        self._num_drafts = num_drafts
+        self._num_drafts, self._most_pieces = num_drafts, most_pieces
         self._closed: list[int] = []  # rows, since the last plan
         self._changed: dict[Member, None] = {}  # whose tables the device has not
         self._blocked: Member | None = None  # the first that waits, if since it was tried nobody has left
@@ -120,15 +144,14 @@ class Scheduler:
         """
         decodes = self._decode()
         most = self._beside if decodes else self._most
-        budgets = dict.fromkeys(self.lanes, most)
-        pieces = [self._piece(member, budgets) for member in self.running if member.num_unsent]
-        opened = self._admit(budgets, admit)
-        pieces += [self._piece(member, budgets) for member in opened]
-        found = [piece for piece in pieces if piece]
+        budgets = {lane: _Budget(most, self._most_pieces if decodes else most) for lane in self.lanes}
+        unsent = [member for member in self.running if member.num_unsent]
+        pieces = [budgets[member.lane].piece(member) for member in unsent if budgets[member.lane]]
+        opened = self._admit(budgets, admit, pieces)
         tables = [(member, member.table()) for member in self._changed]
-        plan = Plan(self._closed, opened, tables, found, decodes)
+        plan = Plan(self._closed, opened, tables, pieces, decodes)
         self._closed, self._changed = [], {}
-        for piece in found:  # with all done: what this step writes, only later ones find
+        for piece in pieces:  # with all done: what this step writes, only later ones find
             if piece.member.commit(piece.end):
                 self._changed[piece.member] = None
         return plan
@@ -158,22 +181,15 @@ class Scheduler:
                 return True
         return True
 
-    def _piece(self, member: Member, budgets: dict[Lane, int]) -> Piece | None:
-        assert member.lane is not None
-        num_tokens = min(member.num_unsent, budgets[member.lane])
-        budgets[member.lane] -= num_tokens
-        return member.send(num_tokens) if num_tokens else None
-
-    def _admit(self, budgets: dict[Lane, int], admit: str) -> list[Member]:
-        """Give rows and pages to those that wait, in their order; the first that finds none ends it."""
+    def _admit(self, budgets: "dict[Lane, _Budget]", admit: str, pieces: list[Piece]) -> list[Member]:
+        """Give rows, pages and a piece to those that wait, in their order; the first that finds no pages ends it."""
         opened: list[Member] = []
-        left = dict(budgets)
-        if not any(left[lane] > 0 and lane.free_rows for lane in self.lanes):
+        if not any(budgets[lane] and lane.free_rows for lane in self.lanes):
             return opened
         for member in list(self.waiting):
             if member.in_flight or member.must_follow() or (admit == BEGUN and not member.has_begun):
                 continue
-            lanes = [lane for lane in self.lanes if left[lane] > 0 and lane.free_rows]
+            lanes = [lane for lane in self.lanes if budgets[lane] and lane.free_rows]
             if not lanes:
                 break
             outcome = None if member is self._blocked else self._open(member, lanes)
@@ -181,9 +197,8 @@ class Scheduler:
                 self._blocked = member
                 break
             if outcome:
-                assert member.lane is not None
                 opened.append(member)
-                left[member.lane] -= min(member.num_unsent, left[member.lane])
+                pieces.append(budgets[member.lane].piece(member))
         return opened
 
     def _open(self, member: Member, lanes: Sequence[Lane]) -> bool | None:

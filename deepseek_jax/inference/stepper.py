@@ -57,7 +57,8 @@ class Stepper:
         """Begin without jobs; `seed` is that of jobs without one; see `Scheduler` for `beside`."""
         self._batch, self._inbox, self._seed = batch, inbox, seed
         self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1)) for _ in range(batch.num_devices)]
-        self.scheduler = Scheduler(self.pools, batch.num_rows, batch.most_prefill_tokens, batch.num_drafts, beside)
+        sizes = batch.num_rows, batch.most_prefill_tokens, batch.num_drafts, beside, batch.most_pieces
+        self.scheduler = Scheduler(self.pools, *sizes)
         self.counters = Counters(batch.num_drafts)
         self.version = version
         self.is_paused = False

@@ -247,7 +247,8 @@ def test_open_compiles_everything_before_the_first_job(capsys):
 @pytest.mark.slow
 def test_four_devices_are_one(batch):
     """Each has pages of its own, too few for its rows."""
-    jobs = [Job(prompt=[70] * 5, max_new_tokens=150, sampling=GREEDY)] * 8 + make_jobs(30)
+    long = [Job(prompt=[70 + i] * 5, max_new_tokens=150, sampling=GREEDY, ignore_eos=True) for i in range(8)]
+    jobs = [*long, *make_jobs(30)]
     mesh = make_mesh(Mesh(pipe=1, data=2, node=1, expert=2, tensor=1), jax.devices()[:4])
     options = {"num_rows": 8, "num_pages": 5, "num_positions": 256, "most_prefill_tokens": 128, "silent": True}
     with Engine(batch, TOKENIZER) as engine:

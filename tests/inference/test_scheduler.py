@@ -54,6 +54,16 @@ def test_a_long_prompt_stops_nobody():
     assert [step(scheduler) for _ in range(15)] == [({"B": 20}, "A")] * 15
 
 
+def test_many_short_prompts_stop_nobody():
+    """A step in which others get tokens has one call of prefill, of two pieces here."""
+    scheduler = make_scheduler(num_rows=8, most_pieces=2)
+    scheduler.add(member("A", max_new_tokens=50))
+    step(scheduler)
+    for name in "BCDEF":
+        scheduler.add(member(name))
+    assert [list(step(scheduler)[0]) for _ in range(4)] == [["B", "C"], ["D", "E"], ["F"], []]
+
+
 def test_first_come_first_served_and_priorities_before():
     scheduler = make_scheduler(num_rows=1)
     scheduler.add(member("A", at=0.0))
