@@ -12,10 +12,11 @@ export PYTHON
 
 RUN := exec .venv/bin/python -m
 
-.PHONY: help train bench test test-slow lint types format docs environment test-environment docs-environment
+.PHONY: help train serve bench test test-slow lint types format docs environment serve-environment test-environment docs-environment
 
 help:
 	@echo "make train      train configs/tiny.py on real text into runs/tiny; the same command continues an interrupted run"
+	@echo "make serve      serve the model of make train to clients of OpenAI's API, with a page to talk to it"
 	@echo "make bench      measure the training step of configs/tiny.py"
 	@echo "make test       run the tests on a simulated mesh of 8 CPU devices"
 	@echo "make test-slow  run the tests that take longer than about 20 seconds each"
@@ -25,6 +26,9 @@ help:
 
 train: environment
 	@$(RUN) experiments.train --config=configs/tiny.py --workdir=runs/tiny
+
+serve: serve-environment
+	@$(RUN) experiments.serve --workdir=runs/tiny
 
 bench: environment
 	@$(RUN) experiments.benchmarks.training_step --config=configs/tiny.py
@@ -54,6 +58,9 @@ docs: docs-environment
 
 environment:
 	@.ci/environment data $(ACCELERATOR)
+
+serve-environment:
+	@.ci/environment data serve $(ACCELERATOR)
 
 test-environment:
 	@.ci/environment data serve dev docs

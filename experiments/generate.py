@@ -27,10 +27,10 @@ from deepseek_jax.inference.generate import expert_mesh, longest_text, stream
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import decode_weights
-from deepseek_jax.inputs import local_path, new_file, shown
+from deepseek_jax.inputs import new_file, shown
 from experiments import command, session
 from experiments.conversation import HELP, converse, read_terminal
-from experiments.model_source import Source, open_released, open_run
+from experiments.model_source import Source, open_named
 from experiments.prompts import Line, answer, check_lines, lines_to, read_lines
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -113,7 +113,7 @@ def main(_) -> None:
     check_flags()
     file = PROMPTS.value
     lines = [Line({"prompt": checked_prompt(PROMPT.value or "")}, Request())] if file is None else read_lines(file)
-    source = open_source()
+    source = open_named(WORKDIR.value, HF.value, STEP.value)
     sampling = sampling_of_flags(source.generation.sampling)
     out = command.path_of(OUT, new_file)
     template = ChatTemplate.load(source.chat_folder) if CHAT.value else None
@@ -155,19 +155,6 @@ def check_flags() -> None:
             "experiments.generate runs in one process; leave --coordinator and --distributed out, and give"
             " --expert_devices"
         )
-    if WORKDIR.value is None and HF.value is None:
-        raise ValueError("--workdir is missing, and --hf too; give the folder of a run, or that of a checkpoint")
-    if WORKDIR.value is not None and HF.value is not None:
-        raise ValueError("--workdir and --hf are both given; leave one out")
-    if HF.value is not None and STEP.value is not None:
-        raise ValueError(f"--step={STEP.value} is for --workdir; a folder of --hf has one checkpoint")
-
-
-def open_source() -> Source:
-    """Return the model that --workdir or --hf names."""
-    if HF.value is not None:
-        return open_released(local_path(HF.value, "--hf"))
-    return open_run(local_path(WORKDIR.value or "", "--workdir"), STEP.value)
 
 
 def chat(model: Model, template: ChatTemplate) -> None:

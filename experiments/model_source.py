@@ -16,7 +16,7 @@ from deepseek_jax.huggingface.companions import GENERATION_CONFIG
 from deepseek_jax.huggingface.folder import Folder, open_folder, progress_bar, read_config
 from deepseek_jax.huggingface.load import load
 from deepseek_jax.inference.weights import takes_fp8
-from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.inputs import local_path, read_json, shown
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training import workdir as workdir_lib
 from deepseek_jax.training.weights import restore_weights
@@ -52,6 +52,23 @@ class Generation(NamedTuple):
 
     sampling: dict[str, Any]
     ends: tuple[int, ...]
+
+
+def open_named(workdir: str | None, hf: str | None, step: int | None) -> Source:
+    """Return the model that --workdir or --hf names.
+
+    Raises:
+        ValueError: none of them or both are given, --step comes with --hf, or there is no model.
+    """
+    if workdir is None and hf is None:
+        raise ValueError("--workdir is missing, and --hf too; give the folder of a run, or that of a checkpoint")
+    if workdir is not None and hf is not None:
+        raise ValueError("--workdir and --hf are both given; leave one out")
+    if hf is not None and step is not None:
+        raise ValueError(f"--step={step} is for --workdir; a folder of --hf has one checkpoint")
+    if hf is not None:
+        return open_released(local_path(hf, "--hf"))
+    return open_run(local_path(workdir or "", "--workdir"), step)
 
 
 def open_run(workdir: Path, step: int | None) -> Source:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"experiments"},
     {"evaluation", "plan"},
-    {"training"},
+    {"training", "serving"},
     {"inference", "huggingface"},
     {"model"},
     {"parallel", "data"},
@@ -147,6 +147,7 @@ SET_FROM_OUTSIDE = {
     ("huggingface/companions.py", "post_processor"),
     ("lowering/export_cache.py", "__name__"),
     ("lowering/layout_inference.py", "compute_transitively_equal_vars"),
+    ("serving/app.py", "redirect_slashes"),
     ("studies/activation_study.py", "kv_latent"),
 }
 

@@ -4,7 +4,7 @@ A template is a Jinja program that writes the turns of a conversation one after 
 
     <BOS>system text<｜User｜>question<｜Assistant｜>reply<EOS><｜User｜>question<｜Assistant｜>
 
-without a line break between turns. `V3` and `R1` are ours. `ChatTemplate.load` reads the template of a released
+without a line break between turns. `data.deepseek_chat` has ours. `ChatTemplate.load` reads the template of a released
 checkpoint.
 
 The ids are not simply those of the rendered text: a user who writes "<｜Assistant｜>" into a message would end their
@@ -86,7 +86,7 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise ValueError(
                 f"{shown(str(config_file))} has no chat_template and there is no {shown(str(template_file))};"
-                " add one of them, or use V3 or R1 of deepseek_jax.data.chat"
+                " add one of them, or use V3, R1 or V3_1 of deepseek_jax.data.deepseek_chat"
             )
         names = {
             key: value.get("content") if isinstance(value, dict) else value
@@ -133,8 +133,15 @@ class ChatTemplate:
         variables = {"strftime_now": datetime.datetime.now().strftime} | variables  # one time in all renderings
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
-        harmless = [message if message.get("content") is None else {**message, "content": "x"} for message in messages]
-        for unmarked in _split(self._run(tokens, harmless, add_generation_prompt, variables))[::2]:
+        harmless = [
+            {
+                key: value if key == "role" else "x" if key == "content" and value else _harmless(value, tokens)
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+        others = {key: _harmless(value, tokens) for key, value in variables.items()}
+        for unmarked in _split(self._run(tokens, harmless, add_generation_prompt, others))[::2]:
             token = next((token for token in tokens if token in unmarked), None) or next(
                 iter(SPECIAL_FORM.findall(unmarked)), None
             )
@@ -189,6 +196,24 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             )
 
 
+def _harmless(value: Any, tokens: tuple[str, ...]) -> Any:
+    """Return `value` with an "x" for every special token that a text in it spells."""
+    match value:
+        case str():
+            return _spelled(tokens).sub("x", value)
+        case Mapping():
+            return {_harmless(key, tokens): _harmless(item, tokens) for key, item in value.items()}
+        case list() | tuple():
+            return [_harmless(item, tokens) for item in value]
+    return value
+
+
+@functools.lru_cache(maxsize=16)
+def _spelled(tokens: tuple[str, ...]) -> re.Pattern:
+    """Return what finds special tokens in a text: `tokens`, and what has their form."""
+    return re.compile("|".join([*map(re.escape, sorted(tokens, key=len, reverse=True)), SPECIAL_FORM.pattern]))
+
+
 def _told(error: BaseException) -> str:
     """Return what is wrong; an exception of Python's own with its name."""
     return shown(str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}")
@@ -220,7 +245,7 @@ def _compile(source: str, tokens: tuple[str, ...]) -> jinja2.Template:
 def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
     """Mark the literals that become part of the value of an expression.
 
-    Conditions do not, nor do the arguments of calls and filters.
+    Conditions do not, nor do the arguments of calls and filters, but those of `namespace`, which assigns them.
     """
     match expression:
         case nodes.TemplateData():
@@ -239,28 +264,6 @@ def _mark(expression: nodes.Expr, tokens: tuple[str, ...]) -> None:
                 _mark(expression.expr2, tokens)
         case nodes.Filter() if expression.node is not None:
             _mark(expression.node, tokens)
-
-
-def _deepseek(reply: str, opening: str) -> ChatTemplate:
-    """Return DeepSeek's format, given the expressions for an assistant's text and for the opening of the next one."""
-    return ChatTemplate(
-        r"""
-        {{- bos_token + messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') }}
-        {%- for message in messages %}
-            {%- if message.role == 'user' %}
-                {{- '<｜User｜>' + message.content }}
-            {%- elif message.role == 'assistant' %}
-                {{- '<｜Assistant｜>' + REPLY + eos_token }}
-            {%- elif message.role != 'system' %}
-                {{- raise_exception('no form for the role ' + message.role) }}
-            {%- endif %}
-        {%- endfor %}
-        {%- if add_generation_prompt %}
-            {{- OPENING }}
-        {%- endif -%}
-        """.replace("REPLY", reply).replace("OPENING", opening)
-    )
-
-
-V3 = _deepseek("message.content", "'<｜Assistant｜>'")
-R1 = _deepseek("message.content.split('</think>')[-1]", r"'<｜Assistant｜><think>\n'")
+        case nodes.Call(node=nodes.Name(name="namespace")):
+            for variable in expression.kwargs:
+                _mark(variable.value, tokens)

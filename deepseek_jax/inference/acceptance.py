@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from deepseek_jax.inference.row_sampling import Choice, adjusted, choose, counted, kept
-from deepseek_jax.inference.sampling import NO_TOKEN, Seen
+from deepseek_jax.inference.sampling import NO_TOKEN, Seen, argmax
 from deepseek_jax.parallel.mesh import vary
 
 DRAFT, ACCEPTANCE, RESIDUAL = 1, 2, 3  # folded into the key of a position
@@ -62,7 +62,7 @@ class Drafts(NamedTuple):
 def distribution(choice: Choice | None, logits_BV: Array, rows_B: Array, seen: Seen | None) -> Distribution:
     """Return what `rows_B` draw from, by FP32 logits and their settings; without `choice` all rows are greedy."""
     if choice is None or seen is None:
-        return Distribution(jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), None)
+        return Distribution(argmax(logits_BV).astype(jnp.int32), None)
     logits_BV = adjusted(choice, logits_BV, rows_B, seen)
     warm_B = rows_B & (choice.sampling.temperature > 0)
     log_BV = jax.lax.cond(
@@ -70,7 +70,7 @@ def distribution(choice: Choice | None, logits_BV: Array, rows_B: Array, seen: S
         lambda: jax.nn.log_softmax(kept(choice.sampling, logits_BV, warm_B)),
         lambda: vary(jnp.zeros(logits_BV.shape, jnp.float32), logits_BV),
     )
-    return Distribution(jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), log_BV)
+    return Distribution(argmax(logits_BV).astype(jnp.int32), log_BV)
 
 
 def draw_drafts(choice: Choice | None, drafter: Distribution, positions_B: Array) -> Array:
@@ -169,7 +169,7 @@ def _behind(
     logits_BV = jnp.take_along_axis(logits_BSV, accepted_B[:, None, None], axis=1)[:, 0]
     if choice is None or seen is None:
         sound_B = jnp.isfinite(logits_BV.max(axis=-1))
-        return jnp.where(sound_B, jnp.argmax(logits_BV, axis=-1), NO_TOKEN).astype(jnp.int32)
+        return jnp.where(sound_B, argmax(logits_BV), NO_TOKEN).astype(jnp.int32)
     positions_B, silent = length_B + 1 + accepted_B, choice._replace(wants_logprobs_B=run_B & False)
     ids_B = choose(silent, logits_BV, positions_B, run_B, seen).ids_B
     rejected_B = run_B & (accepted_B < drafts.num_B) & (choice.sampling.temperature > 0) & (ids_B != NO_TOKEN)

@@ -72,6 +72,7 @@ class DeviceBatch:
         most_prefill_tokens: int = 2048,
         num_drafts: int = 0,
         drafting_rows: int | None = None,
+        forced: float | None = None,
     ):
         """Place weights and an empty cache.
 
@@ -86,6 +87,7 @@ class DeviceBatch:
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
             drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
+            forced: accept each draft with this probability, for benchmarks with random weights.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
@@ -103,7 +105,7 @@ class DeviceBatch:
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
         made = model, executions, mesh, sizes, placed
-        self._calls = DraftingCalls(*made, num_drafts, drafting_rows) if num_drafts else Calls(*made)
+        self._calls = DraftingCalls(*made, num_drafts, drafting_rows, forced) if num_drafts else Calls(*made)
         self.most_pieces = self._calls.pieces
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)

@@ -19,7 +19,7 @@ from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.cache import CACHE_SPECS
 from deepseek_jax.inference.row_sampling import ANY, BY_ID, GREEDY, choose, choose_by_id, counted
 from deepseek_jax.inference.row_state import Progress, RowState, Settings
-from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Chosen, Logprobs, Seen, log_probabilities
+from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Chosen, Logprobs, Seen, argmax, log_probabilities
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
@@ -257,7 +257,7 @@ def _chosen(
     """Choose the next token of each row of `run_B`."""
     if kind == GREEDY:
         sound_B = jnp.isfinite(logits_BV.max(axis=-1))
-        ids_B = jnp.where(sound_B, jnp.argmax(logits_BV, axis=-1), NO_TOKEN).astype(jnp.int32)
+        ids_B = jnp.where(sound_B, argmax(logits_BV), NO_TOKEN).astype(jnp.int32)
         chosen = Chosen(ids_B, None)
     else:
         choice, positions_B = settings.choice, progress.length_B

@@ -27,6 +27,7 @@ from deepseek_jax.inference.sampling import (
     Logprobs,
     Sampling,
     Seen,
+    argmax,
     biased,
     keep_near,
     keep_top_p,
@@ -177,7 +178,7 @@ def _sample(choice: Choice, logits_BV: Array, keys_B: Array, active_B: Array, se
     sampling = choice.sampling
     sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
     logits_BV = adjusted(choice, logits_BV, active_B, seen)
-    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    best_B = argmax(logits_BV).astype(jnp.int32)
     sound_B &= logits_BV.max(axis=-1) > -jnp.inf
     warm_B = sampling.temperature > 0
     drawn_B = jax.lax.cond(

@@ -38,6 +38,11 @@ class Text:
         self._decoder = StreamDecoder(tokenizer)  # a character may span tokens
         self._held = ""  # may be the beginning of a stop string
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end it."""
+        return frozenset(self._ends)
+
     def push(self, ids: Iterable[int]) -> str:
         """Return the text that `ids` complete, which may be empty; ids after the end are ignored."""
         return "".join(self._push(int(token)) for token in ids if self.reason is None)

@@ -95,17 +95,19 @@ def _layers(target: _Target, name: str, tree: Any) -> Any:
         count, dtype = len(jax.tree.leaves(whole)[0]), compute_dtype(target.execution)
         columns.append([_layer(target.model, dtype, leaf_name(path), whole, i) for i in range(count)])
     layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
-    alone = axis_size(target.mesh, EXPERTS) == 1
-    return [_prepared(layer, alone) for layer in layers]
+    inside = axis_size(target.mesh, EXPERTS) == 1 and compute_dtype(target.execution) != jnp.float32
+    return [_prepared(layer, inside) for layer in layers]
 
 
-def _prepared(layer: Any, alone: bool) -> Any:
-    """Return a layer whose products are joined where decoding reads them together; `alone`: all experts are here."""
+def _prepared(layer: Any, inside: bool) -> Any:
+    """Return a layer whose products are joined where decoding reads them together; `inside`: the shared expert's
+    among those of the routed ones.
+    """
     if "block" in layer:
-        return layer | {"block": _prepared(layer["block"], alone)}
+        return layer | {"block": _prepared(layer["block"], inside)}
     if "attention" in layer:
         layer = layer | {"attention": _with_queries_beside(layer["attention"])}
-    return _with_shared_inside(layer) if alone else layer
+    return _with_shared_inside(layer) if inside else layer
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

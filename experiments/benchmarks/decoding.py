@@ -12,7 +12,6 @@ those that a batch touches on average), and in decoding the cache. In prefill it
 --product_rate, if that is longer. --json writes the same numbers as records.
 """
 
-import functools
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -32,14 +31,13 @@ from deepseek_jax.inference.requests import make_rows
 from deepseek_jax.inference.sampling import Chosen, Sampling
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.inputs import new_file
-from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parallel.program import jit_on
-from deepseek_jax.parameters import PARAMETERS, ROWS, Fp8Weight, P, Weights, leaf_name, matrix_shape, num_lead_dims
+from deepseek_jax.parameters import PARAMETERS, ROWS, P, Weights, leaf_name
 from experiments import command, recipe, session
 from experiments.benchmarks import breakdown, report
+from experiments.benchmarks.random_weights import random_weights
 from pallas_kernels.bench.records import provenance, write
-from pallas_kernels.quantize import quantize_blocks
 
 CONFIG = recipe.Recipe(None, "Configuration, such as configs/v3_5b.py.", required=True)
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
@@ -52,7 +50,6 @@ READ_RATE = flags.DEFINE_float("read_rate", 4300.0, "GB/s that the memory of the
 PRODUCT_RATE = flags.DEFINE_float("product_rate", 790.0, "TFLOP/s of products in BF16; an H200's by default.")
 BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also profile; on a GPU the program is compiled once more for that.")
 
-ROUTER_STD = 0.02  # of logits per unit of the normed stream: at width 2048 their standard deviation is 0.9
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 NO_EOS = -2  # no token is it
 
@@ -94,28 +91,6 @@ def _number(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 2**16:
         raise ValueError(f"--batch={text} must be numbers of sequences, such as 1,32,128")
     return int(text)
-
-
-def random_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
-    """Return weights as `transformer.init` makes them, but for the router; those of an FP8 model in FP8."""
-    in_fp8 = config.execution.precision == "fp8"
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def change(path, leaf):
-        name = leaf_name(path)
-        if name == "router_DE":
-            return ROUTER_STD / config.model.init_std * leaf
-        if not in_fp8 or PARAMETERS[name].precision != "fp8":
-            return leaf
-        leaf = jax.sharding.reshard(leaf, P())
-        matrix = matrix_shape(leaf.shape, num_lead_dims(name, leaf.ndim), PARAMETERS[name].row_dims)
-        blocks = quantize_blocks(leaf.reshape(-1, *matrix[-2:]))
-        scales = blocks.scales.reshape(*matrix[:-2], *blocks.scales.shape[-2:])
-        return Fp8Weight(None, blocks.values.reshape(leaf.shape), scales)
-
-    with jax.set_mesh(mesh):
-        weights = jax.jit(functools.partial(transformer.init, config.model))(jax.random.key(config.seed))
-        return Weights(jax.tree.map_with_path(change, weights.params), weights.router_bias)
 
 
 def measure(

@@ -45,6 +45,11 @@ def scope_times(events: list[breakdown.Event]) -> list[tuple[str, float, str]]:
 def print_records(title: str, records: list[dict[str, Any]]) -> None:
     """Print one line per record, with its yardstick."""
     print(f"\n{title}; {records[0]['device']}, jax {records[0]['jax']}\n")
+    print_values(records)
+
+
+def print_values(records: list[dict[str, Any]]) -> None:
+    """Print one line per record, as `print_records`, without a title."""
     for found in records:
         line = f"{found['mode']:<28} {_number(found['value']):>12} {found['unit']}"
         if yardstick := found["yardstick"]:

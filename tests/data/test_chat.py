@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.data.chat import MARK, R1, V3, ChatTemplate
+from deepseek_jax.data.chat import MARK, ChatTemplate
+from deepseek_jax.data.deepseek_chat import R1, V3
 from deepseek_jax.data.tokenizer import Tokenizer
 from tests.support.released import TEXTS, folder, tokenizer
 
@@ -178,7 +179,7 @@ def test_template_of_a_folder(tmp_path):
 def test_a_folder_without_a_template_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"tokenizer_config.json has no chat_template .*chat_template.jinja; add one of them, or use V3 or R1",
+        match=r"tokenizer_config.json has no chat_template .*chat_template.jinja; add one of them, or use V3, R1",
     ):
         ChatTemplate.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -207,7 +208,6 @@ def test_a_folder_without_a_template_is_refused(tmp_path):
             r"messages\[0\] has content None; it must be a string, or None beside tool_calls",
         ),
         ([{"role": "user"}], "has content None"),
-        ([{"role": "tool", "content": "3"}], "cannot render these messages: no form for the role tool"),
     ],
 )
 def test_messages_are_checked(messages, complaint):
@@ -278,10 +278,7 @@ def test_a_message_that_only_calls_tools_has_no_content():
     assert template.render(messages) == 'Hi<｜tool▁sep｜>f{"x": 1}'
     assert template.encode(ours, messages) == [*ours.encode("Hi"), 128_814, *ours.encode('f{"x": 1}')]
     call["function"]["arguments"] = "<｜User｜>"  # a token that the model, or a user, spelled there
-    with pytest.raises(ValueError, match="in a way that cannot be told from a message's own text"):
-        template.encode(ours, messages)
-    with pytest.raises(ValueError, match="cannot render these messages: TypeError"):
-        V3.render(messages)  # has no form for it
+    assert template.encode(ours, messages) == [*ours.encode("Hi"), 128_814, *ours.encode("f<｜User｜>")]
 
 
 def test_a_broken_list_of_templates_is_refused(tmp_path):

@@ -1,0 +1,242 @@
+"""How a model chats: from a request's conversation to a prompt, a grammar, and how the reply is read.
+
+    v3      DeepSeek-V3, V3-0324      r1     R1, R1-0528: thinks first
+    v3.1    V3.1 and its successors with its template: thinks where `thinking` is true
+    other   any other template: no calls of tools
+
+A conversation without tools is written by the folder's own template, and so is one with tools if that template knows
+them. The released ones do not: then `data.deepseek_chat` has the form.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.meta
+
+from deepseek_jax.data import deepseek_chat
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.jinja import environment
+from deepseek_jax.data.tokenizer import CONFIG_NAME, Tokenizer
+from deepseek_jax.inference.job import Grammar
+from deepseek_jax.inputs import local_path, read_json, read_text, shown
+from deepseek_jax.serving.constraints import Constraints
+from deepseek_jax.serving.conversation import Choice, read_choice, read_messages
+from deepseek_jax.serving.grammar import Grammars
+from deepseek_jax.serving.reply import END_THINK, STRUCTURE, THINK, Reply, mark
+
+FORMS = {"v3": deepseek_chat.V3, "r1": deepseek_chat.R1, "v3.1": deepseek_chat.V3_1}
+OTHER = "other"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# A template that writes arguments as JSON wants the object, one that joins them wants the text.
+_ARGUMENTS_AS_OBJECT = re.compile(r"arguments['\"]?\]?\s*(\|\s*(tojson|items|dictsort)|\.items\()")
+
+
+class Chat(NamedTuple):
+    """A conversation, ready for the engine.
+
+    Attributes:
+        prompt: ids.
+        grammar: what the reply must be, for `Job.grammar`.
+        spelled: texts that stand for tokens, for `Job.spelled`.
+        reply: makes what reads one reply.
+    """
+
+    prompt: list[int]
+    grammar: Callable[[], Grammar] | None
+    spelled: Mapping[int, str]
+    reply: Callable[[], Reply]
+
+
+class ChatFormat:
+    """The format of one model; any thread may use it.
+
+    Attributes:
+        name: one of `FORMS`, or `OTHER`.
+        grammars: compiles what a text must be.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        vocab_size: int,
+        name: str | None = None,
+        ends: Iterable[int] = (),
+    ):
+        """Choose the format.
+
+        Args:
+            tokenizer: of the model.
+            template: of its folder.
+            vocab_size: of the model, V.
+            name: one of `FORMS`, which stands before the template; None: what the template writes says it.
+            ends: tokens that end a text beside EOS.
+
+        Raises:
+            ValueError: there is neither template nor name, no such name, or the tokenizer lacks the form's tokens.
+        """
+        if name is not None and name not in FORMS:
+            raise ValueError(f"there is no chat format {shown(repr(name))}; the formats are {', '.join(FORMS)}")
+        if name is None and template is None:
+            raise ValueError(f"the model has no chat template; name a format: {', '.join(FORMS)}")
+        self.name = name or recognised(template)
+        self._form = FORMS.get(self.name)
+        if self.name == "r1" and name is None and THINK not in template.source:
+            self._form = deepseek_chat.R1_UNOPENED
+        self._template = self._form if name is not None else template
+        missing = [token for token in deepseek_chat.TURNS if token not in tokenizer.special_ids]
+        if self._form is not None and missing:
+            raise ValueError(f"the tokenizer has no token {missing[0]!r}, which the chat format {self.name} writes")
+        self._tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer, vocab_size, ends)
+        self._constraints = Constraints(tokenizer, self.grammars, self.name)
+
+    @property
+    def template_text(self) -> str:
+        """The template, in Jinja."""
+        return self._template.source
+
+    def reads(self, variable: str) -> bool:
+        """Return whether the template knows a variable of a request, such as `reasoning_effort`."""
+        return variable in _variables(self._template.source)
+
+    def prepare(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool = True,
+        response_format: Any = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Chat:
+        """Return the prompt of a conversation, and how its reply is constrained and read.
+
+        Args:
+            messages, tools, tool_choice, parallel_tool_calls, response_format: as OpenAI's API has them in JSON.
+            variables: further ones of the template, such as V3.1's `thinking`.
+
+        Raises:
+            ValueError: one of them is wrong, or the model has no form for it.
+        """
+        conversation = read_messages(messages)
+        choice = read_choice(tools, tool_choice, parallel_tool_calls)
+        prompt = self._encode(conversation, choice, dict(variables or {}))
+        thinking = self._opened(prompt)
+        grammar = self._constraints.make(choice, response_format, thinking)
+        names = STRUCTURE if choice.tools else (THINK, END_THINK)
+        ids = self._tokenizer.special_ids
+        spelled = {ids[name]: mark(name) for name in names if name in ids}
+        marks = {mark(name): name for name in names if name in ids}
+        if THINK not in ids and END_THINK in self._template.source:
+            marks |= {name: name for name in (THINK, END_THINK)}
+        return Chat(prompt, grammar, spelled, lambda: Reply(marks, thinking))
+
+    def _encode(self, messages: list[dict[str, Any]], choice: Choice, variables: dict[str, Any]) -> list[int]:
+        template = self._template
+        knows_tools = "tools" in _variables(template.source)
+        if choice.tools and (self._form is None or not set(STRUCTURE[2:]) <= self._tokenizer.special_ids.keys()):
+            raise ValueError(
+                "it is not known how this model calls tools; leave tools out, or start the server with the name of its"
+                f" chat format: {', '.join(FORMS)}"
+            )
+        told = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if (choice.tools or told) and not knows_tools and self._form is not None:
+            template = self._form
+        if told and _ARGUMENTS_AS_OBJECT.search(template.source):
+            messages = [_with_objects(message) for message in messages]
+        if reserved := variables.keys() & {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}:
+            raise ValueError(f"the template's variable {min(reserved)} cannot be set")
+        return template.encode(self._tokenizer, messages, True, tools=choice.tools or None, **variables)
+
+    def _opened(self, prompt: list[int]) -> bool:
+        """Return whether the prompt ends in reasoning that is open."""
+        think = self._tokenizer.special_ids.get(THINK)
+        pieces = self._tokenizer.token_bytes
+        return next((token == think for token in reversed(prompt) if not pieces[token].isspace()), False)
+
+
+def open_chat_format(
+    folder: Path | None,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    name: str | None = None,
+    ends: Iterable[int] = (),
+) -> ChatFormat | None:
+    """Return the format of a model; None if its folder has no template and none is named.
+
+    Args:
+        folder: with tokenizer_config.json and perhaps chat_template.jinja.
+        tokenizer, vocab_size, ends: as `ChatFormat`.
+        name: one of `FORMS`, or the path of a template in Jinja.
+
+    Raises:
+        ValueError: the template is broken, there is no such format, or the tokenizer lacks its tokens.
+    """
+    rest = {"vocab_size": vocab_size, "ends": tuple(ends)}
+    if name in FORMS:
+        return ChatFormat(tokenizer, None, name=name, **rest)
+    if name is not None:
+        path = local_path(name, "--chat_template")
+        if not path.is_file():
+            raise ValueError(
+                f"{shown(name)} is neither a file with a chat template nor a chat format; the formats are"
+                f" {', '.join(FORMS)}"
+            )
+        names = {token_id: token for token, token_id in tokenizer.special_ids.items()}
+        special = {"bos_token": names.get(tokenizer.bos), "eos_token": names.get(tokenizer.eos)}
+        source = ChatTemplate(read_text(path), {key: token for key, token in special.items() if token is not None})
+        return ChatFormat(tokenizer, source, **rest)
+    if folder is None or not _has_template(folder):
+        return None
+    return ChatFormat(tokenizer, ChatTemplate.load(folder), **rest)
+
+
+def recognised(template: ChatTemplate) -> str:
+    """Return the name of a template's format, by what it writes."""
+    if not all(token in template.source for token in deepseek_chat.TURNS):
+        return OTHER
+    if "thinking" in _variables(template.source):
+        return "v3.1"
+    return "r1" if END_THINK in template.source or THINK in template.source else "v3"
+
+
+def _has_template(folder: Path) -> bool:
+    config = folder / CONFIG_NAME
+    return os.path.lexists(folder / TEMPLATE_FILE) or (
+        os.path.lexists(config) and read_json(config).get("chat_template") is not None
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _variables(source: str) -> frozenset[str]:
+    """Return the variables that a template does not set before it reads them."""
+    program = environment().parse(source)
+    found = jinja2.meta.find_undeclared_variables(program)
+    # `{% if not thinking is defined %}{% set thinking = false %}`: Jinja calls it declared
+    asked = {test.node.name for test in program.find_all(jinja2.nodes.Test) if isinstance(test.node, jinja2.nodes.Name)}
+    return frozenset(found | asked)
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as objects, where they are JSON."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}

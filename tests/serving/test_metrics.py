@@ -1,0 +1,67 @@
+"""`/metrics`, and the endpoints about tokens."""
+
+import re
+
+import httpx2
+
+from deepseek_jax.serving.metrics import Histogram, Metrics
+
+
+def test_metrics_are_prometheus_text(server, client):
+    client.completions.create(model="fake", prompt="a", max_tokens=5)
+    answer = httpx2.get(server.url + "/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    values = {}
+    for line in answer.text.splitlines():
+        if not line.startswith("#"):
+            assert re.fullmatch(r'[a-z_]+(\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\})? [-+.e\d]+', line), line
+            name, _, value = line.rpartition(" ")
+            values[name.removeprefix("deepseek_jax_")] = float(value)
+    assert values["time_to_first_token_seconds_count"] >= 1 and values["inter_token_latency_seconds_count"] >= 4
+    assert values['time_to_first_token_seconds_bucket{le="+Inf"}'] == values["time_to_first_token_seconds_count"]
+    assert values["draft_acceptance"] == 0.647059 and values['accepted_tokens_total{position="1"}'] == 3
+    assert values['expert_tokens_total{layer="1",expert="3"}'] == 7
+    assert values["completion_tokens_total"] >= 5 and values["jobs_running"] == 0 and values["cache_pages"] == 64
+    assert values['http_responses_total{path="/v1/completions",status="200"}'] >= 1
+    families = [line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families)) == answer.text.count("# HELP")
+
+
+def test_a_histogram_counts_up_to_each_bound():
+    histogram = Histogram((0.1, 1.0))
+    for seconds, times in ((0.1, 1), (0.5, 2), (5.0, 1)):
+        histogram.observe(seconds, times)
+    assert [*histogram.lines("x")] == [
+        'x_bucket{le="0.1"} 1',
+        'x_bucket{le="1.0"} 3',
+        'x_bucket{le="+Inf"} 4',
+        "x_sum 6.1",
+        "x_count 4",
+    ]
+
+
+def test_tokens_per_second_forget(monkeypatch):
+    metrics, now = Metrics(), 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    metrics.count_tokens(50)
+    now = 1005.0
+    assert "deepseek_jax_tokens_per_second 5\n" in "\n".join(metrics._own())
+    now = 1011.0
+    assert "deepseek_jax_tokens_per_second 0\n" in "\n".join(metrics._own())
+
+
+def test_texts_become_ids_and_come_back(server):
+    def post(path, body):
+        return httpx2.post(server.url + path, json=body).json()
+
+    tokenizer = server.service.model.tokenizer
+    found = post("/tokenize", {"prompt": "hé<｜end▁of▁sentence｜>", "add_special_tokens": False})
+    assert found["tokens"] == [*tokenizer.encode("hé"), tokenizer.eos] and found["count"] == 4
+    assert post("/detokenize", {"tokens": [tokenizer.bos, *found["tokens"]]}) == {
+        "prompt": "<｜begin▁of▁sentence｜>hé<｜end▁of▁sentence｜>"
+    }
+    assert post("/tokenize", {"prompt": "a"})["tokens"][0] == tokenizer.bos
+    assert post("/detokenize", {"tokens": [10**9]})["error"]["param"] == "tokens"
+    assert post("/tokenize", {})["error"]["param"] == "prompt"
+    info = httpx2.get(server.url + "/tokenizer_info").json()
+    assert info["eos_token"] == "<｜end▁of▁sentence｜>" and info["model_max_length"] == 4096

@@ -1,0 +1,203 @@
+"""Requests that cannot be answered: each gets its status and a message, and the server goes on."""
+
+import json
+import socket
+
+import httpx2
+import openai
+import pytest
+
+from tests.serving.conftest import BODY_BYTES
+
+
+def post(server, content, path="/v1/completions", kind="application/json", **headers):
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content)
+    return httpx2.post(server.url + path, content=content, headers={"content-type": kind, **headers}, timeout=20)
+
+
+def refused(answer, status, param=None, code=None):
+    error = answer.json()["error"]
+    assert answer.status_code == status, answer.text
+    assert error.keys() == {"message", "type", "param", "code"} and error["message"]
+    if param is not None:
+        assert error["param"] == param and param.split(".")[0] in error["message"], error
+    if code is not None:
+        assert error["code"] == code
+    return error["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "nonsense",
+        "[1, 2]",
+        '"text"',
+        "null",
+        '{"prompt": "a", "temperature": NaN}',
+        '{"prompt": "a", "temperature": Infinity}',
+        '{"prompt": "a", "seed": ' + "9" * 5000 + "}",
+        "[" * 50_000,
+        '{"prompt":' * 5_000,
+        b'{"prompt": "\xff"}',
+        '{"prompt": "\\ud800"}',
+        '{"prompt": "a", "stop": ["\\udc00"]}',
+        '{"\\ud800": 1}',
+    ],
+    ids=lambda content: repr(content)[:40],
+)
+def test_bodies_that_are_no_json(server, content):
+    refused(post(server, content), 400, code="invalid_json")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("prompt", None),
+        ("prompt", 5),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", ["a", 1]),
+        ("prompt", [1, "a"]),
+        ("prompt", [True]),
+        ("prompt", [1.0, 2.0]),
+        ("prompt", [-1]),
+        ("prompt", [10**30]),
+        ("prompt", [275]),
+        ("prompt", {"text": "a"}),
+        ("max_tokens", -1),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_tokens", "5"),
+        ("max_tokens", 10**40),
+        ("temperature", -0.1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("temperature", [1]),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("frequency_penalty", "x"),
+        ("n", 0),
+        ("n", 129),
+        ("n", 2.5),
+        ("best_of", 4),
+        ("seed", 2**64),
+        ("seed", "1"),
+        ("stop", ""),
+        ("stop", [""]),
+        ("stop", 5),
+        ("stop", ["a"] * 100),
+        ("stop", "a" * 2000),
+        ("logprobs", True),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"999999": 1}),
+        ("logit_bias", {"5": "x"}),
+        ("logit_bias", {"5": 101}),
+        ("stream", 1),
+        ("echo", "yes"),
+        ("stop_token_ids", [999]),
+        ("stream_options", {"include_usage": True}),
+        ("suffix", "end"),
+        ("use_beam_search", True),
+        ("guided_regex", "a+"),
+        ("prompt_logprobs", 1),
+        ("response_format", {"type": "poem"}),
+        ("response_format", "json"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_fields_of_completions(server, field, value):
+    num_jobs = len(server.service.model.engine.jobs)
+    refused(post(server, {"prompt": "a", "max_tokens": 2} | {field: value}), 400, field)
+    assert len(server.service.model.engine.jobs) == num_jobs
+
+
+def test_numbers_that_json_alone_cannot_bound(server):
+    refused(post(server, '{"prompt": "a", "temperature": 1e999}'), 400, "temperature")
+    refused(post(server, '{"prompt": "a", "temperature": ' + "9" * 400 + "}"), 400, "temperature")
+
+
+def test_an_unknown_model_and_what_changes_nothing(server):
+    refused(post(server, {"model": "gpt-4", "prompt": "a"}), 404, "model", "model_not_found")
+    harmless = {"suffix": "", "user": "u", "service_tier": "auto", "x-unknown": 1, "min_tokens": 0, "max_tokens": 2}
+    assert post(server, {"prompt": "a", "best_of": 1, "temperature": None} | harmless).status_code == 200
+
+
+def test_a_prompt_that_is_too_long(server):
+    message = refused(post(server, {"prompt": "a" * 5000}), 400, code="context_length_exceeded")
+    assert "5001" in message and "4096" in message
+    refused(post(server, {"prompt": "a", "max_tokens": 5000}), 400, "max_tokens", "context_length_exceeded")
+
+
+def test_more_texts_than_may_wait(server):
+    refused(post(server, {"prompt": ["a"] * 65}), 400, "prompt")
+    refused(post(server, {"prompt": ["a"] * 2, "n": 40}), 400, "prompt")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_of_100_mb_is_refused_and_hardly_kept(server, announced):
+    piece = b"x" * 1_000_000
+    content = piece * 100 if announced else (piece for _ in range(100))
+    refused(post(server, content), 413, code="body_too_large") if announced else None
+    if not announced:
+        answer = httpx2.post(
+            server.url + "/v1/completions", content=content, headers={"content-type": "application/json"}
+        )
+        refused(answer, 413, code="body_too_large")
+    assert post(server, {"prompt": "a" * (BODY_BYTES + 1)}).status_code == 413
+
+
+def test_the_type_of_a_body_keeps_foreign_pages_out(server):
+    """A browser asks before it sends JSON to another server, and is not let in; a form it would send at once."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        refused(post(server, {"prompt": "a"}, kind=kind), 415)
+    assert post(server, {"prompt": "a"}, kind="application/json; charset=utf-8").status_code == 200
+
+
+def test_a_client_that_sends_slowly_is_told_so(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b'Content-Length: 50\r\n\r\n{"prompt": "a')
+        answer = connection.recv(65536)
+        assert b" 408 " in answer.split(b"\r\n")[0] and b"body_too_slow" in answer
+
+
+def test_addresses_and_methods_that_there_are_not(server):
+    refused(httpx2.get(server.url + "/v1/embeddings"), 404)
+    refused(httpx2.get(server.url + "/v1/completions"), 405)
+    refused(post(server, {}, path="/v1/models"), 405)
+    refused(httpx2.get(server.url + "/v1/models/other"), 404, "model", "model_not_found")
+    assert httpx2.get(server.url + "/v1/models/fake").json()["id"] == "fake"
+
+
+def test_a_fault_of_the_engine_is_told(server, client):
+    assert refused(post(server, {"prompt": "BREAK"}), 500, code="engine_error").endswith("on fire")
+    with pytest.raises(openai.APIError, match="on fire"):
+        list(client.completions.create(model="fake", prompt="BREAK", stream=True))
+
+
+def test_a_fault_of_ours_tells_nothing_of_itself(server, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a secret of ours")
+
+    monkeypatch.setattr(type(server.service.model.engine), "submit", fail)
+    for stream in (False, True):
+        answer = post(server, {"prompt": "a", "stream": stream})
+        assert "secret" not in refused(answer, 500, code="internal_error")
+    assert any("a secret of ours" in line for line in server.lines)
+
+
+def test_the_server_is_still_there(server, client):
+    assert client.completions.create(model="fake", prompt="a", max_tokens=3).choices[0].text
+    assert server.service.model.engine.num_jobs == 0
