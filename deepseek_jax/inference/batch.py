@@ -31,6 +31,7 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import prefill_execution
 from deepseek_jax.inference.row_calls import MOST_COPIES, Calls, Sizes
+from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import (
     MASK,
     MOST_RECORDS,
@@ -71,6 +72,7 @@ class DeviceBatch:
         most_prefill_tokens: int = 2048,
         num_drafts: int = 0,
         drafting_rows: int | None = None,
+        forced: float | None = None,
     ):
         """Place weights and an empty cache.
 
@@ -85,6 +87,7 @@ class DeviceBatch:
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
             drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
+            forced: accept each draft with this probability, for benchmarks with random weights.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
@@ -102,20 +105,20 @@ class DeviceBatch:
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
         made = model, executions, mesh, sizes, placed
-        self._calls = DraftingCalls(*made, num_drafts, drafting_rows) if num_drafts else Calls(*made)
+        self._calls = DraftingCalls(*made, num_drafts, drafting_rows, forced) if num_drafts else Calls(*made)
         self.most_pieces = self._calls.pieces
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
         self._tables_changed = False
         self._open: dict[int, RowSettings] = {}
-        self._is_plain_B, self._wants_logprobs_B = np.ones(self.num_rows, bool), np.zeros(self.num_rows, bool)
+        self._kind_B, self._wants_logprobs_B = np.zeros(self.num_rows, np.int8), np.zeros(self.num_rows, bool)
         self._routes_B = np.zeros(self.num_rows, bool)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed
         self._masks: dict[int, np.ndarray] = {}
         self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile all programs, at most 12, or 20 with drafts; later none is compiled.
+        """Compile all programs, at most 14, or 20 with drafts; later none is compiled.
 
         `progress(done, all)` is called after each.
         """
@@ -146,7 +149,7 @@ class DeviceBatch:
             raise ValueError(f"row {row} is open, or none of the {self.num_rows} rows; close it first")
         check_own(settings.own, self.vocab_size)
         self._open[row] = self._changed[row] = settings
-        self._is_plain_B[row], self._wants_logprobs_B[row] = settings.is_plain, settings.wants_logprobs
+        self._kind_B[row], self._wants_logprobs_B[row] = KINDS.index(settings.kind), settings.wants_logprobs
         self._routes_B[row] = settings.routes
 
     def close_row(self, row: int) -> None:
@@ -195,7 +198,7 @@ class DeviceBatch:
             self._prefill(step, call)
         if len(decoding):
             wants_logprobs = bool(self._wants_logprobs_B[decoding].any())
-            told, width = self._calls.decode(rows_B, bool(self._is_plain_B[decoding].all()))
+            told, width = self._calls.decode(rows_B, KINDS[self._kind_B[decoding].max()])
             device, local = np.divmod(decoding, self.num_rows // self.num_devices)
             routed = decoding[self._routes_B[decoding]]
             step.tell(told, decoding, device * width + local, wants_logprobs, routed)

@@ -10,6 +10,7 @@ from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference import speculative
 from deepseek_jax.inference.row_calls import Calls, Sizes
 from deepseek_jax.inference.row_programs import Packed, Told
+from deepseek_jax.inference.row_sampling import GREEDY
 from deepseek_jax.inference.speculative import MOST_DRAFTS
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype
@@ -47,9 +48,9 @@ class DraftingCalls(Calls):
             shape, dtype = (sizes.rows, model.width), compute_dtype(executions[0])
             self._draft_BD = jnp.zeros(shape, dtype, out_sharding=P(ROWS))
 
-    def decode(self, rows_B: np.ndarray, is_greedy: bool) -> tuple[Told, int]:
+    def decode(self, rows_B: np.ndarray, kind: str) -> tuple[Told, int]:
         """Decode tokens of each of these rows, as `Calls.decode`."""
-        width = self._send_rows(rows_B)
+        width, is_greedy = self._send_rows(rows_B), kind == GREEDY
         drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
         program = self._program(("speculate", width, is_greedy, drafts))
         seen = None if is_greedy else self._seen

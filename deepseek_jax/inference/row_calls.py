@@ -21,7 +21,7 @@ from deepseek_jax.inference.decode import GPU_ROWS
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
 from deepseek_jax.inference.row_programs import Packed, Told
-from deepseek_jax.inference.row_sampling import WORD
+from deepseek_jax.inference.row_sampling import GREEDY, KINDS, WORD
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model.packed import Rows
@@ -115,7 +115,7 @@ class Calls:
                 progress(i + 1, len(names))
 
     def _names(self) -> list[tuple]:
-        names: list[tuple] = [("decode", width, greedy) for width in self.widths for greedy in (True, False)]
+        names: list[tuple] = [("decode", width, kind) for width in self.widths for kind in KINDS]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
         return [*names, ("first",), ("evaluate",), ("update",), ("see",), ("copy",)]
 
@@ -163,15 +163,15 @@ class Calls:
         """Return log-probabilities of the tokens that follow the first `num_R` tokens of each device."""
         return self._program(("evaluate",))(self._head, hidden_TD, following_T, num_R)
 
-    def decode(self, rows_B: np.ndarray, is_greedy: bool) -> tuple[Told, int]:
+    def decode(self, rows_B: np.ndarray, kind: str) -> tuple[Told, int]:
         """Decode a token of each of these rows; return what is told of the first rows of each device, and how many."""
         width = self._send_rows(rows_B)
-        program = self._program(("decode", width, is_greedy))
-        seen = None if is_greedy else self._seen
+        program = self._program(("decode", width, kind))
+        seen = None if kind == GREEDY else self._seen
         rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
         self._loads.append(load_RLE)
-        self._seen = self._seen if is_greedy else seen
+        self._seen = self._seen if kind == GREEDY else seen
         return told, width
 
     def _send_rows(self, rows_B: np.ndarray) -> int:
@@ -219,12 +219,12 @@ class Calls:
                 found = self._programs[name] = jitted.lower(*arguments).compile()
         return found
 
-    def _decode_program(self, width: int, is_greedy: bool):
+    def _decode_program(self, width: int, kind: str):
         run_B = self._shape(bool, self.sizes.rows)
-        rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, run_B, self._loads[-1]
+        rest = self._settings, None if kind == GREEDY else self._seen, self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
-        donate = (1, 2) if is_greedy else (1, 2, 4)
-        return row_programs.decode, (self._model, self._decode_execution, width, is_greedy), donate, arguments
+        donate = (1, 2) if kind == GREEDY else (1, 2, 4)
+        return row_programs.decode, (self._model, self._decode_execution, width, kind), donate, arguments
 
     def _prefill_program(self, num_tokens: int):
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens), self.sizes.prefill_tokens

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.cache import CACHE_SPECS
-from deepseek_jax.inference.row_sampling import Choice, choose
+from deepseek_jax.inference.row_sampling import ANY, BY_ID, GREEDY, choose, choose_by_id, counted
 from deepseek_jax.inference.row_state import Progress, RowState, Settings
 from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Chosen, Logprobs, Seen, argmax, log_probabilities
 from deepseek_jax.inference.weights import weight_specs
@@ -54,7 +54,7 @@ def decode(
     model: Model,
     execution: Execution,
     width: int,
-    is_greedy: bool,
+    kind: str,
     weights: Weights,
     pages: Array,
     progress: Progress,
@@ -70,7 +70,7 @@ def decode(
         model: shape and mathematics.
         execution: of decoding.
         width: the first rows of each device, which alone take part.
-        is_greedy: no row of them has other settings; `seen` is None then.
+        kind: `GREEDY`, `BY_ID` or `ANY`: what the settings of all of them allow; with `GREEDY`, `seen` is None.
         weights: as `decode_weights` returns them.
         pages: donated.
         progress: donated.
@@ -93,7 +93,7 @@ def decode(
         hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
         logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
         progress = progress._replace(length_B=progress.length_B + run_B)
-        chosen, progress, seen = _chosen(is_greedy, logits_BV, progress, settings, seen, run_B)
+        chosen, progress, seen = _chosen(kind, logits_BV, progress, settings, seen, run_B)
         told = _told(chosen, run_B, progress)._replace(routes_BSLK=routes_BSLK)
         progress, seen = jax.tree.map(
             lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0),
@@ -192,7 +192,7 @@ def first(
         last_R = packed.last_R & (of_R.progress.left_B > 0) & ~of_R.progress.finished_B
         # A prompt after which nothing is wanted ends here.
         over_R = packed.last_R & ~last_R
-        chosen, progress_R, seen_R = _chosen(False, logits_RV, of_R.progress, of_R.settings, of_R.seen, last_R)
+        chosen, progress_R, seen_R = _chosen(ANY, logits_RV, of_R.progress, of_R.settings, of_R.seen, last_R)
         progress_R = progress_R._replace(finished_B=progress_R.finished_B | over_R)
         told = _told(chosen, last_R, progress_R)
         nowhere = len(progress.length_B)
@@ -252,24 +252,20 @@ def copy_pages(pages: Array, copies_U3: Array) -> Array:
 
 
 def _chosen(
-    is_greedy: bool, logits_BV: Array, progress: Progress, settings: Settings, seen: Any, run_B: Array
+    kind: str, logits_BV: Array, progress: Progress, settings: Settings, seen: Any, run_B: Array
 ) -> tuple[Chosen, Progress, Any]:
     """Choose the next token of each row of `run_B`."""
-    if is_greedy:
+    if kind == GREEDY:
         sound_B = jnp.isfinite(logits_BV.max(axis=-1))
         ids_B = jnp.where(sound_B, argmax(logits_BV), NO_TOKEN).astype(jnp.int32)
         chosen = Chosen(ids_B, None)
     else:
-        choice: Choice = settings.choice
-        chosen = choose(choice, logits_BV, progress.length_B, run_B, seen)
-        counted_B = run_B & choice.sampling.penalizes_B()
-
-        def add(seen):
-            # A token that is not one, or is not counted, is beyond the vocabulary.
-            beyond = seen.count_BV.shape[1]
-            return seen.add(jnp.where(counted_B & (chosen.ids_B >= 0), chosen.ids_B, beyond))
-
-        seen = lax.cond(counted_B.any(), add, lambda seen: seen, seen)
+        choice, positions_B = settings.choice, progress.length_B
+        if kind == BY_ID:
+            chosen = choose_by_id(choice, logits_BV, positions_B, seen)
+        else:
+            chosen = choose(choice, logits_BV, positions_B, run_B, seen)
+        seen = counted(choice, seen, chosen.ids_B, run_B)
     return chosen, progress.after(settings.end_ids_BE, chosen.ids_B, run_B), seen
 
 

@@ -36,6 +36,8 @@ from deepseek_jax.inference.sampling import (
 )
 from deepseek_jax.parallel.mesh import vary
 
+# How the rows of a program choose: the largest logit and nothing else; without an order of the logits; anything.
+KINDS = GREEDY, BY_ID, ANY = "greedy", "by id", "any"
 WORD = 32  # tokens in a word of a mask
 EVERYTHING = 2.0  # of top-p: a probability that no rounding reaches
 
@@ -99,6 +101,25 @@ def choose(choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array
     return Chosen(ids_B, logprobs)
 
 
+def choose_by_id(choice: Choice, logits_BV: Array, positions_B: Array, seen: Seen) -> Chosen:
+    """Do as `choose`, where no row has top-k or top-p, or wants log-probabilities of more than its token.
+
+    Nothing is sorted, and nothing is under a condition: the host of a GPU may have to wait where a program branches.
+    """
+    keys_B = jax.random.wrap_key_data(choice.key_data_B2, impl="threefry2x32")
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    sound_B, model_BV, warm_B = jnp.isfinite(logits_BV.max(axis=-1)), logits_BV, choice.sampling.temperature > 0
+    logits_BV = _adjusted(choice, logits_BV, seen, lambda _, change, x: change(x))
+    sound_B &= logits_BV.max(axis=-1) > -jnp.inf
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, _tempered(choice.sampling, logits_BV, warm_B))
+    ids_B = jnp.where(warm_B, drawn_B, jnp.argmax(logits_BV, axis=-1))
+    ids_B = jnp.where(sound_B, ids_B, NO_TOKEN).astype(jnp.int32)
+    chosen_B1 = jnp.take_along_axis(model_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
+    shape = len(ids_B), MOST_LOGPROBS
+    tops = (vary(jnp.zeros(shape, dtype), ids_B) for dtype in (jnp.int32, jnp.float32))
+    return Chosen(ids_B, Logprobs(chosen_B1[:, 0] - jax.nn.logsumexp(model_BV, axis=-1), *tops))
+
+
 def counted(choice: Choice | None, seen: Seen | None, ids_B: Array, chosen_B: Array) -> Seen | None:
     """Return what the rows have seen with their new tokens: those of `chosen_B` whose settings have penalties."""
     if choice is None or seen is None:
@@ -106,7 +127,7 @@ def counted(choice: Choice | None, seen: Seen | None, ids_B: Array, chosen_B: Ar
     counted_B = chosen_B & choice.sampling.penalizes_B()
     beyond = seen.count_BV.shape[1]  # where a token that is none, or is not counted, goes
     ids_B = jnp.where(counted_B & (ids_B >= 0), ids_B, beyond)
-    return jax.lax.cond(counted_B.any(), lambda: seen.add(ids_B), lambda: seen)
+    return seen.add(ids_B)
 
 
 def allowed(mask_BW: Array, vocab_size: int) -> Array:
@@ -121,8 +142,12 @@ def adjusted(choice: Choice, logits_BV: Array, active_B: Array, seen: Seen) -> A
     def where_any(rows_B, change, logits_BV):
         return jax.lax.cond((active_B & rows_B).any(), change, lambda x: x, logits_BV)
 
+    return _adjusted(choice, logits_BV, seen, where_any)
+
+
+def _adjusted(choice: Choice, logits_BV: Array, seen: Seen, where_any: Callable) -> Array:
     sampling, bias = choice.sampling, choice.bias
-    has_bias_B = (bias.ids_BJ[:, 0] < logits_BV.shape[-1]) if bias.ids_BJ.shape[1] else active_B & False
+    has_bias_B = (bias.ids_BJ[:, 0] < logits_BV.shape[-1]) if bias.ids_BJ.shape[1] else choice.masked_B & False
     logits_BV = where_any(has_bias_B, lambda x: biased(x, bias), logits_BV)
     columns = jax.tree.map(lambda x: x[:, None], sampling)
     logits_BV = where_any(sampling.penalizes_B(), lambda x: penalized(columns, x, seen), logits_BV)

@@ -1,7 +1,8 @@
 """The texts of one request while they are made: deltas come from the engine's thread into the event loop.
 
 The engine calls a listener for every token of every text. Waking the loop each time would cost more than the answer, so
-all listeners of a server put into one `Mailbox`, which wakes the loop once for whatever has come meanwhile.
+all listeners of a server put into one `Mailbox`, which wakes the loop once for whatever has come meanwhile. Where the
+loop falls behind, the deltas of a text that wait become one: chunks get longer, and nobody waits longer.
 """
 
 import asyncio
@@ -95,23 +96,38 @@ class Answers:
         deadlines = [job.deadline for job in self._jobs]
         while self._left:
             try:
-                arrival = self._queue.get_nowait()
-            except asyncio.QueueEmpty:
-                try:
-                    arrival = await asyncio.wait_for(self._queue.get(), self._heartbeat)
-                except TimeoutError:
-                    if all(end is not None and time.monotonic() > end + GRACE_SECONDS for end in deadlines):
-                        raise ApiError(500, "the engine does not answer", code="engine_silent") from None
-                    yield None
-                    continue
-            number, delta = arrival
-            if delta.finish_reason is not None:
-                self._left -= 1
-                self._tickets.pop(number, None)
-            yield arrival
+                number, delta = await asyncio.wait_for(self._queue.get(), self._heartbeat)
+            except TimeoutError:
+                if all(end is not None and time.monotonic() > end + GRACE_SECONDS for end in deadlines):
+                    raise ApiError(500, "the engine does not answer", code="engine_silent") from None
+                yield None
+                continue
+            waiting = {number: [delta]}
+            while not self._queue.empty():
+                number, delta = self._queue.get_nowait()
+                waiting.setdefault(number, []).append(delta)
+            for number, deltas in waiting.items():
+                delta = joined(deltas)
+                if delta.finish_reason is not None:
+                    self._left -= 1
+                    self._tickets.pop(number, None)
+                yield number, delta
 
     def _listener(self, number: int):
         return lambda delta: self._mailbox.put(self._queue, (number, delta))
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Return deltas of one text as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    found = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+    return deltas[-1]._replace(
+        text="".join(delta.text for delta in deltas),
+        ids=[token for delta in deltas for token in delta.ids],
+        logprobs=[one for own in found for one in own] if found else None,
+        prompt_logprobs=deltas[0].prompt_logprobs,
+    )
 
 
 def closing() -> ApiError:

@@ -29,6 +29,7 @@ from deepseek_jax.serving.constraints import Constraints
 from deepseek_jax.serving.conversation import Choice, read_choice, read_messages
 from deepseek_jax.serving.grammar import Grammars
 from deepseek_jax.serving.reply import END_THINK, STRUCTURE, THINK, Reply, mark
+from deepseek_jax.serving.schema import check_depth
 
 FORMS = {"v3": deepseek_chat.V3, "r1": deepseek_chat.R1, "v3.1": deepseek_chat.V3_1}
 OTHER = "other"
@@ -127,6 +128,11 @@ class ChatFormat:
         Raises:
             ValueError: one of them is wrong, or the model has no form for it.
         """
+        for name, value in (
+            *(("messages", messages), ("tools", tools), ("tool_choice", tool_choice)),
+            *(("response_format", response_format), ("chat_template_kwargs", variables)),
+        ):
+            check_depth(value, name)
         conversation = read_messages(messages)
         choice = read_choice(tools, tool_choice, parallel_tool_calls)
         prompt = self._encode(conversation, choice, dict(variables or {}))

@@ -21,6 +21,7 @@ from deepseek_jax.inputs import shown
 from deepseek_jax.serving.conversation import Choice
 from deepseek_jax.serving.grammar import Grammars, json_rule
 from deepseek_jax.serving.reasoning import Tokens, after_reasoning, reasoning_tokens
+from deepseek_jax.serving.schema import MOST_CHARACTERS, schema_text
 
 SCHEMA = "response_format.json_schema.schema"
 _ANY_OBJECT = {"type": "object"}
@@ -69,7 +70,7 @@ class Constraints:
 
     def _calls(self, choice: Choice, content: str | None) -> Callable[[], Grammar]:
         """Return what makes grammars of calls, and of `content`, a rule, where that may come too."""
-        schemas = {}
+        schemas, size = {}, 0
         for i, tool in enumerate(choice.tools):
             name = f"tools[{i}].function.parameters"
             schemas[tool["function"]["name"]] = parameters = (
@@ -77,6 +78,11 @@ class Constraints:
                 if content == _ANY_TEXT and not _strict(tool)
                 else _parameters(tool["function"].get("parameters"), name)
             )
+            size += len(schema_text(parameters, name))
+            if size > MOST_CHARACTERS:
+                raise ValueError(
+                    f"the parameters of tools have more than {MOST_CHARACTERS:,} characters; give fewer tools"
+                )
             self._grammars.schema(parameters, name)  # tells which one is wrong
         return self._grammars.lark(self._lark(schemas, choice.parallel, content), "tools")
 

@@ -56,7 +56,7 @@ def schema_text(schema: Any, name: str) -> str:
 def _check_size(schema: Mapping, name: str) -> None:
     targets: dict[int, Any] = {}
     num_properties = 0
-    for value in _values(schema, name):
+    for value in itertools.chain.from_iterable(_levels(schema, name)):
         if not isinstance(value, Mapping):
             continue
         for key in _AT_LEAST:
@@ -77,14 +77,16 @@ def _check_size(schema: Mapping, name: str) -> None:
             raise ValueError(f"{name} may nest more than {MOST_NESTED} levels deep by its references")
 
 
-def _values(value: Any, name: str) -> Iterator[Any]:
-    return itertools.chain.from_iterable(_levels(value, name))
+def check_depth(value: Any, name: str) -> None:
+    """Raise ValueError if a JSON value, with schemas in it, is nested too deep; `name` is where it stands."""
+    for _ in _levels(value, name, MOST_DEPTH + 16):
+        pass
 
 
-def _levels(value: Any, name: str) -> Iterator[list[Any]]:
+def _levels(value: Any, name: str, most: int = MOST_DEPTH) -> Iterator[list[Any]]:
     """Yield the values on each level of a JSON value; not recursive, since it may be deep."""
     level = [value]
-    for _ in range(MOST_DEPTH):
+    for _ in range(most):
         yield level
         level = [
             below
@@ -94,7 +96,7 @@ def _levels(value: Any, name: str) -> Iterator[list[Any]]:
         ]
         if not level:
             return
-    raise ValueError(f"{name} is nested more than {MOST_DEPTH} levels deep")
+    raise ValueError(f"{name} is nested more than {most} levels deep")
 
 
 class _Finite:

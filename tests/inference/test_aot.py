@@ -1,18 +1,20 @@
-"""A burst of decoding, compiled for an H100 that is not there: few kernels; cache and weights stay in place."""
+"""A burst, and a step of an engine, compiled for an H100 that is not there: few kernels; cache and weights in place."""
 
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 
 from configs import v3_5b
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.inference import decode
+from deepseek_jax.inference import decode, row_programs, row_state
 from deepseek_jax.inference.cache import CACHE_SPECS, make_cache
 from deepseek_jax.inference.requests import make_rows
+from deepseek_jax.inference.row_sampling import GREEDY
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.weights import decode_weights, weight_specs
 from deepseek_jax.model import transformer
@@ -28,8 +30,8 @@ pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Li
 NUM_LAYERS, NUM_ROWS = 3, 16
 
 
-def test_a_burst_has_few_kernels_and_copies_nothing_large(monkeypatch):
-    """108 kernels of a step with three layers, on 2026-11-29; a copy of pages or of a weight would be in the loop."""
+def shapes(monkeypatch):
+    """Configuration, execution and meshes of an H200, and the shapes of weights and an empty cache there."""
     monkeypatch.setattr(dispatch, "_hardware", lambda: ("gpu", dispatch.HOPPER))
     config = from_config_dict(v3_5b.get_config()).with_(model={"num_layers": NUM_LAYERS})
     target = H100.replace("device_memory_size: 84978434048", "device_memory_size: 150754820096")
@@ -39,26 +41,59 @@ def test_a_burst_has_few_kernels_and_copies_nothing_large(monkeypatch):
 
     def make(key):
         weights = decode_weights(config.model, execution, transformer.init(config.model, key), here)
-        cache = make_cache(config.model, execution, NUM_ROWS, 1024)
-        ints, bools = jnp.zeros(NUM_ROWS, jnp.int32), jnp.zeros(NUM_ROWS, bool)
-        return weights, decode.Generation(cache, ints, bools), make_rows([], 0, NUM_ROWS)
+        return weights, make_cache(config.model, execution, NUM_ROWS, 1024)
 
     with jax.set_mesh(here):
-        weights, state, rows = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+        return config.model, execution, mesh, here, *jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def compiled_on(mesh, function, donate, operands, specs, *rest):
+    """The program of `function` on a GPU that is not there, for operands of these shapes and layouts."""
     with jax.set_mesh(mesh):
-        split = P(ROWS)
-        specs = weight_specs(weights), decode.Generation(CACHE_SPECS, split, split), jax.tree.map(lambda _: split, rows)
         operands = jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec)),
-            (weights, state, rows),
+            operands,
             specs,
         )
-        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
-        burst = functools.partial(decode.decode_burst, config.model, execution, greedy, 16)
-        compiled = (
-            jax.jit(burst, donate_argnums=1).trace(*operands, 1, 16).lower(lowering_platforms=("cuda",)).compile()
-        )
-    text = compiled.as_text()
-    assert kernels_of_a_step(text) <= 120
-    large = re.findall(r"= \w+\[(?:768|65|2048|3072|16384),[\d,]*\]\S* (?:copy|transpose)\(", text)
+        traced = jax.jit(function, donate_argnums=donate).trace(*operands, *rest)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+def check_in_place(compiled):
+    """Nothing of the size of pages or of a weight is copied."""
+    large = re.findall(r"= \w+\[(?:768|65|2048|3072|16384),[\d,]*\]\S* (?:copy|transpose)\(", compiled.as_text())
     assert not large and compiled.memory_analysis().temp_size_in_bytes < 2**24
+
+
+def test_a_burst_has_few_kernels_and_copies_nothing_large(monkeypatch):
+    """108 kernels of a step with three layers, on 2026-11-29; a copy of pages or of a weight would be in the loop."""
+    model, execution, mesh, here, weights, cache = shapes(monkeypatch)
+    ints, bools = (jax.ShapeDtypeStruct((NUM_ROWS,), dtype) for dtype in (jnp.int32, bool))
+    with jax.set_mesh(here):
+        rows = jax.eval_shape(lambda: make_rows([], 0, NUM_ROWS))
+    split = P(ROWS)
+    specs = weight_specs(weights), decode.Generation(CACHE_SPECS, split, split), jax.tree.map(lambda _: split, rows)
+    greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+    burst = functools.partial(decode.decode_burst, model, execution, greedy, 16)
+    operands = weights, decode.Generation(cache, ints, bools), rows
+    compiled = compiled_on(mesh, burst, 1, operands, specs, 1, 16)
+    assert kernels_of_a_step(compiled.as_text()) <= 120
+    check_in_place(compiled)
+
+
+def test_a_step_of_an_engine_has_few_kernels_and_copies_nothing_large(monkeypatch):
+    """99 kernels of a greedy step with three layers, on 2026-11-29; it is not a loop, so all of the program counts."""
+    model, execution, mesh, _, weights, cache = shapes(monkeypatch)
+    state = row_state.empty_state(NUM_ROWS, model.vocab_size)
+    load_RLE = jax.ShapeDtypeStruct((1, NUM_LAYERS - model.num_dense_layers, model.num_experts), jnp.int32)
+    rows = state.progress, state.settings, None, cache.tables_BJ, np.zeros(NUM_ROWS, bool), load_RLE
+    specs = weight_specs(weights), CACHE_SPECS.pages, jax.tree.map(lambda _: P(ROWS), rows)
+    step = functools.partial(row_programs.decode, model, execution, NUM_ROWS, GREEDY)
+    compiled = compiled_on(
+        mesh, lambda weights, pages, rows: step(weights, pages, *rows), 1, (weights, cache.pages, rows), specs
+    )
+    check_in_place(compiled)
+    pages = cache.pages.size * cache.pages.dtype.itemsize
+    assert compiled.memory_analysis().alias_size_in_bytes >= pages
+    entry = compiled.as_text().rpartition("\nENTRY")[2]
+    assert len(re.findall(r" = .*? (?:fusion|custom-call|copy|sort|dot|scatter)\(", entry)) <= 115

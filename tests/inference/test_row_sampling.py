@@ -1,5 +1,6 @@
 """Settings as arrays: a row gets the token that `sampling.choose` gives for the same settings, key and position."""
 
+import dataclasses
 import functools
 import random
 
@@ -87,6 +88,22 @@ def test_rows_of_one_kind_choose_as_a_batch_of_the_static_form():
         want = fixed.choose(sampling, logits_BV, plain, positions_B).ids_B
         got = choose(choice_of([sampling] * NUM_ROWS, plain), logits_BV, positions_B, ACTIVE, seen).ids_B
         assert got.tolist() == want.tolist(), changes
+
+
+def test_without_ranks_nothing_branches_and_the_tokens_are_the_same():
+    """For rows without top-k and top-p: bias, penalties, masks and all."""
+    samplings, logits_BV, rows, positions_B, seen = drawn_case(6)
+    samplings = [dataclasses.replace(sampling, top_k=0, top_p=1.0) for sampling in samplings]
+    words_BW = np.random.default_rng(2).integers(-(2**31), 2**31, (NUM_ROWS, 3)).astype(np.int32)
+    choice = choice_of(samplings, rows, words_BW, {1, 4, 5}, wants=range(NUM_ROWS))
+    logits_BV = logits_BV.at[7, 5].set(jnp.nan)
+    want = choose(choice, logits_BV, positions_B, ACTIVE, seen)
+    jaxpr = jax.make_jaxpr(row_sampling.choose_by_id)(choice, logits_BV, positions_B, seen)
+    assert not {equation.primitive.name for equation in jaxpr.eqns} & {"cond", "while", "sort", "top_k"}
+    got = jax.jit(row_sampling.choose_by_id)(choice, logits_BV, positions_B, seen)
+    assert got.ids_B.tolist() == want.ids_B.tolist() and got.ids_B[7] == NO_TOKEN
+    sound = np.arange(NUM_ROWS) != 7
+    np.testing.assert_allclose(got.logprobs.chosen_B[sound], want.logprobs.chosen_B[sound], atol=1e-6)
 
 
 def test_a_mask_rules_tokens_out_before_the_draw():

@@ -200,6 +200,7 @@ def entries(host, prompt):
     return np.asarray(host.batch._calls._pages)[:, page].copy()
 
 
+@pytest.mark.slow  # one more program
 def test_nothing_is_drafted_while_more_rows_decode_than_it_is_for():
     """The MTP layer follows, so that drafts are as good afterwards."""
     host = DraftingHost(batch_of(3, drafting_rows=1))

@@ -1,15 +1,20 @@
 """From a request to a prompt, a grammar and how the reply is read."""
 
 import copy
+import functools
+import json
 import re
 
+import numpy as np
 import pytest
 
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.deepseek_chat import R1, V3, V3_1
+from deepseek_jax.inference.text import Text
 from deepseek_jax.serving.chat_format import ChatFormat, open_chat_format, recognised
 from deepseek_jax.serving.reply import Content, Reasoning
+from deepseek_jax.serving.tool_calls import CallArguments, CallStart
 from tests.support.masks import allowed, refused
 from tests.support.released import folder, tokenizer
 
@@ -35,8 +40,8 @@ def formats():
     return {name: open_chat_format(None, tokenizer(), vocab_size=V, name=name) for name in ("v3", "r1", "v3.1")}
 
 
-def tool(parameters):
-    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+def named(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 def fits(chat, text):
@@ -164,6 +169,36 @@ def test_required_calls_behind_reasoning_and_in_v31s_form(formats):
     assert fits(newer, f"<｜tool▁calls▁begin｜>{CALL31}{CALL31}{END}") and not fits(newer, ONE + END)
 
 
+@pytest.mark.parametrize("name", ["v3", "r1", "v3.1"])
+def test_what_is_drawn_from_the_masks_is_read_as_calls(formats, name):
+    """From the grammar through the decoder to the reply: a model that draws at random makes calls that fit."""
+    strict = [
+        tool | {"function": tool["function"] | {"parameters": F | {"additionalProperties": False}}} for tool in TOOLS
+    ]
+    chat = formats[name].prepare(USER, tools=strict, tool_choice="required")
+    rng, ids = np.random.default_rng(0), tokenizer().special_ids
+    for _ in range(3):
+        grammar, reply, text = chat.grammar(), chat.reply(), Text(tokenizer(), spelled=chat.spelled)
+        pieces, count = [], 0
+        while text.reason is None:
+            may, count = allowed(grammar, V), count + 1
+            ends = [token for token in (1, ids["</think>"], ids["<｜tool▁calls▁end｜>"]) if token in may]
+            token = ends[0] if ends and count > 20 else int(rng.choice(may))
+            grammar.accept(token)
+            pieces += reply.push(text.push([token]))
+        pieces += reply.finish()
+        starts = [piece for piece in pieces if isinstance(piece, CallStart)]
+        arguments = [""] * len(starts)
+        for piece in pieces:
+            if isinstance(piece, CallArguments):
+                arguments[piece[0]] += piece.text
+        assert starts and not any(isinstance(piece, Content) for piece in pieces)
+        assert {start.name for start in starts} <= {"f", "foo"} and len({start.id for start in starts}) == len(starts)
+        assert all(json.loads(made)["x"] in ("a", "b") for made in arguments)
+        assert any(isinstance(piece, Reasoning) for piece in pieces) == (name == "r1")
+        assert reply.finish_reason(text.reason) == "tool_calls"
+
+
 def test_response_formats(formats):
     assert formats["v3"].prepare(USER).grammar is formats["v3"].prepare(USER, response_format={"type": "text"}).grammar
     some = formats["v3"].prepare(USER, response_format={"type": "json_object"})
@@ -225,12 +260,16 @@ def test_tools_and_a_format_together_and_strict_tools(formats):
             "^response_format.json_schema.schema is false",
         ),
         (
-            {"tools": [tool({"not": {}})], "tool_choice": "required"},
+            {"tools": [named("f", {"not": {}})], "tool_choice": "required"},
             r"^tools\[0\].function.parameters cannot be used: Unimplemented",
         ),
         (
-            {"tools": [tool({"type": "string"})], "tool_choice": "required"},
+            {"tools": [named("f", {"type": "string"})], "tool_choice": "required"},
             "arguments are an object",
+        ),
+        (
+            {"tools": [named(f"f{i}", {"description": "x" * 40_000}) for i in range(8)], "tool_choice": "required"},
+            "parameters of tools have more than 262,144 characters; give fewer tools",
         ),
         ({"variables": {"messages": []}}, "variable messages cannot be set"),
     ],
@@ -238,6 +277,14 @@ def test_tools_and_a_format_together_and_strict_tools(formats):
 def test_wrong_requests_are_refused(formats, request_fields, complaint):
     with pytest.raises(ValueError, match=complaint):
         formats["v3"].prepare(**({"messages": USER} | request_fields))
+
+
+@pytest.mark.parametrize("field", ["messages", "tools", "tool_choice", "response_format", "variables"])
+def test_deep_requests_are_refused(formats, field):
+    deep = functools.reduce(lambda inner, _: {"x": inner}, range(50_000), {})
+    value = deep if field in ("tool_choice", "variables") else [deep]
+    with pytest.raises(ValueError, match="is nested more than 80 levels deep"):
+        formats["v3"].prepare(**({"messages": USER} | {field: value}))
 
 
 def test_a_foreign_template_knows_no_calls():

@@ -91,11 +91,17 @@ def test_many_at_once_with_others_that_leave(served_engine, client):
             for _ in range(random.Random(i).randrange(10)):
                 next(lines, None)
 
+    def ask_too_much(i):
+        prompt, limits = ("x" * 2000, {}) if i % 2 else ("x", {"max_tokens": 5000})
+        with pytest.raises(openai.BadRequestError, match="positions"):
+            client.completions.create(model="small", prompt=prompt, **limits)
+
     alone = [ask(i).text for i in range(60)]
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         leaving = [pool.submit(leave, i) for i in range(30)]
+        refused = [pool.submit(ask_too_much, i) for i in range(20)]
         together = list(pool.map(lambda i: ask(i).text, range(60)))
-        for one in leaving:
+        for one in leaving + refused:
             one.result()
     assert together == alone
     assert settled(engine).finished["cancelled"] > 0
