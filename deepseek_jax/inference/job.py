@@ -42,6 +42,10 @@ class Grammar(Protocol):
         """Go on behind a token, one that may come."""
         ...
 
+    def rollback(self, count: int) -> None:
+        """Forget the last `count` tokens that were accepted."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:

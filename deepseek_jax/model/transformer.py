@@ -225,7 +225,7 @@ def _decode_step(observe, model, execution, weights, pages, tables_BJ, tokens_BS
     return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), pages, observed
 
 
-def _routes(model: Model, routes: list[jax.Array], shape: tuple[int, int]) -> jax.Array:
+def _routes(model: Model, routes: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """Put the experts of all layers together; a model without MoE layers has none."""
     none = jnp.zeros((*shape, 0, model.experts_per_token), jnp.uint8)
     return jnp.stack(routes, axis=2) if routes else none

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 
 from deepseek_jax.data import deepseek_chat
 from deepseek_jax.data.chat import ChatTemplate
@@ -88,11 +89,13 @@ class ChatFormat:
             raise ValueError(f"there is no chat format {shown(repr(name))}; the formats are {', '.join(FORMS)}")
         if name is None and template is None:
             raise ValueError(f"the model has no chat template; name a format: {', '.join(FORMS)}")
-        self.name = name or recognised(template)
-        self._form = FORMS.get(self.name)
-        if self.name == "r1" and name is None and THINK not in template.source:
-            self._form = deepseek_chat.R1_UNOPENED
-        self._template = self._form if name is not None else template
+        if name is not None:
+            self.name, self._form, self._template = name, FORMS[name], FORMS[name]
+        else:
+            assert template is not None
+            self.name, self._template = recognised(template), template
+            opens = self.name != "r1" or THINK in template.source
+            self._form = FORMS.get(self.name) if opens else deepseek_chat.R1_UNOPENED
         missing = [token for token in deepseek_chat.TURNS if token not in tokenizer.special_ids]
         if self._form is not None and missing:
             raise ValueError(f"the tokenizer has no token {missing[0]!r}, which the chat format {self.name} writes")
@@ -229,7 +232,7 @@ def _variables(source: str) -> frozenset[str]:
     program = environment().parse(source)
     found = jinja2.meta.find_undeclared_variables(program)
     # `{% if not thinking is defined %}{% set thinking = false %}`: Jinja calls it declared
-    asked = {test.node.name for test in program.find_all(jinja2.nodes.Test) if isinstance(test.node, jinja2.nodes.Name)}
+    asked = {test.node.name for test in program.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
     return frozenset(found | asked)
 
 

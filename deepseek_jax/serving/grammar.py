@@ -25,7 +25,7 @@ from deepseek_jax.inputs import shown
 from deepseek_jax.serving.schema import schema_text
 
 MOST_COMPILED = 64  # grammars that are kept
-_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{0,64}", "lenient": False}
+_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,64}", "lenient": False}
 # Per text: steps of some 10 ms at most, and lexers of some 100 MB at most.
 # A compilation: 2 s at most; more symbols than 65,535 are a panic, which llguidance catches.
 _LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, max_grammar_size=60_000, verbose_errors=False)

@@ -27,9 +27,9 @@ _PLAIN_NAME = re.compile(rf"\s*{_NAME}\s*")
 
 
 class CallStart(NamedTuple):
-    """A call begins: its place among the calls of the reply, an id of its own, the name of its tool."""
+    """A call begins: its number among the calls of the reply, an id of its own, the name of its tool."""
 
-    index: int
+    number: int
     id: str
     name: str
 
@@ -37,7 +37,7 @@ class CallStart(NamedTuple):
 class CallArguments(NamedTuple):
     """The next characters of a call's arguments."""
 
-    index: int
+    number: int
     text: str
 
 
