@@ -170,10 +170,19 @@ def sample(
         assert seen is not None, "penalties need what the sequences have"
         logits_BV = penalized(sampling, logits_BV, seen)
     if sampling.temperature < COLDEST:
-        chosen_B = jnp.argmax(logits_BV, axis=-1)
+        chosen_B = _argmax(logits_BV)
     else:
         chosen_B = draw(sampling, keep_min_p(logits_BV / sampling.temperature, sampling.min_p), keys_B)
     return jnp.where(sound_B, chosen_B, NO_TOKEN).astype(jnp.int32)
+
+
+def _argmax(logits_BV: Array) -> Array:
+    """Return the first of the largest of each row: two plain reductions, which XLA vectorises on CPUs; argmax it does
+    not. Where a logit is NaN there is none, and `V` stands for it.
+    """
+    vocab_size = logits_BV.shape[-1]
+    is_largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
+    return jnp.where(is_largest_BV, jnp.arange(vocab_size), vocab_size).min(axis=-1)
 
 
 def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:

@@ -78,8 +78,8 @@ def _layers(target: _Target, name: str, tree: Any) -> Any:
     layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
     if "attention" in tree:
         layers = [layer | {"attention": _with_queries_beside(layer["attention"])} for layer in layers]
-    alone = axis_size(target.mesh, EXPERTS) == 1
-    return [_with_shared_inside(layer) for layer in layers] if alone else layers
+    inside = axis_size(target.mesh, EXPERTS) == 1 and compute_dtype(target.execution) != jnp.float32
+    return [_with_shared_inside(layer) for layer in layers] if inside else layers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_decode import hopper, reference
+from pallas_kernels.mla_decode import hopper, reference, tpu
 from pallas_kernels.mla_decode.schedule import PAGE, Schedule
 from pallas_kernels.quantized import check_array
 
@@ -47,7 +47,7 @@ def mla_decode(
         schedule: what `plan` returns for these lengths; a step of many layers makes it once. None makes it here.
         scale: of the scores.
         value_dim: the first dims of an entry, which are its value.
-        implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16, K = 576, values of 512 dims and
+        implementation: "auto", "reference", "hopper" or "tpu". The kernels take BF16, K = 576, values of 512 dims and
             pages of 64 tokens; "auto" takes the reference for others.
 
     Returns:
@@ -61,9 +61,9 @@ def mla_decode(
     faces = {"reference": reference.mla_decode}
     fault = kernel_fault(q, cache, value_dim)
     if not fault:
-        faces["hopper"] = hopper.mla_decode
-    elif implementation == "hopper":
-        raise NotImplementedError(f"mla_decode has no 'hopper' kernel for {fault}; use 'auto' or 'reference'")
+        faces |= {"hopper": hopper.mla_decode, "tpu": tpu.mla_decode}
+    elif implementation in ("hopper", "tpu"):
+        raise NotImplementedError(f"mla_decode has no {implementation!r} kernel for {fault}; use 'auto' or 'reference'")
     face = dispatch.choose("mla_decode", implementation, faces)
     return face(q, cache, tables, lengths, schedule, scale=float(scale), value_dim=value_dim)
 
@@ -121,7 +121,7 @@ def check_lengths(lengths: Array) -> None:
 
 
 def kernel_fault(q: Array, cache: Array, value_dim: int) -> str | None:
-    """Return what the Hopper kernels are not made for, or None."""
+    """Return what the kernels are not made for, or None."""
     if q.dtype != jnp.bfloat16:
         return str(q.dtype)
     if (q.shape[3], value_dim) != (LATENT + ROTARY, LATENT):

@@ -18,14 +18,15 @@ def mla_decode(
     used = written[:, ::page]
     entries = cache.at[jnp.where(used, tables, 0)].get(mode="clip").reshape(len(q), -1, cache.shape[2])
     entries = jnp.where(written[..., None], entries, 0).astype(jnp.float32)  # 0 times NaN would be NaN
+    entries = lax.optimization_barrier(entries)  # made once, not once for each product
     scores = scale * jnp.einsum("bsnk,bmk->bsnm", q.astype(jnp.float32), entries, precision=lax.Precision.HIGHEST)
     mask = (positions < seen[..., None])[:, :, None]
     scores = jnp.where(mask, scores, -jnp.inf)
     largest = jnp.where(seen > 0, scores.max(axis=(2, 3)), 0)[:, :, None, None]
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    values = entries[..., :value_dim]
-    out = jnp.einsum("bsnm,bmv->bsnv", weights, values, precision=lax.Precision.HIGHEST)
+    # whole entries: a product with a part of each would copy that part
+    out = jnp.einsum("bsnm,bmk->bsnk", weights, entries, precision=lax.Precision.HIGHEST)[..., :value_dim]
     empty = total == 0
     lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + largest)
     return jnp.where(empty, 0, out / jnp.where(empty, 1, total)).astype(q.dtype), lse[..., 0]
