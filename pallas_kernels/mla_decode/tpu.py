@@ -108,13 +108,13 @@ def _kernel(
 ):  # fmt: skip
     b = pl.program_id(0)
     length, tokens = lengths[b], pages * page
-    num_blocks = pl.cdiv(length, tokens)
+    num_blocks = _cdiv(length, tokens)
 
     def each_copy(sequence, i, act):
         """Start the copies of block i of a sequence, or wait for them."""
-        slot = (first[sequence] + i) % 2
+        slot = lax.rem(first[sequence] + i, 2)
 
-        @pl.loop(0, jnp.minimum(pages, pl.cdiv(lengths[sequence], page) - i * pages))
+        @pl.loop(0, jnp.minimum(pages, _cdiv(lengths[sequence], page) - i * pages))
         def _(j):
             target = buffers.at[slot, pl.ds(pl.multiple_of(j * page, page), page)]
             act(pltpu.make_async_copy(cache.at[tables[sequence, i * pages + j]], target, arrived.at[slot]))
@@ -130,7 +130,7 @@ def _kernel(
     @pl.loop(0, num_blocks)
     def _(i):
         is_last = i == num_blocks - 1
-        slot = (first[b] + i) % 2
+        slot = lax.rem(first[b] + i, 2)
 
         @pl.when(~is_last)
         def _next_block():
@@ -150,7 +150,7 @@ def _kernel(
 
         scores = scale * lax.dot_general(q[...], entries[...], TRANSPOSED, preferred_element_type=jnp.float32)
         position = i * tokens + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        query = lax.broadcasted_iota(jnp.int32, scores.shape, 0) // heads
+        query = lax.div(lax.broadcasted_iota(jnp.int32, scores.shape, 0), heads)
         seen = jnp.minimum(length - num_queries + 1 + query, length)  # rows that fill up are queries, too
         scores = jnp.where(position < seen, scores, -jnp.inf)
         new = jnp.maximum(largest[...], scores.max(axis=1, keepdims=True))
@@ -164,3 +164,8 @@ def _kernel(
     divisor = jnp.where(total[...] == 0, 1.0, total[...])
     out[...] = (acc[...] / divisor).astype(out.dtype)  # 0 of a row that sees nothing
     lse[...] = jnp.where(total[...] == 0, -jnp.inf, jnp.log(divisor) + largest[...])
+
+
+def _cdiv(x: Array, y: int) -> Array:
+    """Return ceil(x / y) of numbers of tokens; `pl.cdiv` asks for signs, which takes more instructions."""
+    return lax.div(x + y - 1, y)

@@ -3,8 +3,8 @@
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mla_decode
@@ -20,12 +20,6 @@ def run(*operands, pages=2):
     return call(*operands, scale=cases.SCALE, value_dim=cases.VALUE)
 
 
-def found_races():
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    return interpret_pallas_call.get_races().races_found
-
-
 @pytest.mark.parametrize(("queries", "heads"), [(1, 16), (4, 3)])
 def test_the_kernel_equals_fp64_and_leaks_no_nan(queries, heads):
     operands = cases.make(RAGGED, queries, heads)
@@ -33,18 +27,16 @@ def test_the_kernel_equals_fp64_and_leaks_no_nan(queries, heads):
     out, lse = cases.errors(result, cases.expected(*operands))
     assert result[0].dtype == jnp.bfloat16
     assert out < 4e-3 and lse < 1e-5  # weights and results are rounded to BF16
-    assert not found_races()
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_tpu_is_an_implementation_of_the_operation():
-    """Empty sequences alone, and one page: through the door that the model uses."""
-    for lengths in ((0, 0), (7,)):
-        operands = cases.make(lengths, 1, heads=2)
-        with pltpu.force_tpu_interpret_mode():
-            result = mla_decode.mla_decode(*operands, scale=cases.SCALE, implementation="tpu")
-        want = mla_decode.mla_decode(*operands, scale=cases.SCALE, implementation="reference")
-        for ours, theirs in zip(result, want, strict=True):
-            np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=2e-2, atol=2e-2)
+    """Through the door that the model uses."""
+    operands = cases.make((0, 7), 1, heads=2)
+    with pltpu.force_tpu_interpret_mode():
+        result = mla_decode.mla_decode(*operands, scale=cases.SCALE, implementation="tpu")
+    out, lse = cases.errors(result, cases.expected(*operands))
+    assert out < 4e-3 and lse < 1e-5
     operands = cases.make((20,), 1, heads=2, key=40, page=16, dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="float32; use 'auto'"):
         mla_decode.mla_decode(*operands, scale=1.0, value_dim=32, implementation="tpu")
