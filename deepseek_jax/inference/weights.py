@@ -78,6 +78,8 @@ def _layers(target: _Target, name: str, tree: Any) -> Any:
     layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
     if "attention" in tree:
         layers = [layer | {"attention": _with_queries_beside(layer["attention"])} for layer in layers]
+    # The kernels for few tokens take the shared expert along. They do not take FP32, where the reference gives all
+    # experts as many rows as a routed one needs, round after round: the shared one, which has every token, needs more.
     inside = axis_size(target.mesh, EXPERTS) == 1 and compute_dtype(target.execution) != jnp.float32
     return [_with_shared_inside(layer) for layer in layers] if inside else layers
 
