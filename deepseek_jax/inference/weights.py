@@ -95,6 +95,8 @@ def _layers(target: _Target, name: str, tree: Any) -> Any:
         count, dtype = len(jax.tree.leaves(whole)[0]), compute_dtype(target.execution)
         columns.append([_layer(target.model, dtype, leaf_name(path), whole, i) for i in range(count)])
     layers = [jax.tree.unflatten(structure, leaves) for leaves in zip(*columns, strict=True)]
+    # The kernels for few tokens take the shared expert along. They do not take FP32, where the reference gives all
+    # experts as many rows as a routed one needs, round after round: the shared one, which has every token, needs more.
     inside = axis_size(target.mesh, EXPERTS) == 1 and compute_dtype(target.execution) != jnp.float32
     return [_prepared(layer, inside) for layer in layers]
 

@@ -40,8 +40,8 @@ class RouterBias(nnx.Variable):
 class MoE(nnx.Module):
     """The feed-forward half of an MoE layer, norm included.
 
-    Where decoding has all experts on one device, the shared expert lies behind the routed ones, as experts that every
-    token has: it is read with them, in no product of its own.
+    Where decoding has all experts on one device, not in FP32, the shared expert lies behind the routed ones, as experts
+    that every token has: it is read with them, in no product of its own.
     """
 
     def __init__(self, model: Model, rngs: nnx.Rngs):

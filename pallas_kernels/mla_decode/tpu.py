@@ -9,8 +9,8 @@ starts the first copies of the next sequence that has tokens, so only the first 
     next sequence  [  2, 2,  3]     that has tokens; 3: there is none
 
 A block gives scores, and the softmax goes on from block to block (Milakov and Gimelshein, arXiv 1805.02867): the
-largest score, the sum under the softmax and the output are kept in FP32, and scaled down where a larger score comes.
-A sequence is not cut over several cores. A call of few long sequences leaves a second core idle.
+largest score, the sum under the softmax and the output are kept in FP32. Where a larger score comes, the last two are
+scaled down. A sequence is not cut over several cores, and where a chip has two, one of them does all.
 
 Only pages that hold tokens are copied. Rows behind the last token hold rubbish or what an earlier block left there:
 they are zeroed once, in the last block, because a NaN times zero would be NaN.

@@ -453,12 +453,15 @@ def test_bf16_weights_keep_gains_embedding_and_router_in_fp32():
     config = make_config(precision="bf16")
     params, _ = decode_weights(config.model, config.execution, make_weights(), one_device())
     attention, moe = params["moe_layers"][0]["attention"], params["moe_layers"][0]["moe"]
+    assert "shared" not in moe and len(moe["down_EFD"]) > config.model.num_experts  # it lies behind the routed ones
     in_bf16 = params["head_DV"], attention["q_b_ANQ"], attention["kv_b_CNX"].key_NPC, moe["down_EFD"]
     in_fp32 = params["embed_VD"], attention["kv_norm_C"]
     parts = np.split(np.float64(moe["router_DE"]), 3, axis=0)
     np.testing.assert_array_equal(sum(parts), make_weights().params["moe_layers"]["moe"]["router_DE"][0])
     assert {leaf.dtype for leaf in in_bf16} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in in_fp32} == {jnp.dtype(jnp.float32)}
+    moe = decode_weights(CONFIG.model, CONFIG.execution, make_weights(), one_device()).params["moe_layers"][0]["moe"]
+    assert "shared" in moe and len(moe["down_EFD"]) == CONFIG.model.num_experts, "FP32: in products of its own"
 
 
 def test_bf16_decodes_with_a_bf16_cache_and_fp32_logits():
