@@ -112,7 +112,7 @@ def choose_by_id(choice: Choice, logits_BV: Array, positions_B: Array, seen: See
     logits_BV = _adjusted(choice, logits_BV, seen, lambda _, change, x: change(x))
     sound_B &= logits_BV.max(axis=-1) > -jnp.inf
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, _tempered(choice.sampling, logits_BV, warm_B))
-    ids_B = jnp.where(warm_B, drawn_B, jnp.argmax(logits_BV, axis=-1))
+    ids_B = jnp.where(warm_B, drawn_B, argmax(logits_BV))
     ids_B = jnp.where(sound_B, ids_B, NO_TOKEN).astype(jnp.int32)
     chosen_B1 = jnp.take_along_axis(model_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
     shape = len(ids_B), MOST_LOGPROBS
