@@ -78,7 +78,7 @@ class Calls:
         weights: Weights,
     ):
         """Make an empty cache and closed rows; `executions` are of decoding and of prefill, `weights` are placed."""
-        self.weights = weights
+        self.weights: Any = weights
         self.sizes = sizes
         self._model, self._mesh = model, mesh
         self._decode_execution, self._prefill_execution = executions
@@ -92,7 +92,8 @@ class Calls:
             num_layers = model.num_layers + len(weights.params.get("mtp_layers", ()))  # where tokens are drafted
             shape = num_layers, sizes.devices * sizes.pages, PAGE, model.kv_latent + model.rotary_dim
             dtype = compute_dtype(executions[0])
-            self._pages = jnp.zeros(shape, dtype, out_sharding=CACHE_SPECS.pages)
+            split: Any = CACHE_SPECS.pages
+            self._pages = jnp.zeros(shape, dtype, out_sharding=split)
         state = row_state.empty_state(sizes.rows, weights.params["head_DV"].shape[1])
         # A donated array must not be the memory of another one.
         state = jax.tree.map(lambda x: jax.device_put(np.array(x), self._split), state)
@@ -215,7 +216,7 @@ class Calls:
             function, static, donate, arguments = getattr(self, f"_{kind}_program")(*numbers)
             execution = self._prefill_execution if kind in ("prefill", "follow") else self._decode_execution
             with jax.set_mesh(self._mesh):
-                jitted = jit_on(function, execution, self._mesh, *static, donate=donate)
+                jitted: Any = jit_on(function, execution, self._mesh, *static, donate=donate)
                 found = self._programs[name] = jitted.lower(*arguments).compile()
         return found
 
@@ -259,7 +260,8 @@ class Calls:
     def _packed(self, num_tokens: int) -> Packed:
         devices, pieces = self.sizes.devices, self.sizes.devices * self.pieces
         ints = functools.partial(self._shape, np.int32)
-        return Packed(ints(devices * num_tokens), ints(pieces), ints(pieces), self._shape(bool, pieces))
+        shapes: Any = ints(devices * num_tokens), ints(pieces), ints(pieces), self._shape(bool, pieces)
+        return Packed(*shapes)
 
     def _shape(self, dtype: Any, *shape: int, split: bool = True) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split if split else self._whole)

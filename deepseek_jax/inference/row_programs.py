@@ -112,8 +112,8 @@ def run_decode(load_RLE: Array, model: Model, *arrays: Any) -> tuple[Array, Arra
 
     `load_RLE` is how many tokens each expert has had, int32 [1, MoE layers, E] of this device; it comes back with more.
     """
-    *step, routes_BSLK = routed_decode_step(model, *arrays)
-    return (*step, routes_BSLK, _with_load(load_RLE, routes_BSLK, valid=arrays[-1]))
+    hidden_BSD, pages, routes_BSLK = routed_decode_step(model, *arrays)
+    return hidden_BSD, pages, routes_BSLK, _with_load(load_RLE, routes_BSLK, valid=arrays[-1])
 
 
 def _with_load(load_RLE: Array, routes: Array, valid: Array) -> Array:

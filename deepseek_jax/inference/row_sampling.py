@@ -10,7 +10,7 @@ Rows whose candidates are all tokens draw by id, and rows with top-k or top-p in
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class RowSampling(NamedTuple):
     @classmethod
     def numbers(cls, sampling: Sampling) -> "RowSampling":
         """Return the numbers of one row."""
-        return cls(
+        numbers: Any = (
             np.float32(sampling.temperature if sampling.temperature >= COLDEST else 0),
             np.int32(min(sampling.top_k, 2**31 - 1)),
             np.float32(sampling.top_p if sampling.top_p < 1 else EVERYTHING),
@@ -65,6 +65,7 @@ class RowSampling(NamedTuple):
             np.float32(sampling.frequency_penalty),
             np.float32(sampling.presence_penalty),
         )
+        return cls(*numbers)
 
     def penalizes_B(self) -> Array:
         """Return the rows whose choice depends on the tokens before it."""

@@ -149,15 +149,15 @@ def write_record(record: np.void, settings: RowSettings, eos: int) -> None:
 
 def empty_state(num_rows: int, vocab_size: int) -> RowState:
     """Return rows that are all closed, as NumPy arrays."""
-    records, ints = closed_records(num_rows), np.zeros(num_rows, np.int32)
-    bools, mask_BW = np.zeros(num_rows, bool), np.zeros((num_rows, -(-vocab_size // WORD)), np.int32)
-    sampling = RowSampling(*(np.array(records[name]) for name in RowSampling._fields))
-    bias = Bias(np.array(records["bias_ids"]), np.array(records["bias_values"]))
-    choice = Choice(sampling, np.zeros((num_rows, 2), np.uint32), bias, mask_BW, bools, bools)
-    seen = Seen(np.zeros((num_rows, vocab_size), bool), np.zeros((num_rows, vocab_size), np.int32))
-    progress = Progress(ints, ints, ints, np.ones(num_rows, bool))
-    state: Any = RowState(progress, Settings(np.array(records["end_ids"]), choice), seen)
-    return state
+    zeros: Any = np.zeros
+    records, ints, bools = closed_records(num_rows), zeros(num_rows, np.int32), zeros(num_rows, bool)
+    field: Any = {name: np.array(records[name]) for name in RECORD.names or ()}
+    sampling = RowSampling(*(field[name] for name in RowSampling._fields))
+    mask_BW = zeros((num_rows, -(-vocab_size // WORD)), np.int32)
+    bias = Bias(field["bias_ids"], field["bias_values"])
+    choice = Choice(sampling, zeros((num_rows, 2), np.uint32), bias, mask_BW, bools, bools)
+    seen = Seen(zeros((num_rows, vocab_size), bool), zeros((num_rows, vocab_size), np.int32))
+    return RowState(Progress(ints, ints, ints, ~bools), Settings(field["end_ids"], choice), seen)
 
 
 def update(progress: Progress, settings: Settings, records_UX: Array, words_UW: Array) -> tuple[Progress, Settings]:
@@ -216,7 +216,7 @@ def local_rows(row_U: Array, each: int) -> Array:
 def _fields(records_UX: Array) -> dict[str, Array]:
     """Return the fields of records, [U] or [U, words of the field] each."""
     found = {}
-    for name, (dtype, offset, *_) in RECORD.fields.items():
+    for name, (dtype, offset, *_) in (RECORD.fields or {}).items():
         words = records_UX[:, offset // 4 : (offset + dtype.itemsize) // 4]
         words = lax.bitcast_convert_type(words, dtype.base)
         found[name] = words if dtype.shape else words[:, 0]

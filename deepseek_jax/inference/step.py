@@ -1,7 +1,7 @@
 """What goes into a step of a `DeviceBatch`, and what comes out of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -137,7 +137,10 @@ class Step:
                 logprobs = logprobs or _empty(num_rows, num_tokens)
                 for whole, part in zip(logprobs, told.logprobs, strict=True):
                     whole[rows_X, :count] = np.asarray(part)[places_X].reshape(-1, count, *whole.shape[2:])
-        prompts = {row: Logprobs(*(np.asarray(leaf)[span] for leaf in found)) for found, row, span in self._evaluated}
+        prompts = {}
+        for found, row, span in self._evaluated:
+            leaves: Any = (np.asarray(leaf)[span] for leaf in found)
+            prompts[row] = Logprobs(*leaves)
         return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, routes, drafted_B)
 
 
@@ -149,7 +152,8 @@ def _begin_reading(tree) -> None:
 def _empty(*shape: int) -> Logprobs:
     """Return log-probabilities of tokens of `shape`, all 0."""
     tops = (np.zeros((*shape, MOST_LOGPROBS), dtype) for dtype in (np.int32, np.float32))
-    return Logprobs(np.zeros(shape, np.float32), *tops)
+    leaves: Any = (np.zeros(shape, np.float32), *tops)
+    return Logprobs(*leaves)
 
 
 def pack(pieces: Sequence[Piece], sizes: Sizes, num_places: int) -> list[Call]:
@@ -184,7 +188,8 @@ def _call(queues: list[list[Piece]], sizes: Sizes, num_places: int) -> Call:
                 first, num_R[device] = device * sizes.prefill_tokens + start, start + len(behind)
                 spans.append((row, slice(first, first + len(behind))))
             start = end
-    packed = Packed(*(array.reshape(-1) for array in (tokens_RT, row_RP, new_RP, last_RP)))
+    flat: Any = (array.reshape(-1) for array in (tokens_RT, row_RP, new_RP, last_RP))
+    packed = Packed(*flat)
     places = np.flatnonzero(packed.last_R)
     return Call(
         packed, np.array(last_rows, int), places, spans, following_RT.reshape(-1), num_R, next_RP.reshape(-1), tokens

@@ -54,6 +54,23 @@ class Smaller:
         return getattr(self._batch, name)
 
 
+class Held:
+    """A batch whose steps wait: the first to come sets `begun`, and all go on after `go`."""
+
+    def __init__(self, batch):
+        self._batch = batch
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def __getattr__(self, name):
+        return getattr(self._batch, name)
+
+    def step(self, *arguments):
+        self.begun.set()
+        assert self.go.wait(60)
+        return self._batch.step(*arguments)
+
+
 def make_jobs(count, seed=7):
     """Greedy and drawn jobs, with penalties and a bias; half of the prompts begin alike."""
     rng = np.random.default_rng(seed)
@@ -206,17 +223,24 @@ def test_routes_of_every_token_come_once(batch):
 def test_new_weights_while_jobs_run(batch):
     """Those that run end on the old weights, the others begin with the new, also with an old prefix."""
     jobs = [job for job in make_jobs(24, seed=10) if job.sampling is GREEDY]
-    with Engine(batch, TOKENIZER) as engine:
+    held = Held(batch)
+    with Engine(held, TOKENIZER) as engine:
         before, thread = [], threading.Thread(target=lambda: before.extend(engine.generate(jobs)))
         engine.generate(jobs[:1])
         engine.pause()
         thread.start()
         while engine.stats().waiting < len(jobs):
             pass
+        held.begun.clear()
+        held.go.clear()
         engine.resume()
-        while not engine.stats().running:
+        assert held.begun.wait(60)
+        updating = threading.Thread(target=engine.update_weights, args=(make_weights(1),))
+        updating.start()
+        while not engine._inbox._requests:
             pass
-        engine.update_weights(make_weights(1))
+        held.go.set()
+        updating.join()
         after = engine.generate(jobs)
         thread.join()
         engine.update_weights(make_weights(0), version=0)

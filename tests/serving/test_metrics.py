@@ -1,6 +1,7 @@
 """`/metrics`, and the endpoints about tokens."""
 
 import re
+import time
 
 import httpx2
 
@@ -9,6 +10,9 @@ from deepseek_jax.serving.metrics import Histogram, Metrics
 
 def test_metrics_are_prometheus_text(server, client):
     client.completions.create(model="fake", prompt="a", max_tokens=5)
+    deadline = time.monotonic() + 10  # for the texts of other tests, which were cancelled
+    while server.service.model.engine.stats().running and time.monotonic() < deadline:
+        time.sleep(0.01)
     answer = httpx2.get(server.url + "/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     values = {}
