@@ -21,6 +21,8 @@ from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import chosen_experts
 from tests.inference.test_decode import CONFIG, GREEDY, NEVER, expanded_logits, make_weights, one_device
 
+pytestmark = pytest.mark.xdist_group("batch")  # what is compiled once, serves all tests
+
 ROWS, PAGES, POSITIONS, BUDGET = 6, 14, 320, 128
 SEED = 11
 TOKENS = np.random.default_rng(5).integers(0, 300, (8, 300)).tolist()

@@ -22,6 +22,8 @@ from deepseek_jax.parameters import ROWS, P
 from pallas_kernels.lowering import manual_axes
 from tests.support.drawn import drawn_weights
 
+pytestmark = pytest.mark.xdist_group("drafter")  # what is compiled once, serves all tests
+
 RNG = np.random.default_rng(5)
 TOKENS_BS = RNG.integers(0, 300, (3, 101)).astype(np.int32)
 

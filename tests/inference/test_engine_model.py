@@ -22,6 +22,8 @@ from deepseek_jax.parallel.mesh import make_mesh
 from tests.inference.test_decode import make_config, one_device
 from tests.support.drawn import drawn_weights
 
+pytestmark = pytest.mark.xdist_group("engine_model")  # what is compiled once, serves all tests
+
 TOKENIZER = byte_tokenizer()
 CONFIG = make_config(vocab_size=TOKENIZER.vocab_size).with_(data={"sequence_length": 256})
 WARM = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3)

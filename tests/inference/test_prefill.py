@@ -21,6 +21,8 @@ from deepseek_jax.parameters import ROWS, P
 from tests.support.cudnn import causal_attention
 from tests.support.drawn import drawn_weights
 
+pytestmark = pytest.mark.xdist_group("prefill")  # what is compiled once, serves all tests
+
 LENGTHS = [40, 1, 64, 130, 7]  # tokens of the sequences
 RNG = np.random.default_rng(3)
 TOKENS = [RNG.integers(0, 300, length).astype(np.int32) for length in LENGTHS]

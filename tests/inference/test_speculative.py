@@ -25,6 +25,8 @@ from tests.inference.test_drafter import CONFIG, MESH
 from tests.inference.test_engine_model import Smaller, check_pages_are_back, texts_of
 from tests.support.drawn import drawn_weights
 
+pytestmark = pytest.mark.xdist_group("speculative")  # what is compiled once, serves all tests
+
 ROWS = 4
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 TOLD = Sampling(temperature=0.0, top_k=0, top_p=1.0, num_logprobs=3)
@@ -143,6 +145,7 @@ def test_a_row_ends_at_its_last_token_and_at_an_end_inside_of_a_draft():
     assert all(one.finished for one in made) and len(ends) > 5
 
 
+@pytest.mark.slow
 def test_a_draw_does_not_depend_on_neighbours_or_on_the_row():
     alone, beside = job(TOKENS[2][:20], 30, WARM), job(TOKENS[2][:20], 30, WARM)
     host = run(batch_of(3), alone)
@@ -151,6 +154,7 @@ def test_a_draw_does_not_depend_on_neighbours_or_on_the_row():
     assert alone.tokens == beside.tokens and len(set(alone.tokens)) > 5
 
 
+@pytest.mark.slow
 def test_a_masked_row_drafts_nothing_and_gets_what_it_gets_without_drafts():
     """Drawn, one token a step, beside a row that drafts."""
     found, rows_B = [], np.array([True, True, False, False])

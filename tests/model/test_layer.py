@@ -82,13 +82,11 @@ def run(cut, num_parts=1):
     return jax.device_get((*outputs, gradient))
 
 
-STAGES = [("whole", 2)]
-MORE_STAGES = [("three stages", 1), ("between the kinds", 1), ("among the experts", 1)]
+STAGES = [("whole", 2), ("three stages", 1), ("between the kinds", 1), ("among the experts", 1)]
 
 
-@pytest.mark.parametrize(
-    ("cut", "num_parts"), STAGES + [pytest.param(*stages, marks=pytest.mark.slow) for stages in MORE_STAGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("cut", "num_parts"), STAGES)
 def test_stages_one_after_the_other_and_parts_side_by_side_are_the_whole(cut, num_parts):
     x_BSD, counts_LE, gradient = run(cut, num_parts)
     want_BSD, want_LE, want = run("whole")

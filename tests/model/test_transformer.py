@@ -97,9 +97,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "selective")) for name in VARIANTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_recomputation_and_unrolling_change_no_number(name):
     want_grads, want = differentiate(remat="none")
     grads, output = differentiate(**{"remat": "none"} | VARIANTS[name])

@@ -68,6 +68,7 @@ def plain(params, router_bias, rows):
     return (f_LE * router.share_E / tokens).sum()
 
 
+@pytest.mark.slow
 def test_one_micro_batch_is_the_formula():
     _, balance, params, bias = gradients((1, 1, 1), 8)
     whole = WEIGHT * plain(params, bias, np.s_[:])

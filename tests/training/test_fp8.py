@@ -54,6 +54,7 @@ def test_it_learns():
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("mesh-2x1x4-fp8")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_weight_that_is_not_finite_is_seen(bad):
@@ -79,6 +80,7 @@ def assert_fp32(grads):
             assert np.mean(leaf.view(np.uint32) & 0xFFFF == 0) < 0.01, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("mesh-2x1x4-fp8")
 def test_every_gradient_is_fp32():
     assert_fp32(take(ONE)[0])

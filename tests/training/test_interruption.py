@@ -76,6 +76,7 @@ def test_only_sighup_stays_ignored(ends, number):
         signal.signal(number, former)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOPPING)
 def test_outside_of_the_loop_a_signal_ends_the_program_with_one_line(monkeypatch, capfd, number):
     planned = []

@@ -40,6 +40,7 @@ def kernel_of(traces):
     return kernel
 
 
+@pytest.mark.slow
 def test_a_file_stands_for_the_same_operation_options_and_shapes_only(cache):
     traces = []
     kernel = kernel_of(traces)
@@ -94,6 +95,7 @@ def foreign_bytes(whole: bytes, folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_foreign_bytes_are_refused_and_never_executed(cache, caplog, tmp_path):
     traces = []
     kernel, q = kernel_of(traces), Quantized(jnp.asarray(X.T), jnp.asarray(X), "tile")
