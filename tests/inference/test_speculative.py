@@ -109,9 +109,7 @@ def plain():
     return DraftingHost(batch_of(0)).run(jobs())
 
 
-@pytest.mark.parametrize(
-    "num_drafts", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("num_drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_greedy_rows_get_the_text_of_plain_decoding(num_drafts):
     """In turns, in three rows, two steps ahead; log-probabilities are the same up to the last token."""
     host = DraftingHost(batch_of(num_drafts))

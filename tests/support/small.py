@@ -22,7 +22,7 @@ from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import create_state
 
 Sizes = tuple[int, int, int]  # data, node, expert
-MESHES: tuple[Sizes, ...] = ((1, 1, 1), (2, 1, 4), (4, 1, 2), (1, 1, 8), (2, 2, 2))
+MESHES: tuple[Sizes, ...] = ((1, 1, 1), (2, 1, 4), (1, 1, 8), (2, 2, 2))
 RATES = Rates(np.float32(1e-3), np.float32(0.3), np.float32(1e-3))
 
 

@@ -101,7 +101,6 @@ TRANSPORTS = [  # two hops on (2, 2, 2), one on (2, 1, 4): tests.parallel.test_m
     ((1, 2, 4), 1, "dense"),
     RECOMPUTED,
     ((2, 2, 2), 2, "dense"),
-    ((1, 4, 2), 2, "dense"),
     ((1, 4, 2), 1, "two_hop"),
     ((1, 4, 2), 1, "dense", "selective", 2),  # two parts side by side
     ((1, 2, 4), 1, "two_hop", "none", 2),

@@ -7,7 +7,12 @@ from tests.experiments.benchmarks import command
 
 @pytest.mark.slow
 def test_records_of_a_small_model(tmp_path):
-    arguments = ["--config=configs/tiny.py", "--config.model.num_layers=2", "--config.model.vocab_size=300"]
+    arguments = [
+        "--config=configs/tiny.py",
+        "--config.model.num_layers=1",
+        "--config.model.num_dense_layers=0",
+        "--config.model.vocab_size=300",
+    ]
     arguments += ["--batch=1,3", "--context=20", "--steps=6", "--num_drafts=2", "--acceptance=1"]
     records, printed = command.run("experiments.benchmarks.drafting", arguments, tmp_path / "drafting.json")
     for batch in (1, 3):

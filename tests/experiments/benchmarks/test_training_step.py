@@ -10,7 +10,8 @@ SMALL = {
     "model": {
         "vocab_size": 300,
         "width": 32,
-        "num_layers": 2,
+        "num_layers": 1,
+        "num_dense_layers": 0,
         "num_heads": 2,
         "dense_hidden": 32,
         "expert_hidden": 16,
