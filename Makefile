@@ -28,6 +28,7 @@ train: environment
 	@$(RUN) experiments.train --config=configs/tiny.py --workdir=runs/tiny
 
 serve: serve-environment
+	@test -e runs/tiny/checkpoints || { echo "runs/tiny has no trained model yet: run make train first"; exit 2; }
 	@$(RUN) experiments.serve --workdir=runs/tiny
 
 bench: environment

@@ -128,6 +128,8 @@ def check_installed() -> None:
 
 def check_flags() -> None:
     """Refuse flags that do not go together."""
+    if DRAFTING_ROWS.value is not None and not NUM_DRAFTS.value:
+        raise ValueError(f"--drafting_rows={DRAFTING_ROWS.value} is for --num_drafts of 1 or more; give both")
     if session.COORDINATOR.value is not None or session.DISTRIBUTED.value:
         raise ValueError("experiments.serve runs in one process; leave --coordinator and --distributed out")
     if NAME.value is not None and not NAME.value.isprintable() or NAME.value == "":
@@ -146,7 +148,8 @@ def read_keys() -> Sequence[str]:
     for key in keys:
         if not key.strip() or not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError(
-                f"a key of --api_key or ${KEY_VARIABLE} is empty or has blanks; give letters, or leave it out"
+                f"a key of --api_key or ${KEY_VARIABLE} is empty, or has blanks or letters beyond ASCII; give another,"
+                " or leave it out"
             )
     return keys
 

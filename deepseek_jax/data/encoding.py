@@ -16,6 +16,11 @@ class EncodingError(ValueError):
     """A text that the tokenizer does not take."""
 
 
+# Characters from which a text is encoded as a batch of one: other threads run meanwhile, which a long text would hold
+# up for seconds, and places in the text, which take most of the memory, are not kept. For short ones a batch is slower.
+LONG = 20_000
+
+
 def encode_text(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
     """Return the ids of `text`, without what the tokenizer adds around it.
 
@@ -23,6 +28,8 @@ def encode_text(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
         EncodingError: the tokenizer does not take it.
     """
     try:
+        if len(text) >= LONG:
+            return encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return encoder.encode(text, add_special_tokens=False).ids
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise

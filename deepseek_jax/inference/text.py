@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from deepseek_jax.data.tokenizer import StreamDecoder, Tokenizer
+from deepseek_jax.inputs import shown
 
 STOP, LENGTH = "stop", "length"  # why a text ended: at EOS or a stop string, or with the last token asked for
 
@@ -26,6 +27,8 @@ class Text:
 
         It ends at EOS, too, unless `ignore_eos`. The texts of `spelled` stand for its tokens.
         """
+        if isinstance(stop, str):
+            raise ValueError(f"stop is the text {shown(repr(stop))}; give a list of texts")
         if "" in stop:
             raise ValueError("a stop string is empty; give at least one character, or none")
         self.reason: str | None = None

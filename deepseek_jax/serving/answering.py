@@ -114,7 +114,7 @@ class Answer:
                 continue
             number, delta = arrival
             self._observe(number, delta)
-            check_end(delta)
+            check_end(delta, bool(self._usage.sums().completion_tokens))
             yield number, self._choices[number].push(delta)
 
     def _observe(self, number: int, delta: Delta) -> None:
@@ -131,17 +131,21 @@ class Answer:
         self._last[number] = now
 
 
-def check_end(delta: Delta) -> None:
+def check_end(delta: Delta, has_begun: bool) -> None:
     """Refuse an end that is no answer.
 
+    Args:
+        delta: the last of a job.
+        has_begun: whether any text of the request has a token.
+
     Raises:
-        ApiError: the job failed, the server ends, or the time was over before the first token.
+        ApiError: the job failed, the server ends, or the time was over before the first token of all texts.
     """
     if delta.finish_reason == ERROR:
         raise ApiError(500, shown(delta.error or "the engine could not make this text"), code="engine_error")
     if delta.finish_reason == CANCELLED:
         raise closing()
-    if delta.finish_reason == DEADLINE and not delta.usage.completion_tokens:
+    if delta.finish_reason == DEADLINE and not has_begun:
         raise ApiError(408, "the time for this request was over before its first token", code="request_timeout")
 
 

@@ -98,7 +98,10 @@ class ChatFormat:
             self._form = FORMS.get(self.name) if opens else deepseek_chat.R1_UNOPENED
         missing = [token for token in deepseek_chat.TURNS if token not in tokenizer.special_ids]
         if self._form is not None and missing:
-            raise ValueError(f"the tokenizer has no token {missing[0]!r}, which the chat format {self.name} writes")
+            raise ValueError(
+                f"the tokenizer has no token {missing[0]!r}, which the chat format {self.name} writes; give a"
+                " template of the model's own, a .jinja file"
+            )
         self._tokenizer = tokenizer
         self.grammars = Grammars(tokenizer, vocab_size, ends)
         self._constraints = Constraints(tokenizer, self.grammars, self.name)

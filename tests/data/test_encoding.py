@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from deepseek_jax.data import token_cache
+from deepseek_jax.data import encoding, token_cache
 from deepseek_jax.data.encoders import Encoders
 from deepseek_jax.data.encoding import EncodingError, encode_texts
 from deepseek_jax.data.token_cache import open_corpus
@@ -48,6 +48,14 @@ class Raising:
 
     def encode_batch_fast(self, texts, **settings):
         raise self._error
+
+
+def test_a_long_text_has_the_ids_of_a_short_one(words, monkeypatch):
+    """It takes another way, on which it holds up no other thread."""
+    text = "good " * 50
+    short = words.encode(text)
+    monkeypatch.setattr(encoding, "LONG", 100)
+    assert words.encode(text) == short and isinstance(short, list)
 
 
 def test_other_processes_answer_alike(words):

@@ -447,6 +447,7 @@ def test_a_listener_may_submit_cancel_and_raise():
         ({"prompt": [1] * 2000}, "shorten the prompt"),
         ({"num_tokens": 600}, "10 pages"),
         ({"stop": [""]}, "stop string is empty"),
+        ({"stop": "("}, "give a list of texts"),
         ({"stop": [262]}, "stop has ids"),
         ({"own": Request(logit_bias={262: 1.0})}, "logit_bias"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),

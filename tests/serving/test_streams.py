@@ -87,6 +87,14 @@ def test_a_time_that_is_over_before_the_first_token_is_told(brief):
     assert json.loads(error)["error"]["code"] == "request_timeout" and done == "[DONE]"
 
 
+def test_texts_without_a_token_in_time_cost_the_others_nothing(brief):
+    answer = httpx2.post(brief.url + "/v1/completions", json={"prompt": ["STALL", "b"], "max_tokens": 2})
+    assert answer.status_code == 200
+    stalled, other = answer.json()["choices"]
+    assert (stalled["text"], stalled["finish_reason"], stalled["stop_reason"]) == ("", "length", "deadline")
+    assert other["text"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("prompt", ["once", "STALL"])
 def test_the_job_of_a_client_that_has_gone_is_cancelled(slow, stream, prompt):
