@@ -151,6 +151,7 @@ def test_recomputation_survives_the_compiler():
     assert temporary_bytes("full") < 0.6 * temporary_bytes("none")
 
 
+@pytest.mark.slow
 def test_bf16_is_finite_and_near_fp32():
     """A few percent: rounding of 2^-9 per operation over four layers, and few tokens change their experts with it."""
     want_grads, want = differentiate(remat="none")

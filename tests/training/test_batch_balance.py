@@ -79,13 +79,14 @@ def test_one_micro_batch_is_the_formula():
 
 CUTS = [
     pytest.param((1, 1, 1), 4, id="two micro-batches"),
-    pytest.param((2, 1, 2), 4, id="two micro-batches, four devices", marks=pytest.mark.slow),
-    pytest.param((1, 1, 1), 2, id="four micro-batches", marks=pytest.mark.slow),
-    pytest.param((2, 1, 2), 8, id="four devices", marks=pytest.mark.slow),
-    pytest.param((2, 2, 2), 8, id="eight devices", marks=pytest.mark.slow),
+    pytest.param((2, 1, 2), 4, id="two micro-batches, four devices"),
+    pytest.param((1, 1, 1), 2, id="four micro-batches"),
+    pytest.param((2, 1, 2), 8, id="four devices"),
+    pytest.param((2, 2, 2), 8, id="eight devices"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "micro_batch_size"), CUTS)
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(sizes, micro_batch_size):
     """1e-5: FP32 sums in another order. With f of a micro-batch the routers' gradients differ by percents."""
