@@ -19,11 +19,14 @@ async def read_object(request: Request, most_bytes: int, seconds: float) -> dict
     """Return the JSON object of a request's body.
 
     Raises:
-        ApiError: 415, 413, 408, or 400: it is not JSON in UTF-8, not an object, or has text that UTF-8 cannot write.
+        ApiError: 415 (another type, or compressed), 413, 408, or 400: it is not JSON in UTF-8, not an object, or has text that UTF-8 cannot write.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the content type is {shown(kind) or 'missing'}; send application/json")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, f"the body is compressed ({shown(coding)}); send it as it is")
     return parse(await read_bytes(request, most_bytes, seconds))
 
 
@@ -82,7 +85,7 @@ def parse(content: bytes) -> dict[str, Any]:
         told = shown(str(error))[:LONGEST_LINE]
         raise ApiError(400, f"the body is not JSON that can be used: {told}", code="invalid_json") from error
     if not isinstance(found, dict):
-        raise ApiError(400, f"the body holds a {type(found).__name__}; send an object", code="invalid_json")
+        raise ApiError(400, "the body is JSON, but no object; send one in braces", code="invalid_json")
     if b"\\u" in content:
         _refuse_surrogates(found)
     return found

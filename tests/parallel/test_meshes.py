@@ -54,7 +54,7 @@ def test_one_step_equals_one_device(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", OTHERS)
+@pytest.mark.parametrize("sizes", OTHERS[::2])  # one hop, two hops
 def test_fifty_steps_stay_together(sizes):
     _, losses = run(sizes, NUM_STEPS)
     _, want = run(ONE, NUM_STEPS)

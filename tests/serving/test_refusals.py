@@ -1,6 +1,7 @@
 """Requests that cannot be answered: each gets its status and a message, and the server goes on."""
 
 import asyncio
+import gzip
 import json
 import socket
 import tracemalloc
@@ -55,6 +56,11 @@ def refused(answer, status, param=None, code=None):
 )
 def test_bodies_that_are_no_json(server, content):
     refused(post(server, content), 400, code="invalid_json")
+
+
+def test_a_compressed_body_is_refused_as_such(server):
+    answer = post(server, gzip.compress(b'{"prompt": "a"}'), **{"content-encoding": "gzip"})
+    assert "gzip" in refused(answer, 415)
 
 
 @pytest.mark.parametrize(
