@@ -19,8 +19,8 @@ async def read_object(request: Request, most_bytes: int, seconds: float) -> dict
     """Return the JSON object of a request's body.
 
     Raises:
-        ApiError: 415 (another type, or compressed), 413, 408, or 400: it is not JSON in UTF-8, not an object, or has text
-            that UTF-8 cannot write.
+        ApiError: 415 (another type, or compressed), 413, 408, or 400: it is not JSON in UTF-8, not an object, or has
+            text that UTF-8 cannot write.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
