@@ -1,11 +1,7 @@
 """MLA decode compiles for real TPUs on a machine that has none: odd rows on each, and V3's 128 heads on one."""
 
 import functools
-import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +9,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax.plan.chips import ENVIRONMENT
 from pallas_kernels.mla_decode import mla_decode
+from tests.support.tpu import compile_elsewhere
 
-ROOT = Path(__file__).parents[3]
 ODD, V3, V3_DRAFTS = (1, 3), (1, 128), (4, 128)  # queries, heads
 TOPOLOGIES = {"v5p:2x2x1": (ODD, V3, V3_DRAFTS), "v6e:2x2x1": (ODD,), "tpu7x:2x2x1": (ODD,)}
 BATCH, PAGES = 3, 20  # 20 pages are three blocks
@@ -41,12 +36,7 @@ def compile_all(topology: str) -> None:
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_kernel_compiles_for_tpu(topology):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
-    command = [sys.executable, __file__, topology]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    compile_elsewhere(__file__, topology)
 
 
 if __name__ == "__main__":

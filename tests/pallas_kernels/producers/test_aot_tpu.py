@@ -3,11 +3,7 @@ tells how.
 """
 
 import functools
-import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +11,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax.plan.chips import ENVIRONMENT
 from pallas_kernels import producers
+from tests.support.tpu import compile_elsewhere
 
-ROOT = Path(__file__).parents[3]
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")
 ROWS, WIDTH, HIDDEN = 300, 7168, 2048  # odd rows; an expert's widths
 
@@ -46,12 +41,7 @@ def compile_all(topology: str) -> None:
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_producers_compile_for_tpu(topology):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
-    command = [sys.executable, __file__, topology]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    compile_elsewhere(__file__, topology)
 
 
 if __name__ == "__main__":
