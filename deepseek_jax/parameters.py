@@ -8,8 +8,11 @@ which matrix (`parallel.weights`); which dims a mesh must divide (`parallel.mesh
 
 A stack of layers has a leading dim that is in no row, because it is never split.
 
-    stored    q_b_ANQ     [L, A, N, Q]       P(None, ROWS, None, None)     L matrices [A, (N Q)]
-              down_EFD    [L, E, F, D]       P(None, EXPERTS, None, "data")  L x E matrices [F, D]
+    stored    q_b_ANQ     [L, A, N, Q]       P(None, ROWS, None, None)           L matrices [A, (N Q)]
+              down_EFD    [L, E, F, D]       P(None, STORED_EXPERTS, None, None)  L x E matrices [F, D]
+
+Devices that hold the same experts store whole experts each, if there are enough (`stores_whole_experts`): what they
+gather and reduce is then contiguous. Otherwise they split every expert, by the layout of its row.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 P = jax.P
 ROWS = ("data", "node", "expert")  # mesh axes: every batch dim is split over these
 EXPERTS = ("node", "expert")  # mesh axes that hold the routed experts
+STORED_EXPERTS = (*EXPERTS, "data")  # mesh axes over which whole experts are stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Parameter:
 
     Attributes:
         layout: mesh axes of each dim of the name. A weight is whole while it is multiplied, so all axes but `EXPERTS`
-            split it for storage only.
+            split it for storage only. Of experts, where devices cannot store whole ones.
         input_dims: how many dims of one matrix a product sums over: its rows. 0: no product (a lookup, a gain, a bias).
         precision: of its products: "fp8" (in an FP8 run, else as "compute"), "compute" (BF16, or FP32 in an FP32 run)
             or "fp32".
@@ -187,20 +191,42 @@ def leaf_name(path: Sequence[Any]) -> str:
     raise KeyError(f"no row of PARAMETERS for {jax.tree_util.keystr(path)}: every parameter needs one")
 
 
-def layout_of(name: str, num_dims: int) -> P:
-    """Return the `PartitionSpec` of a leaf of `num_dims` dims; dims of stacked layers come first and are not split."""
-    layout = PARAMETERS[name].layout
+def stores_whole_experts(num_experts: int) -> bool:
+    """Return whether the current mesh has as many parts of `STORED_EXPERTS` as divide the experts."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return num_experts % math.prod(sizes.get(axis, 1) for axis in STORED_EXPERTS) == 0
+
+
+def layout_of(name: str, num_dims: int, num_experts: int) -> P:
+    """Return the `PartitionSpec` of a leaf on the current mesh; dims of stacked layers come first and are not split.
+
+    Args:
+        name: of the parameter.
+        num_dims: of the leaf.
+        num_experts: of the model, on all devices; read for experts' weights alone.
+    """
+    parameter = PARAMETERS[name]
+    layout = parameter.layout
+    if parameter.per_expert and stores_whole_experts(num_experts):
+        layout = P(STORED_EXPERTS, *(None,) * parameter.matrix_dims)
     return P(*(None,) * (num_dims - len(layout)), *layout)
 
 
 def layout_in_use(name: str, num_dims: int) -> P:
     """Return the `PartitionSpec` of a leaf while it is multiplied: experts on their devices, all else whole."""
-    return P(*(axes if axes == EXPERTS else None for axes in layout_of(name, num_dims)))
+    parameter = PARAMETERS[name]
+    lead = (None,) * (num_dims - len(parameter.layout))
+    return P(*lead, EXPERTS if parameter.per_expert else None, *(None,) * (len(parameter.layout) - 1))
 
 
 def partition_specs(tree: Any) -> Any:
-    """Return one `PartitionSpec` per leaf of a parameter-shaped tree."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: layout_of(leaf_name(path), leaf.ndim), tree)
+    """Return one `PartitionSpec` per leaf of a parameter-shaped tree of whole arrays, on the current mesh."""
+
+    def spec(path, leaf):
+        name = leaf_name(path)
+        return layout_of(name, leaf.ndim, leaf.shape[leaf.ndim - len(PARAMETERS[name].layout)])
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def num_lead_dims(name: str, num_dims: int) -> int:

@@ -46,11 +46,11 @@ def test_one_row_is_all_that_a_parameter_needs(new_row):
     assert decay_mask(params)["moe_layers"]["attention"][NEW]
 
     def local(params):
-        quantized = quantize_weights(params)
-        carriers, pull = jax.vjp(lambda tree: detach(gather(attach(tree, quantized), jnp.bfloat16))[0], params)
-        _, moved = detach(gather(attach(params, quantized), jnp.bfloat16))
+        quantized = quantize_weights(params, 0)
+        carriers, pull = jax.vjp(lambda tree: detach(gather(attach(tree, quantized), jnp.bfloat16, 0))[0], params)
+        _, moved = detach(gather(attach(params, quantized), jnp.bfloat16, 0))
         ones = jax.tree.map(jnp.ones_like, carriers)
-        return jax.tree.map(lambda a: a[None], moved), pull(ones)[0], reduce_gradients(ones)
+        return jax.tree.map(lambda a: a[None], moved), pull(ones)[0], reduce_gradients(ones, 0)
 
     with jax.set_mesh(make_mesh(config(data=2, node=2, expert=2).mesh)):
         specs = partition_specs(params)

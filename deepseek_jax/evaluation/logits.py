@@ -98,9 +98,9 @@ def check_tokens(tokens_BS: np.ndarray, vocab_size: int, origin: str) -> None:
 
 def _forward(model: Model, execution: Execution, weights: Weights, tokens_BS: jax.Array) -> dict[str, jax.Array]:
     def local(weights, tokens_BS):
-        load = functools.partial(gather, dtype=compute_dtype(execution))
+        load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
         if not any(isinstance(w, Fp8Weight) for w in jax.tree.leaves(weights.params, is_leaf=_is_fp8)):
-            weights = weights._replace(params=with_fp8(execution, weights.params))
+            weights = weights._replace(params=with_fp8(model, execution, weights.params))
         output = transformer.apply(model, execution, weights, _whole_rows(tokens_BS), load, _chosen)
         head_DV = load({"head_DV": weights.params["head_DV"]})["head_DV"]
 

@@ -90,7 +90,7 @@ def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
     """Return shapes and shardings of the weights on `mesh`, in FP32."""
     with jax.set_mesh(mesh):
         tree = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
-    shardings = jax.tree.map(functools.partial(jax.sharding.NamedSharding, mesh), partition_specs(tree))
+        shardings = jax.tree.map(functools.partial(jax.sharding.NamedSharding, mesh), partition_specs(tree))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )

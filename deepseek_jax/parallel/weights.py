@@ -24,6 +24,7 @@ from deepseek_jax.parameters import (
     EXPERTS,
     PARAMETERS,
     ROWS,
+    STORED_EXPERTS,
     CastWeight,
     Fp8Weight,
     layout_of,
@@ -42,8 +43,10 @@ def _is_weight(leaf: Any) -> bool:
 
 
 @jax.named_scope("gather")
-def gather(tree: Any, dtype: jnp.dtype, differentiated: bool = False) -> Any:
+def gather(tree: Any, dtype: jnp.dtype, num_experts: int, differentiated: bool = False) -> Any:
     """Make every weight of `tree` whole on every device that multiplies with it; call inside the step's shard_map.
+
+    `num_experts` is the model's: it says how devices store them.
 
     Arrays travel in `dtype` or, if they are multiplied in FP32, in FP32; FP8 weights travel in E4M3. If they are
     `differentiated`, arrays in BF16 become `CastWeight`s. The gradient comes back by a reduce-scatter in FP32. A leaf
@@ -54,11 +57,11 @@ def gather(tree: Any, dtype: jnp.dtype, differentiated: bool = False) -> Any:
     def gather_leaf(path, w):
         name = leaf_name(path)
         if isinstance(w, Fp8Weight):
-            ((dim, axes),) = _split_dims(name, w.values)
+            ((dim, axes),) = _split_dims(name, w.values, num_experts)
             moved = _gather_bytes(w.values, axes, dim)
             carrier = None if w.carrier is None else _carry(w.carrier, axes, dim)
             return Fp8Weight(carrier, moved, w.scales)
-        for dim, axes in _split_dims(name, w):
+        for dim, axes in _split_dims(name, w, num_experts):
             own = jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype
             if differentiated and own != jnp.float32:
                 values = _all_gather(lax.stop_gradient(w).astype(own), axes, dim)
@@ -69,25 +72,26 @@ def gather(tree: Any, dtype: jnp.dtype, differentiated: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(gather_leaf, tree, is_leaf=_is_weight)
 
 
-def reduce_gradients(tree: Any) -> Any:
+def reduce_gradients(tree: Any, num_experts: int) -> Any:
     """Sum whole gradients over devices; each device keeps its part of the layout.
 
     This is the transpose of `gather` as a call of its own.
     """
 
     def reduce_leaf(path, g):
-        for dim, axes in _split_dims(leaf_name(path), g):
+        for dim, axes in _split_dims(leaf_name(path), g, num_experts):
             return _scatter_sum(g, axes, dim)
         return lax.psum(g, ROWS)
 
     return jax.tree_util.tree_map_with_path(reduce_leaf, tree)
 
 
-def quantize_weights(params: Any) -> Any:
+def quantize_weights(params: Any, num_experts: int) -> Any:
     """Quantise the stored FP32 weights that are multiplied in FP8; call inside the step's shard_map.
 
     Args:
         params: this device's part of the parameters.
+        num_experts: of the model.
 
     Returns:
         a tree of the same shape: (values, scales) of an `Fp8Weight` for these weights, None for the others.
@@ -98,7 +102,7 @@ def quantize_weights(params: Any) -> Any:
         if PARAMETERS[name].precision != "fp8":
             return None
         with jax.named_scope("quantize_weights"):
-            return _quantize(name, w)
+            return _quantize(name, w, *_split_dims(name, w, num_experts)[0])
 
     return jax.tree_util.tree_map_with_path(quantize_leaf, params)
 
@@ -136,15 +140,27 @@ def in_fp32(weight: jax.Array | CastWeight) -> jax.Array:
     return _in_fp32(weight.carrier, weight.values) if isinstance(weight, CastWeight) else weight
 
 
-def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return E4M3 values of the shape of `w`, and the scales of the whole matrix."""
+def _quantize(name: str, w: jax.Array, dim: int, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return E4M3 values of `w`, whose `dim` is split over `axes`, and the scales of all whole matrices."""
     num_lead, input_dims = num_lead_dims(name, w.ndim), PARAMETERS[name].input_dims
-    ((dim, axes),) = _split_dims(name, w)
-    split = -2 if dim - num_lead < input_dims else -1  # the dim of the matrix that is split
     matrix = w.reshape(matrix_shape(w.shape, num_lead, input_dims))
-    if lax.axis_size(axes) == 1:
-        stacked = quantize_blocks(matrix.reshape(-1, *matrix.shape[-2:]))
-        return stacked.values.reshape(w.shape), stacked.scales.reshape(*matrix.shape[:-2], *stacked.scales.shape[-2:])
+    split = dim if dim < num_lead else num_lead + (dim - num_lead >= input_dims)  # the dim of `matrix`
+    if lax.axis_size(axes) > 1 and split >= num_lead and matrix.shape[split] % GROUP:
+        values, scales = _quantize_shared(matrix, axes, split)
+        return values.reshape(w.shape), scales
+    stacked = quantize_blocks(matrix.reshape(-1, *matrix.shape[-2:]))
+    scales = stacked.scales.reshape(*matrix.shape[:-2], *stacked.scales.shape[-2:])
+    return stacked.values.reshape(w.shape), _all_gather(scales, axes, split)
+
+
+def _quantize_shared(matrix: jax.Array, axes: tuple[str, ...], split: int) -> tuple[jax.Array, jax.Array]:
+    """Quantise matrices of which a block of 128 x 128 may lie on several devices.
+
+    Args:
+        matrix: [..., rows, columns], this device's part.
+        axes: mesh axes that split it.
+        split: the dim that is split, rows or columns.
+    """
     rows = jnp.moveaxis(matrix, split, 0)  # the split dim first, the other last
     blocks_of_rows = (lax.axis_index(axes) * rows.shape[0] + jnp.arange(rows.shape[0])) // GROUP
     whole = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % GROUP)])
@@ -155,8 +171,7 @@ def _quantize(name: str, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = vary(jnp.zeros((num_blocks, *largest.shape[1:]), jnp.int32), bits).at[blocks_of_rows].max(bits)
     scales = scale_of(lax.bitcast_convert_type(lax.pmax(bits, axes), jnp.float32), "fp32")
     columns = jnp.repeat(scales[blocks_of_rows], GROUP, axis=-1)[..., : rows.shape[-1]]
-    values = jnp.moveaxis(encode(rows, columns), 0, split).reshape(w.shape)
-    return values, jnp.moveaxis(scales, 0, split)
+    return jnp.moveaxis(encode(rows, columns), 0, split), jnp.moveaxis(scales, 0, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -209,11 +224,11 @@ def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     return g if lax.axis_size(axes) == 1 else lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
 
 
-def _split_dims(name: str, w: jax.Array) -> list[tuple[int, tuple[str, ...]]]:
+def _split_dims(name: str, w: jax.Array, num_experts: int) -> list[tuple[int, tuple[str, ...]]]:
     """Return (dim, axes) of the dim that is split for storage only; an empty list if there is none.
 
-    The dim of experts, split over `EXPERTS`, is never gathered.
+    Axes of `EXPERTS` never gather experts.
     """
-    layout = enumerate(layout_of(name, w.ndim))
+    layout = enumerate(layout_of(name, w.ndim, num_experts))
     dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in layout if axes is not None]
-    return [(dim, axes) for dim, axes in dims if axes != EXPERTS]
+    return [(dim, axes[len(EXPERTS) :] if axes == STORED_EXPERTS else axes) for dim, axes in dims if axes != EXPERTS]

@@ -66,7 +66,7 @@ def largest_batch(config: Config) -> int:
 
 
 def state_of(config: Config) -> State:
-    """Return the abstract state of a config, with the layout of each leaf, which any mesh can take."""
+    """Return the abstract state of a config, with the mesh axes that split each leaf, the same on any mesh."""
     mesh = jax.make_mesh((1,) * len(AXES), AXES, devices=jax.devices()[:1])
     return abstract_state(config, mesh)
 
@@ -120,4 +120,8 @@ def _part_in_use(path: Any, leaf: Any, mesh: jax.sharding.AbstractMesh) -> int:
 
 
 def _part(leaf: Any, spec: jax.P, mesh: jax.sharding.AbstractMesh) -> int:
-    return math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape))
+    """Return how many elements of a leaf lie on one device. Which dim its axes split depends on the mesh, and does not
+    matter here.
+    """
+    split_over = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    return leaf.size // math.prod(mesh.shape[axis] for axis in split_over)

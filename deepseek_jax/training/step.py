@@ -167,8 +167,8 @@ def eval_step(
     """
 
     def local(weights, batch):
-        load = functools.partial(gather, dtype=compute_dtype(execution))
-        weights = weights._replace(params=with_fp8(execution, weights.params))
+        load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
+        weights = weights._replace(params=with_fp8(model, execution, weights.params))
         sums = _forward(model, execution, objective, weights, batch, load)
         return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
 
@@ -212,9 +212,9 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
-    load = functools.partial(gather, dtype=compute_dtype(execution), differentiated=True)
+    load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
-    params = with_fp8(execution, weights.params)
+    params = with_fp8(model, execution, weights.params)
     params, quantized = detach(load(params) if once else params)
     parts = model, execution, objective
     load = (lambda tree: tree) if once else load
@@ -246,7 +246,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
             (grads, sums),
             rest,
         )[0]
-    return reduce_gradients(grads) if once else grads, lax.psum(sums, ROWS), norms
+    return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, ROWS), norms
 
 
 def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.Array:
@@ -262,9 +262,9 @@ def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.
     return lax.psum(chosen.sum(0), ROWS)
 
 
-def with_fp8(execution: Execution, params: Any) -> Any:
+def with_fp8(model: Model, execution: Execution, params: Any) -> Any:
     """Return this device's part of the weights, quantised if the precision is FP8."""
-    return attach(params, quantize_weights(params)) if execution.precision == "fp8" else params
+    return attach(params, quantize_weights(params, model.num_experts)) if execution.precision == "fp8" else params
 
 
 def _split(batch: Batch, micro_batch_size: int) -> Batch:

@@ -14,7 +14,7 @@ from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import AXES, check_fit, connect, make_mesh
 from deepseek_jax.parallel.weights import detach, gather, reduce_gradients
-from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, P, partition_specs
+from deepseek_jax.parameters import PARAMETERS, ROWS, P, partition_specs
 from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
@@ -174,7 +174,7 @@ WHOLE = {
 
 
 def expert_dim(name):
-    return WHOLE[name].index(E) if EXPERTS in PARAMETERS[name].layout else None
+    return WHOLE[name].index(E) if PARAMETERS[name].per_expert else None
 
 
 def local_shape(name):
@@ -195,9 +195,9 @@ def gathered_and_reduced(dtype):
         c[0] *= 256
 
     def local(params, cotangents):
-        whole, pull = jax.vjp(lambda tree: gather(tree, dtype), params)
+        whole, pull = jax.vjp(lambda tree: gather(tree, dtype, E), params)
         mine = jax.tree.map(lambda c, w: c[0].astype(w.dtype), cotangents, whole)
-        return jax.tree.map(lambda w: w[None], whole), pull(mine)[0], reduce_gradients(mine)
+        return jax.tree.map(lambda w: w[None], whole), pull(mine)[0], reduce_gradients(mine, E)
 
     with jax.set_mesh(make_mesh(sizes(data=2, node=2, expert=2))):
         specs = partition_specs(params)
@@ -226,8 +226,8 @@ def test_what_is_differentiated_is_summed_in_fp32_without_a_rounding_before():
     params = {"q_a_DA": np.float32(np.arange(64).reshape(16, 4) / 7), "norm_D": np.ones(4, np.float32)}
 
     def local(params):
-        carriers, pull = jax.vjp(lambda tree: detach(gather(tree, jnp.bfloat16, differentiated=True))[0], params)
-        _, numbers = detach(gather(params, jnp.bfloat16, differentiated=True))
+        carriers, pull = jax.vjp(lambda tree: detach(gather(tree, jnp.bfloat16, 0, differentiated=True))[0], params)
+        _, numbers = detach(gather(params, jnp.bfloat16, 0, differentiated=True))
         cotangents = jax.tree.map(lambda c: jnp.full_like(c, 1 + 2.0**-20), carriers)
         return numbers["q_a_DA"][0][None], pull(cotangents)[0]
 

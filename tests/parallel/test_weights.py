@@ -14,42 +14,58 @@ from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weigh
 from deepseek_jax.parameters import PARAMETERS, ROWS, P, matrix_shape, num_lead_dims, partition_specs
 from pallas_kernels.quantize import quantize_blocks
 
-E = 8
-# Eight parts of 16, 24 and 40 rows: most blocks lie on several devices, and their last is partial.
-WHOLE = {
-    "q_a_DA": (128, 136),
-    "kv_a_DC": (3, 192, 200),
-    "o_NHD": (2, 4, 32, 320),
-    "gate_up_D2F": (128, 2, 128),
-    "down_FD": (2, 256, 192),
-    "gate_up_ED2F": (2, E, 192, 2, 128),
-    "down_EFD": (E, 128, 144),
-    "router_DE": (128, E),
+# Shapes of whole weights by how their blocks of 128 x 128 lie on eight devices.
+SHAPES = {
+    # eight parts of 16, 24 and 40 rows, the last block partial; four experts, whose halves have no whole blocks
+    "split blocks": {
+        "q_a_DA": (128, 136),
+        "kv_a_DC": (3, 192, 200),
+        "o_NHD": (2, 4, 32, 320),
+        "gate_up_D2F": (128, 2, 128),
+        "down_FD": (2, 256, 192),
+        "gate_up_ED2F": (2, 4, 192, 2, 128),
+        "down_EFD": (4, 128, 144),
+        "router_DE": (128, 4),
+    },
+    "whole blocks": {
+        "q_a_DA": (1024, 136),
+        "o_NHD": (2, 4, 32, 1024),
+        "gate_up_ED2F": (2, 4, 256, 2, 64),
+        "down_EFD": (4, 128, 512),
+    },
+    "whole experts": {"gate_up_ED2F": (2, 8, 192, 2, 128), "down_EFD": (8, 128, 144)},
 }
-FP8 = [name for name in WHOLE if PARAMETERS[name].precision == "fp8"]
+CASES = [(lie, name) for lie, shapes in SHAPES.items() for name in shapes]
+FP8 = [(lie, name) for lie, name in CASES if PARAMETERS[name].precision == "fp8"]
 
 
 @functools.cache
-def on_eight_devices():
+def on_eight_devices(lie):
     """On 2x2x2: each device's gathered FP8 weights, and the gradients that come back by both ways."""
     rng = np.random.default_rng(0)
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WHOLE.items()}
-    params["q_a_DA"][100, 5] = np.nan
-    params["kv_a_DC"][1, :128, :128] = 0.0
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES[lie].items()}
+    num_experts = params["down_EFD"].shape[0]
+    if lie == "split blocks":
+        params["q_a_DA"][100, 5] = np.nan
+        params["kv_a_DC"][1, :128, :128] = 0.0
 
     def cotangent(name, shape):
         device = 1 + jax.lax.axis_index(ROWS)
         return (device * jnp.arange(np.prod(shape), dtype=jnp.float32) % 7).reshape(shape)
 
     def local(params):
-        quantized = quantize_weights(params)
-        weights, pull = jax.vjp(lambda tree: detach(gather(attach(tree, quantized), jnp.bfloat16))[0], params)
-        _, moved = detach(gather(attach(params, quantized), jnp.bfloat16))
+        quantized = quantize_weights(params, num_experts)
+
+        def moved_of(tree):
+            return detach(gather(attach(tree, quantized), jnp.bfloat16, num_experts))
+
+        weights, pull = jax.vjp(lambda tree: moved_of(tree)[0], params)
+        _, moved = moved_of(params)
         mine = {name: cotangent(name, w.shape).astype(w.dtype) for name, w in weights.items()}
         return (
-            jax.tree.map(lambda w: w[None], ({name: moved[name] for name in FP8}, mine)),
+            jax.tree.map(lambda w: w[None], ({name: q for name, q in moved.items() if q}, mine)),
             pull(mine)[0],
-            reduce_gradients(mine),
+            reduce_gradients(mine, num_experts),
         )
 
     tree = {"pipe": 1, "data": 2, "node": 2, "expert": 2, "tensor": 1}
@@ -59,33 +75,37 @@ def on_eight_devices():
         return params, *jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
 
 
-def mine(name, w, device):
+def expert_dim(lie, name):
+    return len(SHAPES[lie][name]) - len(PARAMETERS[name].layout)
+
+
+def mine(lie, name, w, device):
     """What a device has of a whole array when it is gathered."""
-    return np.split(w, 4, WHOLE[name].index(E))[device % 4] if PARAMETERS[name].per_expert else w
+    return np.split(w, 4, expert_dim(lie, name))[device % 4] if PARAMETERS[name].per_expert else w
 
 
-@pytest.mark.parametrize("name", FP8)
-def test_every_device_has_the_bits_of_one_device(name):
-    params, (moved, _), *_ = on_eight_devices()
+@pytest.mark.parametrize("lie,name", FP8)
+def test_every_device_has_the_bits_of_one_device(lie, name):
+    params, (moved, _), *_ = on_eight_devices(lie)
     values, scales = moved[name]
     for device in range(8):
-        w = mine(name, params[name], device)
+        w = mine(lie, name, params[name], device)
         matrix = matrix_shape(w.shape, num_lead_dims(name, w.ndim), PARAMETERS[name].input_dims)
         want = quantize_blocks(jnp.asarray(w.reshape(-1, *matrix[-2:])))
         np.testing.assert_array_equal(
             values[device].view(np.uint8).ravel(), np.asarray(want.values).view(np.uint8).ravel()
         )
         np.testing.assert_array_equal(scales[device].ravel(), np.ravel(want.scales))
-    assert values.shape[1:] == mine(name, params[name], 0).shape
+    assert values.shape[1:] == mine(lie, name, params[name], 0).shape
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_gradients_come_back_summed(name):
+@pytest.mark.parametrize("lie,name", CASES)
+def test_gradients_come_back_summed(lie, name):
     """Small integers: the sum in FP32 is exact."""
-    _, (_, cotangents), transposed, reduced = on_eight_devices()
+    _, (_, cotangents), transposed, reduced = on_eight_devices(lie)
     c = cotangents[name].astype(np.float32)
     if PARAMETERS[name].per_expert:
-        want = np.concatenate(list(c.reshape(2, 4, *c.shape[1:]).sum(0)), axis=WHOLE[name].index(E))
+        want = np.concatenate(list(c.reshape(2, 4, *c.shape[1:]).sum(0)), axis=expert_dim(lie, name))
     else:
         want = c.sum(0)
     assert transposed[name].dtype == reduced[name].dtype == np.float32
