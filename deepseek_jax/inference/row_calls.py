@@ -6,8 +6,11 @@ microseconds each; an array that stays as it was is not sent again. No call wait
 """
 
 import functools
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +37,8 @@ MOST_COPIES = 8  # pages that a call copies
 MOST_PIECES, MOST_PIECES_OF_CUDNN = 16, 4  # of a device in a call of prefill; cuDNN fills each up to a whole call
 FEW_ROWS_ON_CPU = 4
 MOST_LOADS = 16  # calls in flight, about
+MOST_COMPILERS = 8  # programs that are compiled at once; a compiler of a large model takes gigabytes of the host
+LOWERING = threading.Lock()  # lowering is Python, so threads gain nothing, and would lower the same kernel twice
 
 
 class Sizes(NamedTuple):
@@ -108,12 +113,17 @@ class Calls:
         self._programs: dict[tuple, Any] = {}
 
     def compile(self, progress: Callable[[int, int], None] | None) -> None:
-        """Compile all programs that are not compiled yet."""
+        """Compile all programs that are not compiled yet: one is lowered while others are compiled."""
         names = self._names()
-        for i, name in enumerate(names):
-            self._program(name)
-            if progress is not None:
-                progress(i + 1, len(names))
+        compilers = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), thread_name_prefix="compile")
+        try:
+            running = [compilers.submit(self._program, name) for name in names]
+            for i, compiled in enumerate(as_completed(running)):
+                compiled.result()
+                if progress is not None:
+                    progress(i + 1, len(names))
+        finally:  # after an error or Ctrl-C, only those that have begun are waited for
+            compilers.shutdown(cancel_futures=True)
 
     def _names(self) -> list[tuple]:
         names: list[tuple] = [("decode", width, kind) for width in self.widths for kind in KINDS]
@@ -215,9 +225,10 @@ class Calls:
             kind, *numbers = name
             function, static, donate, arguments = getattr(self, f"_{kind}_program")(*numbers)
             execution = self._prefill_execution if kind in ("prefill", "follow") else self._decode_execution
-            with jax.set_mesh(self._mesh):
+            with LOWERING, jax.set_mesh(self._mesh):
                 jitted: Any = jit_on(function, execution, self._mesh, *static, donate=donate)
-                found = self._programs[name] = jitted.lower(*arguments).compile()
+                lowered = jitted.lower(*arguments)
+            found = self._programs[name] = lowered.compile()
         return found
 
     def _decode_program(self, width: int, kind: str):

@@ -1,7 +1,8 @@
 """Measure decoding: `python -m experiments.benchmarks.decoding --config=configs/v3_5b.py --batch=1,32,128`.
 
 Weights are random, with a router that spreads tokens over the experts (normal, 0.02). The context is random, too: what
-lies in the cache does not change the time. Every batch is measured on its own:
+lies in the cache does not change the time. The programs of all batches are compiled side by side (the time of each is
+that of a busy machine), and then each is measured on its own:
 
     --mode=decode     bursts of tokens, as `inference.generate` runs them, after a context of --context tokens
     --mode=prefill    prompts of --context tokens
@@ -14,6 +15,8 @@ those that a batch touches on average), and in decoding the cache. In prefill it
 
 import statistics
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -55,10 +58,9 @@ NO_EOS = -2  # no token is it
 
 
 class Program(NamedTuple):
-    """A compiled program, and how it is run."""
+    """A program, and how it is run."""
 
     lowered: Any
-    compiled: Any
     arrays: tuple  # its arguments; the state at place 1 is donated
     tokens: int  # of all sequences, that a run makes or reads
     steps: int  # in the loop of the program
@@ -78,8 +80,7 @@ def main(_) -> None:
         changed = config.with_(execution={"precision": precision})
         execution = decode_execution(changed, mesh)
         weights = decode_weights(config.model, execution, random_weights(changed, mesh), mesh)
-        for batch in batches:
-            records += measure(changed, execution, mesh, weights, batch)
+        records += measure_all(changed, execution, mesh, weights, batches)
     common = provenance("experiments.benchmarks.decoding", session.describe_device(mesh))
     records = [record | common for record in records]
     report.print_records(f"{config.name}, {MODE.value}, context {CONTEXT.value}", records)
@@ -93,20 +94,44 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def measure(
-    config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batch: int
+def measure_all(
+    config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Return the records of one batch size."""
-    with jax.set_mesh(mesh):
+    """Return the records of all batch sizes; one program is lowered while others are compiled."""
+    lower = decode_program if MODE.value == "decode" else prefill_program
+
+    def compiled(program):
         start = time.perf_counter()
-        program = (decode_program if MODE.value == "decode" else prefill_program)(
-            config, execution, mesh, weights, batch
-        )
-        compile_seconds = time.perf_counter() - start
+        return program.lowered.compile(), time.perf_counter() - start
+
+    running = []
+    with jax.set_mesh(mesh), ThreadPoolExecutor(len(batches)) as compilers:
+        for batch in batches:
+            start = time.perf_counter()
+            program = lower(config, execution, mesh, weights, batch)
+            running.append((batch, program, time.perf_counter() - start, compilers.submit(compiled, program)))
+    records = []
+    for batch, program, seconds, made in running:
+        step, compile_seconds = made.result()
+        records += measure(config, mesh, weights, batch, program, step, seconds + compile_seconds)
+    return records
+
+
+def measure(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    weights: Weights,
+    batch: int,
+    program: Program,
+    step: Any,
+    compile_seconds: float,
+) -> list[dict[str, Any]]:
+    """Return the records of one batch size; `step` is the compiled program."""
+    with jax.set_mesh(mesh):
         seconds, arrays = [], program.arrays
         for _ in range(REPEATS.value + 2):
             start = time.perf_counter()
-            arrays = run(program.compiled, arrays)
+            arrays = run(step, arrays)
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[2:])
         events = []
@@ -116,7 +141,7 @@ def measure(
             def again(compiled):
                 state[0] = run(compiled, state[0])
 
-            events = report.profile(program.lowered, program.compiled, again)
+            events = report.profile(program.lowered, step, again)
             report.print_events(events)
     floor = floor_seconds(config, weights, batch) * program.steps
     values = [
@@ -126,7 +151,7 @@ def measure(
         ("time", 1e3 * median / program.steps, "ms"),
         ("time, fastest", 1e3 * min(seconds[2:]) / program.steps, "ms"),
         ("trace and compile", compile_seconds, "s"),
-        ("kernels of a layer", breakdown.kernels_of_a_step(program.compiled.as_text()) / config.model.num_layers, ""),
+        ("kernels of a layer", breakdown.kernels_of_a_step(step.as_text()) / config.model.num_layers, ""),
         *((mode, value / program.steps, unit) for mode, value, unit in report.scope_times(events)),
     ]
     shape = {"batch": batch, "context": CONTEXT.value}
@@ -177,7 +202,7 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
 def decode_program(
     config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batch: int
 ) -> Program:
-    """Compile a burst over sequences of --context tokens; each of its runs begins there."""
+    """Lower a burst over sequences of --context tokens; each of its runs begins there."""
     model, rows = config.model, num_rows(batch, mesh)
     cache = make_cache(model, execution, rows, CONTEXT.value + BURST)
     cache = cache._replace(pages=fill(cache.pages))
@@ -189,8 +214,7 @@ def decode_program(
     drawn = jax.device_put(make_rows([], 0, rows), P(ROWS))
     burst: Any = jit_on(measured_burst, execution, mesh, model, execution, GREEDY, donate=(1,))
     arrays = weights, state, drawn, length_B
-    lowered = burst.lower(*arrays)
-    return Program(lowered, lowered.compile(), arrays, batch * BURST, BURST)
+    return Program(burst.lower(*arrays), arrays, batch * BURST, BURST)
 
 
 def measured_burst(model, execution, sampling, weights, state, rows, length_B) -> tuple[Chosen, Generation]:
@@ -210,7 +234,7 @@ def fill(pages: Array) -> Array:
 def prefill_program(
     config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batch: int
 ) -> Program:
-    """Compile a prefill of prompts of --context tokens."""
+    """Lower a prefill of prompts of --context tokens."""
     model, rows = config.model, num_rows(batch, mesh)
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, CONTEXT.value))
     new_tokens = [*prompts, *[()] * (rows - batch)]
@@ -225,8 +249,7 @@ def prefill_program(
     arrays = weights, cache, *jax.device_put((logits_BV, found[0].tokens_T, found[0].new_B), P(ROWS))
     execution = prefill.prefill_execution(config, mesh)
     program: Any = prefill.prefill_program(model, execution, mesh, found[0])
-    lowered = program.lower(*arrays)
-    return Program(lowered, lowered.compile(), arrays, batch * CONTEXT.value, 1)
+    return Program(program.lower(*arrays), arrays, batch * CONTEXT.value, 1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ them, one step ahead:
     following   drafts off, while the MTP layer keeps its entries up to date: c of the MTP layer alone is the difference
     drafting    --num_drafts drafts of each row
 
+The programs of the three are compiled side by side; the steps of each are timed alone.
+
 The speed-up is that of tokens/s. It is set beside (1 + a) / (1 + c): a drafts accepted a step and row, and c either the
 share of time that the MTP layer takes, or all that a step takes longer. With the second both are the same by
 definition; its c is what `speculative.worth_rows` wants. --json writes the numbers as records.
@@ -15,6 +17,7 @@ definition; its c is what `speculative.worth_rows` wants. --json writes the numb
 
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -86,9 +89,14 @@ def measure(config: Config, mesh: jax.sharding.Mesh, weights: Weights, batch: in
         params={name: tree for name, tree in weights.params.items() if name != "mtp_layers"},
         router_bias={name: tree for name, tree in weights.router_bias.items() if name != "mtp_layers"},
     )
-    plain = run(config, mesh, without, batch)
-    following = run(config, mesh, weights, batch, num_drafts=NUM_DRAFTS.value, drafting_rows=0)
-    drafting = run(config, mesh, weights, batch, num_drafts=NUM_DRAFTS.value, forced=ACCEPTANCE.value)
+    variants: list[tuple[Weights, dict[str, Any]]] = [
+        (without, {}),
+        (weights, {"num_drafts": NUM_DRAFTS.value, "drafting_rows": 0}),
+        (weights, {"num_drafts": NUM_DRAFTS.value, "forced": ACCEPTANCE.value}),
+    ]
+    with ThreadPoolExecutor(len(variants)) as threads:
+        batches = list(threads.map(lambda variant: prefilled(config, mesh, variant[0], batch, **variant[1]), variants))
+    plain, following, drafting = (time_steps(found, batch) for found in batches)
     faster = drafting.tokens / drafting.seconds * plain.seconds / plain.tokens
     share = following.seconds / plain.seconds - 1
     values = [
@@ -109,9 +117,9 @@ def measure(config: Config, mesh: jax.sharding.Mesh, weights: Weights, batch: in
     return records
 
 
-def run(config: Config, mesh: jax.sharding.Mesh, weights: Weights, num_rows: int, **drafts: Any) -> Timed:
-    """Prefill the rows, and time steps in which all decode."""
-    most = (WARM_UP + STEPS.value + 2) * (drafts.get("num_drafts", 0) + 1)
+def prefilled(config: Config, mesh: jax.sharding.Mesh, weights: Weights, num_rows: int, **drafts: Any) -> DeviceBatch:
+    """Return a batch whose rows have read their prompts and decoded a token; so its programs are compiled."""
+    most = (WARM_UP + STEPS.value + 3) * (drafts.get("num_drafts", 0) + 1)
     num_positions = CONTEXT.value + most
     columns = -(-(num_positions + MOST_DRAFTS) // PAGE)
     sizes = {"num_rows": num_rows, "num_pages": num_rows * columns, "num_positions": num_positions}
@@ -127,6 +135,13 @@ def run(config: Config, mesh: jax.sharding.Mesh, weights: Weights, num_rows: int
             end = start + PREFILL_TOKENS
             following = prompt[end] if end < len(prompt) else None
             batch.step([Piece(row, prompt[start:end], following is None, False, following)], nobody_B).read()
+    batch.step([], all_B).read()
+    return batch
+
+
+def time_steps(batch: DeviceBatch, num_rows: int) -> Timed:
+    """Time steps in which all rows decode."""
+    all_B = np.arange(batch.num_rows) < num_rows
     ends, counts, ahead = [], [], batch.step([], all_B)
     for _ in range(WARM_UP + STEPS.value):
         step, ahead = ahead, batch.step([], all_B)
