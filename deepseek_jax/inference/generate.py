@@ -1,6 +1,6 @@
 """Generation of text: prompts go through the model, then tokens follow and are yielded as they are made."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -93,8 +93,18 @@ def prompt_ids(config: Config, tokenizer: Tokenizer, prompt: str | Sequence[int]
 
 
 def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
-    """Return weights whose head lacks the ids that no token has: they are never trained."""
-    known_DV = weights.params["head_DV"][:, : tokenizer.vocab_size]
+    """Return weights whose head lacks the ids that no token has: they are never trained.
+
+    Raises:
+        ValueError: they are not `Weights`, or have no head.
+    """
+    if not isinstance(weights, Weights):
+        raise ValueError(f"weights is of type {type(weights).__name__}; give `deepseek_jax.parameters.Weights`")
+    trees = weights.params, weights.router_bias
+    head_DV = weights.params.get("head_DV") if all(isinstance(tree, Mapping) for tree in trees) else None
+    if getattr(head_DV, "ndim", None) != 2:
+        raise ValueError("weights has no matrix head_DV in its params; give all weights of a model")
+    known_DV = head_DV[:, : tokenizer.vocab_size]
     return weights._replace(params=weights.params | {"head_DV": known_DV})
 
 

@@ -119,7 +119,9 @@ class Delta(NamedTuple):
     error: str | None = None
 
 
-Listener = Callable[[Delta], None]  # called by the engine's thread; it must return at once and not raise
+# Called by the engine's thread; it must return at once. If it raises, the log says so once, and its job is cancelled:
+# it is called for the last delta only.
+Listener = Callable[[Delta], None]
 
 
 class Ticket(Protocol):

@@ -21,12 +21,14 @@ class Reply:
         job: what was asked for.
         words_W: what the next token may be, where there is a grammar; see `job.Grammar`.
         num_logprobs: most probable tokens that come with each; None without log-probabilities.
+        is_unheard: the listener has raised, which the log says once.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, listener: Listener, vocab_size: int):
         """Begin an empty text; ValueError if a stop string is empty, or what `job.grammar` raises."""
         self.job = job
         self._listener = listener
+        self.is_unheard = False
         self._text = Text(tokenizer, job.stop, job.ignore_eos, job.spelled)
         own = job.own.num_logprobs
         self.num_logprobs = job.sampling.num_logprobs if own is None else own
@@ -132,7 +134,9 @@ class Reply:
         try:
             self._listener(delta)
         except Exception:  # of somebody else's code: the other jobs go on
-            logging.getLogger(__name__).exception("a listener has raised; its job goes on")
+            if not self.is_unheard:
+                logging.getLogger(__name__).exception("a listener has raised; its job is cancelled")
+            self.is_unheard = True
 
 
 def _token_logprobs(ids: Sequence[int], logprobs: Logprobs, count: int | None) -> list[TokenLogprob]:

@@ -274,6 +274,8 @@ class Stepper:
             self.counters.add(reply.num_tokens - before)
             if reason:
                 self._leave(member, reason)
+            elif reply.is_unheard:
+                self._end(member, CANCELLED)
 
     def _end(self, member: Member, reason: str, error: str | None = None) -> None:
         """End a job that has not ended, and tell so."""

@@ -12,6 +12,7 @@ from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import ClosedError, Job, QueueFullError
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
+from deepseek_jax.parameters import Weights
 from tests.support.fake_batch import VERSION, FakeBatch, fake_weights, logprob, text_ids
 
 TOKENIZER = byte_tokenizer()
@@ -333,6 +334,11 @@ def test_new_weights_at_once(running):
             engine.update_weights(fake_weights(None))
         with pytest.raises(ValueError, match="'sometimes'"):
             engine.update_weights(fake_weights(1), running="sometimes")
+        with pytest.raises(ValueError, match="of type NoneType; give .*Weights"):
+            engine.update_weights(None)
+        for params, bias in ((None, {}), ({}, {}), ({"head_DV": None}, {}), (fake_weights(1).params, None)):
+            with pytest.raises(ValueError, match="no matrix head_DV"):
+                engine.update_weights(Weights(params, bias))
         assert engine.generate([job])[0].versions == [1] * 400
     num_old = answer.versions.count(0)
     assert answer.ids[:num_old] == want_ids(batch, job)[:num_old] and num_old >= 20
@@ -417,7 +423,7 @@ def test_close_drains_for_so_long():
     assert not engine.batch.rows, "another engine may take the batch"
 
 
-def test_a_listener_may_submit_cancel_and_raise():
+def test_a_listener_may_submit_and_cancel():
     heard, third, tickets = Heard(), Heard(), []
 
     def listen(delta):
@@ -425,13 +431,29 @@ def test_a_listener_may_submit_cancel_and_raise():
             tickets.append(engine.submit(long_job(4), third))
             first.cancel()
         heard(delta)
-        raise KeyError("a fault of the caller")
 
     with Engine(endless_batch(), TOKENIZER) as engine:
         first = engine.submit(long_job(), listen)
         assert heard.answer().finish_reason == "cancelled"
         assert len(third.answer().ids) == 4
         first.cancel()
+
+
+def test_a_listener_that_raises_ends_its_job_alone_and_is_logged_once(caplog):
+    heard, other = Heard(), Heard()
+
+    def listen(delta):
+        heard(delta)
+        if len(heard) >= 3:
+            raise KeyError("a fault of the caller")
+
+    with Engine(endless_batch(), TOKENIZER) as engine:
+        engine.submit(long_job(), listen)
+        engine.submit(long_job(50, prompt=[6]), other)
+        assert heard.answer().finish_reason == "cancelled" and len(heard) == 4
+        assert len(other.answer().ids) == 50
+        check_pages_are_back(engine)
+    assert [record.getMessage() for record in caplog.records] == ["a listener has raised; its job is cancelled"]
 
 
 @pytest.mark.parametrize(
