@@ -24,6 +24,7 @@ from absl import flags
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
+from deepseek_jax.inference.opening import check_opening
 from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inputs import printable_lines, shown
 from experiments import command, session
@@ -185,8 +186,15 @@ def open_service(source: Source) -> "Service":
 
 
 def open_engine(source: Source, tokenizer: Tokenizer) -> Engine:
-    """Read the weights, and compile what decodes them."""
+    """Read the weights, and compile what decodes them; sizes that cannot be are refused before."""
     mesh = expert_mesh(source.config.model, num_devices=1)
+    sizes = {
+        "num_rows": BATCH_SIZE.value,
+        "num_pages": None if CACHE_TOKENS.value is None else -(-CACHE_TOKENS.value // PAGE_SIZE),
+        "num_positions": MOST_POSITIONS.value,
+        "num_drafts": NUM_DRAFTS.value,
+    }
+    check_opening(source.config, tokenizer, mesh, **sizes)
     begun = time.monotonic()
     weights = source.load(mesh)
     print(f"{source.config.name}: weights read in {time.monotonic() - begun:.1f} s", flush=True)
@@ -196,10 +204,7 @@ def open_engine(source: Source, tokenizer: Tokenizer) -> Engine:
         weights,
         tokenizer,
         mesh,
-        num_rows=BATCH_SIZE.value,
-        num_pages=None if CACHE_TOKENS.value is None else -(-CACHE_TOKENS.value // PAGE_SIZE),
-        num_positions=MOST_POSITIONS.value,
-        num_drafts=NUM_DRAFTS.value,
+        **sizes,
         drafting_rows=DRAFTING_ROWS.value,
         most_waiting=MOST_WAITING.value,
         seed=SEED.value,

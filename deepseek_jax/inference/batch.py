@@ -93,7 +93,7 @@ class DeviceBatch:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
         """
         check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
-        check_drafts(num_drafts)
+        check_drafts(num_drafts, config.model)
         self.num_devices = axis_size(mesh, ROWS)
         self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens

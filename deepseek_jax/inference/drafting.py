@@ -17,10 +17,15 @@ from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parameters import ROWS, P, Weights
 
 
-def check_drafts(num_drafts: int) -> None:
-    """Refuse more drafts than a step verifies."""
+def check_drafts(num_drafts: int, model: Model) -> None:
+    """Refuse more drafts than a step verifies, and drafts of a model without an MTP layer."""
     if not 0 <= num_drafts <= MOST_DRAFTS:
         raise ValueError(f"num_drafts = {num_drafts} must be from 0 to {MOST_DRAFTS}; 0 drafts nothing")
+    if num_drafts and not model.num_mtp_layers:
+        raise ValueError(
+            f"num_drafts = {num_drafts} needs an MTP layer, and the model has none (model.num_mtp_layers = 0); set"
+            " num_drafts to 0"
+        )
 
 
 class DraftingCalls(Calls):

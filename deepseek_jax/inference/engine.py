@@ -66,10 +66,7 @@ class Engine:
             prefill_beside: prompt tokens of a device in a step in which jobs also get new tokens; fewer make their
                 tokens come more evenly, and prompts later. 0 takes all that the batch can.
         """
-        if most_waiting < 1:
-            raise ValueError(f"most_waiting = {most_waiting} must be at least 1")
-        if not 0 <= prefill_beside <= batch.most_prefill_tokens:
-            raise ValueError(f"prefill_beside = {prefill_beside} must be from 0 to {batch.most_prefill_tokens}")
+        _check_options(most_waiting, prefill_beside, batch.most_prefill_tokens)
         self.batch, self.tokenizer = batch, tokenizer
         self._numbers = itertools.count()
         self._inbox = Inbox(most_waiting)
@@ -93,12 +90,17 @@ class Engine:
         num_drafts: int = 0,
         drafting_rows: int | None = None,
         silent: bool = False,
-        **options: int,
+        most_waiting: int = 1024,
+        seed: int = 0,
+        version: int = 0,
+        prefill_beside: int = 0,
     ) -> Self:
         """Place the weights, compile all programs, and return an engine.
 
-        The arguments up to `silent` are those of `opening.open_batch`, and `options` those of the class.
+        The arguments up to `silent` are those of `opening.open_batch`, and the others those of the class.
         """
+        _check_options(most_waiting, prefill_beside, most_prefill_tokens)
+        options = {"most_waiting": most_waiting, "seed": seed, "version": version, "prefill_beside": prefill_beside}
         sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
         sizes["most_prefill_tokens"] = most_prefill_tokens
         rest = {"num_drafts": num_drafts, "drafting_rows": drafting_rows, "silent": silent}
@@ -242,6 +244,13 @@ class Engine:
                 return self.submit(job, answers.listener(i))
             except QueueFullError as error:
                 answers.wait_for_one(min(error.retry_after, 0.1))
+
+
+def _check_options(most_waiting: int, prefill_beside: int, most_prefill_tokens: int) -> None:
+    if most_waiting < 1:
+        raise ValueError(f"most_waiting = {most_waiting} must be at least 1")
+    if not 0 <= prefill_beside <= most_prefill_tokens:
+        raise ValueError(f"prefill_beside = {prefill_beside} must be from 0 to {most_prefill_tokens}")
 
 
 class _Ticket:

@@ -5,9 +5,11 @@ import jax
 from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.batch import DeviceBatch
+from deepseek_jax.inference.batch_checks import check_pages, check_sizes
 from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
+from deepseek_jax.inference.drafting import check_drafts
 from deepseek_jax.inference.generate import expert_mesh, known_ids, longest_text
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.page_pool import PAGE_SIZE
@@ -51,15 +53,11 @@ def open_batch(
     Raises:
         ValueError: sizes out of range, a cache that does not fit, or more positions than the model knows.
     """
-    longest = longest_text(config)
-    if num_positions is not None and not 1 <= num_positions <= longest:
-        raise ValueError(f"num_positions = {num_positions} must be from 1 to {longest}, which the model knows")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is"
-            f" {config.model.vocab_size}; use the tokenizer of the model's training"
-        )
-    mesh, num_positions = mesh or expert_mesh(config.model, 1), num_positions or longest
+    mesh = mesh or expert_mesh(config.model, 1)
+    sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
+    sizes["most_prefill_tokens"] = most_prefill_tokens
+    check_opening(config, tokenizer, mesh, **sizes, num_drafts=num_drafts)
+    num_positions = num_positions or longest_text(config)
     with jax.set_mesh(mesh):
         execution, known = decode_execution(config, mesh), known_ids(weights, tokenizer)
         placed = decode_weights(config.model, execution, known, mesh, num_drafts > 0)
@@ -81,6 +79,39 @@ def open_batch(
     return batch
 
 
+def check_opening(
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    *,
+    num_rows: int,
+    num_pages: int | None = None,
+    num_positions: int | None = None,
+    most_prefill_tokens: int = 2048,
+    num_drafts: int = 0,
+) -> None:
+    """Refuse what `open_batch` cannot open, as far as it can be told before the weights are read.
+
+    Raises:
+        ValueError: as `open_batch`.
+    """
+    model, longest = config.model, longest_text(config)
+    if num_positions is not None and not 1 <= num_positions <= longest:
+        raise ValueError(f"num_positions = {num_positions} must be from 1 to {longest}, which the model knows")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, and model.vocab_size is {model.vocab_size}; use"
+            " the tokenizer of the model's training"
+        )
+    num_positions = num_positions or longest
+    check_drafts(num_drafts, model)
+    check_sizes(num_rows, 1 if num_pages is None else num_pages, num_positions, most_prefill_tokens)
+    if num_pages is None:
+        fitting_pages(config, mesh, num_rows, num_positions, num_drafts)
+    else:
+        check_pages(cache_bytes_per_token(model, decode_execution(config, mesh), num_drafts > 0), num_pages, mesh)
+
+
 def compile_batch(batch: DeviceBatch, silent: bool) -> None:
     """Compile all programs of a batch, and show how far it is."""
     bars: list[Bar] = []
@@ -100,7 +131,7 @@ def fitting_pages(
 ) -> int:
     """Return pages of each device: for all rows at their longest, or what `PAGES_SHARE` of the free memory holds.
 
-    Call it when the weights are placed.
+    Call it when the weights are placed: before, the memory that they take counts as free.
 
     Raises:
         ValueError: not even one sequence fits.

@@ -12,6 +12,7 @@ import pytest
 
 from configs import tiny
 from deepseek_jax.config import from_config_dict, to_dict
+from deepseek_jax.data.bpe import byte_tokenizer
 from tests.experiments.doors import SECONDS, case, doors, put, tree
 
 pytestmark = pytest.mark.xdist_group("wrong_inputs")
@@ -22,7 +23,10 @@ NEW = f"{TINY} --workdir={{d}}/W"
 FILE = {"file": "a file"}
 CORPUS = {f"corpus/{i}.txt": f"Text number {i}.\n" * 40 for i in range(8)}
 NANO = "--config=tests/training/nano.py:{d}/corpus --workdir={d}/W"
-RUN = {"W/config.json": json.dumps(to_dict(from_config_dict(tiny.get_config())))}
+CONFIG = from_config_dict(tiny.get_config())
+RUN = {"W/config.json": json.dumps(to_dict(CONFIG))}
+WITHOUT_MTP = {"W/config.json": json.dumps(to_dict(CONFIG.with_(model={"num_mtp_layers": 0})))}
+SERVED = RUN | {"W/tokenizer.json": byte_tokenizer().save}
 BASE = "--hf=tests/golden/v2"
 FP32 = f"{BASE} --precision=fp32 --config.execution.precision=fp32"
 LINK = {"link": lambda path: path.symlink_to(path.with_name("nothing"))}
@@ -93,6 +97,10 @@ FLAGS = [
     case("serve", "--workdir={d}/W --name=", "--name", "give some letters"),
     case("serve", "--workdir={d}/W --batch_size=0", "--batch_size=0", "made at once"),
     case("serve", "--workdir={d}/W --distributed", "runs in one process"),
+    # before the weights, of which there are none
+    case("serve", "--workdir={d}/W --port=0 --most_positions=257", "257", "from 1 to 256", files=SERVED),
+    case("serve", "--workdir={d}/W --port=0 --cache_tokens=9999999999", "pages takes", "would fit", files=SERVED),
+    case("serve", "--workdir={d}/W --port=0 --num_drafts=1", "num_drafts = 1", "to 0", files=SERVED | WITHOUT_MTP),
     case("generate", "--workdir=tests/golden/v2 --prompt=x", "and no run", "give --hf"),
     case("generate", "--workdir={d}/W --chat", "has no chat_template", "add one of them", files=RUN),
     case("generate", "--workdir={d}/W --prompt=x --data_devices=3", "3", "--cpu_devices", files=RUN),
