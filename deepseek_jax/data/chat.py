@@ -40,6 +40,8 @@ from deepseek_jax.inputs import read_json, read_text, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # Private use characters: no template takes them for spaces or letters.
+JSON_TYPES = {"NoneType": "null", "str": "string", "dict": "object"}
+_TYPE = re.compile(rf"\b({'|'.join(JSON_TYPES)})\b")
 MARK = f"\ue000{secrets.token_hex(16)}\ue000"
 
 
@@ -215,8 +217,10 @@ def _spelled(tokens: tuple[str, ...]) -> re.Pattern:
 
 
 def _told(error: BaseException) -> str:
-    """Return what is wrong; an exception of Python's own with its name."""
-    return shown(str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}")
+    """Return what is wrong; an exception of Python's own with its name, and with JSON's names of types."""
+    if isinstance(error, jinja2.TemplateError):
+        return shown(str(error))
+    return shown(f"{type(error).__name__}: {_TYPE.sub(lambda found: JSON_TYPES[found[0]], str(error))}")
 
 
 def _split(text: str) -> list[str]:

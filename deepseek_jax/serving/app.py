@@ -17,6 +17,7 @@ from deepseek_jax.serving.chat import read_chat
 from deepseek_jax.serving.completions import read_completion
 from deepseek_jax.serving.door import Door
 from deepseek_jax.serving.errors import ApiError, answer_api_error, answer_fault, answer_http_exception
+from deepseek_jax.serving.fields import told
 from deepseek_jax.serving.page import page_files
 from deepseek_jax.serving.service import Service
 
@@ -109,7 +110,7 @@ def _metrics(service: Service) -> Endpoint:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     if name != service.model.name:
-        message = f"the model {name[:200]!r} does not exist; GET /v1/models names the one that does"
+        message = f"the model {told(name)} does not exist; GET /v1/models names the one that does"
         raise ApiError(404, message, param="model", code="model_not_found")
     return service.model.described()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from typing import Any
 
@@ -82,9 +83,12 @@ def parse(content: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is not UTF-8 (byte {error.start})", code="invalid_json") from error
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error
-    except ValueError as error:  # also for an integer of thousands of digits
+    except json.JSONDecodeError as error:
         told = shown(str(error))[:LONGEST_LINE]
-        raise ApiError(400, f"the body is not JSON that can be used: {told}", code="invalid_json") from error
+        raise ApiError(400, f"the body is not JSON: {told}", code="invalid_json") from error
+    except ValueError as error:  # Python's limit for integers
+        message = f"the body has a number of more than {sys.get_int_max_str_digits():,} digits; write fewer"
+        raise ApiError(400, message, code="invalid_json") from error
     if not isinstance(found, dict):
         raise ApiError(400, "the body is JSON, but no object; send one in braces", code="invalid_json")
     if b"\\u" in content:
@@ -93,7 +97,8 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    message = f"the body has {name}, which is not JSON; write a number, or null"
+    raise ApiError(400, message, code="invalid_json")
 
 
 def _refuse_surrogates(found: dict[str, Any]) -> None:

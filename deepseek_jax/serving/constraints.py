@@ -17,8 +17,8 @@ from typing import Any
 from deepseek_jax.data.deepseek_chat import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.job import Grammar
-from deepseek_jax.inputs import shown
 from deepseek_jax.serving.conversation import Choice
+from deepseek_jax.serving.fields import told
 from deepseek_jax.serving.grammar import Grammars, json_rule
 from deepseek_jax.serving.reasoning import Tokens, after_reasoning, reasoning_tokens
 from deepseek_jax.serving.schema import MOST_CHARACTERS, schema_text
@@ -128,11 +128,11 @@ def read_response_format(value: Any) -> Any:
         return _ANY_OBJECT
     if kind != "json_schema" or not isinstance(value, Mapping):
         raise ValueError(
-            f"response_format is {shown(repr(kind))[:80]}; its type must be 'text', 'json_object' or 'json_schema'"
+            f'response_format is {told(kind)[:80]}; its type must be "text", "json_object" or "json_schema"'
         )
     given = value.get("json_schema")
     if not isinstance(given, Mapping) or given.get("schema") is None:
-        raise ValueError("response_format.json_schema has no schema; give {'name': ..., 'schema': {...}}")
+        raise ValueError('response_format.json_schema has no schema; give {"name": ..., "schema": {...}}')
     return given["schema"]
 
 
@@ -145,5 +145,5 @@ def _parameters(schema: Mapping | None, name: str) -> Mapping:
     if not schema:
         return _ANY_OBJECT
     if schema.get("type", "object") != "object":
-        raise ValueError(f"{name} has the type {shown(repr(schema['type']))[:80]}; arguments are an object")
+        raise ValueError(f"{name} has the type {told(schema['type'])[:80]}; arguments are an object")
     return {"type": "object", **schema}

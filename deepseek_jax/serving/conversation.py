@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from deepseek_jax.inputs import shown
+from deepseek_jax.serving.fields import told
 
 MOST_TOOLS = 512
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -50,12 +50,12 @@ def read_choice(tools: Any, tool_choice: Any, parallel: bool) -> Choice:
         mode = tool_choice if found else "none"
         return Choice(mode, found if mode != "none" else [], parallel)
     if tool_choice == "required":
-        raise ValueError("tool_choice is 'required', and there are no tools; give tools, or leave it out")
+        raise ValueError('tool_choice is "required", and there are no tools; give tools, or leave it out')
     function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
     if not isinstance(function, Mapping) or tool_choice.get("type", "function") != "function":
         raise ValueError(
-            f"tool_choice is {_told(tool_choice)}; give 'none', 'auto', 'required' or"
-            " {'type': 'function', 'function': {'name': ...}}"
+            f'tool_choice is {_told(tool_choice)}; give "none", "auto", "required" or'
+            ' {"type": "function", "function": {"name": ...}}'
         )
     named = [tool for tool in found if tool["function"]["name"] == function.get("name")]
     if not named:
@@ -138,16 +138,16 @@ def _read_tools(value: Any) -> list[dict[str, Any]]:
         where = f"tools[{i}]"
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or tool.get("type") != "function":
-            raise ValueError(f"{where} is {_told(tool)}; it must have the type 'function' and a function")
+            raise ValueError(f'{where} is {_told(tool)}; it must have the type "function" and a function')
         name = function.get("name")
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
             raise ValueError(f"{where}.function.name is {_told(name)}; it may have letters, digits and _ . : / - only")
         if name in names:
-            raise ValueError(f"{where}.function.name is {name!r}, as that of another tool; give each its own")
+            raise ValueError(f"{where}.function.name is {_told(name)}, as that of another tool; give each its own")
         names.add(name)
-        for key, kind in (("description", str), ("parameters", Mapping)):
+        for key, kind, word in (("description", str, "a text"), ("parameters", Mapping, "an object")):
             if function.get(key) is not None and not isinstance(function[key], kind):
-                raise ValueError(f"{where}.function.{key} is {_told(function[key])}, which has the wrong type")
+                raise ValueError(f"{where}.function.{key} is {_told(function[key])}; it must be {word}")
     return value
 
 
@@ -171,4 +171,4 @@ def _in_order(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _told(value: Any) -> str:
-    return shown(repr(value))[:80]
+    return told(value)[:80]

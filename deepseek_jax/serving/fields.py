@@ -1,5 +1,6 @@
 """The fields of a request's body, each of its type and within its range; null is the same as nothing."""
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, overload
@@ -14,13 +15,11 @@ def wrong(name: str, value: Any, remedy: str) -> ApiError:
 
 
 def told(value: Any) -> str:
-    """Return a value as a message shows it: short, and without building the text of a large one."""
-    if isinstance(value, str):
-        return shown(repr(value[:400]))
-    if isinstance(value, list | dict):
-        kind = "a list" if isinstance(value, list) else "an object"
-        return f"{kind} of {len(value)}" if len(value) > 8 else shown(repr(value))
-    return shown(repr(value))
+    """Return a value as a message shows it: in JSON, short, and without building the text of a large one."""
+    if isinstance(value, list | dict) and len(value) > 8:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    value = value[:400] if isinstance(value, str) else value
+    return shown(json.dumps(value, ensure_ascii=False, default=repr))
 
 
 class Fields:

@@ -8,7 +8,7 @@ from deepseek_jax.inference.job import Grammar, Job
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.serving.errors import ApiError
-from deepseek_jax.serving.fields import Fields, wrong
+from deepseek_jax.serving.fields import Fields, told, wrong
 from deepseek_jax.serving.model import Model
 
 MOST_CHOICES = 128  # OpenAI's
@@ -65,7 +65,7 @@ def read_wishes(fields: Fields, model: Model) -> Wishes:
     fields.refuse(NOT_DONE)
     name = fields.text("model")
     if name is not None and name != model.name:
-        message = f"the model {name[:200]!r} does not exist; GET /v1/models names the one that does"
+        message = f"the model {told(name)} does not exist; GET /v1/models names the one that does"
         raise ApiError(404, message, param="model", code="model_not_found")
     ignore_eos = fields.boolean("ignore_eos")
     stop_ids = fields.ids("stop_token_ids", model.vocab_size)

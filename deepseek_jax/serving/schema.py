@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepseek_jax.inputs import shown
+from deepseek_jax.serving.fields import told
 
 MOST_CHARACTERS = 256 * 1024  # of a schema as JSON
 MOST_DEPTH = 64  # as JSON
@@ -38,7 +39,7 @@ def schema_text(schema: Any, name: str) -> str:
     if schema is True:
         schema = {}
     if not isinstance(schema, Mapping):
-        found = "false, which nothing fits" if schema is False else shown(repr(schema))[:80]
+        found = "false, which nothing fits" if schema is False else told(schema)[:80]
         raise ValueError(f"{name} is {found}; give a JSON schema, an object")
     _check_size(schema, name)
     try:

@@ -255,6 +255,7 @@ def test_a_template_may_ask_for_the_time():
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ 'a'.encode('\\ud800') }}", "Error"),
         ("{{ [1].index(2) }}", "ValueError: 2 is not in list"),
+        ("{{ messages[0].content + none }}", r'TypeError: can only concatenate string \(not "null"\) to string'),
         ("{{ '{:d}'.format('a') }}", "ValueError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),

@@ -252,7 +252,7 @@ def test_tools_and_a_format_together_and_strict_tools(formats):
     [
         ({"messages": []}, "messages is"),
         ({"tools": [1]}, r"tools\[0\] is 1"),
-        ({"response_format": {"type": "xml"}}, "response_format is 'xml'; its type must be"),
+        ({"response_format": {"type": "xml"}}, 'response_format is "xml"; its type must be'),
         ({"response_format": "json_schema"}, "response_format is"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema has no schema"),
         (

@@ -58,6 +58,24 @@ def test_bodies_that_are_no_json(server, content):
     refused(post(server, content), 400, code="invalid_json")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "a number of more than 4,300 digits; write fewer"),
+        ('{"prompt": "a", "temperature": NaN}', "the body has NaN, which is not JSON; write a number"),
+        ('{"prompt": null}', "prompt is null; write a text"),
+        ('{"prompt": "a", "temperature": true}', "temperature is true; write a number"),
+        ('{"prompt": "a", "stop": {"a": [null, false]}}', 'stop is {"a": [null, false]}; write'),
+        ('{"prompt": "a", "echo": "it\'s"}', 'echo is "it\'s"; write true or false'),
+        ('{"prompt": "a", "response_format": {"type": null}}', 'is null; its type must be "text", "json_object"'),
+        ('{"prompt": "a", "model": "x\\ny"}', r'the model "x\ny" does not exist'),
+    ],
+)
+def test_a_message_speaks_json_and_not_python(server, content, words):
+    message = post(server, content).json()["error"]["message"]
+    assert words in message, message
+
+
 def test_a_compressed_body_is_refused_as_such(server):
     answer = post(server, gzip.compress(b'{"prompt": "a"}'), **{"content-encoding": "gzip"})
     assert "gzip" in refused(answer, 415)

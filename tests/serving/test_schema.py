@@ -45,7 +45,7 @@ def test_schemas_pass_as_they_are(schema):
     ("schema", "complaint"),
     [
         ([], "s is \\[\\]; give a JSON schema"),
-        (None, "s is None"),
+        (None, "s is null"),
         (False, "s is false"),
         ({"a": {1, 2}}, "s is not JSON"),
         ({"const": "\ud800"}, "s is not JSON"),
