@@ -12,7 +12,7 @@ from deepseek_jax.serving.errors import ApiError
 from deepseek_jax.serving.fields import Fields, wrong
 from deepseek_jax.serving.jobs import LARGEST_INTEGER, check_count, check_room, make_jobs, read_wishes
 from deepseek_jax.serving.model import Model
-from deepseek_jax.serving.reply import CallArguments, CallStart, Content, Piece, Reasoning, Reply
+from deepseek_jax.serving.reply import CallArguments, CallStart, Content, Piece, Reasoning, ReplyReader
 from deepseek_jax.serving.service import Service
 from deepseek_jax.serving.token_logprobs import chat_logprobs
 
@@ -63,7 +63,7 @@ def read_chat(service: Service, body: dict[str, Any]) -> Answer:
         grammar=chat.grammar,
         spelled=chat.spelled,
     )
-    choices = [ChatChoice(i, model, chat.reply(), num_logprobs is not None) for i in range(len(jobs))]
+    choices = [ChatChoice(i, model, chat.reader(), num_logprobs is not None) for i in range(len(jobs))]
     return Answer(service, FORM, wishes, jobs, choices)
 
 
@@ -121,18 +121,18 @@ def prepare(model: Model, fields: Fields) -> "Chat":
 class ChatChoice:
     """One reply of an answer."""
 
-    def __init__(self, index: int, model: Model, reply: Reply, logprobs: bool):
+    def __init__(self, index: int, model: Model, reader: ReplyReader, logprobs: bool):
         """Start a reply."""
-        self._index, self._model, self._reply, self._logprobs = index, model, reply, logprobs
+        self._index, self._model, self._reader, self._logprobs = index, model, reader, logprobs
         self._begun = False
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         """Return what a delta adds: an entry for each piece, and one for the end."""
-        pieces = self._reply.push(delta.text)
+        pieces = self._reader.push(delta.text)
         reason, extra = end_of(delta)
         if reason is not None:
-            pieces = pieces + self._reply.finish()
-            reason = self._reply.finish_reason(reason)
+            pieces = pieces + self._reader.finish()
+            reason = self._reader.finish_reason(reason)
         found = chat_logprobs(self._model, delta.logprobs) if self._logprobs and delta.logprobs else []
         parts = []
         if not self._begun and (pieces or found or reason is not None):

@@ -29,7 +29,7 @@ from deepseek_jax.inputs import local_path, read_json, read_text, shown
 from deepseek_jax.serving.constraints import Constraints
 from deepseek_jax.serving.conversation import Choice, read_choice, read_messages
 from deepseek_jax.serving.grammar import Grammars
-from deepseek_jax.serving.reply import END_THINK, STRUCTURE, THINK, Reply, mark
+from deepseek_jax.serving.reply import END_THINK, STRUCTURE, THINK, ReplyReader, mark
 from deepseek_jax.serving.schema import check_depth
 
 FORMS = {"v3": deepseek_chat.V3, "r1": deepseek_chat.R1, "v3.1": deepseek_chat.V3_1}
@@ -47,13 +47,13 @@ class Chat(NamedTuple):
         prompt: ids.
         grammar: what the reply must be, for `Job.grammar`.
         spelled: texts that stand for tokens, for `Job.spelled`.
-        reply: makes what reads one reply.
+        reader: makes what reads one reply.
     """
 
     prompt: list[int]
     grammar: Callable[[], Grammar] | None
     spelled: Mapping[int, str]
-    reply: Callable[[], Reply]
+    reader: Callable[[], ReplyReader]
 
 
 class ChatFormat:
@@ -150,7 +150,7 @@ class ChatFormat:
         marks = {mark(name): name for name in names if name in ids}
         if THINK not in ids and END_THINK in self._template.source:
             marks |= {name: name for name in (THINK, END_THINK)}
-        return Chat(prompt, grammar, spelled, lambda: Reply(marks, thinking))
+        return Chat(prompt, grammar, spelled, lambda: ReplyReader(marks, thinking))
 
     def _encode(self, messages: list[dict[str, Any]], choice: Choice, variables: dict[str, Any]) -> list[int]:
         template = self._template

@@ -1,9 +1,9 @@
 """What a reply's text means, while it comes: reasoning, content, calls of tools.
 
-    reply = chat.reply()
+    reader = chat.reader()
     for delta in ...:
-        pieces = reply.push(delta.text)       # Reasoning | Content | CallStart | CallArguments
-    pieces = reply.finish()
+        pieces = reader.push(delta.text)       # Reasoning | Content | CallStart | CallArguments
+    pieces = reader.finish()
 
 However the text is cut, the pieces joined are the same. Nothing raises, and nothing is lost but the tokens that give
 structure and the line breaks beside them:
@@ -52,7 +52,7 @@ def mark(name: str) -> str:
     return chr(0xD800 + STRUCTURE.index(name))
 
 
-class Reply:
+class ReplyReader:
     """Reads one reply."""
 
     def __init__(self, marks: Mapping[str, str], thinking: bool):

@@ -136,7 +136,7 @@ def test_reasoning_is_open_where_the_prompt_ends_so(formats):
         (formats["v3.1"].prepare(result, variables=thinking), Content),
         (released.prepare(USER), Content),
     ):
-        assert chat.reply().push("x") == [piece("x")]
+        assert chat.reader().push("x") == [piece("x")]
         assert set(map(tokenizer().special_ids.get, ("<think>", "</think>"))) == chat.spelled.keys()
 
 
@@ -145,7 +145,7 @@ def test_a_tokenizer_without_think_tokens_reads_them_as_text():
     template = ChatTemplate("{{ messages[0].content.split('</think>')[-1] }}")
     chat = ChatFormat(ours, template, vocab_size=300).prepare(USER)
     assert chat.spelled == {} and bytes(ours.decode_bytes(chat.prompt)) == b"hi"
-    reply = chat.reply()
+    reply = chat.reader()
     assert reply.push("<thi") + reply.push("nk>a</thin") + reply.push("k>b") == [Reasoning("a"), Content("b")]
 
 
@@ -178,7 +178,7 @@ def test_what_is_drawn_from_the_masks_is_read_as_calls(formats, name):
     chat = formats[name].prepare(USER, tools=strict, tool_choice="required")
     rng, ids = np.random.default_rng(0), tokenizer().special_ids
     for _ in range(3):
-        grammar, reply, text = chat.grammar(), chat.reply(), Text(tokenizer(), spelled=chat.spelled)
+        grammar, reply, text = chat.grammar(), chat.reader(), Text(tokenizer(), spelled=chat.spelled)
         pieces, count = [], 0
         while text.reason is None:
             may, count = allowed(grammar, V), count + 1

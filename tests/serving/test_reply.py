@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.data.deepseek_chat import CALL, CALLS, END_CALL, END_CALLS, SEPARATOR
 from deepseek_jax.inference.text import Text
-from deepseek_jax.serving.reply import STRUCTURE, THINK, Content, Reasoning, Reply, mark
+from deepseek_jax.serving.reply import STRUCTURE, THINK, Content, Reasoning, ReplyReader, mark
 from deepseek_jax.serving.tool_calls import MOST_HEADER, CallArguments, CallStart
 from tests.support.released import tokenizer
 
@@ -87,7 +87,7 @@ def marked(text):
 
 def read(parts, thinking=False, marks=MARKS):
     """Return reasoning, content, calls and the word for the end."""
-    reply = Reply(marks, thinking)
+    reply = ReplyReader(marks, thinking)
     pieces = [piece for part in parts for piece in reply.push(part)] + reply.finish()
     reasoning = content = ""
     calls, ids = [], set()
@@ -152,7 +152,7 @@ def test_without_marks_all_is_content():
 
 
 def test_pieces_come_as_soon_as_they_can():
-    reply = Reply(MARKS, thinking=False)
+    reply = ReplyReader(MARKS, thinking=False)
     assert reply.push("Hi") == [Content("Hi")]
     assert reply.push(marked(f" there{CALLS}{CALL}get")) == [Content(" there")]
     assert reply.push(marked(f"_time{SEPARATOR}")) == []
@@ -165,7 +165,7 @@ def test_pieces_come_as_soon_as_they_can():
 
 def test_the_end_has_openais_word():
     for reason in ("length", "error", "cancelled"):
-        reply = Reply(MARKS, thinking=False)
+        reply = ReplyReader(MARKS, thinking=False)
         reply.push(marked(V31))
         assert reply.finish_reason(reason) == reason
         assert reply.finish_reason("stop") == "tool_calls"
