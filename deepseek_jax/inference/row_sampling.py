@@ -5,9 +5,11 @@ that `sampling.choose` gives for its settings, its key and its position, up to r
 penalties, masks, draws, draws in the order of the logits, log-probabilities) is behind a condition of the device: it is
 left out while no row of the step needs it. So greedy rows alone sort nothing.
 
-Rows whose candidates are all tokens draw by id, and rows with top-k or top-p in the order of their logits, as there.
+The noise of a draw belongs to a token's id, whatever else is drawn from: rows whose candidates are all tokens sort
+nothing, and where top-k or top-p keep the largest of logit + noise, it is the same token.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ from deepseek_jax.inference.sampling import (
     Seen,
     argmax,
     biased,
+    drawn,
+    gumbel,
     keep_near,
     keep_top_p,
     log_probabilities,
@@ -89,9 +93,7 @@ def choose(choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array
     Rows that are not active get anything. A row gets `NO_TOKEN` where its logits are not numbers, and where its mask
     rules every token out.
     """
-    keys_B = jax.random.wrap_key_data(choice.key_data_B2, impl="threefry2x32")
-    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-    ids_B = _sample(choice, logits_BV, keys_B, active_B, seen)
+    ids_B = choose_ids(choice, logits_BV, positions_B, active_B, seen)
     wants_B = active_B & choice.wants_logprobs_B
     shapes = jax.eval_shape(lambda: log_probabilities(logits_BV, ids_B, MOST_LOGPROBS))
     logprobs = jax.lax.cond(
@@ -107,12 +109,11 @@ def choose_by_id(choice: Choice, logits_BV: Array, positions_B: Array, seen: See
 
     Nothing is sorted, and nothing is under a condition: the host of a GPU may have to wait where a program branches.
     """
-    keys_B = jax.random.wrap_key_data(choice.key_data_B2, impl="threefry2x32")
-    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    keys_B = _keys(choice, positions_B)
     sound_B, model_BV, warm_B = jnp.isfinite(logits_BV.max(axis=-1)), logits_BV, choice.sampling.temperature > 0
     logits_BV = _adjusted(choice, logits_BV, seen, lambda _, change, x: change(x))
     sound_B &= logits_BV.max(axis=-1) > -jnp.inf
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, _tempered(choice.sampling, logits_BV, warm_B))
+    drawn_B = argmax(_tempered(choice.sampling, logits_BV, warm_B) + gumbel(keys_B, logits_BV.shape[-1]))
     ids_B = jnp.where(warm_B, drawn_B, argmax(logits_BV))
     ids_B = jnp.where(sound_B, ids_B, NO_TOKEN).astype(jnp.int32)
     chosen_B1 = jnp.take_along_axis(model_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
@@ -137,16 +138,34 @@ def allowed(mask_BW: Array, vocab_size: int) -> Array:
     return bits_BWX.reshape(len(mask_BW), -1)[:, :vocab_size] > 0
 
 
-def adjusted(choice: Choice, logits_BV: Array, active_B: Array, seen: Seen) -> Array:
-    """Return logits with the bias and the penalties of each row, and -inf where its mask rules a token out."""
+def choose_ids(choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array, seen: Seen) -> Array:
+    """Return the tokens of `choose` alone."""
+    sampling, keys_B = choice.sampling, _keys(choice, positions_B)
+    sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
 
     def where_any(rows_B, change, logits_BV):
         return jax.lax.cond((active_B & rows_B).any(), change, lambda x: x, logits_BV)
 
-    return _adjusted(choice, logits_BV, seen, where_any)
+    logits_BV = _adjusted(choice, logits_BV, seen, where_any)
+    best_B = argmax(logits_BV).astype(jnp.int32)
+    sound_B &= logits_BV.max(axis=-1) > -jnp.inf
+    warm_B = sampling.temperature > 0
+    drawn_B = jax.lax.cond(
+        (active_B & warm_B).any(), lambda: _draw(sampling, logits_BV, keys_B, active_B & warm_B), lambda: best_B
+    )
+    return jnp.where(sound_B, jnp.where(warm_B, drawn_B, best_B), NO_TOKEN)
+
+
+def _keys(choice: Choice, positions_B: Array) -> Array:
+    keys_B = jax.random.wrap_key_data(choice.key_data_B2, impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in)(keys_B, positions_B)
 
 
 def _adjusted(choice: Choice, logits_BV: Array, seen: Seen, where_any: Callable) -> Array:
+    """Return logits with the bias and the penalties of each row, and -inf where its mask rules a token out.
+
+    `where_any(rows_B, change, logits_BV)` changes logits if there are such rows.
+    """
     sampling, bias = choice.sampling, choice.bias
     has_bias_B = (bias.ids_BJ[:, 0] < logits_BV.shape[-1]) if bias.ids_BJ.shape[1] else choice.masked_B & False
     logits_BV = where_any(has_bias_B, lambda x: biased(x, bias), logits_BV)
@@ -160,53 +179,17 @@ def _adjusted(choice: Choice, logits_BV: Array, seen: Seen, where_any: Callable)
     return where_any(choice.masked_B, masked, logits_BV)
 
 
-def kept(sampling: RowSampling, logits_BV: Array, warm_B: Array) -> Array:
-    """Return what each warm row draws from: logits over its temperature, -inf for tokens that are ruled out."""
-    logits_BV = _tempered(sampling, logits_BV, warm_B)
-    cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
-    rows_B1 = jnp.arange(len(logits_BV))[:, None]
-
-    def scattered(values_BK, ids_BK):
-        return jnp.full_like(logits_BV, -jnp.inf).at[rows_B1, ids_BK].set(values_BK)
-
-    def ranked():
-        return jnp.where(ranked_B[:, None], _among(sampling, logits_BV, warm_B & ranked_B, cut_B, scattered), logits_BV)
-
-    return jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: logits_BV)
-
-
-def _sample(choice: Choice, logits_BV: Array, keys_B: Array, active_B: Array, seen: Seen) -> Array:
-    sampling = choice.sampling
-    sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
-    logits_BV = adjusted(choice, logits_BV, active_B, seen)
-    best_B = argmax(logits_BV).astype(jnp.int32)
-    sound_B &= logits_BV.max(axis=-1) > -jnp.inf
-    warm_B = sampling.temperature > 0
-    drawn_B = jax.lax.cond(
-        (active_B & warm_B).any(), lambda: _draw(sampling, logits_BV, keys_B, active_B & warm_B), lambda: best_B
-    )
-    return jnp.where(sound_B, jnp.where(warm_B, drawn_B, best_B), NO_TOKEN)
-
-
 def _draw(sampling: RowSampling, logits_BV: Array, keys_B: Array, warm_B: Array) -> Array:
     """Return a token drawn for each warm row."""
-    categorical = jax.vmap(jax.random.categorical)
-    logits_BV = _tempered(sampling, logits_BV, warm_B)
+    logits_BV, noise_BV = _tempered(sampling, logits_BV, warm_B), gumbel(keys_B, logits_BV.shape[-1])
     cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
-
-    def by_id():
-        return categorical(keys_B, logits_BV).astype(jnp.int32)
-
-    def drawn(values_BK, ids_BK):
-        return jnp.take_along_axis(ids_BK, categorical(keys_B, values_BK)[:, None], axis=-1)[:, 0]
+    by_id_B = argmax(logits_BV + noise_BV).astype(jnp.int32)
 
     def ranked():
-        return _among(sampling, logits_BV, warm_B & ranked_B, cut_B, drawn)
+        finish = functools.partial(drawn, noise_BV=noise_BV)
+        return jnp.where(ranked_B, _among(sampling, logits_BV, warm_B & ranked_B, cut_B, finish), by_id_B)
 
-    nothing_B = vary(jnp.zeros(len(logits_BV), jnp.int32), keys_B)
-    by_id_B = jax.lax.cond((warm_B & ~ranked_B).any(), by_id, lambda: nothing_B)
-    ranked_B_ids = jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: nothing_B)
-    return jnp.where(ranked_B, ranked_B_ids, by_id_B)
+    return jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: by_id_B)
 
 
 def _tempered(sampling: RowSampling, logits_BV: Array, warm_B: Array) -> Array:

@@ -4,9 +4,10 @@ A draw is among candidates: tokens in the order of their logits, with -inf for t
 candidates. Top-p has the `CANDIDATES` most probable, and all tokens only where these do not reach p. So a step hardly
 ever sorts the vocabulary, and a greedy one never. Without top-k and top-p all tokens are candidates, by id.
 
-The draw is `jax.random.categorical`: it adds Gumbel noise and takes the maximum. The distribution is that of the
-released script, which divides probabilities by exponential noise. The noise of candidate i depends on the row's key,
-the position and i, but not on how many candidates there are: a row draws the same whatever its neighbours need.
+A draw adds Gumbel noise to the logits and takes the maximum. The distribution is that of the released script, which
+divides probabilities by exponential noise. A token's noise depends on the row's key, the position and the token's id,
+not on its rank or on the other candidates: a row draws the same whatever its neighbours need, and a drafter that has
+nearly the same logits draws the same token mostly (`acceptance`).
 """
 
 import dataclasses
@@ -206,17 +207,17 @@ def argmax(logits_BV: Array) -> Array:
 def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
     """Return one token id per row, drawn among those that top-k and then top-p keep."""
     vocab_size, top_k, top_p = logits_BV.shape[-1], sampling.top_k, sampling.top_p
-    categorical = jax.vmap(jax.random.categorical)
+    noise_BV = gumbel(keys_B, vocab_size)
 
     def among(values_BK: Array, ids_BK: Array, log_sum_B1: Array | None = None) -> Array:
         if top_p < 1.0:
             values_BK = keep_top_p(values_BK, top_p, log_sum_B1)
-        return jnp.take_along_axis(ids_BK, categorical(keys_B, values_BK)[:, None], axis=-1)[:, 0]
+        return drawn(values_BK, ids_BK, noise_BV)
 
     if 0 < top_k < vocab_size:
         return among(*jax.lax.top_k(logits_BV, top_k))
     if top_p == 1.0:
-        return categorical(keys_B, logits_BV)
+        return argmax(logits_BV + noise_BV)
     if vocab_size <= CANDIDATES:
         return among(*jax.lax.top_k(logits_BV, vocab_size))
     log_sum_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
@@ -227,6 +228,17 @@ def draw(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
         lambda: among(*few, log_sum_B1),
         lambda: among(*jax.lax.top_k(logits_BV, vocab_size), log_sum_B1),
     )
+
+
+def gumbel(keys_B: Array, vocab_size: int) -> Array:
+    """Return the noise [B, V] of each row's draw: the token of the largest logit + noise is drawn from the softmax."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,)))(keys_B)
+
+
+def drawn(values_BK: Array, ids_BK: Array, noise_BV: Array) -> Array:
+    """Return the token drawn among candidates, logits and their ids."""
+    best_B = jnp.argmax(values_BK + jnp.take_along_axis(noise_BV, ids_BK, axis=-1), axis=-1)
+    return jnp.take_along_axis(ids_BK, best_B[:, None], axis=-1)[:, 0]
 
 
 def penalized(sampling: Penalties, logits_BV: Array, seen: Seen) -> Array:

@@ -2,7 +2,7 @@
 
 A step of decoding reads every weight for one token of a row. It takes hardly longer for a few, so a row gets several
 tokens of a step where a cheap layer guesses them. DeepSeek-V3's guesses are its MTP layer's, right 85 to 90% of the
-time (section 5.4.3); `model.drafter` has that layer over the cache, `acceptance` the rule that keeps the distribution.
+time (section 5.4.3); `model.drafter` has that layer over the cache, `acceptance` the rule that keeps the text.
 
 A row has n tokens in its pages, the token t_n that was chosen and not yet run, and `draft_D`, the MTP layer's state at
 position n - 1. With k = 2 drafts, of which the first is right:
@@ -30,7 +30,7 @@ import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.inference.acceptance import Drafts, Verified, distribution, draw_drafts, verify
+from deepseek_jax.inference.acceptance import Drafts, Verified, tokens_at, verify
 from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows, run_decode
 from deepseek_jax.inference.row_sampling import Choice, counted
 from deepseek_jax.inference.row_state import Progress, Settings
@@ -208,23 +208,19 @@ def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
 
 def _draft(num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow) -> tuple[Drafts, Array]:
     """Draft tokens of each row, one after the other, at most `most_B` of them."""
-    ids, logs, states_BD = [], [], draft_BD
+    ids, states_BD = [], draft_BD
     for k in range(num_drafts):
         with jax.named_scope("draft"):
-            logits_BV = logits_of(head_DV, states_BD)
-            drafter = distribution(choice, logits_BV, k < most_B, seen)
-            ids_B = draw_drafts(choice, drafter, length_B + 1 + k)
-            most_B = jnp.where(jnp.isfinite(logits_BV.max(axis=-1)), most_B, jnp.minimum(most_B, k))
+            ids_B = tokens_at(choice, logits_of(head_DV, states_BD), length_B + 1 + k, k < most_B, seen)
+            most_B, ids_B = jnp.where(ids_B == NO_TOKEN, jnp.minimum(most_B, k), most_B), jnp.maximum(ids_B, 0)
             ids.append(ids_B)
-            logs.append(drafter.log_BV)
             if k + 1 < num_drafts:
                 seen = counted(choice, seen, ids_B, k < most_B)
                 guess = ids_B[:, None], states_BD[:, None], length_B + k, (k + 1 < most_B)[:, None]
                 states_BSD, pages = follow(pages, *guess)
                 states_BD = states_BSD[:, 0]
     ids_BK = jnp.stack(ids, axis=1) if ids else jnp.zeros((*length_B.shape, 0), jnp.int32)
-    log_BKV = jnp.stack(logs, axis=1) if ids and choice is not None else None
-    return Drafts(ids_BK, log_BKV, most_B), pages
+    return Drafts(ids_BK, most_B), pages
 
 
 def _advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: Array) -> tuple[Array, Progress]:
