@@ -73,6 +73,7 @@ def verify(
     length_B: Array,
     run_B: Array,
     seen: Seen | None,
+    behind_BW: Array | None = None,
     forced: float | None = None,
 ) -> Verified:
     """Let a first part of each row's drafts stand, and choose the token behind it.
@@ -84,10 +85,13 @@ def verify(
         length_B: position of the last token chosen; that of the first draft is one more.
         run_B: rows that take part.
         seen: by the rows, their last chosen token included; None where all are greedy.
+        behind_BW: masks of the tokens behind the first draft, of masked rows, which have no more than one.
         forced: accept each draft with this probability, whatever it is: for benchmarks with random weights.
     """
     tokens, accepted_B, going_B = [], jnp.zeros_like(length_B), run_B
     for s in range(logits_BSV.shape[1]):
+        if s == 1 and choice is not None and behind_BW is not None:
+            choice = choice._replace(mask_BW=behind_BW)
         positions_B = length_B + 1 + s
         ids_B, stands_B = tokens_at(choice, logits_BSV[:, s], positions_B, going_B, seen), going_B & False
         if s < drafts.ids_BK.shape[1]:

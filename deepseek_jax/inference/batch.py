@@ -16,6 +16,7 @@ step, a few rows in one small array. Programs are compiled for shapes that no jo
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -40,10 +41,18 @@ from deepseek_jax.inference.row_state import (
     closed_records,
     write_record,
 )
+from deepseek_jax.inference.sampling import NO_TOKEN
 from deepseek_jax.inference.step import Call, Piece, Step, pack
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS, Weights
+
+
+class Masks(NamedTuple):
+    """What a masked row may choose in a step."""
+
+    words_2W: np.ndarray  # of its next token, and of the token behind `draft`
+    draft: int
 
 
 class DeviceBatch:
@@ -114,7 +123,7 @@ class DeviceBatch:
         self._kind_B, self._wants_logprobs_B = np.zeros(self.num_rows, np.int8), np.zeros(self.num_rows, bool)
         self._routes_B = np.zeros(self.num_rows, bool)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed
-        self._masks: dict[int, np.ndarray] = {}
+        self._masks: dict[int, Masks] = {}
         self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -170,14 +179,19 @@ class DeviceBatch:
         device = self.device_of(row)
         self._copies += [(device, copy.source, copy.target) for copy in copies]
 
-    def set_mask(self, row: int, words_W: np.ndarray) -> None:
-        """Say which tokens may be chosen next for a `masked` row: bit i of int32 word w is token 32 w + i."""
+    def set_mask(
+        self, row: int, words_W: np.ndarray, draft: int = NO_TOKEN, behind_W: np.ndarray | None = None
+    ) -> None:
+        """Say which tokens may be chosen next for a `masked` row: bit i of int32 word w is token 32 w + i.
+
+        Where the batch drafts, the row may have a draft, and the mask of the token behind it.
+        """
         if row not in self._open or not self._open[row].masked:
             raise ValueError(f"row {row} is not open with `masked`; say so in its settings")
-        words_W = np.array(words_W, np.int32)
-        if words_W.shape != (self._calls.num_words,):
-            raise ValueError(f"a mask has shape {words_W.shape}; {self._calls.num_words} words are all tokens")
-        self._masks[row] = words_W
+        words_2W = np.array([words_W, np.zeros_like(words_W) if behind_W is None else behind_W], np.int32)
+        if words_2W.shape != (2, self._calls.num_words):
+            raise ValueError(f"a mask has shape {words_2W.shape[1:]}; {self._calls.num_words} words are all tokens")
+        self._masks[row] = Masks(words_2W, NO_TOKEN if behind_W is None else draft)
 
     def step(self, pieces: Sequence[Piece], rows_B: np.ndarray) -> Step:
         """Dispatch a step, and return at once.
@@ -267,9 +281,9 @@ class DeviceBatch:
                 self._calls.see(row, np.asarray(settings.prompt), np.asarray(settings.output))
         self._changed = {}
 
-    def _update(self, rows: Sequence[int], masks: dict[int, np.ndarray]) -> None:
+    def _update(self, rows: Sequence[int], masks: dict[int, Masks]) -> None:
         records = closed_records(MOST_RECORDS)
-        words_UW = np.zeros((MOST_RECORDS, self._calls.num_words), np.int32) if masks else None
+        words_U2W = np.zeros((MOST_RECORDS, 2, self._calls.num_words), np.int32) if masks else None
         for i, row in enumerate(rows):
             record = records[i]
             record["row"] = row
@@ -277,7 +291,7 @@ class DeviceBatch:
                 record["writes"] = SETTINGS
                 if (settings := self._changed[row]) is not None:
                     write_record(record, settings, self._eos)
-            if words_UW is not None and row in masks:
+            if words_U2W is not None and row in masks:
                 record["writes"] |= MASK
-                words_UW[i] = masks[row]
-        self._calls.update(records, words_UW)
+                words_U2W[i], record["draft"] = masks[row]
+        self._calls.update(records, words_U2W)

@@ -62,8 +62,11 @@ class Device(Protocol):
         """Say which pages a row has from the next step on, in order."""
         ...
 
-    def set_mask(self, row: int, words_W: np.ndarray) -> None:
-        """Say which tokens a row may choose in the next step, as `job.Grammar.fill` writes them."""
+    def set_mask(self, row: int, words_W: np.ndarray, draft: int, behind_W: np.ndarray) -> None:
+        """Say which tokens a row may choose in the next step, as `job.Grammar.fill` writes them.
+
+        `draft` is what it may draft, one that may come, and `behind_W` what may come behind it; `NO_TOKEN` for nothing.
+        """
         ...
 
     def step(self, pieces: Sequence[Piece], rows_B: np.ndarray) -> Dispatched:

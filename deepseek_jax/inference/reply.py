@@ -7,7 +7,7 @@ import numpy as np
 
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.completions import TokenLogprob
-from deepseek_jax.inference.job import LENGTH, Delta, Job, Listener, Usage
+from deepseek_jax.inference.job import LENGTH, Delta, Grammar, Job, Listener, Usage
 from deepseek_jax.inference.sampling import NO_TOKEN, Logprobs
 from deepseek_jax.inference.text import Text
 
@@ -19,7 +19,8 @@ class Reply:
 
     Attributes:
         job: what was asked for.
-        words_W: what the next token may be, where there is a grammar; see `job.Grammar`.
+        masks: where there is a grammar, what the next token may be, what it is drafted as, and what may follow that; as
+            `Device.set_mask` takes them.
         num_logprobs: most probable tokens that come with each; None without log-probabilities.
         is_unheard: the listener has raised, which the log says once.
     """
@@ -38,10 +39,10 @@ class Reply:
         self._has_begun = False
         self._cached = self._drafted = self._accepted = 0
         self._grammar = job.grammar() if job.grammar else None
-        self.words_W: np.ndarray | None = None
+        num_words = -(-vocab_size // 32)
+        self.masks = np.zeros(num_words, np.int32), NO_TOKEN, np.zeros(num_words, np.int32)
         if self._grammar:
-            self.words_W = np.zeros(-(-vocab_size // 32), np.int32)
-            self._grammar.fill(self.words_W)
+            self._grammar.fill(self.masks[0])
 
     @property
     def num_tokens(self) -> int:
@@ -80,8 +81,10 @@ class Reply:
         self._drafted += drafted
         self._accepted += accepted
 
-    def receive(self, ids: Sequence[int], logprobs: Logprobs | None, version: int) -> str | None:
+    def receive(self, ids: Sequence[int], logprobs: Logprobs | None, version: int, guess: int = NO_TOKEN) -> str | None:
         """Take the next tokens, and tell the listener; return why the text has ended, if it has.
+
+        `guess` is what the next token may be drafted as, if the grammar lets it come.
 
         Raises:
             ValueError: the logits were not numbers.
@@ -93,7 +96,10 @@ class Reply:
         piece = text.push(ids)
         kept, reason = list(ids[: text.num_tokens - before]), text.reason
         if self._grammar and kept:
-            self._follow(kept, reason is None)
+            for token in kept:
+                self._grammar.accept(token)
+            if reason is None:
+                self._look_ahead(self._grammar, guess)
         if reason is None and text.num_tokens >= self.job.max_new_tokens:
             piece, reason = piece + text.finish(), LENGTH
         found = None
@@ -108,12 +114,16 @@ class Reply:
         """Tell the listener that the job ends here."""
         self._tell(self._text.finish(), [], None if self.num_logprobs is None else [], reason, version, error)
 
-    def _follow(self, ids: Sequence[int], goes_on: bool) -> None:
-        assert self._grammar is not None and self.words_W is not None
-        for token in ids:
-            self._grammar.accept(token)
-        if goes_on:
-            self._grammar.fill(self.words_W)
+    def _look_ahead(self, grammar: Grammar, guess: int) -> None:
+        """Ask the grammar what may come next, and what behind `guess`."""
+        words_W, _, behind_W = self.masks
+        grammar.fill(words_W)
+        may_come = guess != NO_TOKEN and words_W[guess // 32] >> guess % 32 & 1
+        if may_come:
+            grammar.accept(guess)
+            grammar.fill(behind_W)
+            grammar.rollback(1)
+        self.masks = words_W, guess if may_come else NO_TOKEN, behind_W
 
     def _tell(
         self,

@@ -103,7 +103,7 @@ class Calls:
         # A donated array must not be the memory of another one.
         state = jax.tree.map(lambda x: jax.device_put(np.array(x), self._split), state)
         self._progress, self._settings, self._seen = state
-        self._no_words = jax.device_put(np.zeros((row_state.MOST_RECORDS, self.num_words), np.int32), self._whole)
+        self._no_words = jax.device_put(np.zeros((row_state.MOST_RECORDS, 2, self.num_words), np.int32), self._whole)
         self._run, self._run_bytes = None, b""
         num_moe_layers = len(weights.params.get("moe_layers", ()))
         load_RLE = np.zeros((sizes.devices, num_moe_layers, model.num_experts), np.int32)
@@ -134,10 +134,10 @@ class Calls:
         """Send the pages of all rows."""
         self._tables_BJ = jax.device_put(tables_BJ.copy(), self._split)
 
-    def update(self, records_U: np.ndarray, words_UW: np.ndarray | None) -> None:
+    def update(self, records_U: np.ndarray, words_U2W: np.ndarray | None) -> None:
         """Write records, and masks where there are any, into their rows."""
         records_UX = records_U.view(np.int32).reshape(len(records_U), -1)
-        words = self._no_words if words_UW is None else words_UW
+        words = self._no_words if words_U2W is None else words_U2W
         new = self._program(("update",))(self._progress, self._settings, records_UX, words)
         self._progress, self._settings = new
 

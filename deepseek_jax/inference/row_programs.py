@@ -41,12 +41,14 @@ class Told(NamedTuple):
             many of them count.
         logprobs: zeros where no row asks for them; None from the greedy program.
         drafted_B: int32, drafts that were verified, where there are any.
+        guess_B: int32, drafts of masked rows for the next step, or `NO_TOKEN`.
         routes_BSLK: experts of the tokens that went through the model; None from `first`.
     """
 
     numbers_BX: Array
     logprobs: Logprobs | None
     drafted_B: Array | None = None
+    guess_B: Array | None = None
     routes_BSLK: Array | None = None
 
 

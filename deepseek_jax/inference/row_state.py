@@ -94,11 +94,19 @@ class Progress(NamedTuple):
         return Progress(self.length_B, token_B, left_B, self.finished_B | chosen_B & is_end_B)
 
 
+class Ahead(NamedTuple):
+    """What masked rows draft: the host has to say what may follow a draft (`speculative`)."""
+
+    draft_B: Array  # int32, `NO_TOKEN` for none
+    mask_BW: Array  # int32, of the token behind it
+
+
 class Settings(NamedTuple):
     """What the job of each row brought along."""
 
     end_ids_BE: Array
     choice: Choice
+    ahead: Ahead
 
 
 class RowState(NamedTuple):
@@ -112,7 +120,8 @@ class RowState(NamedTuple):
 _ints, _floats = (lambda name, *shape, kind=kind: (name, kind, shape) for kind in ("<i4", "<f4"))
 RECORD = np.dtype(
     [
-        *map(_ints, ("row", "writes", "length", "left", "finished", "number", "masked", "wants_logprobs", "top_k")),
+        *map(_ints, ("row", "writes", "length", "left", "finished", "number")),
+        *map(_ints, ("masked", "draft", "wants_logprobs", "top_k")),
         ("seed", "<u4", 2),
         *map(_floats, (name for name in RowSampling._fields if name != "top_k")),
         _ints("end_ids", MOST_END_IDS),
@@ -128,7 +137,7 @@ def closed_records(num: int) -> np.ndarray:
     records = np.zeros(num, RECORD)
     for name, value in RowSampling.numbers(Sampling(temperature=0.0, top_k=0, top_p=1.0))._asdict().items():
         records[name] = value
-    records["finished"], records["end_ids"], records["bias_ids"] = 1, NOWHERE, NOWHERE
+    records["finished"], records["end_ids"], records["bias_ids"], records["draft"] = 1, NOWHERE, NOWHERE, NO_TOKEN
     return records
 
 
@@ -157,13 +166,17 @@ def empty_state(num_rows: int, vocab_size: int) -> RowState:
     bias = Bias(field["bias_ids"], field["bias_values"])
     choice = Choice(sampling, zeros((num_rows, 2), np.uint32), bias, mask_BW, bools, bools)
     seen = Seen(zeros((num_rows, vocab_size), bool), zeros((num_rows, vocab_size), np.int32))
-    return RowState(Progress(ints, ints, ints, ~bools), Settings(field["end_ids"], choice), seen)
+    settings = Settings(field["end_ids"], choice, Ahead(field["draft"], mask_BW))
+    return RowState(Progress(ints, ints, ints, ~bools), settings, seen)
 
 
-def update(progress: Progress, settings: Settings, records_UX: Array, words_UW: Array) -> tuple[Progress, Settings]:
-    """Write records, int32 words [U, X], and masks into their rows; rows of all devices have numbers in one line."""
+def update(progress: Progress, settings: Settings, records_UX: Array, words_U2W: Array) -> tuple[Progress, Settings]:
+    """Write records, int32 words [U, X], and masks into their rows; rows of all devices have numbers in one line.
 
-    def local(progress, settings, records_UX, words_UW):
+    A row's masks are that of its next token and that of the token behind its draft.
+    """
+
+    def local(progress, settings, records_UX, words_U2W):
         field, each = _fields(records_UX), len(progress.length_B)
         row_U = local_rows(field["row"], each)
         open_U, mask_U = (jnp.where(field["writes"] & bit > 0, row_U, each) for bit in (SETTINGS, MASK))
@@ -177,16 +190,19 @@ def update(progress: Progress, settings: Settings, records_UX: Array, words_UW: 
         bias = Bias(field["bias_ids"], field["bias_values"])
         old = settings.choice
         choice = Choice(sampling, key_data_U2, bias, old.mask_BW, field["masked"], field["wants_logprobs"])
-        new = Settings(field["end_ids"], choice._replace(mask_BW=jnp.zeros((len(row_U), old.mask_BW.shape[1]))))
+        nothing_UW = jnp.zeros((len(row_U), old.mask_BW.shape[1]))
+        new = Settings(field["end_ids"], choice._replace(mask_BW=nothing_UW), Ahead(field["draft"], nothing_UW))
         settings = jax.tree.map(lambda old, new: put(open_U, old, new), settings, new)
-        mask_BW = put(mask_U, old.mask_BW, words_UW)
-        settings = settings._replace(choice=settings.choice._replace(mask_BW=mask_BW))
+        draft_B, mask_BW = put(mask_U, settings.ahead.draft_B, field["draft"]), settings.choice.mask_BW
+        behind_BW = put(mask_U, settings.ahead.mask_BW, words_U2W[:, 1])
+        choice = settings.choice._replace(mask_BW=put(mask_U, mask_BW, words_U2W[:, 0]))
+        settings = settings._replace(choice=choice, ahead=Ahead(draft_B, behind_BW))
         begun = Progress(field["length"], jnp.zeros_like(row_U), field["left"], field["finished"])
         return jax.tree.map(lambda old, new: put(open_U, old, new), progress, begun), settings
 
     split: Any = P(ROWS)
     run = jax.shard_map(local, in_specs=(split, split, P(), P()), out_specs=(split, split))
-    return run(progress, settings, records_UX, words_UW)
+    return run(progress, settings, records_UX, words_U2W)
 
 
 def see(seen: Seen, ids_M: Array, row: Array, num_prompt: Array, num_tokens: Array) -> Seen:

@@ -17,8 +17,12 @@ read by nobody before they are written again. Nothing is written at the position
 right to: a row that may choose m more tokens drafts at most m - 1. A step without drafts is k = 0: then the MTP layer
 follows alone, so that drafting can go on later, and pages stay what other rows expect.
 
-A row with a mask drafts nothing: its next mask is known only when its token is. Drafting costs where the batch is so
-large that more tokens take more time; `worth_rows` says where that begins.
+A row with a mask drafts one token, with the host in between: it alone knows what may follow a token, and such a row
+takes part in a step only when the one before it is read. A step tells what it would draft next for these rows, the
+token of head(draft_D). The host looks whether the guess may come and what may come behind it, and sends both masks with
+the guess as the draft (`row_state.Ahead`).
+
+Drafting costs where the batch is so large that more tokens take more time; `worth_rows` says where that begins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,9 +120,12 @@ def _step(
         positions_BS = start_B[:, None] + jnp.arange(next_BS.shape[1])
         return draft_step(model, execution, weights, pages, tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS)
 
-    most_B = jnp.clip(progress.left_B - 1, 0, kind.num_drafts)
-    most_B = jnp.where(run_B & ~settings.choice.masked_B, most_B, 0)
+    most_B = jnp.where(run_B, jnp.clip(progress.left_B - 1, 0, kind.num_drafts), 0)
+    most_B = jnp.where(settings.choice.masked_B, jnp.minimum(most_B, settings.ahead.draft_B != NO_TOKEN), most_B)
     drafts, pages = _draft(kind.num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow)
+    if kind.num_drafts:
+        first_B = jnp.where(settings.choice.masked_B, settings.ahead.draft_B, drafts.ids_BK[:, 0])
+        drafts = drafts._replace(ids_BK=drafts.ids_BK.at[:, 0].set(jnp.maximum(first_B, 0)))
 
     tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
     valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
@@ -126,7 +133,7 @@ def _step(
     step = model, execution, weights, pages, tables_BJ, *new
     hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
     logits_BSV = logits_of(head_DV, hidden_BSD)
-    verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, kind.forced)
+    verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, settings.ahead.mask_BW, kind.forced)
     counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
 
     with jax.named_scope("follow"):
@@ -134,6 +141,8 @@ def _step(
     last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
     told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
+    if choice is not None and kind.num_drafts:
+        told = told._replace(guess_B=_guess(choice, head_DV, draft_BD, progress, run_B, verified.seen))
     return told._replace(routes_BSLK=routes_BSLK), pages, load_RLE, progress, draft_BD, verified.seen
 
 
@@ -221,6 +230,17 @@ def _draft(num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen,
                 states_BD = states_BSD[:, 0]
     ids_BK = jnp.stack(ids, axis=1) if ids else jnp.zeros((*length_B.shape, 0), jnp.int32)
     return Drafts(ids_BK, most_B), pages
+
+
+def _guess(choice: Choice, head_DV: Array, draft_BD: Array, progress: Progress, run_B: Array, seen: Any) -> Array:
+    """Return what each masked row would draft next, `NO_TOKEN` for others."""
+    wants_B, free = run_B & choice.masked_B & ~progress.finished_B, choice._replace(masked_B=run_B & False)
+
+    def guess():
+        ids_B = tokens_at(free, logits_of(head_DV, draft_BD), progress.length_B + 1, wants_B, seen)
+        return jnp.where(wants_B, ids_B, NO_TOKEN)
+
+    return lax.cond(wants_B.any(), guess, lambda: jnp.where(wants_B, 0, NO_TOKEN).astype(jnp.int32))
 
 
 def _advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: Array) -> tuple[Array, Progress]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from deepseek_jax.inference.row_calls import Sizes
 from deepseek_jax.inference.row_programs import Packed, Told
-from deepseek_jax.inference.sampling import MOST_LOGPROBS, Logprobs
+from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Logprobs
 
 
 class Piece(NamedTuple):
@@ -67,6 +67,7 @@ class StepResult(NamedTuple):
             piece's, n its tokens, or one less if nothing follows.
         routes: by row, where they are asked for, experts of the tokens that went through the model, uint8 or uint16
             [n, MoE layers, K], the best first.
+        guess_B: int32, what a masked row may draft in its next step (`Device.set_mask`); `NO_TOKEN` for nothing.
         drafted_B: drafts that were verified of each row.
     """
 
@@ -75,6 +76,7 @@ class StepResult(NamedTuple):
     finished_B: np.ndarray
     logprobs: Logprobs | None
     prompt_logprobs: dict[int, Logprobs]
+    guess_B: np.ndarray
     routes: dict[int, np.ndarray] = {}
     drafted_B: np.ndarray | None = None
 
@@ -121,6 +123,7 @@ class Step:
         num_rows, num_tokens = self._shape
         tokens_BK, counts_B = np.zeros((num_rows, num_tokens), np.int32), np.zeros(num_rows, np.int32)
         finished_B, drafted_B, logprobs = np.zeros(num_rows, bool), None, None
+        guess_B = np.full(num_rows, NO_TOKEN, np.int32)
         routes = {row: np.asarray(routes_TLK)[span] for routes_TLK, row, span in self._routed}
         for told, rows_X, places_X, routed in self._told:
             numbers = np.asarray(told.numbers_BX)[places_X]
@@ -130,6 +133,8 @@ class Step:
             if told.drafted_B is not None:
                 drafted_B = np.zeros(num_rows, np.int32) if drafted_B is None else drafted_B
                 drafted_B[rows_X] = np.asarray(told.drafted_B)[places_X]
+            if told.guess_B is not None:
+                guess_B[rows_X] = np.asarray(told.guess_B)[places_X]
             if told.routes_BSLK is not None:
                 ran = [(row, place) for row, place in zip(rows_X.tolist(), places_X, strict=True) if row in routed]
                 routes |= {row: np.asarray(told.routes_BSLK)[place, : counts_B[row]] for row, place in ran}
@@ -141,7 +146,7 @@ class Step:
         for found, row, span in self._evaluated:
             leaves: Any = (np.asarray(leaf)[span] for leaf in found)
             prompts[row] = Logprobs(*leaves)
-        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, routes, drafted_B)
+        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, guess_B, routes, drafted_B)
 
 
 def _begin_reading(tree) -> None:

@@ -203,7 +203,7 @@ class Stepper:
         choosing = [(member.row, member) for member in plan.decodes] + last
         for row, member in choosing:
             if member.masked:
-                batch.set_mask(row, member.owner.words_W)
+                batch.set_mask(row, *member.owner.masks)
         step = batch.step([_row_piece(row, piece) for row, piece in pieces], decodes_B)
         self.counters.step()
         return _Ahead(step, pieces, choosing)
@@ -248,7 +248,7 @@ class Stepper:
             if row not in pieces:
                 self._note(member, row, result, len(ids))
             self.scheduler.land(member, ids)
-            self._tell(member, ids, _of_row(result.logprobs, row))
+            self._tell(member, ids, _of_row(result.logprobs, row), int(result.guess_B[row]))
 
     def _note(self, member: Member, row: int, result: StepResult, count: int) -> None:
         """Count the drafts of a row, and keep its routes."""
@@ -259,7 +259,7 @@ class Stepper:
             member.owner.add_drafts(drafted, count - 1)
             self.counters.draft(drafted, count - 1)
 
-    def _tell(self, member: Member, ids: list[int], logprobs: Logprobs | None) -> None:
+    def _tell(self, member: Member, ids: list[int], logprobs: Logprobs | None, guess: int) -> None:
         """Tell a job's tokens, and end it if it has ended."""
         reply: Reply = member.owner
         if not reply.job.max_new_tokens:
@@ -267,7 +267,7 @@ class Stepper:
         elif ids:
             before = reply.num_tokens
             try:
-                reason = reply.receive(ids, logprobs, self.version)
+                reason = reply.receive(ids, logprobs, self.version, guess)
             except Exception as error:  # of this job alone: its grammar, or its logits
                 self._end(member, ERROR, str(error))
                 return

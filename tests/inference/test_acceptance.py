@@ -144,5 +144,6 @@ def test_logits_that_are_not_numbers_end_a_row():
     verified = acceptance.verify(None, logits_BSV, drafts, jnp.zeros(2, jnp.int32), run_B, None)
     assert verified.accepted_B.tolist() == [1, 2]
     assert verified.tokens_BS[0, :2].tolist() == [4, NO_TOKEN] and verified.tokens_BS[1].tolist() == [4, 4, 4]
-    forced = acceptance.verify(None, logits_BSV, drafts._replace(ids_BK=drafts.ids_BK - 1), run_B + 0, run_B, None, 1.0)
+    drafts = drafts._replace(ids_BK=drafts.ids_BK - 1)
+    forced = acceptance.verify(None, logits_BSV, drafts, run_B + 0, run_B, None, forced=1.0)
     assert forced.tokens_BS[1].tolist() == [3, 3, 4]

@@ -257,6 +257,29 @@ class Even:
         self.left -= 1
         assert token % 2 == 0
 
+    def rollback(self, count):
+        self.left += count
+
+
+class Counted(Even):
+    """Even ids; no token is that of the turn before the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = []
+
+    def fill(self, words_W):
+        super().fill(words_W)
+        for token in self.ids[-2:-1]:
+            words_W[token // 32] &= ~(1 << token % 32)
+
+    def accept(self, token):
+        assert token not in self.ids[-2:-1]
+        self.ids.append(token)
+
+    def rollback(self, count):
+        del self.ids[-count:]
+
 
 def test_a_grammar_holds_beside_rows_without_one_and_one_that_breaks_ends_its_job_alone():
     batch = FakeBatch(num_pages=6)
@@ -269,6 +292,22 @@ def test_a_grammar_holds_beside_rows_without_one_and_one_that_breaks_ends_its_jo
     assert answers[0].ids == want_ids(batch, jobs[0]) and answers[2].ids == want_ids(batch, jobs[2])
     assert len(answers[1].ids) == 40 and not any(token % 2 for token in answers[1].ids)
     assert (answers[3].finish_reason, answers[3].error) == ("error", "too complex")
+
+
+@pytest.mark.parametrize("num_pages", [64, 5])
+def test_a_grammar_gives_the_same_text_with_drafts(num_pages):
+    """Of which some may not come, and some are right; a job that gives way keeps its grammar where it is."""
+    jobs = [long_job(100 + i, grammar=Counted, prompt=[i] * 9) for i in range(6)] + [long_job(90, prompt=[7])]
+    found = []
+    for num_drafts in (0, 2):
+        with Engine(FakeBatch(num_pages=num_pages, num_drafts=num_drafts), TOKENIZER) as engine:
+            found.append(engine.generate(jobs))
+            assert (engine.stats().preemptions > 0) == (num_pages == 5)
+            check_pages_are_back(engine)
+    for plain, drafted in zip(*found, strict=True):
+        assert drafted.ids == plain.ids
+    for answer in found[1][:6]:
+        assert 0 < answer.usage.accepted_tokens < answer.usage.drafted_tokens < len(answer.ids)
 
 
 @pytest.mark.parametrize("num_pages", [100, 9])

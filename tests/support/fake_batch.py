@@ -7,7 +7,7 @@ import numpy as np
 
 from deepseek_jax.inference.page_pool import PAGE_SIZE
 from deepseek_jax.inference.requests import check_bias
-from deepseek_jax.inference.sampling import Logprobs
+from deepseek_jax.inference.sampling import NO_TOKEN, Logprobs
 from deepseek_jax.inference.step import StepResult
 from deepseek_jax.parameters import Weights
 
@@ -86,9 +86,11 @@ class FakeBatch:
     def set_table(self, row, pages):
         self.rows[row].table = np.array(pages)
 
-    def set_mask(self, row, words_W):
-        bits = np.unpackbits(words_W.view(np.uint8), bitorder="little")
-        self.rows[row].mask = np.flatnonzero(bits)
+    def set_mask(self, row, words_W, draft, behind_W):
+        bits = (np.unpackbits(words.view(np.uint8), bitorder="little") for words in (words_W, behind_W))
+        masks = [*map(np.flatnonzero, bits)]
+        assert draft == NO_TOKEN or draft in masks[0], "a draft is a token that may come"
+        self.rows[row].masks, self.rows[row].draft = masks, draft if self.num_drafts else NO_TOKEN
 
     def update_weights(self, weights):
         if weights.params["version"] is None:
@@ -116,16 +118,30 @@ class FakeBatch:
             row = self.rows[number]
             if row.ended:
                 continue
-            drafted[number] = 0 if row.settings.masked else self.num_drafts
+            drafted[number] = row.draft != NO_TOKEN if row.settings.masked else self.num_drafts
             accepted = row.last % (drafted[number] + 1)
             while not row.ended and counts[number] <= accepted:
                 row.write([row.last], self.version)
                 self._choose(number, tokens, counts, chosen)
+                if row.settings.masked:
+                    accepted = int(row.last == row.draft)
+                    row.draft = NO_TOKEN
             row.spoil(drafted[number] + 1 - counts[number])
         top = np.repeat(chosen[..., None], 20, 2)
         ids = np.repeat(tokens[..., None], 20, 2)
         ended = np.array([number in self.rows and self.rows[number].ended for number in range(self.num_rows)])
-        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts, {}, drafted))
+        guesses = self._guesses(decodes_B)
+        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts, guesses, {}, drafted))
+
+    def _guesses(self, decodes_B):
+        """What masked rows draft: mostly the token that they get if their mask stays as it is."""
+        guesses = np.full(self.num_rows, NO_TOKEN)
+        for number in np.flatnonzero(decodes_B) if self.num_drafts else ():
+            row = self.rows[number]
+            if row.settings.masked and not row.ended:
+                token = next_token([*row.read(), row.last + VERSION * self.version], self.vocab_size)
+                guesses[number] = row.mask[token % len(row.mask)] if token % 3 else token
+        return guesses
 
     def _choose(self, number, tokens, counts, chosen):
         row = self.rows[number]
@@ -133,8 +149,8 @@ class FakeBatch:
         salt = row.settings.seed + row.settings.number if row.settings.sampling.temperature else 0
         token = next_token(entries, self.vocab_size, salt)
         if row.settings.masked:
+            row.mask = row.masks.pop(0)
             token = int(row.mask[token % len(row.mask)])
-            row.mask = None
         tokens[number, counts[number]], chosen[number, counts[number]] = token, logprob(entries, token)
         counts[number] += 1
         row.last, row.left = token, row.left - 1
@@ -154,6 +170,7 @@ class FakeBatch:
 class Row:
     def __init__(self, settings, eos, pages):
         self.settings, self.table, self.mask, self.pages = settings, None, None, pages
+        self.masks, self.draft = [], NO_TOKEN
         self.length, self.left, self.last, self.ended = settings.length, settings.max_new_tokens, None, False
         self.ends = {*settings.end_ids} | ({eos} if not settings.ignore_eos else set())
 
