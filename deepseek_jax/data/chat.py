@@ -39,10 +39,11 @@ from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
 from deepseek_jax.inputs import read_json, read_text, shown
 
 ROLES = ("system", "user", "assistant", "tool")
-# Private use characters: no template takes them for spaces or letters.
 JSON_TYPES = {"NoneType": "null", "str": "string", "dict": "object"}
 _TYPE = re.compile(rf"\b({'|'.join(JSON_TYPES)})\b")
+# Private use characters: no template takes them for spaces or letters.
 MARK = f"\ue000{secrets.token_hex(16)}\ue000"
+END = f"\ue001{secrets.token_hex(16)}\ue001"  # behind a content that goes on
 
 
 class ChatTemplate:
@@ -101,7 +102,7 @@ class ChatTemplate:
             raise ValueError(f"{shown(str(origin))}: {error}") from error
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, /, **variables: Any
     ) -> str:
         """Return the text of a conversation.
 
@@ -121,17 +122,23 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, str]],
         add_generation_prompt: bool = True,
+        continues: bool = False,
+        /,
         **variables: Any,
     ) -> list[int]:
         """Return the ids of a conversation; the arguments are those of `render`.
+
+        With `continues` they end with the last message's content, so that it can go on.
 
         Only the template makes special tokens. Spelled out in a message they are ordinary text. That is also true of
         `<think>`: keep the ids of reasoning that the model wrote, do not read them back from text.
 
         Raises:
             ValueError: as for `render`; or the template writes special tokens that the tokenizer lacks, or that cannot
-                be told from contents.
+                be told from contents; or it does not write the content that is to go on.
         """
+        if continues:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + END}]
         variables = {"strftime_now": datetime.datetime.now().strftime} | variables  # one time in all renderings
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
@@ -160,6 +167,7 @@ class ChatTemplate:
                 "the chat template computes with the special tokens it writes; they cannot be told from a message's"
                 " own text"
             )
+        parts = _until_end(parts) if continues else parts
         return [i for k, part in enumerate(parts) for i in ([ids[part]] if k % 2 else tokenizer.encode(part))]
 
     def _run(
@@ -226,6 +234,14 @@ def _told(error: BaseException) -> str:
 def _split(text: str) -> list[str]:
     """Return text, token, text, token, ..., text."""
     return re.split(f"{MARK}(.*?){MARK}", text, flags=re.DOTALL)
+
+
+def _until_end(parts: list[str]) -> list[str]:
+    """Return texts and tokens up to the last `END`."""
+    last = max((k for k, part in enumerate(parts) if END in part), default=None)
+    if last is None:
+        raise ValueError("the chat template does not write the last message as it is, so it cannot be continued")
+    return [*parts[:last], parts[last].rpartition(END)[0]]
 
 
 def _marked(text: str, tokens: tuple[str, ...]) -> str:

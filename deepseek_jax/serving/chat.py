@@ -29,8 +29,6 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "chat_template": (),
     "documents": ([],),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
@@ -38,7 +36,7 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "prompt": (),
 }
 MOST_TEMPLATE_FIELDS = 64
-FIELD = re.compile(r"\w+")
+FIELD, FIELDS = re.compile(r"\w+"), ("tools", "tool_choice", "response_format", "continue_final_message")
 
 
 def read_chat(service: Service, body: dict[str, Any]) -> Answer:
@@ -100,6 +98,9 @@ def prepare(model: Model, fields: Fields) -> "Chat":
             message = "the chat template of this model knows no reasoning_effort; leave it out"
             raise ApiError(400, message, param="reasoning_effort", code="unsupported_value")
         variables = {"reasoning_effort": effort} | variables
+    continues = fields.boolean("continue_final_message")
+    if fields.boolean("add_generation_prompt", not continues) is continues:
+        raise wrong("add_generation_prompt", continues, "leave it out: continue_final_message alone decides")
     if fields.get("messages") is None:
         raise wrong("messages", None, "write a list of messages")
     try:
@@ -110,11 +111,12 @@ def prepare(model: Model, fields: Fields) -> "Chat":
             parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
             response_format=fields.get("response_format"),
             variables=variables,
+            continues=continues,
         )
     except ValueError as error:
         # its first word is the field: "tools[0].function ..."
         named = FIELD.match(str(error))
-        param = named[0] if named and named[0] in ("tools", "tool_choice", "response_format") else "messages"
+        param = named[0] if named and named[0] in FIELDS else "messages"
         raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
 

@@ -124,12 +124,14 @@ class ChatFormat:
         parallel_tool_calls: bool = True,
         response_format: Any = None,
         variables: Mapping[str, Any] | None = None,
+        continues: bool = False,
     ) -> Chat:
         """Return the prompt of a conversation, and how its reply is constrained and read.
 
         Args:
             messages, tools, tool_choice, parallel_tool_calls, response_format: as OpenAI's API has them in JSON.
             variables: further ones of the template, such as V3.1's `thinking`.
+            continues: the reply goes on with the last message, the assistant's.
 
         Raises:
             ValueError: one of them is wrong, or the model has no form for it.
@@ -141,9 +143,15 @@ class ChatFormat:
             check_depth(value, name)
         conversation = read_messages(messages)
         choice = read_choice(tools, tool_choice, parallel_tool_calls)
-        prompt = self._encode(conversation, choice, dict(variables or {}))
+        if continues:
+            check_continued(conversation[-1])
+        prompt = self._encode(conversation, choice, dict(variables or {}), continues)
         thinking = self._opened(prompt)
         grammar = self._constraints.make(choice, response_format, thinking)
+        if continues and grammar is not None:
+            raise ValueError(
+                "continue_final_message is for texts without a form; leave response_format and tool_choice out"
+            )
         names = STRUCTURE if choice.tools else (THINK, END_THINK)
         ids = self._tokenizer.special_ids
         spelled = {ids[name]: mark(name) for name in names if name in ids}
@@ -152,7 +160,9 @@ class ChatFormat:
             marks |= {name: name for name in (THINK, END_THINK)}
         return Chat(prompt, grammar, spelled, lambda: ReplyReader(marks, thinking))
 
-    def _encode(self, messages: list[dict[str, Any]], choice: Choice, variables: dict[str, Any]) -> list[int]:
+    def _encode(
+        self, messages: list[dict[str, Any]], choice: Choice, variables: dict[str, Any], continues: bool
+    ) -> list[int]:
         template = self._template
         knows_tools = "tools" in _variables(template.source)
         if choice.tools and (self._form is None or not set(STRUCTURE[2:]) <= self._tokenizer.special_ids.keys()):
@@ -167,13 +177,27 @@ class ChatFormat:
             messages = [_with_objects(message) for message in messages]
         if reserved := variables.keys() & {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}:
             raise ValueError(f"the template's variable {min(reserved)} cannot be set")
-        return template.encode(self._tokenizer, messages, True, tools=choice.tools or None, **variables)
+        variables["tools"] = choice.described or None
+        return template.encode(self._tokenizer, messages, not continues, continues, **variables)
 
     def _opened(self, prompt: list[int]) -> bool:
         """Return whether the prompt ends in reasoning that is open."""
         think = self._tokenizer.special_ids.get(THINK)
         pieces = self._tokenizer.token_bytes
         return next((token == think for token in reversed(prompt) if not pieces[token].isspace()), False)
+
+
+def check_continued(message: Mapping[str, Any]) -> None:
+    """Refuse to go on with a message that is no answer of the assistant.
+
+    Raises:
+        ValueError: it is another one's, calls tools, or has reasoning, whose tokens only a model writes.
+    """
+    if message["role"] != "assistant" or "tool_calls" in message:
+        kind = "calls tools" if "tool_calls" in message else f"is of the role {message['role']}"
+        raise ValueError(f"continue_final_message is true, and the last message {kind}; end with an answer's beginning")
+    if found := [token for token in (THINK, END_THINK) if token in message["content"]]:
+        raise ValueError(f"continue_final_message goes on with answers, not with reasoning; leave {found[0]} out")
 
 
 def open_chat_format(

@@ -5,6 +5,7 @@
     both of tools and format  calls, or the schema's JSON
     a strict tool             any text, then calls or not; the arguments of strict tools fit their parameters
     one call at most          the same (`parallel_tool_calls` = false)
+    some tools of all         the same, of the tools that are allowed
 
 All of it behind the reasoning, where the model thinks.
 """
@@ -60,7 +61,7 @@ class Constraints:
         elif schema is not None:
             self._grammars.schema(schema, SCHEMA)  # tells what is wrong with it
             found = self._calls(choice, f"content: {json_rule(schema, SCHEMA)}")
-        elif not choice.parallel or any(_strict(tool) for tool in choice.tools):
+        elif not choice.parallel or choice.tools != choice.described or any(_strict(tool) for tool in choice.tools):
             found = self._calls(choice, _ANY_TEXT)
         else:
             return None
@@ -71,7 +72,8 @@ class Constraints:
     def _calls(self, choice: Choice, content: str | None) -> Callable[[], Grammar]:
         """Return what makes grammars of calls, and of `content`, a rule, where that may come too."""
         schemas, size = {}, 0
-        for i, tool in enumerate(choice.tools):
+        for tool in choice.tools:
+            i = choice.described.index(tool)
             name = f"tools[{i}].function.parameters"
             schemas[tool["function"]["name"]] = parameters = (
                 _ANY_OBJECT

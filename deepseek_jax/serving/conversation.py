@@ -19,11 +19,14 @@ class Choice(NamedTuple):
         mode: "none", "auto", or "required": a call, and nothing else.
         tools: that may be called, as the client wrote them.
         parallel: whether a reply may have several calls.
+        described: the tools that the prompt tells of: more where `allowed_tools` leaves some out, so that the prompt
+            stays the same, and its pages in the cache.
     """
 
     mode: Literal["none", "auto", "required"]
     tools: list[dict[str, Any]]
     parallel: bool
+    described: list[dict[str, Any]]
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:
@@ -48,19 +51,40 @@ def read_choice(tools: Any, tool_choice: Any, parallel: bool) -> Choice:
         tool_choice = "auto" if found else "none"
     if tool_choice in ("none", "auto") or (tool_choice == "required" and found):
         mode = tool_choice if found else "none"
-        return Choice(mode, found if mode != "none" else [], parallel)
+        found = found if mode != "none" else []
+        return Choice(mode, found, parallel, found)
     if tool_choice == "required":
         raise ValueError('tool_choice is "required", and there are no tools; give tools, or leave it out')
-    function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
-    if not isinstance(function, Mapping) or tool_choice.get("type", "function") != "function":
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "allowed_tools":
+        return _read_allowed(tool_choice.get("allowed_tools"), found, parallel)
+    named = _named([tool_choice], found)
+    return Choice("required", named, False, named)
+
+
+def _read_allowed(value: Any, tools: list[dict[str, Any]], parallel: bool) -> Choice:
+    mode, names = (value.get("mode"), value.get("tools")) if isinstance(value, Mapping) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(names, list) or not names:
         raise ValueError(
-            f'tool_choice is {_told(tool_choice)}; give "none", "auto", "required" or'
-            ' {"type": "function", "function": {"name": ...}}'
+            f'tool_choice.allowed_tools is {_told(value)}; give {{"mode": "auto" or "required", "tools": [...]}}'
         )
-    named = [tool for tool in found if tool["function"]["name"] == function.get("name")]
-    if not named:
-        raise ValueError(f"tool_choice names {_told(function.get('name'))}, which is none of the tools")
-    return Choice("required", named, parallel=False)
+    return Choice(mode, _named(names, tools), parallel, tools)
+
+
+def _named(choices: list[Any], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tools that `choices` name, in the order of the tools."""
+    names = set()
+    for choice in choices:
+        function = choice.get("function") if isinstance(choice, Mapping) else None
+        if not isinstance(function, Mapping) or choice.get("type", "function") != "function":
+            raise ValueError(
+                f'tool_choice is {_told(choice)}; give "none", "auto", "required",'
+                ' {"type": "function", "function": {"name": ...}} or {"type": "allowed_tools", ...}'
+            )
+        name = function.get("name")
+        if name not in [tool["function"]["name"] for tool in tools]:
+            raise ValueError(f"tool_choice names {_told(name)}, which is none of the tools")
+        names.add(name)
+    return [tool for tool in tools if tool["function"]["name"] in names]
 
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:

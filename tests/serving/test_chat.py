@@ -186,6 +186,7 @@ def test_log_probabilities(client):
         ("chat_template", "{{ x }}"),
         ("chat_template_kwargs", {"messages": []}),
         ("continue_final_message", True),
+        ("add_generation_prompt", False),
         ("parallel_tool_calls", "no"),
         ("logit_bias", {"-1": 5}),
     ],
@@ -197,6 +198,22 @@ def test_bad_fields(server, field, value):
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
     assert error["param"] == field, error
+
+
+def test_variables_of_a_template_may_have_any_name(server):
+    """Also one that our own functions use."""
+    for name, status in (("tokenizer", 200), ("continues", 200), ("self", 400)):
+        body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "chat_template_kwargs": {name: 1}}
+        assert httpx2.post(server.url + "/v1/chat/completions", json=body).status_code == status, name
+
+
+def test_the_last_message_is_continued(client):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    settings = {"model": "fake", "max_tokens": 5, "temperature": 0}
+    found = client.chat.completions.create(messages=messages, extra_body=extra, **settings)
+    other = client.chat.completions.create(messages=messages, **settings)
+    assert found.usage.prompt_tokens == other.usage.prompt_tokens - 2 and found.choices[0].message.content
 
 
 def test_a_conversation_that_is_too_long(client):

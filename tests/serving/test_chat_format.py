@@ -245,6 +245,45 @@ def test_tools_and_a_format_together_and_strict_tools(formats):
     )
     one = formats["v3"].prepare(USER, tools=TOOLS, parallel_tool_calls=False)
     assert fits(one, "So: " + wrong) and fits(one, "text") and not fits(one, TWO + END)
+    foo = ONE.partition("<｜tool▁call▁begin｜>")[0] + TWO.removeprefix(ONE).lstrip() + END
+    for mode in ("auto", "required"):
+        some = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named("foo", {})]}}
+        chat = formats["v3"].prepare(USER, tools=TOOLS, tool_choice=some)
+        assert chat.prompt == formats["v3"].prepare(USER, tools=TOOLS).prompt  # which the cache may have
+        assert fits(chat, foo) and not fits(chat, ONE + END) and fits(chat, "text") == (mode == "auto")
+
+
+@pytest.mark.parametrize("name", ["v3", "r1", "v3.1"])
+def test_the_last_message_goes_on(formats, name):
+    """The prompt ends with it as it stands, blanks included; what comes then is content."""
+    begun = {"role": "assistant", "content": "So <｜User｜> is "}
+    chat = formats[name].prepare([*USER, begun], continues=True)
+    assert text_of(chat) == text_of(formats[name].prepare(USER)).removesuffix("<think>\n") + begun["content"]
+    assert tokenizer().special_ids["<｜User｜>"] not in chat.prompt[2:]
+    assert chat.reader().push(" it") == [Content(" it")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "complaint"),
+    [
+        (USER, {}, "the last message is of the role user; end with an answer's beginning"),
+        ([*USER, {"role": "assistant", "content": "<think>Hm"}], {}, "not with reasoning; leave <think> out"),
+        (
+            [*USER, {"role": "assistant", "content": "a"}],
+            {"response_format": {"type": "json_object"}},
+            "without a form",
+        ),
+    ],
+)
+def test_what_cannot_go_on_is_refused(formats, messages, more, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        formats["v3"].prepare(messages, continues=True, **more)
+
+
+def test_a_template_that_drops_the_last_message_cannot_go_on():
+    chat = ChatFormat(tokenizer(), ChatTemplate("{{ messages[0].content }}"), vocab_size=V)
+    with pytest.raises(ValueError, match="does not write the last message as it is"):
+        chat.prepare([*USER, {"role": "assistant", "content": "a"}], continues=True)
 
 
 @pytest.mark.parametrize(

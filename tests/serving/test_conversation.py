@@ -70,13 +70,16 @@ def test_wrong_messages_are_refused(messages, complaint):
 
 
 def test_which_tools_may_be_called():
-    assert read_choice(None, None, True) == ("none", [], True)
-    assert read_choice([], "auto", True) == ("none", [], True)
-    assert read_choice(TOOLS, None, True) == read_choice(TOOLS, "auto", True) == ("auto", TOOLS, True)
-    assert read_choice(TOOLS, "none", True) == ("none", [], True)
-    assert read_choice(TOOLS, "required", False) == ("required", TOOLS, False)
+    assert read_choice(None, None, True) == ("none", [], True, [])
+    assert read_choice([], "auto", True) == ("none", [], True, [])
+    assert read_choice(TOOLS, None, True) == read_choice(TOOLS, "auto", True) == ("auto", TOOLS, True, TOOLS)
+    assert read_choice(TOOLS, "none", True) == ("none", [], True, [])
+    assert read_choice(TOOLS, "required", False) == ("required", TOOLS, False, TOOLS)
     named = {"type": "function", "function": {"name": "g-1.x"}}
-    assert read_choice(TOOLS, named, True) == ("required", TOOLS[1:], False)
+    assert read_choice(TOOLS, named, True) == ("required", TOOLS[1:], False, TOOLS[1:])
+    for mode in ("auto", "required"):
+        some = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
+        assert read_choice(TOOLS, some, True) == (mode, TOOLS[1:], True, TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,15 @@ def test_which_tools_may_be_called():
         (TOOLS * 300, None, "there are 600 tools"),
         (None, "required", 'tool_choice is "required", and there are no tools'),
         (TOOLS, "any", 'tool_choice is "any"; give'),
-        (TOOLS, {"type": "allowed_tools"}, 'give "none", "auto"'),
+        (TOOLS, {"type": "allowed_tools"}, 'allowed_tools is null; give {"mode": "auto" or "required"'),
+        (TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": TOOLS}}, "allowed_tools is"),
+        (TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "allowed_tools is"),
+        (TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [5]}}, "tool_choice is 5"),
+        (
+            TOOLS,
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": ["f"]}}]}},
+            r'names \["f"\], which is none',
+        ),
         (TOOLS, {"type": "function", "function": {"name": "h"}}, 'tool_choice names "h", which is none of the tools'),
         (None, {"type": "function", "function": {"name": "f"}}, "none of the tools"),
     ],
