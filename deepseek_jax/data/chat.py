@@ -38,6 +38,8 @@ from deepseek_jax.data.jinja import FAULTS, environment
 from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
 from deepseek_jax.inputs import read_json, read_text, shown
 
+# Variables of a template that rendering sets itself.
+RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token"))
 ROLES = ("system", "user", "assistant", "tool")
 JSON_TYPES = {"NoneType": "null", "str": "string", "dict": "object"}
 _TYPE = re.compile(rf"\b({'|'.join(JSON_TYPES)})\b")
@@ -102,7 +104,7 @@ class ChatTemplate:
             raise ValueError(f"{shown(str(origin))}: {error}") from error
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, /, **variables: Any
+        self, messages: Sequence[Mapping[str, str]], /, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """Return the text of a conversation.
 
@@ -121,14 +123,14 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, str]],
-        add_generation_prompt: bool = True,
-        continues: bool = False,
         /,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int]:
         """Return the ids of a conversation; the arguments are those of `render`.
 
-        With `continues` they end with the last message's content, so that it can go on.
+        With `continue_final_message` they end with the last message's content, so that it can go on.
 
         Only the template makes special tokens. Spelled out in a message they are ordinary text. That is also true of
         `<think>`: keep the ids of reasoning that the model wrote, do not read them back from text.
@@ -137,7 +139,7 @@ class ChatTemplate:
             ValueError: as for `render`; or the template writes special tokens that the tokenizer lacks, or that cannot
                 be told from contents; or it does not write the content that is to go on.
         """
-        if continues:
+        if continue_final_message:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + END}]
         variables = {"strftime_now": datetime.datetime.now().strftime} | variables  # one time in all renderings
         text = self.render(messages, add_generation_prompt, **variables)
@@ -167,7 +169,7 @@ class ChatTemplate:
                 "the chat template computes with the special tokens it writes; they cannot be told from a message's"
                 " own text"
             )
-        parts = _until_end(parts) if continues else parts
+        parts = _until_end(parts) if continue_final_message else parts
         return [i for k, part in enumerate(parts) for i in ([ids[part]] if k % 2 else tokenizer.encode(part))]
 
     def _run(

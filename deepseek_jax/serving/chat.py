@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from deepseek_jax.data.chat import RESERVED
 from deepseek_jax.inference.job import Delta
 from deepseek_jax.inference.sampling import MOST_LOGPROBS
 from deepseek_jax.serving.answering import Answer, Form, end_of
@@ -90,7 +91,7 @@ def prepare(model: Model, fields: Fields) -> "Chat":
     variables = fields.object("chat_template_kwargs") or {}
     if len(variables) > MOST_TEMPLATE_FIELDS:
         raise wrong("chat_template_kwargs", variables, f"give at most {MOST_TEMPLATE_FIELDS}")
-    if reserved := variables.keys() & {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}:
+    if reserved := variables.keys() & RESERVED:
         raise wrong("chat_template_kwargs", variables, f"{min(reserved)} cannot be set here")
     effort = fields.text("reasoning_effort")
     if effort is not None:

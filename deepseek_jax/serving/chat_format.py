@@ -21,7 +21,7 @@ import jinja2.meta
 from jinja2 import nodes
 
 from deepseek_jax.data import deepseek_chat
-from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.chat import RESERVED, ChatTemplate
 from deepseek_jax.data.jinja import environment
 from deepseek_jax.data.tokenizer import CONFIG_NAME, Tokenizer
 from deepseek_jax.inference.job import Grammar
@@ -175,7 +175,7 @@ class ChatFormat:
             template = self._form
         if told and _ARGUMENTS_AS_OBJECT.search(template.source):
             messages = [_with_objects(message) for message in messages]
-        if reserved := variables.keys() & {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}:
+        if reserved := variables.keys() & RESERVED:
             raise ValueError(f"the template's variable {min(reserved)} cannot be set")
         variables["tools"] = choice.described or None
         return template.encode(self._tokenizer, messages, not continues, continues, **variables)

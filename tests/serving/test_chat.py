@@ -202,7 +202,7 @@ def test_bad_fields(server, field, value):
 
 def test_variables_of_a_template_may_have_any_name(server):
     """Also one that our own functions use."""
-    for name, status in (("tokenizer", 200), ("continues", 200), ("self", 400)):
+    for name, status in (("tokenizer", 200), ("continues", 200), ("self", 400), ("continue_final_message", 400)):
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "chat_template_kwargs": {name: 1}}
         assert httpx2.post(server.url + "/v1/chat/completions", json=body).status_code == status, name
 
