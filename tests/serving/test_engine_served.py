@@ -1,5 +1,6 @@
 """The server over the real engine, on a small model in FP32."""
 
+import asyncio
 import concurrent.futures
 import json
 import random
@@ -105,6 +106,33 @@ def test_many_at_once_with_others_that_leave(served_engine, client):
             one.result()
     assert together == alone
     assert settled(engine).finished["cancelled"] > 0
+
+
+def test_five_hundred_at_once_get_what_each_gets_alone(served_engine):
+    """Greedy, whole and streamed, of prompts that begin alike; eight rows, and pages for a part of them."""
+
+    def body(i):
+        prompt = f"{'the same beginning ' * (i % 5)}number {i}"
+        return {"prompt": prompt, "max_tokens": 2 + i % 11, "temperature": 0, "stream": i % 3 == 0, "ignore_eos": True}
+
+    async def ask(client, i):
+        answer = await client.post("/v1/completions", json=body(i))
+        assert answer.status_code == 200, answer.text
+        if not body(i)["stream"]:
+            return answer.json()["choices"][0]["text"]
+        chunks = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+
+    async def ask_all(at_once):
+        limits = httpx2.Limits(max_connections=at_once)
+        async with httpx2.AsyncClient(base_url=served_engine.url, limits=limits, timeout=120) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(500)))
+
+    alone = asyncio.run(ask_all(1))
+    assert len(set(alone)) > 400
+    settled(served_engine.service.model.engine)
+    assert asyncio.run(ask_all(500)) == alone
+    settled(served_engine.service.model.engine)
 
 
 def test_chat_with_a_schema_and_a_tool_that_must_be_called(served_engine, client):
