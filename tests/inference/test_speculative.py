@@ -20,6 +20,7 @@ from deepseek_jax.inference.row_state import RowSettings
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.speculative import expected_tokens, worth_rows
 from deepseek_jax.inference.step import Piece
+from deepseek_jax.serving.grammar import Grammars
 from tests.inference.test_batch import BUDGET, PAGES, POSITIONS, SEED, Host, Job
 from tests.inference.test_drafter import CONFIG, MESH
 from tests.inference.test_engine_model import Smaller, check_pages_are_back, texts_of
@@ -279,6 +280,23 @@ def test_an_engine_that_drafts_gives_the_same_answers():
         assert texts_of(engine.generate(jobs)) == texts_of(answers)
         assert engine.stats().preemptions > 0
         check_pages_are_back(engine)
+
+
+def test_a_schema_gives_the_same_json_with_drafts():
+    """Greedy and drawn, with top-p too: the parser takes back what was a guess alone."""
+    schema = {"type": "array", "items": {"type": "string", "minLength": 20, "maxLength": 25}, "minItems": 2}
+    make = Grammars(TOKENIZER, TOKENIZER.vocab_size).schema(schema, "schema")
+    settings = {"max_new_tokens": 90, "grammar": make}
+    jobs = [
+        job_lib.Job(prompt=TOKENS[i][:9], sampling=sampling, own=Request(seed=i), **settings)
+        for i, sampling in enumerate((GREEDY, Sampling(temperature=0.7, top_k=0, top_p=1.0), WARM))
+    ]
+    with Engine(batch_of(0), TOKENIZER) as engine:
+        want = engine.generate(jobs)
+    with Engine(batch_of(3), TOKENIZER) as engine:
+        found = engine.generate(jobs)
+    assert texts_of(found) == texts_of(want) and all(answer.text.startswith("[") for answer in found)
+    assert all(answer.usage.accepted_tokens > 2 for answer in found)
 
 
 def test_where_drafting_is_worth_its_time():
