@@ -102,7 +102,7 @@ def known_ids(weights: Weights, tokenizer: Tokenizer) -> Weights:
         raise ValueError(f"weights is of type {type(weights).__name__}; give `deepseek_jax.parameters.Weights`")
     trees = weights.params, weights.router_bias
     head_DV = weights.params.get("head_DV") if all(isinstance(tree, Mapping) for tree in trees) else None
-    if getattr(head_DV, "ndim", None) != 2:
+    if head_DV is None or getattr(head_DV, "ndim", None) != 2:
         raise ValueError("weights has no matrix head_DV in its params; give all weights of a model")
     known_DV = head_DV[:, : tokenizer.vocab_size]
     return weights._replace(params=weights.params | {"head_DV": known_DV})
