@@ -13,6 +13,7 @@ lets running requests end, for up to --drain_seconds; a second one stops at once
 import contextlib
 import importlib.util
 import os
+import re
 import socket
 import sys
 import time
@@ -91,6 +92,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the engine.", lower_bound=0, upp
 # thread, which has a step of 1.3 ms to dispatch.
 SWITCH_SECONDS = 5e-4
 KEY_VARIABLE = "DEEPSEEK_JAX_API_KEY"
+# What the engine calls sizes, and the flags that set them.
+FLAGS = {"num_rows": "--batch_size", "num_positions": "--most_positions", "num_drafts": "--num_drafts"}
+NAMES = re.compile(rf"\b({'|'.join(FLAGS)})\b")
 INSTALL = "pip install -e '.[serve]'"  # in a clone: no package index has this project
 
 
@@ -194,7 +198,10 @@ def open_engine(source: Source, tokenizer: Tokenizer) -> Engine:
         "num_positions": MOST_POSITIONS.value,
         "num_drafts": NUM_DRAFTS.value,
     }
-    check_opening(source.config, tokenizer, mesh, **sizes)
+    try:
+        check_opening(source.config, tokenizer, mesh, **sizes)
+    except ValueError as error:
+        raise ValueError(NAMES.sub(lambda name: FLAGS[name[0]], str(error))) from error
     begun = time.monotonic()
     weights = source.load(mesh)
     print(f"{source.config.name}: weights read in {time.monotonic() - begun:.1f} s", flush=True)

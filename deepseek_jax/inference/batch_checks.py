@@ -36,7 +36,8 @@ def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -
         num_bytes *= axis_size(mesh, ROWS)
     free = free_bytes(mesh)
     if num_bytes > free:
+        fitting = int(num_pages * free / num_bytes)
         raise ValueError(
             f"a cache of {num_pages:,} pages takes {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free;"
-            f" {int(num_pages * free / num_bytes):,} pages would fit"
+            f" {fitting:,} pages would fit, {fitting * PAGE:,} tokens"
         )

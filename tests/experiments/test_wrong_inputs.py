@@ -98,9 +98,21 @@ FLAGS = [
     case("serve", "--workdir={d}/W --batch_size=0", "--batch_size=0", "made at once"),
     case("serve", "--workdir={d}/W --distributed", "runs in one process"),
     # before the weights, of which there are none
-    case("serve", "--workdir={d}/W --port=0 --most_positions=257", "257", "from 1 to 256", files=SERVED),
+    case(
+        "serve",
+        "--workdir={d}/W --port=0 --most_positions=257",
+        "--most_positions = 257",
+        "from 1 to 256",
+        files=SERVED,
+    ),
     case("serve", "--workdir={d}/W --port=0 --cache_tokens=9999999999", "pages takes", "would fit", files=SERVED),
-    case("serve", "--workdir={d}/W --port=0 --num_drafts=1", "num_drafts = 1", "to 0", files=SERVED | WITHOUT_MTP),
+    case(
+        "serve",
+        "--workdir={d}/W --port=0 --num_drafts=1",
+        "--num_drafts = 1",
+        "--num_drafts to 0",
+        files=SERVED | WITHOUT_MTP,
+    ),
     case("generate", "--workdir=tests/golden/v2 --prompt=x", "and no run", "give --hf"),
     case("generate", "--workdir={d}/W --chat", "has no chat_template", "add one of them", files=RUN),
     case("generate", "--workdir={d}/W --prompt=x --data_devices=3", "3", "--cpu_devices", files=RUN),

@@ -497,6 +497,15 @@ def test_a_listener_that_raises_ends_its_job_alone_and_is_logged_once(caplog):
 
 @pytest.mark.parametrize(
     ("options", "message"),
+    [({"most_waiting": 0}, "most_waiting = 0"), ({"prefill_beside": 2049}, "prefill_beside = 2049 .* 0 to 2048")],
+)
+def test_options_are_refused_before_anything_is_compiled(options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine.open(None, None, TOKENIZER, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
     [
         ({"prompt": []}, "empty"),
         ({"prompt": [3, 262]}, "the id 262"),
