@@ -16,6 +16,7 @@ layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,7 +134,8 @@ def make_weights(config: Config, load: Load) -> tuple[Any, Any]:
     layer = Layer(config, load.local_experts, nnx.Rngs(params=config.seed))
     weights = nnx.to_pure_dict(nnx.split(layer, nnx.Param)[1])
     mesh = jax.make_mesh((1,) * len(AXES), AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
-    return weights, jax.jit(jax.shard_map(quantize_weights, mesh=mesh, in_specs=P(), out_specs=P()))(weights)
+    quantize = functools.partial(quantize_weights, num_experts=load.local_experts)
+    return weights, jax.jit(jax.shard_map(quantize, mesh=mesh, in_specs=P(), out_specs=P()))(weights)
 
 
 def make_inputs(config: Config, load: Load) -> tuple[Inputs, Outputs, jax.Array]:
