@@ -114,7 +114,7 @@ def absorbed(model: Model, tables_BJ: jax.Array, positions_BS: jax.Array, valid_
         q_BSNK = jnp.concatenate([q_BSNC, q_BSNR], axis=3)
         cache = write(cache, entry, places)
         with jax.named_scope("attention_core"):
-            mean_BSNC = _over_pages(model, q_BSNK, cache, places)
+            mean_BSNC = over_pages(model, q_BSNK, cache, places)
         return attention.output(jnp.einsum("bsnc,nch->bsnh", mean_BSNC, up.value_NCH)), cache
 
     return attend
@@ -134,7 +134,8 @@ def write(cache: LayerPages, entry: Entry, places: Places) -> LayerPages:
     return cache._replace(pages=flat.reshape(pages.shape))
 
 
-def _over_pages(model: Model, q_BSNK: jax.Array, cache: LayerPages, places: Places) -> jax.Array:
+def over_pages(model: Model, q_BSNK: jax.Array, cache: LayerPages, places: Places) -> jax.Array:
+    """Return the heads' averaged latents [B, S, N, C]: each query attends to the pages of its sequence."""
     num_layers, num_pages, _, width = cache.pages.shape
     flat = cache.pages.reshape(num_layers * num_pages, PAGE, width)
     tables_BJ = cache.layer * num_pages + places.tables_BJ

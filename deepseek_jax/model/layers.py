@@ -85,3 +85,7 @@ class DenseFeedForward(FeedForward):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Normalise and map [B, S, D] to [B, S, D]; the caller adds the residual."""
         return super().__call__(rms_norm(x_BSD, self.norm_D[...], self.eps))
+
+    def normed(self, h_BSD: jax.Array) -> jax.Array:
+        """Map what the norm gave."""
+        return super().__call__(h_BSD)

@@ -64,8 +64,13 @@ class MoE(nnx.Module):
 
         Padding (`valid_BS` False) reaches no routed expert.
         """
+        return self.normed(execution, rms_norm(x_BSD, self.norm_D[...], self.model.norm_eps), valid_BS, observe)
+
+    def normed(
+        self, execution: Execution, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer
+    ) -> tuple[jax.Array, Any]:
+        """Do as a call behind its norm."""
         model = self.model
-        h_BSD = rms_norm(x_BSD, self.norm_D[...], model.norm_eps)
         if execution.experts == "few":
             out_BSD, observed = self._few(h_BSD, valid_BS, observe)
         else:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.absorbed import absorbed
+from deepseek_jax.model.absorbed import absorbed, places_of
 from deepseek_jax.model.attention import expanded
+from deepseek_jax.model.decode_layers import has_kernels, run_decode_layers
 from deepseek_jax.model.layer import (
     DenseLayer,
     Gather,
@@ -219,8 +220,11 @@ def routed_decode_step(model: Model, *arrays: Any) -> tuple[jax.Array, jax.Array
 
 
 def _decode_step(observe, model, execution, weights, pages, tables_BJ, tokens_BS, positions_BS, valid_BS):
-    part = Part(absorbed(model, tables_BJ, positions_BS, valid_BS), valid_BS)
     x_BSD = embed(execution, weights.params["embed_VD"], tokens_BS)
+    if has_kernels(model, execution, weights, valid_BS):
+        table, places = rotary_table(model, positions_BS), places_of(model, tables_BJ, positions_BS, valid_BS)
+        return run_decode_layers(model, execution, weights, x_BSD, table, places, valid_BS, pages, observe)
+    part = Part(absorbed(model, tables_BJ, positions_BS, valid_BS), valid_BS)
     x_BSD, pages, observed = run_cached_layers(model, execution, weights, x_BSD, part, pages, observe)
     return rms_norm(x_BSD, weights.params["final_norm_D"], model.norm_eps), pages, observed
 

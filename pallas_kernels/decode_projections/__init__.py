@@ -1,0 +1,188 @@
+"""All of a decoding step's attention but its core: products of few rows, and in one kernel what stands between two.
+
+    both      = project(h, W_DQ | W_DKV)         parts of sums over k
+    c_Q, cache = latents(both)                   sum, norms, the rotary key turned, the entry into its page
+    q         = project(c_Q, W_UQ | W_QR)        parts
+    q         = absorb(q, W_UK)                  sum, into latent space, rotary channels turned
+    mean      = the core (`mla_decode`)
+    out       = project(mean, W_UV)
+    x, h      = add_norm(x, project(out, W_O))   sum, residual, the norm that follows
+
+A product of a few rows takes the time of reading its weight. A matrix of 8 MB comes from memory in 2 us if all
+multiprocessors read at once; one column block for each would leave most of them idle. So k is cut too, and whatever
+reads the product next adds its parts: FP32 [splits, N, columns].
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import dispatch
+from pallas_kernels.decode_projections import hopper, hopper_absorb, hopper_rows, reference
+from pallas_kernels.decode_projections.hopper import TuningConfig
+from pallas_kernels.quantized import check_array
+
+MOST_ROWS, ROW_UNIT = 128, 8
+UNIT = 128  # of k, and of what a row's block takes at once
+
+
+def kernel_fault(num_rows: int, dtype: Any, *sizes: int) -> str | None:
+    """Return what the Hopper kernels are not made for, or None; `sizes` are those of k and of normed rows."""
+    if dtype != jnp.bfloat16:
+        return str(jnp.dtype(dtype))
+    if num_rows % ROW_UNIT or num_rows > MOST_ROWS:
+        return f"{num_rows} rows, only for multiples of {ROW_UNIT} up to {MOST_ROWS}"
+    wrong = [size for size in sizes if size % UNIT]
+    return f"dims of {wrong}, only for multiples of {UNIT}" if wrong else None
+
+
+def project(
+    x: Array, weight: Array, *, whole: bool = False, implementation: str = "auto", config: TuningConfig | None = None
+) -> Array:
+    """Return the products of each row's B parts with B matrices, as parts whose sum they are.
+
+    Args:
+        x: BF16 or FP32 [N, B * K].
+        weight: of the same dtype [B, K, C].
+        whole: one part, in x's dtype.
+        implementation: "auto", "reference" or "hopper". The kernel takes BF16, 8 to 128 rows, a multiple of 8, K a
+            multiple of 128 and C of 64.
+        config: of the kernel.
+
+    Returns:
+        FP32 [splits, N, B * C], or with `whole` [1, N, B * C] of x's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        NotImplementedError: there is no such kernel here.
+    """
+    check_array("x", x)
+    check_array("weight", weight)
+    if x.ndim != 2 or weight.ndim != 3 or x.dtype != weight.dtype or x.shape[1] != weight.shape[0] * weight.shape[1]:
+        raise ValueError(
+            f"x is {x.dtype} {x.shape} and weight {weight.dtype} {weight.shape}; they must be [N, B * K] and [B, K, C]"
+            " of one dtype"
+        )
+    fault = kernel_fault(len(x), x.dtype, weight.shape[1]) or _fault_of_columns(weight.shape[2])
+    config = config or TuningConfig()
+    splits = 1 if whole or fault else hopper.choose_splits(*weight.shape, len(x), config.depth)
+    kernel = functools.partial(hopper.project, splits=splits, config=config)
+    face = functools.partial(reference.project, whole=whole)
+    return _choose("project", implementation, face, kernel, fault)(x, weight)
+
+
+def absorb(
+    parts: Array,
+    key_NPC: Array,
+    table: tuple[Array, Array],
+    *,
+    implementation: str = "auto",
+    config: TuningConfig | None = None,
+) -> Array:
+    """Return queries in latent space [N, heads * (C + R)], latent part and turned rotary part of each head.
+
+    Args:
+        parts: FP32 [splits, N, heads * (P + R)]: their sum are the queries, content before rotary channels.
+        key_NPC: BF16 or FP32 [heads, P, C], the dtype of the result.
+        table: FP32 cos and sin [N, R / 2].
+        implementation: "auto", "reference" or "hopper"; the kernel takes BF16, P and C multiples of 64, and R of 32.
+        config: of the kernel.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: there is no such kernel here.
+    """
+    heads, content, columns = key_NPC.shape
+    rotary = 2 * table[0].shape[1]
+    if parts.ndim != 3 or parts.shape[2] != heads * (content + rotary) or table[0].shape[0] != parts.shape[1]:
+        raise ValueError(f"parts {parts.shape}, key {key_NPC.shape} and tables {table[0].shape} do not fit each other")
+    fault = kernel_fault(parts.shape[1], key_NPC.dtype) or _fault_of_columns(content, columns, 2 * rotary)
+    kernel = functools.partial(hopper_absorb.absorb, config=config or TuningConfig())
+    return _choose("absorb", implementation, reference.absorb, kernel, fault)(parts, key_NPC, table)
+
+
+def latents(
+    parts: Array,
+    gains: tuple[Array, Array],
+    table: tuple[Array, Array],
+    pages: Array,
+    places: tuple[Array, Array],
+    *,
+    eps: float,
+    implementation: str = "auto",
+    config: TuningConfig | None = None,
+) -> tuple[Array, Array]:
+    """Return normed query latents [N, A], and the pages with each row's entry in its place.
+
+    Args:
+        parts: FP32 [splits, N, A + C + R], whose sum are query latents, latents, and rotary keys.
+        gains: FP32 [A] and [C], of the norms.
+        table: FP32 cos and sin [N, R / 2].
+        pages: BF16 or FP32 [pages, page length, C + R]; a program that donates them has them written in place.
+        places: int32 [N] twice: page and row. A page that does not exist, -1 for example, is written nowhere.
+        eps: added to the mean square.
+        implementation: "auto", "reference" or "hopper"; the kernel takes BF16, A and C multiples of 512, and R = 64.
+        config: of the kernel.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: there is no such kernel here.
+    """
+    queries, latent = (len(gain) for gain in gains)
+    rotary = 2 * table[0].shape[1]
+    if parts.ndim != 3 or parts.shape[2] != queries + latent + rotary or pages.shape[-1] != latent + rotary:
+        raise ValueError(
+            f"parts {parts.shape}, gains of {queries} and {latent}, {rotary} rotary channels and pages {pages.shape} do"
+            " not fit each other"
+        )
+    fault = kernel_fault(parts.shape[1], pages.dtype, queries, latent)
+    if queries % 512 or latent % 512 or rotary != 64:
+        fault = fault or f"latents of {queries} and {latent} with {rotary} rotary channels"
+    kernel = functools.partial(hopper_rows.latents, eps=eps, config=config or TuningConfig())
+    face = functools.partial(reference.latents, eps=eps)
+    return _choose("latents", implementation, face, kernel, fault)(parts, gains, table, pages, places)
+
+
+def add_norm(
+    x: Array,
+    parts: Array,
+    gain: Array,
+    *,
+    eps: float,
+    implementation: str = "auto",
+    config: TuningConfig | None = None,
+) -> tuple[Array, Array]:
+    """Return x + the sum of `parts`, and rms_norm of that, both [N, D] of x's dtype.
+
+    Args:
+        x: BF16 or FP32 [N, D].
+        parts: BF16 or FP32 [splits, N, D].
+        gain: FP32 [D].
+        eps: added to the mean square.
+        implementation: "auto", "reference" or "hopper"; the kernel takes BF16 x, and D a multiple of 512.
+        config: of the kernel.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NotImplementedError: there is no such kernel here.
+    """
+    if parts.ndim != 3 or parts.shape[1:] != x.shape or gain.shape != x.shape[1:]:
+        raise ValueError(f"x {x.shape}, parts {parts.shape} and gain {gain.shape} do not fit each other")
+    fault = kernel_fault(len(x), x.dtype) or (f"rows of {x.shape[1]}" if x.shape[1] % 512 else None)
+    kernel = functools.partial(hopper_rows.add_norm, eps=eps, config=config or TuningConfig())
+    face = functools.partial(reference.add_norm, eps=eps)
+    return _choose("add_norm", implementation, face, kernel, fault)(x, parts, gain)
+
+
+def _fault_of_columns(*columns: int) -> str | None:
+    wrong = [size for size in columns if size % hopper.COLUMNS]
+    return f"columns of {wrong}, only for multiples of {hopper.COLUMNS}" if wrong else None
+
+
+def _choose(name: str, implementation: str, reference_face: Any, kernel: Any, fault: str | None) -> Any:
+    if fault and implementation == "hopper":
+        raise NotImplementedError(f"{name} has no 'hopper' kernel for {fault}; use 'auto' or 'reference'")
+    faces = {"reference": reference_face} | ({} if fault else {"hopper": kernel})
+    return dispatch.choose(name, implementation, faces)

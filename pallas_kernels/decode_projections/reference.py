@@ -1,0 +1,59 @@
+"""The same in plain jnp: the specification, and the way on CPUs."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def project(x: Array, weight: Array, *, whole: bool) -> Array:
+    """Return the products of each row's parts with their matrices, [1, N, B * C]; in FP32 unless `whole`."""
+    batch, k, _ = weight.shape
+    parts = x.reshape(len(x), batch, k)
+    y = jnp.einsum("nbk,bkc->nbc", parts, weight, preferred_element_type=jnp.float32).reshape(1, len(x), -1)
+    return y.astype(x.dtype) if whole else y
+
+
+def absorb(parts: Array, key_NPC: Array, table: tuple[Array, Array]) -> Array:
+    """Return queries in latent space [N, heads * (C + R)]."""
+    heads, content, _ = key_NPC.shape
+    q = parts.sum(0).astype(key_NPC.dtype).reshape(parts.shape[1], heads, -1)
+    latent = jnp.einsum("tnp,npc->tnc", q[..., :content], key_NPC, preferred_element_type=jnp.float32)
+    turned = rotated(q[..., content:], (table[0][:, None], table[1][:, None]))
+    return jnp.concatenate([latent.astype(q.dtype), turned], -1).reshape(len(q), -1)
+
+
+def rotated(x: Array, table: tuple[Array, Array]) -> Array:
+    """Rotate pairs of neighbouring channels [..., R]."""
+    cos, sin = table
+    even, odd = (x[..., side::2].astype(jnp.float32) for side in (0, 1))
+    both = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return both.reshape(x.shape).astype(x.dtype)
+
+
+def normed(x: Array, gain: Array, eps: float) -> Array:
+    """Return rms_norm(x) * gain over the last dim; FP32 inside."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * gain).astype(x.dtype)
+
+
+def add_norm(x: Array, parts: Array, gain: Array, *, eps: float) -> tuple[Array, Array]:
+    """Return x + the sum of parts, and its norm."""
+    total = (x.astype(jnp.float32) + parts.astype(jnp.float32).sum(0)).astype(x.dtype)
+    return total, normed(total, gain, eps)
+
+
+def latents(
+    parts: Array,
+    gains: tuple[Array, Array],
+    table: tuple[Array, Array],
+    pages: Array,
+    places: tuple[Array, Array],
+    *,
+    eps: float,
+) -> tuple[Array, Array]:
+    """Return normed query latents, and the pages with the entry of each row in its place."""
+    queries, latent = (len(gain) for gain in gains)
+    both = parts.sum(0).astype(pages.dtype)
+    entry = normed(both[:, queries : queries + latent], gains[1], eps), rotated(both[:, queries + latent :], table)
+    page = jnp.where(places[0] < 0, len(pages), places[0])
+    pages = pages.at[page, places[1]].set(jnp.concatenate(entry, -1), mode="drop")
+    return normed(both[:, :queries], gains[0], eps), lax.optimization_barrier(pages)
