@@ -6,10 +6,12 @@ both for the next. Its attention is that of `model.absorbed`, in the kernels of 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_pages
@@ -17,20 +19,22 @@ from deepseek_jax.model.attention import Attention, Beside, Table
 from deepseek_jax.model.layer import STACKS, Layer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer
-from deepseek_jax.parameters import Weights
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, transposed
+from deepseek_jax.parameters import Fp8Weight, Weights
 from pallas_kernels import dispatch
 from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, latents, project
+from pallas_kernels.quantized import Quantized
 
 NORM_UNIT = 512  # of widths that the kernels norm
 
 
 def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array) -> bool:
-    """Whether a step runs through `run_decode_layers`: on Hopper, in BF16, with at most 128 rows on one device."""
+    """Whether a step runs through `run_decode_layers`: on Hopper, in BF16 or FP8, with at most 128 rows on one device."""
     if not dispatch.on_hopper() or cached_execution(execution, valid_BS).experts != "few" or not model.query_latent:
         return False
     layers = [layer for name, _ in STACKS for layer in weights.params.get(name, [])]
     attention = layers[0]["attention"]
-    if not isinstance(attention["kv_a_DC"], jax.Array) or not isinstance(attention["q_a_DA"], Beside):
+    if not isinstance(attention["q_a_DA"], Beside):
         return False
     normed = model.width, model.query_latent, model.kv_latent
     sums = *normed, model.num_heads * model.value_dim, model.content_dim
@@ -122,14 +126,21 @@ def attend(
     page_BS = jnp.where(owned_BS, cache.layer * num_pages + page_BS, -1)
     gains = attention.q_norm_A[...], attention.kv_norm_C[...]
     own = page_BS.reshape(-1), places.row_BS.reshape(-1)
-    both = project(h_TD, attention.kv_a_DC.get_value()[None])
+    both = project(h_TD, _matrix(attention.kv_a_DC))
     q_TA, flat = latents(both, gains, table, flat, own, eps=model.norm_eps)
-    q_b_ANQ = attention.q_b_ANQ.get_value()
-    q_TX = absorb(project(q_TA, q_b_ANQ.reshape(1, len(q_b_ANQ), -1)), up.key_NPC, table)
+    q_TX = absorb(project(q_TA, _matrix(attention.q_b_ANQ)), up.key_NPC, table)
     cache = cache._replace(pages=flat.reshape(cache.pages.shape))
     with jax.named_scope("attention_core"):
         q_BSNK = q_TX.reshape(*places.page_BS.shape, model.num_heads, entry)
         mean_BSNC = over_pages(model, q_BSNK, cache, places)
     out_TX = project(mean_BSNC.reshape(len(h_TD), -1), up.value_NCH, whole=True)[0]
-    o_NHD = attention.o_NHD.get_value()
-    return project(out_TX, o_NHD.reshape(1, -1, o_NHD.shape[-1])), cache
+    return project(out_TX, _matrix(attention.o_NHD, 2), scale=ATTENTION_OUTPUT.scale), cache
+
+
+def _matrix(weight: nnx.Param, input_dims: int = 1) -> jax.Array | Quantized:
+    """Return a weight as one matrix in the form that `project` takes."""
+    value = weight.get_value()
+    if isinstance(value, Fp8Weight):
+        matrix = value.as_matrix(input_dims)
+        return transposed(matrix.values, matrix.scales)
+    return value.reshape(1, math.prod(value.shape[:input_dims]), -1)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_projections import hopper, hopper_absorb, hopper_rows, reference
+from pallas_kernels.decode_projections import hopper, hopper_absorb, hopper_fp8, hopper_rows, reference
 from pallas_kernels.decode_projections.hopper import TuningConfig
-from pallas_kernels.quantized import check_array
+from pallas_kernels.quantized import Quantized, Scale, check_array, check_quantized
 
 MOST_ROWS, ROW_UNIT = 128, 8
 UNIT = 128  # of k, and of what a row's block takes at once
@@ -39,17 +39,24 @@ def kernel_fault(num_rows: int, dtype: Any, *sizes: int) -> str | None:
 
 
 def project(
-    x: Array, weight: Array, *, whole: bool = False, implementation: str = "auto", config: TuningConfig | None = None
+    x: Array,
+    weight: Array | Quantized,
+    *,
+    whole: bool = False,
+    scale: Scale = "fp32",
+    implementation: str = "auto",
+    config: TuningConfig | None = None,
 ) -> Array:
     """Return the products of each row's B parts with B matrices, as parts whose sum they are.
 
     Args:
-        x: BF16 or FP32 [N, B * K].
-        weight: of the same dtype [B, K, C].
-        whole: one part, in x's dtype.
-        implementation: "auto", "reference" or "hopper". The kernel takes BF16, 8 to 128 rows, a multiple of 8, K a
+        x: BF16 or FP32 [N, B * K]; BF16 if the weight is in FP8.
+        weight: of x's dtype [B, K, C], or one matrix in FP8: blocks [C, K], with which x is multiplied in tiles.
+        whole: one part, in x's dtype; not in FP8.
+        scale: of the tiles of x.
+        implementation: "auto", "reference" or "hopper". The kernels take BF16 x of 8 to 128 rows, a multiple of 8, K a
             multiple of 128 and C of 64.
-        config: of the kernel.
+        config: of the kernels.
 
     Returns:
         FP32 [splits, N, B * C], or with `whole` [1, N, B * C] of x's dtype.
@@ -58,19 +65,34 @@ def project(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: there is no such kernel here.
     """
-    check_array("x", x)
-    check_array("weight", weight)
-    if x.ndim != 2 or weight.ndim != 3 or x.dtype != weight.dtype or x.shape[1] != weight.shape[0] * weight.shape[1]:
-        raise ValueError(
-            f"x is {x.dtype} {x.shape} and weight {weight.dtype} {weight.shape}; they must be [N, B * K] and [B, K, C]"
-            " of one dtype"
-        )
-    fault = kernel_fault(len(x), x.dtype, weight.shape[1]) or _fault_of_columns(weight.shape[2])
     config = config or TuningConfig()
-    splits = 1 if whole or fault else hopper.choose_splits(*weight.shape, len(x), config.depth)
-    kernel = functools.partial(hopper.project, splits=splits, config=config)
+    shape = _check_product(x, weight, whole)
+    fault = kernel_fault(len(x), x.dtype, shape[1]) or _fault_of_columns(shape[2])
+    splits = 1 if whole or fault else hopper.choose_splits(*shape, len(x), config.depth)
+    if isinstance(weight, Quantized):
+        face = functools.partial(reference.project_fp8, scale=scale)
+        kernel = functools.partial(hopper_fp8.project, splits=splits, scale=scale, config=config)
+        return _choose("project", implementation, face, kernel, fault)(x, weight.values, weight.scales)
     face = functools.partial(reference.project, whole=whole)
+    kernel = functools.partial(hopper.project, splits=splits, config=config)
     return _choose("project", implementation, face, kernel, fault)(x, weight)
+
+
+def _check_product(x: Array, weight: Array | Quantized, whole: bool) -> tuple[int, int, int]:
+    """Return B, K and C."""
+    check_array("x", x)
+    if isinstance(weight, Quantized):
+        check_quantized("weight", weight, "block", num_dims=2)
+        shape, dtype, fits = (1, *weight.shape[::-1]), jnp.dtype(jnp.bfloat16), not whole
+    else:
+        check_array("weight", weight)
+        shape, dtype, fits = weight.shape, weight.dtype, weight.ndim == 3
+    if not fits or x.ndim != 2 or x.dtype != dtype or x.shape[1] != shape[0] * shape[1]:
+        raise ValueError(
+            f"x is {x.dtype} {x.shape} and weight {weight.shape}; they must be [N, B * K] and [B, K, C] of one dtype, or"
+            " BF16 [N, K] and blocks [C, K] in parts"
+        )
+    return shape
 
 
 def absorb(

@@ -3,20 +3,33 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.quantize import quantize_tiles
+from pallas_kernels.quantized import Quantized, Scale, dequantize
+
 
 def project(x: Array, weight: Array, *, whole: bool) -> Array:
     """Return the products of each row's parts with their matrices, [1, N, B * C]; in FP32 unless `whole`."""
     batch, k, _ = weight.shape
     parts = x.reshape(len(x), batch, k)
-    y = jnp.einsum("nbk,bkc->nbc", parts, weight, preferred_element_type=jnp.float32).reshape(1, len(x), -1)
+    y = jnp.einsum("nbk,bkc->nbc", *_in_fp32(parts, weight)).reshape(1, len(x), -1)
     return y.astype(x.dtype) if whole else y
+
+
+def _in_fp32(*arrays: Array) -> list[Array]:
+    return [x.astype(jnp.float32) for x in arrays]
+
+
+def project_fp8(x: Array, values: Array, scales: Array, *, scale: Scale) -> Array:
+    """Return the product of x in tiles with blocks [C, K], FP32 [1, N, C]."""
+    rows = quantize_tiles(x, scale=scale, implementation="reference")
+    return (dequantize(rows) @ dequantize(Quantized(values, scales, "block")).T)[None]
 
 
 def absorb(parts: Array, key_NPC: Array, table: tuple[Array, Array]) -> Array:
     """Return queries in latent space [N, heads * (C + R)]."""
     heads, content, _ = key_NPC.shape
     q = parts.sum(0).astype(key_NPC.dtype).reshape(parts.shape[1], heads, -1)
-    latent = jnp.einsum("tnp,npc->tnc", q[..., :content], key_NPC, preferred_element_type=jnp.float32)
+    latent = jnp.einsum("tnp,npc->tnc", *_in_fp32(q[..., :content], key_NPC))
     turned = rotated(q[..., content:], (table[0][:, None], table[1][:, None]))
     return jnp.concatenate([latent.astype(q.dtype), turned], -1).reshape(len(q), -1)
 
