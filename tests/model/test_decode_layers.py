@@ -1,0 +1,51 @@
+"""Layers of a step that take the residual stream with its norm equal layers that norm for themselves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.inference import decode
+from deepseek_jax.inference.weights import decode_weights
+from deepseek_jax.model import transformer
+from tests.inference.test_decode import CONFIG, make_weights, one_device
+
+TABLES_BJ = np.array([[3, 0], [1, 4], [2, 5]], np.int32)
+POSITIONS_BS = np.array([[70, 71], [5, 6], [0, 1]], np.int32)
+VALID_BS = np.array([[True, True], [True, False], [False, False]])
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The step in both forms: hidden states, pages, and the experts of each token."""
+    execution = decode.decode_execution(CONFIG, one_device())
+    placed = decode_weights(CONFIG.model, execution, make_weights(), one_device())
+    weights = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), placed)  # on no mesh
+    width = CONFIG.model.kv_latent + CONFIG.model.rotary_dim
+    pages = jax.random.normal(jax.random.key(5), (CONFIG.model.num_layers, 6, 64, width), jnp.float32)
+    tokens_BS = np.arange(6, dtype=np.int32).reshape(3, 2)
+    run = functools.partial(transformer.routed_decode_step, CONFIG.model, execution)
+
+    def step(joined):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "has_kernels", lambda *_: joined)
+            return jax.jit(lambda *operands: run(*operands))(
+                weights, pages, TABLES_BJ, tokens_BS, POSITIONS_BS, VALID_BS
+            )
+
+    return step(False), step(True), pages
+
+
+def test_hidden_states_pages_and_routes_are_those_of_separate_norms(results):
+    (hidden, pages, routes), (joined_hidden, joined_pages, joined_routes), _ = results
+    np.testing.assert_allclose(joined_hidden[VALID_BS], hidden[VALID_BS], rtol=0, atol=2e-5 * np.abs(hidden).max())
+    np.testing.assert_allclose(joined_pages, pages, rtol=0, atol=2e-5 * np.abs(pages).max())
+    assert (joined_routes[VALID_BS] == routes[VALID_BS]).all()
+
+
+def test_only_the_entries_of_tokens_that_are_there_are_written(results):
+    _, (_, pages, _), before = results
+    changed = np.argwhere((np.asarray(pages) != np.asarray(before)).any(axis=(0, 3)))
+    assert changed.tolist() == [[0, 6], [0, 7], [1, 5]]
