@@ -16,7 +16,7 @@ from flax import nnx
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_pages
 from deepseek_jax.model.attention import Attention, Beside, Table
-from deepseek_jax.model.layer import STACKS, Layer, Tree, cached_execution, merge_cached
+from deepseek_jax.model.layer import STACKS, Layer, MoELayer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, transposed
@@ -29,7 +29,7 @@ NORM_UNIT = 512  # of widths that the kernels norm
 
 
 def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array) -> bool:
-    """Whether a step runs through `run_decode_layers`: on Hopper, in BF16 or FP8, with at most 128 rows on one device."""
+    """Whether a step runs through `run_decode_layers`: on Hopper, in BF16 or FP8, at most 128 rows on a device."""
     if not dispatch.on_hopper() or cached_execution(execution, valid_BS).experts != "few" or not model.query_latent:
         return False
     layers = [layer for name, _ in STACKS for layer in weights.params.get(name, [])]
@@ -39,7 +39,9 @@ def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: 
     normed = model.width, model.query_latent, model.kv_latent
     sums = *normed, model.num_heads * model.value_dim, model.content_dim
     columns = model.num_heads * model.query_dim, model.query_latent + model.kv_latent + model.rotary_dim
-    fitting = not any(size % NORM_UNIT for size in normed) and not any(size % 64 for size in (*columns, model.value_dim))
+    fitting = not any(size % NORM_UNIT for size in normed) and not any(
+        size % 64 for size in (*columns, model.value_dim)
+    )
     return fitting and model.rotary_dim == 64 and not kernel_fault(valid_BS.size, jnp.bfloat16, *sums)
 
 
@@ -78,7 +80,7 @@ def run_decode_layers(
     def run(kind, params, bias, x_TD, h_TD, cache, next_gain_D):
         layer = merge_cached(kind, model, params, bias)
         parts, cache = attend(model, layer.attention, h_TD, table, places, cache)
-        x_TD, h_TD = add_norm(x_TD, parts, layer.feed_gain, eps=model.norm_eps)
+        x_TD, h_TD = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps)
         y_BSD, observed = layer.feed_normed(execution, h_TD.reshape(x_BSD.shape), valid_BS, observe)
         x_TD, h_TD = add_norm(x_TD, y_BSD.reshape(1, -1, width), next_gain_D, eps=model.norm_eps)
         return x_TD, h_TD, cache.pages, observed
@@ -94,13 +96,16 @@ def run_decode_layers(
     return h_TD.reshape(x_BSD.shape), pages, observations
 
 
+def _feed_gain(layer: Layer) -> jax.Array:
+    """Return the gain of the norm in front of a layer's feed-forward."""
+    return (layer.moe if isinstance(layer, MoELayer) else layer.ffn).norm_D[...]
+
+
 def _in_order(weights: Weights) -> list[tuple[type[Layer], Tree, Tree]]:
     layers = []
     for name, kind in STACKS:
         biases = weights.router_bias.get(name)
-        layers += [
-            (kind, params, biases[i] if biases else {}) for i, params in enumerate(weights.params.get(name, []))
-        ]
+        layers += [(kind, params, biases[i] if biases else {}) for i, params in enumerate(weights.params.get(name, []))]
     return layers
 
 

@@ -88,15 +88,10 @@ class DenseLayer(Layer):
         """Return the feed-forward's output, and None: there is no router to observe."""
         return self.ffn(x_BSD), None
 
-    @property
-    def feed_gain(self) -> jax.Array:
-        """The gain of the norm in front of the feed-forward."""
-        return self.ffn.norm_D[...]
-
     def feed_normed(
         self, execution: Execution, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer
     ) -> tuple[jax.Array, None]:
-        """Do as `feed` behind its norm."""
+        """Do as `feed`, behind its norm."""
         return self.ffn.normed(h_BSD), None
 
 
@@ -113,15 +108,10 @@ class MoELayer(Layer):
         """Return the mixture's output, and what `observe` reports of its router."""
         return self.moe(execution, x_BSD, valid_BS, observe)
 
-    @property
-    def feed_gain(self) -> jax.Array:
-        """The gain of the norm in front of the mixture."""
-        return self.moe.norm_D[...]
-
     def feed_normed(
         self, execution: Execution, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer
     ) -> tuple[jax.Array, Any]:
-        """Do as `feed` behind its norm."""
+        """Do as `feed`, behind its norm."""
         return self.moe.normed(execution, h_BSD, valid_BS, observe)
 
 

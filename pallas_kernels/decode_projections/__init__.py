@@ -89,8 +89,8 @@ def _check_product(x: Array, weight: Array | Quantized, whole: bool) -> tuple[in
         shape, dtype, fits = weight.shape, weight.dtype, weight.ndim == 3
     if not fits or x.ndim != 2 or x.dtype != dtype or x.shape[1] != shape[0] * shape[1]:
         raise ValueError(
-            f"x is {x.dtype} {x.shape} and weight {weight.shape}; they must be [N, B * K] and [B, K, C] of one dtype, or"
-            " BF16 [N, K] and blocks [C, K] in parts"
+            f"x is {x.dtype} {x.shape} and weight {weight.shape}; they must be [N, B * K] and [B, K, C] of one dtype,"
+            " or BF16 [N, K] and blocks [C, K] in parts"
         )
     return shape
 

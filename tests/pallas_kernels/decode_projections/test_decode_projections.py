@@ -71,7 +71,13 @@ def test_the_stream_and_its_norm(interpret, splits, dtype):
 
 @pytest.mark.parametrize(
     ("batch", "k", "columns", "rows", "splits"),
-    [(1, 2048, 2112, 16, 4), (1, 1536, 3072, 16, 2), (16, 512, 128, 16, 4), (1, 7168, 2112, 8, 7), (1, 16384, 7168, 8, 16)],
+    [
+        (1, 2048, 2112, 16, 4),
+        (1, 1536, 3072, 16, 2),
+        (16, 512, 128, 16, 4),
+        (1, 7168, 2112, 8, 7),
+        (1, 16384, 7168, 8, 16),
+    ],
 )
 def test_k_is_cut_until_all_multiprocessors_work_and_memory_suffices(batch, k, columns, rows, splits, monkeypatch):
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 132)
@@ -88,7 +94,9 @@ def test_operands_that_do_not_fit_are_refused():
         add_norm(x, x, x[0], eps=0)
     gains = jnp.ones(512), jnp.ones(512)
     with pytest.raises(ValueError, match="do not fit"):
-        latents(cases.normal(0, 1, 8, 512), gains, cases.table(8), cases.normal(0, 4, 64, 576), cases.places(8, 4), eps=0)
+        latents(
+            cases.normal(0, 1, 8, 512), gains, cases.table(8), cases.normal(0, 4, 64, 576), cases.places(8, 4), eps=0
+        )
     with pytest.raises(NotImplementedError, match="7 rows"):
         project(x[:7], weight, implementation="hopper")
 
