@@ -1,9 +1,9 @@
 """Products of few rows on Hopper, cut along k too: all of a weight is under way at once, on all multiprocessors.
 
 The problem. A decoding step multiplies 1 to 128 rows with matrices of 2 to 9 MB, which come from memory in 0.5 to 2 us
-if every multiprocessor asks for its part at once. XLA's kernels for 16 rows took 23 us for attention's five products of a
-layer of configs/v3_5b.py, whose 30.7 MB are 6.7 us of one H200; and their partial sums, casts and slices were kernels of
-their own.
+if every multiprocessor asks for its part at once. For 16 rows XLA's kernels took 23 us for attention's five products of
+a layer of configs/v3_5b.py, whose 30.7 MB are 6.7 us of one H200; partial sums, casts and slices were kernels of their
+own.
 
 The choice. A block has 64 columns of the weight (the rows of wgmma's left operand, so nothing is padded to 64) and a
 part of k, so many parts that the blocks are at most as many as the multiprocessors. Its part of the weight, 32 to 128
@@ -20,8 +20,8 @@ sums, but copies of 16 columns are 32 bytes wide, and every block reads all rows
 them in shared memory.
 
 Predicted before the first run, one H200, 16 rows, us: 3.8 for 8.6 MB, 4.0 for 9.4 MB, 2.6 for 2 MB; in FP8 3.0 and 3.1.
-`early` (programmatic dependent launch) asks for weights while the kernel before runs; whether XLA's graphs let it is to be
-measured.
+`early` (programmatic dependent launch) asks for weights while the kernel before runs; whether XLA's graphs let it is to
+be measured.
 """
 
 import dataclasses
