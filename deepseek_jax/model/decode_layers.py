@@ -19,30 +19,28 @@ from deepseek_jax.model.attention import Attention, Beside, Table
 from deepseek_jax.model.layer import STACKS, Layer, MoELayer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer
-from deepseek_jax.model.precision import ATTENTION_OUTPUT, transposed
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, compute_dtype, transposed
 from deepseek_jax.parameters import Fp8Weight, Weights
 from pallas_kernels import dispatch
 from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, latents, project
 from pallas_kernels.quantized import Quantized
 
-NORM_UNIT = 512  # of widths that the kernels norm
+NORM_UNIT, COLUMNS = 512, 64  # of widths that the kernels norm, and of those that products make
 
 
-def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array) -> bool:
+def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array, pages: jax.Array) -> bool:
     """Whether a step runs through `run_decode_layers`: on Hopper, in BF16 or FP8, at most 128 rows on a device."""
-    if not dispatch.on_hopper() or cached_execution(execution, valid_BS).experts != "few" or not model.query_latent:
+    few = cached_execution(execution, valid_BS).experts == "few"
+    if not dispatch.on_hopper() or not few or compute_dtype(execution) != jnp.bfloat16 or pages.dtype != jnp.bfloat16:
         return False
     layers = [layer for name, _ in STACKS for layer in weights.params.get(name, [])]
-    attention = layers[0]["attention"]
-    if not isinstance(attention["q_a_DA"], Beside):
+    if not model.query_latent or not isinstance(layers[0]["attention"]["q_a_DA"], Beside):
         return False
     normed = model.width, model.query_latent, model.kv_latent
-    sums = *normed, model.num_heads * model.value_dim, model.content_dim
-    columns = model.num_heads * model.query_dim, model.query_latent + model.kv_latent + model.rotary_dim
-    fitting = not any(size % NORM_UNIT for size in normed) and not any(
-        size % 64 for size in (*columns, model.value_dim)
-    )
-    return fitting and model.rotary_dim == 64 and not kernel_fault(valid_BS.size, jnp.bfloat16, *sums)
+    columns = model.num_heads * model.query_dim, sum(normed[1:]) + model.rotary_dim, model.value_dim
+    if any(size % NORM_UNIT for size in normed) or any(size % COLUMNS for size in columns) or model.rotary_dim != 64:
+        return False
+    return not kernel_fault(valid_BS.size, pages.dtype, *normed, model.num_heads * model.value_dim, model.content_dim)
 
 
 def run_decode_layers(

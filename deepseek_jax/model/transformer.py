@@ -221,7 +221,7 @@ def routed_decode_step(model: Model, *arrays: Any) -> tuple[jax.Array, jax.Array
 
 def _decode_step(observe, model, execution, weights, pages, tables_BJ, tokens_BS, positions_BS, valid_BS):
     x_BSD = embed(execution, weights.params["embed_VD"], tokens_BS)
-    if has_kernels(model, execution, weights, valid_BS):
+    if has_kernels(model, execution, weights, valid_BS, pages):
         table, places = rotary_table(model, positions_BS), places_of(model, tables_BJ, positions_BS, valid_BS)
         return run_decode_layers(model, execution, weights, x_BSD, table, places, valid_BS, pages, observe)
     part = Part(absorbed(model, tables_BJ, positions_BS, valid_BS), valid_BS)

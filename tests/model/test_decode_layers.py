@@ -1,5 +1,6 @@
 """Layers of a step that take the residual stream with its norm equal layers that norm for themselves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import v3_5b
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.inference import decode
 from deepseek_jax.inference.weights import decode_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import decode_layers, transformer
+from deepseek_jax.model.attention import Beside
+from deepseek_jax.parameters import Weights
 from tests.inference.test_decode import CONFIG, make_weights, one_device
 
 TABLES_BJ = np.array([[3, 0], [1, 4], [2, 5]], np.int32)
@@ -49,3 +54,22 @@ def test_only_the_entries_of_tokens_that_are_there_are_written(results):
     _, (_, pages, _), before = results
     changed = np.argwhere((np.asarray(pages) != np.asarray(before)).any(axis=(0, 3)))
     assert changed.tolist() == [[0, 6], [0, 7], [1, 5]]
+
+
+def test_only_a_step_that_all_kernels_take_goes_through_them(monkeypatch):
+    config = from_config_dict(v3_5b.get_config())
+    monkeypatch.setattr(decode_layers.dispatch, "on_hopper", lambda: True)
+    beside = Weights({"moe_layers": [{"attention": {"q_a_DA": Beside((1536,))}}]}, {})
+    apart = Weights({"moe_layers": [{"attention": {"q_a_DA": jnp.zeros(())}}]}, {})
+    pages = jax.ShapeDtypeStruct((12, 9, 64, 576), jnp.bfloat16)
+
+    def takes(weights=beside, rows=16, pages=pages, model=config.model, **changes):
+        execution = config.with_(execution={"exchange": "local"} | changes).execution
+        return decode_layers.has_kernels(model, execution, weights, np.ones((rows, 1), bool), pages)
+
+    assert takes() and takes(rows=128) and takes(precision="fp8")
+    assert not takes(apart) and not takes(rows=136) and not takes(rows=12) and not takes(precision="fp32")
+    assert not takes(exchange="dense") and not takes(pages=jax.ShapeDtypeStruct(pages.shape, jnp.float32))
+    assert not takes(model=dataclasses.replace(config.model, query_latent=0))
+    monkeypatch.setattr(decode_layers.dispatch, "on_hopper", lambda: False)
+    assert not takes()

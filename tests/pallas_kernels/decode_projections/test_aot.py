@@ -17,6 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Linux")
 
 
+NAMES = ["project", "project_whole", "project_fp8", "absorb", "latents", "add_norm"]
+
+
 def operands_of(name, n):
     """A function, and operands of the shapes of `configs/v3_5b.py`."""
     if name == "project":
@@ -39,7 +42,7 @@ def operands_of(name, n):
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("n", [16, 128])
-@pytest.mark.parametrize("name", ["project", "project_whole", "project_fp8", "absorb", "latents", "add_norm"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_assembler_has_registers_enough(name, n, early, monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     device = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0]
