@@ -16,7 +16,7 @@ from flax import nnx
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_pages
 from deepseek_jax.model.attention import Attention, Beside, Table
-from deepseek_jax.model.layer import STACKS, Layer, MoELayer, Tree, cached_execution, merge_cached
+from deepseek_jax.model.layer import STACKS, DenseLayer, Layer, MoELayer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, compute_dtype, transposed
@@ -72,12 +72,12 @@ def run_decode_layers(
     """
     execution = cached_execution(execution, valid_BS)
     batch, num_queries, width = x_BSD.shape
-    table = tuple(t.reshape(batch * num_queries, -1) for t in table)
+    cos, sin = (t.reshape(batch * num_queries, -1) for t in table)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(kind, params, bias, x_TD, h_TD, cache, next_gain_D):
         layer = merge_cached(kind, model, params, bias)
-        parts, cache = attend(model, layer.attention, h_TD, table, places, cache)
+        parts, cache = attend(model, layer.attention, h_TD, (cos, sin), places, cache)
         x_TD, h_TD = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps)
         y_BSD, observed = layer.feed_normed(execution, h_TD.reshape(x_BSD.shape), valid_BS, observe)
         x_TD, h_TD = add_norm(x_TD, y_BSD.reshape(1, -1, width), next_gain_D, eps=model.norm_eps)
@@ -94,9 +94,9 @@ def run_decode_layers(
     return h_TD.reshape(x_BSD.shape), pages, observations
 
 
-def _feed_gain(layer: Layer) -> jax.Array:
+def _feed_gain(layer: MoELayer | DenseLayer) -> jax.Array:
     """Return the gain of the norm in front of a layer's feed-forward."""
-    return (layer.moe if isinstance(layer, MoELayer) else layer.ffn).norm_D[...]
+    return layer.moe.norm_D[...] if isinstance(layer, MoELayer) else layer.ffn.norm_D[...]
 
 
 def _in_order(weights: Weights) -> list[tuple[type[Layer], Tree, Tree]]:

@@ -92,7 +92,8 @@ def _check_product(x: Array, weight: Array | Quantized, whole: bool) -> tuple[in
             f"x is {x.dtype} {x.shape} and weight {weight.shape}; they must be [N, B * K] and [B, K, C] of one dtype,"
             " or BF16 [N, K] and blocks [C, K] in parts"
         )
-    return shape
+    batch, k, columns = shape
+    return batch, k, columns
 
 
 def absorb(

@@ -20,7 +20,7 @@ from pallas_kernels.quantized import E4M3, Scale
 
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 # Of rows [N, 128]: a row for each warp, four neighbours for each lane.
-ROWS = L.TILED(plgpu.Tiling(((4, GROUP), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+ROWS: Any = L.TILED(plgpu.Tiling(((4, GROUP), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 def project(x: Array, values: Array, scales: Array, *, splits: int, scale: Scale, config: TuningConfig) -> Array:
