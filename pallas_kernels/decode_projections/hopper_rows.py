@@ -85,8 +85,8 @@ def latents(
         begin(config)
         own = lax.axis_index("block")
         q_gain, gain = plgpu.load(q_gain_ref, layout=of_queries), plgpu.load(gain_ref, layout=of_latents)
-        page, row = page_ref[own], row_ref[own]
         wait(config)
+        page, row = page_ref[own], row_ref[own]
 
         def rounded(refs, layout):
             return add(refs, layout).astype(jnp.bfloat16)
