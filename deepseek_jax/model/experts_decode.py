@@ -12,6 +12,7 @@ import jax
 from deepseek_jax.model.precision import DISPATCH, transposed
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels.experts_decode import experts_decode
+from pallas_kernels.experts_decode.plan import Dense
 from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.quantized import Quantized
 
@@ -34,6 +35,7 @@ def expert_decode(
     weights: dict[str, Any],
     layer: jax.Array | int | None = None,
     *,
+    dense: Dense | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Return the gated sums y_TD of the experts that are here (DeepSeek-V3 eq. 12).
@@ -44,6 +46,7 @@ def expert_decode(
         gates_TK: FP32.
         weights: as `decode_form` returns them.
         layer: which layer of weights with a leading dim L. They are read in place: a slice would be copied.
+        dense: what the routing has made of experts and gates.
         implementation: see `pallas_kernels.experts_decode`.
     """
     gate_up, down = (_blocks(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
@@ -51,7 +54,9 @@ def expert_decode(
         rows = quantize_tiles(h_TD, scale=DISPATCH)
     else:
         rows, gate_up = h_TD, gate_up.reshape(*gate_up.shape[:-2], -1)
-    return experts_decode(rows, experts_TK, gates_TK, gate_up, down, layer=layer, implementation=implementation)
+    return experts_decode(
+        rows, experts_TK, gates_TK, gate_up, down, layer=layer, dense=dense, implementation=implementation
+    )
 
 
 def _blocks(weight: Any) -> Any:

@@ -11,6 +11,7 @@ from jax import Array
 
 from pallas_kernels import GROUP, dispatch
 from pallas_kernels.experts_decode import hopper, reference
+from pallas_kernels.experts_decode.plan import Dense
 from pallas_kernels.quantized import Quantized, check_array, check_quantized
 
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -24,6 +25,7 @@ def experts_decode(
     down: Array | Quantized,
     *,
     layer: Array | int | None = None,
+    dense: Dense | None = None,
     implementation: str = "auto",
 ) -> Array:
     """Return the gated sums y [T, D] over each token's experts.
@@ -40,6 +42,7 @@ def experts_decode(
             `layer` [L, E, ...].
         down: [E, F, D]; in FP8 blocks [E, D, F]. With `layer` [L, E, ...].
         layer: which of L layers is read.
+        dense: what `pallas_kernels.routing` has made of these experts and gates, which saves kernels.
         implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16 or FP8, D a multiple of 256 and F
             of 128; "auto" takes the reference for others.
 
@@ -61,7 +64,7 @@ def experts_decode(
     if layer is not None:
         gate_up, down = merge(gate_up), merge(down)
     face = dispatch.choose("experts_decode", implementation, faces)
-    return face(h, experts, gates, gate_up, down, base, num_experts=num_experts)
+    return face(h, experts, gates, gate_up, down, base, dense, num_experts=num_experts)
 
 
 def merge(weight: Array | Quantized) -> Array | Quantized:

@@ -31,7 +31,16 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape, TuningConfig
 from pallas_kernels.experts_decode.hopper_sort import sort_rows
 from pallas_kernels.experts_decode.hopper_stream import L, Source, Stream, launch, over_units
-from pallas_kernels.experts_decode.plan import MOST_DENSE, Plan, make_dense, make_sorted, only_here, rows_of_visit
+from pallas_kernels.experts_decode.plan import (
+    MOST_DENSE,
+    Dense,
+    Plan,
+    dense_plan,
+    make_dense,
+    make_sorted,
+    only_here,
+    rows_of_visit,
+)
 from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
 
 MOST_FEW = 32  # rows of a visit with narrow blocks; beside wide ones fewer bytes of rows are copied
@@ -52,11 +61,15 @@ def experts_decode(
     gate_up: Array | Quantized,
     down: Array | Quantized,
     base: Array,
+    dense: Dense | None = None,
     *,
     num_experts: int,
     config: TuningConfig | None = None,
 ) -> Array:
-    """Return y [T, D] in BF16; the experts' weights begin at `base` of the first dim."""
+    """Return y [T, D] in BF16; the experts' weights begin at `base` of the first dim.
+
+    `dense` is what `plan.make_dense` makes of experts and gates, where it is known.
+    """
     in_fp8 = isinstance(gate_up, Quantized)
     num_tokens, k = experts.shape
     n = rows_of_visit(num_tokens, k, num_experts, MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16)
@@ -64,7 +77,7 @@ def experts_decode(
     experts, base = only_here(experts, num_experts), base.reshape(1)
     rows, tiles = tuple(jax.tree.leaves(h)), h.shape[1] // (BLOCKS * config.down_width)
     if num_tokens <= MOST_DENSE:
-        plan = make_dense(experts, gates, num_experts, n)
+        plan = dense_plan(dense or make_dense(experts, gates, num_experts, n), num_experts, num_tokens * k)
         act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
         groups = choose_groups(plan, num_tokens, k, num_experts, tiles)
         return down_visits(config, plan, act, down, base, groups).sum(0)[:num_tokens].astype(jnp.bfloat16)
@@ -132,7 +145,8 @@ def gate_up_visits(
                 return lambda block, step: of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), step]
 
             slot, sums = stream.multiply(slot, 1, block_scale)
-            weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
+            own = gates_ref.at[:, visit.expert] if plan.dense else gates_ref.at[visit.number]
+            weights = plgpu.load(own, layout=L.WGMMA.reduce(0), optimized=False)
             store_act(outputs, sums, weights, visit.row, column)
             return slot
 

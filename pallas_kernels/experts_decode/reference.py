@@ -25,9 +25,18 @@ MANY = 2  # assignments to an expert, from which on all experts are multiplied a
 
 
 def experts_decode(
-    h: Array | Quantized, experts: Array, gates: Array, gate_up: Any, down: Any, base: Array, *, num_experts: int
+    h: Array | Quantized,
+    experts: Array,
+    gates: Array,
+    gate_up: Any,
+    down: Any,
+    base: Array,
+    dense: Any = None,
+    *,
+    num_experts: int,
 ) -> Array:
     """Return y [T, D]; the weights [., D, 2F] and [., F, D], or blocks [., 2F, D] and [., D, F], begin at `base`."""
+    del dense  # says the same as experts and gates
     in_fp8 = isinstance(gate_up, Quantized)
     rows = dequantize(h) if isinstance(h, Quantized) else h
     chosen = experts == jnp.arange(num_experts)[:, None, None]  # [E, T, K]
