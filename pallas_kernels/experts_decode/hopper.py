@@ -145,8 +145,7 @@ def gate_up_visits(
                 return lambda block, step: of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), step]
 
             slot, sums = stream.multiply(slot, 1, block_scale)
-            own = gates_ref.at[:, visit.expert] if plan.dense else gates_ref.at[visit.number]
-            weights = plgpu.load(own, layout=L.WGMMA.reduce(0), optimized=False)
+            weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
             store_act(outputs, sums, weights, visit.row, column)
             return slot
 

@@ -31,10 +31,10 @@ MOST_DENSE = 32  # rows of a visit
 
 
 class Visit(NamedTuple):
-    """An expert, its number among the visits, and its first row among the activations."""
+    """An expert, the row of its gates, and its first row among the activations."""
 
     expert: Array
-    number: Array
+    gates: Array
     row: Array
 
 
@@ -42,8 +42,7 @@ class Dense(NamedTuple):
     """What dense visits are made of.
 
     Attributes:
-        gates: FP32 [N, columns]: of each row and expert, 0 where the expert is not the row's. Columns from E on are
-            nobody's.
+        gates: FP32 [E or more, N]: of each expert and row, 0 where the expert is not the row's.
         words: int32 [., words]: experts with rows, as bits; an expert has rows if any of the first dim says so.
     """
 
@@ -58,8 +57,7 @@ class Plan:
     Attributes:
         tables: arrays that `schedule` reads in the kernel.
         schedule: refs of the tables -> the number of visits, and a function from the number of a visit to the `Visit`.
-        gates: FP32, 0 where a row is no token of the expert: dense [N, columns], a column of each expert; sorted
-            [., N], a row of each visit.
+        gates: FP32 [., N], 0 where a row is no token of the expert; dense for each expert, sorted for each visit.
         rows: N, of a visit.
         most_visits: that there can be.
         dense: whether rows are tokens.
@@ -102,14 +100,14 @@ def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) 
     mask = lax.reduce(jnp.where(own, bits, 0), jnp.int32(0), lax.bitwise_or, (1,))
     missing = (0, rows - num_tokens), (0, 0)
     experts_NK = jnp.pad(experts_TK, missing, constant_values=num_experts)
-    chosen = experts_NK[:, None] == jnp.arange(num_experts)[:, None]  # [N, E, K]
-    gates = jnp.where(chosen, jnp.pad(gates_TK, missing)[:, None], 0).sum(2)
+    chosen = experts_NK == jnp.arange(num_experts)[:, None, None]  # [E, N, K]
+    gates = jnp.where(chosen, jnp.pad(gates_TK, missing), 0).sum(2)
     return Dense(gates, mask[None])
 
 
 def dense_plan(dense: Dense, num_experts: int, most_visits: int) -> Plan:
     """Return visits of all tokens."""
-    rows, (said, words) = len(dense.gates), dense.words.shape
+    rows, (said, words) = dense.gates.shape[1], dense.words.shape
 
     def schedule(words_ref):
         read = [[words_ref[row, i] for row in range(said)] for i in range(words)]
@@ -123,7 +121,7 @@ def dense_plan(dense: Dense, num_experts: int, most_visits: int) -> Plan:
                 inside = (rank >= 0) & (rank < count)
                 expert = jnp.where(inside, i * WORD + place(word, rank), expert)
                 before += count
-            return Visit(expert, number, number * rows)
+            return Visit(expert, expert, number * rows)
 
         return sum(counts, jnp.int32(0)), find
 

@@ -35,10 +35,10 @@ PIECES = 8  # into which experts without groups are cut
 
 
 def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: int) -> tuple[Array, ...]:
-    """Return experts int32 and gates FP32 [N, K + num_experts - E], and three arrays with a row for each token.
+    """Return experts int32 and gates FP32 [N, K + num_experts - E], then three arrays that say more.
 
-    These are scores and gates FP32 [N, columns], gates with those of everybody's experts and 0 where an expert is not
-    the token's, and its experts as bits, int32 [N, words].
+    These are scores FP32 [N, columns], gates FP32 [columns, N], those of everybody's experts too and 0 where an expert is
+    not the token's, and each token's experts as bits, int32 [N, words].
 
     Args:
         partial: FP32 [cuts, N, columns], parts of logits; columns from E on may be anything.
@@ -80,7 +80,7 @@ def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: i
             gates_ref[token, i] = jnp.where(valid > 0, 1.0, 0.0)
         own = (scores / total if rule.normalize else scores) * rule.scale
         own = jnp.where(routed, jnp.where(chosen < rule.k, own, 0.0), 1.0)
-        table_ref[token, :] = jnp.where(index < jnp.where(valid > 0, num_experts, 0), own, 0.0)
+        table_ref[:, token] = jnp.where(index < jnp.where(valid > 0, num_experts, 0), own, 0.0)
         for word in range(words):
             bits = bits_of(experts, word) | jnp.int32(sum_of_bits(everybody, word))
             words_ref[token, word] = jnp.where(valid > 0, bits, 0)
@@ -96,7 +96,7 @@ def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: i
                 jax.ShapeDtypeStruct((n, many), jnp.int32),
                 jax.ShapeDtypeStruct((n, many), jnp.float32),
                 line(jnp.float32),
-                line(jnp.float32),
+                jax.ShapeDtypeStruct((columns, n), jnp.float32),
                 jax.ShapeDtypeStruct((n, words), jnp.int32),
             ],
             grid=(n,),

@@ -32,11 +32,11 @@ def check(found, want, operands, rule, num_experts):
         return
     experts, gates = np.asarray(found.experts), np.asarray(found.gates)
     table = np.zeros(found.dense.gates.shape, np.float32)
-    bits = np.zeros((len(table), 32 * found.dense.words.shape[1]), bool)
+    bits = np.zeros((table.shape[1], 32 * found.dense.words.shape[1]), bool)
     for token, (chosen, weights) in enumerate(zip(experts, gates, strict=True)):
         for expert, weight in zip(chosen, weights, strict=True):
             if expert < num_experts:
-                table[token, expert], bits[token, expert] = weight, True
+                table[expert, token], bits[token, expert] = weight, True
     np.testing.assert_allclose(found.dense.gates, table, rtol=2e-6, atol=1e-7)
     words = np.asarray(found.dense.words).astype(np.uint32)[..., None] >> np.arange(32, dtype=np.uint32)
     np.testing.assert_array_equal((words & 1).astype(bool).reshape(bits.shape), bits)
