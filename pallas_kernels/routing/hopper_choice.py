@@ -37,7 +37,7 @@ PIECES = 8  # into which experts without groups are cut
 def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: int) -> tuple[Array, ...]:
     """Return experts int32 and gates FP32 [N, K + num_experts - E], then three arrays that say more.
 
-    These are scores FP32 [N, columns], gates FP32 [columns, N], those of everybody's experts too and 0 where an expert is
+    These are scores FP32 [N, columns], gates FP32 [columns, N], those of everybody too and 0 where an expert is
     not the token's, and each token's experts as bits, int32 [N, words].
 
     Args:
