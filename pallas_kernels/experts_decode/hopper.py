@@ -51,7 +51,7 @@ CONFIGS = {  # in FP8, few rows
     (True, False): TuningConfig(width=GROUP, down_width=128),
 }
 MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 48  # rows of a visit for which all sums have registers
-MOST_GROUPS = 16  # of visits
+MOST_GROUPS = 16  # of the steps of all visits
 
 
 def experts_decode(
@@ -79,7 +79,7 @@ def experts_decode(
     if num_tokens <= MOST_DENSE:
         plan = dense_plan(dense or make_dense(experts, gates, num_experts, n), num_experts, num_tokens * k)
         act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
-        groups = choose_groups(plan, num_tokens, k, num_experts, tiles)
+        groups = choose_groups(tiles)
         return down_visits(config, plan, act, down, base, groups).sum(0)[:num_tokens].astype(jnp.bfloat16)
     plan, keys, first_E = make_sorted(experts, num_experts, n)
     rows, row_gates, slots_TK = sort_rows(rows, gates, keys, first_E, n, plan.most_visits * n)
@@ -97,18 +97,10 @@ def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
     return *padded, *(jnp.pad(x, ((0, 0), (0, n - x.shape[1])), constant_values=1) for x in rows[1:])
 
 
-def choose_groups(plan: Plan, num_tokens: int, k: int, num_experts: int, tiles: int) -> int:
-    """Return into how many groups the visits are cut: the least work of the busiest multiprocessor.
-
-    Counted for the visits that a spread routing gives; with others it is slower, not wrong.
-    """
-    visits = num_experts * (1 - (1 - k / num_experts) ** num_tokens)
+def choose_groups(tiles: int) -> int:
+    """Return into how many groups the steps of all visits are cut: the least work of the busiest multiprocessor."""
     blocks = num_multiprocessors()
-
-    def cost(groups):
-        return math.ceil(groups * tiles / blocks) * math.ceil(visits / groups), groups
-
-    return min(range(1, min(MOST_GROUPS, plan.most_visits) + 1), key=cost)
+    return min(range(1, MOST_GROUPS + 1), key=lambda groups: (math.ceil(groups * tiles / blocks) / groups, groups))
 
 
 def gate_up_visits(
@@ -118,7 +110,7 @@ def gate_up_visits(
     in_fp8, n, width = isinstance(gate_up, Quantized), plan.rows, config.width
     values, *weight_scales = jax.tree.leaves(gate_up)
     k, hidden = rows[0].shape[1], values.shape[1 if in_fp8 else 2] // 2
-    shape, tiles = Shape(in_fp8, n, width, k), hidden // width
+    shape, tiles = Shape(in_fp8, n, width, k, config.turned), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
 
     def kernel(base_ref, gates_ref, *refs):
@@ -130,21 +122,27 @@ def gate_up_visits(
 
         def place(unit):
             visit = find(lax.div(unit, jnp.int32(tiles)))
-            return visit, lax.rem(unit, jnp.int32(tiles)) * width
+            tile = lax.rem(unit, jnp.int32(tiles))
+            return visit, tile * width, shape.turn(tile, tiles)
 
         def copy(unit, slot):
-            visit, column = place(unit)
+            visit, column, turn = place(unit)
             columns, row = (column, hidden + column), 0 if plan.dense else visit.row
-            return stream.fill(slot, Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row))
+            source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row, turn)
+            return stream.fill(slot, source)
 
         def multiply(unit, slot):
-            visit, column = place(unit)
+            visit, column, turn = place(unit)
 
             def block_scale(_):
                 of_expert = scales[0].at[first + visit.expert]
-                return lambda block, step: of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), step]
 
-            slot, sums = stream.multiply(slot, 1, block_scale)
+                def scale(block, step):
+                    return of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), stream.place(step, turn)]
+
+                return scale
+
+            slot, sums = stream.multiply(slot, jnp.int32(0), jnp.int32(shape.steps), block_scale)
             weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
             store_act(outputs, sums, weights, visit.row, column)
             return slot
@@ -194,7 +192,7 @@ def down_visits(
     in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
     values, *weight_scales = jax.tree.leaves(down)
     k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
-    shape, tiles = Shape(in_fp8, n, width, k), columns_d // (BLOCKS * width)
+    shape, tiles = Shape(in_fp8, n, width, k, config.turned), columns_d // (BLOCKS * width)
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
     dtype = jnp.float32 if plan.dense else jnp.bfloat16
 
@@ -206,28 +204,38 @@ def down_visits(
         first = base_ref[0]
 
         def place(unit):
-            group = lax.div(unit, jnp.int32(tiles))
-            return group, lax.div(num_visits - group + groups - 1, jnp.int32(groups)), lax.rem(unit, jnp.int32(tiles))
+            group, tile = lax.div(unit, jnp.int32(tiles)), lax.rem(unit, jnp.int32(tiles))
+            start, end = group, group + 1  # a sorted visit is a group
+            if plan.dense:
+                start, end = (lax.div(i * num_visits * shape.steps, jnp.int32(groups)) for i in (start, end))
+            else:
+                start, end = start * shape.steps, end * shape.steps
+            return group, tile, start, end
 
         def copy(unit, slot):
-            group, visits, tile = place(unit)
+            _, tile, start, end = place(unit)
             columns = [(tile * BLOCKS + block) * width for block in range(BLOCKS)]
 
-            def one(i, slot):
-                visit = find(group + i * groups)
-                source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], visit.row)
-                return stream.fill(slot, source)
+            def one(number, first_step, last_step, slot):
+                visit = find(number)
+                rows = row_refs[0], row_refs[-1], visit.row, shape.turn(tile, tiles)
+                return stream.fill(slot, Source(weight.at[first + visit.expert], columns, *rows), first_step, last_step)
 
-            return lax.fori_loop(0, visits, one, slot)
+            return stream.spans(start, end, one, slot)
 
         def multiply(unit, slot):
-            group, visits, tile = place(unit)
+            group, tile, start, end = place(unit)
 
-            def block_scale(i):
-                of_expert = scales[0].at[first + find(group + i * groups).expert]
-                return lambda block, step: of_expert[lax.div((tile * BLOCKS + block) * width, jnp.int32(GROUP)), step]
+            def block_scale(number):
+                of_expert, turn = scales[0].at[first + find(number).expert], shape.turn(tile, tiles)
 
-            slot, sums = stream.multiply(slot, visits, block_scale)
+                def scale(block, step):
+                    column = (tile * BLOCKS + block) * width
+                    return of_expert[lax.div(column, jnp.int32(GROUP)), stream.place(step, turn)]
+
+                return scale
+
+            slot, sums = stream.multiply(slot, start, end, block_scale)
             for i, total in enumerate(sums):
                 column = pl.ds(tile * (BLOCKS * width) + i * ROWS, ROWS)
                 target = out.at[group, :, column] if plan.dense else out.at[pl.ds(group * n, n), column]

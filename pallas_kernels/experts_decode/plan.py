@@ -115,12 +115,12 @@ def dense_plan(dense: Dense, num_experts: int, most_visits: int) -> Plan:
         counts = [ones(word) for word in found]
 
         def find(number):
-            expert, before = jnp.int32(0), jnp.int32(0)
-            for i, (word, count) in enumerate(zip(found, counts, strict=True)):
-                rank = number - before
-                inside = (rank >= 0) & (rank < count)
-                expert = jnp.where(inside, i * WORD + place(word, rank), expert)
-                before += count
+            word, first, rank, before = found[0], jnp.int32(0), number, counts[0]
+            for i in range(1, words):  # the word that has it
+                behind = number >= before
+                word, first = jnp.where(behind, found[i], word), jnp.where(behind, i * WORD, first)
+                rank, before = jnp.where(behind, number - before, rank), before + counts[i]
+            expert = first + place(word, rank)
             return Visit(expert, expert, number * rows)
 
         return sum(counts, jnp.int32(0)), find
