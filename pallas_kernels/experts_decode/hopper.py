@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.experts_decode.hopper_shares import Shares
 from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape, TuningConfig
 from pallas_kernels.experts_decode.hopper_sort import sort_rows
 from pallas_kernels.experts_decode.hopper_stream import L, Source, Stream, launch, over_units
@@ -113,25 +114,36 @@ def gate_up_visits(
     shape, tiles = Shape(in_fp8, n, width, k, config.turned), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
 
+    blocks = num_multiprocessors()
+    marks, num_marks = ((jax.new_ref(plan.marks),), 1) if plan.dense else ((), 0)
+
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]
-        row_refs, (weight, *scales), outputs = refs[:many], refs[many : 2 * many], refs[2 * many : 3 * many]
-        stream = Stream.of(shape, config.interpreted, refs[3 * many :])
+        row_refs, (weight, *scales), refs = refs[:many], refs[many : 2 * many], refs[2 * many :]
+        (*marks_ref,), outputs, refs = refs[:num_marks], refs[num_marks : num_marks + many], refs[num_marks + many :]
+        (*sums_ref,), scratch = refs[:num_marks], refs[num_marks:]
+        stream = Stream.of(shape, config.interpreted, scratch)
         num_visits, find = plan.schedule(*tables)
-        first = base_ref[0]
+        first, units = base_ref[0], num_visits * tiles
+        shares = Shares(units, shape.steps, *sums_ref, *marks_ref, config.interpreted) if plan.dense else None
+
+        def over(body):
+            if shares:
+                return shares.over(body, jnp.int32(0))
+            return over_units(units, lambda unit, slot: body(unit, 0, shape.steps, slot), jnp.int32(0))
 
         def place(unit):
             visit = find(lax.div(unit, jnp.int32(tiles)))
             tile = lax.rem(unit, jnp.int32(tiles))
             return visit, tile * width, shape.turn(tile, tiles)
 
-        def copy(unit, slot):
+        def copy(unit, first_step, last_step, slot):
             visit, column, turn = place(unit)
             columns, row = (column, hidden + column), 0 if plan.dense else visit.row
             source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row, turn)
-            return stream.fill(slot, source)
+            return stream.fill(slot, source, first_step, last_step)
 
-        def multiply(unit, slot):
+        def multiply(unit, first_step, last_step, slot):
             visit, column, turn = place(unit)
 
             def block_scale(_):
@@ -142,20 +154,29 @@ def gate_up_visits(
 
                 return scale
 
-            slot, sums = stream.multiply(slot, jnp.int32(0), jnp.int32(shape.steps), block_scale)
-            weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
-            store_act(outputs, sums, weights, visit.row, column)
+            def finish():
+                whole = shares.collect(unit, sums) if shares else sums
+                weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
+                store_act(outputs, whole, weights, visit.row, column)
+
+            slot, sums = stream.multiply(slot, jnp.int32(first_step), jnp.int32(last_step), block_scale)
+            if shares:
+                pl.when(first_step > 0)(lambda: shares.leave(sums))
+                pl.when(first_step == 0)(finish)
+            else:
+                finish()
             return slot
 
-        units = num_visits * tiles
-        stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
+        stream.by_role(lambda: over(copy), lambda: over(multiply))
 
     num_rows = plan.most_visits * n
     out_type = [jax.ShapeDtypeStruct((num_rows, hidden), E4M3 if in_fp8 else jnp.bfloat16)]
     if in_fp8:
         out_type.append(jax.ShapeDtypeStruct((hidden // GROUP, num_rows), jnp.float32))
+    if plan.dense:
+        out_type.append(jax.ShapeDtypeStruct((blocks, BLOCKS * shape.tiles, ROWS, n), jnp.float32))
     run = launch(kernel, "experts_decode_gate_up", out_type, scratch)
-    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales))
+    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales, *marks))[:many]
 
 
 def store_act(outputs: tuple, sums: list[Array], weights: Array, row: Array, column: Array) -> None:

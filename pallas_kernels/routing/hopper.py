@@ -50,6 +50,6 @@ def route(
     if n > num_tokens:
         h, valid = jnp.pad(h, ((0, n - num_tokens), (0, 0))), jnp.pad(valid, (0, n - num_tokens))
     partial = partial_logits(h, router, columns, interpreted=interpreted)
-    experts, gates, scores, table, words = choose(partial, bias, valid, rule, num_experts)
-    dense = Dense(table, words) if num_tokens <= MOST_DENSE else None
-    return Routing(experts[:num_tokens], gates[:num_tokens], scores[:num_tokens, :num_routed], dense)
+    experts, gates, scores, *dense = choose(partial, bias, valid, rule, num_experts)
+    found = experts[:num_tokens], gates[:num_tokens], scores[:num_tokens, :num_routed]
+    return Routing(*found, Dense(*dense) if num_tokens <= MOST_DENSE else None)

@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.experts_decode.plan import WORD
+from pallas_kernels.experts_decode.plan import MARKS, WORD
 from pallas_kernels.lowering import layout_inference
 from pallas_kernels.routing.rule import Rule
 
@@ -35,10 +35,10 @@ PIECES = 8  # into which experts without groups are cut
 
 
 def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: int) -> tuple[Array, ...]:
-    """Return experts int32 and gates FP32 [N, K + num_experts - E], then three arrays that say more.
+    """Return experts int32 and gates FP32 [N, K + num_experts - E], then four arrays that say more.
 
     These are scores FP32 [N, columns], gates FP32 [columns, N], those of everybody too and 0 where an expert is
-    not the token's, and each token's experts as bits, int32 [N, words].
+    not the token's, and each token's experts as bits, int32 [N, words], and zeros.
 
     Args:
         partial: FP32 [cuts, N, columns], parts of logits; columns from E on may be anything.
@@ -51,7 +51,9 @@ def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: i
     everybody, words = range(num_routed, num_experts), -(-num_experts // WORD)
     lanes = plgpu.Layout.WG_STRIDED((columns,), vec_size=1)
 
-    def kernel(partial_ref, bias_ref, valid_ref, experts_ref, gates_ref, scores_ref, table_ref, words_ref, *scratch):
+    def kernel(
+        partial_ref, bias_ref, valid_ref, experts_ref, gates_ref, scores_ref, table_ref, words_ref, marks_ref, *scratch
+    ):
         scores_home, biased_home, bias_home, copied = scratch
         token = lax.axis_index("token")
         real = pl.ds(0, num_routed)
@@ -81,6 +83,11 @@ def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: i
         own = (scores / total if rule.normalize else scores) * rule.scale
         own = jnp.where(routed, jnp.where(chosen < rule.k, own, 0.0), 1.0)
         table_ref[:, token] = jnp.where(index < jnp.where(valid > 0, num_experts, 0), own, 0.0)
+
+        @pl.when(token == 0)
+        def _():
+            marks_ref[...] = plgpu.layout_cast(jnp.zeros((MARKS,), jnp.int32), plgpu.Layout.WG_STRIDED((MARKS,), 2))
+
         for word in range(words):
             bits = bits_of(experts, word) | jnp.int32(sum_of_bits(everybody, word))
             words_ref[token, word] = jnp.where(valid > 0, bits, 0)
@@ -98,6 +105,7 @@ def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: i
                 line(jnp.float32),
                 jax.ShapeDtypeStruct((columns, n), jnp.float32),
                 jax.ShapeDtypeStruct((n, words), jnp.int32),
+                jax.ShapeDtypeStruct((MARKS,), jnp.int32),
             ],
             grid=(n,),
             grid_names=("token",),
