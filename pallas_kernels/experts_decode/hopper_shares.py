@@ -96,14 +96,14 @@ class Shares:
         end = (unit + 1) * self.steps
         behind = lax.div(end * self.count + self.all_steps - 1, self.all_steps)  # the first share that begins there
 
-        def one(share, sums):
+        def add_part(share, sums):
             if not self.interpreted:
                 wait_for_mark(self.marks.at[pl.ds(share, 1)])
             layout = plgpu.Layout.WGMMA
             parts = [plgpu.load(self.sums.at[share, i], layout=layout, optimized=False) for i in range(len(sums))]
             return [value + part for value, part in zip(sums, parts, strict=True)]
 
-        return lax.fori_loop(self.own + 1, behind, one, sums)
+        return lax.fori_loop(self.own + 1, behind, add_part, sums)
 
 
 def mark(ref: Any) -> None:
