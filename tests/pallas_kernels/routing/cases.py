@@ -23,8 +23,8 @@ def check(found, want, operands, rule, num_experts):
     *_, bias, valid = operands
     num_routed, valid = len(bias), np.asarray(valid)
     np.testing.assert_array_equal(found.experts, want.experts)
-    np.testing.assert_allclose(found.gates, want.gates, rtol=2e-6, atol=1e-7)
-    np.testing.assert_allclose(found.scores, want.scores, rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(found.gates, want.gates, rtol=5e-6, atol=1e-6)  # FP32 sums in another order
+    np.testing.assert_allclose(found.scores, want.scores, rtol=5e-6, atol=1e-6)
     assert (np.asarray(found.experts)[~valid] == num_experts).all() and not np.asarray(found.gates)[~valid].any()
     everybody = np.arange(num_routed, num_experts)
     assert (np.asarray(found.experts)[valid, rule.k :] == everybody).all()
