@@ -26,6 +26,7 @@ def experts_decode(
     *,
     layer: Array | int | None = None,
     dense: Dense | None = None,
+    parts: bool = False,
     implementation: str = "auto",
 ) -> Array:
     """Return the gated sums y [T, D] over each token's experts.
@@ -43,11 +44,12 @@ def experts_decode(
         down: [E, F, D]; in FP8 blocks [E, D, F]. With `layer` [L, E, ...].
         layer: which of L layers is read.
         dense: what `pallas_kernels.routing` has made of these experts and gates, which saves kernels.
+        parts: whether to return FP32 parts [., T, D], whose sum is y: for a caller that adds more to them.
         implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16 or FP8, D a multiple of 256 and F
             of 128; "auto" takes the reference for others.
 
     Returns:
-        [T, D] of h's dtype, BF16 in FP8.
+        [T, D] of h's dtype, BF16 in FP8; or the parts.
 
     Raises:
         ValueError: shapes, dtypes or groupings that do not fit.
@@ -64,7 +66,7 @@ def experts_decode(
     if layer is not None:
         gate_up, down = merge(gate_up), merge(down)
     face = dispatch.choose("experts_decode", implementation, faces)
-    return face(h, experts, gates, gate_up, down, base, dense, num_experts=num_experts)
+    return face(h, experts, gates, gate_up, down, base, dense, num_experts=num_experts, parts=parts)
 
 
 def merge(weight: Array | Quantized) -> Array | Quantized:

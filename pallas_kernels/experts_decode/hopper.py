@@ -1,20 +1,20 @@
 """The routed experts of a decoding step on Hopper: two kernels that read the weights of touched experts once.
 
     gate_up    a unit of work is a visit (an expert and N rows) and some columns of F, gate and up side by side in a
-               slot: act = silu(gate) * up * gate weight, in BF16, or in E4M3 with a scale per row and 128 columns
-    down       a unit is some columns of D and a group of visits, over which it sums. Dense visits: a few groups, whose
-               FP32 partial sums [groups, N, D] are added in the fusion that follows. Sorted visits: each has its own
-               rows, and K of them are added for each token
+               slot: act = silu(gate) * up * gate weight, in BF16, or in E4M3 with a scale per row and 128 columns.
+               Dense visits: steps along k are cut into equal shares (`hopper_shares.py`)
+    down       a unit is some columns of D and steps along k of visits, over which it sums. Dense visits: the steps of
+               all visits in a few equal groups, whose FP32 partial sums [groups, N, D] are added in the fusion that
+               follows. Sorted visits: each has its own rows, and K of them are added for each token
 
 Floor. A touched expert is 3 D F weights, 12.6 MB in configs/v3_5b.py in BF16 and 88 MB in V3; rows, activations and
 partial sums are 1 to 3% of it. One H200 reads 4.3 TB/s, so that 64 touched experts take 187 us, and the 8 of a single
 token 23 us, half of these in FP8.
 
 Prediction, before the first run. A kernel costs 3 us beside its bytes: the launch, the first bytes, the last store.
-With the last round of units, which is not full (8 rounds for 7.6), 0.85 of the read rate at 32 and 128 tokens, and 30
-us for one token in BF16, 18 in FP8. 208 KB of each multiprocessor are under way, six times what latency needs.
-experiments/log.md has what was measured. To launch `down` while `gate_up` ends, with its first weights asked for
-(programmatic dependent launch), changed nothing that could be seen.
+0.85 of the read rate at 32 and 128 tokens, and 30 us for one token in BF16, 18 in FP8. 208 KB of each multiprocessor
+are under way, six times what latency needs. experiments/log.md has what was measured. To launch `down` while `gate_up`
+ends, with its first weights asked for (programmatic dependent launch), changed nothing that could be seen.
 """
 
 import dataclasses
@@ -65,9 +65,10 @@ def experts_decode(
     dense: Dense | None = None,
     *,
     num_experts: int,
+    parts: bool = False,
     config: TuningConfig | None = None,
 ) -> Array:
-    """Return y [T, D] in BF16; the experts' weights begin at `base` of the first dim.
+    """Return y [T, D] in BF16, or FP32 `parts` of it; the experts' weights begin at `base` of the first dim.
 
     `dense` is what `plan.make_dense` makes of experts and gates, where it is known.
     """
@@ -81,14 +82,16 @@ def experts_decode(
         plan = dense_plan(dense or make_dense(experts, gates, num_experts, n), num_experts, num_tokens * k)
         act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
         groups = choose_groups(tiles)
-        return down_visits(config, plan, act, down, base, groups).sum(0)[:num_tokens].astype(jnp.bfloat16)
+        found = down_visits(config, plan, act, down, base, groups)[:, :num_tokens]
+        return found if parts else found.sum(0).astype(jnp.bfloat16)
     plan, keys, first_E = make_sorted(experts, num_experts, n)
     rows, row_gates, slots_TK = sort_rows(rows, gates, keys, first_E, n, plan.most_visits * n)
     plan = dataclasses.replace(plan, gates=row_gates.reshape(-1, n))
     act = gate_up_visits(config, plan, rows, gate_up, base)
     y = down_visits(config, plan, act, down, base, plan.most_visits)
-    parts = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
-    return sum((part.astype(jnp.float32) for part in parts), jnp.float32(0)).astype(jnp.bfloat16)
+    of_choice = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
+    total = sum((part.astype(jnp.float32) for part in of_choice), jnp.float32(0))
+    return total[None] if parts else total.astype(jnp.bfloat16)
 
 
 def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
