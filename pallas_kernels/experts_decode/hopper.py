@@ -42,6 +42,7 @@ from pallas_kernels.experts_decode.plan import (
     only_here,
     rows_of_visit,
 )
+from pallas_kernels.hopper.marks import MARKS
 from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
 
 MOST_FEW = 32  # rows of a visit with narrow blocks; beside wide ones fewer bytes of rows are copied
@@ -118,7 +119,7 @@ def gate_up_visits(
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
 
     blocks = num_multiprocessors()
-    marks, num_marks = ((jax.new_ref(plan.marks),), 1) if plan.dense else ((), 0)
+    marks, num_marks = ((jax.new_ref(jnp.zeros((MARKS,), jnp.int32)),), 1) if plan.dense else ((), 0)
 
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]

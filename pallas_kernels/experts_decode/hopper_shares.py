@@ -8,14 +8,11 @@ a multiprocessor takes those of one share, in order:
     whole units                                          as ever
     the head of a unit                                   behind it wait for the marks of its other parts, and add them
 
-Tails come first in their shares and heads last, so that nearly nobody waits. The last share is that of the first block:
-a block waits only for blocks that start before it, wherever and whenever they run, and none are needed at the same
-time. Marks must be 0 when a kernel starts: the routing kernel writes zeros (`plan.Dense`).
+Tails come first in their shares and heads last, so that nearly nobody waits. The last share is that of the first block,
+because a block should wait only for those that start before it (`pallas_kernels/hopper/marks.py`).
 
 Worked example, 3 units of 4 steps in 2 shares: steps 0 to 5 and 6 to 11. The second share begins with the tail of unit
 1, writes its sums and marks them; the first one ends with the head of unit 1 and adds them.
-
-The interpreter runs block after block and knows no PTX: it goes without marks.
 """
 
 import dataclasses
@@ -25,10 +22,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+
+from pallas_kernels.hopper.marks import set_mark, wait_for_marks
 
 LEAST_STEPS = 4  # of a share
 
@@ -89,7 +85,7 @@ class Shares:
         for i, value in enumerate(sums):
             self.sums.at[self.own, i][...] = value
         if not self.interpreted:
-            mark(self.marks.at[pl.ds(self.own, 1)])
+            set_mark(self.marks.at[pl.ds(self.own, 1)])
 
     def collect(self, unit: Array, sums: list[Array]) -> list[Array]:
         """Return the sums of a unit's head with those of its other parts, in order."""
@@ -98,43 +94,9 @@ class Shares:
 
         def add_part(share, sums):
             if not self.interpreted:
-                wait_for_mark(self.marks.at[pl.ds(share, 1)])
+                wait_for_marks(self.marks.at[pl.ds(share, 1)])
             layout = plgpu.Layout.WGMMA
             parts = [plgpu.load(self.sums.at[share, i], layout=layout, optimized=False) for i in range(len(sums))]
             return [value + part for value, part in zip(sums, parts, strict=True)]
 
         return lax.fori_loop(self.own + 1, behind, add_part, sums)
-
-
-def mark(ref: Any) -> None:
-    """Write 1, visible to other multiprocessors after all that this warpgroup has written before."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def emit(_, ref):
-        utils.warpgroup_barrier()
-        one_thread = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
-        _asm("fence.acq_rel.gpu; @$1 st.release.gpu.global.b32 [$0], 1;", [_address(ref), one_thread], "l,b")
-
-    emit(ref)
-
-
-def wait_for_mark(ref: Any) -> None:
-    """Wait until another multiprocessor has written 1, and see all that it wrote before."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def emit(_, ref):
-        ptx = "{ .reg .pred there; .reg .b32 found; AGAIN: ld.acquire.gpu.global.b32 found, [$0]; "
-        ptx += "setp.ne.b32 there, found, 0; @there bra.uni FOUND; bra.uni AGAIN; FOUND: }"
-        _asm(ptx, [_address(ref)], "l")
-        utils.warpgroup_barrier()
-
-    emit(ref)
-
-
-def _asm(ptx: str, operands: list[ir.Value], constraints: str) -> None:
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, operands, ptx, f"{constraints},~{{memory}}", has_side_effects=True, asm_dialect=0)
-
-
-def _address(ref: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))

@@ -26,7 +26,6 @@ from jax import Array, lax
 
 WORD = 32  # bits
 ROW_UNIT = 8  # columns of a product are a multiple of it
-MARKS = 256  # more than any GPU has multiprocessors, and two for each lane of a warpgroup
 KEYS_UNIT = 128  # lanes of a warpgroup
 MOST_DENSE = 32  # rows of a visit
 
@@ -45,12 +44,10 @@ class Dense(NamedTuple):
     Attributes:
         gates: FP32 [E or more, N]: of each expert and row, 0 where the expert is not the row's.
         words: int32 [., words]: experts with rows, as bits; an expert has rows if any of the first dim says so.
-        marks: int32 [`MARKS`], all 0: a kernel sets that of a multiprocessor when its sums are there.
     """
 
     gates: Array
     words: Array
-    marks: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,6 @@ class Plan:
         rows: N, of a visit.
         most_visits: that there can be.
         dense: whether rows are tokens.
-        marks: int32, all 0; of dense visits.
     """
 
     tables: tuple[Array, ...]
@@ -73,7 +69,6 @@ class Plan:
     rows: int
     most_visits: int
     dense: bool
-    marks: Array | None = None
 
 
 def rows_of_visit(num_tokens: int, k: int, num_experts: int, most_sorted: int) -> int:
@@ -107,7 +102,7 @@ def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) 
     experts_NK = jnp.pad(experts_TK, missing, constant_values=num_experts)
     chosen = experts_NK == jnp.arange(num_experts)[:, None, None]  # [E, N, K]
     gates = jnp.where(chosen, jnp.pad(gates_TK, missing), 0).sum(2)
-    return Dense(gates, mask[None], jnp.zeros((MARKS,), jnp.int32))
+    return Dense(gates, mask[None])
 
 
 def dense_plan(dense: Dense, num_experts: int, most_visits: int) -> Plan:
@@ -131,7 +126,7 @@ def dense_plan(dense: Dense, num_experts: int, most_visits: int) -> Plan:
         return sum(counts, jnp.int32(0)), find
 
     most = min(num_experts, most_visits)
-    return Plan((dense.words,), schedule, dense.gates, rows, most, dense=True, marks=dense.marks)
+    return Plan((dense.words,), schedule, dense.gates, rows, most, dense=True)
 
 
 def ones(word: Array) -> Array:

@@ -2,7 +2,7 @@
 
     score_te = sigmoid(h_t . w_e);  K experts by score + bias within the best groups;  gate = score / sum of the chosen
 
-The kernels take as long as their launches and their chains of latencies: nothing that they read is large.
+The kernel takes as long as its launch and its chain of latencies: nothing that it reads is large.
 """
 
 import jax.numpy as jnp
@@ -38,11 +38,11 @@ def route(
         valid: bool [T], False on padding. Its experts are all `num_experts`, its gates 0.
         rule: how many experts, of which groups, with which gates.
         num_experts: at least E; the experts from E on are everybody's, with gate 1.
-        implementation: "auto", "reference" or "hopper". The kernels take at most 128 tokens, D a multiple of 64, and E
+        implementation: "auto", "reference" or "hopper". The kernel takes at most 128 tokens, D a multiple of 64, and E
             of 64 up to 256; "auto" takes the reference for others.
 
     Returns:
-        The routing; with `dense` from the kernels and up to 32 tokens.
+        The routing; with `dense` from the kernel and up to 32 tokens.
 
     Raises:
         ValueError: a shape, a dtype or a rule that does not fit.
@@ -50,7 +50,7 @@ def route(
     """
     check(h, router, bias, valid, rule, num_experts)
     faces = {"reference": reference.route}
-    fault = hopper.fault(h, router, rule, num_experts)
+    fault = hopper.fault(h, router)
     if not fault:
         faces["hopper"] = hopper.route
     elif implementation == "hopper":

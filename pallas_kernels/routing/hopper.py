@@ -1,30 +1,34 @@
-"""Routing of a decoding step on Hopper: a kernel for the router's product, and one that chooses.
+"""Routing of a decoding step on Hopper, in one kernel: blocks that multiply, and behind them a block per token.
+
+Blocks of the product (`hopper_product.py`) leave parts of the logits in memory, each with a mark (`hopper/marks.py`).
+Those of the tokens (`hopper_choice.py`) have higher numbers, wait for all marks, and choose.
 
 Floor. The router's parts are 0.8 MB in configs/v3_5b.py and 11 MB in V3, 0.2 and 2.6 us at 4.3 TB/s. Everything else is
-latency: a launch in a graph about 1 us, first bytes from memory 0.8 us, sums through shared memory 0.1 us each.
+latency: a launch in a graph about 1 us, first bytes from memory 0.8 us, marks 1 us, sums through shared memory 0.1 us
+each.
 
-Prediction, before the first run, 16 tokens of configs/v3_5b.py: product 2.2 us and choice 3 us, where XLA's kernels for
-the same work and for the plan of `experts_decode` took about 15. V3, 128 tokens: 6 and 6 us.
-
-In one kernel, the last block of a token to finish would choose. It needs a counter that is zero when a step begins, and
-what makes it zero is a kernel, too. A cluster of eight blocks needs no counter. But eight multiprocessors read V3's
-router in 30 us, and that of configs/v3_5b.py no sooner than the two launches take.
+Prediction, before the first run, 16 tokens of configs/v3_5b.py: 4.5 us, and 5.5 as two kernels, where XLA's for the
+same work and for the plan of `experts_decode` took about 15. V3, 128 tokens: 10 us.
 """
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.experts_decode.plan import MOST_DENSE, Dense, round_up
-from pallas_kernels.routing.hopper_choice import choose
-from pallas_kernels.routing.hopper_product import TILE, partial_logits
+from pallas_kernels.hopper.marks import set_mark, wait_for_marks
+from pallas_kernels.lowering import layout_inference
+from pallas_kernels.routing.hopper_choice import Choice
+from pallas_kernels.routing.hopper_product import TILE, Product
 from pallas_kernels.routing.rule import Routing, Rule
 
 MOST_TOKENS, MOST_EXPERTS = 128, 256  # of a block's shared memory; of a byte
-LANES = 128  # of a warpgroup
 
 
-def fault(h: Array, router: Array, rule: Rule, num_experts: int) -> str | None:
-    """Return what the kernels are not made for, or None."""
+def fault(h: Array, router: Array) -> str | None:
+    """Return what the kernel is not made for, or None."""
     (num_tokens, width), num_routed = h.shape, router.shape[1]
     if num_tokens > MOST_TOKENS:
         return f"{num_tokens} tokens, only for up to {MOST_TOKENS}"
@@ -45,11 +49,44 @@ def route(
 ) -> Routing:
     """Return the routing, with `dense` for up to 32 tokens."""
     num_tokens, num_routed = len(h), router.shape[1]
-    n, columns = round_up(num_tokens), -(-num_experts // LANES) * LANES
-    valid = valid.astype(jnp.int32)
+    n, valid = round_up(num_tokens), valid.astype(jnp.int32)
     if n > num_tokens:
         h, valid = jnp.pad(h, ((0, n - num_tokens), (0, 0))), jnp.pad(valid, (0, n - num_tokens))
-    partial = partial_logits(h, router, columns, interpreted=interpreted)
-    experts, gates, scores, *dense = choose(partial, bias, valid, rule, num_experts)
+    product, choice = Product(n, h.shape[1], num_routed, interpreted), Choice(n, num_routed, num_experts, rule)
+    experts, gates, scores, *dense = call(product, choice, h, router, bias, valid)
     found = experts[:num_tokens], gates[:num_tokens], scores[:num_tokens, :num_routed]
     return Routing(*found, Dense(*dense) if num_tokens <= MOST_DENSE else None)
+
+
+def call(product: Product, choice: Choice, h: Array, router: Array, bias: Array, valid: Array) -> list[Array]:
+    """Return what `choice` says of h BF16 [N, D]."""
+    num_parts, out_types = product.cuts * product.tiles, choice.out_types()
+    partial = jax.ShapeDtypeStruct((product.cuts, choice.n, choice.columns), jnp.float32)
+    num_slots = len(product.scratch())
+
+    def kernel(h_ref, router_ref, bias_ref, valid_ref, marks_ref, *refs):
+        partial_ref, outputs, scratch = refs[0], refs[1 : 1 + len(out_types)], refs[1 + len(out_types) :]
+        block = lax.axis_index("block")
+
+        @pl.when(block < num_parts)
+        def _():
+            product.leave_part(block, h_ref, router_ref, partial_ref, *scratch[:num_slots])
+            if not product.interpreted:
+                set_mark(marks_ref.at[pl.ds(block, 1)])
+
+        @pl.when(block >= num_parts)
+        def _():
+            if not product.interpreted:
+                wait_for_marks(marks_ref)
+            choice.take_token(block - num_parts, partial_ref, bias_ref, valid_ref, outputs, scratch[num_slots:])
+
+    layout_inference.install()
+    _, *found = plgpu.kernel(
+        kernel,
+        kernel_name="routing",
+        out_type=[partial, *out_types],
+        grid=(num_parts + choice.n,),
+        grid_names=("block",),
+        scratch_types=[*product.scratch(), *choice.scratch()],
+    )(h, router, bias, valid, jax.new_ref(jnp.zeros((num_parts,), jnp.int32)))
+    return found

@@ -16,6 +16,7 @@ Worked example, E = 4 in two groups of which one stays, K = 2, scores and bias a
     sum       0 << 8 for rank 1, 1 << 0 for rank 0: 1, whose bytes are experts 1 and 0
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -25,42 +26,65 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.experts_decode.plan import MARKS, WORD
-from pallas_kernels.lowering import layout_inference
+from pallas_kernels.experts_decode.plan import WORD
 from pallas_kernels.routing.rule import Rule
 
+LANES = 128  # of a warpgroup
 BYTE, BYTES = 8, 4  # bits; of a word
 UNROLLED = 8  # experts of each piece that are read in one turn
 PIECES = 8  # into which experts without groups are cut
 
 
-def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: int) -> tuple[Array, ...]:
-    """Return experts int32 and gates FP32 [N, K + num_experts - E], then four arrays that say more.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The static facts of the choice.
 
-    These are scores FP32 [N, columns], gates FP32 [columns, N], those of everybody too and 0 where an expert is
-    not the token's, and each token's experts as bits, int32 [N, words], and zeros.
-
-    Args:
-        partial: FP32 [cuts, N, columns], parts of logits; columns from E on may be anything.
-        bias: FP32 [E].
-        valid: int32 [N], 0 on padding.
-        rule: how.
+    Attributes:
+        n: rows.
+        num_routed: E.
         num_experts: those from E on are everybody's.
+        rule: how.
     """
-    (cuts, n, columns), num_routed = partial.shape, len(bias)
-    everybody, words = range(num_routed, num_experts), -(-num_experts // WORD)
-    lanes = plgpu.Layout.WG_STRIDED((columns,), vec_size=1)
 
-    def kernel(
-        partial_ref, bias_ref, valid_ref, experts_ref, gates_ref, scores_ref, table_ref, words_ref, marks_ref, *scratch
-    ):
-        scores_home, biased_home, bias_home, copied = scratch
-        token = lax.axis_index("token")
-        real = pl.ds(0, num_routed)
-        plgpu.copy_gmem_to_smem(bias_ref, bias_home.at[real], copied)
-        index = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=lanes)
-        parts = [plgpu.load(partial_ref.at[cut, token], layout=lanes) for cut in range(cuts)]
-        valid = valid_ref[token]
+    n: int
+    num_routed: int
+    num_experts: int
+    rule: Rule
+
+    @property
+    def columns(self) -> int:
+        """Lanes: experts, filled up to warpgroups."""
+        return -(-self.num_experts // LANES) * LANES
+
+    @property
+    def words(self) -> int:
+        """Of the bits of all experts."""
+        return -(-self.num_experts // WORD)
+
+    def out_types(self) -> list[jax.ShapeDtypeStruct]:
+        """Return experts and gates [N, K + num_experts - E], and what else is said of each token.
+
+        These are scores FP32 [N, columns], gates FP32 [columns, N], those of everybody too and 0 where an expert is not
+        the token's, and its experts as bits, int32 [N, words].
+        """
+        many = self.rule.k + self.num_experts - self.num_routed
+        shapes = (self.n, many), (self.n, many), (self.n, self.columns), (self.columns, self.n), (self.n, self.words)
+        dtypes = jnp.int32, jnp.float32, jnp.float32, jnp.float32, jnp.int32
+        return [jax.ShapeDtypeStruct(*both) for both in zip(shapes, dtypes, strict=True)]
+
+    def scratch(self) -> list:
+        """Return what lanes say to each other, and the barrier of a copy."""
+        return [*[plgpu.SMEM((self.columns,), jnp.float32)] * 3, plgpu.Barrier()]
+
+    def take_token(self, token: Array, partial_ref, bias_ref, valid_ref, outputs: tuple, scratch: tuple) -> None:
+        """Choose for a token; partial logits FP32 [cuts, N, columns] may be anything in columns from E on."""
+        (scores_home, biased_home, bias_home, copied), rule, num_routed = scratch, self.rule, self.num_routed
+        experts_ref, gates_ref, scores_ref, table_ref, words_ref = outputs
+        lanes = plgpu.Layout.WG_STRIDED((self.columns,), vec_size=1)
+        plgpu.copy_gmem_to_smem(bias_ref, bias_home.at[pl.ds(0, num_routed)], copied)
+        index = plgpu.broadcasted_iota(jnp.int32, (self.columns,), 0, layout=lanes)
+        parts = [plgpu.load(partial_ref.at[cut, token], layout=lanes) for cut in range(partial_ref.shape[0])]
+        valid, num_experts = valid_ref[token], self.num_experts
         routed = index < num_routed
         scores = gate(rule, jnp.where(routed, functools.reduce(jnp.add, parts), -jnp.inf))
         scores_ref[token, :] = scores
@@ -73,45 +97,17 @@ def choose(partial: Array, bias: Array, valid: Array, rule: Rule, num_experts: i
         experts = [jnp.minimum(expert, num_routed - 1) for expert in experts]  # of a row of NaN they may be any
         found = [scores_home[expert] for expert in experts]
         total = functools.reduce(jnp.add, found) + 1e-20
-        weights = [weight / total if rule.normalize else weight for weight in found]
-        for i, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            experts_ref[token, i] = jnp.where(valid > 0, expert, num_experts)
-            gates_ref[token, i] = jnp.where(valid > 0, weight * rule.scale, 0.0)
-        for i, expert in enumerate(everybody, rule.k):
+        weights = [(weight / total if rule.normalize else weight) * rule.scale for weight in found]
+        everybody = range(num_routed, num_experts)
+        for i, (expert, weight) in enumerate([*zip(experts, weights, strict=True), *((e, 1.0) for e in everybody)]):
             experts_ref[token, i] = jnp.where(valid > 0, jnp.int32(expert), num_experts)
-            gates_ref[token, i] = jnp.where(valid > 0, 1.0, 0.0)
+            gates_ref[token, i] = jnp.where(valid > 0, weight, 0.0)
         own = (scores / total if rule.normalize else scores) * rule.scale
         own = jnp.where(routed, jnp.where(chosen < rule.k, own, 0.0), 1.0)
         table_ref[:, token] = jnp.where(index < jnp.where(valid > 0, num_experts, 0), own, 0.0)
-
-        @pl.when(token == 0)
-        def _():
-            marks_ref[...] = plgpu.layout_cast(jnp.zeros((MARKS,), jnp.int32), plgpu.Layout.WG_STRIDED((MARKS,), 2))
-
-        for word in range(words):
+        for word in range(self.words):
             bits = bits_of(experts, word) | jnp.int32(sum_of_bits(everybody, word))
             words_ref[token, word] = jnp.where(valid > 0, bits, 0)
-
-    layout_inference.install()
-    many = rule.k + len(everybody)
-    line = functools.partial(jax.ShapeDtypeStruct, (n, columns))
-    return tuple(
-        plgpu.kernel(
-            kernel,
-            kernel_name="routing_choice",
-            out_type=[
-                jax.ShapeDtypeStruct((n, many), jnp.int32),
-                jax.ShapeDtypeStruct((n, many), jnp.float32),
-                line(jnp.float32),
-                jax.ShapeDtypeStruct((columns, n), jnp.float32),
-                jax.ShapeDtypeStruct((n, words), jnp.int32),
-                jax.ShapeDtypeStruct((MARKS,), jnp.int32),
-            ],
-            grid=(n,),
-            grid_names=("token",),
-            scratch_types=[*[plgpu.SMEM((columns,), jnp.float32)] * 3, plgpu.Barrier()],
-        )(partial, bias, valid)
-    )
 
 
 def gate(rule: Rule, logits: Array) -> Array:

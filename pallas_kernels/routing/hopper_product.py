@@ -6,7 +6,8 @@ all three parts of the weights. It asks for all its bytes at once, waits once, a
 operand, with 64 experts as wgmma's rows, and tokens its columns: nothing is padded to 64.
 """
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -14,10 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.hopper.ring import tiled
-from pallas_kernels.lowering import layout_inference
 
 PARTS, TILE = 3, 64  # of the weights; experts of a block and numbers along D of a step, 128 bytes
-MOST_CUTS = 32  # which the kernel behind adds up
+MOST_CUTS = 32  # which the choice adds up
 
 
 def steps_of_cut(width: int, num_routed: int) -> int:
@@ -27,44 +27,58 @@ def steps_of_cut(width: int, num_routed: int) -> int:
     return next(each for each in range(1, steps + 1) if steps % each == 0 and steps // each <= most)
 
 
-def partial_logits(h: Array, router: Array, columns: int, *, interpreted: bool = False) -> Array:
-    """Return FP32 [cuts, N, columns], whose sum over cuts are the logits in the first E columns.
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The static facts of the product, whose blocks are numbered cut by cut.
 
-    Args:
-        h: BF16 [N, D], N a multiple of 8.
-        router: BF16 [3D, E].
-        columns: at least E; those behind E are not written.
+    Attributes:
+        n: rows, a multiple of 8.
+        width: D, a multiple of 64.
+        num_routed: E, a multiple of 64.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
-    (n, width), num_routed = h.shape, router.shape[1]
-    steps = steps_of_cut(width, num_routed)
 
-    def kernel(h_ref, router_ref, out_ref, h_slots, slots, full):
-        cut, column = lax.axis_index("cut"), lax.axis_index("tile") * TILE
-        for step in range(steps):
-            k = (cut * steps + step) * TILE
+    n: int
+    width: int
+    num_routed: int
+    interpreted: bool
+
+    @property
+    def steps(self) -> int:
+        """Steps of a cut."""
+        return steps_of_cut(self.width, self.num_routed)
+
+    @property
+    def cuts(self) -> int:
+        """How many there are."""
+        return self.width // (TILE * self.steps)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of experts."""
+        return self.num_routed // TILE
+
+    def scratch(self) -> list:
+        """Return the slots of a block and their barrier."""
+        return [
+            tiled((self.steps, self.n, TILE), jnp.bfloat16),
+            tiled((self.steps, PARTS, TILE, TILE), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=(PARTS + 1) * self.steps),
+        ]
+
+    def leave_part(self, block: Array, h_ref, router_ref, out_ref, h_slots, slots, full) -> None:
+        """Write a block's part of the logits to FP32 [cuts, N, .]."""
+        cut, column = lax.div(block, jnp.int32(self.tiles)), lax.rem(block, jnp.int32(self.tiles)) * TILE
+        for step in range(self.steps):
+            k = (cut * self.steps + step) * TILE
             for part in range(PARTS):
-                weights = router_ref.at[pl.ds(part * width + k, TILE), pl.ds(column, TILE)]
+                weights = router_ref.at[pl.ds(part * self.width + k, TILE), pl.ds(column, TILE)]
                 plgpu.copy_gmem_to_smem(weights, slots.at[step, part], full)
-            plgpu.copy_gmem_to_smem(h_ref.at[pl.ds(0, n), pl.ds(k, TILE)], h_slots.at[step], full)
+            plgpu.copy_gmem_to_smem(h_ref.at[pl.ds(0, self.n), pl.ds(k, TILE)], h_slots.at[step], full)
         plgpu.barrier_wait(full)
-        logits = dots(h_slots, slots) if interpreted else products(h_slots, slots)
-        target = out_ref.at[cut, pl.ds(0, n), pl.ds(column, TILE)].transpose((1, 0))
+        logits = dots(h_slots, slots) if self.interpreted else products(h_slots, slots)
+        target = out_ref.at[cut, pl.ds(0, self.n), pl.ds(column, TILE)].transpose((1, 0))
         target[...] = plgpu.layout_cast(logits, plgpu.Layout.WGMMA_TRANSPOSED)
-
-    layout_inference.install()
-    return plgpu.kernel(
-        kernel,
-        kernel_name="routing_product",
-        out_type=jax.ShapeDtypeStruct((width // (TILE * steps), n, columns), jnp.float32),
-        grid=(width // (TILE * steps), num_routed // TILE),
-        grid_names=("cut", "tile"),
-        scratch_types=[
-            tiled((steps, n, TILE), jnp.bfloat16),
-            tiled((steps, PARTS, TILE, TILE), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=(PARTS + 1) * steps),
-        ],
-    )(h, router)
 
 
 def products(h_slots, slots) -> Array:

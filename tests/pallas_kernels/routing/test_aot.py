@@ -1,4 +1,4 @@
-"""The routing kernels, compiled for an H100 that is not there: registers suffice."""
+"""The routing kernel, compiled for an H100 that is not there: registers suffice."""
 
 import functools
 import re
@@ -28,4 +28,4 @@ def test_the_assembler_has_registers_enough(num_tokens, width, num_routed, monke
     run = functools.partial(route, rule=rule, num_experts=num_routed + 1, implementation="hopper")
     jax.jit(run).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
     report = "".join(capfd.readouterr())
-    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"] * 2, report
+    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"], report

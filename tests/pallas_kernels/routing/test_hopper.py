@@ -1,4 +1,4 @@
-"""The routing kernels in the interpreter of their machine, where products are plain."""
+"""The routing kernel in the interpreter of their machine, where products are plain."""
 
 import dataclasses
 

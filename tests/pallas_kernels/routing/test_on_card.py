@@ -1,4 +1,4 @@
-"""The routing kernels on a Hopper GPU, where there is one, against the reference."""
+"""The routing kernel on a Hopper GPU, where there is one, against the reference."""
 
 import functools
 
@@ -20,7 +20,7 @@ def card():
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 32, 33, 128])
 @pytest.mark.parametrize(("width", "num_routed"), [(2048, 64), (7168, 256)])
-def test_the_kernels_equal_the_reference(num_tokens, width, num_routed):
+def test_the_kernel_equals_the_reference(num_tokens, width, num_routed):
     operands = cases.make(num_tokens, width, num_routed)
     rule = Rule(8, num_groups=8, num_kept_groups=4, scale=2.5)
     run = jax.jit(functools.partial(route, rule=rule, num_experts=num_routed + 1), static_argnames="implementation")
