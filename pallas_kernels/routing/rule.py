@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 from jax import Array
 
 from pallas_kernels.experts_decode.plan import Dense
@@ -50,3 +51,7 @@ class Routing(NamedTuple):
     gates: Array
     scores: Array
     dense: Dense | None
+
+
+for kind in (Dense, Routing):  # results of lowered kernels that are kept in files
+    jax.export.register_namedtuple_serialization(kind, serialized_name=f"pallas_kernels.{kind.__name__}")

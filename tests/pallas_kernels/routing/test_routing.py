@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.experts_decode.plan import Dense
 from pallas_kernels.routing import hopper_product, route
-from pallas_kernels.routing.rule import Rule
+from pallas_kernels.routing.rule import Routing, Rule
 from tests.pallas_kernels.routing import cases
 
 RULE = Rule(4, num_groups=4, num_kept_groups=2)
@@ -56,3 +58,11 @@ def test_cuts_are_equal_and_not_too_many(monkeypatch):
     monkeypatch.setattr(hopper_product, "num_multiprocessors", lambda: 132)
     cuts = {shape: hopper_product.steps_of_cut(*shape) for shape in ((2048, 64), (7168, 256), (5120, 192), (64, 64))}
     assert cuts == {(2048, 64): 1, (7168, 256): 4, (5120, 192): 4, (64, 64): 1}
+
+
+def test_a_routing_is_the_result_of_a_kernel_in_a_file():
+    """As `export_cache` keeps kernels: JAX refuses tuples with names that it was not told of."""
+    x = jnp.zeros(2)
+    program = jax.export.export(jax.jit(lambda x: Routing(x, x, x, Dense(x, x))))(x).serialize()
+    result = jax.export.deserialize(bytearray(program)).call(x)
+    assert isinstance(result, Routing) and isinstance(result.dense, Dense)
