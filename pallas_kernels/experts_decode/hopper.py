@@ -18,6 +18,7 @@ ends, with its first weights asked for (programmatic dependent launch), changed 
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -129,7 +130,7 @@ def gate_up_visits(
         stream = Stream.of(shape, config.interpreted, scratch)
         num_visits, find = plan.schedule(*tables)
         first, units = base_ref[0], num_visits * tiles
-        shares = Shares(units, shape.steps, *sums_ref, *marks_ref, config.interpreted) if plan.dense else None
+        shares = Shares(units, shape.steps, sums_ref[0], marks_ref[0], config.interpreted) if plan.dense else None
 
         def over(body):
             if shares:
@@ -165,7 +166,7 @@ def gate_up_visits(
 
             slot, sums = stream.multiply(slot, jnp.int32(first_step), jnp.int32(last_step), block_scale)
             if shares:
-                pl.when(first_step > 0)(lambda: shares.leave(sums))
+                pl.when(first_step > 0)(functools.partial(shares.leave, sums))
                 pl.when(first_step == 0)(finish)
             else:
                 finish()

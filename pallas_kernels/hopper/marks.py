@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+UNTYPED: Any = plgpu  # the type checker does not see what its decorators return
 MARKS = 256  # of an array; more than any GPU has multiprocessors
 MOST_TOGETHER = 128  # threads of a warpgroup, each of which waits for one
 
@@ -19,7 +20,7 @@ MOST_TOGETHER = 128  # threads of a warpgroup, each of which waits for one
 def set_mark(ref: Any) -> None:
     """Set a mark, int32 [1], behind all that this warpgroup has written before."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    @UNTYPED.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_, ref):
         utils.warpgroup_barrier()
         one_thread = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
@@ -41,7 +42,7 @@ def wait_for_marks(ref: Any) -> None:
         "@missing bra AGAIN; }",
     ]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    @UNTYPED.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(_, ref):
         _asm("\n".join(lines), [_address(ref)], "l")
         utils.warpgroup_barrier()

@@ -7,6 +7,7 @@ operand, with 64 experts as wgmma's rows, and tokens its columns: nothing is pad
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.hopper.ring import tiled
 
+UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 PARTS, TILE = 3, 64  # of the weights; experts of a block and numbers along D of a step, 128 bytes
 MOST_CUTS = 32  # which the choice adds up
 
@@ -90,7 +92,7 @@ def products(h_slots, slots) -> Array:
                 plgpu.wgmma(sums, slots.at[step, part].transpose((1, 0)), h_slots.at[step].transpose((1, 0)))
         return sums[...]
 
-    return pl.run_scoped(run, plgpu.ACC((TILE, h_slots.shape[1]), jnp.float32))
+    return pl.run_scoped(run, UNTYPED.ACC((TILE, h_slots.shape[1]), jnp.float32))
 
 
 def dots(h_slots, slots) -> Array:
