@@ -31,8 +31,9 @@ def check(found, want, operands, rule, num_experts):
     if found.dense is None:
         return
     experts, gates = np.asarray(found.experts), np.asarray(found.gates)
-    table = np.zeros(found.dense.gates.shape, np.float32)
-    bits = np.zeros((table.shape[1], 32 * found.dense.words.shape[1]), bool)
+    columns, num_rows = found.dense.gates.shape
+    table = np.zeros((columns, num_rows), np.float32)
+    bits = np.zeros((num_rows, 32 * found.dense.words.shape[1]), bool)
     for token, (chosen, weights) in enumerate(zip(experts, gates, strict=True)):
         for expert, weight in zip(chosen, weights, strict=True):
             if expert < num_experts:

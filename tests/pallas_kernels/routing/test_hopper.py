@@ -1,6 +1,7 @@
 """The routing kernel in the interpreter of their machine, where products are plain."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ def run(races):
 
     def run(operands, rule, num_experts):
         fields = {field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)}
-        quiet = {"on_race": "warn"} if "on_race" in fields else {}
+        quiet: dict[str, Any] = {"on_race": "warn"} if "on_race" in fields else {}
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, **quiet)):
             jitted = jax.jit(lambda *args: hopper.route(*args, rule=rule, num_experts=num_experts, interpreted=True))
             found = jax.block_until_ready(jitted(*operands))
