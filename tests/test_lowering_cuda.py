@@ -226,5 +226,5 @@ def test_a_step_with_drafts_runs_the_kernels_of_decoding(monkeypatch):
             .as_text()
         )
     kernels = Counter(re.findall(r"\w*?([a-z]\w*)_mosaic_gpu", text))
-    shapes = {"mla_decode", "mla_decode_combine", "experts_decode_gate_up", "experts_decode_down"}
+    shapes = {"mla_decode", "mla_decode_combine", "experts_decode_gate_up", "experts_decode_down", "routing"}
     assert all(kernels[name] == 2 for name in shapes), kernels  # three queries of a row, and one

@@ -12,6 +12,7 @@ import jax
 from deepseek_jax.model.precision import DISPATCH, transposed
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels.experts_decode import experts_decode
+from pallas_kernels.experts_decode.plan import Dense
 from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.quantized import Quantized
 
@@ -34,6 +35,9 @@ def expert_decode(
     weights: dict[str, Any],
     layer: jax.Array | int | None = None,
     *,
+    dense: Dense | None = None,
+    rows: Quantized | None = None,
+    parts: bool = False,
     implementation: str = "auto",
 ) -> jax.Array:
     """Return the gated sums y_TD of the experts that are here (DeepSeek-V3 eq. 12).
@@ -44,14 +48,18 @@ def expert_decode(
         gates_TK: FP32.
         weights: as `decode_form` returns them.
         layer: which layer of weights with a leading dim L. They are read in place: a slice would be copied.
+        dense: what the routing has made of experts and gates.
+        rows: `h_TD` in tiles with the scale `DISPATCH`, where there are any; read with weights in FP8.
+        parts: whether to return FP32 parts [., T, D] instead, whose sum are the gated sums.
         implementation: see `pallas_kernels.experts_decode`.
     """
     gate_up, down = (_blocks(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
     if isinstance(gate_up, Quantized):
-        rows = quantize_tiles(h_TD, scale=DISPATCH)
+        operand = quantize_tiles(h_TD, scale=DISPATCH) if rows is None else rows
     else:
-        rows, gate_up = h_TD, gate_up.reshape(*gate_up.shape[:-2], -1)
-    return experts_decode(rows, experts_TK, gates_TK, gate_up, down, layer=layer, implementation=implementation)
+        operand, gate_up = h_TD, gate_up.reshape(*gate_up.shape[:-2], -1)
+    options = {"layer": layer, "dense": dense, "parts": parts, "implementation": implementation}
+    return experts_decode(operand, experts_TK, gates_TK, gate_up, down, **options)
 
 
 def _blocks(weight: Any) -> Any:

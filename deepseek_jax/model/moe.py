@@ -15,8 +15,11 @@ from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.rounds import Experts
-from deepseek_jax.model.router import route, route_few, router_scores
+from deepseek_jax.model.router import route, router_scores, rule_of
 from deepseek_jax.parameters import CastWeight, Fp8Weight
+from pallas_kernels.routing import route as route_tokens
+from pallas_kernels.routing.reference import choose
+from pallas_kernels.routing.rule import Routing
 
 FEW_TOKENS = 512  # of a decoding step: up to them the time is that of reading the experts' weights
 
@@ -89,14 +92,22 @@ class MoE(nnx.Module):
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         h_TD = h_BSD.reshape(-1, self.model.width)
         with jax.named_scope("route"):
-            scores_TE = router_scores(self.model, h_TD, self.router_DE[...])
-            num_experts = _num_experts(weights["down_EFD"])
-            experts_TK, gates_TK = route_few(self.model, scores_TE, self.bias_E[...], valid_BS.reshape(-1), num_experts)
+            experts_TK, gates_TK, scores_TE, dense = self._route_few(
+                h_TD, valid_BS.reshape(-1), _num_experts(weights["down_EFD"])
+            )
             routed_TK = experts_TK[:, : self.model.experts_per_token]  # without those that every token has
             scores_BSE, routed_BSK = (x.reshape(*valid_BS.shape, -1) for x in (scores_TE, routed_TK))
             observed = observe(self.model, scores_BSE, routed_BSK, valid_BS)
         with jax.named_scope("experts"):
-            return expert_decode(h_TD, experts_TK, gates_TK, weights).reshape(h_BSD.shape), observed
+            return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense).reshape(h_BSD.shape), observed
+
+    def _route_few(self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int) -> Routing:
+        """Return the routing of a decoding step, whose weights are BF16 parts unless it is one in FP32."""
+        rule, router, bias_E = rule_of(self.model), self.router_DE[...], self.bias_E[...]
+        if router.dtype == h_TD.dtype == jnp.bfloat16:
+            return route_tokens(h_TD, router, bias_E, valid_T, rule=rule, num_experts=num_experts)
+        scores_TE = router_scores(self.model, h_TD, router)
+        return Routing(*choose(rule, scores_TE, bias_E, valid_T, num_experts), scores_TE, None)
 
     def _routed(
         self, execution: Execution, h_BSD: jax.Array, experts_BSK: jax.Array, gates_BSK: jax.Array

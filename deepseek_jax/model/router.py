@@ -15,6 +15,8 @@ from jax import lax
 
 from deepseek_jax.config import Model
 from deepseek_jax.model.recompute import CHOICE, keep
+from pallas_kernels.routing.reference import rank
+from pallas_kernels.routing.rule import Rule
 
 
 def router_scores(model: Model, h_BSD: jax.Array, router_DE: jax.Array) -> jax.Array:
@@ -55,64 +57,23 @@ def route(model: Model, scores_TE: jax.Array, bias_E: jax.Array) -> tuple[jax.Ar
     if model.num_groups > model.num_kept_groups:
         grouped = biased.reshape(*biased.shape[:-1], model.num_groups, -1)
         top = _sum_of_best_two(grouped) if model.group_score == "top2" else grouped.max(-1)
-        keep_group = _rank(top) < model.num_kept_groups
+        keep_group = rank(top) < model.num_kept_groups
         biased = jnp.where(jnp.repeat(keep_group, grouped.shape[-1], axis=-1), biased, -jnp.inf)
     experts = keep(lax.top_k(biased, model.experts_per_token)[1], CHOICE)
     return experts, weigh(model, scores_TE, experts)
 
 
-def route_few(
-    model: Model, scores_TE: jax.Array, bias_E: jax.Array, valid_T: jax.Array, num_experts: int
-) -> tuple[jax.Array, jax.Array]:
-    """Choose as `route` does for the few tokens of a decoding step, and add the experts that every token has.
-
-    The time of so few tokens is the number of kernels. So nothing is sorted: an expert's rank is how many others come
-    before it. Comments stand where XLA ends a kernel. There is no derivative.
-
-    Args:
-        model: as for `route`.
-        scores_TE: as for `route`.
-        bias_E: as for `route`.
-        valid_T: False on padding, whose experts are all `num_experts`: none.
-        num_experts: those from E on are everybody's, with gate 1.
-
-    Returns:
-        experts int32 [..., K + num_experts - E], gates FP32.
-    """
-    num_routed, k = scores_TE.shape[-1], model.experts_per_token
-    biased = scores_TE + bias_E
-    if model.num_groups > model.num_kept_groups:
-        first, second = _best_two(biased.reshape(*biased.shape[:-1], model.num_groups, -1))
-        top = first + second if model.group_score == "top2" else first
-        # the best of groups
-        index = jnp.arange(model.num_groups)
-        before = [_before(top[..., i : i + 1], top, i < index) for i in range(model.num_groups)]
-        keep_group = sum(b.astype(jnp.int32) for b in before) < model.num_kept_groups
-        biased = jnp.where(jnp.repeat(keep_group, num_routed // model.num_groups, axis=-1), biased, -jnp.inf)
-    # the scores that take part
-    rank_TE = _rank(biased)
-    # ranks
-    gates_TE = jnp.where(rank_TE < k, scores_TE, 0.0)
-    if model.normalize_gates:
-        gates_TE = gates_TE / (gates_TE.sum(-1, keepdims=True) + 1e-20)
-    # the sum of gates
-    more = [(0, 0)] * (scores_TE.ndim - 1) + [(0, num_experts - num_routed)]
-    index = jnp.arange(num_experts)
-    gates_TE = jnp.where(index < num_routed, jnp.pad(gates_TE * model.routed_scale, more), 1.0)
-    place_TE = jnp.where(index < num_routed, jnp.pad(jnp.where(rank_TE < k, rank_TE, -1), more), k + index - num_routed)
-    chosen = (place_TE[..., None, :] == jnp.arange(k + num_experts - num_routed)[:, None]) & valid_T[..., None, None]
-    experts = jnp.where(chosen, index, num_experts).min(-1)
-    # experts and gates
-    return experts.astype(jnp.int32), jnp.where(chosen, gates_TE[..., None, :], 0.0).sum(-1)
-
-
-def _best_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the two largest of the last dim, elementwise: a reduction would be a kernel of its own."""
-    first, second = x[..., 0], jnp.full_like(x[..., 0], -jnp.inf)
-    for i in range(1, x.shape[-1]):
-        second = jnp.maximum(second, jnp.minimum(first, x[..., i]))
-        first = jnp.maximum(first, x[..., i])
-    return first, second
+def rule_of(model: Model) -> Rule:
+    """Return how `pallas_kernels.routing` chooses as `route` does, for the few tokens of a decoding step."""
+    return Rule(
+        k=model.experts_per_token,
+        num_groups=model.num_groups,
+        num_kept_groups=model.num_kept_groups,
+        group_score=model.group_score,
+        gate=model.gate,
+        normalize=model.normalize_gates,
+        scale=model.routed_scale,
+    )
 
 
 def weigh(model: Model, scores_TE: jax.Array, experts: jax.Array) -> jax.Array:
@@ -128,18 +89,6 @@ def _sum_of_best_two(x: jax.Array) -> jax.Array:
     best = x.argmax(-1, keepdims=True)
     others = jnp.where(jnp.arange(x.shape[-1]) == best, -jnp.inf, x)
     return x.max(-1) + others.max(-1)
-
-
-def _rank(x: jax.Array) -> jax.Array:
-    """Return the rank of each element in the last dim: 0 for the largest, ties in order."""
-    index = jnp.arange(x.shape[-1])
-    each, other = x[..., :, None], x[..., None, :]
-    return _before(other, each, index < index[:, None]).sum(-1)
-
-
-def _before(other: jax.Array, each: jax.Array, is_earlier: jax.Array) -> jax.Array:
-    """Return whether the other comes before each: it is larger, or equal and earlier."""
-    return (other > each) | ((other == each) & is_earlier)
 
 
 def _product(h_TD: jax.Array, router_DE: jax.Array) -> jax.Array:

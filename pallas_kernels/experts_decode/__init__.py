@@ -11,6 +11,7 @@ from jax import Array
 
 from pallas_kernels import GROUP, dispatch
 from pallas_kernels.experts_decode import hopper, reference
+from pallas_kernels.experts_decode.plan import Dense
 from pallas_kernels.quantized import Quantized, check_array, check_quantized
 
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -24,6 +25,8 @@ def experts_decode(
     down: Array | Quantized,
     *,
     layer: Array | int | None = None,
+    dense: Dense | None = None,
+    parts: bool = False,
     implementation: str = "auto",
 ) -> Array:
     """Return the gated sums y [T, D] over each token's experts.
@@ -40,11 +43,13 @@ def experts_decode(
             `layer` [L, E, ...].
         down: [E, F, D]; in FP8 blocks [E, D, F]. With `layer` [L, E, ...].
         layer: which of L layers is read.
+        dense: what `pallas_kernels.routing` has made of these experts and gates, which saves kernels.
+        parts: whether to return FP32 parts [., T, D], whose sum is y: for a caller that adds more to them.
         implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16 or FP8, D a multiple of 256 and F
             of 128; "auto" takes the reference for others.
 
     Returns:
-        [T, D] of h's dtype, BF16 in FP8.
+        [T, D] of h's dtype, BF16 in FP8; or the parts.
 
     Raises:
         ValueError: shapes, dtypes or groupings that do not fit.
@@ -61,7 +66,7 @@ def experts_decode(
     if layer is not None:
         gate_up, down = merge(gate_up), merge(down)
     face = dispatch.choose("experts_decode", implementation, faces)
-    return face(h, experts, gates, gate_up, down, base, num_experts=num_experts)
+    return face(h, experts, gates, gate_up, down, base, dense, num_experts=num_experts, parts=parts)
 
 
 def merge(weight: Array | Quantized) -> Array | Quantized:

@@ -1,23 +1,24 @@
 """The routed experts of a decoding step on Hopper: two kernels that read the weights of touched experts once.
 
     gate_up    a unit of work is a visit (an expert and N rows) and some columns of F, gate and up side by side in a
-               slot: act = silu(gate) * up * gate weight, in BF16, or in E4M3 with a scale per row and 128 columns
-    down       a unit is some columns of D and a group of visits, over which it sums. Dense visits: a few groups, whose
-               FP32 partial sums [groups, N, D] are added in the fusion that follows. Sorted visits: each has its own
-               rows, and K of them are added for each token
+               slot: act = silu(gate) * up * gate weight, in BF16, or in E4M3 with a scale per row and 128 columns.
+               Dense visits: steps along k are cut into equal shares (`hopper_shares.py`)
+    down       a unit is some columns of D and steps along k of visits, over which it sums. Dense visits: the steps of
+               all visits in a few equal groups, whose FP32 partial sums [groups, N, D] are added in the fusion that
+               follows. Sorted visits: each has its own rows, and K of them are added for each token
 
 Floor. A touched expert is 3 D F weights, 12.6 MB in configs/v3_5b.py in BF16 and 88 MB in V3; rows, activations and
 partial sums are 1 to 3% of it. One H200 reads 4.3 TB/s, so that 64 touched experts take 187 us, and the 8 of a single
 token 23 us, half of these in FP8.
 
 Prediction, before the first run. A kernel costs 3 us beside its bytes: the launch, the first bytes, the last store.
-With the last round of units, which is not full (8 rounds for 7.6), 0.85 of the read rate at 32 and 128 tokens, and 30
-us for one token in BF16, 18 in FP8. 208 KB of each multiprocessor are under way, six times what latency needs.
-experiments/log.md has what was measured. To launch `down` while `gate_up` ends, with its first weights asked for
-(programmatic dependent launch), changed nothing that could be seen.
+0.85 of the read rate at 32 and 128 tokens, and 30 us for one token in BF16, 18 in FP8. 208 KB of each multiprocessor
+are under way, six times what latency needs. experiments/log.md has what was measured. To launch `down` while `gate_up`
+ends, with its first weights asked for (programmatic dependent launch), changed nothing that could be seen.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -28,10 +29,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.experts_decode.hopper_shares import Shares
 from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape, TuningConfig
 from pallas_kernels.experts_decode.hopper_sort import sort_rows
 from pallas_kernels.experts_decode.hopper_stream import L, Source, Stream, launch, over_units
-from pallas_kernels.experts_decode.plan import MOST_DENSE, Plan, make_dense, make_sorted, only_here, rows_of_visit
+from pallas_kernels.experts_decode.plan import (
+    MOST_DENSE,
+    Dense,
+    Plan,
+    dense_plan,
+    make_dense,
+    make_sorted,
+    only_here,
+    rows_of_visit,
+)
+from pallas_kernels.hopper.marks import MARKS
 from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
 
 MOST_FEW = 32  # rows of a visit with narrow blocks; beside wide ones fewer bytes of rows are copied
@@ -42,7 +54,7 @@ CONFIGS = {  # in FP8, few rows
     (True, False): TuningConfig(width=GROUP, down_width=128),
 }
 MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 48  # rows of a visit for which all sums have registers
-MOST_GROUPS = 16  # of visits
+MOST_GROUPS = 16  # of the steps of all visits
 
 
 def experts_decode(
@@ -52,11 +64,16 @@ def experts_decode(
     gate_up: Array | Quantized,
     down: Array | Quantized,
     base: Array,
+    dense: Dense | None = None,
     *,
     num_experts: int,
+    parts: bool = False,
     config: TuningConfig | None = None,
 ) -> Array:
-    """Return y [T, D] in BF16; the experts' weights begin at `base` of the first dim."""
+    """Return y [T, D] in BF16, or FP32 `parts` of it; the experts' weights begin at `base` of the first dim.
+
+    `dense` is what `plan.make_dense` makes of experts and gates, where it is known.
+    """
     in_fp8 = isinstance(gate_up, Quantized)
     num_tokens, k = experts.shape
     n = rows_of_visit(num_tokens, k, num_experts, MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16)
@@ -64,17 +81,19 @@ def experts_decode(
     experts, base = only_here(experts, num_experts), base.reshape(1)
     rows, tiles = tuple(jax.tree.leaves(h)), h.shape[1] // (BLOCKS * config.down_width)
     if num_tokens <= MOST_DENSE:
-        plan = make_dense(experts, gates, num_experts, n)
+        plan = dense_plan(dense or make_dense(experts, gates, num_experts, n), num_experts, num_tokens * k)
         act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
-        groups = choose_groups(plan, num_tokens, k, num_experts, tiles)
-        return down_visits(config, plan, act, down, base, groups).sum(0)[:num_tokens].astype(jnp.bfloat16)
+        groups = choose_groups(tiles)
+        found = down_visits(config, plan, act, down, base, groups)[:, :num_tokens]
+        return found if parts else found.sum(0).astype(jnp.bfloat16)
     plan, keys, first_E = make_sorted(experts, num_experts, n)
     rows, row_gates, slots_TK = sort_rows(rows, gates, keys, first_E, n, plan.most_visits * n)
     plan = dataclasses.replace(plan, gates=row_gates.reshape(-1, n))
     act = gate_up_visits(config, plan, rows, gate_up, base)
     y = down_visits(config, plan, act, down, base, plan.most_visits)
-    parts = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
-    return sum((part.astype(jnp.float32) for part in parts), jnp.float32(0)).astype(jnp.bfloat16)
+    of_choice = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
+    total = sum((part.astype(jnp.float32) for part in of_choice), jnp.float32(0))
+    return total[None] if parts else total.astype(jnp.bfloat16)
 
 
 def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
@@ -84,18 +103,10 @@ def fill_up(rows: tuple[Array, ...], n: int) -> tuple[Array, ...]:
     return *padded, *(jnp.pad(x, ((0, 0), (0, n - x.shape[1])), constant_values=1) for x in rows[1:])
 
 
-def choose_groups(plan: Plan, num_tokens: int, k: int, num_experts: int, tiles: int) -> int:
-    """Return into how many groups the visits are cut: the least work of the busiest multiprocessor.
-
-    Counted for the visits that a spread routing gives; with others it is slower, not wrong.
-    """
-    visits = num_experts * (1 - (1 - k / num_experts) ** num_tokens)
+def choose_groups(tiles: int) -> int:
+    """Return into how many groups the steps of all visits are cut: the least work of the busiest multiprocessor."""
     blocks = num_multiprocessors()
-
-    def cost(groups):
-        return math.ceil(groups * tiles / blocks) * math.ceil(visits / groups), groups
-
-    return min(range(1, min(MOST_GROUPS, plan.most_visits) + 1), key=cost)
+    return min(range(1, MOST_GROUPS + 1), key=lambda groups: (math.ceil(groups * tiles / blocks) / groups, groups))
 
 
 def gate_up_visits(
@@ -105,46 +116,72 @@ def gate_up_visits(
     in_fp8, n, width = isinstance(gate_up, Quantized), plan.rows, config.width
     values, *weight_scales = jax.tree.leaves(gate_up)
     k, hidden = rows[0].shape[1], values.shape[1 if in_fp8 else 2] // 2
-    shape, tiles = Shape(in_fp8, n, width, k), hidden // width
+    shape, tiles = Shape(in_fp8, n, width, k, config.turned), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
+
+    blocks = num_multiprocessors()
+    marks, num_marks = ((jax.new_ref(jnp.zeros((MARKS,), jnp.int32)),), 1) if plan.dense else ((), 0)
 
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]
-        row_refs, (weight, *scales), outputs = refs[:many], refs[many : 2 * many], refs[2 * many : 3 * many]
-        stream = Stream.of(shape, config.interpreted, refs[3 * many :])
+        row_refs, (weight, *scales), refs = refs[:many], refs[many : 2 * many], refs[2 * many :]
+        (*marks_ref,), outputs, refs = refs[:num_marks], refs[num_marks : num_marks + many], refs[num_marks + many :]
+        (*sums_ref,), scratch = refs[:num_marks], refs[num_marks:]
+        stream = Stream.of(shape, config.interpreted, scratch)
         num_visits, find = plan.schedule(*tables)
-        first = base_ref[0]
+        first, units = base_ref[0], num_visits * tiles
+        shares = Shares(units, shape.steps, sums_ref[0], marks_ref[0], config.interpreted) if plan.dense else None
+
+        def over(body):
+            if shares:
+                return shares.over(body, jnp.int32(0))
+            return over_units(units, lambda unit, slot: body(unit, 0, shape.steps, slot), jnp.int32(0))
 
         def place(unit):
             visit = find(lax.div(unit, jnp.int32(tiles)))
-            return visit, lax.rem(unit, jnp.int32(tiles)) * width
+            tile = lax.rem(unit, jnp.int32(tiles))
+            return visit, tile * width, shape.turn(tile, tiles)
 
-        def copy(unit, slot):
-            visit, column = place(unit)
+        def copy(unit, first_step, last_step, slot):
+            visit, column, turn = place(unit)
             columns, row = (column, hidden + column), 0 if plan.dense else visit.row
-            return stream.fill(slot, Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row))
+            source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], row, turn)
+            return stream.fill(slot, source, first_step, last_step)
 
-        def multiply(unit, slot):
-            visit, column = place(unit)
+        def multiply(unit, first_step, last_step, slot):
+            visit, column, turn = place(unit)
 
             def block_scale(_):
                 of_expert = scales[0].at[first + visit.expert]
-                return lambda block, step: of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), step]
 
-            slot, sums = stream.multiply(slot, 1, block_scale)
-            weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
-            store_act(outputs, sums, weights, visit.row, column)
+                def scale(block, step):
+                    return of_expert[lax.div(block * hidden + column, jnp.int32(GROUP)), stream.place(step, turn)]
+
+                return scale
+
+            def finish():
+                whole = shares.collect(unit, sums) if shares else sums
+                weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
+                store_act(outputs, whole, weights, visit.row, column)
+
+            slot, sums = stream.multiply(slot, jnp.int32(first_step), jnp.int32(last_step), block_scale)
+            if shares:
+                pl.when(first_step > 0)(functools.partial(shares.leave, sums))
+                pl.when(first_step == 0)(finish)
+            else:
+                finish()
             return slot
 
-        units = num_visits * tiles
-        stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
+        stream.by_role(lambda: over(copy), lambda: over(multiply))
 
     num_rows = plan.most_visits * n
     out_type = [jax.ShapeDtypeStruct((num_rows, hidden), E4M3 if in_fp8 else jnp.bfloat16)]
     if in_fp8:
         out_type.append(jax.ShapeDtypeStruct((hidden // GROUP, num_rows), jnp.float32))
+    if plan.dense:
+        out_type.append(jax.ShapeDtypeStruct((blocks, BLOCKS * shape.tiles, ROWS, n), jnp.float32))
     run = launch(kernel, "experts_decode_gate_up", out_type, scratch)
-    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales))
+    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales, *marks))[:many]
 
 
 def store_act(outputs: tuple, sums: list[Array], weights: Array, row: Array, column: Array) -> None:
@@ -181,7 +218,7 @@ def down_visits(
     in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
     values, *weight_scales = jax.tree.leaves(down)
     k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
-    shape, tiles = Shape(in_fp8, n, width, k), columns_d // (BLOCKS * width)
+    shape, tiles = Shape(in_fp8, n, width, k, config.turned), columns_d // (BLOCKS * width)
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
     dtype = jnp.float32 if plan.dense else jnp.bfloat16
 
@@ -193,28 +230,38 @@ def down_visits(
         first = base_ref[0]
 
         def place(unit):
-            group = lax.div(unit, jnp.int32(tiles))
-            return group, lax.div(num_visits - group + groups - 1, jnp.int32(groups)), lax.rem(unit, jnp.int32(tiles))
+            group, tile = lax.div(unit, jnp.int32(tiles)), lax.rem(unit, jnp.int32(tiles))
+            start, end = group, group + 1  # a sorted visit is a group
+            if plan.dense:
+                start, end = (lax.div(i * num_visits * shape.steps, jnp.int32(groups)) for i in (start, end))
+            else:
+                start, end = start * shape.steps, end * shape.steps
+            return group, tile, start, end
 
         def copy(unit, slot):
-            group, visits, tile = place(unit)
+            _, tile, start, end = place(unit)
             columns = [(tile * BLOCKS + block) * width for block in range(BLOCKS)]
 
-            def one(i, slot):
-                visit = find(group + i * groups)
-                source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], visit.row)
-                return stream.fill(slot, source)
+            def one(number, first_step, last_step, slot):
+                visit = find(number)
+                rows = row_refs[0], row_refs[-1], visit.row, shape.turn(tile, tiles)
+                return stream.fill(slot, Source(weight.at[first + visit.expert], columns, *rows), first_step, last_step)
 
-            return lax.fori_loop(0, visits, one, slot)
+            return stream.spans(start, end, one, slot)
 
         def multiply(unit, slot):
-            group, visits, tile = place(unit)
+            group, tile, start, end = place(unit)
 
-            def block_scale(i):
-                of_expert = scales[0].at[first + find(group + i * groups).expert]
-                return lambda block, step: of_expert[lax.div((tile * BLOCKS + block) * width, jnp.int32(GROUP)), step]
+            def block_scale(number):
+                of_expert, turn = scales[0].at[first + find(number).expert], shape.turn(tile, tiles)
 
-            slot, sums = stream.multiply(slot, visits, block_scale)
+                def scale(block, step):
+                    column = (tile * BLOCKS + block) * width
+                    return of_expert[lax.div(column, jnp.int32(GROUP)), stream.place(step, turn)]
+
+                return scale
+
+            slot, sums = stream.multiply(slot, start, end, block_scale)
             for i, total in enumerate(sums):
                 column = pl.ds(tile * (BLOCKS * width) + i * ROWS, ROWS)
                 target = out.at[group, :, column] if plan.dense else out.at[pl.ds(group * n, n), column]

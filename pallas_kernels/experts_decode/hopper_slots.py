@@ -1,8 +1,10 @@
 """The slots through which weights stream (`hopper_stream.py`): how large they are, how many fit, how work is cut."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
@@ -23,12 +25,14 @@ class TuningConfig:
         width: columns of a block of gate and of up, 64 or 128; in FP8 128, a group of the activations.
         down_width: columns of a block of down, 64 or 128.
         ring_bytes: of shared memory, for the slots.
+        turned: whether tiles of columns begin in different places along k, in FP8.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
     """
 
     width: int = 64
     down_width: int = 64
     ring_bytes: int = 208 * 1024
+    turned: bool = False
     interpreted: bool = False
 
 
@@ -41,12 +45,14 @@ class Shape:
         rows: N.
         width: of a block.
         k: numbers that a product sums.
+        turned: whether tiles begin in different places along k, in FP8.
     """
 
     in_fp8: bool
     rows: int
     width: int
     k: int
+    turned: bool = False
 
     @property
     def depth(self) -> int:
@@ -57,6 +63,14 @@ class Shape:
     def steps(self) -> int:
         """Steps of a visit."""
         return self.k // self.depth
+
+    def turn(self, tile: Any, tiles: int) -> Any:
+        """Return the step with which a tile of columns begins.
+
+        In FP8 a row of weights is a column of the product, and 128 bytes of it a step. Multiprocessors in step with
+        each other would all read the same places of rows, perhaps from a few of the channels of memory.
+        """
+        return lax.div(tile * self.steps, jnp.int32(tiles)) if self.in_fp8 and self.turned else 0
 
     @property
     def tiles(self) -> int:

@@ -37,6 +37,7 @@ class Source(NamedTuple):
         rows: ref [., k].
         scales: ref [k / 128, .] of the rows, in FP8.
         row: the first.
+        turn: the step along k that comes first.
     """
 
     weight: Any
@@ -44,6 +45,7 @@ class Source(NamedTuple):
     rows: Any
     scales: Any
     row: Any
+    turn: Any = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,28 @@ class Stream:
                 plgpu.barrier_arrive(self.empty.at[slot])
             multiply()
 
-    def fill(self, slot: Array, source: "Source") -> Array:
-        """Copy the steps of a visit into slots, each once it is free; return the next slot."""
+    def place(self, i: Any, turn: Any) -> Array:
+        """Return where along k the i-th step is."""
+        place = i + turn
+        return jnp.where(place >= self.shape.steps, place - self.shape.steps, place)
+
+    def spans(self, start: Any, end: Any, body: Callable, carry: Any) -> Any:
+        """Fold `body(visit, first step, last step + 1, carry)` over the visits that steps `start` to `end` lie in."""
+        steps = self.shape.steps
+
+        def one(visit, carry):
+            return body(visit, jnp.maximum(start - visit * steps, 0), jnp.minimum(end - visit * steps, steps), carry)
+
+        return lax.fori_loop(lax.div(start, jnp.int32(steps)), lax.div(end + steps - 1, jnp.int32(steps)), one, carry)
+
+    def fill(self, slot: Array, source: "Source", first: Any = 0, last: Any = None) -> Array:
+        """Copy steps of a visit into slots, each once it is free; return the next slot."""
         shape = self.shape
         taken = pl.ds(source.row, shape.rows)
 
         def step(i, slot):
-            ks, full = pl.ds(i * shape.depth, shape.depth), self.full.at[slot]
+            place = self.place(i, source.turn)
+            ks, full = pl.ds(place * shape.depth, shape.depth), self.full.at[slot]
             plgpu.barrier_wait(self.empty.at[slot])
             for block, column in enumerate(source.columns):
                 own = pl.ds(column, shape.width)
@@ -104,22 +121,23 @@ class Stream:
             plgpu.copy_gmem_to_smem(source.rows.at[taken, ks], self.rows.at[slot], full)
             if shape.in_fp8:
                 own = self.scales.at[slot, pl.ds(0, shape.rows)]
-                plgpu.copy_gmem_to_smem(source.scales.at[i, taken], own, full)
+                plgpu.copy_gmem_to_smem(source.scales.at[place, taken], own, full)
             return self.after(slot)
 
-        return lax.fori_loop(0, shape.steps, step, slot)
+        return lax.fori_loop(first, shape.steps if last is None else last, step, slot)
 
-    def multiply(self, slot: Array, visits: Any, block_scale: Callable) -> tuple[Array, list[Array]]:
-        """Return the next slot, and the FP32 sums [64, N] over the steps of some visits, block after block.
+    def multiply(self, slot: Array, start: Any, end: Any, block_scale: Callable) -> tuple[Array, list[Array]]:
+        """Return the next slot, and the FP32 sums [64, N] over steps of some visits, block after block.
 
         Args:
             slot: the first.
-            visits: how many, a number or a scalar.
+            start: the first step, counted over all visits.
+            end: the last step, plus 1.
             block_scale: visit -> a function from block and step to the scale of the weights; FP8 only.
         """
         if not self.shape.in_fp8:
-            return self._multiply_bf16(slot, visits * self.shape.steps)
-        return self._multiply_fp8(slot, visits, block_scale)
+            return self._multiply_bf16(slot, end - start)
+        return self._multiply_fp8(slot, start, end, block_scale)
 
     def _products(self, slot: Array, first: int, accumulators: Sequence[Any]) -> None:
         right = self.rows.at[slot].transpose((1, 0))
@@ -179,7 +197,7 @@ class Stream:
         slot, *totals = pl.run_scoped(run, *self._accumulators(BLOCKS * self.shape.tiles))
         return slot, totals
 
-    def _multiply_fp8(self, slot, visits, block_scale):
+    def _multiply_fp8(self, slot, start, end, block_scale):
         count = BLOCKS * self.shape.tiles
         together = count if self.shape.rows <= FEW_ROWS else self.shape.tiles  # products in registers beside all sums
 
@@ -193,12 +211,12 @@ class Stream:
 
             return pl.run_scoped(run, *self._accumulators(together))
 
-        def visit(number, carry):
+        def visit(number, first_step, last_step, carry):
             scale_of = block_scale(number)
 
             def step(i, carry):
                 slot, scales, *totals = carry
-                following = [scale_of(block, jnp.minimum(i + 1, self.shape.steps - 1)) for block in range(BLOCKS)]
+                following = [scale_of(block, jnp.minimum(i + 1, last_step - 1)) for block in range(BLOCKS)]
                 plgpu.barrier_wait(self.full.at[slot])
                 own = plgpu.load(
                     self.scales.at[slot, pl.ds(0, self.shape.rows)], layout=L.WGMMA.reduce(0), optimized=False
@@ -213,11 +231,11 @@ class Stream:
                 return self.after(slot), following, *totals
 
             slot, *totals = carry
-            first = [scale_of(block, 0) for block in range(BLOCKS)]
-            slot, _, *totals = lax.fori_loop(0, self.shape.steps, step, (slot, first, *totals))
+            first = [scale_of(block, first_step) for block in range(BLOCKS)]
+            slot, _, *totals = lax.fori_loop(first_step, last_step, step, (slot, first, *totals))
             return slot, *totals
 
-        slot, *totals = lax.fori_loop(0, visits, visit, (slot, *self._zeros()))
+        slot, *totals = self.spans(start, end, visit, (slot, *self._zeros()))
         return slot, totals
 
 

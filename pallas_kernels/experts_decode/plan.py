@@ -16,6 +16,7 @@ Worked example, three tokens that choose [5 1], [1 7], [5 none], in N = 8 rows:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,8 +34,20 @@ class Visit(NamedTuple):
     """An expert, the row of its gates, and its first row among the activations."""
 
     expert: Array
-    gates: Array | None
+    gates: Array
     row: Array
+
+
+class Dense(NamedTuple):
+    """What dense visits are made of.
+
+    Attributes:
+        gates: FP32 [E or more, N]: of each expert and row, 0 where the expert is not the row's.
+        words: int32 [., words]: experts with rows, as bits; an expert has rows if any of the first dim says so.
+    """
+
+    gates: Array
+    words: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Plan:
     Attributes:
         tables: arrays that `schedule` reads in the kernel.
         schedule: refs of the tables -> the number of visits, and a function from the number of a visit to the `Visit`.
-        gates: FP32 [., N], of the rows of visits, 0 where a row is no token of the expert.
+        gates: FP32 [., N], 0 where a row is no token of the expert; dense for each expert, sorted for each visit.
         rows: N, of a visit.
         most_visits: that there can be.
         dense: whether rows are tokens.
@@ -77,8 +90,8 @@ def only_here(experts_TK: Array, num_experts: int) -> Array:
     return jnp.where((experts_TK >= 0) & (experts_TK < num_experts), experts_TK, num_experts)
 
 
-def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) -> Plan:
-    """Return visits of all tokens; the table has a bit per expert."""
+def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) -> Dense:
+    """Return what visits of all tokens are made of."""
     num_tokens, k = experts_TK.shape
     words = -(-num_experts // WORD)
     flat = experts_TK.reshape(-1)
@@ -89,23 +102,31 @@ def make_dense(experts_TK: Array, gates_TK: Array, num_experts: int, rows: int) 
     experts_NK = jnp.pad(experts_TK, missing, constant_values=num_experts)
     chosen = experts_NK == jnp.arange(num_experts)[:, None, None]  # [E, N, K]
     gates = jnp.where(chosen, jnp.pad(gates_TK, missing), 0).sum(2)
+    return Dense(gates, mask[None])
 
-    def schedule(mask_ref):
-        found = [mask_ref[i] for i in range(words)]
+
+def dense_plan(dense: Dense, num_experts: int, most_visits: int) -> Plan:
+    """Return visits of all tokens."""
+    rows, (said, words) = dense.gates.shape[1], dense.words.shape
+
+    def schedule(words_ref):
+        read = [[words_ref[row, i] for row in range(said)] for i in range(words)]
+        found = [functools.reduce(jnp.bitwise_or, parts) for parts in read]
         counts = [ones(word) for word in found]
 
         def find(number):
-            expert, before = jnp.int32(0), jnp.int32(0)
-            for i, (word, count) in enumerate(zip(found, counts, strict=True)):
-                rank = number - before
-                inside = (rank >= 0) & (rank < count)
-                expert = jnp.where(inside, i * WORD + place(word, rank), expert)
-                before += count
+            word, first, rank, before = found[0], jnp.int32(0), number, counts[0]
+            for i in range(1, words):  # the word that has it
+                behind = number >= before
+                word, first = jnp.where(behind, found[i], word), jnp.where(behind, i * WORD, first)
+                rank, before = jnp.where(behind, number - before, rank), before + counts[i]
+            expert = first + place(word, rank)
             return Visit(expert, expert, number * rows)
 
         return sum(counts, jnp.int32(0)), find
 
-    return Plan((mask,), schedule, gates, rows, min(num_experts, num_tokens * k), dense=True)
+    most = min(num_experts, most_visits)
+    return Plan((dense.words,), schedule, dense.gates, rows, most, dense=True)
 
 
 def ones(word: Array) -> Array:

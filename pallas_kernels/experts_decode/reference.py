@@ -25,9 +25,22 @@ MANY = 2  # assignments to an expert, from which on all experts are multiplied a
 
 
 def experts_decode(
-    h: Array | Quantized, experts: Array, gates: Array, gate_up: Any, down: Any, base: Array, *, num_experts: int
+    h: Array | Quantized,
+    experts: Array,
+    gates: Array,
+    gate_up: Any,
+    down: Any,
+    base: Array,
+    dense: Any = None,
+    *,
+    num_experts: int,
+    parts: bool = False,
 ) -> Array:
-    """Return y [T, D]; the weights [., D, 2F] and [., F, D], or blocks [., 2F, D] and [., D, F], begin at `base`."""
+    """Return y [T, D], or with `parts` FP32 [1, T, D].
+
+    The weights [., D, 2F] and [., F, D], or blocks [., 2F, D] and [., D, F], begin at `base`.
+    """
+    del dense  # says the same as experts and gates
     in_fp8 = isinstance(gate_up, Quantized)
     rows = dequantize(h) if isinstance(h, Quantized) else h
     chosen = experts == jnp.arange(num_experts)[:, None, None]  # [E, T, K]
@@ -39,7 +52,7 @@ def experts_decode(
         y = at_once(rows, experts, gates_ET, there_ET, rank_ET, gate_up, down, zeros)
     else:
         y = in_turn(rows, gates_ET, there_ET, rank_ET, gate_up, down, base, zeros)
-    return y.astype(jnp.bfloat16 if in_fp8 else rows.dtype)
+    return y[None].astype(jnp.float32) if parts else y.astype(jnp.bfloat16 if in_fp8 else rows.dtype)
 
 
 def in_turn(

@@ -11,7 +11,8 @@ from flax import nnx
 from configs import deepseek_v2, deepseek_v2_lite, deepseek_v3, tiny
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model.moe import MoE
-from deepseek_jax.model.router import _rank, _sum_of_best_two, route, route_few, router_scores
+from deepseek_jax.model.router import _sum_of_best_two, route, router_scores, rule_of
+from pallas_kernels.routing.reference import choose, rank
 
 V3, V2, LITE, TINY = (
     from_config_dict(c.get_config()).model for c in (deepseek_v3, deepseek_v2, deepseek_v2_lite, tiny)
@@ -75,8 +76,8 @@ def test_few_tokens_choose_as_many_do(name, tied):
         scores_TE, bias_E = np.float32(np.round(scores_TE, 1)), 0 * bias_E
     want_TK, want_gates_TK = jit_route(model, scores_TE, bias_E)
     valid_T = np.arange(NUM_TOKENS) != 1
-    run = jax.jit(route_few, static_argnums=(0, 4))
-    experts_TK, gates_TK = run(model, scores_TE, bias_E, valid_T, model.num_experts + 2)
+    run = jax.jit(choose, static_argnums=(0, 4))
+    experts_TK, gates_TK = run(rule_of(model), scores_TE, bias_E, valid_T, model.num_experts + 2)
     k = model.experts_per_token
     np.testing.assert_array_equal(experts_TK[valid_T, :k], want_TK[valid_T])
     np.testing.assert_allclose(gates_TK[valid_T, :k], want_gates_TK[valid_T], rtol=5e-7)
@@ -229,4 +230,4 @@ def test_bf16_activations_are_scored_as_in_fp32():
 def test_best_two_and_ranks_with_ties(values):
     x = jnp.asarray(values)
     assert _sum_of_best_two(x) == sum(sorted(values)[-2:])
-    assert _rank(x).tolist() == [sorted(range(3), key=lambda i: (-values[i], i)).index(i) for i in range(3)]
+    assert rank(x).tolist() == [sorted(range(3), key=lambda i: (-values[i], i)).index(i) for i in range(3)]

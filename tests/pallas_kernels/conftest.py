@@ -12,7 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # The scales of A are read by ordinary loads and overwritten by the copy engine. The detector wants a proxy fence
 # between the two, as for writes; a read that has returned needs none, the barrier orders it (PTX ISA, "async proxy";
 # CUTLASS has none there either).
-SCALE_READS = {"receive", "scale"}
+SCALE_READS = {("receive", "fill"), ("scale", "fill")}
+# Sums that a block reads of another one behind a mark, which is PTX and not there in the interpreter.
+MARKED_READS = {("add_part", "leave")}
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def races(capfd, caplog):
 
 @pytest.fixture
 def interpret(races):
-    """Return `run(function, *operands)`, which runs in the interpreter and fails on any race but that of `SCALE_READS`.
+    """Return `run(function, *operands)`, which runs in the interpreter and fails on any race but the known ones.
 
     The interpreter multiplies in FP32, so what a tensor core's short accumulator does is not seen; order, edges, groups
     and barriers are. Kernels are tuned with `interpreted=True`.
@@ -56,8 +58,8 @@ def interpret(races):
         for race in races():
             reads, writes = (re.findall(rf"{kind} of .*? \((\S*)\)", race) for kind in ("read", "write"))
             assert len(reads) == 1, race
-            assert reads[0].split(".")[-1] in SCALE_READS, race
-            assert writes[0].split(".")[-1] == "fill", race
+            names = tuple(accesses[0].split(".")[-1] for accesses in (reads, writes))
+            assert names in SCALE_READS | MARKED_READS, race
         return np.asarray(result, np.float64)
 
     return run

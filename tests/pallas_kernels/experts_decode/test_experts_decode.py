@@ -28,6 +28,13 @@ def test_in_fp8_it_is_as_good_as_the_quantised_activations():
     assert cases.error(run(*operands), cases.expected(*operands)) < 0.03  # E4M3 rounds the activations by 2%
 
 
+def test_parts_are_summed_by_the_caller():
+    operands = cases.make(3, 3, 8, *SMALL)
+    parts = jax.jit(functools.partial(experts_decode, implementation="reference", parts=True))(*operands)
+    assert parts.dtype == jnp.float32
+    assert (parts.sum(0).astype(jnp.bfloat16) == run(*operands)).all()
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_one_layer_of_many_is_that_layer(fp8):
     h, experts, gates, *weights = cases.make(2, 2, 4, *SMALL)

@@ -25,7 +25,7 @@ def few_multiprocessors(monkeypatch):
 def check(interpret, operands, tolerance):
     *_, gate_up, down = operands
     in_fp8, num_experts = isinstance(gate_up, Quantized), down.shape[0]
-    config = dataclasses.replace(hopper.CONFIGS[in_fp8, operands[1].shape[0] <= 32], interpreted=True)
+    config = dataclasses.replace(hopper.CONFIGS[in_fp8, operands[1].shape[0] <= 32], interpreted=True, turned=True)
     run = functools.partial(hopper.experts_decode, num_experts=num_experts, config=config)
     result = interpret(run, *operands, jax.numpy.int32(0))
     face = functools.partial(reference.experts_decode, num_experts=num_experts)
@@ -36,6 +36,11 @@ def check(interpret, operands, tolerance):
 def test_dense_visits_in_bf16(interpret):
     """Experts in two words of bits, fewer tokens than rows."""
     check(interpret, cases.make(3, 2, 40, 256, 128), 5e-3)
+
+
+def test_a_unit_in_three_shares(interpret):
+    """One expert, whose 12 steps are those of a head and two tails."""
+    check(interpret, cases.in_fp8(*cases.make(1, 1, 2, 1536, 128, seed=0)), 5e-3)
 
 
 def test_sorted_visits_in_fp8(interpret):
