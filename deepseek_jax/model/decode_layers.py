@@ -19,11 +19,11 @@ from deepseek_jax.model.attention import Attention, Beside, Table
 from deepseek_jax.model.layer import STACKS, DenseLayer, Layer, MoELayer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer
-from deepseek_jax.model.precision import ATTENTION_OUTPUT, compute_dtype, transposed
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, DISPATCH, compute_dtype, transposed
 from deepseek_jax.parameters import Fp8Weight, Weights
 from pallas_kernels import dispatch
 from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, latents, project
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, Scale
 
 NORM_UNIT, COLUMNS = 512, 64  # of widths that the kernels norm, and of those that products make
 
@@ -78,9 +78,14 @@ def run_decode_layers(
     def run(kind, params, bias, x_TD, h_TD, cache, next_gain_D):
         layer = merge_cached(kind, model, params, bias)
         parts, cache = attend(model, layer.attention, h_TD, (cos, sin), places, cache)
-        x_TD, h_TD = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps)
-        y_BSD, observed = layer.feed_normed(execution, h_TD.reshape(x_BSD.shape), valid_BS, observe)
-        x_TD, h_TD = add_norm(x_TD, y_BSD.reshape(1, -1, width), next_gain_D, eps=model.norm_eps)
+        x_TD, h_TD, rows = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps, scale=_scale_of_rows(layer))
+        h_BSD = h_TD.reshape(x_BSD.shape)
+        if isinstance(layer, MoELayer) and not layer.moe.model.num_shared_experts:
+            parts, observed = layer.moe.few(h_BSD, valid_BS, observe, rows)
+        else:
+            y_BSD, observed = layer.feed_normed(execution, h_BSD, valid_BS, observe)
+            parts = y_BSD.reshape(1, -1, width)
+        x_TD, h_TD, _ = add_norm(x_TD, parts, next_gain_D, eps=model.norm_eps)
         return x_TD, h_TD, cache.pages, observed
 
     layers = _in_order(weights)
@@ -97,6 +102,11 @@ def run_decode_layers(
 def _feed_gain(layer: MoELayer | DenseLayer) -> jax.Array:
     """Return the gain of the norm in front of a layer's feed-forward."""
     return layer.moe.norm_D[...] if isinstance(layer, MoELayer) else layer.ffn.norm_D[...]
+
+
+def _scale_of_rows(layer: Layer) -> Scale | None:
+    """Return the scale of the tiles that the layer's experts read, or None."""
+    return DISPATCH if isinstance(layer, MoELayer) and isinstance(layer.moe.down_EFD.get_value(), Fp8Weight) else None
 
 
 def _in_order(weights: Weights) -> list[tuple[type[Layer], Tree, Tree]]:

@@ -17,6 +17,7 @@ from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.rounds import Experts
 from deepseek_jax.model.router import route, router_scores, rule_of
 from deepseek_jax.parameters import CastWeight, Fp8Weight
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.routing import route as route_tokens
 from pallas_kernels.routing.reference import choose
 from pallas_kernels.routing.rule import Routing
@@ -75,7 +76,8 @@ class MoE(nnx.Module):
         """Do as a call behind its norm."""
         model = self.model
         if execution.experts == "few":
-            out_BSD, observed = self._few(h_BSD, valid_BS, observe)
+            parts_XTD, observed = self.few(h_BSD, valid_BS, observe)
+            out_BSD = parts_XTD.sum(0).astype(h_BSD.dtype).reshape(h_BSD.shape)
         else:
             with jax.named_scope("route"):
                 scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
@@ -87,8 +89,19 @@ class MoE(nnx.Module):
             out_BSD += self.shared(h_BSD)
         return out_BSD, observed
 
-    def _few(self, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer) -> tuple[jax.Array, Any]:
-        """Return the sums of a decoding step, whose tokens and experts are all here, and what is reported of it."""
+    def few(
+        self, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer, rows: Quantized | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Return FP32 parts [parts, T, D] of the routed experts' sums, and what `observe` reports of the router.
+
+        For a decoding step, whose tokens and experts are all here.
+
+        Args:
+            h_BSD: behind the norm.
+            valid_BS: False on padding.
+            observe: what to report.
+            rows: `h_BSD` in tiles for experts in FP8, where there are any.
+        """
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         h_TD = h_BSD.reshape(-1, self.model.width)
         with jax.named_scope("route"):
@@ -99,7 +112,7 @@ class MoE(nnx.Module):
             scores_BSE, routed_BSK = (x.reshape(*valid_BS.shape, -1) for x in (scores_TE, routed_TK))
             observed = observe(self.model, scores_BSE, routed_BSK, valid_BS)
         with jax.named_scope("experts"):
-            return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense).reshape(h_BSD.shape), observed
+            return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense, rows=rows, parts=True), observed
 
     def _route_few(self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int) -> Routing:
         """Return the routing of a decoding step, whose weights are BF16 parts unless it is one in FP32."""

@@ -174,16 +174,18 @@ def add_norm(
     gain: Array,
     *,
     eps: float,
+    scale: Scale | None = None,
     implementation: str = "auto",
     config: TuningConfig | None = None,
-) -> tuple[Array, Array]:
-    """Return x + the sum of `parts`, and rms_norm of that, both [N, D] of x's dtype.
+) -> tuple[Array, Array, Quantized | None]:
+    """Return x + the sum of `parts`, and rms_norm of that, both [N, D] of x's dtype; with `scale` also its tiles.
 
     Args:
         x: BF16 or FP32 [N, D].
         parts: BF16 or FP32 [splits, N, D].
         gain: FP32 [D].
         eps: added to the mean square.
+        scale: of the tiles; None: there are none.
         implementation: "auto", "reference" or "hopper"; the kernel takes BF16 x, and D a multiple of 512.
         config: of the kernel.
 
@@ -194,9 +196,10 @@ def add_norm(
     if parts.ndim != 3 or parts.shape[1:] != x.shape or gain.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape}, parts {parts.shape} and gain {gain.shape} do not fit each other")
     fault = kernel_fault(len(x), x.dtype) or (f"rows of {x.shape[1]}" if x.shape[1] % 512 else None)
-    kernel = functools.partial(hopper_rows.add_norm, eps=eps, config=config or TuningConfig())
-    face = functools.partial(reference.add_norm, eps=eps)
-    return _choose("add_norm", implementation, face, kernel, fault)(x, parts, gain)
+    kernel = functools.partial(hopper_rows.add_norm, eps=eps, scale=scale, config=config or TuningConfig())
+    face = functools.partial(reference.add_norm, eps=eps, scale=scale)
+    total, h, *tiles = _choose("add_norm", implementation, face, kernel, fault)(x, parts, gain)
+    return total, h, Quantized(tiles[0], tiles[1], "tile") if tiles else None
 
 
 def _fault_of_columns(*columns: int) -> str | None:

@@ -1,57 +1,83 @@
 """What stands between the products of a decoding step on Hopper: a block for each row."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import GROUP
 from pallas_kernels.decode_projections.hopper import L, TuningConfig, begin, launch, wait
 from pallas_kernels.decode_projections.hopper_absorb import turn_pairs
+from pallas_kernels.hopper.stream import quantize_registers
+from pallas_kernels.quantized import E4M3, Scale
 
 VECTOR = 4
+# Of a row [D / 128, 128]: a group for each warp, four neighbours for each lane.
+GROUPS: Any = L.TILED(plgpu.Tiling(((4, GROUP), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 ROW_PAIRS = L.TILED(
     plgpu.Tiling(((32,), (1,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1
 )  # every warp has all 32
 
 
+def load(ref, layout):
+    """Return what `ref` holds."""
+    return plgpu.load(ref, layout=layout) if layout is not GROUPS else plgpu.load(ref, layout=layout, optimized=False)
+
+
 def add(refs, layout):
     """Return the sum of what `refs` hold, FP32."""
-    read = [plgpu.load(ref, layout=layout).astype(jnp.float32) for ref in refs]
+    read = [load(ref, layout).astype(jnp.float32) for ref in refs]
     return sum(read[1:], read[0])
 
 
-def normed(x: Array, gain: Array, eps: float) -> Array:
-    """Return rms_norm(x) * gain of a row in BF16, or FP32 [...]."""
-    x = x.astype(jnp.float32)
-    size = x.size
-    return (x * lax.rsqrt(jnp.sum(x * x) / size + eps) * gain).astype(jnp.bfloat16)
+def normed(x: Array, gain: Array, eps: float, layout: Any) -> Array:
+    """Return rms_norm(x) * gain of a row in BF16, which `layout` holds."""
+    x, size = x.astype(jnp.float32), x.size
+    squares = jnp.sum(x * x, axis=1) if layout is GROUPS else x * x  # of groups in their warps first
+    return (x * lax.rsqrt(jnp.sum(squares) / size + eps) * gain).astype(jnp.bfloat16)
 
 
-def add_norm(x: Array, parts: Array, gain: Array, *, eps: float, config: TuningConfig) -> tuple[Array, Array]:
-    """Return x + the sum of parts, and its norm, both BF16 [N, D].
+def add_norm(
+    x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None, config: TuningConfig
+) -> tuple[Array, ...]:
+    """Return x + the sum of parts and its norm, both BF16 [N, D], and with `scale` the norm in tiles.
 
     Args:
         x: residual stream [N, D], BF16 or FP32.
         parts: [splits, N, D], BF16 or FP32.
         gain: FP32 [D].
         eps: added to the mean square.
+        scale: of the tiles, E4M3 [N, D] and FP32 [D / 128, N].
         config: tuning.
     """
     splits, n, width = parts.shape
-    layout = L.WG_STRIDED((width,), vec_size=VECTOR)
+    groups = width // GROUP
 
-    def kernel(x_ref, parts_ref, gain_ref, sum_ref, out_ref):
+    def kernel(x_ref, parts_ref, gain_ref, sum_ref, out_ref, *tiles):
         begin(config)
         row = lax.axis_index("block")
-        gains = plgpu.load(gain_ref, layout=layout)
+        gains = load(gain_ref, GROUPS)
         wait(config)
-        total = add([x_ref.at[row], *(parts_ref.at[i, row] for i in range(splits))], layout).astype(jnp.bfloat16)
-        sum_ref[row, :] = total
-        out_ref[row, :] = normed(total, gains, eps)
+        total = add([x_ref.at[row], *(parts_ref.at[i, row] for i in range(splits))], GROUPS).astype(jnp.bfloat16)
+        sum_ref.at[row][...] = total
+        h = normed(total, gains, eps, GROUPS)
+        out_ref.at[row][...] = h
+        if scale:
+            values, scales = quantize_registers(h, scale, GROUPS)
+            tiles[0].at[row][...] = values
+            tiles[1].at[:, row][...] = scales
 
-    rows = jax.ShapeDtypeStruct((n, width), jnp.bfloat16)
-    return launch(kernel, "decode_add_norm", (rows, rows), n, [])(x, parts, gain)
+    rows = jax.ShapeDtypeStruct((n, groups, GROUP), jnp.bfloat16)
+    out_type = [rows, rows]
+    if scale:
+        out_type += [jax.ShapeDtypeStruct(rows.shape, E4M3), jax.ShapeDtypeStruct((groups, n), jnp.float32)]
+    operands = x.reshape(rows.shape), parts.reshape(splits, *rows.shape), gain.reshape(groups, GROUP)
+    *results, last = launch(kernel, "decode_add_norm", tuple(out_type), n, [])(*operands)
+    results = [result.reshape(n, width) for result in results]
+    return (*results, last) if scale else (*results, last.reshape(n, width))
 
 
 def latents(
@@ -92,13 +118,13 @@ def latents(
             return add(refs, layout).astype(jnp.bfloat16)
 
         q = rounded([parts_ref.at[i, own, pl.ds(0, queries)] for i in range(splits)], of_queries)
-        out_ref[own, :] = normed(q, q_gain, eps)
+        out_ref[own, :] = normed(q, q_gain, eps, of_queries)
 
         @pl.when((page >= 0) & (page < num_pages))
         def _():
             pairs = pl.ds(queries // 2, latent // 2)
             values = rounded([pairs_ref.at[i, own, pairs] for i in range(splits)], of_latents)
-            pages_ref[page, row, pl.ds(0, latent // 2)] = normed(values, gain, eps)
+            pages_ref[page, row, pl.ds(0, latent // 2)] = normed(values, gain, eps, of_latents)
             rotary = pl.ds((queries + latent) // 2, (entry - latent) // 2)
             parts = [lambda side, i=i: pairs_ref.at[i, own, rotary, side] for i in range(splits)]
 

@@ -48,10 +48,14 @@ def normed(x: Array, gain: Array, eps: float) -> Array:
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
-def add_norm(x: Array, parts: Array, gain: Array, *, eps: float) -> tuple[Array, Array]:
-    """Return x + the sum of parts, and its norm."""
+def add_norm(x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None = None) -> tuple[Array, ...]:
+    """Return x + the sum of parts, its norm, and with `scale` the values and scales of the norm in tiles."""
     total = (x.astype(jnp.float32) + parts.astype(jnp.float32).sum(0)).astype(x.dtype)
-    return total, normed(total, gain, eps)
+    h = normed(total, gain, eps)
+    if not scale:
+        return total, h
+    tiles = quantize_tiles(h, scale=scale, implementation="reference")
+    return total, h, tiles.values, tiles.scales
 
 
 def latents(

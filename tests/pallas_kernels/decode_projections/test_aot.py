@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Linux")
 
 
-NAMES = ["project", "project_whole", "project_fp8", "absorb", "latents", "add_norm"]
+NAMES = ["project", "project_whole", "project_fp8", "absorb", "latents", "add_norm", "add_norm_tiles"]
 
 
 def operands_of(name, n):
@@ -36,8 +36,9 @@ def operands_of(name, n):
         parts = cases.normal(0, 4, n, 2112, dtype=jnp.float32)
         operands = parts, gains, cases.table(n), cases.normal(1, 99, 64, 576), cases.places(n, 99)
         return functools.partial(latents, eps=1e-6), operands
-    parts = cases.normal(1, 8, n, 2048, dtype=jnp.float32)
-    return functools.partial(add_norm, eps=1e-6), (cases.normal(0, n, 2048), parts, jnp.ones(2048, jnp.float32))
+    parts, scale = cases.normal(1, 8, n, 2048, dtype=jnp.float32), "pow2" if name == "add_norm_tiles" else None
+    operands = cases.normal(0, n, 2048), parts, jnp.ones(2048, jnp.float32)
+    return functools.partial(add_norm, eps=1e-6, scale=scale), operands
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -59,14 +59,22 @@ def test_latents_are_normed_and_written_where_there_is_a_page(interpret):
     assert (found[1] == pages)[untouched].all()
 
 
-@pytest.mark.parametrize(("splits", "dtype"), [(3, jnp.float32), (1, jnp.bfloat16)])
-def test_the_stream_and_its_norm(interpret, splits, dtype):
+@pytest.mark.parametrize(("splits", "dtype", "scale"), [(3, jnp.float32, "pow2"), (1, jnp.bfloat16, None)])
+def test_the_stream_its_norm_and_tiles_of_that(interpret, splits, dtype, scale):
     x, parts, gain = cases.normal(0, 8, 512), cases.normal(1, splits, 8, 512, dtype=dtype), cases.normal(2, 512)
     operands = x, parts, gain.astype(jnp.float32)
-    run = functools.partial(hopper_rows.add_norm, eps=1e-6, config=PLAIN)
-    found = interpret(lambda *operands: jnp.stack(run(*operands)), *operands)
-    want = reference.add_norm(*operands, eps=1e-6)
-    assert all(cases.distance(*pair) < 4e-3 for pair in zip(found, want, strict=True))
+
+    def flat(*operands):
+        results = hopper_rows.add_norm(*operands, eps=1e-6, scale=scale, config=PLAIN)
+        return jnp.concatenate([y.reshape(-1).astype(jnp.float32) for y in results])
+
+    found = interpret(flat, *operands)
+    want = reference.add_norm(*operands, eps=1e-6, scale=scale)
+    assert len(want) == (4 if scale else 2)
+    for one in want:
+        piece, found = found[: one.size], found[one.size :]
+        assert cases.distance(piece, one.reshape(-1)) < 4e-3
+    assert not len(found)
 
 
 @pytest.mark.parametrize(
