@@ -26,12 +26,15 @@ from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, la
 from pallas_kernels.quantized import Quantized, Scale
 
 NORM_UNIT, COLUMNS = 512, 64  # of widths that the kernels norm, and of those that products make
+MOST_ROWS_IN_FP8 = 32  # each block of a product quantises all rows: at 128 that costs more than separate kernels
 
 
 def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array, pages: jax.Array) -> bool:
-    """Whether a step runs through `run_decode_layers`: on Hopper, in BF16 or FP8, at most 128 rows on a device."""
+    """Whether a step runs through `run_decode_layers`: on Hopper, at most 128 rows on a device, in FP8 at most 32."""
     few = cached_execution(execution, valid_BS).experts == "few"
     if not dispatch.on_hopper() or not few or compute_dtype(execution) != jnp.bfloat16 or pages.dtype != jnp.bfloat16:
+        return False
+    if execution.precision == "fp8" and valid_BS.size > MOST_ROWS_IN_FP8:
         return False
     layers = [layer for name, _ in STACKS for layer in weights.params.get(name, [])]
     if not model.query_latent or not isinstance(layers[0]["attention"]["q_a_DA"], Beside):

@@ -67,7 +67,7 @@ def test_only_a_step_that_all_kernels_take_goes_through_them(monkeypatch):
         execution = config.with_(execution={"exchange": "local"} | changes).execution
         return decode_layers.has_kernels(model, execution, weights, np.ones((rows, 1), bool), pages)
 
-    assert takes() and takes(rows=128) and takes(precision="fp8")
+    assert takes() and takes(rows=128) and takes(rows=32, precision="fp8") and not takes(rows=40, precision="fp8")
     assert not takes(apart) and not takes(rows=136) and not takes(rows=12) and not takes(precision="fp32")
     assert not takes(exchange="dense") and not takes(pages=jax.ShapeDtypeStruct(pages.shape, jnp.float32))
     assert not takes(model=dataclasses.replace(config.model, query_latent=0))

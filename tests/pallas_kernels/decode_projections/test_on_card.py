@@ -11,6 +11,9 @@ from pallas_kernels.decode_projections import TuningConfig
 from tests.pallas_kernels.decode_projections import cases
 from tests.pallas_kernels.decode_projections.test_aot import NAMES, operands_of
 
+# A share of the largest number. Sums in another order may round to the number beside it.
+TOLERANCES = {"float32": 5e-3, "bfloat16": 2.0**-7, "float8_e4m3fn": 2.0**-3}
+
 
 @pytest.fixture(autouse=True)
 def card():
@@ -30,6 +33,6 @@ def test_the_kernels_equal_the_reference_and_repeat_bit_for_bit(name, n, early):
     for found, wanted in zip(first, want, strict=True):
         parted = name.startswith("project")
         found, wanted = (x.astype(jnp.float32).sum(0) if parted else x for x in (found, wanted))
-        assert cases.distance(found, wanted) < 5e-3
+        assert cases.distance(found, wanted) <= TOLERANCES[found.dtype.name]
     for _ in range(3):
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(kernel(*operands)), first, strict=True))
