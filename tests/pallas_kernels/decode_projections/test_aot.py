@@ -41,8 +41,7 @@ def operands_of(name, n):
     return functools.partial(add_norm, eps=1e-6, scale=scale), operands
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("n", [16, 128])
+@pytest.mark.parametrize(("n", "early"), [(16, True), (128, False)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_assembler_has_registers_enough(name, n, early, monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
