@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+OUTPUTS = ("--json", "--plot")  # flags that say where results are written
+
 
 def provenance(module: str, device: str) -> dict[str, str]:
     """Return what a record needs to be repeated: device, version of JAX, date, commit, command.
@@ -30,17 +32,17 @@ def provenance(module: str, device: str) -> dict[str, str]:
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": git.stdout.strip() or "not a git checkout",
-        "command": shlex.join(["python", "-m", module, *_without_json(sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", module, *_without_outputs(sys.argv[1:])]),
     }
 
 
-def _without_json(arguments: list[str]) -> list[str]:
-    """Arguments without --json: where a record was written did not make it, and names a folder of one machine."""
+def _without_outputs(arguments: list[str]) -> list[str]:
+    """Arguments without --json and --plot: where results were written did not make them, and names a folder of one
+    machine.
+    """
     pairs = zip([None, *arguments], arguments, strict=False)
     return [
-        argument
-        for before, argument in pairs
-        if before != "--json" and argument != "--json" and not argument.startswith("--json=")
+        argument for before, argument in pairs if before not in OUTPUTS and argument.partition("=")[0] not in OUTPUTS
     ]
 
 

@@ -220,7 +220,9 @@ def _without_kernel(x, implementation):
     return 2 * x
 
 
-@pytest.mark.parametrize("where", [["--json=/a/rows.json"], ["--json", "/a/rows.json"]])
+@pytest.mark.parametrize(
+    "where", [["--json=/a/rows.json"], ["--json", "/a/rows.json"], ["--plot=/a/load.png"], ["--plot", "/a/b"]]
+)
 def test_a_record_does_not_say_where_it_was_written(monkeypatch, where):
     monkeypatch.setattr(sys, "argv", ["bench", "--op=matmul", *where, "--seed", "1"])
     assert records.provenance("a.b", "device")["command"] == "python -m a.b --op=matmul --seed 1"
