@@ -115,7 +115,7 @@ class MoE(nnx.Module):
             return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense, rows=rows, parts=True), observed
 
     def _route_few(self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int) -> Routing:
-        """Return the routing of a decoding step, whose weights are BF16 parts unless it is one in FP32."""
+        """Return the routing of a decoding step: of a router in BF16 parts by the kernel, in FP32 from its scores."""
         rule, router, bias_E = rule_of(self.model), self.router_DE[...], self.bias_E[...]
         if router.dtype == h_TD.dtype == jnp.bfloat16:
             return route_tokens(h_TD, router, bias_E, valid_T, rule=rule, num_experts=num_experts)
