@@ -20,7 +20,7 @@ FLOORS = [
     {"parameters", "safetensors"},
     {"files", "locks", "storage", "config", "progress"},
     {"config_checks"},
-    {"config_bounds"},
+    {"config_bounds", "pipeline"},
     {"inputs", "palette", "schedule"},
     {"pallas_kernels"},
 ]
