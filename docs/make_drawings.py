@@ -1,4 +1,4 @@
-"""Draw the figures of the tour into `docs/drawings/`: `python -m docs.make_drawings`."""
+"""Draw the figures of the pages into `docs/drawings/`: `python -m docs.make_drawings`."""
 
 from pathlib import Path
 
@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from deepseek_jax.palette import BLACK, BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION
+from deepseek_jax.pipeline.drawing import draw as draw_schedules
+from deepseek_jax.pipeline.schedules import SCHEDULES, schedule
+from deepseek_jax.pipeline.simulation import Durations
 
 FOLDER = Path(__file__).parent / "drawings"
 FONT = {"family": "DejaVu Sans", "size": 10}
@@ -51,9 +54,14 @@ class Drawing:
         self.axes.text(x, y, text, color=color, fontsize=size, ha=align, va="center", bbox=patch)
 
     def save(self, name: str) -> None:
-        """Write the drawing as SVG: the same bytes each time."""
-        with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-            self.figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+        """Write the drawing as SVG."""
+        save(self.figure, name)
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write a figure as SVG: the same bytes each time."""
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
 
 
 def attention() -> Drawing:
@@ -215,9 +223,15 @@ def fp8() -> Drawing:
     return d
 
 
+def pipeline() -> Figure:
+    """Every schedule of a pipeline, four devices, drawn from the table that an executor runs."""
+    return draw_schedules([schedule(name, 4, 8) for name in SCHEDULES], Durations(overlapped=2.5))
+
+
 DRAWINGS = {"attention": attention, "router": router, "mtp": mtp, "mesh": mesh, "fp8": fp8}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for drawing, draw in DRAWINGS.items():
         draw().save(drawing)
+    save(pipeline(), "pipeline")

@@ -2,17 +2,18 @@
 
 Every array has shape [devices, ticks] and dtype int32; -1 means "nothing". In tick t a device d
 
-    1. reads `forward_inbox[d, t]` and runs F, keeps what the backward pass needs in slot `forward_slot[d, t]`, and
-       reads `backward_inbox[d, t]` and slot `backward_slot[d, t]` for B, slots `weight_slot[d, t]` and `weight_pending[d, t]`
-       for W; a B without its W leaves what that will need in `backward_pending[d, t]`;
+    1. reads slot `forward_inbox[d, t]` of the inbox of activations, runs F, and keeps what the backward pass needs in
+       slot `forward_slot[d, t]`; reads slot `backward_inbox[d, t]` of the inbox of gradients and what is kept in
+       `backward_slot[d, t]`, and runs B; W reads what is kept in `weight_slot[d, t]`. A B without its W leaves what
+       that will need in `backward_pending[d, t]`, and W finds it in `weight_pending[d, t]`;
     2. hands the output of F to `forward_to[d, t]` and the gradient that B made to `backward_to[d, t]`;
-    3. stores what arrives: an activation from device d - 1 in slot `activation_from_left[d, t]` of the inbox of
-       activations, one from d + 1 in `activation_from_right[d, t]`, its own in `activation_from_self[d, t]`;
-       gradients likewise. It may then be read from tick t + 1 on.
+    3. stores what arrives: an activation from device d - 1 in slot `activation_from_left[d, t]` of its inbox, one from
+       d + 1 in `activation_from_right[d, t]`, its own in `activation_from_self[d, t]`; gradients likewise. It may be
+       read from tick t + 1 on.
 
-Neighbours are taken modulo the number of devices. All reads of a tick come before its stores: an arrival may take the slot
-that F has just read. F and B of a cell never share a slot of what is kept, so the slots are as many as the
-works that a device holds at once, and no more (`simulation.live`).
+Neighbours are taken modulo the number of devices. All reads of a tick come before its stores: an arrival may take the
+slot that has just been read. F and BW of one cell never share a slot of what is kept. So there are as many slots as a
+device holds works at once, and no more (`simulation.live`). Where a whole array is -1, nobody needs that transfer.
 """
 
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ class Program:
         forward_slot, backward_slot, weight_slot: where a work's activations are kept. W's is free after its tick.
         forward_inbox: where F's input lies; -1 in stage 0, whose input is tokens.
         backward_inbox: where B's gradient lies; -1 in the last stage, whose gradient is that of the loss.
-        backward_pending: where B leaves what its W will need (the gradient of the output, or more); -1 with W in its cell.
+        backward_pending: where B leaves what its W will need, such as the gradient it read; -1 with W in its cell.
         weight_pending: where W finds it; -1 with B in its cell.
         forward_to, backward_to: `NOWHERE`, `LEFT` (device - 1), `RIGHT` (device + 1) or `SELF`.
         activation_from_*, gradient_from_*: slots for what arrives at the end of the tick.

@@ -7,7 +7,7 @@ chunk 1 of each:
     linear         0       1       2       3        one stage a device
     interleaved    0/4     1/5     2/6     3/7      from the last device on to the first, in a ring
     v              0/7     1/6     2/5     3/4      down and up again: the first and the last stage share a device
-    bidirectional  0/3     1/2     2/1     3/0      two copies of the stages: half of the micro-batches come from each end
+    bidirectional  0/3     1/2     2/1     3/0      two copies of the stages: micro-batches come from both ends
 
 The work of a micro-batch on a chunk has three parts: F, its forward pass; B, the gradients of its inputs; W, the
 gradients of its weights. A cell holds one of F, B, W, the full backward pass BW, or F and BW of two micro-batches side
@@ -231,9 +231,7 @@ def _check_shape(table: Table) -> None:
                         f"among {table.num_micro_batches}"
                     )
                 if Place(device, work.chunk) not in table.route(work.micro_batch):
-                    raise ValueError(
-                        f"{_where(table, device, tick)}: micro-batch {work.micro_batch} does not pass chunk {work.chunk}"
-                    )
+                    raise ValueError(f"{_where(table, device, tick)}: its micro-batch does not pass this chunk")
 
 
 def _check_once(table: Table) -> None:
