@@ -119,7 +119,8 @@ def get_config() -> ConfigDict:
                 # workdir@step, also with its whole state: docs/workdir.md.
                 "initial_weights": "",
             },
-            "mesh": {"pipe": 1, "data": -1, "node": 8, "expert": 8, "tensor": 1},  # -1: whatever the other axes leave
+            # -1: whatever the other axes leave. Over `context` each sequence is split: docs/long_context.md.
+            "mesh": {"pipe": 1, "data": -1, "context": 1, "node": 8, "expert": 8, "tensor": 1},
             "execution": {
                 # The report's (section 3.3), for Hopper GPUs and TPUs; or "bf16", for any hardware, or "fp32".
                 "precision": "fp8",

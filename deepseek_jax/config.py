@@ -160,7 +160,7 @@ class Training:
 class Mesh:
     """Sizes of the mesh axes; one may be -1 and takes the devices that the others leave.
 
-    `pipe` and `tensor` are reserved: they must be 1 until they are built.
+    `pipe` and `tensor` are reserved: they must be 1 until they are built. `context` splits each sequence.
     """
 
     pipe: int
@@ -168,6 +168,7 @@ class Mesh:
     node: int
     expert: int
     tensor: int
+    context: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

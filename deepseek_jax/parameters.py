@@ -8,7 +8,7 @@ which matrix (`parallel.weights`); which dims a mesh must divide (`parallel.mesh
 
 A stack of layers has a leading dim that is in no row, because it is never split.
 
-    stored    q_b_ANQ     [L, A, N, Q]       P(None, ROWS, None, None)           L matrices [A, (N Q)]
+    stored    q_b_ANQ     [L, A, N, Q]       P(None, TOKENS, None, None)         L matrices [A, (N Q)]
               down_EFD    [L, E, F, D]       P(None, STORED_EXPERTS, None, None)  L x E matrices [F, D]
 
 Devices that hold the same experts store whole experts each, if there are enough (`stores_whole_experts`): what they
@@ -25,8 +25,11 @@ import jax.numpy as jnp
 
 P = jax.P
 ROWS = ("data", "node", "expert")  # mesh axes: every batch dim is split over these
+CONTEXT = "context"  # mesh axis: devices along it share the tokens of the same rows (`parallel.context`)
+TOKENS = ("data", CONTEXT, "node", "expert")  # mesh axes: tokens are split over these, and weights stored over them
 EXPERTS = ("node", "expert")  # mesh axes that hold the routed experts
-STORED_EXPERTS = (*EXPERTS, "data")  # mesh axes over which whole experts are stored
+COPIES = ("data", CONTEXT)  # mesh axes along which devices hold the same experts
+STORED_EXPERTS = (*EXPERTS, *COPIES)  # mesh axes over which whole experts are stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +70,21 @@ class Parameter:
 
 PARAMETERS = {
     # A token's embedding is looked up; its gradient is a scatter-add in FP32.
-    "embed_VD": Parameter(P(None, ROWS), 0, "fp32"),
-    "head_DV": Parameter(P(ROWS, None), 1, "compute"),
-    "q_DNQ": Parameter(P(ROWS, None, None), 1, "fp8"),
-    "q_a_DA": Parameter(P(ROWS, None), 1, "fp8"),
-    "q_b_ANQ": Parameter(P(ROWS, None, None), 1, "fp8"),
-    "kv_a_DC": Parameter(P(ROWS, None), 1, "fp8"),
-    "kv_b_CNX": Parameter(P(ROWS, None, None), 1, "fp8"),
-    "o_NHD": Parameter(P(None, None, ROWS), 2, "fp8"),
-    "gate_up_D2F": Parameter(P(ROWS, None, None), 1, "fp8"),
-    "down_FD": Parameter(P(None, ROWS), 1, "fp8"),
+    "embed_VD": Parameter(P(None, TOKENS), 0, "fp32"),
+    "head_DV": Parameter(P(TOKENS, None), 1, "compute"),
+    "q_DNQ": Parameter(P(TOKENS, None, None), 1, "fp8"),
+    "q_a_DA": Parameter(P(TOKENS, None), 1, "fp8"),
+    "q_b_ANQ": Parameter(P(TOKENS, None, None), 1, "fp8"),
+    "kv_a_DC": Parameter(P(TOKENS, None), 1, "fp8"),
+    "kv_b_CNX": Parameter(P(TOKENS, None, None), 1, "fp8"),
+    "o_NHD": Parameter(P(None, None, TOKENS), 2, "fp8"),
+    "gate_up_D2F": Parameter(P(TOKENS, None, None), 1, "fp8"),
+    "down_FD": Parameter(P(None, TOKENS), 1, "fp8"),
     # The router computes in FP32 (`model.router`).
-    "router_DE": Parameter(P(ROWS, None), 1, "fp32", keeps_fp32=True),
-    "gate_up_ED2F": Parameter(P(EXPERTS, "data", None, None), 1, "fp8", per_expert=True),
-    "down_EFD": Parameter(P(EXPERTS, None, "data"), 1, "fp8", per_expert=True),
-    "merge_2DD": Parameter(P(None, None, ROWS), 2, "compute"),
+    "router_DE": Parameter(P(TOKENS, None), 1, "fp32", keeps_fp32=True),
+    "gate_up_ED2F": Parameter(P(EXPERTS, COPIES, None, None), 1, "fp8", per_expert=True),
+    "down_EFD": Parameter(P(EXPERTS, None, COPIES), 1, "fp8", per_expert=True),
+    "merge_2DD": Parameter(P(None, None, TOKENS), 2, "compute"),
     # Small enough to lie on every device.
     "norm_D": Parameter(P(None), 0, "fp32"),
     "q_norm_A": Parameter(P(None), 0, "fp32"),

@@ -14,7 +14,8 @@ from deepseek_jax.inputs import regular_file, shown
 from deepseek_jax.model import transformer
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.router import weigh
-from deepseek_jax.model.transformer import Inputs
+from deepseek_jax.model.transformer import Inputs, shifted
+from deepseek_jax.parallel.context import refuse_context
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import gather
@@ -43,6 +44,7 @@ def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sh
         ValueError: tokens of another shape or dtype, or beyond the vocabulary; or a logit is not a number.
     """
     check_tokens(tokens_BS, config.model.vocab_size, "tokens_BS")
+    refuse_context(mesh, "a pass that returns logits")
     num_rows = len(tokens_BS)
     tokens_BS = np.pad(tokens_BS, ((0, -num_rows % axis_size(mesh, ROWS)), (0, 0)), mode="edge").astype(np.int32)
     with jax.set_mesh(mesh):
@@ -101,7 +103,9 @@ def _forward(model: Model, execution: Execution, weights: Weights, tokens_BS: ja
         load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
         if not any(isinstance(w, Fp8Weight) for w in jax.tree.leaves(weights.params, is_leaf=_is_fp8)):
             weights = weights._replace(params=with_fp8(model, execution, weights.params))
-        output = transformer.apply(model, execution, weights, _whole_rows(tokens_BS), load, _chosen)
+        output = transformer.apply(
+            model, execution, weights, _whole_rows(tokens_BS, model.num_mtp_layers), load, _chosen
+        )
         head_DV = load({"head_DV": weights.params["head_DV"]})["head_DV"]
 
         def head(hidden_BSD):
@@ -129,12 +133,12 @@ def _is_fp8(leaf: Any) -> bool:
     return isinstance(leaf, Fp8Weight)
 
 
-def _whole_rows(tokens_BS: jax.Array) -> Inputs:
+def _whole_rows(tokens_BS: jax.Array, num_mtp_layers: int) -> Inputs:
     """Return rows that are one document each, without padding."""
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
-    # The token after the last one is unknown; no logits are made from it.
-    next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
-    return Inputs(tokens_BS, positions_BS, jnp.ones_like(tokens_BS, dtype=bool), None, next_BS)
+    # The token after the last one is unknown; no logits are made from it. One MTP depth has logits.
+    following = tuple(shifted(tokens_BS, 1 + depth) for depth in range(num_mtp_layers))
+    return Inputs(tokens_BS, positions_BS, jnp.ones_like(tokens_BS, dtype=bool), None, following)
 
 
 def _chosen(model: Model, scores_BSE: jax.Array, experts_BSK: jax.Array, valid_BS: jax.Array) -> tuple[Any, ...]:

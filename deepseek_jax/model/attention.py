@@ -41,6 +41,7 @@ from deepseek_jax.model.norm_linear import norm_linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, Packed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.model.rope import rotate, softmax_scale
+from deepseek_jax.parallel import context
 
 Table = tuple[jax.Array, jax.Array]  # cos and sin [B, S, R / 2]
 
@@ -120,16 +121,28 @@ class Attention(nnx.Module):
 Attend = Callable[[Attention, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def expanded(execution: Execution, table: Table, segment_ids_BS: jax.Array | None) -> Attend:
-    """Attend over the whole sequence without a cache: causal, and within segments if there are segment ids."""
+def expanded(execution: Execution, table: Table, segment_ids_BM: jax.Array | None) -> Attend:
+    """Attend over the whole sequence without a cache: causal, and within segments if there are segment ids.
+
+    Where devices share a sequence (`parallel.context`), each makes keys and values of all of it from gathered entries.
+    Segment ids are those of the whole sequence there, too.
+    """
 
     @jax.named_scope("attention")
     def attend(attention: Attention, x_BSD: jax.Array, cache: None) -> tuple[jax.Array, None]:
         q_BSNQ, entry = attention.project(x_BSD, table)
-        k_BSNQ, v_BSNH = attention.expand(entry)
+        k_BMNQ, v_BMNH = attention.expand(_whole(entry))
         scale = softmax_scale(attention.model)
         with jax.named_scope("attention_core"):
-            out_BSNH, packed = flash.attend(execution, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, scale)
+            out_BSNH, packed = flash.attend(execution, q_BSNQ, k_BMNQ, v_BMNH, segment_ids_BM, scale)
         return attention.output(out_BSNH, packed), cache
 
     return attend
+
+
+def _whole(entry: Entry) -> Entry:
+    """Return the entries of whole sequences, in one collective."""
+    if context.size() == 1:
+        return entry
+    both_BMX = context.gathered(jnp.concatenate(entry, axis=-1))
+    return Entry(*lax.split(both_BMX, (entry.latent_BSC.shape[-1], entry.rotary_BSR.shape[-1]), axis=2))

@@ -6,8 +6,9 @@
 
 with T the tokens of one sequence (V3 eq. 17-20) or of the whole batch of an optimizer step (section 4.5.3), over all
 micro-batches and devices. f carries no gradient. Perfect balance gives exactly 1. A sequence lies on one device, so its
-loss is complete here. Of the batch-wise loss a router reports its parts: sums of choices and of shares, which add up
-over devices and micro-batches (`batch_balance`).
+loss is complete here; or devices share it (`parallel.context`), count choices together, and have a part of the loss
+each. Of the batch-wise loss a router reports its parts: sums of choices and of shares, which add up over devices and
+micro-batches (`batch_balance`).
 
 As the report prints it, f counts the top K of the unbiased scores without the group limit; most code
 bases count the actual selection. `loss.balance_frequency` chooses between the two.
@@ -21,6 +22,7 @@ from jax import lax
 
 from deepseek_jax.config import Loss, Model
 from deepseek_jax.model.recompute import CHOICE, keep
+from deepseek_jax.parallel import context
 from deepseek_jax.parallel.mesh import vary
 
 
@@ -54,9 +56,9 @@ def router_stats(
         valid_BS: False on padding, which is not counted.
     """
     counts_BE = _count(experts_BSK, valid_BS, model.num_experts)
-    tokens_B = valid_BS.sum(-1, dtype=jnp.int32)
+    tokens_B, loads_BE = context.total(valid_BS.sum(-1, dtype=jnp.int32)), context.total(counts_BE)
     mean_load_B = jnp.maximum(tokens_B * model.experts_per_token, 1) / model.num_experts
-    violation = jnp.where(tokens_B > 0, counts_BE.max(-1) / mean_load_B - 1.0, 0.0).sum()
+    violation = context.once(jnp.where(tokens_B > 0, loads_BE.max(-1) / mean_load_B - 1.0, 0.0).sum())
 
     zero = jnp.zeros_like(violation)
     stats = RouterStats(counts_BE.sum(0), zero, violation)
@@ -71,7 +73,8 @@ def router_stats(
     share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdims=True) + 1e-20)
     share_BE = jnp.where(valid_BS[..., None], share_BSE, 0.0).sum(1)
     if loss.sequence_balance_weight:
-        stats = stats._replace(sequence_balance=_sequence_balance(model, chosen_BE, share_BE, tokens_B))
+        balance = _sequence_balance(model, context.total(chosen_BE), share_BE, tokens_B)
+        stats = stats._replace(sequence_balance=balance)
     if loss.batch_balance_weight:
         stats = stats._replace(chosen_E=chosen_BE.sum(0), share_E=share_BE.sum(0))
     return stats

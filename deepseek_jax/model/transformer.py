@@ -44,21 +44,22 @@ from deepseek_jax.parameters import Weights
 
 
 class Inputs(NamedTuple):
-    """What the network reads: this device's rows.
+    """What the network reads: this device's tokens, of whole rows or of rows that devices share (`parallel.context`).
 
     Attributes:
         tokens_BS: int32 ids.
         positions_BS: int32, from 0 at the start of a document or of a row.
         valid_BS: False on padding, which reaches no routed expert and is counted nowhere.
-        segment_ids_BS: attention stays within a segment; None: attention is causal over the whole row.
-        next_BS: the token that follows each position, which MTP layers embed; None: MTP layers do not run.
+        segment_ids_BM: of whole rows; attention stays within a segment. None: it is causal over the whole row.
+        following: for each MTP depth k the token k + 1 places behind each position [B, S], which it embeds (`shifted`
+            of whole rows); empty: MTP layers do not run.
     """
 
     tokens_BS: jax.Array
     positions_BS: jax.Array
     valid_BS: jax.Array
-    segment_ids_BS: jax.Array | None = None
-    next_BS: jax.Array | None = None
+    segment_ids_BM: jax.Array | None = None
+    following: tuple[jax.Array, ...] = ()
 
 
 class Output(NamedTuple):
@@ -120,17 +121,16 @@ def apply(
     top = gather({name: weights.params[name] for name in ("embed_VD", "final_norm_D")})
     cut = _cut(inputs, num_parts)
     parts = [
-        Part(expanded(execution, rotary_table(model, part.positions_BS), part.segment_ids_BS), part.valid_BS)
+        Part(expanded(execution, rotary_table(model, part.positions_BS), part.segment_ids_BM), part.valid_BS)
         for part in cut
     ]
     streams = tuple(embed(execution, top["embed_VD"], part.tokens_BS) for part in cut)
     streams, observed = run_layers(model, execution, weights, streams, parts, gather, observe)
     states = tuple(rms_norm(x_BSD, top["final_norm_D"], model.norm_eps) for x_BSD in streams)
     hidden = [jnp.concatenate(states)]
-    following = [part.next_BS for part in cut if part.next_BS is not None]
-    for depth in range(model.num_mtp_layers if following else 0):
+    for depth in range(len(inputs.following)):
         layer = jax.tree.map(lambda a, i=depth: a[i], (weights.params["mtp_layers"], weights.router_bias["mtp_layers"]))
-        embedded = tuple(embed(execution, top["embed_VD"], _shifted(next_BS, depth)) for next_BS in following)
+        embedded = tuple(embed(execution, top["embed_VD"], part.following[depth]) for part in cut)
         run = functools.partial(_mtp_depth, model, execution, parts, gather, observe)
         states, mtp_observed = recomputed(execution, run, scanned=False)(layer, embedded, states)
         hidden.append(jnp.concatenate(states))
@@ -253,8 +253,11 @@ def _cut(inputs: Inputs, num_parts: int) -> list[Inputs]:
     return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], inputs) for i in range(num_parts)]
 
 
-def _shifted(next_BS: jax.Array, steps: int) -> jax.Array:
-    """Shift tokens left by `steps`. Token 0 fills the freed positions; predictions made there carry no loss."""
+def shifted(next_BS: jax.Array, steps: int) -> jax.Array:
+    """Shift the tokens of whole rows left by `steps`.
+
+    Token 0 fills the freed positions; predictions made there carry no loss.
+    """
     return jnp.pad(next_BS[:, steps:], ((0, 0), (0, steps)))
 
 

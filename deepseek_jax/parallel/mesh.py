@@ -1,8 +1,9 @@
 """The mesh.
 
 A program here is a mesh, a layout and a step. Every parameter has one `PartitionSpec` in `parameters.PARAMETERS`; its
-gradient, its moments and its average lie the same way. Batches are split over `ROWS`. Routed experts live on
-(`node`, `expert`); everything else is split over all of `ROWS`.
+gradient, its moments and its average lie the same way. Batches are split over `ROWS`, and their sequences over
+`context` (`parallel.context`). Routed experts live on (`node`, `expert`); everything else is split over all of these,
+`TOKENS`.
 
 The train step runs forward and backward inside one `jax.shard_map` over the whole mesh, with varying-axes checks on:
 model code sees local arrays and calls its collectives. The alternative is explicit sharding with one shard_map island
@@ -23,11 +24,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from deepseek_jax import config as config_lib
-from deepseek_jax.parameters import PARAMETERS, ROWS
+from deepseek_jax.parameters import CONTEXT, PARAMETERS, ROWS, TOKENS
 from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
 
-AXES = ("pipe", "data", "node", "expert", "tensor")
+AXES = ("pipe", *TOKENS, "tensor")
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # of devices, or of sizes alone
 # Fields of `Model` by the letter of their dim: all dims that the layout of some parameter splits.
 SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
@@ -161,20 +162,33 @@ def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
             f" training.micro_batch_size = {size} leaves to each of {rows} devices; the nearest that can be is"
             f" {nearest_multiples(size, rows * parts)}, or use execution.interleave = 1"
         )
-    tokens = size // (rows * parts) * config.data.sequence_length
+    check_context(config, mesh)
+    tokens = size // (rows * parts) * config.data.sequence_length // mesh.shape[CONTEXT]
     if config.execution.precision == "fp8" and tokens % GROUP:
         of_parts = f" and {parts} parts" if parts > 1 else ""
         raise ValueError(
-            f"config.training.micro_batch_size = {size} leaves {tokens} tokens to each of {rows} devices{of_parts}; in"
+            f"config.training.micro_batch_size = {size} leaves {tokens} tokens to each of {axis_size(mesh, TOKENS)}"
+            f" devices{of_parts}; in"
             f" FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by"
             f" data.sequence_length or training.micro_batch_size"
-            f" ({nearest_multiples(size, _fp8_rows(config, rows * parts))}), or use execution.precision = 'bf16'"
+            f" ({nearest_multiples(size, _fp8_rows(config, rows * parts, mesh.shape[CONTEXT]))}), or use execution.precision = 'bf16'"
         )
 
 
-def _fp8_rows(config: config_lib.Config, rows: int) -> int:
+def _fp8_rows(config: config_lib.Config, rows: int, context: int) -> int:
     """Return the smallest micro-batch of which each of `rows` devices, or their parts, has a multiple of 128 tokens."""
-    return rows * (GROUP // math.gcd(GROUP, config.data.sequence_length))
+    return rows * (GROUP // math.gcd(GROUP, config.data.sequence_length // context))
+
+
+def check_context(config: config_lib.Config, mesh: AnyMesh) -> None:
+    """Refuse sequences that the devices of `context` cannot share: each has two chunks of one size."""
+    devices, length = mesh.shape[CONTEXT], config.data.sequence_length
+    if devices > 1 and length % (2 * devices):
+        raise ValueError(
+            f"config.data.sequence_length = {length} cannot be cut into {2 * devices} chunks, two for each of"
+            f" {devices} devices of config.mesh.context; the nearest that can is"
+            f" {nearest_multiples(length, 2 * devices)}, or use mesh.context = 1"
+        )
 
 
 def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:

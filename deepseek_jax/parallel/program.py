@@ -13,7 +13,7 @@ import jax
 
 from deepseek_jax.config import Config, Execution
 from deepseek_jax.parallel.mesh import axis_size
-from deepseek_jax.parameters import EXPERTS
+from deepseek_jax.parameters import CONTEXT, EXPERTS
 from pallas_kernels import GROUP, dispatch
 
 SPLASH_BLOCK = 128  # the kernel's smallest
@@ -62,10 +62,11 @@ def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
             "execution.precision = 'fp8' has kernels for Hopper GPUs (compute capability 9.0) and TPUs, and this GPU"
             f" ({device.device_kind}) has {capability}; use --config.execution.precision=bf16"
         )
-    return resolve(config, device.platform, axis_size(mesh, EXPERTS), axis_size(mesh, EXPERTS[:1]))
+    nodes, shared = axis_size(mesh, EXPERTS[:1]), axis_size(mesh, (CONTEXT,))
+    return resolve(config, device.platform, axis_size(mesh, EXPERTS), nodes, shared)
 
 
-def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1) -> Config:
+def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1, context: int = 1) -> Config:
     """Return `config` with every "auto" of `execution` replaced; each choice is logged with its reason.
 
     Args:
@@ -73,6 +74,7 @@ def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1) 
         platform: `device.platform` of the mesh's devices: "cpu", "gpu" or "tpu".
         expert_devices: devices along the expert axes of the mesh.
         nodes: size of the mesh's slow axis, `node`, one of the expert axes.
+        context: devices that share the tokens of a row.
 
     Raises:
         ValueError: `execution` asks for attention, an exchange or experts that do not fit the configuration.
@@ -81,7 +83,7 @@ def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1) 
     execution = config.execution
     attention, exchange, experts = execution.attention, execution.exchange, execution.experts
     if attention == "auto":
-        attention, reason = _choose_attention(config, platform)
+        attention, reason = _choose_attention(config, platform, context)
         logging.info("attention: %s (%s)", attention, reason)
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(attention, platform)
     if platform != needed:
@@ -93,6 +95,11 @@ def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1) 
         raise ValueError(
             f"data.sequence_length = {config.data.sequence_length} must be a multiple of {SPLASH_BLOCK} for"
             " execution.attention = 'splash'; change it, or use --config.execution.attention=auto"
+        )
+    if attention == "cudnn" and context > 1:
+        raise ValueError(
+            f"execution.attention = 'cudnn' takes whole rows, and {context} devices share one (config.mesh.context); use"
+            " 'auto' or 'xla'"
         )
     if attention == "cudnn" and (config.data.mask_documents or execution.precision == "fp32"):
         raise ValueError(
@@ -125,7 +132,7 @@ def choose_exchange(expert_devices: int, nodes: int) -> str:
     return "two_hop" if 1 < nodes < expert_devices else "dense"
 
 
-def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
+def _choose_attention(config: Config, platform: str, context: int) -> tuple[str, str]:
     if platform == "tpu" and config.data.sequence_length % SPLASH_BLOCK:
         return "xla", f"splash attention takes sequences of a multiple of {SPLASH_BLOCK}"
     if platform == "tpu":
@@ -134,6 +141,8 @@ def _choose_attention(config: Config, platform: str) -> tuple[str, str]:
         return "xla", f"no flash attention for {platform}"
     if config.execution.precision == "fp32":
         return "xla", "cuDNN flash attention takes BF16, the precision is fp32"
+    if context > 1:
+        return "xla", f"cuDNN flash attention takes whole rows, and {context} devices share one"
     if config.data.mask_documents:
         return "xla", "cuDNN flash attention takes one segment per row, and data.mask_documents is on"
     return "cudnn", "cuDNN flash attention"

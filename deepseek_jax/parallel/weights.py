@@ -23,8 +23,8 @@ from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import (
     EXPERTS,
     PARAMETERS,
-    ROWS,
     STORED_EXPERTS,
+    TOKENS,
     CastWeight,
     Fp8Weight,
     layout_of,
@@ -67,7 +67,7 @@ def gather(tree: Any, dtype: jnp.dtype, num_experts: int, differentiated: bool =
                 values = _all_gather(lax.stop_gradient(w).astype(own), axes, dim)
                 return CastWeight(_carry(w, axes, dim), values)
             return _gather_split(w, axes, dim, own)
-        return manual_axes.vary(w, frozenset(ROWS))
+        return manual_axes.vary(w, frozenset(TOKENS))
 
     return jax.tree_util.tree_map_with_path(gather_leaf, tree, is_leaf=_is_weight)
 
@@ -81,7 +81,7 @@ def reduce_gradients(tree: Any, num_experts: int) -> Any:
     def reduce_leaf(path, g):
         for dim, axes in _split_dims(leaf_name(path), g, num_experts):
             return _scatter_sum(g, axes, dim)
-        return lax.psum(g, ROWS)
+        return lax.psum(g, TOKENS)
 
     return jax.tree_util.tree_map_with_path(reduce_leaf, tree)
 

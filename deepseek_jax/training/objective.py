@@ -6,6 +6,7 @@ them, and what each sees:
     normalisers   a device's whole batch        sizes to divide by; summed over devices before the first micro-batch
     next_tokens   a micro-batch                 what MTP layers embed
     terms         a micro-batch and its output  sums over tokens, which are added over micro-batches and devices
+                                                (rows are whole, the output is of this device's tokens of them)
     total         terms, normalisers, rates     the scalar that is differentiated; linear in the terms
     metrics       terms, normalisers            what a step reports
 
@@ -30,6 +31,7 @@ from deepseek_jax.model.balance import RouterStats, batch_balance, max_violation
 from deepseek_jax.model.head import cross_entropy
 from deepseek_jax.model.moe import Observer
 from deepseek_jax.model.transformer import Output
+from deepseek_jax.parallel import context
 from deepseek_jax.training.optimizer import Rates
 
 Batch = dict[str, Array]
@@ -120,9 +122,8 @@ class Pretraining:
 
         def head_loss(hidden_BSD, targets_BS, weights_BS, z_weight):
             hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-            return cross_entropy(
-                hidden_TD, head_DV, targets_BS.reshape(-1), weights_BS.reshape(-1), self.chunk, z_weight
-            )
+            targets_T, weights_T = (context.local(x_BS).reshape(-1) for x_BS in (targets_BS, weights_BS))
+            return cross_entropy(hidden_TD, head_DV, targets_T, weights_T, self.chunk, z_weight)
 
         with jax.named_scope("head"):
             loss, z = head_loss(

@@ -17,6 +17,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.heldout import HeldOut, open_held_out
 from deepseek_jax.data.pipeline import make_train_loader, open_corpus, open_tokenizer
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
@@ -73,7 +74,8 @@ def train(config: Config, workdir: Path, mesh: jax.sharding.Mesh | None = None, 
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
         check_workdir(workdir, config)
-        mesh, processes = mesh or make_mesh(config.mesh), (jax.process_index(), jax.process_count())
+        mesh = mesh or make_mesh(config.mesh)
+        processes = readers(mesh)
         resources.enter_context(jax.set_mesh(mesh))
         objective = pretraining(config)
         train_step, eval_step = jit_train_step(config, objective, mesh), jit_eval_step(config, objective, mesh)

@@ -22,11 +22,12 @@ from jax import lax
 from deepseek_jax.config import Config, Execution, Model, Optimizer
 from deepseek_jax.model.balance import RouterStats, no_routers, update_biases
 from deepseek_jax.model.precision import compute_dtype
-from deepseek_jax.model.transformer import Inputs, Output, apply
+from deepseek_jax.model.transformer import Inputs, Output, apply, shifted
+from deepseek_jax.parallel import context
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import attach, detach, gather, in_fp32, quantize_weights, reduce_gradients
-from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.parameters import ROWS, TOKENS, P, Weights, partition_specs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, global_norms, make_optimizer
 from deepseek_jax.training.state import State, weights_of
@@ -92,7 +93,7 @@ def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tupl
         state: see `training.state`.
         batch: int32 `tokens_BS`, `positions_BS`, `segment_ids_BS`, and what the objective reads (in pre-training int32
             `targets_BS` and FP32 `loss_weights_BS`). B sequences, a multiple of `training.micro_batch_size`, are split
-            over `ROWS`.
+            over `ROWS`; the devices of `context` take their tokens inside (`parallel.context`).
         rates: this step's learning rate, MTP weight and bias update rate.
 
     Returns:
@@ -170,7 +171,7 @@ def eval_step(
         load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
         weights = weights._replace(params=with_fp8(model, execution, weights.params))
         sums = _forward(model, execution, objective, weights, batch, load)
-        return lax.psum((sums, batch["loss_weights_BS"].sum()), ROWS)
+        return lax.psum(sums, TOKENS), lax.psum(batch["loss_weights_BS"].sum(), ROWS)
 
     specs = (_specs(weights), {name: P(ROWS) for name in batch})
     sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(weights, batch)
@@ -190,11 +191,18 @@ def _specs(weights: Weights) -> Weights:
 def _run(
     model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load, num_parts: int = 1
 ) -> Output:
-    """Run the network over this device's rows."""
-    valid_BS = batch["segment_ids_BS"] > 0
-    # cuDNN runs only on rows of one segment, padded at the end: a causal mask is enough (`parallel.program.resolve`).
-    segment_ids_BS = None if execution.attention == "cudnn" else batch["segment_ids_BS"]
-    inputs = Inputs(batch["tokens_BS"], batch["positions_BS"], valid_BS, segment_ids_BS, objective.next_tokens(batch))
+    """Run the network over this device's tokens."""
+    segment_ids_BS = batch["segment_ids_BS"]
+    next_BS = objective.next_tokens(batch)
+    following = () if next_BS is None else tuple(shifted(next_BS, depth) for depth in range(model.num_mtp_layers))
+    inputs = Inputs(
+        context.local(batch["tokens_BS"]),
+        context.local(batch["positions_BS"]),
+        context.local(segment_ids_BS) > 0,
+        # cuDNN runs only on rows of one segment, padded at the end: a causal mask is enough (`parallel.program`).
+        None if execution.attention == "cudnn" else segment_ids_BS,
+        tuple(map(context.local, following)),
+    )
     return apply(model, execution, weights, inputs, load, objective.observe, num_parts)
 
 
@@ -230,7 +238,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
         sums = _forward(*parts, whole(params), micro_batch, load, execution.interleave)
         router = sums.router
         if objective.batch_wise:
-            chosen = lax.psum(router.chosen_E, ROWS) if chosen_LE is None else chosen_LE
+            chosen = lax.psum(router.chosen_E, TOKENS) if chosen_LE is None else chosen_LE
             router = router._replace(chosen_E=chosen)
         return objective.total(sums.terms, router, norms, rates), sums
 
@@ -246,7 +254,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
             (grads, sums),
             rest,
         )[0]
-    return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, ROWS), norms
+    return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, TOKENS), norms
 
 
 def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.Array:
@@ -259,7 +267,7 @@ def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.
     differentiated; the loss moves by some 1 / tokens.
     """
     chosen = lax.map(lambda micro_batch: _run(*parts, weights, micro_batch, load).observed.chosen_E, micro_batches)
-    return lax.psum(chosen.sum(0), ROWS)
+    return lax.psum(chosen.sum(0), TOKENS)
 
 
 def with_fp8(model: Model, execution: Execution, params: Any) -> Any:

@@ -86,9 +86,10 @@ def take(config: Config, weights: Weights, batch: Batch) -> list[Linear]:
 def _loss(config: Config, router_bias: Any, batch: Batch, params: Any) -> jax.Array:
     """Return the cross entropy per token, with that of the MTP layers."""
     objective, segment_ids_BS = pretraining(config), batch["segment_ids_BS"]
-    inputs = transformer.Inputs(
-        batch["tokens_BS"], batch["positions_BS"], segment_ids_BS > 0, segment_ids_BS, objective.next_tokens(batch)
-    )
+    depths = range(config.model.num_mtp_layers)
+    following = tuple(transformer.shifted(batch["targets_BS"], depth) for depth in depths)
+    rows = batch["tokens_BS"], batch["positions_BS"]
+    inputs = transformer.Inputs(*rows, segment_ids_BS > 0, segment_ids_BS, following)
     weights = Weights(params, router_bias)
     output = transformer.apply(config.model, config.execution, weights, inputs, _marking_gather())
     terms = objective.terms(output, params["head_DV"], batch)

@@ -52,7 +52,7 @@ def trained_states():
     def run(weights, tokens_BS, next_BS):
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         valid_BS = jnp.ones_like(tokens_BS, dtype=bool)
-        inputs = transformer.Inputs(tokens_BS, positions_BS, valid_BS, next_BS=next_BS)
+        inputs = transformer.Inputs(tokens_BS, positions_BS, valid_BS, following=(next_BS,))
         return transformer.apply(CONFIG.model, CONFIG.execution, weights, inputs).mtp_hidden[0]
 
     return np.asarray(run(drawn_weights(CONFIG.model), TOKENS_BS[:, :-1], TOKENS_BS[:, 1:]))

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import flash, transformer
+from deepseek_jax.model.chunked_attention import Masks, chunked
 from deepseek_jax.model.recompute import KEPT
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
@@ -37,7 +38,8 @@ def splash(q, k, v, segments):
 
 
 def xla(q, k, v, segments):
-    return flash._xla(q, k, v, segments, SCALE, 64, False)[0]
+    masks = Masks(None, segments, segments)
+    return chunked(q, k, v, masks, SCALE, 64, False)[0]
 
 
 def layers(core):
