@@ -21,7 +21,7 @@ from deepseek_jax.parameters import Weights
 from deepseek_jax.training import workdir as workdir_lib
 from deepseek_jax.training.weights import restore_weights
 
-ONE_DEVICE = {"pipe": 1, "data": 1, "node": 1, "expert": 1, "tensor": 1}
+ONE_DEVICE = {"pipe": 1, "data": 1, "context": 1, "node": 1, "expert": 1, "tensor": 1}
 
 
 class Source(NamedTuple):

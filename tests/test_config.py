@@ -361,6 +361,7 @@ def test_mesh_takes_what_the_axes_leave():
     assert dict(make_mesh(from_config_dict(config).mesh, jax.devices()[:8]).shape) == {
         "pipe": 1,
         "data": 2,
+        "context": 1,
         "node": 1,
         "expert": 4,
         "tensor": 1,

@@ -10,6 +10,7 @@ from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.data.token_cache import Corpus, open_corpus
 from deepseek_jax.inputs import shown
+from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.evaluation import Evaluation, evaluate
@@ -35,7 +36,7 @@ def evaluate_workdir(
     """
     mesh = mesh or make_mesh(config.mesh)
     weights, progress = restore_weights(config, workdir, mesh, step)
-    processes = jax.process_index(), jax.process_count()
+    processes = readers(mesh)
     tokenizer = open_tokenizer(config, workdir)
     check_corpus(progress, open_corpus(config, tokenizer, workdir))
     held_out = open_held_out(config, tokenizer, workdir, *processes)

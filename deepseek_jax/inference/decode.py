@@ -26,6 +26,7 @@ from deepseek_jax.inference.cache import CACHE_SPECS, Cache
 from deepseek_jax.inference.sampling import Chosen, Rows, Sampling, Seen, choose
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.transformer import decode_step
+from deepseek_jax.parallel.context import refuse_context
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parameters import ROWS, P, Weights
@@ -49,7 +50,12 @@ class Generation(NamedTuple):
 
 
 def decode_execution(config: Config, mesh: jax.sharding.Mesh) -> Execution:
-    """Return the execution of decoding on `mesh`: layers in a loop, experts in small blocks, no recomputation."""
+    """Return the execution of decoding on `mesh`: layers in a loop, experts in small blocks, no recomputation.
+
+    Raises:
+        ValueError: devices of the mesh share sequences.
+    """
+    refuse_context(mesh, "decoding")
     small = {"experts": "blocks", "expert_block": EXPERT_BLOCK, "expert_wave": EXPERT_WAVE}
     changes = {"exchange": "auto", "remat": "none", "scan_unroll": 1} | small
     return resolve_for(config.with_(execution=changes), mesh).execution

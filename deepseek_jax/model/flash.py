@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from deepseek_jax.config import Execution
 from deepseek_jax.model.chunked_attention import chunked, masks_of
@@ -146,26 +148,57 @@ def _cudnn(scale, q_BSNQ, k_BSNQ, v_BSNH):
     return dot_product_attention(q_BSNQ, k_BSNQ, v_BSNH, scale=scale, mask_type=MaskType.CAUSAL)
 
 
-def _splash(scale, q_BSNQ, k_BSNQ, v_BSNH, segment_ids_BS, packs):
+def _splash(scale, q_BSNQ, k_BMNQ, v_BMNH, segment_ids_BM, packs):
     # The kernel takes no scale. A scale rounded to BF16 would change all scores by 0.2%, so multiply in FP32.
     q_BSNQ = (q_BSNQ.astype(jnp.float32) * scale).astype(q_BSNQ.dtype)
-    heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ, k_BSNQ, v_BSNH))
-    segments = () if segment_ids_BS is None else (segment_ids_BS,)
+    heads_first = (x.swapaxes(1, 2) for x in (q_BSNQ, k_BMNQ, v_BMNH))
+    segments = () if segment_ids_BM is None else (context.local(segment_ids_BM), segment_ids_BM)
     layout = _Layout(heads_first=True) if packs else None
-    out_BNSH, packed = _opaque(_splash_kernel, layout, *heads_first, *segments)
+    kernel = _splash_kernel if context.size() == 1 else _shared_splash_kernel
+    place = () if context.size() == 1 else (context.place(),)
+    out_BNSH, packed = _opaque(kernel, layout, *heads_first, *place, *segments)
     return out_BNSH.swapaxes(1, 2), packed
 
 
-def _splash_kernel(q_BNSQ, k_BNSQ, v_BNSH, segment_ids_BS=None):
+def _splash_kernel(q_BNSQ, k_BNMQ, v_BNMH, *segments):
+    return _run_splash(_splash_of(q_BNSQ.shape[1], np.arange(q_BNSQ.shape[2]), 1), q_BNSQ, k_BNMQ, v_BNMH, segments)
+
+
+def _shared_splash_kernel(q_BNSQ, k_BNMQ, v_BNMH, place, *segments):
+    """Attend with this device's queries of shared rows: the kernel has lists of blocks for each, of one shape."""
+    devices = context.size()
+    kernel = _splash_of(q_BNSQ.shape[1], context.order_of_devices(k_BNMQ.shape[2]), devices)
+
+    def own(name, x):
+        """Return this device's part of a list, whose dim 1 is blocks of queries, or of the queries' places."""
+        dim = 0 if name == "q_sequence" else 1
+        size = x.shape[dim] // devices
+        return lax.dynamic_slice_in_dim(x, place * size, size, dim)
+
+    infos, options = kernel.tree_flatten()
+    infos = [
+        info._replace(**{name: own(name, x) for name, x in info._asdict().items() if isinstance(x, jax.Array)})
+        for info in infos
+    ]
+    return _run_splash(type(kernel)(*infos, **options), q_BNSQ, k_BNMQ, v_BNMH, segments)
+
+
+def _splash_of(num_heads: int, places_S: np.ndarray, devices: int):
+    """Return the kernel for queries at `places_S` of a row, cut over so many devices, and keys of the whole row."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    num_heads, length = q_BNSQ.shape[1:3]
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * num_heads)
-    kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=_splash_blocks(length))
-    if segment_ids_BS is None:
-        return jax.vmap(kernel)(q_BNSQ, k_BNSQ, v_BNSH)
-    segments = splash_attention_kernel.SegmentIds(q=segment_ids_BS, kv=segment_ids_BS)
-    return jax.vmap(kernel)(q_BNSQ, k_BNSQ, v_BNSH, segments)
+    mask = splash_attention_mask.CausalMask((len(places_S), len(places_S)))
+    mask.q_sequence = places_S.astype(np.int32)
+    masks, blocks = splash_attention_mask.MultiHeadMask([mask] * num_heads), _splash_blocks(len(places_S) // devices)
+    return splash_attention_kernel.make_splash_mha(masks, block_sizes=blocks, head_shards=1, q_seq_shards=devices)
+
+
+def _run_splash(kernel, q_BNSQ, k_BNMQ, v_BNMH, segments):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    if not segments:
+        return jax.vmap(kernel)(q_BNSQ, k_BNMQ, v_BNMH)
+    return jax.vmap(kernel)(q_BNSQ, k_BNMQ, v_BNMH, splash_attention_kernel.SegmentIds(*segments))
 
 
 def _splash_blocks(length: int):

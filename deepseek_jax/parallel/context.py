@@ -17,9 +17,9 @@ Attention needs keys and values of the whole row. They are linear in the latent 
 rotated key of R: `gathered` brings these C + R = 576 values of each token, 1,152 bytes in BF16, instead of the
 N (P + H) = 32,768 values of content keys and values, 65,536 bytes; each device makes keys and values from them itself.
 Of V3 that is 33.6 MFLOP a token and layer on each of the c devices, where the attention of a query to the 65,536 keys
-that it sees on average at 128K is 5.4 GFLOP: 20% more at c = 32. The alternative is a ring: keys and values (or latents)
-go around while blocks are computed. It hides the transfer and needs no whole row, but takes one step per device, and
-merges the softmax of each block with the rest.
+that it sees on average at 128K is 5.4 GFLOP: 20% more at c = 32. The alternative is a ring: keys and values (or
+latents) go around while blocks are computed. It hides the transfer and needs no whole row, but takes one step per
+device, and merges the softmax of each block with the rest.
 """
 
 import math
@@ -66,7 +66,7 @@ def gathered(x_BSX: jax.Array) -> jax.Array:
         return x_BSX
     whole = lax.all_gather(x_BSX, CONTEXT, axis=1, tiled=True)
     chunks = jnp.split(whole, 2 * devices, axis=1)
-    return jnp.concatenate([chunks[i] for i in _order(devices)], axis=1)
+    return jnp.concatenate([chunks[i] for i in np.argsort(_held(devices))], axis=1)
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -79,10 +79,19 @@ def once(x: jax.Array) -> jax.Array:
     return x if size() == 1 else jnp.where(lax.axis_index(CONTEXT) == 0, x, jnp.zeros_like(x))
 
 
-def _order(devices: int) -> np.ndarray:
-    """Return where each chunk of a row lies among those that the devices hold one after the other."""
-    held = np.array([(i, 2 * devices - 1 - i) for i in range(devices)]).reshape(-1)
-    return np.argsort(held)
+def place() -> jax.Array:
+    """Return this device's index among those that share rows."""
+    return lax.axis_index(CONTEXT)
+
+
+def order_of_devices(length: int) -> np.ndarray:
+    """Return the places in a row of `length` in the order in which the devices hold them, one after the other."""
+    return np.arange(length).reshape(2 * size(), -1)[_held(size())].reshape(-1)
+
+
+def _held(devices: int) -> np.ndarray:
+    """Return the chunks of a row in the order in which the devices hold them."""
+    return np.array([(i, 2 * devices - 1 - i) for i in range(devices)]).reshape(-1)
 
 
 def refuse_context(mesh: AnyMesh, what: str) -> None:

@@ -166,12 +166,12 @@ def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
     tokens = size // (rows * parts) * config.data.sequence_length // mesh.shape[CONTEXT]
     if config.execution.precision == "fp8" and tokens % GROUP:
         of_parts = f" and {parts} parts" if parts > 1 else ""
+        fitting = nearest_multiples(size, _fp8_rows(config, rows * parts, mesh.shape[CONTEXT]))
         raise ValueError(
             f"config.training.micro_batch_size = {size} leaves {tokens} tokens to each of {axis_size(mesh, TOKENS)}"
-            f" devices{of_parts}; in"
-            f" FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of {GROUP}, by"
-            f" data.sequence_length or training.micro_batch_size"
-            f" ({nearest_multiples(size, _fp8_rows(config, rows * parts, mesh.shape[CONTEXT]))}), or use execution.precision = 'bf16'"
+            f" devices{of_parts}; in FP8 {GROUP} tokens share the scale of a weight gradient: make it a multiple of"
+            f" {GROUP}, by data.sequence_length or training.micro_batch_size ({fitting}), or use execution.precision ="
+            " 'bf16'"
         )
 
 

@@ -91,15 +91,15 @@ def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1, 
             f"execution.attention = {attention!r} needs a {needed.upper()}, and this is a {platform.upper()}; use"
             " --config.execution.attention=auto"
         )
-    if attention == "splash" and config.data.sequence_length % SPLASH_BLOCK:
+    if attention == "splash" and config.data.sequence_length % (SPLASH_BLOCK * context):
         raise ValueError(
-            f"data.sequence_length = {config.data.sequence_length} must be a multiple of {SPLASH_BLOCK} for"
+            f"data.sequence_length = {config.data.sequence_length} must be a multiple of {SPLASH_BLOCK * context} for"
             " execution.attention = 'splash'; change it, or use --config.execution.attention=auto"
         )
     if attention == "cudnn" and context > 1:
         raise ValueError(
-            f"execution.attention = 'cudnn' takes whole rows, and {context} devices share one (config.mesh.context); use"
-            " 'auto' or 'xla'"
+            f"execution.attention = 'cudnn' takes whole rows, and {context} devices share one (config.mesh.context);"
+            " use 'auto' or 'xla'"
         )
     if attention == "cudnn" and (config.data.mask_documents or execution.precision == "fp32"):
         raise ValueError(
@@ -133,8 +133,8 @@ def choose_exchange(expert_devices: int, nodes: int) -> str:
 
 
 def _choose_attention(config: Config, platform: str, context: int) -> tuple[str, str]:
-    if platform == "tpu" and config.data.sequence_length % SPLASH_BLOCK:
-        return "xla", f"splash attention takes sequences of a multiple of {SPLASH_BLOCK}"
+    if platform == "tpu" and config.data.sequence_length % (SPLASH_BLOCK * context):
+        return "xla", f"splash attention takes sequences of a multiple of {SPLASH_BLOCK * context}"
     if platform == "tpu":
         return "splash", "the Pallas kernel for TPU"
     if platform != "gpu":

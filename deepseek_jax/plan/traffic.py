@@ -41,7 +41,7 @@ from deepseek_jax.parallel.collectives import (
 from deepseek_jax.parallel.mesh import AnyMesh, axis_size
 from deepseek_jax.parallel.program import resolve, resolve_for
 from deepseek_jax.parallel.transport import most_copies
-from deepseek_jax.parameters import EXPERTS, ROWS, P, Weights
+from deepseek_jax.parameters import CONTEXT, EXPERTS, ROWS, TOKENS, P, Weights
 from deepseek_jax.plan.memory import BATCH_DTYPES
 from deepseek_jax.training import step
 from deepseek_jax.training.objective import pretraining
@@ -50,10 +50,11 @@ from pallas_kernels import GROUP
 
 FORWARD, BACKWARD, RECOMPUTED = "forward", "backward", "recomputed"
 ROWS_OUT, ROUTES, SUMS_BACK, GATE_GRADIENTS, COUNTS = "rows", "routes", "sums", "gate gradients", "counts"
+LATENTS = "latents"  # of the tokens that other devices have of the same rows (`parallel.context`)
 EXCHANGED = (ROWS_OUT, ROUTES, SUMS_BACK, GATE_GRADIENTS, COUNTS)
 WEIGHTS, GRADIENTS, OTHER = "weights", "gradients", "scales, losses"
-KINDS = (*EXCHANGED, WEIGHTS, GRADIENTS, OTHER)
-SCOPES = ("dispatch", "combine", "route", "gather")
+KINDS = (*EXCHANGED, LATENTS, WEIGHTS, GRADIENTS, OTHER)
+SCOPES = ("dispatch", "combine", "route", "gather", "context")
 WORD = 4  # bytes of FP32 and int32
 ROUTE_WORDS = 3  # of each assignment: gate, device and slot
 
@@ -86,7 +87,8 @@ def trace(config: Config, mesh: AnyMesh) -> list[Collective]:
         ValueError: `execution.exchange` does not fit the mesh.
     """
     on_cpu = config.with_(execution={"attention": "xla", "experts": "auto"})
-    resolved = resolve(on_cpu, "cpu", axis_size(mesh, EXPERTS), axis_size(mesh, EXPERTS[:1]))
+    nodes, shared = axis_size(mesh, EXPERTS[:1]), axis_size(mesh, (CONTEXT,))
+    resolved = resolve(on_cpu, "cpu", axis_size(mesh, EXPERTS), nodes, shared)
     sizes = abstract(mesh)
     with jax.sharding.use_abstract_mesh(sizes):
         gradients, inputs = _gradients(resolved, sizes)
@@ -208,12 +210,13 @@ def step_lines(config: Config, mesh: AnyMesh, collectives: Iterable[Collective])
 
 def _order(line: Line) -> tuple[int, int, int]:
     kinds = ("exchange", *KINDS)
-    return ROWS.index(line.axis), (FORWARD, BACKWARD, RECOMPUTED).index(line.direction), kinds.index(line.kind)
+    return TOKENS.index(line.axis), (FORWARD, BACKWARD, RECOMPUTED).index(line.direction), kinds.index(line.kind)
 
 
 def _shipped(config: Config, mesh: AnyMesh, collectives: Iterable[Collective]) -> dict[tuple[str, str, str], float]:
     """Return the bytes a token of one micro-batch by axis, kind and direction."""
-    tokens = config.training.micro_batch_size // axis_size(mesh, ROWS) * config.data.sequence_length
+    rows = config.training.micro_batch_size // axis_size(mesh, ROWS)
+    tokens = rows * config.data.sequence_length // axis_size(mesh, (CONTEXT,))
     shipped: dict[tuple[str, str, str], float] = {}
     for c in collectives:
         shares, direction = _kinds(config, c), _direction(c)
@@ -243,6 +246,8 @@ def _kinds(config: Config, c: Collective) -> dict[str, float]:
         return {GATE_GRADIENTS if c.shape[-1] == config.model.experts_per_token else SUMS_BACK: 1.0}
     if scope == ["route"]:
         return {COUNTS if c.kind == GATHER else OTHER: 1.0}
+    if scope == ["context"]:
+        return {LATENTS: 1.0}
     if c.kind == SCATTER or (c.kind in SUMS and _direction(c) == BACKWARD):
         return {GRADIENTS: 1.0}
     return {WEIGHTS if c.kind == GATHER else OTHER: 1.0}

@@ -16,6 +16,7 @@ from deepseek_jax.inference.cache import contiguous_tables
 from deepseek_jax.model import flash
 from deepseek_jax.model.absorbed import LayerPages, UpProjection, absorbed
 from deepseek_jax.model.attention import Attention, expanded
+from deepseek_jax.model.chunked_attention import MOST_UNROLLED_CHUNKS
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences, expanded_over_pages
 from deepseek_jax.model.rope import rotary_table
@@ -28,7 +29,7 @@ B, S, N, Q, H = 2, 33, 3, 6, 5
 SCALE = 0.4
 # One block; three equal ones; five with a short one, unrolled; nine with a short one, scanned; eleven, scanned.
 CHUNKS = [64, 11, 7, 4, 3]
-assert -(-S // 7) <= flash.MOST_UNROLLED_CHUNKS < -(-S // 4)
+assert -(-S // 7) <= MOST_UNROLLED_CHUNKS < -(-S // 4)
 
 
 @functools.cache
@@ -134,7 +135,7 @@ def test_no_array_of_s_times_s(chunk):
     """
     length = 512
     args = *draw(length)[:3], draw_segments("one document", length), draw(length)[3]
-    assert (length // chunk <= flash.MOST_UNROLLED_CHUNKS) == (chunk == 64)
+    assert (length // chunk <= MOST_UNROLLED_CHUNKS) == (chunk == 64)
     square = B * N * length * length
     assert largest_intermediate(jax.make_jaxpr(core(chunk))(*args).jaxpr) <= square * chunk // length
     assert core(chunk).lower(*args).compile().memory_analysis().temp_size_in_bytes < 4 * square // 2

@@ -65,8 +65,8 @@ def layers(core):
 @pytest.fixture
 def interpreted(monkeypatch):
     """The TPU kernel, interpreted."""
-    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
+    make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
 
 
 @pytest.fixture

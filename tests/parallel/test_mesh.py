@@ -14,7 +14,7 @@ from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import AXES, check_fit, connect, make_mesh
 from deepseek_jax.parallel.weights import detach, gather, reduce_gradients
-from deepseek_jax.parameters import PARAMETERS, ROWS, P, partition_specs
+from deepseek_jax.parameters import PARAMETERS, TOKENS, P, partition_specs
 from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
@@ -28,9 +28,9 @@ def sizes(**axes):
 @pytest.mark.parametrize(
     ("axes", "shape"),
     [
-        ({"data": -1, "expert": 4}, (1, 2, 1, 4, 1)),
-        ({"data": 2, "node": 2, "expert": -1}, (1, 2, 2, 2, 1)),
-        ({"data": 8}, (1, 8, 1, 1, 1)),
+        ({"data": -1, "expert": 4}, (1, 2, 1, 1, 4, 1)),
+        ({"data": 2, "node": 2, "expert": -1}, (1, 2, 1, 2, 2, 1)),
+        ({"data": 8}, (1, 8, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_has_the_sizes_asked_for(axes, shape):
@@ -54,7 +54,7 @@ def test_axes_of_a_torus_are_split_where_whole_ones_do_not_serve(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", refuse)
     mesh = make_mesh(sizes(data=2, expert=4))
     assert mesh.axis_names == AXES
-    assert mesh.devices.shape == (1, 2, 1, 4, 1)
+    assert mesh.devices.shape == (1, 2, 1, 1, 4, 1)
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
 
 
@@ -139,7 +139,7 @@ def named_leaves(tree):
 def test_layout_covers_every_parameter(name):
     """Stacked leaves have one dim more than their layout, others as many.
 
-    No axis splits two dims, and matrices are split over all of ROWS.
+    No axis splits two dims, and matrices are split over all of TOKENS.
     """
     params, router_bias = parameters(name)
     specs = jax.tree.leaves(partition_specs((params, router_bias)), is_leaf=lambda spec: isinstance(spec, P))
@@ -147,7 +147,7 @@ def test_layout_covers_every_parameter(name):
         assert leaf.ndim - len(PARAMETERS[leaf_name].layout) in (0, 1), leaf_name
         axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
         everywhere = leaf_name.endswith("norm_D") or leaf_name in ("q_norm_A", "kv_norm_C", "bias_E")
-        assert sorted(axes) == ([] if everywhere else sorted(ROWS)), leaf_name
+        assert sorted(axes) == ([] if everywhere else sorted(TOKENS)), leaf_name
 
 
 def test_layout_has_no_entry_without_a_parameter():
@@ -201,10 +201,10 @@ def gathered_and_reduced(dtype):
 
     with jax.set_mesh(make_mesh(sizes(data=2, node=2, expert=2))):
         specs = partition_specs(params)
-        run = jax.jit(jax.shard_map(local, in_specs=(specs, P(ROWS)), out_specs=(P(ROWS), specs, specs)))
+        run = jax.jit(jax.shard_map(local, in_specs=(specs, P(TOKENS)), out_specs=(P(TOKENS), specs, specs)))
         arrays = (
             jax.tree.map(jax.device_put, params, specs),
-            jax.tree.map(lambda c: jax.device_put(c, P(ROWS)), cotangents),
+            jax.tree.map(lambda c: jax.device_put(c, P(TOKENS)), cotangents),
         )
         return params, cotangents, *jax.device_get(run(*arrays))
 
@@ -233,7 +233,7 @@ def test_what_is_differentiated_is_summed_in_fp32_without_a_rounding_before():
 
     with jax.set_mesh(make_mesh(sizes(data=2, node=2, expert=2))):
         specs = partition_specs(params)
-        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(ROWS), specs)))
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(TOKENS), specs)))
         values, grads = jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
     np.testing.assert_array_equal(values, np.broadcast_to(params["q_a_DA"].astype(jnp.bfloat16), (8, 16, 4)))
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, np.full_like(g, 8 + 2.0**-17)), grads)
@@ -256,7 +256,7 @@ def test_gradients_are_summed_over_devices_in_fp32(name, dtype):
 
 def test_layout_divides_the_671b_model_evenly():
     """On 2 x 8 x 8 devices, every weight but the gains in 128 equal parts: at most 22 GB of FP32 weights a device."""
-    shape = dict(zip(ROWS, (2, 8, 8), strict=True))
+    shape = dict(zip(TOKENS, (2, 1, 8, 8), strict=True))
     params, _ = parameters("deepseek_v3")
     total = 0
     for (name, leaf), spec in zip(

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from deepseek_jax import config as config_lib
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
-from deepseek_jax.parameters import PARAMETERS, ROWS, P, matrix_shape, num_lead_dims, partition_specs
+from deepseek_jax.parameters import PARAMETERS, TOKENS, P, matrix_shape, num_lead_dims, partition_specs
 from pallas_kernels.quantize import quantize_blocks
 
 # Shapes of whole weights by how their blocks of 128 x 128 lie on eight devices.
@@ -50,7 +50,7 @@ def on_eight_devices(lie):
         params["kv_a_DC"][1, :128, :128] = 0.0
 
     def cotangent(name, shape):
-        device = 1 + jax.lax.axis_index(ROWS)
+        device = 1 + jax.lax.axis_index(TOKENS)
         return (device * jnp.arange(np.prod(shape), dtype=jnp.float32) % 7).reshape(shape)
 
     def local(params):
@@ -71,7 +71,7 @@ def on_eight_devices(lie):
     tree = {"pipe": 1, "data": 2, "node": 2, "expert": 2, "tensor": 1}
     with jax.set_mesh(make_mesh(config_lib.Mesh(**ConfigDict(tree)))):
         specs = partition_specs(params)
-        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(ROWS), specs, specs)))
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(TOKENS), specs, specs)))
         return params, *jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
 
 

@@ -74,7 +74,7 @@ def test_a_person_reads_that_v3_does_not_fit_and_what_helps():
     ]
     values = json.loads(json.dumps(record(plan)))
     assert values["does_fit"] is False
-    assert values["mesh"] == {"pipe": 1, "data": 4, "node": 8, "expert": 8, "tensor": 1}
+    assert values["mesh"] == {"pipe": 1, "data": 4, "context": 1, "node": 8, "expert": 8, "tensor": 1}
 
 
 def test_a_person_reads_that_a_step_fits():

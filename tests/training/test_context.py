@@ -11,7 +11,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import pretraining
-from deepseek_jax.training.state import abstract_state, create_state
+from deepseek_jax.training.state import abstract_state
 from tests.support import small
 from tests.training import test_equal_steps as equal
 

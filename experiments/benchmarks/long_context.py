@@ -1,0 +1,78 @@
+"""Memory of a device with sequences of 128K, shared or whole: `python -m experiments.benchmarks.long_context`.
+
+Compiles the training step of two of V3's MoE layers, with embedding and head, ahead of time for TPUs that need not be
+there: 64 v5p, eight of which share the experts. `configs/deepseek_v3_128k.py` says the rest, in BF16. Each line is a
+number of devices that share a sequence (`mesh.context`); the devices of the others have sequences of their own.
+Compiling takes minutes for each.
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from configs import deepseek_v3_128k
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.plan.chips import CHIPS, GIB, absent_devices, prepare
+from deepseek_jax.plan.memory import StepMemory, compile_step
+from deepseek_jax.plan.run import signs_of_life
+from experiments import command
+from pallas_kernels.bench import records
+
+CHIP, DEVICES, EXPERT = "v5p", 64, 8
+CONTEXT = flags.DEFINE_list("context", ["1", "4", "8"], "How many devices share a sequence, one line each.")
+REMAT = flags.DEFINE_enum("remat", "selective", ["none", "selective", "full"], "execution.remat.")
+JSON = flags.DEFINE_string("json", None, "File for the records.")
+
+
+def main(_) -> None:
+    """Compile, print, write."""
+    prepare()
+    found = []
+    for context in map(int, CONTEXT.value):
+        config = layers(context)
+        mesh = make_mesh(config.mesh, absent_devices(CHIPS[CHIP], DEVICES))
+        with signs_of_life(f"compiling for {context} devices a sequence", print):
+            memory = compile_step(config, mesh)
+        found.append(record(config, memory))
+        print(found[-1]["shape"], f"{memory.total / GIB:.1f} GiB a device", "" if memory.fits else "(refused)")
+    if JSON.value:
+        device = f"{DEVICES} x {CHIP}, compiled by libtpu {importlib.metadata.version('libtpu')}"
+        common = records.provenance("experiments.benchmarks.long_context", device)
+        records.write(Path(JSON.value), [one | common for one in found])
+
+
+def layers(context: int) -> Config:
+    """Return two MoE layers of V3 at 128K, one sequence for every group of devices that shares one."""
+    tree = deepseek_v3_128k.get_config()
+    rows = DEVICES // context
+    tree.model.update({"num_layers": 2, "num_dense_layers": 0, "num_mtp_layers": 0})
+    tree.training.update({"micro_batch_size": rows, "batch_size": (("constant", 1.0, rows),)})
+    tree.mesh.update({"data": -1, "context": context, "node": 1, "expert": EXPERT})
+    tree.execution.update({"precision": "bf16", "remat": REMAT.value})
+    return from_config_dict(tree)
+
+
+def record(config: Config, memory: StepMemory) -> dict[str, Any]:
+    """Return the record of one compiled step."""
+    context = config.mesh.context
+    shape = {"context": context, "sequence": config.data.sequence_length}
+    shape["tokens a device"] = config.data.sequence_length // context
+    parts = {"arguments": memory.arguments, "temporaries": memory.temporaries, "peak": memory.peak}
+    return {
+        "config": "two MoE layers of deepseek_v3_128k",
+        "mode": f"training step, remat {config.execution.remat}",
+        "precision": config.execution.precision,
+        "shape": shape,
+        "value": round(memory.total / GIB, 2),
+        "unit": "GiB a device",
+        "fits": memory.fits,
+        "parts": {name: None if size is None else round(size / GIB, 2) for name, size in parts.items()},
+        "seconds": None if memory.seconds is None else round(memory.seconds),
+    }
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,221 @@
+"""Extend the context of a small model by YaRN, and test it before and after.
+
+`python -m experiments.studies.context_extension`
+
+DeepSeek-V3 is trained at 4K tokens and extended in two short phases, to 32K and 128K (arXiv 2412.19437, section 4.3).
+The study does the same at the size of a CPU: a small `tiny` over bytes learns text and needles (`needles`) at 256
+tokens, then two phases as those of `configs/tiny_1k.py` and `tiny_2k.py` continue it at 1,024 and 2,048. Four models
+are tested:
+
+    256           as it was trained
+    256, YaRN     the same weights with YaRN's frequencies and temperature, not trained with them
+    1,024         after the first phase
+    2,048         after the second
+
+Tests: held-out bits per byte by position in rows of 2,048; and the share of needles' symbols that are found, by length
+of the row and depth of the needle. Writes records and the drawing. Takes some minutes on two cores.
+"""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from configs import tiny
+from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.data.heldout import heldout_batches
+from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
+from deepseek_jax.evaluation.logits import logits
+from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import Weights
+from deepseek_jax.training.evaluation import place_batch
+from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.optimizer import rates
+from deepseek_jax.training.state import State, create_state, jit_state_around
+from deepseek_jax.training.step import jit_train_step
+from experiments import command, session
+from experiments.studies import needles, output
+from pallas_kernels.bench import records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WORKDIR = Path("runs/context_extension")  # keeps the tokenised corpus
+SHORT, LONG = 256, 2048
+PHASES = ((256, 16, 900), (1024, 4, 100), (2048, 2, 60))  # tokens of a row, rows, steps
+NEEDLES_OF_256 = 8
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
+LENGTHS = (256, 1024, 2048)
+TEST_ROWS = 8
+BANDS = np.append(0, 2 ** np.arange(6, 12))  # of positions
+
+
+class Model(NamedTuple):
+    """A model to test."""
+
+    name: str
+    config: Config
+    weights: Weights
+
+
+def main(_) -> None:
+    """Train, extend, test, write, draw."""
+    folder = output.folder("long_context")
+    session.start()
+    mesh = make_mesh(study_config(0).mesh)
+    models = list(train_all(mesh))
+    text_BS = held_out_text(models[-1].config)
+    points = [point for model in models for point in test(model, text_BS, mesh)]
+    common = records.provenance("experiments.studies.context_extension", session.describe_device(mesh))
+    records.write(folder / "context_extension.json", [point | common for point in points])
+    draw(points).savefig(folder / "context_extension.png", dpi=110)
+    print(f"Wrote {folder}/context_extension.json and .png")
+
+
+def study_config(phase: int, yarn: bool = False) -> Config:
+    """A smaller `tiny` over bytes; from phase 1 on with YaRN, and at the last learning rate of phase 0."""
+    length, rows, steps = PHASES[phase]
+    config = tiny.get_config()
+    config.model.update(
+        {
+            "vocab_size": 384,
+            "width": 128,
+            "num_layers": 3,
+            "query_latent": 64,
+            "dense_hidden": 384,
+            "num_experts": 8,
+            "experts_per_token": 2,
+            "expert_hidden": 96,
+            "num_mtp_layers": 0,
+        }
+    )
+    config.data.update({"tokenizer": "byte", "sequence_length": length})
+    tokens = float(length * rows * steps)
+    config.training.update({"num_tokens": tokens, "batch_size": (("constant", 1.0, rows),), "micro_batch_size": rows})
+    config.execution.scan_unroll = 3
+    if phase or yarn:
+        config.model.yarn.update({"enabled": True, "factor": 10.0, "original_length": SHORT})
+    if phase:
+        config.optimizer.learning_rate = (("constant", 1.0, 3e-4),)
+        config.optimizer.warmup_steps = 0
+        config.optimizer.bias_update_rate = (("constant", 1.0, 0.0),)
+    config.mesh.data = 1
+    return from_config_dict(config)
+
+
+def train_all(mesh: jax.sharding.Mesh):
+    """Yield the four models."""
+    state = None
+    for phase, name in enumerate(("256", "1,024", "2,048")):
+        config = study_config(phase)
+        with jax.set_mesh(mesh):
+            state = create_state(config) if state is None else jit_state_around(config.optimizer, weights_of(state))
+            state = train(config, state, mesh, seed=phase)
+        yield Model(name, config, weights_of(state))
+        if not phase:
+            yield Model("256, YaRN", study_config(0, yarn=True), weights_of(state))
+
+
+def weights_of(state: State) -> Weights:
+    """Return copies of a state's weights: a step takes its state's memory."""
+    return jax.tree.map(lambda a: a + 0, Weights(state["params"], state["router_bias"]))
+
+
+def train(config: Config, state: State, mesh: jax.sharding.Mesh, seed: int) -> State:
+    """Return the state after the config's tokens, text and needles."""
+    step, rows, length = (
+        jit_train_step(config, pretraining(config), mesh),
+        config.training.micro_batch_size,
+        config.data.sequence_length,
+    )
+    loader = make_train_loader(config, open_tokenizer(config, WORKDIR), WORKDIR)
+    rng, num_needles = np.random.default_rng(seed), NEEDLES_OF_256 * length // SHORT
+    tokens = rows * length
+    num_steps = int(config.training.num_tokens) // tokens
+    for i in range(num_steps):
+        batch = needles.train_batch(loader.next_batch(rows), rng, num_needles)
+        state, metrics = step(state, place_batch(batch, mesh), rates(config, i, i * tokens))
+        if i % 50 == 0 or i + 1 == num_steps:
+            print(f"{length} tokens, step {i + 1} of {num_steps}: loss {float(metrics['loss']):.3f}", flush=True)
+    loader.close()
+    return state
+
+
+def held_out_text(config: Config) -> np.ndarray:
+    """Return two sets of rows of held-out bytes, a token longer than the longest sequence: [2 B, S + 1]."""
+    batches = iter(heldout_batches(config, open_tokenizer(config, WORKDIR), WORKDIR, TEST_ROWS, 2))
+    return np.concatenate([needles.rows_of(next(batches)).tokens for _ in range(2)])
+
+
+def test(model: Model, text_BS: np.ndarray, mesh: jax.sharding.Mesh):
+    """Yield the records of a model: bits per byte by band of positions, symbols found by length and depth."""
+    run = functools.partial(logits, model.config, model.weights, mesh=mesh)
+    bits_S = np.concatenate([target_bits(run, rows) for rows in np.split(text_BS, 2)]).mean(axis=0)
+    for begin, end in zip(BANDS[:-1], BANDS[1:], strict=True):
+        value = round(float(bits_S[begin:end].mean()), 4)
+        yield record(model, "held-out text", {"from": int(begin), "to": int(end)}, value, "bits per byte")
+    for length in LENGTHS:
+        for depth in DEPTHS:
+            rng = np.random.default_rng(length)
+            rows = needles.test_rows(text_BS[:TEST_ROWS, :length], rng, depth)
+            best_BS = run(rows)["logits"][:, -needles.LENGTH + 1 : -1].argmax(-1)
+            found = float((best_BS == rows[:, -needles.LENGTH + 2 :]).mean())
+            yield record(model, "needle", {"length": length, "depth": depth}, found, "share of symbols found")
+
+
+def target_bits(run, rows: np.ndarray) -> np.ndarray:
+    """Return the bits of each target of rows [B, S + 1], [B, S]."""
+    scores_BSV = run(rows[:, :-1])["logits"]
+    top_BS = scores_BSV.max(-1)
+    log_z_BS = top_BS + np.log(np.exp(scores_BSV - top_BS[..., None]).sum(-1))
+    found_BS = np.take_along_axis(scores_BSV, rows[:, 1:, None], axis=-1)[..., 0]
+    return (log_z_BS - found_BS) / np.log(2.0)
+
+
+def record(model: Model, mode: str, shape: dict[str, Any], value: float, unit: str) -> dict[str, Any]:
+    """Return a record of one measurement."""
+    print(f"{model.name:10} {mode:14} {shape}: {value:.3f} {unit}", flush=True)
+    return {
+        "config": f"tiny over bytes, {model.name}",
+        "mode": mode,
+        "precision": "fp32",
+        "shape": shape,
+        "value": value,
+        "unit": unit,
+    }
+
+
+def draw(points: list[dict[str, Any]]) -> "Figure":
+    """Draw bits by position, and needles by length, of each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys(point["config"] for point in points))
+    for name, color, marker in zip(names, (VERMILION, ORANGE, BLUE, GREEN), "osDv", strict=True):
+        mine = [point for point in points if point["config"] == name]
+        label = name.partition(", ")[2]
+        text = [point for point in mine if point["mode"] == "held-out text"]
+        middle = [(point["shape"]["from"] + point["shape"]["to"]) / 2 for point in text]
+        left.plot(middle, [point["value"] for point in text], color=color, marker=marker, label=label)
+        found = [
+            np.mean([p["value"] for p in mine if p["mode"] == "needle" and p["shape"]["length"] == length])
+            for length in LENGTHS
+        ]
+        right.plot(LENGTHS, found, color=color, marker=marker, label=label)
+    left.set(xscale="log", xlabel="position (tokens)", ylabel="held-out bits per byte")
+    right.set(xscale="log", xlabel="tokens of the row", ylabel="symbols of needles found", ylim=(-0.03, 1.03))
+    for axes, ticks in ((left, (32, 256, 1024, 2048)), (right, LENGTHS)):
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.axvline(SHORT, color="0.7", linestyle=":")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, title="extended to")
+    return figure
+
+
+if __name__ == "__main__":
+    command.run(main)
