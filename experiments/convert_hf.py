@@ -84,7 +84,7 @@ def import_() -> None:
         base = from_config_dict(CONFIG.value)
         if CONFIG.is_default and not any(key.startswith("mesh") for key, _ in CONFIG.overrides):
             # V3's mesh is one of 64 devices and more; this one is of whatever is there
-            base = base.with_(mesh={"data": -1, "node": 1, "expert": 1})
+            base = base.with_(mesh={"data": -1, "context": 1, "node": 1, "expert": 1})
         config = hf_config.run_config(base, folder.resolve().name, opened.model)
     except ValueError as error:  # the recipe is V3's by default, for many devices and in FP8
         raise ValueError(f"{error}; or name a recipe of the model's size: --config=configs/tiny.py") from error

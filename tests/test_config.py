@@ -1,5 +1,6 @@
 """Configuration: published numbers, strict conversion, schedules, the choices of `resolve`, and the command line."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -548,3 +549,27 @@ def test_a_path_alone_is_a_source_of_weight_one():
 def test_a_word_for_a_schedule_is_refused_by_name():
     with pytest.raises(ValueError, match="config.optimizer.learning_rate = 1e-3x is not a number"):
         from_config_dict(changed("optimizer.learning_rate", ("1e-3x",)))
+
+
+# fmt: skip
+@pytest.mark.parametrize(
+    ("name", "before", "length", "batch", "steps", "factor", "original"),
+    [
+        ("deepseek_v3_32k", "deepseek_v3", 32768, 1920, 1000, 40.0, 4096),
+        ("deepseek_v3_128k", "deepseek_v3_32k", 131072, 480, 1000, 40.0, 4096),
+        ("tiny_1k", "tiny", 1024, 2, 100, 10.0, 256),
+        ("tiny_2k", "tiny_1k", 2048, 1, 100, 10.0, 256),
+    ],
+)
+def test_phases_of_context_extension_continue_each_other(name, before, length, batch, steps, factor, original):
+    """Section 4.3: YaRN of one factor in both phases, as many tokens in each, the last learning rate throughout."""
+    config, base = (from_config_dict(importlib.import_module(f"configs.{n}").get_config()) for n in (name, before))
+    assert config.training.initial_weights == f"runs/{before}"
+    assert config.data.sequence_length == length
+    assert [size for _, _, size in config.training.batch_size] == [batch]
+    assert config.training.num_tokens == length * batch * steps
+    yarn = config.model.yarn
+    assert (yarn.enabled, yarn.factor, yarn.original_length) == (True, factor, original)
+    assert dataclasses.replace(config.model, yarn=base.model.yarn) == base.model
+    assert [rate for _, _, rate in config.optimizer.learning_rate] == [base.optimizer.learning_rate[-1][2]]
+    assert config.optimizer.warmup_steps == 0 and config.optimizer.bias_update_rate[-1][2] == 0.0

@@ -95,4 +95,5 @@ def test_the_table_of_chips_is_that_of_the_record():
 
 
 def test_the_table_has_every_config():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"} == set(memory_table.CONFIGS)
+    phases = {"deepseek_v3_32k", "deepseek_v3_128k", "tiny_1k", "tiny_2k"}  # their weights are those of their base
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"} - phases == set(memory_table.CONFIGS)

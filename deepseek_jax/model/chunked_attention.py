@@ -124,8 +124,8 @@ def _over_chunks(block, carry, arrays, chunk, num_keys):
     """Fold `block(carry, start, end, *chunks) -> carry, outputs` over chunks of queries, which see keys before `end`.
 
     `end` is `num_keys`, or where that is None the end of the chunk. A few chunks are unrolled and skip the keys to
-    their right; many are scanned, each against all keys. A barrier makes unrolled chunks wait for each other. Without it
-    XLA computes the scores of all chunks first, which took four times the memory (measured, 8 chunks of 512).
+    their right; many are scanned, each against all keys. A barrier makes unrolled chunks wait for each other. Without
+    it XLA computes the scores of all chunks first, which took four times the memory (measured, 8 chunks of 512).
     """
     length = arrays[0].shape[1]
     num = -(-length // chunk)

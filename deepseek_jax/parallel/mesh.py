@@ -239,7 +239,7 @@ def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "mesh": dict(mesh.shape),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if axis != CONTEXT or size > 1},  # it came later
         "processes": jax.process_count(),
     }
 

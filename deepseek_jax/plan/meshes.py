@@ -82,7 +82,7 @@ def find_fits(config: Config, most: int = MOST_DEVICES) -> tuple[Fit, ...]:
     Batch and dense weights are split over all devices, however the mesh divides them. So a number that does not work
     with whole experts on every device works with no other mesh, and is not tried further.
     """
-    open_mesh = config.with_(mesh={"data": -1, "node": 1, "expert": 1})
+    open_mesh = config.with_(mesh={"data": -1, "context": 1, "node": 1, "expert": 1})
     counts = (count for count in range(1, most + 1) if _fits_model(open_mesh, count))
     return tuple(fit for count in counts if (fit := find_fit(config, count)) is not None)
 
@@ -133,7 +133,9 @@ def _meshes(config: Config, num_devices: int) -> Iterator[dict[str, int]]:
     for sharing in range(min(wanted, num_devices), 0, -1):
         if num_devices % sharing == 0:
             expert = math.gcd(sharing, _size(config.mesh.expert))
-            sizes = {"data": -1, "node": sharing // expert, "expert": expert}
+            sizes = {"node": sharing // expert, "expert": expert}
+            if config.mesh.context != -1:
+                sizes |= {"data": -1}
             yield {f"mesh.{axis}": n for axis, n in sizes.items() if n != getattr(config.mesh, axis)}
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 WORKDIR = Path("runs/context_extension")  # keeps the tokenised corpus
 SHORT, LONG = 256, 2048
-PHASES = ((256, 16, 900), (1024, 4, 100), (2048, 2, 60))  # tokens of a row, rows, steps
+PHASES = ((256, 16, 600), (1024, 4, 80), (2048, 2, 40))  # tokens of a row, rows, steps
 NEEDLES_OF_256 = 8
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 LENGTHS = (256, 1024, 2048)
@@ -138,7 +138,7 @@ def train(config: Config, state: State, mesh: jax.sharding.Mesh, seed: int) -> S
     for i in range(num_steps):
         batch = needles.train_batch(loader.next_batch(rows), rng, num_needles)
         state, metrics = step(state, place_batch(batch, mesh), rates(config, i, i * tokens))
-        if i % 50 == 0 or i + 1 == num_steps:
+        if i % 25 == 0 or i + 1 == num_steps:
             print(f"{length} tokens, step {i + 1} of {num_steps}: loss {float(metrics['loss']):.3f}", flush=True)
     loader.close()
     return state
