@@ -60,8 +60,8 @@ def attend(
     if implementation == "cudnn":
         if q_BSNQ.dtype != jnp.bfloat16 or segment_ids_BM is not None or context.size() > 1:
             raise ValueError(
-                "execution.attention = 'cudnn' takes BF16 and one segment per row, which no devices share; use precision"
-                " 'bf16' or 'fp8', no segment ids and mesh.context = 1, or attention = 'xla'"
+                "execution.attention = 'cudnn' takes BF16 and one segment per row, which no devices share; use"
+                " precision 'bf16' or 'fp8', no segment ids and mesh.context = 1, or attention = 'xla'"
             )
         return _opaque(
             functools.partial(_cudnn, scale), _Layout(heads_first=False) if packs else None, q_BSNQ, k_BMNQ, v_BMNH

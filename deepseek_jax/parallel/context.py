@@ -41,8 +41,7 @@ def size() -> int:
 def places(length: int) -> jax.Array:
     """Return the places in their row, int32 [S], of this device's tokens of rows of `length`."""
     chunk = length // (2 * size())
-    me = lax.axis_index(CONTEXT)
-    starts = jnp.stack([me, 2 * size() - 1 - me]) * chunk
+    starts = jnp.stack(_chunks()) * chunk
     return (starts[:, None] + jnp.arange(chunk)).reshape(-1).astype(jnp.int32)
 
 
@@ -50,9 +49,8 @@ def local(x_BS: jax.Array) -> jax.Array:
     """Return this device's tokens of whole rows: [B, S] to [B, S / c]; the same where no device shares rows."""
     if size() == 1:
         return x_BS
-    chunk, me = x_BS.shape[1] // (2 * size()), lax.axis_index(CONTEXT)
-    early, late = (lax.dynamic_slice_in_dim(x_BS, i * chunk, chunk, axis=1) for i in (me, 2 * size() - 1 - me))
-    return jnp.concatenate([early, late], axis=1)
+    chunk = x_BS.shape[1] // (2 * size())
+    return jnp.concatenate([lax.dynamic_slice_in_dim(x_BS, i * chunk, chunk, axis=1) for i in _chunks()], axis=1)
 
 
 @jax.named_scope("context")
@@ -76,7 +74,7 @@ def total(x: jax.Array) -> jax.Array:
 
 def once(x: jax.Array) -> jax.Array:
     """Return `x` on the first of the devices that share rows, 0 on the others: what all of them have counts once."""
-    return x if size() == 1 else jnp.where(lax.axis_index(CONTEXT) == 0, x, jnp.zeros_like(x))
+    return x if size() == 1 else jnp.where(place() == 0, x, jnp.zeros_like(x))
 
 
 def place() -> jax.Array:
@@ -87,6 +85,11 @@ def place() -> jax.Array:
 def order_of_devices(length: int) -> np.ndarray:
     """Return the places in a row of `length` in the order in which the devices hold them, one after the other."""
     return np.arange(length).reshape(2 * size(), -1)[_held(size())].reshape(-1)
+
+
+def _chunks() -> tuple[jax.Array, jax.Array]:
+    """Return which chunks of a row this device has."""
+    return place(), 2 * size() - 1 - place()
 
 
 def _held(devices: int) -> np.ndarray:

@@ -26,6 +26,7 @@ import numpy as np
 from configs import tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.heldout import heldout_batches
+from deepseek_jax.data.packing import Batch
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.evaluation.logits import logits
 from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 WORKDIR = Path("runs/context_extension")  # keeps the tokenised corpus
 SHORT, LONG = 256, 2048
-PHASES = ((256, 16, 600), (1024, 4, 80), (2048, 2, 40))  # tokens of a row, rows, steps
-NEEDLES_OF_256 = 8
+PHASES = ((256, 8, 900), (1024, 2, 100), (2048, 1, 60))  # tokens of a row, rows, steps
+NEEDLES_OF_256 = 10
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 LENGTHS = (256, 1024, 2048)
 TEST_ROWS = 8
@@ -98,6 +99,7 @@ def study_config(phase: int, yarn: bool = False) -> Config:
     config.execution.scan_unroll = 3
     if phase or yarn:
         config.model.yarn.update({"enabled": True, "factor": 10.0, "original_length": SHORT})
+    config.optimizer.learning_rate = (("constant", 0.7, 3e-3), ("cosine", 1.0, 3e-4))
     if phase:
         config.optimizer.learning_rate = (("constant", 1.0, 3e-4),)
         config.optimizer.warmup_steps = 0
@@ -138,10 +140,21 @@ def train(config: Config, state: State, mesh: jax.sharding.Mesh, seed: int) -> S
     for i in range(num_steps):
         batch = needles.train_batch(loader.next_batch(rows), rng, num_needles)
         state, metrics = step(state, place_batch(batch, mesh), rates(config, i, i * tokens))
-        if i % 25 == 0 or i + 1 == num_steps:
-            print(f"{length} tokens, step {i + 1} of {num_steps}: loss {float(metrics['loss']):.3f}", flush=True)
+        if i % 100 == 99 or i + 1 == num_steps:
+            found = asked_and_found(config, state, batch, mesh)
+            loss = float(metrics["loss"])
+            print(f"{length} tokens, step {i + 1} of {num_steps}: loss {loss:.3f}, {found:.2f} found", flush=True)
     loader.close()
     return state
+
+
+def asked_and_found(config: Config, state: State, batch: Batch, mesh: jax.sharding.Mesh) -> float:
+    """Return the share of the needles' symbols in a training batch that a model finds."""
+    asked_BS = batch["loss_weights_BS"] == needles.WEIGHT
+    best_BS = logits(config, Weights(state["params"], state["router_bias"]), batch["tokens_BS"], mesh)["logits"].argmax(
+        -1
+    )
+    return float((best_BS == batch["targets_BS"])[asked_BS].mean())
 
 
 def held_out_text(config: Config) -> np.ndarray:

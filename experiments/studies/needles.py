@@ -20,6 +20,7 @@ MARK = 300  # ids beyond those of bytes and special tokens
 SYMBOLS = np.arange(301, 365)
 LENGTH = 6
 BLOCK = 8  # needles lie in blocks of so many tokens
+WEIGHT = 4.0  # of an answer, where a byte of text has 1
 
 
 class Rows(NamedTuple):
@@ -37,10 +38,10 @@ def rows_of(batch: Batch) -> Rows:
 
 
 def train_batch(batch: Batch, rng: np.random.Generator, num_needles: int) -> Batch:
-    """Return the batch with needles in every second row, each shown and asked once."""
+    """Return the batch with needles in its rows, each shown and asked once."""
     rows = rows_of(batch)
     blocks = batch["tokens_BS"].shape[1] // BLOCK
-    for tokens, weights in list(zip(*rows, strict=True))[::2]:
+    for tokens, weights in zip(*rows, strict=True):
         chosen = rng.permutation(rng.choice(blocks, 2 * num_needles, replace=False))
         for pair in np.sort(chosen.reshape(-1, 2), axis=1):
             needle = draw(rng)
@@ -72,4 +73,4 @@ def _put(tokens: np.ndarray, weights: np.ndarray, start: int, needle: np.ndarray
     tokens[start : start + LENGTH] = needle
     weights[start : start + LENGTH] = 0.0
     if asked:
-        weights[start + 2 : start + LENGTH] = 1.0
+        weights[start + 2 : start + LENGTH] = WEIGHT
