@@ -150,7 +150,7 @@ STRICT = {
         8.0,
         r"config\.model\.yarn\.beta_fats is unknown; did you mean 'beta_fast'",
     ),
-    "nothing like it": ("mesh.zebra", 8, r"config\.mesh\.zebra is unknown; known keys: \['data', 'expert'"),
+    "nothing like it": ("mesh.zebra", 8, r"config\.mesh\.zebra is unknown; known keys: \['context', 'data', 'expert'"),
     "a float for a count": ("model.num_layers", 8.0, r"config\.model\.num_layers = 8\.0 is a float; it must be a int"),
     "text for a number": ("optimizer.b1", "0.9", r"config\.optimizer\.b1 = '0\.9' is a str; it must be a float"),
     "a bool for a number": ("model.num_layers", True, r"config\.model\.num_layers = True is a bool"),
@@ -449,7 +449,7 @@ def test_fp8_is_refused_on_a_gpu_without_kernels():
     config = from_config_dict(v3_300m.get_config()).with_(execution={"precision": "fp8"})
     for capability in ("8.0", "10.0"):
         device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="another GPU")
-        mesh = SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(("node", "expert"), 1))
+        mesh = SimpleNamespace(devices=np.array([device]), shape=dict.fromkeys(("context", "node", "expert"), 1))
         with pytest.raises(NotImplementedError, match=rf"{capability}; use --config.execution.precision=bf16"):
             resolve_for(config, mesh)
     device.compute_capability = "9.0"

@@ -187,10 +187,22 @@ def _splash_of(num_heads: int, places_S: np.ndarray, devices: int):
     """Return the kernel for queries at `places_S` of a row, cut over so many devices, and keys of the whole row."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    mask = splash_attention_mask.CausalMask((len(places_S), len(places_S)))
-    mask.q_sequence = places_S.astype(np.int32)
-    masks, blocks = splash_attention_mask.MultiHeadMask([mask] * num_heads), _splash_blocks(len(places_S) // devices)
-    return splash_attention_kernel.make_splash_mha(masks, block_sizes=blocks, head_shards=1, q_seq_shards=devices)
+    mask = splash_attention_mask.MultiHeadMask([_causal_mask_of()(places_S)] * num_heads)
+    blocks = _splash_blocks(len(places_S) // devices)
+    return splash_attention_kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=devices)
+
+
+@functools.cache
+def _causal_mask_of():
+    """Return the class of causal masks of queries in another order than their keys."""
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask
+
+    class CausalMaskOf(CausalMask):
+        def __init__(self, places_S: np.ndarray):
+            super().__init__((len(places_S), len(places_S)))
+            self.q_sequence = places_S.astype(np.int32)
+
+    return CausalMaskOf
 
 
 def _run_splash(kernel, q_BNSQ, k_BNMQ, v_BNMH, segments):

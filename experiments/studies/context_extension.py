@@ -48,6 +48,7 @@ WORKDIR = Path("runs/context_extension")  # keeps the tokenised corpus
 SHORT, LONG = 256, 2048
 PHASES = ((256, 8, 900), (1024, 2, 100), (2048, 1, 60))  # tokens of a row, rows, steps
 NEEDLES_OF_256 = 10
+LAST_RATE = 3e-4
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 LENGTHS = (256, 1024, 2048)
 TEST_ROWS = 8
@@ -96,15 +97,14 @@ def study_config(phase: int, yarn: bool = False) -> Config:
     config.data.update({"tokenizer": "byte", "sequence_length": length})
     tokens = float(length * rows * steps)
     config.training.update({"num_tokens": tokens, "batch_size": (("constant", 1.0, rows),), "micro_batch_size": rows})
-    config.execution.scan_unroll = 3
+    config.execution.update({"scan_unroll": 3})
+    config.mesh.update({"data": 1})
     if phase or yarn:
         config.model.yarn.update({"enabled": True, "factor": 10.0, "original_length": SHORT})
-    config.optimizer.learning_rate = (("constant", 0.7, 3e-3), ("cosine", 1.0, 3e-4))
+    rates_of_phase = (("constant", 1.0, LAST_RATE),) if phase else (("constant", 0.7, 3e-3), ("cosine", 1.0, LAST_RATE))
+    config.optimizer.update({"learning_rate": rates_of_phase})
     if phase:
-        config.optimizer.learning_rate = (("constant", 1.0, 3e-4),)
-        config.optimizer.warmup_steps = 0
-        config.optimizer.bias_update_rate = (("constant", 1.0, 0.0),)
-    config.mesh.data = 1
+        config.optimizer.update({"warmup_steps": 0, "bias_update_rate": (("constant", 1.0, 0.0),)})
     return from_config_dict(config)
 
 
