@@ -19,7 +19,7 @@ from deepseek_jax.parallel.context import refuse_context
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import gather
-from deepseek_jax.parameters import ROWS, Fp8Weight, P, Weights
+from deepseek_jax.parameters import ROWS, TOKENS, Fp8Weight, P, Weights
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.step import with_fp8
 
@@ -125,7 +125,7 @@ def _forward(model: Model, execution: Execution, weights: Weights, tokens_BS: ja
     if model.num_mtp_layers:
         names.append("mtp_logits")
     laid_out = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, (weights, tokens_BS))
-    out_specs = {name: P(None, ROWS) if name in PER_LAYER else P(ROWS) for name in names}
+    out_specs = {name: P(None, TOKENS) if name in PER_LAYER else P(TOKENS) for name in names}
     return jax.shard_map(local, in_specs=laid_out, out_specs=out_specs)(weights, tokens_BS)
 
 
