@@ -3,16 +3,15 @@
 `python -m experiments.studies.context_extension`
 
 DeepSeek-V3 is trained at 4K tokens and extended in two short phases, to 32K and 128K (arXiv 2412.19437, section 4.3).
-The study does the same at the size of a CPU: a small `tiny` over bytes learns text and needles (`needles`) at 256
-tokens, then two phases as those of `configs/tiny_1k.py` and `tiny_2k.py` continue it at 1,024 and 2,048. Four models
-are tested:
+The study does the same at the size of a CPU: a small `tiny` over bytes learns text and needles (`needles`) at 64
+tokens, then two short phases with YaRN continue it at 256 and 512. Four models are tested:
 
-    256           as it was trained
-    256, YaRN     the same weights with YaRN's frequencies and temperature, not trained with them
-    1,024         after the first phase
-    2,048         after the second
+    64           as it was trained
+    64, YaRN     the same weights with YaRN's frequencies and temperature, not trained with them
+    256          after the first phase
+    512          after the second
 
-Tests: held-out bits per byte by position in rows of 2,048; and the share of needles' symbols that are found, by length
+Tests: held-out bits per byte by position in rows of 512; and the share of needles' symbols that are found, by length
 of the row and depth of the needle. Writes records and the drawing. Takes some minutes on two cores.
 """
 
@@ -45,14 +44,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WORKDIR = Path("runs/context_extension")  # keeps the tokenised corpus
-SHORT, LONG = 256, 2048
-PHASES = ((256, 8, 900), (1024, 2, 100), (2048, 1, 60))  # tokens of a row, rows, steps
-NEEDLES_OF_256 = 10
+SHORT = 64
+PHASES = ((64, 16, 1500), (256, 4, 120), (512, 2, 80))  # tokens of a row, rows, steps
+NEEDLES_OF_64 = 3
 LAST_RATE = 3e-4
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
-LENGTHS = (256, 1024, 2048)
-TEST_ROWS = 8
-BANDS = np.append(0, 2 ** np.arange(6, 12))  # of positions
+LENGTHS = (64, 128, 256, 512)
+TEST_ROWS = 16
+BANDS = np.append(0, 2 ** np.arange(4, 10))  # of positions
 
 
 class Model(NamedTuple):
@@ -83,7 +82,7 @@ def study_config(phase: int, yarn: bool = False) -> Config:
     config = tiny.get_config()
     config.model.update(
         {
-            "vocab_size": 384,
+            "vocab_size": 512,
             "width": 128,
             "num_layers": 3,
             "query_latent": 64,
@@ -97,7 +96,7 @@ def study_config(phase: int, yarn: bool = False) -> Config:
     config.data.update({"tokenizer": "byte", "sequence_length": length})
     tokens = float(length * rows * steps)
     config.training.update({"num_tokens": tokens, "batch_size": (("constant", 1.0, rows),), "micro_batch_size": rows})
-    config.execution.update({"scan_unroll": 3})
+    config.execution.update({"scan_unroll": 3, "expert_block": 64})
     config.mesh.update({"data": 1})
     if phase or yarn:
         config.model.yarn.update({"enabled": True, "factor": 10.0, "original_length": SHORT})
@@ -111,14 +110,14 @@ def study_config(phase: int, yarn: bool = False) -> Config:
 def train_all(mesh: jax.sharding.Mesh):
     """Yield the four models."""
     state = None
-    for phase, name in enumerate(("256", "1,024", "2,048")):
+    for phase, name in enumerate(("64", "256", "512")):
         config = study_config(phase)
         with jax.set_mesh(mesh):
             state = create_state(config) if state is None else jit_state_around(config.optimizer, weights_of(state))
             state = train(config, state, mesh, seed=phase)
         yield Model(name, config, weights_of(state))
         if not phase:
-            yield Model("256, YaRN", study_config(0, yarn=True), weights_of(state))
+            yield Model("64, YaRN", study_config(0, yarn=True), weights_of(state))
 
 
 def weights_of(state: State) -> Weights:
@@ -134,7 +133,7 @@ def train(config: Config, state: State, mesh: jax.sharding.Mesh, seed: int) -> S
         config.data.sequence_length,
     )
     loader = make_train_loader(config, open_tokenizer(config, WORKDIR), WORKDIR)
-    rng, num_needles = np.random.default_rng(seed), NEEDLES_OF_256 * length // SHORT
+    rng, num_needles = np.random.default_rng(seed), NEEDLES_OF_64 * length // SHORT
     tokens = rows * length
     num_steps = int(config.training.num_tokens) // tokens
     for i in range(num_steps):
@@ -221,7 +220,7 @@ def draw(points: list[dict[str, Any]]) -> "Figure":
         right.plot(LENGTHS, found, color=color, marker=marker, label=label)
     left.set(xscale="log", xlabel="position (tokens)", ylabel="held-out bits per byte")
     right.set(xscale="log", xlabel="tokens of the row", ylabel="symbols of needles found", ylim=(-0.03, 1.03))
-    for axes, ticks in ((left, (32, 256, 1024, 2048)), (right, LENGTHS)):
+    for axes, ticks in ((left, (8, 64, 256, 512)), (right, LENGTHS)):
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.axvline(SHORT, color="0.7", linestyle=":")

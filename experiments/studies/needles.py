@@ -6,8 +6,9 @@ second time, the value is the only answer:
     ... text  ! k a b c d  text ... text  ! k a b c d  text ...
                 shown                         asked: a b c d must follow
 
-In training a row has several needles, and only answers and text carry loss: what is shown is random. In the test it has
-one, at a depth of the row, and is asked for at its end.
+In training every second row has several needles, and only answers and text carry loss: what is shown is random. The
+other rows are one random string again and again, from which a model learns within a few hundred steps to look for what
+followed before. In the test a row of text has one needle, at some depth, and is asked for it at its end.
 """
 
 from typing import NamedTuple
@@ -17,10 +18,11 @@ import numpy as np
 from deepseek_jax.data.packing import Batch
 
 MARK = 300  # ids beyond those of bytes and special tokens
-SYMBOLS = np.arange(301, 365)
+SYMBOLS = np.arange(301, 501)
 LENGTH = 6
 BLOCK = 8  # needles lie in blocks of so many tokens
 WEIGHT = 4.0  # of an answer, where a byte of text has 1
+PERIODS = (4, 25)  # of the strings: at least, and less than
 
 
 class Rows(NamedTuple):
@@ -38,10 +40,13 @@ def rows_of(batch: Batch) -> Rows:
 
 
 def train_batch(batch: Batch, rng: np.random.Generator, num_needles: int) -> Batch:
-    """Return the batch with needles in its rows, each shown and asked once."""
+    """Return the batch with needles, each shown and asked once, in every second row, and strings in the others."""
     rows = rows_of(batch)
     blocks = batch["tokens_BS"].shape[1] // BLOCK
-    for tokens, weights in zip(*rows, strict=True):
+    for number, (tokens, weights) in enumerate(zip(*rows, strict=True)):
+        if number % 2:
+            _repeat(tokens, weights, rng)
+            continue
         chosen = rng.permutation(rng.choice(blocks, 2 * num_needles, replace=False))
         for pair in np.sort(chosen.reshape(-1, 2), axis=1):
             needle = draw(rng)
@@ -67,6 +72,13 @@ def test_rows(text_BS: np.ndarray, rng: np.random.Generator, depth: float) -> np
 def draw(rng: np.random.Generator) -> np.ndarray:
     """Return a needle: mark, key, value."""
     return np.concatenate([[MARK], rng.choice(SYMBOLS, LENGTH - 1, replace=False)])
+
+
+def _repeat(tokens: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> None:
+    """Fill a row with a string again and again; all but the first time it is a target."""
+    string = rng.choice(SYMBOLS, rng.integers(*PERIODS), replace=False)
+    tokens[:] = np.resize(string, len(tokens))
+    weights[:] = np.arange(len(tokens)) >= len(string)
 
 
 def _put(tokens: np.ndarray, weights: np.ndarray, start: int, needle: np.ndarray, asked: bool) -> None:
