@@ -12,7 +12,7 @@ from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
 from deepseek_jax.parameters import (
     PARAMETERS,
-    ROWS,
+    TOKENS,
     P,
     Parameter,
     Weights,
@@ -29,7 +29,7 @@ NEW = "adapter_DAP"
 @pytest.fixture
 def new_row(monkeypatch):
     """A parameter that no module has: two dims of rows, multiplied in FP8."""
-    monkeypatch.setitem(PARAMETERS, NEW, Parameter(P(None, None, ROWS), 2, "fp8"))
+    monkeypatch.setitem(PARAMETERS, NEW, Parameter(P(None, None, TOKENS), 2, "fp8"))
 
 
 def config(**mesh: int):
@@ -42,7 +42,7 @@ def test_one_row_is_all_that_a_parameter_needs(new_row):
     """Layout, quantisation, gather, reduction of gradients, decay: on eight devices, stacked over two layers."""
     w = np.random.default_rng(0).normal(size=(2, 24, 8, 128)).astype(np.float32)
     params = {"moe_layers": {"attention": {NEW: w}}}
-    assert partition_specs(params)["moe_layers"]["attention"][NEW] == P(None, None, None, ROWS)
+    assert partition_specs(params)["moe_layers"]["attention"][NEW] == P(None, None, None, TOKENS)
     assert decay_mask(params)["moe_layers"]["attention"][NEW]
 
     def local(params):
@@ -54,7 +54,7 @@ def test_one_row_is_all_that_a_parameter_needs(new_row):
 
     with jax.set_mesh(make_mesh(config(data=2, node=2, expert=2).mesh)):
         specs = partition_specs(params)
-        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(ROWS), specs, specs)))
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=(P(TOKENS), specs, specs)))
         moved, transposed, reduced = jax.device_get(run(jax.tree.map(jax.device_put, params, specs)))
 
     values, scales = moved["moe_layers"]["attention"][NEW]
@@ -83,10 +83,10 @@ def test_a_new_row_tells_which_dims_a_mesh_must_divide(monkeypatch):
     """Heads are split by no parameter of today: `tiny` has 4, which 8 devices refuse as soon as one is."""
     mesh = make_mesh(config(data=2, node=2, expert=2).mesh)
     check_fit(config(data=2, node=2, expert=2), mesh)
-    monkeypatch.setitem(PARAMETERS, "slope_A", Parameter(P(ROWS), 0, "fp32"))
+    monkeypatch.setitem(PARAMETERS, "slope_A", Parameter(P(TOKENS), 0, "fp32"))
     check_fit(config(data=2, node=2, expert=2), mesh)  # A was split already
     with pytest.raises(ValueError, match=r"model.num_experts = 16 cannot be split over 32 devices"):
-        monkeypatch.setitem(PARAMETERS, "load_E", Parameter(P((*ROWS, "pipe")), 0, "fp32"))
+        monkeypatch.setitem(PARAMETERS, "load_E", Parameter(P((*TOKENS, "pipe")), 0, "fp32"))
         check_fit(config(data=2, node=2, expert=2), Wider(mesh))
 
 
