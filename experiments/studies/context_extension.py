@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 
 from configs import tiny
 from deepseek_jax.config import Config, from_config_dict
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
 WORKDIR = Path("runs/context_extension")  # keeps the tokenised corpus
 SHORT = 64
-PHASES = ((64, 16, 1500), (256, 4, 120), (512, 2, 80))  # tokens of a row, rows, steps
+PHASES = ((64, 16), (256, 4), (512, 2))  # tokens of a row, rows
+STEPS = flags.DEFINE_list("steps", ["3000", "150", "100"], "Steps of the three phases.")
 NEEDLES_OF_64 = 3
 LAST_RATE = 3e-4
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
@@ -78,7 +80,7 @@ def main(_) -> None:
 
 def study_config(phase: int, yarn: bool = False) -> Config:
     """A smaller `tiny` over bytes; from phase 1 on with YaRN, and at the last learning rate of phase 0."""
-    length, rows, steps = PHASES[phase]
+    (length, rows), steps = PHASES[phase], int(STEPS.value[phase])
     config = tiny.get_config()
     config.model.update(
         {
