@@ -23,6 +23,7 @@ device, and merges the softmax of each block with the rest.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from jax import lax
 
 from deepseek_jax.parallel.mesh import AXES, AnyMesh, axis_size
 from deepseek_jax.parameters import CONTEXT, ROWS
+from pallas_kernels.lowering import manual_axes
 
 
 def size() -> int:
@@ -75,6 +77,16 @@ def total(x: jax.Array) -> jax.Array:
 def once(x: jax.Array) -> jax.Array:
     """Return `x` on the first of the devices that share rows, 0 on the others: what all of them have counts once."""
     return x if size() == 1 else jnp.where(place() == 0, x, jnp.zeros_like(x))
+
+
+def parts(tree: Any) -> Any:
+    """Return sums that add up over the devices: what is the same on all that share rows counts once."""
+
+    def part(x):
+        shared = CONTEXT not in manual_axes.varies_over(x)
+        return manual_axes.vary(once(x) if shared else x, frozenset({CONTEXT}))
+
+    return jax.tree.map(part, tree)
 
 
 def place() -> jax.Array:

@@ -213,7 +213,7 @@ def _forward(
     output = _run(model, execution, objective, weights, batch, load, num_parts)
     head_DV = in_fp32(load({"head_DV": weights.params["head_DV"]})["head_DV"])
     router = output.observed if model.num_moe_layers else no_routers(model, output.hidden_BSD)
-    return Sums(objective.terms(output, head_DV, batch), router)
+    return context.parts(Sums(objective.terms(output, head_DV, batch), router))
 
 
 def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates):
