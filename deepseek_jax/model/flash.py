@@ -20,7 +20,7 @@ are local to a device.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,10 +175,11 @@ def _shared_splash_kernel(q_BNSQ, k_BNMQ, v_BNMH, place, *segments):
         size = x.shape[dim] // devices
         return lax.dynamic_slice_in_dim(x, place * size, size, dim)
 
-    infos, options = kernel.tree_flatten()
-    infos = [
+    lists: Any
+    lists, options = kernel.tree_flatten()
+    infos: list[Any] = [
         info._replace(**{name: own(name, x) for name, x in info._asdict().items() if isinstance(x, jax.Array)})
-        for info in infos
+        for info in lists
     ]
     return _run_splash(type(kernel)(*infos, **options), q_BNSQ, k_BNMQ, v_BNMH, segments)
 

@@ -46,13 +46,13 @@ def main(_) -> None:
 
 def layers(context: int) -> Config:
     """Return two MoE layers of V3 at 128K, one sequence for every group of devices that shares one."""
-    tree = deepseek_v3_128k.get_config()
     rows = DEVICES // context
-    tree.model.update({"num_layers": 2, "num_dense_layers": 0, "num_mtp_layers": 0})
-    tree.training.update({"micro_batch_size": rows, "batch_size": (("constant", 1.0, rows),)})
-    tree.mesh.update({"data": -1, "context": context, "node": 1, "expert": EXPERT})
-    tree.execution.update({"precision": "bf16", "remat": REMAT.value})
-    return from_config_dict(tree)
+    return from_config_dict(deepseek_v3_128k.get_config()).with_(
+        model={"num_layers": 2, "num_dense_layers": 0, "num_mtp_layers": 0},
+        training={"micro_batch_size": rows, "batch_size": (("constant", 1.0, rows),)},
+        mesh={"data": -1, "context": context, "node": 1, "expert": EXPERT},
+        execution={"precision": "bf16", "remat": REMAT.value},
+    )
 
 
 def record(config: Config, memory: StepMemory) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Tests: held-out bits per byte by position in rows of 512; and the share of needl
 of the row and depth of the needle. Writes records and the drawing. Takes some minutes on two cores.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,9 +82,8 @@ def main(_) -> None:
 def study_config(phase: int, yarn: bool = False) -> Config:
     """A smaller `tiny` over bytes; from phase 1 on with YaRN, and at the last learning rate of phase 0."""
     (length, rows), steps = PHASES[phase], int(STEPS.value[phase])
-    config = tiny.get_config()
-    config.model.update(
-        {
+    config = from_config_dict(tiny.get_config()).with_(
+        model={
             "vocab_size": 512,
             "width": 128,
             "num_layers": 3,
@@ -93,20 +93,24 @@ def study_config(phase: int, yarn: bool = False) -> Config:
             "experts_per_token": 2,
             "expert_hidden": 96,
             "num_mtp_layers": 0,
-        }
+        },
+        data={"tokenizer": "byte", "sequence_length": length},
+        training={
+            "num_tokens": float(length * rows * steps),
+            "batch_size": (("constant", 1.0, rows),),
+            "micro_batch_size": rows,
+        },
+        optimizer={"learning_rate": (("constant", 0.7, 3e-3), ("cosine", 1.0, LAST_RATE))},
+        mesh={"data": 1},
+        execution={"scan_unroll": 3, "expert_block": 64},
     )
-    config.data.update({"tokenizer": "byte", "sequence_length": length})
-    tokens = float(length * rows * steps)
-    config.training.update({"num_tokens": tokens, "batch_size": (("constant", 1.0, rows),), "micro_batch_size": rows})
-    config.execution.update({"scan_unroll": 3, "expert_block": 64})
-    config.mesh.update({"data": 1})
     if phase or yarn:
-        config.model.yarn.update({"enabled": True, "factor": 10.0, "original_length": SHORT})
-    rates_of_phase = (("constant", 1.0, LAST_RATE),) if phase else (("constant", 0.7, 3e-3), ("cosine", 1.0, LAST_RATE))
-    config.optimizer.update({"learning_rate": rates_of_phase})
+        extended = dataclasses.replace(config.model.yarn, enabled=True, factor=10.0, original_length=SHORT)
+        config = config.with_(model={"yarn": extended})
     if phase:
-        config.optimizer.update({"warmup_steps": 0, "bias_update_rate": (("constant", 1.0, 0.0),)})
-    return from_config_dict(config)
+        rates_of_phase = {"learning_rate": (("constant", 1.0, LAST_RATE),), "warmup_steps": 0}
+        config = config.with_(optimizer=rates_of_phase | {"bias_update_rate": (("constant", 1.0, 0.0),)})
+    return config
 
 
 def train_all(mesh: jax.sharding.Mesh):

@@ -83,7 +83,7 @@ def take(config: Config, weights: Weights, batch: Batch) -> list[Linear]:
     return linears
 
 
-def _loss(config: Config, router_bias: Any, batch: Batch, params: Any) -> jax.Array:
+def _loss(config: Config, router_bias: Any, batch: Any, params: Any) -> jax.Array:
     """Return the cross entropy per token, with that of the MTP layers."""
     objective, segment_ids_BS = pretraining(config), batch["segment_ids_BS"]
     depths = range(config.model.num_mtp_layers)
