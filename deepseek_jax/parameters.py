@@ -2,7 +2,8 @@
 
 A parameter's name says its dims and is the key of its row. Everything else derives from the row: the layout
 of the parameter, its gradient, its moments and its average (`partition_specs`); which weights are quantised, and as
-which matrix (`parallel.weights`); which dims a mesh must divide (`parallel.mesh.check_fit`); weight decay
+which matrix (`parallel.weights`); which devices store the same part where a mesh does not divide a dim (`layout_of`);
+weight decay
 (`training.optimizer`); what decoding casts (`inference.weights`); how a checkpoint's tensors lie in our arrays
 (`huggingface`). To add a parameter, add a row here and the module that multiplies with it.
 
@@ -16,6 +17,7 @@ gather and reduce is then contiguous. Otherwise they split every expert, by the 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -200,8 +202,10 @@ def stores_whole_experts(num_experts: int) -> bool:
     return num_experts % math.prod(sizes.get(axis, 1) for axis in STORED_EXPERTS) == 0
 
 
-def layout_of(name: str, num_dims: int, num_experts: int) -> P:
-    """Return the `PartitionSpec` of a leaf on the current mesh; dims of stacked layers come first and are not split.
+def widest_layout(name: str, num_dims: int, num_experts: int) -> P:
+    """Return the `PartitionSpec` of a leaf of which the current mesh divides every dim.
+
+    Dims of stacked layers come first and are not split.
 
     Args:
         name: of the parameter.
@@ -213,6 +217,43 @@ def layout_of(name: str, num_dims: int, num_experts: int) -> P:
     if parameter.per_expert and stores_whole_experts(num_experts):
         layout = P(STORED_EXPERTS, *(None,) * parameter.matrix_dims)
     return P(*(None,) * (num_dims - len(layout)), *layout)
+
+
+def layout_of(name: str, shape: Sequence[int], num_experts: int) -> P:
+    """Return the `PartitionSpec` of a whole leaf on the current mesh: its widest layout, less the axes that do not fit.
+
+    A dim is split over those of its axes that together divide it into the most parts; of two choices with as many, over
+    the axes that come later, whose links are faster. Devices along the others store the same part, and sum its
+    gradient. On data 3, node 8, expert 8 a width of 7,168 lies in 64 parts, each on three devices. The dim of routed
+    experts keeps its axes: a device stores none but those that it multiplies with (`parallel.mesh.check_fit`).
+
+    Args:
+        name: of the parameter.
+        shape: of the leaf, stacked layers first.
+        num_experts: of the model, on all devices; read for experts' weights alone.
+    """
+    widest = widest_layout(name, len(shape), num_experts)
+    experts = len(shape) - len(PARAMETERS[name].layout) if PARAMETERS[name].per_expert else None
+    return P(*(axes if dim == experts else _fitting(axes, shape[dim]) for dim, axes in enumerate(widest)))
+
+
+def axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the mesh axes of one dim of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _fitting(entry: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+    """Return those axes of an entry that divide a dim of `size` into the most parts."""
+    axes, sizes = axes_of(entry), jax.sharding.get_abstract_mesh().shape
+
+    def parts(chosen: Sequence[str]) -> int:
+        return math.prod(sizes.get(axis, 1) for axis in chosen)
+
+    if size % parts(axes) == 0:
+        return entry
+    several = [s for n in range(len(axes), -1, -1) for s in itertools.combinations(reversed(axes), n)]
+    chosen = max((s for s in several if size % parts(s) == 0), key=parts)
+    return tuple(reversed(chosen)) or None
 
 
 def layout_in_use(name: str, num_dims: int) -> P:
@@ -227,7 +268,7 @@ def partition_specs(tree: Any) -> Any:
 
     def spec(path, leaf):
         name = leaf_name(path)
-        return layout_of(name, leaf.ndim, leaf.shape[leaf.ndim - len(PARAMETERS[name].layout)])
+        return layout_of(name, leaf.shape, leaf.shape[leaf.ndim - len(PARAMETERS[name].layout)])
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 

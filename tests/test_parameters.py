@@ -8,14 +8,18 @@ import pytest
 from configs import tiny
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.inference.weights import decode_weights
-from deepseek_jax.parallel.mesh import check_fit, make_mesh
+from deepseek_jax.parallel.mesh import AXES, make_mesh
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
 from deepseek_jax.parameters import (
+    COPIES,
+    EXPERTS,
     PARAMETERS,
+    STORED_EXPERTS,
     TOKENS,
     P,
     Parameter,
     Weights,
+    layout_of,
     matrix_shape,
     num_lead_dims,
     partition_specs,
@@ -79,22 +83,33 @@ def test_a_new_row_is_cast_for_decoding(new_row):
     assert (cast[NEW].dtype, cast["norm_D"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_a_new_row_tells_which_dims_a_mesh_must_divide(monkeypatch):
-    """Heads are split by no parameter of today: `tiny` has 4, which 8 devices refuse as soon as one is."""
-    mesh = make_mesh(config(data=2, node=2, expert=2).mesh)
-    check_fit(config(data=2, node=2, expert=2), mesh)
-    monkeypatch.setitem(PARAMETERS, "slope_A", Parameter(P(TOKENS), 0, "fp32"))
-    check_fit(config(data=2, node=2, expert=2), mesh)  # A was split already
-    with pytest.raises(ValueError, match=r"model.num_experts = 16 cannot be split over 32 devices"):
-        monkeypatch.setitem(PARAMETERS, "load_E", Parameter(P((*TOKENS, "pipe")), 0, "fp32"))
-        check_fit(config(data=2, node=2, expert=2), Wider(mesh))
+@pytest.mark.parametrize(
+    ("width", "axes"),
+    [
+        (48, TOKENS),
+        (40, ("context", "node", "expert")),  # of 12 devices 4 divide it, and of 3 data none
+        (36, TOKENS),
+        (30, ("data", "context", "expert")),  # 6, over the faster link
+        (27, ("data", "context")),
+        (50, ("context", "expert")),
+        (25, "context"),
+    ],
+)
+def test_a_dim_is_split_over_the_axes_that_divide_it_into_most_parts(width, axes):
+    """On data 3, node 2, expert 2; an axis of one device divides everything."""
+    sizes = dict.fromkeys(AXES, 1) | {"data": 3, "node": 2, "expert": 2}
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))):
+        assert layout_of("q_a_DA", (5, width, 7), 0) == P(None, axes, None)
+        assert layout_of("o_NHD", (2, 3, width), 0) == P(None, None, axes)
 
 
-class Wider:
-    """A mesh with a pipe axis of four, which no machine here has."""
-
-    def __init__(self, mesh):
-        self.shape = dict(mesh.shape) | {"pipe": 4}
+def test_experts_stay_on_their_devices():
+    """12 on (node 2, expert 2) and data 3: whole ones. 8: each is split over data, if that divides it."""
+    sizes = dict.fromkeys(AXES, 1) | {"data": 3, "node": 2, "expert": 2}
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))):
+        assert layout_of("down_EFD", (12, 5, 7), 12) == P(STORED_EXPERTS, None, None)
+        assert layout_of("down_EFD", (8, 5, 9), 8) == P(EXPERTS, None, COPIES)
+        assert layout_of("down_EFD", (8, 5, 7), 8) == P(EXPERTS, None, "context")
 
 
 def test_the_table_is_the_recipe():

@@ -14,7 +14,7 @@ from deepseek_jax.parameters import Fp8Weight, layout_of
 def matrix(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
     """Make a normally distributed FP32 weight; on an explicit mesh it is born in the layout of its name."""
     explicit = jax.sharding.get_abstract_mesh().are_all_axes_explicit
-    born = layout_of(name, len(shape), num_experts=shape[0]) if explicit else None
+    born = layout_of(name, shape, num_experts=shape[0]) if explicit else None
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=born))
 
 

@@ -24,14 +24,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from deepseek_jax import config as config_lib
-from deepseek_jax.parameters import CONTEXT, PARAMETERS, ROWS, TOKENS
+from deepseek_jax.parameters import CONTEXT, EXPERTS, ROWS, TOKENS
 from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
 
 AXES = ("pipe", *TOKENS, "tensor")
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # of devices, or of sizes alone
-# Fields of `Model` by the letter of their dim: all dims that the layout of some parameter splits.
-SIZES = {"D": "width", "C": "kv_latent", "A": "query_latent", "E": "num_experts"}
 
 
 class MeshMisfit(ValueError):
@@ -192,9 +190,9 @@ def check_context(config: config_lib.Config, mesh: AnyMesh) -> None:
 
 
 def check_model_fit(model: config_lib.Model, mesh: AnyMesh) -> None:
-    """Refuse a model whose parameters the mesh cannot split evenly."""
-    for field, parts in _split_sizes(mesh).items():
-        _check_split(f"model.{field}", getattr(model, field), parts, mesh)
+    """Refuse a model whose routed experts the mesh cannot share evenly; every other dim lies on any mesh."""
+    if model.num_moe_layers:
+        _check_split("model.num_experts", model.num_experts, axis_size(mesh, EXPERTS), mesh)
 
 
 def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
@@ -209,21 +207,6 @@ def _check_split(name: str, size: int, parts: int, mesh: AnyMesh) -> None:
 
 def _divisors(size: int) -> list[int]:
     return [n for n in range(1, size + 1) if size % n == 0]
-
-
-def _split_sizes(mesh: AnyMesh) -> dict[str, int]:
-    """Return {field of `Model`: number of devices that its dim is split over}."""
-    return {field: max(axis_size(mesh, axes) for axes in layouts) for field, layouts in _split_fields().items()}
-
-
-def _split_fields() -> dict[str, set[tuple[str, ...]]]:
-    """Return {field of `Model`: the mesh axes that split its dim, one tuple per layout of `PARAMETERS`}."""
-    fields: dict[str, set[tuple[str, ...]]] = {}
-    for name, parameter in PARAMETERS.items():
-        for letter, axes in zip(name.rpartition("_")[2], parameter.layout, strict=True):
-            if axes is not None:
-                fields.setdefault(SIZES[letter], set()).add((axes,) if isinstance(axes, str) else tuple(axes))
-    return fields
 
 
 def axis_size(mesh: AnyMesh, axes: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ product that makes it, through the sum over micro-batches, to the reduction over
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,14 +24,16 @@ from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import (
     EXPERTS,
     PARAMETERS,
-    STORED_EXPERTS,
     TOKENS,
     CastWeight,
     Fp8Weight,
+    P,
+    axes_of,
     layout_of,
     leaf_name,
     matrix_shape,
     num_lead_dims,
+    widest_layout,
 )
 from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
@@ -56,18 +59,21 @@ def gather(tree: Any, dtype: jnp.dtype, num_experts: int, differentiated: bool =
 
     def gather_leaf(path, w):
         name = leaf_name(path)
+        split = _split_of_part(name, w.values if isinstance(w, Fp8Weight) else w, num_experts)
+        # The transpose of this cast sums over the devices that store the same part.
+        w = manual_axes.vary(w, frozenset(TOKENS))
+        if split is None:
+            return w
+        dim, axes = split
         if isinstance(w, Fp8Weight):
-            ((dim, axes),) = _split_dims(name, w.values, num_experts)
             moved = _gather_bytes(w.values, axes, dim)
             carrier = None if w.carrier is None else _carry(w.carrier, axes, dim)
             return Fp8Weight(carrier, moved, w.scales)
-        for dim, axes in _split_dims(name, w, num_experts):
-            own = jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype
-            if differentiated and own != jnp.float32:
-                values = _all_gather(lax.stop_gradient(w).astype(own), axes, dim)
-                return CastWeight(_carry(w, axes, dim), values)
-            return _gather_split(w, axes, dim, own)
-        return manual_axes.vary(w, frozenset(TOKENS))
+        own = jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype
+        if differentiated and own != jnp.float32:
+            values = _all_gather(lax.stop_gradient(w).astype(own), axes, dim)
+            return CastWeight(_carry(w, axes, dim), values)
+        return _gather_split(w, axes, dim, own)
 
     return jax.tree_util.tree_map_with_path(gather_leaf, tree, is_leaf=_is_weight)
 
@@ -79,9 +85,14 @@ def reduce_gradients(tree: Any, num_experts: int) -> Any:
     """
 
     def reduce_leaf(path, g):
-        for dim, axes in _split_dims(leaf_name(path), g, num_experts):
-            return _scatter_sum(g, axes, dim)
-        return lax.psum(g, TOKENS)
+        name = leaf_name(path)
+        if (split := _split_of_whole(name, g, num_experts)) is None:
+            return lax.psum(g, TOKENS)
+        dim, axes = split
+        apart = EXPERTS if PARAMETERS[name].per_expert else ()
+        same = tuple(axis for axis in TOKENS if axis not in (*axes, *apart))  # devices that store the same part
+        g = _scatter_sum(g, axes, dim)
+        return lax.psum(g, same) if same else g
 
     return jax.tree_util.tree_map_with_path(reduce_leaf, tree)
 
@@ -102,7 +113,9 @@ def quantize_weights(params: Any, num_experts: int) -> Any:
         if PARAMETERS[name].precision != "fp8":
             return None
         with jax.named_scope("quantize_weights"):
-            return _quantize(name, w, *_split_dims(name, w, num_experts)[0])
+            split = _split_of_part(name, w, num_experts)
+            assert split is not None, name  # every matrix is split
+            return _quantize(name, w, *split)
 
     return jax.tree_util.tree_map_with_path(quantize_leaf, params)
 
@@ -224,11 +237,23 @@ def _scatter_sum(g: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     return g if lax.axis_size(axes) == 1 else lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
 
 
-def _split_dims(name: str, w: jax.Array, num_experts: int) -> list[tuple[int, tuple[str, ...]]]:
-    """Return (dim, axes) of the dim that is split for storage only; an empty list if there is none.
+def _split_of_part(name: str, part: jax.Array, num_experts: int) -> tuple[int, tuple[str, ...]] | None:
+    """Return (dim, axes) of the dim of a leaf that is split for storage only, None if the table splits none.
 
-    Axes of `EXPERTS` never gather experts.
+    A part varies over just the axes that split it. Axes of `EXPERTS` never gather experts.
     """
-    layout = enumerate(layout_of(name, w.ndim, num_experts))
-    dims = [(dim, (axes,) if isinstance(axes, str) else tuple(axes)) for dim, axes in layout if axes is not None]
-    return [(dim, axes[len(EXPERTS) :] if axes == STORED_EXPERTS else axes) for dim, axes in dims if axes != EXPERTS]
+    return _storage(name, widest_layout(name, part.ndim, num_experts), manual_axes.varies_over(part))
+
+
+def _split_of_whole(name: str, whole: jax.Array, num_experts: int) -> tuple[int, tuple[str, ...]] | None:
+    """Return what `_split_of_part` returns of the parts of a whole leaf."""
+    layout = layout_of(name, whole.shape, num_experts)
+    return _storage(name, widest_layout(name, whole.ndim, num_experts), {a for entry in layout for a in axes_of(entry)})
+
+
+def _storage(name: str, layout: P, split_over: Collection[str]) -> tuple[int, tuple[str, ...]] | None:
+    kept = EXPERTS if PARAMETERS[name].per_expert else ()
+    for dim, entry in enumerate(layout):
+        if axes := tuple(axis for axis in axes_of(entry) if axis not in kept):
+            return dim, tuple(axis for axis in axes if axis in split_over)
+    return None

@@ -4,14 +4,16 @@ from typing import TYPE_CHECKING
 
 from deepseek_jax.palette import BLACK, BLUE, GREEN, ORANGE
 from deepseek_jax.pipeline.simulation import Durations, run
-from deepseek_jax.pipeline.table import LETTERS, Table, Work
+from deepseek_jax.pipeline.table import LETTERS, Cell, Table, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
+Bounds = tuple[float, float, float, float]  # left, top, right, bottom
 COLORS = {"forward": BLUE, "backward": GREEN, "weight": ORANGE}
 MEANINGS = {"forward": "forward", "backward": "gradients of inputs", "weight": "gradients of weights"}
 FIRST_CHUNK, OTHER_CHUNKS = 0.95, 0.45  # opacities
@@ -48,27 +50,28 @@ def draw(tables: "Sequence[Table]", durations: Durations) -> "Figure":
 
 
 def _panel(axes: "Axes", table: Table, durations: Durations) -> None:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
     times = run(table, durations)
+    boxes: dict[tuple[str, bool], list[Bounds]] = {}
+    frames: list[Bounds] = []
     for device, row in enumerate(table.cells):
         for tick, cell in enumerate(row):
-            if cell is None:
-                continue
-            start, end = times.starts[device, tick], times.ends[device, tick]
-            has_pair = cell.forward is not None and cell.backward is not None
-            height = 0.5 if has_pair else 1.0
-            if cell.forward is not None:
-                _box(axes, "forward", cell.forward, start, end, device - 0.5, height)
-            if cell.backward is not None:
-                share = durations.inputs / durations.full if cell.weight is not None else 1.0
-                middle = start + share * (end - start)
-                top = device - 0.5 + has_pair * height
-                _box(axes, "backward", cell.backward, start, middle, top, height)
-                if cell.weight is not None:
-                    _box(axes, "weight", cell.weight, middle, end, top, height)
-            elif cell.weight is not None:
-                _box(axes, "weight", cell.weight, start, end, device - 0.5, height)
-            if has_pair:
-                _frame(axes, start, end, device)
+            if cell is not None:
+                place = (times.starts[device, tick], device - 0.5, times.ends[device, tick], device + 0.5)
+                for part, work, box in _boxes(cell, place, durations):
+                    boxes.setdefault((part, work.chunk > 0), []).append(box)
+                    if part != "weight" or cell.kind == "W":  # else it is its B's
+                        _number(axes, work, box)
+                if cell.kind == "FBW":
+                    frames.append(place)
+    for (part, is_pale), of_part in boxes.items():  # one path for all boxes of a colour: the file stays small
+        style = {"facecolor": COLORS[part], "alpha": OTHER_CHUNKS if is_pale else FIRST_CHUNK, "edgecolor": "white"}
+        axes.add_patch(PathPatch(Path.make_compound_path(*map(_outline, of_part)), linewidth=0.4, **style))
+    if frames:
+        path = Path.make_compound_path(*map(_outline, frames))
+        axes.add_patch(PathPatch(path, fill=False, edgecolor=BLACK, linewidth=0.9))
     axes.set_ylim(table.num_devices - 0.5, -0.5)
     axes.set_yticks(range(table.num_devices))
     axes.tick_params(labelsize=7)
@@ -81,22 +84,32 @@ def _panel(axes: "Axes", table: Table, durations: Durations) -> None:
     )
 
 
-def _box(axes: "Axes", part: str, work: Work, start: float, end: float, top: float, height: float) -> None:
-    from matplotlib.patches import Rectangle
+def _boxes(cell: Cell, place: Bounds, durations: Durations) -> "Iterator[tuple[str, Work, Bounds]]":
+    """Yield the box of every part: W right of its B, F above both."""
+    left, top, right, bottom = place
+    if cell.kind == "FBW":
+        middle = (top + bottom) / 2
+        yield from ((part, work, (left, top, right, middle)) for part, work in cell.parts() if part == "forward")
+        top = middle
+    if cell.backward is not None and cell.weight is not None:
+        between = left + durations.inputs / durations.full * (right - left)
+        yield "backward", cell.backward, (left, top, between, bottom)
+        yield "weight", cell.weight, (between, top, right, bottom)
+    else:
+        yield from ((part, work, place) for part, work in cell.parts())
 
-    opacity = FIRST_CHUNK if work.chunk == 0 else OTHER_CHUNKS
-    style = {"facecolor": COLORS[part], "alpha": opacity, "edgecolor": "white", "linewidth": 0.4}
-    axes.add_patch(Rectangle((start, top), end - start, height, **style))
-    if end - start > SHORTEST_NUMBER:
+
+def _outline(box: Bounds) -> "Path":
+    from matplotlib.path import Path
+
+    left, top, right, bottom = box
+    return Path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], closed=True)
+
+
+def _number(axes: "Axes", work: Work, box: Bounds) -> None:
+    left, top, right, bottom = box
+    if right - left > SHORTEST_NUMBER:
         color = "white" if work.chunk == 0 else BLACK
-        size = (6.5 if height == 1 else 4.5) * min(1.0, (end - start) / 0.75)
-        number = str(work.micro_batch)
-        axes.text(
-            (start + end) / 2, top + height / 2, number, ha="center", va="center_baseline", fontsize=size, color=color
-        )
-
-
-def _frame(axes: "Axes", start: float, end: float, device: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((start, device - 0.5), end - start, 1, fill=False, edgecolor=BLACK, linewidth=0.9))
+        size = (6.5 if bottom - top == 1 else 4.5) * min(1.0, (right - left) / 0.75)
+        place = (left + right) / 2, (top + bottom) / 2
+        axes.text(*place, str(work.micro_batch), ha="center", va="center_baseline", fontsize=size, color=color)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import AXES
-from deepseek_jax.parameters import PARAMETERS, layout_in_use, leaf_name
+from deepseek_jax.parameters import PARAMETERS, layout_in_use, layout_of, leaf_name
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.summary import active_parameters, num_steps
@@ -66,9 +66,23 @@ def largest_batch(config: Config) -> int:
 
 
 def state_of(config: Config) -> State:
-    """Return the abstract state of a config, with the mesh axes that split each leaf, the same on any mesh."""
+    """Return the abstract state of a config, laid out for one device; `laid_out` says how it lies on more."""
     mesh = jax.make_mesh((1,) * len(AXES), AXES, devices=jax.devices()[:1])
     return abstract_state(config, mesh)
+
+
+def laid_out(tree: Any, mesh: jax.sharding.AbstractMesh) -> Any:
+    """Return a tree of `state_of` with the layouts that its leaves have on `mesh`."""
+
+    def place(path, leaf):
+        if leaf.ndim == 0:  # a counter of the optimizer
+            return leaf
+        name = leaf_name(path)
+        layout = layout_of(name, leaf.shape, leaf.shape[leaf.ndim - len(PARAMETERS[name].layout)])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, layout))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
@@ -79,6 +93,7 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
     weights but other devices' experts. Activations and what a gather of one layer makes are not here: only a compiled
     step knows them.
     """
+    state = laid_out(state, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state["params"])
     held = {
         "weights": _local(state["params"], mesh) + _local(state["router_bias"], mesh),

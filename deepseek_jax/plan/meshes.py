@@ -12,9 +12,11 @@ from collections.abc import Iterator
 import jax
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
-from deepseek_jax.parallel.mesh import check_fit, check_model_fit, mesh_shape
+from deepseek_jax.parallel.mesh import axis_size, check_fit, check_model_fit, mesh_shape
+from deepseek_jax.parameters import ROWS
 
 MOST_DEVICES = 2048  # of the report's cluster
+MOST_SHARING = 8  # devices that a plan lets share sequences on its own; they exchange latents in every layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +56,15 @@ def find_fit(config: Config, num_devices: int) -> Fit | None:
     """Return `config` on `num_devices` devices with as few changes of mesh and micro-batch as work; None if none do.
 
     Experts are spread over as many devices as `config` spreads them over, or else over the next smaller number that
-    works. A micro-batch that does not fit becomes one sequence per device or, in FP8, more.
+    works. A micro-batch that does not fit becomes one sequence per device or, in FP8, more. Where the batch has fewer
+    sequences than that, devices share each: `mesh.context`.
     """
     for mesh_changes in _meshes(config, num_devices):
         sized = config.with_(mesh={key.removeprefix("mesh."): size for key, size in mesh_changes.items()})
         if not _fits_model(sized, num_devices):
             continue
         mesh = _abstract(mesh_shape(sized.mesh, num_devices))
-        for batch_changes in _micro_batches(config, num_devices):
+        for batch_changes in _micro_batches(config, axis_size(mesh, ROWS)):
             fitting = sized.with_(training={key.removeprefix("training."): n for key, n in batch_changes.items()})
             if _accepted(fitting, mesh):
                 return Fit(num_devices, fitting, mesh, mesh_changes | batch_changes)
@@ -70,20 +73,17 @@ def find_fit(config: Config, num_devices: int) -> Fit | None:
 
 def smallest_micro_batch(fit: Fit) -> int:
     """Return the smallest micro-batch that works on the mesh of `fit`; its own is one that does."""
-    sizes = range(fit.num_devices, fit.config.training.micro_batch_size, fit.num_devices)
-    accepted = (n for n in sizes if _accepted(fit.config.with_(training={"micro_batch_size": n}), fit.mesh))
-    return next(accepted, fit.config.training.micro_batch_size)
+    rows, own = axis_size(fit.mesh, ROWS), fit.config.training.micro_batch_size
+    accepted = (
+        n for n in range(rows, own, rows) if _accepted(fit.config.with_(training={"micro_batch_size": n}), fit.mesh)
+    )
+    return next(accepted, own)
 
 
 @functools.lru_cache(maxsize=64)
 def find_fits(config: Config, most: int = MOST_DEVICES) -> tuple[Fit, ...]:
-    """Return a fit for every number of devices up to `most` that works.
-
-    Batch and dense weights are split over all devices, however the mesh divides them. So a number that does not work
-    with whole experts on every device works with no other mesh, and is not tried further.
-    """
-    open_mesh = config.with_(mesh={"data": -1, "context": 1, "node": 1, "expert": 1})
-    counts = (count for count in range(1, most + 1) if _fits_model(open_mesh, count))
+    """Return a fit for every number of devices up to `most` that works."""
+    counts = (count for count in range(1, most + 1) if any(True for _ in _contexts(config, count)))
     return tuple(fit for count in counts if (fit := find_fit(config, count)) is not None)
 
 
@@ -127,23 +127,41 @@ def _accepted(config: Config, mesh: jax.sharding.AbstractMesh) -> bool:
 
 
 def _meshes(config: Config, num_devices: int) -> Iterator[dict[str, int]]:
-    """Yield changes of the mesh: none, then other numbers of devices that share the experts, largest first."""
+    """Yield changes of the mesh: none, then other numbers of devices that share the experts, largest first.
+
+    They are tried with as few devices that share sequences as the batch leaves.
+    """
     yield {}
     wanted = _size(config.mesh.node) * _size(config.mesh.expert)
-    for sharing in range(min(wanted, num_devices), 0, -1):
-        if num_devices % sharing == 0:
-            expert = math.gcd(sharing, _size(config.mesh.expert))
-            sizes = {"node": sharing // expert, "expert": expert}
-            if config.mesh.context != -1:
-                sizes |= {"data": -1}
-            yield {f"mesh.{axis}": n for axis, n in sizes.items() if n != getattr(config.mesh, axis)}
+    for context in _contexts(config, num_devices):
+        rows = num_devices // context
+        for sharing in range(min(wanted, rows), 0, -1):
+            if rows % sharing == 0:
+                expert = math.gcd(sharing, _size(config.mesh.expert))
+                sizes = {"data": -1, "context": context, "node": sharing // expert, "expert": expert}
+                yield {f"mesh.{axis}": n for axis, n in sizes.items() if n != getattr(config.mesh, axis)}
 
 
-def _micro_batches(config: Config, num_devices: int) -> Iterator[dict[str, int]]:
+def _contexts(config: Config, num_devices: int) -> Iterator[int]:
+    """Yield how many devices may share sequences so that every batch has a sequence for each group of them."""
+    own, sequences = _size(config.mesh.context), _sequences(config)
+    for context in range(own, min(num_devices, own * MOST_SHARING) + 1, own):
+        is_shared = context == 1 or config.data.sequence_length % (2 * context) == 0
+        if is_shared and num_devices % context == 0 and sequences % (num_devices // context) == 0:
+            yield context
+
+
+def _micro_batches(config: Config, rows: int) -> Iterator[dict[str, int]]:
     yield {}
-    largest = int(min(size for _, _, size in config.training.batch_size))
-    for micro_batch in range(num_devices, largest + 1, num_devices):
-        yield {"training.micro_batch_size": micro_batch}
+    sequences = _sequences(config)
+    for micro_batch in range(rows, sequences + 1, rows):
+        if sequences % micro_batch == 0:
+            yield {"training.micro_batch_size": micro_batch}
+
+
+def _sequences(config: Config) -> int:
+    """Return the most sequences of which all batches of a run are whole multiples."""
+    return math.gcd(*(int(size) for _, _, size in config.training.batch_size))
 
 
 def _size(axis: int) -> int:

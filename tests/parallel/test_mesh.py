@@ -90,9 +90,6 @@ def test_mesh_that_does_not_fit_is_refused(axes, message):
 @pytest.mark.parametrize(
     ("section", "name", "value", "parts", "fitting"),
     [
-        ("model", "width", 60, 8, r"is 56 or 64: .*\(6 or 10\)"),
-        ("model", "query_latent", 36, 8, r"is 32 or 40: .*\(6 or 9\)"),
-        ("model", "kv_latent", 36, 8, r"is 32 or 40: .*\(6 or 9\)"),
         ("model", "num_experts", 12, 8, r"is 8 or 16: .*\(6 or 12\)"),
         ("training", "micro_batch_size", 4, 8, r"is 8: .*\(4\)"),
     ],

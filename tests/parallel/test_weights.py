@@ -33,6 +33,15 @@ SHAPES = {
         "gate_up_ED2F": (2, 4, 256, 2, 64),
         "down_EFD": (4, 128, 512),
     },
+    "not divided": {
+        "q_a_DA": (132, 136),
+        "kv_a_DC": (3, 130, 200),
+        "kv_b_CNX": (2, 129, 2, 64),
+        "o_NHD": (2, 4, 32, 324),
+        "gate_up_ED2F": (2, 12, 129, 2, 64),
+        "down_EFD": (12, 128, 129),
+        "router_DE": (131, 12),
+    },
     "whole experts": {"gate_up_ED2F": (2, 8, 192, 2, 128), "down_EFD": (8, 128, 144)},
 }
 CASES = [(lie, name) for lie, shapes in SHAPES.items() for name in shapes]

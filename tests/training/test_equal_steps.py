@@ -23,13 +23,17 @@ pytestmark = pytest.mark.xdist_group("equal_steps")
 ROWS, LENGTH, VOCAB = 16, 32, 128
 ONE = (1, 1, 1)
 STEPS = 3
+# Dims that eight devices do not divide. On 2x2x2 they lie in four, two and one parts; of twelve experts 27 wide, two
+# devices store the same three.
+UNEVEN = ("width", 28), ("query_latent", 18), ("kv_latent", 15), ("vocab_size", 100), ("num_mtp_layers", 0)
+UNEVEN_EXPERTS = ("width", 27), ("query_latent", 18), ("kv_latent", 15), ("num_experts", 12)
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
 
-def config(sizes: small.Sizes, num_cuts: int, exchange: str, remat: str, interleave: int):
+def config(sizes: small.Sizes, num_cuts: int, exchange: str, remat: str, interleave: int, dims=()):
     """One MoE layer and one MTP layer; a balance loss that is not lost in rounding."""
     return small.config(sizes).with_(
-        model={"num_layers": 1, "num_dense_layers": 0, "width": 32, "vocab_size": VOCAB},
+        model={"num_layers": 1, "num_dense_layers": 0, "width": 32, "vocab_size": VOCAB} | dict(dims),
         data={"sequence_length": LENGTH},
         loss={"sequence_balance_weight": 0.01},
         training={"micro_batch_size": ROWS // num_cuts},
@@ -37,9 +41,9 @@ def config(sizes: small.Sizes, num_cuts: int, exchange: str, remat: str, interle
     )
 
 
-def batch(seed: int) -> dict[str, np.ndarray]:
+def batch(seed: int, vocab: int = VOCAB) -> dict[str, np.ndarray]:
     """Two documents in most rows; row i ends with (5 i) mod 29 places of padding, row 7 and half of row 9 count not."""
-    arrays = small.batch(seed, rows=ROWS, length=LENGTH, vocab=VOCAB)
+    arrays = small.batch(seed, rows=ROWS, length=LENGTH, vocab=vocab)
     valid_BS = np.arange(LENGTH) < LENGTH - (5 * np.arange(ROWS)[:, None]) % 29
     segments = np.where(np.arange(LENGTH) < 20, 1, 2) * valid_BS
     segments[7] = 0
@@ -50,17 +54,25 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def initial_state():
+def initial_state(dims=()):
     """The initial state on the host."""
     mesh = make_mesh(small.config(ONE).mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return jax.device_get(create_state(config(ONE, 1, "auto", "none", 1)))
+        return jax.device_get(create_state(config(ONE, 1, "auto", "none", 1, dims)))
 
 
 @functools.cache
-def run(sizes: small.Sizes, num_cuts: int, exchange: str = "auto", remat: str = "none", interleave: int = 1):
+def run(
+    sizes: small.Sizes,
+    num_cuts: int,
+    exchange: str = "auto",
+    remat: str = "none",
+    interleave: int = 1,
+    dims=(),
+    **changes,
+):
     """Take three steps; return (gradients, sums, state, metrics) of the first and of the last."""
-    cfg = config(sizes, num_cuts, exchange, remat, interleave)
+    cfg = config(sizes, num_cuts, exchange, remat, interleave, dims).with_(execution=changes)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
 
@@ -72,10 +84,12 @@ def run(sizes: small.Sizes, num_cuts: int, exchange: str = "auto", remat: str = 
     taken = []
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
-        state = jax.device_put(initial_state(), shardings)
-        compiled = jax.jit(step).lower(state, small.put(batch(0)), small.RATES).compile(UNOPTIMISED)
+        state = jax.device_put(initial_state(dims), shardings)
+        compiled = (
+            jax.jit(step).lower(state, small.put(batch(0, cfg.model.vocab_size)), small.RATES).compile(UNOPTIMISED)
+        )
         for i in range(STEPS):
-            taken.append(compiled(state, small.put(batch(i)), small.RATES))
+            taken.append(compiled(state, small.put(batch(i, cfg.model.vocab_size)), small.RATES))
             state = taken[-1][2]
         return jax.device_get((taken[0], taken[-1]))
 
@@ -113,6 +127,24 @@ CELLS = [pytest.param(cell, id=" ".join(map(str, (small.group(cell[0]), *cell[1:
 def test_a_step_is_that_of_one_device_and_one_micro_batch(cell):
     """Measured: gradients 6e-7 apart in the first step, and 6e-6 in the third, as Adam divides rounding by rounding."""
     for got, want, tolerance in zip(run(*cell), run(ONE, 1), (5e-6, 5e-5), strict=True):
+        assert_equal_steps(got, want, tolerance)
+
+
+def test_a_step_with_dims_that_do_not_divide_is_that_of_one_device():
+    """Devices that store the same part of a weight sum their gradients, once. Gathered once a step; without MTP."""
+    for got, want, tolerance in zip(
+        run((2, 2, 2), 1, dims=UNEVEN, gather="step"), run(ONE, 1, dims=UNEVEN), (5e-6, 5e-5), strict=True
+    ):
+        assert_equal_steps(got, want, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "gather"), [((2, 2, 2), "layer"), ((4, 1, 2), "step")])
+def test_experts_that_do_not_divide(sizes, gather):
+    """12 on four and two devices, with a data axis that divides nothing."""
+    for got, want, tolerance in zip(
+        run(sizes, 2, dims=UNEVEN_EXPERTS, gather=gather), run(ONE, 1, dims=UNEVEN_EXPERTS), (5e-6, 5e-5), strict=True
+    ):
         assert_equal_steps(got, want, tolerance)
 
 
