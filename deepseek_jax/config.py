@@ -158,7 +158,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Sizes of the mesh axes; one may be -1: what the others leave. `pipe` and `tensor` are reserved and must be 1."""
+    """Sizes of the mesh axes; one may be -1: what the others leave. `tensor` is reserved and must be 1."""
 
     pipe: int
     data: int
@@ -185,6 +185,7 @@ class Execution:
     expert_block: int
     expert_wave: int
     loss_chunk: int
+    schedule: str = "1f1b"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deepseek_jax.config_bounds import check_bounds
+from deepseek_jax.pipeline.schedules import SCHEDULES
 from pallas_kernels import GROUP
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ CHOICES = {
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
     "execution.exchange": ("auto", "local", "dense", "two_hop"),
     "execution.experts": ("auto", "blocks", "grouped"),
+    "execution.schedule": tuple(SCHEDULES),
 }
 MAY_BE_ZERO = {  # every other number is positive
     "seed",

@@ -32,6 +32,7 @@ TOKENS = ("data", CONTEXT, "node", "expert")  # mesh axes: tokens are split over
 EXPERTS = ("node", "expert")  # mesh axes that hold the routed experts
 COPIES = ("data", CONTEXT)  # mesh axes along which devices hold the same experts
 STORED_EXPERTS = (*EXPERTS, *COPIES)  # mesh axes over which whole experts are stored
+PIPE = "pipe"  # mesh axis of a pipeline's devices; it splits weights for storage, too (`parallel.stage_weights`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,15 +227,30 @@ def layout_of(name: str, shape: Sequence[int], num_experts: int) -> P:
     the axes that come later, whose links are faster. Devices along the others store the same part, and sum its
     gradient. On data 3, node 8, expert 8 a width of 7,168 lies in 64 parts, each on three devices. The dim of routed
     experts keeps its axes: a device stores none but those that it multiplies with (`parallel.mesh.check_fit`).
+    Devices of a pipeline split the dim of `pipe_dim`, if they divide it: the fastest axis, so they hold one piece.
 
     Args:
         name: of the parameter.
         shape: of the leaf, stacked layers first.
         num_experts: of the model, on all devices; read for experts' weights alone.
     """
-    widest = widest_layout(name, len(shape), num_experts)
-    experts = len(shape) - len(PARAMETERS[name].layout) if PARAMETERS[name].per_expert else None
-    return P(*(axes if dim == experts else _fitting(axes, shape[dim]) for dim, axes in enumerate(widest)))
+    widest, lead = widest_layout(name, len(shape), num_experts), len(shape) - len(PARAMETERS[name].layout)
+    experts = lead if PARAMETERS[name].per_expert else None
+    pipe, dim_of_pipe = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1), pipe_dim(name)
+
+    def entry(dim: int, axes: Any) -> Any:
+        if dim == experts:
+            return axes
+        if pipe > 1 and dim_of_pipe == dim - lead and shape[dim] % pipe == 0:
+            return (*axes_of(_fitting(axes, shape[dim] // pipe)), PIPE)
+        return _fitting(axes, shape[dim])
+
+    return P(*(entry(dim, axes) for dim, axes in enumerate(widest)))
+
+
+def pipe_dim(name: str) -> int | None:
+    """Return the dim of the name that devices of a pipeline split, too: that of `data`; None: they split none."""
+    return next((dim for dim, axes in enumerate(PARAMETERS[name].layout) if "data" in axes_of(axes)), None)
 
 
 def axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -18,10 +18,10 @@ from deepseek_jax.model.transformer import Inputs, shifted
 from deepseek_jax.parallel.context import refuse_context
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import gather
+from deepseek_jax.parallel.stages import refuse_pipeline
+from deepseek_jax.parallel.weights import gather, with_fp8
 from deepseek_jax.parameters import ROWS, TOKENS, Fp8Weight, P, Weights
 from deepseek_jax.training.evaluation import place_batch
-from deepseek_jax.training.step import with_fp8
 
 PER_LAYER = ("experts", "expert_weights")
 
@@ -45,6 +45,7 @@ def logits(config: Config, weights: Weights, tokens_BS: np.ndarray, mesh: jax.sh
     """
     check_tokens(tokens_BS, config.model.vocab_size, "tokens_BS")
     refuse_context(mesh, "a pass that returns logits")
+    refuse_pipeline(dict(mesh.shape), "a pass that returns logits")
     num_rows = len(tokens_BS)
     tokens_BS = np.pad(tokens_BS, ((0, -num_rows % axis_size(mesh, ROWS)), (0, 0)), mode="edge").astype(np.int32)
     with jax.set_mesh(mesh):

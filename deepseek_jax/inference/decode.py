@@ -29,6 +29,7 @@ from deepseek_jax.model.transformer import decode_step
 from deepseek_jax.parallel.context import refuse_context
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.parallel.stages import refuse_pipeline
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.lowering import manual_axes
 
@@ -56,6 +57,7 @@ def decode_execution(config: Config, mesh: jax.sharding.Mesh) -> Execution:
         ValueError: devices of the mesh share sequences.
     """
     refuse_context(mesh, "decoding")
+    refuse_pipeline(dict(mesh.shape), "decoding")
     small = {"experts": "blocks", "expert_block": EXPERT_BLOCK, "expert_wave": EXPERT_WAVE}
     changes = {"exchange": "auto", "remat": "none", "scan_unroll": 1} | small
     return resolve_for(config.with_(execution=changes), mesh).execution

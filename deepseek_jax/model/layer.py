@@ -132,7 +132,8 @@ def run_layers(
     Args:
         model: shape of the layers.
         execution: resolved (`parallel.program.resolve`).
-        weights: stacks "dense_layers" and "moe_layers"; either may be absent, and other parameters are ignored.
+        weights: stacks "dense_layers" and "moe_layers"; either may be absent, and other parameters are ignored. Instead
+            of stacks they may be lists of layers, which are not scanned.
         streams: each part's residual stream [B, S, D] before the first of these layers.
         parts: as many.
         gather: makes a layer's split weights whole and casts them; called just before their use, and again where the
@@ -154,7 +155,9 @@ def run_layers(
     for name, kind in STACKS:
         if name not in weights.params:
             continue
-        stack = weights.params[name], weights.router_bias.get(name, {})
+        stack: Any = weights.params[name], weights.router_bias.get(name, {})
+        if isinstance(stack[0], list):
+            stack = list(zip(stack[0], stack[1] or [{}] * len(stack[0]), strict=True))
         streams, observed = _scan(execution, functools.partial(body, kind), streams, stack)
         if observed is not None:
             observations.append(observed)
@@ -255,13 +258,14 @@ def _graphdef(kind: type[nnx.Module], model: Model):
 
 
 def _scan(execution: Execution, body: Callable, streams: Streams, layers: Any):
-    num = len(jax.tree.leaves(layers)[0])
-    scanned = execution.scan_unroll < num
+    is_list = isinstance(layers, list)
+    num = len(layers) if is_list else len(jax.tree.leaves(layers)[0])
+    scanned = not is_list and execution.scan_unroll < num
     body = recomputed(execution, body, scanned)
     if scanned:
         return lax.scan(body, streams, layers, unroll=execution.scan_unroll)
     outputs = []  # fully unrolled: what the backward pass needs is not stacked and cut apart again
-    for layer in _unstack(layers):
+    for layer in layers if is_list else _unstack(layers):
         streams, out = body(streams, layer)
         outputs.append(out)
     return streams, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)

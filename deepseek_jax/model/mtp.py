@@ -18,14 +18,17 @@ has a final norm of its own before the shared head, as here. Positions are those
 last k positions are computed and carry no loss.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deepseek_jax.config import Model
-from deepseek_jax.model.layer import MoELayer
+from deepseek_jax.config import Execution, Model
+from deepseek_jax.model.layer import Gather, MoELayer, Part, Streams, Tree, merge, run_layer
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.linear import linear
+from deepseek_jax.model.moe import Observer
 from deepseek_jax.parameters import CastWeight
 
 
@@ -56,3 +59,21 @@ class MtpLayer(nnx.Module):
     def final(self, hidden_BSD: jax.Array) -> jax.Array:
         """Apply the norm before the shared head; the next depth continues from its output too."""
         return rms_norm(hidden_BSD, self.final_norm_D[...], self.model.norm_eps)
+
+
+def run_depth(
+    model: Model,
+    execution: Execution,
+    parts: list[Part],
+    gather: Gather,
+    observe: Observer,
+    layer: tuple[Tree, Tree],
+    embedded: Streams,
+    states: Streams,
+) -> tuple[Streams, Any]:
+    """Run one depth of multi-token prediction; return its states after its final norm, and what was observed."""
+    params, bias = layer
+    mtp = merge(MtpLayer, model, gather(params), bias)
+    streams = tuple(mtp.merge(*both) for both in zip(embedded, states, strict=True))
+    streams, _, observed = run_layer(mtp.block, execution, streams, parts, None, observe)
+    return tuple(mtp.final(x_BSD) for x_BSD in streams), observed

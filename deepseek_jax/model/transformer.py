@@ -27,14 +27,12 @@ from deepseek_jax.model.layer import (
     Streams,
     Tree,
     make_stack,
-    merge,
     run_cached_layers,
-    run_layer,
     run_layers,
 )
 from deepseek_jax.model.layers import gain, matrix, rms_norm
 from deepseek_jax.model.moe import Observer, chosen_experts, unobserved
-from deepseek_jax.model.mtp import MtpLayer
+from deepseek_jax.model.mtp import MtpLayer, run_depth
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.prefill import Sequences, expanded_over_pages
@@ -126,17 +124,46 @@ def apply(
     ]
     streams = tuple(embed(execution, top["embed_VD"], part.tokens_BS) for part in cut)
     streams, observed = run_layers(model, execution, weights, streams, parts, gather, observe)
+    return finish(model, execution, weights, top, parts, cut, streams, observed, gather, observe)
+
+
+def finish(
+    model: Model,
+    execution: Execution,
+    weights: Weights,
+    top: Tree,
+    parts: list[Part],
+    cut: list[Inputs],
+    streams: Streams,
+    observed: list[Any],
+    gather: Gather,
+    observe: Observer,
+) -> Output:
+    """Run what follows the last layer: the final norm, and MTP layers.
+
+    Args:
+        model, execution, weights, gather, observe: as of `apply`; "mtp_layers" may be a list of layers.
+        top: final_norm_D, and for MTP layers embed_VD; gathered.
+        parts: how each part passes a layer.
+        cut: what each part reads.
+        streams: the residual stream of each part after the last layer.
+        observed: reports of the layers' routers (`run_layers`).
+    """
     states = tuple(rms_norm(x_BSD, top["final_norm_D"], model.norm_eps) for x_BSD in streams)
     hidden = [jnp.concatenate(states)]
-    for depth in range(len(inputs.following)):
-        layer = jax.tree.map(lambda a, i=depth: a[i], (weights.params["mtp_layers"], weights.router_bias["mtp_layers"]))
+    for depth in range(len(cut[0].following)):
+        layer = _nth(weights.params["mtp_layers"], depth), _nth(weights.router_bias["mtp_layers"], depth)
         embedded = tuple(embed(execution, top["embed_VD"], part.following[depth]) for part in cut)
-        run = functools.partial(_mtp_depth, model, execution, parts, gather, observe)
+        run = functools.partial(run_depth, model, execution, parts, gather, observe)
         states, mtp_observed = recomputed(execution, run, scanned=False)(layer, embedded, states)
         hidden.append(jnp.concatenate(states))
-        observed.append(jax.tree.map(lambda a: a[None], mtp_observed))
+        observed = [*observed, jax.tree.map(lambda a: a[None], mtp_observed)]
     whole = jax.tree.map(lambda *a: jnp.concatenate(a), *observed) if observed else None
     return Output(hidden[0], tuple(hidden[1:]), whole)
+
+
+def _nth(layers: Any, index: int) -> Tree:
+    return layers[index] if isinstance(layers, list) else jax.tree.map(lambda a: a[index], layers)
 
 
 def prefill_step(
@@ -259,21 +286,3 @@ def shifted(next_BS: jax.Array, steps: int) -> jax.Array:
     Token 0 fills the freed positions; predictions made there carry no loss.
     """
     return jnp.pad(next_BS[:, steps:], ((0, 0), (0, steps)))
-
-
-def _mtp_depth(
-    model: Model,
-    execution: Execution,
-    parts: list[Part],
-    gather: Gather,
-    observe: Observer,
-    layer: tuple[Tree, Tree],
-    embedded: Streams,
-    states: Streams,
-) -> tuple[Streams, Any]:
-    """Run one depth of multi-token prediction; return its states after its final norm, and what was observed."""
-    params, bias = layer
-    mtp = merge(MtpLayer, model, gather(params), bias)
-    streams = tuple(mtp.merge(*both) for both in zip(embedded, states, strict=True))
-    streams, _, observed = run_layer(mtp.block, execution, streams, parts, None, observe)
-    return tuple(mtp.final(x_BSD) for x_BSD in streams), observed

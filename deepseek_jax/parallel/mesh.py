@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.parallel.stages import check_pipeline
 from deepseek_jax.parameters import CONTEXT, EXPERTS, ROWS, TOKENS
 from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
@@ -91,11 +92,10 @@ def mesh_shape(sizes: config_lib.Mesh, num_devices: int) -> dict[str, int]:
         ValueError: the axes do not multiply to the number of devices, or a reserved axis is not 1.
     """
     shape = {axis: getattr(sizes, axis) for axis in AXES}
-    for axis in ("pipe", "tensor"):
-        if shape[axis] != 1:
-            raise ValueError(
-                f"config.mesh.{axis} = {shape[axis]}: this axis is reserved and not built yet; set it to 1"
-            )
+    if shape["tensor"] != 1:
+        raise ValueError(
+            f"config.mesh.tensor = {shape['tensor']}: this axis is reserved and not built yet; set it to 1"
+        )
     given = dict(shape)
     free = [axis for axis, size in shape.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
@@ -151,6 +151,7 @@ def nearest_multiples(value: int, step: int) -> str:
 def check_fit(config: config_lib.Config, mesh: AnyMesh) -> None:
     """Refuse a model or batch that the mesh cannot split evenly; the message names the dim, the axes and the remedy."""
     rows = axis_size(mesh, ROWS)
+    check_pipeline(config, dict(mesh.shape))
     check_model_fit(config.model, mesh)
     _check_split("training.micro_batch_size", config.training.micro_batch_size, rows, mesh)
     size, parts = config.training.micro_batch_size, config.execution.interleave

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.config import Execution, Model
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import (
     EXPERTS,
@@ -118,6 +119,11 @@ def quantize_weights(params: Any, num_experts: int) -> Any:
             return _quantize(name, w, *split)
 
     return jax.tree_util.tree_map_with_path(quantize_leaf, params)
+
+
+def with_fp8(model: Model, execution: Execution, params: Any) -> Any:
+    """Return this device's part of the weights, quantised if the precision is FP8."""
+    return attach(params, quantize_weights(params, model.num_experts)) if execution.precision == "fp8" else params
 
 
 def attach(tree: Any, quantized: Any) -> Any:

@@ -22,14 +22,17 @@ from jax import lax
 from deepseek_jax.config import Config, Execution, Model, Optimizer
 from deepseek_jax.model.balance import RouterStats, no_routers, update_biases
 from deepseek_jax.model.precision import compute_dtype
-from deepseek_jax.model.transformer import Inputs, Output, apply, shifted
+from deepseek_jax.model.transformer import Output, apply
 from deepseek_jax.parallel import context
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import attach, detach, gather, in_fp32, quantize_weights, reduce_gradients
-from deepseek_jax.parameters import ROWS, TOKENS, P, Weights, partition_specs
+from deepseek_jax.parallel.stage_weights import whole_tree
+from deepseek_jax.parallel.weights import attach, detach, gather, in_fp32, reduce_gradients, with_fp8
+from deepseek_jax.parameters import PIPE, ROWS, TOKENS, P, Weights, partition_specs
+from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, global_norms, make_optimizer
+from deepseek_jax.training.pipeline import stage_gradients
 from deepseek_jax.training.state import State, weights_of
 
 
@@ -169,6 +172,8 @@ def eval_step(
 
     def local(weights, batch):
         load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
+        if lax.axis_size(PIPE) > 1:
+            return _eval_alone(model, execution, objective, weights, batch, load)
         weights = weights._replace(params=with_fp8(model, execution, weights.params))
         sums = _forward(model, execution, objective, weights, batch, load)
         return lax.psum(sums, TOKENS), lax.psum(batch["loss_weights_BS"].sum(), ROWS)
@@ -183,6 +188,18 @@ def eval_step(
     }
 
 
+def _eval_alone(model: Model, execution: Execution, objective: Pretraining, weights: Weights, batch: Batch, load):
+    """Run all layers on every device of a pipeline, each gathered before its use; the results of one count.
+
+    An evaluation has no backward pass, and is rare: it takes as long as without the pipeline's devices.
+    """
+    sums = _forward(
+        model, execution, objective, weights, batch, lambda tree: load(with_fp8(model, execution, whole_tree(tree)))
+    )
+    own = jax.tree.map(lambda a: jnp.where(lax.axis_index(PIPE) == 0, a, jnp.zeros_like(a)), sums)
+    return lax.psum(own, (PIPE, *TOKENS)), lax.psum(batch["loss_weights_BS"].sum(), ROWS)
+
+
 def _specs(weights: Weights) -> Weights:
     """Return the layouts of weights; biases lie whole on every device."""
     return Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
@@ -192,17 +209,7 @@ def _run(
     model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load, num_parts: int = 1
 ) -> Output:
     """Run the network over this device's tokens."""
-    segment_ids_BS = batch["segment_ids_BS"]
-    next_BS = objective.next_tokens(batch)
-    following = () if next_BS is None else tuple(shifted(next_BS, depth) for depth in range(model.num_mtp_layers))
-    inputs = Inputs(
-        context.local(batch["tokens_BS"]),
-        context.local(batch["positions_BS"]),
-        context.local(segment_ids_BS) > 0,
-        # cuDNN runs only on rows of one segment, padded at the end: a causal mask is enough (`parallel.program`).
-        None if execution.attention == "cudnn" else segment_ids_BS,
-        tuple(map(context.local, following)),
-    )
+    inputs = network_inputs(model, execution, objective, batch)
     return apply(model, execution, weights, inputs, load, objective.observe, num_parts)
 
 
@@ -220,6 +227,9 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
+    if lax.axis_size(PIPE) > 1:
+        grads, *sums = stage_gradients(recipe, weights, _split(batch, recipe.micro_batch_size), norms, rates)
+        return grads, lax.psum(Sums(*sums), (PIPE, *TOKENS)), norms
     load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
     params = with_fp8(model, execution, weights.params)
@@ -268,11 +278,6 @@ def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.
     """
     chosen = lax.map(lambda micro_batch: _run(*parts, weights, micro_batch, load).observed.chosen_E, micro_batches)
     return lax.psum(chosen.sum(0), TOKENS)
-
-
-def with_fp8(model: Model, execution: Execution, params: Any) -> Any:
-    """Return this device's part of the weights, quantised if the precision is FP8."""
-    return attach(params, quantize_weights(params, model.num_experts)) if execution.precision == "fp8" else params
 
 
 def _split(batch: Batch, micro_batch_size: int) -> Batch:

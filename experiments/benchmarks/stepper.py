@@ -73,7 +73,7 @@ def one_device(config: Config, num_devices: int, size: int) -> tuple[Config, int
         micro_batch_size=config.training.micro_batch_size // num_devices,
     )
     alone = dataclasses.replace(config, training=training).with_(
-        mesh={"data": 1, "context": 1, "node": 1, "expert": 1}, execution={"exchange": "auto"}
+        mesh={"pipe": 1, "data": 1, "context": 1, "node": 1, "expert": 1}, execution={"exchange": "auto"}
     )
     return from_config_dict(to_dict(alone)), share
 

@@ -363,7 +363,7 @@ FIELDS = [
     field("seed=4294967296", "seed = 4294967296", "at most 4294967295"),
     field("seed=9223372036854775808", "seed = 9223372036854775808", "at most 4294967295"),
     field("mesh.data=3", "'data': 3", "multiply to 1"),
-    field("mesh.pipe=2", "mesh.pipe = 2", "set it to 1"),
+    field("mesh.pipe=2", "mesh.pipe = 2 does not fit 1 devices", "--cpu_devices=2"),
     field("mesh.data=0", "sizes are positive"),
     case(
         "train",

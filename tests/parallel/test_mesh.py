@@ -77,7 +77,6 @@ def test_axes_of_a_torus_are_split_where_whole_ones_do_not_serve(monkeypatch):
         ({"data": -1, "node": -1}, "at most one is -1"),
         ({"data": 0}, "sizes are positive"),
         ({"data": -2, "expert": -4}, "sizes are positive"),
-        ({"pipe": 2, "data": 4}, "mesh.pipe = 2: this axis is reserved.*set it to 1"),
         ({"tensor": -1}, "mesh.tensor = -1: this axis is reserved.*set it to 1"),
     ],
 )

@@ -1,0 +1,252 @@
+"""The executor: gradients of a batch on a mesh with `pipe`, by any table of `deepseek_jax.pipeline`.
+
+A table's program (`pipeline.program`) says for every device and tick what to do and in which slots it finds what it
+needs. One loop over the ticks runs it, inside the step's shard_map:
+
+    read     inbox of activations, inbox of gradients, slots of what is kept
+    work     one branch of a switch: idle, F, B, W, BW, or F and BW of two micro-batches side by side
+    send     activations and gradients to the neighbours, by ppermute, whatever the branch was
+    store    what arrived into the inboxes
+
+A branch is made for every kind of cell and every shape of stage that occurs (`stage_work`), so a program does not grow
+with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives in a
+branch run over other axes: all devices of such a group have the same place in the pipeline, hence the same branch.
+Nothing in a branch may run over `pipe`, or it would wait for devices that are elsewhere; the ppermutes are outside.
+
+All is read before any work of a tick and stored after it. So XLA sees F and BW of a pair as independent computations in
+one branch, and may hide the exchange of one behind the arithmetic of the other. It moves nothing across the border of a
+branch. The buffers themselves pass through no branch, which would copy them.
+
+Every device has all micro-batches' tokens: 4 bytes a token where an activation has 14,336.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.model.balance import no_routers
+from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parallel.mesh import vary
+from deepseek_jax.parallel.stage_weights import collect, distribute
+from deepseek_jax.parallel.stages import Holding, Stage, holding_of, program_of, split_layers
+from deepseek_jax.parallel.weights import detach, gather, reduce_gradients, with_fp8
+from deepseek_jax.parameters import PIPE, TOKENS, Weights
+from deepseek_jax.pipeline.program import Program
+from deepseek_jax.training import kept
+from deepseek_jax.training.objective import Batch
+from deepseek_jax.training.stage_work import Held, StageWork, Starts
+from deepseek_jax.training.tick import Carry, Made, Read, Sums, branches_of
+from pallas_kernels.lowering import manual_axes
+
+INBOXES = ("activation", "gradient")
+SIDES = {"left": 1, "right": -1, "self": 0}  # an arrival from the left has moved one device to the right
+
+
+def stage_gradients(
+    recipe: Any, weights: Weights, micro_batches: Batch, norms: Any, rates: Any
+) -> tuple[Any, Any, Any]:
+    """Return FP32 gradients in the layout of the parameters, and this device's sums of terms and of routers' reports.
+
+    Args:
+        recipe: of the step.
+        weights: as stored, this device's part.
+        micro_batches: [M, rows, S], this device's rows.
+        norms: the objective's normalisers.
+        rates: of the step.
+    """
+    model, execution = recipe.model, recipe.execution
+    program = program_of(execution.schedule, lax.axis_size(PIPE), micro_batches["tokens_BS"].shape[0])
+    placement = program.table.placement
+    stages = split_layers(model, placement.num_stages)
+    holding = holding_of(placement, stages)
+    load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
+    once = execution.gather == "step"
+    mine = with_fp8(model, execution, collect(weights.params, holding))
+    mine, quantized = detach(load(mine) if once else mine)
+    held = Held(mine, quantized, weights.router_bias)
+    work = {
+        shape: StageWork(recipe, shape, (lambda tree: tree) if once else load, norms, rates)
+        for shape in dict.fromkeys(stage.shape for stage in stages)
+    }
+    run = Run(program, stages, holding, held, micro_batches, work)
+    sums = run.all_ticks(run.begin(recipe)).sums
+    grads = reduce_gradients(sums.grads, model.num_experts) if once else sums.grads
+    return distribute(grads, weights.params, holding), sums.terms, sums.router
+
+
+class Run:
+    """One pass of a program over the micro-batches of a step."""
+
+    def __init__(
+        self,
+        program: Program,
+        stages: list[Stage],
+        holding: Holding,
+        held: Held,
+        micro_batches: Batch,
+        work: dict[Stage, StageWork],
+    ):
+        self.program, self.stages, self.holding, self.held = program, stages, holding, held
+        self.micro_batches, self.work = micro_batches, work
+        self.axes = frozenset((PIPE, *TOKENS))
+        self.branches, self.branch = branches_of(program, stages)
+
+    def begin(self, recipe: Any) -> Carry:
+        """Return the buffers, empty, and sums of zero; traces every shape of stage to learn what it keeps."""
+        model, tokens_BS = recipe.model, self.micro_batches["tokens_BS"][0]
+        x_BSD = jnp.zeros((*tokens_BS.shape, model.width), compute_dtype(recipe.execution))
+        x_BSD = manual_axes.vary(x_BSD, self.axes)
+        zero, first = jnp.int32(0), jax.tree.map(lambda a: a[0], self.micro_batches)
+        starts = manual_axes.vary(Starts(zero, zero, zero), frozenset((PIPE,)))
+        for work in self.work.values():
+            jax.eval_shape(lambda x, work=work: work.forward(self.held, starts, x, first)[0], x_BSD)
+        ((last, last_work),) = [(s, w) for s, w in self.work.items() if s.is_last]
+        del last
+        terms = jax.eval_shape(functools.partial(_terms, last_work, self.held), x_BSD, first)
+        for work in self.work.values():
+            work.learn_terms(terms)
+        structures = [work.structure for work in self.work.values() if work.structure]
+        router = self._no_router(model, x_BSD)
+        boxes = {"activation": self.program.num_activations, "gradient": self.program.num_gradients}
+        sums = Sums(
+            grads=jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), w), self.held.params),
+            terms=manual_axes.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), terms), self.axes),
+            router=manual_axes.vary(router, self.axes),
+        )
+        return Carry(
+            sums=sums,
+            inboxes={
+                name: manual_axes.vary(jnp.zeros((slots + 1, *x_BSD.shape), x_BSD.dtype), self.axes)
+                for name, slots in boxes.items()
+            },
+            kept=kept.empty([s.packing for s in structures], self.program.num_slots, self.axes),
+            pending=kept.empty([s.pending for s in structures], self.program.num_pending, self.axes),
+        )
+
+    def _no_router(self, model: Any, x_BSD: jax.Array) -> Any:
+        """Return the routers' report of all layers, zero."""
+        shapes = [work.structure.shapes for work in self.work.values() if work.structure]
+        layers = model.num_moe_layers + max(len(shape.mtp_hidden) for shape in shapes)
+        routers = [shape.observed for shape in shapes if shape.observed is not None]
+        if not routers:
+            return no_routers(model, x_BSD)
+        return jax.tree.map(lambda a: jnp.zeros((layers, *a.shape[1:]), a.dtype), routers[0])
+
+    def all_ticks(self, carry: Carry) -> Carry:
+        """Run the program."""
+        rows = {name: array.T for name, array in self.program.arrays().items()} | {"branch": self.branch.T}
+        device = lax.axis_index(PIPE)
+        branches = [functools.partial(self._work, *key) for key in self.branches]
+
+        def tick(carry: Carry, row: dict[str, jax.Array]) -> tuple[Carry, None]:
+            row = {name: values[device] for name, values in row.items()}
+            # a cell has a B or a W of its own, or both of one work
+            slot, waiting = (jnp.maximum(row[f"backward_{n}"], row[f"weight_{n}"]) for n in ("slot", "pending"))
+            reads = Read(
+                _at(carry.inboxes["activation"], row["forward_inbox"]),
+                _at(carry.inboxes["gradient"], row["backward_inbox"]),
+                kept.read(carry.kept, jnp.maximum(slot, 0)),
+                kept.read(carry.pending, jnp.maximum(waiting, 0)),
+            )
+            sums, made = lax.switch(row["branch"], branches, carry.sums, reads, row)
+            to = jnp.where(row["forward_slot"] < 0, jnp.maximum(slot, 0), row["forward_slot"])
+            return Carry(
+                sums,
+                self._exchange(carry.inboxes, made, row),
+                kept.write(carry.kept, made.kept, to),
+                kept.write(carry.pending, made.pending, jnp.maximum(waiting, 0)),
+            ), None
+
+        return lax.scan(tick, carry, jax.tree.map(jnp.asarray, rows))[0]
+
+    def _starts(self, row: dict[str, jax.Array], part: str) -> Starts:
+        device, chunk, stage = lax.axis_index(PIPE), row[f"{part}_chunk"], row[f"{part}_stage"]
+        routers = jnp.asarray([stage.moe_layers.first for stage in self.stages], jnp.int32)
+        of_stacks = {name: jnp.asarray(begin)[device, chunk] for name, begin in self.holding.starts.items()}
+        return Starts(**of_stacks, routers=routers[stage])
+
+    def _micro_batch(self, row: dict[str, jax.Array], part: str) -> Batch:
+        number = row[f"{part}_micro_batch"]
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), self.micro_batches)
+
+    def _work(
+        self,
+        forward: Stage | None,
+        backward: Stage | None,
+        weight: Stage | None,
+        sums: Sums,
+        reads: Read,
+        row: dict[str, jax.Array],
+    ) -> tuple[Sums, Made]:
+        """Run one cell. The halves of a pair add to other sums and make other arrays: neither waits for the other."""
+        zeros = jnp.zeros_like(reads.activation)
+        made = Made(zeros, zeros, reads.kept, reads.pending)
+        if backward:
+            sums, made = self._backward(sums, made, reads, row, backward, backward == weight)
+        elif weight:
+            sums = self._weight(sums, reads, row, weight)
+        if forward:
+            sums, made = self._forward(sums, made, reads, row, forward)
+        return sums, manual_axes.vary(made, self.axes)
+
+    def _forward(self, sums: Sums, made: Made, reads: Read, row: dict, stage: Stage) -> tuple[Sums, Made]:
+        work, starts = self.work[stage], self._starts(row, "forward")
+        outputs, arrays = work.forward(self.held, starts, reads.activation, self._micro_batch(row, "forward"))
+        assert work.structure is not None
+        made = made._replace(kept=work.structure.packing.pack(arrays, reads.kept))
+        if not stage.is_last:
+            made = made._replace(activation=outputs.hidden_BSD)
+        return sums._replace(router=work.add_router(sums.router, starts, outputs.observed)), made
+
+    def _backward(
+        self, sums: Sums, made: Made, reads: Read, row: dict, stage: Stage, joined: bool
+    ) -> tuple[Sums, Made]:
+        work, starts, batch = self.work[stage], self._starts(row, "backward"), self._micro_batch(row, "backward")
+        assert work.structure is not None
+        arrays = work.structure.packing.unpack(reads.kept)
+        terms, head_grads, gradients = work.objective(self.held, arrays, reads.gradient, batch)
+        grads, gradient_BSD = work.backward(self.held, starts, arrays, gradients)
+        total = work.add(sums.grads, starts, head_grads)
+        if joined:
+            total = work.add(total, starts, grads)
+        else:
+            made = made._replace(pending=work.structure.pending.pack(work.flat(gradients), reads.pending))
+        terms = jax.tree.map(lambda a, b: a + vary(b, a), sums.terms, terms)
+        return sums._replace(grads=total, terms=terms), made._replace(gradient=gradient_BSD)
+
+    def _weight(self, sums: Sums, reads: Read, row: dict, stage: Stage) -> Sums:
+        work, starts = self.work[stage], self._starts(row, "weight")
+        assert work.structure is not None
+        arrays = work.structure.packing.unpack(reads.kept)
+        gradients = work.unflat(work.structure.pending.unpack(reads.pending))
+        grads, _ = work.backward(self.held, starts, arrays, gradients)
+        return sums._replace(grads=work.add(sums.grads, starts, grads))
+
+    def _exchange(self, inboxes: dict, made: Made, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Send to both neighbours, where any device of the table does; store what arrived."""
+        inboxes, size = dict(inboxes), lax.axis_size(PIPE)
+        for name in INBOXES:
+            sent = getattr(made, name)
+            for side, step in SIDES.items():
+                column = f"{name}_from_{side}"
+                if (getattr(self.program, column) < 0).all():
+                    continue
+                came = lax.ppermute(sent, PIPE, [(i, (i + step) % size) for i in range(size)]) if step else sent
+                nobody = inboxes[name].shape[0] - 1
+                slot = jnp.where(row[column] < 0, nobody, row[column])
+                inboxes[name] = lax.dynamic_update_index_in_dim(inboxes[name], came, slot, 0)
+        return inboxes
+
+
+def _at(inbox: jax.Array, slot: jax.Array) -> jax.Array:
+    """Return what an inbox has; of a slot -1, to which nothing comes, some numbers that are not read."""
+    return lax.dynamic_index_in_dim(inbox, jnp.maximum(slot, 0), keepdims=False)
+
+
+def _terms(work: StageWork, held: Held, x_BSD: jax.Array, batch: Batch) -> Any:
+    zero = vary(jnp.int32(0), x_BSD)
+    outputs, arrays = work.forward(held, Starts(zero, zero, zero), x_BSD, batch)
+    return work.objective(held, arrays, outputs.hidden_BSD, batch)[0]
