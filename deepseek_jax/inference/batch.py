@@ -16,13 +16,12 @@ step, a few rows in one small array. Programs are compiled for shapes that no jo
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from deepseek_jax.config import Config
-from deepseek_jax.inference.batch_checks import check_own, check_pages, check_sizes
+from deepseek_jax.inference import batch_checks as checks
 from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.cache import num_pages as pages_of
 from deepseek_jax.inference.decode import decode_execution
@@ -42,17 +41,10 @@ from deepseek_jax.inference.row_state import (
     write_record,
 )
 from deepseek_jax.inference.sampling import NO_TOKEN
-from deepseek_jax.inference.step import Call, Piece, Step, pack
+from deepseek_jax.inference.step import Call, Masks, Piece, Step, pack
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS, Weights
-
-
-class Masks(NamedTuple):
-    """What a masked row may choose in a step."""
-
-    words_2W: np.ndarray  # of its next token, and of the token behind `draft`
-    draft: int
 
 
 class DeviceBatch:
@@ -66,6 +58,8 @@ class DeviceBatch:
         num_columns: of a row's table, J.
         most_prefill_tokens: of a device in a step.
         most_pieces: of a device in a call of prefill; a step with more makes several calls.
+        burst: tokens that a row may get of one step (`step`); 1 where there are no bursts.
+        burst_rows: the first rows of each device, which alone may have bursts.
     """
 
     def __init__(
@@ -82,6 +76,7 @@ class DeviceBatch:
         num_drafts: int = 0,
         drafting_rows: int | None = None,
         forced: float | None = None,
+        burst: int | None = None,
     ):
         """Place weights and an empty cache.
 
@@ -97,12 +92,14 @@ class DeviceBatch:
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
             drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
             forced: accept each draft with this probability, for benchmarks with random weights.
+            burst: tokens of a row in a step without the host; by default 4 on a GPU without drafts, 1 elsewhere.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
         """
-        check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
+        checks.check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
         check_drafts(num_drafts, config.model)
+        checks.check_burst(burst, num_drafts)
         self.num_devices = axis_size(mesh, ROWS)
         self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens
@@ -110,12 +107,12 @@ class DeviceBatch:
         self._config, self._mesh, self._eos = config, mesh, eos
         model, executions = config.model, (decode_execution(config, mesh), prefill_execution(config, mesh))
         sizes = Sizes(self.num_devices, self.num_rows, num_pages, self.num_columns, num_positions, most_prefill_tokens)
-        check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
+        checks.check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
         made = model, executions, mesh, sizes, placed
-        self._calls = DraftingCalls(*made, num_drafts, drafting_rows, forced) if num_drafts else Calls(*made)
-        self.most_pieces = self._calls.pieces
+        self._calls = DraftingCalls(*made, num_drafts, drafting_rows, forced) if num_drafts else Calls(*made, burst)
+        self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.widths[0]
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
         self._tables_changed = False
@@ -126,12 +123,12 @@ class DeviceBatch:
         self._masks: dict[int, Masks] = {}
         self._copies: list[tuple[int, int, int]] = []
 
-    def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile all programs, at most 14, or 20 with drafts; later none is compiled.
+    def compile(self, progress: Callable[[int, int], None] | None = None, kinds: Sequence[str] = KINDS) -> None:
+        """Compile all programs, at most 17, or 20 with drafts; later none is compiled.
 
-        `progress(done, all)` is called after each.
+        `progress(done, all)` is called after each. Without drafts, `kinds` of choosing can be fewer than all (`KINDS`).
         """
-        self._calls.compile(progress)
+        self._calls.compile(progress, kinds)
 
     def device_of(self, row: int) -> int:
         """Return the number of the device that has a row, whose pages the row's table means."""
@@ -139,7 +136,7 @@ class DeviceBatch:
 
     def check(self, job: Job) -> None:
         """Refuse, with a ValueError, what no row can do."""
-        check_own(job.own, self.vocab_size)
+        checks.check_own(job.own, self.vocab_size)
 
     def expert_load(self) -> np.ndarray:
         """Return how many tokens each expert of each MoE layer has had, int64 [L, E], from any thread.
@@ -156,7 +153,7 @@ class DeviceBatch:
         """
         if row in self._open or not 0 <= row < self.num_rows:
             raise ValueError(f"row {row} is open, or none of the {self.num_rows} rows; close it first")
-        check_own(settings.own, self.vocab_size)
+        checks.check_own(settings.own, self.vocab_size)
         self._open[row] = self._changed[row] = settings
         self._kind_B[row], self._wants_logprobs_B[row] = KINDS.index(settings.kind), settings.wants_logprobs
         self._routes_B[row] = settings.routes
@@ -193,7 +190,11 @@ class DeviceBatch:
             raise ValueError(f"a mask has shape {words_2W.shape[1:]}; {self._calls.num_words} words are all tokens")
         self._masks[row] = Masks(words_2W, NO_TOKEN if behind_W is None else draft)
 
-    def step(self, pieces: Sequence[Piece], rows_B: np.ndarray) -> Step:
+    def change_pages(self, change: Callable[[jax.Array], jax.Array]) -> None:
+        """Put what `change` makes of the pages [L, pages, 64, C + R] in their place: contexts for benchmarks."""
+        self._calls.change_pages(change)
+
+    def step(self, pieces: Sequence[Piece], rows_B: np.ndarray, num_tokens: int = 1) -> Step:
         """Dispatch a step, and return at once.
 
         Args:
@@ -201,18 +202,24 @@ class DeviceBatch:
                 the last give the first token.
             rows_B: bool, rows that decode: for which a token has been chosen, perhaps in a step that is not read yet.
                 A row that has ended takes no part. A row may not be in `pieces`, too.
+            num_tokens: of each of these rows, 1 or `burst`; without drafts.
 
         Raises:
-            ValueError: too many tokens; a row that is not open, or is in both; a masked row without a new mask.
+            ValueError: too many tokens; a row that is not open, or is in both; a masked row without a new mask; a burst
+                of rows that can have none.
         """
         decoding = np.flatnonzero(rows_B)
-        self._send(self._check(pieces, decoding))
-        step = Step(self.num_rows, 1 + self.num_drafts)
+        choosing = self._check(pieces, decoding)
+        if num_tokens != 1:
+            behind = decoding[decoding % (self.num_rows // self.num_devices) >= self.burst_rows].tolist()
+            checks.check_burst_step(num_tokens, self.burst, behind, [r for r in choosing if self._open[r].masked])
+        self._send(choosing)
+        step = Step(self.num_rows, max(1 + self.num_drafts, num_tokens))
         for call in pack(pieces, self._calls.sizes, self._calls.pieces):
             self._prefill(step, call)
         if len(decoding):
             wants_logprobs = bool(self._wants_logprobs_B[decoding].any())
-            told, width = self._calls.decode(rows_B, KINDS[self._kind_B[decoding].max()])
+            told, width = self._calls.decode(rows_B, KINDS[self._kind_B[decoding].max()], num_tokens)
             device, local = np.divmod(decoding, self.num_rows // self.num_devices)
             routed = decoding[self._routes_B[decoding]]
             step.tell(told, decoding, device * width + local, wants_logprobs, routed)
@@ -252,13 +259,7 @@ class DeviceBatch:
         bare = [row for row in choosing if self._open[row].masked and row not in self._masks]
         if bare:
             raise ValueError(f"rows {bare} are masked; call set_mask before each of their steps")
-        tokens_R = np.zeros(self.num_devices, np.int64)
-        for piece in pieces:
-            tokens_R[self.device_of(piece.row)] += len(piece.ids)
-            if not len(piece.ids):
-                raise ValueError(f"the piece of row {piece.row} has no token; give at least one")
-        if tokens_R.max() > self.most_prefill_tokens:
-            raise ValueError(f"{tokens_R.max()} tokens of prefill; a step takes {self.most_prefill_tokens} of a device")
+        checks.check_pieces(pieces, [self.device_of(row) for row in prefilled], self.most_prefill_tokens)
         return choosing
 
     def _send(self, choosing: Sequence[int]) -> None:

@@ -1,11 +1,14 @@
 """What a `DeviceBatch` refuses before it is made, and before a job is taken."""
 
+from collections.abc import Sequence
+
 import jax
 
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
 from deepseek_jax.inference.requests import Request, check_bias
 from deepseek_jax.inference.row_state import MOST_BIASES
+from deepseek_jax.inference.step import Piece
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS
 from pallas_kernels.mla_decode.schedule import PAGE
@@ -27,6 +30,35 @@ def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_
         raise ValueError(
             f"most_prefill_tokens = {most_prefill_tokens} must be a power of two, and at least {FEWEST_TOKENS}"
         )
+
+
+def check_burst(burst: int | None, num_drafts: int) -> None:
+    """Refuse bursts without a token, and bursts of a batch that drafts."""
+    if burst is not None and (burst < 1 or (num_drafts and burst > 1)):
+        raise ValueError(
+            f"burst = {burst} must be at least 1, and 1 with num_drafts = {num_drafts}; leave it out for the default"
+        )
+
+
+def check_burst_step(num_tokens: int, burst: int, behind: Sequence[int], masked: Sequence[int]) -> None:
+    """Refuse a burst that there is no program for, for rows `behind` the first, and for rows that wait for the host."""
+    if num_tokens != burst or len(behind):
+        raise ValueError(
+            f"a step of {num_tokens} tokens: bursts here have {burst}, and rows {list(behind)} can have none; ask for 1"
+        )
+    if masked:
+        raise ValueError(f"rows {list(masked)} are masked, and need set_mask before each token; ask for 1")
+
+
+def check_pieces(pieces: Sequence[Piece], devices: Sequence[int], most_tokens: int) -> None:
+    """Refuse pieces without a token, and more tokens of a device than a step takes; `devices` are those of the rows."""
+    for piece in pieces:
+        if not len(piece.ids):
+            raise ValueError(f"the piece of row {piece.row} has no token; give at least one")
+    for device in set(devices):
+        num_tokens = sum(len(piece.ids) for piece, own in zip(pieces, devices, strict=True) if own == device)
+        if num_tokens > most_tokens:
+            raise ValueError(f"{num_tokens} tokens of prefill; a step takes {most_tokens} of a device")
 
 
 def check_pages(bytes_per_token: int, num_pages: int, mesh: jax.sharding.Mesh) -> None:

@@ -31,6 +31,8 @@ class Device(Protocol):
         most_prefill_tokens: of each device in a step.
         most_pieces: of each device that go through the model in one call; a step with more takes several.
         num_drafts: tokens that a step may choose beyond the first.
+        burst: tokens of a row that one step can choose without drafts; 1 where there are no bursts.
+        burst_rows: the first rows of each device, which alone can have bursts.
     """
 
     num_rows: int
@@ -41,6 +43,8 @@ class Device(Protocol):
     most_prefill_tokens: int
     most_pieces: int
     num_drafts: int
+    burst: int
+    burst_rows: int
 
     def check(self, job: Job) -> None:
         """Refuse, with a ValueError, a job that asks for something that no row can do."""
@@ -69,8 +73,11 @@ class Device(Protocol):
         """
         ...
 
-    def step(self, pieces: Sequence[Piece], rows_B: np.ndarray) -> Dispatched:
-        """Dispatch pieces of prompts, at most one a row, and a token of each row that decodes; return at once."""
+    def step(self, pieces: Sequence[Piece], rows_B: np.ndarray, num_tokens: int) -> Dispatched:
+        """Dispatch pieces of prompts, at most one a row, and tokens of each row that decodes; return at once.
+
+        `num_tokens` is 1, or `burst` where nobody needs the host between its tokens.
+        """
         ...
 
     def update_weights(self, weights: Weights) -> None:

@@ -46,15 +46,15 @@ class DraftingCalls(Calls):
         forced: float | None = None,
     ):
         """Begin as `Calls`; `weights` have the MTP layer. `forced` is for benchmarks (`acceptance.verify`)."""
-        super().__init__(model, executions, mesh, sizes, weights)
+        super().__init__(model, executions, mesh, sizes, weights, burst=1)
         self._num_drafts, self._forced = num_drafts, forced
         self._drafting_rows = sizes.rows if drafting_rows is None else drafting_rows
         with jax.set_mesh(mesh):
             shape, dtype = (sizes.rows, model.width), compute_dtype(executions[0])
             self._draft_BD = jnp.zeros(shape, dtype, out_sharding=P(ROWS))
 
-    def decode(self, rows_B: np.ndarray, kind: str) -> tuple[Told, int]:
-        """Decode tokens of each of these rows, as `Calls.decode`."""
+    def decode(self, rows_B: np.ndarray, kind: str, num_tokens: int) -> tuple[Told, int]:
+        """Decode tokens of each of these rows, as `Calls.decode`; there are no bursts."""
         width, is_greedy = self._send_rows(rows_B), kind == GREEDY
         drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
         program = self._program(("speculate", width, is_greedy, drafts))

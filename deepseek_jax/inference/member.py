@@ -1,6 +1,7 @@
 """A job as the scheduler sees it: its tokens, its row and its pages, and what of it the device was already given."""
 
 from array import array
+from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Lane:
     def __init__(self, pool: PagePool, rows: Sequence[int]):
         """Begin with all rows free."""
         self.pool = pool
-        self.num_rows = len(rows)
+        self.first_row, self.num_rows = rows[0], len(rows)
         self.free_rows = list(reversed(rows))
 
 
@@ -37,7 +38,7 @@ class Member:
     """
 
     __slots__ = (
-        "_follows", "_in_flight", "_lane", "_room", "_sent", "_sequence", "_target", "cached", "ended", "from_start",
+        "_flights", "_follows", "_lane", "_room", "_sent", "_sequence", "_target", "cached", "ended", "from_start",
         "ids", "masked", "most", "num_prompt", "owner", "rank", "row", "salt", "start",
     )  # fmt: skip
 
@@ -63,7 +64,7 @@ class Member:
         self._lane: Lane | None = None
         self._follows: Member | None = None  # whose prompt has pages that this one shares
         self._target = self._sent = 0  # of the prompt's tokens: those to send, and those sent
-        self._in_flight = 0  # steps that choose tokens for it and are not read
+        self._flights: deque[int] = deque()  # of each step that is not read, the tokens that it surely gives
         self._room = 0  # tokens that its pages hold
 
     @property
@@ -118,7 +119,8 @@ class Member:
         """Return the next tokens of the prompt, which go with the step that is planned."""
         piece = Piece(self, self._sent, self._sent + num_tokens, self._sent + num_tokens == self._target)
         self._sent += num_tokens
-        self._in_flight += piece.is_last
+        if piece.is_last:
+            self._flights.append(1)
         return piece
 
     def commit(self, num_tokens: int) -> bool:
@@ -130,13 +132,17 @@ class Member:
 
     def can_decode(self) -> bool:
         """Whether the step that is planned chooses a token for it."""
-        if self._sent < self._target or len(self.ids) + self._in_flight >= self.most:
-            return False
-        return not (self.masked and self._in_flight)
+        return self._sent == self._target and self.num_left > 0 and not (self.masked and self._flights)
 
-    def num_missing(self, num_drafts: int) -> int:
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may get beyond those that are on their way."""
+        return self.most - len(self.ids) - sum(self._flights)
+
+    def num_missing(self, num_drafts: int, num_tokens: int = 1) -> int:
         """Return tokens for which it needs room beyond its pages, to decode in the step that is planned."""
-        most = len(self.ids) + self._in_flight * (num_drafts + 1) + num_drafts
+        ahead = sum(self._flights) + len(self._flights) * num_drafts
+        most = len(self.ids) + ahead + num_tokens - 1 + num_drafts
         return min(most, self.most - 1 + num_drafts) - self._room
 
     def grow(self, num_tokens: int) -> None:
@@ -146,13 +152,13 @@ class Member:
         assert not copies, "nobody forks, so no page is shared before it is full"
         self._room = PAGE_SIZE * self._sequence.num_pages
 
-    def decode(self) -> None:
-        """Take part in the step that is planned."""
-        self._in_flight += 1
+    def decode(self, num_tokens: int = 1) -> None:
+        """Take part in the step that is planned, and get so many tokens, or those up to its end."""
+        self._flights.append(num_tokens)
 
     def land(self, ids: Sequence[int]) -> bool:
         """Take what a step has chosen; return whether its table has changed."""
-        self._in_flight -= 1
+        self._flights.popleft()
         self.ids.extend(ids)
         if self._sequence is None:
             return False
@@ -162,7 +168,7 @@ class Member:
     @property
     def in_flight(self) -> int:
         """Steps that choose tokens for it and are not read."""
-        return self._in_flight
+        return len(self._flights)
 
     @property
     def lane(self) -> Lane:

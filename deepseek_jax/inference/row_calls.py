@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference import row_programs, row_state
-from deepseek_jax.inference.cache import CACHE_SPECS
+from deepseek_jax.inference.cache import CACHE_SPECS, copy_pages
 from deepseek_jax.inference.decode import GPU_ROWS
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
@@ -34,6 +34,9 @@ from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.mla_decode.schedule import PAGE
 
 MOST_COPIES = 8  # pages that a call copies
+# Tokens of a row in a burst on a GPU. For one row a step of configs/v3_5b.py is 1.1 ms of an H200, and dispatching it
+# took 1.4 ms of the host (2026-11-29); with four in one dispatch the device has always work.
+BURST_ON_GPU = 4
 MOST_PIECES, MOST_PIECES_OF_CUDNN = 16, 4  # of a device in a call of prefill; cuDNN fills each up to a whole call
 FEW_ROWS_ON_CPU = 4
 MOST_LOADS = 16  # calls in flight, about
@@ -81,14 +84,19 @@ class Calls:
         mesh: jax.sharding.Mesh,
         sizes: Sizes,
         weights: Weights,
+        burst: int | None = None,
     ):
-        """Make an empty cache and closed rows; `executions` are of decoding and of prefill, `weights` are placed."""
+        """Make an empty cache and closed rows; `executions` are of decoding and of prefill, `weights` are placed.
+
+        Bursts have `burst` tokens of a row; by default `BURST_ON_GPU` there, and elsewhere there are none.
+        """
         self.weights: Any = weights
         self.sizes = sizes
         self._model, self._mesh = model, mesh
         self._decode_execution, self._prefill_execution = executions
         is_gpu = mesh.devices.flat[0].platform == "gpu"
         self.widths = sorted({min(GPU_ROWS if is_gpu else FEW_ROWS_ON_CPU, sizes.each), sizes.each})
+        self.burst = (BURST_ON_GPU if is_gpu else 1) if burst is None else burst
         most_pieces = MOST_PIECES_OF_CUDNN if executions[1].attention == "cudnn" else MOST_PIECES
         self.pieces = min(most_pieces, sizes.each)
         self.num_words = -(-weights.params["head_DV"].shape[1] // WORD)
@@ -112,9 +120,9 @@ class Calls:
         self.set_tables(np.zeros((sizes.rows, sizes.columns), np.int32))
         self._programs: dict[tuple, Any] = {}
 
-    def compile(self, progress: Callable[[int, int], None] | None) -> None:
+    def compile(self, progress: Callable[[int, int], None] | None, kinds: Sequence[str]) -> None:
         """Compile all programs that are not compiled yet: one is lowered while others are compiled."""
-        names = self._names()
+        names = [name for name in self._names() if name[0] != "decode" or name[2] in kinds]
         compilers = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), thread_name_prefix="compile")
         try:
             running = [compilers.submit(self._program, name) for name in names]
@@ -126,7 +134,8 @@ class Calls:
             compilers.shutdown(cancel_futures=True)
 
     def _names(self) -> list[tuple]:
-        names: list[tuple] = [("decode", width, kind) for width in self.widths for kind in KINDS]
+        names: list[tuple] = [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
+        names += [("decode", self.widths[0], kind, self.burst) for kind in KINDS if self.burst > 1]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
         return [*names, ("first",), ("evaluate",), ("update",), ("see",), ("copy",)]
 
@@ -148,6 +157,11 @@ class Calls:
         ids_M[:num_prompt], ids_M[num_prompt:num_tokens] = prompt, output
         numbers = (np.int32(number) for number in (row, num_prompt, num_tokens))
         self._seen = self._program(("see",))(self._seen, ids_M, *numbers)
+
+    def change_pages(self, change: Callable[[jax.Array], jax.Array]) -> None:
+        """Put what `change` makes of the pages in their place."""
+        with jax.set_mesh(self._mesh):
+            self._pages = change(self._pages)
 
     def copy(self, copies_U3: np.ndarray) -> None:
         """Copy pages: devices, sources and targets."""
@@ -174,10 +188,10 @@ class Calls:
         """Return log-probabilities of the tokens that follow the first `num_R` tokens of each device."""
         return self._program(("evaluate",))(self._head, hidden_TD, following_T, num_R)
 
-    def decode(self, rows_B: np.ndarray, kind: str) -> tuple[Told, int]:
-        """Decode a token of each of these rows; return what is told of the first rows of each device, and how many."""
+    def decode(self, rows_B: np.ndarray, kind: str, num_tokens: int) -> tuple[Told, int]:
+        """Decode tokens of each of these rows; return what is told of the first rows of each device, and how many."""
         width = self._send_rows(rows_B)
-        program = self._program(("decode", width, kind))
+        program = self._program(("decode", width, kind, num_tokens))
         seen = None if kind == GREEDY else self._seen
         rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
@@ -231,12 +245,13 @@ class Calls:
             found = self._programs[name] = lowered.compile()
         return found
 
-    def _decode_program(self, width: int, kind: str):
+    def _decode_program(self, width: int, kind: str, num_tokens: int):
         run_B = self._shape(bool, self.sizes.rows)
         rest = self._settings, None if kind == GREEDY else self._seen, self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
         donate = (1, 2) if kind == GREEDY else (1, 2, 4)
-        return row_programs.decode, (self._model, self._decode_execution, width, kind), donate, arguments
+        static = self._model, self._decode_execution, width, kind, num_tokens
+        return row_programs.decode, static, donate, arguments
 
     def _prefill_program(self, num_tokens: int):
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens), self.sizes.prefill_tokens
@@ -266,7 +281,7 @@ class Calls:
         return row_state.see, (), (0,), (self._seen, ids_M, number, number, number)
 
     def _copy_program(self):
-        return row_programs.copy_pages, (), (0,), (self._pages, self._shape(np.int32, MOST_COPIES, 3, split=False))
+        return copy_pages, (), (0,), (self._pages, self._shape(np.int32, MOST_COPIES, 3, split=False))
 
     def _packed(self, num_tokens: int) -> Packed:
         devices, pieces = self.sizes.devices, self.sizes.devices * self.pieces

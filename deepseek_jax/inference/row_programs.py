@@ -1,14 +1,15 @@
-"""The programs of a `DeviceBatch`: decoding, prefill, the first token, log-probabilities of prompts, copies of pages.
+"""The programs of a `DeviceBatch`: decoding, prefill, the first token, log-probabilities of prompts.
 
 Each runs on a mesh whose devices have rows and pages of their own. Its results for the host are few small arrays, which
 no later step changes or frees: a step can be dispatched before the results of the last are read.
 
-    decode    a token of each row that runs; the next one is chosen
+    decode    a token of each row that runs; the next one is chosen; or a burst of several, one after the other
     prefill   packed pieces of prompts; the hidden state of every token stays on the device
     first     the token behind the last piece of each prompt, from these
     evaluate  log-probabilities of the tokens of the pieces, from these
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +38,9 @@ class Told(NamedTuple):
     """What the host reads of a step's tokens.
 
     Attributes:
-        numbers_BX: int32, token, whether there is one, and whether the row has ended; with drafts, K tokens and how
-            many of them count.
-        logprobs: zeros where no row asks for them; None from the greedy program.
+        numbers_BX: int32, token, whether there is one, and whether the row has ended; in a burst or with drafts, K
+            tokens and how many of them count.
+        logprobs: zeros where no row asks for them; None from the greedy program. In a burst [B, K] and [B, K, tops].
         drafted_B: int32, drafts that were verified, where there are any.
         guess_B: int32, drafts of masked rows for the next step, or `NO_TOKEN`.
         routes_BSLK: experts of the tokens that went through the model; None from `first`.
@@ -57,6 +58,7 @@ def decode(
     execution: Execution,
     width: int,
     kind: str,
+    num_tokens: int,
     weights: Weights,
     pages: Array,
     progress: Progress,
@@ -66,13 +68,14 @@ def decode(
     run_B: Array,
     load_RLE: Array,
 ) -> tuple[Told, Array, Progress, Seen | None, Array]:
-    """Run the last token of each row of `run_B` that has not ended, and choose the next.
+    """Run the last token of each row of `run_B` that has not ended, and choose the next; do so `num_tokens` times.
 
     Args:
         model: shape and mathematics.
         execution: of decoding.
         width: the first rows of each device, which alone take part.
         kind: `GREEDY`, `BY_ID` or `ANY`: what the settings of all of them allow; with `GREEDY`, `seen` is None.
+        num_tokens: of a row. More than one are a loop of known length, between whose steps the host has no part.
         weights: as `decode_weights` returns them.
         pages: donated.
         progress: donated.
@@ -89,14 +92,14 @@ def decode(
         progress, settings, seen, tables_BJ, run_B = jax.tree.map(
             lambda x: x[:width], (progress, settings, seen, tables_BJ, run_B)
         )
-        run_B &= ~progress.finished_B
-        new = progress.token_B[:, None], progress.length_B[:, None], run_B[:, None]
-        step = model, execution, weights, pages, tables_BJ, *new
-        hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
-        logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
-        progress = progress._replace(length_B=progress.length_B + run_B)
-        chosen, progress, seen = _chosen(kind, logits_BV, progress, settings, seen, run_B)
-        told = _told(chosen, run_B, progress)._replace(routes_BSLK=routes_BSLK)
+        state = pages, progress, seen, load_RLE
+        step = functools.partial(_step, (model, execution, kind, weights), (settings, tables_BJ, run_B))
+        if num_tokens == 1:
+            state, told = step(state)
+        else:
+            state, told_K = lax.scan(lambda state, _: step(state), state, length=num_tokens)
+            told = _in_one(told_K)
+        pages, progress, seen, load_RLE = state
         progress, seen = jax.tree.map(
             lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0),
             (all_rows[0], all_rows[2]),
@@ -107,6 +110,21 @@ def decode(
     in_specs = weight_specs(weights), PAGES, *[SPLIT] * 6
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, SPLIT, SPLIT, SPLIT))
     return run(weights, pages, progress, settings, seen, tables_BJ, run_B, load_RLE)
+
+
+def _step(made: tuple[Model, Execution, str, Weights], rows: tuple[Settings, Array, Array], state: Any) -> Any:
+    """Choose a token of each row of `rows` (settings, tables, who runs) from the state that `decode` carries on."""
+    (model, execution, kind, weights), (settings, tables_BJ, run_B) = made, rows
+    pages, progress, seen, load_RLE = state
+    run_B &= ~progress.finished_B
+    new = progress.token_B[:, None], progress.length_B[:, None], run_B[:, None]
+    step = model, execution, weights, pages, tables_BJ, *new
+    hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
+    logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
+    progress = progress._replace(length_B=progress.length_B + run_B)
+    chosen, progress, seen = _chosen(kind, logits_BV, progress, settings, seen, run_B)
+    told = _told(chosen, run_B, progress)._replace(routes_BSLK=routes_BSLK)
+    return (pages, progress, seen, load_RLE), told
 
 
 def run_decode(load_RLE: Array, model: Model, *arrays: Any) -> tuple[Array, Array, Array, Array]:
@@ -235,24 +253,6 @@ def evaluate(head_DV: Array, hidden_TD: Array, following_T: Array, num_T1: Array
     return run(head_DV, hidden_TD, following_T, num_T1)
 
 
-def copy_pages(pages: Array, copies_U3: Array) -> Array:
-    """Copy pages in all layers, in their order: rows of device, source, target; a target of -1 copies nothing."""
-
-    def local(pages, copies_U3):
-        device_U, source_U, target_U = copies_U3.T
-        here_U = (device_U == lax.axis_index(ROWS)) & (target_U >= 0)
-
-        def copy(i, pages):
-            # A copy that is not for this device is of a page to itself.
-            source = jnp.where(here_U[i], source_U[i], 0)
-            page = lax.dynamic_slice_in_dim(pages, source, 1, axis=1)
-            return lax.dynamic_update_slice_in_dim(pages, page, jnp.where(here_U[i], target_U[i], 0), axis=1)
-
-        return lax.fori_loop(0, len(copies_U3), copy, pages)
-
-    return jax.shard_map(local, in_specs=(PAGES, P()), out_specs=PAGES)(pages, copies_U3)
-
-
 def _chosen(
     kind: str, logits_BV: Array, progress: Progress, settings: Settings, seen: Any, run_B: Array
 ) -> tuple[Chosen, Progress, Any]:
@@ -269,6 +269,18 @@ def _chosen(
             chosen = choose(choice, logits_BV, positions_B, run_B, seen)
         seen = counted(choice, seen, chosen.ids_B, run_B)
     return chosen, progress.after(settings.end_ids_BE, chosen.ids_B, run_B), seen
+
+
+def _in_one(told_K: Told) -> Told:
+    """Return what K steps tell, whose arrays lie one behind the other, as one step of K tokens.
+
+    A row that ends takes no part in the steps behind: its tokens are the first ones.
+    """
+    tokens_KB, counts_KB, finished_KB = jnp.moveaxis(told_K.numbers_BX, 2, 0)
+    numbers_BX = jnp.concatenate([tokens_KB, counts_KB.sum(axis=0)[None], finished_KB[-1:]]).T
+    logprobs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), told_K.logprobs)
+    assert told_K.routes_BSLK is not None
+    return Told(numbers_BX, logprobs, routes_BSLK=jnp.moveaxis(told_K.routes_BSLK[:, :, 0], 0, 1))
 
 
 def _told(chosen: Chosen, run_B: Array, progress: Progress) -> Told:

@@ -27,6 +27,10 @@ everybody behind it.
 One step ahead. A step is planned before the last one is read. What a job may have by then is counted as if all were
 accepted, so its pages are there; tokens that come for a job that waits again are kept.
 
+Bursts. Where the device can choose several tokens of a row in one step (`burst`), it does so while that keeps nobody
+waiting: no prompt is read or could begin, no job has a grammar, and none has fewer tokens left. A job that comes during
+a burst waits for its end.
+
 A job whose next page is just being written by another one's prompt waits until that is done, and shares it.
 """
 
@@ -52,6 +56,7 @@ class Plan(NamedTuple):
     tables: list[tuple[Member, np.ndarray]]  # pages of those whose pages have changed, those of `opened` too
     pieces: list[Piece]
     decodes: list[Member]
+    num_tokens: int = 1  # of each of `decodes`
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
@@ -90,6 +95,8 @@ class Scheduler:
         num_drafts: int = 0,
         beside: int = 0,
         most_pieces: int = 16,
+        burst: int = 1,
+        burst_rows: int = 0,
     ):
         """Begin with no job.
 
@@ -100,6 +107,8 @@ class Scheduler:
             num_drafts: tokens that a step may choose beyond the first.
             beside: as `most_prefill_tokens`, in a step in which tokens are chosen for others; 0 for the same.
             most_pieces: of prompts on a device in such a step: more take the time of several calls.
+            burst: tokens that the device can choose of a row in one step, without drafts; 1 for no bursts.
+            burst_rows: the first rows of each device, which alone can have bursts.
         """
         each = num_rows // len(pools)
         self.lanes = [Lane(pool, range(i * each, (i + 1) * each)) for i, pool in enumerate(pools)]
@@ -108,6 +117,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._most, self._beside = most_prefill_tokens, beside or most_prefill_tokens
         self._num_drafts, self._most_pieces = num_drafts, most_pieces
+        self._burst, self._burst_rows = burst, burst_rows
         self._closed: list[int] = []  # rows, since the last plan
         self._changed: dict[Member, None] = {}  # whose tables the device has not
         self._blocked: Member | None = None  # the first that waits, if since it was tried nobody has left
@@ -142,32 +152,47 @@ class Scheduler:
 
         With `admit` = `BEGUN` nobody gets a row who has not had one before.
         """
-        decodes = self._decode()
+        num_tokens = self._burst if self._may_burst() else 1
+        decodes = self._decode(num_tokens)
         most = self._beside if decodes else self._most
         budgets = {lane: _Budget(most, self._most_pieces if decodes else most) for lane in self.lanes}
         unsent = [member for member in self.running if member.num_unsent]
         pieces = [budgets[member.lane].piece(member) for member in unsent if budgets[member.lane]]
         opened = self._admit(budgets, admit, pieces)
         tables = [(member, member.table()) for member in self._changed]
-        plan = Plan(self._closed, opened, tables, pieces, decodes)
+        plan = Plan(self._closed, opened, tables, pieces, decodes, num_tokens)
         self._closed, self._changed = [], {}
         for piece in pieces:  # with all done: what this step writes, only later ones find
             if piece.member.commit(piece.end):
                 self._changed[piece.member] = None
         return plan
 
-    def _decode(self) -> list[Member]:
-        """Return who gets its next token; the last in rank give way where pages are missing."""
+    def _may_burst(self) -> bool:
+        """Return whether a burst keeps nobody waiting, and there are pages for it."""
+        if self._burst == 1 or (self.waiting and any(lane.free_rows for lane in self.lanes)):
+            return False
+        missing: dict[Lane, int] = {}
+        for member in self.running:
+            lane, num_left = member.lane, member.num_left
+            is_first = member.row - lane.first_row < self._burst_rows
+            if member.num_unsent or member.masked or not is_first or 0 < num_left < self._burst:
+                return False
+            num_pages = -(-max(member.num_missing(0, self._burst), 0) // PAGE_SIZE)
+            missing[lane] = missing.get(lane, 0) + num_pages
+        return all(num_pages <= lane.pool.num_available for lane, num_pages in missing.items())
+
+    def _decode(self, num_tokens: int) -> list[Member]:
+        """Return who gets its next tokens; the last in rank give way where pages are missing."""
         decodes = []
         for member in list(self.running):
-            if member.is_running and member.can_decode() and self._has_room(member):
-                member.decode()
+            if member.is_running and member.can_decode() and self._has_room(member, num_tokens):
+                member.decode(num_tokens)
                 decodes.append(member)
         return decodes
 
-    def _has_room(self, member: Member) -> bool:
+    def _has_room(self, member: Member, num_tokens: int) -> bool:
         """Get the page that a job may need; False if it had to give way itself."""
-        missing = member.num_missing(self._num_drafts)
+        missing = member.num_missing(self._num_drafts, num_tokens)
         while missing > 0:
             try:
                 member.grow(missing)

@@ -29,6 +29,13 @@ class Piece(NamedTuple):
     following: int | None = None
 
 
+class Masks(NamedTuple):
+    """What a masked row may choose in a step."""
+
+    words_2W: np.ndarray  # of its next token, and of the token behind `draft`
+    draft: int
+
+
 class Call(NamedTuple):
     """Pieces that go through the model together, of R places a device.
 

@@ -58,7 +58,7 @@ class Stepper:
         self._batch, self._inbox, self._seed = batch, inbox, seed
         self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1)) for _ in range(batch.num_devices)]
         sizes = batch.num_rows, batch.most_prefill_tokens, batch.num_drafts, beside, batch.most_pieces
-        self.scheduler = Scheduler(self.pools, *sizes)
+        self.scheduler = Scheduler(self.pools, *sizes, batch.burst, batch.burst_rows)
         self.counters = Counters(batch.num_drafts)
         self.version = version
         self.is_paused = False
@@ -204,7 +204,7 @@ class Stepper:
         for row, member in choosing:
             if member.masked:
                 batch.set_mask(row, *member.owner.masks)
-        step = batch.step([_row_piece(row, piece) for row, piece in pieces], decodes_B)
+        step = batch.step([_row_piece(row, piece) for row, piece in pieces], decodes_B, plan.num_tokens)
         self.counters.step()
         return _Ahead(step, pieces, choosing)
 

@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.inference import generate
 from deepseek_jax.inference.batch import DeviceBatch
+from deepseek_jax.inference.batch_checks import check_burst
 from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.pages import Copy, PagedSequence
 from deepseek_jax.inference.requests import Request
@@ -36,7 +37,7 @@ BY_ID = dataclasses.replace(WARM, top_k=0, top_p=1.0, num_logprobs=0)
 
 def make_batch(config=CONFIG, weights=None, mesh=None, rows=ROWS, eos=NEVER):
     sizes = {"num_rows": rows, "num_pages": PAGES, "num_positions": POSITIONS, "most_prefill_tokens": BUDGET}
-    return DeviceBatch(config, weights or make_weights(config), mesh or one_device(), eos=eos, **sizes)
+    return DeviceBatch(config, weights or make_weights(config), mesh or one_device(), eos=eos, **sizes, burst=4)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,57 @@ def test_rows_get_what_each_gets_alone(batch):
     for i, job in enumerate(jobs):
         assert job.tokens == alone(PROMPTS[i], LENGTHS[i], samplings[i], number=i), i
     assert [job.cached for job in jobs] == [0, 0, 0, 0, 128, 0]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, BY_ID], ids=["greedy", "any", "by id"])
+def test_a_burst_tells_what_single_steps_tell(batch, sampling):
+    """Tokens, log-probabilities, experts and ends, where one row ends within a burst and the other behind it."""
+    rows_B, found = np.arange(ROWS) < 2, []
+    for plan in ([1] * 10, [4, 4, 1, 1]):
+        tokens, logprobs, routes, ends = ([[], []] for _ in range(4))
+        for row, most in ((0, 11), (1, 6)):
+            settings = {"sampling": sampling, "max_new_tokens": most, "seed": SEED, "number": row, "routes": True}
+            batch.open_row(row, RowSettings(**settings))
+            batch.set_table(row, [3 * row, 3 * row + 1])
+        batch.step([Piece(row, PROMPTS[0], True) for row in (0, 1)], rows_B & False).read()
+        for step in [batch.step([], rows_B, num_tokens) for num_tokens in plan]:
+            result = step.read()
+            for row in (0, 1):
+                count = result.counts_B[row]
+                tokens[row] += result.tokens_BK[row, :count].tolist()
+                logprobs[row] += [] if result.logprobs is None else result.logprobs.chosen_B[row, :count].tolist()
+                routes[row] += result.routes[row].tolist()
+                ends[row].append(bool(result.finished_B[row]))
+        for row in (0, 1):
+            batch.close_row(row)
+        assert [len(ids) for ids in tokens] == [10, 5] == [len(found) for found in routes]
+        assert all(end[-1] for end in ends) and not ends[0][0]
+        found.append((tokens, routes, logprobs))
+    (*single, logprobs), (*burst, others) = found
+    assert single == burst
+    assert [len(values) for values in logprobs] == ([10, 5] if sampling is BY_ID else [0, 0])
+    for one, other in zip(logprobs, others, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_bursts_that_cannot_be_are_refused(batch):
+    rows_B = np.arange(ROWS) == 4
+    for row, masked in ((4, False), (1, True)):
+        batch.open_row(row, RowSettings(sampling=GREEDY, max_new_tokens=9, masked=masked))
+        batch.set_table(row, [row])
+    try:
+        with pytest.raises(ValueError, match=r"rows \[4\] can have none"):
+            batch.step([], rows_B, 4)
+        with pytest.raises(ValueError, match="a step of 3 tokens: bursts here have 4"):
+            batch.step([], rows_B, 3)
+        batch.set_mask(1, np.zeros(-(-batch.vocab_size // 32), np.int32))
+        with pytest.raises(ValueError, match=r"rows \[1\] are masked, and need set_mask"):
+            batch.step([], np.arange(ROWS) == 1, 4)
+    finally:
+        batch.close_row(4)
+        batch.close_row(1)
+    with pytest.raises(ValueError, match="burst = 2 must be at least 1, and 1 with num_drafts = 1"):
+        check_burst(2, 1)
 
 
 def test_no_program_is_compiled_while_jobs_run(batch):

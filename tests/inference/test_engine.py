@@ -79,11 +79,13 @@ def endless_batch(**options):
 
 
 @pytest.mark.parametrize(
-    ("num_pages", "num_drafts", "num_devices"), [(400, 0, 1), (400, 2, 1), (10, 0, 1), (10, 3, 1), (10, 1, 2)]
+    ("num_pages", "num_drafts", "num_devices", "burst"),
+    [(400, 0, 1, 1), (400, 2, 1, 1), (10, 0, 1, 1), (10, 3, 1, 1), (10, 1, 2, 1), (400, 0, 1, 4), (10, 0, 2, 3)],
 )
-def test_every_job_is_as_alone(num_pages, num_drafts, num_devices):
-    """With room for all and in a cache that fits one job, where jobs give way; with drafts, on several devices."""
-    batch = FakeBatch(num_rows=8, num_pages=num_pages, num_drafts=num_drafts, num_devices=num_devices)
+def test_every_job_is_as_alone(num_pages, num_drafts, num_devices, burst):
+    """With room for all and in a cache that fits one job, where jobs give way; drafts, several devices, bursts."""
+    sizes = {"num_drafts": num_drafts, "num_devices": num_devices, "burst": burst, "burst_rows": 8}
+    batch = FakeBatch(num_rows=8, num_pages=num_pages, **sizes)
     jobs = [*random_jobs(80), *(long_job(300, prompt=[i] * 5, sampling=GREEDY) for i in range(9))]
     with Engine(batch, TOKENIZER) as engine:
         for job, answer in zip(jobs, engine.generate(jobs), strict=True):
@@ -105,6 +107,7 @@ def test_every_job_is_as_alone(num_pages, num_drafts, num_devices):
         assert stats.cached_tokens > 0 and stats.prompt_tokens == sum(len(job.prompt) for job in jobs)
         assert (stats.preemptions > 0) == (num_pages == 10)
         assert (sum(stats.drafted) > sum(stats.accepted) > 0) == (num_drafts > 0)
+        assert (batch.num_bursts > 0) == (burst > 1)
         assert stats.completion_tokens == sum(len(want_ids(batch, job)) for job in jobs)
 
 

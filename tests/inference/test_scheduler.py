@@ -232,6 +232,75 @@ def test_drafts_have_pages_too(num_drafts):
         scheduler.land(job, [7])
 
 
+def test_bursts_are_for_rows_that_keep_nobody_waiting():
+    """Not with the first token, beside prompts, for a job with fewer tokens left, with a grammar, or in a later row."""
+    scheduler = make_scheduler(num_rows=3, burst=4, burst_rows=2)
+
+    def num_tokens():
+        plan = scheduler.plan()
+        for chosen in [*plan.decodes, *(piece.member for piece in plan.pieces if piece.is_last)]:
+            scheduler.land(chosen, [7] * (1 if plan.pieces and chosen not in plan.decodes else plan.num_tokens))
+            if len(chosen.ids) == chosen.most:
+                scheduler.end(chosen)
+        return plan.num_tokens
+
+    scheduler.add(member("A", max_new_tokens=1 + 2 * 4 + 4 + 4 + 1))
+    assert [num_tokens() for _ in range(3)] == [1, 4, 4]
+    scheduler.add(member("B", 250, max_new_tokens=2))
+    assert [num_tokens() for _ in range(4)] == [1, 1, 1, 1]  # three pieces, and the second token of B
+    assert [num_tokens(), num_tokens()] == [4, 1]
+    jobs = {name: member(name, max_new_tokens=20, masked=name == "M") for name in "CMDE"}
+    for name, want in (("C", [1, 4]), ("M", [1, 1]), ("D", [1, 1])):
+        scheduler.add(jobs[name])
+        assert [num_tokens(), num_tokens()] == want, name
+    scheduler.end(jobs["M"])
+    assert num_tokens() == 1, "D has the third row"
+    scheduler.end(jobs["D"])
+    assert num_tokens() == 4
+    for name in "DE":
+        scheduler.add(member(name, max_new_tokens=20))
+    num_tokens()
+    scheduler.end(next(found for found in scheduler.running if found.row == 2))
+    assert num_tokens() == 4
+    scheduler.add(member("F", 6000))
+    assert num_tokens() == 1, "a row is free, and pages may be soon"
+
+
+def test_a_burst_has_pages_and_takes_none_from_others():
+    """Two bursts that are not read have room for all their tokens; where pages are missing there are single tokens."""
+    scheduler = make_scheduler(num_pages=2, burst=4, burst_rows=4)
+    job = member("A", PAGE_SIZE - 6, 100)
+    scheduler.add(job)
+    step(scheduler)  # the token behind the prompt, at position 58
+    assert [scheduler.plan().num_tokens for _ in range(2)] == [4, 4] and len(job.table()) == 2
+    for _ in range(2):
+        scheduler.land(job, [7] * 4)
+    other = member("B", 10, 100)
+    scheduler.add(other)
+    job.most = len(job.ids) + 3 + 4
+    plans = [scheduler.plan() for _ in range(3)]
+    assert not any(plan.opened for plan in plans), "there is no page for it"
+    assert [plan.num_tokens for plan in plans] == [1, 1, 1], "a job waits, and a row is free"
+    for _ in range(3):
+        scheduler.land(job, [7])
+    scheduler.end(other)
+    assert scheduler.plan().num_tokens == 4
+    assert not scheduler.plan(), "all its tokens are on their way"
+    scheduler.land(job, [7] * 4)
+    assert len(job.ids) == job.most
+
+
+def test_a_burst_preempts_nobody():
+    """One page is left, and two jobs would need one each: they get single tokens while these need none."""
+    scheduler = make_scheduler(num_pages=3, budget=1000, burst=4, burst_rows=4)
+    jobs = [member(name, PAGE_SIZE - 2, 100) for name in "AB"]
+    for found in jobs:
+        scheduler.add(found)
+    step(scheduler)
+    plan = scheduler.plan()
+    assert (plan.num_tokens, names(plan.decodes), scheduler.num_preemptions) == (1, "AB", 0)
+
+
 def test_only_those_that_have_begun():
     scheduler = make_scheduler(num_rows=1)
     jobs = [member("A"), member("B", priority=9)]

@@ -55,6 +55,7 @@ class FakeStep:
 class FakeBatch:
     num_rows, num_pages, num_positions, vocab_size = 4, 64, 1024, 262
     most_prefill_tokens, most_pieces, num_devices, num_drafts, eos = 128, 16, 1, 0, 1
+    burst, burst_rows = 1, 0
 
     def __init__(self, before=None, **sizes):
         self.__dict__.update(sizes)
@@ -63,6 +64,7 @@ class FakeBatch:
         self.before = before  # called before each step
         self.rows = {}
         self.log = []  # (prompt tokens, decoding rows) of each step
+        self.num_bursts = 0
         self.fails_at = None
 
     def fail_at(self, step):
@@ -97,7 +99,7 @@ class FakeBatch:
             raise ValueError("the weights do not fit")
         self.version = weights.params["version"]
 
-    def step(self, pieces, decodes_B):
+    def step(self, pieces, decodes_B, num_tokens=1):
         if self.before:
             self.before()
         if self.fails_at is not None and len(self.log) == self.fails_at:
@@ -105,7 +107,10 @@ class FakeBatch:
         assert sum(len(piece.ids) for piece in pieces) <= self.most_prefill_tokens * self.num_devices
         assert not any(decodes_B[piece.row] for piece in pieces)
         self.log.append((sum(len(piece.ids) for piece in pieces), int(decodes_B.sum())))
-        shape = self.num_rows, self.num_drafts + 1
+        assert num_tokens == 1 or (num_tokens == self.burst and not pieces)
+        assert num_tokens == 1 or (decodes_B.reshape(self.num_devices, -1).nonzero()[1] < self.burst_rows).all()
+        self.num_bursts += num_tokens > 1
+        shape = self.num_rows, max(self.num_drafts + 1, num_tokens)
         tokens, counts, drafted = np.zeros(shape, np.int32), *np.zeros((2, self.num_rows), np.int32)
         chosen, prompts = np.zeros(shape, np.float32), {}
         for piece in pieces:
@@ -119,7 +124,8 @@ class FakeBatch:
             if row.ended:
                 continue
             drafted[number] = row.draft != NO_TOKEN if row.settings.masked else self.num_drafts
-            accepted = row.last % (drafted[number] + 1)
+            assert num_tokens == 1 or not row.settings.masked
+            accepted = num_tokens - 1 or row.last % (drafted[number] + 1)
             while not row.ended and counts[number] <= accepted:
                 row.write([row.last], self.version)
                 self._choose(number, tokens, counts, chosen)
