@@ -5,6 +5,7 @@ lies in the cache does not change the time. The programs of all batches are comp
 that of a busy machine), and then each is measured on its own:
 
     --mode=decode     bursts of tokens, as `inference.generate` runs them, after a context of --context tokens
+    --mode=engine     the same bursts, and beside them an engine with as many jobs (`engine_loop`)
     --mode=prefill    prompts of --context tokens
 
 A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. The floor
@@ -20,14 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax import Array
 
 from deepseek_jax.config import Config, Execution, from_config_dict
 from deepseek_jax.inference import prefill
-from deepseek_jax.inference.cache import CACHE_SPECS, Cache, cache_bytes_per_token, make_cache
+from deepseek_jax.inference.cache import Cache, cache_bytes_per_token, make_cache
 from deepseek_jax.inference.decode import Generation, decode_burst, decode_execution, num_rows
 from deepseek_jax.inference.generate import BURST
 from deepseek_jax.inference.requests import make_rows
@@ -38,13 +37,13 @@ from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import PARAMETERS, ROWS, P, Weights, leaf_name
 from experiments import command, recipe, session
-from experiments.benchmarks import breakdown, report
-from experiments.benchmarks.random_weights import random_weights
+from experiments.benchmarks import breakdown, engine_loop, report
+from experiments.benchmarks.random_weights import random_entries, random_weights
 from pallas_kernels.bench.records import provenance, write
 
 CONFIG = recipe.Recipe(None, "Configuration, such as configs/v3_5b.py.", required=True)
 JSON = flags.DEFINE_string("json", None, "Write the records to this file.")
-MODE = flags.DEFINE_enum("mode", "decode", ["decode", "prefill"], "What is measured.")
+MODE = flags.DEFINE_enum("mode", "decode", ["decode", "engine", "prefill"], "What is measured.")
 BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Sequences, one measurement for each number.")
 CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of every sequence.", lower_bound=1, upper_bound=2**20)
 PRECISION = flags.DEFINE_list("precision", None, "Precisions, one after the other; by default that of the config.")
@@ -98,7 +97,7 @@ def measure_all(
     config: Config, execution: Execution, mesh: jax.sharding.Mesh, weights: Weights, batches: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Return the records of all batch sizes; one program is lowered while others are compiled."""
-    lower = decode_program if MODE.value == "decode" else prefill_program
+    lower = prefill_program if MODE.value == "prefill" else decode_program
 
     def compiled(program):
         start = time.perf_counter()
@@ -114,7 +113,25 @@ def measure_all(
     for batch, program, seconds, made in running:
         step, compile_seconds = made.result()
         records += measure(config, mesh, weights, batch, program, step, seconds + compile_seconds)
+    if MODE.value == "engine":
+        del running
+        records += [record for batch in batches for record in beside(config, mesh, weights, batch, records)]
     return records
+
+
+def beside(
+    config: Config, mesh: jax.sharding.Mesh, weights: Weights, batch: int, records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the records of an engine with `batch` jobs, beside those of the bare loop."""
+    (bare,) = (found["value"] for found in records if (found["mode"], found["shape"]["batch"]) == ("decode", batch))
+    value = engine_loop.measure(
+        engine_loop.open_batch(config, mesh, weights, batch, CONTEXT.value), batch, CONTEXT.value
+    )
+    values = [("engine", value, "tokens/s"), ("share of the bare loop", 100 * value / bare, "%")]
+    shape = {"batch": batch, "context": CONTEXT.value}
+    found = [report.record(config, mode, shape, number, unit) for mode, number, unit in values]
+    report.print_records(f"engine, batch {batch}", [record | {"device": "", "jax": ""} for record in found])
+    return found
 
 
 def measure(
@@ -145,7 +162,7 @@ def measure(
             report.print_events(events)
     floor = floor_seconds(config, weights, batch) * program.steps
     values = [
-        (MODE.value, program.tokens / median, "tokens/s"),
+        (_bare_mode(), program.tokens / median, "tokens/s"),
         ("floor", program.tokens / floor, "tokens/s"),
         ("share of the floor", 100 * floor / median, "%"),
         ("time", 1e3 * median / program.steps, "ms"),
@@ -160,6 +177,10 @@ def measure(
         f"{config.execution.precision}, batch {batch}", [r | {"device": "", "jax": ""} for r in records]
     )
     return records
+
+
+def _bare_mode() -> str:
+    return "prefill" if MODE.value == "prefill" else "decode"
 
 
 def run(compiled: Any, arrays: tuple) -> tuple:
@@ -189,10 +210,10 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
         elif leaf.ndim > 1:
             products += 2 * tokens * leaf.size
         read += share * leaf.nbytes
-    if MODE.value == "decode":
+    if _bare_mode() == "decode":
         read += batch * (CONTEXT.value + BURST // 2) * cache_bytes_per_token(model, config.execution)
     seconds = read / (READ_RATE.value * 1e9)
-    if MODE.value == "decode":
+    if _bare_mode() == "decode":
         return seconds
     pairs = model.num_layers * tokens * CONTEXT.value / 2  # of a token and one before it
     products += 2 * pairs * model.num_heads * (model.query_dim + model.value_dim)
@@ -205,7 +226,7 @@ def decode_program(
     """Lower a burst over sequences of --context tokens; each of its runs begins there."""
     model, rows = config.model, num_rows(batch, mesh)
     cache = make_cache(model, execution, rows, CONTEXT.value + BURST)
-    cache = cache._replace(pages=fill(cache.pages))
+    cache = cache._replace(pages=random_entries(cache.pages))
     there_B = np.arange(rows) < batch
     length_B, finished_B, tokens_B = (
         jax.device_put(x, P(ROWS)) for x in (np.int32(CONTEXT.value * there_B), ~there_B, np.zeros(rows, np.int32))
@@ -220,15 +241,6 @@ def decode_program(
 def measured_burst(model, execution, sampling, weights, state, rows, length_B) -> tuple[Chosen, Generation]:
     """A burst of `inference.decode`; `length_B`, with which each run begins, is not read."""
     return decode_burst(model, execution, sampling, BURST, weights, state, rows, NO_EOS, BURST)
-
-
-def fill(pages: Array) -> Array:
-    """Return pages of random entries, of the size of a norm's output."""
-    split: Any = CACHE_SPECS.pages
-    make = jax.jit(
-        lambda: jax.random.normal(jax.random.key(1), pages.shape, jnp.bfloat16, out_sharding=split).astype(pages.dtype)
-    )
-    return make()
 
 
 def prefill_program(

@@ -1,10 +1,13 @@
-"""Weights of benchmarks that decode: random, with a router that spreads tokens over the experts."""
+"""Weights of benchmarks that decode: random, with a router that spreads tokens over the experts; random contexts."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.config import Config
+from deepseek_jax.inference.cache import CACHE_SPECS
 from deepseek_jax.model import transformer
 from deepseek_jax.parameters import PARAMETERS, Fp8Weight, P, Weights, leaf_name, matrix_shape, num_lead_dims
 from pallas_kernels.quantize import quantize_blocks
@@ -32,3 +35,12 @@ def random_weights(config: Config, mesh: jax.sharding.Mesh) -> Weights:
     with jax.set_mesh(mesh):
         weights = jax.jit(functools.partial(transformer.init, config.model))(jax.random.key(config.seed))
         return Weights(jax.tree.map_with_path(change, weights.params), weights.router_bias)
+
+
+def random_entries(pages: jax.Array) -> jax.Array:
+    """Return pages of random entries, of the size of a norm's output, laid out as those of a cache."""
+    split: Any = CACHE_SPECS.pages
+    make = jax.jit(
+        lambda: jax.random.normal(jax.random.key(1), pages.shape, jnp.bfloat16, out_sharding=split).astype(pages.dtype)
+    )
+    return make()
