@@ -23,6 +23,7 @@ from deepseek_jax.model.precision import ATTENTION_OUTPUT, DISPATCH, compute_dty
 from deepseek_jax.parameters import Fp8Weight, Weights
 from pallas_kernels import dispatch
 from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, latents, project
+from pallas_kernels.hopper.marks import MARKS
 from pallas_kernels.quantized import Quantized, Scale
 
 NORM_UNIT, COLUMNS = 512, 64  # of widths that the kernels norm, and of those that products make
@@ -81,14 +82,16 @@ def run_decode_layers(
     def run(kind, params, bias, x_TD, h_TD, cache, next_gain_D):
         layer = merge_cached(kind, model, params, bias)
         parts, cache = attend(model, layer.attention, h_TD, (cos, sin), places, cache)
-        x_TD, h_TD, rows = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps, scale=_scale_of_rows(layer))
+        x_TD, h_TD, rows, zeros = add_norm(
+            x_TD, parts, _feed_gain(layer), eps=model.norm_eps, scale=_scale_of_rows(layer), zeros=_num_marks(layer)
+        )
         h_BSD = h_TD.reshape(x_BSD.shape)
         if isinstance(layer, MoELayer) and not layer.moe.model.num_shared_experts:
-            parts, observed = layer.moe.few(h_BSD, valid_BS, observe, rows)
+            parts, observed = layer.moe.few(h_BSD, valid_BS, observe, rows, zeros)
         else:
             y_BSD, observed = layer.feed_normed(execution, h_BSD, valid_BS, observe)
             parts = y_BSD.reshape(1, -1, width)
-        x_TD, h_TD, _ = add_norm(x_TD, parts, next_gain_D, eps=model.norm_eps)
+        x_TD, h_TD, *_ = add_norm(x_TD, parts, next_gain_D, eps=model.norm_eps)
         return x_TD, h_TD, cache.pages, observed
 
     layers = _in_order(weights)
@@ -110,6 +113,11 @@ def _feed_gain(layer: MoELayer | DenseLayer) -> jax.Array:
 def _scale_of_rows(layer: Layer) -> Scale | None:
     """Return the scale of the tiles that the layer's experts read, or None."""
     return DISPATCH if isinstance(layer, MoELayer) and isinstance(layer.moe.down_EFD.get_value(), Fp8Weight) else None
+
+
+def _num_marks(layer: Layer) -> int:
+    """Return the zeros that the layer's router needs for its marks."""
+    return MARKS if isinstance(layer, MoELayer) else 0
 
 
 def _in_order(weights: Weights) -> list[tuple[type[Layer], Tree, Tree]]:

@@ -90,7 +90,12 @@ class MoE(nnx.Module):
         return out_BSD, observed
 
     def few(
-        self, h_BSD: jax.Array, valid_BS: jax.Array, observe: Observer, rows: Quantized | None = None
+        self,
+        h_BSD: jax.Array,
+        valid_BS: jax.Array,
+        observe: Observer,
+        rows: Quantized | None = None,
+        zeros: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Return FP32 parts [parts, T, D] of the routed experts' sums, and what `observe` reports of the router.
 
@@ -101,12 +106,13 @@ class MoE(nnx.Module):
             valid_BS: False on padding.
             observe: what to report.
             rows: `h_BSD` in tiles for experts in FP8, where there are any.
+            zeros: for the marks of the router's kernel (`pallas_kernels.routing`).
         """
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         h_TD = h_BSD.reshape(-1, self.model.width)
         with jax.named_scope("route"):
             experts_TK, gates_TK, scores_TE, dense = self._route_few(
-                h_TD, valid_BS.reshape(-1), _num_experts(weights["down_EFD"])
+                h_TD, valid_BS.reshape(-1), _num_experts(weights["down_EFD"]), zeros
             )
             routed_TK = experts_TK[:, : self.model.experts_per_token]  # without those that every token has
             scores_BSE, routed_BSK = (x.reshape(*valid_BS.shape, -1) for x in (scores_TE, routed_TK))
@@ -114,11 +120,13 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense, rows=rows, parts=True), observed
 
-    def _route_few(self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int) -> Routing:
+    def _route_few(
+        self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int, zeros: jax.Array | None = None
+    ) -> Routing:
         """Return the routing of a decoding step: of a router in BF16 parts by the kernel, in FP32 from its scores."""
         rule, router, bias_E = rule_of(self.model), self.router_DE[...], self.bias_E[...]
         if router.dtype == h_TD.dtype == jnp.bfloat16:
-            return route_tokens(h_TD, router, bias_E, valid_T, rule=rule, num_experts=num_experts)
+            return route_tokens(h_TD, router, bias_E, valid_T, rule=rule, num_experts=num_experts, zeros=zeros)
         scores_TE = router_scores(self.model, h_TD, router)
         return Routing(*choose(rule, scores_TE, bias_E, valid_T, num_experts), scores_TE, None)
 

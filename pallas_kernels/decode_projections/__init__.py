@@ -14,7 +14,7 @@ reads the product next adds its parts: FP32 [splits, N, columns].
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -168,6 +168,22 @@ def latents(
     return _choose("latents", implementation, face, kernel, fault)(parts, gains, table, pages, places)
 
 
+class Normed(NamedTuple):
+    """The residual stream, and what `add_norm` makes of it.
+
+    Attributes:
+        total: [N, D].
+        h: its rms_norm, of the same dtype.
+        tiles: of `h`.
+        zeros: int32.
+    """
+
+    total: Array
+    h: Array
+    tiles: Quantized | None
+    zeros: Array | None
+
+
 def add_norm(
     x: Array,
     parts: Array,
@@ -175,10 +191,11 @@ def add_norm(
     *,
     eps: float,
     scale: Scale | None = None,
+    zeros: int = 0,
     implementation: str = "auto",
     config: TuningConfig | None = None,
-) -> tuple[Array, Array, Quantized | None]:
-    """Return x + the sum of `parts`, and rms_norm of that, both [N, D] of x's dtype; with `scale` also its tiles.
+) -> Normed:
+    """Return x + the sum of `parts`, and rms_norm of that; with `scale` also its tiles.
 
     Args:
         x: BF16 or FP32 [N, D].
@@ -186,6 +203,8 @@ def add_norm(
         gain: FP32 [D].
         eps: added to the mean square.
         scale: of the tiles; None: there are none.
+        zeros: how many zeros to make for the marks of the kernel that follows (`pallas_kernels.hopper.marks`), a
+            multiple of 128; 0: there are none.
         implementation: "auto", "reference" or "hopper"; the kernel takes BF16 x, and D a multiple of 512.
         config: of the kernel.
 
@@ -196,10 +215,11 @@ def add_norm(
     if parts.ndim != 3 or parts.shape[1:] != x.shape or gain.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape}, parts {parts.shape} and gain {gain.shape} do not fit each other")
     fault = kernel_fault(len(x), x.dtype) or (f"rows of {x.shape[1]}" if x.shape[1] % 512 else None)
-    kernel = functools.partial(hopper_rows.add_norm, eps=eps, scale=scale, config=config or TuningConfig())
-    face = functools.partial(reference.add_norm, eps=eps, scale=scale)
-    total, h, *tiles = _choose("add_norm", implementation, face, kernel, fault)(x, parts, gain)
-    return total, h, Quantized(tiles[0], tiles[1], "tile") if tiles else None
+    options = {"eps": eps, "scale": scale, "zeros": zeros}
+    kernel = functools.partial(hopper_rows.add_norm, **options, config=config or TuningConfig())
+    face = functools.partial(reference.add_norm, **options)
+    total, h, *more = _choose("add_norm", implementation, face, kernel, fault)(x, parts, gain)
+    return Normed(total, h, Quantized(*more[:2], "tile") if scale else None, more[-1] if zeros else None)
 
 
 def _fault_of_columns(*columns: int) -> str | None:

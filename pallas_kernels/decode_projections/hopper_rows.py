@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import GROUP
 from pallas_kernels.decode_projections.hopper import L, TuningConfig, begin, launch, wait
 from pallas_kernels.decode_projections.hopper_absorb import turn_pairs
+from pallas_kernels.hopper.marks import write_zeros
 from pallas_kernels.hopper.stream import quantize_registers
 from pallas_kernels.quantized import E4M3, Scale
 
@@ -41,9 +42,9 @@ def normed(x: Array, gain: Array, eps: float, layout: Any) -> Array:
 
 
 def add_norm(
-    x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None, config: TuningConfig
+    x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None, zeros: int = 0, config: TuningConfig
 ) -> tuple[Array, ...]:
-    """Return x + the sum of parts and its norm, both BF16 [N, D], and with `scale` the norm in tiles.
+    """Return x + the sum of parts and its norm, both BF16 [N, D], with `scale` the norm in tiles, and zeros.
 
     Args:
         x: residual stream [N, D], BF16 or FP32.
@@ -51,12 +52,13 @@ def add_norm(
         gain: FP32 [D].
         eps: added to the mean square.
         scale: of the tiles, E4M3 [N, D] and FP32 [D / 128, N].
+        zeros: int32 zeros that the first block writes.
         config: tuning.
     """
     splits, n, width = parts.shape
     groups = width // GROUP
 
-    def kernel(x_ref, parts_ref, gain_ref, sum_ref, out_ref, *tiles):
+    def kernel(x_ref, parts_ref, gain_ref, sum_ref, out_ref, *more):
         begin(config)
         row = lax.axis_index("block")
         gains = load(gain_ref, GROUPS)
@@ -67,17 +69,24 @@ def add_norm(
         out_ref.at[row][...] = h
         if scale:
             values, scales = quantize_registers(h, scale, GROUPS)
-            tiles[0].at[row][...] = values
-            tiles[1].at[:, row][...] = scales
+            more[0].at[row][...] = values
+            more[1].at[:, row][...] = scales
+        if zeros:
+
+            @pl.when(row == 0)
+            def _():
+                write_zeros(more[-1])
 
     rows = jax.ShapeDtypeStruct((n, groups, GROUP), jnp.bfloat16)
     out_type = [rows, rows]
     if scale:
         out_type += [jax.ShapeDtypeStruct(rows.shape, E4M3), jax.ShapeDtypeStruct((groups, n), jnp.float32)]
+    if zeros:
+        out_type.append(jax.ShapeDtypeStruct((zeros,), jnp.int32))
     operands = x.reshape(rows.shape), parts.reshape(splits, *rows.shape), gain.reshape(groups, GROUP)
-    *results, last = launch(kernel, "decode_add_norm", tuple(out_type), n, [])(*operands)
-    results = [result.reshape(n, width) for result in results]
-    return (*results, last) if scale else (*results, last.reshape(n, width))
+    results = launch(kernel, "decode_add_norm", tuple(out_type), n, [])(*operands)
+    many = 3 if scale else 2
+    return *(result.reshape(n, width) for result in results[:many]), *results[many:]
 
 
 def latents(

@@ -48,14 +48,17 @@ def normed(x: Array, gain: Array, eps: float) -> Array:
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
-def add_norm(x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None = None) -> tuple[Array, ...]:
-    """Return x + the sum of parts, its norm, and with `scale` the values and scales of the norm in tiles."""
+def add_norm(
+    x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None = None, zeros: int = 0
+) -> tuple[Array, ...]:
+    """Return x + the sum of parts, its norm, with `scale` values and scales of the norm in tiles, and zeros."""
     total = (x.astype(jnp.float32) + parts.astype(jnp.float32).sum(0)).astype(x.dtype)
     h = normed(total, gain, eps)
-    if not scale:
-        return total, h
-    tiles = quantize_tiles(h, scale=scale, implementation="reference")
-    return total, h, tiles.values, tiles.scales
+    made = [total, h]
+    if scale:
+        tiles = quantize_tiles(h, scale=scale, implementation="reference")
+        made += [tiles.values, tiles.scales]
+    return *made, *([jnp.zeros(zeros, jnp.int32)] if zeros else [])
 
 
 def latents(

@@ -82,7 +82,8 @@ def experts_decode(
     rows, tiles = tuple(jax.tree.leaves(h)), h.shape[1] // (BLOCKS * config.down_width)
     if num_tokens <= MOST_DENSE:
         plan = dense_plan(dense or make_dense(experts, gates, num_experts, n), num_experts, num_tokens * k)
-        act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base)
+        zeros = dense.zeros if dense else None
+        act = gate_up_visits(config, plan, fill_up(rows, n), gate_up, base, zeros)
         groups = choose_groups(tiles)
         found = down_visits(config, plan, act, down, base, groups)[:, :num_tokens]
         return found if parts else found.sum(0).astype(jnp.bfloat16)
@@ -110,7 +111,12 @@ def choose_groups(tiles: int) -> int:
 
 
 def gate_up_visits(
-    config: TuningConfig, plan: Plan, rows: tuple[Array, ...], gate_up: Array | Quantized, base: Array
+    config: TuningConfig,
+    plan: Plan,
+    rows: tuple[Array, ...],
+    gate_up: Array | Quantized,
+    base: Array,
+    zeros: Array | None = None,
 ) -> tuple[Array, ...]:
     """Return the activations [visits * N, F] with their gates, in FP8 also their scales [F / 128, visits * N]."""
     in_fp8, n, width = isinstance(gate_up, Quantized), plan.rows, config.width
@@ -120,7 +126,8 @@ def gate_up_visits(
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
 
     blocks = num_multiprocessors()
-    marks, num_marks = ((jax.new_ref(jnp.zeros((MARKS,), jnp.int32)),), 1) if plan.dense else ((), 0)
+    zeros = jnp.zeros((MARKS,), jnp.int32) if zeros is None else zeros
+    marks, num_marks = ((jax.new_ref(zeros),), 1) if plan.dense else ((), 0)
 
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]

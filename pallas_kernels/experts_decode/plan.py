@@ -44,10 +44,12 @@ class Dense(NamedTuple):
     Attributes:
         gates: FP32 [E or more, N]: of each expert and row, 0 where the expert is not the row's.
         words: int32 [., words]: experts with rows, as bits; an expert has rows if any of the first dim says so.
+        zeros: int32 [256], for the marks of the kernel (`hopper.marks`), where there are any.
     """
 
     gates: Array
     words: Array
+    zeros: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Marks in memory, by which a thread block on Hopper tells others of the same kernel that what it wrote is there.
 
-A mark is an int32 that is 0 when the kernel starts and 1 once it is set. XLA makes the zeros of all layers of a step in
-one kernel. A block should wait only for blocks with a lower number, which start before it: then it cannot wait in vain,
+A mark is an int32 that is 0 when the kernel starts and 1 once it is set. Zeros come from a kernel that runs before
+(`write_zeros`): of zeros that XLA makes there is one array, of which every kernel but the last gets a copy. A block should wait only for blocks with a lower number, which start before it: then it cannot wait in vain,
 wherever and whenever they run. The interpreter runs them one after the other and knows no PTX: it goes without marks.
 """
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -15,6 +16,11 @@ from jaxlib.mlir.dialects import llvm
 UNTYPED: Any = plgpu  # the type checker does not see what its decorators return
 MARKS = 256  # of an array; more than any GPU has multiprocessors
 MOST_TOGETHER = 128  # threads of a warpgroup, each of which waits for one
+
+
+def write_zeros(ref: Any) -> None:
+    """Write zeros for the marks of a kernel that follows; `ref` int32 [a multiple of 128]."""
+    ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.int32), plgpu.Layout.WG_STRIDED(ref.shape, vec_size=1))
 
 
 def set_mark(ref: Any) -> None:

@@ -5,6 +5,8 @@
 The kernel takes as long as its launch and its chain of latencies: nothing that it reads is large.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,6 +26,7 @@ def route(
     *,
     rule: Rule,
     num_experts: int,
+    zeros: Array | None = None,
     implementation: str = "auto",
 ) -> Routing:
     """Return experts, gates and scores of T tokens. There is no derivative.
@@ -38,6 +41,7 @@ def route(
         valid: bool [T], False on padding. Its experts are all `num_experts`, its gates 0.
         rule: how many experts, of which groups, with which gates.
         num_experts: at least E; the experts from E on are everybody's, with gate 1.
+        zeros: int32 [256], for the marks of the kernel, which writes into them. None: XLA makes some, in two kernels.
         implementation: "auto", "reference" or "hopper". The kernel takes at most 128 tokens, D a multiple of 64, and E
             of 64 up to 256; "auto" takes the reference for others.
 
@@ -52,7 +56,7 @@ def route(
     faces = {"reference": reference.route}
     fault = hopper.fault(h, router)
     if not fault:
-        faces["hopper"] = hopper.route
+        faces["hopper"] = functools.partial(hopper.route, zeros=zeros)
     elif implementation == "hopper":
         raise NotImplementedError(f"routing has no 'hopper' kernel for {fault}; use 'auto' or 'reference'")
     face = dispatch.choose("routing", implementation, faces)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.experts_decode.plan import MOST_DENSE, Dense, round_up
-from pallas_kernels.hopper.marks import set_mark, wait_for_marks
+from pallas_kernels.hopper.marks import MARKS, set_mark, wait_for_marks, write_zeros
 from pallas_kernels.lowering import layout_inference
 from pallas_kernels.routing.hopper_choice import Choice
 from pallas_kernels.routing.hopper_product import TILE, Product
@@ -45,6 +45,7 @@ def route(
     *,
     rule: Rule,
     num_experts: int,
+    zeros: Array | None = None,
     interpreted: bool = False,
 ) -> Routing:
     """Return the routing, with `dense` for up to 32 tokens."""
@@ -53,19 +54,27 @@ def route(
     if n > num_tokens:
         h, valid = jnp.pad(h, ((0, n - num_tokens), (0, 0))), jnp.pad(valid, (0, n - num_tokens))
     product, choice = Product(n, h.shape[1], num_routed, interpreted), Choice(n, num_routed, num_experts, rule)
-    experts, gates, scores, *dense = call(product, choice, h, router, bias, valid)
+    experts, gates, scores, *dense = call(product, choice, h, router, bias, valid, zeros)
     found = experts[:num_tokens], gates[:num_tokens], scores[:num_tokens, :num_routed]
     return Routing(*found, Dense(*dense) if num_tokens <= MOST_DENSE else None)
 
 
-def call(product: Product, choice: Choice, h: Array, router: Array, bias: Array, valid: Array) -> list[Array]:
-    """Return what `choice` says of h BF16 [N, D]."""
+def call(
+    product: Product,
+    choice: Choice,
+    h: Array,
+    router: Array,
+    bias: Array,
+    valid: Array,
+    zeros: Array | None = None,
+) -> list[Array]:
+    """Return what `choice` says of h BF16 [N, D], and zeros int32 [`MARKS`]."""
     num_parts, out_types = product.cuts * product.tiles, choice.out_types()
     partial = jax.ShapeDtypeStruct((product.cuts, choice.n, choice.columns), jnp.float32)
-    num_slots = len(product.scratch())
+    num_slots, num_out = len(product.scratch()), len(out_types)
 
-    def kernel(h_ref, router_ref, bias_ref, valid_ref, marks_ref, *refs):
-        partial_ref, outputs, scratch = refs[0], refs[1 : 1 + len(out_types)], refs[1 + len(out_types) :]
+    def kernel(h_ref, router_ref, bias_ref, valid_ref, marks_ref, partial_ref, *refs):
+        outputs, zeros_ref, scratch = refs[:num_out], refs[num_out], refs[1 + num_out :]
         block = lax.axis_index("block")
 
         @pl.when(block < num_parts)
@@ -74,19 +83,23 @@ def call(product: Product, choice: Choice, h: Array, router: Array, bias: Array,
             if not product.interpreted:
                 set_mark(marks_ref.at[pl.ds(block, 1)])
 
+        @pl.when(block == num_parts)
+        def _():
+            write_zeros(zeros_ref)
+
         @pl.when(block >= num_parts)
         def _():
             if not product.interpreted:
-                wait_for_marks(marks_ref)
+                wait_for_marks(marks_ref.at[pl.ds(0, num_parts)])
             choice.take_token(block - num_parts, partial_ref, bias_ref, valid_ref, outputs, scratch[num_slots:])
 
     layout_inference.install()
     _, *found = plgpu.kernel(
         kernel,
         kernel_name="routing",
-        out_type=[partial, *out_types],
+        out_type=[partial, *out_types, jax.ShapeDtypeStruct((MARKS,), jnp.int32)],
         grid=(num_parts + choice.n,),
         grid_names=("block",),
         scratch_types=[*product.scratch(), *choice.scratch()],
-    )(h, router, bias, valid, jax.new_ref(jnp.zeros((num_parts,), jnp.int32)))
+    )(h, router, bias, valid, jax.new_ref(jnp.zeros((MARKS,), jnp.int32) if zeros is None else zeros))
     return found
