@@ -19,11 +19,12 @@ from deepseek_jax.model.attention import Attention, Beside, Table
 from deepseek_jax.model.layer import STACKS, DenseLayer, Layer, MoELayer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer
-from deepseek_jax.model.precision import ATTENTION_OUTPUT, DISPATCH, compute_dtype, transposed
-from deepseek_jax.parameters import Fp8Weight, Weights
+from deepseek_jax.model.precision import ATTENTION_OUTPUT, DISPATCH, HIDDEN, compute_dtype, transposed
+from deepseek_jax.parameters import Fp8Weight, TurnedFp8Weight, Weights
 from pallas_kernels import dispatch
 from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, latents, project
 from pallas_kernels.hopper.marks import MARKS
+from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.quantized import Quantized, Scale
 
 NORM_UNIT, COLUMNS = 512, 64  # of widths that the kernels norm, and of those that products make
@@ -78,30 +79,31 @@ def run_decode_layers(
     batch, num_queries, width = x_BSD.shape
     cos, sin = (t.reshape(batch * num_queries, -1) for t in table)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(kind, params, bias, x_TD, h_TD, cache, next_gain_D):
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(kind, next_scale, params, bias, x_TD, h_TD, cache, next_gain_D):
         layer = merge_cached(kind, model, params, bias)
         parts, cache = attend(model, layer.attention, h_TD, (cos, sin), places, cache)
-        x_TD, h_TD, rows, zeros = add_norm(
-            x_TD, parts, _feed_gain(layer), eps=model.norm_eps, scale=_scale_of_rows(layer), zeros=_num_marks(layer)
-        )
+        x_TD, h_TD, rows, zeros = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps, **_feed_options(layer))
         h_BSD = h_TD.reshape(x_BSD.shape)
         if isinstance(layer, MoELayer) and not layer.moe.model.num_shared_experts:
             parts, observed = layer.moe.few(h_BSD, valid_BS, observe, rows, zeros)
         else:
             y_BSD, observed = layer.feed_normed(execution, h_BSD, valid_BS, observe)
             parts = y_BSD.reshape(1, -1, width)
-        x_TD, h_TD, *_ = add_norm(x_TD, parts, next_gain_D, eps=model.norm_eps)
-        return x_TD, h_TD, cache.pages, observed
+        x_TD, h_TD, tiles, _ = add_norm(x_TD, parts, next_gain_D, eps=model.norm_eps, scale=next_scale)
+        return x_TD, h_TD if tiles is None else tiles, cache.pages, observed
 
     layers = _in_order(weights)
-    gains = [params["attention"]["norm_D"] for _, params, _ in layers[1:]] + [weights.params["final_norm_D"]]
+    heads = [params["attention"] for _, params, _ in layers]
     x_TD, observations = x_BSD.reshape(-1, width), []
-    h_TD = rms_norm(x_TD, layers[0][1]["attention"]["norm_D"], model.norm_eps)
-    for number, ((kind, params, bias), gain_D) in enumerate(zip(layers, gains, strict=True)):
-        cache = LayerPages(pages, jnp.int32(number))
-        x_TD, h_TD, pages, observed = run(kind, params, bias, x_TD, h_TD, cache, gain_D)
+    h_TD = rms_norm(x_TD, heads[0]["norm_D"], model.norm_eps)
+    h_TD = quantize_tiles(h_TD, scale=HIDDEN.scale) if _scale_in_front(heads[0]) else h_TD
+    for number, ((kind, params, bias), following) in enumerate(zip(layers, [*heads[1:], None], strict=True)):
+        cache, scale = LayerPages(pages, jnp.int32(number)), _scale_in_front(following)
+        gain_D = weights.params["final_norm_D"] if following is None else following["norm_D"]
+        x_TD, h_TD, pages, observed = run(kind, scale, params, bias, x_TD, h_TD, cache, gain_D)
         observations += [observed] if observed is not None else []
+    assert isinstance(h_TD, jax.Array), "no layer asks for tiles behind the last"
     return h_TD.reshape(x_BSD.shape), pages, observations
 
 
@@ -110,14 +112,17 @@ def _feed_gain(layer: MoELayer | DenseLayer) -> jax.Array:
     return layer.moe.norm_D[...] if isinstance(layer, MoELayer) else layer.ffn.norm_D[...]
 
 
-def _scale_of_rows(layer: Layer) -> Scale | None:
-    """Return the scale of the tiles that the layer's experts read, or None."""
-    return DISPATCH if isinstance(layer, MoELayer) and isinstance(layer.moe.down_EFD.get_value(), Fp8Weight) else None
+def _scale_in_front(attention: Tree | None) -> Scale | None:
+    """Return the scale of the tiles that a layer's attention reads; None: BF16, or there is no layer."""
+    return HIDDEN.scale if attention and isinstance(attention["kv_a_DC"], TurnedFp8Weight) else None
 
 
-def _num_marks(layer: Layer) -> int:
-    """Return the zeros that the layer's router needs for its marks."""
-    return MARKS if isinstance(layer, MoELayer) else 0
+def _feed_options(layer: Layer) -> dict[str, Any]:
+    """Return what the norm in front of experts also makes: tiles, and zeros for marks."""
+    if not isinstance(layer, MoELayer):
+        return {}
+    in_fp8 = isinstance(layer.moe.down_EFD.get_value(), Fp8Weight)
+    return {"scale": DISPATCH if in_fp8 else None, "zeros": MARKS}
 
 
 def _in_order(weights: Weights) -> list[tuple[type[Layer], Tree, Tree]]:
@@ -130,14 +135,14 @@ def _in_order(weights: Weights) -> list[tuple[type[Layer], Tree, Tree]]:
 
 @jax.named_scope("attention")
 def attend(
-    model: Model, attention: Attention, h_TD: jax.Array, table: Table, places: Places, cache: LayerPages
+    model: Model, attention: Attention, h_TD: jax.Array | Quantized, table: Table, places: Places, cache: LayerPages
 ) -> tuple[jax.Array, LayerPages]:
     """Return the output of attention as FP32 parts [splits, T, D] whose sum it is, and the cache with the new entries.
 
     Args:
         model: shape.
         attention: weights as decoding reads them.
-        h_TD: after the norm.
+        h_TD: after the norm; in tiles for weights in FP8.
         table: cos and sin [T, R / 2].
         places: of the tokens.
         cache: of this layer.
@@ -151,13 +156,15 @@ def attend(
     gains = attention.q_norm_A[...], attention.kv_norm_C[...]
     own = page_BS.reshape(-1), places.row_BS.reshape(-1)
     both = project(h_TD, _matrix(attention.kv_a_DC))
-    q_TA, flat = latents(both, gains, table, flat, own, eps=model.norm_eps)
-    q_TX = absorb(project(q_TA, _matrix(attention.q_b_ANQ)), up.key_NPC, table)
+    query_up = _matrix(attention.q_b_ANQ)
+    scale = HIDDEN.scale if isinstance(query_up, Quantized) else None
+    q_TA, flat = latents(both, gains, table, flat, own, eps=model.norm_eps, scale=scale)
+    q_TX = absorb(project(q_TA, query_up), up.key_NPC, table)
     cache = cache._replace(pages=flat.reshape(cache.pages.shape))
     with jax.named_scope("attention_core"):
         q_BSNK = q_TX.reshape(*places.page_BS.shape, model.num_heads, entry)
         mean_BSNC = over_pages(model, q_BSNK, cache, places)
-    out_TX = project(mean_BSNC.reshape(len(h_TD), -1), up.value_NCH, whole=True)[0]
+    out_TX = project(mean_BSNC.reshape(h_TD.shape[0], -1), up.value_NCH, whole=True)[0]
     return project(out_TX, _matrix(attention.o_NHD, 2), scale=ATTENTION_OUTPUT.scale), cache
 
 

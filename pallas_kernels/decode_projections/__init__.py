@@ -39,7 +39,7 @@ def kernel_fault(num_rows: int, dtype: Any, *sizes: int) -> str | None:
 
 
 def project(
-    x: Array,
+    x: Array | Quantized,
     weight: Array | Quantized,
     *,
     whole: bool = False,
@@ -50,10 +50,10 @@ def project(
     """Return the products of each row's B parts with B matrices, as parts whose sum they are.
 
     Args:
-        x: BF16 or FP32 [N, B * K]; BF16 if the weight is in FP8.
+        x: BF16 or FP32 [N, B * K]; BF16 or tiles if the weight is in FP8.
         weight: of x's dtype [B, K, C], or one matrix in FP8: blocks [C, K], with which x is multiplied in tiles.
         whole: one part, in x's dtype; not in FP8.
-        scale: of the tiles of x.
+        scale: of the tiles that are made of x in BF16.
         implementation: "auto", "reference" or "hopper". The kernels take BF16 x of 8 to 128 rows, a multiple of 8, K a
             multiple of 128 and C of 64.
         config: of the kernels.
@@ -67,8 +67,9 @@ def project(
     """
     config = config or TuningConfig()
     shape = _check_product(x, weight, whole)
-    fault = kernel_fault(len(x), x.dtype, shape[1]) or _fault_of_columns(shape[2])
-    splits = 1 if whole or fault else hopper.choose_splits(*shape, len(x), config.depth)
+    num_rows, dtype = x.shape[0], jnp.bfloat16 if isinstance(x, Quantized) else x.dtype
+    fault = kernel_fault(num_rows, dtype, shape[1]) or _fault_of_columns(shape[2])
+    splits = 1 if whole or fault else hopper.choose_splits(*shape, num_rows, config.depth)
     if isinstance(weight, Quantized):
         face = functools.partial(reference.project_fp8, scale=scale)
         kernel = functools.partial(hopper_fp8.project, splits=splits, scale=scale, config=config)
@@ -78,19 +79,26 @@ def project(
     return _choose("project", implementation, face, kernel, fault)(x, weight)
 
 
-def _check_product(x: Array, weight: Array | Quantized, whole: bool) -> tuple[int, int, int]:
+def _check_product(x: Array | Quantized, weight: Array | Quantized, whole: bool) -> tuple[int, int, int]:
     """Return B, K and C."""
-    check_array("x", x)
+    if isinstance(x, Quantized):
+        check_quantized("x", x, "tile", num_dims=2)
+        kind, dims = jnp.dtype(jnp.bfloat16), x.shape
+        if not isinstance(weight, Quantized):
+            raise ValueError(f"x is in tiles and weight {weight.dtype}; tiles are multiplied with blocks in FP8")
+    else:
+        check_array("x", x)
+        kind, dims = x.dtype, x.shape
     if isinstance(weight, Quantized):
         check_quantized("weight", weight, "block", num_dims=2)
         shape, dtype, fits = (1, *weight.shape[::-1]), jnp.dtype(jnp.bfloat16), not whole
     else:
         check_array("weight", weight)
         shape, dtype, fits = weight.shape, weight.dtype, weight.ndim == 3
-    if not fits or x.ndim != 2 or x.dtype != dtype or x.shape[1] != shape[0] * shape[1]:
+    if not fits or len(dims) != 2 or kind != dtype or dims[1] != shape[0] * shape[1]:
         raise ValueError(
-            f"x is {x.dtype} {x.shape} and weight {weight.shape}; they must be [N, B * K] and [B, K, C] of one dtype,"
-            " or BF16 [N, K] and blocks [C, K] in parts"
+            f"x is {kind} {dims} and weight {weight.shape}; they must be [N, B * K] and [B, K, C] of one dtype,"
+            " or BF16 or tiles [N, K] and blocks [C, K] in parts"
         )
     batch, k, columns = shape
     return batch, k, columns
@@ -134,9 +142,10 @@ def latents(
     places: tuple[Array, Array],
     *,
     eps: float,
+    scale: Scale | None = None,
     implementation: str = "auto",
     config: TuningConfig | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array | Quantized, Array]:
     """Return normed query latents [N, A], and the pages with each row's entry in its place.
 
     Args:
@@ -146,6 +155,7 @@ def latents(
         pages: BF16 or FP32 [pages, page length, C + R]; a program that donates them has them written in place.
         places: int32 [N] twice: page and row. A page that does not exist, -1 for example, is written nowhere.
         eps: added to the mean square.
+        scale: of the tiles in which the latents are wanted; None: in the dtype of `pages`.
         implementation: "auto", "reference" or "hopper"; the kernel takes BF16, A and C multiples of 512, and R = 64.
         config: of the kernel.
 
@@ -163,9 +173,11 @@ def latents(
     fault = kernel_fault(parts.shape[1], pages.dtype, queries, latent)
     if queries % 512 or latent % 512 or rotary != 64:
         fault = fault or f"latents of {queries} and {latent} with {rotary} rotary channels"
-    kernel = functools.partial(hopper_rows.latents, eps=eps, config=config or TuningConfig())
-    face = functools.partial(reference.latents, eps=eps)
-    return _choose("latents", implementation, face, kernel, fault)(parts, gains, table, pages, places)
+    options = {"eps": eps, "scale": scale}
+    kernel = functools.partial(hopper_rows.latents, **options, config=config or TuningConfig())
+    face = functools.partial(reference.latents, **options)
+    pages, *q = _choose("latents", implementation, face, kernel, fault)(parts, gains, table, pages, places)
+    return Quantized(q[0], q[1], "tile") if scale else q[0], pages
 
 
 class Normed(NamedTuple):
@@ -219,7 +231,7 @@ def add_norm(
     kernel = functools.partial(hopper_rows.add_norm, **options, config=config or TuningConfig())
     face = functools.partial(reference.add_norm, **options)
     total, h, *more = _choose("add_norm", implementation, face, kernel, fault)(x, parts, gain)
-    return Normed(total, h, Quantized(*more[:2], "tile") if scale else None, more[-1] if zeros else None)
+    return Normed(total, h, Quantized(more[0], more[1], "tile") if scale else None, more[-1] if zeros else None)
 
 
 def _fault_of_columns(*columns: int) -> str | None:

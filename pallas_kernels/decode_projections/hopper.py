@@ -39,6 +39,7 @@ from pallas_kernels.hopper.ring import tiled
 from pallas_kernels.lowering import layout_inference
 
 COLUMNS = 64  # of a block: wgmma's left operand has so many rows
+FEW_ROWS = 32  # for which all that a block reads into registers fits there at once
 SHARED_BYTES = 208 * 1024  # of a block, for its part of the weight and of the rows
 L = plgpu.Layout
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports

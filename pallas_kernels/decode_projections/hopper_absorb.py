@@ -9,7 +9,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_projections.hopper import COLUMNS, L, TuningConfig, begin, launch, multiply, turned, wait
+from pallas_kernels.decode_projections.hopper import (
+    COLUMNS,
+    FEW_ROWS,
+    L,
+    TuningConfig,
+    begin,
+    launch,
+    multiply,
+    turned,
+    wait,
+)
 from pallas_kernels.hopper.ring import tiled
 
 PAIRS = L.TILED(plgpu.Tiling(((16, 8), (4, 8), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -61,14 +71,19 @@ def absorb(parts: Array, key_NPC: Array, table: tuple[Array, Array], *, config: 
             source = weight_ref.at[head, pl.ds(chunk * depth, depth), pl.ds(tile * COLUMNS, COLUMNS)]
             plgpu.copy_gmem_to_smem(source, weights.at[chunk], full.at[chunk])
         wait(config)
-        for chunk in range(chunks):
+
+        def read(chunk):
             own = pl.ds(head * each + chunk * depth, depth)
-            read = [
+            return [
                 plgpu.load(parts_ref.at[i, :, own].transpose((1, 0)), layout=L.WGMMA_TRANSPOSED, optimized=False)
                 for i in range(splits)
             ]
+
+        at_once = [read(chunk) for chunk in range(chunks)] if n <= FEW_ROWS else None  # they have registers
+        for chunk in range(chunks):
+            found = at_once[chunk] if at_once else read(chunk)
             target = rows.at[chunk].transpose((1, 0))
-            target[...] = sum(read[1:], read[0]).astype(jnp.bfloat16)
+            target[...] = sum(found[1:], found[0]).astype(jnp.bfloat16)
         plgpu.commit_smem()
         total = multiply(config, weights, rows, full)
 

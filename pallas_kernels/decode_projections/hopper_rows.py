@@ -12,7 +12,7 @@ from pallas_kernels import GROUP
 from pallas_kernels.decode_projections.hopper import L, TuningConfig, begin, launch, wait
 from pallas_kernels.decode_projections.hopper_absorb import turn_pairs
 from pallas_kernels.hopper.marks import write_zeros
-from pallas_kernels.hopper.stream import quantize_registers
+from pallas_kernels.hopper.stream import put, quantize_registers
 from pallas_kernels.quantized import E4M3, Scale
 
 VECTOR = 4
@@ -41,8 +41,22 @@ def normed(x: Array, gain: Array, eps: float, layout: Any) -> Array:
     return (x * lax.rsqrt(jnp.sum(squares) / size + eps) * gain).astype(jnp.bfloat16)
 
 
+def in_groups(home: Any, config: TuningConfig) -> Array:
+    """Return what shared memory holds of a row, in the layout `GROUPS`."""
+    if config.interpreted:  # which knows no reshaped refs
+        return home[...].reshape(-1, GROUP)
+    return load(home.reshape(home.shape[0] // GROUP, GROUP), GROUPS)
+
+
 def add_norm(
-    x: Array, parts: Array, gain: Array, *, eps: float, scale: Scale | None, zeros: int = 0, config: TuningConfig
+    x: Array,
+    parts: Array,
+    gain: Array,
+    *,
+    eps: float,
+    scale: Scale | None,
+    zeros: int = 0,
+    config: TuningConfig,
 ) -> tuple[Array, ...]:
     """Return x + the sum of parts and its norm, both BF16 [N, D], with `scale` the norm in tiles, and zeros.
 
@@ -97,9 +111,10 @@ def latents(
     places: tuple[Array, Array],
     *,
     eps: float,
+    scale: Scale | None = None,
     config: TuningConfig,
-) -> tuple[Array, Array]:
-    """Return normed query latents BF16 [N, A], and the pages with the entry of each row in its place.
+) -> tuple[Array, ...]:
+    """Return the pages with the entry of each row in its place, and normed query latents: BF16 [N, A], or tiles.
 
     Args:
         parts: FP32 [splits, N, A + C + R], whose sum are query latents, latents and rotary keys.
@@ -108,15 +123,19 @@ def latents(
         pages: BF16 [pages, page length, C + R]; they are overwritten.
         places: int32 [N] page and row of each row; a page that does not exist is nowhere.
         eps: added to the mean square.
+        scale: of the tiles, E4M3 [N, A] and FP32 [A / 128, N]; None: the latents stay in BF16.
         config: tuning.
     """
     splits, n, width = parts.shape
     queries, latent = (len(gain) for gain in gains)
     num_pages, length, entry = pages.shape
+    groups = queries // GROUP
     of_queries = L.WG_STRIDED((queries,), vec_size=VECTOR)
     of_latents = L.WG_STRIDED((latent // 2, 2), vec_size=VECTOR)
 
-    def kernel(parts_ref, pairs_ref, q_gain_ref, gain_ref, cos_ref, sin_ref, page_ref, row_ref, pages_ref, out_ref):
+    def kernel(
+        parts_ref, pairs_ref, q_gain_ref, gain_ref, cos_ref, sin_ref, page_ref, row_ref, pages_ref, out_ref, *more
+    ):
         begin(config)
         own = lax.axis_index("block")
         q_gain, gain = plgpu.load(q_gain_ref, layout=of_queries), plgpu.load(gain_ref, layout=of_latents)
@@ -127,7 +146,16 @@ def latents(
             return add(refs, layout).astype(jnp.bfloat16)
 
         q = rounded([parts_ref.at[i, own, pl.ds(0, queries)] for i in range(splits)], of_queries)
-        out_ref[own, :] = normed(q, q_gain, eps, of_queries)
+        q = normed(q, q_gain, eps, of_queries)
+        if scale:  # groups lie in other lanes: they meet in shared memory
+            scales_ref, home = more
+            put(home, q)
+            plgpu.commit_smem()
+            values, scales = quantize_registers(in_groups(home, config), scale, GROUPS)
+            out_ref.at[own][...] = values
+            scales_ref.at[:, own][...] = scales
+        else:
+            out_ref[own, :] = q
 
         @pl.when((page >= 0) & (page < num_pages))
         def _():
@@ -144,7 +172,12 @@ def latents(
 
     pages_ref = jax.new_ref(pages.reshape(num_pages, length, entry // 2, 2))
     pairs = parts.reshape(splits, n, width // 2, 2)
-    out = launch(kernel, "decode_latents", jax.ShapeDtypeStruct((n, queries), jnp.bfloat16), n, [])(
+    out_type, scratch = jax.ShapeDtypeStruct((n, queries), jnp.bfloat16), []
+    if scale:
+        out_type = jax.ShapeDtypeStruct((n, groups, GROUP), E4M3), jax.ShapeDtypeStruct((groups, n), jnp.float32)
+        scratch = [plgpu.SMEM((queries,), jnp.bfloat16)]
+    out = launch(kernel, "decode_latents", out_type, n, scratch)(
         parts, pairs, gains[0], gains[1].reshape(-1, 2), *table, *places, pages_ref
     )
-    return out, jax.freeze(pages_ref).reshape(pages.shape)
+    pages = jax.freeze(pages_ref).reshape(pages.shape)
+    return (pages, out[0].reshape(n, queries), out[1]) if scale else (pages, out)

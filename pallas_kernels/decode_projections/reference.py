@@ -19,9 +19,9 @@ def _in_fp32(*arrays: Array) -> list[Array]:
     return [x.astype(jnp.float32) for x in arrays]
 
 
-def project_fp8(x: Array, values: Array, scales: Array, *, scale: Scale) -> Array:
+def project_fp8(x: Array | Quantized, values: Array, scales: Array, *, scale: Scale) -> Array:
     """Return the product of x in tiles with blocks [C, K], FP32 [1, N, C]."""
-    rows = quantize_tiles(x, scale=scale, implementation="reference")
+    rows = x if isinstance(x, Quantized) else quantize_tiles(x, scale=scale, implementation="reference")
     return (dequantize(rows) @ dequantize(Quantized(values, scales, "block")).T)[None]
 
 
@@ -69,11 +69,16 @@ def latents(
     places: tuple[Array, Array],
     *,
     eps: float,
-) -> tuple[Array, Array]:
-    """Return normed query latents, and the pages with the entry of each row in its place."""
+    scale: Scale | None = None,
+) -> tuple[Array, ...]:
+    """Return the pages with the entry of each row in its place, and normed query latents, with `scale` in tiles."""
     queries, latent = (len(gain) for gain in gains)
     both = parts.sum(0).astype(pages.dtype)
     entry = normed(both[:, queries : queries + latent], gains[1], eps), rotated(both[:, queries + latent :], table)
     page = jnp.where(places[0] < 0, len(pages), places[0])
     pages = pages.at[page, places[1]].set(jnp.concatenate(entry, -1), mode="drop")
-    return normed(both[:, :queries], gains[0], eps), lax.optimization_barrier(pages)
+    q = normed(both[:, :queries], gains[0], eps)
+    if scale:
+        tiles = quantize_tiles(q, scale=scale, implementation="reference")
+        return lax.optimization_barrier(pages), tiles.values, tiles.scales
+    return lax.optimization_barrier(pages), q

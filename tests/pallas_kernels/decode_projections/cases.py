@@ -28,6 +28,7 @@ def places(n: int, num_pages: int):
 
 
 def distance(found, want) -> float:
-    """The largest distance as a share of the largest number."""
+    """The largest distance as a share of the largest number; 0 of equals, all zeros among them."""
     found, want = (np.asarray(x, np.float64) for x in (found, want))
-    return float(np.abs(found - want).max() / np.abs(want).max())
+    most = np.abs(found - want).max()
+    return float(most / np.abs(want).max()) if most else 0.0
