@@ -126,7 +126,9 @@ def get_config() -> ConfigDict:
                 "precision": "fp8",
                 "remat": "selective",  # "none", "selective" (spec of section 3.2.3: norms and up-projections), "full"
                 "scan_unroll": 1,
-                "gather": "layer",  # sharded weights are gathered per "layer" (ZeRO-3) or once per "step" (ZeRO-1)
+                # Sharded weights are gathered per "layer", in both passes (ZeRO-3); "kept": per layer, and kept from
+                # forward to backward (half the gathers); or once per "step", with whole gradients (ZeRO-1).
+                "gather": "layer",
                 "attention": "auto",  # or "cudnn", "splash", "xla"
                 "attention_chunk": 512,  # queries at a time of the XLA path
                 "exchange": "auto",  # or "local", "dense" (one hop), "two_hop" (over node, then over expert)

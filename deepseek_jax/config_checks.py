@@ -22,7 +22,7 @@ CHOICES = {
     "data.on_error": ("refuse", "skip"),
     "execution.precision": ("fp32", "bf16", "fp8"),
     "execution.remat": ("none", "selective", "full"),
-    "execution.gather": ("layer", "step"),
+    "execution.gather": ("layer", "kept", "step"),
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
     "execution.exchange": ("auto", "local", "dense", "two_hop"),
     "execution.experts": ("auto", "blocks", "grouped"),
@@ -68,6 +68,11 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
     _check_training(config)
     if config.execution.precision == "fp8":
         _check_fp8(config)
+    if (config.execution.gather, config.execution.remat) == ("kept", "none"):
+        raise ValueError(
+            "config.execution.gather = 'kept' says nothing with execution.remat = 'none', which keeps all that a layer"
+            " gathers: use gather = 'layer', or remat = 'selective'"
+        )
     if (config.execution.precision, config.execution.experts) in {("fp8", "blocks"), ("fp32", "grouped")}:
         raise ValueError(
             f"config.execution.experts = {config.execution.experts!r} does not exist for execution.precision ="

@@ -34,6 +34,7 @@ Worked example, a tile whose largest magnitude is 3: FP32 scale 3 / 448 = 0.0067
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -189,6 +190,20 @@ def check_array(name: str, x: Any) -> None:
     """
     if not (hasattr(x, "shape") and hasattr(x, "dtype") and hasattr(x, "ndim")):
         raise ValueError(f"{name} is {describe(x)}; it must be an array: jax.numpy.asarray makes one")
+
+
+def on_rows(kernel: Callable, num_rows: Any) -> Callable:
+    """Return `kernel` for the first `num_rows` rows alone, or for all if that is None.
+
+    Raises:
+        ValueError: it is no int32 scalar.
+    """
+    if num_rows is None:
+        return kernel
+    check_array("num_rows", num_rows)
+    if num_rows.dtype != jnp.int32 or num_rows.ndim:
+        raise ValueError(f"num_rows is {describe(num_rows)}; it must be an int32 scalar, or None for all rows")
+    return functools.partial(kernel, num_rows=num_rows)
 
 
 def describe(x: Any) -> str:

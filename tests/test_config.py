@@ -519,6 +519,13 @@ def test_experts_of_another_precision_are_refused(precision, experts):
         from_config_dict(tree)
 
 
+def test_weights_are_not_kept_where_nothing_is_recomputed():
+    tree = changed("execution.gather", "kept")
+    tree["execution"]["remat"] = "none"
+    with pytest.raises(ValueError, match="'kept' says nothing with execution.remat = 'none'.*use gather = 'layer'"):
+        from_config_dict(tree)
+
+
 def test_a_number_is_a_constant_schedule():
     config = from_config_dict(changed("optimizer.learning_rate", 1e-3))
     assert config.optimizer.learning_rate == (("constant", 1.0, 1e-3),)

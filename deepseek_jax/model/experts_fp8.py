@@ -2,7 +2,8 @@
 
 The kernel that makes an operand also quantises it. Assignments are sorted by expert, and zeros fill each expert's rows
 up to a multiple of 128 (`parallel.slots`), so 128 rows that share a scale in a weight gradient belong to
-one expert. There are Z rows in all, a static number; the last ones may belong to no expert. H = 2F: gate, then up.
+one expert. There are Z rows in all, a static number; the last ones may belong to no expert: kernels need not work on
+them, and nobody reads what they hold. H = 2F: gate, then up.
 
     forward     x        quantised by the sender, read by slot                powers of two
                 hidden = x gate_up
@@ -22,6 +23,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
@@ -53,7 +55,7 @@ class Fp8Experts:
         gate_up, down = _matrices(weights)
         x_ZD = take_rows(rows, routing.row_Z)
         hidden_ZH = keep(grouped_matmul(x_ZD, transposed(*gate_up), routing.rows_E), "expert_hidden")
-        act_ZF = swiglu_quantize(hidden_ZH, routing.to_slots(gates_WK))
+        act_ZF = swiglu_quantize(hidden_ZH, routing.to_slots(gates_WK), num_rows=_used(routing))
         y_ZD = grouped_matmul(act_ZF, transposed(*down), routing.rows_E)
         return sum_rows(y_ZD, routing.slots_WK), hidden_ZH
 
@@ -68,15 +70,16 @@ class Fp8Experts:
     ):
         """Return the gradients of rows (BF16), gates and weights (FP32)."""
         gate_up, down = _matrices(weights)
-        rows_E = routing.rows_E
+        rows_E, used = routing.rows_E, _used(routing)
         dy_ZD = take_rows(g_rows, routing.row_Z)
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
         weight_Z = routing.to_slots(gates_WK)
-        dhidden_ZH, dhidden_HZ, act_FZ, dweight_Z = swiglu_backward_quantize(hidden, dact_ZF, weight_Z)
+        dhidden_ZH, dhidden_HZ, act_FZ, dweight_Z = swiglu_backward_quantize(hidden, dact_ZF, weight_Z, num_rows=used)
         assert dweight_Z is not None  # there are weights
-        ddown = grouped_matmul_accumulate(act_FZ, requantize_transposed(dy_ZD, scale=DISPATCH), rows_E)
+        dy_DZ = requantize_transposed(dy_ZD, num_rows=used, scale=DISPATCH)
+        ddown = grouped_matmul_accumulate(act_FZ, dy_DZ, rows_E)
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
-        x_DZ = requantize_transposed(take_rows(rows, routing.row_Z), scale=DISPATCH)
+        x_DZ = requantize_transposed(take_rows(rows, routing.row_Z), num_rows=used, scale=DISPATCH)
         dgate_up = grouped_matmul_accumulate(x_DZ, dhidden_HZ, rows_E)
         dgates_WK = routing.to_assignments(dweight_Z)
         dweights = {
@@ -84,6 +87,11 @@ class Fp8Experts:
             "down_EFD": ddown,
         }
         return sum_rows(dx_ZD, routing.slots_WK), dgates_WK, dweights
+
+
+def _used(routing: Routing) -> jax.Array:
+    """Return how many slots belong to an expert, those that fill it up included: the first ones."""
+    return routing.rows_E.sum(dtype=jnp.int32)
 
 
 def _matrices(weights: dict[str, tuple]) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:

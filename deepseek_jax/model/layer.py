@@ -137,7 +137,7 @@ def run_layers(
         streams: each part's residual stream [B, S, D] before the first of these layers.
         parts: as many.
         gather: makes a layer's split weights whole and casts them; called just before their use, and again where the
-            backward pass recomputes the layer.
+            backward pass recomputes the layer, unless `execution.gather` = "kept".
         observe: what to report of each router (`model.moe`).
 
     Returns:

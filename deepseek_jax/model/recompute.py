@@ -5,6 +5,9 @@ middle of a layer, the SwiGLU's pre-activations and the rows in the experts' ord
 took long: the router's logits, the choice of experts and the order of their rows. Norms, the up-projections of
 attention, SwiGLU outputs and quantised copies are computed once more.
 
+Weights that a layer gathers are gathered once more, too, with `execution.gather` = "layer". With "kept" they are kept:
+half the gathers, for the memory of all layers' weights, a byte a parameter in FP8 and two in BF16.
+
 The choice of experts is kept even by "full", 4 bytes for each. A choice that is made twice can come out differently
 where scores nearly tie: XLA may fuse the second computation in another way. Then gradients would go to experts that the
 token never met.
@@ -20,6 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Execution
+from deepseek_jax.parallel.weights import GATHERED
 
 CHOICE = "choice"  # of experts, and the counts that the balance losses make of it
 KEPT = (
@@ -56,7 +60,7 @@ def _keep_array(x: jax.Array, name: str) -> jax.Array:
 
 
 def recomputed(execution: Execution, body: Callable, scanned: bool) -> Callable:
-    """Return `body` with the recomputation of `execution.remat`.
+    """Return `body` with the recomputation of `execution.remat`, and of gathers unless they are "kept".
 
     The two passes of a scan are separate loops. Outside a scan XLA would merge the recomputation with the forward pass,
     so there it is prevented.
@@ -64,5 +68,6 @@ def recomputed(execution: Execution, body: Callable, scanned: bool) -> Callable:
     if execution.remat == "none":
         return body
     kept = KEPT if execution.remat == "selective" else (CHOICE,)
+    kept += (GATHERED,) if execution.gather == "kept" else ()
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(body, prevent_cse=not scanned, policy=policy)

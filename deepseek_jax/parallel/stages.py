@@ -123,6 +123,11 @@ def check_pipeline(config: Config, shape: dict[str, int]) -> None:
             f"config.execution.interleave = {execution.interleave} {here}: a pipeline overlaps whole micro-batches; use"
             " execution.interleave = 1, and execution.schedule = 'dualpipev' for pairs that overlap"
         )
+    if execution.gather == "kept":
+        raise ValueError(
+            f"config.execution.gather = 'kept' {here} would keep a stage's weights for each micro-batch on its way;"
+            " use gather = 'layer', or 'step', which gathers once for all"
+        )
     if config.loss.batch_balance_weight and config.model.num_moe_layers:
         raise ValueError(
             f"config.loss.batch_balance_weight = {config.loss.batch_balance_weight} {here} is not built: its counts are"

@@ -10,6 +10,9 @@ gather, zeros after it. Its cotangent is the gradient. No program reads those ze
 Weights that are multiplied in BF16 have a carrier, too, where they are differentiated (`CastWeight`). A product's sums
 are in FP32 on all hardware, and the cotangent of a BF16 array would round them. So every gradient is FP32 from the
 product that makes it, through the sum over micro-batches, to the reduction over devices.
+
+A weight that was made whole has a name, `GATHERED`, by which recomputation can keep it (`model.recompute`): it is then
+gathered once for both passes.
 """
 
 import functools
@@ -19,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.parallel.mesh import vary
@@ -40,6 +44,8 @@ from pallas_kernels import GROUP
 from pallas_kernels.lowering import manual_axes
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantized import encode, largest_magnitude, scale_of
+
+GATHERED = "gathered_weight"  # a weight as other devices' parts made it whole
 
 
 def _is_weight(leaf: Any) -> bool:
@@ -73,8 +79,8 @@ def gather(tree: Any, dtype: jnp.dtype, num_experts: int, differentiated: bool =
         own = jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype
         if differentiated and own != jnp.float32:
             values = _all_gather(lax.stop_gradient(w).astype(own), axes, dim)
-            return CastWeight(_carry(w, axes, dim), values)
-        return _gather_split(w, axes, dim, own)
+            return CastWeight(_carry(w, axes, dim), _named(values, axes))
+        return _named(_gather_split(w, axes, dim, own), axes)
 
     return jax.tree_util.tree_map_with_path(gather_leaf, tree, is_leaf=_is_weight)
 
@@ -229,8 +235,14 @@ _in_fp32.defvjp(lambda carrier, values: (_in_fp32(carrier, values), None), lambd
 
 
 def _gather_bytes(values: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """Gather E4M3 as bytes: not every backend's collectives know the type."""
-    return lax.bitcast_convert_type(_all_gather(lax.bitcast_convert_type(values, jnp.uint8), axes, dim), values.dtype)
+    """Gather E4M3 as bytes: not every backend's collectives know the type, and bytes are kept as they are."""
+    whole = _all_gather(lax.bitcast_convert_type(values, jnp.uint8), axes, dim)
+    return lax.bitcast_convert_type(_named(whole, axes), values.dtype)
+
+
+def _named(whole: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return a gathered weight under the name by which it can be kept; one device has its own part already."""
+    return whole if lax.axis_size(axes) == 1 else checkpoint_name(whole, GATHERED)
 
 
 def _all_gather(w: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:

@@ -90,8 +90,8 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
 
     "weights", "moments", "gradients" (FP32) and, where a config has them, "average" and "copies": weights as they are
     multiplied, in E4M3 or BF16. With `execution.gather` = "step" a device has such copies, and gradients, of all
-    weights but other devices' experts. Activations and what a gather of one layer makes are not here: only a compiled
-    step knows them.
+    weights but other devices' experts; with "kept" such copies of all layers, from forward to backward. Activations and
+    what a gather of one layer makes are not here: only a compiled step knows them.
     """
     state = laid_out(state, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(state["params"])
@@ -113,15 +113,17 @@ def _size(tree: Any) -> int:
 
 
 def _copy(config: Config, path: Any, leaf: Any, mesh: jax.sharding.AbstractMesh) -> int:
-    """Return the bytes of a weight's copy that lives through the whole step on one device."""
+    """Return the bytes of a weight's copies that live through the whole step, or between its passes, on one device."""
     whole = config.execution.gather == "step"
     precision = PARAMETERS[leaf_name(path)].precision
+    stored, in_use = _part(leaf, leaf.sharding.spec, mesh), _part_in_use(path, leaf, mesh)
+    kept = in_use if config.execution.gather == "kept" and len(path) > 1 and in_use > stored else 0
     if config.execution.precision == "fp8" and precision == "fp8":
-        return _part_in_use(path, leaf, mesh) if whole else _part(leaf, leaf.sharding.spec, mesh)
+        return in_use if whole else stored + kept
     dtype = jnp.dtype(jnp.float32) if precision == "fp32" else compute_dtype(config.execution)
     if not whole or (mesh.size == 1 and dtype == leaf.dtype):
-        return 0
-    return dtype.itemsize * _part_in_use(path, leaf, mesh)
+        return dtype.itemsize * kept
+    return dtype.itemsize * in_use
 
 
 def _local(tree: Any, mesh: jax.sharding.AbstractMesh) -> int:

@@ -79,7 +79,7 @@ def advice(plan: Plan, fit: Fit, of_state: bool = False) -> list[str]:
     `of_state` leaves out what only lowers activations.
     """
     config, flags = fit.config, []
-    if config.execution.gather == "step" and fit.num_devices > 1:
+    if config.execution.gather != "layer" and fit.num_devices > 1:
         flags.append("--config.execution.gather=layer")
     if config.execution.remat != "full" and not of_state:
         flags.append("--config.execution.remat=full")

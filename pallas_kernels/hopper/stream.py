@@ -32,14 +32,12 @@ reasons are what the design suggests; none is proven by a run without it.
 
     quantize_blocks             0.98 to 0.99
     swiglu_quantize             0.97 to 0.99
-    quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, of which the grid's start and end are
-                                                part
+    quantize_tiles              0.91 to 0.94    the lower ones are runs of 35 us, with the grid's start and end
     swiglu_backward_quantize    0.63 to 0.65    (an H200) three tensors through shared memory in FP32, a barrier each
     quantize_rows               0.86 to 0.87    copies of 2 KB, each behind a load of its row's index
     quantize_tiles_both         0.85 to 0.88    each element is read twice, and written two bytes at a time
     e5m6_unpack                 0.87
-    rms_norm_quantize           0.81 to 0.89    a barrier of all warpgroups in each tile; narrow loads
-                                                (`producers.hopper_norm`)
+    rms_norm_quantize           0.81 to 0.89    a barrier in each tile; narrow loads (`producers.hopper_norm`)
     e5m6_pack                   0.82 to 0.83    rounding by integers, and stores of single bytes
     requantize_transposed       0.79 to 0.80    the detour through FP16: shared memory written and read once more
 """
@@ -127,6 +125,7 @@ def launch(
     share: Share = "nothing",
     copies_per_slot: int = 1,
     params: plgpu.CompilerParams = EXACT,
+    used: Callable[..., Array] | None = None,
 ) -> Callable:
     """Return the kernel that takes each block through its tiles.
 
@@ -141,6 +140,7 @@ def launch(
         share: what the warpgroups of a block have in common.
         copies_per_slot: that `fetch` starts.
         params: `EXACT` or `APPROXIMATE`.
+        used: (*inputs, *outputs, *scratch) -> how many of the tiles are worked on, the first ones; None: all.
     """
     sharing_blocks = num_tiles if share != "nothing" else pl.cdiv(num_tiles, config.warpgroups)
     num_slots = config.stages * (1 if share == "slots" else config.warpgroups)
@@ -151,7 +151,8 @@ def launch(
     def kernel(*refs):
         first_barrier = len(refs) - len(barriers)
         fetch, work = body(*refs[:first_barrier])
-        _stream(config, share, num_tiles, refs[first_barrier:], fetch, work)
+        count = num_tiles if used is None else used(*refs[:first_barrier])
+        _stream(config, share, count, refs[first_barrier:], fetch, work)
 
     layout_inference.install()
     return plgpu.kernel(
@@ -168,7 +169,7 @@ def launch(
 
 
 def _stream(
-    config: TuningConfig, share: Share, num_tiles: int, barriers: tuple, fetch: Callable, work: Callable
+    config: TuningConfig, share: Share, num_tiles: int | Array, barriers: tuple, fetch: Callable, work: Callable
 ) -> None:
     """Take this warpgroup through tile `worker`, then every `num_workers`-th."""
     copied, *read = barriers  # a slot is full; with shared slots: a slot has been read by all
@@ -213,6 +214,11 @@ def _stream(
         pl.when(fetches & (number < mine))(lambda number=number: fetch_turn(number))
     lax.fori_loop(0, mine, step, None)
     plgpu.wait_smem_to_gmem(0)
+
+
+def tiles_of_rows(num_rows: Any, rows: int, columns: int) -> Array:
+    """Return the number of tiles, in rows of `columns`, that hold the first `num_rows[0]` rows, `rows` each."""
+    return lax.div(num_rows[0] + (rows - 1), jnp.int32(rows)) * columns
 
 
 def position(tile: Array, columns: int) -> tuple[Array, Array]:

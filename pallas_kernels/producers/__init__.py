@@ -18,7 +18,7 @@ from jax import Array
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.producers import e5m6, hopper, hopper_backward, hopper_e5m6, hopper_norm, reference, tpu
-from pallas_kernels.quantized import Quantized, Scale, check_array, check_scale, scales_shape
+from pallas_kernels.quantized import Quantized, Scale, check_array, check_scale, on_rows, scales_shape
 
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
@@ -55,13 +55,20 @@ def rms_norm_quantize(
 
 
 def swiglu_quantize(
-    hidden: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
+    hidden: Array,
+    weight: Array | None = None,
+    *,
+    num_rows: Array | None = None,
+    scale: Scale = "fp32",
+    implementation: str = "auto",
 ) -> Quantized:
     """Quantise silu(gate) * up in tiles.
 
     Args:
         hidden: BF16 [m, 2f], a row's gate before its up; f a multiple of 128.
         weight: FP32 [m], the gate weight of a routed expert, a factor of each row; or None.
+        num_rows: int32 scalar; the rows from it on hold nothing, and their results are unspecified: on Hopper they are
+            not computed. None: all rows.
         scale: "fp32", or "pow2" for powers of two.
         implementation: see `dispatch.choose`.
 
@@ -72,12 +79,22 @@ def swiglu_quantize(
         ValueError: shapes, dtypes or `scale`.
     """
     _check_swiglu(hidden, weight, scale)
-    faces = {"reference": reference.swiglu_quantize, "hopper": hopper.swiglu_quantize, "tpu": tpu.swiglu_quantize}
+    faces = {
+        "reference": reference.swiglu_quantize,
+        "hopper": on_rows(hopper.swiglu_quantize, num_rows),
+        "tpu": tpu.swiglu_quantize,
+    }
     return choose("swiglu_quantize", implementation, faces)(hidden, weight, scale)
 
 
 def swiglu_backward_quantize(
-    hidden: Array, grad: Array, weight: Array | None = None, *, scale: Scale = "fp32", implementation: str = "auto"
+    hidden: Array,
+    grad: Array,
+    weight: Array | None = None,
+    *,
+    num_rows: Array | None = None,
+    scale: Scale = "fp32",
+    implementation: str = "auto",
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
     """Differentiate silu(gate) * up * weight, and recompute it, both quantised.
 
@@ -87,6 +104,7 @@ def swiglu_backward_quantize(
         hidden: BF16 [m, 2f], as in `swiglu_quantize`.
         grad: BF16 [m, f], the gradient of the down projection's input, of the product after the weight.
         weight: FP32 [m] or None, as in `swiglu_quantize`.
+        num_rows: as there. What is unspecified are rows, columns of the transposed, and elements of the last result.
         scale: "fp32", or "pow2" for powers of two.
         implementation: see `dispatch.choose`.
 
@@ -108,7 +126,7 @@ def swiglu_backward_quantize(
         )
     faces = {
         "reference": reference.swiglu_backward_quantize,
-        "hopper": hopper_backward.swiglu_backward_quantize,
+        "hopper": on_rows(hopper_backward.swiglu_backward_quantize, num_rows),
         "tpu": tpu.swiglu_backward_quantize,
     }
     return choose("swiglu_backward_quantize", implementation, faces)(hidden, grad, weight, scale)

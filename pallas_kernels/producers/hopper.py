@@ -23,6 +23,7 @@ from pallas_kernels.hopper.stream import (
     quantize_registers,
     quantized_type,
     spread,
+    tiles_of_rows,
 )
 from pallas_kernels.producers.reference import swiglu
 from pallas_kernels.quantized import E4M3, Quantized, Scale
@@ -31,20 +32,30 @@ SWIGLU_QUANTIZE = TuningConfig(rows=8, warpgroups=3, stages=3, out_slots=3)
 
 
 def swiglu_quantize(
-    hidden: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_QUANTIZE
+    hidden: Array,
+    weight: Array | None,
+    scale: Scale,
+    config: TuningConfig = SWIGLU_QUANTIZE,
+    *,
+    num_rows: Array | None = None,
 ) -> Quantized:
-    """Return silu(gate) * up (* weight) in tiles [m, f]. A tile is `rows` x 512 of gate and the same of up."""
+    """Return silu(gate) * up (* weight) in tiles [m, f]. A tile is `rows` x 512 of gate and the same of up.
+
+    Tiles behind the first `num_rows` rows are not written.
+    """
     m, f = hidden.shape[0], hidden.shape[1] // 2
     groups, rows = f // GROUP, config.rows
     tall, wide = pl.cdiv(m, rows), pl.cdiv(groups, TILE_GROUPS)
     weights = () if weight is None else (jnp.pad(weight, (0, -m % rows)),)
+    counts = () if num_rows is None else (num_rows.reshape(1),)
 
     def at(tile):
         i, j = position(tile, wide)
         return pl.ds(i * rows, rows), pl.ds(j * TILE_GROUPS, TILE_GROUPS)
 
     def body(hidden, *refs):
-        *weight_refs, values, scales, hidden_slots, value_slots, scale_slots = refs
+        weight_refs, refs = refs[: len(weights)], refs[len(weights) + len(counts) :]
+        values, scales, hidden_slots, value_slots, scale_slots = refs
 
         def fetch(tile, slot, copied):
             at_rows, at_groups = at(tile)
@@ -68,6 +79,9 @@ def swiglu_quantize(
 
         return fetch, work
 
+    def used(_, *refs):
+        return tiles_of_rows(refs[len(weights)], rows, wide)
+
     tile, out_ring = (rows, TILE_GROUPS, GROUP), config.warpgroups * config.out_slots
     scratch = [
         plgpu.SMEM((config.warpgroups * config.stages, 2, *tile), jnp.bfloat16),
@@ -75,6 +89,15 @@ def swiglu_quantize(
         plgpu.SMEM((out_ring, TILE_GROUPS, rows), jnp.float32),
     ]
     out_type = (jax.ShapeDtypeStruct((m, groups, GROUP), E4M3), quantized_type((m, f))[1])
-    kernel = launch(body, config, tall * wide, out_type, scratch, copies_per_slot=2, params=APPROXIMATE)
-    values, scales = kernel(hidden.reshape(m, 2, groups, GROUP), *weights)
+    kernel = launch(
+        body,
+        config,
+        tall * wide,
+        out_type,
+        scratch,
+        copies_per_slot=2,
+        params=APPROXIMATE,
+        used=used if counts else None,
+    )
+    values, scales = kernel(hidden.reshape(m, 2, groups, GROUP), *weights, *counts)
     return Quantized(values.reshape(m, f), scales, "tile")

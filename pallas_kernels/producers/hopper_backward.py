@@ -46,6 +46,7 @@ from pallas_kernels.hopper.stream import (
     quantize_registers,
     quantized_type,
     spread,
+    tiles_of_rows,
     whole_tiles,
 )
 from pallas_kernels.producers.reference import swiglu, swiglu_gradients
@@ -97,20 +98,28 @@ class Target(NamedTuple):
 
 
 def swiglu_backward_quantize(
-    hidden: Array, grad: Array, weight: Array | None, scale: Scale, config: TuningConfig = SWIGLU_BACKWARD_QUANTIZE
+    hidden: Array,
+    grad: Array,
+    weight: Array | None,
+    scale: Scale,
+    config: TuningConfig = SWIGLU_BACKWARD_QUANTIZE,
+    *,
+    num_rows: Array | None = None,
 ) -> tuple[Quantized, Quantized, Quantized, Array | None]:
     """Return the gradient of hidden in tiles and transposed, the output transposed, and the weight's gradient.
 
-    The shapes are [m, 2f], [2f, pad128(m)], [f, pad128(m)] and [m].
+    The shapes are [m, 2f], [2f, pad128(m)], [f, pad128(m)] and [m]. Tiles behind the first `num_rows` rows are not
+    written.
     """
     m, f = hidden.shape[0], hidden.shape[1] // 2
+    counts = [] if num_rows is None else [num_rows.reshape(1)]
     groups, tall, weighted = f // GROUP, pl.cdiv(m, GROUP), weight is not None
     values, scales_type = quantized_type((m, 2 * f))
     values = jax.ShapeDtypeStruct((m, 2 * groups, GROUP), values.dtype)
     sums = [jax.ShapeDtypeStruct((groups, tall * GROUP), jnp.float32)] * weighted
     scales = whole_tiles(scales_type, GROUP)
     kernel = launch(
-        _body(m, groups, weighted, scale),
+        _body(m, groups, weighted, len(counts), scale),
         config,
         tall * groups,
         (values, scales, *quantized_type((2 * f, tall * GROUP)), *quantized_type((f, tall * GROUP)), *sums),
@@ -118,9 +127,10 @@ def swiglu_backward_quantize(
         share="tiles",
         copies_per_slot=PLANES,
         params=APPROXIMATE,
+        used=(lambda *refs: tiles_of_rows(refs[2 + weighted], GROUP, groups)) if counts else None,
     )
     weights = [jnp.pad(weight, (0, tall * GROUP - m))] if weighted else []
-    results = kernel(hidden.reshape(m, 2, groups, GROUP), grad.reshape(m, groups, GROUP), *weights)
+    results = kernel(hidden.reshape(m, 2, groups, GROUP), grad.reshape(m, groups, GROUP), *weights, *counts)
     values, scales, values_t, scales_t, act_t, act_scales_t, *sums = results
     return (
         Quantized(values.reshape(m, 2 * f), scales[:, : scales_type.shape[1]], "tile"),
@@ -146,11 +156,14 @@ def _scratch(weighted: bool, config: TuningConfig) -> list:
     ]
 
 
-def _body(m: int, groups: int, weighted: bool, scale: Scale) -> Callable:
-    """Return the body for `stream.launch`, over the tiles of m rows and `groups` groups of columns."""
+def _body(m: int, groups: int, weighted: bool, num_counts: int, scale: Scale) -> Callable:
+    """Return the body for `stream.launch`, over the tiles of m rows and `groups` groups of columns.
+
+    It does not read the `num_counts` inputs after the weights.
+    """
 
     def body(hidden, grad, *refs):
-        weights, refs = refs[:weighted], refs[weighted:]
+        weights, refs = refs[:weighted], refs[weighted + num_counts :]
         out, act, sums, refs = (
             Outputs(*refs[:4]),
             Outputs(None, None, *refs[4:6]),

@@ -17,7 +17,7 @@ from jax import Array
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import choose
 from pallas_kernels.quantize import hopper, hopper_transposed, reference, tpu
-from pallas_kernels.quantized import Quantized, Scale, check_array, check_quantized, check_scale
+from pallas_kernels.quantized import Quantized, Scale, check_array, check_quantized, check_scale, on_rows
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -89,7 +89,9 @@ def quantize_tiles_both(
     return choose("quantize_tiles_both", implementation, faces)(x, scale)
 
 
-def requantize_transposed(q: Quantized, *, scale: Scale = "fp32", implementation: str = "auto") -> Quantized:
+def requantize_transposed(
+    q: Quantized, *, num_rows: Array | None = None, scale: Scale = "fp32", implementation: str = "auto"
+) -> Quantized:
     """Transpose a quantised tensor: dequantise in FP32, transpose, quantise along what were its rows.
 
     With power-of-two scales on both sides the second rounding loses next to nothing, which is why V3 uses them where it
@@ -97,6 +99,8 @@ def requantize_transposed(q: Quantized, *, scale: Scale = "fp32", implementation
 
     Args:
         q: tiles [m, k].
+        num_rows: int32 scalar; the rows from it on hold nothing, and the columns that they become are unspecified: on
+            Hopper they are not computed. None: all rows.
         scale: of the result: "fp32", or "pow2" for powers of two.
         implementation: see `dispatch.choose`.
 
@@ -111,7 +115,7 @@ def requantize_transposed(q: Quantized, *, scale: Scale = "fp32", implementation
     check_scale(scale)
     faces = {
         "reference": reference.requantize_transposed,
-        "hopper": hopper_transposed.requantize_transposed,
+        "hopper": on_rows(hopper_transposed.requantize_transposed, num_rows),
         "tpu": tpu.requantize_transposed,
     }
     return choose("requantize_transposed", implementation, faces)(q, scale)

@@ -40,6 +40,7 @@ from pallas_kernels.hopper.stream import (
     quantized_type,
     row_layout,
     spread,
+    tiles_of_rows,
     whole_tiles,
 )
 from pallas_kernels.quantized import E4M3, Quantized, Scale
@@ -103,12 +104,16 @@ def quantize_tiles_both(x: Array, scale: Scale, config: TuningConfig | None = No
     return Quantized(values, scales[:, : scales_type.shape[1]], "tile"), Quantized(values_t, scales_t, "tile")
 
 
-def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZE_TRANSPOSED) -> Quantized:
+def requantize_transposed(
+    q: Quantized, scale: Scale, config: TuningConfig = REQUANTIZE_TRANSPOSED, *, num_rows: Array | None = None
+) -> Quantized:
     """See `quantize.requantize_transposed`."""
     m, k = q.shape
+    counts = [] if num_rows is None else [num_rows.reshape(1)]
     tall, groups = pl.cdiv(m, GROUP), k // GROUP
 
-    def body(values, scales, values_t, scales_t, value_slots, scale_slots, wide, value_t_slots, scale_t_slots):
+    def body(values, scales, *refs):
+        values_t, scales_t, value_slots, scale_slots, wide, value_t_slots, scale_t_slots = refs[len(counts) :]
         parts = _parts(config)
 
         def fetch(tile, slot, copied):
@@ -148,9 +153,17 @@ def requantize_transposed(q: Quantized, scale: Scale, config: TuningConfig = REQ
         plgpu.SMEM((config.out_slots, GROUP), jnp.float32),
     ]
     kernel = launch(
-        body, config, tall * groups, quantized_type((k, tall * GROUP)), scratch, share="slots", copies_per_slot=2
+        body,
+        config,
+        tall * groups,
+        quantized_type((k, tall * GROUP)),
+        scratch,
+        share="slots",
+        copies_per_slot=2,
+        used=(lambda *refs: tiles_of_rows(refs[2], GROUP, groups)) if counts else None,
     )
-    return Quantized(*kernel(q.values, q.scales), "tile")
+    values_t, scales_t = kernel(q.values, q.scales, *counts)
+    return Quantized(values_t, scales_t, "tile")
 
 
 def _parts(config: TuningConfig) -> list:

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.model import experts_fp8
 from deepseek_jax.model.exchange import exchange
 from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.parameters import Fp8Weight
+from pallas_kernels import GROUP
 from pallas_kernels.quantize import quantize_blocks
+from pallas_kernels.quantized import Quantized
 
 T, K, E, D, F = 96, 2, 4, 256, 128
 # cosines; measured 0.0003 to 0.0007 above
@@ -90,6 +93,43 @@ def test_a_row_meets_its_experts_alone():
         touched = expert in np.asarray(experts[7])
         assert np.isnan(after["gate_up_ED2F"][expert]).any() == touched
         assert np.isnan(after["down_EFD"][expert]).any() == touched
+
+
+def test_nobody_reads_slots_that_hold_no_row(monkeypatch):
+    """On a GPU three kernels leave them unwritten. Here they hold NaN, as values and as scales."""
+
+    def poisoned(kernel, rows):  # the dims along which slots lie, one for each result
+        def run(*operands, num_rows, **options):
+            def poison(x, dim, unit):
+                if isinstance(x, Quantized):
+                    scales = poison(x.scales, 1 - dim, GROUP if dim else 1)
+                    return Quantized(poison(x.values, dim, 1), scales, x.grouping)
+                index = jnp.arange(x.shape[dim]) * unit
+                return jnp.where(
+                    jnp.expand_dims(index < num_rows, 1 - dim) if x.ndim > 1 else index < num_rows, x, jnp.nan
+                )
+
+            seen.append(kernel.__name__)
+            results = kernel(*operands, **options)
+            several = isinstance(results, tuple)
+            results = [poison(x, dim, 1) for x, dim in zip(results if several else (results,), rows, strict=True)]
+            return tuple(results) if several else results[0]
+
+        return run
+
+    seen = []
+    arguments = *inputs()[:3], inputs()[3], ids("absent")
+    want = value_and_gradients(*arguments, fp8=True)
+    for name, rows in (
+        ("swiglu_quantize", (0,)),
+        ("swiglu_backward_quantize", (0, 1, 1, 0)),
+        ("requantize_transposed", (1,)),
+    ):
+        monkeypatch.setattr(experts_fp8, name, poisoned(getattr(experts_fp8, name), rows))
+    got = jax.jit(lambda *args: value_and_gradients.__wrapped__(*args, fp8=True))(*arguments)  # traced anew
+    assert len(set(seen)) == 3
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
 
 
 def test_nobody_comes():

@@ -99,19 +99,24 @@ def times_by_loops(collectives):
     return sum(c.times for c in collectives if "while" not in c.loops)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("remat", ["none", "selective"])
-def test_layerwise_gathers_and_reductions_are_as_many_as_weights_used(sizes, remat):
+@pytest.mark.parametrize(("gather", "remat", "sizes"), [
+    ("layer", "none", (2, 1, 4)),
+    ("layer", "none", (1, 1, 8)),
+    ("layer", "selective", (2, 1, 4)),
+    ("layer", "selective", (1, 1, 8)),
+    ("kept", "selective", (2, 1, 4)),
+])  # fmt: skip
+def test_layerwise_gathers_and_reductions_are_as_many_as_weights_used(gather, remat, sizes):
     """Per micro-batch, each weight of each layer is gathered once forward and reduced once.
 
-    It is gathered once more where the backward pass recomputes.
+    It is gathered once more where the backward pass recomputes, unless it is kept.
     """
-    step = traced(sizes, gather="layer", remat=remat)
+    step = traced(sizes, gather=gather, remat=remat)
     stacks = {name: step.params[name] for name in ("dense_layers", "moe_layers", "mtp_layers")}
     in_layers = sum(len(split_leaves(stack, sizes)) * len(jax.tree.leaves(stack)[0]) for stack in stacks.values())
     top = len(split_leaves({name: step.params[name] for name in ("embed_VD", "head_DV", "final_norm_D")}, sizes))
     assert top == 2
-    visits = 1 if remat == "none" else 2
+    visits = 2 if (gather, remat) == ("layer", "selective") else 1
     assert times_by_loops(step.of(GATHER)) == num_micro_batches(step.config) * (top + visits * in_layers)
     assert times_by_loops(step.of(SCATTER)) == num_micro_batches(step.config) * (top + in_layers)
 

@@ -133,6 +133,7 @@ def test_every_split_weight_is_split_over_pipe_and_nothing_changes_without():
             "3 do not divide",
         ),
         ({"execution": {"interleave": 2}}, "execution.interleave = 2 with mesh.pipe = 2.*dualpipev"),
+        ({"execution": {"gather": "kept", "remat": "selective"}}, "'kept' with mesh.pipe = 2.*use gather = 'layer'"),
         ({"loss": {"batch_balance_weight": 0.1}}, "batch_balance_weight = 0.1.*is not built.*sequence_balance_weight"),
         ({"model": {"num_layers": 1, "num_mtp_layers": 0}}, "1 layers and 0 MTP layers, too few for 2 stages"),
     ],

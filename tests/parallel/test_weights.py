@@ -9,10 +9,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from deepseek_jax import config as config_lib
+from deepseek_jax.model.recompute import recomputed
+from deepseek_jax.parallel.collectives import GATHER, traced_collectives
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.weights import attach, detach, gather, quantize_weights, reduce_gradients
 from deepseek_jax.parameters import PARAMETERS, TOKENS, P, matrix_shape, num_lead_dims, partition_specs
+from pallas_kernels.lowering import manual_axes
 from pallas_kernels.quantize import quantize_blocks
+from tests.support import small
 
 # Shapes of whole weights by how their blocks of 128 x 128 lie on eight devices.
 SHAPES = {
@@ -131,3 +135,48 @@ def test_the_table_names_every_linear_layer():
         "router_DE",
         "merge_2DD",
     }
+
+
+@functools.cache
+def two_layers(precision, gathered):
+    """Gradients of two layers whose weights lie on (data 2, expert 2), and how often each is gathered."""
+    execution = small.config().with_(execution={"gather": gathered, "remat": "full"}).execution
+    rng = np.random.default_rng(0)
+    shapes = {"q_a_DA": (512, 128), "down_EFD": (4, 128, 128), "router_DE": (128, 4)}
+    params = {name: rng.normal(size=(2, *shape)).astype(np.float32) for name, shape in shapes.items()}
+
+    def local(params):
+        quantized = quantize_weights(params, 4) if precision == "fp8" else jax.tree.map(lambda _: None, params)
+        params, numbers = detach(attach(params, quantized))
+
+        def body(x, layer):
+            whole = gather(attach(*layer), jnp.bfloat16, 4, differentiated=True)
+            for w in whole.values():
+                carrier, values = (w, w) if isinstance(w, jax.Array) else (w.carrier, w.values.astype(jnp.float32))
+                # a product with `values` whose gradient is the carrier's, and which needs them in both passes
+                x = x + jnp.sin(jnp.sum(carrier * x) + jnp.sum(values * jnp.cos(x)))
+            return x, None
+
+        def loss(params):
+            x = manual_axes.vary(jnp.float32(1e-3) * (1 + jax.lax.axis_index(TOKENS)), frozenset(TOKENS))
+            return jax.lax.scan(recomputed(execution, body, True), x, (params, numbers))[0]
+
+        return jax.grad(loss)(params)
+
+    tree = {"pipe": 1, "data": 2, "node": 1, "expert": 2, "tensor": 1}
+    with jax.set_mesh(make_mesh(config_lib.Mesh(**ConfigDict(tree)), jax.devices()[:4])):
+        specs = partition_specs(params)
+        run = jax.jit(jax.shard_map(local, in_specs=(specs,), out_specs=specs))
+        placed = jax.tree.map(jax.device_put, params, specs)
+        found = traced_collectives(run.trace(placed).jaxpr.jaxpr)
+        return jax.device_get(run(placed)), sum(c.times for c in found if c.kind == GATHER and c.times > 1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_kept_weight_is_gathered_once_and_gives_the_same_bits(precision):
+    """448, E4M3's largest, is among the values: kept as a number, it would be infinite (`model.recompute`)."""
+    want, twice = two_layers(precision, "layer")
+    got, once = two_layers(precision, "kept")
+    assert (twice, once) == (12, 6)  # three weights of two layers
+    assert all(np.linalg.norm(w) > 0 and np.isfinite(w).all() for w in want.values())
+    jax.tree.map(np.testing.assert_array_equal, got, want)

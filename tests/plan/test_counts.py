@@ -48,7 +48,7 @@ def test_steps_are_those_of_the_loop(ramp):
     assert counts.num_steps(config) == steps
 
 
-RUNS = [("fp32", "layer"), ("bf16", "step"), ("fp8", "layer"), ("fp8", "step")]
+RUNS = [("fp32", "layer"), ("bf16", "step"), ("fp8", "layer"), ("fp8", "step"), ("fp8", "kept"), ("bf16", "kept")]
 
 
 @pytest.mark.parametrize(("precision", "gather"), RUNS)
@@ -56,7 +56,7 @@ def test_bytes_of_a_device(precision, gather):
     tree = small.fp8_config_dict() if precision == "fp8" else small.config_dict()
     tree.mesh.update({"data": 2, "node": 1, "expert": 4})
     tree.optimizer.ema_decay = 0.9
-    tree.execution.update({"precision": precision, "gather": gather})
+    tree.execution.update({"precision": precision, "gather": gather, "remat": "selective"})
     config = from_config_dict(tree)
     held = counts.bytes_per_device(config, counts.state_of(config), fit_as_written(config, 8).mesh)
     state = abstract_state(config, make_mesh(config.mesh))  # on eight devices that are there
@@ -76,8 +76,9 @@ def test_bytes_of_a_device(precision, gather):
         in_use += whole
         if gather == "step":
             copies += size * whole
-        elif is_fp8:
-            copies += local(leaf) // 4
+        else:
+            gathered = gather == "kept" and len(path) > 1 and 4 * whole > local(leaf)  # of a layer
+            copies += (local(leaf) // 4 if is_fp8 else 0) + (size * whole if gathered else 0)
     assert held["gradients"] == (4 * in_use if gather == "step" else local(state["params"]))
     assert held.get("copies", 0) == copies
 

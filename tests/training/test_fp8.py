@@ -99,3 +99,24 @@ def test_every_gradient_is_fp32_in_bf16(gather, sizes):
     with jax.set_mesh(mesh):
         run = jax.jit(functools.partial(step_lib.gradients, step_lib.recipe_of(config, pretraining(config), mesh)))
         assert_fp32(jax.device_get(run(weights_of(create_state(config)), small.put(small.batch()), small.RATES)[0]))
+
+
+@pytest.mark.slow
+def test_kept_weights_give_the_bits_of_weights_gathered_twice():
+    """On (data 2, expert 2), two layers, with and without experts. BF16 is equal in every bit, too."""
+
+    def run(gather):
+        config = small.config((2, 1, 2), fp8=True).with_(
+            model={"num_layers": 2, "num_dense_layers": 1},
+            training={"micro_batch_size": 16},
+            execution={"gather": gather, "remat": "selective", "scan_unroll": 2},
+        )
+        mesh = make_mesh(config.mesh, jax.devices()[:4])
+        with jax.set_mesh(mesh):
+            step = functools.partial(step_lib.gradients, step_lib.recipe_of(config, pretraining(config), mesh))
+            inputs = weights_of(create_state(config)), arrays(), small.RATES
+            compiled = jax.jit(step).lower(*inputs).compile({"xla_backend_optimization_level": 0})
+            grads, sums, _ = jax.device_get(compiled(*inputs))
+            return grads, sums.terms.loss
+
+    jax.tree.map(np.testing.assert_array_equal, run("kept"), run("layer"))

@@ -212,6 +212,24 @@ def test_swiglu_backward_on_hopper(m, f, weighted, on_hopper):
     )
 
 
+def test_rows_that_hold_nothing_cost_nothing_on_hopper(on_hopper):
+    """The first rows are as ever, to the end of their tile; tiles behind them are not written."""
+    hidden, grad, weight = swiglu_inputs(140, 128, True)
+    of_all, few = reference.swiglu_quantize(hidden, weight, "fp32"), jnp.int32(100)
+    got = on_hopper(lambda *o: hopper.swiglu_quantize(*o[:3], num_rows=o[3]), hidden, weight, "fp32", few)
+    np.testing.assert_array_equal(bytes_of(got.values)[:100], bytes_of(of_all.values)[:100])
+    assert (bytes_of(got.values)[104:] != bytes_of(of_all.values)[104:]).mean() > 0.9
+    kernel = on_hopper(
+        lambda *o: hopper_backward.swiglu_backward_quantize(*o[:4], num_rows=o[4]), hidden, grad, weight, "fp32", few
+    )
+    expected = reference.swiglu_backward_quantize(hidden, grad, weight, "fp32")
+    for one, other, rows in zip(kernel[:3], expected[:3], (0, 1, 1), strict=True):
+        one, other = (np.moveaxis(bytes_of(q.values), rows, 0) for q in (one, other))
+        np.testing.assert_array_equal(one[:128], other[:128])
+        assert (one[128:140] != other[128:140]).mean() > 0.9
+    np.testing.assert_allclose(kernel[3][:128], expected[3][:128], rtol=1e-5, atol=1e-4)
+
+
 def test_infinity_on_hopper(on_hopper):
     hidden, grad, _ = swiglu_inputs(3, 128, False)
     inputs = hidden.at[2, 9].set(jnp.inf), grad, None, "fp32"

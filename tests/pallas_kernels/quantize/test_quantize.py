@@ -235,6 +235,16 @@ def test_one_block_takes_more_tiles_than_its_ring_has_slots(operation, warpgroup
     assert_same(actual, getattr(quantize, operation)(*args, scale="fp32", implementation="reference"))
 
 
+def test_rows_that_hold_nothing_are_not_requantised(monkeypatch, on_hopper):
+    monkeypatch.setattr(stream, "num_multiprocessors", lambda: 1)
+    tiles = quantize.quantize_tiles(sample(shape=(300, GROUP)), implementation="reference")
+    got = on_hopper(lambda q, n: hopper_transposed.requantize_transposed(q, "fp32", num_rows=n), tiles, jnp.int32(130))
+    of_all = quantize.requantize_transposed(tiles, implementation="reference")
+    got, of_all = (np.asarray(q.values).view(np.uint8) for q in (got, of_all))
+    np.testing.assert_array_equal(got[:, :256], of_all[:, :256])
+    assert (got[:, 256:300] != of_all[:, 256:300]).mean() > 0.9
+
+
 @pytest.mark.parametrize("case", cases())
 def test_hopper_kernels_lower_for_cuda(case):
     operation, args = cases()[case]
