@@ -86,8 +86,7 @@ def advice(plan: Plan, fit: Fit, of_state: bool = False) -> list[str]:
     micro_batch = smallest_micro_batch(fit)
     if micro_batch < config.training.micro_batch_size and not of_state:
         flags.append(f"--config.training.micro_batch_size={micro_batch}")
-    larger = (other for other in plan.fits if other.num_devices > fit.num_devices)
-    more = next(iter(plan.holding or larger), None)
+    more = next(iter(plan.holding), None)
     return flags + ([f"--devices={more.num_devices} {more.flags}".strip()] if more else [])
 
 

@@ -46,8 +46,8 @@ class Plan:
         placement: on the number of devices that was asked for, or on the smallest whose memory holds the state; None if
             neither is there.
         too_small: the chip whose memory holds the state on none of the numbers that work as written; else None.
-        holding: the fits with changes whose state it holds; of a placement whose state is too large, the next that it
-            holds.
+        holding: the fits with changes whose state it holds; of a placement, the next number whose devices store less
+            each, and no more than they hold if a chip is given.
     """
 
     config: Config
@@ -76,15 +76,16 @@ def make_plan(
     state = state_of(config)
     counts, fits = count(config, state), find_fits(config)
     if fit is None and chip is not None:
-        fit = next((f for f in fits if not f.changes and _state(f, state) <= chip.room), None)
+        fit = next((f for f in fits if not f.changes and _holds(chip, f, state)), None)
     if fit is None:
-        holding = tuple(f for f in fits if f.changes and _state(f, state) <= chip.room) if chip else ()
+        holding = tuple(f for f in fits if f.changes and _holds(chip, f, state)) if chip else ()
         return Plan(config, counts, fits, None, chip, holding)
     step = compile_fit(fit, chip, say) if chip and chip.compiles else None
-    holding = ()
-    if chip and _state(fit, state) > chip.room:
-        larger = (f for f in fits if f.num_devices > fit.num_devices and _state(f, state) <= chip.room)
-        holding = tuple(itertools.islice(larger, 1))
+    held = _state(fit, state)
+    larger = (f for f in fits if f.num_devices > fit.num_devices and _state(f, state) < held)
+    if chip:
+        larger = (f for f in larger if _holds(chip, f, state))
+    holding = tuple(itertools.islice(larger, 1))
     on = Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step)
     return Plan(config, counts, fits, on, holding=holding)
 
@@ -113,6 +114,12 @@ def signs_of_life(what: str, say: Callable[[str], None]):
     finally:
         done.set()
         thread.join()
+
+
+def _holds(chip: Chip, fit: Fit, state: Any) -> bool:
+    """Whether there are that many chips in a pod, and each of them holds its part of the state."""
+    within = not chip.most_chips or fit.num_devices <= chip.devices * chip.most_chips
+    return within and _state(fit, state) <= chip.room
 
 
 def _state(fit: Fit, state: Any) -> int:

@@ -106,8 +106,8 @@ def test_the_advice_is_a_number_of_cards_that_hold_the_state():
 def test_a_chip_that_is_too_small_is_told_with_what_would_hold_the_state():
     config = from_config_dict(deepseek_v3.get_config())
     told = lines(make_plan(config, chip=chips.find_chip("h100")))
-    assert "h100 is too small" in told[-3] and "no number that works as written (64, 128); at most 80%" in told[-3]
-    assert told[-2] == "  --chip=h100 --devices=256 --config.training.micro_batch_size=256"
+    assert "h100 is too small" in told[-5] and "no number that works as written (64, 128); at most 80%" in told[-5]
+    assert told[-4] == "  --chip=h100 --devices=256 --config.training.micro_batch_size=256"
     assert "; on another neither: use a larger chip" in lines(make_plan(config, chip=chips.find_chip("v5e")))[-1]
 
 

@@ -12,7 +12,7 @@ import pytest
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.collectives import Collective, compiled_collectives, sent_bytes
-from deepseek_jax.parameters import PARAMETERS, ROWS
+from deepseek_jax.parameters import PARAMETERS, TOKENS
 from deepseek_jax.plan import traffic
 from deepseek_jax.plan.meshes import require_fit
 
@@ -79,7 +79,7 @@ def test_a_step_gathers_each_weight_and_reduces_its_gradient_once():
     weights = gradients = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         parameter = PARAMETERS[path[-1].key]
-        if ROWS in parameter.layout:
+        if TOKENS in parameter.layout:
             weights += leaf.size * {"fp8": 1, "compute": 2, "fp32": 4}[parameter.precision]
             gradients += 4 * leaf.size
         elif not any(parameter.layout):
