@@ -1,8 +1,9 @@
-"""Plan a run before it starts: `python -m experiments.plan --config=configs/deepseek_v3.py --devices=256 --chip=v5p`.
+"""Plan a run before it starts: `python -m experiments.plan --config=configs/deepseek_v3.py --topology=h200:128`.
 
-Prints parameters, state, FLOPs, tokens, steps and the numbers of devices that work. With --chip of a TPU it also
-compiles the training step for that many devices, which need not be there, and prints the memory of each. No array is
-made, and nothing runs.
+Prints parameters, state, FLOPs, tokens, steps and the numbers of devices that work. With --topology also the memory of
+a device, what leaves it in a step, the time of a step and of the run; --search tries every mesh, recomputation and
+micro-batch. For a TPU the training step is compiled, for cards traced. --chip with --devices prints memory alone. No
+array is made, and nothing runs.
 """
 
 import json
@@ -12,12 +13,16 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from deepseek_jax.config import from_config_dict
+from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.inputs import local_path, shown
-from deepseek_jax.plan.chips import CHIPS, find_chip, prepare
+from deepseek_jax.plan import forecast
+from deepseek_jax.plan.chips import CHIPS, Chip, find_chip, find_topology, prepare
+from deepseek_jax.plan.counts import count, state_of
 from deepseek_jax.plan.report import lines, record
-from deepseek_jax.plan.run import make_plan
-from experiments import command, recipe
+from deepseek_jax.plan.run import Plan, make_plan
+from deepseek_jax.plan.search import search
+from deepseek_jax.plan.timing import refuse_pipeline
+from experiments import command, plan_drawing, recipe
 from pallas_kernels.bench.records import provenance
 
 CONFIG = recipe.Recipe(None, "What to plan, such as configs/deepseek_v3.py.", required=True)
@@ -25,30 +30,85 @@ DEVICES = flags.DEFINE_integer(
     "devices", None, "Number of devices; by default the smallest whose memory holds the state.", lower_bound=1
 )
 CHIP = flags.DEFINE_string("chip", None, f"Kind of device: {', '.join(CHIPS)}. The step is compiled for TPUs.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "What to plan for, such as h200:128 (cards), v5p:8x8x8 or tpu7x:256 (chips): memory and time."
+)
+COMPILE = flags.DEFINE_bool("compile", True, "Compile the step for a TPU's topology; else its memory is traced.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, recomputation and micro-batch that fit.")
+PLOT = flags.DEFINE_string("plot", None, "Also draw memory and bytes of a device against their number to this .png.")
 JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
 
 
 def main(_) -> None:
     """Parse, plan, print."""
     jax.config.update("jax_platforms", "cpu")  # shapes alone: a card or TPU of this machine stays free
-    chip = find_chip(CHIP.value) if CHIP.value is not None else None
-    if chip and chip.compiles:
+    chip, num_devices = _where()
+    compiled = COMPILE.value and not SEARCH.value
+    if chip and chip.compiles and compiled:
         prepare()
-    target = None if JSON.value is None else _target(JSON.value)
-    plan = make_plan(from_config_dict(CONFIG.value), DEVICES.value, chip, say=lambda text: print(text, file=sys.stderr))
+    target = None if JSON.value is None else _target(JSON.value, "--json")
+    drawing = None if PLOT.value is None else _target(PLOT.value, "--plot")
+    config = from_config_dict(CONFIG.value)
+    if TOPOLOGY.value is not None:
+        refuse_pipeline(config)
+    if SEARCH.value:
+        _search(config, chip, num_devices)
+        return
+    plan = make_plan(config, num_devices, chip, _say, compiled)
     print("\n".join(lines(plan)))
+    found = _forecast(plan, compiled) if TOPOLOGY.value is not None else None
     if target is not None:
         on = plan.placement
         device = f"{on.fit.num_devices} x {chip.name}, absent" if on and chip else "none"
-        text = json.dumps(record(plan) | provenance("experiments.plan", device), indent=1)
-        target.write_text(text + "\n")
+        values = record(plan) | (forecast.record(found, plan.counts) if found else {})
+        target.write_text(json.dumps(values | provenance("experiments.plan", device), indent=1) + "\n")
+    if drawing is not None:
+        plan_drawing.draw(config, state_of(config), drawing)
+    if found is not None:
+        forecast.require_memory(found, state_of(config), _say)
 
 
-def _target(text: str) -> Path:
-    """Return the file of --json, before anything long begins."""
-    path = local_path(text, "--json")
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _where() -> tuple[Chip | None, int | None]:
+    """Return the chip and number of devices of --topology, or of --chip and --devices."""
+    if TOPOLOGY.value is None:
+        if SEARCH.value:
+            raise ValueError("--search needs devices to search on: add --topology=h200:128, for example")
+        return (find_chip(CHIP.value) if CHIP.value is not None else None), DEVICES.value
+    for name, flag in (("--chip", CHIP), ("--devices", DEVICES)):
+        if flag.value is not None:
+            raise ValueError(f"{name} = {flag.value} and --topology = {TOPOLOGY.value}: use --topology alone")
+    return find_topology(TOPOLOGY.value)
+
+
+def _forecast(plan: Plan, compiled: bool) -> forecast.Forecast | None:
+    """Print what a step does on the devices of the plan, and return it."""
+    on = plan.placement
+    if on is None or on.chip is None:
+        return None
+    trace = not (on.chip.compiles and compiled)
+    found = forecast.forecast(on, state_of(plan.config), trace, _say)
+    print("\n".join(forecast.lines(found, plan.counts)))
+    return found
+
+
+def _search(config: Config, chip: Chip | None, num_devices: int | None) -> None:
+    if chip is None or num_devices is None:
+        raise ValueError("--search needs --topology")
+    state = state_of(config)
+    choices = search(config, num_devices, chip, state, _say)
+    print(f"{config.name}, {config.execution.precision}, {num_devices} devices of {chip.name}: {len(choices)} ways fit")
+    print("\n".join(forecast.choices_table(choices, chip, count(config, state))))
+
+
+def _target(text: str, flag: str) -> Path:
+    """Return the file of --json or --plot, before anything long begins."""
+    path = local_path(text, flag)
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--json = {shown(text)} cannot be written; name a file in a folder that exists")
+        raise ValueError(f"{flag} = {shown(text)} cannot be written; name a file in a folder that exists")
     return path
 
 

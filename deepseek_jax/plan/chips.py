@@ -1,7 +1,9 @@
 """Chips that a run may be planned for, and the TPUs among them as devices to compile for on any machine.
 
 The libtpu wheel compiles for TPUs that are not there. The compiler also says how much of a chip's memory a program may
-have; the rest is its own. What NVIDIA's cards have is their vendor's figure.
+have; the rest is its own. What NVIDIA's cards have is their vendor's figure, and so are all rates.
+
+Rates are of one JAX device, and bytes/s leave it in one direction. Which share of them programs reach is in `rates.py`.
 """
 
 import dataclasses
@@ -36,6 +38,11 @@ class Chip:
     Attributes:
         name: what `--chip` says; of a TPU it is libtpu's name.
         memory: bytes of one JAX device that programs may use.
+        peak_bf16, peak_fp8: dense FLOP/s; 0: the device has no such products.
+        hbm: bytes/s of its memory.
+        link_in: bytes/s to its neighbours: over NVLink, or over all links of a TPU's torus together.
+        link_out: bytes/s to devices of other nodes; of a TPU, whose pod is one torus, the same.
+        node: devices that NVLink joins; 0: all of a pod.
         devices: JAX devices of one chip.
         torus_dims: dims of a TPU's torus; 0 on NVIDIA's cards, which are not compiled for.
         most_chips: TPUs of one pod.
@@ -43,6 +50,12 @@ class Chip:
 
     name: str
     memory: int
+    peak_bf16: float
+    peak_fp8: float
+    hbm: float
+    link_in: float
+    link_out: float
+    node: int = 0
     devices: int = 1
     torus_dims: int = 0
     most_chips: int = 0
@@ -62,19 +75,57 @@ class Chip:
         return self.memory if self.compiles else CARD_SHARE * self.memory
 
 
-# TPUs: what the compiler of libtpu 0.0.48.1 gives a program ("exceeds available HBM (95.73G)").
+# Memory of TPUs: what the compiler of libtpu 0.0.48.1 gives a program ("exceeds available HBM (95.73G)"). Their rates:
+# cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; a chip's links go both ways, and half of their sum leaves it.
+# NVIDIA's rates: data sheets of the cards, dense ("without sparsity"); InfiniBand: one 400 Gbit/s port a card, of GB300
+# 800 Gbit/s. H800: an H100 whose NVLink has 200 GB/s a direction (arXiv 2505.09343, section 4.1: some 160 are usable).
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", int(15.75 * GIB), torus_dims=2, most_chips=256),
-        Chip("v5p", int(95.73 * GIB), torus_dims=3, most_chips=8960),
-        Chip("v6e", int(31.24 * GIB), torus_dims=2, most_chips=256),
-        Chip("tpu7x", int(94.74 * GIB), devices=2, torus_dims=3, most_chips=9216),
-        Chip("h100", 80 * 10**9),
-        Chip("h200", 141 * 10**9),
-        Chip("b200", 180 * 10**9),
+        Chip("v5e", int(15.75 * GIB), 197e12, 0, 819e9, 100e9, 100e9, torus_dims=2, most_chips=256),
+        Chip("v5p", int(95.73 * GIB), 459e12, 0, 2765e9, 600e9, 600e9, torus_dims=3, most_chips=8960),
+        Chip("v6e", int(31.24 * GIB), 918e12, 0, 1638e9, 400e9, 400e9, torus_dims=2, most_chips=256),
+        Chip(
+            "tpu7x", int(94.74 * GIB), 1153.5e12, 2307e12, 3690e9, 300e9, 300e9, 0, devices=2, torus_dims=3,
+            most_chips=9216,
+        ),
+        Chip("h800", 80 * 10**9, 989e12, 1979e12, 3350e9, 200e9, 50e9, node=8),
+        Chip("h100", 80 * 10**9, 989e12, 1979e12, 3350e9, 450e9, 50e9, node=8),
+        Chip("h200", 141 * 10**9, 989e12, 1979e12, 4800e9, 450e9, 50e9, node=8),
+        Chip("b200", 180 * 10**9, 2250e12, 4500e12, 8000e9, 900e9, 50e9, node=8),
+        Chip("gb300", 279 * 10**9, 2500e12, 5000e12, 8000e9, 900e9, 100e9, node=72),
     )
-}
+}  # fmt: skip
+
+
+def find_topology(text: str) -> tuple[Chip, int]:
+    """Return the chip and the number of JAX devices of a topology: `h800:2048` cards, `v5p:8x8x16` or `v5p:1024` chips.
+
+    The sides of a torus multiply to its chips; libtpu names the torus of so many chips (`topology`).
+
+    Raises:
+        ValueError: the text is no topology, its chip is unknown or a pod has fewer.
+    """
+    name, colon, size = text.partition(":")
+    chip = find_chip(name)
+    sides = size.split("x")
+    if not colon or not all(side.isdecimal() and int(side) for side in sides) or len(size) > 32:
+        example = f"{name}:{'x'.join(['4'] * chip.torus_dims)}" if chip.compiles else f"{name}:64"
+        raise ValueError(f"topology {text[:64]!r} has no number of devices; write {example}, for example")
+    if len(sides) > 1 and len(sides) != chip.torus_dims:
+        dims = f"a torus of {chip.torus_dims} dims" if chip.compiles else "no torus: write one number of cards"
+        raise ValueError(f"topology {text!r} has {len(sides)} sides, and {name} has {dims}")
+    chips = math.prod(int(side) for side in sides)
+    if len(sides) > 1 and chips % HOST == 0:
+        named = topology(chip, chips * chip.devices).partition(":")[2]
+        if sorted(named.split("x")) != sorted(sides):
+            raise ValueError(
+                f"topology {text!r} is no torus that is compiled for: {chips} chips are compiled for as {named};"
+                f" write {name}:{named}"
+            )
+    if chip.compiles and chips > chip.most_chips:
+        raise ValueError(f"topology {text!r} has {chips} chips, and a pod of {name} {chip.most_chips}; choose fewer")
+    return chip, chips * chip.devices
 
 
 def find_chip(name: str) -> Chip:

@@ -108,6 +108,20 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
     return held | ({"copies": copies} if copies else {})
 
 
+def gathered_layer(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> int:
+    """Return the bytes of the largest layer while it is multiplied: its weights on a device, their FP32 gradients."""
+    if config.execution.gather == "step":
+        return 0
+    stacks: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"]):
+        stack = str(path[0])
+        if "layers" in stack:
+            is_fp8 = config.execution.precision == PARAMETERS[leaf_name(path)].precision == "fp8"
+            size = (1 if is_fp8 else jnp.dtype(compute_dtype(config.execution)).itemsize) + 4
+            stacks[stack] = stacks.get(stack, 0) + size * _part_in_use(path, leaf, mesh) // leaf.shape[0]
+    return max(stacks.values(), default=0)
+
+
 def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 

@@ -7,7 +7,8 @@ mesh or micro-batch. Those are offered as the values to change.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -33,7 +34,7 @@ class Fit:
     num_devices: int
     config: Config
     mesh: jax.sharding.AbstractMesh
-    changes: dict[str, int]
+    changes: Mapping[str, int | str]
 
     @property
     def flags(self) -> str:
@@ -66,7 +67,7 @@ def find_fit(config: Config, num_devices: int) -> Fit | None:
         mesh = _abstract(mesh_shape(sized.mesh, num_devices))
         for batch_changes in _micro_batches(config, axis_size(mesh, ROWS)):
             fitting = sized.with_(training={key.removeprefix("training."): n for key, n in batch_changes.items()})
-            if _accepted(fitting, mesh):
+            if accepted(fitting, mesh):
                 return Fit(num_devices, fitting, mesh, mesh_changes | batch_changes)
     return None
 
@@ -74,10 +75,10 @@ def find_fit(config: Config, num_devices: int) -> Fit | None:
 def smallest_micro_batch(fit: Fit) -> int:
     """Return the smallest micro-batch that works on the mesh of `fit`; its own is one that does."""
     rows, own = axis_size(fit.mesh, ROWS), fit.config.training.micro_batch_size
-    accepted = (
-        n for n in range(rows, own, rows) if _accepted(fit.config.with_(training={"micro_batch_size": n}), fit.mesh)
+    works = (
+        n for n in range(rows, own, rows) if accepted(fit.config.with_(training={"micro_batch_size": n}), fit.mesh)
     )
-    return next(accepted, own)
+    return next(works, own)
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,7 +119,25 @@ def _fits_model(config: Config, num_devices: int) -> bool:
     return True
 
 
-def _accepted(config: Config, mesh: jax.sharding.AbstractMesh) -> bool:
+def as_fit(config: Config, num_devices: int, changes: Mapping[str, int | str]) -> Fit | None:
+    """Return `config` with `changes`, by dotted key, on `num_devices` devices; None if its mesh has no such number.
+
+    Changes that change nothing are left out. Whether a run takes it, `accepted` says.
+    """
+    sections: dict[str, dict[str, int | str]] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    changed = config.with_(**sections)
+    kept = {key: value for key, value in changes.items() if operator.attrgetter(key)(config) != value}
+    try:
+        return Fit(num_devices, changed, _abstract(mesh_shape(changed.mesh, num_devices)), kept)
+    except ValueError:
+        return None
+
+
+def accepted(config: Config, mesh: jax.sharding.AbstractMesh) -> bool:
+    """Return whether a run takes `config` on `mesh`."""
     try:
         check_fit(from_config_dict(to_dict(config)), mesh)
     except ValueError:

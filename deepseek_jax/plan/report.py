@@ -7,18 +7,8 @@ from deepseek_jax.plan.chips import GIB, Chip
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
 from deepseek_jax.plan.run import Placement, Plan
-from deepseek_jax.training.flops import peak_flops
 
 SECONDS_PER_DAY = 86400
-DEVICE_KINDS = {  # what JAX calls a device of a chip, for its peak
-    "v5e": "TPU v5 lite",
-    "v5p": "TPU v5",
-    "v6e": "TPU v6 lite",
-    "tpu7x": "TPU7x",
-    "h100": "NVIDIA H100",
-    "h200": "NVIDIA H200",
-    "b200": "NVIDIA B200",
-}
 
 
 def lines(plan: Plan) -> list[str]:
@@ -163,7 +153,7 @@ def _advised(flags: list[str]) -> list[str]:
 
 
 def _least_time(plan: Plan, on: Placement) -> list[str]:
-    peak = peak_flops(DEVICE_KINDS[on.chip.name]) if on.chip else None
+    peak = on.chip.peak_bf16 if on.chip else None
     if peak is None:
         return []
     days = plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices) / SECONDS_PER_DAY

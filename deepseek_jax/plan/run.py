@@ -59,7 +59,11 @@ class Plan:
 
 
 def make_plan(
-    config: Config, num_devices: int | None = None, chip: Chip | None = None, say: Callable[[str], None] = print
+    config: Config,
+    num_devices: int | None = None,
+    chip: Chip | None = None,
+    say: Callable[[str], None] = print,
+    compiled: bool = True,
 ) -> Plan:
     """Plan `config` on `num_devices` devices of a kind; for a TPU its step is compiled (`chips.prepare` comes first).
 
@@ -68,6 +72,7 @@ def make_plan(
         num_devices: None: with a chip, the smallest number on which what is computed is at most `chip.room`.
         chip: None: nothing is compiled.
         say: takes the signs of life of a long compilation.
+        compiled: whether to compile for a TPU.
 
     Raises:
         ValueError: a run would refuse the number of devices; the message has the flags or numbers that work.
@@ -80,7 +85,7 @@ def make_plan(
     if fit is None:
         holding = tuple(f for f in fits if f.changes and _holds(chip, f, state)) if chip else ()
         return Plan(config, counts, fits, None, chip, holding)
-    step = compile_fit(fit, chip, say) if chip and chip.compiles else None
+    step = compile_fit(fit, chip, say) if chip and chip.compiles and compiled else None
     held = _state(fit, state)
     larger = (f for f in fits if f.num_devices > fit.num_devices and _state(f, state) < held)
     if chip:

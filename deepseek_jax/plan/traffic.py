@@ -86,13 +86,27 @@ def trace(config: Config, mesh: AnyMesh) -> list[Collective]:
     Raises:
         ValueError: `execution.exchange` does not fit the mesh.
     """
-    on_cpu = config.with_(execution={"attention": "xla", "experts": "auto"})
+    return traced_collectives(trace_gradient(config, mesh, "cpu"))
+
+
+def trace_gradient(config: Config, mesh: AnyMesh, platform: str) -> Any:
+    """Return the gradient of one micro-batch as a traced program (jaxpr), made with shapes alone.
+
+    Args:
+        config: what is trained.
+        mesh: of `config`; its devices need not be there.
+        platform: "cpu" or "gpu": whose kernels are in it. Attention is XLA's on both.
+
+    Raises:
+        ValueError: `execution.exchange` does not fit the mesh.
+    """
+    with_xla = config.with_(execution={"attention": "xla"} | ({"experts": "auto"} if platform == "cpu" else {}))
     nodes, shared = axis_size(mesh, EXPERTS[:1]), axis_size(mesh, (CONTEXT,))
-    resolved = resolve(on_cpu, "cpu", axis_size(mesh, EXPERTS), nodes, shared)
+    resolved = resolve(with_xla, platform, axis_size(mesh, EXPERTS), nodes, shared)
     sizes = abstract(mesh)
     with jax.sharding.use_abstract_mesh(sizes):
         gradients, inputs = _gradients(resolved, sizes)
-        return traced_collectives(jax.make_jaxpr(gradients)(*inputs).jaxpr)
+        return jax.make_jaxpr(gradients)(*inputs).jaxpr
 
 
 def compile_for(config: Config, mesh: jax.sharding.Mesh) -> list[Collective]:
@@ -193,7 +207,7 @@ def layer_lines(config: Config, mesh: AnyMesh, collectives: Iterable[Collective]
     lines = []
     for (axis, kind, direction), sent in shipped.items():
         if axis in EXPERTS and kind in EXCHANGED and direction != RECOMPUTED:
-            size = _row_bytes(config, kind)
+            size = row_bytes(config, kind)
             figures = (getattr(copies, axis) * size for copies in (useful, limit, per_expert)) if size else ()
             lines.append(Line(axis, kind, direction, sent / layers, *figures))
     return sorted(lines, key=_order)
@@ -253,7 +267,7 @@ def _kinds(config: Config, c: Collective) -> dict[str, float]:
     return {WEIGHTS if c.kind == GATHER else OTHER: 1.0}
 
 
-def _row_bytes(config: Config, kind: str) -> int | None:
+def row_bytes(config: Config, kind: str) -> int | None:
     """Return the bytes of one copy: what one row is on the wire."""
     width, k = config.model.width, config.model.experts_per_token
     number = jnp.dtype(compute_dtype(config.execution)).itemsize

@@ -42,6 +42,7 @@ CONFIGS = {
     "moonlight_16b": "Moonlight, V3 on one node",
     "deepseek_v2": "V2 and V2.5, 236B",
     "deepseek_v3": "V3 and R1, 671B",
+    "mlperf_v6_deepseek_v3": "V3 as MLPerf Training v6 trains it",
 }
 TPUS = ("v5p", "v6e", "tpu7x")
 CARDS = {"80 GB": "h100", "141 GB": "h200"}

@@ -13,8 +13,10 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.collectives import Collective, compiled_collectives, sent_bytes
 from deepseek_jax.parameters import PARAMETERS, TOKENS
-from deepseek_jax.plan import traffic
+from deepseek_jax.plan import traffic, wire
+from deepseek_jax.plan.counts import state_of
 from deepseek_jax.plan.meshes import require_fit
+from tests.support import small
 
 SIZES = {"pipe": 1, "data": 2, "context": 1, "node": 2, "expert": 4, "tensor": 1}
 V3_SIZES = {"pipe": 1, "data": 1, "context": 1, "node": 8, "expert": 8, "tensor": 1}
@@ -38,6 +40,48 @@ def layer(experts_TK=None):
     routes = traffic.fresh_routes(fit.config.model, 256) if experts_TK is None else experts_TK
     lines = traffic.layer_lines(fit.config, fit.mesh, collectives, routes)
     return {(line.axis, line.kind, line.direction): line for line in lines}
+
+
+def test_the_closed_form_is_what_the_program_sends():
+    """Exchanges to 2% (counts and gradients of gates are left out), weights and gradients to 1% (scales)."""
+    fit, collectives = v3()
+    tokens = fit.config.training.micro_batch_size // fit.num_devices * fit.config.data.sequence_length
+    traced: dict = {}
+    for line in traffic.step_lines(fit.config, fit.mesh, collectives):
+        key = line.axis, line.kind
+        traced[key] = traced.get(key, 0.0) + line.shipped
+    for sent in wire.sent_in_step(fit.config, fit.mesh, state_of(fit.config), 1, tokens):
+        close = 0.02 if sent.kind == wire.EXCHANGE else 0.01
+        assert sent.bytes / tokens == pytest.approx(traced.pop((sent.axis, sent.kind)), rel=close), sent
+        assert sent.useful <= sent.bytes
+    assert {kind for _, kind in traced} <= {traffic.OTHER}
+
+
+def test_the_closed_form_knows_shared_sequences_and_what_is_computed_again():
+    """The small model, two devices to a sequence. Latents and weights are the program's; rows that are sent again too,
+    but for some of their routes, which are a sixth of such short rows.
+    """
+    tree = small.config_dict()
+    tree.mesh.update({"data": 1, "context": 2, "node": 2, "expert": 2})
+    tree.execution.remat = "full"
+    config = from_config_dict(tree)
+    fit, state = require_fit(config, 8), state_of(config)
+    collectives = traffic.trace(fit.config, fit.mesh)
+    traced: dict = {}
+    for line in traffic.step_lines(fit.config, fit.mesh, collectives):
+        traced[line.axis, line.kind] = traced.get((line.axis, line.kind), 0.0) + line.shipped
+    tokens = fit.config.training.micro_batch_size // 4 * fit.config.data.sequence_length // 2
+    sent = {(s.axis, s.kind): s.bytes / tokens for s in wire.sent_in_step(fit.config, fit.mesh, state, 1, tokens)}
+    for axis, kind in (("context", "latents"), ("context", "weights"), ("node", "weights"), ("expert", "weights")):
+        assert sent[axis, kind] == pytest.approx(traced[axis, kind], rel=1e-6), (axis, kind)
+    once = wire.exchange_of_token(fit.config.with_(execution={"remat": "selective"}), fit.mesh)
+    again = {line.kind: line.shipped for line in traffic.step_lines(fit.config, fit.mesh, resent(collectives))}
+    assert sum(again.values()) == pytest.approx(sent["node", "exchange"] - once["node"][0], rel=0.1)
+
+
+def resent(collectives):
+    """Rows and routes over `node` that a layer sends again."""
+    return [c for c in collectives if "rematted" in c.scope and "dispatch" in c.scope and c.axes == ("node",)]
 
 
 @pytest.mark.parametrize("direction", [traffic.FORWARD, traffic.BACKWARD])

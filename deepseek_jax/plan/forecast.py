@@ -1,0 +1,181 @@
+"""What a step does on the devices of a topology: its memory, what leaves a device, its time and what a run costs.
+
+Every figure says how it was found: **compiled** by the TPU's compiler, **traced** in the program (`liveness.py`), or
+**computed** from shapes and rates. Rates are measured shares of stated ones (`rates.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.counts import Counts
+from deepseek_jax.plan.liveness import gradient_bytes
+from deepseek_jax.plan.meshes import Fit
+from deepseek_jax.plan.run import Placement
+from deepseek_jax.plan.search import Choice, Memory, nearest_that_fits
+from deepseek_jax.plan.timing import StepTime, layout_of, link_of, step_time
+from deepseek_jax.plan.wire import Sent, sent_in_step
+from deepseek_jax.training.flops import model_flops_utilization
+
+MEASURED = ("h100", "h200", "h800")  # whose arithmetic is that of the cards the rates were measured on
+BLACKWELL = ("b200", "gb300")  # `parallel.program.resolve_for` refuses FP8 on them
+SECONDS_PER_DAY, SECONDS_PER_HOUR = 86400, 3600
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a step does on a number of devices.
+
+    Attributes:
+        fit: the config, with its mesh.
+        chip: of all devices.
+        held: bytes of one device that the layouts say: weights, moments, gradients, copies.
+        living: bytes that live at once in the gradient, gradients and copies included, traced; None: compiled instead.
+        sent: what leaves a device in a step.
+        time: of a step.
+    """
+
+    fit: Fit
+    chip: Chip
+    held: dict[str, int]
+    living: int | None
+    sent: list[Sent]
+    time: StepTime
+
+    @property
+    def traced(self) -> float | None:
+        """Return the bytes of one device, of which the gradient's are traced."""
+        if self.living is None:
+            return None
+        return self.living + sum(size for name, size in self.held.items() if name not in ("gradients", "copies"))
+
+
+def forecast(on: Placement, state: Any, trace: bool, say: Callable[[str], None]) -> Forecast:
+    """Return what a step does on the devices of a placement, which has a chip.
+
+    Args:
+        on: the placement.
+        state: abstract state of its config.
+        trace: whether to trace the gradient for its memory: a dozen seconds for V3 on a quiet core.
+        say: takes signs of life.
+    """
+    fit, chip = on.fit, on.chip
+    if chip is None:
+        raise ValueError("a forecast needs a chip: name one with --topology")
+    layout = layout_of(fit.config, fit.mesh, state, chip)
+    time = step_time(fit.config, layout, chip)
+    if trace:
+        say(f"tracing the gradient of {fit.config.name} ...")
+    living = gradient_bytes(fit.config, fit.mesh) if trace else None
+    sent = sent_in_step(fit.config, fit.mesh, state, layout.micro_batches, layout.tokens)
+    return Forecast(fit, chip, on.held, living, sent, time)
+
+
+def require_memory(found: Forecast, state: Any, say: Callable[[str], None]) -> None:
+    """Refuse a step that the traced program says does not fit.
+
+    Raises:
+        ValueError: it does not; the message has the nearest number of devices on which it does, and its flags.
+    """
+    if found.traced is None or found.traced <= found.chip.memory:
+        return
+    nearest = nearest_that_fits(found.fit.config, found.fit.num_devices // 2, found.chip, Memory(state, say))
+    where = "no number of devices that works is enough"
+    if nearest:
+        where = f"the nearest that fits: --topology={found.chip.name}:{nearest.num_devices // found.chip.devices}"
+        where = f"{where} {nearest.flags}"
+    raise ValueError(
+        f"{found.fit.config.name} does not fit on {found.fit.num_devices} {found.chip.name}: a device needs"
+        f" {found.traced / GB:,.0f} GB and has {found.chip.memory / GB:,.0f}; {where}"
+    )
+
+
+def lines(found: Forecast, counts: Counts) -> list[str]:
+    """Return the lines that a person reads."""
+    chip, count = found.chip, found.fit.num_devices
+    axes = " x ".join(f"{axis} {size}" for axis, size in found.fit.mesh.shape.items() if size > 1) or "no axis is split"
+    text = [f"a step on {count} devices of {chip.name} ({axes}):", *_memory(found), *_sent(found)]
+    if found.fit.config.execution.precision == "fp8" and chip.name in BLACKWELL:
+        text.append(
+            f"  FP8 has no kernels for {chip.name} here yet: a run refuses it, and its time is what such would take"
+        )
+    return text + _time(found, counts)
+
+
+def _memory(found: Forecast) -> list[str]:
+    if found.traced is None or found.living is None:
+        return []
+    inside = sum(size for name, size in found.held.items() if name in ("gradients", "copies"))
+    rows: list[tuple[str, float, str]] = [(name, size, "computed") for name, size in found.held.items()]
+    rows.append(("activations, temporaries", found.living - inside, "traced; gathered weights are among them"))
+    rows.append(("together", found.traced, f"of {found.chip.memory / GB:,.0f} GB"))
+    return [f"  {name:<26}{size / GB:>10,.2f} GB  {how}" for name, size, how in rows]
+
+
+def _sent(found: Forecast) -> list[str]:
+    if not found.sent:
+        return ["  nothing leaves a device"]
+    rows = ["  leaves a device in a step, computed:      shipped      useful"]
+    for sent in found.sent:
+        link = link_of(found.chip, found.fit.mesh, sent.axis)
+        rate = found.chip.link_in if link == "in" else found.chip.link_out
+        where = "inside nodes" if link == "in" and found.chip.node else "between nodes" if found.chip.node else "torus"
+        name = f"{sent.kind} over {sent.axis}"
+        rows.append(
+            f"    {name:<32}{sent.bytes / GB:>10,.1f} GB{sent.useful / GB:>9,.1f} GB  {where}, {rate / GB:,.0f} GB/s"
+        )
+    return rows
+
+
+def _time(found: Forecast, counts: Counts) -> list[str]:
+    time, chip, count = found.time, found.chip, found.fit.num_devices
+    rate = counts.tokens_per_step / time.total
+    share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
+    days = counts.tokens / rate / SECONDS_PER_DAY
+    hours = counts.tokens / rate * count / chip.devices / SECONDS_PER_HOUR
+    how = (
+        "shares of peak measured on H100 and H200" if chip.name in MEASURED else "shares of peak assumed, not measured"
+    )
+    rows = [
+        ("forward", f"{time.forward:,.2f} s"),
+        ("backward", f"{time.backward:,.2f} s, with what is computed again"),
+        ("exposed exchange", f"{time.exchange:,.2f} s"),
+        ("exposed weights, gradients", f"{time.other:,.2f} s"),
+        ("idle in the pipeline", f"{time.idle:,.2f} s"),
+        ("optimizer", f"{time.optimizer:,.2f} s"),
+        ("step", f"{time.total:,.2f} s of {counts.tokens_per_step:,} tokens"),
+        ("rate", f"{rate:,.0f} tokens/s, {rate / count * chip.devices:,.0f} a chip"),
+        ("MFU of the BF16 peak", f"{share:.1%}"),
+        ("all tokens", f"{days:,.1f} days, {hours:,.0f} chip-hours for {counts.tokens:,}"),
+    ]
+    return [f"  time, computed ({how}; docs/planning.md has how far off):"] + [
+        f"    {name:<28}{text}" for name, text in rows
+    ]
+
+
+def record(found: Forecast, counts: Counts) -> dict[str, Any]:
+    """Return the same as plain values: bytes and seconds."""
+    time = found.time
+    return {
+        "chip": found.chip.name,
+        "time_computed": dataclasses.asdict(time) | {"total": time.total},
+        "tokens_per_second_computed": counts.tokens_per_step / time.total,
+        "sent_computed": [sent._asdict() for sent in found.sent],
+        "gradient_traced": found.living,
+    }
+
+
+def choices_table(choices: list[Choice], chip: Chip, counts: Counts, most: int = 8) -> list[str]:
+    """Return the lines of the fastest ways that a search found."""
+    text = [f"  {'step':>9}{'tokens/s a chip':>17}{'MFU':>7}{'memory':>9}  flags (times computed, memory estimated)"]
+    for choice in choices[:most]:
+        rate = counts.tokens_per_step / choice.time.total
+        count = choice.fit.num_devices
+        share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
+        text.append(
+            f"  {choice.time.total:>7,.2f} s{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
+            f"{choice.memory / GB:>6,.0f} GB  {choice.fit.flags or 'as written'}"
+        )
+    return text

@@ -1,0 +1,81 @@
+"""What a person reads of a forecast, and its drawing; memory beside the state is given, so nothing is traced."""
+
+import dataclasses
+import json
+
+import pytest
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.plan import forecast, search, timing
+from deepseek_jax.plan.chips import CHIPS
+from deepseek_jax.plan.counts import bytes_per_device, count, state_of
+from deepseek_jax.plan.meshes import require_fit
+from deepseek_jax.plan.run import Placement
+from experiments import plan_drawing
+from tests.support import small
+
+LIVING = 4_000_000_000
+
+
+def config_of(**mesh):
+    tree = small.config_dict()
+    tree.mesh.update({"data": -1, "node": 1, "expert": 1} | mesh)
+    return from_config_dict(tree)
+
+
+def planned(monkeypatch, chip="h200", **mesh):
+    monkeypatch.setattr(forecast, "gradient_bytes", lambda config, mesh: LIVING)
+    config = config_of(**mesh)
+    fit, state = require_fit(config, 8), state_of(config)
+    on = Placement(fit, bytes_per_device(fit.config, state, fit.mesh), CHIPS[chip])
+    return forecast.forecast(on, state, True, lambda text: None), state
+
+
+def test_every_figure_says_how_it_was_found(monkeypatch):
+    found, state = planned(monkeypatch, expert=4)
+    held = found.held["weights"] + found.held["moments"]
+    assert found.traced == LIVING + held
+    text = "\n".join(forecast.lines(found, count(found.fit.config, state)))
+    for wanted in ("a step on 8 devices of h200 (data 2 x expert 4)", "traced", "of 141 GB", "exchange over expert",
+                   "shares of peak measured on H100 and H200", "chip-hours"):  # fmt: skip
+        assert wanted in text, wanted
+    values = json.loads(json.dumps(forecast.record(found, count(found.fit.config, state))))
+    assert values["gradient_traced"] == LIVING
+    parts = {name: seconds for name, seconds in values["time_computed"].items() if name not in ("total", "travel")}
+    assert values["time_computed"]["total"] == pytest.approx(sum(parts.values()))
+    other, _ = planned(monkeypatch, chip="gb300")
+    assert "assumed, not measured" in "\n".join(forecast.lines(other, count(other.fit.config, state)))
+
+
+def test_devices_that_share_sequences_send_latents(monkeypatch):
+    """Half of the tokens on each, so half of the time of a layer, and keys and values of the whole row twice."""
+    alone, _ = planned(monkeypatch, data=4, expert=2)
+    shared, _ = planned(monkeypatch, data=2, context=2, expert=2)
+    assert {(s.axis, s.kind) for s in shared.sent} - {(s.axis, s.kind) for s in alone.sent} == {
+        ("context", "latents"), ("context", "weights"), ("context", "gradients"),
+    }  # fmt: skip
+    assert alone.time.forward < shared.time.forward < 1.1 * alone.time.forward
+
+
+def test_a_step_that_does_not_fit_is_refused_and_the_next_number_named(monkeypatch):
+    found, state = planned(monkeypatch)
+    forecast.require_memory(found, state, lambda text: None)
+    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: LIVING)
+    tight = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=int(1e9)))
+    with pytest.raises(ValueError, match="small does not fit on 8 h200: a device needs 4 GB and has 1; no number"):
+        forecast.require_memory(tight, state, lambda text: None)
+
+
+def test_a_pipeline_is_refused():
+    with pytest.raises(ValueError, match=r"config\.mesh\.pipe = 2: bytes and time of a pipeline are not planned yet"):
+        timing.layout_of(config_of(pipe=2), require_fit(config_of(), 8).mesh, None, CHIPS["h200"])
+
+
+def test_a_drawing_has_both_panels_or_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan_drawing, "gradient_bytes", lambda config, mesh: LIVING)
+    config = config_of(expert=4)
+    plan_drawing.draw(config, state_of(config), tmp_path / "devices.png")
+    assert (tmp_path / "devices.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(plan_drawing, "COUNTS", (7,))
+    with pytest.raises(ValueError, match="works on no power of two of devices from 8 to 2,048; nothing is drawn"):
+        plan_drawing.draw(config, state_of(config), tmp_path / "no.png")
