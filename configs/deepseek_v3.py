@@ -133,7 +133,8 @@ def get_config() -> ConfigDict:
                 "attention_chunk": 512,  # queries at a time of the XLA path
                 "exchange": "auto",  # or "local", "dense" (one hop), "two_hop" (over node, then over expert)
                 "exchange_slack": 1.25,  # room for rows and for experts' slots, in multiples of the balanced number
-                # of a pipeline, mesh.pipe above 1; or "gpipe", "interleaved", "zb1p", "dualpipe", "dualpipev"
+                # of a pipeline, mesh.pipe above 1: the least memory, and any number of micro-batches; docs/pipeline.md
+                # compares it with "gpipe", "interleaved", "zb1p", "dualpipe" and "dualpipev"
                 "schedule": "1f1b",
                 "interleave": 1,  # 2: two halves of a micro-batch side by side; one attends while the other exchanges
                 "experts": "auto",  # or "blocks" (a loop over XLA's matmuls), "grouped" (one kernel for all experts)

@@ -3,9 +3,8 @@
 A parameter's name says its dims and is the key of its row. Everything else derives from the row: the layout
 of the parameter, its gradient, its moments and its average (`partition_specs`); which weights are quantised, and as
 which matrix (`parallel.weights`); which devices store the same part where a mesh does not divide a dim (`layout_of`);
-weight decay
-(`training.optimizer`); what decoding casts (`inference.weights`); how a checkpoint's tensors lie in our arrays
-(`huggingface`). To add a parameter, add a row here and the module that multiplies with it.
+weight decay (`training.optimizer`); what decoding casts (`inference.weights`); how a checkpoint's tensors lie in our
+arrays (`huggingface`). To add a parameter, add a row here and the module that multiplies with it.
 
 A stack of layers has a leading dim that is in no row, because it is never split.
 
@@ -227,7 +226,7 @@ def layout_of(name: str, shape: Sequence[int], num_experts: int) -> P:
     the axes that come later, whose links are faster. Devices along the others store the same part, and sum its
     gradient. On data 3, node 8, expert 8 a width of 7,168 lies in 64 parts, each on three devices. The dim of routed
     experts keeps its axes: a device stores none but those that it multiplies with (`parallel.mesh.check_fit`).
-    Devices of a pipeline split the dim of `pipe_dim`, if they divide it: the fastest axis, so they hold one piece.
+    Devices of a pipeline split the dim of `pipe_dim` before the others, if they divide it.
 
     Args:
         name: of the parameter.

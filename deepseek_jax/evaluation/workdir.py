@@ -11,7 +11,7 @@ from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.data.token_cache import Corpus, open_corpus
 from deepseek_jax.inputs import shown
 from deepseek_jax.parallel.context import readers
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.mesh import check_context, check_model_fit, make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.evaluation import Evaluation, evaluate
 from deepseek_jax.training.objective import pretraining
@@ -35,6 +35,8 @@ def evaluate_workdir(
             the loss is not a number.
     """
     mesh = mesh or make_mesh(config.mesh)
+    check_model_fit(config.model, mesh)
+    check_context(config, mesh)
     weights, progress = restore_weights(config, workdir, mesh, step)
     processes = readers(mesh)
     tokenizer = open_tokenizer(config, workdir)

@@ -55,7 +55,7 @@ def split_layers(model: Model, num_stages: int) -> list[Stage]:
     if not each or counts[-1] < 0:
         raise ValueError(
             f"config.model has {model.num_layers} layers and {model.num_mtp_layers} MTP layers, too few for"
-            f" {num_stages} stages of a pipeline; lower mesh.pipe, or use an execution.schedule with one stage a device"
+            f" {num_stages} stages of a pipeline; lower mesh.pipe, or use an execution.schedule with fewer stages"
         )
     starts = np.cumsum([0, *counts])
     dense = model.num_dense_layers

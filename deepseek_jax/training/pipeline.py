@@ -58,6 +58,10 @@ def stage_gradients(
         rates: of the step.
     """
     model, execution = recipe.model, recipe.execution
+    if recipe.objective.batch_wise:
+        raise ValueError(
+            "an objective with batch_wise needs a batch's counts before its first backward pass: mesh.pipe = 1"
+        )
     program = program_of(execution.schedule, lax.axis_size(PIPE), micro_batches["tokens_BS"].shape[0])
     placement = program.table.placement
     stages = split_layers(model, placement.num_stages)
@@ -103,9 +107,8 @@ class Run:
         starts = manual_axes.vary(Starts(zero, zero, zero), frozenset((PIPE,)))
         for work in self.work.values():
             jax.eval_shape(lambda x, work=work: work.forward(self.held, starts, x, first)[0], x_BSD)
-        ((last, last_work),) = [(s, w) for s, w in self.work.items() if s.is_last]
-        del last
-        terms = jax.eval_shape(functools.partial(_terms, last_work, self.held), x_BSD, first)
+        last = next(work for stage, work in self.work.items() if stage.is_last)
+        terms = jax.eval_shape(functools.partial(_terms, last, self.held, starts), x_BSD, first)
         for work in self.work.values():
             work.learn_terms(terms)
         structures = [work.structure for work in self.work.values() if work.structure]
@@ -246,7 +249,6 @@ def _at(inbox: jax.Array, slot: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(inbox, jnp.maximum(slot, 0), keepdims=False)
 
 
-def _terms(work: StageWork, held: Held, x_BSD: jax.Array, batch: Batch) -> Any:
-    zero = vary(jnp.int32(0), x_BSD)
-    outputs, arrays = work.forward(held, Starts(zero, zero, zero), x_BSD, batch)
+def _terms(work: StageWork, held: Held, starts: Starts, x_BSD: jax.Array, batch: Batch) -> Any:
+    outputs, arrays = work.forward(held, starts, x_BSD, batch)
     return work.objective(held, arrays, outputs.hidden_BSD, batch)[0]

@@ -40,7 +40,7 @@ from deepseek_jax.training.objective import Batch
 
 
 class Held(NamedTuple):
-    """What a device has of the model; stacks [slots, ...] (`training.stages.collect`).
+    """What a device has of the model; stacks [slots, ...] (`parallel.stage_weights.collect`).
 
     Attributes:
         params: what is differentiated.

@@ -1,4 +1,4 @@
-"""A step over a pipeline is the step of one device: every schedule, with experts, MTP, packing and FP8 references.
+"""A step over a pipeline is the step of one device: every schedule, and experts, MTP, packing and FP8 with some.
 
 Loss, every gradient, norms, counts and biases after one step and after three, as `tests.training.test_equal_steps`. The
 table of schedules has dense layers, which compile fast; what is in a stage is tested with one schedule.
@@ -214,6 +214,13 @@ def test_what_is_in_a_stage_is_that_of_one_device(name):
         assert_equal(got, want)
 
 
+@pytest.mark.slow
+def test_dims_that_do_not_divide():
+    """Half of a width of 28 lies on two of the four devices of a stage; each part is stored twice."""
+    cfg = config(2, (2, 1, 2), 4, MOE | {"width": 28}, {"gather": "layer"})
+    assert_equal(run(cfg), run(config(1, model=MOE | {"width": 28})))
+
+
 def test_a_checkpoint_of_a_pipeline_is_one_of_any_mesh(tmp_path):
     """Saved on (pipe 2, data 2), restored on (data 4) and on another pipeline, bit for bit."""
     cfg = config(2, (2, 1, 1), 4, MOE)
@@ -235,11 +242,11 @@ def test_a_checkpoint_of_a_pipeline_is_one_of_any_mesh(tmp_path):
 
 
 def test_evaluation_on_a_pipeline_is_that_of_one_device():
-    """Every device of the pipeline runs all layers, and one of them counts."""
+    """Each device of a pipeline runs all layers, and one of them counts; those that share rows count their tokens."""
     sums = []
-    for pipe, sizes in ((1, (1, 1, 1)), (2, (2, 1, 1))):
-        cfg = config(pipe, sizes, 1, MOE)
-        mesh = make_mesh(cfg.mesh, jax.devices()[: pipe * sizes[0]])
+    for pipe, data, context in ((1, 1, 1), (2, 2, 1), (1, 1, 2)):
+        cfg = config(pipe, (data, 1, 1), 1, MTP).with_(mesh={"context": context})
+        mesh = make_mesh(cfg.mesh, jax.devices()[: pipe * data * context])
         with jax.set_mesh(mesh):
             shapes = abstract_state(cfg, mesh)
             rng = np.random.default_rng(0)
@@ -251,6 +258,8 @@ def test_evaluation_on_a_pipeline_is_that_of_one_device():
             )
             evaluate = step_lib.jit_eval_step(cfg, pretraining(cfg), mesh)
             sums.append(jax.device_get(evaluate(weights, small.put(equal.batch(0)))))
-    np.testing.assert_allclose(sums[1]["loss_sum"], sums[0]["loss_sum"], rtol=1e-6)
-    np.testing.assert_array_equal(sums[1]["weight_sum"], sums[0]["weight_sum"])
-    np.testing.assert_array_equal(sums[1]["counts_LE"], sums[0]["counts_LE"])
+    for other in sums[1:]:
+        for name in ("loss_sum", "mtp_loss_sum"):
+            np.testing.assert_allclose(other[name], sums[0][name], rtol=1e-6)
+        np.testing.assert_array_equal(other["weight_sum"], sums[0]["weight_sum"])
+        np.testing.assert_array_equal(other["counts_LE"], sums[0]["counts_LE"])
