@@ -6,6 +6,7 @@ micro-batch. For a TPU the training step is compiled, for cards traced. --chip w
 array is made, and nothing runs.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -54,7 +55,9 @@ def main(_) -> None:
     if SEARCH.value:
         _search(config, chip, num_devices)
         return
-    plan = make_plan(config, num_devices, chip, _say, compiled)
+    plan = dataclasses.replace(
+        make_plan(config, num_devices, chip, _say, compiled), by_topology=TOPOLOGY.value is not None
+    )
     print("\n".join(lines(plan)))
     found = _forecast(plan, compiled) if TOPOLOGY.value is not None else None
     if target is not None:
@@ -78,6 +81,11 @@ def _where() -> tuple[Chip | None, int | None]:
         if SEARCH.value:
             raise ValueError("--search needs devices to search on: add --topology=h200:128, for example")
         return (find_chip(CHIP.value) if CHIP.value is not None else None), DEVICES.value
+    for name, flag in (("--json", JSON), ("--plot", PLOT)):
+        if SEARCH.value and flag.value is not None:
+            raise ValueError(
+                f"{name} = {shown(flag.value)} and --search: a search only prints; plan what it finds with {name}"
+            )
     for name, flag in (("--chip", CHIP), ("--devices", DEVICES)):
         if flag.value is not None:
             raise ValueError(f"{name} = {flag.value} and --topology = {TOPOLOGY.value}: use --topology alone")

@@ -65,6 +65,10 @@ class Chip:
         """Whether a step can be compiled for this chip where there is none."""
         return self.torus_dims > 0
 
+    def has(self, num_devices: int) -> bool:
+        """Whether a pod has so many devices; of cards there is no bound."""
+        return not self.compiles or num_devices <= self.devices * self.most_chips
+
     @property
     def room(self) -> float:
         """Bytes of one device for what is computed: weights, moments, gradients and copies.

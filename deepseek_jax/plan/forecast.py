@@ -81,7 +81,7 @@ def require_memory(found: Forecast, state: Any, say: Callable[[str], None]) -> N
     """
     if found.traced is None or found.traced <= found.chip.memory:
         return
-    nearest = nearest_that_fits(found.fit.config, found.fit.num_devices // 2, found.chip, Memory(state, say))
+    nearest = nearest_that_fits(found.fit.config, found.fit.num_devices, found.chip, Memory(state, say))
     where = "no number of devices that works is enough"
     if nearest:
         where = f"the nearest that fits: --topology={found.chip.name}:{nearest.num_devices // found.chip.devices}"

@@ -77,7 +77,15 @@ def advice(plan: Plan, fit: Fit, of_state: bool = False) -> list[str]:
     if micro_batch < config.training.micro_batch_size and not of_state:
         flags.append(f"--config.training.micro_batch_size={micro_batch}")
     more = next(iter(plan.holding), None)
-    return flags + ([f"--devices={more.num_devices} {more.flags}".strip()] if more else [])
+    return flags + ([f"{_named(plan, more)} {more.flags}".strip()] if more else [])
+
+
+def _named(plan: Plan, fit: Fit) -> str:
+    """Return the flag that asks for the devices of a fit."""
+    chip = plan.placement.chip if plan.placement else None
+    if chip and plan.by_topology:
+        return f"--topology={chip.name}:{fit.num_devices // chip.devices}"
+    return f"--devices={fit.num_devices}"
 
 
 def _devices(plan: Plan) -> list[tuple[str, str]]:
@@ -124,6 +132,8 @@ def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> l
 def _not_compiled(plan: Plan, on: Placement) -> list[str]:
     if on.chip is None:
         return ["Activations come on top; --chip=v5p, for example, compiles the step and says how much."]
+    if plan.by_topology:
+        return []
     held = sum(on.held.values())
     figures = f"{held / on.chip.memory:.0%} of the card; {_share(on.chip)} the rest is for activations"
     if held > on.chip.room:

@@ -48,6 +48,8 @@ class Plan:
         too_small: the chip whose memory holds the state on none of the numbers that work as written; else None.
         holding: the fits with changes whose state it holds; of a placement, the next number whose devices store less
             each, and no more than they hold if a chip is given.
+        by_topology: the devices were given as a topology. Remedies name one, and a card's verdict is left to the traced
+            program (`forecast`).
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Plan:
     placement: Placement | None
     too_small: Chip | None = None
     holding: tuple[Fit, ...] = ()
+    by_topology: bool = False
 
 
 def make_plan(
@@ -123,8 +126,7 @@ def signs_of_life(what: str, say: Callable[[str], None]):
 
 def _holds(chip: Chip, fit: Fit, state: Any) -> bool:
     """Whether there are that many chips in a pod, and each of them holds its part of the state."""
-    within = not chip.most_chips or fit.num_devices <= chip.devices * chip.most_chips
-    return within and _state(fit, state) <= chip.room
+    return chip.has(fit.num_devices) and _state(fit, state) <= chip.room
 
 
 def _state(fit: Fit, state: Any) -> int:

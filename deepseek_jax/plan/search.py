@@ -42,7 +42,7 @@ class Memory:
     def __init__(self, state: Any, say: Callable[[str], None]):
         """Take the abstract state of the config, and what to tell before a trace."""
         self._state, self._say = state, say
-        self._traced: dict[tuple[str, int, int], float] = {}
+        self._traced: dict[tuple[str, str, int, int], float] = {}
 
     def of(self, fit: Fit) -> float:
         """Return the bytes of one device: state, gradients and what lives beside them."""
@@ -54,7 +54,8 @@ class Memory:
 
     def _beside(self, fit: Fit, sequences: int) -> float:
         """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for."""
-        key = fit.config.execution.remat, sequences, axis_size(fit.mesh, (CONTEXT,))
+        execution = fit.config.execution
+        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,))
         if key not in self._traced:
             config = fit.config.with_(training={"micro_batch_size": sequences * axis_size(fit.mesh, ROWS)})
             self._say(f"tracing the gradient: {sequences} sequences a device, remat {key[0]}")
@@ -115,7 +116,7 @@ def search(
     fitting = sorted((c for c in choices if c.fits(chip)), key=lambda choice: choice.time.total)
     if not fitting:
         least = min(choices, key=lambda choice: choice.memory)
-        larger = nearest_that_fits(config, num_devices, chip, memory)
+        larger = nearest_that_fits(config, 2 * num_devices, chip, memory)
         where = f"; {larger.num_devices} devices do, with {larger.flags}" if larger else ", and neither on more devices"
         raise ValueError(
             f"nothing fits on {num_devices} {chip.name}: the least is {least.memory / 1e9:,.0f} of"
@@ -124,13 +125,15 @@ def search(
     return fitting
 
 
-def nearest_that_fits(config: Config, num_devices: int, chip: Chip, memory: Memory) -> Fit | None:
-    """Return the next larger number of devices on which a step fits, with the flags that it needs; None: there is none.
+def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) -> Fit | None:
+    """Return on which of `first`, 2 `first`, 4 `first`, ... devices a step fits first, with the flags that it needs.
 
-    One sequence a device and full recomputation need least.
+    One sequence a device and full recomputation need least. None: no number of devices of a pod is enough.
     """
     least = config.with_(execution={"remat": "full", "gather": "layer"})
-    for number in itertools.accumulate(itertools.repeat(2, 12), lambda n, _: 2 * n, initial=2 * num_devices):
+    for number in (first << doublings for doublings in range(13)):
+        if not chip.has(number):
+            return None
         fit = find_fit(least, number)
         if fit is None:
             continue

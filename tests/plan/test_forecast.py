@@ -64,6 +64,18 @@ def test_a_step_that_does_not_fit_is_refused_and_the_next_number_named(monkeypat
     tight = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=int(1e9)))
     with pytest.raises(ValueError, match="small does not fit on 8 h200: a device needs 4 GB and has 1; no number"):
         forecast.require_memory(tight, state, lambda text: None)
+    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: 10**8)
+    with pytest.raises(ValueError, match=r"the nearest that fits: --topology=h200:8 .*--config\.execution\.remat=full"):
+        forecast.require_memory(tight, state, lambda text: None)
+
+
+def test_the_next_number_begins_anywhere_and_ends_at_the_pod(monkeypatch):
+    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: 10**8)
+    config = config_of()
+    memory = search.Memory(state_of(config), lambda text: None)
+    found = search.nearest_that_fits(config, 1, CHIPS["h200"], memory)
+    assert found is not None and found.num_devices == 1
+    assert search.nearest_that_fits(config, 512, CHIPS["v6e"], memory) is None
 
 
 def test_a_pipeline_is_refused():

@@ -72,6 +72,8 @@ def test_a_person_reads_that_v3_does_not_fit_and_what_helps():
         "--config.execution.remat=full",
         "--devices=512 --config.training.micro_batch_size=512",
     ]
+    by_topology = dataclasses.replace(plan, by_topology=True)
+    assert advice(by_topology, plan.placement.fit)[1] == "--topology=v5p:512 --config.training.micro_batch_size=512"
     values = json.loads(json.dumps(record(plan)))
     assert values["does_fit"] is False
     assert values["mesh"] == {"pipe": 1, "data": 4, "context": 1, "node": 8, "expert": 8, "tensor": 1}
