@@ -1,5 +1,6 @@
 """A job as the scheduler sees it: its tokens, its row and its pages, and what of it the device was already given."""
 
+import heapq
 from array import array
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -20,7 +21,7 @@ class Lane:
         """Begin with all rows free."""
         self.pool = pool
         self.first_row, self.num_rows = rows[0], len(rows)
-        self.free_rows = list(reversed(rows))
+        self.free_rows = sorted(rows)  # a heap: the lowest row goes first, because only the first rows run in bursts
 
 
 class Member:
@@ -91,7 +92,7 @@ class Member:
 
     def open(self, lane: Lane, sequence: PagedSequence) -> None:
         """Run in a row of `lane` with the pages of `sequence`, which has room for all tokens so far."""
-        self._lane, self._sequence, self.row = lane, sequence, lane.free_rows.pop()
+        self._lane, self._sequence, self.row = lane, sequence, heapq.heappop(lane.free_rows)
         self.start = self._sent = len(sequence)
         self._target, self._room = len(self.ids), PAGE_SIZE * sequence.num_pages
         if not self.has_begun:
@@ -102,7 +103,7 @@ class Member:
         """Give row and pages back."""
         assert self._sequence is not None and self._lane is not None
         self._sequence.close()
-        self._lane.free_rows.append(self.row)
+        heapq.heappush(self._lane.free_rows, self.row)
         self._sequence = self._lane = None
         self.row = NOWHERE
 

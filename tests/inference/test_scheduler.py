@@ -119,6 +119,22 @@ def test_the_last_in_rank_gives_its_pages_and_goes_on_later():
     assert scheduler.lanes[0].pool.num_available == 8 and sorted(scheduler.lanes[0].free_rows) == [0, 1, 2, 3]
 
 
+def test_the_lowest_free_row_goes_first():
+    """Bursts run in the first rows alone: after a load that took all rows, a job alone is in the first again."""
+    scheduler = make_scheduler(num_rows=3)
+    jobs = [member(name) for name in "ABC"]
+    for found in jobs:
+        scheduler.add(found)
+    step(scheduler)
+    assert [found.row for found in jobs] == [0, 1, 2]
+    for found in jobs:
+        scheduler.end(found)
+    late = member("D")
+    scheduler.add(late)
+    step(scheduler)
+    assert late.row == 0
+
+
 def test_tokens_that_land_while_a_job_waits_are_kept():
     scheduler = make_scheduler()
     job = member("A")
