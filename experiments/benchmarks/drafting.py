@@ -193,7 +193,8 @@ def measure(subject: Subject, batch: int, temperature: float) -> list[dict[str, 
 def at_context(subject: Subject, num_rows: int, temperature: float, **drafts: Any) -> DeviceBatch:
     """Return a batch whose rows have their context and have decoded a token; so its programs are compiled."""
     most = (WARM_UP + STEPS.value + 3) * (drafts.get("num_drafts", 0) + 1)
-    num_positions = CONTEXT.value + BURSTS * most
+    most_tokens = (BURSTS + 1) * most  # room: a row that ended in a burst would make it look shorter
+    num_positions = CONTEXT.value + most_tokens
     columns = -(-(num_positions + MOST_DRAFTS) // PAGE)
     sizes = {"num_rows": num_rows, "num_pages": num_rows * columns, "num_positions": num_positions}
     sizes["most_prefill_tokens"] = PREFILL_TOKENS
@@ -204,7 +205,7 @@ def at_context(subject: Subject, num_rows: int, temperature: float, **drafts: An
         batch.change_pages(random_entries)
     for row in range(num_rows):
         length = CONTEXT.value if subject.prompts is None else 0
-        settings = {"sampling": sampling, "max_new_tokens": BURSTS * most, "number": row, "length": length}
+        settings = {"sampling": sampling, "max_new_tokens": most_tokens, "number": row, "length": length}
         batch.open_row(row, RowSettings(**settings))
         batch.set_table(row, list(range(row * columns, (row + 1) * columns)))
         prompt = subject.prompts[row] if subject.prompts else []

@@ -7,13 +7,13 @@ Compiling takes minutes for each.
 """
 
 import importlib.metadata
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from configs import deepseek_v3_128k
 from deepseek_jax.config import Config, from_config_dict
+from deepseek_jax.inputs import new_file
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.chips import CHIPS, GIB, absent_devices, prepare
 from deepseek_jax.plan.memory import StepMemory, compile_step
@@ -29,19 +29,23 @@ JSON = flags.DEFINE_string("json", None, "File for the records.")
 
 def main(_) -> None:
     """Compile, print, write."""
+    shared = [int(text) if text.isdecimal() else 0 for text in CONTEXT.value]
+    if not all(count and DEVICES % count == 0 for count in shared):
+        raise ValueError(f"--context={','.join(CONTEXT.value)} must be divisors of {DEVICES} devices, such as 1,4,8")
+    target = new_file(JSON.value, "--json") if JSON.value else None
     prepare()
     found = []
-    for context in map(int, CONTEXT.value):
+    for context in shared:
         config = layers(context)
         mesh = make_mesh(config.mesh, absent_devices(CHIPS[CHIP], DEVICES))
         with signs_of_life(f"compiling for {context} devices a sequence", print):
             memory = compile_step(config, mesh)
         found.append(record(config, memory))
         print(found[-1]["shape"], f"{memory.total / GIB:.1f} GiB a device", "" if memory.fits else "(refused)")
-    if JSON.value:
+    if target:
         device = f"{DEVICES} x {CHIP}, compiled by libtpu {importlib.metadata.version('libtpu')}"
         common = records.provenance("experiments.benchmarks.long_context", device)
-        records.write(Path(JSON.value), [one | common for one in found])
+        records.write(target, [one | common for one in found])
 
 
 def layers(context: int) -> Config:
