@@ -161,7 +161,7 @@ FLAGS = [
     case("benchmarks.layer_benchmark", "--config.model.num_shared_experts=0", "num_shared_experts = 0", "set it to 1"),
     case("benchmarks.traffic", "", "--config is missing", "--config=configs/tiny.py"),
     case("benchmarks.traffic", f"{TINY} --devices=0", "--devices=0", "Number of devices"),
-    case("benchmarks.traffic", f"{TINY} --devices=3", "model.width = 256", "numbers of devices that work"),
+    case("benchmarks.traffic", f"{TINY} --devices=3", "micro_batch_size = 8", "numbers of devices that work"),
     case("benchmarks.traffic", f"{TINY} --compiled --devices=8", "--devices = 8", "--cpu_devices"),
     case("benchmarks.traffic", f"{TINY} --config.mesh.tensor=2", "config.mesh.tensor = 2", "set it to 1"),
     case(

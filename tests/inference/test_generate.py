@@ -111,7 +111,7 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(run, tmp_path):
     ("count", "message"),
     [
         (9, "9 expert devices are asked for, and there are 8; lower --expert_devices"),
-        (3, r"config.model.width = 32 cannot be split over 3 devices"),
+        (3, r"config.model.num_experts = 8 cannot be split over 3 devices"),
     ],
 )
 def test_devices_that_cannot_share_the_experts_are_refused(count, message):

@@ -25,7 +25,7 @@ def test_programs_are_compiled_side_by_side_and_all_are_told_of(monkeypatch):
     monkeypatch.setattr(row_calls.os, "cpu_count", lambda: 2)
     both_run = threading.Barrier(2, timeout=30)  # nobody passes it alone
     calls, told = FakeCalls(range(4), lambda _: both_run.wait()), []
-    calls.compile(lambda done, total: told.append((done, total)))
+    calls.compile(lambda done, total: told.append((done, total)), ())
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert sorted(calls._made) == [(0,), (1,), (2,), (3,)]
 
@@ -49,5 +49,5 @@ def test_after_an_error_no_other_program_is_begun(monkeypatch):
     monkeypatch.setattr(row_calls, "ThreadPoolExecutor", Stopping)
     calls = FakeCalls(range(5), make)
     with pytest.raises(ValueError, match="too large"):
-        calls.compile(None)
+        calls.compile(None, ())
     assert len(calls._made) <= 2 and (0,) in calls._made
