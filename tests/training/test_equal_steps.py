@@ -130,6 +130,7 @@ def test_a_step_is_that_of_one_device_and_one_micro_batch(cell):
         assert_equal_steps(got, want, tolerance)
 
 
+@pytest.mark.slow
 def test_a_step_with_dims_that_do_not_divide_is_that_of_one_device():
     """Devices that store the same part of a weight sum their gradients, once. Gathered once a step; without MTP."""
     for got, want, tolerance in zip(
