@@ -66,8 +66,9 @@ class Chip:
         return self.torus_dims > 0
 
     def has(self, num_devices: int) -> bool:
-        """Whether a pod has so many devices; of cards there is no bound."""
-        return not self.compiles or num_devices <= self.devices * self.most_chips
+        """Whether a pod has so many devices, and they fill a torus whose sides are powers of two; cards may be any."""
+        fills = num_devices & (num_devices - 1) == 0
+        return not self.compiles or (fills and num_devices <= self.devices * self.most_chips)
 
     @property
     def room(self) -> float:
@@ -179,8 +180,14 @@ def topology(chip: Chip, count: int) -> str:
     Fewer devices than a host has are a part of it.
 
     Raises:
-        ValueError: a pod has fewer chips.
+        ValueError: a pod has fewer chips, or they fill no torus.
     """
+    if count & (count - 1):
+        lower = 1 << (count.bit_length() - 1)
+        raise ValueError(
+            f"{count} devices fill no torus of {chip.name} whose sides are powers of two, as they are planned for;"
+            f" choose {lower} or {2 * lower}"
+        )
     if count > chip.devices * chip.most_chips:
         raise ValueError(
             f"{count} devices are more than a pod of {chip.name} has: {chip.most_chips} chips of {chip.devices} devices"

@@ -121,6 +121,8 @@ def test_chips():
         "v5p:8x8x4",
     ]
     assert chips.topology(chips.CHIPS["tpu7x"], 8) == "tpu7x:2x2x1"
+    with pytest.raises(ValueError, match="192 devices fill no torus of v5p .* choose 128 or 256"):
+        chips.topology(chips.CHIPS["v5p"], 192)
     with pytest.raises(ValueError, match="512 devices are more than a pod of v6e has: 256 chips"):
         chips.topology(chips.CHIPS["v6e"], 512)
     with pytest.raises(ValueError, match="'v5' is unknown; choose one of v5e, v5p"):
