@@ -183,3 +183,11 @@ def test_files_and_functions_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 <= longest, node.name
+
+
+@pytest.mark.xdist_group("house")
+def test_a_group_of_tests_is_one_to_the_scheduler(request):
+    """xdist knows a group by the end of the node id alone; without it each test of a group may run in another worker."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("no worker of xdist")
+    assert request.node.nodeid.endswith("@house")
