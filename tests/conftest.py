@@ -25,8 +25,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the xdist group of a test into its node id.
 
-    xdist 3.8 writes it to `_nodeid`, which pytest 9.2 does not read: a group's tests would run in any worker, and compile
-    in both what its comment says is compiled once. `tests/test_house.py` shows that groups hold.
+    xdist 3.8 writes it to `_nodeid`, which pytest 9.2 does not read: a group's tests would run in any worker, and
+    compile in both what its comment says is compiled once. `tests/test_house.py` shows that groups hold.
     """
     if not hasattr(config, "workerinput"):  # no worker of xdist
         return

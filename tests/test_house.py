@@ -187,7 +187,7 @@ def test_files_and_functions_stay_small(path):
 
 @pytest.mark.xdist_group("house")
 def test_a_group_of_tests_is_one_to_the_scheduler(request):
-    """xdist knows a group by the end of the node id alone; without it each test of a group may run in another worker."""
+    """xdist knows a group by the end of the node id alone; without it the tests run in any worker."""
     if not hasattr(request.config, "workerinput"):
         pytest.skip("no worker of xdist")
     assert request.node.nodeid.endswith("@house")

@@ -322,9 +322,8 @@ def test_weights_come_from_any_mesh():
     np.testing.assert_array_equal(split, unsplit)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 2)])
 @pytest.mark.slow
-@pytest.mark.parametrize("num_prompts", [1, 3])
+@pytest.mark.parametrize(("sizes", "num_prompts"), [((1, 1, 4), 1), ((2, 2, 2), 3)])
 def test_every_mesh_decodes_the_same_text(sizes, num_prompts):
     """Sequences over all devices, some of which have none, experts over `node` and `expert`."""
     prompts = np.random.default_rng(4).integers(0, 300, (num_prompts, 9))

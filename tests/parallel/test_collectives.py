@@ -271,7 +271,7 @@ def compiled() -> list[Collective]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group(small.group(MESH))
+@pytest.mark.xdist_group(small.GROUP)
 def test_the_partitioner_moves_no_weight_on_its_own_account():
     """Every gather, scatter and exchange comes from a statement inside the shard_map.
 
@@ -287,7 +287,7 @@ def test_the_partitioner_moves_no_weight_on_its_own_account():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group(small.group(MESH))
+@pytest.mark.xdist_group(small.GROUP)
 def test_compiled_step_has_no_all_reduce_of_a_weight():
     bound = largest_everywhere(traced())
     for c in compiled():
@@ -297,7 +297,7 @@ def test_compiled_step_has_no_all_reduce_of_a_weight():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group(small.group(MESH))
+@pytest.mark.xdist_group(small.GROUP)
 def test_the_compiled_step_sends_the_bytes_of_the_traced_one():
     """Rows, sums and gradients, by axis, kind and dtype; scans count as often as they run.
 

@@ -13,12 +13,12 @@ QUICK = ((2, 1, 4),)  # the others compile for a minute each
 OTHERS = [
     pytest.param(
         sizes,
-        marks=[pytest.mark.xdist_group(small.group(sizes))] + [pytest.mark.slow] * (sizes not in QUICK),
+        marks=[pytest.mark.xdist_group(small.GROUP)] + [pytest.mark.slow] * (sizes not in QUICK),
         id=small.group(sizes),
     )
     for sizes in small.MESHES[1:]
 ]
-NUM_STEPS = 50
+NUM_STEPS = 24
 # Rounding differs by 1e-7 between meshes and flips near-tied routes within a few steps. Measured on four meshes over 50
 # steps: at most 8e-3 nats.
 DRIFT = 2.5e-2
@@ -54,8 +54,8 @@ def test_one_step_equals_one_device(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", OTHERS[::2])  # one hop, two hops
-def test_fifty_steps_stay_together(sizes):
+@pytest.mark.parametrize("sizes", OTHERS)  # one hop, two hops
+def test_many_steps_stay_together(sizes):
     _, losses = run(sizes, NUM_STEPS)
     _, want = run(ONE, NUM_STEPS)
     assert losses[-1] < losses[0] - 0.3  # it learns: four batches, again and again

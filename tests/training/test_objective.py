@@ -124,6 +124,7 @@ def put(batch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group(small.GROUP)
 def test_the_step_minimises_another_objective():
     """Two micro-batches on eight devices: the gradient of the formula on the whole batch, written with log_softmax."""
     config, objective, batch = small.config((2, 2, 2)), Clipped(0.2), policy_batch()
@@ -132,7 +133,7 @@ def test_the_step_minimises_another_objective():
     with jax.set_mesh(mesh):
         state = create_state(config)
         weights = Weights(state["params"], state["router_bias"])
-        run = jax.jit(functools.partial(step_lib.gradients, recipe))
+        run = jax.jit(functools.partial(step_lib.gradients, recipe), compiler_options=small.UNOPTIMISED)
         grads, sums, norms = jax.device_get(run(weights, put(batch), small.RATES))
         before = jax.device_get(state["router_bias"])
         after, metrics = step_lib.jit_train_step(config, objective, mesh)(state, put(batch), small.RATES)
@@ -149,7 +150,7 @@ def test_the_step_minimises_another_objective():
         logprob_BS = jnp.take_along_axis(logprobs_BSV, batch["targets_BS"][..., None], axis=-1)[..., 0]
         return -objective.gain(logprob_BS, batch) / 16
 
-    value, want = jax.jit(jax.value_and_grad(plain))(params)
+    value, want = jax.jit(jax.value_and_grad(plain), compiler_options=small.UNOPTIMISED)(params)
     assert norms == 16 and sums.terms.tokens == batch["loss_weights_BS"].sum()
     np.testing.assert_allclose(float(metrics["loss"]), value, rtol=1e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(want):
@@ -179,6 +180,7 @@ def test_runs_that_differ_in_name_data_or_schedules_share_a_program():
             assert program is not make(changed, pretraining(changed), mesh)
 
 
+@pytest.mark.xdist_group(small.GROUP)
 def test_an_objective_without_a_loss_is_refused():
     class Silent(Clipped):
         def metrics(self, terms, router, norms):

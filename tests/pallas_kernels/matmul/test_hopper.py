@@ -17,6 +17,22 @@ from pallas_kernels.hopper.main_loop import TuningConfig
 from pallas_kernels.matmul import hopper, hopper_gradient
 from tests.pallas_kernels.products import BF16_ERROR, FP32_ERROR, blocks, error, normal, tiles
 
+PRODUCTS = [
+    # steps left over by the unrolled ones, edges in m and n
+    (200, 264, 640, TuningConfig(products=1, stages=2, out_slots=2), 1),
+    (133, 128, 128, TuningConfig(), 1),  # a single step; rows that are no multiple of 8; half of a tile's columns
+    (136, 520, 896, TuningConfig(stages=3), 1),  # two products per step; slots go on from tile to tile
+    # half a block of columns per warpgroup
+    (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2), 1),
+    # a warpgroup's products below each other
+    (200, 264, 256, TuningConfig(split="n", stages=2, out_slots=2, batch=2), 1),
+    # ... of which most pieces lie beyond the last column
+    (200, 160, 128, TuningConfig(split="n", stages=2, out_slots=2, batch=1), 1),
+    (133, 264, 512, TuningConfig(stages=2), 2),  # two parts of k
+    # the last of which ends beyond it
+    (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),
+]
+
 
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
@@ -25,24 +41,11 @@ def two_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "config", "parts"),
-    [
-        # steps left over by the unrolled ones, edges in m and n
-        (200, 264, 640, TuningConfig(products=1, stages=2, out_slots=2), 1),
-        (133, 128, 128, TuningConfig(), 1),  # a single step; rows that are no multiple of 8; half of a tile's columns
-        (136, 520, 896, TuningConfig(stages=3), 1),  # two products per step; slots go on from tile to tile
-        # half a block of columns per warpgroup
-        (70, 300, 384, TuningConfig(columns=64, products=1, split="n", stages=2), 1),
-        # a warpgroup's products below each other
-        (200, 264, 256, TuningConfig(split="n", stages=2, out_slots=2, batch=2), 1),
-        # ... of which most pieces lie beyond the last column
-        (200, 160, 128, TuningConfig(split="n", stages=2, out_slots=2, batch=1), 1),
-        (133, 264, 512, TuningConfig(stages=2), 2),  # two parts of k
-        # the last of which ends beyond it
-        (70, 136, 640, TuningConfig(columns=64, products=1, split="n", stages=3), 3),
-    ],
+    ("m", "n", "k", "config", "parts", "out_dtype"),
+    # What leaves a tile differs by type, by the way in which warpgroups split it, and with parts.
+    [(*product, jnp.bfloat16) for product in PRODUCTS]
+    + [pytest.param(*PRODUCTS[i], jnp.float32, marks=pytest.mark.slow) for i in (0, 3, 6)],
 )
-@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_dense_product(interpret, m, n, k, config, parts, out_dtype):
     a, b = tiles(m, k), blocks(n, k)
     actual = interpret(
