@@ -16,6 +16,8 @@ from deepseek_jax.training.curves import final_table
 from deepseek_jax.training.sheet import draw_sheet
 from tests.training.nano import get_config
 
+pytestmark = pytest.mark.xdist_group("evaluation")  # what one worker made or compiled, its other tests use
+
 PARTS = ("add_yardsticks", "Checkpoints", "draw_sheet", "final_table", "open_corpus", "sample")
 
 

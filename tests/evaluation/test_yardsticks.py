@@ -28,6 +28,8 @@ from deepseek_jax.evaluation.yardsticks import (
 from deepseek_jax.training.checkpoint import Progress
 from tests.training.nano import get_config
 
+pytestmark = pytest.mark.xdist_group("yardsticks")  # what one worker made or compiled, its other tests use
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:

@@ -37,6 +37,8 @@ from deepseek_jax.parameters import (
 from pallas_kernels.quantize import quantize_blocks
 from tests.support.drawn import drawn_weights
 
+pytestmark = pytest.mark.xdist_group("decode")  # what one worker made or compiled, its other tests use
+
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 WARM = Sampling(temperature=1.0, top_k=0, top_p=1.0)
 NEVER = -1  # an EOS that no token is

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,13 @@ def test_routes_of_every_token_come_once(batch):
     np.testing.assert_array_equal(np.sort(again.routes_TLK), np.sort(found[0][2].routes_TLK[64:]))
 
 
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_new_weights_while_jobs_run(batch):
     """Those that run end on the old weights, the others begin with the new, also with an old prefix."""
     jobs = [job for job in make_jobs(24, seed=10) if job.sampling is GREEDY]
@@ -231,20 +239,18 @@ def test_new_weights_while_jobs_run(batch):
         engine.generate(jobs[:1])
         engine.pause()
         thread.start()
-        while engine.stats().waiting < len(jobs):
-            pass
+        wait_until(lambda: engine.stats().waiting >= len(jobs))
         held.begun.clear()
         held.go.clear()
         engine.resume()
         assert held.begun.wait(60)
         updating = threading.Thread(target=engine.update_weights, args=(make_weights(1),))
         updating.start()
-        while not engine._inbox._requests:
-            pass
+        wait_until(lambda: engine._inbox._requests)
         held.go.set()
-        updating.join()
+        updating.join(60)
         after = engine.generate(jobs)
-        thread.join()
+        thread.join(60)
         engine.update_weights(make_weights(0), version=0)
         assert texts_of(engine.generate(jobs[:2])) == texts_of(engine.generate(jobs[:2]))
     check_greedy(jobs, after, version=1)

@@ -24,6 +24,8 @@ from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
 
+pytestmark = pytest.mark.xdist_group("generate")  # what one worker made or compiled, its other tests use
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ from deepseek_jax.model.attention import Beside
 from deepseek_jax.parameters import Weights
 from tests.inference.test_decode import CONFIG, make_weights, one_device
 
+pytestmark = pytest.mark.xdist_group("decode_layers")  # what one worker made or compiled, its other tests use
+
 TABLES_BJ = np.array([[3, 0], [1, 4], [2, 5]], np.int32)
 POSITIONS_BS = np.array([[70, 71], [5, 6], [0, 1]], np.int32)
 VALID_BS = np.array([[True, True], [True, False], [False, False]])

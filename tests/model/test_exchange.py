@@ -27,6 +27,8 @@ from deepseek_jax.parallel.transport import most_copies
 from deepseek_jax.parameters import EXPERTS, ROWS, Fp8Weight, P
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
 
+pytestmark = pytest.mark.xdist_group("exchange")  # what one worker made or compiled, its other tests use
+
 T, K, E, D = 24, 2, 16, 8  # T tokens per device
 DEVICES = 8
 # transport, sizes of data, node, expert

@@ -95,7 +95,8 @@ def test_products_compile_for_tpu(topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
     command = [sys.executable, "-m", "tests.pallas_kernels.test_products_aot_tpu", topology]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
+    run = subprocess.run(command, check=False, timeout=540, **options)
     assert run.returncode == 0, run.stderr[-4000:]
     result = json.loads(run.stdout.splitlines()[-1])
     assert set(result["kernels"].values()) == {1}, result["kernels"]

@@ -34,6 +34,8 @@ from deepseek_jax.parameters import EXPERTS, PARAMETERS
 from deepseek_jax.plan.memory import abstract_inputs, trace_step
 from tests.support import small
 
+pytestmark = pytest.mark.xdist_group(small.GROUP)  # the steps of `small.on_mesh`, and what one test traced
+
 MESH = (2, 1, 4)
 MESHES = {"2x4": MESH, "1x8": (1, 1, 8)}
 ROWS_OUT = "all_gather of rows"  # over the experts' axes alone; weights are gathered over `data`, too
@@ -271,7 +273,6 @@ def compiled() -> list[Collective]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group(small.GROUP)
 def test_the_partitioner_moves_no_weight_on_its_own_account():
     """Every gather, scatter and exchange comes from a statement inside the shard_map.
 
@@ -287,7 +288,6 @@ def test_the_partitioner_moves_no_weight_on_its_own_account():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group(small.GROUP)
 def test_compiled_step_has_no_all_reduce_of_a_weight():
     bound = largest_everywhere(traced())
     for c in compiled():
@@ -297,7 +297,6 @@ def test_compiled_step_has_no_all_reduce_of_a_weight():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group(small.GROUP)
 def test_the_compiled_step_sends_the_bytes_of_the_traced_one():
     """Rows, sums and gradients, by axis, kind and dtype; scans count as often as they run.
 

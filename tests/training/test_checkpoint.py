@@ -19,6 +19,8 @@ from deepseek_jax.training import checkpoint, pretrain
 from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from deepseek_jax.training.fingerprint import fingerprints
 
+pytestmark = pytest.mark.xdist_group("checkpoint")  # what one worker made or compiled, its other tests use
+
 CONFIG = from_config_dict(get_config())
 TOKENIZER = {"tokenizer.json": '{"vocab": ["a", "é"]}', "tokenizer_config.json": "{}"}
 

@@ -16,6 +16,8 @@ from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.state import abstract_state
 from tests.support import small
 
+pytestmark = pytest.mark.xdist_group("experts_apart")  # what one worker made or compiled, its other tests use
+
 DATA = {"row": 7, "sources": [{"document": 3, "token": 11}]}
 MESHES = [(1, 1, 8), (1, 1, 1), (4, 2, 1)]
 

@@ -144,7 +144,7 @@ def test_a_run_that_lost_a_process_continues_as_if_nothing_had_happened(tmp_path
     while not (cut / "checkpoints" / "5").exists() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     first.kill()
-    assert first.wait() == KILLED and second.wait(60) == 1
+    assert first.wait(60) == KILLED and second.wait(60) == 1
     for process, log in zip(start_two(cut, port), logs, strict=True):
         finish(process, log)
     assert "continues after step" in logs[0].read_text()

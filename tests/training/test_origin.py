@@ -19,6 +19,8 @@ from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
 from tests.training.nano import get_config
 from tests.training.runs import write_corpus
 
+pytestmark = pytest.mark.xdist_group("origin")  # what one worker made or compiled, its other tests use
+
 CONFIG = from_config_dict(get_config("corpus"))
 MESH = make_mesh(CONFIG.with_(mesh={"data": 1}).mesh, jax.devices()[:1])
 

@@ -7,6 +7,8 @@ import pytest
 
 from tests.training.runs import DEADLINE, finish, start, write_corpus
 
+pytestmark = pytest.mark.xdist_group("stopping")  # what one worker made or compiled, its other tests use
+
 # Runs the command with one change: the folder of a save cannot be made, as on a full disk.
 FULL_DISK = """
 import errno, os, runpy, sys
