@@ -22,7 +22,6 @@ from deepseek_jax.plan.counts import count, state_of
 from deepseek_jax.plan.report import lines, record
 from deepseek_jax.plan.run import Plan, make_plan
 from deepseek_jax.plan.search import search
-from deepseek_jax.plan.timing import refuse_pipeline
 from experiments import command, plan_drawing, recipe
 from pallas_kernels.bench.records import provenance
 
@@ -50,8 +49,6 @@ def main(_) -> None:
     target = None if JSON.value is None else _target(JSON.value, "--json")
     drawing = None if PLOT.value is None else _target(PLOT.value, "--plot")
     config = from_config_dict(CONFIG.value)
-    if TOPOLOGY.value is not None:
-        refuse_pipeline(config)
     if SEARCH.value:
         _search(config, chip, num_devices)
         return

@@ -100,7 +100,7 @@ def holding_of(placement: Placement, stages: list[Stage]) -> Holding:
     return Holding(layers, starts)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=512)  # a search of plans asks for many
 def program_of(name: str, num_devices: int, num_micro_batches: int) -> Program:
     """Return the program of a schedule."""
     return compile_table(schedule(name, num_devices, num_micro_batches))

@@ -1,6 +1,7 @@
 """How large a run is: parameters, bytes of state, FLOPs, tokens, steps. All of it from shapes; no array is made."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,10 +11,17 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import AXES
-from deepseek_jax.parameters import PARAMETERS, layout_in_use, layout_of, leaf_name
+from deepseek_jax.parallel.stages import STACKS, holding_of, split_layers
+from deepseek_jax.parameters import PARAMETERS, PIPE, layout_in_use, layout_of, leaf_name
+from deepseek_jax.pipeline.schedules import schedule
+from deepseek_jax.pipeline.table import Placement
 from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.summary import active_parameters, num_steps
+
+
+STAGES = "stages"
+IN_GRADIENT = ("gradients", "copies", STAGES)  # of `bytes_per_device`: what the traced gradient has inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +98,60 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
 
     "weights", "moments", "gradients" (FP32) and, where a config has them, "average" and "copies": weights as they are
     multiplied, in E4M3 or BF16. With `execution.gather` = "step" a device has such copies, and gradients, of all
-    weights but other devices' experts; with "kept" such copies of all layers, from forward to backward. Activations and
-    what a gather of one layer makes are not here: only a compiled step knows them.
+    weights but other devices' experts; with "kept" such copies of all layers, from forward to backward. In a pipeline
+    gradients and copies are those of a device's stages, and with "layer" the FP32 weights of its stages lie beside them
+    ("stages"). Activations and what a gather of one layer makes are not here: only a compiled step knows them.
     """
-    state = laid_out(state, mesh)
-    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+    stored = laid_out(state, mesh)
     held = {
-        "weights": _local(state["params"], mesh) + _local(state["router_bias"], mesh),
-        "moments": _local(state["optimizer"], mesh),
-        "gradients": _local(state["params"], mesh),
+        "weights": _local(stored["params"], mesh) + _local(stored["router_bias"], mesh),
+        "moments": _local(stored["optimizer"], mesh),
     }
-    if "ema" in state:
-        held["average"] = _local(state["ema"], mesh)
-    if config.execution.gather == "step":
-        held["gradients"] = 4 * sum(_part_in_use(path, leaf, mesh) for path, leaf in leaves)
-    copies = sum(_copy(config, path, leaf, mesh) for path, leaf in leaves)
-    return held | ({"copies": copies} if copies else {})
+    if "ema" in stored:
+        held["average"] = _local(stored["ema"], mesh)
+    inside = dict.fromkeys(IN_GRADIENT, 0.0)
+    share = shares(config, mesh)
+    for top, sizes in beside_state(config, state, without_pipe(mesh)).items():
+        for name, size in sizes.items():
+            inside[name] += share.get(top, 1.0) * size
+    if mesh.shape[PIPE] == 1 or config.execution.gather == "step":
+        del inside[STAGES]
+    return held | {name: round(size) for name, size in inside.items() if size or name == "gradients"}
+
+
+def without_pipe(mesh: jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:
+    """Return the mesh of the devices that have one place in a pipeline."""
+    sizes = dict(mesh.shape) | {PIPE: 1}
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def shares(config: Config, mesh: jax.sharding.AbstractMesh) -> dict[str, float]:
+    """Return by stack which share of its layers a device of a pipeline holds, unused slots included; {} without one."""
+    if mesh.shape[PIPE] == 1:
+        return {}
+    model, placement = config.model, placement_of(config.execution.schedule, mesh.shape[PIPE])
+    holding = holding_of(placement, split_layers(model, placement.num_stages))
+    numbers = dict(zip(STACKS, (model.num_dense_layers, model.num_moe_layers), strict=True))
+    return {name: layers.shape[1] / max(numbers[name], 1) for name, layers in holding.layers.items()}
+
+
+@functools.cache
+def placement_of(name: str, num_devices: int) -> Placement:
+    """Return where a schedule has its stages, which does not depend on the number of micro-batches."""
+    return schedule(name, num_devices, 2 * num_devices).placement  # so many, every schedule takes
+
+
+def beside_state(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> dict[str, dict[str, float]]:
+    """Return by the first name of a parameter what a device without a pipeline has of it beside its state, in bytes."""
+    found: dict[str, dict[str, float]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(laid_out(state["params"], mesh)):
+        stored = _part(leaf, leaf.sharding.spec, mesh)
+        gradient = _part_in_use(path, leaf, mesh) if config.execution.gather == "step" else stored
+        sizes = found.setdefault(str(path[0].key), dict.fromkeys(IN_GRADIENT, 0.0))
+        values = {"gradients": 4 * gradient, "copies": _copy(config, path, leaf, mesh), STAGES: 4 * stored}
+        for name, size in values.items():
+            sizes[name] += size
+    return found
 
 
 def gathered_layer(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> int:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import Counts
+from deepseek_jax.plan.counts import IN_GRADIENT, Counts
 from deepseek_jax.plan.liveness import gradient_bytes
 from deepseek_jax.plan.meshes import Fit
 from deepseek_jax.plan.run import Placement
 from deepseek_jax.plan.search import Choice, Memory, nearest_that_fits
-from deepseek_jax.plan.timing import StepTime, layout_of, link_of, step_time
-from deepseek_jax.plan.wire import Sent, sent_in_step
+from deepseek_jax.plan.stages import sent_of, time_of
+from deepseek_jax.plan.timing import StepTime, link_of
+from deepseek_jax.plan.wire import Sent
 from deepseek_jax.training.flops import model_flops_utilization
 
 MEASURED = ("h100", "h200", "h800")  # whose arithmetic is that of the cards the rates were measured on
@@ -49,7 +50,7 @@ class Forecast:
         """Return the bytes of one device, of which the gradient's are traced."""
         if self.living is None:
             return None
-        return self.living + sum(size for name, size in self.held.items() if name not in ("gradients", "copies"))
+        return self.living + sum(size for name, size in self.held.items() if name not in IN_GRADIENT)
 
 
 def forecast(on: Placement, state: Any, trace: bool, say: Callable[[str], None]) -> Forecast:
@@ -64,12 +65,11 @@ def forecast(on: Placement, state: Any, trace: bool, say: Callable[[str], None])
     fit, chip = on.fit, on.chip
     if chip is None:
         raise ValueError("a forecast needs a chip: name one with --topology")
-    layout = layout_of(fit.config, fit.mesh, state, chip)
-    time = step_time(fit.config, layout, chip)
+    time = time_of(fit.config, fit.mesh, state, chip)
     if trace:
         say(f"tracing the gradient of {fit.config.name} ...")
     living = gradient_bytes(fit.config, fit.mesh) if trace else None
-    sent = sent_in_step(fit.config, fit.mesh, state, layout.micro_batches, layout.tokens)
+    sent = sent_of(fit.config, fit.mesh, state, chip)
     return Forecast(fit, chip, on.held, living, sent, time)
 
 
@@ -107,7 +107,7 @@ def lines(found: Forecast, counts: Counts) -> list[str]:
 def _memory(found: Forecast) -> list[str]:
     if found.traced is None or found.living is None:
         return []
-    inside = sum(size for name, size in found.held.items() if name in ("gradients", "copies"))
+    inside = sum(size for name, size in found.held.items() if name in IN_GRADIENT)
     rows: list[tuple[str, float, str]] = [(name, size, "computed") for name, size in found.held.items()]
     rows.append(("activations, temporaries", found.living - inside, "traced; gathered weights are among them"))
     rows.append(("together", found.traced, f"of {found.chip.memory / GB:,.0f} GB"))

@@ -153,7 +153,7 @@ def _meshes(config: Config, num_devices: int) -> Iterator[dict[str, int]]:
     yield {}
     wanted = _size(config.mesh.node) * _size(config.mesh.expert)
     for context in _contexts(config, num_devices):
-        rows = num_devices // context
+        rows = num_devices // (context * _size(config.mesh.pipe))
         for sharing in range(min(wanted, rows), 0, -1):
             if rows % sharing == 0:
                 expert = math.gcd(sharing, _size(config.mesh.expert))
@@ -163,10 +163,10 @@ def _meshes(config: Config, num_devices: int) -> Iterator[dict[str, int]]:
 
 def _contexts(config: Config, num_devices: int) -> Iterator[int]:
     """Yield how many devices may share sequences so that every batch has a sequence for each group of them."""
-    own, sequences = _size(config.mesh.context), _sequences(config)
+    own, sequences, pipe = _size(config.mesh.context), _sequences(config), _size(config.mesh.pipe)
     for context in range(own, min(num_devices, own * MOST_SHARING) + 1, own):
         is_shared = context == 1 or config.data.sequence_length % (2 * context) == 0
-        if is_shared and num_devices % context == 0 and sequences % (num_devices // context) == 0:
+        if is_shared and num_devices % (context * pipe) == 0 and sequences % (num_devices // context // pipe) == 0:
             yield context
 
 

@@ -2,25 +2,46 @@
 
 Times are those of `timing.py`. Memory is estimated: what the layouts hold, and the traced gradient of one and of two
 sequences on a device (`liveness.py`), taken as linear in tokens and alike on every mesh but for the gathered layer.
-The plan of the winner traces or compiles it itself. Schedules of a pipeline are not searched.
+A pipeline holds what its table's slots hold, besides; `Memory` says how that is found. The plan of the winner traces or
+compiles it itself.
+
+Pipelines are many: numbers of stages, of devices that share experts, six schedules. So what their stages hold in closed
+form prunes them first, then the checks of a run, then the memory of their tables; only what is left is timed. Their
+nodes are those of the chip: neighbours share experts before nodes do.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
 from deepseek_jax.config import Config
+from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import axis_size
-from deepseek_jax.parameters import CONTEXT, ROWS
+from deepseek_jax.parallel.stages import program_of, split_layers
+from deepseek_jax.parameters import CONTEXT, PIPE, ROWS, TOKENS
+from deepseek_jax.pipeline.schedules import SCHEDULES
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import bytes_per_device, gathered_layer, largest_batch
+from deepseek_jax.plan.counts import (
+    IN_GRADIENT,
+    bytes_per_device,
+    gathered_layer,
+    largest_batch,
+    placement_of,
+    state_of,
+    without_pipe,
+)
 from deepseek_jax.plan.liveness import gradient_bytes
 from deepseek_jax.plan.meshes import Fit, accepted, as_fit, find_fit
-from deepseek_jax.plan.timing import StepTime, layout_of, step_time
+from deepseek_jax.plan.stages import time_of
+from deepseek_jax.plan.timing import StepTime
 
 REMATS = ("selective", "full")
 SEQUENCES = (1, 2, 4, 8, 16)  # of a micro-batch on a device
+MOST_MICRO_BATCHES = 256  # of a pipeline's step: longer tables take seconds each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,33 +58,92 @@ class Choice:
 
 
 class Memory:
-    """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once."""
+    """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once.
+
+    In a pipeline each slot of the table keeps what its stage's layers keep. Two traces of models that differ in layers
+    alone say how much one layer keeps; what else the trace has is taken to live in a tick. A tick reads one slot and
+    makes another.
+    """
 
     def __init__(self, state: Any, say: Callable[[str], None]):
         """Take the abstract state of the config, and what to tell before a trace."""
-        self._state, self._say = state, say
-        self._traced: dict[tuple[str, str, int, int], float] = {}
+        self._states, self._say = {None: state}, say
+        self._traced: dict[tuple[Any, ...], float] = {}
+        self._held: dict[tuple[Any, ...], float] = {}
 
     def of(self, fit: Fit) -> float:
         """Return the bytes of one device: state, gradients and what lives beside them."""
-        config = fit.config
-        sequences = config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
+        sequences = fit.config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
+        if fit.mesh.shape[PIPE] > 1:
+            return self._of_pipeline(fit, sequences)
         one, two = (self._beside(fit, count) for count in (1, 2))
-        held = sum(bytes_per_device(config, self._state, fit.mesh).values())
-        return held + gathered_layer(config, self._state, fit.mesh) + one + (sequences - 1) * (two - one)
+        return self.least(fit) + one + (sequences - 1) * (two - one)
 
-    def _beside(self, fit: Fit, sequences: int) -> float:
-        """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for."""
+    def least(self, fit: Fit) -> float:
+        """Return the bytes that need no trace: state, gradients, copies, a gathered layer, transfers between stages."""
+        config, pipe = fit.config, fit.mesh.shape[PIPE]
+        execution = config.execution
+        placement = placement_of(execution.schedule, pipe).name if pipe > 1 else ""
+        key = *fit.mesh.shape.values(), execution.gather, placement
+        if key not in self._held:
+            held = sum(bytes_per_device(config, self._states[None], fit.mesh).values())
+            self._held[key] = held + gathered_layer(config, self._states[None], fit.mesh)
+        return self._held[key] + _least_slots(fit) * _row_bytes(fit)
+
+    def _of_pipeline(self, fit: Fit, sequences: int) -> float:
+        """Return the bytes of one device of a pipeline."""
+        config, model, pipe = fit.config, fit.config.model, fit.mesh.shape[PIPE]
+        flat = dataclasses.replace(fit, config=config.with_(mesh={PIPE: 1}), mesh=without_pipe(fit.mesh))
+        one, two = (self._beside(flat, count) for count in (1, 2))
+        all_layers, kept = model.num_layers + model.num_mtp_layers, (two - one)
+        few = model.num_dense_layers + 1
+        if few < model.num_layers:
+            kept = max(0.0, one - self._beside(flat, 1, few)) / (model.num_layers - few) * all_layers
+        count = largest_batch(config) // config.training.micro_batch_size
+        program = program_of(config.execution.schedule, pipe, count)
+        stages = split_layers(model, program.table.placement.num_stages)
+        most = max(s.dense_layers.number + s.moe_layers.number + s.is_last * model.num_mtp_layers for s in stages)
+        row = _row_bytes(fit)
+        slot = sequences * kept * most / all_layers + row
+        of_tick = max(0.0, one + (sequences - 1) * (two - one) - sequences * kept)
+        boxes = program.num_activations + program.num_gradients + program.num_pending + 6  # two spare, four of a tick
+        held = self.least(fit) - _least_slots(fit) * row
+        return held + of_tick + (program.num_slots + 2) * slot + boxes * row
+
+    def _beside(self, fit: Fit, sequences: int, layers: int | None = None) -> float:
+        """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for.
+
+        `layers` is of a smaller model; None: all.
+        """
         execution = fit.config.execution
-        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,))
+        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,)), layers
         if key not in self._traced:
             config = fit.config.with_(training={"micro_batch_size": sequences * axis_size(fit.mesh, ROWS)})
-            self._say(f"tracing the gradient: {sequences} sequences a device, remat {key[0]}")
-            held = bytes_per_device(config, self._state, fit.mesh)
-            known = sum(size for name, size in held.items() if name in ("gradients", "copies"))
-            known += gathered_layer(config, self._state, fit.mesh)
+            if layers is not None:
+                config = config.with_(model={"num_layers": layers})
+            if layers not in self._states:
+                self._states[layers] = state_of(config)
+            state, of = self._states[layers], f" of {layers} layers" if layers else ""
+            self._say(f"tracing the gradient{of}: {sequences} sequences a device, remat {key[0]}")
+            held = bytes_per_device(config, state, fit.mesh)
+            known = sum(size for name, size in held.items() if name in IN_GRADIENT)
+            known += gathered_layer(config, state, fit.mesh)
             self._traced[key] = max(0.0, gradient_bytes(config, fit.mesh) - known)
         return self._traced[key]
+
+
+def _least_slots(fit: Fit) -> int:
+    """Return how many micro-batches some device of a pipeline holds at once at least; without one 0."""
+    pipe = fit.mesh.shape[PIPE]
+    count = largest_batch(fit.config) // fit.config.training.micro_batch_size
+    return 0 if pipe == 1 else count if fit.config.execution.schedule == "gpipe" else min(count, pipe)
+
+
+def _row_bytes(fit: Fit) -> int:
+    """Return the bytes of one micro-batch's activations between two layers."""
+    config = fit.config
+    tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(fit.mesh, TOKENS)
+    return tokens * config.model.width * jnp.dtype(compute_dtype(config.execution)).itemsize
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Fit]:
@@ -89,6 +169,31 @@ def candidates(config: Config, num_devices: int) -> Iterator[Fit]:
             yield fit
 
 
+def pipelines(config: Config, num_devices: int, chip: Chip) -> Iterator[Fit]:
+    """Yield every mesh with a pipeline, schedule, recomputation and micro-batch; a run may refuse them.
+
+    Devices of a node share experts first. More than MOST_MICRO_BATCHES are not tried.
+    """
+    model, batch = config.model, largest_batch(config)
+    context = max(config.mesh.context, 1)
+    inside = chip.node or max(config.mesh.expert, 1)
+    most = min(model.num_layers + model.num_mtp_layers, num_devices // context)
+    for pipe in (n for n in range(2, most + 1) if num_devices % (n * context) == 0):
+        rows = num_devices // (pipe * context)
+        for sharing in (n for n in range(rows, 0, -1) if rows % n == 0 and model.num_experts % n == 0):
+            expert = math.gcd(sharing, inside)
+            sizes = {"mesh.pipe": pipe, "mesh.data": -1, "mesh.context": context}
+            sizes |= {"mesh.node": sharing // expert, "mesh.expert": expert}
+            for remat, sequences, schedule in itertools.product(REMATS, SEQUENCES, SCHEDULES):
+                micro_batch = sequences * rows
+                if batch % micro_batch or batch // micro_batch > MOST_MICRO_BATCHES:
+                    continue
+                others = {"execution.remat": remat, "training.micro_batch_size": micro_batch}
+                fit = as_fit(config, num_devices, sizes | {"execution.schedule": schedule} | others)
+                if fit is not None:
+                    yield fit
+
+
 def search(
     config: Config, num_devices: int, chip: Chip, state: Any, say: Callable[[str], None] = print
 ) -> list[Choice]:
@@ -106,13 +211,14 @@ def search(
     """
     memory = Memory(state, say)
     fits = list(candidates(config, num_devices))
+    fits += [fit for fit in pipelines(config, num_devices, chip) if _may_fit(fit, chip, memory)]
     if not fits:
         raise ValueError(
             f"no mesh of {num_devices} devices is accepted for {config.name}: its batch of {largest_batch(config)} must"
             f" be a multiple of {num_devices}, or of a part of them that share sequences; python -m experiments.plan"
             " lists what works"
         )
-    choices = [Choice(fit, memory.of(fit), _time(fit, chip, state)) for fit in fits]
+    choices = [Choice(fit, memory.of(fit), time_of(fit.config, fit.mesh, state, chip)) for fit in fits]
     fitting = sorted((c for c in choices if c.fits(chip)), key=lambda choice: choice.time.total)
     if not fitting:
         least = min(choices, key=lambda choice: choice.memory)
@@ -145,5 +251,9 @@ def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) ->
     return None
 
 
-def _time(fit: Fit, chip: Chip, state: Any) -> StepTime:
-    return step_time(fit.config, layout_of(fit.config, fit.mesh, state, chip), chip)
+def _may_fit(fit: Fit, chip: Chip, memory: Memory) -> bool:
+    """Whether what needs no trace fits, and a run accepts it; in this order, because the checks make tables."""
+    try:
+        return memory.least(fit) <= chip.memory and accepted(fit.config, fit.mesh)
+    except ValueError:  # the schedule does not take so many devices: the run's own refusal
+        return False

@@ -20,7 +20,7 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import AXES, AnyMesh, axis_size
-from deepseek_jax.parameters import CONTEXT, EXPERTS, TOKENS
+from deepseek_jax.parameters import CONTEXT, EXPERTS, PIPE, TOKENS
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.bubble import Stage, waiting
 from deepseek_jax.plan.chips import Chip, topology
@@ -114,18 +114,15 @@ class StepTime:
 
 
 def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
-    """Return the layout of our own step on a mesh of devices.
+    """Return the layout of our own step on a mesh of devices without a pipeline.
 
     Args:
         config: that fits the mesh.
         mesh: of devices or of sizes.
         state: abstract state (`counts.state_of`).
         chip: says which axes lie inside a node.
-
-    Raises:
-        ValueError: it is a pipeline.
     """
-    refuse_pipeline(config)
+    assert mesh.shape[PIPE] == 1, "a pipeline has stages, which differ: plan.stages"
     micro_batches = largest_batch(config) // config.training.micro_batch_size
     tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
     parts = axis_size(mesh, EXPERTS)
@@ -145,15 +142,6 @@ def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
         hops=mean_hops(chip, mesh.size),
         context=axis_size(mesh, (CONTEXT,)),
     )
-
-
-def refuse_pipeline(config: Config) -> None:
-    """Refuse a config whose `mesh.pipe` is above 1."""
-    if config.mesh.pipe != 1:
-        raise ValueError(
-            f"config.mesh.pipe = {config.mesh.pipe}: bytes and time of a pipeline are not planned yet; use"
-            " --config.mesh.pipe=1, or --chip and --devices in place of --topology, which print memory alone"
-        )
 
 
 def link_of(chip: Chip, mesh: AnyMesh, axis: str) -> str:
@@ -188,7 +176,7 @@ def step_time(config: Config, layout: Layout, chip: Chip) -> StepTime:
     passes += [seconds(chip, config, work, layout.tokens, "none") for work in heads]
     forward, inputs, weights = (tokens * sum(times) / layout.stages for times in zip(*passes, strict=True))
     count = layout.micro_batches
-    exchange = _travel(layout, layout.exchange, chip, layout.hops) / count
+    exchange = travel(layout.transport, layout.exchange, chip, layout.hops) / count
     compute, hidden = forward + inputs + weights, "exchange" in layout.hides
     slowed = compute * 132 / (132 - layout.transport.multiprocessors) if hidden else compute
     exposed = max(0.0, exchange - slowed) if hidden else exchange
@@ -198,7 +186,7 @@ def step_time(config: Config, layout: Layout, chip: Chip) -> StepTime:
     )
     wait = waiting(layout.schedule, layout.stages, count, stage, layout.chunks)
     shown = wait.apart if hidden and layout.stages > 1 else 0.0
-    other = _travel(layout, layout.other, chip, 1.0)
+    other = travel(layout.transport, layout.other, chip, 1.0)
     split = layout.split_products / (layout.transport.share[IN] * chip.link_in)
     all_compute = count * slowed
     return StepTime(
@@ -212,9 +200,10 @@ def step_time(config: Config, layout: Layout, chip: Chip) -> StepTime:
     )
 
 
-def _travel(layout: Layout, sent: dict[str, float], chip: Chip, hops: float) -> float:
+def travel(transport: Transport, sent: dict[str, float], chip: Chip, hops: float) -> float:
+    """Return the seconds in which bytes leave a device, over links inside and between nodes."""
     times = [
-        sent[IN] * hops / (layout.transport.share[IN] * chip.link_in),
-        sent[OUT] * hops / (layout.transport.share[OUT] * chip.link_out),
+        sent[IN] * hops / (transport.share[IN] * chip.link_in),
+        sent[OUT] * hops / (transport.share[OUT] * chip.link_out),
     ]
-    return max(times) if layout.transport.together else sum(times)
+    return max(times) if transport.together else sum(times)

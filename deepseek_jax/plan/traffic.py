@@ -41,7 +41,8 @@ from deepseek_jax.parallel.collectives import (
 from deepseek_jax.parallel.mesh import AnyMesh, axis_size
 from deepseek_jax.parallel.program import resolve, resolve_for
 from deepseek_jax.parallel.transport import most_copies
-from deepseek_jax.parameters import CONTEXT, EXPERTS, ROWS, TOKENS, P, Weights
+from deepseek_jax.parameters import CONTEXT, EXPERTS, PIPE, ROWS, TOKENS, P, Weights
+from deepseek_jax.plan.counts import largest_batch
 from deepseek_jax.plan.memory import BATCH_DTYPES
 from deepseek_jax.training import step
 from deepseek_jax.training.objective import pretraining
@@ -90,7 +91,8 @@ def trace(config: Config, mesh: AnyMesh) -> list[Collective]:
 
 
 def trace_gradient(config: Config, mesh: AnyMesh, platform: str) -> Any:
-    """Return the gradient of one micro-batch as a traced program (jaxpr), made with shapes alone.
+    """Return the gradient of one micro-batch as a traced program (jaxpr), made with shapes alone; in a pipeline that of
+    the largest batch.
 
     Args:
         config: what is trained.
@@ -135,7 +137,8 @@ def _gradients(config: Config, mesh: AnyMesh) -> tuple[Any, tuple[Weights, dict[
     )
     weights = jax.eval_shape(lambda: transformer.init(config.model, jax.random.key(0)))
     rows = jax.sharding.NamedSharding(mesh, P(ROWS, None))
-    shape = training.micro_batch_size, config.data.sequence_length
+    sequences = training.micro_batch_size if mesh.shape[PIPE] == 1 else largest_batch(config)
+    shape = sequences, config.data.sequence_length
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in BATCH_DTYPES.items()}
     rate: Any = jax.ShapeDtypeStruct((), jnp.float32)
     return functools.partial(step.gradients, recipe), (weights, batch, Rates(rate, rate, rate))

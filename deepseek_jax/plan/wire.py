@@ -15,6 +15,7 @@ tests/plan/test_traffic.py holds these against the traced program.
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ from deepseek_jax.plan.counts import laid_out
 from deepseek_jax.plan.traffic import LATENTS, ROUTES, ROWS_OUT, SUMS_BACK, Copies, abstract, copies_of, row_bytes
 
 EXCHANGE, WEIGHTS, GRADIENTS = "exchange", "weights", "gradients"
+ACTIVATIONS = "activations"  # between the stages of a pipeline, and their gradients
+KINDS = (EXCHANGE, LATENTS, ACTIVATIONS, WEIGHTS, GRADIENTS)
 
 
 class Sent(NamedTuple):
@@ -59,11 +62,15 @@ def sent_in_step(config: Config, mesh: AnyMesh, state: Any, micro_batches: int, 
              for axis, (n, u) in exchange_of_token(config, mesh).items()}  # fmt: skip
     latents = micro_batches * tokens * latents_of_token(config, mesh)
     found[CONTEXT, LATENTS] = latents, latents
-    for (axis, kind), size in _weights(config, mesh, laid_out(state, abstract(mesh))).items():
-        found[axis, kind] = (size * times[kind], size * times[kind])
-    kinds = (EXCHANGE, LATENTS, WEIGHTS, GRADIENTS)
-    sent = (Sent(axis, kind, *sizes) for (axis, kind), sizes in found.items() if sizes[0])
-    return sorted(sent, key=lambda each: (kinds.index(each.kind), AXES.index(each.axis)))
+    for (top, axis, kind), size in weights_of(config, mesh, state).items():
+        size *= times[kind] * (passes_of(config, top) if kind == WEIGHTS else 1)
+        found[axis, kind] = tuple(old + size for old in found.get((axis, kind), (0.0, 0.0)))
+    return in_order(Sent(axis, kind, *sizes) for (axis, kind), sizes in found.items() if sizes[0])
+
+
+def in_order(sent: Iterable[Sent]) -> list[Sent]:
+    """Return what is sent by kind, then by axis."""
+    return sorted(sent, key=lambda each: (KINDS.index(each.kind), AXES.index(each.axis)))
 
 
 def exchange_of_token(config: Config, mesh: AnyMesh) -> dict[str, tuple[float, float]]:
@@ -101,25 +108,32 @@ def latents_of_token(config: Config, mesh: AnyMesh) -> float:
     return layers * passes * size * (axis_size(mesh, (CONTEXT,)) - 1)
 
 
-def _weights(config: Config, mesh: AnyMesh, state: Any) -> dict[tuple[str, str], float]:
-    """Return the bytes of one gather of all weights, for each pass that needs it, and of their gradients."""
-    found: dict[tuple[str, str], float] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"]):
-        name = leaf_name(path)
+def weights_of(config: Config, mesh: AnyMesh, state: Any) -> dict[tuple[str, str, str], float]:
+    """Return the bytes of one gather of all weights (WEIGHTS), and of one sum of their gradients (GRADIENTS).
+
+    They lie by the first name of the parameter, axis and kind.
+    """
+    found: dict[tuple[str, str, str], float] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(laid_out(state["params"], abstract(mesh))):
+        name, top = leaf_name(path), str(path[0].key)
         used = _axes(layout_in_use(name, leaf.ndim))
         axes = tuple(axis for axis in _axes(leaf.sharding.spec) if axis not in used and mesh.shape[axis] > 1)
         if not axes:
             continue
         held = leaf.size // math.prod(mesh.shape[axis] for axis in used)
-        again = config.execution.gather == "layer" and config.execution.remat != "none" and "layers" in str(path)
-        passes = 2 if again else 1
         parts = math.prod(mesh.shape[axis] for axis in axes)
         shard = Collective(GATHER, _dtype(config, name), (held // parts,), axes, (), 1, "")
         whole = Collective(SCATTER, jnp.dtype(jnp.float32), (held,), axes, (), 1, "")
-        for kind, times, collective in ((WEIGHTS, passes, shard), (GRADIENTS, 1, whole)):
+        for kind, collective in ((WEIGHTS, shard), (GRADIENTS, whole)):
             for axis, size in sent_bytes(collective, dict(mesh.shape)).items():
-                found[axis, kind] = found.get((axis, kind), 0.0) + times * size
+                found[top, axis, kind] = found.get((top, axis, kind), 0.0) + size
     return found
+
+
+def passes_of(config: Config, top: str) -> int:
+    """Return how often the weights under the first name of a parameter are gathered for a micro-batch."""
+    again = config.execution.gather == "layer" and config.execution.remat != "none" and "layers" in top
+    return 2 if again else 1
 
 
 @functools.cache
