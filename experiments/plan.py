@@ -2,8 +2,9 @@
 
 Prints parameters, state, FLOPs, tokens, steps and the numbers of devices that work. With --topology also the memory of
 a device, what leaves it in a step, the time of a step and of the run; --search tries every mesh, recomputation and
-micro-batch. For a TPU the training step is compiled, for cards traced. --chip with --devices prints memory alone. No
-array is made, and nothing runs.
+micro-batch, and pipelines by every schedule. For a TPU the training step is compiled, for cards traced. --decode with
+--topology plans decoding in place of training. --chip with --devices prints memory alone. No array is made, and nothing
+runs.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.inputs import local_path, shown
-from deepseek_jax.plan import forecast
+from deepseek_jax.plan import decode, forecast
 from deepseek_jax.plan.chips import CHIPS, Chip, find_chip, find_topology, prepare
 from deepseek_jax.plan.counts import count, state_of
 from deepseek_jax.plan.report import lines, record
@@ -35,20 +36,31 @@ TOPOLOGY = flags.DEFINE_string(
 )
 COMPILE = flags.DEFINE_bool("compile", True, "Compile the step for a TPU's topology; else its memory is traced.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, recomputation and micro-batch that fit.")
+DECODE = flags.DEFINE_bool(
+    "decode", False, "Plan decoding on the --topology in place of training: bytes, rates, cache."
+)
+CONTEXT = flags.DEFINE_integer(
+    "context", None, "Tokens of each sequence that --decode plans for; 4,096 by default.", lower_bound=1
+)
 PLOT = flags.DEFINE_string("plot", None, "Also draw memory and bytes of a device against their number to this .png.")
 JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
+DECODE_CONTEXT = 4096
 
 
 def main(_) -> None:
     """Parse, plan, print."""
     jax.config.update("jax_platforms", "cpu")  # shapes alone: a card or TPU of this machine stays free
+    _check_flags()
     chip, num_devices = _where()
     compiled = COMPILE.value and not SEARCH.value
-    if chip and chip.compiles and compiled:
+    if chip and chip.compiles and compiled and not DECODE.value:
         prepare()
     target = None if JSON.value is None else _target(JSON.value, "--json")
     drawing = None if PLOT.value is None else _target(PLOT.value, "--plot")
     config = from_config_dict(CONFIG.value)
+    if DECODE.value:
+        _decode(config, chip, num_devices, target)
+        return
     if SEARCH.value:
         _search(config, chip, num_devices)
         return
@@ -66,6 +78,23 @@ def main(_) -> None:
         plan_drawing.draw(config, state_of(config), drawing)
     if found is not None:
         forecast.require_memory(found, state_of(config), _say)
+
+
+def _check_flags() -> None:
+    """Refuse flags of which one would do nothing.
+
+    Raises:
+        ValueError: it names both.
+    """
+    if CONTEXT.value is not None and not DECODE.value:
+        raise ValueError(f"--context = {CONTEXT.value} says what --decode plans for: add --decode")
+    if not DECODE.value:
+        return
+    if TOPOLOGY.value is None:
+        raise ValueError("--decode needs devices: add --topology=h200:8, for example")
+    for name, given in (("--search", SEARCH.value), ("--plot", PLOT.value is not None)):
+        if given:
+            raise ValueError(f"{name} and --decode: {name} is of training alone; leave one of them out")
 
 
 def _say(text: str) -> None:
@@ -107,6 +136,18 @@ def _search(config: Config, chip: Chip | None, num_devices: int | None) -> None:
     choices = search(config, num_devices, chip, state, _say)
     print(f"{config.name}, {config.execution.precision}, {num_devices} devices of {chip.name}: {len(choices)} ways fit")
     print("\n".join(forecast.choices_table(choices, chip, count(config, state))))
+
+
+def _decode(config: Config, chip: Chip | None, num_devices: int | None, target: Path | None) -> None:
+    if chip is None or num_devices is None:
+        raise ValueError("--decode needs --topology")
+    found = decode.decoding(config, num_devices, chip, state_of(config))
+    context = CONTEXT.value or DECODE_CONTEXT
+    print(f"{config.name}, {config.execution.precision}")
+    print("\n".join(decode.lines(found, context)))
+    if target is not None:
+        values = decode.record(found, context) | provenance("experiments.plan", f"{num_devices} x {chip.name}, absent")
+        target.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _target(text: str, flag: str) -> Path:

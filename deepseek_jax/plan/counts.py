@@ -19,7 +19,6 @@ from deepseek_jax.training.flops import flops_per_token
 from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.summary import active_parameters, num_steps
 
-
 STAGES = "stages"
 IN_GRADIENT = ("gradients", "copies", STAGES)  # of `bytes_per_device`: what the traced gradient has inside
 

@@ -86,8 +86,9 @@ class Memory:
         placement = placement_of(execution.schedule, pipe).name if pipe > 1 else ""
         key = *fit.mesh.shape.values(), execution.gather, placement
         if key not in self._held:
-            held = sum(bytes_per_device(config, self._states[None], fit.mesh).values())
-            self._held[key] = held + gathered_layer(config, self._states[None], fit.mesh)
+            held = bytes_per_device(config, self._states[None], fit.mesh)
+            sums = held["gradients"] if pipe > 1 else 0  # a tick's branch gives other sums back than it was given
+            self._held[key] = sum(held.values()) + sums + gathered_layer(config, self._states[None], fit.mesh)
         return self._held[key] + _least_slots(fit) * _row_bytes(fit)
 
     def _of_pipeline(self, fit: Fit, sequences: int) -> float:
@@ -211,7 +212,7 @@ def search(
     """
     memory = Memory(state, say)
     fits = list(candidates(config, num_devices))
-    fits += [fit for fit in pipelines(config, num_devices, chip) if _may_fit(fit, chip, memory)]
+    fits += [fit for fit in pipelines(config, num_devices, chip) if _fits(fit, chip, memory)]
     if not fits:
         raise ValueError(
             f"no mesh of {num_devices} devices is accepted for {config.name}: its batch of {largest_batch(config)} must"
@@ -251,9 +252,9 @@ def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) ->
     return None
 
 
-def _may_fit(fit: Fit, chip: Chip, memory: Memory) -> bool:
-    """Whether what needs no trace fits, and a run accepts it; in this order, because the checks make tables."""
+def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
+    """Whether a pipeline fits and a run accepts it; cheap bounds come first, and the checks, which make tables, last."""
     try:
-        return memory.least(fit) <= chip.memory and accepted(fit.config, fit.mesh)
-    except ValueError:  # the schedule does not take so many devices: the run's own refusal
+        return memory.least(fit) <= chip.memory and memory.of(fit) <= chip.memory and accepted(fit.config, fit.mesh)
+    except ValueError:  # the schedule does not take these numbers: the run's own refusal
         return False

@@ -2,10 +2,10 @@
 
 Each pass of a stage (F, B, W; `pipeline.table`) has its computation, the exchange of its experts and, with
 `execution.gather` = "layer", the gathers of its weights. By the overlap rule of `timing.py` none hides another. Stages
-are as the executor deals them (`parallel.stages`): the last has MTP layers and the head. The executor costs three things
-more than the table alone, and all are counted:
+are as the executor deals them (`parallel.stages`): the last has MTP layers and the head. The executor costs three
+things more than the table alone, and all are counted:
 
-    waits       it exchanges with both neighbours after every tick, so a device begins a tick when they have ended theirs
+    waits       it exchanges with both neighbours after every tick: a device begins a tick when they have ended theirs
     splits      a W in another tick than its B makes the gradients between layers once more: one B more
     transfers   activations and gradients to neighbours, every tick; once a step the FP32 weights of the stages, and
                 their gradients back (`parallel.stage_weights`)
