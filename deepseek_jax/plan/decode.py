@@ -7,9 +7,9 @@ at the stated BF16 peak (activations are BF16 whatever the weights are). The exp
 
     bytes / (READ x stated rate) + layers x (LAYER + sequences of the device x SEQUENCE) + rows between devices
 
-READ is the rate that `experiments.benchmarks.decoding` takes for an H200. LAYER and SEQUENCE are set so that two records
-of `v3_5b` in BF16 on one H200, batches 1 and 128, come out; all other records are predicted (docs/planning.md). Other
-chips, and the latency of an exchange, are not measured: the first are assumed alike, the second is left out.
+READ is the rate that `experiments.benchmarks.decoding` takes for an H200. LAYER and SEQUENCE are set so that two
+records of `v3_5b` in BF16 on one H200, batches 1 and 128, come out; all other records are predicted (docs/planning.md).
+Other chips, and the latency of an exchange, are not measured: the first are assumed alike, the second is left out.
 """
 
 import dataclasses
@@ -161,8 +161,8 @@ def lines(found: Decoding, context: int) -> list[str]:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "no axis is split"
     text = [
         f"decoding on {mesh.size} devices of {found.chip.name} ({axes}){_with(found)}, computed:",
-        f"  weights of a device       {found.weights / gb:>10,.2f} GB, of them routed experts {found.experts / gb:,.2f},"
-        f" the embedding {found.table / gb:,.2f}",
+        f"  weights of a device       {found.weights / gb:>10,.2f} GB, of them routed experts"
+        f" {found.experts / gb:,.2f}, the embedding {found.table / gb:,.2f}",
         f"  cache of a token          {found.cache:>10,} bytes, in all layers",
         f"  a step at {context:,} tokens each; expected: rates measured on one H200{_assumed(found)}:",
         f"  {'sequences a device':>20}{'read, GB':>10}{'floor, memory':>15}{'floor, FLOPs':>14}{'expected':>11}"

@@ -253,7 +253,7 @@ def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) ->
 
 
 def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
-    """Whether a pipeline fits and a run accepts it; cheap bounds come first, and the checks, which make tables, last."""
+    """Whether a pipeline fits and a run accepts it; the checks, which make tables, come last."""
     try:
         return memory.least(fit) <= chip.memory and memory.of(fit) <= chip.memory and accepted(fit.config, fit.mesh)
     except ValueError:  # the schedule does not take these numbers: the run's own refusal

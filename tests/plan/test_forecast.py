@@ -6,7 +6,7 @@ import json
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.plan import forecast, search, timing
+from deepseek_jax.plan import forecast, search
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import bytes_per_device, count, state_of
 from deepseek_jax.plan.meshes import require_fit
@@ -78,9 +78,14 @@ def test_the_next_number_begins_anywhere_and_ends_at_the_pod(monkeypatch):
     assert search.nearest_that_fits(config, 512, CHIPS["v6e"], memory) is None
 
 
-def test_a_pipeline_is_refused():
-    with pytest.raises(ValueError, match=r"config\.mesh\.pipe = 2: bytes and time of a pipeline are not planned yet"):
-        timing.layout_of(config_of(pipe=2), require_fit(config_of(), 8).mesh, None, CHIPS["h200"])
+def test_a_pipeline_waits_and_sends_activations(monkeypatch):
+    """Two stages on four devices each: weights of the stages cross `pipe` once a step, their gradients back."""
+    found, _ = planned(monkeypatch, pipe=2, expert=4)
+    assert found.time.idle > 0
+    of_pipe = {sent.kind: sent.bytes for sent in found.sent if sent.axis == "pipe"}
+    assert set(of_pipe) == {"activations", "weights", "gradients"} and of_pipe["weights"] == of_pipe["gradients"]
+    assert found.traced == LIVING + found.held["weights"] + found.held["moments"]
+    assert found.held["stages"] == found.held["gradients"]
 
 
 def test_a_drawing_has_both_panels_or_is_refused(monkeypatch, tmp_path):

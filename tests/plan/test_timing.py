@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import check_fit
+from deepseek_jax.pipeline.schedules import SCHEDULES
 from deepseek_jax.plan import bubble, calibration, search, timing
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import state_of
@@ -116,9 +118,14 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch):
     said = []
     found = search.search(config, 8, chip, state_of(config), said.append)
     assert [choice.time.total for choice in found] == sorted(choice.time.total for choice in found)
-    sizes = {(c.fit.config.execution.remat, c.fit.config.training.micro_batch_size) for c in found}
+    flat = [c.fit.config for c in found if c.fit.mesh.shape["pipe"] == 1]
+    sizes = {(config.execution.remat, config.training.micro_batch_size) for config in flat}
     assert sizes == {("selective", 8), ("selective", 16), ("selective", 32), *(("full", n) for n in (8, 16, 32, 64))}
-    assert len(said) == 4
+    assert len(said) == 6  # of each recomputation one and two sequences, and one with fewer layers
+    tables = {(c.fit.mesh.shape["pipe"], c.fit.config.execution.schedule) for c in found} - {(1, "1f1b")}
+    assert {name for _, name in tables} == set(SCHEDULES)
+    for choice in found:
+        check_fit(choice.fit.config, choice.fit.mesh)
     tight = dataclasses.replace(chip, memory=int(0.4e9))
     with pytest.raises(ValueError, match="nothing fits on 8 h200: the least is 1 of 0 GB"):
         search.search(config, 8, tight, state_of(config), said.append)
