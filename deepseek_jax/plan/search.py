@@ -212,14 +212,17 @@ def search(
     """
     memory = Memory(state, say)
     fits = list(candidates(config, num_devices))
-    fits += [fit for fit in pipelines(config, num_devices, chip) if _fits(fit, chip, memory)]
+    needs = [memory.of(fit) for fit in fits]  # before any pipeline's: the first mesh is the one that is traced
+    piped = [fit for fit in pipelines(config, num_devices, chip) if _fits(fit, chip, memory)]
+    fits, needs = [*fits, *piped], [*needs, *(memory.of(fit) for fit in piped)]
     if not fits:
         raise ValueError(
             f"no mesh of {num_devices} devices is accepted for {config.name}: its batch of {largest_batch(config)} must"
             f" be a multiple of {num_devices}, or of a part of them that share sequences; python -m experiments.plan"
             " lists what works"
         )
-    choices = [Choice(fit, memory.of(fit), time_of(fit.config, fit.mesh, state, chip)) for fit in fits]
+    times = (time_of(fit.config, fit.mesh, state, chip) for fit in fits)
+    choices = [Choice(*found) for found in zip(fits, needs, times, strict=True)]
     fitting = sorted((c for c in choices if c.fits(chip)), key=lambda choice: choice.time.total)
     if not fitting:
         least = min(choices, key=lambda choice: choice.memory)

@@ -55,6 +55,7 @@ def fit_of(**execution):
     return require_fit(from_config_dict(tree), 4)
 
 
+@pytest.mark.slow
 def test_what_crosses_pipe_once_a_step_is_in_the_program():
     """All-to-alls and gathers of FP32 weights, outside of any branch; gains, which are summed whole, are left out."""
     fit = fit_of(schedule="dualpipev")
@@ -76,11 +77,11 @@ def test_the_estimate_of_a_search_is_near_the_traced_program(schedule):
     assert memory.of(fit) == pytest.approx(traced, rel=0.25)
 
 
-def test_longer_steps_wait_less():
-    """As the bubble is that of filling and draining, however many micro-batches follow."""
+def test_longer_steps_wait_a_smaller_share():
+    """The bubble of filling and draining stays; what the slower stage makes the other wait grows."""
     few, many = (
         as_fit(fit_of(schedule="gpipe").config, 4, {"training.batch_size": (("constant", 1.0, n),)}) for n in (16, 64)
     )
     times = [stages.time_of(fit.config, fit.mesh, None, CHIPS["h200"]) for fit in (few, many)]
-    assert times[0].idle == pytest.approx(times[1].idle)
+    assert times[0].idle < times[1].idle < 3 * times[0].idle
     assert times[1].forward == pytest.approx(4 * times[0].forward)

@@ -110,6 +110,7 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch):
         return 1e9 * sequences * (0.5 if config.execution.remat == "full" else 1.0)
 
     monkeypatch.setattr(search, "gradient_bytes", gradient_bytes)
+    monkeypatch.setattr(search, "MOST_MICRO_BATCHES", 16)
     tree = small.config_dict()
     tree.mesh.update({"data": -1, "node": 1, "expert": 1})
     tree.training.batch_size = (("constant", 1.0, 128),)
