@@ -20,7 +20,11 @@ from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.summary import active_parameters, num_steps
 
 STAGES = "stages"
-IN_GRADIENT = ("gradients", "copies", STAGES)  # of `bytes_per_device`: what the traced gradient has inside
+IN_GRADIENT: tuple[str, ...] = (
+    "gradients",
+    "copies",
+    STAGES,
+)  # of `bytes_per_device`: what the traced gradient has inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
     }
     if "ema" in stored:
         held["average"] = _local(stored["ema"], mesh)
-    inside = dict.fromkeys(IN_GRADIENT, 0.0)
+    inside: dict[str, float] = dict.fromkeys(IN_GRADIENT, 0.0)
     share = shares(config, mesh)
     for top, sizes in beside_state(config, state, without_pipe(mesh)).items():
         for name, size in sizes.items():
@@ -130,7 +134,7 @@ def shares(config: Config, mesh: jax.sharding.AbstractMesh) -> dict[str, float]:
         return {}
     model, placement = config.model, placement_of(config.execution.schedule, mesh.shape[PIPE])
     holding = holding_of(placement, split_layers(model, placement.num_stages))
-    numbers = dict(zip(STACKS, (model.num_dense_layers, model.num_moe_layers), strict=True))
+    numbers: dict[str, int] = dict(zip(STACKS, (model.num_dense_layers, model.num_moe_layers), strict=True))
     return {name: layers.shape[1] / max(numbers[name], 1) for name, layers in holding.layers.items()}
 
 

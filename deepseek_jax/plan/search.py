@@ -67,7 +67,8 @@ class Memory:
 
     def __init__(self, state: Any, say: Callable[[str], None]):
         """Take the abstract state of the config, and what to tell before a trace."""
-        self._states, self._say = {None: state}, say
+        self._states: dict[int | None, Any] = {None: state}
+        self._say = say
         self._traced: dict[tuple[Any, ...], float] = {}
         self._held: dict[tuple[Any, ...], float] = {}
 

@@ -169,8 +169,7 @@ class Pipeline:
         work = [(part, config.execution.remat) for part in parts]
         work += (1 + mtp) * stage.is_last * [(head(model), "none")]
         times = [seconds(self.chip, config, part, self.tokens, remat) for part, remat in work]
-        forward, inputs, weights = ({("", COMPUTE): self.tokens * sum(of)} for of in zip(*times, strict=True))
-        found = Passes(forward, inputs, weights)
+        found = Passes(*(Amounts({("", COMPUTE): self.tokens * sum(of)}) for of in zip(*times, strict=True)))
         layers = model.num_moe_layers + model.num_mtp_layers
         for axis, (shipped, _) in self.exchange.items():  # half of it on the way forward
             for amounts in found[:2]:

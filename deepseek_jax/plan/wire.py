@@ -64,7 +64,8 @@ def sent_in_step(config: Config, mesh: AnyMesh, state: Any, micro_batches: int, 
     found[CONTEXT, LATENTS] = latents, latents
     for (top, axis, kind), size in weights_of(config, mesh, state).items():
         size *= times[kind] * (passes_of(config, top) if kind == WEIGHTS else 1)
-        found[axis, kind] = tuple(old + size for old in found.get((axis, kind), (0.0, 0.0)))
+        shipped, useful = found.get((axis, kind), (0.0, 0.0))
+        found[axis, kind] = shipped + size, useful + size
     return in_order(Sent(axis, kind, *sizes) for (axis, kind), sizes in found.items() if sizes[0])
 
 
