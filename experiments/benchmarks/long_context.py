@@ -1,7 +1,7 @@
 """Memory of a device with sequences of 128K, shared or whole: `python -m experiments.benchmarks.long_context`.
 
 Compiles the training step of one of V3's MoE layers, with embedding and head, ahead of time for TPUs that need not be
-there: 64 v5p, eight of which share the experts. `configs/deepseek_v3_128k.py` says the rest, in BF16. Each line is a
+there: 128 v5p, eight of which share the experts. `configs/deepseek_v3_128k.py` says the rest, in BF16. Each line is a
 number of devices that share a sequence (`mesh.context`); the devices of the others have sequences of their own.
 
 Compiling takes 4 to 11 minutes for each: some 100 s until memory is assigned, and the rest to generate machine code,
@@ -24,7 +24,7 @@ from deepseek_jax.plan.run import signs_of_life
 from experiments import command
 from pallas_kernels.bench import records
 
-CHIP, DEVICES, EXPERT = "v5p", 64, 8
+CHIP, DEVICES, EXPERT = "v5p", 128, 8
 CONTEXT = flags.DEFINE_list("context", ["1", "8", "16"], "How many devices share a sequence, one line each.")
 REMAT = flags.DEFINE_enum("remat", "selective", ["none", "selective", "full"], "execution.remat.")
 JSON = flags.DEFINE_string("json", None, "File for the records.")
