@@ -1,14 +1,14 @@
 """Needles in text: keys with values that a row shows, and asks for later.
 
-A needle is six ids that no text has: a mark, a key, and four random symbols, its value. Where mark and key come a
-second time, the value is the only answer:
+A needle is three ids that no text has: a mark, a key and its value, one of 32 that a row draws for each key anew. Where
+mark and key come a second time, the value is the only answer. A row has eight needles with different keys, so that an
+answer must find its key; to name any value of the row is right once in eight, any of all values once in 32:
 
-    ... text  ! k a b c d  text ... text  ! k a b c d  text ...
-                shown                         asked: a b c d must follow
+    ... text  ! k a  text  ! m b  text ... ! m  text ...
+              shown        shown           asked: b must follow
 
-In training every second row has several needles, and only answers and text carry loss: what is shown is random. The
-other rows are one random string again and again, from which a model learns within a few hundred steps to look for what
-followed before. In the test a row of text has one needle, at some depth, and is asked for it at its end.
+In training every row is text with needles in it, and only answers and text carry loss: what is shown is random. In the
+test the needle that is asked for lies at some depth of the row, the other seven anywhere, and the question at its end.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,12 @@ import numpy as np
 from deepseek_jax.data.packing import Batch
 
 MARK = 300  # ids beyond those of bytes and special tokens
-SYMBOLS = np.arange(301, 501)
-LENGTH = 6
-BLOCK = 8  # needles lie in blocks of so many tokens
+KEYS = np.arange(304, 336)
+VALUES = np.arange(336, 368)
+LENGTH = 3
+BLOCK = 4  # needles lie in blocks of so many tokens
+PER_ROW = 8
 WEIGHT = 4.0  # of an answer, where a byte of text has 1
-PERIODS = (4, 25)  # of the strings: at least, and less than
 
 
 class Rows(NamedTuple):
@@ -39,19 +40,18 @@ def rows_of(batch: Batch) -> Rows:
     return Rows(np.concatenate([batch["tokens_BS"], last], axis=1), weights)
 
 
-def train_batch(batch: Batch, rng: np.random.Generator, num_needles: int) -> Batch:
-    """Return the batch with needles, each shown and asked once, in every second row, and strings in the others."""
+def train_batch(batch: Batch, rng: np.random.Generator) -> Batch:
+    """Return the batch with eight needles in every row, each shown and later asked for."""
     rows = rows_of(batch)
     blocks = batch["tokens_BS"].shape[1] // BLOCK
-    for number, (tokens, weights) in enumerate(zip(*rows, strict=True)):
-        if number % 2:
-            _repeat(tokens, weights, rng)
-            continue
-        chosen = rng.permutation(rng.choice(blocks, 2 * num_needles, replace=False))
-        for pair in np.sort(chosen.reshape(-1, 2), axis=1):
-            needle = draw(rng)
-            for block, asked in zip(pair, (False, True), strict=True):
-                _put(tokens, weights, block * BLOCK, needle, asked)
+    for tokens, weights in zip(*rows, strict=True):
+        chosen = rng.permutation(rng.choice(blocks, 2 * PER_ROW, replace=False))
+        pairs = np.sort(chosen.reshape(-1, 2), axis=1)
+        for (shown, asked), needle in zip(pairs * BLOCK, draw(rng), strict=True):
+            for start in (shown, asked):
+                tokens[start : start + LENGTH] = needle
+                weights[start : start + LENGTH] = 0.0
+            weights[asked + LENGTH - 1] = WEIGHT
     return batch | {
         "tokens_BS": rows.tokens[:, :-1],
         "targets_BS": rows.tokens[:, 1:],
@@ -60,29 +60,20 @@ def train_batch(batch: Batch, rng: np.random.Generator, num_needles: int) -> Bat
 
 
 def test_rows(text_BS: np.ndarray, rng: np.random.Generator, depth: float) -> np.ndarray:
-    """Return rows of text with one needle at `depth` (0 to 1), asked for at their end: its last four tokens."""
+    """Return rows of text with eight needles; that at `depth` (0 to 1) is asked for at their end: the last token."""
     tokens_BS = text_BS.copy()
-    start = round(depth * (tokens_BS.shape[1] - 2 * BLOCK))
+    blocks = tokens_BS.shape[1] // BLOCK - 1
+    place = round(depth * (blocks - 1))
     for tokens in tokens_BS:
-        needle = draw(rng)
-        tokens[start : start + LENGTH] = tokens[-LENGTH:] = needle
+        needles = draw(rng)
+        others = rng.choice(np.delete(np.arange(blocks), place), PER_ROW - 1, replace=False)
+        for block, needle in zip((place, *others), needles, strict=True):
+            tokens[block * BLOCK : block * BLOCK + LENGTH] = needle
+        tokens[-LENGTH:] = needles[0]
     return tokens_BS
 
 
 def draw(rng: np.random.Generator) -> np.ndarray:
-    """Return a needle: mark, key, value."""
-    return np.concatenate([[MARK], rng.choice(SYMBOLS, LENGTH - 1, replace=False)])
-
-
-def _repeat(tokens: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> None:
-    """Fill a row with a string again and again; all but the first time it is a target."""
-    string = rng.choice(SYMBOLS, rng.integers(*PERIODS), replace=False)
-    tokens[:] = np.resize(string, len(tokens))
-    weights[:] = np.arange(len(tokens)) >= len(string)
-
-
-def _put(tokens: np.ndarray, weights: np.ndarray, start: int, needle: np.ndarray, asked: bool) -> None:
-    tokens[start : start + LENGTH] = needle
-    weights[start : start + LENGTH] = 0.0
-    if asked:
-        weights[start + 2 : start + LENGTH] = WEIGHT
+    """Return the needles of a row: marks, different keys, values that may be the same."""
+    keys = rng.choice(KEYS, PER_ROW, replace=False)
+    return np.stack([np.full(PER_ROW, MARK), keys, rng.choice(VALUES, PER_ROW)], axis=1)
