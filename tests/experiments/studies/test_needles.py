@@ -1,0 +1,40 @@
+"""Needles are shown before they are asked for, only answers carry their weight, and a test row asks for the right one."""
+
+import numpy as np
+import pytest
+
+from experiments.studies import needles
+
+
+def text_batch(rows: int, length: int) -> dict[str, np.ndarray]:
+    """Rows of text, all the same byte."""
+    ids = np.full((rows, length), 65)
+    return {"tokens_BS": ids, "targets_BS": ids.copy(), "loss_weights_BS": np.ones((rows, length), np.float32)}
+
+
+def test_an_answer_repeats_the_value_that_its_key_was_shown_with():
+    batch = needles.train_batch(text_batch(32, 64), np.random.default_rng(0))
+    tokens_BS, weights_BS = needles.rows_of(batch)
+    for tokens, weights in zip(tokens_BS, weights_BS, strict=True):
+        shown, asked = {}, 0
+        for place in np.flatnonzero(tokens == needles.MARK):
+            key, value = tokens[place + 1 : place + needles.LENGTH]
+            answers = weights[place + needles.LENGTH - 1] == needles.WEIGHT
+            assert answers == (key in shown)
+            assert shown.setdefault(key, value) == value
+            assert not weights[place : place + needles.LENGTH - 1].any()
+            asked += answers
+        assert 2 <= len(shown) <= needles.PER_ROW
+        assert len(shown) + asked == 2 * needles.PER_ROW
+        assert (weights[(tokens == 65)][1:] == 1.0).all()  # text carries loss; the first token of a row is no target
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_the_needle_asked_for_lies_at_its_depth(depth):
+    rows_BS = needles.test_rows(np.full((8, 128), 65), np.random.default_rng(0), depth)
+    for tokens in rows_BS:
+        places = np.flatnonzero(tokens == needles.MARK)
+        assert len(places) == needles.PER_ROW + 1
+        assert len(set(tokens[places[:-1] + 1])) == needles.PER_ROW  # different keys: one answer
+        place = round(depth * (128 // needles.BLOCK - 2)) * needles.BLOCK
+        assert (tokens[place : place + needles.LENGTH] == tokens[-needles.LENGTH :]).all()
