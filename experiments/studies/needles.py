@@ -1,8 +1,8 @@
 """Needles in text: keys with values that a row shows, and asks for later.
 
 A needle is three ids that no text has: a mark, a key and its value, one of 32 that a row draws for each key anew. Where
-mark and key come a second time, the value is the only answer. A row has eight needles with different keys, so that an
-answer must find its key; to name any value of the row is right once in eight, any of all values once in 32:
+mark and key come a second time, the value is the only answer. A test row has eight needles with different keys, so
+that an answer must find its key; any value of the row is right once in eight, any of all values once in 32:
 
     ... text  ! k a  text  ! m b  text ... ! m  text ...
               shown        shown           asked: b must follow
@@ -43,8 +43,8 @@ def rows_of(batch: Batch) -> Rows:
 def train_batch(batch: Batch, rng: np.random.Generator) -> Batch:
     """Return the batch with two to eight needles in every row, which together appear 16 times.
 
-    Where a needle appears for the first time it is shown, later it is asked for. Rows with few needles are easy, and
-    ask often: with eight in every row no head learned to look for a key within 1,200 steps.
+    Where a needle appears for the first time it is shown, later it is asked for. Rows with few needles ask for
+    each of them often.
     """
     rows = rows_of(batch)
     blocks = batch["tokens_BS"].shape[1] // BLOCK

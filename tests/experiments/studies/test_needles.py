@@ -1,4 +1,4 @@
-"""Needles are shown before they are asked for, only answers carry their weight, and a test row asks for the right one."""
+"""Needles are shown before they are asked for, only answers carry their weight, and a test asks for the right one."""
 
 import numpy as np
 import pytest
