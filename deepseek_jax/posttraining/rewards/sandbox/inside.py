@@ -1,0 +1,108 @@
+"""The program inside a sandbox. It is started as a script by `session`, with two pipes and nothing else.
+
+    to it       {"token", "limits"}, then {"token", "source"} or {"token", "script"}, then {"token", "call"}
+    from it     {"pid"}, then for each message {"token", "value"} or {"token", "error"}
+
+It never learns what an answer should be. Foreign code runs in this very process and may change all of it, this loop
+included; the worst it can say is a wrong value. A script of tests (trusted as little) runs in a sandbox of its own;
+its calls leave it as {"token", "call"}, and the answer comes back as the next message.
+"""
+
+import json
+import os
+import sys
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 4))
+sys.path.insert(0, ROOT)
+
+from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, walls  # noqa: E402
+
+sys.path.remove(ROOT)
+sys.argv[0] = ""
+
+
+class CandidateError(Exception):
+    """What the tested code raised; its name is the message."""
+
+
+class Loop:
+    """Answers messages, one after the other, until the pipe closes."""
+
+    def __init__(self, requests: int, answers: int):
+        self._requests = os.fdopen(requests, "rb")
+        self._answers = answers
+        self._namespace: dict = {"__name__": "candidate", "__builtins__": __builtins__}
+
+    def receive(self) -> dict:
+        line = self._requests.readline()
+        if not line:
+            os._exit(0)
+        return json.loads(line)
+
+    def send(self, **message) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        while line:
+            line = line[os.write(self._answers, line) :]
+
+    def answer(self, message: dict) -> None:
+        """Do what a message says and send the value, or the name of what was raised."""
+        token = message["token"]
+        try:
+            if "source" in message:
+                exec(compile(message["source"], "candidate", "exec"), self._namespace)
+                value = None
+            elif "script" in message:
+                value = self._test(message)
+            else:
+                function, arguments, named = message["call"]
+                called = self._namespace[function]
+                value = called(*values.decode(arguments), **{key: values.decode(item) for key, item in named.items()})
+            self.send(token=token, value=values.encode(value))
+        except BaseException as error:  # SystemExit too. Its text may be hostile, its type's name is short enough
+            self.send(token=token, error=str(type(error).__name__)[:100])
+
+    def _test(self, message: dict) -> None:
+        token, function = message["token"], message["function"]
+
+        def candidate(*arguments, **named):
+            named = {key: values.encode(item) for key, item in named.items()}
+            self.send(token=token, call=[function, values.encode(list(arguments)), named])
+            reply = self.receive()
+            if "error" in reply:
+                raise CandidateError(reply["error"])
+            return values.decode(reply["value"])
+
+        exec(compile(message["script"], "tests", "exec"), {"__name__": "tests", "candidate": candidate, function: candidate})
+
+
+def main() -> None:
+    """Build the walls, start the process inside them, and end when it ends."""
+    requests, answers, disk_bytes = map(int, sys.argv[1:])
+    del sys.argv[1:]
+    loop = Loop(requests, answers)
+    try:
+        walls.die_with_parent()
+        walls.build(disk_bytes)
+        child = os.fork()
+    except OSError as error:
+        loop.send(refused=str(error))
+        return
+    if child:
+        loop.send(pid=child)
+        os.close(requests)
+        os.close(answers)
+        os.waitpid(child, 0)
+        return
+    message = loop.receive()
+    try:
+        walls.enter(message["limits"])
+        system_calls.refuse_system_calls(walls.libc)
+    except OSError as error:
+        loop.send(refused=str(error))
+        return
+    loop.send(token=message["token"], value=None)
+    while True:
+        loop.answer(loop.receive())
+
+
+main()
