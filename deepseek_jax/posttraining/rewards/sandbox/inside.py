@@ -19,6 +19,7 @@ from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, wall
 
 sys.path.remove(ROOT)
 sys.argv[0] = ""
+os.environ.clear()
 
 
 class CandidateError(Exception):
@@ -31,22 +32,24 @@ class Loop:
     def __init__(self, requests: int, answers: int):
         self._requests = os.fdopen(requests, "rb")
         self._answers = answers
+        self._token = ""  # of the message that is answered
         self._namespace: dict = {"__name__": "candidate", "__builtins__": __builtins__}
 
     def receive(self) -> dict:
         line = self._requests.readline()
         if not line:
             os._exit(0)
-        return json.loads(line)
+        message = json.loads(line)
+        self._token = message["token"]
+        return message
 
     def send(self, **message) -> None:
-        line = json.dumps(message).encode() + b"\n"
+        line = json.dumps({"token": self._token, **message}).encode() + b"\n"
         while line:
             line = line[os.write(self._answers, line) :]
 
     def answer(self, message: dict) -> None:
         """Do what a message says and send the value, or the name of what was raised."""
-        token = message["token"]
         try:
             if "source" in message:
                 exec(compile(message["source"], "candidate", "exec"), self._namespace)
@@ -57,16 +60,16 @@ class Loop:
                 function, arguments, named = message["call"]
                 called = self._namespace[function]
                 value = called(*values.decode(arguments), **{key: values.decode(item) for key, item in named.items()})
-            self.send(token=token, value=values.encode(value))
+            self.send(value=values.encode(value))
         except BaseException as error:  # SystemExit too. Its text may be hostile, its type's name is short enough
-            self.send(token=token, error=str(type(error).__name__)[:100])
+            self.send(error=str(type(error).__name__)[:100])
 
     def _test(self, message: dict) -> None:
-        token, function = message["token"], message["function"]
+        function = message["function"]
 
         def candidate(*arguments, **named):
             named = {key: values.encode(item) for key, item in named.items()}
-            self.send(token=token, call=[function, values.encode(list(arguments)), named])
+            self.send(call=[function, values.encode(list(arguments)), named])
             reply = self.receive()
             if "error" in reply:
                 raise CandidateError(reply["error"])
@@ -100,7 +103,7 @@ def main() -> None:
     except OSError as error:
         loop.send(refused=str(error))
         return
-    loop.send(token=message["token"], value=None)
+    loop.send(value=None)
     while True:
         loop.answer(loop.receive())
 

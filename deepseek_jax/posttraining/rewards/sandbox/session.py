@@ -39,6 +39,7 @@ from deepseek_jax.posttraining.rewards.sandbox import values
 from deepseek_jax.posttraining.rewards.sandbox.system_calls import ARCHITECTURES
 
 INSIDE = Path(__file__).with_name("inside.py")
+LOADER = ("LD_LIBRARY_PATH",)  # all that the process gets of the environment: some Pythons do not start without it
 SECONDS_TO_START = 30.0  # of our own code, on a busy machine
 SECONDS_TO_END = 10.0  # after SIGKILL
 REMEDY = (
@@ -120,7 +121,7 @@ class Sandbox:
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs_in, theirs_out),
                 cwd="/",
-                env={},
+                env={name: os.environ[name] for name in LOADER if name in os.environ},
                 start_new_session=True,
             )
         except BaseException:
