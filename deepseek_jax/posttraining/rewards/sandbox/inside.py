@@ -75,7 +75,10 @@ class Loop:
                 raise CandidateError(reply["error"])
             return values.decode(reply["value"])
 
-        exec(compile(message["script"], "tests", "exec"), {"__name__": "tests", "candidate": candidate, function: candidate})
+        exec(
+            compile(message["script"], "tests", "exec"),
+            {"__name__": "tests", "candidate": candidate, function: candidate},
+        )
 
 
 def main() -> None:

@@ -115,7 +115,16 @@ class Sandbox:
         os.set_blocking(ours_out, False)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", INSIDE, str(theirs_in), str(theirs_out), str(self._limits.disk_bytes)],
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    "-B",
+                    INSIDE,
+                    str(theirs_in),
+                    str(theirs_out),
+                    str(self._limits.disk_bytes),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
