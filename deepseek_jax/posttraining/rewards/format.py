@@ -21,7 +21,7 @@ def parts(text: str) -> tuple[str, str] | None:
 
 
 def format_reward(problem: Problem, text: str) -> float:
-    """Return 1 for a completion in R1's template, else 0. The opening tag counts: a prompt that ends with it is not part of `text`."""
+    """Return 1 for a completion in R1's template, else 0; one that begins behind the opening tag is not in it."""
     return float(parts(text) is not None)
 
 

@@ -1,7 +1,7 @@
 """Exact values of short answers in text and LaTeX: numbers, and a closed set of irrational ones.
 
-A value is a sum of terms c * sqrt(r) * pi^k with rational c, square-free r and integer k: {(r, k): c}. Sums and products
-of such values are exact, and two of them are equal if and only if their terms are: square roots of different
+A value is a sum of terms c * sqrt(r) * pi^k with rational c, square-free r and integer k: {(r, k): c}. Sums and
+products of such values are exact, and two of them are equal if and only if their terms are: square roots of different
 square-free numbers and the powers of pi are linearly independent over the rationals. Division is by a single term.
 
 There is no `eval` and no computer algebra: a recursive parser over a bounded text, in which every number is bounded, so

@@ -6,8 +6,8 @@ socket. A reward therefore is a function of a module, or an instance of a class 
 name. A process ends when its socket closes, and whatever it started in sandboxes ends with it.
 
 A reward fails if it raises, returns NaN, an infinity or no number, kills its process, or takes longer than `seconds`.
-What then happens is a setting: "stop" raises `RewardError`, which names the reward, the problem and the beginning of the
-text; "zero" logs that and counts 0. A wrong answer is no failure: it is a reward of 0.
+What then happens is a setting: "stop" raises `RewardError`, which names the reward, the problem and the beginning of
+the text; "zero" logs that and counts 0. A wrong answer is no failure: it is a reward of 0.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class RewardError(RuntimeError):
 
 
 class RewardPool(contextlib.AbstractContextManager):
-    """Scores of completions by several rewards, in `num_workers` processes; 0 calls them here, without a limit of time."""
+    """Scores of completions by several rewards, in `num_workers` processes; 0 calls them here, without a time limit."""
 
     def __init__(
         self,

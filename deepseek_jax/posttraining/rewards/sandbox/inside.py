@@ -36,6 +36,7 @@ class Loop:
         self._namespace: dict = {"__name__": "candidate", "__builtins__": __builtins__}
 
     def receive(self) -> dict:
+        """Return the next message; end the process when the pipe closes."""
         line = self._requests.readline()
         if not line:
             os._exit(0)
@@ -44,6 +45,7 @@ class Loop:
         return message
 
     def send(self, **message) -> None:
+        """Write one message, with the token of the one that it answers."""
         line = json.dumps({"token": self._token, **message}).encode() + b"\n"
         while line:
             line = line[os.write(self._answers, line) :]

@@ -43,9 +43,9 @@ LOADER = ("LD_LIBRARY_PATH",)  # all that the process gets of the environment: s
 SECONDS_TO_START = 30.0  # of our own code, on a busy machine
 SECONDS_TO_END = 10.0  # after SIGKILL
 REMEDY = (
-    "Code of a model runs only behind Linux namespaces (5.14 or newer, x86_64 or aarch64). As an ordinary user they need "
-    "user.max_user_namespaces > 0 (and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0), as root CAP_SYS_ADMIN; "
-    "a container must permit unshare and mount. Without them leave out the rewards that run code."
+    "Code of a model runs only behind Linux namespaces (5.14 or newer, x86_64 or aarch64). As an ordinary user they "
+    "need user.max_user_namespaces > 0 (and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0), as root "
+    "CAP_SYS_ADMIN; a container must permit unshare and mount. Without them leave out the rewards that run code."
 )
 
 
@@ -180,7 +180,7 @@ class Sandbox:
         return self._value(self._exchange({"call": [function, arguments, named or {}]}))
 
     def test(self, script: str, function: str, other: "Sandbox") -> int:
-        """Run a script of tests here, whose calls of `candidate` or `function` go to `other`; return how many there were.
+        """Run a script of tests, whose calls of `candidate` or `function` go to `other`; return how many there were.
 
         Raises:
             Raised: the script did, that is, a test failed.
