@@ -1,0 +1,88 @@
+"""What code in a sandbox cannot do, however it tries, and what is left of it: nothing."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from deepseek_jax.posttraining.rewards.sandbox import session, values
+from deepseek_jax.posttraining.rewards.sandbox.session import Limits, Raised, Refused, Sandbox, SandboxError
+from tests.support.attacks import ATTACKS, HANGING
+
+pytestmark = pytest.mark.skipif(session.missing() is not None, reason=session.missing() or "")
+
+SECRET = "right-answer"
+
+
+def processes_of(namespace: str) -> list[str]:
+    """Return the processes that are in a process namespace."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/ns/pid"):
+        try:
+            found += [link.parts[2]] if os.readlink(link) == namespace else []
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return found
+
+
+def outcome(source: str, seconds: float) -> object:
+    """Run an attack as the judge does, and return the value that it would compare, or what it raised."""
+    with Sandbox(Limits(seconds, memory_bytes=1 << 27)) as sandbox:
+        pid = re.search(r"Pid:\s*(\d+)", Path(f"/proc/self/fdinfo/{sandbox._pidfd}").read_text())[1]
+        namespace = os.readlink(f"/proc/{pid}/ns/pid")
+        launcher = sandbox._process
+        try:
+            sandbox.load(source)
+            value = sandbox.call("f", ["question"])
+        except (Raised, Refused) as error:
+            value = error
+    assert namespace != os.readlink("/proc/self/ns/pid")
+    assert processes_of(namespace) == []
+    assert launcher.poll() is not None
+    return value
+
+
+def attack(name: str, source: str, seconds: float, folder: Path) -> None:
+    source = source.replace("OUTSIDE", str(folder)).replace("JUDGE", str(os.getpid()))
+    value = outcome(source, seconds)
+    assert not str(value).startswith("escaped"), name
+    assert not values.same(SECRET, value), name
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "of the judge")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_survived_and_gains_nothing(name, folder):
+    attack(name, ATTACKS[name], 5.0, folder)
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_code_that_does_not_end_is_ended(name, folder):
+    assert isinstance(outcome(HANGING[name], 0.3), Refused)
+
+
+def test_a_sandbox_computes_and_keeps_state_between_calls():
+    with Sandbox() as sandbox:
+        sandbox.load("import math, collections, itertools, re, json\nseen = []\ndef f(x): seen.append(x); return seen, {1: (2.5, None)}")
+        sandbox.call("f", [1])
+        assert values.decode(sandbox.call("f", [values.encode((True, b"x"))])) == ([1, (True, b"x")], {1: (2.5, None)})
+        with pytest.raises(Raised, match="KeyError"):
+            sandbox.call("g", [])
+
+
+def test_a_machine_that_cannot_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(session.sys, "platform", "darwin")
+    with pytest.raises(SandboxError, match="no sandbox on darwin.*Linux"):
+        Sandbox()
+
+
+@pytest.mark.parametrize("name", ["seconds", "memory_bytes", "disk_bytes", "answer_bytes", "open_files"])
+def test_limits_that_no_code_could_meet_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        Limits(**{name: 0})
