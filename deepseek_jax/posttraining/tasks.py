@@ -6,8 +6,8 @@ Each problem has a question, a way to its answer in small steps, and the answer,
     add_digits    "add 7 3 9 3"   <think>7+3=10 10+9=19 19+3=22</think><answer>22</answer>
 
 A cold start shows a model the way (`cold_start`, conversations for SFT); reinforcement learning then has the question
-and the answer alone (`train_problems`; rewards "text" and "format"). `heldout_problems` are never trained on: which part
-a problem belongs to is a hash of its digits in order of size, so that a question with the same answer for the same
+and the answer alone (`train_problems`; rewards "text" and "format"). `heldout_problems` are never trained on: which
+part a problem belongs to is a hash of its digits in order of size, so that a question with the same answer for the same
 reason ("sort 9337") is never in the other part. All is a function of the task's name, lengths and seed.
 """
 

@@ -69,7 +69,10 @@ def test_code_that_does_not_end_is_ended(name, folder):
 
 def test_a_sandbox_computes_and_keeps_state_between_calls():
     with Sandbox() as sandbox:
-        sandbox.load("import math, collections, itertools, re, json\nseen = []\ndef f(x): seen.append(x); return seen, {1: (2.5, None)}")
+        sandbox.load(
+            "import math, collections, itertools, re, json\nseen = []\n"
+            "def f(x): seen.append(x); return seen, {1: (2.5, None)}"
+        )
         sandbox.call("f", [1])
         assert values.decode(sandbox.call("f", [values.encode((True, b"x"))])) == ([1, (True, b"x")], {1: (2.5, None)})
         with pytest.raises(Raised, match="KeyError"):

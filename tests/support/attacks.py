@@ -160,8 +160,10 @@ def f(x):
     "memory of the judge": """
 import ctypes
 def f(x):
-    one = (ctypes.c_uint64 * 2)()
-    return "escaped" if ctypes.CDLL(None).process_vm_readv(JUDGE, one, 1, one, 1, 0) >= 0 else "none"
+    space = ctypes.create_string_buffer(8)
+    here = (ctypes.c_uint64 * 2)(ctypes.addressof(space), 8)
+    there = (ctypes.c_uint64 * 2)(id(None), 8)
+    return "escaped" if ctypes.CDLL(None).process_vm_readv(JUDGE, here, 1, there, 1, 0) >= 0 else "none"
 """,
     "writing outside": """
 import os, sys

@@ -18,6 +18,7 @@ import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
@@ -151,6 +152,7 @@ class _Worker:
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._ended = False
+        self._lock = threading.Lock()  # between a start and the end
 
     def call(self, message: tuple[str, Problem, str], seconds: float) -> tuple[float, str | None]:
         try:
@@ -164,10 +166,10 @@ class _Worker:
             return 0.0, f"ended its process ({error or 'no answer'}; status {self._kill()})"
 
     def _start(self) -> Connection:
-        if self._ended:
-            raise EOFError("the pool is closed")
         ours, theirs = Pipe()
-        with theirs:
+        with theirs, self._lock:
+            if self._ended:
+                raise EOFError("the pool is closed")
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -195,8 +197,10 @@ class _Worker:
 
     def end(self) -> None:
         """Kill the process for good; a thread that waits for it gets an end of file."""
-        self._ended = True
-        if process := self._process:
+        with self._lock:
+            self._ended = True
+            process = self._process
+        if process is not None:
             process.kill()
             process.wait()
 

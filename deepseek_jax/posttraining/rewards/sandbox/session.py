@@ -251,11 +251,13 @@ class Sandbox:
     def close(self) -> None:
         """Kill all processes and wait until they are gone. Raises `SandboxError` if they do not go."""
         try:
-            if self._pidfd is not None:
-                _kill(self._pidfd)
-            self._process.kill()
+            if self._pidfd is None:
+                self._process.kill()
+            else:
+                _kill(self._pidfd)  # then the launcher collects it and ends
             self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired as error:
+            self._process.kill()
             raise SandboxError("a process of a sandbox does not end after SIGKILL") from error
         finally:
             for descriptor in (self._answers, self._requests, self._pidfd):

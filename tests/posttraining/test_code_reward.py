@@ -1,0 +1,103 @@
+"""Code is rewarded if it passes its tests, and for nothing else."""
+
+import pytest
+
+from deepseek_jax.posttraining.rewards.code import CodeReward, last_code
+from deepseek_jax.posttraining.rewards.problem import Case, Problem, Tests
+from deepseek_jax.posttraining.rewards.sandbox import session, values
+from deepseek_jax.posttraining.rewards.sandbox.session import Limits, SandboxError
+
+sandboxed = pytest.mark.skipif(session.missing() is not None, reason=session.missing() or "")
+
+RIGHT = "def pairs(items): return {item: (items.count(item), item / 2) for item in items}"
+CASES = (Case(([3, 4, 3],), {3: (2, 1.5), 4: (1, 2.0)}), Case(([],), {}))
+SCRIPT = """
+def check(candidate):
+    assert candidate([1]) == {1: (1, 0.5)}
+    assert pairs(items=[]) == {}
+check(candidate)
+"""
+
+
+def reward(source, **tests):
+    text = f"<think>\n```python\nraise SystemExit\n```\n</think>\nHere it is:\n```python\n{source}\n```\n"
+    return CodeReward(Limits(5.0))(Problem("p", (), tests=Tests("pairs", **tests)), text)
+
+
+@sandboxed
+def test_code_that_passes_is_rewarded_and_other_code_is_not():
+    assert reward(RIGHT, cases=CASES, script=SCRIPT) == 1.0
+    assert reward(RIGHT.replace("/ 2", "/ 3"), cases=CASES) == 0.0
+    assert reward(RIGHT.replace("/ 2", "/ 3"), script=SCRIPT) == 0.0
+    assert reward("def pairs(items): return items[", cases=CASES) == 0.0
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\ndef pairs(items): os._exit(0)",
+        "class Yes(dict):\n  __eq__ = lambda self, other: True\ndef pairs(items): return Yes()",
+        "import builtins\nbuiltins.AssertionError = KeyError\nraise SystemExit(0)",
+    ],
+)
+def test_a_script_of_tests_is_not_fooled(source):
+    assert reward(source, script=SCRIPT) == 0.0
+
+
+@sandboxed
+def test_a_script_that_swallows_errors_is_not_passed_by_dead_code():
+    script = "try: candidate([])\nexcept BaseException: pass"
+    assert reward("import os\ndef pairs(items): os._exit(0)", script=script) == 0.0
+
+
+@sandboxed
+def test_tests_that_test_nothing_are_an_error():
+    with pytest.raises(ValueError, match="calls neither"):
+        reward(RIGHT, script="assert True")
+    with pytest.raises(ValueError, match="neither cases nor a script"):
+        Tests("f")
+    with pytest.raises(ValueError, match="problem p has no tests"):
+        CodeReward()(Problem("p", ()), "```\nx\n```")
+
+
+def test_a_machine_without_a_sandbox_has_no_code_reward(monkeypatch):
+    monkeypatch.setattr("deepseek_jax.posttraining.rewards.code.missing", lambda: "no namespaces here")
+    with pytest.raises(SandboxError, match="no namespaces here"):
+        CodeReward()
+
+
+def test_the_code_is_the_last_block_behind_the_reasoning():
+    assert last_code("```\na\n```\nand\n```py\nb\n```") == "b\n"
+    assert last_code("```python\na\n```\n</think>no code") is None
+    assert last_code("```python\nnot closed") is None
+
+
+VALUES = [None, True, 0, -3, 1.5, "x", b"\x00", [1, [2]], (1, 2), {1, 2}, frozenset({"a"}), {"a": 1, 2: [None]}, ""]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_plain_value_crosses_and_equals_itself_alone(value):
+    encoded = values.encode(value)
+    assert values.decode(encoded) == value
+    assert type(values.decode(encoded)) is type(value)
+    for other in VALUES:
+        assert values.same(other, encoded) == (type(other) is type(value) and other == value)
+
+
+def test_numbers_compare_by_value_and_tolerance():
+    assert values.same(1, 1.0) and values.same(2.0, 2)
+    assert not values.same(1, True) and not values.same(True, 1)
+    assert not values.same(0.3, 0.1 + 0.2) and values.same(0.3, 0.1 + 0.2, 1e-9)
+    assert not values.same(1.0, 10**400, 1.0)
+    infinity, nan = float("inf"), float("nan")
+    assert values.same(infinity, values.encode(infinity)) and not values.same(infinity, values.encode(-infinity))
+    assert not values.same(nan, values.encode(nan)) and not values.same(1.0, values.encode(infinity), 1.0)
+
+
+def test_what_is_no_plain_value_does_not_cross():
+    cyclic: list = []
+    cyclic.append(cyclic)
+    for value in (object(), cyclic, type("Int", (int,), {})(3), lambda: 0, 1j):
+        with pytest.raises(ValueError, match="value"):
+            values.encode(value)

@@ -1,0 +1,20 @@
+"""Rewards that fail as the text says, for tests of the pool; a process finds them by this module's name."""
+
+import os
+import time
+
+
+def misbehave(problem, text):
+    """Return a number, or fail."""
+    if text == "raise":
+        raise KeyError("of the reward")
+    if text == "hang":
+        time.sleep(1000)
+    if text == "die":
+        os._exit(3)
+    return {"nan": float("nan"), "infinity": float("inf"), "words": "1.0", "nothing": None}.get(text, 0.5)
+
+
+def one(problem, text):
+    """Return 1."""
+    return 1
