@@ -3,7 +3,8 @@
 import pytest
 
 from deepseek_jax.posttraining.rewards.code import CodeReward, last_code
-from deepseek_jax.posttraining.rewards.problem import Case, Problem, Tests
+from deepseek_jax.posttraining.rewards.problem import Case, Problem
+from deepseek_jax.posttraining.rewards.problem import Tests as UnitTests
 from deepseek_jax.posttraining.rewards.sandbox import session, values
 from deepseek_jax.posttraining.rewards.sandbox.session import Limits, SandboxError
 
@@ -21,7 +22,7 @@ check(candidate)
 
 def reward(source, **tests):
     text = f"<think>\n```python\nraise SystemExit\n```\n</think>\nHere it is:\n```python\n{source}\n```\n"
-    return CodeReward(Limits(5.0))(Problem("p", (), tests=Tests("pairs", **tests)), text)
+    return CodeReward(Limits(5.0))(Problem("p", (), tests=UnitTests("pairs", **tests)), text)
 
 
 @sandboxed
@@ -56,7 +57,7 @@ def test_tests_that_test_nothing_are_an_error():
     with pytest.raises(ValueError, match="calls neither"):
         reward(RIGHT, script="assert True")
     with pytest.raises(ValueError, match="neither cases nor a script"):
-        Tests("f")
+        UnitTests("f")
     with pytest.raises(ValueError, match="problem p has no tests"):
         CodeReward()(Problem("p", ()), "```\nx\n```")
 

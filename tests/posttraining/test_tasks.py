@@ -40,8 +40,8 @@ def test_a_task_is_a_function_of_its_seed():
     assert make_task(seed=1).train_problems(9) == make_task(seed=1).train_problems(20)[:9]
     assert make_task(seed=1).train_problems(9) != make_task(seed=2).train_problems(9)
     assert [problem.name for problem in make_task().heldout_problems(2)] == [
-        "sort 34775",
-        "sort 8163",
+        "sort 0687",
+        "sort 33991",
     ]  # on any machine
 
 
