@@ -13,6 +13,27 @@ from tests.support.attacks import ATTACKS, HANGING
 pytestmark = pytest.mark.skipif(session.missing() is not None, reason=session.missing() or "")
 
 SECRET = "right-answer"
+# One attack on each wall; the others are slow tests, as each starts a process.
+OFTEN = {
+    "fork bomb",
+    "memory",
+    "memory that is not address space",
+    "disk",
+    "huge answer",
+    "signal to the parent",
+    "TCP",
+    "proc of the judge",
+    "writing outside",
+    "raising limits",
+    "answers in frames and objects",
+    "os._exit(0)",
+    "__eq__ that agrees",
+    "writing into the pipes",
+    "another program",
+    "secrets of the environment",
+    "endless loop",
+    "ignoring SIGTERM",
+}
 
 
 def processes_of(namespace: str) -> list[str]:
@@ -57,12 +78,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ATTACKS]
+)
 def test_an_attack_is_survived_and_gains_nothing(name, folder):
     attack(name, ATTACKS[name], 5.0, folder)
 
 
-@pytest.mark.parametrize("name", HANGING)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HANGING]
+)
 def test_code_that_does_not_end_is_ended(name, folder):
     assert isinstance(outcome(HANGING[name], 0.3), Refused)
 
