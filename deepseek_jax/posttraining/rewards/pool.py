@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 from deepseek_jax.posttraining.rewards.problem import Problem, Reward, Score
 
@@ -166,6 +167,8 @@ class _Worker:
             return 0.0, f"ended its process ({error or 'no answer'}; status {self._kill()})"
 
     def _start(self) -> Connection:
+        ours: Any
+        theirs: Any
         ours, theirs = Pipe()
         with theirs, self._lock:
             if self._ended:

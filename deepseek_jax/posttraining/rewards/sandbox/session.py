@@ -108,6 +108,7 @@ class Sandbox:
             raise SandboxError(f"no sandbox on {sys.platform}, {platform.machine()}. {REMEDY}")
         self._limits = limits or Limits()
         self._unread = b""
+        self._closed = False
         self._pidfd: int | None = None
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
@@ -250,6 +251,9 @@ class Sandbox:
 
     def close(self) -> None:
         """Kill all processes and wait until they are gone. Raises `SandboxError` if they do not go."""
+        if self._closed:
+            return
+        self._closed = True  # the numbers of its descriptors may be others' from now on
         try:
             if self._pidfd is None:
                 self._process.kill()
@@ -263,7 +267,6 @@ class Sandbox:
             for descriptor in (self._answers, self._requests, self._pidfd):
                 if descriptor is not None:
                     os.close(descriptor)
-            self._answers = self._requests = self._pidfd = None
 
 
 def _kill(pidfd: int) -> None:
@@ -291,8 +294,3 @@ def missing() -> str | None:
     except SandboxError as error:
         return str(error)
     return None
-
-
-def plain(value: Any) -> Any:
-    """Return `values.encode(value)`; for arguments and expected answers."""
-    return values.encode(value)
