@@ -35,7 +35,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.posttraining.rewards.sandbox import values
 from deepseek_jax.posttraining.rewards.sandbox.system_calls import ARCHITECTURES
 
 INSIDE = Path(__file__).with_name("inside.py")
