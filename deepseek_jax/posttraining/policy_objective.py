@@ -198,7 +198,7 @@ def policy_terms(choices: Choices, logprob_BS: Array, batch: Batch) -> PolicyTer
         *((x_BS, weights_BS) for x_BS in (jnp.ones_like(ratio_BS), kl_BS, -logprob_BS, old_BS - logprob_BS)),
         *((x_BS, weights_BS) for x_BS in (ratio_BS, ratio_BS**2, *outside, tis_BS, tis_BS > (choices.tis_cap or 1e9))),
     )
-    return PolicyTerms(*(jnp.where(drawn_BS, x_BS * share, 0.0).sum() for x_BS, share in sums))
+    return PolicyTerms(*((x_BS * share_BS).sum() for x_BS, share_BS in sums))
 
 
 def policy_loss(choices: Choices, terms: PolicyTerms, norms: PolicyNormalisers) -> Array:
