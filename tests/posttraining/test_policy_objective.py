@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from deepseek_jax.model.transformer import Output
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import AXES, make_mesh
 from deepseek_jax.parameters import ROWS, P
 from deepseek_jax.posttraining import choices as choices_lib
 from deepseek_jax.posttraining.choices import CISPO, GRPO, GSPO, VARIANTS, Choices
@@ -19,6 +20,8 @@ from deepseek_jax.posttraining.policy_objective import (
     policy_loss,
     policy_terms,
 )
+from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.state import abstract_state
 from tests.support import small
 
 LENGTHS = (5, 1, 3, 6, 0, 2)  # of the outputs, behind prompts of PROMPT tokens; one output is left out
@@ -256,3 +259,23 @@ def test_choices_that_mean_nothing_are_refused(change, message):
 def test_published_variants_pass_their_checks():
     for c in VARIANTS.values():
         choices_lib.check(c)
+
+
+@pytest.mark.slow
+def test_the_step_takes_the_objective_where_devices_share_experts_and_rows():
+    """Traced with its checks of what varies over which axis, for an objective that sums over whole outputs."""
+    config = small.config((1, 1, 2)).with_(mesh={"context": 4})
+    mesh = make_mesh(config.mesh)
+    c = dataclasses.replace(GSPO, kl_weight=0.1, tis_cap=2.0)
+    recipe = step_lib.recipe_of(config, policy(c, config.model, config.loss, 64), mesh)
+    batch = {k: np.zeros((16, 64), np.int32) for k in ("tokens_BS", "targets_BS", "positions_BS", "segment_ids_BS")}
+    names = ("loss_weights_BS", *(f"{name}_logprobs_BS" for name in ("old", "reference", "sampler")))
+    batch |= {name: np.zeros((16, 64), np.float32) for name in names} | {"advantages_B": np.zeros(16, np.float32)}
+    with jax.set_mesh(mesh):
+        placed = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, P(ROWS))) for k, v in batch.items()
+        }
+        state = abstract_state(config, mesh)
+        after, metrics = jax.eval_shape(functools.partial(step_lib.train_step, recipe), state, placed, small.RATES)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert {"loss", "kl", "entropy", "clip_low", "ratio_std", "tis_capped", "counts_LE"} <= metrics.keys()
