@@ -58,6 +58,8 @@ class Job:
         own: seed, bias, log-probabilities (`own.num_logprobs` stands before that of `sampling`).
         stop: the text ends before the first of these texts, or tokens by id.
         ignore_eos: go on behind EOS, to `max_new_tokens`.
+        keep_end: EOS, or the stop token, comes along in `Delta.ids`, with its log-probability: training needs it. It
+            has no text.
         priority: jobs with more begin earlier, and are preempted later.
         deadline: of `time.monotonic`, when the job ends wherever it stands.
         grammar: called once for the text.
@@ -73,6 +75,7 @@ class Job:
     own: Request = PLAIN
     stop: Sequence[str | int] = ()
     ignore_eos: bool = False
+    keep_end: bool = False
     priority: int = 0
     deadline: float | None = None
     grammar: Callable[[], Grammar] | None = None
@@ -97,7 +100,8 @@ class Delta(NamedTuple):
 
     Attributes:
         text: that will not change any more; may be empty.
-        ids: of the tokens, those that have no whole character yet included; EOS not.
+        ids: of the tokens, those that have no whole character yet included; EOS and a stop token only for
+            `Job.keep_end`.
         logprobs: of `ids`, where they are wanted.
         finish_reason: of the last delta: `STOP`, `LENGTH`, `CANCELLED`, `DEADLINE` or `ERROR`.
         usage: of the whole job.

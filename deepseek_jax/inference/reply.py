@@ -102,6 +102,8 @@ class Reply:
                 self._look_ahead(self._grammar, guess)
         if reason is None and text.num_tokens >= self.job.max_new_tokens:
             piece, reason = piece + text.finish(), LENGTH
+        if self.job.keep_end and text.end is not None:
+            kept.append(text.end)
         found = None
         if logprobs is not None and self.num_logprobs is not None:
             found = _token_logprobs(kept, logprobs, self.num_logprobs)

@@ -13,6 +13,7 @@ class Text:
 
     Attributes:
         reason: `STOP`, `LENGTH`, or None while tokens can follow.
+        end: the EOS or stop token at which it ended.
         num_tokens: up to the end of the text, those of a stop string included, EOS and a stop token not.
     """
 
@@ -32,6 +33,7 @@ class Text:
         if "" in stop:
             raise ValueError("a stop string is empty; give at least one character, or none")
         self.reason: str | None = None
+        self.end: int | None = None
         self.num_tokens = 0
         self._stop = tuple(text for text in stop if isinstance(text, str))
         self._ends = {token for token in stop if not isinstance(token, str)}
@@ -58,6 +60,7 @@ class Text:
 
     def _push(self, token: int) -> str:
         if token in self._ends:
+            self.end = token
             return self._end(STOP)
         self.num_tokens += 1
         if token in self._spelled:

@@ -18,7 +18,7 @@ VERSION = 1000  # what a version of the weights adds to an entry
 def next_token(entries, vocab_size, salt=0):
     """Return the token after entries, one of the ordinary ones."""
     weights = np.arange(1, len(entries) + 1, dtype=np.int64) * 2654435761 % 1000003
-    return int((np.dot(np.asarray(entries, np.int64) + 7, weights) + salt * 7919) % (vocab_size - 8))
+    return int((np.dot(np.asarray(entries, np.int64) + 7, weights) + salt % 2**32 * 7919) % (vocab_size - 8))
 
 
 def text_ids(prompt, num_tokens, vocab_size, ends=(), version=0, salt=0):
