@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A room may import rooms further down, never those beside it or above.
 FLOORS = [
     {"experiments"},
-    {"evaluation", "plan"},
+    {"evaluation", "plan", "posttraining"},
     {"training", "serving"},
     {"inference", "huggingface"},
     {"model"},
