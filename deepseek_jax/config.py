@@ -6,12 +6,11 @@ everything that its run does. `from_config_dict` refuses unknown and missing key
 """
 
 import dataclasses
-import difflib
 import typing
 from typing import Any
 
 from deepseek_jax.config_bounds import expand_paths
-from deepseek_jax.config_checks import check
+from deepseek_jax.config_checks import check, present, unknown_key
 from deepseek_jax.inputs import shown
 from deepseek_jax.schedule import Schedule, check_schedule, from_number
 
@@ -223,7 +222,7 @@ def from_config_dict(config_dict) -> Config:
             remedy.
     """
     tree = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
-    config = expand_paths(_convert(Config, tree, "config"))
+    config = expand_paths(convert(Config, tree, "config"))
     check(config, flatten(config))
     return config
 
@@ -233,8 +232,9 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _convert(kind: Any, value: Any, path: str) -> Any:
+def convert(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind` (a dataclass, a tuple type or a scalar), or raise with `path`."""
+    kind = present(kind)
     if kind is Source and isinstance(value, str):
         value = {"path": value}  # as from --config.data.sources=my/texts
     if dataclasses.is_dataclass(kind):
@@ -257,7 +257,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
                 f"{path} = {shown(repr(value))} must have {len(parts)} entries: shape, end fraction, value"
             )
         items = tuple(
-            _convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True))
+            convert(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True))
         )
         if kind == Schedule:
             check_schedule(path, items)
@@ -278,16 +278,12 @@ def _convert_section(kind: type, value: Any, path: str) -> Any:
     fields = typing.get_type_hints(kind)
     for key in value:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            raise ValueError(
-                f"{path}.{shown(str(key))} is unknown"
-                + (f"; did you mean {close[0]!r}?" if close else f"; known keys: {sorted(fields)}")
-            )
+            raise ValueError(unknown_key(path, str(key), fields))
     optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
     missing = [key for key in fields if key not in value and key not in optional]
     if missing:
         raise ValueError(f"{path} lacks {missing}; start from configs/deepseek_v3.py, which has every key")
-    return kind(**{key: _convert(fields[key], value[key], f"{path}.{key}") for key in fields if key in value})
+    return kind(**{key: convert(fields[key], value[key], f"{path}.{key}") for key in fields if key in value})
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:

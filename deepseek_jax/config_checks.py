@@ -1,11 +1,16 @@
 """The checks of a configuration. Every refusal is a ValueError that names the value and the remedy."""
 
+import difflib
 import functools
 import logging
 import math
+import types
+import typing
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deepseek_jax.config_bounds import check_bounds
+from deepseek_jax.inputs import shown
 from deepseek_jax.pipeline.schedules import SCHEDULES
 from pallas_kernels import GROUP
 
@@ -50,6 +55,22 @@ MAY_BE_ZERO = {  # every other number is positive
     "data.prefetch",
     "training.eval_every",
 }
+
+
+def present(kind: Any) -> Any:
+    """Return X of an annotation `X | None`: the type of a section that may be left out."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+    return kind
+
+
+def unknown_key(path: str, key: str, fields: Iterable[str]) -> str:
+    """Return what to say of a key that the section at `path` does not have."""
+    if (path, key) == ("config", "posttraining"):
+        return "config.posttraining: this configuration is for experiments.posttrain; use that command"
+    close = difflib.get_close_matches(key, fields, n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {sorted(fields)}"
+    return f"{path}.{shown(key)} is unknown; {remedy}"
 
 
 def check(config: "Config", leaves: dict[str, Any]) -> None:

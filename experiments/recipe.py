@@ -24,6 +24,7 @@ from ml_collections.config_flags import config_path
 from ml_collections.config_flags.tuple_parser import TupleParser
 
 from deepseek_jax.config import Config, Source
+from deepseek_jax.config_checks import present
 from deepseek_jax.inputs import shown
 from experiments.config_file import load_file
 
@@ -48,14 +49,16 @@ class Recipe:
     defined: typing.ClassVar["list[Recipe]"] = []  # the command's, if it has one
     overrides: typing.ClassVar[list[tuple[str, Any]]] = []  # key and value, as `take_overrides` found them
 
-    def __init__(self, default: str | None, text: str, required: bool = False):
+    def __init__(self, default: str | None, text: str, required: bool = False, schema: type = Config):
         """Define the flag.
 
         Args:
             default: path of the file where the flag is not given.
             text: its help.
             required: refuse a command line without it.
+            schema: `Config`, or a subclass with further sections.
         """
+        self.schema = schema
         self._flag, self._required = flags.DEFINE_string("config", default, text), required
         self.defined.append(self)
 
@@ -122,14 +125,20 @@ def take_overrides(argv: list[str]) -> list[str]:
     return rest
 
 
+def _schema() -> type:
+    """Return the type whose fields are the keys of the command's configurations."""
+    return Recipe.defined[-1].schema if Recipe.defined else Config
+
+
 def _kind_of(key: str) -> Any:
     """Return the type of the value at a dotted key of `Config`."""
     try:
         parts = config_path.split(key)
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"--config.{shown(key)} is not a key; write one such as --config.model.width=64") from error
-    kind: Any = Config
+    kind: Any = _schema()
     for part in parts:
+        kind = present(kind)
         if dataclasses.is_dataclass(kind) and part in (fields := typing.get_type_hints(kind)):
             kind = fields[part]
         elif typing.get_origin(kind) is tuple and isinstance(part, int):
@@ -137,24 +146,25 @@ def _kind_of(key: str) -> Any:
             kind = inner[0] if len(inner) == 2 and inner[1] is Ellipsis else inner[min(part, len(inner) - 1)]
         else:
             raise ValueError(f"--config.{shown(key)}: there is no such key; {_nearest(key)}")
-    return kind
+    return present(kind)
 
 
 def same_name(key: str) -> list[str]:
     """Return the dotted keys of `Config` whose last part is that of `key`, or what others call so."""
     last = key.rpartition(".")[2]
-    return [known for known in _keys(Config) if known.rpartition(".")[2] == last] or [
-        known for known in _keys(Config) if known == ALIASES.get(last)
+    return [known for known in _keys(_schema()) if known.rpartition(".")[2] == last] or [
+        known for known in _keys(_schema()) if known == ALIASES.get(last)
     ]
 
 
 def _nearest(key: str) -> str:
     section, _, last = key.rpartition(".")
-    names = [known.rpartition(".")[2] for known in _keys(Config) if section and known.rpartition(".")[0] == section]
+    keys = [known.rpartition(".") for known in _keys(_schema())]
+    names = [name for inside, _, name in keys if section and inside == section]
     close = (
         same_name(key)
         or [f"{section}.{name}" for name in difflib.get_close_matches(last, names, n=1)]
-        or difflib.get_close_matches(key, [] if names else _keys(Config), n=1, cutoff=0.8)
+        or difflib.get_close_matches(key, [] if names else _keys(_schema()), n=1, cutoff=0.8)
     )
     if close:
         return f"did you mean --config.{close[0]}?"
@@ -165,7 +175,7 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
     keys = []
     for name, inner in typing.get_type_hints(kind).items():
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(inner):
+        if dataclasses.is_dataclass(inner := present(inner)):
             keys += _keys(inner, f"{prefix}{name}.")
     return keys
 

@@ -20,7 +20,7 @@ LONGEST_SKIP = 1 << 30  # bytes of one line that are read only to find its end; 
 LARGEST_VALUE = 1 << 28  # bytes of a .json file that is one value and must be parsed whole
 
 
-class _LongLine(Exception):
+class LongLineError(Exception):
     """No line end in `LONGEST_LINE + LONGEST_SKIP` bytes."""
 
 
@@ -39,7 +39,7 @@ def read_json_lines(name: str, path: Path, text_field: str, problems: Problems) 
                 if text is not None:
                     before, position = position, raw.tell()
                     yield Document(f"{name}:{number}", text, position - before)
-    except _LongLine:
+    except LongLineError:
         problems.report(
             f"{shown(path)} line {number + 1} is longer than {LONGEST_LINE + LONGEST_SKIP} bytes; it and what follows"
             " it cannot be read"
@@ -52,7 +52,7 @@ def read_json_lines(name: str, path: Path, text_field: str, problems: Problems) 
 
 def read_json(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield the documents of a `.json` file that may be compressed, in whichever form it has them."""
-    value = _whole_value(path)
+    value = whole_value(path)
     if value is None:
         yield from read_json_lines(name, path, text_field, problems)
         return
@@ -74,7 +74,7 @@ def lines(read: Callable[[int], bytes]) -> Iterator[bytes | None]:
     What came before a fault is yielded before `read`'s exception is raised.
 
     Raises:
-        _LongLine: a line goes on for `LONGEST_SKIP` more bytes.
+        LongLineError: a line goes on for `LONGEST_SKIP` more bytes.
     """
     parts: list[bytes] = []  # of the line whose end was not read yet
     length, fault = 0, None
@@ -90,7 +90,7 @@ def lines(read: Callable[[int], bytes]) -> Iterator[bytes | None]:
         if length <= LONGEST_LINE:
             parts.append(first)
         elif length > LONGEST_LINE + LONGEST_SKIP:
-            raise _LongLine
+            raise LongLineError
         else:
             parts.clear()
         if others:
@@ -106,7 +106,7 @@ def lines(read: Callable[[int], bytes]) -> Iterator[bytes | None]:
         raise fault
 
 
-def _whole_value(path: Path) -> list | dict | str | None:
+def whole_value(path: Path) -> list | dict | str | None:
     """Return the one value of a `.json` file, None if its lines are values, or a text that says what is wrong."""
     try:
         with open_file(path) as (content, _):
@@ -115,7 +115,7 @@ def _whole_value(path: Path) -> list | dict | str | None:
             return None
         with open_file(path) as (content, _):
             text = b"".join(_chunks(content.read, LARGEST_VALUE))
-    except (DecompressionError, OSError, _LongLine):
+    except (DecompressionError, OSError, LongLineError):
         return None  # reading the lines meets it too, and says where
     if len(text) > LARGEST_VALUE:
         return (

@@ -94,13 +94,13 @@ class Loader:
         """Return the position after the last batch: values of JSON, equal on every process."""
         return {"windows": self._window_state, "row": self._row, "made_from": dict(self._made_from)}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, position: dict[str, Any]) -> None:
         """Go to a position that `state` returned, whatever the number of processes was and is.
 
         Raises:
             ValueError: the position belongs to other data or settings.
         """
-        theirs = state["made_from"]
+        theirs = position["made_from"]
         differences = [
             f"{key} was {theirs.get(key)!r}, is {value!r}"
             for key, value in self._made_from.items()
@@ -111,8 +111,8 @@ class Loader:
                 f"the data position belongs to another data stream ({'; '.join(differences)}); restore these or start"
                 " a new workdir"
             )
-        self._iterator.set_state(state["windows"])
-        self._window_state, self._row, self._window = state["windows"], state["row"], None
+        self._iterator.set_state(position["windows"])
+        self._window_state, self._row, self._window = position["windows"], position["row"], None
 
     def close(self) -> None:
         """Stop the packing thread."""

@@ -1,10 +1,11 @@
 """The files beside the weights of a checkpoint: tokenizer, chat template, configs, and the programs that they name.
 
 An import copies them into `workdir/huggingface`, and an export writes them again as they are, except for a config.json
-that no longer holds (`config_writer`). A run that began without a checkpoint has only its tokenizer. Its export gets a
-generation_config.json, and a tokenizer that begins every text with BOS, as every document did in training: programs
-that call `tokenizer(text)` add what the post-processor of tokenizer.json says, and nothing else. Our own `encode` never
-adds BOS by itself, so that its ids are the same with such a file.
+that no longer holds (`config_writer`). A run that began without a checkpoint has only its tokenizer, and a chat
+template if it was fine-tuned on conversations. Its export gets a generation_config.json, and a tokenizer that begins
+every text with BOS, as every document did in training: programs that call `tokenizer(text)` add what the post-processor
+of tokenizer.json says, and nothing else. Our own `encode` never adds BOS by itself, so that its ids are the same with
+such a file.
 
 A link in a downloaded folder could lead to any file of this machine, and an export is made to be shared. So a link is
 followed only to a file of the same name, or into the `blobs` of the hub's cache; and a copy is readable to no more
@@ -30,7 +31,8 @@ from deepseek_jax.inputs import read_json, read_text, shown
 
 CONFIG = "config.json"  # written last, which marks a folder complete
 GENERATION_CONFIG = "generation_config.json"
-NAMES = (GENERATION_CONFIG, "chat_template.jinja", "special_tokens_map.json", tiktoken.FILE, *TOKENIZER_FILES, CONFIG)
+CHAT_TEMPLATE = "chat_template.jinja"
+NAMES = (GENERATION_CONFIG, CHAT_TEMPLATE, "special_tokens_map.json", tiktoken.FILE, *TOKENIZER_FILES, CONFIG)
 # In config.json and tokenizer_config.json: {"AutoModel": "modeling_x.Model"}; "owner/name--module.Class" is elsewhere.
 PROGRAM = re.compile(r"([A-Za-z_]\w*)\.\w+", re.ASCII)
 
@@ -117,7 +119,8 @@ def export(imported: Path, run_tokenizer: dict[str, str], config: Config, fp8: b
             return {name: found[name] for name in sorted(found, key=CONFIG.__eq__)}
         written = rewrite(hf, config.model, fp8, tokens, length)
     else:
-        found = {name: Companion(text) for name, text in texts.items()}
+        found = {name: found[name] for name in (CHAT_TEMPLATE,) if name in found}
+        found |= {name: Companion(text) for name, text in texts.items()}
         found["tokenizer.json"] = Companion(begin_with_bos(texts["tokenizer.json"], tokenizer))
         ids = {f"{name}_token_id": token_id for name, token_id in tokens._asdict().items()}
         found[GENERATION_CONFIG] = Companion(_json(ids))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import absorbed, places_of
@@ -51,6 +52,7 @@ class Inputs(NamedTuple):
         segment_ids_BM: of whole rows; attention stays within a segment. None: it is causal over the whole row.
         following: for each MTP depth k the token k + 1 places behind each position [B, S], which it embeds (`shifted`
             of whole rows); empty: MTP layers do not run.
+        detached: whether what MTP layers read of the main model is constant for them: its states and its embedding.
     """
 
     tokens_BS: jax.Array
@@ -58,6 +60,7 @@ class Inputs(NamedTuple):
     valid_BS: jax.Array
     segment_ids_BM: jax.Array | None = None
     following: tuple[jax.Array, ...] = ()
+    detached: bool = False
 
 
 class Output(NamedTuple):
@@ -151,9 +154,11 @@ def finish(
     """
     states = tuple(rms_norm(x_BSD, top["final_norm_D"], model.norm_eps) for x_BSD in streams)
     hidden = [jnp.concatenate(states)]
+    read = lax.stop_gradient if cut[0].detached else lambda main: main
+    states = read(states)
     for depth in range(len(cut[0].following)):
         layer = _nth(weights.params["mtp_layers"], depth), _nth(weights.router_bias["mtp_layers"], depth)
-        embedded = tuple(embed(execution, top["embed_VD"], part.following[depth]) for part in cut)
+        embedded = tuple(embed(execution, read(top["embed_VD"]), part.following[depth]) for part in cut)
         run = functools.partial(run_depth, model, execution, parts, gather, observe)
         states, mtp_observed = recomputed(execution, run, scanned=False)(layer, embedded, states)
         hidden.append(jnp.concatenate(states))
@@ -277,7 +282,11 @@ def _cut(inputs: Inputs, num_parts: int) -> list[Inputs]:
             " change training.micro_batch_size"
         )
     size = rows // num_parts
-    return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], inputs) for i in range(num_parts)]
+
+    def part(i: int) -> Inputs:
+        return jax.tree.map(lambda a: a if isinstance(a, bool) else a[i * size : (i + 1) * size], inputs)
+
+    return [part(i) for i in range(num_parts)]
 
 
 def shifted(next_BS: jax.Array, steps: int) -> jax.Array:

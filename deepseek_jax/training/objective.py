@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from deepseek_jax.config import Config, Loss, Model
 from deepseek_jax.model.balance import RouterStats, batch_balance, max_violation, router_stats
@@ -35,6 +35,12 @@ from deepseek_jax.parallel import context
 from deepseek_jax.training.optimizer import Rates
 
 Batch = dict[str, Array]
+
+
+class Detached(NamedTuple):
+    """What MTP layers embed, when they alone are to learn from their loss: no gradient of it reaches the main model."""
+
+    tokens_BS: Array
 
 
 class Objective(Protocol):
@@ -54,7 +60,7 @@ class Objective(Protocol):
     def normalisers(self, batch: Batch) -> Any:
         """Return one device's part of the sizes by which sums are divided."""
 
-    def next_tokens(self, batch: Batch) -> Array | None:
+    def next_tokens(self, batch: Batch) -> Array | Detached | None:
         """Return the token after each position [B, S], or None: MTP layers do not run."""
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Any:
@@ -91,11 +97,13 @@ class Pretraining:
         loss: weights of the terms; the weight of MTP comes with the rates of a step.
         model: MTP depths, experts.
         chunk: tokens whose logits exist at once.
+        mtp: "joint"; "detached": MTP layers alone learn from their loss; "off": they do not run.
     """
 
     loss: Loss
     model: Model
     chunk: int
+    mtp: str = "joint"
 
     @property
     def observe(self) -> Observer:
@@ -113,24 +121,33 @@ class Pretraining:
         sequences = valid_BS.any(-1).sum(dtype=jnp.int32)
         return Normalisers(batch["loss_weights_BS"].sum(), valid_BS.sum(dtype=jnp.int32), sequences)
 
-    def next_tokens(self, batch: Batch) -> Array | None:
+    @property
+    def runs_mtp(self) -> bool:
+        """Whether there are MTP layers that run."""
+        return bool(self.model.num_mtp_layers) and self.mtp != "off"
+
+    def next_tokens(self, batch: Batch) -> Array | Detached | None:
         """Return the targets: unlike the tokens, they also tell what follows the last position."""
-        return batch["targets_BS"] if self.model.num_mtp_layers else None
+        if not self.runs_mtp:
+            return None
+        return Detached(batch["targets_BS"]) if self.mtp == "detached" else batch["targets_BS"]
 
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> Terms:
         """Sum the losses over a device's tokens."""
 
-        def head_loss(hidden_BSD, targets_BS, weights_BS, z_weight):
+        mtp_head_DV = lax.stop_gradient(head_DV) if self.mtp == "detached" else head_DV
+
+        def head_loss(hidden_BSD, head_DV, targets_BS, weights_BS, z_weight):
             hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
             targets_T, weights_T = (context.local(x_BS).reshape(-1) for x_BS in (targets_BS, weights_BS))
             return cross_entropy(hidden_TD, head_DV, targets_T, weights_T, self.chunk, z_weight)
 
         with jax.named_scope("head"):
             loss, z = head_loss(
-                output.hidden_BSD, batch["targets_BS"], batch["loss_weights_BS"], self.loss.z_loss_weight
+                output.hidden_BSD, head_DV, batch["targets_BS"], batch["loss_weights_BS"], self.loss.z_loss_weight
             )
             mtp = [
-                head_loss(hidden_BSD, *mtp_targets(batch, depth), 0.0)[0]
+                head_loss(hidden_BSD, mtp_head_DV, *mtp_targets(batch, depth), 0.0)[0]
                 for depth, hidden_BSD in enumerate(output.mtp_hidden, start=1)
             ]
         return Terms(loss, z, jnp.stack(mtp) if mtp else jnp.zeros_like(loss, shape=(0,)))
@@ -139,7 +156,7 @@ class Pretraining:
         """Add the terms; the MTP loss is divided by the main loss's weight, too."""
         weight = jnp.maximum(norms.weight, 1e-9)
         total = (terms.loss + terms.z) / weight
-        if self.model.num_mtp_layers:
+        if self.runs_mtp:
             total += rates.mtp_weight * terms.mtp.mean() / weight
         return total + self._balance(router, norms)
 

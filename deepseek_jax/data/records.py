@@ -1,0 +1,157 @@
+"""Whole records from the files that people have: JSON objects and rows of tables, such as conversations.
+
+`sources` gives the text under one field; this gives every field, as nested lists and dicts. The same files are read, in
+the same order, and an item that cannot be read is refused or skipped in the same way:
+
+    *.jsonl, *.ndjson       one record per line        compressed too: *.gz, *.bz2, *.xz, *.zst
+    *.json                  the same, or one list of records: the content decides
+    *.parquet, *.arrow      one record per row
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepseek_jax.config import Source
+from deepseek_jax.data import hub
+from deepseek_jax.data.compression import DecompressionError, open_file
+from deepseek_jax.data.corpus_files import find_files
+from deepseek_jax.data.documents import LONGEST_TEXT, CorpusError, Problems
+from deepseek_jax.data.extras import optional_library
+from deepseek_jax.data.formats import format_of
+from deepseek_jax.data.json_files import LongLineError, lines, whole_value
+from deepseek_jax.inputs import shown
+
+ROWS_AT_ONCE = 1024
+
+log = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """A record, and where it is for messages: "chats.jsonl line 3"."""
+
+    where: str
+    value: dict[str, Any]
+
+
+def read_records(source: Source, problems: Problems) -> Iterator[Record]:
+    """Yield the records of a source in their fixed order.
+
+    Raises:
+        CorpusError: the source does not exist or has files without records, or an item cannot be read and `problems`
+            refuses it.
+    """
+    if source.path.startswith(hub.PREFIX):
+        raise CorpusError(
+            f"data source {shown(source.path)!r} is a data set by name; download its .parquet or .jsonl files and name"
+            " their folder"
+        )
+    found = find_files(source)
+    if found.left_out:
+        log.warning(
+            "data source %s: %d files of another kind are left out, for example %s",
+            shown(source.path),
+            len(found.left_out),
+            shown(found.left_out[0]),
+        )
+    for fault in found.faults:
+        problems.report(fault)
+    for file in found.files:
+        form = format_of(file.name)
+        read = READERS.get(form.kind)
+        if form.fault or read is None:
+            fault = form.fault or "holds text without fields; make .jsonl or .parquet of it"
+            problems.report(f"{shown(file.path)} {fault}")
+            continue
+        yield from _sound(read(file.path, problems), problems)
+
+
+def _sound(records: Iterator[Record], problems: Problems) -> Iterator[Record]:
+    """Yield the records that are objects of whole characters: JSON can spell half of one, which no tokenizer takes."""
+    for record in records:
+        if not isinstance(record.value, dict):
+            problems.report(f"{record.where} is a {type(record.value).__name__}; make it an object with named fields")
+            continue
+        try:
+            json.dumps(record.value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            problems.report(f"{record.where} is not text ({error})")
+        except RecursionError:
+            problems.report(f"{record.where} is nested too deeply")
+        else:
+            yield record
+
+
+def _read_json_lines(path: Path, problems: Problems) -> Iterator[Record]:
+    number, file = 0, shown(path)
+    try:
+        with open_file(path) as (content, _):
+            for number, line in enumerate(lines(content.read), 1):
+                where = f"{file} line {number}"
+                if line is None:
+                    problems.report(f"{where} is longer than {LONGEST_TEXT} bytes; cut such a record")
+                elif line.strip():
+                    try:
+                        value = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        problems.report(f"{where} is not JSON text ({error})")
+                    else:
+                        yield Record(where, value)
+    except LongLineError:
+        problems.report(f"{file} line {number + 1} is too long to find its end; it and what follows cannot be read")
+    except (DecompressionError, OSError) as error:
+        problems.report(f"{file} cannot be read after line {number}: {error}")
+
+
+def _read_json(path: Path, problems: Problems) -> Iterator[Record]:
+    value = whole_value(path)
+    if value is None:
+        yield from _read_json_lines(path, problems)
+    elif isinstance(value, str):
+        problems.report(f"{shown(path)} {value}")
+    elif isinstance(value, dict):
+        yield Record(shown(path), value)
+    else:
+        for number, item in enumerate(value, 1):
+            yield Record(f"{shown(path)} item {number}", item)
+
+
+def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
+    parquet = optional_library("pyarrow.parquet")
+    with path.open("rb") as raw, _damage_named(path, problems), parquet.ParquetFile(raw) as file:
+        yield from _rows(path, file.iter_batches(batch_size=ROWS_AT_ONCE))
+
+
+def _read_arrow(path: Path, problems: Problems) -> Iterator[Record]:
+    arrow = optional_library("pyarrow")
+    with path.open("rb") as raw, _damage_named(path, problems):
+        has_footer = raw.read(6) == b"ARROW1"
+        raw.seek(0)
+        with arrow.ipc.open_file(raw) if has_footer else arrow.ipc.open_stream(raw) as reader:
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if has_footer else reader
+            yield from _rows(path, batches)
+
+
+def _rows(path: Path, batches: Any) -> Iterator[Record]:
+    row = 0
+    for batch in batches:
+        batch.validate(full=True)  # a damaged offset would be read outside the file
+        for value in batch.to_pylist():
+            row += 1
+            yield Record(f"{shown(path)} row {row}", value)
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path, problems: Problems) -> Iterator[None]:
+    """Report what pyarrow says of a damaged file, with its name."""
+    arrow = optional_library("pyarrow")
+    try:
+        yield
+    except (OSError, MemoryError, UnicodeDecodeError, arrow.ArrowException) as error:
+        problems.report(f"{shown(path)} cannot be read: {shown(str(error))}")
+
+
+READERS = {"json lines": _read_json_lines, "json": _read_json, "parquet": _read_parquet, "arrow": _read_arrow}

@@ -1,0 +1,178 @@
+"""The section `posttraining` of a configuration: which stage, and its settings; read as strictly as all others.
+
+A file in `configs/` for post-training is an ordinary configuration with one section more:
+
+    config.posttraining = {"stage": "sft", "sft": {"template": "v3", "epochs": 2.0, "mtp": "detached"}}
+
+`stage` names the driver, and the section has the settings of that stage alone. The ordinary sections stay an ordinary
+`Config`, so that everything that reads a workdir reads this one too; the section is in `workdir/posttraining.json`.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config, convert, from_config_dict
+from deepseek_jax.files import write_atomically
+from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.training.origin import WHOLE
+from deepseek_jax.training.workdir import is_claimed
+
+SECTION = "posttraining"
+FILE = "posttraining.json"
+MTP_MODES = ("joint", "detached", "off")
+FREE_KEYS = {"sft.epochs"}  # of a run that continues; its length is checked as that of every run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Supervised fine-tuning on conversations.
+
+    Attributes:
+        template: "v3", "r1", "v3.1", "plain" (any tokenizer), "folder" (that of the initial weights), or a .jinja file.
+        epochs: passes over the conversations; `training.num_tokens` may end the run before.
+        mtp: "joint": MTP layers train as in pre-training; "detached": they alone learn from their loss; "off": they
+            do not run.
+    """
+
+    template: str
+    epochs: float
+    mtp: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Posttraining:
+    """The whole section; the settings of the stages that it does not name are None."""
+
+    stage: str
+    sft: Sft | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PosttrainingConfig(Config):
+    """What a configuration file for post-training holds, for the types of its keys."""
+
+    posttraining: Posttraining
+
+
+def read(config_dict: Any, initial: str = "") -> tuple[Config, Posttraining]:
+    """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly.
+
+    Args:
+        config_dict: an ordinary configuration, and the section.
+        initial: `training.initial_weights`; "" for those of the configuration.
+
+    Raises:
+        ValueError: as `config.from_config_dict`, of both parts; no stage of that name, or settings of another.
+    """
+    tree = dict(config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict)
+    if SECTION not in tree:
+        raise ValueError(
+            f"the configuration has no section {SECTION!r}; begin with configs/tiny_sft.py, or use experiments.train"
+        )
+    posttraining = convert(Posttraining, tree.pop(SECTION), f"config.{SECTION}")
+    config = from_config_dict(tree)
+    config = config.with_(training={"initial_weights": initial}) if initial else config
+    stage, path = posttraining.stage, f"config.{SECTION}"
+    if stage not in STAGES:
+        raise ValueError(f"{path}.stage = {shown(repr(stage))} is unknown; choose one of {tuple(STAGES)}")
+    given = [name for name in STAGES if getattr(posttraining, name) is not None]
+    if given != [stage]:
+        raise ValueError(f"{path} has the settings of {given} and stage = {stage!r}; give {path}.{stage} alone")
+    if not config.training.initial_weights:
+        raise ValueError(
+            "post-training begins with weights: give --initial, a run's workdir or a folder in Hugging Face's format"
+        )
+    if config.training.initial_weights.startswith(WHOLE):
+        raise ValueError(
+            f"training.initial_weights = {shown(config.training.initial_weights)!r} has moments and a position in other"
+            f" data; name the weights alone, without {WHOLE!r}"
+        )
+    STAGES[stage](getattr(posttraining, stage), config)
+    return config, posttraining
+
+
+def check_sft(sft: Sft, config: Config) -> None:
+    """Refuse settings that do not go together or would not do what they say.
+
+    Raises:
+        ValueError: for the first fault that is found, with the remedy.
+    """
+    data, path = config.data, f"config.{SECTION}.sft"
+    if not sft.template:
+        raise ValueError(f"{path}.template is empty; name a template, 'v3' or 'plain' for example")
+    if not (math.isfinite(sft.epochs) and sft.epochs > 0):
+        raise ValueError(f"{path}.epochs = {sft.epochs} must be a positive number")
+    if sft.mtp not in MTP_MODES:
+        raise ValueError(f"{path}.mtp = {shown(repr(sft.mtp))} is unknown; choose one of {MTP_MODES}")
+    if sft.mtp != "off" and not config.model.num_mtp_layers:
+        raise ValueError(f"{path}.mtp = {sft.mtp!r} and the model has no MTP layers; set it to 'off'")
+    if sft.mtp == "off" and config.model.num_mtp_layers and config.optimizer.weight_decay:
+        raise ValueError(
+            f"{path}.mtp = 'off' and optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers"
+            " that do not learn; set either to another value"
+        )
+    for name in ("mask_documents", "reset_positions"):
+        if not getattr(data, name):
+            raise ValueError(
+                f"config.data.{name} = False would let packed conversations see each other; set it to True"
+            )
+    for name in ("fim_rate", "split_rate"):
+        if getattr(data, name):
+            raise ValueError(f"config.data.{name} = {getattr(data, name)} is for texts, not conversations; set it to 0")
+    if data.heldout_fraction >= 1.0:
+        raise ValueError("config.data.heldout_fraction = 1 leaves nothing to train on; lower it")
+    if weighted := [source.path for source in data.sources if source.weight != 1.0]:
+        raise ValueError(
+            f"config.data.sources: {shown(weighted[0])!r} has a weight, and every conversation is taken once per epoch;"
+            " leave it out, or repeat the file"
+        )
+
+
+def check_claimed(workdir: Path, posttraining: Posttraining) -> None:
+    """Refuse a workdir of another kind of run, or of other settings.
+
+    Raises:
+        ValueError: it is; the message shows each difference.
+    """
+    path = workdir / FILE
+    if not is_claimed(workdir):
+        return
+    if not path.exists():
+        raise ValueError(
+            f"{shown(str(workdir))} holds a run without post-training; choose another --workdir, and begin with its"
+            f" weights: --initial={workdir}"
+        )
+    stored, ours = _leaves(read_json(path)), _leaves(json.loads(json.dumps(dataclasses.asdict(posttraining))))
+    differences = [
+        f"{SECTION}.{key}: {stored.get(key)!r} in the workdir, {ours.get(key)!r} given"
+        for key in sorted(stored.keys() | ours.keys())
+        if stored.get(key) != ours.get(key) and key not in FREE_KEYS
+    ]
+    if differences:
+        raise ValueError(
+            f"{shown(str(workdir))} holds a run with other settings; give its values, or another --workdir:\n"
+            + "\n".join(differences)
+        )
+
+
+def claim(workdir: Path, posttraining: Posttraining) -> None:
+    """Write the section into a workdir; call it just before `claim_workdir`."""
+    if jax.process_index() == 0:
+        write_atomically(workdir / FILE, json.dumps(dataclasses.asdict(posttraining), indent=1) + "\n")
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+# Each stage has a field of its name in `Posttraining`, and a check of its settings.
+STAGES: dict[str, Callable[[Any, Config], None]] = {"sft": check_sft}
