@@ -59,9 +59,7 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path, monkeypatch):
         assert mine.keys() == other.keys()
         for key, value in other.items():
             np.testing.assert_allclose(mine[key], value, rtol=2e-6, err_msg=f"{other['step']} {key}")
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
-        *map(jax.device_get, (got.state, want.state)),
-    )
+    states = map(jax.device_get, (got.state, want.state))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *states)
     positions = [read_sealed(workdir / "checkpoints" / str(STEPS) / "run")["data"] for workdir in (elastic, whole)]
     assert positions[0] == positions[1]
