@@ -1,4 +1,4 @@
-"""A step over a pipeline is the step of one device: every schedule with experts, and MTP, packing, BF16, FP8 with some.
+"""A step over a pipeline is the step of one device: every schedule, and experts, MTP, packing and FP8 with some.
 
 Loss, every gradient, norms, counts and biases after one step and after three, as `tests.training.test_equal_steps`. The
 table of schedules has dense layers, which compile fast; what is in a stage is tested with one schedule.
@@ -28,8 +28,6 @@ pytestmark = pytest.mark.xdist_group("pipeline")
 STEPS = 3
 DENSE = {"num_layers": 4, "num_dense_layers": 4, "num_mtp_layers": 0}
 MOE = {"num_layers": 2, "num_dense_layers": 1, "num_mtp_layers": 0}
-TWO = DENSE | {"num_layers": 2, "num_dense_layers": 2}
-FOUR = {"num_layers": 4, "num_dense_layers": 3, "num_mtp_layers": 0}
 MTP = {"num_layers": 3, "num_dense_layers": 1, "num_mtp_layers": 1}
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -136,18 +134,13 @@ CELLS = {
         config(2, (2, 1, 2), 4, MTP, {"remat": "selective", "schedule": "gpipe"}),
         equal.batch,
     ),
-    "node expert step packing zb1p": (
-        config(2, (1, 2, 2), 4, MOE, {"gather": "step", "remat": "full", "schedule": "zb1p"}),
-        equal.batch,
-    ),
+    "node expert step packing": (config(2, (1, 2, 2), 4, MOE, {"gather": "step", "remat": "full"}), equal.batch),
     "data step": (config(2, (2, 1, 1), 4, MOE, {"gather": "step"}), whole_rows),
     "MTP packing step dualpipev": (
         config(2, (1, 1, 1), 4, MTP, {"schedule": "dualpipev", "gather": "step"}),
         equal.batch,
     ),
-    "expert packing dualpipe": (config(2, (1, 1, 2), 4, MOE, {"schedule": "dualpipe"}), equal.batch),
-    "expert packing interleaved": (config(2, (1, 1, 2), 2, FOUR, {"schedule": "interleaved"}), equal.batch),
-    "BF16 packing": (config(2, (1, 1, 1), 4, TWO, {"precision": "bf16"}), equal.batch),
+    "expert packing zb1p": (config(2, (1, 1, 2), 2, MOE, {"schedule": "zb1p"}), equal.batch),
     "FP8 packing": (config(2, (1, 1, 1), 4, {"num_layers": 2}, FP8), functools.partial(small.batch, length=128)),
 }
 
