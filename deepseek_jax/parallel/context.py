@@ -59,7 +59,9 @@ def local(x_BS: jax.Array) -> jax.Array:
 def gathered(x_BSX: jax.Array) -> jax.Array:
     """Return the whole rows of which each device has its tokens, in their order: [B, S / c, X] to [B, S, X].
 
-    The derivative sums what all devices of the axis have for a token, in the dtype of `x_BSX`.
+    The derivative sums what all devices of the axis have for a token, in the dtype of `x_BSX`. Sums in FP32 would send
+    twice the bytes, of terms that are rounded to BF16 before: they bring the gradients of a layer that eight devices
+    share at most 3% nearer to FP32, from which BF16 is 0.8 to 2% away either way (experiments/log.md).
     """
     devices = size()
     if devices == 1:

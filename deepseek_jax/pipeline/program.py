@@ -103,6 +103,20 @@ def compile_table(table: Table) -> Program:
     return Program(table, kept, activations, gradients, _leave_pending(table, arrays), **arrays)
 
 
+def links(arrivals: np.ndarray, step: int) -> list[tuple[int, int]]:
+    """Return (from, to) of all pairs of devices of which the second ever receives, int32 [devices, ticks].
+
+    A permutation along a mesh axis waits for each of its pairs. Chunks that go around close the ring; the other
+    schedules are chains, whose ends have nothing for each other.
+
+    Args:
+        arrivals: slots, -1 where nothing comes; of the one side that `step` is.
+        step: how many devices an arrival has moved.
+    """
+    num_devices = len(arrivals)
+    return [((to - step) % num_devices, to) for to in range(num_devices) if (arrivals[to] >= 0).any()]
+
+
 def _blank(table: Table) -> np.ndarray:
     return np.full((table.num_devices, table.num_ticks), NOTHING, np.int32)
 

@@ -8,10 +8,15 @@ mesh, executed in another way, logged and saved at other intervals. Three more k
     paths in data.sources,   a corpus or a tokenizer that moved. Once there is a checkpoint, its position in the data
     a path data.tokenizer    knows the content, and the loader refuses another one
 
+Devices may come and go: the batch of a step stays. A micro-batch of `training.micro_batch_size` sequences is divided
+over them, so on fewer devices each has more of it, and `say_division` names the value with which memory stays.
+
 Everything else belongs to another run: it may begin with this one's weights (`training.initial_weights`).
 """
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from absl import logging
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.inputs import shown
+from deepseek_jax.parallel.mesh import AnyMesh
+from deepseek_jax.parameters import TOKENS
 from deepseek_jax.training.optimizer import batch_size, rates
 
 LENGTH = "training.num_tokens"
@@ -110,6 +117,46 @@ def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> No
             for name, was, now in zip(names, *values, strict=True)
         ),
     )
+
+
+def say_division(record: dict[str, Any], config: Config, mesh: AnyMesh) -> None:
+    """Say what another number of devices does to each device's part of a micro-batch, and to evaluations.
+
+    The batch of a step is the same on any mesh. A device's memory is that of its part of a micro-batch; evaluations
+    read `training.eval_batches` micro-batches.
+
+    Args:
+        record: of the checkpoint that the run continues from.
+        config: to continue with.
+        mesh: to continue on.
+    """
+    stored, training = record["config"]["training"], config.training
+    then, now = (_row_devices(shape) for shape in (record["environment"]["mesh"], mesh.shape))
+    old, new = stored["micro_batch_size"], training.micro_batch_size
+    read = old * stored["eval_batches"]
+    if old * now < new * then:
+        smaller, left = divmod(old * now, then)
+        fits = not left and not any(int(sequences) % smaller for *_, sequences in training.batch_size)
+        flags = [f"--config.training.micro_batch_size={smaller}"]
+        if fits and not read % smaller:
+            flags.append(f"--config.training.eval_batches={read // smaller}")
+        logging.warning(
+            "%d devices share a micro-batch of %d sequences, before %d one of %d: activations take %.3g times the"
+            " memory of a device%s",
+            *(now, new, then, old, new * then / (old * now)),
+            f"; {' '.join(flags)} keeps them as they were, and the step's batch too" if fits else "",
+        )
+    elif new * training.eval_batches != read and training.eval_batches == stored["eval_batches"]:
+        logging.warning(
+            "evaluations read %d sequences, before %d%s",
+            *(new * training.eval_batches, read),
+            "" if read % new else f"; --config.training.eval_batches={read // new} keeps them comparable",
+        )
+
+
+def _row_devices(shape: Mapping[str, int]) -> int:
+    """Return among how many devices the tokens of a micro-batch are divided."""
+    return math.prod(shape.get(axis, 1) for axis in TOKENS)
 
 
 def check_one_step(config: Config) -> None:

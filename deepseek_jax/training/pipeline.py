@@ -34,7 +34,7 @@ from deepseek_jax.parallel.stage_weights import collect, distribute
 from deepseek_jax.parallel.stages import Holding, Stage, holding_of, program_of, split_layers
 from deepseek_jax.parallel.weights import detach, gather, reduce_gradients, with_fp8
 from deepseek_jax.parameters import PIPE, TOKENS, Weights
-from deepseek_jax.pipeline.program import Program
+from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.training import kept
 from deepseek_jax.training.objective import Batch
 from deepseek_jax.training.stage_work import Held, StageWork, Starts
@@ -229,15 +229,16 @@ class Run:
         return sums._replace(grads=work.add(sums.grads, starts, grads))
 
     def _exchange(self, inboxes: dict, made: Made, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Send to both neighbours, where any device of the table does; store what arrived."""
-        inboxes, size = dict(inboxes), lax.axis_size(PIPE)
+        """Send to both neighbours, over the links on which the table ever sends; store what arrived."""
+        inboxes = dict(inboxes)
         for name in INBOXES:
             sent = getattr(made, name)
             for side, step in SIDES.items():
                 column = f"{name}_from_{side}"
-                if (getattr(self.program, column) < 0).all():
+                arrivals = getattr(self.program, column)
+                if (arrivals < 0).all():
                     continue
-                came = lax.ppermute(sent, PIPE, [(i, (i + step) % size) for i in range(size)]) if step else sent
+                came = lax.ppermute(sent, PIPE, links(arrivals, step)) if step else sent
                 nobody = inboxes[name].shape[0] - 1
                 slot = jnp.where(row[column] < 0, nobody, row[column])
                 inboxes[name] = lax.dynamic_update_index_in_dim(inboxes[name], came, slot, 0)

@@ -21,7 +21,7 @@ from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
-from deepseek_jax.training.continuation import check_continues, check_length
+from deepseek_jax.training.continuation import check_continues, check_length, say_division
 from deepseek_jax.training.evaluation import evaluate
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
@@ -140,6 +140,7 @@ def begin(
         check_continues(record["config"], config, workdir, where, trained=True, say=alone)
         check_length(record["config"], config, record["step"], record["tokens_seen"])
         check_names(record, abstract, whole=True)
+        say_division(record, config, mesh)
 
     restored = checkpoints.restore(abstract, mesh, accept=accept)
     if restored is None:

@@ -11,6 +11,7 @@ A step is timed from its call until its results are there; the median of --steps
 --data is given: a fresh model routes both nearly evenly.
 """
 
+import functools
 import os
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.packing import Batch, Rows, next_token_batch
 from deepseek_jax.data.pipeline import check_data, loader_throughput, make_train_loader, open_tokenizer
 from deepseek_jax.inputs import new_file, new_folder
+from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
 from deepseek_jax.training.optimizer import batch_size
@@ -84,9 +86,7 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workdir = kept or Path(scratch)
 
-        def batches(config: Config, size: int) -> Iterator[Batch]:
-            return corpus_batches(config, workdir, size) if DATA.value else random_batches(config, size)
-
+        batches = functools.partial(batches_on, mesh, workdir if DATA.value else None)
         beside = SCALING.value and mesh.size > 1
         measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value, beside)
         step_records = describe_step(config, mesh, size, measurement)
@@ -112,22 +112,29 @@ def with_batch_size(tree: ConfigDict) -> ConfigDict:
     return tree
 
 
-def random_batches(config: Config, size: int) -> Iterator[Batch]:
-    """Yield a few batches of uniformly random tokens, over and over; the same on every machine."""
+def batches_on(mesh: jax.sharding.Mesh, workdir: Path | None, config: Config, size: int) -> Iterator[Batch]:
+    """Yield what this process reads of batches of `size` sequences: of the corpus, or of random tokens if None."""
+    if workdir is None:
+        return random_batches(config, size, *readers(mesh))
+    return corpus_batches(config, workdir, size, *readers(mesh))
+
+
+def random_batches(config: Config, size: int, index: int = 0, count: int = 1) -> Iterator[Batch]:
+    """Yield reader `index`'s rows of a few batches of uniformly random tokens, over and over, the same on any mesh."""
     rng = np.random.default_rng(config.seed)
-    shape = size // jax.process_count(), config.data.sequence_length + 1
-    rows = [rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(NUM_RANDOM_BATCHES)]
-    ones = np.ones(shape, np.int32)
+    shape = size, config.data.sequence_length + 1
+    whole = [rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(NUM_RANDOM_BATCHES)]
+    share = size // count
+    rows = [tokens[index * share : (index + 1) * share] for tokens in whole]
+    ones = np.ones_like(rows[0])
     batches = [next_token_batch(Rows(tokens, segments=ones, weights=ones), config.data) for tokens in rows]
     while True:
         yield from batches
 
 
-def corpus_batches(config: Config, workdir: Path, size: int) -> Iterator[Batch]:
-    """Yield the batches that training would see first."""
-    loader = make_train_loader(
-        config, open_tokenizer(config, workdir), workdir, jax.process_index(), jax.process_count()
-    )
+def corpus_batches(config: Config, workdir: Path, size: int, index: int = 0, count: int = 1) -> Iterator[Batch]:
+    """Yield reader `index`'s rows of the batches that training would see first."""
+    loader = make_train_loader(config, open_tokenizer(config, workdir), workdir, index, count)
     while True:
         yield loader.next_batch(size)
 

@@ -166,13 +166,19 @@ def test_processes_are_disjoint_and_together_complete(work, make_config, corpus_
 
 
 def test_another_number_of_processes_continues_the_same_rows(work, make_config, corpus_folder, bpe, small_windows):
+    """From eight processes to four, two, six and one, each from the position that any of those before it says."""
     config = make_config(corpus_folder)
     whole = make_train_loader(config, bpe, work)
-    whole.next_batch(20)
-    parts = [make_train_loader(config, bpe, work, process_index=i, process_count=2) for i in range(2)]
-    for part in parts:
-        part.restore(whole.state())
-    assert rows(part.next_batch(8) for part in parts) == rows([whole.next_batch(8)])
+    position = whole.state()
+    for count in (8, 4, 2, 6, 1):
+        parts = [make_train_loader(config, bpe, work, process_index=i, process_count=count) for i in range(count)]
+        for part in parts:
+            part.restore(position)
+        for _ in range(2):
+            assert rows(part.next_batch(24) for part in parts) == rows([whole.next_batch(24)])
+        positions = [json.loads(json.dumps(part.state())) for part in parts]
+        assert all(each == whole.state() for each in positions)
+        position = positions[-1]
 
 
 def test_a_position_in_other_data_is_refused(work, make_config, corpus_folder, bpe):

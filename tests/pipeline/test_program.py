@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deepseek_jax.pipeline.program import KIND_CODES, LEFT, NOTHING, RIGHT, SELF, allocate, compile_table
+from deepseek_jax.pipeline.program import KIND_CODES, LEFT, NOTHING, RIGHT, SELF, allocate, compile_table, links
 from deepseek_jax.pipeline.schedules import SCHEDULES, schedule
 from deepseek_jax.pipeline.simulation import live
 from tests.pipeline.test_schedules import sizes
@@ -111,6 +111,18 @@ def test_what_nobody_sends_has_no_column():
     assert unused == ["activation_from_right", "activation_from_self", "gradient_from_left", "gradient_from_self"]
     folded = compile_table(schedule("dualpipev", 4, 8))
     assert ((folded.forward_to == SELF).any(axis=1) == [False, False, False, True]).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_only_chunks_that_go_around_close_the_ring(name):
+    """Links are the pairs that send, no more: a chain of three for four devices, or all four of a ring."""
+    program = compile_table(schedule(name, 4, 8))
+    for noun, part in (("activation", "forward"), ("gradient", "backward")):
+        for side, step in (("left", RIGHT), ("right", LEFT)):
+            senders = np.flatnonzero((getattr(program, f"{part}_to") == step).any(axis=1)).tolist()
+            pairs = links(getattr(program, f"{noun}_from_{side}"), step)
+            assert sorted(pairs) == [(device, (device + step) % 4) for device in senders]
+            assert len(pairs) in ((0, 4) if name == "interleaved" else (0, 3))
 
 
 def test_as_few_slots_as_spans_overlap_at_once():

@@ -115,19 +115,32 @@ FEATURES = {
     "context": {"mesh": {"context": 2}},
     "MTP": {"model": {"num_mtp_layers": 1, "num_layers": 3}},
     "packing": {"data": {"mask_documents": True}},
+    "BF16": {"execution": {"precision": "bf16"}},
     "FP8": {"execution": {"precision": "fp8"}},
     "selective": {"execution": {"remat": "selective"}},
     "step": {"execution": {"gather": "step"}},
-    "V": {"execution": {"schedule": "dualpipev"}, "model": {"num_layers": 4}},
+    "gpipe": {"execution": {"schedule": "gpipe"}},
+    "interleaved": {"execution": {"schedule": "interleaved"}, "model": {"num_layers": 4}},
+    "zb1p": {"execution": {"schedule": "zb1p"}},
+    "dualpipe": {"execution": {"schedule": "dualpipe"}},
+    "dualpipev": {"execution": {"schedule": "dualpipev"}, "model": {"num_layers": 4}},
     "interleave": {"execution": {"interleave": 2}},
     "batch-wise": {"loss": {"batch_balance_weight": 0.1}},
 }
+CHOICES = "schedule", "precision"  # keys that two features may set to different values
 FP8 = {"precision": "fp8"}
 CELLS = {
-    "data expert MTP packing selective": (config(2, (2, 1, 2), 4, MTP, {"remat": "selective"}), equal.batch),
+    "data expert MTP packing selective gpipe": (
+        config(2, (2, 1, 2), 4, MTP, {"remat": "selective", "schedule": "gpipe"}),
+        equal.batch,
+    ),
     "node expert step packing": (config(2, (1, 2, 2), 4, MOE, {"gather": "step", "remat": "full"}), equal.batch),
     "data step": (config(2, (2, 1, 1), 4, MOE, {"gather": "step"}), whole_rows),
-    "MTP packing step V": (config(2, (1, 1, 1), 4, MTP, {"schedule": "dualpipev", "gather": "step"}), equal.batch),
+    "MTP packing step dualpipev": (
+        config(2, (1, 1, 1), 4, MTP, {"schedule": "dualpipev", "gather": "step"}),
+        equal.batch,
+    ),
+    "expert packing zb1p": (config(2, (1, 1, 2), 2, MOE, {"schedule": "zb1p"}), equal.batch),
     "FP8 packing": (config(2, (1, 1, 1), 4, {"num_layers": 2}, FP8), functools.partial(small.batch, length=128)),
 }
 
@@ -138,18 +151,24 @@ def features_of(name, cfg, batches):
     execution = cfg.execution
     found = {axis for axis in ("data", "node", "expert") if getattr(cfg.mesh, axis) > 1}
     found |= {"MTP"} if cfg.model.num_mtp_layers else set()
-    found |= {"FP8"} if execution.precision == "fp8" else set()
+    found |= {execution.precision.upper()} & {"FP8", "BF16"}
     found |= {"selective"} & {execution.remat} | {"step"} & {execution.gather}
-    found |= {"V"} if execution.schedule == "dualpipev" else set()
+    found |= {execution.schedule} - {"1f1b"}
     found |= set() if batches is whole_rows else {"packing"}
     assert has == found, name
     return has
 
 
 def pairs():
-    """Return {(feature, feature): "equal", "refused: ...", or "" for what no cell has together}."""
+    """Return {(feature, feature): "equal", "refused: ...", "either", or "" for what no cell has together}."""
     table = {}
+    tested = [features_of(name, *cell) for name, cell in CELLS.items()]
+    tested += [{name, "packing"} for name in SCHEDULES]  # with dense layers
     for both in itertools.combinations_with_replacement(FEATURES, 2):
+        chosen = [[FEATURES[feature].get("execution", {}).get(key) for feature in both] for key in CHOICES]
+        if any(one and other and one != other for one, other in chosen):
+            table[both] = "either"
+            continue
         changes = {}
         for feature in both:
             for section, values in FEATURES[feature].items():
@@ -162,15 +181,15 @@ def pairs():
         except ValueError as error:
             table[both] = f"refused: {error}"
         else:
-            table[both] = "equal" if any(set(both) <= features_of(n, *cell) for n, cell in CELLS.items()) else ""
+            table[both] = "equal" if any(set(both) <= features for features in tested) else ""
     return table
 
 
 def table_of_pairs():
-    """The table of docs/pipeline.md: =, refused, or empty."""
+    """The table of docs/pipeline.md: =, refused, - for one or the other, or empty."""
     table = pairs()
     names = list(FEATURES)
-    signs = {"equal": "=", "": ""}
+    signs = {"equal": "=", "either": "-", "": ""}
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for i, row in enumerate(names):
         cells = [table[names[j], row] if j <= i else None for j in range(len(names))]
@@ -201,14 +220,14 @@ def assert_near(got, want):
 def test_what_is_in_a_stage_is_that_of_one_device(name):
     """In FP8 one device has the same micro-batches: the scales of weights' gradients are of 128 tokens."""
     cfg, batches = CELLS[name]
-    in_fp8 = cfg.execution.precision == "fp8"
+    precision = cfg.execution.precision
     alone = cfg.with_(
         mesh={"pipe": 1, "data": 1, "node": 1, "expert": 1},
-        training={} if in_fp8 else {"micro_batch_size": equal.ROWS},
+        training={} if precision != "fp32" else {"micro_batch_size": equal.ROWS},
         execution={"schedule": "1f1b", "gather": "layer", "remat": "none"},
     )
-    got, want = (run(c, batches, 1 if in_fp8 else STEPS) for c in (cfg, alone))
-    if in_fp8:
+    got, want = (run(c, batches, STEPS if precision == "fp32" else 1) for c in (cfg, alone))
+    if precision != "fp32":
         assert_near(got[0], want[0])
     else:
         assert_equal(got, want)

@@ -15,7 +15,7 @@ from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.locks import LOCK
 from deepseek_jax.parallel.watch import ProcessError
 from deepseek_jax.training import pretrain, workdir
-from deepseek_jax.training.continuation import check_continues, check_length
+from deepseek_jax.training.continuation import check_continues, check_length, say_division
 from deepseek_jax.training.workdir import (
     TOKENIZER_RECORD,
     check_workdir,
@@ -229,6 +229,41 @@ def test_another_length_says_what_it_does_to_the_schedules(caplog):
     with pytest.raises(ValueError, match="is less than the 801 tokens .* add --config.training.num_tokens=1000,"):
         check_length(stored, linear.with_(training={"num_tokens": 800.0}), 9, 801)
     check_length(stored, linear, 9, 1001)  # the last batch of a complete run ends beyond its length
+
+
+DIVISIONS = {
+    "fewer": (
+        (4, 8, 8),
+        r"4 devices share a micro-batch of 8 .* before 8 one of 8: .* take 2 times .*; (.*) keeps them",
+    ),
+    "fewer, smaller": ((4, 4, 16), ""),
+    "fewer, smaller, evaluated as often": ((4, 4, 8), r"read 32 sequences, before 64; (.*) keeps them comparable"),
+    "as many, larger": ((8, 16, 8), r"8 devices share a micro-batch of 16 .* take 2 times .*; (.*) keeps them"),
+    "more": ((16, 16, 4), ""),
+    "of no batch": ((5, 20, 8), r"5 devices share a micro-batch of 20 .* take 4 times the memory of a device$"),
+}
+
+
+@pytest.mark.parametrize(("given", "says"), DIVISIONS.values(), ids=DIVISIONS)
+def test_another_number_of_devices_says_what_keeps_the_memory(given, says, caplog):
+    """The record is of 8 devices, micro-batches of 8 and 8 of them an evaluation; the flags that it names are quiet."""
+    devices, size, batches = given
+    config = CONFIG.with_(
+        training={"batch_size": (("constant", 1.0, 48),), "micro_batch_size": size, "eval_batches": batches}
+    )
+    record = {
+        "config": {"training": {"micro_batch_size": 8, "eval_batches": 8}},
+        "environment": {"mesh": {"pipe": 1, "data": 4, "node": 1, "expert": 2, "tensor": 1}},
+    }
+    mesh = jax.sharding.AbstractMesh((2, devices), ("pipe", "data"))
+    say_division(record, config, mesh)
+    found = re.search(says, caplog.text.strip()) if says else None
+    assert bool(found) == bool(caplog.text)
+    if found and found.groups():
+        flags = dict(re.findall(r"training\.(\w+)=(\d+)", found[1]))
+        caplog.clear()
+        say_division(record, config.with_(training={name: int(value) for name, value in flags.items()}), mesh)
+        assert flags and not caplog.text
 
 
 # --- damaged files ------------------------------------------------------------------------------------------------

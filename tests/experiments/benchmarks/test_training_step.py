@@ -2,9 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 
+from experiments.benchmarks import training_step
 from tests.experiments.benchmarks import command
+from tests.parallel.test_context import fake_mesh
+from tests.support import small
 
 SMALL = {
     "model": {
@@ -20,6 +24,26 @@ SMALL = {
     "data": {"sequence_length": 32, "tokenizer": "byte"},
     "execution": {"expert_block": 8, "scan_unroll": 1},
 }
+
+
+def test_the_batches_of_several_processes_are_those_of_one():
+    """Processes that share rows (`context`, `pipe`) read the same ones; the others read different ones."""
+    config = small.config()
+    whole = training_step.random_batches(config, 8)
+    parts = [training_step.random_batches(config, 8, index, 4) for index in range(4)]
+    for _ in range(2):
+        batch, shares = next(whole), [next(part) for part in parts]
+        for name, rows in batch.items():
+            np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), rows)
+    assert len(np.unique(batch["tokens_BS"][:, 0])) > 6
+
+
+@pytest.mark.parametrize(("sizes", "part"), [((2, 1, 1, 1, 2, 1), 1), ((1, 1, 2, 1, 2, 1), 1), ((1, 2, 1, 1, 2, 1), 2)])
+def test_processes_that_share_rows_read_the_same(sizes, part):
+    """The first of two processes: along `pipe` and `context` it has all rows, along `data` half of them."""
+    batch = next(training_step.batches_on(fake_mesh(sizes, (0, 0, 1, 1)), None, small.config(), 8))
+    whole = next(training_step.random_batches(small.config(), 8))
+    np.testing.assert_array_equal(batch["tokens_BS"], whole["tokens_BS"][: 8 // part])
 
 
 @pytest.mark.slow
