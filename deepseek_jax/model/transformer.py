@@ -8,6 +8,7 @@ All but `init` work on the arrays of one device, inside a program's shard_map. T
 makes logits in chunks (`model.head`), decoding makes those of one position.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -42,7 +43,9 @@ from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.parameters import Weights
 
 
-class Inputs(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
     """What the network reads: this device's tokens, of whole rows or of rows that devices share (`parallel.context`).
 
     Attributes:
@@ -60,7 +63,7 @@ class Inputs(NamedTuple):
     valid_BS: jax.Array
     segment_ids_BM: jax.Array | None = None
     following: tuple[jax.Array, ...] = ()
-    detached: bool = False
+    detached: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Output(NamedTuple):
@@ -282,11 +285,7 @@ def _cut(inputs: Inputs, num_parts: int) -> list[Inputs]:
             " change training.micro_batch_size"
         )
     size = rows // num_parts
-
-    def part(i: int) -> Inputs:
-        return jax.tree.map(lambda a: a if isinstance(a, bool) else a[i * size : (i + 1) * size], inputs)
-
-    return [part(i) for i in range(num_parts)]
+    return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], inputs) for i in range(num_parts)]
 
 
 def shifted(next_BS: jax.Array, steps: int) -> jax.Array:

@@ -12,14 +12,16 @@ import json
 import os
 import sys
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 4))
-sys.path.insert(0, ROOT)
+if __name__ == "__main__":  # a script, with no path to the package and nothing that it should show to foreign code
+    ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 4))
+    sys.path.insert(0, ROOT)
 
-from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, walls  # noqa: E402
+from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, walls
 
-sys.path.remove(ROOT)
-sys.argv[0] = ""
-os.environ.clear()
+if __name__ == "__main__":
+    sys.path.remove(ROOT)
+    sys.argv[0] = ""
+    os.environ.clear()
 
 
 class CandidateError(Exception):
@@ -113,4 +115,5 @@ def main() -> None:
         loop.answer(loop.receive())
 
 
-main()
+if __name__ == "__main__":
+    main()
