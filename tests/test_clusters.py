@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "clusters.md").read_text()
-SCRIPT = re.search(r"```bash\n(.*?)```", PAGE, re.DOTALL)[1]
+SCRIPT = re.search(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL)[1]
 YAML = [part for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) for part in yaml.safe_load_all(block)]
 SERVICE, JOB, JOB_SET = YAML
 AGAIN = {0: False, 2: False, 1: True, 75: True, 134: True, 137: True, 129: True, 130: True, 138: True, 143: True}

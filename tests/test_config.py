@@ -21,10 +21,9 @@ from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve, resolve_for
 from deepseek_jax.schedule import schedule_value
 from pallas_kernels import dispatch
+from tests.support.configs import CONFIGS
 
 ROOT = Path(__file__).parents[1]
-# those with a section `posttraining` are read by deepseek_jax.posttraining.settings, and tested with it
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "posttraining" not in path.read_text())
 PARTS = ["tiny", "v3_300m", "v3_5b", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "moe_1b", "moonlight_16b"]
 
 
@@ -39,7 +38,7 @@ def changed(path, value, base=tiny):
     return tree
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_config_file_converts_and_survives_json(name):
     config = from_config_dict(importlib.import_module(f"configs.{name}").get_config())
     assert config.name == name
@@ -48,7 +47,7 @@ def test_config_file_converts_and_survives_json(name):
 
 
 def test_every_promised_config_is_there():
-    assert set(PARTS) <= set(NAMES)
+    assert set(PARTS) <= set(CONFIGS)
 
 
 def test_other_configs_keep_their_precision():

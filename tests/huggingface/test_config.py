@@ -5,7 +5,6 @@ refused.
 import dataclasses
 import importlib
 import json
-import pathlib
 import re
 
 import pytest
@@ -13,13 +12,8 @@ import pytest
 from deepseek_jax.config import Config, Model, from_config_dict
 from deepseek_jax.huggingface import config as hf_config
 from deepseek_jax.huggingface.config_writer import TokenIds, rewrite, still_holds, write_model
+from tests.support.configs import CONFIGS
 
-# Those with a section `posttraining` have the models of their bases.
-CONFIGS = sorted(
-    path.stem
-    for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
-    if "posttraining" not in path.read_text()
-)
 IDS = TokenIds(7, 8, 9)
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from deepseek_jax.parallel.mesh import AXES, check_fit, connect, make_mesh
 from deepseek_jax.parallel.weights import detach, gather, reduce_gradients
 from deepseek_jax.parameters import PARAMETERS, TOKENS, P, partition_specs
 from tests.support import small
-
-CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
+from tests.support.configs import CONFIGS
 
 
 def sizes(**axes):

@@ -1,7 +1,6 @@
 """The numbers of devices that a plan offers are those that a run accepts."""
 
 import importlib
-from pathlib import Path
 
 import jax
 import pytest
@@ -11,8 +10,7 @@ from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.plan import meshes
 from deepseek_jax.plan.counts import bytes_per_device, state_of
 from tests.support import small
-
-CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[!_]*.py"))
+from tests.support.configs import CONFIGS
 
 
 def load(name):

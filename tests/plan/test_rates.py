@@ -11,10 +11,10 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.plan import rates, work
 from deepseek_jax.plan.chips import CHIPS, find_topology
 from deepseek_jax.training.flops import flops_per_token
+from tests.support.configs import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
 H100 = CHIPS["h100"]
 
 
