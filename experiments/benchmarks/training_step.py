@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from deepseek_jax.config import Config, from_config_dict
-from deepseek_jax.data.packing import Batch, Rows, next_token_batch
-from deepseek_jax.data.pipeline import check_data, loader_throughput, make_train_loader, open_tokenizer
+from deepseek_jax.data.packing import Batch
+from deepseek_jax.data.pipeline import check_data, loader_throughput, open_tokenizer
 from deepseek_jax.inputs import new_file, new_folder
-from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.flops import flops_per_token, model_flops_utilization, peak_flops
 from deepseek_jax.training.optimizer import batch_size
 from experiments import command, recipe, session
 from experiments.benchmarks import breakdown, report
+from experiments.benchmarks.batches import batches_on
 from experiments.benchmarks.stepper import WARMUP_STEPS, Stepper, open_alone, rate, scaling, time_in_turn
 from pallas_kernels.bench.records import provenance, write
 
@@ -54,8 +53,6 @@ SCALING = flags.DEFINE_bool("scaling", True, "On a mesh, also measure the same w
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder that keeps the tokenizer and the tokenised corpus for the next time."
 )
-
-NUM_RANDOM_BATCHES = 4
 
 
 class Measurement(NamedTuple):
@@ -86,9 +83,9 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         workdir = kept or Path(scratch)
 
-        batches = functools.partial(batches_on, mesh, workdir if DATA.value else None)
+        read = functools.partial(batches_on, mesh, workdir if DATA.value else None)
         beside = SCALING.value and mesh.size > 1
-        measurement = measure_step(config, mesh, batches, STEPS.value, BREAKDOWN.value, beside)
+        measurement = measure_step(config, mesh, read, STEPS.value, BREAKDOWN.value, beside)
         step_records = describe_step(config, mesh, size, measurement)
         records = step_records + (
             measure_loader(config, workdir, size, step_records[0]["value"]) if LOADER.value else []
@@ -110,33 +107,6 @@ def with_batch_size(tree: ConfigDict) -> ConfigDict:
         with tree.ignore_type():
             tree.training.batch_size = (("constant", 1.0, BATCH_SIZE.value),)
     return tree
-
-
-def batches_on(mesh: jax.sharding.Mesh, workdir: Path | None, config: Config, size: int) -> Iterator[Batch]:
-    """Yield what this process reads of batches of `size` sequences: of the corpus, or of random tokens if None."""
-    if workdir is None:
-        return random_batches(config, size, *readers(mesh))
-    return corpus_batches(config, workdir, size, *readers(mesh))
-
-
-def random_batches(config: Config, size: int, index: int = 0, count: int = 1) -> Iterator[Batch]:
-    """Yield reader `index`'s rows of a few batches of uniformly random tokens, over and over, the same on any mesh."""
-    rng = np.random.default_rng(config.seed)
-    shape = size, config.data.sequence_length + 1
-    whole = [rng.integers(0, config.model.vocab_size, shape, dtype=np.int32) for _ in range(NUM_RANDOM_BATCHES)]
-    share = size // count
-    rows = [tokens[index * share : (index + 1) * share] for tokens in whole]
-    ones = np.ones_like(rows[0])
-    batches = [next_token_batch(Rows(tokens, segments=ones, weights=ones), config.data) for tokens in rows]
-    while True:
-        yield from batches
-
-
-def corpus_batches(config: Config, workdir: Path, size: int, index: int = 0, count: int = 1) -> Iterator[Batch]:
-    """Yield reader `index`'s rows of the batches that training would see first."""
-    loader = make_train_loader(config, open_tokenizer(config, workdir), workdir, index, count)
-    while True:
-        yield loader.next_batch(size)
 
 
 def measure_step(

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.benchmarks import training_step
+from experiments.benchmarks import batches
 from tests.experiments.benchmarks import command
 from tests.parallel.test_context import fake_mesh
 from tests.support import small
@@ -29,8 +29,8 @@ SMALL = {
 def test_the_batches_of_several_processes_are_those_of_one():
     """Processes that share rows (`context`, `pipe`) read the same ones; the others read different ones."""
     config = small.config()
-    whole = training_step.random_batches(config, 8)
-    parts = [training_step.random_batches(config, 8, index, 4) for index in range(4)]
+    whole = batches.random_batches(config, 8)
+    parts = [batches.random_batches(config, 8, index, 4) for index in range(4)]
     for _ in range(2):
         batch, shares = next(whole), [next(part) for part in parts]
         for name, rows in batch.items():
@@ -41,8 +41,8 @@ def test_the_batches_of_several_processes_are_those_of_one():
 @pytest.mark.parametrize(("sizes", "part"), [((2, 1, 1, 1, 2, 1), 1), ((1, 1, 2, 1, 2, 1), 1), ((1, 2, 1, 1, 2, 1), 2)])
 def test_processes_that_share_rows_read_the_same(sizes, part):
     """The first of two processes: along `pipe` and `context` it has all rows, along `data` half of them."""
-    batch = next(training_step.batches_on(fake_mesh(sizes, (0, 0, 1, 1)), None, small.config(), 8))
-    whole = next(training_step.random_batches(small.config(), 8))
+    batch = next(batches.batches_on(fake_mesh(sizes, (0, 0, 1, 1)), None, small.config(), 8))
+    whole = next(batches.random_batches(small.config(), 8))
     np.testing.assert_array_equal(batch["tokens_BS"], whole["tokens_BS"][: 8 // part])
 
 

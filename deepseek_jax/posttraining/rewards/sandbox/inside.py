@@ -12,8 +12,8 @@ import json
 import os
 import sys
 
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 4))
 if __name__ == "__main__":  # a script, with no path to the package and nothing that it should show to foreign code
-    ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 4))
     sys.path.insert(0, ROOT)
 
 from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, walls
