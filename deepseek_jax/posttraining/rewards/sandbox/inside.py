@@ -16,7 +16,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 4)
 if __name__ == "__main__":  # a script, with no path to the package and nothing that it should show to foreign code
     sys.path.insert(0, ROOT)
 
-from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, walls
+from deepseek_jax.posttraining.rewards.sandbox import system_calls, values, walls  # noqa: E402
 
 if __name__ == "__main__":
     sys.path.remove(ROOT)
