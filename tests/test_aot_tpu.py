@@ -75,7 +75,7 @@ def test_step_compiles_for_tpu(name, attentions, chip):
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
     command = [sys.executable, "-m", "tests.test_aot_tpu", name, chip]
     options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
-    run = subprocess.run(command, check=False, timeout=540, **options)
+    run = subprocess.run(command, check=False, timeout=1100, **options)
     assert run.returncode == 0, run.stderr[-4000:]
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["device_kind"] == DEVICE_KINDS[chip]

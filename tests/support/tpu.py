@@ -19,5 +19,5 @@ def compile_elsewhere(file: str, topology: str) -> None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, file, topology]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=540)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1100)
     assert run.returncode == 0, run.stderr[-4000:]
