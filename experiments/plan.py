@@ -92,7 +92,8 @@ def _check_flags() -> None:
         return
     if TOPOLOGY.value is None:
         raise ValueError("--decode needs devices: add --topology=h200:8, for example")
-    for name, given in (("--search", SEARCH.value), ("--plot", PLOT.value is not None)):
+    of_training = {"--search": SEARCH.value, "--plot": PLOT.value is not None, "--nocompile": not COMPILE.value}
+    for name, given in of_training.items():
         if given:
             raise ValueError(f"{name} and --decode: {name} is of training alone; leave one of them out")
 
@@ -130,8 +131,7 @@ def _forecast(plan: Plan, compiled: bool) -> forecast.Forecast | None:
 
 
 def _search(config: Config, chip: Chip | None, num_devices: int | None) -> None:
-    if chip is None or num_devices is None:
-        raise ValueError("--search needs --topology")
+    assert chip is not None and num_devices is not None  # of --topology, which --search needs
     state = state_of(config)
     choices = search(config, num_devices, chip, state, _say)
     print(f"{config.name}, {config.execution.precision}, {num_devices} devices of {chip.name}: {len(choices)} ways fit")
@@ -139,8 +139,7 @@ def _search(config: Config, chip: Chip | None, num_devices: int | None) -> None:
 
 
 def _decode(config: Config, chip: Chip | None, num_devices: int | None, target: Path | None) -> None:
-    if chip is None or num_devices is None:
-        raise ValueError("--decode needs --topology")
+    assert chip is not None and num_devices is not None  # of --topology, which --decode needs
     found = decode.decoding(config, num_devices, chip, state_of(config))
     context = CONTEXT.value or DECODE_CONTEXT
     print(f"{config.name}, {config.execution.precision}")

@@ -57,6 +57,7 @@ class Collective(NamedTuple):
     loops: tuple[str, ...]  # SCAN and WHILE around it
     times: int  # product of the scans' lengths; a while counts once
     scope: str  # the named scopes and transformations around it
+    senders: int | None = None  # of a permutation: devices along `axes` that send; None: all
 
     @property
     def bytes(self) -> int:
@@ -68,7 +69,7 @@ def sent_bytes(collective: Collective, sizes: Mapping[str, int]) -> dict[str, in
     """Return the bytes that a device sends along each axis, in one call.
 
     A gather sends all to all others; an exchange and a sum that stays split (reduce-scatter) send each its part; a
-    whole sum is a split sum and a gather of the parts.
+    whole sum is a split sum and a gather of the parts. Of a permutation not all need to send: the mean over devices.
 
     Args:
         collective: over at least one axis.
@@ -80,7 +81,8 @@ def sent_bytes(collective: Collective, sizes: Mapping[str, int]) -> dict[str, in
     if collective.kind in (*SUMS, *LARGEST):
         each = 2 * collective.bytes // parts
     if collective.kind == PERMUTE:
-        return {axes[0]: collective.bytes}
+        senders = parts if collective.senders is None else collective.senders
+        return {axes[0]: collective.bytes * senders // parts}
     sent, inside = {}, parts
     for axis in axes:
         within = inside // sizes[axis]
@@ -102,7 +104,8 @@ def traced_collectives(jaxpr: Any, loops: tuple[str, ...] = (), times: int = 1, 
         here = f"{scope}/{equation.source_info.name_stack}"
         if kind in KINDS:
             axes, arrays = _named(equation.params), (var.aval for var in equation.invars)
-            found += [Collective(kind, a.dtype, a.shape, axes, loops, times, here) for a in arrays]
+            senders = len(equation.params["perm"]) if kind == PERMUTE else None
+            found += [Collective(kind, a.dtype, a.shape, axes, loops, times, here, senders) for a in arrays]
         inner_loops = (*loops, kind) if kind in (SCAN, WHILE) else loops
         inner_times = times * equation.params["length"] if kind == SCAN else times
         for inner in jaxprs_in_params(equation.params):
@@ -175,6 +178,8 @@ def _collectives_of(
     name = re.search(r'op_name="([^"]*)"', line)
     split = re.search(r"dimensions=\{(\d+)", line)
     arrays = _ARRAY.findall(found["result"])
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
+    senders = pairs[1].count("{") * parts // math.prod(sizes.values()) if pairs and kind == PERMUTE else None
     if "-start(" in line and kind != SUMS[0]:  # operands, results and perhaps scalars of the runtime
         arrays = [(dtype, dims) for dtype, dims in arrays if dims]
         arrays = arrays[len(arrays) // 2 :]
@@ -184,7 +189,7 @@ def _collectives_of(
             shape[int(split[1])] //= parts
         if split and kind == SCATTER:
             shape[int(split[1])] *= parts
-        yield Collective(kind, _dtype(dtype), tuple(shape), axes, loops, times, name[1] if name else "")
+        yield Collective(kind, _dtype(dtype), tuple(shape), axes, loops, times, name[1] if name else "", senders)
 
 
 def _dtype(name: str) -> Any:

@@ -115,7 +115,27 @@ def check_pipeline(config: Config, shape: dict[str, int]) -> None:
     num_devices, execution = shape.get("pipe", 1), config.execution
     if num_devices == 1:
         return
-    here = f"with mesh.pipe = {num_devices}"
+    check_beside_pipeline(config, shape)
+    for _, _, sequences in config.training.batch_size:
+        count = int(sequences) // config.training.micro_batch_size
+        try:
+            placement = program_of(execution.schedule, num_devices, count).table.placement
+        except ValueError as error:
+            raise ValueError(
+                f"config.execution.schedule = {execution.schedule!r}, mesh.pipe = {num_devices}: {error}. A step has"
+                f" training.batch_size / training.micro_batch_size = {int(sequences)} /"
+                f" {config.training.micro_batch_size} = {count} micro-batches"
+            ) from error
+        split_layers(config.model, placement.num_stages)
+
+
+def check_beside_pipeline(config: Config, shape: dict[str, int]) -> None:
+    """Refuse what no pipeline can have beside it, whatever its schedule and number of stages.
+
+    Raises:
+        ValueError: it names the value and the remedy.
+    """
+    execution, here = config.execution, f"with mesh.pipe = {shape['pipe']}"
     if shape.get("context", 1) > 1:
         raise ValueError(f"config.mesh.context = {shape['context']} {here} is not built; set either to 1")
     if execution.interleave > 1:
@@ -133,17 +153,6 @@ def check_pipeline(config: Config, shape: dict[str, int]) -> None:
             f"config.loss.batch_balance_weight = {config.loss.batch_balance_weight} {here} is not built: its counts are"
             " those of a whole batch, before the first backward pass; set it to 0 and use sequence_balance_weight"
         )
-    for _, _, sequences in config.training.batch_size:
-        count = int(sequences) // config.training.micro_batch_size
-        try:
-            placement = program_of(execution.schedule, num_devices, count).table.placement
-        except ValueError as error:
-            raise ValueError(
-                f"config.execution.schedule = {execution.schedule!r}, mesh.pipe = {num_devices}: {error}. A step has"
-                f" training.batch_size / training.micro_batch_size = {int(sequences)} /"
-                f" {config.training.micro_batch_size} = {count} micro-batches"
-            ) from error
-        split_layers(config.model, placement.num_stages)
 
 
 def refuse_pipeline(shape: dict[str, int], what: str) -> None:

@@ -20,11 +20,8 @@ from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.summary import active_parameters, num_steps
 
 STAGES = "stages"
-IN_GRADIENT: tuple[str, ...] = (
-    "gradients",
-    "copies",
-    STAGES,
-)  # of `bytes_per_device`: what the traced gradient has inside
+# Of `bytes_per_device`: what the traced gradient has inside.
+IN_GRADIENT: tuple[str, ...] = ("gradients", "copies", STAGES)
 
 
 @dataclasses.dataclass(frozen=True)

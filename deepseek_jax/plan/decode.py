@@ -24,7 +24,7 @@ from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.weights import APART, takes_fp8
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.context import refuse_context
-from deepseek_jax.parallel.mesh import AnyMesh, axis_size, check_model_fit, mesh_shape
+from deepseek_jax.parallel.mesh import AXES, AnyMesh, MeshMisfit, axis_size, check_model_fit, mesh_shape
 from deepseek_jax.parallel.program import choose_exchange
 from deepseek_jax.parallel.stages import refuse_pipeline
 from deepseek_jax.parallel.transport import most_copies
@@ -129,11 +129,10 @@ def decoding(config: Config, num_devices: int, chip: Chip, state: Any) -> Decodi
         state: abstract state (`counts.state_of`).
 
     Raises:
-        ValueError: decoding refuses the mesh, or a device cannot hold its weights; the message has a number that can.
+        ValueError: decoding refuses the mesh or the model does not fit it, or a device cannot hold its weights; the
+            message has a number that can.
     """
     mesh = _mesh(config, num_devices, chip)
-    refuse_pipeline(dict(mesh.shape), "decoding")
-    refuse_context(mesh, "decoding")
     found = _contents(config, mesh, chip, state)
     if found.weights <= chip.memory:
         return found
@@ -150,9 +149,9 @@ def decoding(config: Config, num_devices: int, chip: Chip, state: Any) -> Decodi
 
 
 def flags_of(config: Config, mesh: AnyMesh) -> str:
-    """Return the flags of a mesh that differs from the config's."""
-    sizes = {axis: mesh.shape[axis] for axis in EXPERTS}
-    return " ".join(f"--config.mesh.{axis}={n}" for axis, n in sizes.items() if n != getattr(config.mesh, axis))
+    """Return the flags of a mesh that differs from the config's; an axis that takes what is left needs none."""
+    sizes = mesh.shape.items()
+    return " ".join(f"--config.mesh.{axis}={n}" for axis, n in sizes if getattr(config.mesh, axis) not in (n, -1))
 
 
 def lines(found: Decoding, context: int) -> list[str]:
@@ -185,13 +184,14 @@ def lines(found: Decoding, context: int) -> list[str]:
 
 
 def record(found: Decoding, context: int) -> dict[str, Any]:
-    """Return the same as plain values: bytes, seconds."""
+    """Return the same as plain values: bytes, seconds, and whether the caches of so many sequences fit."""
     steps = {
         str(batch): {
             "read_computed": found.read(batch, context),
             "floor_memory_computed": found.floors(batch, context)[0],
             "floor_flops_computed": found.floors(batch, context)[1],
             "seconds_expected": found.seconds(batch, context),
+            "fits": batch <= found.most_sequences(context),
         }
         for batch in BATCHES
     }
@@ -220,12 +220,24 @@ def _assumed(found: Decoding) -> str:
 
 
 def _mesh(config: Config, num_devices: int, chip: Chip) -> jax.sharding.AbstractMesh:
+    """Return the config's mesh; if that is of another number of devices, the widest.
+
+    Raises:
+        ValueError: decoding refuses an axis of the config's mesh, or the model does not fit it.
+    """
+    _refuse_axes({axis: getattr(config.mesh, axis) for axis in AXES})
     try:
         mesh = _abstract(mesh_shape(config.mesh, num_devices))
-        check_model_fit(config.model, mesh)
-    except ValueError:
+    except MeshMisfit:
         return _widest(config, num_devices, chip)
+    _refuse_axes(dict(mesh.shape))  # an axis of -1 has its size now
+    check_model_fit(config.model, mesh)
     return mesh
+
+
+def _refuse_axes(sizes: dict[str, int]) -> None:
+    refuse_pipeline(sizes, "decoding")
+    refuse_context(_abstract({axis: max(size, 1) for axis, size in sizes.items()}), "decoding")
 
 
 def _widest(config: Config, num_devices: int, chip: Chip) -> jax.sharding.AbstractMesh:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import axis_size
-from deepseek_jax.parallel.stages import program_of, split_layers
+from deepseek_jax.parallel.stages import check_beside_pipeline, program_of, split_layers
 from deepseek_jax.parameters import CONTEXT, PIPE, ROWS, TOKENS
 from deepseek_jax.pipeline.schedules import SCHEDULES
 from deepseek_jax.plan.chips import Chip
@@ -97,12 +97,11 @@ class Memory:
         config, model, pipe = fit.config, fit.config.model, fit.mesh.shape[PIPE]
         flat = dataclasses.replace(fit, config=config.with_(mesh={PIPE: 1}), mesh=without_pipe(fit.mesh))
         one, two = (self._beside(flat, count) for count in (1, 2))
-        all_layers, kept = model.num_layers + model.num_mtp_layers, (two - one)
+        all_layers, kept = model.num_layers + model.num_mtp_layers, two - one
         few = model.num_dense_layers + 1
         if few < model.num_layers:
             kept = max(0.0, one - self._beside(flat, 1, few)) / (model.num_layers - few) * all_layers
-        count = largest_batch(config) // config.training.micro_batch_size
-        program = program_of(config.execution.schedule, pipe, count)
+        program = program_of(config.execution.schedule, pipe, _micro_batches(config))
         stages = split_layers(model, program.table.placement.num_stages)
         most = max(s.dense_layers.number + s.moe_layers.number + s.is_last * model.num_mtp_layers for s in stages)
         row = _row_bytes(fit)
@@ -137,7 +136,7 @@ class Memory:
 def _least_slots(fit: Fit) -> int:
     """Return how many micro-batches some device of a pipeline holds at once at least; without one 0."""
     pipe = fit.mesh.shape[PIPE]
-    count = largest_batch(fit.config) // fit.config.training.micro_batch_size
+    count = _micro_batches(fit.config)
     return 0 if pipe == 1 else count if fit.config.execution.schedule == "gpipe" else min(count, pipe)
 
 
@@ -149,11 +148,11 @@ def _row_bytes(fit: Fit) -> int:
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Fit]:
-    """Yield every mesh of `num_devices` devices, with every recomputation and micro-batch that a run accepts.
+    """Yield every mesh of `num_devices` devices without a pipeline, with the recomputations and micro-batches of a run.
 
     Meshes that spread experts most come first. Devices share sequences only where the batch has too few of them.
     """
-    first = find_fit(config, num_devices)
+    first = find_fit(config.with_(mesh={PIPE: 1}), num_devices)
     context = 1 if first is None else axis_size(first.mesh, (CONTEXT,))
     rows = num_devices // context
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
@@ -164,7 +163,8 @@ def candidates(config: Config, num_devices: int) -> Iterator[Fit]:
         micro_batch = sequences * rows
         if config.model.num_experts % (node * expert) or batch % micro_batch:
             continue
-        sizes_of_mesh = {"mesh.data": -1, "mesh.context": context, "mesh.node": node, "mesh.expert": expert}
+        sizes_of_mesh = {"mesh.pipe": 1, "mesh.data": -1, "mesh.context": context}
+        sizes_of_mesh |= {"mesh.node": node, "mesh.expert": expert}
         others = {"execution.remat": remat, "training.micro_batch_size": micro_batch}
         fit = as_fit(config, num_devices, sizes_of_mesh | others)
         if fit is not None and accepted(fit.config, fit.mesh):
@@ -214,7 +214,7 @@ def search(
     memory = Memory(state, say)
     fits = list(candidates(config, num_devices))
     needs = [memory.of(fit) for fit in fits]  # before any pipeline's: the first mesh is the one that is traced
-    piped = [fit for fit in pipelines(config, num_devices, chip) if _fits(fit, chip, memory)]
+    piped = _pipelines_that_fit(config, num_devices, chip, memory, say)
     fits, needs = [*fits, *piped], [*needs, *(memory.of(fit) for fit in piped)]
     if not fits:
         raise ValueError(
@@ -256,9 +256,34 @@ def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) ->
     return None
 
 
-def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
-    """Whether a pipeline fits and a run accepts it; the checks, which make tables, come last."""
+def _pipelines_that_fit(
+    config: Config, num_devices: int, chip: Chip, memory: Memory, say: Callable[[str], None]
+) -> list[Fit]:
+    """Return the pipelines that fit and that a run accepts; none if a run has something that no pipeline can have."""
     try:
-        return memory.least(fit) <= chip.memory and memory.of(fit) <= chip.memory and accepted(fit.config, fit.mesh)
-    except ValueError:  # the schedule does not take these numbers: the run's own refusal
+        check_beside_pipeline(config, {PIPE: 2, CONTEXT: config.mesh.context})
+    except ValueError as error:
+        say(f"no pipeline is tried: {error}")
+        return []
+    return [fit for fit in pipelines(config, num_devices, chip) if _fits(fit, chip, memory)]
+
+
+def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
+    """Whether a pipeline fits and a run accepts it. Tables take long, those of all batches longest: they come last."""
+    config, pipe = fit.config, fit.mesh.shape[PIPE]
+    try:
+        split_layers(config.model, placement_of(config.execution.schedule, pipe).num_stages)
+    except ValueError:  # the schedule does not take so many devices, or has more stages than the model has layers
         return False
+    if memory.least(fit) > chip.memory:
+        return False
+    try:
+        program_of(config.execution.schedule, pipe, _micro_batches(config))
+    except ValueError:  # the schedule does not take so many micro-batches
+        return False
+    return memory.of(fit) <= chip.memory and accepted(config, fit.mesh)
+
+
+def _micro_batches(config: Config) -> int:
+    """Return the micro-batches of the largest step."""
+    return largest_batch(config) // config.training.micro_batch_size

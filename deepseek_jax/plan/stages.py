@@ -7,8 +7,8 @@ things more than the table alone, and all are counted:
 
     waits       it exchanges with both neighbours after every tick: a device begins a tick when they have ended theirs
     splits      a W in another tick than its B makes the gradients between layers once more: one B more
-    transfers   activations and gradients to neighbours, every tick; once a step the FP32 weights of the stages, and
-                their gradients back (`parallel.stage_weights`)
+    transfers   activations and gradients to neighbours, every tick, over the links on which the table ever sends; once
+                a step the FP32 weights of the stages, and their gradients back (`parallel.stage_weights`)
 """
 
 import functools
@@ -24,7 +24,7 @@ from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import AnyMesh, axis_size
 from deepseek_jax.parallel.stages import Stage, program_of, split_layers
 from deepseek_jax.parameters import EXPERTS, PIPE, TOKENS
-from deepseek_jax.pipeline.program import Program
+from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import STAGES, beside_state, largest_batch, shares, state_of, without_pipe
@@ -138,15 +138,19 @@ class Pipeline:
         return forward, add(*backward)
 
     def _once(self) -> Amounts:
-        """Return what a device sends in a step, whatever its stages are."""
+        """Return what a device sends in a step on average, whatever its stages are."""
         config, devices = self.config, self.mesh.shape[PIPE]
         row = config.model.width * jnp.dtype(compute_dtype(config.execution)).itemsize
-        columns = (f"{noun}_from_{side}" for noun in ("activation", "gradient") for side in ("left", "right"))
-        ways = sum(bool((getattr(self.program, column) >= 0).any()) for column in columns)
+        arrivals = (
+            (getattr(self.program, f"{noun}_from_{side}"), step)
+            for noun in ("activation", "gradient")
+            for side, step in (("left", 1), ("right", -1))
+        )
+        sends = sum(len(links(slots, step)) for slots, step in arrivals) / devices  # of a tick, on average
         share = shares(config, self.mesh)
         gathered = (1 - 1 / devices) * sum(share.get(top, 1.0) * size for top, size in self.held.stored.items())
         found = {
-            (PIPE, ACTIVATIONS): ways * self.program.table.num_ticks * self.tokens * row,
+            (PIPE, ACTIVATIONS): sends * self.program.table.num_ticks * self.tokens * row,
             (PIPE, WEIGHTS): gathered,
             (PIPE, GRADIENTS): gathered,
         }

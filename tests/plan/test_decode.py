@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel.mesh import mesh_shape
 from deepseek_jax.plan import decode
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import state_of
@@ -55,3 +56,32 @@ def test_weights_that_do_not_fit_are_refused_with_a_number_that_does():
         plan_of("deepseek_v3", 1, "h100")
     with pytest.raises(ValueError, match=r"config\.mesh\.pipe = 2: decoding has all layers on every device"):
         plan_of("v3_5b", 2, mesh={"pipe": 2, "node": 1, "expert": 1})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"pipe": 3}, r"config\.mesh\.pipe = 3: decoding"),
+        ({"context": 3}, r"config\.mesh\.context = 3: decoding"),
+        ({"expert": 5, "data": 1}, r"config\.model\.num_experts = 64 cannot be split over 5 devices"),
+    ],
+)
+def test_a_mesh_that_decoding_cannot_have_is_not_replaced(sizes, says):
+    """By the one that is taken where the config's is of another number of devices."""
+    with pytest.raises(ValueError, match=says):
+        plan_of("v3_5b", 5 if "expert" in sizes else 8, mesh=sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 16}, {"data": 2, "node": 3}, {"expert": 16}])
+def test_the_flags_of_another_mesh_make_it(sizes):
+    plan = plan_of("v3_5b", 8, mesh=sizes)
+    flags = dict(flag.split("=") for flag in decode.flags_of(plan.config, plan.mesh).split())
+    named = {name.removeprefix("--config.mesh."): int(size) for name, size in flags.items()}
+    assert mesh_shape(plan.config.with_(mesh=named).mesh, 8) == dict(plan.mesh.shape)
+
+
+def test_a_record_says_which_batches_fit():
+    plan = plan_of("deepseek_v3", 8)
+    fits = {batch: step["fits"] for batch, step in decode.record(plan, 131072)["steps"].items()}
+    assert fits == {"1": True, "32": False, "128": False}
+    assert "\n".join(decode.lines(plan, 131072)).count("does not fit") == 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.parallel.collectives import sent_bytes
+from deepseek_jax.parallel.collectives import PERMUTE, sent_bytes
 from deepseek_jax.parallel.stages import program_of
 from deepseek_jax.pipeline.simulation import Durations, run
 from deepseek_jax.plan import search, stages, traffic
@@ -57,24 +57,38 @@ def fit_of(**execution):
 
 @pytest.mark.slow
 def test_what_crosses_pipe_once_a_step_is_in_the_program():
-    """All-to-alls and gathers of FP32 weights, outside of any branch; gains, which are summed whole, are left out."""
+    """All-to-alls and gathers of FP32 weights, outside of any branch; gains, which are summed whole, are left out.
+    Activations go to neighbours in every tick.
+    """
     fit = fit_of(schedule="dualpipev")
-    once = [c for c in traffic.trace(fit.config, fit.mesh) if c.axes == ("pipe",) and not c.loops]
+    crossing = [c for c in traffic.trace(fit.config, fit.mesh) if c.axes == ("pipe",)]
+    once = [c for c in crossing if not c.loops]
     sent = sum(sent_bytes(c, dict(fit.mesh.shape))["pipe"] * c.times for c in once)
     planned = {s.kind: s.bytes for s in stages.sent_of(fit.config, fit.mesh, None, CHIPS["h200"]) if s.axis == "pipe"}
     assert planned["weights"] + planned["gradients"] == pytest.approx(sent, rel=0.02)
+    ticks = [sent_bytes(c, dict(fit.mesh.shape))["pipe"] * c.times for c in crossing if c.kind == PERMUTE]
+    assert planned["activations"] == sum(ticks)
+
+
+def test_the_ends_of_a_chain_send_one_way():
+    """Of two devices in gpipe the first sends activations, the second gradients, each in every tick."""
+    fit = fit_of(schedule="gpipe")
+    sent = stages.sent_of(fit.config, fit.mesh, None, CHIPS["h200"])
+    row = 4 // 2 * 64 * fit.config.model.width * 2  # two sequences of 64 tokens in BF16
+    ticks = program_of("gpipe", 2, 4).table.num_ticks
+    assert [s.bytes for s in sent if (s.axis, s.kind) == ("pipe", "activations")] == [ticks * row]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-def test_the_estimate_of_a_search_is_near_the_traced_program(schedule):
-    """Of V3 on 128 devices, 4 stages, dualpipev: 159.2 beside 159.0 GB (by hand)."""
+@pytest.mark.parametrize(("schedule", "close"), [("1f1b", 0.01), ("dualpipev", 0.06)])
+def test_the_estimate_of_a_search_is_near_the_traced_program(schedule, close):
+    """0.5% too little and 5.1% too much; the second sum of gradients alone is 14 and 17%."""
     fit = fit_of(schedule=schedule, remat="full")
     state = state_of(fit.config)
     memory = search.Memory(state, lambda text: None)
     held = bytes_per_device(fit.config, state, fit.mesh)
     traced = gradient_bytes(fit.config, fit.mesh) + sum(v for k, v in held.items() if k not in IN_GRADIENT)
-    assert memory.of(fit) == pytest.approx(traced, rel=0.25)
+    assert memory.of(fit) == pytest.approx(traced, rel=close)
 
 
 def test_longer_steps_wait_a_smaller_share():

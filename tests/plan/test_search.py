@@ -1,0 +1,54 @@
+"""A search tries the same ways whatever mesh the config has, and hides no error among them."""
+
+import pytest
+
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.plan import search
+from deepseek_jax.plan.chips import CHIPS
+from deepseek_jax.plan.counts import state_of
+from deepseek_jax.plan.meshes import as_fit
+from tests.support import small
+
+
+def config_of(pipe, **changes):
+    tree = small.config_dict()
+    tree.mesh.update({"pipe": pipe, "data": -1, "node": 1, "expert": 1})
+    return from_config_dict(tree).with_(**changes)
+
+
+def test_a_config_with_a_pipeline_is_searched_like_one_without():
+    """No way twice, meshes without a pipeline among them, and the flags of each make it."""
+    ways = {}
+    for pipe in (1, 2):
+        config = config_of(pipe)
+        fits = [*search.candidates(config, 4), *search.pipelines(config, 4, CHIPS["h200"])]
+        ways[pipe] = {fit.config for fit in fits}
+        assert len(ways[pipe]) == len(fits)
+        assert {fit.mesh.shape["pipe"] for fit in fits} == {1, 2, 4}
+        for fit in fits:
+            made = as_fit(config, 4, fit.changes)
+            assert made is not None and (made.config, made.mesh) == (fit.config, fit.mesh)
+    assert ways[1] == ways[2]
+
+
+def test_an_error_of_an_estimate_is_no_refusal(monkeypatch):
+    """A trace of fewer layers is of pipelines alone."""
+
+    def gradient_bytes(config, mesh):
+        if config.model.num_layers < 3:
+            raise ValueError("an error of ours")
+        return 1e6
+
+    monkeypatch.setattr(search, "gradient_bytes", gradient_bytes)
+    config = config_of(1)
+    with pytest.raises(ValueError, match="an error of ours"):
+        search.search(config, 4, CHIPS["h200"], state_of(config), lambda text: None)
+
+
+def test_what_no_pipeline_can_have_is_refused_before_any_table(monkeypatch):
+    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: 1e6)
+    monkeypatch.setattr(search, "pipelines", None)
+    config, said = config_of(1, execution={"gather": "kept"}), []
+    found = search.search(config, 4, CHIPS["h200"], state_of(config), said.append)
+    assert {choice.fit.mesh.shape["pipe"] for choice in found} == {1}
+    assert said[-1].startswith("no pipeline is tried: config.execution.gather = 'kept'")
