@@ -15,6 +15,7 @@ from deepseek_jax.data.pipeline import check_data
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.posttraining.grpo import train_grpo
 from deepseek_jax.posttraining.settings import PosttrainingConfig, read
 from deepseek_jax.posttraining.sft import train_sft
 from deepseek_jax.training.interruption import Abort
@@ -35,7 +36,7 @@ WANDB = flags.DEFINE_string(
 )
 
 BEFORE = "stopped before the training began; nothing is lost, and the same command continues"
-DRIVERS: dict[str, Callable[..., Result]] = {"sft": train_sft}
+DRIVERS: dict[str, Callable[..., Result]] = {"sft": train_sft, "grpo": train_grpo}
 
 
 def main(_) -> None:
@@ -45,7 +46,8 @@ def main(_) -> None:
         raise ValueError("--workdir is missing; name the folder of the run, for example --workdir=runs/tiny_sft")
     workdir = new_folder(WORKDIR.value, "--workdir")
     with journal(workdir), Abort(BEFORE):
-        check_data(config, workdir)
+        if posttraining.stage == "sft":  # other stages read no texts
+            check_data(config, workdir)
         session.start()
         mesh = make_mesh(config.mesh)
         check_fit(config, mesh)  # what does not fit the devices is refused before there is a workdir
@@ -55,7 +57,10 @@ def main(_) -> None:
         again = shlex.join(["python", "-m", "experiments.posttrain", *sys.argv[1:]])
         say(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {again}")
         sys.exit(128 + result.interrupted_by)
-    losses = [row["eval/loss"] for row in read_rows(workdir) if "eval/loss" in row]
+    rows = read_rows(workdir)
+    losses, shares = ([row[key] for row in rows if key in row] for key in ("eval/loss", "eval/accuracy"))
+    if shares:
+        say(f"\n{shares[0]:.1%} of held-out problems right before the first step, {shares[-1]:.1%} after the last")
     if losses:
         say(f"\n{losses[0]:.4f} nats per held-out learned token before the first step, {losses[-1]:.4f} after the last")
     say(f"the run is complete: {workdir}; docs/posttraining.md says how to talk to it and how to export it")

@@ -20,13 +20,15 @@ import jax
 from deepseek_jax.config import Config, convert, from_config_dict
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.posttraining.grpo_settings import Grpo, check_grpo
 from deepseek_jax.training.origin import WHOLE
 from deepseek_jax.training.workdir import is_claimed
 
 SECTION = "posttraining"
 FILE = "posttraining.json"
 MTP_MODES = ("joint", "detached", "off")
-FREE_KEYS = {"sft.epochs"}  # of a run that continues; its length is checked as that of every run
+# Of a run that continues; its length is checked as that of every run.
+FREE_KEYS = {"sft.epochs", "grpo.steps", "grpo.rows", "grpo.reward_workers", "grpo.reward_seconds"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Posttraining:
 
     stage: str
     sft: Sft | None = None
+    grpo: Grpo | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,4 +178,4 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # Each stage has a field of its name in `Posttraining`, and a check of its settings.
-STAGES: dict[str, Callable[[Any, Config], None]] = {"sft": check_sft}
+STAGES: dict[str, Callable[[Any, Config], None]] = {"sft": check_sft, "grpo": check_grpo}

@@ -18,8 +18,6 @@ config.json has that number as `training.num_tokens`.
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +25,12 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.pipeline import make_loader
-from deepseek_jax.data.tokenizer import CONFIG_NAME, TOKENIZER_FILES, Tokenizer
-from deepseek_jax.files import write_atomically
-from deepseek_jax.huggingface.companions import CHAT_TEMPLATE
 from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
+from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
 from deepseek_jax.posttraining.chats import Chats, HeldOutChats, read_chats, rows_per_epoch
-from deepseek_jax.posttraining.conversations import FOLDER, find_template
 from deepseek_jax.posttraining.settings import Posttraining, Sft, check_claimed, claim
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
@@ -44,7 +38,7 @@ from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.objective import Pretraining, pretraining
-from deepseek_jax.training.origin import find_origin, initial_state, initial_tokenizer
+from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.pretrain import Result, begin, open_bar, open_log
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import jit_eval_step, jit_train_step
@@ -58,12 +52,9 @@ from deepseek_jax.training.summary import (
     short,
 )
 from deepseek_jax.training.workdir import (
-    HUGGINGFACE,
     check_workdir,
     claim_workdir,
-    is_claimed,
     occupied,
-    put_tokenizer,
     read_tokenizer,
 )
 
@@ -89,7 +80,7 @@ def train_sft(
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
         check_claimed(workdir, posttraining)
-        tokenizer, template = _tokenizer_and_template(config, sft, workdir)
+        tokenizer, template = tokenizer_and_template(config, sft.template, workdir)
         chats = read_chats(config.data, template, tokenizer)
         config = with_length(config, sft, chats)
         check_workdir(workdir, config)
@@ -108,7 +99,7 @@ def train_sft(
         if progress.data is not None:
             loader.restore(progress.data)  # refuses other conversations, or another template
         log = open_log(config, workdir, progress, resources, wandb)
-        _keep_template(workdir, template)
+        keep_template(workdir, template)
         claim(workdir, posttraining)
         claim_workdir(workdir, config)
         say("\n".join(_lines(config, sft, mesh, state["params"], chats, progress)))
@@ -168,30 +159,6 @@ def _evaluators(config, tokenizer, chats, eval_step, mesh, processes) -> list[Ca
     sizes = config.training.micro_batch_size, config.training.eval_batches
     held_out = HeldOutChats(config.data, tokenizer.pad, chats.heldout, *sizes, *processes)
     return [functools.partial(heldout_row, eval_step, held_out, mesh)]
-
-
-def _tokenizer_and_template(config: Config, sft: Sft, workdir: Path) -> tuple[Tokenizer, ChatTemplate]:
-    """Return those of the run, or of the weights that it begins with; the tokenizer is put into `workdir`."""
-    path, kept = workdir / TOKENIZER_FILES[0], workdir / HUGGINGFACE
-    if is_claimed(workdir) and os.path.lexists(path):  # the origin may be gone
-        template = find_template(sft.template, kept)
-        return Tokenizer.load(path), template
-    origin = find_origin(config)
-    assert origin is not None  # `settings.read` asks for one
-    put_tokenizer(workdir, read_tokenizer(origin.folder) if origin.run else initial_tokenizer(config))
-    folder = origin.folder / HUGGINGFACE if origin.run else origin.folder
-    return Tokenizer.load(path), find_template(sft.template, folder if sft.template == FOLDER else None)
-
-
-def _keep_template(workdir: Path, template: ChatTemplate) -> None:
-    """Leave the template where chats and exports of the run look for it, with the names of its special tokens."""
-    if jax.process_index() == 0:
-        folder = workdir / HUGGINGFACE
-        folder.mkdir(exist_ok=True)
-        names = json.loads((workdir / CONFIG_NAME).read_text("utf-8"))
-        names.pop("chat_template", None)  # the file beside it has priority, and is the one that was trained with
-        write_atomically(folder / CHAT_TEMPLATE, template.source)
-        write_atomically(folder / CONFIG_NAME, json.dumps(names, ensure_ascii=False, indent=2))
 
 
 def _lines(config, sft, mesh, params, chats: Chats, progress: Progress) -> list[str]:

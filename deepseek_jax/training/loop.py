@@ -73,6 +73,11 @@ class Pending(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+def pretraining_row(step: int, metrics: dict[str, Any], rates: Rates) -> Row:
+    """Return the row of a step of pre-training."""
+    return train_row(metrics, rates)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
     """One run in one process, over parts that its caller builds and closes; use it under `jax.set_mesh(mesh)`.
@@ -93,6 +98,7 @@ class Trainer:
         tokenizer_files: name to content, saved with each checkpoint.
         log: the metrics of the workdir, opened to continue after `progress`.
         bar: what a person sees.
+        row: (step, metrics on the host, rates) -> a row of the metrics; by default that of pre-training.
     """
 
     config: Config
@@ -106,6 +112,7 @@ class Trainer:
     tokenizer_files: dict[str, str]
     log: MetricsLog
     bar: ProgressBar
+    row: Callable[[int, dict[str, Any], Rates], Row] = pretraining_row
 
     def __post_init__(self):
         """Move the batches to where the run starts, and start the clock."""
@@ -186,7 +193,7 @@ class Trainer:
         if pending.step % self.config.training.log_every == 0 or self.skipped:
             row = (
                 {"step": pending.step, "tokens_seen": pending.tokens_seen}
-                | train_row(metrics, pending.rates)
+                | self.row(pending.step, metrics, pending.rates)
                 | self.speed.row()
             )
             if self.compile_seconds:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ YARDSTICKS = {
 class MetricsLog:
     """The metrics of one workdir, opened to continue after `step`. Of several processes only the first writes."""
 
-    def __init__(self, workdir: Path, step: int, config: Config, wandb: str = ""):
+    def __init__(self, workdir: Path, step: int, config: Config, wandb: str = "", keys: Mapping[str, str] = KEYS):
         """Drop the lines beyond `step`, and open the file and the trackers for appending.
 
         Args:
@@ -102,11 +102,12 @@ class MetricsLog:
             step: the last step whose lines stay.
             config: the run's configuration, for the trackers.
             wandb: a project of Weights & Biases to write to as well; none if "".
+            keys: that lines may have, with their meaning.
 
         Raises:
             ValueError: a file of the metrics is damaged, or wandb is not installed.
         """
-        self._path = Path(workdir) / FILE_NAME
+        self._path, self._keys = Path(workdir) / FILE_NAME, keys
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -123,7 +124,7 @@ class MetricsLog:
         Raises:
             OSError: the line cannot be written, for example to a full disk; the message says where and what to do.
         """
-        assert row.keys() <= KEYS.keys(), f"undocumented keys {row.keys() - KEYS.keys()}"
+        assert row.keys() <= self._keys.keys(), f"undocumented keys {row.keys() - self._keys.keys()}"
         if not self._writes:
             return
         row = {key: _plain(value) for key, value in row.items()}
@@ -210,6 +211,12 @@ def train_row(metrics: dict[str, np.ndarray], rates: Any) -> dict[str, Any]:
         "train/balance_loss": metrics["balance_loss"],
         "train/z_loss": metrics["z_loss"],
         "train/tokens": metrics["tokens"],
+    } | update_row(metrics, rates)
+
+
+def update_row(metrics: dict[str, np.ndarray], rates: Any) -> dict[str, Any]:
+    """Return the keys of optimizer and routers, which every objective has."""
+    return {
         "optimizer/learning_rate": rates.learning_rate,
         "optimizer/mtp_weight": rates.mtp_weight,
         "optimizer/bias_update_rate": rates.bias_update_rate,

@@ -7,7 +7,7 @@ Another kind of training builds other parts (its own batches and objective) arou
 import contextlib
 import functools
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from deepseek_jax.training.continuation import check_continues, check_length, sa
 from deepseek_jax.training.evaluation import evaluate
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
-from deepseek_jax.training.metrics import MetricsLog, eval_row
+from deepseek_jax.training.metrics import KEYS, MetricsLog, eval_row
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.progress import ProgressBar
@@ -157,10 +157,15 @@ def held_out_row(eval_step: Callable, held_out: HeldOut, mesh: jax.sharding.Mesh
 
 
 def open_log(
-    config: Config, workdir: Path, progress: Progress, resources: contextlib.ExitStack, wandb: str = ""
+    config: Config,
+    workdir: Path,
+    progress: Progress,
+    resources: contextlib.ExitStack,
+    wandb: str = "",
+    keys: Mapping[str, str] = KEYS,
 ) -> MetricsLog:
     """Open the metrics of a workdir to continue after `progress`; `resources` closes them."""
-    log = MetricsLog(workdir, progress.step if progress.step else BEFORE_THE_FIRST, config, wandb)
+    log = MetricsLog(workdir, progress.step if progress.step else BEFORE_THE_FIRST, config, wandb, keys)
     resources.callback(log.close)
     return log
 

@@ -1,0 +1,49 @@
+"""What a stage takes over from the weights that it begins with: their tokenizer, and their chat template."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.tokenizer import CONFIG_NAME, TOKENIZER_FILES, Tokenizer
+from deepseek_jax.files import write_atomically
+from deepseek_jax.huggingface.companions import CHAT_TEMPLATE
+from deepseek_jax.posttraining.conversations import FOLDER, find_template
+from deepseek_jax.training.origin import find_origin, initial_tokenizer
+from deepseek_jax.training.workdir import HUGGINGFACE, is_claimed, put_tokenizer, read_tokenizer
+
+
+def tokenizer_and_template(config: Config, name: str, workdir: Path) -> tuple[Tokenizer, ChatTemplate]:
+    """Return those of the run, or of the weights that it begins with; the tokenizer is put into `workdir`.
+
+    Args:
+        config: of the run, with `training.initial_weights`.
+        name: of the template, as `conversations.find_template` takes it.
+        workdir: of the run.
+
+    Raises:
+        ValueError: the weights are not there, or there is no such template.
+    """
+    path, kept = workdir / TOKENIZER_FILES[0], workdir / HUGGINGFACE
+    if is_claimed(workdir) and os.path.lexists(path):  # the origin may be gone
+        template = find_template(name, kept)
+        return Tokenizer.load(path), template
+    origin = find_origin(config)
+    assert origin is not None  # `settings.read` asks for one
+    put_tokenizer(workdir, read_tokenizer(origin.folder) if origin.run else initial_tokenizer(config))
+    folder = origin.folder / HUGGINGFACE if origin.run else origin.folder
+    return Tokenizer.load(path), find_template(name, folder if name == FOLDER else None)
+
+
+def keep_template(workdir: Path, template: ChatTemplate) -> None:
+    """Leave the template where chats and exports of the run look for it, with the names of its special tokens."""
+    if jax.process_index() == 0:
+        folder = workdir / HUGGINGFACE
+        folder.mkdir(exist_ok=True)
+        names = json.loads((workdir / CONFIG_NAME).read_text("utf-8"))
+        names.pop("chat_template", None)  # the file beside it has priority, and is the one that was trained with
+        write_atomically(folder / CHAT_TEMPLATE, template.source)
+        write_atomically(folder / CONFIG_NAME, json.dumps(names, ensure_ascii=False, indent=2))

@@ -1,0 +1,158 @@
+"""The settings of GRPO, and what is refused before anything is written."""
+
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+from deepseek_jax.config import Config, convert
+from deepseek_jax.inputs import shown
+from deepseek_jax.posttraining.advantages import punishment
+from deepseek_jax.posttraining.choices import VARIANTS, Choices, check
+from deepseek_jax.posttraining.rewards import NAMES
+from deepseek_jax.posttraining.rewards.pool import POLICIES
+from deepseek_jax.posttraining.tasks import TASKS, make_task
+
+PATH = "config.posttraining.grpo"
+TASK = re.compile(r"(?P<name>\w+):(?P<shortest>\d{1,3})-(?P<longest>\d{1,3})")
+FILE = ".jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """Reinforcement learning in groups, with rewards by rules.
+
+    Attributes:
+        variant: a row of `choices.VARIANTS`.
+        overrides: fields of `choices.Choices` with other values than the variant's.
+        template: as that of SFT; it writes the prompts.
+        problems: a task made by code with the fewest and most digits, "sort_digits:4-6", or a .jsonl file
+            (`problems.read_problems`).
+        num_problems: different problems to train on; 0 for a file, of which all are.
+        heldout: problems on which accuracy is measured, greedily; never trained on.
+        rewards: name to weight, of `rewards.NAMES`.
+        accuracy: the reward that is 1 for a right answer.
+        on_failure: what a reward that fails does: "stop" the run, or count as "zero".
+        reward_seconds: limit of one reward of one text.
+        reward_workers: processes that reward.
+        group_size: samples of a prompt, at least 2.
+        updates: optimizer steps, each of training.batch_size samples, that share one rollout.
+        steps: optimizer steps of the run; training.num_tokens may end it before.
+        max_new_tokens: of a sample, EOS included.
+        rows: samples that are drawn at once.
+    """
+
+    variant: str
+    overrides: dict
+    template: str
+    problems: str
+    num_problems: int
+    heldout: int
+    rewards: dict
+    accuracy: str
+    on_failure: str
+    reward_seconds: float
+    reward_workers: int
+    group_size: int
+    updates: int
+    steps: int
+    max_new_tokens: int
+    rows: int
+
+    @property
+    def choices(self) -> Choices:
+        """The variant with its overrides; a ValueError names what is unknown."""
+        if self.variant not in VARIANTS:
+            raise ValueError(f"{PATH}.variant = {shown(repr(self.variant))} is unknown; choose one of {list(VARIANTS)}")
+        fields = dataclasses.asdict(VARIANTS[self.variant]) | self.overrides
+        choices = convert(Choices, fields, f"{PATH}.overrides")
+        check(choices, f"{PATH}.overrides")
+        return choices
+
+
+class TaskName(NamedTuple):
+    """A task as `Grpo.problems` names it."""
+
+    name: str
+    shortest: int
+    longest: int
+
+
+def task_of(problems: str) -> TaskName | None:
+    """Return the task that `Grpo.problems` names; None for a file.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if problems.endswith(FILE):
+        return None
+    found = TASK.fullmatch(problems)
+    if not found or found["name"] not in TASKS:
+        raise ValueError(
+            f"{PATH}.problems = {shown(repr(problems))} is no task; write one of {sorted(TASKS)} with the fewest and"
+            f" most digits, for example 'sort_digits:4-6', or name a {FILE} file"
+        )
+    return TaskName(found["name"], int(found["shortest"]), int(found["longest"]))
+
+
+def check_grpo(grpo: Grpo, config: Config) -> None:
+    """Refuse settings that do not go together or would not do what they say.
+
+    Raises:
+        ValueError: for the first fault that is found, with the remedy.
+    """
+    choices = grpo.choices
+
+    def refuse(key: str, remedy: str):
+        raise ValueError(f"{PATH}.{key} = {shown(repr(getattr(grpo, key)))} {remedy}")
+
+    if grpo.group_size < 2:
+        refuse("group_size", "must be at least 2: an output is compared with others of its prompt")
+    for key in ("heldout", "updates", "steps", "max_new_tokens", "rows", "reward_workers"):
+        if getattr(grpo, key) < 1:
+            refuse(key, "must be at least 1")
+    if not 0.0 < grpo.reward_seconds < math.inf:
+        refuse("reward_seconds", "must be positive and finite")
+    if grpo.on_failure not in POLICIES:
+        refuse("on_failure", f"is unknown; choose one of {POLICIES}")
+    if not grpo.template:
+        refuse("template", "is empty; name a template, 'folder' or 'plain' for example")
+    check_rewards(grpo)
+    if task := task_of(grpo.problems):
+        make_task(task.name, config.seed, task.shortest, task.longest)
+        if grpo.num_problems < 1:
+            refuse("num_problems", "must be at least 1 for a task")
+    elif grpo.num_problems:
+        refuse("num_problems", f"is for tasks, and {grpo.problems!r} is a file, of which all are taken; set it to 0")
+    if grpo.max_new_tokens >= config.data.sequence_length:
+        refuse("max_new_tokens", f"leaves no room for a prompt in data.sequence_length = {config.data.sequence_length}")
+    punishment(choices, [0], grpo.max_new_tokens)  # refuses a buffer that is too long
+    schedule: Any = config.training.batch_size
+    if len(schedule) != 1 or schedule[0][0] != "constant":
+        raise ValueError(f"config.training.batch_size = {schedule} must be one number: samples of an update")
+    samples = int(schedule[0][2]) * grpo.updates
+    if samples % grpo.group_size:
+        refuse(
+            "group_size",
+            f"does not divide the {samples} samples of a rollout (training.batch_size x {PATH}.updates); change one",
+        )
+    if config.model.num_mtp_layers and config.optimizer.weight_decay:
+        raise ValueError(
+            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn in"
+            " GRPO; set it to 0"
+        )
+
+
+def check_rewards(grpo: Grpo) -> None:
+    """Refuse unknown rewards, and weights that are no finite numbers."""
+    if not grpo.rewards or not grpo.rewards.keys() <= set(NAMES):
+        raise ValueError(f"{PATH}.rewards = {shown(repr(grpo.rewards))}: name each with its weight, of {NAMES}")
+    for name, weight in grpo.rewards.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"{PATH}.rewards.{name} = {shown(repr(weight))} must be a finite number, its weight")
+    if not any(grpo.rewards.values()):
+        raise ValueError(f"{PATH}.rewards = {grpo.rewards}: all weights are 0, so there is nothing to learn; raise one")
+    if grpo.accuracy not in grpo.rewards:
+        raise ValueError(
+            f"{PATH}.accuracy = {shown(repr(grpo.accuracy))} must be one of the rewards, {sorted(grpo.rewards)}"
+        )

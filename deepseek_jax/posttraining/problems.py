@@ -1,0 +1,110 @@
+"""The problems of a run, to train on and held out, with their prompts as ids."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.inputs import local_path, read_text, shown
+from deepseek_jax.posttraining.grpo_settings import PATH, Grpo, task_of
+from deepseek_jax.posttraining.rewards.problem import Problem
+from deepseek_jax.posttraining.tasks import make_task
+
+KEYS = {"question", "messages", "answer", "language"}
+
+
+class Prompt(NamedTuple):
+    """A problem, and the ids that ask for it."""
+
+    problem: Problem
+    ids: list[int]
+
+
+class Problems(NamedTuple):
+    """Two disjoint parts."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what is trained on."""
+        text = json.dumps([(prompt.problem.name, prompt.problem.answer, prompt.ids) for prompt in self.train])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def open_problems(config: Config, grpo: Grpo, template: ChatTemplate, tokenizer: Tokenizer) -> Problems:
+    """Return the problems of a run.
+
+    Raises:
+        ValueError: a bad file, fewer problems than are asked for, or a prompt that leaves no room for an output.
+    """
+    if task := task_of(grpo.problems):
+        made = make_task(task.name, config.seed, task.shortest, task.longest)
+        parts = made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
+    else:
+        parts = split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
+    prompts = Problems(*([Prompt(p, template.encode(tokenizer, p.messages)) for p in part] for part in parts))
+    longest = max(prompts.train + prompts.heldout, key=lambda prompt: len(prompt.ids))
+    if len(longest.ids) + grpo.max_new_tokens > config.data.sequence_length:
+        raise ValueError(
+            f"problem {shown(repr(longest.problem.name))} has {len(longest.ids)} tokens, and with {PATH}.max_new_tokens"
+            f" = {grpo.max_new_tokens} does not fit data.sequence_length = {config.data.sequence_length}; change one"
+        )
+    return prompts
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Return the problems of a file, one JSON object a line: a text "question" or "messages", and a text "answer".
+
+    A "language" may stand beside them. The name of a problem is its question, or its line.
+
+    Raises:
+        ValueError: what is wrong, with file and line.
+    """
+    problems: dict[str, Problem] = {}
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        where = f"{shown(str(path))}, line {number}"
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({shown(str(error))}); write one object a line") from error
+        problem = _problem(found, where)
+        key = json.dumps(problem.messages)
+        if key in problems:
+            raise ValueError(f"{where} asks what an earlier line asks; remove one, or it might be on both sides")
+        problems[key] = problem
+    return list(problems.values())
+
+
+def split(problems: list[Problem], heldout: int) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to train on, and `heldout` others: those whose messages have the smallest hashes."""
+    if not 0 < heldout < len(problems):
+        raise ValueError(f"{PATH}.heldout = {heldout} of {len(problems)} problems leaves none on one side; change it")
+    order = sorted(problems, key=lambda p: hashlib.blake2b(json.dumps(p.messages).encode()).digest())
+    aside = {id(problem) for problem in order[:heldout]}
+    return [p for p in problems if id(p) not in aside], order[:heldout]
+
+
+def _problem(found: Any, where: str) -> Problem:
+    if not isinstance(found, dict) or not found.keys() <= KEYS or ("question" in found) == ("messages" in found):
+        raise ValueError(
+            f'{where} must be an object with "question" or "messages", and "answer"; "language" may follow'
+        )
+    messages = found.get("messages", [{"role": "user", "content": found.get("question")}])
+    texts = isinstance(messages, list) and all(
+        isinstance(m, dict) and m.keys() == {"role", "content"} and all(isinstance(v, str) and v for v in m.values())
+        for m in messages
+    )
+    if not texts or not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"{where}: messages are objects with the texts role and content, and the last is the user's")
+    if not isinstance(found.get("answer"), str):
+        raise ValueError(f'{where} has no text "answer", which the rewards compare with; write it as a text')
+    if not isinstance(found.get("language", ""), str):
+        raise ValueError(f'{where}: "language" must be a text, "en" for example')
+    return Problem(messages[-1]["content"], tuple(messages), found["answer"], language=found.get("language"))
