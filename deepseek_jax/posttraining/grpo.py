@@ -77,40 +77,22 @@ def train_grpo(
     assert grpo is not None
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
-        check_claimed(workdir, posttraining)
-        config = with_steps(config, grpo)
-        check_workdir(workdir, config)
-        check_one_step(config)
+        config = _checked(with_steps(config, grpo), posttraining, workdir)
         mesh = mesh or make_mesh(config.mesh)
         refuse_mesh(mesh)
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
         problems = open_problems(config, grpo, template, tokenizer)
-        limits = {"num_workers": grpo.reward_workers, "seconds": grpo.reward_seconds, "on_failure": grpo.on_failure}
-        pool = resources.enter_context(RewardPool(rewards_by_name([*grpo.rewards]), grpo.rewards, **limits))
+        pool = resources.enter_context(open_pool(grpo))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk)
-        train_step = jit_train_step(config, objective, mesh)
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
         create = functools.partial(initial_state, config, workdir, mesh)
         state, progress = begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
         reference = reference_weights(config, grpo, mesh, weights_of(state), progress)
         engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
-        batches = PolicyBatches(
-            grpo=grpo,
-            choices=grpo.choices,
-            problems=problems,
-            engine=engine,
-            pool=pool,
-            score=scorer(config, objective, mesh, reference),
-            length=config.data.sequence_length,
-            pad=tokenizer.pad,
-            seed=config.seed,
-            step=progress.step,
-            reference=_name(reference) if reference else "",
-        )
-        if progress.data is not None:
-            batches.restore(progress.data)  # refuses other problems, or another reference
+        score = scorer(config, objective, mesh, reference)
+        batches = make_batches(config, grpo, problems, engine, pool, score, reference, progress)
         log = open_log(config, workdir, progress, resources, wandb, POLICY_KEYS)
         keep_template(workdir, template)
         claim(workdir, posttraining)
@@ -120,26 +102,78 @@ def train_grpo(
         trainer = Trainer(
             config=config,
             mesh=mesh,
-            train_step=train_step,
+            train_step=jit_train_step(config, objective, mesh),
             state=state,
             progress=progress,
             batches=batches,
-            evaluators=[functools.partial(_evaluate, engine, pool, problems, grpo, bar)],
+            evaluators=[functools.partial(_evaluate, batches, bar)],
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
             log=log,
             bar=bar,
             row=lambda step, metrics, rates: policy_row(grpo.choices, metrics, rates) | batches.row_of(step),
         )
-        batches.weights = lambda: weights_of(trainer.state)
+        batches.follow(lambda: weights_of(trainer.state))
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
+
+
+def _checked(config: Config, posttraining: Posttraining, workdir: Path) -> Config:
+    """Return the configuration, which `workdir` may go on with."""
+    check_claimed(workdir, posttraining)
+    check_workdir(workdir, config)
+    check_one_step(config)
+    return config
 
 
 def with_steps(config: Config, grpo: Grpo) -> Config:
     """Return the configuration with the tokens of `steps` updates, padding included, if that is fewer."""
     num_tokens = grpo.steps * batch_size(config, 0) * config.data.sequence_length
     return config.with_(training={"num_tokens": float(min(num_tokens, config.training.num_tokens))})
+
+
+def open_pool(grpo: Grpo) -> RewardPool:
+    """Start the processes of the rewards."""
+    return RewardPool(
+        rewards_by_name([*grpo.rewards]),
+        {name: float(weight) for name, weight in grpo.rewards.items()},
+        num_workers=grpo.reward_workers,
+        seconds=grpo.reward_seconds,
+        on_failure=grpo.on_failure,
+    )
+
+
+def make_batches(
+    config: Config,
+    grpo: Grpo,
+    problems: Problems,
+    engine: Engine,
+    pool: RewardPool,
+    score: Callable,
+    reference: Weights | None,
+    progress: Progress,
+) -> PolicyBatches:
+    """Return the batches, at the run's position.
+
+    Raises:
+        ValueError: the run's checkpoint is of other problems, or of another reference.
+    """
+    batches = PolicyBatches(
+        grpo=grpo,
+        choices=grpo.choices,
+        problems=problems,
+        engine=engine,
+        pool=pool,
+        score=score,
+        length=config.data.sequence_length,
+        pad=engine.tokenizer.pad,
+        seed=config.seed,
+        step=progress.step,
+        reference=_name(reference) if reference else "",
+    )
+    if progress.data is not None:
+        batches.restore(progress.data)
+    return batches
 
 
 def reference_weights(
@@ -164,8 +198,8 @@ def open_engine(
     longest = max(len(prompt.ids) for prompt in problems.train + problems.heldout)
     experts = axis_size(mesh, EXPERTS)
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)
-    sizes = {"num_rows": grpo.rows, "num_positions": longest + grpo.max_new_tokens}
-    return Engine.open(config, weights, tokenizer, decoding, **sizes, seed=config.seed)
+    most = longest + grpo.max_new_tokens
+    return Engine.open(config, weights, tokenizer, decoding, num_rows=grpo.rows, num_positions=most)
 
 
 def scorer(
@@ -175,17 +209,17 @@ def scorer(
     program = jit_score(config, objective, mesh)
 
     def score(weights: Weights | None, batch: dict[str, Any]) -> Any:
-        chosen = reference if weights is None else weights
-        assert chosen is not None
+        chosen: Any = reference if weights is None else weights
         return score_rows(program, chosen, batch, config.training.micro_batch_size, mesh)
 
     return score
 
 
-def _evaluate(
-    engine: Engine, pool: RewardPool, problems: Problems, grpo: Grpo, bar: ProgressBar, weights: Weights
-) -> Row:
-    row = accuracy_row(engine, pool, problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights)
+def _evaluate(batches: PolicyBatches, bar: ProgressBar, weights: Weights) -> Row:
+    grpo = batches.grpo
+    row = accuracy_row(
+        batches.engine, batches.pool, batches.problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights
+    )
     bar.note(
         f"{row['eval/accuracy']:.1%} of {row['eval/problems']} held-out problems right"
         f" (95%: {row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
@@ -199,7 +233,6 @@ def _name(weights: Weights) -> str:
 
 
 def _lines(config, grpo: Grpo, mesh, params, problems: Problems, progress: Progress) -> list[str]:
-    """Return what the run is, for a person."""
     size = batch_size(config, 0)
     rows = [
         ("model", model_line(config, params)),

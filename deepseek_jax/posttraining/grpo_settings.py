@@ -5,6 +5,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from deepseek_jax.config import Config, convert
 from deepseek_jax.inputs import shown
 from deepseek_jax.posttraining.advantages import punishment
@@ -126,7 +128,7 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
         refuse("num_problems", f"is for tasks, and {grpo.problems!r} is a file, of which all are taken; set it to 0")
     if grpo.max_new_tokens >= config.data.sequence_length:
         refuse("max_new_tokens", f"leaves no room for a prompt in data.sequence_length = {config.data.sequence_length}")
-    punishment(choices, [0], grpo.max_new_tokens)  # refuses a buffer that is too long
+    punishment(choices, np.zeros(1), grpo.max_new_tokens)  # refuses a buffer that is too long
     schedule: Any = config.training.batch_size
     if len(schedule) != 1 or schedule[0][0] != "constant":
         raise ValueError(f"config.training.batch_size = {schedule} must be one number: samples of an update")

@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class PolicyBatches:
-    """A `training.loop.Batches`; the trainer's weights come in by `weights`, which is set before the first batch.
+    """A `training.loop.Batches`; `follow` the trainer's weights before the first batch.
 
     Attributes:
         grpo: settings.
@@ -52,7 +52,6 @@ class PolicyBatches:
         seed: of the run.
         step: updates taken.
         reference: names the weights of the reference; "" without one.
-        weights: returns the trainer's.
     """
 
     grpo: Grpo
@@ -66,13 +65,17 @@ class PolicyBatches:
     seed: int
     step: int = 0
     reference: str = ""
-    weights: Callable[[], Weights] | None = None
 
     def __post_init__(self):
         """Begin at the first prompt."""
+        self.weights: Callable[[], Weights] | None = None
         self.number = 0
         self.pending: list[Part] = []
         self.rows: dict[int, Row] = {}  # by step, of steps whose metrics are not yet read
+
+    def follow(self, weights: Callable[[], Weights]) -> None:
+        """Sample with the weights that this returns at each rollout."""
+        self.weights = weights
 
     def next_batch(self, batch_size: int) -> Arrays:
         """Return the next part of the present rollout, or the first of a new one.

@@ -1,0 +1,184 @@
+"""GRPO's settings and problems, what is refused before anything is written, and a whole run that is killed."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny_grpo
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.posttraining import grpo
+from deepseek_jax.posttraining.conversations import PLAIN
+from deepseek_jax.posttraining.grpo import train_grpo, with_steps
+from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
+from deepseek_jax.posttraining.problems import open_problems, read_problems, split
+from deepseek_jax.posttraining.settings import read
+from deepseek_jax.training.metrics import read_rows
+from deepseek_jax.training.weights import restore_weights
+from tests.posttraining import test_sft
+from tests.posttraining.test_sft import one_device, save_run
+from tests.support.failing_rewards import varied
+
+TOKENIZER = byte_tokenizer()
+GRPO = {
+    "variant": "grpo",
+    "overrides": {},
+    "template": "plain",
+    "problems": "sort_digits:2-3",
+    "num_problems": 20,
+    "heldout": 4,
+    "rewards": {"text": 1.0},
+    "accuracy": "text",
+    "on_failure": "stop",
+    "reward_seconds": 30.0,
+    "reward_workers": 1,
+    "group_size": 4,
+    "updates": 2,
+    "steps": 4,
+    "max_new_tokens": 8,
+    "rows": 8,
+}
+
+
+def settings(initial="W", **changes):
+    """The nano model's reinforcement learning; a key is one of the section, or another's with two underlines."""
+    tree = test_sft.settings(initial=initial)
+    tree.data.sequence_length = 48
+    tree.optimizer.learning_rate = (("constant", 1.0, 1e-3),)
+    tree.training.update({"checkpoint_every": 1, "log_every": 1})
+    own = {key: value for key, value in changes.items() if "__" not in key}
+    tree.posttraining = {"stage": "grpo", "grpo": GRPO | own}
+    for path, value in changes.items():
+        if "__" in path:
+            section, key = path.split("__")
+            tree[section][key] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 1}, "group_size = 1 must be at least 2: an output is compared"),
+        ({"group_size": 3}, "group_size = 3 does not divide the 16 samples of a rollout"),
+        ({"variant": "ppo"}, "variant = 'ppo' is unknown; choose one of"),
+        ({"overrides": {"clip": 0.2}}, "overrides.clip = 0.2 is a float; it must be a str"),
+        ({"overrides": {"clip_hi": 0.2}}, "clip_hi"),
+        ({"overrides": {"clip_low": 0.0}}, "overrides.clip_low = 0.0 must be above 0"),
+        ({"problems": "sorting:2-3"}, "problems = 'sorting:2-3' is no task; write one of"),
+        ({"problems": "sort_digits"}, "is no task; .*for example 'sort_digits:4-6'"),
+        ({"problems": "sort_digits:3-2"}, "3 to 2 digits"),
+        ({"problems": "a.jsonl"}, "num_problems = 20 is for tasks"),
+        ({"rewards": {"nice": 1.0}}, "rewards = {'nice': 1.0}: name each with its weight, of"),
+        ({"rewards": {}}, "rewards = {}: name each"),
+        ({"rewards": {"text": float("nan")}}, "rewards.text = nan must be a finite number"),
+        ({"rewards": {"text": 0.0}}, "all weights are 0"),
+        ({"accuracy": "format"}, "accuracy = 'format' must be one of the rewards"),
+        ({"on_failure": "retry"}, "on_failure = 'retry' is unknown"),
+        ({"max_new_tokens": 48}, "max_new_tokens = 48 leaves no room for a prompt"),
+        ({"variant": "dapo"}, "overlong_buffer = 4096 is more than the 8 tokens"),
+        ({"steps": 0}, "steps = 0 must be at least 1"),
+        ({"reward_seconds": 0.0}, "reward_seconds = 0.0 must be positive"),
+        ({"initial": ""}, "post-training begins with weights: give --initial"),
+        ({"optimizer__weight_decay": 0.1}, "weight_decay = 0.1 would shrink MTP layers"),
+        ({"training__batch_size": (("constant", 0.5, 8), ("constant", 1.0, 16))}, "must be one number"),
+        ({"group_sizes": 2}, "group_sizes"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(settings(**changes))
+
+
+def test_the_config_file_is_valid_and_overrides_are_those_of_the_variant():
+    config, posttraining = read(tiny_grpo.get_config(), "W")
+    assert posttraining.grpo.choices.kl_weight == 0.0 and posttraining.grpo.choices.clip_high == 0.2
+    assert {end for _, _, end in config.optimizer.bias_update_rate} == {0.0}  # frozen
+    assert with_steps(config, posttraining.grpo).training.num_tokens == posttraining.grpo.steps * 64 * 128
+
+
+def test_training_and_heldout_problems_are_disjoint_and_fit():
+    config, posttraining = read(settings())
+    problems = open_problems(config, posttraining.grpo, PLAIN, TOKENIZER)
+    asked = [{tuple(p.ids) for p in part} for part in problems]
+    assert not asked[0] & asked[1] and [len(part) for part in problems] == [20, 4]
+    assert TOKENIZER.decode(problems.train[0].ids).endswith("Assistant:\n")
+    config, posttraining = read(settings(max_new_tokens=30))
+    with pytest.raises(ValueError, match="max_new_tokens = 30 does not fit data.sequence_length = 48"):
+        open_problems(config, posttraining.grpo, PLAIN, TOKENIZER)
+
+
+def test_problems_of_a_file_are_split_by_their_text(tmp_path):
+    path = tmp_path / "p.jsonl"
+    lines = [{"question": f"q{i}", "answer": str(i)} for i in range(9)]
+    lines.append({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "answer": "9"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    problems = read_problems(path)
+    train, heldout = split(problems, 3)
+    assert len(train) == 7 and {p.answer for p in train} | {p.answer for p in heldout} == set("0123456789")
+    assert {p.answer for p in split(problems[::-1], 3)[1]} == {p.answer for p in heldout}  # whatever the order
+    with pytest.raises(ValueError, match="heldout = 10 of 10 problems leaves none"):
+        split(problems, 10)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"question": "b"}', 'line 2 has no text "answer"'),
+        ('{"question": "b", "answer": 3}', 'line 2 has no text "answer"'),
+        ('{"question": "b", "messages": [], "answer": "3"}', "line 2 must be an object with"),
+        ('{"question": "b", "anwser": "3"}', "line 2 must be an object with"),
+        ('{"messages": [{"role": "assistant", "content": "b"}], "answer": "3"}', "the last is the user's"),
+        ('{"question": "", "answer": "3"}', "line 2: messages are objects"),
+        ('{"question": "a", "answer": "3"}', "line 2 asks what an earlier line asks"),
+        ('{"question": "b", "answer": "3", "language": 1}', '"language" must be a text'),
+    ],
+)
+def test_a_bad_line_of_problems_is_named(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "a", "answer": "1"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_problems(path)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(tmp_path, monkeypatch):
+    """The whole loop: a model, the engine, rewards of processes, two updates of each of two rollouts."""
+    monkeypatch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
+    tree = test_sft.settings()
+    tree.data.sequence_length = 48
+    tree.training.initial_weights = ""
+    del tree["posttraining"]
+    save_run(from_config_dict(tree), tmp_path / "base")
+    config, posttraining = read(settings(tmp_path / "base"))
+    mesh = one_device(config)
+    result = train_grpo(config, posttraining, tmp_path / "run", mesh)
+    assert result.step == 4
+    rows = [row for row in read_rows(tmp_path / "run") if "policy/loss" in row]
+    assert [row["rollout/first_prompt"] for row in rows] == [0, 0, 4, 4]
+    assert rows[0].keys() <= POLICY_KEYS.keys() and rows[0]["rollout/reward_std"] > 0
+    assert max(row["rollout/sampler_difference_max"] for row in rows) < 1e-5
+    for row in rows[::2]:  # the policy is the one that sampled, and in the first update the reference, too
+        assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6) and abs(row["policy/old_kl"]) < 1e-6
+    assert abs(rows[1]["policy/old_kl"]) > 1e-6 and rows[0]["policy/kl"] < 1e-9 < rows[3]["policy/kl"]
+    with jax.set_mesh(mesh):
+        before = restore_weights(from_config_dict(tree), tmp_path / "base", mesh)[0]
+    biases = [jax.tree.leaves(jax.device_get(x)) for x in (before.router_bias, result.state["router_bias"])]
+    assert [leaf.tobytes() for leaf in biases[0]] == [leaf.tobytes() for leaf in biases[1]] and np.any(biases[0][0])
+    assert not np.array_equal(before.params["head_DV"], result.state["params"]["head_DV"])
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    for step in (2, 3, 4):  # the first is in the middle of a rollout
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    again = train_grpo(config, posttraining, tmp_path / "run", mesh)
+    for a, b in zip(*(jax.tree.leaves(r.state["params"]) for r in (result, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="posttraining.grpo.group_size: 4 in the workdir, 8 given"):
+        train_grpo(*read(settings(tmp_path / "base", group_size=8)), tmp_path / "run", mesh)
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        other = settings(tmp_path / "base", problems=str(tmp_path / "bad.jsonl"), num_problems=0)
+        train_grpo(*read(other), tmp_path / "never", mesh)
+    assert not (tmp_path / "never").exists()
