@@ -153,7 +153,7 @@ class PolicyBatches:
         if choices.kl_weight:
             batch["reference_logprobs_BS"] = self.score(None, batch)
         seconds = {"sampling": sampled - start, "rollout": time.perf_counter() - start}
-        row = rollout_row(samples, scores, rewards_PG, batch, seconds, grpo.accuracy, self.step)
+        row = rollout_row(samples, scores, rewards_PG, batch, seconds, grpo.accuracy)
         self.number += size
         cut = [{name: x[i : i + batch_size] for name, x in batch.items()} for i in range(0, len(samples), batch_size)]
         return [Part(part, row) for part in cut]

@@ -60,7 +60,6 @@ def rollout_row(
     batch: dict[str, np.ndarray],
     seconds: dict[str, float],
     accuracy: str,
-    version: int,
 ) -> dict[str, Any]:
     """Return the keys `rollout/...` of one rollout, plain numbers.
 
@@ -71,7 +70,6 @@ def rollout_row(
         batch: with `sampler_logprobs_BS` and `old_logprobs_BS`.
         seconds: of "sampling", and of the whole "rollout".
         accuracy: the reward that is 1 for a right answer.
-        version: of the weights.
     """
     lengths = np.array([len(sample.ids) for sample in samples])
     carries = batch["loss_weights_BS"] > 0
@@ -87,7 +85,7 @@ def rollout_row(
         "rollout/cut_off": np.mean([sample.finish_reason == LENGTH for sample in samples]),
         "rollout/sampler_difference": apart.mean() if apart.size else 0.0,
         "rollout/sampler_difference_max": apart.max() if apart.size else 0.0,
-        "rollout/version": version,
+        "rollout/version": min(sample.version for sample in samples),
         "rollout/first_prompt": samples[0].number,
         "rollout/seconds": seconds["rollout"],
         "rollout/tokens_per_second": lengths.sum() / seconds["sampling"],
