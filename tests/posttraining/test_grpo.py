@@ -1,5 +1,6 @@
 """GRPO's settings and problems, what is refused before anything is written, and a whole run that is killed."""
 
+import contextlib
 import json
 import shutil
 
@@ -146,8 +147,16 @@ def test_a_bad_line_of_problems_is_named(tmp_path, line, message):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(tmp_path, monkeypatch):
-    """The whole loop: a model, the engine, rewards of processes, two updates of each of two rollouts."""
+    """The whole loop: a model, an engine, rewards in a process, two updates of each of two rollouts."""
     monkeypatch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
+    engines = []
+
+    def open_once(*arguments):  # both runs give it their weights at each rollout
+        engines.append(engines[0] if engines else open_engine(*arguments))
+        return contextlib.nullcontext(engines[0])
+
+    open_engine = grpo.open_engine
+    monkeypatch.setattr(grpo, "open_engine", open_once)
     tree = test_sft.settings()
     tree.data.sequence_length = 48
     tree.training.initial_weights = ""
@@ -173,6 +182,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(t
     for step in (2, 3, 4):  # the first is in the middle of a rollout
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     again = train_grpo(config, posttraining, tmp_path / "run", mesh)
+    engines[0].close()
     for a, b in zip(*(jax.tree.leaves(r.state["params"]) for r in (result, again)), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="posttraining.grpo.group_size: 4 in the workdir, 8 given"):
