@@ -26,9 +26,11 @@ EQUAL = r"""
 1.2e3 | 1200 ;; 1.2\times 10^{3} | 1200 ;; x=5 | 5 ;; (-\infty, 3] | (-\infty,3] ;; east | \text{East}
 72 clips | 72 ;; -\frac{1}{2} | \frac{-1}{2} ;; 5\text{ cm}^2 | 5 ;; 4^{1/2} | 2 ;; -2^2 | -4 ;; 2^-1 | 1/2
 5 million | 5000000 ;; 3 hundred | 300 ;; 2 dozen eggs | 24 eggs ;; \$5\text{ million} | 5{,}000{,}000
-1.5 thousand | 1500 ;; 5 million dollars | \$5,000,000 ;; \text{5} | 5 ;; \mathbf{5} | 5 ;; \textbf{5} | 5 ;; 12 percent | 12\% ;; (C) | C
+1.5 thousand | 1500 ;; 5 million dollars | \$5,000,000 ;; \text{5} | 5
+\mathbf{5} | 5 ;; \textbf{5} | 5 ;; 12 percent | 12\% ;; (C) | C
 \text{(C)} | C ;; 12 inches | 12 inch ;; 12 boxes | 12 box ;; 12 miles | 12 mile ;; 12 houses | 12 house
-6 feet | 6 foot ;; €5 | 5 ;; 5 € | 5 euros ;; £5 | 5.00 ;; ¥500 | 500 yen ;; 12\text{ percent} | 0.12 ;; x=5 | X = 5 ;; 3 quarters | 3
+6 feet | 6 foot ;; €5 | 5 ;; 5 € | 5 euros ;; £5 | 5.00
+¥500 | 500 yen ;; 12\text{ percent} | 0.12 ;; x=5 | X = 5 ;; 3 quarters | 3
 2 miles per hour | 2 mile per hour ;; 50\%, 50 | 50, 0.5 ;; 50, 50\% | 50, 0.5 ;; 5 square feet | 5 ;; 4 s | 4
 5 times | 5
 """
@@ -39,8 +41,10 @@ DIFFERENT = r"""
 12 | 1 2 ;; 5 | 5^ ;; 5 | {5 ;; 2 | 1+ ;; 10^{201} | 10^{202} ;; 0.5 | 50 ;; 1/2 | 12 ;; 0 | 0^{-1} ;; 1 | 1e400
 5 | 5 million ;; 5 | 5\text{ million} ;; 5 | 5 thousand dollars ;; 5 | 5 hundred ;; 5 | 5 dozen ;; 5 | 5 factorial
 5 | 5 infinity ;; 5 | 5 sin ;; 5 | 5 log ;; 5 | 5 negative ;; 3 | 3 hundred ;; 3 | 3 halves ;; 3 | 3 times ten
-2 | 2 false ;; 3 | 3 minus pie ;; 3 | 3 wrong ;; 7 | 7 hundredths ;; 1/3 | \frac13 cubed ;; 4 | 4 squared ;; 5 | 5 dollars million
-5 | £6 ;; x=5 | y=5 ;; 4 s | 4 m ;; €5 | £5 ;; (C) | (D) ;; 5 | \text{5 or 6} ;; 50\%, 50 | 50, 5 ;; (x=1, y=2) | (y=1, x=2)
+2 | 2 false ;; 3 | 3 minus pie ;; 3 | 3 wrong
+7 | 7 hundredths ;; 1/3 | \frac13 cubed ;; 4 | 4 squared ;; 5 | 5 dollars million
+5 | £6 ;; x=5 | y=5 ;; 4 s | 4 m ;; €5 | £5
+(C) | (D) ;; 5 | \text{5 or 6} ;; 50\%, 50 | 50, 5 ;; (x=1, y=2) | (y=1, x=2)
 5 | 5 thousandths ;; 12 percent | 13
 """
 

@@ -10,7 +10,7 @@ The answer is the last \\boxed{...} behind the reasoning (`mathematics_reward`),
     text                  east, \\text{east}: letter for letter, apart from case and spaces
 
 A unit, a currency or "x =" may stand on one side only; two different units or variables are two answers. Any words are
-a unit but those that deny or change the number (`NO_UNITS`); "thousand" and its like (`MULTIPLES`) multiply it. A
+a unit but those that deny or change the number (`units.NO_UNITS`); "thousand" and its like (`units.MULTIPLES`) multiply it. A
 percent sign may stand on one side only, and the number may be meant with or without it: 50% equals 0.5, and 50 (what
 percent?). So equality is reflexive and symmetric, and, for percentages and units, not transitive.
 
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from deepseek_jax.posttraining.rewards import numbers
+from deepseek_jax.posttraining.rewards import numbers, units
 from deepseek_jax.posttraining.rewards.problem import Problem
 
 MOST_CHARACTERS = 500  # of an answer
@@ -48,41 +48,6 @@ DEGREES = re.compile(r"\^?\{?\s*\\circ\s*\}?$")
 PERCENT = re.compile(r"(?:\\?%|(?<![A-Za-z])percent)$", re.IGNORECASE)
 CURRENCIES = {"\\$": "dollar", "$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen"}
 UNIT = re.compile(r"(?<=[\d)}\s])\s*([A-Za-z]+(?:[ /][A-Za-z]+){0,3})\s*(?:\^\s*\{?\s*([23])\s*\}?)?$")
-SHORT_UNITS = {
-    "cm",
-    "m",
-    "km",
-    "mm",
-    "in",
-    "ft",
-    "yd",
-    "mi",
-    "g",
-    "kg",
-    "mg",
-    "lb",
-    "oz",
-    "l",
-    "ml",
-    "s",
-    "h",
-    "am",
-    "pm",
-}
-MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# Words that deny, choose, or change the number before them. "quarters" are not among them: they are coins, too.
-NO_UNIT = """
-or and not is to than but maybe either nor if except instead possibly probably perhaps unless without
-about almost around approximately nearly false true wrong incorrect unknown none nothing never
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
-half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths
-tenth tenths hundredth hundredths thousandth thousandths millionth millionths billionth billionths
-plus minus times over less more greater fewer negative positive divided multiplied remainder mod modulo base
-squared cubed factorial choose power root pi pie sqrt nan inf infinity infinite imaginary
-sin cos tan cot csc sine cosine tangent arcsin arccos arctan log ln exp
-"""
-NO_UNITS = frozenset(NO_UNIT.split())
 
 
 def last_boxed(text: str) -> str | None:
@@ -224,7 +189,7 @@ def _number(text: str) -> Form | None:
     elif words[-1:] in CURRENCIES and not unit:
         text, unit = words[:-1], CURRENCIES[words[-1]]
     elif match := UNIT.search(words):
-        multiple, own = _unit(match[1])
+        multiple, own = units.read(match[1])
         if own is not None and not (own and unit) and not (match[2] and not own):
             text, unit = words[: match.start()], unit or own + (match[2] or "")
         else:
@@ -237,28 +202,6 @@ def _number(text: str) -> Form | None:
         return Form("number", numbers.multiply(value, numbers.rational(Fraction(multiple))), unit)
     except (numbers.NoValue, ZeroDivisionError):
         return None
-
-
-def _unit(text: str) -> tuple[int, str | None]:
-    """Return what "thousand" and its like before a unit multiply by, and the unit; None if the words are no unit."""
-    words, multiple = re.split("[ /]", text.lower()), 1
-    while words and (factor := MULTIPLES.get(words[0].removesuffix("s"))):
-        words, multiple = words[1:], multiple * factor
-    good = all(len(word) > 2 or word in SHORT_UNITS for word in words)
-    if words != ["times"] and not (good and (NO_UNITS | MULTIPLES.keys()).isdisjoint(words)):
-        return 1, None
-    return multiple, " ".join(map(_singular, words))
-
-
-def _singular(word: str) -> str:
-    """Return the same for one and for several: "box" for box and boxes, "mil" for mile and miles, "foot" for feet."""
-    if len(word) < 3:
-        return word
-    if word == "feet":
-        return "foot"
-    if word.endswith("s") and not word.endswith(("ss", "us")):
-        word = word[:-1]
-    return word[:-1] + "i" if word.endswith("y") else word.removesuffix("e")
 
 
 def _words(text: str) -> Form:

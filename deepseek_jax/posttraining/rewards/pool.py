@@ -194,7 +194,6 @@ class _Worker:
         """Send what may be more than the socket holds; a process that does not read it in time is killed."""
         assert self._process is not None
         watchdog = threading.Timer(seconds, self._process.kill)
-        watchdog.daemon = True
         watchdog.start()
         try:
             connection.send_bytes(message)

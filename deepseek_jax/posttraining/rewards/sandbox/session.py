@@ -100,7 +100,7 @@ class Sandbox:
     def __init__(self, limits: Limits | None = None):
         """Start it; foreign code runs from the first call on, within `limits.seconds` for all calls together.
 
-        The clock runs only while a call waits for its answer, not while the owner does something else.
+        The clock runs only while a call waits for its answer.
 
         Raises:
             SandboxError: this machine cannot; the message says what is missing.
@@ -119,13 +119,9 @@ class Sandbox:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
-                    "-I",
-                    "-S",
-                    "-B",
+                    *("-I", "-S", "-B"),
                     INSIDE,
-                    str(theirs_in),
-                    str(theirs_out),
-                    str(self._limits.disk_bytes),
+                    *map(str, (theirs_in, theirs_out, self._limits.disk_bytes)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
