@@ -10,9 +10,9 @@ The answer is the last \\boxed{...} behind the reasoning (`mathematics_reward`),
     text                  east, \\text{east}: letter for letter, apart from case and spaces
 
 A unit, a currency or "x =" may stand on one side only; two different units or variables are two answers. Any words are
-a unit but those that deny or change the number (`units.NO_UNITS`); "thousand" and its like (`units.MULTIPLES`) multiply it. A
-percent sign may stand on one side only, and the number may be meant with or without it: 50% equals 0.5, and 50 (what
-percent?). So equality is reflexive and symmetric, and, for percentages and units, not transitive.
+a unit but those that deny or change the number; "thousand" and its like multiply it (`units`). A percent sign may stand
+on one side only, and the number may be meant with or without it: 50% equals 0.5, and 50 (what percent?). So equality is
+reflexive and symmetric, and, for percentages and units, not transitive.
 
 An answer that tries several ("3 or 4", "3, 4" for 3) is another answer. Letters that look like others are what they
 are. Long texts, huge powers and deep nesting are no values, and are refused before anything is computed.
