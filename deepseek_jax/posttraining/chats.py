@@ -61,7 +61,7 @@ def read_chats(data: Data, template: ChatTemplate, tokenizer: Tokenizer) -> Chat
             field = source.text_field or data.text_field
             examples = _encoded(record, field, template, tokenizer, data.sequence_length, problems)
             if examples:
-                keys.append(_key(record.value[field]))
+                keys.append(_key(_messages(record.value[field])))
                 found.append(examples)
     if problems.count:
         logging.warning("%d conversations are left out, for example: %s", problems.count, problems.messages[0])
@@ -140,13 +140,7 @@ def _encoded(
             " their field in data.text_field"
         )
         return []
-    # a table gives every message every field that any has
-    messages = [
-        {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
-        if isinstance(message, Mapping)
-        else message
-        for message in record.value[field]
-    ]
+    messages = _messages(record.value[field])
     variables = dict(record.value.get(VARIABLES) or {})
     if record.value.get(TOOLS):
         variables[TOOLS] = record.value[TOOLS]
@@ -162,6 +156,16 @@ def _encoded(
         )
         return []
     return examples
+
+
+def _messages(raw: list[Any]) -> list[Any]:
+    """Return messages without the empty fields that a table gives to every message if any has them."""
+    return [
+        {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+        if isinstance(message, Mapping)
+        else message
+        for message in raw
+    ]
 
 
 def _key(messages: list[Any]) -> int:

@@ -34,8 +34,9 @@ The published variants are rows of `VARIANTS`:
     gspo_token its eq. 13 to 15: equal values, gradients of each token with that token's own advantage
     cispo      arXiv 2506.13585, eq. 4 and 5: weights are clipped, no token loses its gradient
 
-A log ratio is held within `LARGEST_LOG_RATIO` before exp, where every clip has ended its gradient already: exp of a
-larger one overflows, and its gradient would be 0 times infinity.
+Beyond `LARGEST_LOG_RATIO` exp goes on as its tangent there: exp itself would overflow, and its gradient be 0 times
+infinity where a clip has ended it. Where none has (k3, and A < 0 without `dual_clip`) the gradient keeps its sign. Sums
+over whole outputs (`v3`) do get there.
 """
 
 import dataclasses
@@ -227,10 +228,20 @@ def _divergence(kind: str, behind: Array) -> Array:
 
 
 def _exp(x: Array) -> Array:
-    return jnp.exp(jnp.clip(x, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+    """Return exp(x), and its tangent beyond `LARGEST_LOG_RATIO`."""
+    return jnp.exp(jnp.minimum(x, LARGEST_LOG_RATIO)) * (1.0 + jnp.maximum(x - LARGEST_LOG_RATIO, 0.0))
 
 
 def policy(choices: Choices, model: Model, loss: Loss, chunk: int, temperature: float = 1.0) -> Policy:
-    """Return the objective, with the balance losses of pre-training off."""
+    """Return the objective, with the balance losses of pre-training off.
+
+    Raises:
+        ValueError: weights against the sampler at another temperature than 1, of which the sampler's scores are.
+    """
+    if choices.tis_cap and temperature != 1.0:
+        raise ValueError(
+            f"tis_cap = {choices.tis_cap} and temperature = {temperature}: the sampler's log-probabilities are of"
+            " temperature 1, so set the temperature to 1, or tis_cap to 0"
+        )
     off = {"sequence_balance_weight": 0.0, "batch_balance_weight": 0.0, "mtp_weight": ()}
     return Policy(choices, model, dataclasses.replace(loss, **off), chunk, temperature)

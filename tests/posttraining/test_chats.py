@@ -106,6 +106,16 @@ def test_all_answers_to_one_question_are_on_one_side(tmp_path):
         read_chats(data(write(tmp_path / "c.jsonl", [chat(1)] * 3), heldout_fraction=0.1), PLAIN, TOKENIZER)
 
 
+def test_a_question_is_on_one_side_whatever_file_it_is_in(tmp_path):
+    """A table adds empty fields, which do not make another question."""
+    lines = [chat(i, "lines") for i in range(30)]
+    table = [{"messages": [m | {"name": None} for m in chat(i, "table")["messages"]]} for i in range(30)]
+    paths = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl", table)
+    chats = read_chats(data(*paths, heldout_fraction=0.3), PLAIN, TOKENIZER)
+    sides = [{TOKENIZER.decode(e.ids[~e.weights].tolist()) for e in side} for side in (chats.train, chats.heldout)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30 and sides[1]
+
+
 def test_held_out_batches_have_each_conversation_once_on_any_number_of_processes(tmp_path):
     path = write(tmp_path / "chats.jsonl", [chat(i, "y" * (i % 60 + 1)) for i in range(90)])
     settings = data(path)

@@ -53,6 +53,15 @@ def test_a_script_that_swallows_errors_is_not_passed_by_dead_code():
 
 
 @sandboxed
+def test_a_script_can_expect_an_exception_of_the_code_itself_alone():
+    """Neither a missing function nor a value that does not cross counts as the KeyError or ValueError asked for."""
+    script = "try: candidate([])\nexcept (KeyError, ValueError): pass\nelse: assert False"
+    assert reward("def pairs(items): raise ValueError('empty')", script=script) == 1.0
+    for wrong in ("def pairs(items): return 0", "def pairs(items): return object()", "x = 1"):
+        assert reward(wrong, script=script) == 0.0
+
+
+@sandboxed
 def test_tests_that_test_nothing_are_an_error():
     with pytest.raises(ValueError, match="calls neither"):
         reward(RIGHT, script="assert True")

@@ -42,7 +42,8 @@ def test_an_answer_must_be_there_letter_for_letter():
         ("naïve cafe\u0301", ["LATIN"] * 2),
         ("Привет, мир", ["CYRILLIC"] * 2),
         ("x + y = 3, so ab", []),
-        ("$你$ `好` \\frac ```\nкод\n```", []),
+        ("$x α length$ `name` \\frac ```\ndef code(value)\n```", []),
+        ("$你$ `好` \\frac ```\nкод\n```", ["CJK", "CJK", "CYRILLIC"]),
         ("<think>word</think>", ["LATIN"]),
         ("wordслово", ["LATIN", "CYRILLIC"]),
         ("한국어 말", ["HANGUL"] * 2),
@@ -55,6 +56,7 @@ def test_words_are_runs_of_one_script(text, scripts):
 def test_the_reward_is_the_share_of_words():
     assert language_reward(PROBLEM, "all of this text") == 1.0
     assert language_reward(PROBLEM, "three words and 你") == 0.75
+    assert language_reward(PROBLEM, "hello $中文$ `中文` ```中文中文") == pytest.approx(1 / 9)
     assert language_reward(PROBLEM, "12 + 3") == 0.0
     assert language_reward(Problem("p", (), language="zh"), "你好 hello") == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="language 'xx': one of ar, bg"):

@@ -169,6 +169,36 @@ def test_a_ratio_beyond_all_numbers_has_a_finite_gradient():
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("behind", [-30.0, -1.0, 1.0, 19.0, 21.0, 300.0])
+@pytest.mark.parametrize("name", ["grpo", "v3"])
+def test_the_divergence_pulls_towards_the_reference_however_far_it_is(name, behind):
+    """k3 falls where a policy below the reference rises, and the other way round, beyond the largest log ratio too."""
+    c = VARIANTS[name]
+    batch = {key: jnp.zeros((1, 1)) for key in ("old_logprobs_BS", "sampler_logprobs_BS")}
+    batch |= {"loss_weights_BS": jnp.ones((1, 1)), "advantages_B": jnp.zeros(1)}
+    batch["reference_logprobs_BS"] = jnp.full((1, 1), behind)
+    value, slope = jax.value_and_grad(lambda x: policy_terms(c, x.reshape(1, 1), batch).kl)(jnp.float32(0.0))
+    held = min(behind, 20.0)
+    assert float(slope) == pytest.approx(1.0 - np.exp(held), rel=1e-5)
+    assert float(value) == pytest.approx(np.exp(held) * (1.0 + behind - held) - behind - 1.0, rel=1e-5)
+
+
+def test_a_bad_output_that_became_far_likelier_is_still_pushed_down():
+    batch = {"old_logprobs_BS": jnp.full((1, 1), -25.0), "loss_weights_BS": jnp.ones((1, 1))}
+    batch["advantages_B"] = jnp.full(1, -1.0)
+    c = dataclasses.replace(GRPO, kl_weight=0.0)
+    slope = jax.grad(lambda x: policy_terms(c, x.reshape(1, 1), batch).gain)(jnp.float32(0.0))
+    assert float(slope) == pytest.approx(-np.exp(20.0), rel=1e-5)
+
+
+def test_weights_against_the_sampler_are_of_temperature_1():
+    config = small.config()
+    c = dataclasses.replace(GRPO, tis_cap=2.0)
+    with pytest.raises(ValueError, match=r"tis_cap = 2.0 and temperature = 0.7"):
+        policy(c, config.model, config.loss, 16, temperature=0.7)
+    assert policy(GRPO, config.model, config.loss, 16, temperature=0.7).temperature == 0.7
+
+
 def toy(c, mesh, order, rows):
     """Gradient of a table and a head in the place of the network, on a mesh: rows are taken in `order`."""
     config = small.config()

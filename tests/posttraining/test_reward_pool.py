@@ -1,6 +1,8 @@
 """Rewards in processes: in order, weighted, and no failure hangs or ends what asked for them."""
 
 import logging
+import os
+import signal
 
 import pytest
 
@@ -56,6 +58,19 @@ def test_scores_come_in_order_and_without_processes():
     assert totals == [2.0 if number == 7 else 1.0 for number in range(20)]
     with RewardPool(rewards_by_name(["mathematics", "format"]), num_workers=2) as pool:
         assert [score.total for score in pool.score([PROBLEM] * 20, texts)] == totals
+
+
+def test_a_reward_that_exits_is_a_failure_without_processes_too():
+    with RewardPool({"bad": misbehave}, num_workers=0) as pool, pytest.raises(RewardError, match="raised SystemExit"):
+        pool.score([PROBLEM], ["exit"])
+
+
+def test_a_process_that_reads_nothing_is_ended(lenient):
+    """A text longer than the socket's buffer would wait for it for ever."""
+    lenient.score([PROBLEM], ["fine"])
+    os.kill(lenient._all[0]._process.pid, signal.SIGSTOP)
+    (score,) = lenient.score([PROBLEM], ["x" * (1 << 22)])
+    assert score.failed == ("bad",) and score.parts["one"] == 1.0
 
 
 def test_the_end_of_a_pool_does_not_wait_for_a_reward():

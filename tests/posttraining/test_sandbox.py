@@ -1,13 +1,18 @@
 """What code in a sandbox cannot do, however it tries, and what is left of it: nothing."""
 
+import errno
 import os
+import platform
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from deepseek_jax.posttraining.rewards.sandbox import session, values
 from deepseek_jax.posttraining.rewards.sandbox.session import Limits, Raised, Refused, Sandbox, SandboxError
+from deepseek_jax.posttraining.rewards.sandbox.system_calls import ARCHITECTURES, REFUSED
 from tests.support.attacks import ATTACKS, HANGING
 
 pytestmark = pytest.mark.skipif(session.missing() is not None, reason=session.missing() or "")
@@ -100,8 +105,55 @@ def test_a_sandbox_computes_and_keeps_state_between_calls():
         )
         sandbox.call("f", [1])
         assert values.decode(sandbox.call("f", [values.encode((True, b"x"))])) == ([1, (True, b"x")], {1: (2.5, None)})
-        with pytest.raises(Raised, match="KeyError"):
+        with pytest.raises(Raised, match="no function of that name"):
             sandbox.call("g", [])
+
+
+def test_the_clock_runs_only_while_the_code_does(monkeypatch):
+    """The judge's own work, such as the start of another sandbox, costs right code nothing."""
+    late = [0.0]
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
+    with Sandbox() as sandbox:
+        sandbox.load("def f(x): return x + 1")
+        late[0] = 1000.0
+        assert sandbox.call("f", [1]) == 2
+
+
+def test_side_doors_are_shut():
+    """System calls beside those that attacks try, and the packages of the system's own Python."""
+    source = """
+import ctypes, glob, os
+def calls(numbers):
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = []
+    for number in numbers:
+        buffer = ctypes.create_string_buffer(64)
+        libc.syscall(number, 1, 1, 0, buffer)
+        found.append(ctypes.get_errno())
+    return found
+def packages(x): return [p for f in glob.glob("/usr/lib*/python*/*-packages") for p in os.listdir(f)]
+"""
+    column = ARCHITECTURES[platform.machine()][0]
+    names = ("socketpair", "syslog", "modify_ldt", "open_tree_attr")
+    numbers = [REFUSED[name][column] for name in names if REFUSED[name][column] is not None]
+    with Sandbox() as sandbox:
+        sandbox.load(source)
+        assert sandbox.call("calls", [values.encode(numbers)]) == values.encode([errno.EPERM] * len(numbers))
+        assert sandbox.call("packages", [0]) == values.encode([])
+
+
+def test_a_refusal_without_the_token_of_the_call_is_no_answer():
+    source = """
+import os
+def f(x):
+    for pipe in range(3, 16):
+        try: os.write(pipe, b'{"refused": "x"}\\n')
+        except OSError: pass
+"""
+    with Sandbox() as sandbox:
+        sandbox.load(source)
+        with pytest.raises(Refused, match="without the token"):
+            sandbox.call("f", [1])
 
 
 def test_a_machine_that_cannot_is_named_with_the_remedy(monkeypatch):

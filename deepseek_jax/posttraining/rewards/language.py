@@ -5,8 +5,9 @@ accuracy reward. The paper does not say what a word is. Here:
 
 - A word is a run of letters of one script; marks (accents) and inner apostrophes belong to it. "don't" is one.
 - In scripts that write no spaces (Han, kana, Thai, Lao, Khmer, Burmese) each letter is a word of its own.
-- Code between backticks, mathematics between dollars and commands of LaTeX are no language and not counted; nor are
-  digits and signs. A run of one or two Latin letters is a name of a quantity as often as a word, and not counted.
+- Latin and Greek letters of code between backticks, of mathematics between dollars and of commands of LaTeX are no
+  language and not counted; letters of other scripts are, so they cannot hide there. Digits and signs are not counted.
+  A run of one or two Latin letters is a name of a quantity as often as a word, and not counted.
 - A word belongs to a language if its script does. So German passes for English: scripts are all that is looked at,
   which is what keeps a model from mixing Chinese into English, the case that the paper has.
 """
@@ -31,6 +32,8 @@ SCRIPTS = {
 }
 WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 NO_LANGUAGE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[A-Za-z]+|</?\w+>", re.DOTALL)
+FORMAL = {"LATIN", "GREEK"}  # scripts of code and formulas
+COUNTED_ANYWHERE = WITHOUT_SPACES.union(*SCRIPTS.values()) - FORMAL
 SHORTEST_LATIN = 3  # letters
 
 
@@ -42,6 +45,13 @@ def script(letter: str) -> str:
     return name.partition(" ")[0].partition("-")[0]
 
 
+def _without_formulas(match: re.Match) -> str:
+    """Return a part that is no language, with a space for each character but the letters that are language anyway."""
+    return "".join(
+        letter if letter > "\x7f" and script(letter) in COUNTED_ANYWHERE else " " for letter in f" {match[0]} "
+    )
+
+
 def words(text: str) -> list[str]:
     """Return the script of each word of a text."""
     found: list[str] = []
@@ -51,7 +61,7 @@ def words(text: str) -> list[str]:
         if open_script and (open_script != "LATIN" or letters >= SHORTEST_LATIN):
             found.append(open_script)
 
-    for character in NO_LANGUAGE.sub(" ", text):
+    for character in NO_LANGUAGE.sub(_without_formulas, text):
         kind = unicodedata.category(character)
         if kind[0] == "M" or (character in "'’" and open_script):
             continue  # belongs to the letter before it

@@ -9,8 +9,9 @@ The answer is the last \\boxed{...} behind the reasoning (`mathematics_reward`),
     tuples, intervals     (1, 2), [0, 1): the brackets and the order count
     text                  east, \\text{east}: letter for letter, apart from case and spaces
 
-A unit, a currency or "x =" may stand on one side only; two different units are two answers. A percent sign may stand on
-one side only, and the number may be meant with or without it: 50% equals 0.5, and 50 (what percent?). So equality is
+A unit, a currency or "x =" may stand on one side only; two different units or variables are two answers. Any words are
+a unit but those that deny or change the number; "thousand" and its like multiply it (`units`). A percent sign may stand
+on one side only, and the number may be meant with or without it: 50% equals 0.5, and 50 (what percent?). So equality is
 reflexive and symmetric, and, for percentages and units, not transitive.
 
 An answer that tries several ("3 or 4", "3, 4" for 3) is another answer. Letters that look like others are what they
@@ -19,13 +20,16 @@ are. Long texts, huge powers and deep nesting are no values, and are refused bef
 
 import functools
 import re
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, NamedTuple
 
-from deepseek_jax.posttraining.rewards import numbers
+from deepseek_jax.posttraining.rewards import numbers, units
 from deepseek_jax.posttraining.rewards.problem import Problem
 
 MOST_CHARACTERS = 500  # of an answer
 MOST_ITEMS = 32
+MOST_NESTED = 4  # sets in sets
 
 SPACES = re.compile(r"\\[,;:!> ]|~|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|\s+")
 SIGNS = {
@@ -37,32 +41,13 @@ SIGNS = {
     "\u221e": "\\infty ",
 }
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
-VARIABLE = re.compile(r"^\s*[A-Za-z]\s*=\s*(?=\S)")
+VARIABLE = re.compile(r"^\s*([A-Za-z])\s*=\s*(?=\S)")
 IN_WORDS = re.compile(r"\\(?:text|mathrm|textbf|mbox|textrm|mathbf)\s*\{([^{}]*)\}")
+CHOICE = re.compile(r"\([a-z]\)")
 DEGREES = re.compile(r"\^?\{?\s*\\circ\s*\}?$")
-UNIT = re.compile(r"(?<=[\d)}\s])\s*([A-Za-z]+(?:[ /][A-Za-z]+){0,2})\s*(?:\^\s*\{?\s*([23])\s*\}?)?$")
-SHORT_UNITS = {
-    "cm",
-    "m",
-    "km",
-    "mm",
-    "in",
-    "ft",
-    "yd",
-    "mi",
-    "g",
-    "kg",
-    "mg",
-    "lb",
-    "oz",
-    "l",
-    "ml",
-    "s",
-    "h",
-    "am",
-    "pm",
-}
-NO_UNITS = {"or", "and", "not", "is", "to", "than", "but", "maybe", "either", "nor", "if", "pi", "sqrt", "nan", "inf"}
+PERCENT = re.compile(r"(?:\\?%|(?<![A-Za-z])percent)$", re.IGNORECASE)
+CURRENCIES = {"\\$": "dollar", "$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen"}
+UNIT = re.compile(r"(?<=[\d)}\s])\s*([A-Za-z]+(?:[ /][A-Za-z]+){0,3})\s*(?:\^\s*\{?\s*([23])\s*\}?)?$")
 
 
 def last_boxed(text: str) -> str | None:
@@ -81,9 +66,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def after_hashes(text: str) -> str | None:
-    """Return what follows the last "####" on its line, as GSM8K writes answers; None without it."""
-    _, mark, rest = text.rpartition("####")
-    return rest.strip().partition("\n")[0].strip() if mark else None
+    """Return what follows the last "####" behind the reasoning, on its line, as GSM8K writes answers; None without."""
+    _, mark, rest = text.rpartition("</think>")[2].rpartition("####")
+    return rest.partition("\n")[0].strip() if mark else None
 
 
 def mathematics_reward(problem: Problem, text: str) -> float:
@@ -112,29 +97,43 @@ def equivalent(a: str, b: str) -> bool:
     return _equal(_form(a), _form(b))
 
 
-# A form is (kind, content, unit): a number's content is a `numbers.Value`, that of a collection a tuple of forms.
-Form = tuple[str, object, str]
+class Form(NamedTuple):
+    """An answer: a number's content is a `numbers.Value`, that of a collection a tuple of forms."""
+
+    kind: str
+    content: Any
+    unit: str = ""
+    variable: str = ""
 
 
 @functools.lru_cache(4096)
-def _form(text: str) -> Form:
-    text = _plain(text)
+def _form(text: str, depth: int = 0) -> Form:
+    text, variable = _plain(text)
+    return _content(text, depth)._replace(variable=variable)
+
+
+def _content(text: str, depth: int) -> Form:
+    def inner(items: list[str]) -> tuple[Form, ...]:
+        return tuple(_form(item, depth + 1) for item in items)
+
+    if depth > MOST_NESTED:
+        return _words(text)
     if text[:2] == "\\{" and text[-2:] == "\\}":
         items = _split(text[2:-2])
-        return ("set", tuple(map(_form, items)), "") if items else _words(text)
+        return Form("set", inner(items)) if items else _words(text)
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
         items = _split(text[1:-1])
         if items and len(items) > 1:
-            return (text[0] + text[-1], tuple(map(_form, items)), "")
+            return Form(text[0] + text[-1], inner(items))
     joined = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     items = _split(joined)
     if items and len(items) > 1:
-        return ("list", tuple(map(_form, items)), "")
+        return Form("list", inner(items))
     return _number(joined) or _words(text)
 
 
-def _plain(text: str) -> str:
-    """Return an answer without what only sets its type: dollars, spacing commands, the full stop, `x =`."""
+def _plain(text: str) -> tuple[str, str]:
+    """Return an answer without what only sets its type (dollars, spacing commands, the full stop), and x of `x =`."""
     for sign, command in SIGNS.items():
         text = text.replace(sign, command)
     text = text.strip().rstrip(".").strip()
@@ -143,7 +142,11 @@ def _plain(text: str) -> str:
             text = text[len(before) : -len(after)]
     text = text.replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = re.sub(r"(?<=\d)\\[,!](?=\d{3}(?!\d))|(?<=,)\\!(?=\d{3}(?!\d))", "", text)  # 1\,000 and 1,\!000
-    return VARIABLE.sub("", SPACES.sub(" ", text).strip())
+    text = SPACES.sub(" ", text).strip()
+    if match := IN_WORDS.fullmatch(text):  # \text{5}
+        text = match[1].strip()
+    match = VARIABLE.match(text)
+    return (text[match.end() :], match[1].casefold()) if match else (text, "")
 
 
 def _split(text: str) -> list[str] | None:
@@ -174,63 +177,70 @@ def _closes_at_end(text: str) -> bool:
 def _number(text: str) -> Form | None:
     """Return a number with its unit; None if it is none."""
     unit = ""
-    for mark in ("\\$", "$"):
-        text, unit = (text.replace(mark, "", 1), "dollar") if text.lstrip("+- ").startswith(mark) else (text, unit)
-    stripped = text.rstrip()
-    for mark in ("\\%", "%"):
-        if stripped.endswith(mark):
-            text, unit = stripped[: -len(mark)], "%"
-            break
+    for mark, name in CURRENCIES.items():
+        if text.lstrip("+- ").startswith(mark):
+            text, unit = text.replace(mark, "", 1), name
     if match := DEGREES.search(text):
         text, unit = text[: match.start()], "degree"
     words = IN_WORDS.sub(lambda match: " " + match[1].strip() + " ", text).strip()
-    match = UNIT.search(words)
-    if match and not unit and _is_unit(match[1]):
-        text, unit = words[: match.start()], match[1].lower().removesuffix("s") + (match[2] or "")
+    multiple = 1
+    if match := PERCENT.search(words):
+        text, unit = words[: match.start()], "%"
+    elif words[-1:] in CURRENCIES and not unit:
+        text, unit = words[:-1], CURRENCIES[words[-1]]
+    elif match := UNIT.search(words):
+        multiple, own = units.read(match[1])
+        if own is not None and not (own and unit) and not (match[2] and not own):
+            text, unit = words[: match.start()], unit or own + (match[2] or "")
+        else:
+            multiple = 1
     if "\\" not in text and re.fullmatch(r"\s*[-+]?\d+ \d+/\d+\s*", text, re.ASCII):  # 1 1/2
         sign, whole, fraction = re.fullmatch(r"\s*([-+]?)(\d+) (\S+)\s*", text).groups()  # pyright: ignore
         text = f"{sign}({whole}+{fraction})"
     try:
-        return ("number", numbers.parse(text.strip()), unit)
+        value = numbers.parse(text.strip())
+        return Form("number", numbers.multiply(value, numbers.rational(Fraction(multiple))), unit)
     except (numbers.NoValue, ZeroDivisionError):
         return None
 
 
-def _is_unit(words: str) -> bool:
-    parts = re.split("[ /]", words.lower())
-    return not NO_UNITS.intersection(parts) and all(len(part) > 2 or part in SHORT_UNITS for part in parts)
-
-
 def _words(text: str) -> Form:
-    words = IN_WORDS.sub(lambda match: match[1], text)
-    return ("text", "".join(words.split()).casefold(), "")
+    words = "".join(IN_WORDS.sub(lambda match: match[1], text).split()).casefold()
+    return Form("text", words[1:-1] if CHOICE.fullmatch(words) else words)
 
 
 def _equal(a: Form, b: Form) -> bool:
-    (kind, x, unit_x), (other, y, unit_y) = a, b
-    if kind != other:
+    (kind, x, unit_x, variable_x), (other, y, unit_y, variable_y) = a, b
+    if kind != other or (variable_x and variable_y and variable_x != variable_y):
         return False
     if kind == "text":
         return x == y
     if kind == "number":
-        return _equal_numbers(x, unit_x, y, unit_y)  # pyright: ignore
+        return _equal_numbers(x, unit_x, y, unit_y)
     if kind == "set":
-        return all(any(_equal(i, j) for j in y) for i in x) and all(any(_equal(i, j) for i in x) for j in y)  # pyright: ignore
-    if len(x) != len(y):  # pyright: ignore
+        return all(any(_equal(i, j) for j in y) for i in x) and all(any(_equal(i, j) for i in x) for j in y)
+    if len(x) != len(y):
         return False
     if kind == "list":
-        return _match(list(x), list(y))  # pyright: ignore
-    return all(map(_equal, x, y))  # pyright: ignore
+        return _match(x, y)
+    return all(map(_equal, x, y))
 
 
-def _match(x: list[Form], y: list[Form]) -> bool:
-    """Tell whether each of x has a partner of its own in y."""
-    for form in x:
-        partner = next((other for other in y if _equal(form, other)), None)
-        if partner is None:
-            return False
-        y.remove(partner)
-    return True
+def _match(x: Sequence[Form], y: Sequence[Form]) -> bool:
+    """Tell whether each of x has a partner of its own in y: by augmenting paths, as equality is not transitive."""
+    equal = [[j for j, other in enumerate(y) if _equal(form, other)] for form in x]
+    partner: dict[int, int] = {}  # place in y: place in x
+
+    def find(i: int, tried: set[int]) -> bool:
+        for j in equal[i]:
+            if j not in tried:
+                tried.add(j)
+                if j not in partner or find(partner[j], tried):
+                    partner[j] = i
+                    return True
+        return False
+
+    return all(find(i, set()) for i in range(len(x)))
 
 
 def _equal_numbers(x: numbers.Value, unit_x: str, y: numbers.Value, unit_y: str) -> bool:

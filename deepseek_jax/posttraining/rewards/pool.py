@@ -141,7 +141,9 @@ def call(reward: Reward, problem: Problem, text: str) -> tuple[float, str | None
         if isinstance(value, str | bytes):
             raise TypeError(f"a reward is a number, not {value!r:.50}")
         return float(value), None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
         return 0.0, f"raised {type(error).__name__}: {str(error)[:SHOWN_CHARACTERS]}"
 
 
@@ -158,7 +160,7 @@ class _Worker:
     def call(self, message: tuple[str, Problem, str], seconds: float) -> tuple[float, str | None]:
         try:
             connection = self._connection or self._start()
-            connection.send_bytes(pickle.dumps(message))
+            self._send(connection, pickle.dumps(message), seconds)
             if not connection.poll(seconds):
                 self._kill()
                 return 0.0, f"took longer than {seconds} s"
@@ -182,11 +184,21 @@ class _Worker:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
             )
         self._connection = ours
-        ours.send_bytes(self._pickled)
+        self._send(ours, self._pickled, SECONDS_TO_START)
         if not ours.poll(SECONDS_TO_START):
             raise EOFError("did not start")
         ours.recv_bytes()
         return ours
+
+    def _send(self, connection: Connection, message: bytes, seconds: float) -> None:
+        """Send what may be more than the socket holds; a process that does not read it in time is killed."""
+        assert self._process is not None
+        watchdog = threading.Timer(seconds, self._process.kill)
+        watchdog.start()
+        try:
+            connection.send_bytes(message)
+        finally:
+            watchdog.cancel()
 
     def _kill(self) -> int | None:
         process, self._process = self._process, None

@@ -8,6 +8,8 @@ included; the worst it can say is a wrong value. A script of tests (trusted as l
 its calls leave it as {"token", "call"}, and the answer comes back as the next message.
 """
 
+import builtins
+import contextlib
 import json
 import os
 import sys
@@ -24,8 +26,21 @@ if __name__ == "__main__":
     os.environ.clear()
 
 
+# What a script of tests must not take for an exception that the code raised, as these names are of no class.
+NO_FUNCTION, NO_VALUE = "no function of that name", "no plain value"
+
+
 class CandidateError(Exception):
-    """What the tested code raised; its name is the message."""
+    """What the tested code raised, where that is no exception of Python's own; its name is the message."""
+
+
+def raised(name: str) -> Exception:
+    """Return what a script sees for an exception of the tested code: Python's own of that name, so it can expect it."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with contextlib.suppress(TypeError):  # some cannot be made without arguments
+            return kind()
+    return CandidateError(name)
 
 
 class Loop:
@@ -62,9 +77,15 @@ class Loop:
                 value = self._test(message)
             else:
                 function, arguments, named = message["call"]
+                if function not in self._namespace:
+                    return self.send(error=NO_FUNCTION)
                 called = self._namespace[function]
                 value = called(*values.decode(arguments), **{key: values.decode(item) for key, item in named.items()})
-            self.send(value=values.encode(value))
+            try:
+                encoded = values.encode(value)
+            except (ValueError, RecursionError):
+                return self.send(error=NO_VALUE)
+            self.send(value=encoded)
         except BaseException as error:  # SystemExit too. Its text may be hostile, its type's name is short enough
             self.send(error=str(type(error).__name__)[:100])
 
@@ -76,7 +97,7 @@ class Loop:
             self.send(call=[function, values.encode(list(arguments)), named])
             reply = self.receive()
             if "error" in reply:
-                raise CandidateError(reply["error"])
+                raise raised(reply["error"])
             return values.decode(reply["value"])
 
         exec(

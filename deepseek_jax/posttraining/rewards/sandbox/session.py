@@ -100,6 +100,8 @@ class Sandbox:
     def __init__(self, limits: Limits | None = None):
         """Start it; foreign code runs from the first call on, within `limits.seconds` for all calls together.
 
+        The clock runs only while a call waits for its answer.
+
         Raises:
             SandboxError: this machine cannot; the message says what is missing.
         """
@@ -117,13 +119,9 @@ class Sandbox:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
-                    "-I",
-                    "-S",
-                    "-B",
+                    *("-I", "-S", "-B"),
                     INSIDE,
-                    str(theirs_in),
-                    str(theirs_out),
-                    str(self._limits.disk_bytes),
+                    *map(str, (theirs_in, theirs_out, self._limits.disk_bytes)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -140,13 +138,13 @@ class Sandbox:
         finally:
             os.close(theirs_in)
             os.close(theirs_out)
-        self._deadline = time.monotonic() + SECONDS_TO_START
+        self._left = SECONDS_TO_START
         try:
             self._start()
         except BaseException:
             self.close()
             raise
-        self._deadline = time.monotonic() + self._limits.seconds
+        self._left = self._limits.seconds
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -156,7 +154,7 @@ class Sandbox:
 
     def _start(self) -> None:
         try:
-            message = self._receive()
+            message = self._receive(time.monotonic() + self._left)
             if "pid" in message:
                 # The launcher waits for this process, which waits for our next message: the number is not reused yet.
                 self._pidfd = os.pidfd_open(message["pid"])
@@ -207,15 +205,19 @@ class Sandbox:
     def _exchange(self, message: dict) -> dict:
         """Send a message with a new token, and return the answer that has the same."""
         token = secrets.token_hex(16)
-        self._send(json.dumps({"token": token, **message}).encode() + b"\n")
-        answer = self._receive()
-        if "refused" not in answer and answer.get("token") != token:
+        deadline = time.monotonic() + self._left
+        try:
+            self._send(json.dumps({"token": token, **message}).encode() + b"\n", deadline)
+            answer = self._receive(deadline)
+        finally:
+            self._left = deadline - time.monotonic()
+        if answer.get("token") != token:
             raise Refused("an answer without the token of its call")
         return answer
 
-    def _send(self, line: bytes) -> None:
+    def _send(self, line: bytes, deadline: float) -> None:
         while line:
-            self._wait(self._requests, select.POLLOUT)
+            self._wait(self._requests, select.POLLOUT, deadline)
             try:
                 line = line[os.write(self._requests, line) :]
             except BlockingIOError:
@@ -223,10 +225,10 @@ class Sandbox:
             except OSError as error:
                 raise Refused("the process ended") from error
 
-    def _receive(self) -> dict:
+    def _receive(self, deadline: float) -> dict:
         """Return the next message. Raises `Refused` for anything that is none."""
         while b"\n" not in self._unread:
-            self._wait(self._answers, select.POLLIN)
+            self._wait(self._answers, select.POLLIN, deadline)
             more = os.read(self._answers, 1 << 16)
             self._unread += more
             if not more:
@@ -242,10 +244,10 @@ class Sandbox:
             raise Refused("an answer that is no object")
         return message
 
-    def _wait(self, pipe: int, event: int) -> None:
+    def _wait(self, pipe: int, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(pipe, event)
-        if not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise Refused(f"no answer within {self._limits.seconds} s")
 
     def close(self) -> None:

@@ -15,13 +15,16 @@ REFUSED = {
     "shmget": (29, 194),
     "shmat": (30, 196),
     "socket": (41, 198),
+    "socketpair": (53, 199),
     "fork": (57, None),
     "vfork": (58, None),
     "execve": (59, 221),
     "semget": (64, 190),
     "msgget": (68, 186),
     "ptrace": (101, 117),
+    "syslog": (103, 116),
     "personality": (135, 92),
+    "modify_ldt": (154, None),
     "pivot_root": (155, 41),
     "prctl": (157, 167),
     "chroot": (161, 51),
@@ -63,6 +66,7 @@ REFUSED = {
     "pidfd_getfd": (438, 438),
     "mount_setattr": (442, 442),
     "memfd_secret": (447, 447),
+    "open_tree_attr": (467, 467),
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of linux/audit.h
 

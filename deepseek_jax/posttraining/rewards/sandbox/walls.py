@@ -24,6 +24,7 @@ import sysconfig
 
 NOBODY = 65534
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+PACKAGES = "site-packages", "dist-packages"  # in a Python's folder
 WORK = "/work"
 NEW_ROOT = "/proc"  # a folder that exists everywhere and is not needed after this: the new root is mounted over it
 
@@ -102,10 +103,15 @@ def _show_libraries() -> None:
             os.makedirs(NEW_ROOT + folder, exist_ok=True)
             _mount(folder, NEW_ROOT + folder, None, MS_BIND | MS_REC)
             shown.append(folder)
-    for name in ("site-packages", "dist-packages"):
-        packages = os.path.join(standard, name)
-        if os.path.isdir(NEW_ROOT + packages):
-            _mount(NEW_ROOT + "/empty", NEW_ROOT + packages, None, MS_BIND)
+    pythons = {standard}
+    for folder in shown:  # a system has packages for its own Python too: /usr/lib/python3/dist-packages
+        pythons |= {entry.path for entry in os.scandir(folder) if entry.name.startswith("python") and entry.is_dir()}
+    covered: set[str] = set()
+    for packages in (os.path.join(python, name) for python in sorted(pythons) for name in PACKAGES):
+        real = os.path.realpath(packages)
+        if real not in covered and os.path.isdir(NEW_ROOT + real):
+            _mount(NEW_ROOT + "/empty", NEW_ROOT + real, None, MS_BIND)
+            covered.add(real)
 
 
 def enter(limits: dict[str, int]) -> None:
