@@ -115,6 +115,11 @@ def check_sft(sft: Sft, config: Config) -> None:
         raise ValueError(f"{path}.mtp = {shown(repr(sft.mtp))} is unknown; choose one of {MTP_MODES}")
     if sft.mtp != "off" and not config.model.num_mtp_layers:
         raise ValueError(f"{path}.mtp = {sft.mtp!r} and the model has no MTP layers; set it to 'off'")
+    if sft.mtp == "detached" and config.mesh.pipe != 1:  # -1 takes the devices that are left
+        raise ValueError(
+            f"{path}.mtp = 'detached' with config.mesh.pipe = {config.mesh.pipe} is not tested; use"
+            " config.mesh.pipe = 1, or mtp = 'joint'"
+        )
     if sft.mtp == "off" and config.model.num_mtp_layers and config.optimizer.weight_decay:
         raise ValueError(
             f"{path}.mtp = 'off' and optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers"

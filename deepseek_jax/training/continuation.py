@@ -24,8 +24,8 @@ from absl import logging
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.inputs import shown
-from deepseek_jax.parallel.mesh import AnyMesh
-from deepseek_jax.parameters import TOKENS
+from deepseek_jax.parallel.mesh import AnyMesh, check_fit
+from deepseek_jax.parameters import PIPE, TOKENS
 from deepseek_jax.training.optimizer import batch_size, rates
 
 LENGTH = "training.num_tokens"
@@ -122,8 +122,8 @@ def check_length(stored: Any, config: Config, step: int, tokens_seen: int) -> No
 def say_division(record: dict[str, Any], config: Config, mesh: AnyMesh) -> None:
     """Say what another number of devices does to each device's part of a micro-batch, and to evaluations.
 
-    The batch of a step is the same on any mesh. A device's memory is that of its part of a micro-batch; evaluations
-    read `training.eval_batches` micro-batches.
+    The batch of a step is the same on any mesh. A device's memory is that of its part of a micro-batch, if the pipeline
+    is as long as before; evaluations read `training.eval_batches` micro-batches.
 
     Args:
         record: of the checkpoint that the run continues from.
@@ -131,30 +131,68 @@ def say_division(record: dict[str, Any], config: Config, mesh: AnyMesh) -> None:
         mesh: to continue on.
     """
     stored, training = record["config"]["training"], config.training
-    then, now = (_row_devices(shape) for shape in (record["environment"]["mesh"], mesh.shape))
+    before = record["environment"]["mesh"]
     old, new = stored["micro_batch_size"], training.micro_batch_size
-    read = old * stored["eval_batches"]
-    if old * now < new * then:
-        smaller, left = divmod(old * now, then)
-        fits = not left and not any(int(sequences) % smaller for *_, sequences in training.batch_size)
-        flags = [f"--config.training.micro_batch_size={smaller}"]
-        if fits and not read % smaller:
-            flags.append(f"--config.training.eval_batches={read // smaller}")
+    read, flags = old * stored["eval_batches"], {}
+    stages_then, stages_now = (shape.get(PIPE, 1) for shape in (before, mesh.shape))
+    if stages_then != stages_now:
         logging.warning(
-            "%d devices share a micro-batch of %d sequences, before %d one of %d: activations take %.3g times the"
-            " memory of a device%s",
-            *(now, new, then, old, new * then / (old * now)),
-            f"; {' '.join(flags)} keeps them as they were, and the step's batch too" if fits else "",
+            "the pipeline has mesh.pipe = %d, before %d: the memory of a device cannot be compared",
+            *(stages_now, stages_then),
         )
-    elif new * training.eval_batches != read and training.eval_batches == stored["eval_batches"]:
+    else:
+        flags = _say_memory(old, _token_devices(before), read, config, mesh)
+    unchanged = training.eval_batches == stored["eval_batches"]  # another number is meant to read other sequences
+    if new * training.eval_batches != read and unchanged and "eval_batches" not in flags:
+        remedy = f"; --config.training.eval_batches={read // new} keeps them comparable"
         logging.warning(
             "evaluations read %d sequences, before %d%s",
-            *(new * training.eval_batches, read),
-            "" if read % new else f"; --config.training.eval_batches={read // new} keeps them comparable",
+            *(new * training.eval_batches, read, "" if flags or read % new else remedy),
         )
 
 
-def _row_devices(shape: Mapping[str, int]) -> int:
+def _say_memory(old: int, then: int, read: int, config: Config, mesh: AnyMesh) -> dict[str, int]:
+    """Say that each device's part of a micro-batch is larger.
+
+    Args:
+        old: the micro-batch of the checkpoint.
+        then: devices that shared its tokens.
+        read: sequences of its evaluations.
+        config: to continue with.
+        mesh: to continue on.
+
+    Returns:
+        The keys of `training` that were named, with the values that keep the part as it was: none if there are none.
+    """
+    new, now = config.training.micro_batch_size, _token_devices(mesh.shape)
+    if old * now >= new * then:
+        return {}
+    smaller, left = divmod(old * now, then)
+    flags = {}
+    if not left and _fits(config, smaller, mesh):
+        flags = {"micro_batch_size": smaller} | ({} if read % smaller else {"eval_batches": read // smaller})
+    named = " ".join(f"--config.training.{name}={value}" for name, value in flags.items())
+    logging.warning(
+        "%d devices share a micro-batch of %d sequences, before %d one of %d: activations take %.3g times the"
+        " memory of a device%s",
+        *(now, new, then, old, new * then / (old * now)),
+        f"; {named} keeps them as they were, and the step's batch too" if named else "",
+    )
+    return flags
+
+
+def _fits(config: Config, size: int, mesh: AnyMesh) -> bool:
+    """Return whether a run takes micro-batches of `size` sequences: they divide its batches, and the mesh them."""
+    if any(int(sequences) % size for *_, sequences in config.training.batch_size):
+        return False
+    try:
+        check_fit(config.with_(training={"micro_batch_size": size}), mesh)
+    except ValueError:
+        return False
+    return True
+
+
+def _token_devices(shape: Mapping[str, int]) -> int:
     """Return among how many devices the tokens of a micro-batch are divided."""
     return math.prod(shape.get(axis, 1) for axis in TOKENS)
 

@@ -3,8 +3,8 @@
 `python -m experiments.studies.context_extension`
 
 DeepSeek-V3 is trained at 4K tokens and extended in two short phases, to 32K and 128K (arXiv 2412.19437, section 4.3).
-The study does the same at the size of a CPU: a small `tiny` over bytes learns text and needles (`needles`) at 64
-tokens, then two short phases with YaRN continue it at 256 and 512. Four models are tested:
+The study does the same at the size of a CPU: a small `tiny` over bytes learns text and needles (`needles`), each
+in every second row, at 64 tokens, then two short phases with YaRN continue it at 256 and 512. Four models are tested:
 
     64           as it was trained
     64, YaRN     the same weights with YaRN's frequencies and temperature, not trained with them

@@ -7,8 +7,9 @@ that an answer must find its key; any value of the row is right once in eight, a
     ... text  ! k a  text  ! m b  text ... ! m  text ...
               shown        shown           asked: b must follow
 
-In training every row is text with needles in it, and only answers and text carry loss: what is shown is random. In the
-test the needle that is asked for lies at some depth of the row, the other seven anywhere, and the question at its end.
+In training every second row has needles between its text, and the others are text alone: where a row is short, needles
+leave no running text (of 64 tokens one in four). Only answers and text carry loss: what is shown is random. In the test
+the needle that is asked for lies at some depth of the row, the other seven anywhere, and the question at its end.
 """
 
 from typing import NamedTuple
@@ -41,14 +42,23 @@ def rows_of(batch: Batch) -> Rows:
 
 
 def train_batch(batch: Batch, rng: np.random.Generator) -> Batch:
-    """Return the batch with two to eight needles in every row, which together appear 16 times.
+    """Return the batch with two to eight needles in every second row, which together appear 16 times.
 
-    Where a needle appears for the first time it is shown, later it is asked for. Rows with few needles ask for
-    each of them often.
+    The first row, the third and so on stay as they are. Where a needle appears for the first time it is shown, later it
+    is asked for. Rows with few needles ask for each of them often.
+
+    Raises:
+        ValueError: there are no two rows, or a row has no place for so many needles.
     """
     rows = rows_of(batch)
-    blocks = batch["tokens_BS"].shape[1] // BLOCK
-    for tokens, weights in zip(*rows, strict=True):
+    number_of_rows, length = batch["tokens_BS"].shape
+    blocks = length // BLOCK
+    if number_of_rows < 2 or blocks < 2 * PER_ROW:
+        raise ValueError(
+            f"{number_of_rows} rows of {length} tokens: needles take every second row, and {2 * PER_ROW * BLOCK} tokens"
+            " of it; take more rows, or longer ones"
+        )
+    for tokens, weights in zip(rows.tokens[1::2], rows.weights[1::2], strict=True):
         number = rng.integers(2, PER_ROW + 1)
         needles = draw(rng)[:number]
         again = rng.integers(number, size=2 * PER_ROW - number)

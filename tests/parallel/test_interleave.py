@@ -12,8 +12,8 @@ CASES = [
     pytest.param(
         sizes,
         fp8,
-        id=f"{small.group(sizes)}{'-fp8' * fp8}",
-        marks=[pytest.mark.xdist_group(small.group(sizes)), pytest.mark.slow],  # quick: `tests/model/test_layer.py`
+        id=f"{small.mesh_name(sizes)}{'-fp8' * fp8}",
+        marks=[pytest.mark.xdist_group(small.mesh_name(sizes)), pytest.mark.slow],  # quick: `tests/model/test_layer.py`
     )
     for sizes, fp8 in ((ONE, True),)  # other meshes: `tests/training/test_equal_steps.py`
 ]

@@ -168,6 +168,7 @@ def test_configs_say_what_is_published(name, template, rate, last, length):
         ({"posttraining.sft.mtp": "on"}, "mtp = 'on' is unknown; choose one of"),
         ({"model.num_mtp_layers": 0}, "has no MTP layers; set it to 'off'"),
         ({"posttraining.sft.mtp": "off", "optimizer.weight_decay": 0.1}, "would shrink MTP layers"),
+        ({"posttraining.sft.mtp": "detached", "mesh.pipe": 2}, "'detached' with config.mesh.pipe = 2 is not tested"),
         ({"posttraining.sft.template": ""}, "template is empty"),
         ({"data.mask_documents": False}, "would let packed conversations see each other"),
         ({"data.reset_positions": False}, "would let packed conversations see each other"),

@@ -107,8 +107,8 @@ def put(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.device_put(a, P(ROWS, None)) for name, a in arrays.items()}
 
 
-def group(sizes: Sizes) -> str:
-    """The name of a mesh."""
+def mesh_name(sizes: Sizes) -> str:
+    """The name of a mesh, for the ids of tests."""
     return "mesh-" + "x".join(map(str, sizes))
 
 

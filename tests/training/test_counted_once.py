@@ -41,7 +41,7 @@ def golden():
     return {"down_EFD": np.stack([np.full((1, 8, 8), 2.0 * (e + 1) / 8) for e in range(4)]).reshape(4, 8, 8)}
 
 
-@pytest.mark.parametrize("sizes", MESHES[:3], ids=small.group)
+@pytest.mark.parametrize("sizes", MESHES[:3], ids=small.mesh_name)
 def test_four_experts_on_two_ranks_have_a_norm_of_root_120(sizes):
     """DeepSpeed's #8475 gave 7.236, the mean of the ranks' norms; root 240 would count each expert twice."""
     with jax.set_mesh(mesh_of(sizes)):
@@ -58,7 +58,7 @@ def gradients():
     return {name: (10.0 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=small.group)
+@pytest.mark.parametrize("sizes", MESHES, ids=small.mesh_name)
 def test_all_ranks_clip_by_the_one_norm(sizes):
     """Of what the optimizer makes of a gradient, seen in its first moment: (1 - b1) g / norm (Automodel #3816)."""
     recipe = small.config(sizes).optimizer
@@ -90,7 +90,7 @@ def shards():
     return counts.astype(np.int32)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=small.group)
+@pytest.mark.parametrize("sizes", MESHES, ids=small.mesh_name)
 def test_the_exact_sum_of_64_shards_raises_the_bias(sizes):
     """40,840 is below the mean. In BF16 the sum was 41,216 or 40,704, by the order (Megatron-LM #7081)."""
     counts = shards()

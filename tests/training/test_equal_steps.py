@@ -120,7 +120,7 @@ TRANSPORTS = [  # two hops on (2, 2, 2), one on (2, 1, 4): tests.parallel.test_m
     ((1, 4, 2), 1, "dense", "selective", 2),  # two parts side by side
     ((1, 2, 4), 1, "two_hop", "none", 2),
 ]
-CELLS = [pytest.param(cell, id=" ".join(map(str, (small.group(cell[0]), *cell[1:])))) for cell in CUTS + TRANSPORTS]
+CELLS = [pytest.param(cell, id=" ".join(map(str, (small.mesh_name(cell[0]), *cell[1:])))) for cell in CUTS + TRANSPORTS]
 
 
 @pytest.mark.slow

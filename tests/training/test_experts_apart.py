@@ -73,7 +73,7 @@ def begin(workdir, sizes, change=lambda abstract: abstract):
         checkpoints.close()
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=small.group)
+@pytest.mark.parametrize("sizes", MESHES, ids=small.mesh_name)
 def test_every_expert_is_there_on_any_mesh(saved, sizes):
     workdir, want = saved
     state, progress = begin(workdir, sizes)

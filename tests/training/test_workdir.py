@@ -13,6 +13,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.locks import LOCK
+from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.watch import ProcessError
 from deepseek_jax.training import pretrain, workdir
 from deepseek_jax.training.continuation import check_continues, check_length, say_division
@@ -240,14 +241,22 @@ DIVISIONS = {
     "fewer, smaller, evaluated as often": ((4, 4, 8), r"read 32 sequences, before 64; (.*) keeps them comparable"),
     "as many, larger": ((8, 16, 8), r"8 devices share a micro-batch of 16 .* take 2 times .*; (.*) keeps them"),
     "more": ((16, 16, 4), ""),
-    "of no batch": ((5, 20, 8), r"5 devices share a micro-batch of 20 .* take 4 times the memory of a device$"),
+    "of no batch": (
+        (5, 20, 8),
+        r"5 devices share a micro-batch of 20 .* 4 times the memory of a device\n.* read 160 sequences, before 64$",
+    ),
+    "another pipeline": ((4, 8, 8, 2), r"mesh\.pipe = 2, before 1: the memory of a device cannot be compared$"),
+    "another pipeline, larger": (
+        (4, 16, 8, 2),
+        r"cannot be compared\n.* read 128 sequences, before 64; .*eval_batches=4 keeps them comparable$",
+    ),
 }
 
 
 @pytest.mark.parametrize(("given", "says"), DIVISIONS.values(), ids=DIVISIONS)
 def test_another_number_of_devices_says_what_keeps_the_memory(given, says, caplog):
     """The record is of 8 devices, micro-batches of 8 and 8 of them an evaluation; the flags that it names are quiet."""
-    devices, size, batches = given
+    devices, size, batches, *pipe = given
     config = CONFIG.with_(
         training={"batch_size": (("constant", 1.0, 48),), "micro_batch_size": size, "eval_batches": batches}
     )
@@ -255,15 +264,28 @@ def test_another_number_of_devices_says_what_keeps_the_memory(given, says, caplo
         "config": {"training": {"micro_batch_size": 8, "eval_batches": 8}},
         "environment": {"mesh": {"pipe": 1, "data": 4, "node": 1, "expert": 2, "tensor": 1}},
     }
-    mesh = jax.sharding.AbstractMesh((2, devices), ("pipe", "data"))
+    mesh = jax.sharding.AbstractMesh((*(pipe or (1,)), devices, 1, 1, 1, 1), AXES)
     say_division(record, config, mesh)
-    found = re.search(says, caplog.text.strip()) if says else None
+    lines = dict.fromkeys(caplog.text.splitlines())  # absl's logger has two handlers here
+    assert len(lines) == says.count(r"\n") + bool(says)
+    found = re.search(says, "\n".join(lines)) if says else None
     assert bool(found) == bool(caplog.text)
     if found and found.groups():
         flags = dict(re.findall(r"training\.(\w+)=(\d+)", found[1]))
         caplog.clear()
         say_division(record, config.with_(training={name: int(value) for name, value in flags.items()}), mesh)
         assert flags and not caplog.text
+
+
+def test_no_micro_batch_is_named_that_a_run_refuses(caplog):
+    """Eight devices shared the tokens of two rows. A row of them cannot be divided among four."""
+    record = {
+        "config": {"training": {"micro_batch_size": 2, "eval_batches": 8}},
+        "environment": {"mesh": {"pipe": 1, "data": 2, "context": 4, "node": 1, "expert": 1, "tensor": 1}},
+    }
+    config = CONFIG.with_(training={"batch_size": (("constant", 1.0, 48),), "micro_batch_size": 4, "eval_batches": 4})
+    say_division(record, config, jax.sharding.AbstractMesh((1, 4, 1, 1, 1, 1), AXES))
+    assert caplog.text.strip().endswith("activations take 4 times the memory of a device")
 
 
 # --- damaged files ------------------------------------------------------------------------------------------------

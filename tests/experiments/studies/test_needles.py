@@ -13,9 +13,9 @@ def text_batch(rows: int, length: int) -> dict[str, np.ndarray]:
 
 
 def test_an_answer_repeats_the_value_that_its_key_was_shown_with():
-    batch = needles.train_batch(text_batch(32, 64), np.random.default_rng(0))
+    batch = needles.train_batch(text_batch(64, 64), np.random.default_rng(0))
     tokens_BS, weights_BS = needles.rows_of(batch)
-    for tokens, weights in zip(tokens_BS, weights_BS, strict=True):
+    for tokens, weights in zip(tokens_BS[1::2], weights_BS[1::2], strict=True):
         shown, asked = {}, 0
         for place in np.flatnonzero(tokens == needles.MARK):
             key, value = tokens[place + 1 : place + needles.LENGTH]
@@ -27,6 +27,19 @@ def test_an_answer_repeats_the_value_that_its_key_was_shown_with():
         assert 2 <= len(shown) <= needles.PER_ROW
         assert len(shown) + asked == 2 * needles.PER_ROW
         assert (weights[(tokens == 65)][1:] == 1.0).all()  # text carries loss; the first token of a row is no target
+
+
+def test_every_second_row_is_running_text():
+    """Needles leave one token in four of a row of 64: text in bits per byte is learned from the other rows."""
+    batch = needles.train_batch(text_batch(8, 64), np.random.default_rng(0))
+    for name, array in text_batch(8, 64).items():
+        np.testing.assert_array_equal(batch[name][::2], array[::2])
+    is_text = batch["tokens_BS"] == 65
+    assert is_text.mean() > 0.5 and not is_text[1::2].all(axis=1).any()
+    with pytest.raises(ValueError, match="1 rows of 64 tokens: needles take every second row, and 64 tokens"):
+        needles.train_batch(text_batch(1, 64), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="take more rows, or longer ones"):
+        needles.train_batch(text_batch(8, 60), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
