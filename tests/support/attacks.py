@@ -43,12 +43,12 @@ def f(x):
     "disk": """
 def f(x):
     for i in range(100):
-        with open(f"/work/{i}", "wb") as file: file.write(bytes(1 << 20))
+        with open(f"/scratch/{i}", "wb") as file: file.write(bytes(1 << 20))
     return "escaped"
 """,
     "many files": """
 def f(x):
-    for i in range(10000): open(f"/work/{i}", "w").close()
+    for i in range(10000): open(f"/scratch/{i}", "w").close()
     return "escaped"
 """,
     "open files": """
@@ -147,8 +147,8 @@ def f(x):
 import ctypes, os
 def f(x):
     libc = ctypes.CDLL(None)
-    os.mkdir("/work/p")
-    if libc.mount(b"proc", b"/work/p", b"proc", 0, None) == 0: return "escaped"
+    os.mkdir("/scratch/p")
+    if libc.mount(b"proc", b"/scratch/p", b"proc", 0, None) == 0: return "escaped"
     os.unshare(os.CLONE_NEWUSER)
     return "escaped"
 """,
@@ -177,16 +177,16 @@ def f(x):
     "symbolic links": """
 import os
 def f(x):
-    os.symlink("OUTSIDE", "/work/link")
-    open("/work/link/written", "w").close()
+    os.symlink("OUTSIDE", "/scratch/link")
+    open("/scratch/link/written", "w").close()
     return "escaped"
 """,
     "climbing out": """
 import os
 def f(x):
     if os.path.exists("../" * 20 + "OUTSIDE"): return "escaped"
-    os.mkdir("/work/r")
-    os.chroot("/work/r")
+    os.mkdir("/scratch/r")
+    os.chroot("/scratch/r")
     return "escaped"
 """,
     "chmod": """
@@ -311,7 +311,7 @@ def f(x):
     "deleting the folder": """
 import os, shutil
 def f(x):
-    shutil.rmtree("/work", ignore_errors=True)
+    shutil.rmtree("/scratch", ignore_errors=True)
     shutil.rmtree(os.path.dirname(os.__file__) + "/json", ignore_errors=True)
     return "none" if os.path.exists(os.path.dirname(os.__file__) + "/json/decoder.py") else "escaped"
 """,

@@ -2,7 +2,7 @@
 
 `build` runs in a fresh process (`inside`), which gets namespaces of its own and there a file system of its own:
 
-    /work              empty, in memory, a few MiB, the only place to write
+    /scratch           empty, in memory, a few MiB, the only place to write
     Python's library   read only, without site-packages
     /lib, /usr/lib     read only: the C libraries that Python's library loads
 
@@ -25,7 +25,7 @@ import sysconfig
 NOBODY = 65534
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 PACKAGES = "site-packages", "dist-packages"  # in a Python's folder
-WORK = "/work"
+WORK = "/scratch"
 NEW_ROOT = "/proc"  # a folder that exists everywhere and is not needed after this: the new root is mounted over it
 
 # linux/mount.h, linux/prctl.h, linux/capability.h
