@@ -14,6 +14,7 @@ Where more bytes would be left out than read, the source is refused: a pattern t
 
 import fnmatch
 import glob
+import logging
 import os
 import stat
 import sysconfig
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepseek_jax.config import Source
-from deepseek_jax.data.documents import CorpusError
+from deepseek_jax.data.documents import CorpusError, Problems
 from deepseek_jax.data.formats import TABLES, format_of
 from deepseek_jax.data.text_files import LARGEST_WHOLE_FILE
 from deepseek_jax.inputs import kind_of, local_path, read_json, shown
@@ -34,6 +35,8 @@ ABOUT_STEMS = {"README", "LICENSE", "LICENCE", "NOTICE", "CITATION", "CHANGELOG"
 # Files of a run that are text too, by which a pattern may take its workdir for a corpus.
 RUN_NAMES = ("config.json", "metrics.jsonl", "log.txt", "tokenizer.json", "saved.json")
 ABOUT_NAMES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "_success"}
+
+log = logging.getLogger(__name__)
 
 
 class File(NamedTuple):
@@ -108,6 +111,25 @@ def check_apart(source: Source, workdir: Path) -> None:
             f"the workdir {shown(str(workdir))} lies in the data source {shown(source.path)!r}, which would read the"
             " run's own files; choose a --workdir elsewhere"
         )
+
+
+def files_to_read(source: Source, problems: Problems) -> list[File]:
+    """Return the files of a source, after saying which are left out and reporting what cannot be looked at.
+
+    Raises:
+        CorpusError: as `find_files`, or there are faults and `problems` refuses them.
+    """
+    found = find_files(source)
+    if found.left_out:
+        log.warning(
+            "data source %s: %d files of another kind are left out, for example %s",
+            shown(source.path),
+            len(found.left_out),
+            shown(found.left_out[0]),
+        )
+    for fault in found.faults:
+        problems.report(fault)
+    return found.files
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

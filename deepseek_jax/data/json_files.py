@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from deepseek_jax.data.compression import DecompressionError, open_file
 from deepseek_jax.data.documents import LONGEST_TEXT, Document, Problems, other_field
@@ -26,28 +27,40 @@ class LongLineError(Exception):
 
 def read_json_lines(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield a document per line, from a file that may be compressed."""
-    number = position = 0
-    file = shown(path)
+    position = 0
+    for number, value, end in line_values(path, problems):
+        text = _text_of(value, text_field, f"{shown(path)} line {number}", problems)
+        if text is not None:
+            before, position = position, end
+            yield Document(f"{name}:{number}", text, position - before)
+
+
+def line_values(path: Path, problems: Problems) -> Iterator[tuple[int, Any, int]]:
+    """Yield the number of each line that is a JSON value, the value, and how many bytes of the file were read."""
+    number, file = 0, shown(path)
     try:
         with open_file(path) as (content, raw):
             for number, line in enumerate(lines(content.read), 1):
-                where = f"{file} line {number}"
                 if line is None:
-                    problems.report(f"{where} is longer than {LONGEST_LINE} bytes; cut such a document")
-                    continue
-                text = _json_text(line, text_field, where, problems) if line.strip() else None
-                if text is not None:
-                    before, position = position, raw.tell()
-                    yield Document(f"{name}:{number}", text, position - before)
+                    problems.report(f"{file} line {number} is longer than {LONGEST_LINE} bytes; cut such a document")
+                elif line.strip():
+                    try:
+                        value = json.loads(line)
+                    except ValueError as error:  # broken JSON, bytes that are not UTF-8
+                        problems.report(f"{file} line {number} is not JSON text ({error})")
+                    except RecursionError:
+                        problems.report(f"{file} line {number} is JSON that is nested too deeply")
+                    else:
+                        yield number, value, raw.tell()
     except LongLineError:
         problems.report(
-            f"{shown(path)} line {number + 1} is longer than {LONGEST_LINE + LONGEST_SKIP} bytes; it and what follows"
+            f"{file} line {number + 1} is longer than {LONGEST_LINE + LONGEST_SKIP} bytes; it and what follows"
             " it cannot be read"
         )
     except DecompressionError as error:
-        problems.report(f"{shown(path)} cannot be read after line {number}: {error}")
+        problems.report(f"{file} cannot be read after line {number}: {error}")
     except OSError as error:
-        problems.report(f"{shown(path)} cannot be read after line {number}: {error.strerror}")
+        problems.report(f"{file} cannot be read after line {number}: {error.strerror}")
 
 
 def read_json(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
@@ -147,16 +160,6 @@ def _is_json(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _json_text(line: bytes, text_field: str, where: str, problems: Problems) -> str | None:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # broken JSON, bytes that are not UTF-8
-        return problems.report(f"{where} is not JSON text ({error})")
-    except RecursionError:
-        return problems.report(f"{where} is JSON that is nested too deeply")
-    return _text_of(record, text_field, where, problems)
 
 
 def _text_of(record, text_field: str, where: str, problems: Problems) -> str | None:

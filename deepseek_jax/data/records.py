@@ -10,24 +10,20 @@ the same order, and an item that cannot be read is refused or skipped in the sam
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import Source
 from deepseek_jax.data import hub
-from deepseek_jax.data.compression import DecompressionError, open_file
-from deepseek_jax.data.corpus_files import find_files
-from deepseek_jax.data.documents import LONGEST_TEXT, CorpusError, Problems
+from deepseek_jax.data.corpus_files import files_to_read
+from deepseek_jax.data.documents import CorpusError, Problems
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.data.formats import format_of
-from deepseek_jax.data.json_files import LongLineError, lines, whole_value
+from deepseek_jax.data.json_files import line_values, whole_value
 from deepseek_jax.inputs import shown
 
 ROWS_AT_ONCE = 1024
-
-log = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
@@ -49,17 +45,7 @@ def read_records(source: Source, problems: Problems) -> Iterator[Record]:
             f"data source {shown(source.path)!r} is a data set by name; download its .parquet or .jsonl files and name"
             " their folder"
         )
-    found = find_files(source)
-    if found.left_out:
-        log.warning(
-            "data source %s: %d files of another kind are left out, for example %s",
-            shown(source.path),
-            len(found.left_out),
-            shown(found.left_out[0]),
-        )
-    for fault in found.faults:
-        problems.report(fault)
-    for file in found.files:
+    for file in files_to_read(source, problems):
         form = format_of(file.name)
         read = READERS.get(form.kind)
         if form.fault or read is None:
@@ -86,24 +72,8 @@ def _sound(records: Iterator[Record], problems: Problems) -> Iterator[Record]:
 
 
 def _read_json_lines(path: Path, problems: Problems) -> Iterator[Record]:
-    number, file = 0, shown(path)
-    try:
-        with open_file(path) as (content, _):
-            for number, line in enumerate(lines(content.read), 1):
-                where = f"{file} line {number}"
-                if line is None:
-                    problems.report(f"{where} is longer than {LONGEST_TEXT} bytes; cut such a record")
-                elif line.strip():
-                    try:
-                        value = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        problems.report(f"{where} is not JSON text ({error})")
-                    else:
-                        yield Record(where, value)
-    except LongLineError:
-        problems.report(f"{file} line {number + 1} is too long to find its end; it and what follows cannot be read")
-    except (DecompressionError, OSError) as error:
-        problems.report(f"{file} cannot be read after line {number}: {error}")
+    for number, value, _ in line_values(path, problems):
+        yield Record(f"{shown(path)} line {number}", value)
 
 
 def _read_json(path: Path, problems: Problems) -> Iterator[Record]:

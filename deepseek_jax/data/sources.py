@@ -15,7 +15,6 @@ Documents come in a fixed order: files by relative name, then lines, rows or rec
 trained on.
 """
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from deepseek_jax.data import hub
 from deepseek_jax.data.array_records import read_array_record
 from deepseek_jax.data.columns import read_arrow, read_parquet
 from deepseek_jax.data.compressed_text import read_compressed_text
-from deepseek_jax.data.corpus_files import STDLIB, File, find_files
+from deepseek_jax.data.corpus_files import STDLIB, File, files_to_read, find_files
 from deepseek_jax.data.documents import CorpusError, Document, Problems
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.data.formats import format_of
@@ -40,8 +39,6 @@ READERS = {
     "array_record": read_array_record,
 }
 LIBRARIES = {"parquet": ("pyarrow",), "arrow": ("pyarrow",), "array_record": ("array_record",)}
-
-log = logging.getLogger(__name__)
 
 
 def check_source(source: Source) -> None:
@@ -102,17 +99,7 @@ def _read_source(source: Source, text_field: str, problems: Problems) -> Iterato
     if source.path.startswith(hub.PREFIX):
         yield from hub.read_hub(source.path, text_field, problems)
         return
-    found = find_files(source)
-    if found.left_out:
-        log.warning(
-            "data source %s: %d files of another kind are left out, for example %s",
-            shown(source.path),
-            len(found.left_out),
-            shown(found.left_out[0]),
-        )
-    for fault in found.faults:
-        problems.report(fault)
-    for file in found.files:
+    for file in files_to_read(source, problems):
         yield from _read_file(file, text_field, problems)
 
 
