@@ -41,7 +41,7 @@ FINE_TUNING = {
     "training.micro_batch_size": 16,
 }
 REINFORCEMENT = {
-    "optimizer.learning_rate": (("constant", 1.0, 1e-4),),
+    "optimizer.learning_rate": (("constant", 1.0, 2e-4),),
     "optimizer.warmup_steps": 5,
     "training.batch_size": (("constant", 1.0, 256),),
     "training.micro_batch_size": 256,
@@ -53,7 +53,7 @@ STAGES = (
         "kind": "sft",
         "initial": "random",
         "changes": FINE_TUNING,
-        "settings": {"template": "plain", "epochs": 2.0, "mtp": "off"},
+        "settings": {"template": "plain", "epochs": 2.5, "mtp": "off"},
     },
     {"name": "reasoning", "kind": "grpo", "initial": "cold_start", "changes": REINFORCEMENT, "settings": GRPO},
     {
