@@ -48,8 +48,8 @@ def main(_) -> None:
     }
     runs = {}
     for name, (tree, seed) in plans.items():
-        tree.seed = seed
-        tree.r1.num_stages = min(STAGES.value, tree.r1.num_stages)
+        tree.update({"seed": seed})
+        tree.r1.update({"num_stages": min(STAGES.value, tree.r1.num_stages)})
         plan = read_plan(tree, workdir / name)
         (workdir / name).mkdir(parents=True, exist_ok=True)
         keep_plan(plan, workdir / name)
