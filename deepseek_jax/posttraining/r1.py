@@ -91,7 +91,7 @@ def prepare(plan: Plan, workdir: Path) -> None:
     """Write the conversations of the task, and random weights for the stages that begin with them, where missing."""
     name, shortest, longest = task_of(plan.r1.task)
     task = make_task(name, plan.shared["seed"], shortest, longest)
-    conversations = task.cold_start(plan.r1.examples)
+    conversations = task.cold_start(plan.r1.examples, plan.r1.hasty)
     _write_lines(workdir / EXAMPLES, conversations)
     word = conversations[0]["messages"][0]["content"].split()[0]
     for stage in plan.stages:

@@ -2,7 +2,7 @@
 
 A file in `configs/` for R1's stages is an ordinary configuration, for what all stages share, with one section more:
 
-    config.r1 = {"task": "sort_digits:4-6", "examples": 2000, "num_stages": 2, "stages": (...)}
+    config.r1 = {"task": "sort_digits:4-6", "examples": 2000, "hasty": 0, "num_stages": 2, "stages": (...)}
 
 A stage begins with the weights of an earlier one, or with random ones, and has the shared configuration with some keys
 changed. What it is, is its kind: "sft" and "grpo" are those of `posttraining.settings`, "samples" makes conversations.
@@ -66,13 +66,15 @@ class R1:
 
     Attributes:
         task: as `Grpo.problems` names one; of it are the conversations of a cold start.
-        examples: conversations of a cold start.
+        examples: conversations of a cold start that show the way to the answer.
+        hasty: more of them, without it (`tasks.Task.cold_start`).
         num_stages: of `stages`, the first so many run.
         stages: in their order.
     """
 
     task: str
     examples: int
+    hasty: int
     num_stages: int
     stages: tuple[Stage, ...]
 
@@ -132,8 +134,8 @@ def read_plan(config_dict: Any, workdir: Path) -> Plan:
     r1 = convert(R1, tree.pop("r1"), "config.r1")
     if task_of(r1.task) is None:
         raise ValueError(f"config.r1.task = {shown(repr(r1.task))} is a file, and a cold start is of a task; name one")
-    if r1.examples < 1:
-        raise ValueError(f"config.r1.examples = {r1.examples} must be at least 1")
+    if r1.examples < 1 or r1.hasty < 0:
+        raise ValueError(f"config.r1.examples = {r1.examples} and hasty = {r1.hasty}: at least 1, and at least 0")
     if not 1 <= r1.num_stages <= len(r1.stages):
         raise ValueError(f"config.r1.num_stages = {r1.num_stages} must be 1 to {len(r1.stages)}")
     plan = Plan(tree, r1)

@@ -72,7 +72,7 @@ def test_stages_that_mean_nothing_are_refused(tmp_path, changes, message):
 def test_a_folder_keeps_its_plan_but_may_run_more_stages(tmp_path):
     keep_plan(plan_of(tmp_path, num_stages=2), tmp_path)
     keep_plan(plan_of(tmp_path), tmp_path)
-    with pytest.raises(ValueError, match=r"config.r1.stages\[0\].settings.epochs is 2.5 there, and 9.0 here"):
+    with pytest.raises(ValueError, match=r"config.r1.stages\[0\].settings.epochs is 4.0 there, and 9.0 here"):
         other = {"template": "plain", "epochs": 9.0, "mtp": "off"}
         keep_plan(plan_of(tmp_path, [(0, "settings", other)]), tmp_path)
 
