@@ -89,8 +89,9 @@ def run_stages(plan: Plan, workdir: Path, tell: Callable[[str], None]) -> signal
 
 def prepare(plan: Plan, workdir: Path) -> None:
     """Write the conversations of the task, and random weights for the stages that begin with them, where missing."""
-    name, shortest, longest = task_of(plan.r1.task)
-    task = make_task(name, plan.shared["seed"], shortest, longest)
+    named = task_of(plan.r1.task)
+    assert named is not None  # `read_plan` refuses a file
+    task = make_task(named.name, plan.shared["seed"], named.shortest, named.longest)
     conversations = task.cold_start(plan.r1.examples, plan.r1.hasty)
     _write_lines(workdir / EXAMPLES, conversations)
     word = conversations[0]["messages"][0]["content"].split()[0]
@@ -122,7 +123,7 @@ def measure(plan: Plan, stage: Stage, workdir: Path, folder: str, tell: Callable
     path = _result(workdir, folder)
     if path.exists():
         return
-    grpo = next(plan.settings(s, workdir)[1].grpo for s in plan.r1.stages if s.kind == "grpo")
+    grpo = _grpo(plan, next(s for s in plan.r1.stages if s.kind == "grpo"), workdir)
     with _sampler(plan, stage, workdir, folder, grpo) as (engine, pool, problems, weights):
         row = accuracy_row(engine, pool, problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights)
         shown = problems.heldout[:SHOWN]
@@ -156,7 +157,7 @@ def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[
     if path.exists():
         return
     origin = next(s for s in plan.r1.stages if s.name == stage.initial)
-    grpo = plan.settings(origin, workdir)[1].grpo
+    grpo = _grpo(plan, origin, workdir)
     blocks = workdir / stage.name
     blocks.mkdir(exist_ok=True)
     with _sampler(plan, origin, workdir, stage.initial, grpo) as (engine, pool, problems, weights):
@@ -200,6 +201,7 @@ def _sampler(
     """Open an engine with the weights in a folder of a stage's model, with the problems and rewards of `grpo`."""
     config, posttraining = plan.settings(stage, workdir)
     own = posttraining.sft or posttraining.grpo
+    assert own is not None
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), open_pool(grpo) as pool:
         tokenizer = Tokenizer.load(workdir / folder / TOKENIZER_FILES[0])
@@ -208,6 +210,12 @@ def _sampler(
         weights = restore_weights(config, workdir / folder, mesh)[0]
         with open_engine(config, grpo, problems, weights, tokenizer, mesh) as engine:
             yield engine, pool, problems, weights
+
+
+def _grpo(plan: Plan, stage: Stage, workdir: Path) -> Grpo:
+    grpo = plan.settings(stage, workdir)[1].grpo
+    assert grpo is not None
+    return grpo
 
 
 def _result(workdir: Path, name: str) -> Path:

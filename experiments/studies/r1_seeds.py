@@ -47,9 +47,10 @@ def main(_) -> None:
         CONTROL: (tiny_r1.get_config(CONTROL), SEEDS[0])
     }
     runs = {}
-    for name, (tree, seed) in plans.items():
-        tree.update({"seed": seed})
-        tree.r1.update({"num_stages": min(STAGES.value, tree.r1.num_stages)})
+    for name, (config, seed) in plans.items():
+        tree = config.to_dict()
+        tree["r1"]["num_stages"] = min(STAGES.value or len(tiny_r1.STAGES), tree["r1"]["num_stages"])
+        tree["seed"] = seed
         plan = read_plan(tree, workdir / name)
         (workdir / name).mkdir(parents=True, exist_ok=True)
         keep_plan(plan, workdir / name)

@@ -45,6 +45,7 @@ def test_stages_share_a_model_and_differ_in_what_they_name(tmp_path):
     control = plan_of(tmp_path, reward="chance")
     assert [stage.name for stage in control.stages] == ["cold_start", "reasoning"]
     _, posttraining = control.settings(control.stages[1], tmp_path)
+    assert posttraining.grpo is not None
     assert posttraining.grpo.rewards == {"text": 0.0, "chance": 1.0} and posttraining.grpo.accuracy == "text"
 
 
@@ -157,7 +158,7 @@ def test_curves_are_drawn_and_the_mean_of_seeds_has_students_interval(tmp_path):
     keys = dict.fromkeys(r1_report.PANELS, 1.0) | {"policy/loss": 0.0}
     rows = [{"step": 1, "tokens_seen": 1} | keys, {"step": 1, "tokens_seen": 1, "eval/accuracy": 0.5}]
     (tmp_path / "reasoning" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert r1_report.draw(plan, tmp_path).stat().st_size > 1000
+    assert r1_report.draw(plan, tmp_path) == tmp_path / "r1.png" and (tmp_path / "r1.png").stat().st_size > 1000
     stages = [{"cold_start": row(0.3), "reasoning": row(0.3 + gain)} for gain in (0.5, 0.6, 0.7, 0.0)]
     found = r1_seeds.records_of(dict(zip([*(f"seed_{n}" for n in range(3)), "chance"], stages, strict=True)))
     # 0.6 +- 4.3027 * 0.1 / sqrt(3), without the control
