@@ -30,7 +30,7 @@ GRPO = {
     "reward_workers": 1,
     "group_size": 16,
     "updates": 1,
-    "steps": 60,
+    "steps": 30,
     "max_new_tokens": MAX_NEW_TOKENS,
     "rows": 256,
 }
