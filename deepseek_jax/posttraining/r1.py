@@ -171,9 +171,8 @@ def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[
             block = blocks / f"{begin:06d}.jsonl"
             if not block.exists():
                 numbers = range(begin, min(begin + BLOCK, settings.prompts))
-                _write_lines(
-                    block, _right_answers(engine, pool, problems, numbers, grpo, settings, plan.shared["seed"])
-                )
+                seed = plan.shared["seed"] + SAMPLING_SEED
+                _write_lines(block, _right_answers(engine, pool, problems, numbers, grpo, settings, seed))
     kept = [json.loads(line) for block in sorted(blocks.iterdir()) for line in block.read_text("utf-8").splitlines()]
     if not kept:
         raise ValueError(f"stage {stage.name!r}: none of the answers is right; train {stage.initial!r} for longer")

@@ -1,5 +1,6 @@
 """R1's stages: what is refused, in which order they run, what is kept of samples, and what is told at the end."""
 
+import contextlib
 import json
 import signal
 from types import SimpleNamespace
@@ -167,3 +168,33 @@ def test_curves_are_drawn_and_the_mean_of_seeds_has_students_interval(tmp_path):
         "low": 0.3516,
         "high": 0.8484,
     }
+
+
+def test_sampling_that_was_killed_goes_on_behind_the_blocks_that_are_done(tmp_path, monkeypatch):
+    made = {"prompts": 250, "samples": 2, "temperature": 1.0}
+    plan, begun, told = plan_of(tmp_path, [(2, "settings", made)]), [], []
+    stage = plan.stages[2]
+
+    @contextlib.contextmanager
+    def sampler(plan, origin, workdir, folder, grpo):
+        assert (origin.name, folder, grpo.accuracy) == ("reasoning", "reasoning", "text")
+        engine = SimpleNamespace(update_weights=lambda weights: None)
+        yield engine, None, SimpleNamespace(train=range(250)), None
+
+    def right_answers(engine, pool, problems, numbers, grpo, settings, seed):
+        begun.append(numbers[0])
+        if begun == [0, 100]:
+            raise KeyboardInterrupt
+        return [{"number": number, "seed": seed} for number in numbers]
+
+    monkeypatch.setattr(r1, "_sampler", sampler)
+    monkeypatch.setattr(r1, "_right_answers", right_answers)
+    with pytest.raises(KeyboardInterrupt):
+        r1.keep_right_answers(plan, stage, tmp_path, told.append)
+    assert not (tmp_path / "samples.jsonl").exists()
+    for _ in range(2):  # the second time there is nothing to do
+        r1.keep_right_answers(plan, stage, tmp_path, told.append)
+    assert begun == [0, 100, 100, 200] and told == ["samples: 250 different right answers of 500 kept"]
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == list(range(250))
+    assert {line["seed"] for line in lines} == {plan.shared["seed"] + r1.SAMPLING_SEED}
