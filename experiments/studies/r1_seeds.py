@@ -60,6 +60,8 @@ def main(_) -> None:
             sys.exit(128 + stopped)
         runs[name] = plan
     common = records.provenance("experiments.studies.r1_seeds", session.describe_device(make_mesh(plan_mesh(runs))))
+    # where the runs lie did not make them, and names a folder of one machine
+    common["command"] = f"python -m experiments.studies.r1_seeds --workdir=runs/r1_seeds --stages={STAGES.value}"
     found = records_of({name: r1_report.results(plan, workdir / name) for name, plan in runs.items()})
     records.write(folder / "r1_seeds.json", [record | common for record in found])
     draw(runs, workdir).savefig(folder / "r1_seeds.png", dpi=100)
