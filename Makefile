@@ -12,10 +12,11 @@ export PYTHON
 
 RUN := exec .venv/bin/python -m
 
-.PHONY: help train serve bench test test-slow lint types format docs environment serve-environment test-environment docs-environment
+.PHONY: help train r1 serve bench test test-slow lint types format docs environment serve-environment test-environment docs-environment
 
 help:
 	@echo "make train      train configs/tiny.py on real text into runs/tiny; the same command continues an interrupted run"
+	@echo "make r1         from random weights to a model that reasons, in R1's stages, into runs/r1; the same command continues"
 	@echo "make serve      serve the model of make train to clients of OpenAI's API, with a page to talk to it"
 	@echo "make bench      measure the training step of configs/tiny.py"
 	@echo "make test       run the tests on a simulated mesh of 8 CPU devices"
@@ -26,6 +27,9 @@ help:
 
 train: environment
 	@$(RUN) experiments.train --config=configs/tiny.py --workdir=runs/tiny
+
+r1: environment
+	@$(RUN) experiments.r1 --workdir=runs/r1
 
 serve: serve-environment
 	@test -e runs/tiny/checkpoints || { echo "runs/tiny has no trained model yet: run make train first"; exit 2; }

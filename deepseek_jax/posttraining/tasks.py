@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from deepseek_jax.posttraining.rewards.problem import Problem
 
@@ -42,6 +42,17 @@ def add_digits(digits: list[int]) -> tuple[str, str, str]:
 TASKS = {"sort_digits": sort_digits, "add_digits": add_digits}
 
 
+def sort_hastily(digits: list[int]) -> tuple[str, str, str]:
+    """Return question, thought and answer of one who only swaps neighbours, once from left to right: often wrong."""
+    swapped = list(digits)
+    for i in range(len(swapped) - 1):
+        swapped[i : i + 2] = sorted(swapped[i : i + 2])
+    return "sort " + "".join(map(str, digits)), "?", "".join(map(str, swapped))
+
+
+HASTY = {"sort_digits": sort_hastily}  # an answer without steps to it
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Problems of one kind, with `shortest` to `longest` digits."""
@@ -58,8 +69,20 @@ class Task:
         if not 2 <= self.shortest <= self.longest <= 32:
             raise ValueError(f"{self.shortest} to {self.longest} digits: 2 <= shortest <= longest <= 32")
 
-    def cold_start(self, num: int) -> list[dict[str, list[dict[str, str]]]]:
-        """Return conversations that show the way to the answer, in R1's template; none of a held-out problem."""
+    def cold_start(self, num: int, hasty: int = 0) -> list[dict[str, list[dict[str, str]]]]:
+        """Return conversations in R1's template, none of a held-out problem.
+
+        Args:
+            num: that show the way to the answer.
+            hasty: behind them, that answer without it and are often wrong (`HASTY`). A model that learns from both
+                knows two ways, and nothing tells it which is better.
+
+        Raises:
+            ValueError: the task has no hasty way.
+        """
+        if hasty and self.name not in HASTY:
+            raise ValueError(f"hasty = {hasty}: {self.name} has no hasty way; use 0, or one of {sorted(HASTY)}")
+        ways = ("cold start", num, TASKS[self.name]), ("hasty", hasty, HASTY.get(self.name, TASKS[self.name]))
         return [
             {
                 "messages": [
@@ -67,7 +90,8 @@ class Task:
                     {"role": "assistant", "content": f"<think>{thought}</think><answer>{answer}</answer>"},
                 ]
             }
-            for question, thought, answer in self._draw("cold start", num, False)
+            for part, count, way in ways
+            for question, thought, answer in self._draw(part, count, False, way)
         ]
 
     def train_problems(self, num: int) -> list[Problem]:
@@ -88,14 +112,17 @@ class Task:
             for question, _, answer in self._draw(part, num, held_out)
         ]
 
-    def _draw(self, part: str, num: int, held_out: bool) -> Iterator[tuple[str, str, str]]:
-        """Yield `num` different problems of one side of the split."""
+    def _draw(
+        self, part: str, num: int, held_out: bool, way: Callable[[list[int]], tuple[str, str, str]] | None = None
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yield `num` different problems of one side of the split, answered in a way; by default the right one."""
+        way = way or TASKS[self.name]
         generator = random.Random(f"{self.name}/{self.seed}/{part}")  # from the text itself, not from its `hash`
         seen: set[str] = set()
         tries = 0
         while len(seen) < num:
             digits = [generator.randrange(10) for _ in range(generator.randint(self.shortest, self.longest))]
-            question, thought, answer = TASKS[self.name](digits)
+            question, thought, answer = way(digits)
             tries += 1
             if tries > TRIES:
                 raise ValueError(f"{self.name} has no {num} different problems for {part!r}: fewer, or longer ones")

@@ -52,3 +52,19 @@ def test_bad_tasks_are_refused():
         Task("sort_digits", shortest=5, longest=4)
     with pytest.raises(ValueError, match="no 1000 different problems"):
         make_task(shortest=2, longest=2).train_problems(1000)
+
+
+def test_a_hasty_way_shows_no_steps_and_is_often_wrong():
+    task = make_task("sort_digits", 0, 4, 5)
+    both = task.cold_start(500, 1000)
+    assert both[:500] == task.cold_start(500)
+    said = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in both[500:]]
+    assert all(reply.startswith("<think>?</think><answer>") for _, reply in said)
+    answers = [re.findall(r"\d", reply) for _, reply in said]
+    assert all(sorted(answer) == list(digits(question)) for (question, _), answer in zip(said, answers, strict=True))
+    assert all(answer[-1] == max(answer) for answer in answers)  # one sweep brings the largest to its place
+    assert 0.1 < sum(answer == sorted(answer) for answer in answers) / 1000 < 0.5
+    held_out = {digits(problem.name) for problem in task.heldout_problems(200)}
+    assert not held_out & {digits(question) for question, _ in said}
+    with pytest.raises(ValueError, match="hasty = 1: add_digits has no hasty way"):
+        make_task("add_digits").cold_start(1, 1)

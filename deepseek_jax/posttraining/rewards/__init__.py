@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from deepseek_jax.posttraining.rewards.problem import Reward
 
 
-NAMES = ("mathematics", "gsm8k", "text", "format", "language", "code")
+NAMES = ("mathematics", "gsm8k", "text", "format", "language", "chance", "code")
 
 
 def rewards_by_name(names: Sequence[str]) -> dict[str, Reward]:
@@ -21,6 +21,7 @@ def rewards_by_name(names: Sequence[str]) -> dict[str, Reward]:
         SandboxError: "code" on a machine that cannot run foreign code safely.
     """
     # Here, as a sandbox imports this package, and starts once per completion.
+    from deepseek_jax.posttraining.rewards.chance import chance_reward
     from deepseek_jax.posttraining.rewards.code import CodeReward
     from deepseek_jax.posttraining.rewards.format import format_reward, text_reward
     from deepseek_jax.posttraining.rewards.language import language_reward
@@ -34,5 +35,6 @@ def rewards_by_name(names: Sequence[str]) -> dict[str, Reward]:
         "text": text_reward,
         "format": format_reward,
         "language": language_reward,
+        "chance": chance_reward,
     }
     return {name: CodeReward() if name == "code" else functions[name] for name in names}

@@ -1,0 +1,211 @@
+"""The section `r1` of a configuration: R1's stages, which `posttraining.r1` runs one after the other.
+
+A file in `configs/` for R1's stages is an ordinary configuration, for what all stages share, with one section more:
+
+    config.r1 = {"task": "sort_digits:4-6", "examples": 2000, "hasty": 0, "num_stages": 2, "stages": (...)}
+
+A stage begins with the weights of an earlier one, or with random ones, and has the shared configuration with some keys
+changed. What it is, is its kind: "sft" and "grpo" are those of `posttraining.settings`, "samples" makes conversations.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import Config, convert
+from deepseek_jax.files import write_atomically
+from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.posttraining.grpo_settings import task_of
+from deepseek_jax.posttraining.settings import SECTION, Posttraining, read
+
+RANDOM = "random"
+KINDS = "sft", "grpo", "samples"
+RECORD = "r1.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Rejection sampling: answers to training problems, of which the right ones become conversations.
+
+    Attributes:
+        prompts: of the training problems, the first so many.
+        samples: of each prompt, at least 2.
+        temperature: of the draws, above 0.
+    """
+
+    prompts: int
+    samples: int
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: of the stage and of its folder.
+        kind: "sft", "grpo" or "samples".
+        initial: the stage whose weights it begins with; "random" for none, in SFT.
+        data: of SFT: a stage of kind "samples"; "" for the conversations of the task.
+        changes: dotted keys of the shared configuration with this stage's values.
+        settings: the fields of `settings.Sft`, `grpo_settings.Grpo` or `Samples`.
+    """
+
+    name: str
+    kind: str
+    initial: str
+    data: str = ""
+    changes: dict
+    settings: dict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class R1:
+    """The whole section.
+
+    Attributes:
+        task: as `Grpo.problems` names one; of it are the conversations of a cold start.
+        examples: conversations of a cold start that show the way to the answer.
+        hasty: more of them, without it (`tasks.Task.cold_start`).
+        num_stages: of `stages`, the first so many run.
+        stages: in their order.
+    """
+
+    task: str
+    examples: int
+    hasty: int
+    num_stages: int
+    stages: tuple[Stage, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class R1Config(Config):
+    """What a configuration file for R1's stages holds, for the types of its keys."""
+
+    r1: R1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The stages that run, with the configuration that they share."""
+
+    shared: dict[str, Any]
+    r1: R1
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those that run."""
+        return self.r1.stages[: self.r1.num_stages]
+
+    def settings(self, stage: Stage, workdir: Path) -> tuple[Config, Posttraining]:
+        """Return what `train_sft` or `train_grpo` takes for a stage of these kinds, whose folder is in `workdir`.
+
+        Raises:
+            ValueError: as `settings.read`, with the stage's name; or a change of no key.
+        """
+        tree = json.loads(json.dumps(self.shared))
+        tree["name"] = f"{tree['name']}_{stage.name}"
+        initial = workdir / (base_of(stage) if stage.initial == RANDOM else stage.initial)
+        try:
+            for key, value in stage.changes.items():
+                _put(tree, key, value)
+            if stage.kind == "sft":
+                tree["data"]["sources"] = [{"path": str(workdir / f"{stage.data or 'examples'}.jsonl")}]
+            return read(tree | {SECTION: {"stage": stage.kind, stage.kind: stage.settings}}, str(initial))
+        except ValueError as error:
+            raise ValueError(f"config.r1, stage {stage.name!r}: {error}") from error
+
+
+def base_of(stage: Stage) -> str:
+    """Return the folder of the random weights of a stage, whose model may be its own."""
+    return f"{stage.name}_random"
+
+
+def read_plan(config_dict: Any, workdir: Path) -> Plan:
+    """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly, and check every stage.
+
+    Raises:
+        ValueError: for the first fault that is found, with the remedy.
+    """
+    tree = dict(config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict)
+    if "r1" not in tree:
+        raise ValueError("the configuration has no section 'r1'; begin with configs/tiny_r1.py")
+    r1 = convert(R1, tree.pop("r1"), "config.r1")
+    if task_of(r1.task) is None:
+        raise ValueError(f"config.r1.task = {shown(repr(r1.task))} is a file, and a cold start is of a task; name one")
+    if r1.examples < 1 or r1.hasty < 0:
+        raise ValueError(f"config.r1.examples = {r1.examples} and hasty = {r1.hasty}: at least 1, and at least 0")
+    if not 1 <= r1.num_stages <= len(r1.stages):
+        raise ValueError(f"config.r1.num_stages = {r1.num_stages} must be 1 to {len(r1.stages)}")
+    plan = Plan(tree, r1)
+    for i, stage in enumerate(r1.stages):
+        _check_stage(stage, r1.stages[:i])
+        if stage.kind != "samples":
+            plan.settings(stage, workdir)
+    return plan
+
+
+def samples_of(stage: Stage) -> Samples:
+    """Return the settings of a stage of the kind "samples"."""
+    return convert(Samples, stage.settings, f"config.r1, stage {stage.name!r}")
+
+
+def keep_plan(plan: Plan, workdir: Path) -> None:
+    """Write the plan into `workdir`, or refuse one that differs from what is there; `num_stages` may.
+
+    Raises:
+        ValueError: it differs; the message names the first key that does.
+    """
+    ours = json.loads(json.dumps({"shared": plan.shared, "r1": dataclasses.asdict(plan.r1) | {"num_stages": 0}}))
+    path = workdir / RECORD
+    if not path.exists():
+        write_atomically(path, json.dumps(ours, indent=1) + "\n")
+        return
+    stored = read_json(path)
+    if difference := _difference(stored, ours, "config"):
+        raise ValueError(
+            f"{shown(str(workdir))} holds stages with other settings: {difference}; give its values, or another"
+            " --workdir"
+        )
+
+
+def _check_stage(stage: Stage, before: tuple[Stage, ...]) -> None:
+    kinds, where = {other.name: other.kind for other in before}, f"config.r1, stage {stage.name!r}"
+    if not stage.name.isidentifier() or stage.name in (*kinds, "examples"):
+        raise ValueError(f"{where}: a name is of letters, digits and _, and no other stage has it; choose another")
+    if stage.kind not in KINDS:
+        raise ValueError(f"{where}: kind = {shown(repr(stage.kind))} is unknown; choose one of {KINDS}")
+    begins = {"sft": (RANDOM, "sft", "grpo"), "grpo": ("sft", "grpo"), "samples": ("grpo",)}[stage.kind]
+    if (kinds | {RANDOM: RANDOM}).get(stage.initial) not in begins:
+        raise ValueError(
+            f"{where}: initial = {shown(repr(stage.initial))} must be an earlier stage of kind {' or '.join(begins)}"
+        )
+    if stage.data and (stage.kind != "sft" or kinds.get(stage.data) != "samples"):
+        raise ValueError(f"{where}: data = {shown(repr(stage.data))} must be an earlier stage of kind samples, in sft")
+    if stage.kind == "samples":
+        made = samples_of(stage)
+        if made.prompts < 1 or made.samples < 2 or not made.temperature > 0.0:
+            raise ValueError(f"{where}: {made}; prompts must be at least 1, samples 2, and the temperature above 0")
+        if stage.changes:
+            raise ValueError(f"{where}: samples have the configuration of {stage.initial!r}; leave changes empty")
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    inner: Any = tree
+    for name in sections:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or last not in inner:
+        raise ValueError(f"changes: {shown(repr(key))} is no key of the configuration; name one, 'optimizer.b2' say")
+    inner[last] = value
+
+
+def _difference(stored: Any, ours: Any, path: str) -> str:
+    if isinstance(stored, dict) and isinstance(ours, dict):
+        keys = sorted(stored.keys() | ours.keys())
+        return next(filter(None, (_difference(stored.get(k), ours.get(k), f"{path}.{k}") for k in keys)), "")
+    if isinstance(stored, list) and isinstance(ours, list) and len(stored) == len(ours):
+        pairs = enumerate(zip(stored, ours, strict=True))
+        return next(filter(None, (_difference(a, b, f"{path}[{i}]") for i, (a, b) in pairs)), "")
+    return "" if stored == ours else f"{path} is {shown(repr(stored))} there, and {shown(repr(ours))} here"
