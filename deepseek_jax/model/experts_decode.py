@@ -38,6 +38,7 @@ def expert_decode(
     dense: Dense | None = None,
     rows: Quantized | None = None,
     parts: bool = False,
+    everybody: int = 0,
     implementation: str = "auto",
 ) -> jax.Array:
     """Return the gated sums y_TD of the experts that are here (DeepSeek-V3 eq. 12).
@@ -51,6 +52,7 @@ def expert_decode(
         dense: what the routing has made of experts and gates.
         rows: `h_TD` in tiles with the scale `DISPATCH`, where there are any; read with weights in FP8.
         parts: whether to return FP32 parts [., T, D] instead, whose sum are the gated sums.
+        everybody: how many of the experts, the last ones, every token has.
         implementation: see `pallas_kernels.experts_decode`.
     """
     gate_up, down = (_blocks(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
@@ -58,7 +60,7 @@ def expert_decode(
         operand = quantize_tiles(h_TD, scale=DISPATCH) if rows is None else rows
     else:
         operand, gate_up = h_TD, gate_up.reshape(*gate_up.shape[:-2], -1)
-    options = {"layer": layer, "dense": dense, "parts": parts, "implementation": implementation}
+    options = {"layer": layer, "dense": dense, "parts": parts, "everybody": everybody, "implementation": implementation}
     return experts_decode(operand, experts_TK, gates_TK, gate_up, down, **options)
 
 

@@ -36,6 +36,7 @@ from deepseek_jax.model.moe import FEW_TOKENS, MoE, Observer, RouterBias, unobse
 from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import TurnedFp8Weight, Weights
+from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import MOST_QUERIES
 
 Tree = dict[str, Any]
@@ -210,8 +211,14 @@ def run_cached_layers(
 
 
 def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:
-    """Return the execution of a call over a cache: a step of few tokens has kernels of its own for experts."""
-    few = execution.exchange == "local" and valid_BS.shape[1] <= MOST_QUERIES and valid_BS.size <= FEW_TOKENS
+    """Return the execution of a call over a cache: few tokens have kernels of their own for experts.
+
+    Those of a prefill, more than `MOST_QUERIES` of a row, only where the kernels are: their reference takes longer than
+    blocks.
+    """
+    few = execution.exchange == "local" and valid_BS.size <= FEW_TOKENS
+    if valid_BS.shape[1] > MOST_QUERIES:
+        few &= dispatch.on_hopper() and execution.experts == "grouped"
     return dataclasses.replace(execution, experts="few") if few else execution
 
 
