@@ -11,7 +11,7 @@ that of a busy machine), and then each is measured on its own:
 A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. The floor
 is the time of reading what must be read, once, at --read_rate: all weights but the embedding (of the routed experts
 those that a batch touches on average), and in decoding the cache. In prefill it is the time of the products at
---product_rate, if that is longer. --json writes the same numbers as records.
+--product_rate, with weights in FP8 at twice that, if it is longer. --json writes the same numbers as records.
 """
 
 import statistics
@@ -161,6 +161,7 @@ def measure(
             events = report.profile(program.lowered, step, again)
             report.print_events(events)
     floor = floor_seconds(config, weights, batch) * program.steps
+    count = breakdown.kernels_of_a_run if _bare_mode() == "prefill" else breakdown.kernels_of_a_step
     values = [
         (_bare_mode(), program.tokens / median, "tokens/s"),
         ("floor", program.tokens / floor, "tokens/s"),
@@ -168,7 +169,7 @@ def measure(
         ("time", 1e3 * median / program.steps, "ms"),
         ("time, fastest", 1e3 * min(seconds[2:]) / program.steps, "ms"),
         ("trace and compile", compile_seconds, "s"),
-        ("kernels of a layer", breakdown.kernels_of_a_step(step.as_text()) / config.model.num_layers, ""),
+        ("kernels of a layer", count(step.as_text()) / config.model.num_layers, ""),
         *((mode, value / program.steps, unit) for mode, value, unit in report.scope_times(events)),
     ]
     shape = {"batch": batch, "context": CONTEXT.value}
@@ -197,6 +198,11 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
     model, products = config.model, 0.0
     read = sum(leaf.nbytes for name, leaf in weights.params.items() if name in ("head_DV", "final_norm_D"))
     tokens = batch * (CONTEXT.value if MODE.value == "prefill" else 1)
+
+    def cost_of(leaf):
+        """Return the arithmetic of a product in that of BF16."""
+        return 2 * tokens * leaf.size / (2 if leaf.dtype.itemsize == 1 else 1)
+
     for path, leaf in jax.tree.leaves_with_path(
         [weights.params.get(name, []) for name in ("dense_layers", "moe_layers")]
     ):
@@ -206,9 +212,9 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
             always = num_all - model.num_experts  # the shared expert
             touched = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
             share = (always + touched) / num_all
-            products += 2 * tokens * (always + model.experts_per_token) / num_all * leaf.size
+            products += cost_of(leaf) * (always + model.experts_per_token) / num_all
         elif leaf.ndim > 1:
-            products += 2 * tokens * leaf.size
+            products += cost_of(leaf)
         read += share * leaf.nbytes
     if _bare_mode() == "decode":
         read += batch * (CONTEXT.value + BURST // 2) * cache_bytes_per_token(model, config.execution)
