@@ -148,15 +148,16 @@ def measure(
         seconds, arrays = [], program.arrays
         for _ in range(REPEATS.value + 2):
             start = time.perf_counter()
-            arrays = run(step, arrays)
+            made = jax.block_until_ready(step(*arrays))
             seconds.append(time.perf_counter() - start)
+            arrays = following(arrays, made)
         median = statistics.median(seconds[2:])
         events = []
         if BREAKDOWN.value:
             state = [arrays]
 
             def again(compiled):
-                state[0] = run(compiled, state[0])
+                state[0] = following(state[0], compiled(*state[0]))
 
             events = report.profile(program.lowered, step, again)
             report.print_events(events)
@@ -184,13 +185,14 @@ def _bare_mode() -> str:
     return "prefill" if MODE.value == "prefill" else "decode"
 
 
-def run(compiled: Any, arrays: tuple) -> tuple:
-    """Run a program once, wait for it, and return the arguments of the next run."""
-    result, state = jax.block_until_ready(compiled(*arrays))
+def following(arrays: tuple, made: tuple) -> tuple:
+    """Return the arguments of the next run from those of the last and what it made, once they are there."""
+    result, state = made
     if isinstance(state, Cache):
-        return (arrays[0], state._replace(length_B=0 * state.length_B), result, *arrays[3:])
-    length_B = arrays[-1]
-    return (arrays[0], state._replace(cache=state.cache._replace(length_B=length_B + 0)), *arrays[2:])
+        state = state._replace(length_B=0 * state.length_B)
+        return jax.block_until_ready((arrays[0], state, result, *arrays[3:]))
+    state = state._replace(cache=state.cache._replace(length_B=arrays[-1] + 0))
+    return jax.block_until_ready((arrays[0], state, *arrays[2:]))
 
 
 def floor_seconds(config: Config, weights: Weights, batch: int) -> float:

@@ -20,6 +20,7 @@ ends, with its first weights asked for (programmatic dependent launch), changed 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ CONFIGS = {  # in FP8, few rows
     (True, True): TuningConfig(width=GROUP),
     (True, False): TuningConfig(width=GROUP, down_width=128),
 }
-MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 48  # rows of a visit for which all sums have registers
+MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 72  # rows of a visit for which all sums have registers
 MOST_GROUPS = 16  # of the steps of all visits
 
 
@@ -93,7 +94,7 @@ def experts_decode(
     rows, row_gates, slots_TK = sort_rows(rows, gates, keys, first_E, n, plan.most_visits * n)
     plan = dataclasses.replace(plan, gates=row_gates.reshape(-1, n))
     act = gate_up_visits(config, plan, rows, gate_up, base)
-    y = down_visits(config, plan, act, down, base, plan.most_visits)
+    y = down_sorted(config, plan, act, down, base)
     of_choice = [jnp.take(y, slots_TK[:, i], axis=0, mode="fill", fill_value=0) for i in range(k)]
     total = sum((part.astype(jnp.float32) for part in of_choice), jnp.float32(0))
     return total[None] if parts else total.astype(jnp.bfloat16)
@@ -127,24 +128,16 @@ def gate_up_visits(
     shape, tiles = Shape(in_fp8, n, width, k, config.turned), hidden // width
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
 
-    blocks = num_multiprocessors()
-    zeros = jnp.zeros((MARKS,), jnp.int32) if zeros is None else zeros
-    marks, num_marks = ((jax.new_ref(zeros),), 1) if plan.dense else ((), 0)
+    marks = jnp.zeros((MARKS,), jnp.int32) if zeros is None else zeros
 
     def kernel(base_ref, gates_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]
         row_refs, (weight, *scales), refs = refs[:many], refs[many : 2 * many], refs[2 * many :]
-        (*marks_ref,), outputs, refs = refs[:num_marks], refs[num_marks : num_marks + many], refs[num_marks + many :]
-        (*sums_ref,), scratch = refs[:num_marks], refs[num_marks:]
+        marks_ref, outputs, sums_ref, scratch = refs[0], refs[1 : 1 + many], refs[1 + many], refs[2 + many :]
         stream = Stream.of(shape, config.interpreted, scratch)
         num_visits, find = plan.schedule(*tables)
-        first, units = base_ref[0], num_visits * tiles
-        shares = Shares(units, shape.steps, sums_ref[0], marks_ref[0], config.interpreted) if plan.dense else None
-
-        def over(body):
-            if shares:
-                return shares.over(body, jnp.int32(0))
-            return over_units(units, lambda unit, slot: body(unit, 0, shape.steps, slot), jnp.int32(0))
+        first = base_ref[0]
+        shares = Shares(num_visits * tiles, shape.steps, sums_ref, marks_ref, config.interpreted)
 
         def place(unit):
             visit = find(lax.div(unit, jnp.int32(tiles)))
@@ -169,28 +162,24 @@ def gate_up_visits(
                 return scale
 
             def finish():
-                whole = shares.collect(unit, sums) if shares else sums
+                whole = shares.collect(unit, sums)
                 weights = plgpu.load(gates_ref.at[visit.gates], layout=L.WGMMA.reduce(0), optimized=False)
                 store_act(outputs, whole, weights, visit.row, column)
 
             slot, sums = stream.multiply(slot, jnp.int32(first_step), jnp.int32(last_step), block_scale)
-            if shares:
-                pl.when(first_step > 0)(functools.partial(shares.leave, sums))
-                pl.when(first_step == 0)(finish)
-            else:
-                finish()
+            pl.when(first_step > 0)(functools.partial(shares.leave, sums))
+            pl.when(first_step == 0)(finish)
             return slot
 
-        stream.by_role(lambda: over(copy), lambda: over(multiply))
+        stream.by_role(lambda: shares.over(copy, jnp.int32(0)), lambda: shares.over(multiply, jnp.int32(0)))
 
     num_rows = plan.most_visits * n
     out_type = [jax.ShapeDtypeStruct((num_rows, hidden), E4M3 if in_fp8 else jnp.bfloat16)]
     if in_fp8:
         out_type.append(jax.ShapeDtypeStruct((hidden // GROUP, num_rows), jnp.float32))
-    if plan.dense:
-        out_type.append(jax.ShapeDtypeStruct((blocks, BLOCKS * shape.tiles, ROWS, n), jnp.float32))
+    out_type.append(shape.shares())
     run = launch(kernel, "experts_decode_gate_up", out_type, scratch)
-    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales, *marks))[:many]
+    return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales, jax.new_ref(marks)))[:many]
 
 
 def store_act(outputs: tuple, sums: list[Array], weights: Array, row: Array, column: Array) -> None:
@@ -223,13 +212,12 @@ def turned(x: Array, dtype: jnp.dtype) -> Array:
 def down_visits(
     config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array, groups: int
 ) -> Array:
-    """Return FP32 partial sums [groups, N, D] of dense visits, or BF16 [visits * N, D] of sorted ones."""
+    """Return FP32 partial sums [groups, N, D] of dense visits."""
     in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
     values, *weight_scales = jax.tree.leaves(down)
     k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
     shape, tiles = Shape(in_fp8, n, width, k, config.turned), columns_d // (BLOCKS * width)
     scratch, num_tables, many = shape.scratch(config.ring_bytes), len(plan.tables), 1 + in_fp8
-    dtype = jnp.float32 if plan.dense else jnp.bfloat16
 
     def kernel(base_ref, *refs):
         tables, refs = refs[:num_tables], refs[num_tables:]
@@ -240,11 +228,7 @@ def down_visits(
 
         def place(unit):
             group, tile = lax.div(unit, jnp.int32(tiles)), lax.rem(unit, jnp.int32(tiles))
-            start, end = group, group + 1  # a sorted visit is a group
-            if plan.dense:
-                start, end = (lax.div(i * num_visits * shape.steps, jnp.int32(groups)) for i in (start, end))
-            else:
-                start, end = start * shape.steps, end * shape.steps
+            start, end = (lax.div(i * num_visits * shape.steps, jnp.int32(groups)) for i in (group, group + 1))
             return group, tile, start, end
 
         def copy(unit, slot):
@@ -262,24 +246,82 @@ def down_visits(
             group, tile, start, end = place(unit)
 
             def block_scale(number):
-                of_expert, turn = scales[0].at[first + find(number).expert], shape.turn(tile, tiles)
-
-                def scale(block, step):
-                    column = (tile * BLOCKS + block) * width
-                    return of_expert[lax.div(column, jnp.int32(GROUP)), stream.place(step, turn)]
-
-                return scale
+                turn = shape.turn(tile, tiles)
+                return scale_of_columns(stream, scales[0].at[first + find(number).expert], tile * BLOCKS * width, turn)
 
             slot, sums = stream.multiply(slot, start, end, block_scale)
             for i, total in enumerate(sums):
                 column = pl.ds(tile * (BLOCKS * width) + i * ROWS, ROWS)
-                target = out.at[group, :, column] if plan.dense else out.at[pl.ds(group * n, n), column]
-                target.transpose((1, 0))[...] = turned(total, dtype)
+                out.at[group, :, column].transpose((1, 0))[...] = turned(total, jnp.float32)
             return slot
 
-        units = (jnp.int32(groups) if plan.dense else num_visits) * tiles
+        units = jnp.int32(groups) * tiles
         stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
 
-    out_shape = (groups, n, columns_d) if plan.dense else (plan.most_visits * n, columns_d)
-    run = launch(kernel, "experts_decode_down", jax.ShapeDtypeStruct(out_shape, dtype), scratch)
+    run = launch(
+        kernel, "experts_decode_down", jax.ShapeDtypeStruct((groups, n, columns_d), jnp.float32), scratch
+    )
     return run(base, *plan.tables, *act, values, *weight_scales)
+
+
+def down_sorted(
+    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array
+) -> Array:
+    """Return BF16 [visits * N, D] of sorted visits; rows that no assignment has are not written."""
+    in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
+    values, *weight_scales = jax.tree.leaves(down)
+    k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
+    shape, tiles = Shape(in_fp8, n, width, k, config.turned), columns_d // (BLOCKS * width)
+    scratch, many = shape.scratch(config.ring_bytes), 1 + in_fp8
+
+    def kernel(base_ref, table_ref, *refs):
+        row_refs, (weight, *scales), refs = refs[:many], refs[many : 2 * many], refs[2 * many :]
+        marks_ref, out, sums_ref, scratch = refs[0], refs[1], refs[2], refs[3:]
+        stream = Stream.of(shape, config.interpreted, scratch)
+        num_visits, find = plan.schedule(table_ref)
+        first = base_ref[0]
+        shares = Shares(num_visits * tiles, shape.steps, sums_ref, marks_ref, config.interpreted)
+
+        def place(unit):
+            tile = lax.rem(unit, jnp.int32(tiles))
+            return find(lax.div(unit, jnp.int32(tiles))), tile * BLOCKS * width, shape.turn(tile, tiles)
+
+        def copy(unit, first_step, last_step, slot):
+            visit, column, turn = place(unit)
+            columns = [column + block * width for block in range(BLOCKS)]
+            source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], visit.row, turn)
+            return stream.fill(slot, source, first_step, last_step)
+
+        def multiply(unit, first_step, last_step, slot):
+            visit, column, turn = place(unit)
+
+            def finish():
+                for i, total in enumerate(shares.collect(unit, sums)):
+                    target = out.at[pl.ds(visit.row, n), pl.ds(column + i * ROWS, ROWS)]
+                    target.transpose((1, 0))[...] = turned(total, jnp.bfloat16)
+
+            slot, sums = stream.multiply(
+                slot,
+                jnp.int32(first_step),
+                jnp.int32(last_step),
+                lambda _: scale_of_columns(stream, scales[0].at[first + visit.expert], column, turn),
+            )
+            pl.when(first_step > 0)(functools.partial(shares.leave, sums))
+            pl.when(first_step == 0)(finish)
+            return slot
+
+        stream.by_role(lambda: shares.over(copy, jnp.int32(0)), lambda: shares.over(multiply, jnp.int32(0)))
+
+    out_type = [jax.ShapeDtypeStruct((plan.most_visits * n, columns_d), jnp.bfloat16), shape.shares()]
+    run = launch(kernel, "experts_decode_down", out_type, scratch)
+    marks = jax.new_ref(jnp.zeros((MARKS,), jnp.int32))
+    return run(base, *plan.tables, *act, values, *weight_scales, marks)[0]
+
+
+def scale_of_columns(stream: Stream, of_expert, column: Array, turn) -> Callable:
+    """Return a function from a block, of the columns from `column` on, and a step to the scale of their weights."""
+
+    def scale(block, step):
+        return of_expert[lax.div(column + block * stream.shape.width, jnp.int32(GROUP)), stream.place(step, turn)]
+
+    return scale

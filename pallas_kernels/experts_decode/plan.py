@@ -79,7 +79,7 @@ def rows_of_visit(num_tokens: int, k: int, num_experts: int, most_sorted: int) -
         return round_up(num_tokens)
     mean = num_tokens * k / num_experts
     most = mean + 2 * mean**0.5  # few experts of a spread routing have more
-    return round_up(most / math.ceil(most / most_sorted))
+    return round_up(min(most / math.ceil(mean / most_sorted), most_sorted))
 
 
 def round_up(rows: float) -> int:
