@@ -165,9 +165,7 @@ def _cudnn(q_TNQ, k_TNQ, v_TNH, spans: Spans, scale: float, rows: Rows) -> Atten
     """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    attend: Any = functools.partial(
-        dot_product_attention, scale=scale, mask_type=MaskType.CAUSAL, return_residual=True
-    )
+    attend: Any = functools.partial(dot_product_attention, scale=scale, mask_type=MaskType.CAUSAL, return_residual=True)
     num_tokens = len(q_TNQ)
     if rows == Rows(1, num_tokens):
         out_RSNH, lse_RNS = attend(q_TNQ[None], k_TNQ[None], v_TNH[None])

@@ -2,10 +2,11 @@
 
     gate_up    a unit of work is a visit (an expert and N rows) and some columns of F, gate and up side by side in a
                slot: act = silu(gate) * up * gate weight, in BF16, or in E4M3 with a scale per row and 128 columns.
-               Dense visits: steps along k are cut into equal shares (`hopper_shares.py`)
+               Steps along k are cut into equal shares (`hopper_shares.py`)
     down       a unit is some columns of D and steps along k of visits, over which it sums. Dense visits: the steps of
                all visits in a few equal groups, whose FP32 partial sums [groups, N, D] are added in the fusion that
-               follows. Sorted visits: each has its own rows, and K of them are added for each token
+               follows. Sorted visits (`hopper_sorted.py`): each has its own rows, and K of them are added for each
+               token
 
 Floor. A touched expert is 3 D F weights, 12.6 MB in configs/v3_5b.py in BF16 and 88 MB in V3; rows, activations and
 partial sums are 1 to 3% of it. One H200 reads 4.3 TB/s, so that 64 touched experts take 187 us, and the 8 of a single
@@ -20,7 +21,6 @@ ends, with its first weights asked for (programmatic dependent launch), changed 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
 from pallas_kernels.dispatch import num_multiprocessors
+from pallas_kernels.experts_decode.hopper_act import store_act, turned
 from pallas_kernels.experts_decode.hopper_shares import Shares
 from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape, TuningConfig
 from pallas_kernels.experts_decode.hopper_sort import sort_rows
+from pallas_kernels.experts_decode.hopper_sorted import down_sorted
 from pallas_kernels.experts_decode.hopper_stream import L, Source, Stream, launch, over_units
 from pallas_kernels.experts_decode.plan import (
     MOST_DENSE,
@@ -45,7 +47,7 @@ from pallas_kernels.experts_decode.plan import (
     rows_of_visit,
 )
 from pallas_kernels.hopper.marks import MARKS
-from pallas_kernels.quantized import E4M3, Quantized, largest_magnitude, scale_of
+from pallas_kernels.quantized import E4M3, Quantized
 
 MOST_FEW = 32  # rows of a visit with narrow blocks; beside wide ones fewer bytes of rows are copied
 CONFIGS = {  # in FP8, few rows
@@ -182,33 +184,6 @@ def gate_up_visits(
     return tuple(run(base, plan.gates, *plan.tables, *rows, values, *weight_scales, jax.new_ref(marks)))[:many]
 
 
-def store_act(outputs: tuple, sums: list[Array], weights: Array, row: Array, column: Array) -> None:
-    """Store silu(gate) * up * weight, transposed; `sums` are those of gate, then of up, 64 columns each."""
-    half, n = len(sums) // 2, sums[0].shape[1]
-    weights = lax.broadcast_in_dim(weights, sums[0].shape, [1])
-    if len(outputs) == 2:  # rounded as in training
-        sums = [total.astype(jnp.bfloat16).astype(jnp.float32) for total in sums]
-    acts = [gate / (1 + jnp.exp(-gate)) * up for gate, up in zip(sums[:half], sums[half:], strict=True)]
-    acts = [jnp.where(weights == 0, 0.0, act * weights) for act in acts]  # of rows without this expert, NaN or not
-    rows, dtype = pl.ds(row, n), jnp.bfloat16
-    if len(outputs) == 2:
-        largest = [largest_magnitude(act, axis=0) for act in acts]
-        scale = scale_of(jnp.maximum(*largest), "fp32")
-        outputs[1][lax.div(column, jnp.int32(GROUP)), rows] = scale
-        inverse, dtype = lax.broadcast_in_dim(1.0 / scale, sums[0].shape, [1]), E4M3
-        acts = [act * inverse for act in acts]
-    for i, act in enumerate(acts):
-        target = outputs[0].at[rows, pl.ds(column + i * ROWS, ROWS)].transpose((1, 0))
-        target[...] = turned(act, dtype)
-
-
-def turned(x: Array, dtype: jnp.dtype) -> Array:
-    """Return FP32 [64, N] in `dtype`, neighbours along the 64 in one register."""
-    if dtype == E4M3:  # shuffles know 16 and 32 bits
-        return plgpu.layout_cast(x, L.WGMMA_TRANSPOSED).astype(dtype)
-    return plgpu.layout_cast(x.astype(dtype), L.WGMMA_TRANSPOSED)
-
-
 def down_visits(
     config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array, groups: int
 ) -> Array:
@@ -246,8 +221,13 @@ def down_visits(
             group, tile, start, end = place(unit)
 
             def block_scale(number):
-                turn = shape.turn(tile, tiles)
-                return scale_of_columns(stream, scales[0].at[first + find(number).expert], tile * BLOCKS * width, turn)
+                of_expert, turn = scales[0].at[first + find(number).expert], shape.turn(tile, tiles)
+
+                def scale(block, step):
+                    column = (tile * BLOCKS + block) * width
+                    return of_expert[lax.div(column, jnp.int32(GROUP)), stream.place(step, turn)]
+
+                return scale
 
             slot, sums = stream.multiply(slot, start, end, block_scale)
             for i, total in enumerate(sums):
@@ -258,70 +238,5 @@ def down_visits(
         units = jnp.int32(groups) * tiles
         stream.by_role(lambda: over_units(units, copy, jnp.int32(0)), lambda: over_units(units, multiply, jnp.int32(0)))
 
-    run = launch(
-        kernel, "experts_decode_down", jax.ShapeDtypeStruct((groups, n, columns_d), jnp.float32), scratch
-    )
+    run = launch(kernel, "experts_decode_down", jax.ShapeDtypeStruct((groups, n, columns_d), jnp.float32), scratch)
     return run(base, *plan.tables, *act, values, *weight_scales)
-
-
-def down_sorted(
-    config: TuningConfig, plan: Plan, act: tuple[Array, ...], down: Array | Quantized, base: Array
-) -> Array:
-    """Return BF16 [visits * N, D] of sorted visits; rows that no assignment has are not written."""
-    in_fp8, n, width = isinstance(down, Quantized), plan.rows, config.down_width
-    values, *weight_scales = jax.tree.leaves(down)
-    k, columns_d = act[0].shape[1], values.shape[1 if in_fp8 else 2]
-    shape, tiles = Shape(in_fp8, n, width, k, config.turned), columns_d // (BLOCKS * width)
-    scratch, many = shape.scratch(config.ring_bytes), 1 + in_fp8
-
-    def kernel(base_ref, table_ref, *refs):
-        row_refs, (weight, *scales), refs = refs[:many], refs[many : 2 * many], refs[2 * many :]
-        marks_ref, out, sums_ref, scratch = refs[0], refs[1], refs[2], refs[3:]
-        stream = Stream.of(shape, config.interpreted, scratch)
-        num_visits, find = plan.schedule(table_ref)
-        first = base_ref[0]
-        shares = Shares(num_visits * tiles, shape.steps, sums_ref, marks_ref, config.interpreted)
-
-        def place(unit):
-            tile = lax.rem(unit, jnp.int32(tiles))
-            return find(lax.div(unit, jnp.int32(tiles))), tile * BLOCKS * width, shape.turn(tile, tiles)
-
-        def copy(unit, first_step, last_step, slot):
-            visit, column, turn = place(unit)
-            columns = [column + block * width for block in range(BLOCKS)]
-            source = Source(weight.at[first + visit.expert], columns, row_refs[0], row_refs[-1], visit.row, turn)
-            return stream.fill(slot, source, first_step, last_step)
-
-        def multiply(unit, first_step, last_step, slot):
-            visit, column, turn = place(unit)
-
-            def finish():
-                for i, total in enumerate(shares.collect(unit, sums)):
-                    target = out.at[pl.ds(visit.row, n), pl.ds(column + i * ROWS, ROWS)]
-                    target.transpose((1, 0))[...] = turned(total, jnp.bfloat16)
-
-            slot, sums = stream.multiply(
-                slot,
-                jnp.int32(first_step),
-                jnp.int32(last_step),
-                lambda _: scale_of_columns(stream, scales[0].at[first + visit.expert], column, turn),
-            )
-            pl.when(first_step > 0)(functools.partial(shares.leave, sums))
-            pl.when(first_step == 0)(finish)
-            return slot
-
-        stream.by_role(lambda: shares.over(copy, jnp.int32(0)), lambda: shares.over(multiply, jnp.int32(0)))
-
-    out_type = [jax.ShapeDtypeStruct((plan.most_visits * n, columns_d), jnp.bfloat16), shape.shares()]
-    run = launch(kernel, "experts_decode_down", out_type, scratch)
-    marks = jax.new_ref(jnp.zeros((MARKS,), jnp.int32))
-    return run(base, *plan.tables, *act, values, *weight_scales, marks)[0]
-
-
-def scale_of_columns(stream: Stream, of_expert, column: Array, turn) -> Callable:
-    """Return a function from a block, of the columns from `column` on, and a step to the scale of their weights."""
-
-    def scale(block, step):
-        return of_expert[lax.div(column + block * stream.shape.width, jnp.int32(GROUP)), stream.place(step, turn)]
-
-    return scale
