@@ -48,8 +48,8 @@ def experts_decode(
         layer: which of L layers is read.
         dense: what `pallas_kernels.routing` has made of these experts and gates, which saves kernels.
         parts: whether to return FP32 parts [., T, D], whose sum is y: for a caller that adds more to them.
-        everybody: how many of the experts, the last ones, every token has: the shared ones. The kernel cuts its work for
-            the rows of the others. Any number is right.
+        everybody: how many of the experts, the last ones, every token has: the shared ones. The kernel cuts its work
+            for the rows of the others. Any number is right.
         implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16 or FP8, D a multiple of 256 and F
             of 128; "auto" takes the reference for others.
 
