@@ -211,14 +211,9 @@ def run_cached_layers(
 
 
 def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:
-    """Return the execution of a call over a cache: few tokens have kernels of their own for experts.
-
-    Those of a prefill, more than `MOST_QUERIES` of a row, only where the kernels are: their reference takes longer than
-    blocks.
-    """
-    few = execution.exchange == "local" and valid_BS.size <= FEW_TOKENS
-    if valid_BS.shape[1] > MOST_QUERIES:
-        few &= dispatch.on_hopper() and execution.experts == "grouped"
+    """Return the execution of a call over a cache: few tokens have kernels for experts, those of prompts on Hopper."""
+    suits = valid_BS.shape[1] <= MOST_QUERIES or (dispatch.on_hopper() and execution.experts == "grouped")
+    few = suits and execution.exchange == "local" and valid_BS.size <= FEW_TOKENS
     return dataclasses.replace(execution, experts="few") if few else execution
 
 
