@@ -142,7 +142,7 @@ def run_prefill(
 def prefill_program(model: Model, execution: Execution, mesh: jax.sharding.Mesh, call: Call) -> Callable:
     """Return the program of a call: (weights, cache, logits_BV, tokens_T, new_B) -> (logits_BV, cache)."""
     rows = call.rows if execution.attention == "cudnn" else Rows(0, 0)  # others do not read them
-    return jit_on(prefill, execution, mesh, model, execution, rows, call.continues, donate=(1, 2))
+    return jit_on(prefill, execution, mesh, model, execution, rows, call.continues, donate=(1, 2), cublas=True)
 
 
 def prefill(

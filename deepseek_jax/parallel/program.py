@@ -41,7 +41,8 @@ def jit_on(
         mesh: where the program runs; call it under `jax.set_mesh(mesh)`.
         static: hashable values: what the function reads of the configuration.
         donate: positions of the donated arrays, counted without `static`.
-        cublas: whether on a GPU cuBLAS alone does the products in other precisions, too.
+        cublas: whether on a GPU cuBLAS alone does the products in other precisions, too: for those of a prompt, XLA
+            chose Triton kernels that took longer (experiments/log.md).
     """
     platform = mesh.devices.flat[0].platform
     exact = execution.precision == "fp32" and platform != "cpu"

@@ -8,7 +8,8 @@ that of a busy machine), and then each is measured on its own:
     --mode=engine     the same bursts, and beside them an engine with as many jobs (`engine_loop`)
     --mode=prefill    prompts of --context tokens
 
-A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. The floor
+A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. "Prefill
+in a row" is the time of one of eight whose calls do not wait for each other, as those of an engine do not. The floor
 is the time of reading what must be read, once, at --read_rate: all weights but the embedding (of the routed experts
 those that a batch touches on average), and in decoding the cache. In prefill it is the time of the products at
 --product_rate, with weights in FP8 at twice that, if it is longer. --json writes the same numbers as records.
@@ -54,6 +55,7 @@ BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also profile; on a GPU the pr
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 NO_EOS = -2  # no token is it
+IN_A_ROW = 8  # prefills
 
 
 class Program(NamedTuple):
@@ -152,6 +154,10 @@ def measure(
             seconds.append(time.perf_counter() - start)
             arrays = following(arrays, made)
         median = statistics.median(seconds[2:])
+        queued = []
+        if _bare_mode() == "prefill":
+            found, arrays = in_a_row(step, arrays)
+            queued = [("prefill in a row", program.tokens / found, "tokens/s")]
         events = []
         if BREAKDOWN.value:
             state = [arrays]
@@ -165,6 +171,7 @@ def measure(
     count = breakdown.kernels_of_a_run if _bare_mode() == "prefill" else breakdown.kernels_of_a_step
     values = [
         (_bare_mode(), program.tokens / median, "tokens/s"),
+        *queued,
         ("floor", program.tokens / floor, "tokens/s"),
         ("share of the floor", 100 * floor / median, "%"),
         ("time", 1e3 * median / program.steps, "ms"),
@@ -193,6 +200,23 @@ def following(arrays: tuple, made: tuple) -> tuple:
         return jax.block_until_ready((arrays[0], state, result, *arrays[3:]))
     state = state._replace(cache=state.cache._replace(length_B=arrays[-1] + 0))
     return jax.block_until_ready((arrays[0], state, *arrays[2:]))
+
+
+def in_a_row(step: Any, arrays: tuple) -> tuple[float, tuple]:
+    """Return the median seconds of a prefill where the host calls the next before the last has ended, and arguments.
+
+    The difference to one that waits is what the host takes to call it.
+    """
+    weights, cache, logits_BV, *new = arrays
+    seconds, empty_B = [], cache.length_B + 0
+    for _ in range(REPEATS.value):
+        lengths = jax.block_until_ready([empty_B + 0 for _ in range(IN_A_ROW)])
+        start = time.perf_counter()
+        for length_B in lengths:
+            logits_BV, cache = step(weights, cache._replace(length_B=length_B), logits_BV, *new)
+        jax.block_until_ready((logits_BV, cache))
+        seconds.append((time.perf_counter() - start) / IN_A_ROW)
+    return statistics.median(seconds), (weights, cache._replace(length_B=empty_B), logits_BV, *new)
 
 
 def floor_seconds(config: Config, weights: Weights, batch: int) -> float:

@@ -96,9 +96,7 @@ class Shares:
             if not self.interpreted:
                 wait_for_marks(self.marks.at[pl.ds(share, 1)])
             layout = plgpu.Layout.WGMMA
-            return [
-                value + plgpu.load(self.sums.at[share, i], layout=layout, optimized=False)
-                for i, value in enumerate(sums)
-            ]
+            parts = [plgpu.load(self.sums.at[share, i], layout=layout, optimized=False) for i in range(len(sums))]
+            return [value + part for value, part in zip(sums, parts, strict=True)]
 
         return lax.fori_loop(self.own + 1, behind, add_part, sums)

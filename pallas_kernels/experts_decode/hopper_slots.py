@@ -3,20 +3,17 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import GROUP
-from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.hopper.ring import tiled
 from pallas_kernels.quantized import E4M3
 
 ROWS, BLOCKS = 64, 2  # of wgmma; of a slot
 STEP_BYTES = 128  # of k
 SCALES_UNIT = 32  # FP32 numbers in the 128 bytes at which a copy may begin
-MOST_TOGETHER = {32: 4, 48: 2}  # products beside sums of so many rows
 MOST_STAGES = 24  # barriers of a ring
 
 
@@ -79,16 +76,6 @@ class Shape:
     def tiles(self) -> int:
         """Sums of a block."""
         return self.width // ROWS
-
-    @property
-    def together(self) -> int:
-        """Products of a step in FP8 that have registers beside all sums."""
-        count = BLOCKS * self.tiles
-        return next((number for most, number in MOST_TOGETHER.items() if self.rows <= most and number <= count), 1)
-
-    def shares(self) -> jax.ShapeDtypeStruct:
-        """Return the sums that blocks leave of units which others finish (`hopper_shares.py`)."""
-        return jax.ShapeDtypeStruct((num_multiprocessors(), BLOCKS * self.tiles, ROWS, self.rows), jnp.float32)
 
     def scratch(self, ring_bytes: int) -> list:
         """Return the ring and its barriers."""

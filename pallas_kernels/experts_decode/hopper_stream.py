@@ -23,6 +23,7 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.experts_decode.hopper_slots import BLOCKS, ROWS, Shape
 from pallas_kernels.lowering import layout_inference
 
+FEW_ROWS = 32  # up to which all products of a step have registers beside the sums
 L = plgpu.Layout
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 
@@ -198,7 +199,7 @@ class Stream:
 
     def _multiply_fp8(self, slot, start, end, block_scale):
         count = BLOCKS * self.shape.tiles
-        together = self.shape.together
+        together = count if self.shape.rows <= FEW_ROWS else self.shape.tiles  # products in registers beside all sums
 
         def products(slot, first):
             if self.interpreted:
@@ -220,13 +221,13 @@ class Stream:
                 own = plgpu.load(
                     self.scales.at[slot, pl.ds(0, self.shape.rows)], layout=L.WGMMA.reduce(0), optimized=False
                 )
-                own = lax.broadcast_in_dim(own, totals[0].shape, [1])
+                factors = [lax.broadcast_in_dim(own * scale, totals[0].shape, [1]) for scale in scales]
                 for first in range(0, count, together):
                     made = products(slot, first)
                     if first + together == count:
                         plgpu.barrier_arrive(self.empty.at[slot])
                     for j, value in enumerate(made, first):
-                        totals[j] += value * scales[j // self.shape.tiles] * own
+                        totals[j] += value * factors[j // self.shape.tiles]
                 return self.after(slot), following, *totals
 
             slot, *totals = carry

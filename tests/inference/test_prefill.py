@@ -174,6 +174,7 @@ def test_few_tokens_take_the_experts_of_decoding_on_hopper(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(layer.dispatch, "on_hopper", lambda: True)
         patch.setattr(exchange, "_exchange", None)
+        patch.setitem(layer.FEW_OF_PROMPTS, "fp32", 256)
         logits_BV, _ = run(empty_cache(5), TOKENS, experts="grouped")
     check_last(logits_BV, LENGTHS)
 

@@ -85,6 +85,7 @@ def test_few_tokens_of_a_prompt_take_the_experts_of_a_step_where_the_kernels_are
         changes = {"exchange": "local", "experts": "grouped"} | changes
         return layer.cached_execution(config.with_(execution=changes).execution, np.ones((1, num_tokens), bool)).experts
 
-    assert experts(512) == experts(4, hopper=False) == "few"
-    assert experts(1024) == experts(512, hopper=False) == experts(512, exchange="dense") == "grouped"
+    assert experts(1024) == experts(512, precision="fp8") == experts(4, hopper=False) == "few"
+    assert experts(2048) == experts(1024, precision="fp8") == experts(512, precision="fp32") == "grouped"
+    assert experts(512, hopper=False) == experts(512, exchange="dense") == "grouped"
     assert experts(512, experts="blocks") == "blocks"

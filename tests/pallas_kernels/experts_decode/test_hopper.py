@@ -10,7 +10,7 @@ import functools
 import jax
 import pytest
 
-from pallas_kernels.experts_decode import hopper, hopper_slots, hopper_sort, hopper_stream, reference
+from pallas_kernels.experts_decode import hopper, hopper_sort, hopper_stream, reference
 from pallas_kernels.quantized import Quantized
 from tests.pallas_kernels.experts_decode import cases
 
@@ -18,7 +18,7 @@ from tests.pallas_kernels.experts_decode import cases
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
     """Each block has several units, and not all blocks equally many."""
-    for module in (hopper, hopper_slots, hopper_sort, hopper_stream):
+    for module in (hopper, hopper_sort, hopper_stream):
         monkeypatch.setattr(module, "num_multiprocessors", lambda: 3)
 
 
