@@ -73,7 +73,8 @@ def experts_decode(
 ) -> Array:
     """Return y [T, D] in BF16, or FP32 `parts` of it; the experts' weights begin at `base` of the first dim.
 
-    The last `everybody` of the experts are those of every token. `dense` is what `plan.make_dense` makes of experts and gates, where it is known.
+    The last `everybody` of the experts are those of every token. `dense` is what `plan.make_dense` makes of experts and
+    gates, where it is known.
     """
     in_fp8 = isinstance(gate_up, Quantized)
     num_tokens, k = experts.shape
