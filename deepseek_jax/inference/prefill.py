@@ -131,7 +131,7 @@ def run_prefill(
     most_tokens = MOST_TOKENS_ON_CPU if mesh.devices.flat[0].platform == "cpu" else MOST_TOKENS
     packed = calls(new_tokens, np.asarray(cache.length_B), axis_size(mesh, ROWS), most_tokens)
     shape = len(new_tokens), weights.params["head_DV"].shape[1]
-    logits_BV = jax.device_put(np.zeros(shape, np.float32), P(ROWS))
+    logits_BV = jnp.zeros(shape, jnp.float32, device=jax.NamedSharding(mesh, P(ROWS)))  # made where they are needed
     for call in packed:
         program = prefill_program(model, execution, mesh, call)
         arrays = jax.device_put((call.tokens_T, call.new_B), P(ROWS))
@@ -142,7 +142,7 @@ def run_prefill(
 def prefill_program(model: Model, execution: Execution, mesh: jax.sharding.Mesh, call: Call) -> Callable:
     """Return the program of a call: (weights, cache, logits_BV, tokens_T, new_B) -> (logits_BV, cache)."""
     rows = call.rows if execution.attention == "cudnn" else Rows(0, 0)  # others do not read them
-    return jit_on(prefill, execution, mesh, model, execution, rows, call.continues, donate=(1, 2))
+    return jit_on(prefill, execution, mesh, model, execution, rows, call.continues, donate=(1, 2), cublas=True)
 
 
 def prefill(

@@ -238,9 +238,10 @@ class Calls:
         if found is None:
             kind, *numbers = name
             function, static, donate, arguments = getattr(self, f"_{kind}_program")(*numbers)
-            execution = self._prefill_execution if kind in ("prefill", "follow") else self._decode_execution
+            prefills = kind in ("prefill", "follow")
+            execution = self._prefill_execution if prefills else self._decode_execution
             with LOWERING, jax.set_mesh(self._mesh):
-                jitted: Any = jit_on(function, execution, self._mesh, *static, donate=donate)
+                jitted: Any = jit_on(function, execution, self._mesh, *static, donate=donate, cublas=prefills)
                 lowered = jitted.lower(*arguments)
             found = self._programs[name] = lowered.compile()
         return found

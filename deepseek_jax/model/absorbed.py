@@ -126,10 +126,11 @@ def write(cache: LayerPages, entry: Entry, places: Places) -> LayerPages:
     num_layers, num_pages, _, width = pages.shape
     rows_BSK = jnp.concatenate(entry, axis=2).astype(pages.dtype)
     owned_BS = (places.page_BS >= 0) & (places.page_BS < num_pages)
-    nowhere = num_layers * num_pages
+    nowhere = num_layers * num_pages + jnp.arange(owned_BS.size, dtype=jnp.int32).reshape(owned_BS.shape)
     page_BS = jnp.where(owned_BS, cache.layer * num_pages + places.page_BS, nowhere)
-    flat = pages.reshape(nowhere, PAGE, width)
-    flat = flat.at[page_BS, places.row_BS].set(rows_BSK, mode="drop")
+    flat = pages.reshape(num_layers * num_pages, PAGE, width)
+    # Told that no two places are the same, a GPU writes without atomic operations: 16 bits would be a loop each.
+    flat = flat.at[page_BS, places.row_BS].set(rows_BSK, mode="drop", unique_indices=True)
     flat = lax.optimization_barrier(flat)  # fused with the reads that follow, the write would need a copy of all pages
     return cache._replace(pages=flat.reshape(pages.shape))
 

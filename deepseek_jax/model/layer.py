@@ -32,10 +32,11 @@ from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages
 from deepseek_jax.model.attention import Attend, Attention
 from deepseek_jax.model.layers import DenseFeedForward
-from deepseek_jax.model.moe import FEW_TOKENS, MoE, Observer, RouterBias, unobserved
+from deepseek_jax.model.moe import FEW_OF_PROMPTS, FEW_TOKENS, MoE, Observer, RouterBias, unobserved
 from deepseek_jax.model.recompute import keep, recomputed
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import TurnedFp8Weight, Weights
+from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import MOST_QUERIES
 
 Tree = dict[str, Any]
@@ -210,8 +211,11 @@ def run_cached_layers(
 
 
 def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:
-    """Return the execution of a call over a cache: a step of few tokens has kernels of its own for experts."""
-    few = execution.exchange == "local" and valid_BS.shape[1] <= MOST_QUERIES and valid_BS.size <= FEW_TOKENS
+    """Return the execution of a call over a cache: few tokens have kernels for experts, those of prompts on Hopper."""
+    most = FEW_TOKENS
+    if valid_BS.shape[1] > MOST_QUERIES:
+        most = FEW_OF_PROMPTS[execution.precision] if dispatch.on_hopper() and execution.experts == "grouped" else 0
+    few = execution.exchange == "local" and valid_BS.size <= most
     return dataclasses.replace(execution, experts="few") if few else execution
 
 

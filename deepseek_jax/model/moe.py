@@ -23,6 +23,7 @@ from pallas_kernels.routing.reference import choose
 from pallas_kernels.routing.rule import Routing
 
 FEW_TOKENS = 512  # of a decoding step: up to them the time is that of reading the experts' weights
+FEW_OF_PROMPTS = {"bf16": 1024, "fp8": 512, "fp32": 0}  # on Hopper; with more, grouped products are as fast (log.md)
 
 # (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router: sums over rows
 Observer = Callable[[Model, jax.Array, jax.Array, jax.Array], Any]
@@ -110,15 +111,15 @@ class MoE(nnx.Module):
         """
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         h_TD = h_BSD.reshape(-1, self.model.width)
+        num_experts = _num_experts(weights["down_EFD"])
+        options = {"everybody": num_experts - self.model.num_experts, "parts": True}
         with jax.named_scope("route"):
-            experts_TK, gates_TK, scores_TE, dense = self._route_few(
-                h_TD, valid_BS.reshape(-1), _num_experts(weights["down_EFD"]), zeros
-            )
+            experts_TK, gates_TK, scores_TE, dense = self._route_few(h_TD, valid_BS.reshape(-1), num_experts, zeros)
             routed_TK = experts_TK[:, : self.model.experts_per_token]  # without those that every token has
             scores_BSE, routed_BSK = (x.reshape(*valid_BS.shape, -1) for x in (scores_TE, routed_TK))
             observed = observe(self.model, scores_BSE, routed_BSK, valid_BS)
         with jax.named_scope("experts"):
-            return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense, rows=rows, parts=True), observed
+            return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense, rows=rows, **options), observed
 
     def _route_few(
         self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int, zeros: jax.Array | None = None

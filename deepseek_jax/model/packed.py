@@ -3,11 +3,11 @@
 Queries of T tokens and keys of M tokens lie in two packed arrays. A sequence has a span of each. So the work is that of
 the sequences, whatever their lengths are, and no sequence is filled up to the longest:
 
-    queries   0 0 0 1 2 2 . .     start_B 0 3 4   length_B 3 1 2      . belongs to no sequence: output 0
+    queries   0 0 0 1 2 2 . .     start_B 0 3 4   length_B 3 1 2      . belongs to no sequence
     keys      0 0 0 1 2 2 . .     causal: query i of a sequence sees its keys 0 to i
 
 The core returns the log of the sum under the softmax, too. Results over parts of the keys, such as a cached prefix and
-the new tokens, are merged by it (`merge`). A query without a key has output 0 and log-sum-exp -inf.
+the new tokens, are merged by it (`merge`). A query of a sequence without a key has output 0 and log-sum-exp -inf.
 
 Two implementations of one function, chosen by `execution.attention`:
 
@@ -20,6 +20,7 @@ Two implementations of one function, chosen by `execution.attention`:
 There is no derivative.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -158,16 +159,22 @@ def _tiles(q_TNQ, k_MNQ, v_MNH, start_T, end_T, scale, tile) -> Attended:
 
 
 def _cudnn(q_TNQ, k_TNQ, v_TNH, spans: Spans, scale: float, rows: Rows) -> Attended:
-    """Let each sequence attend to itself, in a row of its own; sequences without tokens have none."""
+    """Let each sequence attend to itself, in a row of its own; sequences without tokens have none.
+
+    A sequence that is alone is its row as it lies. What fills it up then attends to what is before it, for nobody.
+    """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
+    attend: Any = functools.partial(dot_product_attention, scale=scale, mask_type=MaskType.CAUSAL, return_residual=True)
     num_tokens = len(q_TNQ)
+    if rows == Rows(1, num_tokens):
+        out_RSNH, lse_RNS = attend(q_TNQ[None], k_TNQ[None], v_TNH[None])
+        return Attended(out_RSNH[0], lse_RNS[0].T)
     there_B = spans.length_B > 0
     row_R = jnp.nonzero(there_B, size=rows.number, fill_value=0)[0]
     token_RS = jnp.minimum(spans.start_B[row_R][:, None] + jnp.arange(rows.length), num_tokens - 1)
     q, k, v = (x[token_RS] for x in (q_TNQ, k_TNQ, v_TNH))
-    attend: Any = dot_product_attention
-    out_RSNH, lse_RNS = attend(q, k, v, scale=scale, mask_type=MaskType.CAUSAL, return_residual=True)
+    out_RSNH, lse_RNS = attend(q, k, v)
     row_T, there_T = rows_of(spans, num_tokens)
     place_T = jnp.clip(jnp.arange(num_tokens) - spans.start_B[row_T], 0, rows.length - 1)
     rank_T = (jnp.cumsum(there_B) - 1)[row_T]

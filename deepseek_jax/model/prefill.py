@@ -99,9 +99,12 @@ def expanded_over_pages(
 
 
 def expand(up: UpProjection, latent_TC: jax.Array, rotary_TR: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return keys [T, N, Q] and values [T, N, H] of all heads."""
+    """Return keys [T, N, Q] and values [T, N, H] of all heads.
+
+    They are two products. XLA would make one of them, and put both weights together and cut its result for that.
+    """
     content_TNP = jnp.einsum("tc,npc->tnp", latent_TC, up.key_NPC)
-    v_TNH = jnp.einsum("tc,nch->tnh", latent_TC, up.value_NCH)
+    v_TNH = jnp.einsum("tc,nch->tnh", lax.optimization_barrier(latent_TC), up.value_NCH)
     rotary_TNR = jnp.broadcast_to(rotary_TR[:, None], (*content_TNP.shape[:2], rotary_TR.shape[1]))
     return jnp.concatenate([content_TNP, rotary_TNR], axis=2), v_TNH
 

@@ -22,7 +22,12 @@ MOST_PROGRAMS = 64  # that a process remembers; each keeps its compiled executab
 
 @functools.lru_cache(maxsize=MOST_PROGRAMS)
 def jit_on(
-    function: Callable, execution: Execution, mesh: jax.sharding.Mesh, *static: Any, donate: tuple[int, ...] = ()
+    function: Callable,
+    execution: Execution,
+    mesh: jax.sharding.Mesh,
+    *static: Any,
+    donate: tuple[int, ...] = (),
+    cublas=False,
 ) -> Callable:
     """Jit `function(*static, *arrays)` so that "fp32" is FP32 everywhere; the same arguments give the same program.
 
@@ -36,6 +41,8 @@ def jit_on(
         mesh: where the program runs; call it under `jax.set_mesh(mesh)`.
         static: hashable values: what the function reads of the configuration.
         donate: positions of the donated arrays, counted without `static`.
+        cublas: whether on a GPU cuBLAS alone does the products in other precisions, too: for those of a prompt, XLA
+            chose Triton kernels that took longer (experiments/log.md).
     """
     platform = mesh.devices.flat[0].platform
     exact = execution.precision == "fp32" and platform != "cpu"
@@ -44,7 +51,7 @@ def jit_on(
         with jax.default_matmul_precision("highest" if exact else None):
             return function(*static, *arrays)
 
-    options = {"xla_gpu_enable_triton_gemm": False} if exact and platform == "gpu" else None
+    options = {"xla_gpu_enable_triton_gemm": False} if (exact or cublas) and platform == "gpu" else None
     return jax.jit(run, donate_argnums=donate, compiler_options=options)
 
 

@@ -123,14 +123,17 @@ def kernel_table(events: list[Event], count: int = 25) -> str:
 def kernels_of_a_step(program: str) -> int:
     """Return the kernels in the longest loop body of a compiled program: fusions, calls of kernels, and copies."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
-    longest = 0
-    for body in bodies:
-        found = re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.MULTILINE | re.DOTALL)
-        kernels = re.findall(
-            r" = .*? (?:fusion|custom-call|copy|sort|dot|convolution|scatter)\(", found[0] if found else ""
-        )
-        longest = max(longest, len(kernels))
-    return longest
+    found = (re.search(rf"^%?{re.escape(body)} .*?^}}", program, re.MULTILINE | re.DOTALL) for body in bodies)
+    return max((_count_kernels(body[0]) for body in found if body), default=0)
+
+
+def kernels_of_a_run(program: str) -> int:
+    """Return the kernels of a compiled program outside its loops."""
+    return _count_kernels(program.rpartition("\nENTRY")[2])
+
+
+def _count_kernels(text: str) -> int:
+    return len(re.findall(r" = .*? (?:fusion|custom-call|copy|sort|dot|convolution|scatter)\(", text))
 
 
 def _read(path: Path) -> Iterator[tuple[str, str, float]]:

@@ -8,10 +8,11 @@ that of a busy machine), and then each is measured on its own:
     --mode=engine     the same bursts, and beside them an engine with as many jobs (`engine_loop`)
     --mode=prefill    prompts of --context tokens
 
-A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. The floor
+A burst or a prefill is timed from its call until its results are there; the median of --repeats is reported. "Prefill
+in a row" is the time of one of eight whose calls do not wait for each other, as those of an engine do not. The floor
 is the time of reading what must be read, once, at --read_rate: all weights but the embedding (of the routed experts
 those that a batch touches on average), and in decoding the cache. In prefill it is the time of the products at
---product_rate, if that is longer. --json writes the same numbers as records.
+--product_rate, with weights in FP8 at twice that, if it is longer. --json writes the same numbers as records.
 """
 
 import statistics
@@ -54,6 +55,7 @@ BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also profile; on a GPU the pr
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 NO_EOS = -2  # no token is it
+IN_A_ROW = 8  # prefills
 
 
 class Program(NamedTuple):
@@ -148,27 +150,34 @@ def measure(
         seconds, arrays = [], program.arrays
         for _ in range(REPEATS.value + 2):
             start = time.perf_counter()
-            arrays = run(step, arrays)
+            made = jax.block_until_ready(step(*arrays))
             seconds.append(time.perf_counter() - start)
+            arrays = following(arrays, made)
         median = statistics.median(seconds[2:])
+        queued = []
+        if _bare_mode() == "prefill":
+            found, arrays = in_a_row(step, arrays)
+            queued = [("prefill in a row", program.tokens / found, "tokens/s")]
         events = []
         if BREAKDOWN.value:
             state = [arrays]
 
             def again(compiled):
-                state[0] = run(compiled, state[0])
+                state[0] = following(state[0], compiled(*state[0]))
 
             events = report.profile(program.lowered, step, again)
             report.print_events(events)
     floor = floor_seconds(config, weights, batch) * program.steps
+    count = breakdown.kernels_of_a_run if _bare_mode() == "prefill" else breakdown.kernels_of_a_step
     values = [
         (_bare_mode(), program.tokens / median, "tokens/s"),
+        *queued,
         ("floor", program.tokens / floor, "tokens/s"),
         ("share of the floor", 100 * floor / median, "%"),
         ("time", 1e3 * median / program.steps, "ms"),
         ("time, fastest", 1e3 * min(seconds[2:]) / program.steps, "ms"),
         ("trace and compile", compile_seconds, "s"),
-        ("kernels of a layer", breakdown.kernels_of_a_step(step.as_text()) / config.model.num_layers, ""),
+        ("kernels of a layer", count(step.as_text()) / config.model.num_layers, ""),
         *((mode, value / program.steps, unit) for mode, value, unit in report.scope_times(events)),
     ]
     shape = {"batch": batch, "context": CONTEXT.value}
@@ -183,13 +192,31 @@ def _bare_mode() -> str:
     return "prefill" if MODE.value == "prefill" else "decode"
 
 
-def run(compiled: Any, arrays: tuple) -> tuple:
-    """Run a program once, wait for it, and return the arguments of the next run."""
-    result, state = jax.block_until_ready(compiled(*arrays))
+def following(arrays: tuple, made: tuple) -> tuple:
+    """Return the arguments of the next run from those of the last and what it made, once they are there."""
+    result, state = made
     if isinstance(state, Cache):
-        return (arrays[0], state._replace(length_B=0 * state.length_B), result, *arrays[3:])
-    length_B = arrays[-1]
-    return (arrays[0], state._replace(cache=state.cache._replace(length_B=length_B + 0)), *arrays[2:])
+        state = state._replace(length_B=0 * state.length_B)
+        return jax.block_until_ready((arrays[0], state, result, *arrays[3:]))
+    state = state._replace(cache=state.cache._replace(length_B=arrays[-1] + 0))
+    return jax.block_until_ready((arrays[0], state, *arrays[2:]))
+
+
+def in_a_row(step: Any, arrays: tuple) -> tuple[float, tuple]:
+    """Return the median seconds of a prefill where the host calls the next before the last has ended, and arguments.
+
+    The difference to one that waits is what the host takes to call it.
+    """
+    weights, cache, logits_BV, *new = arrays
+    seconds, empty_B = [], cache.length_B + 0
+    for _ in range(REPEATS.value):
+        lengths = jax.block_until_ready([empty_B + 0 for _ in range(IN_A_ROW)])
+        start = time.perf_counter()
+        for length_B in lengths:
+            logits_BV, cache = step(weights, cache._replace(length_B=length_B), logits_BV, *new)
+        jax.block_until_ready((logits_BV, cache))
+        seconds.append((time.perf_counter() - start) / IN_A_ROW)
+    return statistics.median(seconds), (weights, cache._replace(length_B=empty_B), logits_BV, *new)
 
 
 def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
@@ -197,6 +224,11 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
     model, products = config.model, 0.0
     read = sum(leaf.nbytes for name, leaf in weights.params.items() if name in ("head_DV", "final_norm_D"))
     tokens = batch * (CONTEXT.value if MODE.value == "prefill" else 1)
+
+    def cost_of(leaf):
+        """Return the arithmetic of a product in that of BF16."""
+        return 2 * tokens * leaf.size / (2 if leaf.dtype.itemsize == 1 else 1)
+
     for path, leaf in jax.tree.leaves_with_path(
         [weights.params.get(name, []) for name in ("dense_layers", "moe_layers")]
     ):
@@ -206,9 +238,9 @@ def floor_seconds(config: Config, weights: Weights, batch: int) -> float:
             always = num_all - model.num_experts  # the shared expert
             touched = model.num_experts * (1 - (1 - model.experts_per_token / model.num_experts) ** tokens)
             share = (always + touched) / num_all
-            products += 2 * tokens * (always + model.experts_per_token) / num_all * leaf.size
+            products += cost_of(leaf) * (always + model.experts_per_token) / num_all
         elif leaf.ndim > 1:
-            products += 2 * tokens * leaf.size
+            products += cost_of(leaf)
         read += share * leaf.nbytes
     if _bare_mode() == "decode":
         read += batch * (CONTEXT.value + BURST // 2) * cache_bytes_per_token(model, config.execution)

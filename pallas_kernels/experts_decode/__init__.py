@@ -5,6 +5,8 @@
 Here the experts of all layers may lie in one array, of which a call reads one layer in place.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -27,6 +29,7 @@ def experts_decode(
     layer: Array | int | None = None,
     dense: Dense | None = None,
     parts: bool = False,
+    everybody: int = 0,
     implementation: str = "auto",
 ) -> Array:
     """Return the gated sums y [T, D] over each token's experts.
@@ -45,6 +48,8 @@ def experts_decode(
         layer: which of L layers is read.
         dense: what `pallas_kernels.routing` has made of these experts and gates, which saves kernels.
         parts: whether to return FP32 parts [., T, D], whose sum is y: for a caller that adds more to them.
+        everybody: how many of the experts, the last ones, every token has: the shared ones. The kernel cuts its work
+            for the rows of the others. Any number is right.
         implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16 or FP8, D a multiple of 256 and F
             of 128; "auto" takes the reference for others.
 
@@ -59,7 +64,7 @@ def experts_decode(
     faces = {"reference": reference.experts_decode}
     fault = kernel_fault(h, down)
     if not fault:
-        faces["hopper"] = hopper.experts_decode
+        faces["hopper"] = functools.partial(hopper.experts_decode, everybody=everybody)
     elif implementation == "hopper":
         raise NotImplementedError(f"experts_decode has no 'hopper' kernel for {fault}; use 'auto' or 'reference'")
     base = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) * num_experts

@@ -53,7 +53,7 @@ CONFIGS = {  # in FP8, few rows
     (True, True): TuningConfig(width=GROUP),
     (True, False): TuningConfig(width=GROUP, down_width=128),
 }
-MOST_SORTED_BF16, MOST_SORTED_FP8 = 80, 48  # rows of a visit for which all sums have registers
+MOST_SORTED_BF16, MOST_SORTED_FP8 = 88, 48  # rows of a visit for which all sums have registers
 MOST_GROUPS = 16  # of the steps of all visits
 
 
@@ -68,15 +68,18 @@ def experts_decode(
     *,
     num_experts: int,
     parts: bool = False,
+    everybody: int = 0,
     config: TuningConfig | None = None,
 ) -> Array:
     """Return y [T, D] in BF16, or FP32 `parts` of it; the experts' weights begin at `base` of the first dim.
 
-    `dense` is what `plan.make_dense` makes of experts and gates, where it is known.
+    The last `everybody` of the experts are those of every token. `dense` is what `plan.make_dense` makes of experts and
+    gates, where it is known.
     """
     in_fp8 = isinstance(gate_up, Quantized)
     num_tokens, k = experts.shape
-    n = rows_of_visit(num_tokens, k, num_experts, MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16)
+    most_sorted = MOST_SORTED_FP8 if in_fp8 else MOST_SORTED_BF16
+    n = rows_of_visit(num_tokens, k - everybody, num_experts - everybody, most_sorted)
     config = config or CONFIGS[in_fp8, n <= MOST_FEW]
     experts, base = only_here(experts, num_experts), base.reshape(1)
     rows, tiles = tuple(jax.tree.leaves(h)), h.shape[1] // (BLOCKS * config.down_width)

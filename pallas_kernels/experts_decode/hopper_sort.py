@@ -1,8 +1,8 @@
 """Rows in the order of their experts on Hopper: each assignment finds its place by counting, and takes its row there.
 
 An assignment's rank is how many before it have its expert. A warpgroup holds the experts of all assignments in its
-registers and counts for one assignment after the other; nothing waits for anything, and rows that belong to no
-assignment are not written.
+registers, takes a token, reads its row once, and counts for one of its assignments after the other; nothing waits for
+anything, and rows that belong to no assignment are not written.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import num_multiprocessors
 from pallas_kernels.lowering import layout_inference
 
 LANES = 128  # of a warpgroup
+BLOCKS = 4  # of a multiprocessor
 
 
 def sort_rows(
@@ -51,9 +52,8 @@ def sort_rows(
         before = plgpu.broadcasted_iota(jnp.int32, (len(keys),), 0, layout=places)
         own, blocks = lax.axis_index("block"), lax.axis_size("block")
 
-        def one(turn, _):
-            number = own + turn * blocks
-            expert, token = keys_ref[number], lax.div(number, jnp.int32(k))
+        def store(number, row_of_token, scales_of_token):
+            expert = keys_ref[number]
             rank = jnp.sum(jnp.where((keys == expert) & (before < number), 1, 0))
 
             @pl.when(expert < num_experts)
@@ -61,16 +61,23 @@ def sort_rows(
                 row = first_ref[jnp.minimum(expert, num_experts - 1)] * n + rank
                 slots[number] = row
                 out_gates[row] = gates_ref[number]
-                outputs[0][row, :] = plgpu.load(inputs[0].at[token], layout=line)
-                for scales, out in zip(inputs[1:], outputs[1:], strict=True):
-                    for group, scale in enumerate([scales[group, token] for group in range(scales.shape[0])]):
+                outputs[0][row, :] = row_of_token
+                for scales, out in zip(scales_of_token, outputs[1:], strict=True):
+                    for group, scale in enumerate(scales):
                         out[group, row] = scale
 
             @pl.when(expert >= num_experts)
             def _():
                 slots[number] = jnp.int32(num_rows)
 
-        lax.fori_loop(0, lax.div(count - own + blocks - 1, jnp.int32(blocks)), one, None)
+        def one(turn, _):
+            token = own + turn * blocks
+            row = plgpu.load(inputs[0].at[token], layout=line)
+            scales = [[ref[group, token] for group in range(ref.shape[0])] for ref in inputs[1:]]
+            for i in range(k):
+                store(token * k + i, row, scales)
+
+        lax.fori_loop(0, lax.div(num_tokens - own + blocks - 1, jnp.int32(blocks)), one, None)
 
     layout_inference.install()
     out_type = [jax.ShapeDtypeStruct((num_rows, width), rows[0].dtype)]
@@ -79,7 +86,7 @@ def sort_rows(
         kernel,
         kernel_name="experts_decode_sort",
         out_type=[*out_type, jax.ShapeDtypeStruct((num_rows,), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)],
-        grid=(min(count, 2 * num_multiprocessors()),),
+        grid=(min(num_tokens, BLOCKS * num_multiprocessors()),),
         grid_names=("block",),
     )(*rows, gates_TK.reshape(-1), keys, first_E)
     return tuple(moved), gates, slots.reshape(num_tokens, k)

@@ -78,8 +78,8 @@ def rows_of_visit(num_tokens: int, k: int, num_experts: int, most_sorted: int) -
     if num_tokens <= MOST_DENSE:
         return round_up(num_tokens)
     mean = num_tokens * k / num_experts
-    most = mean + 2 * mean**0.5  # few experts of a spread routing have more
-    return round_up(most / math.ceil(most / most_sorted))
+    most = mean + 3 * mean**0.5  # hardly an expert of a spread routing has more
+    return round_up(min(most / math.ceil(mean / most_sorted), most_sorted))
 
 
 def round_up(rows: float) -> int:

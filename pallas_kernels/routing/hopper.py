@@ -21,10 +21,10 @@ from pallas_kernels.experts_decode.plan import MOST_DENSE, Dense, round_up
 from pallas_kernels.hopper.marks import MARKS, set_mark, wait_for_marks, write_zeros
 from pallas_kernels.lowering import layout_inference
 from pallas_kernels.routing.hopper_choice import Choice
-from pallas_kernels.routing.hopper_product import TILE, Product
+from pallas_kernels.routing.hopper_product import MOST_ROWS, TILE, Product
 from pallas_kernels.routing.rule import Routing, Rule
 
-MOST_TOKENS, MOST_EXPERTS = 128, 256  # of a block's shared memory; of a byte
+MOST_TOKENS, MOST_EXPERTS = 512, 256  # until then a block for each token is fast; of a byte
 
 
 def fault(h: Array, router: Array) -> str | None:
@@ -50,13 +50,18 @@ def route(
 ) -> Routing:
     """Return the routing, with `dense` for up to 32 tokens."""
     num_tokens, num_routed = len(h), router.shape[1]
-    n, valid = round_up(num_tokens), valid.astype(jnp.int32)
+    n, valid = filled(num_tokens), valid.astype(jnp.int32)
     if n > num_tokens:
         h, valid = jnp.pad(h, ((0, n - num_tokens), (0, 0))), jnp.pad(valid, (0, n - num_tokens))
     product, choice = Product(n, h.shape[1], num_routed, interpreted), Choice(n, num_routed, num_experts, rule)
     experts, gates, scores, *dense = call(product, choice, h, router, bias, valid, zeros)
     found = experts[:num_tokens], gates[:num_tokens], scores[:num_tokens, :num_routed]
     return Routing(*found, Dense(*dense) if num_tokens <= MOST_DENSE else None)
+
+
+def filled(num_tokens: int) -> int:
+    """Return the rows of the product."""
+    return round_up(num_tokens) if num_tokens <= MOST_ROWS else -(-num_tokens // MOST_ROWS) * MOST_ROWS
 
 
 def call(
@@ -69,7 +74,7 @@ def call(
     zeros: Array | None = None,
 ) -> list[Array]:
     """Return what `choice` says of h BF16 [N, D], and zeros int32 [`MARKS`]."""
-    num_parts, out_types = product.cuts * product.tiles, choice.out_types()
+    num_blocks, out_types = product.blocks, choice.out_types()
     partial = jax.ShapeDtypeStruct((product.cuts, choice.n, choice.columns), jnp.float32)
     num_slots, num_out = len(product.scratch()), len(out_types)
 
@@ -77,29 +82,32 @@ def call(
         outputs, zeros_ref, scratch = refs[:num_out], refs[num_out], refs[1 + num_out :]
         block = lax.axis_index("block")
 
-        @pl.when(block < num_parts)
+        @pl.when(block < num_blocks)
         def _():
             product.leave_part(block, h_ref, router_ref, partial_ref, *scratch[:num_slots])
             if not product.interpreted:
                 set_mark(marks_ref.at[pl.ds(block, 1)])
 
-        @pl.when(block == num_parts)
+        @pl.when(block == num_blocks)
         def _():
             write_zeros(zeros_ref)
 
-        @pl.when(block >= num_parts)
+        @pl.when(block >= num_blocks)
         def _():
+            token = block - num_blocks
             if not product.interpreted:
-                wait_for_marks(marks_ref.at[pl.ds(0, num_parts)])
-            choice.take_token(block - num_parts, partial_ref, bias_ref, valid_ref, outputs, scratch[num_slots:])
+                wait_for_marks(marks_ref.at[pl.ds(product.first_mark(token), product.parts)])
+            choice.take_token(token, partial_ref, bias_ref, valid_ref, outputs, scratch[num_slots:])
 
+    if zeros is None or num_blocks > MARKS:
+        zeros = jnp.zeros((max(MARKS, num_blocks),), jnp.int32)
     layout_inference.install()
     _, *found = plgpu.kernel(
         kernel,
         kernel_name="routing",
         out_type=[partial, *out_types, jax.ShapeDtypeStruct((MARKS,), jnp.int32)],
-        grid=(num_parts + choice.n,),
+        grid=(num_blocks + choice.n,),
         grid_names=("block",),
         scratch_types=[*product.scratch(), *choice.scratch()],
-    )(h, router, bias, valid, jax.new_ref(jnp.zeros((MARKS,), jnp.int32) if zeros is None else zeros))
+    )(h, router, bias, valid, jax.new_ref(zeros))
     return found

@@ -20,6 +20,7 @@ from pallas_kernels.hopper.ring import tiled
 UNTYPED: Any = plgpu  # the type checker does not see all that it exports
 PARTS, TILE = 3, 64  # of the weights; experts of a block and numbers along D of a step, 128 bytes
 MOST_CUTS = 32  # which the choice adds up
+MOST_ROWS = 128  # of a block: what its shared memory holds
 
 
 def steps_of_cut(width: int, num_routed: int) -> int:
@@ -31,10 +32,10 @@ def steps_of_cut(width: int, num_routed: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """The static facts of the product, whose blocks are numbered cut by cut.
+    """The static facts of the product, whose blocks are numbered by rows, then by cuts.
 
     Attributes:
-        n: rows, a multiple of 8.
+        n: rows, a multiple of 8; more than 128 are a multiple of 128, and each 128 have blocks of their own.
         width: D, a multiple of 64.
         num_routed: E, a multiple of 64.
         interpreted: whether products are `jnp.dot`, as the interpreter wants them.
@@ -60,26 +61,47 @@ class Product:
         """Tiles of experts."""
         return self.num_routed // TILE
 
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return min(self.n, MOST_ROWS)
+
+    @property
+    def parts(self) -> int:
+        """Blocks that have the same rows."""
+        return self.cuts * self.tiles
+
+    @property
+    def blocks(self) -> int:
+        """All of them."""
+        return self.n // self.rows * self.parts
+
+    def first_mark(self, row: Array) -> Array:
+        """Return the first of the blocks that have a row; theirs are `parts`."""
+        return lax.div(row, jnp.int32(self.rows)) * self.parts
+
     def scratch(self) -> list:
         """Return the slots of a block and their barrier."""
         return [
-            tiled((self.steps, self.n, TILE), jnp.bfloat16),
+            tiled((self.steps, self.rows, TILE), jnp.bfloat16),
             tiled((self.steps, PARTS, TILE, TILE), jnp.bfloat16),
             plgpu.Barrier(num_arrivals=(PARTS + 1) * self.steps),
         ]
 
     def leave_part(self, block: Array, h_ref, router_ref, out_ref, h_slots, slots, full) -> None:
         """Write a block's part of the logits to FP32 [cuts, N, .]."""
-        cut, column = lax.div(block, jnp.int32(self.tiles)), lax.rem(block, jnp.int32(self.tiles)) * TILE
+        part = lax.rem(block, jnp.int32(self.parts))
+        cut, column = lax.div(part, jnp.int32(self.tiles)), lax.rem(part, jnp.int32(self.tiles)) * TILE
+        rows = pl.ds(lax.div(block, jnp.int32(self.parts)) * self.rows, self.rows)
         for step in range(self.steps):
             k = (cut * self.steps + step) * TILE
-            for part in range(PARTS):
-                weights = router_ref.at[pl.ds(part * self.width + k, TILE), pl.ds(column, TILE)]
-                plgpu.copy_gmem_to_smem(weights, slots.at[step, part], full)
-            plgpu.copy_gmem_to_smem(h_ref.at[pl.ds(0, self.n), pl.ds(k, TILE)], h_slots.at[step], full)
+            for i in range(PARTS):
+                weights = router_ref.at[pl.ds(i * self.width + k, TILE), pl.ds(column, TILE)]
+                plgpu.copy_gmem_to_smem(weights, slots.at[step, i], full)
+            plgpu.copy_gmem_to_smem(h_ref.at[rows, pl.ds(k, TILE)], h_slots.at[step], full)
         plgpu.barrier_wait(full)
         logits = dots(h_slots, slots) if self.interpreted else products(h_slots, slots)
-        target = out_ref.at[cut, pl.ds(0, self.n), pl.ds(column, TILE)].transpose((1, 0))
+        target = out_ref.at[cut, rows, pl.ds(column, TILE)].transpose((1, 0))
         target[...] = plgpu.layout_cast(logits, plgpu.Layout.WGMMA_TRANSPOSED)
 
 

@@ -14,7 +14,7 @@ from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.inference import decode, prefill
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.weights import decode_weights
-from deepseek_jax.model import transformer
+from deepseek_jax.model import exchange, layer, transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import jit_on, resolve
 from deepseek_jax.parameters import ROWS, P
@@ -74,10 +74,10 @@ def empty_cache(num_rows, num_devices=1):
         return cache._replace(pages=cache.pages + np.float32(np.nan))
 
 
-def run(cache, new_tokens, num_devices=1, attention="xla"):
+def run(cache, new_tokens, num_devices=1, **changes):
     mesh = mesh_of(num_devices)
     execution, weights = prefill.prefill_execution(CONFIG, mesh), placed_weights(num_devices)
-    execution = dataclasses.replace(execution, attention=attention)
+    execution = dataclasses.replace(execution, **changes)
     with jax.set_mesh(mesh):
         return prefill.run_prefill(CONFIG.model, execution, mesh, weights, cache, new_tokens)
 
@@ -167,6 +167,16 @@ def test_prefixes_of_every_size_in_one_batch(attention, most_tokens, monkeypatch
     for row, length in enumerate(LENGTHS):
         want = entries(whole()[1], row, length)
         np.testing.assert_allclose(entries(cache, row, length), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_few_tokens_take_the_experts_of_decoding_on_hopper(monkeypatch):
+    """The kernels' reference stands in for the kernels; nothing goes through the exchange."""
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.dispatch, "on_hopper", lambda: True)
+        patch.setattr(exchange, "_exchange", None)
+        patch.setitem(layer.FEW_OF_PROMPTS, "fp32", 256)
+        logits_BV, _ = run(empty_cache(5), TOKENS, experts="grouped")
+    check_last(logits_BV, LENGTHS)
 
 
 def test_a_batch_is_each_prompt_alone():

@@ -12,7 +12,7 @@ from configs import v3_5b
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.inference import decode
 from deepseek_jax.inference.weights import decode_weights
-from deepseek_jax.model import decode_layers, transformer
+from deepseek_jax.model import decode_layers, layer, transformer
 from deepseek_jax.model.attention import Beside
 from deepseek_jax.parameters import Weights
 from tests.inference.test_decode import CONFIG, make_weights, one_device
@@ -75,3 +75,17 @@ def test_only_a_step_that_all_kernels_take_goes_through_them(monkeypatch):
     assert not takes(model=dataclasses.replace(config.model, query_latent=0))
     monkeypatch.setattr(decode_layers.dispatch, "on_hopper", lambda: False)
     assert not takes()
+
+
+def test_few_tokens_of_a_prompt_take_the_experts_of_a_step_where_the_kernels_are(monkeypatch):
+    config = from_config_dict(v3_5b.get_config())
+
+    def experts(num_tokens, hopper=True, **changes):
+        monkeypatch.setattr(layer.dispatch, "on_hopper", lambda: hopper)
+        changes = {"exchange": "local", "experts": "grouped"} | changes
+        return layer.cached_execution(config.with_(execution=changes).execution, np.ones((1, num_tokens), bool)).experts
+
+    assert experts(1024) == experts(512, precision="fp8") == experts(4, hopper=False) == "few"
+    assert experts(2048) == experts(1024, precision="fp8") == experts(512, precision="fp32") == "grouped"
+    assert experts(512, hopper=False) == experts(512, exchange="dense") == "grouped"
+    assert experts(512, experts="blocks") == "blocks"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from deepseek_jax.model import experts_decode
 from deepseek_jax.model.exchange import exchange
 from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_decode import decode_form, expert_decode
@@ -55,6 +56,18 @@ def test_so_it_does_in_fp8(placed):
     weights = in_fp8(weights)
     want = through_exchange(*operands, weights, Fp8Experts())
     assert distance(jax.jit(expert_decode)(*operands, decode_form(weights) if placed else weights), want) < 5e-3
+
+
+def test_experts_of_every_token_may_be_products_of_their_own(monkeypatch):
+    """Within the rounding of BF16, which is once more for their activations."""
+    h_TD, experts_TK, gates_TK, weights = case(jnp.bfloat16)
+    experts_TK = jnp.stack([experts_TK[:, 0] % (E - 1), jnp.full(T, E - 1)], axis=1)
+    operands = h_TD, experts_TK, gates_TK.at[:, 1].set(1.0), weights
+    inside = expert_decode(*operands, everybody=1)
+    monkeypatch.setattr(experts_decode, "MOST_BESIDE", 0)
+    assert distance(expert_decode(*operands, everybody=1), inside) < 5e-3
+    parts_XTD = expert_decode(*operands, everybody=1, parts=True)
+    assert parts_XTD.dtype == jnp.float32 and distance(parts_XTD.sum(0), inside) < 5e-3
 
 
 def test_a_layer_of_stacked_weights():

@@ -76,10 +76,14 @@ def test_parts_of_the_keys_are_merged():
     assert np.isneginf(merged.lse_TN[3:133]).all() and not merged.out_TNH[3:133].any()
 
 
+def with_cudnn(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", causal_attention)
+    return dataclasses.replace(EXECUTION, attention="cudnn")
+
+
 def test_rows_for_cudnn_are_the_sequences(monkeypatch):
     """Each sequence with tokens has a row; the others, and the filling, have none."""
-    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", causal_attention)
-    execution = dataclasses.replace(EXECUTION, attention="cudnn")
+    execution = with_cudnn(monkeypatch)
     q, k, v = inputs(256)
     where = spans(QUERIES)
     for rows in (packed.Rows(4, 256), packed.Rows(3, 131)):
@@ -88,3 +92,15 @@ def test_rows_for_cudnn_are_the_sequences(monkeypatch):
             run(q, k, v, where, where), reference(q, k, v, QUERIES, QUERIES, causal=True), strict=True
         ):
             np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_a_sequence_alone_is_its_row_as_it_lies(monkeypatch):
+    """Nothing is gathered, wherever among the sequences it stands; what fills the array up is made of numbers."""
+    execution, alone = with_cudnn(monkeypatch), [0, 130, 0]
+    q, k, v = inputs(256)
+    run = jax.jit(functools.partial(packed.attend, execution, scale=SCALE, causal=True, rows=packed.Rows(1, 256)))
+    found = run(q, k, v, spans(alone), spans(alone))
+    for got, want in zip(found, reference(q, k, v, alone, alone, causal=True), strict=True):
+        np.testing.assert_allclose(got[:130], want[:130], atol=2e-6)
+        assert np.isfinite(got).all()
+    assert "gather" not in run.lower(q, k, v, spans(alone), spans(alone)).as_text()

@@ -31,6 +31,10 @@ def test_kernels_are_those_of_the_longest_loop():
     assert breakdown.kernels_of_a_step("") == 0
 
 
+def test_kernels_of_a_run_are_those_outside_loops():
+    assert breakdown.kernels_of_a_run(PROGRAM + "  %e = f32[2]{0} fusion(%w), kind=kLoop") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["0", "1.5"])
 def test_numbers_of_sequences_are_checked(number):

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot_hopper")]
 pytest.importorskip("jax_cuda13_plugin", reason="the extra `dev` brings it on Linux")
 
 
-@pytest.mark.parametrize(("num_tokens", "width", "num_routed"), [(16, 2048, 64), (128, 7168, 256)])
+@pytest.mark.parametrize(("num_tokens", "width", "num_routed"), [(16, 2048, 64), (512, 7168, 256)])
 def test_the_assembler_has_registers_enough(num_tokens, width, num_routed, monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     device = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.routing import hopper, reference
+from pallas_kernels.routing import hopper, hopper_product, reference
 from pallas_kernels.routing.rule import Rule
 from tests.pallas_kernels.routing import cases
 
@@ -39,6 +39,14 @@ def compare(run, operands, rule, num_experts):
 def test_groups_and_ties(run):
     """Two cuts, padding, an expert that everybody has; equal experts and equal groups."""
     compare(run, cases.make(3, 128, 64, tied=True), GROUPED, 65)
+
+
+@pytest.mark.slow
+def test_rows_in_blocks_of_their_own(run, monkeypatch):
+    """Two blocks of rows, and two cuts of each."""
+    for module in (hopper, hopper_product):
+        monkeypatch.setattr(module, "MOST_ROWS", 8)
+    compare(run, cases.make(11, 128, 64), GROUPED, 65)
 
 
 @pytest.mark.slow

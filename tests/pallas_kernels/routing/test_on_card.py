@@ -18,7 +18,7 @@ def card():
         pytest.skip("needs a Hopper GPU")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 32, 33, 128])
+@pytest.mark.parametrize("num_tokens", [1, 16, 32, 33, 128, 200, 512])
 @pytest.mark.parametrize(("width", "num_routed"), [(2048, 64), (7168, 256)])
 def test_the_kernel_equals_the_reference(num_tokens, width, num_routed):
     operands = cases.make(num_tokens, width, num_routed)

@@ -46,7 +46,7 @@ def test_operands_that_do_not_fit_are_refused(change):
 
 @pytest.mark.parametrize(
     ("num_tokens", "width", "num_routed", "message"),
-    [(129, 64, 64, "129 tokens"), (4, 96, 64, "D = 96"), (4, 64, 160, "E = 160"), (4, 64, 320, "E = 320")],
+    [(513, 64, 64, "513 tokens"), (4, 96, 64, "D = 96"), (4, 64, 160, "E = 160"), (4, 64, 320, "E = 320")],
 )
 def test_hopper_says_what_it_takes(num_tokens, width, num_routed, message):
     operands = cases.make(num_tokens, width, num_routed)
