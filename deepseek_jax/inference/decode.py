@@ -11,10 +11,13 @@ Decoding runs on the axes of the training mesh: sequences are split over `ROWS`,
 other weights are whole on every device. Every device has pages of its own for its sequences. A row of the batch without
 a sequence has length 0 and counts as ended. A sequence that has ended reads no page, writes none and reaches no expert.
 
-Steps run on the device in bursts of a few tokens, each a `lax.while_loop`; between bursts the host reads the tokens.
-The noise of a draw depends only on the row's key and the position, not on where a burst ends.
+Steps run on the device in bursts of a few tokens; between bursts the host reads the tokens. A burst is a
+`lax.while_loop` that ends when all sequences have. On a GPU its turn is a loop of several steps whose length XLA knows
+(`STEPS_TOGETHER`): there the host reads the condition, and the device would wait for it after every token. The noise
+of a draw depends only on the row's key and the position, not on where a burst ends.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +34,7 @@ from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.parallel.stages import refuse_pipeline
 from deepseek_jax.parameters import ROWS, P, Weights
+from pallas_kernels import dispatch
 from pallas_kernels.lowering import manual_axes
 
 # Products of fewer rows are slow: XLA writes a product of one row as a pass over the weights that stores every summand.
@@ -39,6 +43,9 @@ GPU_ROWS = 16
 # Rows of one expert in a block, and blocks multiplied at once. A decoding batch has far fewer assignments than a
 # training batch, so both are small.
 EXPERT_BLOCK, EXPERT_WAVE = 16, 8
+# Steps of a burst between two questions whether all sequences have ended. The host of a GPU reads the answer, and the
+# device waits for it some 0.1 ms; on others a question costs nothing.
+STEPS_TOGETHER = 8
 
 
 class Generation(NamedTuple):
@@ -106,28 +113,35 @@ def decode_burst(
         Tokens [B, burst] and the new state. `eos` fills a row after its sequence has ended, and every row after
         `num_tokens`.
     """
+    together = steps_together(burst)
 
     def local(weights, state, rows, eos, num_tokens):
         weights = _varying(weights)
 
-        def step(carry):
-            i, _, chosen_BK, (cache, tokens_B, finished_B, seen) = carry
-            logits_BV, cache = _decode_token(model, execution, weights, cache, tokens_B, ~finished_B)
+        def step(i, carry):
+            chosen_BK, state = carry
+            cache, tokens_B, finished_B, seen = state
+            wanted = i < num_tokens  # steps behind the last token leave everything as it is
+            logits_BV, cache = _decode_token(model, execution, weights, cache, tokens_B, ~finished_B & wanted)
             chosen = choose(sampling, logits_BV, rows, cache.length_B, seen)
             tokens_B = jnp.where(finished_B, eos, chosen.ids_B)
-            finished_B |= tokens_B == eos
-            after = Generation(cache, tokens_B, finished_B, seen and seen.add(tokens_B))
-            chosen_BK = jax.tree.map(
-                lambda all_, new: all_.at[:, i].set(new), chosen_BK, chosen._replace(ids_B=tokens_B)
-            )
-            return i + 1, _all(finished_B), chosen_BK, after
+            after: Any = tokens_B, finished_B | (tokens_B == eos), seen and seen.add(tokens_B)
+            new = jax.tree.map(lambda all_, new: all_.at[:, i].set(new), chosen_BK, chosen._replace(ids_B=tokens_B))
+            if together > 1:
+                new, after = _choose(wanted, (new, after), (chosen_BK, state[1:]))
+            return new, Generation(cache, *after)
+
+        def steps(carry):
+            i, _, *carry = carry
+            carry = lax.fori_loop(0, together, lambda j, carry: step(i + j, carry), tuple(carry))
+            return i + together, _all(carry[1].finished_B), *carry
 
         def unfinished(carry):
             return (carry[0] < num_tokens) & ~carry[1]
 
         chosen_BK = Chosen.filled(sampling, (state.tokens_B.shape[0], burst), eos)
         chosen_BK = manual_axes.vary(chosen_BK, frozenset(ROWS))
-        _, _, chosen_BK, state = lax.while_loop(unfinished, step, (0, _all(state.finished_B), chosen_BK, state))
+        _, _, chosen_BK, state = lax.while_loop(unfinished, steps, (0, _all(state.finished_B), chosen_BK, state))
         return chosen_BK, state
 
     split: Any = P(ROWS)
@@ -172,6 +186,15 @@ def _all(finished_B: Array) -> Array:
 def _varying(weights: Weights) -> Weights:
     """Declare weights to vary like the rows that they are multiplied with."""
     return manual_axes.vary(weights, frozenset(ROWS))
+
+
+def steps_together(burst: int) -> int:
+    """Return how many steps of a burst are a loop of known length."""
+    return math.gcd(burst, STEPS_TOGETHER) if dispatch.on_hopper() else 1
+
+
+def _choose(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), yes, no)
 
 
 def _seen_specs(sampling: Sampling) -> Seen | None:

@@ -77,7 +77,8 @@ def test_a_burst_has_few_kernels_and_copies_nothing_large(monkeypatch):
     burst = functools.partial(decode.decode_burst, model, execution, greedy, 16)
     operands = weights, decode.Generation(cache, ints, bools), rows
     compiled = compiled_on(mesh, burst, 1, operands, specs, 1, 16)
-    assert kernels_of_a_step(compiled.as_text()) <= 67
+    text = compiled.as_text()
+    assert kernels_of_a_step(text) <= 67 and f'"known_trip_count":{{"n":"{decode.STEPS_TOGETHER}"}}' in text
     check_in_place(compiled)
 
 

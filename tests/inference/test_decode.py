@@ -137,8 +137,13 @@ def test_pages_that_are_not_written_are_never_read():
     np.testing.assert_array_equal(*logits)
 
 
-def test_sequences_that_have_ended_write_nothing():
-    """Of three, one has ended and one has no tokens: a burst leaves their pages and lengths as they are."""
+@pytest.mark.parametrize("together", [1, 4])
+def test_sequences_that_have_ended_write_nothing(together, monkeypatch):
+    """Of three, one has ended and one has no tokens: a burst leaves their pages and lengths as they are.
+
+    So does the last of four steps in one loop, of which three are wanted.
+    """
+    monkeypatch.setattr(decode, "steps_together", lambda burst: together)
     execution, weights, _, cache = prefilled(CONFIG, make_weights(), [PROMPT[0], PROMPT[0], []], num_slots=64)
     before, ended_B = np.asarray(cache.pages), np.array([False, True, True])
     run = jax.jit(functools.partial(decode.decode_burst, CONFIG.model, execution, GREEDY, 4))
@@ -150,6 +155,15 @@ def test_sequences_that_have_ended_write_nothing():
     changed = (after != before).any(axis=(0, 3))
     assert changed[0].nonzero()[0].tolist() == [5, 6, 7] and not changed[1:].any()
     assert state.cache.length_B.tolist() == [8, 5, 0] and (new_BK[1:] == NEVER).all()
+    assert new_BK[0, 3] == NEVER and state.tokens_B[0] == new_BK[0, 2] != new_BK[0, 0]
+    whole = np.concatenate([PROMPT, [[1]], np.asarray(new_BK)[:1, :3]], axis=1)
+    logits_BSV = np.asarray(expanded_logits(CONFIG, make_weights(), whole[:, :-1]))
+    assert (logits_BSV[0, -3:].argmax(-1) == new_BK[0, :3]).all()
+    with jax.set_mesh(one_device()):
+        again = decode.Generation(cache, tokens_B, finished_B)
+        (ended_BK, _), state = run(weights, again, rows, new_BK[0, 1], 4)
+    assert ended_BK[0].tolist() == [new_BK[0, 0], *[new_BK[0, 1]] * 3], "a sequence that ends within a loop"
+    assert state.cache.length_B.tolist() == [7, 5, 0] and state.finished_B.all()
 
 
 def test_no_step_copies_the_cache_or_a_weight():
