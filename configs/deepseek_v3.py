@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.1,  # matrices only: norm gains are excluded (unstated in the report)
                 "clip_norm": 1.0,
                 "bias_update_rate": (("constant", 14.3 / 14.8, 1e-3), ("constant", 1.0, 0.0)),
+                "ema_memory": "device",  # "host": in pinned CPU memory, where the report keeps it (section 3.2.2)
                 "ema_decay": 0.0,  # 0: no average is kept. The report keeps one, its decay is unstated
             },
             "data": {

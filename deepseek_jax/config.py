@@ -107,6 +107,7 @@ class Optimizer:
     bias_update_rate: Schedule
     ema_decay: float
     learning_rate_factor: float = 1.0
+    ema_memory: str = "device"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

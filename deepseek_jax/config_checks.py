@@ -24,9 +24,10 @@ CHOICES = {
     "model.gate": ("sigmoid", "softmax"),
     "model.group_score": ("top2", "max"),
     "loss.balance_frequency": ("unbiased", "selected"),
+    "optimizer.ema_memory": ("device", "host"),
     "data.on_error": ("refuse", "skip"),
     "execution.precision": ("fp32", "bf16", "fp8"),
-    "execution.remat": ("none", "selective", "full"),
+    "execution.remat": ("none", "selective", "full", "offload"),
     "execution.gather": ("layer", "kept", "step"),
     "execution.attention": ("auto", "xla", "cudnn", "splash"),
     "execution.exchange": ("auto", "local", "dense", "two_hop"),
@@ -93,6 +94,11 @@ def check(config: "Config", leaves: dict[str, Any]) -> None:
         raise ValueError(
             "config.execution.gather = 'kept' says nothing with execution.remat = 'none', which keeps all that a layer"
             " gathers: use gather = 'layer', or remat = 'selective'"
+        )
+    if (config.optimizer.ema_memory, config.optimizer.ema_decay) == ("host", 0.0):
+        raise ValueError(
+            "config.optimizer.ema_memory = 'host' says nothing with optimizer.ema_decay = 0, which keeps no average:"
+            " set ema_decay, or use ema_memory = 'device'"
         )
     if (config.execution.precision, config.execution.experts) in {("fp8", "blocks"), ("fp32", "grouped")}:
         raise ValueError(

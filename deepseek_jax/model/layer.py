@@ -33,7 +33,7 @@ from deepseek_jax.model.absorbed import LayerPages
 from deepseek_jax.model.attention import Attend, Attention
 from deepseek_jax.model.layers import DenseFeedForward
 from deepseek_jax.model.moe import FEW_OF_PROMPTS, FEW_TOKENS, MoE, Observer, RouterBias, unobserved
-from deepseek_jax.model.recompute import keep, recomputed
+from deepseek_jax.model.recompute import keep, layer_input, recomputed
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import TurnedFp8Weight, Weights
 from pallas_kernels import dispatch
@@ -235,6 +235,7 @@ def run_layer(
     layer: Layer, execution: Execution, streams: Streams, parts: Sequence[Part], cache: Any, observe: Observer
 ) -> tuple[Streams, Any, Any]:
     """Run each part through a layer; return their residual streams, the cache, and the sum of what was observed."""
+    streams = layer_input(streams) if cache is None else streams
     outputs = [
         layer(execution, x_BSD, part.attend, cache, part.valid_BS, observe)
         for x_BSD, part in zip(streams, parts, strict=True)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.precision import compute_dtype
-from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.mesh import AXES, axis_size
 from deepseek_jax.parallel.stages import STACKS, holding_of, split_layers
-from deepseek_jax.parameters import PARAMETERS, PIPE, layout_in_use, layout_of, leaf_name
+from deepseek_jax.parameters import PARAMETERS, PIPE, TOKENS, layout_in_use, layout_of, leaf_name
 from deepseek_jax.pipeline.schedules import schedule
 from deepseek_jax.pipeline.table import Placement
 from deepseek_jax.training.flops import flops_per_token
+from deepseek_jax.training.optimizer import on_host
 from deepseek_jax.training.state import State, abstract_state
 from deepseek_jax.training.summary import active_parameters, num_steps
 
@@ -107,7 +108,7 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
         "weights": _local(stored["params"], mesh) + _local(stored["router_bias"], mesh),
         "moments": _local(stored["optimizer"], mesh),
     }
-    if "ema" in stored:
+    if "ema" in stored and not on_host(config.optimizer):
         held["average"] = _local(stored["ema"], mesh)
     inside: dict[str, float] = dict.fromkeys(IN_GRADIENT, 0.0)
     share = shares(config, mesh)
@@ -117,6 +118,23 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
     if mesh.shape[PIPE] == 1 or config.execution.gather == "step":
         del inside[STAGES]
     return held | {name: round(size) for name, size in inside.items() if size or name == "gradients"}
+
+
+def host_bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+    """Return what lies in host memory for one device of `mesh`, in bytes, by its contents.
+
+    "average" with `optimizer.ema_memory` = "host"; "layer inputs" of one micro-batch, MTP layers included, with
+    `execution.remat` = "offload".
+    """
+    held: dict[str, int] = {}
+    if on_host(config.optimizer):
+        held["average"] = _local(laid_out(state["ema"], mesh), mesh)
+    if config.execution.remat == "offload":
+        model = config.model
+        tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
+        size = jnp.dtype(compute_dtype(config.execution)).itemsize * model.width
+        held["layer inputs"] = (model.num_layers + model.num_mtp_layers) * tokens * size
+    return held
 
 
 def without_pipe(mesh: jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:

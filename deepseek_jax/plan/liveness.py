@@ -2,7 +2,8 @@
 
 The program is walked in its own order. An array lives from the equation that makes it to the last that reads it; a loop
 needs what lives in one turn of its body beside what it stacks. What XLA fuses is never stored: the result of an
-elementwise operation that one equation alone reads. Kernels need what they are given and what they give back.
+elementwise operation that one equation alone reads. Kernels need what they are given and what they give back. What lies
+in host memory counts nothing.
 
 This knows nothing of how a compiler orders, reuses or wastes memory. Beside what XLA set aside on H200s for whole steps
 (experiments/log.md, 2026-11-30, by hand): `v3_5b` in BF16 4% less, in FP8 18% more; `moonlight_16b` on two cards in
@@ -12,6 +13,7 @@ BF16 1% less, in FP8 2% more. The walk is tested on small programs whose peak is
 import math
 from typing import Any
 
+import jax
 from jax.extend.core import Literal, jaxprs_in_params
 
 from deepseek_jax.config import Config
@@ -95,5 +97,7 @@ def _variables(of: Any) -> list[Any]:
 
 
 def _bytes(variable: Any) -> int:
+    if getattr(variable.aval, "memory_space", None) == jax.memory.Space.Host:
+        return 0
     size = getattr(getattr(variable.aval, "dtype", None), "itemsize", 0)  # tokens and keys have none
     return math.prod(variable.aval.shape) * size if size else 0

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.parameters import ROWS, P
 from deepseek_jax.plan.counts import largest_batch
+from deepseek_jax.training.average import beside
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import abstract_state
@@ -114,4 +115,4 @@ def abstract_inputs(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, dict[
     shape = largest_batch(config), config.data.sequence_length
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in BATCH_DTYPES.items()}
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    return abstract_state(config, mesh), batch, Rates(scalar, scalar, scalar)
+    return beside(config.optimizer, abstract_state(config, mesh)), batch, Rates(scalar, scalar, scalar)

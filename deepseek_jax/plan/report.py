@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from deepseek_jax.model.recompute import REPEATING
 from deepseek_jax.plan.chips import GIB, Chip
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
@@ -45,6 +46,7 @@ def record(plan: Plan) -> dict[str, Any]:
     if on is None:
         return values
     values |= {"devices": on.fit.num_devices, "held_computed": on.held}
+    values |= {"on_host_computed": on.on_host} if on.on_host else {}
     return values | (memory_record(on.fit, on.chip, on.step) if on.chip and on.step else {})
 
 
@@ -71,7 +73,7 @@ def advice(plan: Plan, fit: Fit, of_state: bool = False) -> list[str]:
     config, flags = fit.config, []
     if config.execution.gather != "layer" and fit.num_devices > 1:
         flags.append("--config.execution.gather=layer")
-    if config.execution.remat != "full" and not of_state:
+    if config.execution.remat not in REPEATING and not of_state:
         flags.append("--config.execution.remat=full")
     micro_batch = smallest_micro_batch(fit)
     if micro_batch < config.training.micro_batch_size and not of_state:
@@ -109,6 +111,7 @@ def _on_devices(plan: Plan) -> list[str]:
         text += _compiled(on.chip, on.step) + _verdict(plan, on.fit, on.chip, on.step, sum(on.held.values()))
     else:
         text += [f"  {'together':<18}{_bytes(sum(on.held.values())):>12}  computed", *_not_compiled(plan, on)]
+    text += [f"  {f'{name}, on the host':<26}{_bytes(size):>12}  computed" for name, size in on.on_host.items()]
     return text + _least_time(plan, on)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.chips import Chip, absent_devices
-from deepseek_jax.plan.counts import Counts, bytes_per_device, count, state_of
+from deepseek_jax.plan.counts import Counts, bytes_per_device, count, host_bytes_per_device, state_of
 from deepseek_jax.plan.memory import StepMemory, compile_step
 from deepseek_jax.plan.meshes import Fit, find_fits, require_fit
 
@@ -27,12 +27,14 @@ class Placement:
         held: bytes of one device, by contents (`counts.bytes_per_device`), computed from the layouts.
         chip: the kind of the devices; None if none was named.
         step: memory of the compiled step; None without a TPU to compile for.
+        on_host: bytes that lie in host memory for one device, by contents, computed.
     """
 
     fit: Fit
     held: dict[str, int]
     chip: Chip | None = None
     step: StepMemory | None = None
+    on_host: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,8 @@ def make_plan(
     if chip:
         larger = (f for f in larger if _holds(chip, f, state))
     holding = tuple(itertools.islice(larger, 1))
-    on = Placement(fit, bytes_per_device(fit.config, state, fit.mesh), chip, step)
+    in_memory, on_host = (of(fit.config, state, fit.mesh) for of in (bytes_per_device, host_bytes_per_device))
+    on = Placement(fit, in_memory, chip, step, on_host)
     return Plan(config, counts, fits, on, holding=holding)
 
 

@@ -65,7 +65,7 @@ class Layout:
         weights: parameters whose state one device has.
         exchange: bytes that leave a device in a step in exchanges and as latents, over links inside and between nodes.
         other: the same of weights and gradients.
-        remat: "none", "selective" or "full".
+        remat: as `execution.remat`.
         transport: of exchanges and all else.
         stages: of a pipeline, and its schedule and chunks (`bubble.py`).
         tensor: devices that divide each product.

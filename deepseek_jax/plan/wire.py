@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.model.recompute import REPEATING
 from deepseek_jax.parallel.collectives import GATHER, SCATTER, Collective, sent_bytes
 from deepseek_jax.parallel.mesh import AXES, AnyMesh, axis_size
 from deepseek_jax.parallel.program import choose_exchange
@@ -89,7 +90,7 @@ def exchange_of_token(config: Config, mesh: AnyMesh) -> dict[str, tuple[float, f
     slack = config.execution.exchange_slack
     shipped = Copies(*(min(slack * some, every) for some, every in zip(limit, to_all, strict=True)))
     rows, routes, sums = (row_bytes(config, kind) or 0 for kind in (ROWS_OUT, ROUTES, SUMS_BACK))
-    repeated = int(config.execution.remat == "full")  # a layer that is computed again sends its rows again
+    repeated = int(config.execution.remat in REPEATING)  # a layer that is computed again sends its rows again
     found = {}
     for axis, first in zip(EXPERTS, (True, exchange != "two_hop"), strict=True):
         times = (2 if first else 3) + repeated  # that rows travel

@@ -16,6 +16,7 @@ import functools
 from typing import NamedTuple
 
 from deepseek_jax.config import Config, Model
+from deepseek_jax.model.recompute import REPEATING
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.rates import FORWARD, INPUTS, PASSES, WEIGHTS
@@ -141,7 +142,7 @@ def seconds(chip: Chip, config: Config, work: Work, tokens: float, remat: str) -
         config: its precision.
         work: of one token.
         tokens: of a device at a time; the contraction of a weight's gradient.
-        remat: "none", "selective" or "full".
+        remat: as `execution.remat`; what "offload" sends to the host is taken to be hidden.
     """
     times = dict.fromkeys(PASSES, 0.0)
     for product in work.products:
@@ -150,14 +151,14 @@ def seconds(chip: Chip, config: Config, work: Work, tokens: float, remat: str) -
         length = {FORWARD: product.inputs, INPUTS: product.outputs, WEIGHTS: tokens * product.rows / product.sharing}
         for which in PASSES:
             times[which] += flops / rates.product_rate(chip, precision, which, length[which])
-        if remat == "full" or (remat == "selective" and product.recomputed):
+        if remat in REPEATING or (remat == "selective" and product.recomputed):
             times[INPUTS] += flops / rates.product_rate(chip, precision, FORWARD, product.inputs)
     attending = work.attention / rates.attention_rate(chip)
     forward, backward = (size / rates.memory_rate(chip) for size in work.moved)
     attending_forward = rates.ATTENTION_FORWARD * attending
     times[FORWARD] += attending_forward + forward
     times[INPUTS] += attending - attending_forward + backward
-    if remat == "full":
+    if remat in REPEATING:
         times[INPUTS] += attending_forward + forward
     forward, inputs, weights = (rates.WHOLE * times[which] for which in PASSES)
     return forward, inputs, weights

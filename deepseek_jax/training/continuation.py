@@ -34,6 +34,7 @@ FREE_KEYS = {
     "data.prefetch",
     LENGTH,
     "training.micro_batch_size",
+    "optimizer.ema_memory",
     "training.log_every",
     "training.eval_every",
     "training.eval_batches",

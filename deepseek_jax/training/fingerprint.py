@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel.host_memory import to_device
+
 
 def fingerprints(tree: Any) -> dict[str, int]:
     """Return `{path of a leaf: fingerprint}`; equal on every mesh, changed by any change of one element."""
@@ -25,6 +27,7 @@ def _fingerprint_leaves(tree: Any) -> jax.Array:
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
+    x = to_device(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]

@@ -34,6 +34,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.watch import lost_processes_named
 from deepseek_jax.parallel.watchdog import Watchdog
 from deepseek_jax.parameters import Weights
+from deepseek_jax.training.average import averaged, beside
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.flops import flops_per_token
@@ -159,7 +160,8 @@ class Trainer:
         step_rates = rates(config, self.step, self.tokens_seen)
         if size not in self.programs:
             self._compile(size, batch, step_rates)
-        self.state, metrics = self.programs[size](self.state, batch, step_rates)
+        state, metrics = self.programs[size](beside(config.optimizer, self.state), batch, step_rates)
+        self.state = averaged(config, self.mesh, self.state, state)
         num_tokens = size * config.data.sequence_length
         self.step += 1
         self.tokens_seen += num_tokens
@@ -172,7 +174,8 @@ class Trainer:
         with self.speed.paused(), self.watchdog.phase("compiling"):
             self.bar.note(f"compiling the step for batches of {size} sequences ...")
             start = time.perf_counter()
-            self.programs[size] = self.train_step.lower(self.state, batch, step_rates).compile()
+            state = beside(self.config.optimizer, self.state)
+            self.programs[size] = self.train_step.lower(state, batch, step_rates).compile()
             seconds = time.perf_counter() - start
             self.bar.note(f"compiled in {seconds:.1f} s")
             self.compile_seconds += seconds

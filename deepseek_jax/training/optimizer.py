@@ -110,6 +110,11 @@ def ema_update(ema, params, decay: float):
     return jax.tree.map(update, ema, params)
 
 
+def on_host(optimizer: Optimizer) -> bool:
+    """Return whether the average of the parameters lies in host memory, and so beside the step."""
+    return optimizer.ema_decay > 0.0 and optimizer.ema_memory == "host"
+
+
 def global_norms(params: Any, direction: Any) -> tuple[jax.Array, jax.Array]:
     """Return the global L2 norms of two trees in the layout of the parameters.
 

@@ -2,13 +2,15 @@
 
     params, router_bias   the model
     optimizer             Optax state: two BF16 moments per parameter
-    ema                   average of the parameters, only where optimizer.ema_decay > 0
+    ema                   average of the parameters, only where optimizer.ema_decay > 0; with optimizer.ema_memory =
+                          "host" in host memory, beside the step (`training.average`)
     step                  optimizer steps taken, int32
     skipped               consecutive steps whose update was skipped because something was not finite, int32
 
 The tokens seen are not here: they pass 2^31 on a cluster and are an exact Python int in the loop.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config, Optimizer
 from deepseek_jax.model import transformer
+from deepseek_jax.parallel.host_memory import HOST_KIND, to_host
 from deepseek_jax.parameters import Weights
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.optimizer import make_optimizer, on_host
 
 State = dict[str, Any]
 
@@ -36,11 +39,13 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: _initial_state(config))
 
-    def on_mesh(leaf):  # a scalar constant has no sharding yet: it will lie on every device
+    def on_mesh(leaf, kind):  # a scalar constant has no sharding yet: it will lie on every device
         spec = leaf.sharding.spec if leaf.sharding else jax.P()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+        sharding = jax.sharding.NamedSharding(mesh, spec, memory_kind=kind)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(on_mesh, shapes)
+    kinds = {name: HOST_KIND if name == "ema" and on_host(config.optimizer) else None for name in shapes}
+    return {name: jax.tree.map(functools.partial(on_mesh, kind=kinds[name]), shapes[name]) for name in shapes}
 
 
 def _initial_state(config: Config) -> State:
@@ -57,7 +62,7 @@ def state_around(optimizer: Optimizer, weights: Weights) -> State:
     params, router_bias = weights
     state = {"params": params, "router_bias": router_bias, "optimizer": make_optimizer(optimizer).init(params)}
     if optimizer.ema_decay > 0.0:
-        state["ema"] = jax.tree.map(jnp.copy, params)
+        state["ema"] = to_host(params) if on_host(optimizer) else jax.tree.map(jnp.copy, params)
     return state | {"step": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32)}
 
 

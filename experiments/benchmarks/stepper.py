@@ -16,6 +16,7 @@ import jax
 from deepseek_jax.config import Config, from_config_dict, to_dict
 from deepseek_jax.data.packing import Batch
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.training.average import averaged, beside
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import rates
@@ -48,7 +49,7 @@ class Stepper:
             self.tokens = batch["tokens_BS"].size
             start = time.perf_counter()
             step: Any = jit_train_step(config, pretraining(config), mesh)
-            self.lowered = step.lower(self.state, batch, rates(config, 0, 0))
+            self.lowered = step.lower(beside(config.optimizer, self.state), batch, rates(config, 0, 0))
             traced = time.perf_counter()
             self.step = self.lowered.compile()
             self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
@@ -59,7 +60,8 @@ class Stepper:
             taken = len(self.losses)
             arguments = place_batch(next(self._batches), self.mesh), rates(self.config, taken, taken * self.tokens)
             begin = time.perf_counter()
-            self.state, metrics = jax.block_until_ready((step or self.step)(self.state, *arguments))
+            state, metrics = (step or self.step)(beside(self.config.optimizer, self.state), *arguments)
+            self.state, metrics = jax.block_until_ready((averaged(self.config, self.mesh, self.state, state), metrics))
             self.seconds.append(time.perf_counter() - begin)
             self.losses.append(float(metrics["loss"]))
 

@@ -1,6 +1,7 @@
 """The stack: its program does not grow with depth, recomputation and unrolling change no number, and BF16 is near."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,7 @@ def test_program_does_not_grow_with_depth():
 VARIANTS = {
     "selective": {"remat": "selective"},
     "full": {"remat": "full"},
+    "offload": {"remat": "offload"},
     "unrolled in part": {"scan_unroll": 2},
     "unrolled": {"scan_unroll": 3},
 }
@@ -105,6 +107,9 @@ def test_recomputation_and_unrolling_change_no_number(name):
     assert all(np.linalg.norm(leaf) > 0 for leaf in jax.tree.leaves(want_grads))
     errors = relative_errors(grads, want_grads)
     assert max(errors.values()) < 5e-6, errors  # fused differently: measured 1.7e-6
+    if name == "offload":
+        full, _ = differentiate(remat="full")
+        jax.tree.map(np.testing.assert_array_equal, grads, full)
     np.testing.assert_allclose(output.hidden_BSD, want.hidden_BSD, rtol=0, atol=2e-6 * np.abs(want.hidden_BSD).max())
     # a forward pass that runs twice counts once
     np.testing.assert_array_equal(output.observed.counts_E, want.observed.counts_E)
@@ -123,14 +128,26 @@ def kept_values(remat):
     return (count(6) - count(4)) / 2
 
 
+def test_offloading_keeps_the_inputs_of_layers_on_the_host():
+    """The inputs, one array for each, are all that moves."""
+    config = make_config(remat="offload")
+    inputs = abstract_inputs(config)
+    gradient = jax.jit(jax.grad(functools.partial(objective, config), has_aux=True))
+    text = gradient.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    placed = re.findall(r'_xla_buffer_placement = "(\w+)"}} : \(tensor<([\dx]+)xf32>', text)
+    width = config.model.width
+    layers = {f"{ROWS}x{LENGTH}x{width}"}
+    assert {shape for kind, shape in placed if kind == "pinned_host"} == layers
+
+
 def test_recomputation_keeps_less():
     """Full keeps a layer's input and the choice of experts; selective the inputs of the large matmuls besides.
 
     V3 section 3.2.3. The balance loss counts choices per row.
     """
-    none, selective, full = (kept_values(remat) for remat in ("none", "selective", "full"))
+    none, selective, full, offload = (kept_values(remat) for remat in ("none", "selective", "full", "offload"))
     tokens, model = ROWS * LENGTH, make_config().model
-    assert full < selective < 0.7 * none
+    assert offload == full < selective < 0.7 * none  # an input goes to the host, and no copy of it stays
     assert full == pytest.approx(tokens * (model.width + model.experts_per_token) + ROWS * model.num_experts, rel=0.1)
 
 

@@ -67,6 +67,14 @@ def test_bytes_of_a_device(precision, gather):
     assert held["weights"] == local((state["params"], state["router_bias"]))
     assert held["moments"] == local(state["optimizer"])
     assert held["average"] == local(state["ema"])
+    on_host = config.with_(optimizer={"ema_memory": "host"}, execution={"remat": "offload"})
+    mesh = fit_as_written(config, 8).mesh
+    assert "average" not in counts.bytes_per_device(on_host, counts.state_of(on_host), mesh)
+    tokens = config.training.micro_batch_size * config.data.sequence_length // 8
+    row = (4 if precision == "fp32" else 2) * config.model.width
+    inputs = (config.model.num_layers + config.model.num_mtp_layers) * tokens * row
+    want = {"average": held["average"], "layer inputs": inputs}
+    assert counts.host_bytes_per_device(on_host, counts.state_of(on_host), mesh) == want
     in_use, copies = 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"]):
         row = PARAMETERS[leaf_name(path)]

@@ -59,16 +59,15 @@ def saved(tmp_path_factory):
     return workdir, jax.device_get(state)
 
 
-def begin(workdir, sizes, change=lambda abstract: abstract):
+def begin(workdir, sizes, change=lambda abstract: abstract, changes=()):
     """Continue as a trainer does."""
     mesh = mesh_of(sizes)
     checkpoints = Checkpoints(workdir, 2)
     try:
         with jax.set_mesh(mesh):
-            abstract = change(abstract_state(config(sizes), mesh))
-            return pretrain.begin(
-                checkpoints, config(sizes), workdir, mesh, abstract, lambda: pytest.fail("a silent restart")
-            )
+            run = config(sizes).with_(optimizer=dict(changes))
+            abstract = change(abstract_state(run, mesh))
+            return pretrain.begin(checkpoints, run, workdir, mesh, abstract, lambda: pytest.fail("a silent restart"))
     finally:
         checkpoints.close()
 
@@ -89,6 +88,24 @@ def test_every_expert_is_there_on_any_mesh(saved, sizes):
         assert len(np.unique(np.asarray(bias_LE))) == bias_LE.size > 0
     gate_up = state["params"]["moe_layers"]["moe"]["gate_up_ED2F"]
     assert gate_up.addressable_shards[0].data.shape[1] == 16 // math.prod(sizes)  # whole experts are stored apart
+
+
+def test_the_average_moves_to_host_memory_and_back(saved, tmp_path):
+    """From devices to hosts by a checkpoint, on another mesh, and from there back to devices, bit for bit."""
+    (workdir, want), sizes = saved, (4, 2, 1)
+    state, progress = begin(workdir, sizes, changes={"ema_memory": "host"})
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state["ema"])} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state["params"])} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), want)
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(tmp_path, 2)
+        on_host = config(sizes).with_(optimizer={"ema_memory": "host"})
+        checkpoints.save(state, progress, on_host, {"tokenizer.json": "{}"}, mesh)
+        checkpoints.close()
+    state, _ = begin(tmp_path, (2, 1, 4))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), want)
 
 
 def renamed(abstract):

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from deepseek_jax.parallel.host_memory import to_host
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.average import averaged, beside
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import global_norms
 from tests.support import small
@@ -239,6 +241,17 @@ def update(ema_decay):
     return jax.jit(functools.partial(step_lib.update, dataclasses.replace(recipe, optimizer=optimizer)))
 
 
+def check_host_average(on, start, *states):
+    """An average in host memory has the bits of the one that the step makes, and stays as it is when a step skips."""
+    config = on.config.with_(optimizer={"ema_decay": 0.9, "ema_memory": "host"})
+    for state in states:
+        before = {"ema": jax.jit(to_host)(start)}
+        assert set(beside(config.optimizer, state)) == set(state) - {"ema"}
+        after = averaged(config, on.mesh, before, beside(config.optimizer, state))
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after["ema"])} == {"pinned_host"}
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(state))
+
+
 def test_average_follows_the_new_parameters():
     on = small.on_mesh(ONE)
     with jax.set_mesh(on.mesh):
@@ -248,6 +261,7 @@ def test_average_follows_the_new_parameters():
         broken, _ = update(0.9)(
             on.state | {"ema": start}, jax.tree.map(lambda g: g * jnp.nan, grads), sums, norms, small.RATES
         )
+        check_host_average(on, start, state, broken)
     for got, p, p0 in zip(*map(jax.tree.leaves, jax.device_get((state["ema"], want["params"], start))), strict=True):
         np.testing.assert_allclose(got, 0.9 * p0 + 0.1 * p, rtol=0, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(broken["ema"]), jax.device_get(start))
