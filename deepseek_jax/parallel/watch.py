@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import jax
 from absl import logging
 
 SILENT_SECONDS = 30.0
@@ -132,6 +133,7 @@ class Watch:
 
 
 _watch: Watch | None = None
+_over = threading.Event()  # this process has said farewell to the others
 
 
 def of_this_process() -> Watch | None:
@@ -147,21 +149,33 @@ def start() -> None:
     state = distributed.global_state  # not `jax.process_count()`, which starts the devices
     if state.client is not None and state.num_processes > 1:
         _watch = Watch(state.client, state.process_id)
-        threading.Thread(target=_keep_looking, args=(_watch,), name="watch", daemon=True).start()
+        thread = threading.Thread(target=_keep_looking, args=(_watch,), name="watch", daemon=True)
+        thread.start()
+        atexit.register(_say_farewell, thread)
+
+
+def _say_farewell(thread: threading.Thread) -> None:
+    """Wait for the others, as JAX does at exit, then end the watch: a thread in C++ aborts a Python that ends (134)."""
+    try:
+        jax.distributed.shutdown()
+    finally:
+        _over.set()
+        thread.join(GRACE_SECONDS)
 
 
 def _keep_looking(watched: Watch) -> None:
-    while True:
+    while not _over.is_set():
         grace = LOOK_SECONDS
         try:
             ending = watched.look(time.monotonic())
         except Exception as error:  # what the client raises when the coordinator is gone, or when the run is over
             ending, grace = (1, f"the coordinator does not answer ({_first_line(error)})"), GRACE_SECONDS
         if ending is not None:
-            time.sleep(grace)  # a process that ends by itself does so now
+            if _over.wait(grace):  # a process that ends by itself does so now
+                return
             print(f"\nthis process ends with the others: {ending[1]}", file=sys.stderr)
             end(ending[0])
-        time.sleep(LOOK_SECONDS)
+        _over.wait(LOOK_SECONDS)
 
 
 @contextlib.contextmanager
