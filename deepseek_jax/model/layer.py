@@ -281,9 +281,8 @@ def _unstack(layers: Any) -> list[Any]:
     """Return the layers one by one.
 
     The backward pass writes their gradients into one array, each into its place, and XLA lets the kernels write there
-    directly. Two other ways lost. The gradient of plain indexing is a sum of arrays, each zero but for one layer. A
-    concatenation moves into the optimizer's pass over all parameters, of which XLA then makes two; behind a barrier it
-    copies at half the memory's rate (21 ms of a step).
+    directly. Two other ways lost. The gradient of plain indexing is a sum of arrays, each zero but for one layer. With a
+    concatenation the optimizer passes twice over all parameters, or, behind a barrier, 21 ms of a step go into a copy.
     """
     return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
 
