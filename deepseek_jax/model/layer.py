@@ -281,8 +281,8 @@ def _unstack(layers: Any) -> list[Any]:
     """Return the layers one by one.
 
     The backward pass writes their gradients into one array, each into its place, and XLA lets the kernels write there
-    directly. Two other ways lost. The gradient of plain indexing is a sum of arrays, each zero but for one layer. With a
-    concatenation the optimizer passes twice over all parameters, or, behind a barrier, 21 ms of a step go into a copy.
+    directly. Two other ways lost. The gradient of plain indexing is a sum of arrays, each zero but for one layer. After
+    a concatenation the optimizer passes twice over all parameters; behind a barrier it is a copy of 21 ms of a step.
     """
     return [jax.tree.map(lambda a, i=i: a[i], layers) for i in range(len(jax.tree.leaves(layers)[0]))]
 
