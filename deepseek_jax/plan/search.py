@@ -1,9 +1,9 @@
 """The fastest way to lay a run out on a number of devices: every mesh, recomputation and micro-batch that fits.
 
-Times are those of `timing.py`. Memory is estimated: what the layouts hold, and the traced gradient of one and of two
-sequences on a device (`liveness.py`), taken as linear in tokens and alike on every mesh but for the gathered layer.
-A pipeline holds what its table's slots hold, besides; `Memory` says how that is found. The plan of the winner traces or
-compiles it itself.
+Times are those of `timing.py`. Memory is estimated: what the layouts hold, and the traced gradient of a sequence on a
+device (`liveness.py`), taken as linear in tokens and alike on every mesh but for the gathered layer. A pipeline holds
+what its table's slots hold, besides; `Memory` says how that is found. The plan of the winner traces or compiles it
+itself.
 
 Pipelines are many: numbers of stages, of devices that share experts, six schedules. So what their stages hold in closed
 form prunes them first, then the checks of a run, then the memory of their tables; only what is left is timed. Their
@@ -31,10 +31,9 @@ from deepseek_jax.plan.counts import (
     gathered_layer,
     largest_batch,
     placement_of,
-    state_of,
     without_pipe,
 )
-from deepseek_jax.plan.liveness import gradient_bytes
+from deepseek_jax.plan.liveness import Living, living
 from deepseek_jax.plan.meshes import Fit, accepted, as_fit, find_fit
 from deepseek_jax.plan.stages import time_of
 from deepseek_jax.plan.timing import StepTime
@@ -60,16 +59,16 @@ class Choice:
 class Memory:
     """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once.
 
-    In a pipeline each slot of the table keeps what its stage's layers keep. Two traces of models that differ in layers
-    alone say how much one layer keeps; what else the trace has is taken to live in a tick. A tick reads one slot and
-    makes another.
+    One trace for each recomputation says what a sequence needs. What does not grow with tokens is the same for both: a
+    trace of two sequences says how much. In a pipeline each slot of the table keeps what its stage's layers keep, which
+    the trace has as what its loops over layers hand from the forward to the backward pass (`liveness.kept_bytes`). What
+    else the trace has is taken to live in a tick. A tick reads one slot and makes another.
     """
 
     def __init__(self, state: Any, say: Callable[[str], None]):
         """Take the abstract state of the config, and what to tell before a trace."""
-        self._states: dict[int | None, Any] = {None: state}
-        self._say = say
-        self._traced: dict[tuple[Any, ...], float] = {}
+        self._state, self._say = state, say
+        self._traced: dict[tuple[Any, ...], Living] = {}
         self._held: dict[tuple[Any, ...], float] = {}
 
     def of(self, fit: Fit) -> float:
@@ -77,8 +76,7 @@ class Memory:
         sequences = fit.config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
         if fit.mesh.shape[PIPE] > 1:
             return self._of_pipeline(fit, sequences)
-        one, two = (self._beside(fit, count) for count in (1, 2))
-        return self.least(fit) + one + (sequences - 1) * (two - one)
+        return self.least(fit) + self._beside(fit, sequences)
 
     def least(self, fit: Fit) -> float:
         """Return the bytes that need no trace: state, gradients, copies, a gathered layer, transfers between stages."""
@@ -87,49 +85,51 @@ class Memory:
         placement = placement_of(execution.schedule, pipe).name if pipe > 1 else ""
         key = *fit.mesh.shape.values(), execution.gather, placement
         if key not in self._held:
-            held = bytes_per_device(config, self._states[None], fit.mesh)
+            held = bytes_per_device(config, self._state, fit.mesh)
             sums = held["gradients"] if pipe > 1 else 0  # a tick's branch gives other sums back than it was given
-            self._held[key] = sum(held.values()) + sums + gathered_layer(config, self._states[None], fit.mesh)
+            self._held[key] = sum(held.values()) + sums + gathered_layer(config, self._state, fit.mesh)
         return self._held[key] + _least_slots(fit) * _row_bytes(fit)
 
     def _of_pipeline(self, fit: Fit, sequences: int) -> float:
         """Return the bytes of one device of a pipeline."""
         config, model, pipe = fit.config, fit.config.model, fit.mesh.shape[PIPE]
         flat = dataclasses.replace(fit, config=config.with_(mesh={PIPE: 1}), mesh=without_pipe(fit.mesh))
-        one, two = (self._beside(flat, count) for count in (1, 2))
-        all_layers, kept = model.num_layers + model.num_mtp_layers, two - one
-        few = model.num_dense_layers + 1
-        if few < model.num_layers:
-            kept = max(0.0, one - self._beside(flat, 1, few)) / (model.num_layers - few) * all_layers
+        beside, all_layers = self._beside(flat, sequences), model.num_layers + model.num_mtp_layers
+        of_layer = self._trace(flat, 1).kept
+        kept = beside / all_layers if of_layer is None else sequences * of_layer  # not scanned: all that lives
         program = program_of(config.execution.schedule, pipe, _micro_batches(config))
         stages = split_layers(model, program.table.placement.num_stages)
         most = max(s.dense_layers.number + s.moe_layers.number + s.is_last * model.num_mtp_layers for s in stages)
         row = _row_bytes(fit)
-        slot = sequences * kept * most / all_layers + row
-        of_tick = max(0.0, one + (sequences - 1) * (two - one) - sequences * kept)
+        slot = kept * most + row
+        of_tick = max(0.0, beside - kept * all_layers)
         boxes = program.num_activations + program.num_gradients + program.num_pending + 6  # two spare, four of a tick
         held = self.least(fit) - _least_slots(fit) * row
         return held + of_tick + (program.num_slots + 2) * slot + boxes * row
 
-    def _beside(self, fit: Fit, sequences: int, layers: int | None = None) -> float:
-        """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for.
+    def _beside(self, fit: Fit, sequences: int) -> float:
+        """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for."""
+        one = self._trace(fit, 1).most
+        if sequences == 1:
+            return one
+        full = dataclasses.replace(fit, config=fit.config.with_(execution={"remat": "full"}))
+        fixed = max(0.0, 2 * self._trace(full, 1).most - self._trace(full, 2).most)
+        return fixed + sequences * max(0.0, one - fixed)
 
-        `layers` is of a smaller model; None: all.
-        """
+    def _trace(self, fit: Fit, sequences: int) -> Living:
+        """Return what lives beside them with so many sequences on a device."""
         execution = fit.config.execution
-        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,)), layers
+        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,))
         if key not in self._traced:
-            config = fit.config.with_(training={"micro_batch_size": sequences * axis_size(fit.mesh, ROWS)})
-            if layers is not None:
-                config = config.with_(model={"num_layers": layers})
-            if layers not in self._states:
-                self._states[layers] = state_of(config)
-            state, of = self._states[layers], f" of {layers} layers" if layers else ""
-            self._say(f"tracing the gradient{of}: {sequences} sequences a device, remat {key[0]}")
-            held = bytes_per_device(config, state, fit.mesh)
+            self._say(f"tracing the gradient: {sequences} sequences a device, remat {key[0]}")
+            config = fit.config.with_(
+                training={"micro_batch_size": sequences * axis_size(fit.mesh, ROWS)}, execution={"scan_unroll": 1}
+            )
+            held = bytes_per_device(config, self._state, fit.mesh)
             known = sum(size for name, size in held.items() if name in IN_GRADIENT)
-            known += gathered_layer(config, state, fit.mesh)
-            self._traced[key] = max(0.0, gradient_bytes(config, fit.mesh) - known)
+            known += gathered_layer(config, self._state, fit.mesh)
+            found = living(config, fit.mesh)
+            self._traced[key] = found._replace(most=max(0, found.most - known))
         return self._traced[key]
 
 
