@@ -141,6 +141,7 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
     rows = [
         ("forward", f"{time.forward:,.2f} s"),
         ("backward", f"{time.backward:,.2f} s, with what is computed again"),
+        ("sums, casts", f"{time.sums:,.2f} s, of gradients over micro-batches, and of weights"),
         ("exposed exchange", f"{time.exchange:,.2f} s"),
         ("exposed weights, gradients", f"{time.other:,.2f} s"),
         ("idle in the pipeline", f"{time.idle:,.2f} s"),

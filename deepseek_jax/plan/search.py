@@ -51,10 +51,6 @@ class Choice:
     memory: float  # bytes of a device, estimated
     time: StepTime
 
-    def fits(self, chip: Chip) -> bool:
-        """Whether a device of `chip` has so much memory."""
-        return self.memory <= chip.memory
-
 
 class Memory:
     """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once.
@@ -73,10 +69,12 @@ class Memory:
 
     def of(self, fit: Fit) -> float:
         """Return the bytes of one device: state, gradients and what lives beside them."""
-        sequences = fit.config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
-        if fit.mesh.shape[PIPE] > 1:
-            return self._of_pipeline(fit, sequences)
-        return self.least(fit) + self._beside(fit, sequences)
+        execution, pipe = fit.config.execution, fit.mesh.shape[PIPE]
+        if pipe == 1:
+            return self.least(fit) + self._beside(fit, _sequences(fit))
+        program = program_of(execution.schedule, pipe, _micro_batches(fit.config))
+        boxes = program.num_activations + program.num_gradients + program.num_pending
+        return self.of_pipeline(fit, program.num_slots, boxes)
 
     def least(self, fit: Fit) -> float:
         """Return the bytes that need no trace: state, gradients, copies, a gathered layer, transfers between stages."""
@@ -90,22 +88,18 @@ class Memory:
             self._held[key] = sum(held.values()) + sums + gathered_layer(config, self._state, fit.mesh)
         return self._held[key] + _least_slots(fit) * _row_bytes(fit)
 
-    def _of_pipeline(self, fit: Fit, sequences: int) -> float:
-        """Return the bytes of one device of a pipeline."""
+    def of_pipeline(self, fit: Fit, slots: int, boxes: int) -> float:
+        """Return the bytes of one device of a pipeline whose table has so many slots of what is kept, and inboxes."""
         config, model, pipe = fit.config, fit.config.model, fit.mesh.shape[PIPE]
         flat = dataclasses.replace(fit, config=config.with_(mesh={PIPE: 1}), mesh=without_pipe(fit.mesh))
-        beside, all_layers = self._beside(flat, sequences), model.num_layers + model.num_mtp_layers
-        of_layer = self._trace(flat, 1).kept
+        sequences, all_layers = _sequences(flat), model.num_layers + model.num_mtp_layers
+        beside, of_layer = self._beside(flat, sequences), self._trace(flat, 1).kept
         kept = beside / all_layers if of_layer is None else sequences * of_layer  # not scanned: all that lives
-        program = program_of(config.execution.schedule, pipe, _micro_batches(config))
-        stages = split_layers(model, program.table.placement.num_stages)
+        stages = split_layers(model, placement_of(config.execution.schedule, pipe).num_stages)
         most = max(s.dense_layers.number + s.moe_layers.number + s.is_last * model.num_mtp_layers for s in stages)
-        row = _row_bytes(fit)
-        slot = kept * most + row
-        of_tick = max(0.0, beside - kept * all_layers)
-        boxes = program.num_activations + program.num_gradients + program.num_pending + 6  # two spare, four of a tick
+        row, of_tick = _row_bytes(fit), max(0.0, beside - kept * all_layers)
         held = self.least(fit) - _least_slots(fit) * row
-        return held + of_tick + (program.num_slots + 2) * slot + boxes * row
+        return held + of_tick + (slots + 2) * (kept * most + row) + (boxes + 6) * row  # two spare, four of a tick
 
     def _beside(self, fit: Fit, sequences: int) -> float:
         """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for."""
@@ -131,6 +125,11 @@ class Memory:
             found = living(config, fit.mesh)
             self._traced[key] = found._replace(most=max(0, found.most - known))
         return self._traced[key]
+
+
+def _sequences(fit: Fit) -> int:
+    """Return the sequences of a micro-batch on a device."""
+    return fit.config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
 
 
 def _least_slots(fit: Fit) -> int:
@@ -222,18 +221,17 @@ def search(
             f" be a multiple of {num_devices}, or of a part of them that share sequences; python -m experiments.plan"
             " lists what works"
         )
-    times = (time_of(fit.config, fit.mesh, state, chip) for fit in fits)
-    choices = [Choice(*found) for found in zip(fits, needs, times, strict=True)]
-    fitting = sorted((c for c in choices if c.fits(chip)), key=lambda choice: choice.time.total)
+    fitting = [(fit, need) for fit, need in zip(fits, needs, strict=True) if need <= chip.memory]
     if not fitting:
-        least = min(choices, key=lambda choice: choice.memory)
+        need, least = min(zip(needs, fits, strict=True), key=lambda way: way[0])
         larger = nearest_that_fits(config, 2 * num_devices, chip, memory)
         where = f"; {larger.num_devices} devices do, with {larger.flags}" if larger else ", and neither on more devices"
         raise ValueError(
-            f"nothing fits on {num_devices} {chip.name}: the least is {least.memory / 1e9:,.0f} of"
-            f" {chip.memory / 1e9:,.0f} GB, with {least.fit.flags}{where}"
+            f"nothing fits on {num_devices} {chip.name}: the least is {need / 1e9:,.0f} of"
+            f" {chip.memory / 1e9:,.0f} GB, with {least.flags}{where}"
         )
-    return fitting
+    choices = (Choice(fit, need, time_of(fit.config, fit.mesh, state, chip)) for fit, need in fitting)
+    return sorted(choices, key=lambda choice: choice.time.total)
 
 
 def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) -> Fit | None:
@@ -275,7 +273,7 @@ def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
         split_layers(config.model, placement_of(config.execution.schedule, pipe).num_stages)
     except ValueError:  # the schedule does not take so many devices, or has more stages than the model has layers
         return False
-    if memory.least(fit) > chip.memory:
+    if memory.least(fit) > chip.memory or memory.of_pipeline(fit, _least_slots(fit), 0) > chip.memory:
         return False
     try:
         program_of(config.execution.schedule, pipe, _micro_batches(config))

@@ -28,6 +28,7 @@ from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import STAGES, beside_state, largest_batch, shares, state_of, without_pipe
+from deepseek_jax.plan.sums import ADDED, cast_traffic, casts_once
 from deepseek_jax.plan.timing import (
     IN,
     NCCL,
@@ -56,8 +57,9 @@ from deepseek_jax.plan.wire import (
 )
 from deepseek_jax.plan.work import Product, Work, dense_layer, head, moe_layer, seconds
 
-COMPUTE = "compute"
-Amounts = dict[tuple[str, str], float]  # by axis and kind: bytes that leave a device; ("", COMPUTE): seconds
+COMPUTE, MOVED = "compute", "sums and casts"
+INSIDE = (COMPUTE, MOVED)  # what does not leave a device: seconds, by axis ""
+Amounts = dict[tuple[str, str], float]  # by axis and kind: bytes that leave a device, or seconds
 
 
 class Passes(NamedTuple):
@@ -110,12 +112,14 @@ class Pipeline:
         mean, once = self._mean(), self._once()
         compute = mean[0].get(("", COMPUTE), 0.0), mean[1].get(("", COMPUTE), 0.0)
         busy = add((1.0, mean[0]), (1.0, mean[1]))
+        moved = busy.get(("", MOVED), 0.0)
         exchange, other = (self._seconds(only(busy, kinds)) for kinds in ((EXCHANGE,), (WEIGHTS, GRADIENTS)))
-        idle = step - sum(compute) - exchange - other
+        idle = step - sum(compute) - moved - exchange - other
         exchange += self._seconds(only(once, (ACTIVATIONS,)))
         other += self._seconds(only(once, (WEIGHTS, GRADIENTS)))
         optimizer = OPTIMIZER_BYTES * self.held.parameters / self.mesh.size / rates.memory_rate(self.chip)
-        return StepTime(*compute, exchange, other, idle, optimizer, travel=exchange + other)
+        moved += once.get(("", MOVED), 0.0)
+        return StepTime(*compute, exchange, other, idle, optimizer, moved, travel=exchange + other)
 
     def sent(self) -> list[Sent]:
         """Return the bytes that leave a device in a step, on average."""
@@ -124,7 +128,7 @@ class Pipeline:
         return in_order(
             Sent(axis, kind, size, size * (useful[axis] if kind == EXCHANGE else 1.0))
             for (axis, kind), size in every.items()
-            if size and kind != COMPUTE
+            if size and kind not in INSIDE
         )
 
     def _mean(self) -> tuple[Amounts, Amounts]:
@@ -157,6 +161,9 @@ class Pipeline:
         if config.execution.gather == "step":
             for (top, axis, kind), size in self.held.sent.items():
                 found[axis, kind] = found.get((axis, kind), 0.0) + share.get(top, 1.0) * size
+        if casts_once(config):
+            stored = sum(share.get(top, 1.0) * size for top, size in self.held.stored.items())
+            found["", MOVED] = cast_traffic(config, stored, 1) / rates.memory_rate(self.chip)
         return found
 
     def _passes(self, stage: Stage) -> Passes:
@@ -178,21 +185,38 @@ class Pipeline:
         for axis, (shipped, _) in self.exchange.items():  # half of it on the way forward
             for amounts in found[:2]:
                 amounts[axis, EXCHANGE] = shipped * self.tokens * (moe + mtp) / layers / 2
+        numbers = {top: self._share(stage, top) for top in self.held.stored}
+        self._add_sums(numbers, found)
         if config.execution.gather == "layer":
-            self._gather(stage, found)
+            self._gather(numbers, found)
         return found
 
-    def _gather(self, stage: Stage, found: Passes) -> None:
-        """Add the gathers of a stage's weights to its passes, and the sums of their gradients."""
+    def _share(self, stage: Stage, top: str) -> float:
+        """Return which share of the weights under the first name of a parameter a stage has."""
         model = self.config.model
-        numbers = {
-            "dense_layers": stage.dense_layers.number / max(model.num_dense_layers, 1),
-            "moe_layers": stage.moe_layers.number / max(model.num_moe_layers, 1),
-            "mtp_layers": float(stage.is_last),
-            "embed_VD": float(stage.is_first or (stage.is_last and model.num_mtp_layers > 0)),
-        }
+        if top == "dense_layers":
+            return stage.dense_layers.number / max(model.num_dense_layers, 1)
+        if top == "moe_layers":
+            return stage.moe_layers.number / max(model.num_moe_layers, 1)
+        if top == "embed_VD":
+            return float(stage.is_first or (stage.is_last and model.num_mtp_layers > 0))
+        return float(stage.is_last)
+
+    def _add_sums(self, numbers: dict[str, float], found: Passes) -> None:
+        """Add the sums of a stage's gradients to its passes, and the casts of its weights."""
+        config, rate = self.config, rates.memory_rate(self.chip)
+        summed = self.held.in_use if config.execution.gather == "step" else self.held.stored
+        found.weights["", MOVED] = ADDED * sum(n * summed[top] for top, n in numbers.items()) / rate
+        if not casts_once(config):
+            for which, amounts in enumerate(found[:2]):  # the backward pass casts again what it gathers again
+                tops = [top for top in numbers if which < passes_of(config, top)]
+                stored = sum(numbers[top] * self.held.stored[top] for top in tops)
+                amounts["", MOVED] = cast_traffic(config, stored, 1) / rate
+
+    def _gather(self, numbers: dict[str, float], found: Passes) -> None:
+        """Add the gathers of a stage's weights to its passes, and the sums of their gradients over devices."""
         for (top, axis, kind), size in self.held.sent.items():
-            size *= numbers.get(top, float(stage.is_last))
+            size *= numbers[top]
             again = kind == WEIGHTS and passes_of(self.config, top) == 2
             of_weights = (found.forward, found.inputs) if again else (found.forward,)
             for amounts in of_weights if kind == WEIGHTS else (found.weights,):
@@ -200,11 +224,11 @@ class Pipeline:
 
     def _seconds(self, amounts: Amounts) -> float:
         """Return how long it takes, nothing beside anything."""
-        total, transport = amounts.get(("", COMPUTE), 0.0), TORUS if self.chip.compiles else NCCL
+        total, transport = sum(amounts.get(("", kind), 0.0) for kind in INSIDE), TORUS if self.chip.compiles else NCCL
         for kind, hops in ((EXCHANGE, mean_hops(self.chip, self.mesh.size)), ("", 1.0)):
             sent = {IN: 0.0, OUT: 0.0}
             for (axis, of), size in amounts.items():
-                if of != COMPUTE and (of == EXCHANGE) == (kind == EXCHANGE):
+                if of not in INSIDE and (of == EXCHANGE) == (kind == EXCHANGE):
                     sent[link_of(self.chip, self.mesh, axis)] += size
             total += travel(transport, sent, self.chip, hops)
         return total
@@ -216,11 +240,13 @@ class Held(NamedTuple):
     Attributes:
         parameters: of the model.
         stored: FP32 bytes, by the first name of a parameter.
+        in_use: FP32 bytes of what is multiplied, other devices' parts included, likewise.
         sent: bytes of one gather and of one sum of gradients (`wire.weights_of`).
     """
 
     parameters: int
     stored: dict[str, float]
+    in_use: dict[str, float]
     sent: dict[tuple[str, str, str], float]
 
 
@@ -228,7 +254,10 @@ class Held(NamedTuple):
 def _held(config: Config, mesh: jax.sharding.AbstractMesh) -> Held:
     state = _state(config)
     stored = {top: sizes[STAGES] for top, sizes in beside_state(config, state, mesh).items()}
-    return Held(sum(leaf.size for leaf in jax.tree.leaves(state["params"])), stored, weights_of(config, mesh, state))
+    whole = beside_state(config.with_(execution={"gather": "step"}), state, mesh)
+    in_use = {top: sizes["gradients"] for top, sizes in whole.items()}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    return Held(parameters, stored, in_use, weights_of(config, mesh, state))
 
 
 @functools.lru_cache(maxsize=4)
