@@ -7,8 +7,8 @@ and of a step of `v3_5b` on one H200, which is a row of the calibration, too. No
 Products. A product of A [m, k] and B [k, n] reaches a share of the peak that depends on its contraction k, as far as
 the kernels' records go: the longer k, the less the start and the store of a tile weigh. Shares between two records are
 interpolated in 1 / k. Beyond the longest the share is the longest's. Below the shortest a tile's start and store are
-taken to last as long as they do between the two shortest: the time of a product of contraction k is k + k0, so 1 / share
-is linear in 1 / k. The contraction of a weight's gradient is tokens of a group. The kernels of grouped products compute
+taken to last as long as between the two shortest: the time of a product of contraction k is k + k0, so 1 / share is
+linear in 1 / k. The contraction of a weight's gradient is tokens of a group. The kernels of grouped products compute
 whole tiles of TILE rows, and one tile more for each group that begins within one (`pallas_kernels/grouped/visits.py`).
 
 Everything else. Attention has a share of the BF16 peak, and work that moves bytes a share of the memory's rate. The

@@ -16,24 +16,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
-
 from deepseek_jax.config import Config
-from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.stages import check_beside_pipeline, program_of, split_layers
-from deepseek_jax.parameters import CONTEXT, PIPE, ROWS, TOKENS
+from deepseek_jax.parameters import CONTEXT, PIPE, ROWS
 from deepseek_jax.pipeline.schedules import SCHEDULES
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import (
-    IN_GRADIENT,
-    bytes_per_device,
-    gathered_layer,
-    largest_batch,
-    placement_of,
-    without_pipe,
-)
-from deepseek_jax.plan.liveness import Living, living
+from deepseek_jax.plan.counts import largest_batch, placement_of
+from deepseek_jax.plan.estimate import Memory, least_slots, micro_batches_of
 from deepseek_jax.plan.meshes import Fit, accepted, as_fit, find_fit
 from deepseek_jax.plan.stages import time_of
 from deepseek_jax.plan.timing import StepTime
@@ -50,100 +40,6 @@ class Choice:
     fit: Fit
     memory: float  # bytes of a device, estimated
     time: StepTime
-
-
-class Memory:
-    """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once.
-
-    One trace for each recomputation says what a sequence needs. What does not grow with tokens is the same for both: a
-    trace of two sequences says how much. In a pipeline each slot of the table keeps what its stage's layers keep, which
-    the trace has as what its loops over layers hand from the forward to the backward pass (`liveness.kept_bytes`). What
-    else the trace has is taken to live in a tick. A tick reads one slot and makes another.
-    """
-
-    def __init__(self, state: Any, say: Callable[[str], None]):
-        """Take the abstract state of the config, and what to tell before a trace."""
-        self._state, self._say = state, say
-        self._traced: dict[tuple[Any, ...], Living] = {}
-        self._held: dict[tuple[Any, ...], float] = {}
-
-    def of(self, fit: Fit) -> float:
-        """Return the bytes of one device: state, gradients and what lives beside them."""
-        execution, pipe = fit.config.execution, fit.mesh.shape[PIPE]
-        if pipe == 1:
-            return self.least(fit) + self._beside(fit, _sequences(fit))
-        program = program_of(execution.schedule, pipe, _micro_batches(fit.config))
-        boxes = program.num_activations + program.num_gradients + program.num_pending
-        return self.of_pipeline(fit, program.num_slots, boxes)
-
-    def least(self, fit: Fit) -> float:
-        """Return the bytes that need no trace: state, gradients, copies, a gathered layer, transfers between stages."""
-        config, pipe = fit.config, fit.mesh.shape[PIPE]
-        execution = config.execution
-        placement = placement_of(execution.schedule, pipe).name if pipe > 1 else ""
-        key = *fit.mesh.shape.values(), execution.gather, placement
-        if key not in self._held:
-            held = bytes_per_device(config, self._state, fit.mesh)
-            sums = held["gradients"] if pipe > 1 else 0  # a tick's branch gives other sums back than it was given
-            self._held[key] = sum(held.values()) + sums + gathered_layer(config, self._state, fit.mesh)
-        return self._held[key] + _least_slots(fit) * _row_bytes(fit)
-
-    def of_pipeline(self, fit: Fit, slots: int, boxes: int) -> float:
-        """Return the bytes of one device of a pipeline whose table has so many slots of what is kept, and inboxes."""
-        config, model, pipe = fit.config, fit.config.model, fit.mesh.shape[PIPE]
-        flat = dataclasses.replace(fit, config=config.with_(mesh={PIPE: 1}), mesh=without_pipe(fit.mesh))
-        sequences, all_layers = _sequences(flat), model.num_layers + model.num_mtp_layers
-        beside, of_layer = self._beside(flat, sequences), self._trace(flat, 1).kept
-        kept = beside / all_layers if of_layer is None else sequences * of_layer  # not scanned: all that lives
-        stages = split_layers(model, placement_of(config.execution.schedule, pipe).num_stages)
-        most = max(s.dense_layers.number + s.moe_layers.number + s.is_last * model.num_mtp_layers for s in stages)
-        row, of_tick = _row_bytes(fit), max(0.0, beside - kept * all_layers)
-        held = self.least(fit) - _least_slots(fit) * row
-        return held + of_tick + (slots + 2) * (kept * most + row) + (boxes + 6) * row  # two spare, four of a tick
-
-    def _beside(self, fit: Fit, sequences: int) -> float:
-        """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for."""
-        one = self._trace(fit, 1).most
-        if sequences == 1:
-            return one
-        full = dataclasses.replace(fit, config=fit.config.with_(execution={"remat": "full"}))
-        fixed = max(0.0, 2 * self._trace(full, 1).most - self._trace(full, 2).most)
-        return fixed + sequences * max(0.0, one - fixed)
-
-    def _trace(self, fit: Fit, sequences: int) -> Living:
-        """Return what lives beside them with so many sequences on a device."""
-        execution = fit.config.execution
-        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,))
-        if key not in self._traced:
-            self._say(f"tracing the gradient: {sequences} sequences a device, remat {key[0]}")
-            config = fit.config.with_(
-                training={"micro_batch_size": sequences * axis_size(fit.mesh, ROWS)}, execution={"scan_unroll": 1}
-            )
-            held = bytes_per_device(config, self._state, fit.mesh)
-            known = sum(size for name, size in held.items() if name in IN_GRADIENT)
-            known += gathered_layer(config, self._state, fit.mesh)
-            found = living(config, fit.mesh)
-            self._traced[key] = found._replace(most=max(0, found.most - known))
-        return self._traced[key]
-
-
-def _sequences(fit: Fit) -> int:
-    """Return the sequences of a micro-batch on a device."""
-    return fit.config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
-
-
-def _least_slots(fit: Fit) -> int:
-    """Return how many micro-batches some device of a pipeline holds at once at least; without one 0."""
-    pipe = fit.mesh.shape[PIPE]
-    count = _micro_batches(fit.config)
-    return 0 if pipe == 1 else count if fit.config.execution.schedule == "gpipe" else min(count, pipe)
-
-
-def _row_bytes(fit: Fit) -> int:
-    """Return the bytes of one micro-batch's activations between two layers."""
-    config = fit.config
-    tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(fit.mesh, TOKENS)
-    return tokens * config.model.width * jnp.dtype(compute_dtype(config.execution)).itemsize
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Fit]:
@@ -237,21 +133,49 @@ def search(
 def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) -> Fit | None:
     """Return on which of `first`, 2 `first`, 4 `first`, ... devices a step fits first, with the flags that it needs.
 
-    One sequence a device and full recomputation need least. None: no number of devices of a pod is enough.
+    The numbers of stages are tried in turn: the config's own, none, then 2, 4, 8, ... One sequence a device, or what a
+    pipeline of MOST_MICRO_BATCHES leaves, and full recomputation need least. None: no number of devices of a pod is
+    enough.
     """
-    least = config.with_(execution={"remat": "full", "gather": "layer"})
     for number in (first << doublings for doublings in range(13)):
         if not chip.has(number):
             return None
-        fit = find_fit(least, number)
-        if fit is None:
-            continue
-        rows = axis_size(fit.mesh, ROWS)
-        changes = {"training.micro_batch_size": rows, "execution.remat": "full", "execution.gather": "layer"}
-        smallest = as_fit(config, number, {**fit.changes, **changes})
-        if smallest and accepted(smallest.config, smallest.mesh) and memory.of(smallest) <= chip.memory:
-            return smallest
+        for pipe in _numbers_of_stages(config, number):
+            fit = _smallest(config, number, pipe)
+            if fit is None:
+                continue
+            if _fits(fit, chip, memory) if pipe > 1 else memory.of(fit) <= chip.memory:
+                return fit
     return None
+
+
+def _numbers_of_stages(config: Config, num_devices: int) -> list[int]:
+    """Return the numbers of devices along `pipe` to try, without repetition."""
+    most = config.model.num_layers + config.model.num_mtp_layers
+    doubled = [1 << n for n in range(1, most.bit_length())]
+    numbers = dict.fromkeys([max(config.mesh.pipe, 1), 1, *doubled])
+    return [pipe for pipe in numbers if num_devices % pipe == 0 and pipe <= most]
+
+
+def _smallest(config: Config, num_devices: int, pipe: int) -> Fit | None:
+    """Return what needs least on so many devices and stages; None: a run accepts nothing."""
+    least = config.with_(mesh={PIPE: pipe}, execution={"remat": "full", "gather": "layer"})
+    if pipe > 1:
+        try:
+            check_beside_pipeline(least, {PIPE: pipe, CONTEXT: config.mesh.context})
+        except ValueError:
+            return None
+    fit = find_fit(least, num_devices)
+    if fit is None:
+        return None
+    rows, batch = axis_size(fit.mesh, ROWS), largest_batch(config)
+    sizes = (n for n in range(rows, batch + 1, rows) if batch % n == 0)
+    micro_batch = next((n for n in sizes if pipe == 1 or batch // n <= MOST_MICRO_BATCHES), None)
+    changes = {"training.micro_batch_size": micro_batch, "execution.remat": "full", "execution.gather": "layer"}
+    if micro_batch is None:
+        return None
+    smallest = as_fit(config, num_devices, {f"mesh.{PIPE}": pipe, **fit.changes, **changes})
+    return smallest if smallest and accepted(smallest.config, smallest.mesh) else None
 
 
 def _pipelines_that_fit(
@@ -273,15 +197,10 @@ def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
         split_layers(config.model, placement_of(config.execution.schedule, pipe).num_stages)
     except ValueError:  # the schedule does not take so many devices, or has more stages than the model has layers
         return False
-    if memory.least(fit) > chip.memory or memory.of_pipeline(fit, _least_slots(fit), 0) > chip.memory:
+    if memory.least(fit) > chip.memory or memory.of_pipeline(fit, least_slots(fit), 0) > chip.memory:
         return False
     try:
-        program_of(config.execution.schedule, pipe, _micro_batches(config))
+        program_of(config.execution.schedule, pipe, micro_batches_of(config))
     except ValueError:  # the schedule does not take so many micro-batches
         return False
     return memory.of(fit) <= chip.memory and accepted(config, fit.mesh)
-
-
-def _micro_batches(config: Config) -> int:
-    """Return the micro-batches of the largest step."""
-    return largest_batch(config) // config.training.micro_batch_size

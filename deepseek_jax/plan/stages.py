@@ -11,11 +11,9 @@ things more than the table alone, and all are counted:
                 a step the FP32 weights of the stages, and their gradients back (`parallel.stage_weights`)
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +25,7 @@ from deepseek_jax.parameters import EXPERTS, PIPE, TOKENS
 from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import STAGES, beside_state, largest_batch, shares, state_of, without_pipe
+from deepseek_jax.plan.counts import largest_batch, shares, without_pipe
 from deepseek_jax.plan.sums import ADDED, cast_traffic, casts_once
 from deepseek_jax.plan.timing import (
     IN,
@@ -53,7 +51,6 @@ from deepseek_jax.plan.wire import (
     in_order,
     passes_of,
     sent_in_step,
-    weights_of,
 )
 from deepseek_jax.plan.work import Product, Work, dense_layer, head, moe_layer, seconds
 
@@ -97,7 +94,7 @@ class Pipeline:
 
     def __init__(self, config: Config, mesh: AnyMesh, chip: Chip):
         self.config, self.mesh, self.chip = config, abstract(mesh), chip
-        self.held = _held(_plain(config), without_pipe(self.mesh))
+        self.held = held_of(plain(config), without_pipe(self.mesh))
         self.micro_batches = largest_batch(config) // config.training.micro_batch_size
         self.tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
         self.program = program_of(config.execution.schedule, mesh.shape[PIPE], self.micro_batches)
@@ -232,44 +229,6 @@ class Pipeline:
                     sent[link_of(self.chip, self.mesh, axis)] += size
             total += travel(transport, sent, self.chip, hops)
         return total
-
-
-class Held(NamedTuple):
-    """What the weights of a whole model are on a device without a pipeline.
-
-    Attributes:
-        parameters: of the model.
-        stored: FP32 bytes, by the first name of a parameter.
-        in_use: FP32 bytes of what is multiplied, other devices' parts included, likewise.
-        sent: bytes of one gather and of one sum of gradients (`wire.weights_of`).
-    """
-
-    parameters: int
-    stored: dict[str, float]
-    in_use: dict[str, float]
-    sent: dict[tuple[str, str, str], float]
-
-
-@functools.lru_cache(maxsize=128)  # a search asks for each mesh once per schedule, remat and micro-batch
-def _held(config: Config, mesh: jax.sharding.AbstractMesh) -> Held:
-    state = _state(config)
-    stored = {top: sizes[STAGES] for top, sizes in beside_state(config, state, mesh).items()}
-    whole = beside_state(config.with_(execution={"gather": "step"}), state, mesh)
-    in_use = {top: sizes["gradients"] for top, sizes in whole.items()}
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    return Held(parameters, stored, in_use, weights_of(config, mesh, state))
-
-
-@functools.lru_cache(maxsize=4)
-def _state(config: Config) -> Any:
-    return state_of(config)
-
-
-def _plain(config: Config) -> Config:
-    """Return a config that is the same for all of whose weights lie and travel alike."""
-    mesh = {"pipe": 1, "data": -1, "context": 1, "node": 1, "expert": 1}
-    execution = {"remat": "none", "schedule": "1f1b", "gather": "layer"}
-    return config.with_(mesh=mesh, execution=execution, training={"micro_batch_size": 1})
 
 
 def makespan(program: Program, forward: np.ndarray, inputs: np.ndarray, weights: np.ndarray) -> float:
