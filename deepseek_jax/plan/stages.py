@@ -26,6 +26,7 @@ from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import largest_batch, shares, without_pipe
+from deepseek_jax.plan.held import held_of, plain
 from deepseek_jax.plan.sums import ADDED, cast_traffic, casts_once
 from deepseek_jax.plan.timing import (
     IN,

@@ -151,9 +151,8 @@ def seconds(chip: Chip, config: Config, work: Work, tokens: float, remat: str) -
         tiles = 1 + rates.TILE / rows if product.sharing > 1 else 1.0
         length = {FORWARD: product.inputs, INPUTS: product.outputs, WEIGHTS: rows}
         for which in PASSES:
-            times[which] += (
-                (1.0 if which == WEIGHTS else tiles) * flops / rates.product_rate(chip, precision, which, length[which])
-            )
+            whole = flops / rates.product_rate(chip, precision, which, length[which])
+            times[which] += whole * (1.0 if which == WEIGHTS else tiles)
         if remat == "full" or (remat == "selective" and product.recomputed):
             times[INPUTS] += tiles * flops / rates.product_rate(chip, precision, FORWARD, product.inputs)
     attending = work.attention / rates.attention_rate(chip)
