@@ -66,7 +66,7 @@ def kept_bytes(program: Any) -> float | None:
             continue
         (inner,), length = jaxprs_in_params(equation.params), equation.params["length"]
         reads, makes = (
-            [v for v, one in zip(outside, inside, strict=True) if v.aval.shape == (length, *one.aval.shape)]
+            [v for v, one in zip(outside, inside, strict=True) if _shape(v) == (length, *_shape(one))]
             for outside, inside in ((equation.invars, inner.invars), (equation.outvars, inner.outvars))
         )
         found = [v for v in _variables(reads) if v in stacked]
@@ -123,6 +123,10 @@ def _on_one_device(program: Any) -> Any:
             if found is not None:
                 return found
     return None
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _variables(of: Any) -> list[Any]:
