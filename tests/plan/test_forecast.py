@@ -79,6 +79,20 @@ def test_the_next_number_begins_anywhere_and_ends_at_the_pod(monkeypatch):
     assert search.nearest_that_fits(config, 512, CHIPS["v6e"], memory) is None
 
 
+def test_the_next_number_may_have_other_stages_but_the_configs_own_come_first(monkeypatch):
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**8, 10**6))
+    config = config_of(pipe=2)
+    memory = estimate.Memory(state_of(config), lambda text: None)
+    found = search.nearest_that_fits(config, 8, CHIPS["h200"], memory)
+    assert found is not None and found.mesh.shape["pipe"] == 2
+    alone = search.nearest_that_fits(config_of(), 8, CHIPS["h200"], memory)
+    assert alone is not None and memory.of(alone) < memory.of(found)
+    tight = dataclasses.replace(CHIPS["h200"], memory=int(memory.of(alone)))
+    other = search.nearest_that_fits(config, 8, tight, memory)
+    assert other is not None and (other.num_devices, other.mesh.shape["pipe"]) == (8, 1)
+    assert other.changes["mesh.pipe"] == 1
+
+
 def test_a_pipeline_waits_and_sends_activations(monkeypatch):
     """Two stages on four devices each: weights of the stages cross `pipe` once a step, their gradients back."""
     found, _ = planned(monkeypatch, pipe=2, expert=4)
