@@ -6,7 +6,7 @@ elementwise operation that one equation alone reads. Kernels need what they are 
 
 This knows nothing of how a compiler orders, reuses or wastes memory. Beside what XLA set aside on H200s for whole steps
 (experiments/log.md, 2026-11-30, by hand): `v3_5b` in BF16 4% less, in FP8 18% more; `moonlight_16b` on two cards in
-BF16 1% less, in FP8 2% more. The walk is tested on small programs whose peak is known; those four figures are not.
+BF16 1% less, in FP8 2% less. The walk is tested on small programs whose peak is known; those four figures are not.
 """
 
 import math

@@ -13,9 +13,9 @@ from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.memory import StepMemory
 from tests.support import small
 
-# Of jit(lambda x: scan(tanh(c c) + 1)) with x donated, FP32 [1024, 1024], for v5p; libtpu 0.0.48.1, shortened. Its memory
-# report says 8,443,968 bytes in all, and `memory_analysis` of the whole compilation 4,194,304 of arguments, 4,324,288 of
-# temporaries and 647,168 of code.
+# Of jit(lambda x: scan(tanh(c c) + 1)) with x donated, FP32 [1024, 1024], for v5p; libtpu 0.0.48.1, shortened. Its
+# memory report says 8,443,968 bytes in all, and `memory_analysis` of the whole compilation 4,194,304 of arguments,
+# 4,324,288 of temporaries and 647,168 of code.
 DUMP = """BufferAssignment:
 allocation 0: size 512, page 0, thread-local:
  value: <9 reduce_sum.2 @0> (size=512,offset=0): f32[]{:T(128)}
