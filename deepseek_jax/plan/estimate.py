@@ -29,8 +29,8 @@ class Memory:
     """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once.
 
     One trace for each recomputation says what a sequence needs. What does not grow with tokens is the same for both: a
-    trace of MANY sequences says how much. Two would say too much, as with more sequences other places of the program
-    need most: V3's step of eight came out 7% too small. In a pipeline each slot of the table keeps what its stage's
+    trace of MANY sequences says how much, for two sequences one of two. For more, two would say too much, as other
+    places of the program then need most: V3's step of eight came out 7% too small. In a pipeline each slot of the table keeps what its stage's
     layers keep, which the trace has as what its loops over layers hand from the forward to the backward pass
     (`liveness.kept_bytes`). What else the trace has is taken to live in a tick. A tick reads one slot and makes
     another.
@@ -82,7 +82,8 @@ class Memory:
         if sequences == 1:
             return one
         full = dataclasses.replace(fit, config=fit.config.with_(execution={"remat": "full"}))
-        fixed = max(0.0, (MANY * self._trace(full, 1).most - self._trace(full, MANY).most) / (MANY - 1))
+        many = 2 if sequences == 2 else MANY
+        fixed = max(0.0, (many * self._trace(full, 1).most - self._trace(full, many).most) / (many - 1))
         return fixed + sequences * max(0.0, one - fixed)
 
     def _trace(self, fit: Fit, sequences: int) -> Living:
