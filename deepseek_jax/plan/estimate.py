@@ -30,10 +30,11 @@ class Memory:
 
     One trace for each recomputation says what a sequence needs. What does not grow with tokens is the same for both: a
     trace of MANY sequences says how much, for two sequences one of two. For more, two would say too much, as other
-    places of the program then need most: V3's step of eight came out 7% too small. In a pipeline each slot of the table keeps what its stage's
-    layers keep, which the trace has as what its loops over layers hand from the forward to the backward pass
-    (`liveness.kept_bytes`). What else the trace has is taken to live in a tick. A tick reads one slot and makes
-    another.
+    places of the program then need most: V3's step of eight came out 7% too small.
+
+    In a pipeline each slot of the table keeps what its stage's layers keep, which the trace has as what its loops over
+    layers hand from the forward to the backward pass (`liveness.kept_bytes`). What else the trace has is taken to live
+    in a tick. A tick reads one slot and makes another.
     """
 
     def __init__(self, state: Any, say: Callable[[str], None]):
