@@ -6,10 +6,13 @@ once, with its reason. A named implementation runs or raises: nothing falls back
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
 
 # whether kernels are interpreted, which works on a CPU; JAX has no public way to ask
 from jax._src import config as jax_config
@@ -22,6 +25,8 @@ from pallas_kernels.lowering import manual_axes
 LOGGER = logging.getLogger(__name__)
 HOPPER = "9.0"  # compute capability
 IMPLEMENTATIONS = ("auto", "reference", "hopper", "tpu")
+OUTLINED = "kernel_"  # how the name of a call begins that stands for a kernel
+_is_outlined: ContextVar[bool] = ContextVar("_is_outlined", default=False)
 
 
 def choose(operation: str, implementation: str, faces: Mapping[str, Callable]) -> Callable:
@@ -45,12 +50,45 @@ def choose(operation: str, implementation: str, faces: Mapping[str, Callable]) -
         raise NotImplementedError(f"{operation} has no {implementation!r} kernel; it has {sorted(faces)}")
     face = faces[implementation]
     if implementation == "reference":
-        return face
+        return functools.partial(_call, operation, face) if _is_outlined.get() else face
     if isinstance(face, functools.partial):
         kernel = functools.partial(_guarded(face.func, operation, implementation), *face.args, **face.keywords)
     else:
         kernel = _guarded(face, operation, implementation)
     return functools.partial(manual_axes.call, kernel)
+
+
+@contextmanager
+def outlined() -> Iterator[None]:
+    """Trace each reference as one call, named OUTLINED and the operation, and once for all operands of the same shapes.
+
+    A program that is traced to be read, not run, is then as short as one with kernels.
+    """
+    token = _is_outlined.set(True)
+    try:
+        yield
+    finally:
+        _is_outlined.reset(token)
+
+
+def _call(operation: str, face: Callable, *operands: Any, **options: Any) -> Any:
+    leaves, tree = jax.tree.flatten((operands, options))
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    static = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return _outlined_call(operation, face, tree, tuple(is_array), static)(*arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _outlined_call(operation: str, face: Callable, tree: Any, is_array: tuple[bool, ...], static: tuple) -> Callable:
+    def kernel(*arrays):
+        given = iter(arrays)
+        leaves = [next(given) if array else leaf for leaf, array in zip(static, is_array, strict=True)]
+        operands, options = jax.tree.unflatten(tree, leaves)
+        return face(*operands, **options)
+
+    kernel.__name__ = OUTLINED + operation
+    return jax.jit(kernel)
 
 
 # The identity on an operand of a kernel. For which platform a program is, is known when it is lowered; ahead of time it

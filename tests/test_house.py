@@ -146,6 +146,7 @@ SET_FROM_OUTSIDE = {
     ("experiments/recipe.py", "overrides"),
     ("experiments/session.py", "restype"),
     ("huggingface/companions.py", "post_processor"),
+    ("pallas_kernels/dispatch.py", "__name__"),
     ("lowering/export_cache.py", "__name__"),
     ("lowering/layout_inference.py", "compute_transitively_equal_vars"),
     ("serving/app.py", "redirect_slashes"),

@@ -150,7 +150,7 @@ RUNS = (
 
 
 TWO_CARDS = (
-    "one card alone comes out a tenth too short already; of FSDP, NCCL's kernels slow the products beside them"
+    "one card alone comes out 7% too short already; of FSDP, NCCL's kernels slow the products beside them"
     " (experiments/log.md), which is not in the model"
 )
 ONE_CARD = {"data": 1, "node": 1, "expert": 1}

@@ -10,10 +10,11 @@ from typing import Any
 
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import IN_GRADIENT, Counts
+from deepseek_jax.plan.estimate import Memory
 from deepseek_jax.plan.liveness import gradient_bytes
 from deepseek_jax.plan.meshes import Fit
 from deepseek_jax.plan.run import Placement
-from deepseek_jax.plan.search import Choice, Memory, nearest_that_fits
+from deepseek_jax.plan.search import Choice, nearest_that_fits
 from deepseek_jax.plan.stages import sent_of, time_of
 from deepseek_jax.plan.timing import StepTime, link_of
 from deepseek_jax.plan.wire import Sent
@@ -141,6 +142,7 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
     rows = [
         ("forward", f"{time.forward:,.2f} s"),
         ("backward", f"{time.backward:,.2f} s, with what is computed again"),
+        ("sums, casts", f"{time.sums:,.2f} s, of gradients over micro-batches, and of weights"),
         ("exposed exchange", f"{time.exchange:,.2f} s"),
         ("exposed weights, gradients", f"{time.other:,.2f} s"),
         ("idle in the pipeline", f"{time.idle:,.2f} s"),

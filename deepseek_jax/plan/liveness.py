@@ -7,11 +7,11 @@ in host memory counts nothing.
 
 This knows nothing of how a compiler orders, reuses or wastes memory. Beside what XLA set aside on H200s for whole steps
 (experiments/log.md, 2026-11-30, by hand): `v3_5b` in BF16 4% less, in FP8 18% more; `moonlight_16b` on two cards in
-BF16 1% less, in FP8 2% more. The walk is tested on small programs whose peak is known; those four figures are not.
+BF16 1% less, in FP8 2% less. The walk is tested on small programs whose peak is known; those four figures are not.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Literal, jaxprs_in_params
@@ -19,6 +19,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import AnyMesh
 from deepseek_jax.plan.traffic import trace_gradient
+from pallas_kernels.dispatch import OUTLINED
 
 LOOPS = ("scan", "while")
 # Operations that XLA writes into the loop of whatever reads them, if nothing else does.
@@ -34,12 +35,47 @@ FUSED = frozenset(
 )  # fmt: skip
 
 
-def gradient_bytes(config: Config, mesh: AnyMesh) -> int:
-    """Return the bytes of one device that live at once in the gradient of one micro-batch, at most.
+class Living(NamedTuple):
+    """What lives in the gradient of one micro-batch, in bytes of one device.
 
-    Its results, FP32 gradients, are among them, and so are gathered weights; weights and moments are not.
+    Attributes:
+        most: at once, at most. The results, FP32 gradients, are among them, and so are gathered weights; weights and
+            moments are not.
+        kept: of a layer, from its forward to its backward pass, on average over scanned layers; None: none is scanned.
     """
-    return peak_bytes(_on_one_device(trace_gradient(config, mesh, "gpu")))
+
+    most: int
+    kept: float | None
+
+
+def living(config: Config, mesh: AnyMesh) -> Living:
+    """Return what lives in the gradient of one micro-batch of `config`."""
+    program = _on_one_device(trace_gradient(config, mesh, "gpu"))
+    return Living(peak_bytes(program), kept_bytes(program))
+
+
+def gradient_bytes(config: Config, mesh: AnyMesh) -> int:
+    """Return the bytes of one device that live at once in the gradient of one micro-batch (`Living.most`)."""
+    return living(config, mesh).most
+
+
+def kept_bytes(program: Any) -> float | None:
+    """Return what a turn of a loop keeps for the same turn of a later one, which goes back; None: there is no such."""
+    stacked: set[Any] = set()
+    handed = turns = 0
+    for equation in program.eqns:
+        if equation.primitive.name != "scan":
+            continue
+        (inner,), length = jaxprs_in_params(equation.params), equation.params["length"]
+        reads, makes = (
+            [v for v, one in zip(outside, inside, strict=True) if _shape(v) == (length, *_shape(one))]
+            for outside, inside in ((equation.invars, inner.invars), (equation.outvars, inner.outvars))
+        )
+        found = [v for v in _variables(reads) if v in stacked]
+        if found:
+            handed, turns = handed + sum(map(_bytes, found)), turns + length
+        stacked |= set(makes)
+    return handed / turns if turns else None
 
 
 def peak_bytes(program: Any) -> int:
@@ -76,8 +112,7 @@ def _inside(equation: Any) -> int:
     """Return what lives inside an equation that is a program: a loop, a call; nothing for kernels, which have memory of
     their own.
     """
-    name = equation.primitive.name
-    if "pallas" in name or "mosaic" in name:
+    if str(equation.params.get("name", "")).startswith(OUTLINED):
         return 0
     return max((peak_bytes(inner) for inner in jaxprs_in_params(equation.params)), default=0)
 
@@ -90,6 +125,10 @@ def _on_one_device(program: Any) -> Any:
             if found is not None:
                 return found
     return None
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _variables(of: Any) -> list[Any]:

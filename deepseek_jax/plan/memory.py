@@ -67,8 +67,13 @@ class StepMemory:
         return self.capacity is None
 
 
-def compile_step(config: Config, mesh: jax.sharding.Mesh) -> StepMemory:
+def compile_step(config: Config, mesh: jax.sharding.Mesh, options: dict[str, Any] | None = None) -> StepMemory:
     """Compile the train step at the largest batch size of `config` for the devices of `mesh`; return its memory.
+
+    Args:
+        config: whose step it is.
+        mesh: of devices that need not be there.
+        options: of the compiler.
 
     Raises:
         ValueError: the mesh does not fit the config.
@@ -77,7 +82,7 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> StepMemory:
     traced = trace_step(config, mesh)
     try:
         with jax.set_mesh(mesh):
-            found = memory_of(traced.lower().compile())
+            found = memory_of(traced.lower().compile(options))
     except jax.errors.JaxRuntimeError as error:
         found = refused(error)
     return dataclasses.replace(found, seconds=time.perf_counter() - start)

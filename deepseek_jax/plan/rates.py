@@ -6,7 +6,10 @@ and of a step of `v3_5b` on one H200, which is a row of the calibration, too. No
 
 Products. A product of A [m, k] and B [k, n] reaches a share of the peak that depends on its contraction k, as far as
 the kernels' records go: the longer k, the less the start and the store of a tile weigh. Shares between two records are
-interpolated in 1 / k; beyond the ends they are those of the ends. The contraction of a weight's gradient is tokens.
+interpolated in 1 / k. Beyond the longest the share is the longest's. Below the shortest a tile's start and store are
+taken to last as long as between the two shortest: the time of a product of contraction k is k + k0, so 1 / share is
+linear in 1 / k. The contraction of a weight's gradient is tokens of a group. The kernels of grouped products compute
+whole tiles of TILE rows, and one tile more for each group that begins within one (`pallas_kernels/grouped/visits.py`).
 
 Everything else. Attention has a share of the BF16 peak, and work that moves bytes a share of the memory's rate. The
 records are of an H100 and an H200, whose arithmetic is the same. Of other devices **nothing is measured here**: they
@@ -28,6 +31,8 @@ FP8_PRODUCT = {512: 0.511, 1536: 0.662, 2048: 0.674, 4096: 0.723, 7168: 0.731, 1
 FP8_WEIGHTS = {2072: 0.403, 4288: 0.485, 7104: 0.496}  # tokens of a group
 BF16_PRODUCT = {512: 0.758, 2048: 0.766, 7168: 0.789}
 BF16_WEIGHTS = {2072: 0.668, 4288: 0.755, 7104: 0.770}
+
+TILE = 128  # rows of a tile of the grouped kernels: pallas_kernels/hopper/main_loop.py and grouped/hopper_bf16.py
 
 # Of the BF16 peak, forward and backward together, model FLOPs of causal attention: mean of two records of one work,
 # 5.32 ms of a layer of V3 (128 heads, 4,096 tokens; experiments/results/layer/layer_h200.json) and 71.5 / 12 ms of
@@ -56,8 +61,11 @@ def share_of_peak(contraction: float, table: Mapping[int, float]) -> float:
     """Return the share of the peak of a product with this contraction, interpolated in 1 / contraction."""
     known = sorted(table)
     after = bisect.bisect_left(known, contraction)
-    if after == 0 or after == len(known):
-        return table[known[min(after, len(known) - 1)]]
+    if after == len(known):
+        return table[known[-1]]
+    if after == 0:
+        (one, slow), (two, fast) = ((1 / k, 1 / table[k]) for k in known[:2])
+        return 1 / (slow + (1 / contraction - one) * (slow - fast) / (one - two))
     low, high = known[after - 1], known[after]
     weight = (1 / contraction - 1 / high) / (1 / low - 1 / high)
     return weight * table[low] + (1 - weight) * table[high]

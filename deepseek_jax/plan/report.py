@@ -116,7 +116,8 @@ def _on_devices(plan: Plan) -> list[str]:
 
 
 def _compiled(chip: Chip, step: StepMemory) -> list[str]:
-    rows = [("the whole step", step.total, f"compiled in {step.seconds:.0f} s"), ("a device has", chip.memory, "")]
+    how = f"compiled in {step.seconds:.0f} s" + (", without its code" if step.fits and step.peak is None else "")
+    rows = [("the whole step", step.total, how), ("a device has", chip.memory, "")]
     if step.temporaries is not None:
         rows.insert(0, ("temporaries", step.temporaries, "compiled; gradients and copies are among them"))
     if step.peak is not None:

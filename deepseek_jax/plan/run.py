@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan.chips import Chip, absent_devices
+from deepseek_jax.plan.assignment import assign_step
+from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import Counts, bytes_per_device, count, host_bytes_per_device, state_of
-from deepseek_jax.plan.memory import StepMemory, compile_step
+from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, find_fits, require_fit
 
 SECONDS_BETWEEN_SIGNS = 10.0
@@ -102,10 +102,9 @@ def make_plan(
 
 
 def compile_fit(fit: Fit, chip: Chip, say: Callable[[str], None] = print) -> StepMemory:
-    """Compile the step of a fit for a TPU that need not be there; return the memory of one device."""
-    mesh = make_mesh(fit.config.mesh, absent_devices(chip, fit.num_devices))
+    """Compile the step of a fit for a TPU that need not be there, as far as its memory; return that of one device."""
     with signs_of_life(f"compiling the step of {fit.config.name} for {fit.num_devices} devices of {chip.name}", say):
-        return compile_step(fit.config, mesh)
+        return assign_step(fit.config, chip, fit.num_devices)
 
 
 @contextmanager

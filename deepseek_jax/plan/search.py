@@ -1,9 +1,9 @@
 """The fastest way to lay a run out on a number of devices: every mesh, recomputation and micro-batch that fits.
 
-Times are those of `timing.py`. Memory is estimated: what the layouts hold, and the traced gradient of one and of two
-sequences on a device (`liveness.py`), taken as linear in tokens and alike on every mesh but for the gathered layer.
-A pipeline holds what its table's slots hold, besides; `Memory` says how that is found. The plan of the winner traces or
-compiles it itself.
+Times are those of `timing.py`. Memory is estimated: what the layouts hold, and the traced gradient of a sequence on a
+device (`liveness.py`), taken as linear in tokens and alike on every mesh but for the gathered layer. A pipeline holds
+what its table's slots hold, besides; `Memory` says how that is found. The plan of the winner traces or compiles it
+itself.
 
 Pipelines are many: numbers of stages, of devices that share experts, six schedules. So what their stages hold in closed
 form prunes them first, then the checks of a run, then the memory of their tables; only what is left is timed. Their
@@ -16,25 +16,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
-
 from deepseek_jax.config import Config
-from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.stages import check_beside_pipeline, program_of, split_layers
-from deepseek_jax.parameters import CONTEXT, PIPE, ROWS, TOKENS
+from deepseek_jax.parameters import CONTEXT, PIPE, ROWS
 from deepseek_jax.pipeline.schedules import SCHEDULES
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import (
-    IN_GRADIENT,
-    bytes_per_device,
-    gathered_layer,
-    largest_batch,
-    placement_of,
-    state_of,
-    without_pipe,
-)
-from deepseek_jax.plan.liveness import gradient_bytes
+from deepseek_jax.plan.counts import largest_batch, placement_of
+from deepseek_jax.plan.estimate import Memory, least_slots, micro_batches_of
 from deepseek_jax.plan.meshes import Fit, accepted, as_fit, find_fit
 from deepseek_jax.plan.stages import time_of
 from deepseek_jax.plan.timing import StepTime
@@ -51,100 +40,6 @@ class Choice:
     fit: Fit
     memory: float  # bytes of a device, estimated
     time: StepTime
-
-    def fits(self, chip: Chip) -> bool:
-        """Whether a device of `chip` has so much memory."""
-        return self.memory <= chip.memory
-
-
-class Memory:
-    """Estimates the memory of a step on any mesh, from few traces of the gradient, each made once.
-
-    In a pipeline each slot of the table keeps what its stage's layers keep. Two traces of models that differ in layers
-    alone say how much one layer keeps; what else the trace has is taken to live in a tick. A tick reads one slot and
-    makes another.
-    """
-
-    def __init__(self, state: Any, say: Callable[[str], None]):
-        """Take the abstract state of the config, and what to tell before a trace."""
-        self._states: dict[int | None, Any] = {None: state}
-        self._say = say
-        self._traced: dict[tuple[Any, ...], float] = {}
-        self._held: dict[tuple[Any, ...], float] = {}
-
-    def of(self, fit: Fit) -> float:
-        """Return the bytes of one device: state, gradients and what lives beside them."""
-        sequences = fit.config.training.micro_batch_size // axis_size(fit.mesh, ROWS)
-        if fit.mesh.shape[PIPE] > 1:
-            return self._of_pipeline(fit, sequences)
-        one, two = (self._beside(fit, count) for count in (1, 2))
-        return self.least(fit) + one + (sequences - 1) * (two - one)
-
-    def least(self, fit: Fit) -> float:
-        """Return the bytes that need no trace: state, gradients, copies, a gathered layer, transfers between stages."""
-        config, pipe = fit.config, fit.mesh.shape[PIPE]
-        execution = config.execution
-        placement = placement_of(execution.schedule, pipe).name if pipe > 1 else ""
-        key = *fit.mesh.shape.values(), execution.gather, placement
-        if key not in self._held:
-            held = bytes_per_device(config, self._states[None], fit.mesh)
-            sums = held["gradients"] if pipe > 1 else 0  # a tick's branch gives other sums back than it was given
-            self._held[key] = sum(held.values()) + sums + gathered_layer(config, self._states[None], fit.mesh)
-        return self._held[key] + _least_slots(fit) * _row_bytes(fit)
-
-    def _of_pipeline(self, fit: Fit, sequences: int) -> float:
-        """Return the bytes of one device of a pipeline."""
-        config, model, pipe = fit.config, fit.config.model, fit.mesh.shape[PIPE]
-        flat = dataclasses.replace(fit, config=config.with_(mesh={PIPE: 1}), mesh=without_pipe(fit.mesh))
-        one, two = (self._beside(flat, count) for count in (1, 2))
-        all_layers, kept = model.num_layers + model.num_mtp_layers, two - one
-        few = model.num_dense_layers + 1
-        if few < model.num_layers:
-            kept = max(0.0, one - self._beside(flat, 1, few)) / (model.num_layers - few) * all_layers
-        program = program_of(config.execution.schedule, pipe, _micro_batches(config))
-        stages = split_layers(model, program.table.placement.num_stages)
-        most = max(s.dense_layers.number + s.moe_layers.number + s.is_last * model.num_mtp_layers for s in stages)
-        row = _row_bytes(fit)
-        slot = sequences * kept * most / all_layers + row
-        of_tick = max(0.0, one + (sequences - 1) * (two - one) - sequences * kept)
-        boxes = program.num_activations + program.num_gradients + program.num_pending + 6  # two spare, four of a tick
-        held = self.least(fit) - _least_slots(fit) * row
-        return held + of_tick + (program.num_slots + 2) * slot + boxes * row
-
-    def _beside(self, fit: Fit, sequences: int, layers: int | None = None) -> float:
-        """Return what lives beside gradients, copies and a gathered layer, on the first mesh that was asked for.
-
-        `layers` is of a smaller model; None: all.
-        """
-        execution = fit.config.execution
-        key = execution.remat, execution.gather, sequences, axis_size(fit.mesh, (CONTEXT,)), layers
-        if key not in self._traced:
-            config = fit.config.with_(training={"micro_batch_size": sequences * axis_size(fit.mesh, ROWS)})
-            if layers is not None:
-                config = config.with_(model={"num_layers": layers})
-            if layers not in self._states:
-                self._states[layers] = state_of(config)
-            state, of = self._states[layers], f" of {layers} layers" if layers else ""
-            self._say(f"tracing the gradient{of}: {sequences} sequences a device, remat {key[0]}")
-            held = bytes_per_device(config, state, fit.mesh)
-            known = sum(size for name, size in held.items() if name in IN_GRADIENT)
-            known += gathered_layer(config, state, fit.mesh)
-            self._traced[key] = max(0.0, gradient_bytes(config, fit.mesh) - known)
-        return self._traced[key]
-
-
-def _least_slots(fit: Fit) -> int:
-    """Return how many micro-batches some device of a pipeline holds at once at least; without one 0."""
-    pipe = fit.mesh.shape[PIPE]
-    count = _micro_batches(fit.config)
-    return 0 if pipe == 1 else count if fit.config.execution.schedule == "gpipe" else min(count, pipe)
-
-
-def _row_bytes(fit: Fit) -> int:
-    """Return the bytes of one micro-batch's activations between two layers."""
-    config = fit.config
-    tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(fit.mesh, TOKENS)
-    return tokens * config.model.width * jnp.dtype(compute_dtype(config.execution)).itemsize
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Fit]:
@@ -222,38 +117,65 @@ def search(
             f" be a multiple of {num_devices}, or of a part of them that share sequences; python -m experiments.plan"
             " lists what works"
         )
-    times = (time_of(fit.config, fit.mesh, state, chip) for fit in fits)
-    choices = [Choice(*found) for found in zip(fits, needs, times, strict=True)]
-    fitting = sorted((c for c in choices if c.fits(chip)), key=lambda choice: choice.time.total)
+    fitting = [(fit, need) for fit, need in zip(fits, needs, strict=True) if need <= chip.memory]
     if not fitting:
-        least = min(choices, key=lambda choice: choice.memory)
+        need, least = min(zip(needs, fits, strict=True), key=lambda way: way[0])
         larger = nearest_that_fits(config, 2 * num_devices, chip, memory)
         where = f"; {larger.num_devices} devices do, with {larger.flags}" if larger else ", and neither on more devices"
         raise ValueError(
-            f"nothing fits on {num_devices} {chip.name}: the least is {least.memory / 1e9:,.0f} of"
-            f" {chip.memory / 1e9:,.0f} GB, with {least.fit.flags}{where}"
+            f"nothing fits on {num_devices} {chip.name}: the least is {need / 1e9:,.0f} of"
+            f" {chip.memory / 1e9:,.0f} GB, with {least.flags}{where}"
         )
-    return fitting
+    choices = (Choice(fit, need, time_of(fit.config, fit.mesh, state, chip)) for fit, need in fitting)
+    return sorted(choices, key=lambda choice: choice.time.total)
 
 
 def nearest_that_fits(config: Config, first: int, chip: Chip, memory: Memory) -> Fit | None:
     """Return on which of `first`, 2 `first`, 4 `first`, ... devices a step fits first, with the flags that it needs.
 
-    One sequence a device and full recomputation need least. None: no number of devices of a pod is enough.
+    The numbers of stages are tried in turn: the config's own, none, then 2, 4, 8, ... One sequence a device, or what a
+    pipeline of MOST_MICRO_BATCHES leaves, and full recomputation need least. None: no number of devices of a pod is
+    enough.
     """
-    least = config.with_(execution={"remat": "full", "gather": "layer"})
     for number in (first << doublings for doublings in range(13)):
         if not chip.has(number):
             return None
-        fit = find_fit(least, number)
-        if fit is None:
-            continue
-        rows = axis_size(fit.mesh, ROWS)
-        changes = {"training.micro_batch_size": rows, "execution.remat": "full", "execution.gather": "layer"}
-        smallest = as_fit(config, number, {**fit.changes, **changes})
-        if smallest and accepted(smallest.config, smallest.mesh) and memory.of(smallest) <= chip.memory:
-            return smallest
+        for pipe in _numbers_of_stages(config, number):
+            fit = _smallest(config, number, pipe)
+            if fit is None:
+                continue
+            if _fits(fit, chip, memory) if pipe > 1 else memory.of(fit) <= chip.memory:
+                return fit
     return None
+
+
+def _numbers_of_stages(config: Config, num_devices: int) -> list[int]:
+    """Return the numbers of devices along `pipe` to try, without repetition."""
+    most = config.model.num_layers + config.model.num_mtp_layers
+    doubled = [1 << n for n in range(1, most.bit_length())]
+    numbers = dict.fromkeys([max(config.mesh.pipe, 1), 1, *doubled])
+    return [pipe for pipe in numbers if num_devices % pipe == 0 and pipe <= most]
+
+
+def _smallest(config: Config, num_devices: int, pipe: int) -> Fit | None:
+    """Return what needs least on so many devices and stages; None: a run accepts nothing."""
+    least = config.with_(mesh={PIPE: pipe}, execution={"remat": "full", "gather": "layer"})
+    if pipe > 1:
+        try:
+            check_beside_pipeline(least, {PIPE: pipe, CONTEXT: config.mesh.context})
+        except ValueError:
+            return None
+    fit = find_fit(least, num_devices)
+    if fit is None:
+        return None
+    rows, batch = axis_size(fit.mesh, ROWS), largest_batch(config)
+    sizes = (n for n in range(rows, batch + 1, rows) if batch % n == 0)
+    micro_batch = next((n for n in sizes if pipe == 1 or batch // n <= MOST_MICRO_BATCHES), None)
+    changes = {"training.micro_batch_size": micro_batch, "execution.remat": "full", "execution.gather": "layer"}
+    if micro_batch is None:
+        return None
+    smallest = as_fit(config, num_devices, {f"mesh.{PIPE}": pipe, **fit.changes, **changes})
+    return smallest if smallest and accepted(smallest.config, smallest.mesh) else None
 
 
 def _pipelines_that_fit(
@@ -275,15 +197,10 @@ def _fits(fit: Fit, chip: Chip, memory: Memory) -> bool:
         split_layers(config.model, placement_of(config.execution.schedule, pipe).num_stages)
     except ValueError:  # the schedule does not take so many devices, or has more stages than the model has layers
         return False
-    if memory.least(fit) > chip.memory:
+    if memory.least(fit) > chip.memory or memory.of_pipeline(fit, least_slots(fit), 0) > chip.memory:
         return False
     try:
-        program_of(config.execution.schedule, pipe, _micro_batches(config))
+        program_of(config.execution.schedule, pipe, micro_batches_of(config))
     except ValueError:  # the schedule does not take so many micro-batches
         return False
     return memory.of(fit) <= chip.memory and accepted(config, fit.mesh)
-
-
-def _micro_batches(config: Config) -> int:
-    """Return the micro-batches of the largest step."""
-    return largest_batch(config) // config.training.micro_batch_size

@@ -11,11 +11,9 @@ things more than the table alone, and all are counted:
                 a step the FP32 weights of the stages, and their gradients back (`parallel.stage_weights`)
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +25,9 @@ from deepseek_jax.parameters import EXPERTS, PIPE, TOKENS
 from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import STAGES, beside_state, largest_batch, shares, state_of, without_pipe
+from deepseek_jax.plan.counts import largest_batch, shares, without_pipe
+from deepseek_jax.plan.held import held_of, plain
+from deepseek_jax.plan.sums import ADDED, cast_traffic, casts_once
 from deepseek_jax.plan.timing import (
     IN,
     NCCL,
@@ -52,12 +52,12 @@ from deepseek_jax.plan.wire import (
     in_order,
     passes_of,
     sent_in_step,
-    weights_of,
 )
 from deepseek_jax.plan.work import Product, Work, dense_layer, head, moe_layer, seconds
 
-COMPUTE = "compute"
-Amounts = dict[tuple[str, str], float]  # by axis and kind: bytes that leave a device; ("", COMPUTE): seconds
+COMPUTE, MOVED = "compute", "sums and casts"
+INSIDE = (COMPUTE, MOVED)  # what does not leave a device: seconds, by axis ""
+Amounts = dict[tuple[str, str], float]  # by axis and kind: bytes that leave a device, or seconds
 
 
 class Passes(NamedTuple):
@@ -95,7 +95,7 @@ class Pipeline:
 
     def __init__(self, config: Config, mesh: AnyMesh, chip: Chip):
         self.config, self.mesh, self.chip = config, abstract(mesh), chip
-        self.held = _held(_plain(config), without_pipe(self.mesh))
+        self.held = held_of(plain(config), without_pipe(self.mesh))
         self.micro_batches = largest_batch(config) // config.training.micro_batch_size
         self.tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
         self.program = program_of(config.execution.schedule, mesh.shape[PIPE], self.micro_batches)
@@ -110,12 +110,14 @@ class Pipeline:
         mean, once = self._mean(), self._once()
         compute = mean[0].get(("", COMPUTE), 0.0), mean[1].get(("", COMPUTE), 0.0)
         busy = add((1.0, mean[0]), (1.0, mean[1]))
+        moved = busy.get(("", MOVED), 0.0)
         exchange, other = (self._seconds(only(busy, kinds)) for kinds in ((EXCHANGE,), (WEIGHTS, GRADIENTS)))
-        idle = step - sum(compute) - exchange - other
+        idle = step - sum(compute) - moved - exchange - other
         exchange += self._seconds(only(once, (ACTIVATIONS,)))
         other += self._seconds(only(once, (WEIGHTS, GRADIENTS)))
         optimizer = OPTIMIZER_BYTES * self.held.parameters / self.mesh.size / rates.memory_rate(self.chip)
-        return StepTime(*compute, exchange, other, idle, optimizer, travel=exchange + other)
+        moved += once.get(("", MOVED), 0.0)
+        return StepTime(*compute, exchange, other, idle, optimizer, moved, travel=exchange + other)
 
     def sent(self) -> list[Sent]:
         """Return the bytes that leave a device in a step, on average."""
@@ -124,7 +126,7 @@ class Pipeline:
         return in_order(
             Sent(axis, kind, size, size * (useful[axis] if kind == EXCHANGE else 1.0))
             for (axis, kind), size in every.items()
-            if size and kind != COMPUTE
+            if size and kind not in INSIDE
         )
 
     def _mean(self) -> tuple[Amounts, Amounts]:
@@ -157,6 +159,9 @@ class Pipeline:
         if config.execution.gather == "step":
             for (top, axis, kind), size in self.held.sent.items():
                 found[axis, kind] = found.get((axis, kind), 0.0) + share.get(top, 1.0) * size
+        if casts_once(config):
+            stored = sum(share.get(top, 1.0) * size for top, size in self.held.stored.items())
+            found["", MOVED] = cast_traffic(config, stored, 1) / rates.memory_rate(self.chip)
         return found
 
     def _passes(self, stage: Stage) -> Passes:
@@ -178,21 +183,38 @@ class Pipeline:
         for axis, (shipped, _) in self.exchange.items():  # half of it on the way forward
             for amounts in found[:2]:
                 amounts[axis, EXCHANGE] = shipped * self.tokens * (moe + mtp) / layers / 2
+        numbers = {top: self._share(stage, top) for top in self.held.stored}
+        self._add_sums(numbers, found)
         if config.execution.gather == "layer":
-            self._gather(stage, found)
+            self._gather(numbers, found)
         return found
 
-    def _gather(self, stage: Stage, found: Passes) -> None:
-        """Add the gathers of a stage's weights to its passes, and the sums of their gradients."""
+    def _share(self, stage: Stage, top: str) -> float:
+        """Return which share of the weights under the first name of a parameter a stage has."""
         model = self.config.model
-        numbers = {
-            "dense_layers": stage.dense_layers.number / max(model.num_dense_layers, 1),
-            "moe_layers": stage.moe_layers.number / max(model.num_moe_layers, 1),
-            "mtp_layers": float(stage.is_last),
-            "embed_VD": float(stage.is_first or (stage.is_last and model.num_mtp_layers > 0)),
-        }
+        if top == "dense_layers":
+            return stage.dense_layers.number / max(model.num_dense_layers, 1)
+        if top == "moe_layers":
+            return stage.moe_layers.number / max(model.num_moe_layers, 1)
+        if top == "embed_VD":
+            return float(stage.is_first or (stage.is_last and model.num_mtp_layers > 0))
+        return float(stage.is_last)
+
+    def _add_sums(self, numbers: dict[str, float], found: Passes) -> None:
+        """Add the sums of a stage's gradients to its passes, and the casts of its weights."""
+        config, rate = self.config, rates.memory_rate(self.chip)
+        summed = self.held.in_use if config.execution.gather == "step" else self.held.stored
+        found.weights["", MOVED] = ADDED * sum(n * summed[top] for top, n in numbers.items()) / rate
+        if not casts_once(config):
+            for which, amounts in enumerate(found[:2]):  # the backward pass casts again what it gathers again
+                tops = [top for top in numbers if which < passes_of(config, top)]
+                stored = sum(numbers[top] * self.held.stored[top] for top in tops)
+                amounts["", MOVED] = cast_traffic(config, stored, 1) / rate
+
+    def _gather(self, numbers: dict[str, float], found: Passes) -> None:
+        """Add the gathers of a stage's weights to its passes, and the sums of their gradients over devices."""
         for (top, axis, kind), size in self.held.sent.items():
-            size *= numbers.get(top, float(stage.is_last))
+            size *= numbers[top]
             again = kind == WEIGHTS and passes_of(self.config, top) == 2
             of_weights = (found.forward, found.inputs) if again else (found.forward,)
             for amounts in of_weights if kind == WEIGHTS else (found.weights,):
@@ -200,47 +222,14 @@ class Pipeline:
 
     def _seconds(self, amounts: Amounts) -> float:
         """Return how long it takes, nothing beside anything."""
-        total, transport = amounts.get(("", COMPUTE), 0.0), TORUS if self.chip.compiles else NCCL
+        total, transport = sum(amounts.get(("", kind), 0.0) for kind in INSIDE), TORUS if self.chip.compiles else NCCL
         for kind, hops in ((EXCHANGE, mean_hops(self.chip, self.mesh.size)), ("", 1.0)):
             sent = {IN: 0.0, OUT: 0.0}
             for (axis, of), size in amounts.items():
-                if of != COMPUTE and (of == EXCHANGE) == (kind == EXCHANGE):
+                if of not in INSIDE and (of == EXCHANGE) == (kind == EXCHANGE):
                     sent[link_of(self.chip, self.mesh, axis)] += size
             total += travel(transport, sent, self.chip, hops)
         return total
-
-
-class Held(NamedTuple):
-    """What the weights of a whole model are on a device without a pipeline.
-
-    Attributes:
-        parameters: of the model.
-        stored: FP32 bytes, by the first name of a parameter.
-        sent: bytes of one gather and of one sum of gradients (`wire.weights_of`).
-    """
-
-    parameters: int
-    stored: dict[str, float]
-    sent: dict[tuple[str, str, str], float]
-
-
-@functools.lru_cache(maxsize=128)  # a search asks for each mesh once per schedule, remat and micro-batch
-def _held(config: Config, mesh: jax.sharding.AbstractMesh) -> Held:
-    state = _state(config)
-    stored = {top: sizes[STAGES] for top, sizes in beside_state(config, state, mesh).items()}
-    return Held(sum(leaf.size for leaf in jax.tree.leaves(state["params"])), stored, weights_of(config, mesh, state))
-
-
-@functools.lru_cache(maxsize=4)
-def _state(config: Config) -> Any:
-    return state_of(config)
-
-
-def _plain(config: Config) -> Config:
-    """Return a config that is the same for all of whose weights lie and travel alike."""
-    mesh = {"pipe": 1, "data": -1, "context": 1, "node": 1, "expert": 1}
-    execution = {"remat": "none", "schedule": "1f1b", "gather": "layer"}
-    return config.with_(mesh=mesh, execution=execution, training={"micro_batch_size": 1})
 
 
 def makespan(program: Program, forward: np.ndarray, inputs: np.ndarray, weights: np.ndarray) -> float:

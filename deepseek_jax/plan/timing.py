@@ -1,6 +1,6 @@
 """How long a training step takes: the work of one device, what its links carry, how long it waits.
 
-    step = micro-batches x (forward + backward) + idle of the pipeline + exposed exchange
+    step = micro-batches x (forward + backward + sums and casts) + idle of the pipeline + exposed exchange
            + exposed weights and gradients + optimizer
 
 Work is `work.py`'s at the rates of `rates.py`; pipeline stages are taken as equal. **The overlap rule.** Our own
@@ -24,9 +24,10 @@ from deepseek_jax.parameters import CONTEXT, EXPERTS, PIPE, TOKENS
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.bubble import Stage, waiting
 from deepseek_jax.plan.chips import Chip, topology
-from deepseek_jax.plan.counts import largest_batch
-from deepseek_jax.plan.traffic import LATENTS
-from deepseek_jax.plan.wire import EXCHANGE, sent_in_step
+from deepseek_jax.plan.counts import bytes_per_device, largest_batch
+from deepseek_jax.plan.sums import cast_traffic, casts_once, gradient_traffic
+from deepseek_jax.plan.traffic import LATENTS, abstract
+from deepseek_jax.plan.wire import EXCHANGE, passes_of, sent_in_step
 from deepseek_jax.plan.work import layers_of, seconds
 
 # Bytes of an optimizer step for each weight that a device stores: weight, two BF16 moments and gradient read, the
@@ -74,6 +75,7 @@ class Layout:
         split_products: bytes that leave a device inside its node for products that are divided; nothing hides them.
         square: share of its square that attention computes; a half is what a causal mask leaves.
         context: devices that share a sequence; each makes keys and values of all of it.
+        sums: bytes that sums of gradients and casts of weights move in a step (`sums.py`); 0: not counted.
     """
 
     tokens: int
@@ -93,6 +95,7 @@ class Layout:
     split_products: float = 0.0
     square: float = 0.5
     context: int = 1
+    sums: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +108,14 @@ class StepTime:
     other: float
     idle: float
     optimizer: float
+    sums: float  # of gradients over micro-batches, and casts of weights
     travel: float
 
     @property
     def total(self) -> float:
         """Return the seconds of the step."""
-        return self.forward + self.backward + self.exchange + self.other + self.idle + self.optimizer
+        busy = self.forward + self.backward + self.sums + self.optimizer
+        return busy + self.exchange + self.other + self.idle
 
 
 def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
@@ -130,6 +135,9 @@ def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
     for sent in sent_in_step(config, mesh, state, micro_batches, tokens):
         (exchange if sent.kind in (EXCHANGE, LATENTS) else other)[link_of(chip, mesh, sent.axis)] += sent.bytes
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    passes = 1 if casts_once(config) else micro_batches * passes_of(config, "layers")
+    moved = cast_traffic(config, 4 * size / mesh.size, passes)
+    moved += gradient_traffic(bytes_per_device(config, state, abstract(mesh))["gradients"], micro_batches)
     return Layout(
         tokens=tokens,
         micro_batches=micro_batches,
@@ -141,6 +149,7 @@ def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
         transport=TORUS if chip.compiles else NCCL,
         hops=mean_hops(chip, mesh.size),
         context=axis_size(mesh, (CONTEXT,)),
+        sums=moved,
     )
 
 
@@ -196,6 +205,7 @@ def step_time(config: Config, layout: Layout, chip: Chip) -> StepTime:
         other=split + (max(0.0, other - all_compute) if "weights" in layout.hides else other),
         idle=wait.seconds,
         optimizer=OPTIMIZER_BYTES * layout.weights / rates.memory_rate(chip),
+        sums=layout.sums / rates.memory_rate(chip),
         travel=count * exchange + other + split,
     )
 

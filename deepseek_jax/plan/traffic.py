@@ -47,7 +47,7 @@ from deepseek_jax.plan.memory import BATCH_DTYPES
 from deepseek_jax.training import step
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates
-from pallas_kernels import GROUP
+from pallas_kernels import GROUP, dispatch
 
 FORWARD, BACKWARD, RECOMPUTED = "forward", "backward", "recomputed"
 ROWS_OUT, ROUTES, SUMS_BACK, GATE_GRADIENTS, COUNTS = "rows", "routes", "sums", "gate gradients", "counts"
@@ -92,7 +92,7 @@ def trace(config: Config, mesh: AnyMesh) -> list[Collective]:
 
 def trace_gradient(config: Config, mesh: AnyMesh, platform: str) -> Any:
     """Return the gradient of one micro-batch as a traced program (jaxpr), made with shapes alone; in a pipeline that of
-    the largest batch.
+    the largest batch. Kernels are calls in it (`dispatch.outlined`).
 
     Args:
         config: what is trained.
@@ -106,7 +106,7 @@ def trace_gradient(config: Config, mesh: AnyMesh, platform: str) -> Any:
     nodes, shared = axis_size(mesh, EXPERTS[:1]), axis_size(mesh, (CONTEXT,))
     resolved = resolve(with_xla, platform, axis_size(mesh, EXPERTS), nodes, shared)
     sizes = abstract(mesh)
-    with jax.sharding.use_abstract_mesh(sizes):
+    with jax.sharding.use_abstract_mesh(sizes), dispatch.outlined():
         gradients, inputs = _gradients(resolved, sizes)
         return jax.make_jaxpr(gradients)(*inputs).jaxpr
 

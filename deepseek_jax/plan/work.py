@@ -148,11 +148,14 @@ def seconds(chip: Chip, config: Config, work: Work, tokens: float, remat: str) -
     for product in work.products:
         precision = product.precision or config.execution.precision
         flops = 2 * product.inputs * product.outputs * product.rows
-        length = {FORWARD: product.inputs, INPUTS: product.outputs, WEIGHTS: tokens * product.rows / product.sharing}
+        rows = tokens * product.rows / product.sharing  # that are multiplied by one of these weights
+        tiles = 1 + rates.TILE / rows if product.sharing > 1 else 1.0
+        length = {FORWARD: product.inputs, INPUTS: product.outputs, WEIGHTS: rows}
         for which in PASSES:
-            times[which] += flops / rates.product_rate(chip, precision, which, length[which])
+            whole = flops / rates.product_rate(chip, precision, which, length[which])
+            times[which] += whole * (1.0 if which == WEIGHTS else tiles)
         if remat in REPEATING or (remat == "selective" and product.recomputed):
-            times[INPUTS] += flops / rates.product_rate(chip, precision, FORWARD, product.inputs)
+            times[INPUTS] += tiles * flops / rates.product_rate(chip, precision, FORWARD, product.inputs)
     attending = work.attention / rates.attention_rate(chip)
     forward, backward = (size / rates.memory_rate(chip) for size in work.moved)
     attending_forward = rates.ATTENTION_FORWARD * attending

@@ -86,3 +86,20 @@ def test_what_is_not_an_operand_is_named(operation, operands):
             changed = (*operands[:position], other, *operands[position + 1 :])
             with pytest.raises(ValueError, match=" is of type | is an array |must be"):
                 operation(*changed, implementation="reference", **options(operation))
+
+
+def test_an_outlined_reference_is_one_call_and_the_same_numbers():
+    """Its options are no operands, and a call of the same shapes is not traced again."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 256)), jnp.float32)
+
+    def twice(x):
+        return [quantize.quantize_tiles(x, scale="pow2", implementation="reference") for _ in range(2)]
+
+    with dispatch.outlined():
+        program = jax.make_jaxpr(twice)(x)
+        outlined = twice(x)
+    calls = [equation.params["name"] for equation in program.eqns]
+    assert calls == 2 * [f"{dispatch.OUTLINED}quantize_tiles"]
+    assert program.eqns[0].params["jaxpr"] is program.eqns[1].params["jaxpr"]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), outlined, twice(x)))
+    assert len(jax.make_jaxpr(lambda x: twice(x))(x).eqns) > 2  # what was traced as a call stays one

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.plan import forecast, search
+from deepseek_jax.plan import estimate, forecast, search
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import bytes_per_device, count, state_of
+from deepseek_jax.plan.liveness import Living
 from deepseek_jax.plan.meshes import require_fit
 from deepseek_jax.plan.run import Placement
 from experiments import plan_drawing
@@ -60,22 +61,36 @@ def test_devices_that_share_sequences_send_latents(monkeypatch):
 def test_a_step_that_does_not_fit_is_refused_and_the_next_number_named(monkeypatch):
     found, state = planned(monkeypatch)
     forecast.require_memory(found, state, lambda text: None)
-    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: LIVING)
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(LIVING, 10**6))
     tight = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=int(1e9)))
     with pytest.raises(ValueError, match="small does not fit on 8 h200: a device needs 4 GB and has 1; no number"):
         forecast.require_memory(tight, state, lambda text: None)
-    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: 10**8)
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**8, 10**6))
     with pytest.raises(ValueError, match=r"the nearest that fits: --topology=h200:8 .*--config\.execution\.remat=full"):
         forecast.require_memory(tight, state, lambda text: None)
 
 
 def test_the_next_number_begins_anywhere_and_ends_at_the_pod(monkeypatch):
-    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: 10**8)
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**8, 10**6))
     config = config_of()
-    memory = search.Memory(state_of(config), lambda text: None)
+    memory = estimate.Memory(state_of(config), lambda text: None)
     found = search.nearest_that_fits(config, 1, CHIPS["h200"], memory)
     assert found is not None and found.num_devices == 1
     assert search.nearest_that_fits(config, 512, CHIPS["v6e"], memory) is None
+
+
+def test_the_next_number_may_have_other_stages_but_the_configs_own_come_first(monkeypatch):
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**8, 10**6))
+    config = config_of(pipe=2)
+    memory = estimate.Memory(state_of(config), lambda text: None)
+    found = search.nearest_that_fits(config, 8, CHIPS["h200"], memory)
+    assert found is not None and found.mesh.shape["pipe"] == 2
+    alone = search.nearest_that_fits(config_of(), 8, CHIPS["h200"], memory)
+    assert alone is not None and memory.of(alone) < memory.of(found)
+    tight = dataclasses.replace(CHIPS["h200"], memory=int(memory.of(alone)))
+    other = search.nearest_that_fits(config, 8, tight, memory)
+    assert other is not None and (other.num_devices, other.mesh.shape["pipe"]) == (8, 1)
+    assert other.changes["mesh.pipe"] == 1
 
 
 def test_a_pipeline_waits_and_sends_activations(monkeypatch):

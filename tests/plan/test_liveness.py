@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.plan.liveness import gradient_bytes, peak_bytes
+from deepseek_jax.plan.liveness import gradient_bytes, kept_bytes, peak_bytes
 from deepseek_jax.plan.meshes import fit_as_written
 from tests.support import small
 
@@ -55,3 +55,15 @@ def test_more_sequences_need_more():
     """Less than in proportion: gradients and weights stay."""
     one, two = step_bytes("none", 16), step_bytes("none", 32)
     assert one < two < 2 * one
+
+
+def test_what_a_layer_keeps_is_what_its_loop_hands_to_the_one_that_goes_back():
+    """Of a layer tanh(x w + b) input and output are kept, 1 kB each. w and b are read again, and gradients are new."""
+
+    def loss(w, b, x):
+        return jax.lax.scan(lambda x, wb: (jnp.tanh(x @ wb[0] + wb[1]), x.sum()), x, (w, b))[0].sum()
+
+    x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    stack = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
+    assert kept_bytes(jax.make_jaxpr(jax.grad(loss, (0, 1)))(stack, stack, x).jaxpr) == 2 * KILOBYTE
+    assert kept_bytes(jax.make_jaxpr(scan)(x).jaxpr) is None

@@ -87,9 +87,28 @@ def test_products_and_attention_are_the_models_flops(name):
 
 
 def test_shares_lie_between_their_records_and_rise_with_the_contraction():
-    shares = [rates.share_of_peak(k, rates.FP8_PRODUCT) for k in (1, 512, 600, 1000, 1536, 3000, 16384, 10**6)]
+    shares = [rates.share_of_peak(k, rates.FP8_PRODUCT) for k in (512, 600, 1000, 1536, 3000, 16384, 10**6)]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.511, 0.739)
+
+
+@pytest.mark.parametrize("table", [rates.FP8_PRODUCT, rates.BF16_WEIGHTS], ids=["product", "gradient"])
+def test_below_its_records_a_product_takes_a_time_that_is_linear_in_the_contraction(table):
+    """Through the two shortest of the records."""
+    first, second = sorted(table)[:2]
+    times = [k / rates.share_of_peak(k, table) for k in (first / 4, first / 2, first, second)]
+    assert times[1] - times[0] == pytest.approx((times[2] - times[1]) / 2)
+    assert (times[3] - times[2]) / (second - first) == pytest.approx((times[2] - times[1]) / (first / 2))
+    assert times[0] > times[2] / 4
+
+
+def test_few_rows_of_an_expert_waste_tiles():
+    """Of 512 rows a group needs up to five tiles of 128, which is counted; what is not grouped wastes nothing."""
+    config = load("v3_5b").with_(execution={"precision": "bf16"})
+    for sharing, factor in ((64, (1 + 128 / 512) / (1 + 128 / 4096)), (1, 1.0)):
+        one = work.Work((work.Product(2048, 2048, 8, sharing),))
+        few, many = (work.seconds(H100, config, one, tokens, "none")[0] for tokens in (4096, 8 * 4096))
+        assert few / many == pytest.approx(factor)
 
 
 def test_more_is_computed_again_more_time_passes():

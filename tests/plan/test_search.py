@@ -3,9 +3,10 @@
 import pytest
 
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.plan import search
+from deepseek_jax.plan import estimate, search
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import state_of
+from deepseek_jax.plan.liveness import Living
 from deepseek_jax.plan.meshes import as_fit
 from tests.support import small
 
@@ -32,21 +33,17 @@ def test_a_config_with_a_pipeline_is_searched_like_one_without():
 
 
 def test_an_error_of_an_estimate_is_no_refusal(monkeypatch):
-    """A trace of fewer layers is of pipelines alone."""
+    def broken(config, mesh):
+        raise ValueError("an error of ours")
 
-    def gradient_bytes(config, mesh):
-        if config.model.num_layers < 3:
-            raise ValueError("an error of ours")
-        return 1e6
-
-    monkeypatch.setattr(search, "gradient_bytes", gradient_bytes)
+    monkeypatch.setattr(estimate, "living", broken)
     config = config_of(1)
     with pytest.raises(ValueError, match="an error of ours"):
         search.search(config, 4, CHIPS["h200"], state_of(config), lambda text: None)
 
 
 def test_what_no_pipeline_can_have_is_refused_before_any_table(monkeypatch):
-    monkeypatch.setattr(search, "gradient_bytes", lambda config, mesh: 1e6)
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**6, 10**3))
     monkeypatch.setattr(search, "pipelines", None)
     config, said = config_of(1, execution={"gather": "kept"}), []
     found = search.search(config, 4, CHIPS["h200"], state_of(config), said.append)

@@ -10,9 +10,10 @@ import pytest
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.pipeline.schedules import SCHEDULES
-from deepseek_jax.plan import bubble, calibration, search, timing
+from deepseek_jax.plan import bubble, calibration, estimate, search, timing
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import state_of
+from deepseek_jax.plan.liveness import Living
 from deepseek_jax.plan.meshes import require_fit
 from experiments.benchmarks import plan_calibration
 from tests.support import small
@@ -97,19 +98,20 @@ def test_what_is_hidden_costs_no_more_and_slower_links_cost_more():
 
 
 def test_half_the_work_a_device_takes_half_the_time():
+    """And a little more: experts get fewer rows, of which tiles waste more."""
     _, _, four = on(4, execution={"precision": "bf16"})
     _, _, eight = on(8, execution={"precision": "bf16"})
-    assert eight.forward == pytest.approx(four.forward / 2)
+    assert four.forward / 2 < eight.forward < 1.03 * four.forward / 2
 
 
 def test_a_search_takes_the_fastest_that_fits(monkeypatch):
     """Memory is 1 GB a sequence, or half with full recomputation: on a card of 3 GB only small micro-batches fit."""
 
-    def gradient_bytes(config, mesh):
+    def living(config, mesh):
         sequences = config.training.micro_batch_size // mesh.size
-        return 1e9 * sequences * (0.5 if config.execution.remat == "full" else 1.0)
+        return Living(int(1e9) * sequences // (2 if config.execution.remat == "full" else 1), 10**6)
 
-    monkeypatch.setattr(search, "gradient_bytes", gradient_bytes)
+    monkeypatch.setattr(estimate, "living", living)
     monkeypatch.setattr(search, "MOST_MICRO_BATCHES", 16)
     tree = small.config_dict()
     tree.mesh.update({"data": -1, "node": 1, "expert": 1})
@@ -122,7 +124,7 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch):
     flat = [c.fit.config for c in found if c.fit.mesh.shape["pipe"] == 1]
     sizes = {(config.execution.remat, config.training.micro_batch_size) for config in flat}
     assert sizes == {("selective", 8), ("selective", 16), ("selective", 32), *(("full", n) for n in (8, 16, 32, 64))}
-    assert len(said) == 6  # of each recomputation one and two sequences, and one with fewer layers
+    assert len(said) == 4  # of each recomputation one sequence, and two and eight of "full"
     tables = {(c.fit.mesh.shape["pipe"], c.fit.config.execution.schedule) for c in found} - {(1, "1f1b")}
     assert {name for _, name in tables} == set(SCHEDULES)
     for choice in found:
