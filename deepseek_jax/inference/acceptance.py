@@ -20,10 +20,12 @@ The penalties of a position see the tokens that stand before it: where it counts
 are chosen at once, and their noise is made once for drafter and model.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from deepseek_jax.inference.row_sampling import Choice, adjusted, counted, is_sound, pick, reads_seen
@@ -95,6 +97,26 @@ def verify(
         for s in range(num_drafts + 1):
             seen = counted(choice, seen, tokens_BS[:, s], run_B & (s <= accepted_B))
     return Verified(tokens_BS, accepted_B, seen)
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Return the tokens of a step, by the share of drafts accepted at each position, of those that were reached."""
+    return 1.0 + float(np.cumprod(acceptance).sum())
+
+
+def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
+    """Return up to how many rows drafting is faster: while (1 + a) / (1 + c) is more than 1.
+
+    Args:
+        acceptance: as `expected_tokens` takes it; a is the sum over positions.
+        costs: c of some numbers of rows: what a step with drafts takes longer than one without, as a share of that.
+    """
+    worth = 0
+    for num_rows, cost in sorted(costs.items()):
+        if expected_tokens(acceptance) <= 1.0 + cost:
+            break
+        worth = num_rows
+    return worth
 
 
 def _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW) -> Array:

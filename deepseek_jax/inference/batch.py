@@ -90,7 +90,7 @@ class DeviceBatch:
             eos: ends every row that does not ignore it.
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
-            drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
+            drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
             forced: accept each draft with this probability, for benchmarks with random weights.
             burst: tokens of a row in a step without the host, with drafts at least; by default 4 on a GPU, 1 elsewhere.
 

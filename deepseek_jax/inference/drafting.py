@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.inference import speculative
+from deepseek_jax.inference import following, speculative
 from deepseek_jax.inference.row_calls import Calls, Sizes
 from deepseek_jax.inference.row_programs import Packed, Told
 from deepseek_jax.inference.row_sampling import ANY, BY_ID, DRAWN, GREEDY, reads_seen
@@ -106,4 +106,4 @@ class DraftingCalls(Calls):
         rows = self._draft_BD, self._progress, self._tables_BJ, self._packed(num_tokens), hidden_TD
         arguments = self.weights, self._pages, *rows, self._shape(np.int32, pieces)
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens)
-        return speculative.follow_prefill, static, (1, 2), arguments
+        return following.follow_prefill, static, (1, 2), arguments

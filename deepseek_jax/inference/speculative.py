@@ -25,28 +25,25 @@ have to read.
 
 A burst is several steps without the host in between, each with drafts of its own.
 
-Drafting costs where the batch is so large that more tokens take more time; `worth_rows` says where that begins.
+Drafting costs where the batch is so large that more tokens take more time; `acceptance.worth_rows` says where that
+begins.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.acceptance import Drafts, Verified, verify
-from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows, run_decode
+from deepseek_jax.inference.row_programs import PAGES, SPLIT, Told, logits_of, run_decode
 from deepseek_jax.inference.row_sampling import ANY, GREEDY, Choice, choose_ids, counted, logprobs_of, noise_at
 from deepseek_jax.inference.row_state import Progress, Settings
 from deepseek_jax.inference.sampling import NO_TOKEN, Seen
 from deepseek_jax.inference.weights import weight_specs
-from deepseek_jax.model.drafter import draft_prefill_step, draft_step
-from deepseek_jax.model.packed import Rows
-from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.parameters import ROWS, P, Weights
+from deepseek_jax.model.drafter import draft_step
+from deepseek_jax.parameters import ROWS, Weights
 from pallas_kernels.lowering import manual_axes
 from pallas_kernels.mla_decode import MOST_QUERIES
 
@@ -188,75 +185,6 @@ def _valid(run_B: Array, counts_B: Array, num_drafts: int) -> Array:
     """
     behind_BK = run_B[:, None] & (1 + jnp.arange(num_drafts) < counts_B[:, None])
     return jnp.concatenate([run_B[:, None], behind_BK], axis=1)
-
-
-def follow_prefill(
-    model: Model,
-    execution: Execution,
-    rows: Rows,
-    weights: Weights,
-    pages: Array,
-    draft_BD: Array,
-    progress: Progress,
-    tables_BJ: Array,
-    packed: Packed,
-    hidden_TD: Array,
-    following_R: Array,
-) -> tuple[Array, Array]:
-    """Run the MTP layer over pieces of prompts, behind `row_programs.prefill` and `first`; return pages and states.
-
-    Args:
-        model: shape and mathematics.
-        execution: of prefill.
-        rows: that the pieces fill (`model.packed`).
-        weights: as `decode_weights` returns them with `drafts`.
-        pages: donated.
-        draft_BD: donated.
-        progress: of the rows, the pieces and the first tokens included.
-        tables_BJ: int32, pages of each row.
-        packed: the pieces.
-        hidden_TD: their hidden states, filled up.
-        following_R: the prompt's token behind each piece; of the last one it is the token that was chosen.
-    """
-
-    def local(weights, pages, draft_BD, progress, tables_BJ, packed, hidden_TD, following_R):
-        weights = manual_axes.vary(weights, frozenset(ROWS))
-        row_R, new_R, num_tokens = packed.row_R, packed.new_R, len(packed.tokens_T)
-        start_R = of_rows(progress.length_B, row_R) - new_R
-        sequences = Sequences.of(of_rows(tables_BJ, row_R), start_R, new_R, num_tokens)
-        following_R = jnp.where(packed.last_R, of_rows(progress.token_B, row_R), following_R)
-        end_R = jnp.cumsum(new_R) - 1
-        next_T = jnp.roll(packed.tokens_T, -1)
-        next_T = next_T.at[jnp.where(new_R > 0, end_R, num_tokens)].set(jnp.maximum(following_R, 0), mode="drop")
-        options = {"continues": True, "rows": rows}
-        step = model, execution, weights, pages, next_T, hidden_TD[:num_tokens], sequences
-        states_TD, pages = draft_prefill_step(*step, **options)
-        states_RD = states_TD[jnp.maximum(end_R, 0)]
-        return pages, draft_BD.at[jnp.where(new_R > 0, row_R, len(draft_BD))].set(states_RD, mode="drop")
-
-    in_specs = weight_specs(weights), PAGES, *[SPLIT] * 6
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(PAGES, P(ROWS)))
-    return run(weights, pages, draft_BD, progress, tables_BJ, packed, hidden_TD, following_R)
-
-
-def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Return the tokens of a step, by the share of drafts accepted at each position, of those that were reached."""
-    return 1.0 + float(np.cumprod(acceptance).sum())
-
-
-def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
-    """Return up to how many rows drafting is faster: while (1 + a) / (1 + c) is more than 1.
-
-    Args:
-        acceptance: as `expected_tokens` takes it; a is the sum over positions.
-        costs: c of some numbers of rows: what a step with drafts takes longer than one without, as a share of that.
-    """
-    worth = 0
-    for num_rows, cost in sorted(costs.items()):
-        if expected_tokens(acceptance) <= 1.0 + cost:
-            break
-        worth = num_rows
-    return worth
 
 
 def _draft(kind, choice, head_DV, pages, draft_BD, noise_BSV, length_B, most_B, seen, follow) -> tuple[Drafts, Array]:

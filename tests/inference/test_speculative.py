@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import job as job_lib
+from deepseek_jax.inference.acceptance import expected_tokens, worth_rows
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh, known_ids
@@ -18,7 +19,6 @@ from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.row_state import RowSettings
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
-from deepseek_jax.inference.speculative import expected_tokens, worth_rows
 from deepseek_jax.inference.step import Piece
 from deepseek_jax.serving.grammar import Grammars
 from tests.inference.test_batch import BUDGET, PAGES, POSITIONS, SEED, Host, Job
@@ -214,7 +214,7 @@ def entries(host, prompt):
 
 @pytest.mark.parametrize("sampling", [GREEDY, pytest.param(HOT, marks=pytest.mark.slow)], ids=["greedy", "drawn"])
 def test_a_burst_tells_what_single_steps_tell(sampling):
-    """Tokens in one line, log-probabilities, experts, drafts and ends; a row ends in a burst, a closed one is beside."""
+    """Tokens in one line, log-probabilities, experts, drafts and ends; a row ends within a burst."""
     batch, rows_B, found = batch_of(3, burst=3), np.arange(ROWS) < 2, []
     for plan in ([1] * 15, [3] * 5):
         told = [[[], [], [], []] for _ in range(2)]
