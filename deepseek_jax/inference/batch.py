@@ -125,7 +125,7 @@ class DeviceBatch:
         self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None, kinds: Sequence[str] = KINDS) -> None:
-        """Compile all programs, at most 20, or 23 with drafts; later none is compiled.
+        """Compile all programs, at most 20, or 29 with drafts; later none is compiled.
 
         `progress(done, all)` is called after each. Without drafts, `kinds` of choosing can be fewer than all (`KINDS`).
         """
