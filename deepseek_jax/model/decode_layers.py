@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_pages
@@ -233,7 +234,7 @@ def attend(
     query_up = _matrix(attention.q_b_ANQ)
     scale = HIDDEN.scale if isinstance(query_up, Quantized) else None
     q_TA, flat = latents(both, gains, table, flat, own, eps=model.norm_eps, scale=scale)
-    q_TX = _absorb(_project(q_TA, query_up), up.key_NPC, table)
+    q_TX = _absorb(_project(q_TA, query_up), up.key_NPC, table, places.page_BS.shape)
     cache = cache._replace(pages=flat.reshape(cache.pages.shape))
     with jax.named_scope("attention_core"):
         q_BSNK = q_TX.reshape(*places.page_BS.shape, model.num_heads, entry)
@@ -247,19 +248,23 @@ def _project(x: Any, weight: Any, *, whole: bool = False, scale: Scale = "fp32")
     if x.shape[0] <= MOST_ROWS:
         return project(x, weight, whole=whole, scale=scale)
     batch, k, _ = weight.shape
-    y_NBC = jnp.einsum("nbk,bkc->nbc", x.reshape(-1, batch, k), weight, preferred_element_type=jnp.float32)
-    return y_NBC.astype(x.dtype if whole else jnp.float32).reshape(1, x.shape[0], -1)
+    if batch == 1:  # as a batched product XLA would turn it
+        y_NX = jnp.matmul(x, weight[0], preferred_element_type=jnp.float32)
+    else:
+        y_NX = jnp.einsum("nbk,bkc->nbc", x.reshape(-1, batch, k), weight).reshape(x.shape[0], -1)
+    return y_NX.astype(x.dtype if whole else jnp.float32)[None]
 
 
-def _absorb(parts: jax.Array, key_NPC: jax.Array, table: Table) -> jax.Array:
-    """Do as `absorb`; of more rows than its kernel takes by XLA's product."""
+def _absorb(parts: jax.Array, key_NPC: jax.Array, table: Table, shape: tuple[int, int]) -> jax.Array:
+    """Do as `absorb`; of more rows than its kernel takes, tokens [B, S] of `shape`, as `model.absorbed` does."""
     num_rows, (heads, content, _) = parts.shape[1], key_NPC.shape
     if num_rows <= MOST_ROWS:
         return absorb(parts, key_NPC, table)
-    content_BSNP, q_BSNR = jnp.split(parts.sum(0).astype(key_NPC.dtype).reshape(num_rows, 1, heads, -1), [content], -1)
-    latent_BSNC = jnp.einsum("bsnp,npc->bsnc", content_BSNP, key_NPC)
-    q_BSNR = rotate(q_BSNR, (table[0][:, None], table[1][:, None]))
-    return jnp.concatenate([latent_BSNC, q_BSNR], axis=-1).reshape(num_rows, -1)
+    cos, sin = (t.reshape(*shape, -1) for t in table)
+    q_BSNQ = rotate(parts.sum(0).astype(key_NPC.dtype).reshape(*shape, heads, -1), (cos, sin))
+    content_BSNP, q_BSNR = lax.split(q_BSNQ, (content, q_BSNQ.shape[-1] - content), axis=3)
+    q_BSNC = jnp.einsum("bsnp,npc->bsnc", content_BSNP, key_NPC)
+    return jnp.concatenate([q_BSNC, q_BSNR], axis=3).reshape(num_rows, -1)
 
 
 def _matrix(weight: nnx.Param, input_dims: int = 1) -> jax.Array | Quantized:
