@@ -253,7 +253,7 @@ def time_head(subject: Subject, num_rows: int, temperature: float) -> float:
     settings = empty_state(num_rows, head_DV.shape[1]).settings
     warm_B = np.full(num_rows, temperature, np.float32)
     choice = settings.choice._replace(sampling=settings.choice.sampling._replace(temperature=warm_B))
-    all_B = np.ones(num_rows, bool)
+    all_B: Any = np.ones(num_rows, bool)
 
     @jax.jit
     def run(head_DV, choice, x_BD):
