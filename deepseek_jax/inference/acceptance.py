@@ -16,17 +16,20 @@ the same noise gives at least (1 - D) / (1 + D) (Daliri et al. 2024, arXiv 2408.
 to 0.5 we found 3 to 8 points less of acceptance: with one draft a step gives 2 to 5% fewer tokens. It needs neither q
 nor a residual.
 
-The penalties of a position see the tokens that stand before it.
+The penalties of a position see the tokens that stand before it: where it counts, these are drafts. So all positions
+are chosen at once, and their noise is made once for drafter and model.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from deepseek_jax.inference.row_sampling import Choice, choose_ids, counted
-from deepseek_jax.inference.sampling import NO_TOKEN, Seen, argmax
+from deepseek_jax.inference.row_sampling import Choice, adjusted, counted, is_sound, pick, reads_seen
+from deepseek_jax.inference.sampling import NO_TOKEN, Seen
 
 
 class Drafts(NamedTuple):
@@ -55,20 +58,11 @@ class Verified(NamedTuple):
     seen: Seen | None
 
 
-def tokens_at(choice: Choice | None, logits_BV: Array, positions_B: Array, rows_B: Array, seen: Seen | None) -> Array:
-    """Return the token int32 [B] of each of `rows_B` from FP32 logits; without `choice` all rows are greedy.
-
-    `NO_TOKEN` stands where the logits are not numbers.
-    """
-    if choice is not None and seen is not None:
-        return choose_ids(choice, logits_BV, positions_B, rows_B, seen)
-    sound_B = jnp.isfinite(logits_BV.max(axis=-1))
-    return jnp.where(sound_B, argmax(logits_BV), NO_TOKEN).astype(jnp.int32)
-
-
 def verify(
-    choice: Choice | None,
+    kind: str,
+    choice: Choice,
     logits_BSV: Array,
+    noise_BSV: Array | None,
     drafts: Drafts,
     length_B: Array,
     run_B: Array,
@@ -79,32 +73,75 @@ def verify(
     """Let a first part of each row's drafts stand, and choose the token behind it.
 
     Args:
-        choice: settings of the rows; None: all are greedy.
+        kind: what the settings of all rows allow (`row_sampling.KINDS`).
+        choice: settings of the rows.
         logits_BSV: FP32, of the model: those at 0 are of the token that the first draft stands for.
+        noise_BSV: of the draws at these positions (`row_sampling.noise_at`); None if all rows are greedy.
         drafts: K = S - 1 of each row.
         length_B: position of the last token chosen; that of the first draft is one more.
         run_B: rows that take part.
-        seen: by the rows, their last chosen token included; None where all are greedy.
+        seen: by the rows, their last chosen token included; None where the kind reads none.
         behind_BW: masks of the tokens behind the first draft, of masked rows, which have no more than one.
         forced: accept each draft with this probability, whatever it is: for benchmarks with random weights.
     """
-    tokens, accepted_B, going_B = [], jnp.zeros_like(length_B), run_B
-    for s in range(logits_BSV.shape[1]):
-        if s == 1 and choice is not None and behind_BW is not None:
-            choice = choice._replace(mask_BW=behind_BW)
-        positions_B = length_B + 1 + s
-        ids_B, stands_B = tokens_at(choice, logits_BSV[:, s], positions_B, going_B, seen), going_B & False
-        if s < drafts.ids_BK.shape[1]:
-            draft_B, stands_B = drafts.ids_BK[:, s], going_B & (s < drafts.num_B) & (ids_B != NO_TOKEN)
-            stands_B &= ids_B == draft_B if forced is None else _uniform(positions_B) < forced
-            ids_B = jnp.where(stands_B, draft_B, ids_B)
-        tokens.append(ids_B)
-        seen = counted(choice, seen, ids_B, going_B)
-        going_B = stands_B
-        accepted_B += stands_B
-    return Verified(jnp.stack(tokens, axis=1), accepted_B, seen)
+    num_drafts = drafts.ids_BK.shape[1]
+    place, positions_BS = jnp.arange(num_drafts + 1), length_B[:, None] + 1 + jnp.arange(num_drafts + 1)
+    ids_BS = _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW)
+    chosen_BK = ids_BS[:, :-1]
+    equal_BK = chosen_BK == drafts.ids_BK if forced is None else _uniform(positions_BS[:, :-1]) < forced
+    stands_BK = run_B[:, None] & (place[:-1] < drafts.num_B[:, None]) & (chosen_BK != NO_TOKEN) & equal_BK
+    stands_BK = jnp.cumprod(stands_BK, axis=1).astype(bool)
+    tokens_BS = jnp.concatenate([jnp.where(stands_BK, drafts.ids_BK, chosen_BK), ids_BS[:, -1:]], axis=1)
+    accepted_B = stands_BK.sum(axis=1, dtype=jnp.int32)
+    if seen is not None:
+        for s in range(num_drafts + 1):
+            seen = counted(choice, seen, tokens_BS[:, s], run_B & (s <= accepted_B))
+    return Verified(tokens_BS, accepted_B, seen)
 
 
-def _uniform(positions_B: Array) -> Array:
-    rows_B = jax.random.split(jax.random.key(0), len(positions_B))
-    return jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(rows_B, positions_B))
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Return the tokens of a step, by the share of drafts accepted at each position, of those that were reached."""
+    return 1.0 + float(np.cumprod(acceptance).sum())
+
+
+def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
+    """Return up to how many rows drafting is faster: while (1 + a) / (1 + c) is more than 1.
+
+    Args:
+        acceptance: as `expected_tokens` takes it; a is the sum over positions.
+        costs: c of some numbers of rows: what a step with drafts takes longer than one without, as a share of that.
+    """
+    worth = 0
+    for num_rows, cost in sorted(costs.items()):
+        if expected_tokens(acceptance) <= 1.0 + cost:
+            break
+        worth = num_rows
+    return worth
+
+
+def _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW) -> Array:
+    """Return the model's token at each position, if the drafts before it stand."""
+    batch, num_queries, vocab_size = logits_BSV.shape
+    sound_BS, drafted = is_sound(logits_BSV), seen
+    if reads_seen(kind):
+        parts = []
+        for s in range(num_queries):
+            parts.append(adjusted(choice, logits_BSV[:, s], drafted))
+            if s + 1 < num_queries:
+                drafted = counted(choice, drafted, drafts.ids_BK[:, s], run_B & (s < drafts.num_B))
+                choice = choice if behind_BW is None else choice._replace(mask_BW=behind_BW)
+        logits_BSV = jnp.stack(parts, axis=1)
+
+    def flat(x):
+        return x.reshape(batch * num_queries, *x.shape[2:])
+
+    sampling_T, run_T = jax.tree.map(lambda x: jnp.repeat(x, num_queries), (choice.sampling, run_B))
+    noise_TV = None if noise_BSV is None else flat(noise_BSV)
+    ids_T = pick(kind, sampling_T, flat(logits_BSV), noise_TV, run_T, flat(sound_BS))
+    return ids_T.reshape(batch, num_queries)
+
+
+def _uniform(positions_BK: Array) -> Array:
+    rows_B = jax.random.split(jax.random.key(0), len(positions_BK))
+    keys_BK = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(rows_B, positions_BK)
+    return jax.vmap(jax.vmap(jax.random.uniform))(keys_BK)

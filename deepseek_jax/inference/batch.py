@@ -58,7 +58,7 @@ class DeviceBatch:
         num_columns: of a row's table, J.
         most_prefill_tokens: of a device in a step.
         most_pieces: of a device in a call of prefill; a step with more makes several calls.
-        burst: tokens that a row may get of one step (`step`); 1 where there are no bursts.
+        burst: tokens that a row gets of one step (`step`) unless it ends; 1 where there are no bursts.
         burst_rows: the first rows of each device, which alone may have bursts.
     """
 
@@ -90,16 +90,16 @@ class DeviceBatch:
             eos: ends every row that does not ignore it.
             most_prefill_tokens: of a device in a step; a power of two from 128 on.
             num_drafts: tokens that the MTP layer drafts for each row, up to 3.
-            drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
+            drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
             forced: accept each draft with this probability, for benchmarks with random weights.
-            burst: tokens of a row in a step without the host; by default 4 on a GPU without drafts, 1 elsewhere.
+            burst: tokens of a row in a step without the host, with drafts at least; by default 4 on a GPU, 1 elsewhere.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
         """
         checks.check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
         check_drafts(num_drafts, config.model)
-        checks.check_burst(burst, num_drafts)
+        checks.check_burst(burst)
         self.num_devices = axis_size(mesh, ROWS)
         self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens
@@ -110,8 +110,8 @@ class DeviceBatch:
         checks.check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
-        made = model, executions, mesh, sizes, placed
-        self._calls = DraftingCalls(*made, num_drafts, drafting_rows, forced) if num_drafts else Calls(*made, burst)
+        drafts = (num_drafts, drafting_rows, forced) if num_drafts else ()
+        self._calls = (DraftingCalls if drafts else Calls)(model, executions, mesh, sizes, placed, burst, *drafts)
         self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.widths[0]
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
@@ -124,7 +124,7 @@ class DeviceBatch:
         self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None, kinds: Sequence[str] = KINDS) -> None:
-        """Compile all programs, at most 17, or 20 with drafts; later none is compiled.
+        """Compile all programs, at most 20, or 29 with drafts; later none is compiled.
 
         `progress(done, all)` is called after each. Without drafts, `kinds` of choosing can be fewer than all (`KINDS`).
         """
@@ -202,7 +202,7 @@ class DeviceBatch:
                 the last give the first token.
             rows_B: bool, rows that decode: for which a token has been chosen, perhaps in a step that is not read yet.
                 A row that has ended takes no part. A row may not be in `pieces`, too.
-            num_tokens: of each of these rows, 1 or `burst`; without drafts.
+            num_tokens: of each of these rows, 1 or `burst`; with drafts up to `num_drafts` more of each.
 
         Raises:
             ValueError: too many tokens; a row that is not open, or is in both; a masked row without a new mask; a burst
@@ -214,7 +214,7 @@ class DeviceBatch:
             behind = decoding[decoding % (self.num_rows // self.num_devices) >= self.burst_rows].tolist()
             checks.check_burst_step(num_tokens, self.burst, behind, [r for r in choosing if self._open[r].masked])
         self._send(choosing)
-        step = Step(self.num_rows, max(1 + self.num_drafts, num_tokens))
+        step = Step(self.num_rows, num_tokens * (1 + self.num_drafts))
         for call in pack(pieces, self._calls.sizes, self._calls.pieces):
             self._prefill(step, call)
         if len(decoding):

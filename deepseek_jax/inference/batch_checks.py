@@ -32,12 +32,10 @@ def check_sizes(num_rows: int, num_pages: int, num_positions: int, most_prefill_
         )
 
 
-def check_burst(burst: int | None, num_drafts: int) -> None:
-    """Refuse bursts without a token, and bursts of a batch that drafts."""
-    if burst is not None and (burst < 1 or (num_drafts and burst > 1)):
-        raise ValueError(
-            f"burst = {burst} must be at least 1, and 1 with num_drafts = {num_drafts}; leave it out for the default"
-        )
+def check_burst(burst: int | None) -> None:
+    """Refuse bursts without a token."""
+    if burst is not None and burst < 1:
+        raise ValueError(f"burst = {burst} must be at least 1; leave it out for the default")
 
 
 def check_burst_step(num_tokens: int, burst: int, behind: Sequence[int], masked: Sequence[int]) -> None:

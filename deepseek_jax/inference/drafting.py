@@ -1,5 +1,6 @@
 """The programs of a `DeviceBatch` that drafts tokens (`speculative`), in the place of those that decode one a row."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -7,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.inference import speculative
+from deepseek_jax.inference import following, speculative
 from deepseek_jax.inference.row_calls import Calls, Sizes
 from deepseek_jax.inference.row_programs import Packed, Told
-from deepseek_jax.inference.row_sampling import GREEDY
-from deepseek_jax.inference.speculative import MOST_DRAFTS
+from deepseek_jax.inference.row_sampling import ANY, BY_ID, DRAWN, GREEDY, reads_seen
+from deepseek_jax.inference.speculative import MOST_DRAFTS, Kind
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parameters import ROWS, P, Weights
+
+KINDS = GREEDY, DRAWN, ANY  # of the programs; a masked row needs the last, whose steps guess for it
 
 
 def check_drafts(num_drafts: int, model: Model) -> None:
@@ -41,12 +44,13 @@ class DraftingCalls(Calls):
         mesh: jax.sharding.Mesh,
         sizes: Sizes,
         weights: Weights,
+        burst: int | None,
         num_drafts: int,
         drafting_rows: int | None,
         forced: float | None = None,
     ):
         """Begin as `Calls`; `weights` have the MTP layer. `forced` is for benchmarks (`acceptance.verify`)."""
-        super().__init__(model, executions, mesh, sizes, weights, burst=1)
+        super().__init__(model, executions, mesh, sizes, weights, burst)
         self._num_drafts, self._forced = num_drafts, forced
         self._drafting_rows = sizes.rows if drafting_rows is None else drafting_rows
         with jax.set_mesh(mesh):
@@ -54,16 +58,16 @@ class DraftingCalls(Calls):
             self._draft_BD = jnp.zeros(shape, dtype, out_sharding=P(ROWS))
 
     def decode(self, rows_B: np.ndarray, kind: str, num_tokens: int) -> tuple[Told, int]:
-        """Decode tokens of each of these rows, as `Calls.decode`; there are no bursts."""
-        width, is_greedy = self._send_rows(rows_B), kind == GREEDY
+        """Decode tokens of each of these rows, as `Calls.decode`: in `num_tokens` steps, each with its drafts."""
+        width, choosing = self._send_rows(rows_B), ANY if kind == BY_ID else kind
         drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
-        program = self._program(("speculate", width, is_greedy, drafts))
-        seen = None if is_greedy else self._seen
+        program = self._program(("speculate", width, choosing, num_tokens, drafts))
+        seen = self._seen if reads_seen(choosing) else None
         rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, load_RLE, *new = program(self.weights, self._pages, *rows)
         self._progress, self._draft_BD, seen = new
         self._loads.append(load_RLE)
-        self._seen = self._seen if is_greedy else seen
+        self._seen = seen if reads_seen(choosing) else self._seen
         return told, width
 
     def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
@@ -77,14 +81,24 @@ class DraftingCalls(Calls):
         for width in self.widths:
             numbers = [self._num_drafts] if self._drafting_rows > 0 else []
             numbers += [0] if self._drafting_rows < width * self.sizes.devices else []
-            names += [("speculate", width, greedy, drafts) for greedy in (True, False) for drafts in numbers]
+            steps = {1, self.burst} if width == self.widths[0] else {1}
+            names += [("speculate", width, *rest) for rest in itertools.product(KINDS, sorted(steps), numbers)]
         return names + [("follow", num_tokens) for num_tokens in self.sizes.buckets]
 
-    def _speculate_program(self, width: int, is_greedy: bool, drafts: int):
-        rest = self._settings, None if is_greedy else self._seen, self._tables_BJ, self._shape(bool, self.sizes.rows)
-        arguments = self.weights, self._pages, self._progress, self._draft_BD, *rest, self._loads[-1]
-        static = self._model, self._decode_execution, speculative.Kind(drafts, width, is_greedy, self._forced)
-        return speculative.speculate, static, (1, 2, 3) if is_greedy else (1, 2, 3, 5), arguments
+    def _speculate_program(self, width: int, choosing: str, num_steps: int, drafts: int):
+        seen, run_B = self._seen if reads_seen(choosing) else None, self._shape(bool, self.sizes.rows)
+        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, run_B, self._loads[-1]
+        static = self._model, self._decode_execution, Kind(drafts, width, choosing, num_steps, self._forced)
+        return (
+            speculative.speculate,
+            static,
+            (1, 2, 3) if seen is None else (1, 2, 3, 5),
+            (
+                self.weights,
+                self._pages,
+                *rows,
+            ),
+        )
 
     def _follow_program(self, num_tokens: int):
         pieces, most = self.sizes.devices * self.pieces, self.sizes.devices * self.sizes.prefill_tokens
@@ -92,4 +106,4 @@ class DraftingCalls(Calls):
         rows = self._draft_BD, self._progress, self._tables_BJ, self._packed(num_tokens), hidden_TD
         arguments = self.weights, self._pages, *rows, self._shape(np.int32, pieces)
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens)
-        return speculative.follow_prefill, static, (1, 2), arguments
+        return following.follow_prefill, static, (1, 2), arguments

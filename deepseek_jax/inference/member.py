@@ -142,8 +142,7 @@ class Member:
 
     def num_missing(self, num_drafts: int, num_tokens: int = 1) -> int:
         """Return tokens for which it needs room beyond its pages, to decode in the step that is planned."""
-        ahead = sum(self._flights) + len(self._flights) * num_drafts
-        most = len(self.ids) + ahead + num_tokens - 1 + num_drafts
+        most = len(self.ids) + (sum(self._flights) + num_tokens) * (1 + num_drafts) - 1
         return min(most, self.most - 1 + num_drafts) - self._room
 
     def grow(self, num_tokens: int) -> None:

@@ -47,7 +47,7 @@ def open_batch(
         num_positions: longest sequence, prompt and new tokens; by default what the model knows.
         most_prefill_tokens: of prompts in a step and device, a power of two from 128 on.
         num_drafts: tokens that the MTP layer drafts for each row, up to 3; 1 is what it was trained for.
-        drafting_rows: it drafts while at most so many rows decode (`speculative.worth_rows`); by default always.
+        drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
         silent: show no progress.
 
     Raises:

@@ -24,7 +24,7 @@ from deepseek_jax.inference.decode import GPU_ROWS
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
 from deepseek_jax.inference.row_programs import Packed, Told
-from deepseek_jax.inference.row_sampling import GREEDY, KINDS, WORD
+from deepseek_jax.inference.row_sampling import KINDS, WORD, reads_seen
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model.packed import Rows
@@ -192,11 +192,11 @@ class Calls:
         """Decode tokens of each of these rows; return what is told of the first rows of each device, and how many."""
         width = self._send_rows(rows_B)
         program = self._program(("decode", width, kind, num_tokens))
-        seen = None if kind == GREEDY else self._seen
+        seen = self._seen if reads_seen(kind) else None
         rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
         self._loads.append(load_RLE)
-        self._seen = self._seen if kind == GREEDY else seen
+        self._seen = seen if reads_seen(kind) else self._seen
         return told, width
 
     def _send_rows(self, rows_B: np.ndarray) -> int:
@@ -248,9 +248,9 @@ class Calls:
 
     def _decode_program(self, width: int, kind: str, num_tokens: int):
         run_B = self._shape(bool, self.sizes.rows)
-        rest = self._settings, None if kind == GREEDY else self._seen, self._tables_BJ, run_B, self._loads[-1]
+        rest = self._settings, self._seen if reads_seen(kind) else None, self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
-        donate = (1, 2) if kind == GREEDY else (1, 2, 4)
+        donate = (1, 2, 4) if reads_seen(kind) else (1, 2)
         static = self._model, self._decode_execution, width, kind, num_tokens
         return row_programs.decode, static, donate, arguments
 

@@ -18,9 +18,9 @@ from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.cache import CACHE_SPECS
-from deepseek_jax.inference.row_sampling import ANY, BY_ID, GREEDY, choose, choose_by_id, counted
+from deepseek_jax.inference.row_sampling import ANY, choose, counted
 from deepseek_jax.inference.row_state import Progress, RowState, Settings
-from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Chosen, Logprobs, Seen, argmax, log_probabilities
+from deepseek_jax.inference.sampling import MOST_LOGPROBS, Chosen, Logprobs, Seen, log_probabilities
 from deepseek_jax.inference.weights import weight_specs
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
@@ -39,16 +39,16 @@ class Told(NamedTuple):
 
     Attributes:
         numbers_BX: int32, token, whether there is one, and whether the row has ended; in a burst or with drafts, K
-            tokens and how many of them count.
+            tokens and how many of them count, the first ones.
         logprobs: zeros where no row asks for them; None from the greedy program. In a burst [B, K] and [B, K, tops].
-        drafted_B: int32, drafts that were verified, where there are any.
+        drafts_BN2: int32, drafts that were verified and tokens behind the first, in each of N steps with drafts.
         guess_B: int32, drafts of masked rows for the next step, or `NO_TOKEN`.
         routes_BSLK: experts of the tokens that went through the model; None from `first`.
     """
 
     numbers_BX: Array
     logprobs: Logprobs | None
-    drafted_B: Array | None = None
+    drafts_BN2: Any = None
     guess_B: Array | None = None
     routes_BSLK: Array | None = None
 
@@ -74,13 +74,13 @@ def decode(
         model: shape and mathematics.
         execution: of decoding.
         width: the first rows of each device, which alone take part.
-        kind: `GREEDY`, `BY_ID` or `ANY`: what the settings of all of them allow; with `GREEDY`, `seen` is None.
+        kind: what the settings of all of them allow (`row_sampling.KINDS`).
         num_tokens: of a row. More than one are a loop of known length, between whose steps the host has no part.
         weights: as `decode_weights` returns them.
         pages: donated.
         progress: donated.
         settings: of the rows.
-        seen: donated.
+        seen: donated; None where `row_sampling.reads_seen(kind)` is False.
         tables_BJ: int32, pages of each row.
         run_B: bool.
         load_RLE: as `run_decode` has it.
@@ -257,17 +257,8 @@ def _chosen(
     kind: str, logits_BV: Array, progress: Progress, settings: Settings, seen: Any, run_B: Array
 ) -> tuple[Chosen, Progress, Any]:
     """Choose the next token of each row of `run_B`."""
-    if kind == GREEDY:
-        sound_B = jnp.isfinite(logits_BV.max(axis=-1))
-        ids_B = jnp.where(sound_B, argmax(logits_BV), NO_TOKEN).astype(jnp.int32)
-        chosen = Chosen(ids_B, None)
-    else:
-        choice, positions_B = settings.choice, progress.length_B
-        if kind == BY_ID:
-            chosen = choose_by_id(choice, logits_BV, positions_B, seen)
-        else:
-            chosen = choose(choice, logits_BV, positions_B, run_B, seen)
-        seen = counted(choice, seen, chosen.ids_B, run_B)
+    chosen = choose(kind, settings.choice, logits_BV, progress.length_B, run_B, seen)
+    seen = counted(settings.choice, seen, chosen.ids_B, run_B)
     return chosen, progress.after(settings.end_ids_BE, chosen.ids_B, run_B), seen
 
 

@@ -1,9 +1,9 @@
 """Choosing the next token where every row has settings of its own: one program for all jobs.
 
 What `inference.sampling` does with settings that a program is made for, this does with arrays. A row gets the token
-that `sampling.choose` gives for its settings, its key and its position, up to rounding. Each part of the work (bias,
-penalties, masks, draws, draws in the order of the logits, log-probabilities) is behind a condition of the device: it is
-left out while no row of the step needs it. So greedy rows alone sort nothing.
+that `sampling.choose` gives for its settings, its key and its position, up to rounding. A program is made for a kind of
+rows (`KINDS`): the host knows the settings of all, and takes the least that they need. What sorts the vocabulary is in
+the last kind alone, behind conditions of the device: where a program branches, the host of a GPU may have to wait.
 
 The noise of a draw belongs to a token's id, whatever else is drawn from: rows whose candidates are all tokens sort
 nothing, and where top-k or top-p keep the largest of logit + noise, it is the same token.
@@ -40,10 +40,16 @@ from deepseek_jax.inference.sampling import (
 )
 from deepseek_jax.parallel.mesh import vary
 
-# How the rows of a program choose: the largest logit and nothing else; without an order of the logits; anything.
-KINDS = GREEDY, BY_ID, ANY = "greedy", "by id", "any"
+# How the rows of a program choose: the largest logit and nothing else; or a draw by temperature and min-p; or with
+# bias, penalties and masks, too; or in the order of the logits, with log-probabilities of the most probable: anything.
+KINDS = GREEDY, DRAWN, BY_ID, ANY = "greedy", "drawn", "by id", "any"
 WORD = 32  # tokens in a word of a mask
 EVERYTHING = 2.0  # of top-p: a probability that no rounding reaches
+
+
+def reads_seen(kind: str) -> bool:
+    """Whether rows of this kind may have penalties."""
+    return kind in (BY_ID, ANY)
 
 
 class RowSampling(NamedTuple):
@@ -87,39 +93,42 @@ class Choice(NamedTuple):
     wants_logprobs_B: Array
 
 
-def choose(choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array, seen: Seen) -> Chosen:
-    """Return the token at each row's position from FP32 logits, and its log-probabilities, 0 for rows without them.
+def choose(
+    kind: str, choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array, seen: Seen | None
+) -> Chosen:
+    """Return the token at each row's position from FP32 logits, and its log-probabilities.
 
     Rows that are not active get anything. A row gets `NO_TOKEN` where its logits are not numbers, and where its mask
     rules every token out.
+
+    Args:
+        kind: of `KINDS`: what the settings of all rows allow.
+        choice: settings of the rows.
+        logits_BV: of the model.
+        positions_B: of the tokens.
+        active_B: rows that take part.
+        seen: what the rows have; None where `reads_seen(kind)` is False.
+
+    Returns:
+        the tokens. With `GREEDY` there are no log-probabilities; with `ANY` those of rows that want none are 0 where no
+        row wants any; with the others there are only those of the tokens, and none of the most probable ones.
     """
-    ids_B = choose_ids(choice, logits_BV, positions_B, active_B, seen)
-    wants_B = active_B & choice.wants_logprobs_B
-    shapes = jax.eval_shape(lambda: log_probabilities(logits_BV, ids_B, MOST_LOGPROBS))
-    logprobs = jax.lax.cond(
-        wants_B.any(),
-        lambda: log_probabilities(logits_BV, ids_B, MOST_LOGPROBS),
-        lambda: jax.tree.map(lambda x: vary(jnp.zeros(x.shape, x.dtype), ids_B), Logprobs(*shapes)),
-    )
-    return Chosen(ids_B, logprobs)
+    noise_BV = None if kind == GREEDY else noise_at(choice, positions_B, logits_BV.shape[-1])
+    ids_B = choose_ids(kind, choice, logits_BV, noise_BV, active_B, seen)
+    if kind == GREEDY:
+        return Chosen(ids_B, None)
+    return Chosen(ids_B, logprobs_of(kind, logits_BV, ids_B, (active_B & choice.wants_logprobs_B).any()))
 
 
-def choose_by_id(choice: Choice, logits_BV: Array, positions_B: Array, seen: Seen) -> Chosen:
-    """Do as `choose`, where no row has top-k or top-p, or wants log-probabilities of more than its token.
-
-    Nothing is sorted, and nothing is under a condition: the host of a GPU may have to wait where a program branches.
-    """
-    keys_B = _keys(choice, positions_B)
-    sound_B, model_BV, warm_B = jnp.isfinite(logits_BV.max(axis=-1)), logits_BV, choice.sampling.temperature > 0
-    logits_BV = _adjusted(choice, logits_BV, seen, lambda _, change, x: change(x))
-    sound_B &= logits_BV.max(axis=-1) > -jnp.inf
-    drawn_B = argmax(_tempered(choice.sampling, logits_BV, warm_B) + gumbel(keys_B, logits_BV.shape[-1]))
-    ids_B = jnp.where(warm_B, drawn_B, argmax(logits_BV))
-    ids_B = jnp.where(sound_B, ids_B, NO_TOKEN).astype(jnp.int32)
-    chosen_B1 = jnp.take_along_axis(model_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
-    shape = len(ids_B), MOST_LOGPROBS
-    tops = (vary(jnp.zeros(shape, dtype), ids_B) for dtype in (jnp.int32, jnp.float32))
-    return Chosen(ids_B, Logprobs(chosen_B1[:, 0] - jax.nn.logsumexp(model_BV, axis=-1), *tops))
+def logprobs_of(kind: str, logits_BV: Array, ids_B: Array, wanted: Array) -> Logprobs:
+    """Return the log-probabilities of tokens as `choose` does; the most probable ones if they are `wanted`."""
+    shape = *ids_B.shape, MOST_LOGPROBS
+    ids_BK, tops_BK = (vary(jnp.zeros(shape, dtype), ids_B) for dtype in (jnp.int32, jnp.float32))
+    if kind == ANY:
+        none = Logprobs(vary(jnp.zeros(ids_B.shape, jnp.float32), ids_B), ids_BK, tops_BK)
+        return jax.lax.cond(wanted, lambda: log_probabilities(logits_BV, ids_B, MOST_LOGPROBS), lambda: none)
+    chosen_B1 = jnp.take_along_axis(logits_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
+    return Logprobs(chosen_B1[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1), ids_BK, tops_BK)
 
 
 def counted(choice: Choice | None, seen: Seen | None, ids_B: Array, chosen_B: Array) -> Seen | None:
@@ -138,63 +147,59 @@ def allowed(mask_BW: Array, vocab_size: int) -> Array:
     return bits_BWX.reshape(len(mask_BW), -1)[:, :vocab_size] > 0
 
 
-def choose_ids(choice: Choice, logits_BV: Array, positions_B: Array, active_B: Array, seen: Seen) -> Array:
-    """Return the tokens of `choose` alone."""
-    sampling, keys_B = choice.sampling, _keys(choice, positions_B)
-    sound_B = jnp.isfinite(logits_BV.max(axis=-1))  # a maximum is NaN if anything is
-
-    def where_any(rows_B, change, logits_BV):
-        return jax.lax.cond((active_B & rows_B).any(), change, lambda x: x, logits_BV)
-
-    logits_BV = _adjusted(choice, logits_BV, seen, where_any)
-    best_B = argmax(logits_BV).astype(jnp.int32)
-    sound_B &= logits_BV.max(axis=-1) > -jnp.inf
-    warm_B = sampling.temperature > 0
-    drawn_B = jax.lax.cond(
-        (active_B & warm_B).any(), lambda: _draw(sampling, logits_BV, keys_B, active_B & warm_B), lambda: best_B
-    )
-    return jnp.where(sound_B, jnp.where(warm_B, drawn_B, best_B), NO_TOKEN)
-
-
-def _keys(choice: Choice, positions_B: Array) -> Array:
+def noise_at(choice: Choice, positions: Array, vocab_size: int) -> Array:
+    """Return the noise [.., V] of each row's draw at its positions [B] or [B, S]."""
     keys_B = jax.random.wrap_key_data(choice.key_data_B2, impl="threefry2x32")
-    return jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    fold = jax.random.fold_in if positions.ndim == 1 else jax.vmap(jax.random.fold_in, (None, 0))
+    keys = jax.vmap(fold)(keys_B, positions)
+    return gumbel(keys.reshape(-1), vocab_size).reshape(*positions.shape, vocab_size)
 
 
-def _adjusted(choice: Choice, logits_BV: Array, seen: Seen, where_any: Callable) -> Array:
-    """Return logits with the bias and the penalties of each row, and -inf where its mask rules a token out.
-
-    `where_any(rows_B, change, logits_BV)` changes logits if there are such rows.
-    """
-    sampling, bias = choice.sampling, choice.bias
-    has_bias_B = (bias.ids_BJ[:, 0] < logits_BV.shape[-1]) if bias.ids_BJ.shape[1] else choice.masked_B & False
-    logits_BV = where_any(has_bias_B, lambda x: biased(x, bias), logits_BV)
-    columns = jax.tree.map(lambda x: x[:, None], sampling)
-    logits_BV = where_any(sampling.penalizes_B(), lambda x: penalized(columns, x, seen), logits_BV)
-
-    def masked(x):
-        allowed_BV = allowed(choice.mask_BW, x.shape[-1]) | ~choice.masked_B[:, None]
-        return jnp.where(allowed_BV, x, -jnp.inf)
-
-    return where_any(choice.masked_B, masked, logits_BV)
+def choose_ids(
+    kind: str, choice: Choice, logits_BV: Array, noise_BV: Array | None, active_B: Array, seen: Seen | None
+) -> Array:
+    """Return the tokens of `choose` alone; `noise_BV` is that of `noise_at`, None with `GREEDY`."""
+    sound_B = is_sound(logits_BV)
+    if reads_seen(kind):
+        assert seen is not None, "penalties need what the rows have"
+        logits_BV = adjusted(choice, logits_BV, seen)
+    return pick(kind, choice.sampling, logits_BV, noise_BV, active_B, sound_B)
 
 
-def _draw(sampling: RowSampling, logits_BV: Array, keys_B: Array, warm_B: Array) -> Array:
-    """Return a token drawn for each warm row."""
-    logits_BV, noise_BV = _tempered(sampling, logits_BV, warm_B), gumbel(keys_B, logits_BV.shape[-1])
-    cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
-    by_id_B = argmax(logits_BV + noise_BV).astype(jnp.int32)
-
-    def ranked():
-        finish = functools.partial(drawn, noise_BV=noise_BV)
-        return jnp.where(ranked_B, _among(sampling, logits_BV, warm_B & ranked_B, cut_B, finish), by_id_B)
-
-    return jax.lax.cond((warm_B & ranked_B).any(), ranked, lambda: by_id_B)
+def is_sound(logits_BV: Array) -> Array:
+    """Return where the largest logit is a number: a maximum is NaN if anything is."""
+    return jnp.isfinite(logits_BV.max(axis=-1))
 
 
-def _tempered(sampling: RowSampling, logits_BV: Array, warm_B: Array) -> Array:
-    logits_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1)[:, None]
-    return keep_near(logits_BV, sampling.log_min_p[:, None])
+def adjusted(choice: Choice, logits_BV: Array, seen: Seen) -> Array:
+    """Return logits with the bias and the penalties of each row, and -inf where its mask rules a token out."""
+    columns = jax.tree.map(lambda x: x[:, None], choice.sampling)
+    logits_BV = penalized(columns, biased(logits_BV, choice.bias), seen)
+    allowed_BV = allowed(choice.mask_BW, logits_BV.shape[-1]) | ~choice.masked_B[:, None]
+    return jnp.where(allowed_BV, logits_BV, -jnp.inf)
+
+
+def pick(
+    kind: str, sampling: RowSampling, logits_BV: Array, noise_BV: Array | None, active_B: Array, sound_B: Array
+) -> Array:
+    """Return the token of each row from logits with all that is added to them; `NO_TOKEN` where they are not sound."""
+    sound_B &= logits_BV.max(axis=-1) > -jnp.inf
+    values_BV, warm_B = logits_BV, sampling.temperature > 0
+    if kind != GREEDY:
+        tempered_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1)[:, None]
+        tempered_BV = keep_near(tempered_BV, sampling.log_min_p[:, None])
+        values_BV = jnp.where(warm_B[:, None], tempered_BV + noise_BV, logits_BV)
+    ids_B = argmax(values_BV).astype(jnp.int32)
+    if kind == ANY:
+        cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
+        ranked_B &= warm_B & active_B
+
+        def ranked():
+            finish = functools.partial(drawn, noise_BV=noise_BV)
+            return jnp.where(ranked_B, _among(sampling, tempered_BV, ranked_B, cut_B, finish), ids_B)
+
+        ids_B = jax.lax.cond(ranked_B.any(), ranked, lambda: ids_B)
+    return jnp.where(sound_B, ids_B, NO_TOKEN)
 
 
 def _ranked_rows(sampling: RowSampling, vocab_size: int) -> tuple[Array, Array]:

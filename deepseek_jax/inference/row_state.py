@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.inference.requests import NOWHERE, PLAIN, Request
-from deepseek_jax.inference.row_sampling import ANY, BY_ID, GREEDY, WORD, Choice, RowSampling
+from deepseek_jax.inference.row_sampling import ANY, BY_ID, DRAWN, GREEDY, WORD, Choice, RowSampling
 from deepseek_jax.inference.sampling import NO_TOKEN, Bias, Sampling, Seen
 from deepseek_jax.parameters import ROWS, P
 
@@ -74,8 +74,9 @@ class RowSettings:
         own, num_logprobs = self.own.num_logprobs, self.sampling.num_logprobs
         if self.sampling.top_k or self.sampling.top_p < 1 or (num_logprobs if own is None else own):
             return ANY
-        changes = self.sampling.penalizes or self.own.logit_bias or self.masked or self.wants_logprobs
-        return BY_ID if changes or RowSampling.numbers(self.sampling).temperature > 0 else GREEDY
+        if self.sampling.penalizes or self.own.logit_bias or self.masked:
+            return BY_ID
+        return DRAWN if self.wants_logprobs or RowSampling.numbers(self.sampling).temperature > 0 else GREEDY
 
 
 class Progress(NamedTuple):

@@ -104,10 +104,10 @@ class Scheduler:
             pools: pages of each device; device d has the rows from d * `num_rows` / devices on.
             num_rows: of all devices.
             most_prefill_tokens: tokens of prompts that a device takes in a step.
-            num_drafts: tokens that a step may choose beyond the first.
+            num_drafts: tokens that a step may choose beyond the first; a burst as many beyond each.
             beside: as `most_prefill_tokens`, in a step in which tokens are chosen for others; 0 for the same.
             most_pieces: of prompts on a device in such a step: more take the time of several calls.
-            burst: tokens that the device can choose of a row in one step, without drafts; 1 for no bursts.
+            burst: tokens that the device surely chooses of a row in one step, until it ends; 1 for no bursts.
             burst_rows: the first rows of each device, which alone can have bursts.
         """
         each = num_rows // len(pools)
@@ -177,7 +177,7 @@ class Scheduler:
             is_first = member.row - lane.first_row < self._burst_rows
             if member.num_unsent or member.masked or not is_first or 0 < num_left < self._burst:
                 return False
-            num_pages = -(-max(member.num_missing(0, self._burst), 0) // PAGE_SIZE)
+            num_pages = -(-max(member.num_missing(self._num_drafts, self._burst), 0) // PAGE_SIZE)
             missing[lane] = missing.get(lane, 0) + num_pages
         return all(num_pages <= lane.pool.num_available for lane, num_pages in missing.items())
 

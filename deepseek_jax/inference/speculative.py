@@ -20,31 +20,30 @@ follows alone, so that drafting can go on later, and pages stay what other rows 
 A row with a mask drafts one token, with the host in between: it alone knows what may follow a token, and such a row
 takes part in a step only when the one before it is read. A step tells what it would draft next for these rows, the
 token of head(draft_D). The host looks whether the guess may come and what may come behind it, and sends both masks with
-the guess as the draft (`row_state.Ahead`).
+the guess as the draft (`row_state.Ahead`). The programs of other rows have no condition that the host of a GPU would
+have to read.
 
-Drafting costs where the batch is so large that more tokens take more time; `worth_rows` says where that begins.
+A burst is several steps without the host in between, each with drafts of its own.
+
+Drafting costs where the batch is so large that more tokens take more time; `acceptance.worth_rows` says where that
+begins.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.inference.acceptance import Drafts, Verified, tokens_at, verify
-from deepseek_jax.inference.row_programs import PAGES, SPLIT, Packed, Told, logits_of, of_rows, run_decode
-from deepseek_jax.inference.row_sampling import Choice, counted
+from deepseek_jax.inference.acceptance import Drafts, Verified, verify
+from deepseek_jax.inference.row_programs import PAGES, SPLIT, Told, logits_of, run_decode
+from deepseek_jax.inference.row_sampling import ANY, GREEDY, Choice, choose_ids, counted, logprobs_of, noise_at
 from deepseek_jax.inference.row_state import Progress, Settings
-from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Logprobs, Seen, log_probabilities
+from deepseek_jax.inference.sampling import NO_TOKEN, Seen
 from deepseek_jax.inference.weights import weight_specs
-from deepseek_jax.model.drafter import draft_prefill_step, draft_step
-from deepseek_jax.model.packed import Rows
-from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.parallel.mesh import vary
-from deepseek_jax.parameters import ROWS, P, Weights
+from deepseek_jax.model.drafter import draft_step
+from deepseek_jax.parameters import ROWS, Weights
 from pallas_kernels.lowering import manual_axes
 from pallas_kernels.mla_decode import MOST_QUERIES
 
@@ -57,18 +56,20 @@ class Kind(NamedTuple):
     Attributes:
         num_drafts: of each row, up to `MOST_DRAFTS`; 0 drafts nothing and keeps the MTP layer's entries up to date.
         width: the first rows of each device, which alone take part.
-        is_greedy: no row of them has other settings.
+        choosing: what the settings of all of them allow (`row_sampling.KINDS`); masked rows need `ANY`.
+        num_steps: steps of a burst, between which the host has no part, so that no row has a mask.
         forced: see `acceptance.verify`.
     """
 
     num_drafts: int
     width: int
-    is_greedy: bool
+    choosing: str
+    num_steps: int = 1
     forced: float | None = None
 
 
 class DraftingRows(NamedTuple):
-    """The rows of a batch as a step reads them; `seen` is None where all are greedy."""
+    """The rows of a batch as a step reads them; `seen` is None where no row has penalties."""
 
     progress: Progress
     draft_BD: Array  # the MTP layer's state at the last position of each row
@@ -79,10 +80,29 @@ class DraftingRows(NamedTuple):
     load_RLE: Array  # as `row_programs.run_decode` has it
 
 
+class _Made(NamedTuple):
+    """What a program has beside the rows."""
+
+    model: Model
+    execution: Execution
+    kind: Kind
+    weights: Weights
+
+
+class _State(NamedTuple):
+    """What a step changes."""
+
+    pages: Array
+    progress: Progress
+    draft_BD: Array
+    seen: Seen | None
+    load_RLE: Array
+
+
 def speculate(
     model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, *rows: Any
 ) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
-    """Decode one to `num_drafts` + 1 tokens of each row of `run_B` that has not ended.
+    """Decode one to `num_drafts` + 1 tokens of each row of `run_B` that has not ended; do so `num_steps` times.
 
     Args:
         model: shape and mathematics.
@@ -95,135 +115,88 @@ def speculate(
     """
 
     def local(weights, pages, *rows):
-        weights = manual_axes.vary(weights, frozenset(ROWS))
-        told, pages, load_RLE, *new = _step(model, execution, kind, weights, pages, DraftingRows(*rows))
-        old = rows[0], rows[1], rows[3]
-        changed = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0), old, tuple(new))
-        return told, pages, load_RLE, *changed
+        made = _Made(model, execution, kind, manual_axes.vary(weights, frozenset(ROWS)))
+        *rest, load_RLE = old = DraftingRows(*rows)
+        first = DraftingRows(*jax.tree.map(lambda x: x[: kind.width], rest), load_RLE)
+        state = _State(pages, first.progress, first.draft_BD, first.seen, load_RLE)
+        if kind.num_steps == 1:
+            state, told = _step(made, first, state)
+        else:
+            state, told_N = lax.scan(lambda state, _: _step(made, first, state), state, length=kind.num_steps)
+            told = _in_one(told_N)
+        changed = jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, 0, 0),
+            (old.progress, old.draft_BD, old.seen),
+            (state.progress, state.draft_BD, state.seen),
+        )
+        return told, state.pages, state.load_RLE, *changed
 
     in_specs = weight_specs(weights), PAGES, *[SPLIT] * len(rows)
     run = jax.shard_map(local, in_specs=in_specs, out_specs=(SPLIT, PAGES, *[SPLIT] * 4))
     return run(weights, pages, *rows)
 
 
-def _step(
-    model: Model, execution: Execution, kind: Kind, weights: Weights, pages: Array, rows: DraftingRows
-) -> tuple[Told, Array, Array, Progress, Array, Seen | None]:
+def _step(made: _Made, rows: DraftingRows, state: _State) -> tuple[_State, Told]:
     """Draft, verify and follow on one device."""
-    *rest, load_RLE = rows
-    progress, draft_BD, settings, seen, tables_BJ, run_B = jax.tree.map(lambda x: x[: kind.width], rest)
-    choice = None if kind.is_greedy else settings.choice
-    run_B &= ~progress.finished_B
+    (model, execution, kind, weights), (settings, tables_BJ) = made, (rows.settings, rows.tables_BJ)
+    pages, progress, draft_BD, seen, load_RLE = state
+    run_B, choice = rows.run_B & ~progress.finished_B, settings.choice
     length_B, head_DV, place = progress.length_B, weights.params["head_DV"], jnp.arange(kind.num_drafts + 1)
 
     def follow(pages, next_BS, hidden_BSD, start_B, valid_BS):
         positions_BS = start_B[:, None] + jnp.arange(next_BS.shape[1])
         return draft_step(model, execution, weights, pages, tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS)
 
+    greedy = kind.choosing == GREEDY
+    noise_BSV = None if greedy else noise_at(choice, length_B[:, None] + 1 + place, head_DV.shape[1])
     most_B = jnp.where(run_B, jnp.clip(progress.left_B - 1, 0, kind.num_drafts), 0)
-    most_B = jnp.where(settings.choice.masked_B, jnp.minimum(most_B, settings.ahead.draft_B != NO_TOKEN), most_B)
-    drafts, pages = _draft(kind.num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow)
-    if kind.num_drafts:
-        first_B = jnp.where(settings.choice.masked_B, settings.ahead.draft_B, drafts.ids_BK[:, 0])
+    if kind.choosing == ANY:
+        most_B = jnp.where(choice.masked_B, jnp.minimum(most_B, settings.ahead.draft_B != NO_TOKEN), most_B)
+    drafts, pages = _draft(kind, choice, head_DV, pages, draft_BD, noise_BSV, length_B, most_B, seen, follow)
+    if kind.num_drafts and kind.choosing == ANY:
+        first_B = jnp.where(choice.masked_B, settings.ahead.draft_B, drafts.ids_BK[:, 0])
         drafts = drafts._replace(ids_BK=drafts.ids_BK.at[:, 0].set(jnp.maximum(first_B, 0)))
 
     tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
-    valid_BS = run_B[:, None] & (place <= drafts.num_B[:, None])
+    valid_BS = _valid(run_B, 1 + drafts.num_B, kind.num_drafts)
     new = tokens_BS, length_B[:, None] + place, valid_BS
     step = model, execution, weights, pages, tables_BJ, *new
     hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
-    logits_BSV = logits_of(head_DV, hidden_BSD)
-    verified = verify(choice, logits_BSV, drafts, length_B, run_B, seen, settings.ahead.mask_BW, kind.forced)
+    logits_BSV, behind_BW = logits_of(head_DV, hidden_BSD), settings.ahead.mask_BW
+    rest = drafts, length_B, run_B, seen, behind_BW, kind.forced
+    verified = verify(kind.choosing, choice, logits_BSV, noise_BSV, *rest)
     counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
 
     with jax.named_scope("follow"):
-        states_BSD, pages = follow(pages, verified.tokens_BS, hidden_BSD, length_B, place < counts_B[:, None])
+        valid_BS = _valid(run_B, counts_B, kind.num_drafts)
+        states_BSD, pages = follow(pages, verified.tokens_BS, hidden_BSD, length_B, valid_BS)
     last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
-    told = _told(choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
-    if choice is not None and kind.num_drafts:
+    told = _told(kind, choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
+    if kind.choosing == ANY and kind.num_drafts and kind.num_steps == 1:
         told = told._replace(guess_B=_guess(choice, head_DV, draft_BD, progress, run_B, verified.seen))
-    return told._replace(routes_BSLK=routes_BSLK), pages, load_RLE, progress, draft_BD, verified.seen
+    state = _State(pages, progress, draft_BD, verified.seen, load_RLE)
+    return state, told._replace(routes_BSLK=routes_BSLK)
 
 
-def follow_prefill(
-    model: Model,
-    execution: Execution,
-    rows: Rows,
-    weights: Weights,
-    pages: Array,
-    draft_BD: Array,
-    progress: Progress,
-    tables_BJ: Array,
-    packed: Packed,
-    hidden_TD: Array,
-    following_R: Array,
-) -> tuple[Array, Array]:
-    """Run the MTP layer over pieces of prompts, behind `row_programs.prefill` and `first`; return pages and states.
-
-    Args:
-        model: shape and mathematics.
-        execution: of prefill.
-        rows: that the pieces fill (`model.packed`).
-        weights: as `decode_weights` returns them with `drafts`.
-        pages: donated.
-        draft_BD: donated.
-        progress: of the rows, the pieces and the first tokens included.
-        tables_BJ: int32, pages of each row.
-        packed: the pieces.
-        hidden_TD: their hidden states, filled up.
-        following_R: the prompt's token behind each piece; of the last one it is the token that was chosen.
+def _valid(run_B: Array, counts_B: Array, num_drafts: int) -> Array:
+    """Return which of a step's tokens [B, 1 + `num_drafts`] are there: the first `counts_B`, at least one, of rows that
+    run. The first column is `run_B` itself, so that main model and MTP layer have one plan of their attention.
     """
-
-    def local(weights, pages, draft_BD, progress, tables_BJ, packed, hidden_TD, following_R):
-        weights = manual_axes.vary(weights, frozenset(ROWS))
-        row_R, new_R, num_tokens = packed.row_R, packed.new_R, len(packed.tokens_T)
-        start_R = of_rows(progress.length_B, row_R) - new_R
-        sequences = Sequences.of(of_rows(tables_BJ, row_R), start_R, new_R, num_tokens)
-        following_R = jnp.where(packed.last_R, of_rows(progress.token_B, row_R), following_R)
-        end_R = jnp.cumsum(new_R) - 1
-        next_T = jnp.roll(packed.tokens_T, -1)
-        next_T = next_T.at[jnp.where(new_R > 0, end_R, num_tokens)].set(jnp.maximum(following_R, 0), mode="drop")
-        options = {"continues": True, "rows": rows}
-        step = model, execution, weights, pages, next_T, hidden_TD[:num_tokens], sequences
-        states_TD, pages = draft_prefill_step(*step, **options)
-        states_RD = states_TD[jnp.maximum(end_R, 0)]
-        return pages, draft_BD.at[jnp.where(new_R > 0, row_R, len(draft_BD))].set(states_RD, mode="drop")
-
-    in_specs = weight_specs(weights), PAGES, *[SPLIT] * 6
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=(PAGES, P(ROWS)))
-    return run(weights, pages, draft_BD, progress, tables_BJ, packed, hidden_TD, following_R)
+    behind_BK = run_B[:, None] & (1 + jnp.arange(num_drafts) < counts_B[:, None])
+    return jnp.concatenate([run_B[:, None], behind_BK], axis=1)
 
 
-def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Return the tokens of a step, by the share of drafts accepted at each position, of those that were reached."""
-    return 1.0 + float(np.cumprod(acceptance).sum())
-
-
-def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
-    """Return up to how many rows drafting is faster: while (1 + a) / (1 + c) is more than 1.
-
-    Args:
-        acceptance: as `expected_tokens` takes it; a is the sum over positions.
-        costs: c of some numbers of rows: what a step with drafts takes longer than one without, as a share of that.
-    """
-    worth = 0
-    for num_rows, cost in sorted(costs.items()):
-        if expected_tokens(acceptance) <= 1.0 + cost:
-            break
-        worth = num_rows
-    return worth
-
-
-def _draft(num_drafts, choice, head_DV, pages, draft_BD, length_B, most_B, seen, follow) -> tuple[Drafts, Array]:
+def _draft(kind, choice, head_DV, pages, draft_BD, noise_BSV, length_B, most_B, seen, follow) -> tuple[Drafts, Array]:
     """Draft tokens of each row, one after the other, at most `most_B` of them."""
     ids, states_BD = [], draft_BD
-    for k in range(num_drafts):
+    for k in range(kind.num_drafts):
         with jax.named_scope("draft"):
-            ids_B = tokens_at(choice, logits_of(head_DV, states_BD), length_B + 1 + k, k < most_B, seen)
+            noise_BV = None if noise_BSV is None else noise_BSV[:, k]
+            ids_B = choose_ids(kind.choosing, choice, logits_of(head_DV, states_BD), noise_BV, k < most_B, seen)
             most_B, ids_B = jnp.where(ids_B == NO_TOKEN, jnp.minimum(most_B, k), most_B), jnp.maximum(ids_B, 0)
             ids.append(ids_B)
-            if k + 1 < num_drafts:
+            if k + 1 < kind.num_drafts:
                 seen = counted(choice, seen, ids_B, k < most_B)
                 guess = ids_B[:, None], states_BD[:, None], length_B + k, (k + 1 < most_B)[:, None]
                 states_BSD, pages = follow(pages, *guess)
@@ -237,7 +210,8 @@ def _guess(choice: Choice, head_DV: Array, draft_BD: Array, progress: Progress, 
     wants_B, free = run_B & choice.masked_B & ~progress.finished_B, choice._replace(masked_B=run_B & False)
 
     def guess():
-        ids_B = tokens_at(free, logits_of(head_DV, draft_BD), progress.length_B + 1, wants_B, seen)
+        noise_BV = noise_at(choice, progress.length_B + 1, head_DV.shape[1])
+        ids_B = choose_ids(ANY, free, logits_of(head_DV, draft_BD), noise_BV, wants_B, seen)
         return jnp.where(wants_B, ids_B, NO_TOKEN)
 
     return lax.cond(wants_B.any(), guess, lambda: jnp.where(wants_B, 0, NO_TOKEN).astype(jnp.int32))
@@ -262,7 +236,8 @@ def _advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: A
 
 
 def _told(
-    choice: Choice | None,
+    kind: Kind,
+    choice: Choice,
     logits_BSV: Array,
     verified: Verified,
     counts_B: Array,
@@ -273,15 +248,32 @@ def _told(
     """Return the tokens, counts and ends for the host, and log-probabilities of all tokens where a row wants them."""
     numbers = verified.tokens_BS.T, counts_B[None], progress.finished_B[None].astype(jnp.int32)
     numbers_BX = jnp.concatenate(numbers).T
-    if choice is None:
-        return Told(numbers_BX, None, drafted_B)
-    shape, vocab_size = verified.tokens_BS.shape, logits_BSV.shape[-1]
+    drafts_BN2 = jnp.stack([drafted_B, jnp.maximum(counts_B - 1, 0)], axis=1)[:, None]
+    if kind.choosing == GREEDY:
+        return Told(numbers_BX, None, drafts_BN2)
+    shape, wanted = verified.tokens_BS.shape, (run_B & choice.wants_logprobs_B).any()
+    logits_TV, ids_T = logits_BSV.reshape(-1, logits_BSV.shape[-1]), verified.tokens_BS.reshape(-1)
+    logprobs = logprobs_of(kind.choosing, logits_TV, ids_T, wanted)
+    return Told(numbers_BX, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), logprobs), drafts_BN2)
 
-    def found():
-        flat = log_probabilities(logits_BSV.reshape(-1, vocab_size), verified.tokens_BS.reshape(-1), MOST_LOGPROBS)
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), flat)
 
-    none = Logprobs(*(jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(found)))
-    none = jax.tree.map(lambda x: vary(x, logits_BSV), none)
-    logprobs = lax.cond((run_B & choice.wants_logprobs_B).any(), found, lambda: none)
-    return Told(numbers_BX, logprobs, drafted_B)
+def _in_one(told_N: Told) -> Told:
+    """Return what the steps of a burst tell, whose arrays lie one behind the other, as one step.
+
+    A row's tokens are put one behind the other, without those of a step that do not count.
+    """
+    counts_NB, finished_NB = told_N.numbers_BX[..., -2], told_N.numbers_BX[..., -1]
+    num_steps, batch, num_numbers = told_N.numbers_BX.shape
+    num_tokens = num_numbers - 2
+    counts_BX = jnp.arange(num_tokens) < counts_NB.T[..., None]
+    counts_BX = counts_BX.reshape(batch, num_steps * num_tokens)
+    target_BX = jnp.where(counts_BX, jnp.cumsum(counts_BX, axis=1) - 1, counts_BX.shape[1])
+
+    def together(x_NBS):
+        x_BX = jnp.moveaxis(x_NBS, 0, 1).reshape(*counts_BX.shape, *x_NBS.shape[3:])
+        return jnp.zeros_like(x_BX).at[jnp.arange(batch)[:, None], target_BX].set(x_BX, mode="drop")
+
+    numbers = together(told_N.numbers_BX[..., :-2]).T, counts_NB.sum(axis=0)[None], finished_NB[-1:]
+    logprobs, routes = jax.tree.map(together, (told_N.logprobs, told_N.routes_BSLK))
+    drafts_BN2 = jnp.moveaxis(told_N.drafts_BN2[:, :, 0], 0, 1)
+    return Told(jnp.concatenate(numbers).T, logprobs, drafts_BN2, routes_BSLK=routes)

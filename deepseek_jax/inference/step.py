@@ -64,8 +64,8 @@ class StepResult(NamedTuple):
     """What a step made; all NumPy.
 
     Attributes:
-        tokens_BK: int32 new tokens of each row; K is 1, or 1 + `num_drafts`. `sampling.NO_TOKEN` where the logits were
-            not numbers: the row has ended.
+        tokens_BK: int32 new tokens of each row; K is 1, or 1 + `num_drafts`, times the steps of a burst.
+            `sampling.NO_TOKEN` where the logits were not numbers: the row has ended.
         counts_B: int32, how many of them are there; 0 where none was chosen, or the row had ended before.
         finished_B: bool, rows of the step that have ended by themselves, now or before: the last token is an end id,
             the last of `max_new_tokens`, or `NO_TOKEN`. A prompt after which nothing is wanted ends without a token.
@@ -75,7 +75,7 @@ class StepResult(NamedTuple):
         routes: by row, where they are asked for, experts of the tokens that went through the model, uint8 or uint16
             [n, MoE layers, K], the best first.
         guess_B: int32, what a masked row may draft in its next step (`Device.set_mask`); `NO_TOKEN` for nothing.
-        drafted_B: drafts that were verified of each row.
+        drafts_BN2: drafts of each row that were verified, and those that stand, in each of the N steps of a burst.
     """
 
     tokens_BK: np.ndarray
@@ -85,7 +85,7 @@ class StepResult(NamedTuple):
     prompt_logprobs: dict[int, Logprobs]
     guess_B: np.ndarray
     routes: dict[int, np.ndarray] = {}
-    drafted_B: np.ndarray | None = None
+    drafts_BN2: np.ndarray | None = None
 
 
 class Step:
@@ -129,7 +129,7 @@ class Step:
     def _read(self) -> StepResult:
         num_rows, num_tokens = self._shape
         tokens_BK, counts_B = np.zeros((num_rows, num_tokens), np.int32), np.zeros(num_rows, np.int32)
-        finished_B, drafted_B, logprobs = np.zeros(num_rows, bool), None, None
+        finished_B, drafts_BN2, logprobs = np.zeros(num_rows, bool), None, None
         guess_B = np.full(num_rows, NO_TOKEN, np.int32)
         routes = {row: np.asarray(routes_TLK)[span] for routes_TLK, row, span in self._routed}
         for told, rows_X, places_X, routed in self._told:
@@ -137,9 +137,10 @@ class Step:
             count = numbers.shape[1] - 2  # of tokens; a first token is alone
             tokens_BK[rows_X, :count] = numbers[:, :count]
             counts_B[rows_X], finished_B[rows_X] = numbers[:, -2], numbers[:, -1] > 0
-            if told.drafted_B is not None:
-                drafted_B = np.zeros(num_rows, np.int32) if drafted_B is None else drafted_B
-                drafted_B[rows_X] = np.asarray(told.drafted_B)[places_X]
+            if told.drafts_BN2 is not None:
+                told_BN2 = np.asarray(told.drafts_BN2)
+                drafts_BN2 = np.zeros((num_rows, *told_BN2.shape[1:]), np.int32)
+                drafts_BN2[rows_X] = told_BN2[places_X]
             if told.guess_B is not None:
                 guess_B[rows_X] = np.asarray(told.guess_B)[places_X]
             if told.routes_BSLK is not None:
@@ -153,7 +154,7 @@ class Step:
         for found, row, span in self._evaluated:
             leaves: Any = (np.asarray(leaf)[span] for leaf in found)
             prompts[row] = Logprobs(*leaves)
-        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, guess_B, routes, drafted_B)
+        return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, guess_B, routes, drafts_BN2)
 
 
 def _begin_reading(tree) -> None:

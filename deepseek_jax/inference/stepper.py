@@ -254,10 +254,10 @@ class Stepper:
         """Count the drafts of a row, and keep its routes."""
         if row in result.routes:
             member.owner.add_routes(len(member.ids) - 1, result.routes[row])
-        if result.drafted_B is not None and count:
-            drafted = int(result.drafted_B[row])
-            member.owner.add_drafts(drafted, count - 1)
-            self.counters.draft(drafted, count - 1)
+        if result.drafts_BN2 is not None and count:
+            for drafted, accepted in result.drafts_BN2[row].tolist():
+                member.owner.add_drafts(drafted, accepted)
+                self.counters.draft(drafted, accepted)
 
     def _tell(self, member: Member, ids: list[int], logprobs: Logprobs | None, guess: int) -> None:
         """Tell a job's tokens, and end it if it has ended."""

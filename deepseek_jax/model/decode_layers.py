@@ -7,7 +7,7 @@ both for the next. Its attention is that of `model.absorbed`, in the kernels of 
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_p
 from deepseek_jax.model.attention import Attention, Beside, Table
 from deepseek_jax.model.layer import STACKS, DenseLayer, Layer, MoELayer, Tree, cached_execution, merge_cached
 from deepseek_jax.model.layers import rms_norm
-from deepseek_jax.model.moe import Observer
+from deepseek_jax.model.moe import Observer, unobserved
+from deepseek_jax.model.mtp import MtpLayer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, DISPATCH, HIDDEN, compute_dtype, transposed
 from deepseek_jax.parameters import Fp8Weight, TurnedFp8Weight, Weights
 from pallas_kernels import dispatch
@@ -75,29 +76,17 @@ def run_decode_layers(
     Returns:
         the hidden states after the final norm, the pages, and what `observe` reports of each layer with a router.
     """
-    execution = cached_execution(execution, valid_BS)
-    batch, num_queries, width = x_BSD.shape
-    cos, sin = (t.reshape(batch * num_queries, -1) for t in table)
+    execution, width = cached_execution(execution, valid_BS), x_BSD.shape[-1]
+    step = _Step(model, execution, _flat(table), places, valid_BS, observe)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def run(kind, next_scale, params, bias, x_TD, h_TD, cache, next_gain_D):
-        layer = merge_cached(kind, model, params, bias)
-        parts, cache = attend(model, layer.attention, h_TD, (cos, sin), places, cache)
-        x_TD, h_TD, rows, zeros = add_norm(x_TD, parts, _feed_gain(layer), eps=model.norm_eps, **_feed_options(layer))
-        h_BSD = h_TD.reshape(x_BSD.shape)
-        if isinstance(layer, MoELayer) and not layer.moe.model.num_shared_experts:
-            parts, observed = layer.moe.few(h_BSD, valid_BS, observe, rows, zeros)
-        else:
-            y_BSD, observed = layer.feed_normed(execution, h_BSD, valid_BS, observe)
-            parts = y_BSD.reshape(1, -1, width)
-        x_TD, h_TD, tiles, _ = add_norm(x_TD, parts, next_gain_D, eps=model.norm_eps, scale=next_scale)
-        return x_TD, h_TD if tiles is None else tiles, cache.pages, observed
+        return step.run(merge_cached(kind, model, params, bias), x_TD, h_TD, cache, next_gain_D, next_scale)
 
     layers = _in_order(weights)
     heads = [params["attention"] for _, params, _ in layers]
     x_TD, observations = x_BSD.reshape(-1, width), []
-    h_TD = rms_norm(x_TD, heads[0]["norm_D"], model.norm_eps)
-    h_TD = quantize_tiles(h_TD, scale=HIDDEN.scale) if _scale_in_front(heads[0]) else h_TD
+    h_TD = _first_norm(model, x_TD, heads[0])
     for number, ((kind, params, bias), following) in enumerate(zip(layers, [*heads[1:], None], strict=True)):
         cache, scale = LayerPages(pages, jnp.int32(number)), _scale_in_front(following)
         gain_D = weights.params["final_norm_D"] if following is None else following["norm_D"]
@@ -105,6 +94,78 @@ def run_decode_layers(
         observations += [observed] if observed is not None else []
     assert isinstance(h_TD, jax.Array), "no layer asks for tiles behind the last"
     return h_TD.reshape(x_BSD.shape), pages, observations
+
+
+def run_mtp_layer(
+    model: Model,
+    execution: Execution,
+    weights: Weights,
+    embedded_BSD: jax.Array,
+    hidden_BSD: jax.Array,
+    table: Table,
+    places: Places,
+    valid_BS: jax.Array,
+    pages: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Run the MTP layer over few tokens (`model.drafter`); return its states [B, S, D] and the pages.
+
+    Args:
+        model, execution, weights, table, places, valid_BS: as of `run_decode_layers`; the weights have an MTP layer.
+        embedded_BSD: of the token behind each position.
+        hidden_BSD: the states that it is merged with.
+        pages: of all layers, the MTP layer's the last.
+    """
+    params, bias = weights.params["mtp_layers"][0], weights.router_bias["mtp_layers"][0]
+    step = _Step(model, cached_execution(execution, valid_BS), _flat(table), places, valid_BS, unobserved)
+
+    @jax.jit
+    def run(params, bias, embedded_BSD, hidden_BSD, cache):
+        mtp = merge_cached(MtpLayer, model, params, bias)
+        x_TD = mtp.merge(embedded_BSD, hidden_BSD).reshape(-1, model.width)
+        h_TD = _first_norm(model, x_TD, params["block"]["attention"])
+        _, h_TD, pages, _ = step.run(mtp.block, x_TD, h_TD, cache, mtp.final_norm_D[...], None)
+        return h_TD.reshape(hidden_BSD.shape), pages
+
+    return run(params, bias, embedded_BSD, hidden_BSD, LayerPages(pages, jnp.int32(model.num_layers)))
+
+
+class _Step(NamedTuple):
+    """What all layers of a step share."""
+
+    model: Model
+    execution: Execution
+    table: Table  # [T, R / 2]
+    places: Places
+    valid_BS: jax.Array
+    observe: Observer
+
+    def run(
+        self, layer: Any, x_TD: jax.Array, h_TD: Any, cache: LayerPages, next_gain_D: jax.Array, next_scale: Any
+    ) -> tuple[jax.Array, Any, jax.Array, Any]:
+        """Run a layer; return the residual stream, its norm for what follows, the pages and what was observed."""
+        eps, shape = self.model.norm_eps, (*self.valid_BS.shape, -1)
+        parts, cache = attend(self.model, layer.attention, h_TD, self.table, self.places, cache)
+        x_TD, h_TD, rows, zeros = add_norm(x_TD, parts, _feed_gain(layer), eps=eps, **_feed_options(layer))
+        h_BSD = h_TD.reshape(shape)
+        if isinstance(layer, MoELayer) and not layer.moe.model.num_shared_experts:
+            parts, observed = layer.moe.few(h_BSD, self.valid_BS, self.observe, rows, zeros)
+        else:
+            y_BSD, observed = layer.feed_normed(self.execution, h_BSD, self.valid_BS, self.observe)
+            parts = y_BSD.reshape(1, *x_TD.shape)
+        x_TD, h_TD, tiles, _ = add_norm(x_TD, parts, next_gain_D, eps=eps, scale=next_scale)
+        return x_TD, h_TD if tiles is None else tiles, cache.pages, observed
+
+
+def _flat(table: Table) -> Table:
+    """Return cos and sin of the tokens in one line."""
+    cos, sin = (t.reshape(t.shape[0] * t.shape[1], -1) for t in table)
+    return cos, sin
+
+
+def _first_norm(model: Model, x_TD: jax.Array, attention: Tree) -> jax.Array | Quantized:
+    """Return the norm in front of a layer's attention, in tiles where its products read these."""
+    h_TD = rms_norm(x_TD, attention["norm_D"], model.norm_eps)
+    return quantize_tiles(h_TD, scale=HIDDEN.scale) if _scale_in_front(attention) else h_TD
 
 
 def _feed_gain(layer: MoELayer | DenseLayer) -> jax.Array:

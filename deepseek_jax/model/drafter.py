@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.model.absorbed import LayerPages, absorbed
+from deepseek_jax.model.absorbed import LayerPages, absorbed, places_of
+from deepseek_jax.model.decode_layers import has_kernels, run_mtp_layer
 from deepseek_jax.model.layer import Part, cached_execution, merge_cached, run_layer
 from deepseek_jax.model.moe import unobserved
 from deepseek_jax.model.mtp import MtpLayer
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences, expanded_over_pages
+from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.model.transformer import embed
 from deepseek_jax.parameters import Weights
 
@@ -92,6 +94,12 @@ def draft_step(
     Returns:
         the layer's states [B, S, D] after its final norm, and the pages with its entries.
     """
+    if has_kernels(model, execution, weights, valid_BS, pages):
+        table, places = rotary_table(model, positions_BS), places_of(model, tables_BJ, positions_BS, valid_BS)
+        embedded_BSD = embed(execution, weights.params["embed_VD"], next_BS)
+        with jax.named_scope("draft"):
+            new = table, places, valid_BS, pages
+            return run_mtp_layer(model, execution, weights, embedded_BSD, hidden_BSD, *new)
     part = Part(absorbed(model, tables_BJ, positions_BS, valid_BS), valid_BS)
     return _run(model, execution, weights, pages, next_BS, hidden_BSD, part)
 

@@ -5,15 +5,18 @@ are accepted, whatever they are. The contexts of --context tokens are random, to
 run, prompts are pieces of the held-out text, and drafts are accepted or not by the rule. For each batch, rows decode in
 three programs, as an engine runs them, one step ahead:
 
-    plain       no drafts; in single steps, and where an engine has them in bursts
+    plain       no drafts
     following   drafts off, while the MTP layer keeps its entries up to date: c of the MTP layer alone is the difference
     drafting    --num_drafts drafts of each row
 
+Where an engine has bursts, the first and the last are timed in bursts, too. The head is timed in a loop of its own.
+
 The programs of the three are compiled side by side; the steps of each are timed alone.
 
-The speed-up is that of tokens/s. It is set beside (1 + a) / (1 + c): a drafts accepted a step and row, and c either the
-share of time that the MTP layer takes, or all that a step takes longer. With the second both are the same by
-definition; its c is what `speculative.worth_rows` wants. --json writes the numbers as records, after each measurement.
+The speed-up is that of tokens/s. It is set beside (1 + a) / (1 + c): a drafts accepted a step and row, and c the share
+of time that the MTP layer takes, alone or with the head that makes a draft of its state; or all that a step takes
+longer. With the last both are the same by definition; its c is what `acceptance.worth_rows` wants. --json writes the
+numbers as records, after each measurement.
 """
 
 import statistics
@@ -22,15 +25,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax import lax
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.data.heldout import open_held_out
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.drafting import check_drafts
-from deepseek_jax.inference.row_state import RowSettings
+from deepseek_jax.inference.row_programs import logits_of
+from deepseek_jax.inference.row_sampling import DRAWN, GREEDY, choose_ids, noise_at
+from deepseek_jax.inference.row_state import RowSettings, empty_state
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inference.speculative import MOST_DRAFTS
 from deepseek_jax.inference.step import Piece
@@ -56,6 +63,7 @@ STEPS = flags.DEFINE_integer("steps", 64, "Timed steps.", lower_bound=2, upper_b
 
 WARM_UP = 8  # steps that are not timed
 BURSTS = 2  # times that a batch is timed: single steps, and bursts
+REPEATS = 5  # of the head's loop
 PREFILL_TOKENS = 2048
 NO_EOS = 2**31 - 2  # no token is it
 
@@ -165,23 +173,29 @@ def measure(subject: Subject, batch: int, temperature: float) -> list[dict[str, 
     plain, following, drafting = (time_steps(found, batch) for found in batches)
     faster = drafting.tokens / drafting.seconds * plain.seconds
     share = following.seconds / plain.seconds - 1
+    head = time_head(subject, batches[0].num_rows, temperature)
+    with_head = (following.seconds + head) / plain.seconds - 1
     values = [
         ("plain", batch / plain.seconds, "tokens/s"),
         ("drafting", batch * drafting.tokens / drafting.seconds, "tokens/s"),
         ("step, plain", 1e3 * plain.seconds, "ms"),
         ("step, following", 1e3 * following.seconds, "ms"),
         ("step, drafting", 1e3 * drafting.seconds, "ms"),
+        ("head of a draft", 1e3 * head, "ms"),
         ("a: drafts accepted", drafting.tokens - 1, "tokens"),
         ("c of the MTP layer", share, ""),
+        ("c of the MTP layer and its head", with_head, ""),
         ("c of the step", drafting.seconds / plain.seconds - 1, ""),
         ("speed-up", faster, "x"),
         ("share of (1 + a) / (1 + c)", 100 * faster * (1 + share) / drafting.tokens, "%"),
+        ("share with the head's c", 100 * faster * (1 + with_head) / drafting.tokens, "%"),
     ]
     if batches[0].burst > 1 and batch <= batches[0].burst_rows:
-        bursts = time_steps(batches[0], batch, batches[0].burst)
+        bursts, drafted = (time_steps(found, batch, found.burst) for found in (batches[0], batches[2]))
         values += [
             ("plain, in bursts", batch * bursts.tokens / bursts.seconds, "tokens/s"),
-            ("speed-up over bursts", drafting.tokens / drafting.seconds * bursts.seconds / bursts.tokens, "x"),
+            ("drafting, in bursts", batch * drafted.tokens / drafted.seconds, "tokens/s"),
+            ("speed-up of bursts", drafted.tokens / drafted.seconds * bursts.seconds / bursts.tokens, "x"),
         ]
     shape = {"batch": batch, "context": CONTEXT.value, "num_drafts": NUM_DRAFTS.value, "temperature": temperature}
     records = [report.record(subject.config, mode, shape, value, unit) for mode, value, unit in values]
@@ -230,6 +244,35 @@ def time_steps(batch: DeviceBatch, num_rows: int, num_tokens: int = 1) -> Timed:
     ahead.read()
     begin = WARM_UP // num_tokens
     return Timed(statistics.median(np.diff(ends[begin:])), float(np.mean(counts[begin + 1 :])))
+
+
+def time_head(subject: Subject, num_rows: int, temperature: float) -> float:
+    """Return the seconds in which a draft is made of the MTP layer's state: head and choice, the noise being there."""
+    head_DV = subject.weights.params["head_DV"]
+    kind = GREEDY if temperature == 0 else DRAWN
+    settings = empty_state(num_rows, head_DV.shape[1]).settings
+    warm_B = np.full(num_rows, temperature, np.float32)
+    choice = settings.choice._replace(sampling=settings.choice.sampling._replace(temperature=warm_B))
+    all_B: Any = np.ones(num_rows, bool)
+
+    @jax.jit
+    def run(head_DV, choice, x_BD):
+        noise_BV = None if kind == GREEDY else noise_at(choice, jnp.zeros(num_rows, jnp.int32), head_DV.shape[1])
+
+        def draft(x_BD, _):
+            ids_B = choose_ids(kind, choice, logits_of(head_DV, x_BD), noise_BV, all_B, None)
+            return x_BD.at[:, 0].set(ids_B.astype(x_BD.dtype)), None
+
+        return lax.scan(draft, x_BD, length=STEPS.value)[0]
+
+    with jax.set_mesh(subject.mesh):
+        x_BD = jnp.ones((num_rows, len(head_DV)), head_DV.dtype)
+        found = []
+        for _ in range(REPEATS + 1):
+            begin = time.perf_counter()
+            run(head_DV, choice, x_BD).block_until_ready()
+            found.append(time.perf_counter() - begin)
+    return statistics.median(found[1:]) / STEPS.value
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Drafts change no text, drawn or not, and texts have their distribution: a vocabulary of six tokens, enumerated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from deepseek_jax.inference import acceptance
 from deepseek_jax.inference.acceptance import Drafts
 from deepseek_jax.inference.requests import NOWHERE, row_keys
-from deepseek_jax.inference.row_sampling import Choice, RowSampling, choose
+from deepseek_jax.inference.row_sampling import ANY, DRAWN, GREEDY, Choice, RowSampling, choose, choose_ids, noise_at
 from deepseek_jax.inference.sampling import NO_TOKEN, Bias, Sampling, Seen
 
 VOCAB, NUM_TOKENS, NUM_DRAFTS = 6, 3, 2
@@ -66,28 +68,29 @@ def wanted(name):
     return np.array(list(found.values()))
 
 
-@jax.jit
-def one_step(choice, last_B2, length_B, num_B, seen):
+@functools.partial(jax.jit, static_argnums=0)
+def one_step(kind, choice, last_B2, length_B, num_B, seen):
     """Draft, and verify; return the tokens, how many, and what they have seen."""
     ids, context_B2, drafted = [], last_B2, seen
     everyone_B = jnp.ones(len(length_B), bool)
+    noise_BSV = noise_at(choice, length_B[:, None] + 1 + jnp.arange(NUM_DRAFTS + 1), VOCAB)
     for k in range(NUM_DRAFTS):
         logits_BV = DRAFTER_CCV[context_B2[:, 0], context_B2[:, 1]]
-        ids.append(acceptance.tokens_at(choice, logits_BV, length_B + 1 + k, everyone_B, drafted))
+        ids.append(choose_ids(kind, choice, logits_BV, noise_BSV[:, k], everyone_B, drafted))
         context_B2, drafted = jnp.stack([context_B2[:, 1], ids[-1]], 1), drafted.add(ids[-1])
     drafts = Drafts(jnp.stack(ids, 1), num_B)
     all_BS = jnp.concatenate([last_B2, drafts.ids_BK], axis=1)
     logits_BSV = jnp.stack([MODEL_CCV[all_BS[:, s], all_BS[:, s + 1]] for s in range(NUM_DRAFTS + 1)], 1)
-    return acceptance.verify(choice, logits_BSV, drafts, length_B, everyone_B, seen)
+    return acceptance.verify(kind, choice, logits_BSV, noise_BSV, drafts, length_B, everyone_B, seen)
 
 
-def texts_of_rows(choice, limit_B):
+def texts_of_rows(choice, limit_B, kind=ANY):
     """The first `NUM_TOKENS` tokens of each row, and how often so many drafts stood in rows that had two."""
     num_rows = len(limit_B)
     seen, texts, length_B = nothing_seen(num_rows), [[] for _ in range(num_rows)], np.full(num_rows, 7)
     last_B2, accepted = np.zeros((num_rows, 2), int), np.zeros((NUM_TOKENS, NUM_DRAFTS + 1))
     for step in range(NUM_TOKENS):
-        verified = jax.tree.map(np.asarray, one_step(choice, last_B2, length_B, limit_B, seen))
+        verified = jax.tree.map(np.asarray, one_step(kind, choice, last_B2, length_B, limit_B, seen))
         accepted[step] = np.bincount(verified.accepted_B[limit_B == 2], minlength=NUM_DRAFTS + 1)
         for row, count in enumerate(verified.accepted_B + 1):
             texts[row].extend(verified.tokens_BS[row, :count])
@@ -104,6 +107,9 @@ def test_texts_of_many_keys_are_those_without_drafts_and_have_the_distribution(n
     texts_BX, accepted = texts_of_rows(choice, limit_B)
     plain_BX, _ = texts_of_rows(choice, np.zeros(NUM_ROWS, int))
     assert (texts_BX == plain_BX).all() and accepted.sum(0).min() > 1000
+    if SETTINGS[name] is WARM:  # by the program of such rows, which has no condition
+        drawn_BX, stood = texts_of_rows(choice, limit_B, DRAWN)
+        assert (drawn_BX == texts_BX).all() and (stood == accepted).all()
     expected_X = wanted(name) * NUM_ROWS
     found_X = np.bincount(texts_BX @ VOCAB ** np.arange(NUM_TOKENS)[::-1], minlength=VOCAB**NUM_TOKENS)
     possible_X = expected_X > 0
@@ -125,10 +131,12 @@ def test_rows_without_drafts_get_the_tokens_of_the_plain_program():
     mixed = warm._replace(sampling=warm.sampling._replace(temperature=jnp.arange(num_rows) % 2 * 1.0))
     last_B2 = np.random.default_rng(3).integers(0, VOCAB, (num_rows, 2))
     everyone_B = jnp.ones(num_rows, bool)
-    plain_B = jax.jit(choose)(mixed, MODEL_CCV[last_B2[:, 0], last_B2[:, 1]], length_B + 1, everyone_B, seen).ids_B
-    none = one_step(mixed, last_B2, length_B, np.zeros(num_rows, int), seen)
+    plain_B = jax.jit(choose, static_argnums=0)(
+        ANY, mixed, MODEL_CCV[last_B2[:, 0], last_B2[:, 1]], length_B + 1, everyone_B, seen
+    ).ids_B
+    none = one_step(ANY, mixed, last_B2, length_B, np.zeros(num_rows, int), seen)
     assert none.tokens_BS[:, 0].tolist() == plain_B.tolist() and not none.accepted_B.any()
-    two = [one_step(choice, last_B2, length_B, np.full(num_rows, 2), seen) for choice in (warm, greedy, mixed)]
+    two = [one_step(ANY, choice, last_B2, length_B, np.full(num_rows, 2), seen) for choice in (warm, greedy, mixed)]
     for row, which in ((1, 0), (0, 1)):  # odd rows are warm
         for alone, beside in zip(two[which][:2], two[2][:2], strict=True):
             assert (alone[row::2] == beside[row::2]).all()
@@ -141,9 +149,11 @@ def test_logits_that_are_not_numbers_end_a_row():
     logits_BSV = jnp.zeros((2, 3, VOCAB)).at[:, :, 4].set(9.0).at[0, 1, 2].set(jnp.nan)
     drafts = Drafts(jnp.full((2, 2), 4), jnp.full(2, 2))
     run_B = jnp.ones(2, bool)
-    verified = acceptance.verify(None, logits_BSV, drafts, jnp.zeros(2, jnp.int32), run_B, None)
+    choice = choice_of(Sampling(temperature=0.0, top_k=0, top_p=1.0), 2)
+    greedy = GREEDY, choice, logits_BSV, None
+    verified = acceptance.verify(*greedy, drafts, jnp.zeros(2, jnp.int32), run_B, None)
     assert verified.accepted_B.tolist() == [1, 2]
     assert verified.tokens_BS[0, :2].tolist() == [4, NO_TOKEN] and verified.tokens_BS[1].tolist() == [4, 4, 4]
     drafts = drafts._replace(ids_BK=drafts.ids_BK - 1)
-    forced = acceptance.verify(None, logits_BSV, drafts, run_B + 0, run_B, None, forced=1.0)
+    forced = acceptance.verify(*greedy, drafts, run_B + 0, run_B, None, forced=1.0)
     assert forced.tokens_BS[1].tolist() == [3, 3, 4]

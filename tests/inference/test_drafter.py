@@ -82,12 +82,14 @@ def prefill(continues, weights, pages, tables_BJ, length_B, new_B, tokens_T, nex
 
 
 @on_device
-def decode(_, weights, pages, tables_BJ, tokens_BS, next_BS, positions_BS, valid_BS):
+def decode(joined, weights, pages, tables_BJ, tokens_BS, next_BS, positions_BS, valid_BS):
     model, execution = CONFIG.model, decode_execution(CONFIG, MESH)
     places = tables_BJ, tokens_BS, positions_BS, valid_BS
     hidden_BSD, pages = transformer.decode_step(model, execution, weights, pages, *places)
     places = tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS
-    return drafter.draft_step(model, execution, weights, pages, *places)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafter, "has_kernels", lambda *_: joined)
+        return drafter.draft_step(model, execution, weights, pages, *places)
 
 
 def packed(rows, num_tokens):
@@ -96,7 +98,10 @@ def packed(rows, num_tokens):
 
 
 def test_states_over_the_cache_are_those_of_training():
-    """Three prompts in pieces of unequal lengths, then steps of three tokens, of which a row takes one, two or all."""
+    """Three prompts in pieces of unequal lengths, then steps of three tokens, of which a row takes one, two or all.
+
+    In turns as separate norms, and as a GPU runs it: each norm where the residual stream is summed.
+    """
     with jax.set_mesh(MESH):
         execution = decode_execution(CONFIG, MESH)
         weights = decode_weights(CONFIG.model, execution, drawn_weights(CONFIG.model), MESH, drafts=True)
@@ -117,13 +122,13 @@ def test_states_over_the_cache_are_those_of_training():
             for row, end in enumerate(np.cumsum(new_B)):
                 keep(row, np.asarray(states_TD)[end - new_B[row] : end])
             length_B = length_B + new_B
-        for taken_B in ([1, 2, 3], [3, 3, 1], [2, 0, 3], [3, 1, 2]):
+        for joined, taken_B in ((False, [1, 2, 3]), (True, [3, 3, 1]), (True, [2, 0, 3]), (False, [3, 1, 2])):
             positions_BS = length_B[:, None] + np.arange(3)
             tokens_BS, next_BS = (np.take_along_axis(TOKENS_BS, positions_BS + i, axis=1) for i in (0, 1))
             taken_BS = np.arange(3) < np.array(taken_B)[:, None]
             tokens_BS = np.where(taken_BS, tokens_BS, 7)  # a draft that is wrong, whose entries are written again
             valid_BS = np.broadcast_to(np.array(taken_B)[:, None] > 0, taken_BS.shape)
-            states_BSD, pages = decode(None, weights, pages, tables_BJ, tokens_BS, next_BS, positions_BS, valid_BS)
+            states_BSD, pages = decode(joined, weights, pages, tables_BJ, tokens_BS, next_BS, positions_BS, valid_BS)
             for row, count in enumerate(taken_B):
                 keep(row, np.asarray(states_BSD)[row, :count])
             length_B = length_B + np.array(taken_B, np.int32)

@@ -60,8 +60,9 @@ def drawn_case(seed):
     return [random_sampling(rng) for _ in range(NUM_ROWS)], logits_BV, rows, positions_B, seen
 
 
-choose = jax.jit(row_sampling.choose)
+choose = functools.partial(jax.jit(row_sampling.choose, static_argnums=0), row_sampling.ANY)
 ACTIVE = jnp.ones(NUM_ROWS, bool)
+BRANCHES_AND_SORTS = {"cond", "while", "sort", "top_k"}
 
 
 def alone(sampling, row, logits_BV, rows, positions_B, seen):
@@ -90,20 +91,32 @@ def test_rows_of_one_kind_choose_as_a_batch_of_the_static_form():
         assert got.tolist() == want.tolist(), changes
 
 
-def test_without_ranks_nothing_branches_and_the_tokens_are_the_same():
-    """For rows without top-k and top-p: bias, penalties, masks and all."""
+@pytest.mark.parametrize("kind", [row_sampling.DRAWN, row_sampling.BY_ID, row_sampling.GREEDY])
+def test_without_ranks_nothing_branches_and_the_tokens_are_the_same(kind):
+    """For rows without top-k and top-p: bias, penalties, masks and all; or with none of these; or with nothing."""
     samplings, logits_BV, rows, positions_B, seen = drawn_case(6)
-    samplings = [dataclasses.replace(sampling, top_k=0, top_p=1.0) for sampling in samplings]
+    neutral = {"top_k": 0, "top_p": 1.0}
     words_BW = np.random.default_rng(2).integers(-(2**31), 2**31, (NUM_ROWS, 3)).astype(np.int32)
-    choice = choice_of(samplings, rows, words_BW, {1, 4, 5}, wants=range(NUM_ROWS))
+    masked = {1, 4, 5} if kind == row_sampling.BY_ID else ()
+    if kind != row_sampling.BY_ID:
+        neutral |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+        rows = Rows(rows.keys_B)
+    if kind == row_sampling.GREEDY:
+        neutral |= {"temperature": 0.0}
+    samplings = [dataclasses.replace(sampling, **neutral) for sampling in samplings]
+    choice = choice_of(samplings, rows, words_BW, masked, wants=range(NUM_ROWS))
     logits_BV = logits_BV.at[7, 5].set(jnp.nan)
     want = choose(choice, logits_BV, positions_B, ACTIVE, seen)
-    jaxpr = jax.make_jaxpr(row_sampling.choose_by_id)(choice, logits_BV, positions_B, seen)
-    assert not {equation.primitive.name for equation in jaxpr.eqns} & {"cond", "while", "sort", "top_k"}
-    got = jax.jit(row_sampling.choose_by_id)(choice, logits_BV, positions_B, seen)
+    alone = functools.partial(row_sampling.choose, kind)
+    given = choice, logits_BV, positions_B, ACTIVE, seen if row_sampling.reads_seen(kind) else None
+    assert not {equation.primitive.name for equation in jax.make_jaxpr(alone)(*given).eqns} & BRANCHES_AND_SORTS
+    got = jax.jit(alone)(*given)
     assert got.ids_B.tolist() == want.ids_B.tolist() and got.ids_B[7] == NO_TOKEN
     sound = np.arange(NUM_ROWS) != 7
-    np.testing.assert_allclose(got.logprobs.chosen_B[sound], want.logprobs.chosen_B[sound], atol=1e-6)
+    if kind == row_sampling.GREEDY:
+        assert got.logprobs is None
+    else:
+        np.testing.assert_allclose(got.logprobs.chosen_B[sound], want.logprobs.chosen_B[sound], atol=1e-6)
 
 
 def test_a_mask_rules_tokens_out_before_the_draw():
@@ -138,8 +151,8 @@ def test_rows_whose_logits_are_not_numbers_get_no_token():
 def test_what_no_row_needs_is_not_computed():
     """Nothing is sorted but inside conditions."""
     samplings, logits_BV, rows, positions_B, seen = drawn_case(0)
-    jaxpr = jax.make_jaxpr(functools.partial(row_sampling.choose))(
+    jaxpr = jax.make_jaxpr(functools.partial(row_sampling.choose, row_sampling.ANY))(
         choice_of(samplings, rows), logits_BV, positions_B, ACTIVE, seen
     )
     outside = {equation.primitive.name for equation in jaxpr.eqns}
-    assert "cond" in outside and not outside & {"sort", "top_k", "scatter-add"}
+    assert "cond" in outside and not outside & {"sort", "top_k"}

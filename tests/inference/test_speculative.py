@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import job as job_lib
+from deepseek_jax.inference.acceptance import expected_tokens, worth_rows
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh, known_ids
@@ -18,7 +19,6 @@ from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.row_state import RowSettings
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
-from deepseek_jax.inference.speculative import expected_tokens, worth_rows
 from deepseek_jax.inference.step import Piece
 from deepseek_jax.serving.grammar import Grammars
 from tests.inference.test_batch import BUDGET, PAGES, POSITIONS, SEED, Host, Job
@@ -32,6 +32,7 @@ ROWS = 4
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 TOLD = Sampling(temperature=0.0, top_k=0, top_p=1.0, num_logprobs=3)
 WARM = Sampling(temperature=0.8, top_k=20, top_p=0.9)
+HOT = Sampling(temperature=0.8, top_k=0, top_p=1.0, num_logprobs=0)
 PENALIZED = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.3, frequency_penalty=0.2)
 TOKENIZER = byte_tokenizer()
 TOKENS = np.random.default_rng(5).integers(6, 262, (8, 300)).tolist()
@@ -53,9 +54,9 @@ def weights():
 
 
 @functools.cache
-def batch_of(num_drafts, drafting_rows=None):
+def batch_of(num_drafts, drafting_rows=None, burst=None):
     sizes = {"num_rows": ROWS, "num_pages": PAGES, "num_positions": POSITIONS, "most_prefill_tokens": BUDGET}
-    drafts = {"num_drafts": num_drafts, "drafting_rows": drafting_rows}
+    drafts = {"num_drafts": num_drafts, "drafting_rows": drafting_rows, "burst": burst}
     return DeviceBatch(CONFIG, known_ids(weights(), TOKENIZER), MESH, eos=TOKENIZER.eos, **sizes, **drafts)
 
 
@@ -81,9 +82,10 @@ class DraftingHost(Host):
             count = int(result.counts_B[job.row])
             if result.logprobs is not None:
                 job.logprobs = getattr(job, "logprobs", []) + [leaf[job.row, :count] for leaf in result.logprobs[:1]]
-            if result.drafted_B is not None and count:
-                self.drafted += int(result.drafted_B[job.row])
-                self.accepted += count - 1
+            if result.drafts_BN2 is not None and count:
+                drafted, accepted = result.drafts_BN2[job.row].sum(axis=0).tolist()
+                self.drafted += drafted
+                self.accepted += accepted
             ids = job.prompt + job.tokens
             if job.tokens and job.sequence._is_open and job.sequence.completes(len(ids) - 1):
                 job.sequence.commit(ids[len(job.sequence) : len(ids) - 1])
@@ -171,8 +173,9 @@ def test_a_masked_row_drafts_one_token_and_gets_what_it_gets_without_drafts(samp
             pieces = [] if ids else [Piece(0, TOKENS[4][:20], True), Piece(1, TOKENS[0][:5], True)]
             step = batch.step(pieces, rows_B & bool(ids)).read()
             if ids and batch.num_drafts:
-                assert step.drafted_B[0] == (draft != NO_TOKEN and len(ids) < 19)
-                accepted += int(step.counts_B[0]) - 1
+                ((drafted, stood),) = step.drafts_BN2[0]
+                assert drafted == (draft != NO_TOKEN and len(ids) < 19) and stood == step.counts_B[0] - 1
+                accepted += stood
                 assert (step.guess_B[0] == NO_TOKEN) == step.finished_B[0] and (step.guess_B[1:] == NO_TOKEN).all()
             ids += step.tokens_BK[0, : step.counts_B[0]].tolist()
             guess = int(step.guess_B[0])
@@ -207,6 +210,37 @@ def entries(host, prompt):
     """What the first page of a prompt has in all layers, the MTP layer's too."""
     (page,) = host.pools[0].find(array("i", prompt[:65]), None)
     return np.asarray(host.batch._calls._pages)[:, page].copy()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, pytest.param(HOT, marks=pytest.mark.slow)], ids=["greedy", "drawn"])
+def test_a_burst_tells_what_single_steps_tell(sampling):
+    """Tokens in one line, log-probabilities, experts, drafts and ends; a row ends within a burst."""
+    batch, rows_B, found = batch_of(3, burst=3), np.arange(ROWS) < 2, []
+    for plan in ([1] * 15, [3] * 5):
+        told = [[[], [], [], []] for _ in range(2)]
+        for row, most in ((0, 60), (1, 15)):
+            settings = {"sampling": sampling, "max_new_tokens": most, "seed": SEED, "number": row, "routes": True}
+            batch.open_row(row, RowSettings(**settings, ignore_eos=True))
+            batch.set_table(row, [4 * row, 4 * row + 1])
+        batch.step([Piece(row, TOKENS[row][: 5 + row], True) for row in (0, 1)], rows_B & False).read()
+        for step in [batch.step([], rows_B, num_tokens) for num_tokens in plan]:
+            result = step.read()
+            for row, (ids, logprobs, routes, drafts) in enumerate(told):
+                count = result.counts_B[row]
+                ids += result.tokens_BK[row, :count].tolist()
+                logprobs += [] if result.logprobs is None else result.logprobs.chosen_B[row, :count].tolist()
+                routes += result.routes[row].tolist()
+                drafts += result.drafts_BN2[row].tolist()
+        assert result.finished_B.tolist()[:2] == [False, True] and result.tokens_BK.shape[1] == 4 * plan[0]
+        for row in (0, 1):
+            batch.close_row(row)
+        found.append(told)
+    for (single, logprobs, *rest), (burst, others, *more) in zip(*found, strict=True):
+        assert single == burst and rest == more and len(rest[0]) == len(burst) >= 14
+        assert len(logprobs) == (0 if sampling is GREEDY else len(burst))
+        np.testing.assert_allclose(others, logprobs, atol=1e-5)
+        drafted, accepted = np.sum(more[1], axis=0)
+        assert 0 < accepted < drafted
 
 
 @pytest.mark.slow  # one more program

@@ -26,7 +26,7 @@ VALID_BS = np.array([[True, True], [True, False], [False, False]])
 
 @pytest.fixture(scope="module")
 def results():
-    """The step in both forms: hidden states, pages, and the experts of each token."""
+    """The step in both forms: hidden states, pages, and the experts of each token; then the pages before."""
     execution = decode.decode_execution(CONFIG, one_device())
     placed = decode_weights(CONFIG.model, execution, make_weights(), one_device())
     weights = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), placed)  # on no mesh

@@ -110,8 +110,9 @@ class FakeBatch:
         assert num_tokens == 1 or (num_tokens == self.burst and not pieces)
         assert num_tokens == 1 or (decodes_B.reshape(self.num_devices, -1).nonzero()[1] < self.burst_rows).all()
         self.num_bursts += num_tokens > 1
-        shape = self.num_rows, max(self.num_drafts + 1, num_tokens)
-        tokens, counts, drafted = np.zeros(shape, np.int32), *np.zeros((2, self.num_rows), np.int32)
+        shape = self.num_rows, num_tokens * (self.num_drafts + 1)
+        tokens, counts = np.zeros(shape, np.int32), np.zeros(self.num_rows, np.int32)
+        drafts = np.zeros((self.num_rows, num_tokens, 2), np.int32)
         chosen, prompts = np.zeros(shape, np.float32), {}
         for piece in pieces:
             row = self.rows[piece.row]
@@ -121,23 +122,31 @@ class FakeBatch:
                 self._choose(piece.row, tokens, counts, chosen)
         for number in np.flatnonzero(decodes_B):
             row = self.rows[number]
-            if row.ended:
-                continue
-            drafted[number] = row.draft != NO_TOKEN if row.settings.masked else self.num_drafts
             assert num_tokens == 1 or not row.settings.masked
-            accepted = num_tokens - 1 or row.last % (drafted[number] + 1)
-            while not row.ended and counts[number] <= accepted:
-                row.write([row.last], self.version)
-                self._choose(number, tokens, counts, chosen)
-                if row.settings.masked:
-                    accepted = int(row.last == row.draft)
-                    row.draft = NO_TOKEN
-            row.spoil(drafted[number] + 1 - counts[number])
+            for turn in range(0 if row.ended else num_tokens):
+                drafts[number, turn] = self._decode(number, tokens, counts, chosen)
+                if row.ended:
+                    break
         top = np.repeat(chosen[..., None], 20, 2)
         ids = np.repeat(tokens[..., None], 20, 2)
         ended = np.array([number in self.rows and self.rows[number].ended for number in range(self.num_rows)])
         guesses = self._guesses(decodes_B)
-        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts, guesses, {}, drafted))
+        return FakeStep(StepResult(tokens, counts, ended, Logprobs(chosen, ids, top), prompts, guesses, {}, drafts))
+
+    def _decode(self, number, tokens, counts, chosen):
+        """Choose a token of a row, and as many more as drafts stand; return how many there were, and stood."""
+        row, before = self.rows[number], counts[number]
+        drafted = int(row.draft != NO_TOKEN) if row.settings.masked else self.num_drafts
+        accepted = row.last % (drafted + 1)
+        while not row.ended and counts[number] - before <= accepted:
+            row.write([row.last], self.version)
+            self._choose(number, tokens, counts, chosen)
+            if row.settings.masked:
+                accepted = int(row.last == row.draft)
+                row.draft = NO_TOKEN
+        made = counts[number] - before
+        row.spoil(drafted + 1 - made)
+        return drafted, made - 1
 
     def _guesses(self, decodes_B):
         """What masked rows draft: mostly the token that they get if their mask stays as it is."""
