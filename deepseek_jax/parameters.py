@@ -71,7 +71,6 @@ class Parameter:
 
 
 PARAMETERS = {
-    # A token's embedding is looked up; its gradient is a scatter-add in FP32.
     "embed_VD": Parameter(P(None, TOKENS), 0, "fp32"),
     "head_DV": Parameter(P(TOKENS, None), 1, "compute"),
     "q_DNQ": Parameter(P(TOKENS, None, None), 1, "fp8"),
@@ -82,7 +81,6 @@ PARAMETERS = {
     "o_NHD": Parameter(P(None, None, TOKENS), 2, "fp8"),
     "gate_up_D2F": Parameter(P(TOKENS, None, None), 1, "fp8"),
     "down_FD": Parameter(P(None, TOKENS), 1, "fp8"),
-    # The router computes in FP32 (`model.router`).
     "router_DE": Parameter(P(TOKENS, None), 1, "fp32", keeps_fp32=True),
     "gate_up_ED2F": Parameter(P(EXPERTS, COPIES, None, None), 1, "fp8", per_expert=True),
     "down_EFD": Parameter(P(EXPERTS, None, COPIES), 1, "fp8", per_expert=True),
@@ -95,6 +93,11 @@ PARAMETERS = {
     "hidden_norm_D": Parameter(P(None), 0, "fp32"),
     "final_norm_D": Parameter(P(None), 0, "fp32"),
     "bias_E": Parameter(P(None), 0, "fp32", keeps_fp32=True),
+    # Adapters of rank U, beside weights that stay as they are (`adapters`); in, I, and out, O, are flat.
+    "lora_a_IU": Parameter(P(None, None), 1, "fp32"),
+    "lora_b_UO": Parameter(P(None, None), 1, "fp32"),
+    "lora_a_EIU": Parameter(P(EXPERTS, None, None), 1, "fp32", per_expert=True),
+    "lora_b_EUO": Parameter(P(EXPERTS, None, None), 1, "fp32", per_expert=True),
 }
 
 
@@ -208,8 +211,7 @@ def widest_layout(name: str, num_dims: int, num_experts: int) -> P:
     Dims of stacked layers come first and are not split.
 
     Args:
-        name: of the parameter.
-        num_dims: of the leaf.
+        name, num_dims: of the leaf.
         num_experts: of the model, on all devices; read for experts' weights alone.
     """
     parameter = PARAMETERS[name]
@@ -229,8 +231,7 @@ def layout_of(name: str, shape: Sequence[int], num_experts: int) -> P:
     Devices of a pipeline split the dim of `pipe_dim` before the others, if they divide it.
 
     Args:
-        name: of the parameter.
-        shape: of the leaf, stacked layers first.
+        name, shape: of the leaf, stacked layers first.
         num_experts: of the model, on all devices; read for experts' weights alone.
     """
     widest, lead = widest_layout(name, len(shape), num_experts), len(shape) - len(PARAMETERS[name].layout)

@@ -4,6 +4,7 @@
                                                model and C's recipe, in W/config.py
     export   --workdir=W --hf=DIR              write a checkpoint of W in FP8, whatever its precision (in BF16 with
                                                --precision=bf16), with config and tokenizer
+    adapters --workdir=W --hf=DIR              write the adapters of a run that trains them, in PEFT's format
     verify   --hf=DIR                          check names, shapes, dtypes and sizes against DIR's config.json, and the
                                                checksums of our own exports; values of other folders are not read
     logits   --hf=DIR --tokens=T.npy --output=O.npz    write logits, routes and gates for int32 tokens [B, S]
@@ -19,24 +20,29 @@ import jax
 import numpy as np
 from absl import flags
 
+from deepseek_jax.adapters import unadapted
 from deepseek_jax.config import Config, Mesh, Model, from_config_dict, to_dict
 from deepseek_jax.evaluation.logits import logits, read_tokens
 from deepseek_jax.files import replacing, write_atomically
 from deepseek_jax.huggingface import companions, imported_recipe
 from deepseek_jax.huggingface import config as hf_config
+from deepseek_jax.huggingface.changes import changes
 from deepseek_jax.huggingface.companions import Companion
 from deepseek_jax.huggingface.contents import expected, num_bytes
 from deepseek_jax.huggingface.folder import Folder, open_folder, progress_bar
 from deepseek_jax.huggingface.load import load
+from deepseek_jax.huggingface.peft import save_adapters
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.inputs import local_path, new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parameters import Weights
 from deepseek_jax.safetensors import record
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.header import DTYPES
+from deepseek_jax.training.adapted import merged, read_adapters
 from deepseek_jax.training.origin import initial_tokenizer
 from deepseek_jax.training.saved import stored_steps
-from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.weights import restore_adapters, restore_weights
 from deepseek_jax.training.workdir import (
     HUGGINGFACE,
     check_workdir,
@@ -141,7 +147,9 @@ def export() -> None:
         print("writing FP8, the form of the released checkpoint; --precision=bf16 writes BF16")
     session.start(keep_heap=False)
     mesh = all_devices(config)
-    weights, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True)
+    adapted, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True, merge=False)
+    with jax.set_mesh(mesh):
+        weights = merged(adapted)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
         save(
             weights,
@@ -152,10 +160,37 @@ def export() -> None:
             written.update,
             f"{workdir.resolve()} {progress.step}",
         )
+    lines = changed_lines(unadapted(adapted), weights, config, fp8) if read_adapters(workdir) else []
     if jax.process_index() > 0:
         return
+    for line in lines:
+        print(line)
     companions.write(folder, companions.export(workdir / HUGGINGFACE, read_tokenizer(workdir), config, fp8))
     print(f"{folder}: step {progress.step} of {workdir} in {'FP8' if fp8 else 'BF16'}")
+
+
+def changed_lines(before: Weights, after: Weights, config: Config, fp8: bool) -> list[str]:
+    """Say what merged adapters change of the stored bytes."""
+    found, total = changes(before, after, config.model, fp8), num_bytes(config.model, fp8)
+    return [
+        f"merged adapters: {found.tensors:,} tensors with {found.bytes:,} of {total:,} bytes are new; {found.changed:,}"
+        f" bytes differ from the base's, and {found.values:,} of {found.elements:,} values"
+    ]
+
+
+def adapters() -> None:
+    """Write a run's adapters in PEFT's format."""
+    folder, workdir = new_folder(HF.value, "--hf"), local_path(_needed("workdir"), "--workdir")
+    config, lora = read_config(workdir), read_adapters(workdir)
+    if lora is None:
+        raise ValueError(f"{workdir} holds a run that trains all weights; export writes them: convert_hf export")
+    session.start(keep_heap=False)
+    pairs, progress = restore_adapters(config, workdir, all_devices(config), STEP.value)
+    if jax.process_index() > 0:
+        return
+    base = config.training.initial_weights
+    size = save_adapters(pairs, lora, config.model, folder, base)
+    print(f"{folder}: adapters of step {progress.step} of {workdir}, {size:,} bytes, for the base {base}")
 
 
 def verify() -> None:
@@ -255,7 +290,7 @@ def _needed(flag: str) -> str:
     return value
 
 
-COMMANDS = {"import": import_, "export": export, "verify": verify, "logits": write_logits}
+COMMANDS = {"import": import_, "export": export, "adapters": adapters, "verify": verify, "logits": write_logits}
 
 if __name__ == "__main__":
     command.run(main, words=tuple(COMMANDS))

@@ -17,7 +17,7 @@ from absl import flags
 
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.inputs import local_path, shown
-from deepseek_jax.plan import decode, forecast
+from deepseek_jax.plan import adapters, decode, forecast
 from deepseek_jax.plan.chips import CHIPS, Chip, find_chip, find_topology, prepare
 from deepseek_jax.plan.counts import count, state_of
 from deepseek_jax.plan.report import lines, record
@@ -42,6 +42,9 @@ DECODE = flags.DEFINE_bool(
 CONTEXT = flags.DEFINE_integer(
     "context", None, "Tokens of each sequence that --decode plans for; 4,096 by default.", lower_bound=1
 )
+ADAPTERS = flags.DEFINE_string(
+    "adapters", None, "Plan the memory of adapters in place of all weights: RANK:TARGETS, such as 16:attention,experts."
+)
 PLOT = flags.DEFINE_string("plot", None, "Also draw memory and bytes of a device against their number to this .png.")
 JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
 DECODE_CONTEXT = 4096
@@ -53,11 +56,14 @@ def main(_) -> None:
     _check_flags()
     chip, num_devices = _where()
     compiled = COMPILE.value and not SEARCH.value
-    if chip and chip.compiles and compiled and not DECODE.value:
+    if chip and chip.compiles and compiled and not DECODE.value and ADAPTERS.value is None:
         prepare()
     target = None if JSON.value is None else _target(JSON.value, "--json")
     drawing = None if PLOT.value is None else _target(PLOT.value, "--plot")
     config = from_config_dict(CONFIG.value)
+    if ADAPTERS.value is not None:
+        _adapters(config, chip, num_devices, target)
+        return
     if DECODE.value:
         _decode(config, chip, num_devices, target)
         return
@@ -88,14 +94,21 @@ def _check_flags() -> None:
     """
     if CONTEXT.value is not None and not DECODE.value:
         raise ValueError(f"--context = {CONTEXT.value} says what --decode plans for: add --decode")
-    if not DECODE.value:
+    kinds = {"--decode": DECODE.value, "--adapters": ADAPTERS.value is not None}
+    kind = next((name for name, given in kinds.items() if given), None)
+    if kind is None:
         return
-    if TOPOLOGY.value is None:
+    if DECODE.value and TOPOLOGY.value is None:
         raise ValueError("--decode needs devices: add --topology=h200:8, for example")
-    of_training = {"--search": SEARCH.value, "--plot": PLOT.value is not None, "--nocompile": not COMPILE.value}
+    of_training = {
+        "--search": SEARCH.value,
+        "--plot": PLOT.value is not None,
+        "--nocompile": not COMPILE.value,
+        "--adapters": kind == "--decode" and ADAPTERS.value is not None,
+    }
     for name, given in of_training.items():
         if given:
-            raise ValueError(f"{name} and --decode: {name} is of training alone; leave one of them out")
+            raise ValueError(f"{name} and {kind}: {name} is of training alone; leave one of them out")
 
 
 def _say(text: str) -> None:
@@ -146,6 +159,15 @@ def _decode(config: Config, chip: Chip | None, num_devices: int | None, target: 
     print("\n".join(decode.lines(found, context)))
     if target is not None:
         values = decode.record(found, context) | provenance("experiments.plan", f"{num_devices} x {chip.name}, absent")
+        target.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _adapters(config: Config, chip: Chip | None, num_devices: int | None, target: Path | None) -> None:
+    found = adapters.plan_adapters(config, adapters.parse(ADAPTERS.value or ""), num_devices, chip)
+    print("\n".join(adapters.lines(found)))
+    if target is not None:
+        device = f"{found.fit.num_devices} x {chip.name}, absent" if found.fit and chip else "none"
+        values = adapters.record(found) | provenance("experiments.plan", device)
         target.write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -17,6 +17,7 @@ FLOORS = [
     {"inference", "huggingface"},
     {"model"},
     {"parallel", "data"},
+    {"adapters"},
     {"parameters", "safetensors"},
     {"files", "locks", "storage", "config", "progress"},
     {"config_checks"},

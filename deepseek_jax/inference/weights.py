@@ -192,7 +192,7 @@ def _place(target: _Target, path: Any, weight: Any) -> Any:
             )
         if name != APART:
             return _place_fp8(name, weight, mesh)
-        weight = _dequantized(name, weight)
+        weight = dequantized(name, weight)
     if isinstance(weight, Beside | UpProjection | TurnedFp8Weight):
         return jax.device_put(
             weight, jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), _spec(path, weight))
@@ -210,7 +210,8 @@ def _place_fp8(name: str, weight: Fp8Weight, mesh: jax.sharding.Mesh) -> Fp8Weig
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _dequantized(name: str, weight: Fp8Weight) -> Array:
+def dequantized(name: str, weight: Fp8Weight) -> Array:
+    """Return a weight of FP8 in FP32, stacked as it is; `name` is its name in `PARAMETERS`."""
     values = weight.values
     matrix = matrix_shape(values.shape, num_lead_dims(name, values.ndim), PARAMETERS[name].row_dims)
     return dequantize(as_stored(values.reshape(matrix), weight.scales))[..., : matrix[-1]].reshape(values.shape)

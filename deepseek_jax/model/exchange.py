@@ -31,7 +31,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from deepseek_jax.adapters import Adapted, base_of, halves
+from deepseek_jax.model.experts_adapted import pair_of
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.model.rounds import Experts, Static, add_all, arrive, backward_round, count_rounds, forward_round
 from deepseek_jax.parallel.transport import choose_transport
@@ -57,7 +60,8 @@ def exchange(
         x_TD: this device's rows.
         experts_TK: global expert ids, int32; others than [0, num_experts) mean no expert (padding).
         gates_TK: gate weights, FP32.
-        weights: this device's experts, leading dim E / devices: `Fp8Weight`s, `CastWeight`s or arrays.
+        weights: this device's experts, leading dim E / devices: `Fp8Weight`s, `CastWeight`s or arrays; if any is
+            `Adapted`, all others are frozen, too.
         experts: the experts' arithmetic.
         transport: "local" (every expert is here: the specification), "dense" (one hop) or "two_hop" (over `node`, then
             over `expert`); the last two inside a shard_map with the `EXPERTS` axes.
@@ -72,9 +76,16 @@ def exchange(
         experts_TK = jnp.pad(experts_TK, ((0, missing), (0, 0)), constant_values=num_experts)
     way = choose_transport(transport, num_tokens + missing, k, groups, slack)
     carriers, numbers = {}, {}
+    frozen = any(isinstance(weight, Adapted) for weight in weights.values())
     for name, weight in weights.items():
+        if isinstance(weight, Adapted):
+            pair = halves(weight)
+            carriers[pair_of(name)] = pair
+            numbers[pair_of(name)] = tuple(lax.stop_gradient(w).astype(x_TD.dtype) for w in pair)
+        weight = base_of(weight)
         whole = weight if isinstance(weight, Fp8Weight) else CastWeight.of(weight)
-        carriers[name] = whole.carrier
+        if not frozen:
+            carriers[name] = whole.carrier
         numbers[name] = (whole.values, whole.scales) if isinstance(whole, Fp8Weight) else (whole.values,)
     static = Static(way, experts, num_experts, experts_TK.size, slack)
     y_TD: jax.Array = _exchange(static, x_TD, gates_TK, carriers, numbers, experts_TK)

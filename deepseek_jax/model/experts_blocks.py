@@ -78,7 +78,7 @@ class BlockedExperts:
         """Return the sums [W, D] and both halves of the pre-activations [Z, F]."""
         (gate_up_ED2F,), (down_EFD,) = weights["gate_up_ED2F"], weights["down_EFD"]
         num_slots, dtype, hidden_size = routing.source_Z.size, rows.dtype, down_EFD.shape[1]
-        sizes, blocks = self._sizes(routing)
+        sizes, blocks = self.sizes(routing)
 
         def body(i, carry):
             y_ZD, gate_ZF, up_ZF = carry
@@ -100,7 +100,7 @@ class BlockedExperts:
         (gate_up_ED2F,), (down_EFD,) = weights["gate_up_ED2F"], weights["down_EFD"]
         gate_ZF, up_ZF = hidden
         num_slots, dtype = routing.source_Z.size, rows.dtype
-        sizes, blocks = self._sizes(routing)
+        sizes, blocks = self.sizes(routing)
         in_wave = sizes[0] * sizes[1]
 
         def body(i, carry):
@@ -129,11 +129,24 @@ class BlockedExperts:
         dgates_WK = routing.to_assignments(dweight_Z)
         return sum_rows(dx_ZD, routing.slots_WK), dgates_WK, {"gate_up_ED2F": dgate_up, "down_EFD": ddown}
 
-    def _sizes(self, routing: Routing) -> tuple[tuple[int, int], Blocks]:
+    def sizes(self, routing: Routing) -> tuple[tuple[int, int], Blocks]:
         """Return (rows per block, blocks per wave), and the blocks."""
         num_slots = routing.source_Z.size
         sizes = self.block, min(self.wave, num_slots // self.block)
         return sizes, cut_blocks(routing.rows_E, num_slots, *sizes)
+
+
+def over_blocks(experts: BlockedExperts, routing: Routing, x_ZI: jax.Array, w_EIO: jax.Array) -> jax.Array:
+    """Return the product of rows in slots [Z, O], each with the weight of its expert."""
+    (block, wave), blocks = experts.sizes(routing)
+
+    def body(i, y_ZO):
+        x = lax.dynamic_slice_in_dim(x_ZI, i * wave * block, wave * block).reshape(wave, block, -1)
+        expert = lax.dynamic_slice_in_dim(blocks.expert, i * wave, wave)
+        return _put(y_ZO, jnp.einsum("wbi,wio->wbo", x, w_EIO[expert]), i)
+
+    zeros = vary(jnp.zeros((x_ZI.shape[0], w_EIO.shape[2]), x_ZI.dtype), x_ZI)
+    return _over_waves(blocks.waves, blocks.expert.size // wave, body, zeros)
 
 
 def _over_waves(num_waves, bound, body, carry):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from deepseek_jax.adapters import base_of
 from deepseek_jax.config import Model
 from deepseek_jax.model.linear import linear, swiglu_linear
 from deepseek_jax.model.recompute import keep
@@ -68,7 +69,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """Map [B, S, D] to [B, S, D]."""
         gate_up, down = self.gate_up_D2F.get_value(), self.down_FD.get_value()
-        if isinstance(gate_up, Fp8Weight):
+        if isinstance(base_of(gate_up), Fp8Weight):
             return swiglu_linear(x_BSD, gate_up, down)
         hidden = keep(linear(x_BSD, gate_up), "ffn_hidden")
         return linear(swiglu(hidden.astype(jnp.float32)).astype(x_BSD.dtype), down)

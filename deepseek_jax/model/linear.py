@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.adapters import Adapted, base_of, halves, shape_of
 from deepseek_jax.model.precision import HIDDEN, Input, Packed, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parameters import CastWeight, Fp8Weight
@@ -32,7 +33,7 @@ from pallas_kernels.quantize import quantize_tiles, quantize_tiles_both, requant
 
 def linear(
     x: jax.Array,
-    weight: jax.Array | CastWeight | Fp8Weight,
+    weight: jax.Array | CastWeight | Fp8Weight | Adapted,
     input_dims: int = 1,
     recipe: Input = HIDDEN,
     packed: Packed | None = None,
@@ -49,6 +50,8 @@ def linear(
     Returns:
         [..., *out] in the dtype of `x`.
     """
+    if isinstance(weight, Adapted):
+        return linear(x, weight.base, input_dims, recipe, packed) + low_rank(x, weight, input_dims)
     if isinstance(weight, CastWeight):
         return _cast_linear(input_dims, x, weight.carrier, weight.values)
     if not isinstance(weight, Fp8Weight):
@@ -60,7 +63,21 @@ def linear(
     return _linear(recipe, x_TI, matrix.carrier, (matrix.values, matrix.scales), packed).reshape(*rows, *out)
 
 
-def swiglu_linear(x: jax.Array, gate_up_D2F: Fp8Weight, down_FD: Fp8Weight) -> jax.Array:
+def low_rank(x: jax.Array, weight: Adapted, input_dims: int = 1) -> jax.Array:
+    """Return what an adapter adds to x W: scale (x A) B, multiplied in the dtype of `x`, gradients of A and B in FP32.
+
+    Args:
+        x: [..., *in].
+        weight: [*in, *out], with its pair.
+        input_dims: how many dims `in` has.
+    """
+    rows = x.shape[: x.ndim - input_dims]
+    a_IU, b_UO = (CastWeight(w, lax.stop_gradient(w).astype(x.dtype)) for w in halves(weight))
+    y_TO = linear(linear(x.reshape(math.prod(rows), -1), a_IU), b_UO) * weight.scale
+    return y_TO.reshape(*rows, *shape_of(weight)[input_dims:])
+
+
+def swiglu_linear(x: jax.Array, gate_up_D2F: Fp8Weight | Adapted, down_FD: Fp8Weight | Adapted) -> jax.Array:
     """Return down(silu(x gate) * (x up)) with both weights in FP8.
 
     Args:
@@ -71,9 +88,40 @@ def swiglu_linear(x: jax.Array, gate_up_D2F: Fp8Weight, down_FD: Fp8Weight) -> j
     Returns:
         BF16 [..., D].
     """
+    if isinstance(gate_up_D2F, Adapted) or isinstance(down_FD, Adapted):
+        return _adapted_swiglu_linear(x, gate_up_D2F, down_FD)
     gate_up, down = gate_up_D2F.as_matrix(), down_FD.as_matrix()
     weights = (gate_up.values, gate_up.scales), (down.values, down.scales)
     return _swiglu_linear(x.reshape(-1, x.shape[-1]), gate_up.carrier, down.carrier, *weights).reshape(x.shape)
+
+
+def _adapted_swiglu_linear(x, gate_up_D2F, down_FD):
+    """Do as `swiglu_linear` with frozen weights; the same numbers as that where adapters are zero."""
+    hidden_TH = keep(linear(x, gate_up_D2F).reshape(math.prod(x.shape[:-1]), -1), "ffn_hidden")
+    base = base_of(down_FD).as_matrix()
+    y_TD = _frozen_down(hidden_TH, (base.values, base.scales))
+    if isinstance(down_FD, Adapted):
+        y_TD += low_rank(_act(hidden_TH), down_FD)
+    return y_TD.reshape(x.shape)
+
+
+def _act(hidden_TH: jax.Array) -> jax.Array:
+    gate_TF, up_TF = jnp.split(hidden_TH.astype(jnp.float32), 2, axis=1)
+    return (jax.nn.silu(gate_TF) * up_TF).astype(hidden_TH.dtype)
+
+
+@jax.custom_vjp
+def _frozen_down(hidden_TH, down):
+    return matmul(swiglu_quantize(hidden_TH), transposed(*down))
+
+
+def _frozen_down_backward(residuals, g_TD):
+    hidden_TH, down = residuals
+    _, pull = jax.vjp(_act, hidden_TH)
+    return *pull(matmul(quantize_tiles(g_TD), as_stored(*down))), None
+
+
+_frozen_down.defvjp(lambda hidden_TH, down: (_frozen_down(hidden_TH, down), (hidden_TH, down)), _frozen_down_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

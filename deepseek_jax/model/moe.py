@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deepseek_jax.adapters import Adapted, base_of, shape_of
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.exchange import exchange
+from deepseek_jax.model.experts_adapted import AdaptedExperts
 from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_decode import expert_decode
 from deepseek_jax.model.experts_fp8 import Fp8Experts
@@ -146,7 +148,7 @@ class MoE(nnx.Module):
             experts_TK,
             gates_TK,
             weights,
-            choose_experts(execution, isinstance(weights["down_EFD"], Fp8Weight)),
+            choose_experts(execution, weights),
             transport=execution.exchange,
             num_experts=num_experts,
             slack=execution.exchange_slack,
@@ -155,8 +157,8 @@ class MoE(nnx.Module):
         return y_TD.reshape(h_BSD.shape)
 
 
-def _num_experts(down_EFD: jax.Array | CastWeight | Fp8Weight) -> int:
-    return (down_EFD.values if isinstance(down_EFD, Fp8Weight | CastWeight) else down_EFD).shape[0]
+def _num_experts(down_EFD: jax.Array | CastWeight | Fp8Weight | Adapted) -> int:
+    return shape_of(down_EFD)[0]
 
 
 def _with_shared(
@@ -173,8 +175,14 @@ def _with_shared(
     return jnp.concatenate([experts_TK, shared_TK], 1), jnp.concatenate([gates_TK, ones_TK], 1)
 
 
-def choose_experts(execution: Execution, in_fp8: bool) -> Experts:
-    """Return the experts' arithmetic for weights that are in FP8 or not."""
+def choose_experts(execution: Execution, weights: dict[str, Any]) -> Experts:
+    """Return the experts' arithmetic for weights that are in FP8 or not, with adapters or without."""
+    inner = _plain_experts(execution, isinstance(base_of(weights["down_EFD"]), Fp8Weight))
+    scales = tuple((name, weight.scale) for name, weight in weights.items() if isinstance(weight, Adapted))
+    return AdaptedExperts(inner, scales) if scales else inner
+
+
+def _plain_experts(execution: Execution, in_fp8: bool) -> Fp8Experts | GroupedExperts | BlockedExperts:
     if in_fp8:
         return Fp8Experts()
     if execution.experts == "grouped":

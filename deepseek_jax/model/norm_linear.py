@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.adapters import Adapted, base_of
 from deepseek_jax.model.layers import rms_norm
-from deepseek_jax.model.linear import linear
+from deepseek_jax.model.linear import linear, low_rank
 from deepseek_jax.model.precision import as_stored, transposed
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels import GROUP
@@ -22,7 +23,7 @@ from pallas_kernels.quantized import Quantized
 
 
 def norm_linear(
-    x: jax.Array, gain_D: jax.Array, eps: float, *weights: jax.Array | CastWeight | Fp8Weight
+    x: jax.Array, gain_D: jax.Array, eps: float, *weights: jax.Array | CastWeight | Fp8Weight | Adapted
 ) -> tuple[jax.Array, ...]:
     """Return rms_norm(x) W for each W.
 
@@ -35,10 +36,17 @@ def norm_linear(
     Returns:
         one [..., *out] per weight, in the dtype of `x`.
     """
-    if not isinstance(weights[0], Fp8Weight):
+    if not isinstance(base_of(weights[0]), Fp8Weight):
         h = rms_norm(x, gain_D, eps)
         return tuple(linear(h, weight) for weight in weights)
-    matrices = [weight.as_matrix() for weight in weights]
+    if any(isinstance(weight, Adapted) for weight in weights):
+        h = rms_norm(x, gain_D, eps)  # adapters read the norm in BF16
+        results = norm_linear(x, gain_D, eps, *map(base_of, weights))
+        return tuple(
+            y + low_rank(h, weight) if isinstance(weight, Adapted) else y
+            for y, weight in zip(results, weights, strict=True)
+        )
+    matrices = [weight.as_matrix() for weight in weights if isinstance(weight, Fp8Weight)]  # all are
     carriers = tuple(matrix.carrier for matrix in matrices)
     quantized = tuple((matrix.values, matrix.scales) for matrix in matrices)
     results = _norm_linear(eps, x.reshape(-1, x.shape[-1]), gain_D.astype(jnp.float32), carriers, quantized)

@@ -16,7 +16,7 @@ gathered once for both passes.
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.adapters import adapt, adapters_of
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import (
@@ -74,6 +75,8 @@ def gather(tree: Any, dtype: jnp.dtype, num_experts: int, differentiated: bool =
         dim, axes = split
         if isinstance(w, Fp8Weight):
             moved = _gather_bytes(w.values, axes, dim)
+            if differentiated and w.carrier is None:  # frozen: nobody reads this gradient, and it is not made
+                return Fp8Weight(vary(jnp.zeros(moved.shape, jnp.float32), moved), moved, w.scales)
             carrier = None if w.carrier is None else _carry(w.carrier, axes, dim)
             return Fp8Weight(carrier, moved, w.scales)
         own = jnp.float32 if PARAMETERS[name].precision == "fp32" else dtype
@@ -117,18 +120,18 @@ def quantize_weights(params: Any, num_experts: int) -> Any:
 
     def quantize_leaf(path, w):
         name = leaf_name(path)
-        if PARAMETERS[name].precision != "fp8":
+        if PARAMETERS[name].precision != "fp8" or _is_weight(w):
             return None
         with jax.named_scope("quantize_weights"):
             split = _split_of_part(name, w, num_experts)
             assert split is not None, name  # every matrix is split
             return _quantize(name, w, *split)
 
-    return jax.tree_util.tree_map_with_path(quantize_leaf, params)
+    return jax.tree_util.tree_map_with_path(quantize_leaf, params, is_leaf=_is_weight)
 
 
 def with_fp8(model: Model, execution: Execution, params: Any) -> Any:
-    """Return this device's part of the weights, quantised if the precision is FP8."""
+    """Return this device's part of the weights, quantised if the precision is FP8 and they are not yet."""
     return attach(params, quantize_weights(params, model.num_experts)) if execution.precision == "fp8" else params
 
 
@@ -142,7 +145,7 @@ def attach(tree: Any, quantized: Any) -> Any:
             return w
         return Fp8Weight(w, *q) if len(q) == 2 else CastWeight(w, *q)
 
-    return jax.tree.map(attach_leaf, tree, quantized)
+    return jax.tree.map(attach_leaf, tree, quantized, is_leaf=_is_weight)
 
 
 def detach(tree: Any) -> tuple[Any, Any]:
@@ -155,6 +158,14 @@ def detach(tree: Any) -> tuple[Any, Any]:
 
     carriers = jax.tree.map(lambda w: w.carrier if _is_weight(w) else w, tree, is_leaf=_is_weight)
     return carriers, jax.tree.map(numbers, tree, is_leaf=_is_weight)
+
+
+def differentiated(tree: Any, adapters: bool) -> tuple[Any, Callable[[Any], Any]]:
+    """Return what is differentiated of weights, all of them or their adapters, and what makes the weights of it."""
+    if adapters:
+        return adapters_of(tree), functools.partial(adapt, tree)
+    params, numbers = detach(tree)
+    return params, lambda params: attach(params, numbers)
 
 
 def in_fp32(weight: jax.Array | CastWeight) -> jax.Array:

@@ -105,11 +105,11 @@ def bytes_per_device(config: Config, state: State, mesh: jax.sharding.AbstractMe
     """
     stored = laid_out(state, mesh)
     held = {
-        "weights": _local(stored["params"], mesh) + _local(stored["router_bias"], mesh),
-        "moments": _local(stored["optimizer"], mesh),
+        "weights": local_bytes(stored["params"], mesh) + local_bytes(stored["router_bias"], mesh),
+        "moments": local_bytes(stored["optimizer"], mesh),
     }
     if "ema" in stored and not on_host(config.optimizer):
-        held["average"] = _local(stored["ema"], mesh)
+        held["average"] = local_bytes(stored["ema"], mesh)
     inside: dict[str, float] = dict.fromkeys(IN_GRADIENT, 0.0)
     share = shares(config, mesh)
     for top, sizes in beside_state(config, state, without_pipe(mesh)).items():
@@ -128,7 +128,7 @@ def host_bytes_per_device(config: Config, state: State, mesh: jax.sharding.Abstr
     """
     held: dict[str, int] = {}
     if on_host(config.optimizer):
-        held["average"] = _local(laid_out(state["ema"], mesh), mesh)
+        held["average"] = local_bytes(laid_out(state["ema"], mesh), mesh)
     if config.execution.remat == "offload":
         model = config.model
         tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
@@ -204,7 +204,7 @@ def _copy(config: Config, path: Any, leaf: Any, mesh: jax.sharding.AbstractMesh)
     return dtype.itemsize * in_use
 
 
-def _local(tree: Any, mesh: jax.sharding.AbstractMesh) -> int:
+def local_bytes(tree: Any, mesh: jax.sharding.AbstractMesh) -> int:
     """Return the bytes of one device's part of a tree that has layouts."""
     return sum(_part(leaf, leaf.sharding.spec, mesh) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.adapters import Lora
 from deepseek_jax.config import Config, convert, from_config_dict
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import read_json, shown
@@ -49,11 +50,15 @@ class Sft:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Posttraining:
-    """The whole section; the settings of the stages that it does not name are None."""
+    """The whole section; the settings of the stages that it does not name are None.
+
+    With `lora` a run trains adapters on weights that stay as they are; None: it trains all weights.
+    """
 
     stage: str
     sft: Sft | None = None
     grpo: Grpo | None = None
+    lora: Lora | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,18 @@ def read(config_dict: Any, initial: str = "") -> tuple[Config, Posttraining]:
             f" data; name the weights alone, without {WHOLE!r}"
         )
     STAGES[stage](getattr(posttraining, stage), config)
+    if posttraining.lora is not None:
+        if posttraining.sft is None:
+            raise ValueError(
+                f"{path}.lora trains adapters in the stage 'sft' alone, and stage = {stage!r}; leave it out, or begin"
+                f" {stage} with a run's merged adapters (experiments.convert_hf export)"
+            )
+        check_lora(posttraining.lora, config)
+        if posttraining.sft.mtp == "detached":
+            raise ValueError(
+                f"{path}.sft.mtp = 'detached' lets MTP layers alone learn from their loss, and they have no adapters;"
+                " set it to 'off', or to 'joint'"
+            )
     return config, posttraining
 
 
@@ -142,6 +159,36 @@ def check_sft(sft: Sft, config: Config) -> None:
         )
 
 
+def check_lora(lora: Lora, config: Config) -> None:
+    """Refuse adapters that could not learn, or whose run would change what adapters cannot hold.
+
+    Raises:
+        ValueError: for the first fault that is found, with the remedy.
+    """
+    path = f"config.{SECTION}.lora"
+    if lora.rank < 1:
+        raise ValueError(f"{path}.rank = {lora.rank} leaves nothing to train; give 1 or more, or leave out {path}")
+    if not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        raise ValueError(f"{path}.alpha = {lora.alpha} must be a positive number")
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise ValueError(
+            f"{path}.targets = {lora.targets} must name some weights, each once; ('attention',) for example"
+        )
+    if config.mesh.pipe != 1:
+        raise ValueError(
+            f"config.mesh.pipe = {config.mesh.pipe}: adapters train on a mesh without a pipeline; set it to 1"
+        )
+    if any(value for _, _, value in config.optimizer.bias_update_rate):
+        raise ValueError(
+            f"config.optimizer.bias_update_rate = {config.optimizer.bias_update_rate} would move router biases, which"
+            f" adapters cannot hold; set it to 0, or leave out {path}"
+        )
+    if config.optimizer.ema_decay:
+        raise ValueError(
+            f"config.optimizer.ema_decay = {config.optimizer.ema_decay}: no average of adapters is kept; set it to 0"
+        )
+
+
 def check_claimed(workdir: Path, posttraining: Posttraining) -> None:
     """Refuse a workdir of another kind of run, or of other settings.
 
@@ -172,12 +219,17 @@ def check_claimed(workdir: Path, posttraining: Posttraining) -> None:
 def claim(workdir: Path, posttraining: Posttraining) -> None:
     """Write the section into a workdir; call it just before `claim_workdir`."""
     if jax.process_index() == 0:
-        write_atomically(workdir / FILE, json.dumps(dataclasses.asdict(posttraining), indent=1) + "\n")
+        section = dataclasses.asdict(posttraining)
+        if posttraining.lora is None:
+            del section["lora"]  # the file of a run without adapters is as it was before there were any
+        write_atomically(workdir / FILE, json.dumps(section, indent=1) + "\n")
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
+        if value is None:
+            continue
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
 

@@ -26,12 +26,14 @@ import numpy as np
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.pipeline import make_loader
+from deepseek_jax.huggingface.load import abstract_weights
 from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
 from deepseek_jax.posttraining.chats import Chats, HeldOutChats, read_chats, rows_per_epoch
 from deepseek_jax.posttraining.settings import Posttraining, Sft, check_claimed, claim
+from deepseek_jax.training.adapted import Parts, adapters_line, claim_adapters, open_adapters
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.evaluation import place_batch
@@ -89,11 +91,11 @@ def train_sft(
         processes = readers(mesh)
         resources.enter_context(jax.set_mesh(mesh))
         objective = sft_objective(config, sft)
-        train_step, eval_step = jit_train_step(config, objective, mesh), jit_eval_step(config, objective, mesh)
+        eval_step = jit_eval_step(config, objective, mesh)
+        parts = _parts(config, posttraining, objective, workdir, mesh)
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
-        create = functools.partial(initial_state, config, workdir, mesh)
-        state, progress = begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
+        state, progress = begin(checkpoints, config, workdir, mesh, parts.abstract, parts.create)
         loader = make_loader(config, tokenizer, chats.train, *processes)
         resources.callback(loader.close)
         if progress.data is not None:
@@ -101,16 +103,17 @@ def train_sft(
         log = open_log(config, workdir, progress, resources, wandb)
         keep_template(workdir, template)
         claim(workdir, posttraining)
+        claim_adapters(workdir, posttraining.lora)
         claim_workdir(workdir, config)
-        say("\n".join(_lines(config, sft, mesh, state["params"], chats, progress)))
+        say("\n".join(_lines(config, posttraining, mesh, state["params"], chats, progress)))
         trainer = Trainer(
             config=config,
             mesh=mesh,
-            train_step=train_step,
+            train_step=parts.train_step,
             state=state,
             progress=progress,
             batches=loader,
-            evaluators=_evaluators(config, tokenizer, chats, eval_step, mesh, processes),
+            evaluators=_evaluators(config, tokenizer, chats, parts.on_whole(eval_step), mesh, processes),
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
             log=log,
@@ -118,6 +121,16 @@ def train_sft(
         )
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
+
+
+def _parts(
+    config: Config, posttraining: Posttraining, objective: Pretraining, workdir: Path, mesh: jax.sharding.Mesh
+) -> Parts:
+    """Return how all weights are trained, or adapters."""
+    if posttraining.lora:
+        return open_adapters(config, posttraining.lora, objective, workdir, mesh)
+    create = functools.partial(initial_state, config, workdir, mesh)
+    return Parts(jit_train_step(config, objective, mesh), abstract_state(config, mesh), create, lambda weights: weights)
 
 
 def with_length(config: Config, sft: Sft, chats: Chats) -> Config:
@@ -161,11 +174,15 @@ def _evaluators(config, tokenizer, chats, eval_step, mesh, processes) -> list[Ca
     return [functools.partial(heldout_row, eval_step, held_out, mesh)]
 
 
-def _lines(config, sft, mesh, params, chats: Chats, progress: Progress) -> list[str]:
+def _lines(config, posttraining: Posttraining, mesh, params, chats: Chats, progress: Progress) -> list[str]:
     """Return what the run is, for a person."""
+    sft, lora = posttraining.sft, posttraining.lora
+    assert sft is not None
+    model = abstract_weights(config, mesh).params if lora else params
     learned, total = (sum(f(example) for example in chats.train) for f in (_num_learned, _num_tokens))
     rows = [
-        ("model", model_line(config, params)),
+        ("model", model_line(config, model)),
+        *([("adapters", adapters_line(lora, params))] if lora else []),
         (
             "chats",
             f"{chats.num_conversations:,} conversations, {short(total)} tokens, {learned / total:.0%} of them learned;"

@@ -125,7 +125,7 @@ class ShardWriter:
         shards = plan(tensors, int(max_shard_bytes))
         self._dtypes = sorted({tensor.dtype for tensor in tensors})
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
-        self._headers = {file: _header(shard, metadata) for file, shard in self.shards.items()}
+        self._headers = {file: header_bytes(shard, metadata) for file, shard in self.shards.items()}
         digest = hashlib.sha256(source.encode())
         for file, header in self._headers.items():
             digest.update(file.encode() + header)
@@ -267,14 +267,14 @@ class ShardWriter:
             append("the header", memoryview(self._headers[file]), num_left)
             num_left -= len(self._headers[file])
             for tensor in self.shards[file]:
-                append(tensor.name, _bytes(get(tensor.name), tensor), num_left)
+                append(tensor.name, bytes_of(get(tensor.name), tensor), num_left)
                 num_left -= tensor.num_bytes
             with naming_full_disks("the last tensors", path, self.num_bytes(file)):
                 os.fsync(descriptor)
         return sha256.hexdigest()
 
 
-def _header(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     """Return the length and the header, padded as by the safetensors library: tensors begin at a multiple of 8."""
     fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -286,7 +286,8 @@ def _header(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(array: np.ndarray, tensor: Planned) -> memoryview:
+def bytes_of(array: np.ndarray, tensor: Planned) -> memoryview:
+    """Return the bytes of an array that has the dtype and the shape that were planned."""
     array = np.asarray(array)
     dtype = DTYPES[tensor.dtype]
     if array.dtype != dtype or array.shape != tuple(tensor.shape):

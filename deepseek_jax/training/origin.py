@@ -27,7 +27,7 @@ from deepseek_jax.parameters import Weights
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.saved import CHECKPOINTS
 from deepseek_jax.training.state import State, abstract_state, create_state, jit_state_around
-from deepseek_jax.training.workdir import check_tokenizer, put_tokenizer
+from deepseek_jax.training.workdir import ADAPTERS, check_tokenizer, put_tokenizer
 
 KEY = "training.initial_weights"
 WHOLE = "state:"  # in front of a workdir: its whole training state
@@ -74,6 +74,11 @@ def find_origin(config: Config) -> Origin | None:
     run = _is_run(folder)
     if (whole or step is not None) and not run:
         raise ValueError(f"{KEY} = {shown(text)!r}: {folder} is not the workdir of a run with checkpoints; name one")
+    if run and (folder / ADAPTERS).exists():
+        raise ValueError(
+            f"{KEY} = {shown(text)!r} is a run of adapters, whose checkpoints have no model; merge them with"
+            " experiments.convert_hf export, and begin with that folder"
+        )
     return Origin(folder, step, run, whole)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from deepseek_jax.adapters import adapt
 from deepseek_jax.config import Config, Execution, Model, Optimizer
 from deepseek_jax.model.balance import RouterStats, no_routers, update_biases
 from deepseek_jax.model.precision import compute_dtype
@@ -27,8 +28,9 @@ from deepseek_jax.parallel import context
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.stage_weights import whole_tree
-from deepseek_jax.parallel.weights import attach, detach, gather, in_fp32, reduce_gradients, with_fp8
-from deepseek_jax.parameters import PIPE, ROWS, TOKENS, P, Weights, partition_specs
+from deepseek_jax.parallel.stored import param_specs, stored_specs
+from deepseek_jax.parallel.weights import differentiated, gather, in_fp32, reduce_gradients, with_fp8
+from deepseek_jax.parameters import PIPE, ROWS, TOKENS, P, Weights
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, global_norms, make_optimizer
@@ -106,19 +108,19 @@ def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tupl
     return update(recipe, state, grads, sums, norms, rates)
 
 
-def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates) -> tuple[Any, Sums, Any]:
-    """Differentiate the objective of a whole batch.
+def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any = None) -> tuple[Any, Sums, Any]:
+    """Differentiate the objective of a whole batch by `weights.params`: all of the model, or adapters of `base`.
 
     Returns:
         FP32 gradients in the layout of the parameters, global sums, and the objective's normalisers.
     """
-    specs = _specs(weights)
+    specs, base_specs = stored_specs(weights), None if base is None else param_specs(base)
     local = jax.shard_map(
         functools.partial(_local_gradients, recipe),
-        in_specs=(specs, {name: P(ROWS) for name in batch}, P()),
+        in_specs=(specs, {name: P(ROWS) for name in batch}, P(), base_specs),
         out_specs=(specs.params, P(), P()),
     )
-    return local(weights, batch, rates)
+    return local(weights, batch, rates, base)
 
 
 def update(
@@ -178,7 +180,7 @@ def eval_step(
         sums = _forward(model, execution, objective, weights, batch, load)
         return lax.psum(sums, TOKENS), lax.psum(batch["loss_weights_BS"].sum(), ROWS)
 
-    specs = (_specs(weights), {name: P(ROWS) for name in batch})
+    specs = (stored_specs(weights), {name: P(ROWS) for name in batch})
     sums, weight = jax.shard_map(local, in_specs=specs, out_specs=P())(weights, batch)
     return {
         "loss_sum": sums.terms.loss,
@@ -200,11 +202,6 @@ def _eval_alone(model: Model, execution: Execution, objective: Pretraining, weig
     return lax.psum(own, (PIPE, *TOKENS)), lax.psum(batch["loss_weights_BS"].sum(), ROWS)
 
 
-def _specs(weights: Weights) -> Weights:
-    """Return the layouts of weights; biases lie whole on every device."""
-    return Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
-
-
 def _run(
     model: Model, execution: Execution, objective: Objective, weights: Weights, batch: Batch, load, num_parts: int = 1
 ) -> Output:
@@ -223,7 +220,7 @@ def _forward(
     return context.parts(Sums(objective.terms(output, head_DV, batch), router))
 
 
-def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates):
+def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any):
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
@@ -232,15 +229,15 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
         return grads, lax.psum(Sums(*sums), (PIPE, *TOKENS)), norms
     load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
-    params = with_fp8(model, execution, weights.params)
-    params, quantized = detach(load(params) if once else params)
+    params = with_fp8(model, execution, weights.params) if base is None else adapt(base, weights.params)
+    params, whole_params = differentiated(load(params) if once else params, base is not None)
     parts = model, execution, objective
     load = (lambda tree: tree) if once else load
     micro_batches = _split(batch, recipe.micro_batch_size)
     several = micro_batches["tokens_BS"].shape[0] > 1
 
     def whole(params):
-        return Weights(attach(params, quantized), weights.router_bias)
+        return Weights(whole_params(params), weights.router_bias)
 
     chosen_LE = _choices(parts, whole(params), micro_batches, load) if several and objective.batch_wise else None
 

@@ -37,6 +37,7 @@ from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 
 HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
 # What a start or an import makes before it owns the workdir.
+ADAPTERS = "adapters.json"  # which weights have adapters, of a run that trains them (`training.adapted`)
 UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
 MOST_NAMED = 5  # of runs in a message
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before

@@ -88,6 +88,8 @@ FLAGS = [
     case("plan", f"{TINY} --topology=h200:8 --decode --nocompile", "--nocompile and --decode", "leave one of them out"),
     case("plan", f"{TINY} --topology=h200:8 --decode --search", "--search and --decode", "leave one of them out"),
     case("plan", f"{TINY} --decode", "--decode needs devices", "--topology=h200:8"),
+    case("plan", f"{TINY} --adapters=8:ffn --search --devices=1", "--search and --adapters", "leave one of them out"),
+    case("plan", f"{TINY} --adapters=8", "--adapters=8 is not RANK:TARGETS", "16:attention,experts"),
     case("plan", f"{TINY} --search", "--search needs devices", "--topology=h200:128"),
     case("serve", "", "--workdir is missing, and --hf too", "give the folder"),
     case("serve", "--workdir={d}/W --hf={d}/H", "--workdir and --hf are both given; leave one out"),

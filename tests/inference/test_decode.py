@@ -18,7 +18,7 @@ from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.completions import complete
 from deepseek_jax.inference.requests import Request, make_rows, row_keys
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.inference.weights import APART, _dequantized, decode_weights, takes_fp8
+from deepseek_jax.inference.weights import APART, decode_weights, dequantized, takes_fp8
 from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
@@ -406,7 +406,7 @@ def test_weights_in_fp8_are_decoded_as_stored(experts):
 def _without_fp8(name, weights):
     """Return weights of which those of this name are in BF16, as absorbed attention has them."""
     return jax.tree.map_with_path(
-        lambda path, leaf: _dequantized(name, leaf).astype(jnp.bfloat16) if leaf_name(path) == name else leaf,
+        lambda path, leaf: dequantized(name, leaf).astype(jnp.bfloat16) if leaf_name(path) == name else leaf,
         weights,
         is_leaf=lambda leaf: isinstance(leaf, Fp8Weight),
     )
