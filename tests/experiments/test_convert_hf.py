@@ -450,8 +450,8 @@ def test_a_workdir_that_is_taken(convert, checkpoint, workdir, tmp_path):
 
 def test_wrong_arguments(convert, checkpoint, workdir, tmp_path):
     hf = f"--hf={tmp_path / 'new'}"
-    assert "give one of import, export, verify, logits, not exprot" in convert.fails("exprot", hf)
-    assert "give one of import, export, verify, logits, not nothing" in convert.fails(hf)
+    assert "give one of import, export, adapters, verify, logits, not exprot" in convert.fails("exprot", hf)
+    assert "give one of import, export, adapters, verify, logits, not nothing" in convert.fails(hf)
     assert "--workdir is missing; give it: Folder of the run." in convert.fails("import", f"--hf={checkpoint}")
     assert "--workdir is missing; give it: Folder of the run." in convert.fails("export", hf)
     for size in ("nan", "inf", "1e300"):

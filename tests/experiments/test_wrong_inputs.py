@@ -146,7 +146,7 @@ FLAGS = [
     case("generate", "--workdir={d}/W --prompt=\udce9", "--prompt=\\udce9 is not UTF-8", "convert", files=RUN),
     case("convert_hf", BASE, "give one of import, export, adapters, verify, logits", "nothing"),
     case("convert_hf", f"improt {BASE}", "give one of import, export, adapters, verify, logits", "improt"),
-    case("convert_hf", f"import export {BASE}", "give one of import, export, adapters, verify, logits", "import export"),
+    case("convert_hf", f"import export {BASE}", "give one of import, export, adapters, verify", "import export"),
     case("convert_hf", "import", "--hf is missing", "Hugging Face"),
     case("convert_hf", f"import {BASE}", "--workdir is missing", "Folder of the run"),
     case("convert_hf", "export --hf={d}/out", "--workdir is missing", "Folder of the run"),
