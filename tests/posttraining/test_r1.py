@@ -195,6 +195,9 @@ def test_curves_are_drawn_and_the_mean_of_seeds_has_students_interval(tmp_path):
     assert r1_report.draw(plan, tmp_path) == tmp_path / "r1.png" and (tmp_path / "r1.png").stat().st_size > 1000
     stages = [{"cold_start": row(0.3), "reasoning": row(0.3 + gain)} for gain in (0.5, 0.6, 0.7, 0.0)]
     found = r1_seeds.records_of(dict(zip([*(f"seed_{n}" for n in range(3)), "chance"], stages, strict=True)))
+    (tmp_path / "samples.jsonl").write_text("{}\n" * 7)
+    kept = r1_seeds.kept_of("seed_0", plan_of(tmp_path), tmp_path)
+    assert [(record["value"], record["unit"]) for record in kept] == [(7, "answers")]
     # 0.6 +- 4.3027 * 0.1 / sqrt(3), without the control
     assert {key: round(found[-1][key], 4) for key in ("value", "low", "high")} == {
         "value": 0.6,
