@@ -42,11 +42,7 @@ def open_problems(config: Config, grpo: Grpo, template: ChatTemplate, tokenizer:
     Raises:
         ValueError: a bad file, fewer problems than are asked for, or a prompt that leaves no room for an output.
     """
-    if task := task_of(grpo.problems):
-        made = make_task(task.name, config.seed, task.shortest, task.longest)
-        parts = made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
-    else:
-        parts = split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
+    parts = find_problems(config.seed, grpo)
     prompts = Problems(*([Prompt(p, template.encode(tokenizer, p.messages)) for p in part] for part in parts))
     longest = max(prompts.train + prompts.heldout, key=lambda prompt: len(prompt.ids))
     if len(longest.ids) + grpo.max_new_tokens > config.data.sequence_length:
@@ -55,6 +51,18 @@ def open_problems(config: Config, grpo: Grpo, template: ChatTemplate, tokenizer:
             f" = {grpo.max_new_tokens} does not fit data.sequence_length = {config.data.sequence_length}; change one"
         )
     return prompts
+
+
+def find_problems(seed: int, grpo: Grpo) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to train on and the held-out ones, of a run with this seed.
+
+    Raises:
+        ValueError: a bad file, or fewer problems than are asked for.
+    """
+    if task := task_of(grpo.problems):
+        made = make_task(task.name, seed, task.shortest, task.longest)
+        return made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
+    return split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
 
 
 def read_problems(path: Path) -> list[Problem]:

@@ -15,10 +15,12 @@ the cold start instead of the base model; there is one task, so the last stage a
 helpfulness and harmlessness, which need a reward model.
 
 A killed stage continues where it stopped: runs behind their checkpoint, samples behind the last finished block of
-prompts. Draws depend on the seed, the prompt and the place in its group alone, so the samples are the same.
+prompts. Draws depend on the seed, the stage's name, the prompt and the place in its group alone, so the samples are the
+same.
 """
 
 import contextlib
+import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -38,23 +40,20 @@ from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.accuracy import accuracy_row
 from deepseek_jax.posttraining.conversations import find_template
 from deepseek_jax.posttraining.grpo import open_engine, open_pool, train_grpo
-from deepseek_jax.posttraining.grpo_settings import Grpo, task_of
+from deepseek_jax.posttraining.grpo_settings import Grpo
 from deepseek_jax.posttraining.problems import Problems, open_problems
-from deepseek_jax.posttraining.r1_settings import RANDOM, Plan, Stage, base_of, samples_of
+from deepseek_jax.posttraining.r1_settings import EXAMPLES, RANDOM, RESULTS, Plan, Stage, base_of, samples_of
 from deepseek_jax.posttraining.rewards.pool import RewardPool
 from deepseek_jax.posttraining.rollouts import sample_groups
 from deepseek_jax.posttraining.sft import train_sft
-from deepseek_jax.posttraining.tasks import make_task
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
+from deepseek_jax.training.saved import stored_steps
 from deepseek_jax.training.state import create_state
 from deepseek_jax.training.weights import restore_weights
-from deepseek_jax.training.workdir import HUGGINGFACE, claim_workdir, is_claimed, read_tokenizer
+from deepseek_jax.training.workdir import HUGGINGFACE, claim_workdir, read_tokenizer
 
-EXAMPLES = "examples.jsonl"
-RESULTS = "results"
 SHOWN = 3  # answers of a result
 BLOCK = 100  # prompts whose samples are kept at once
-SAMPLING_SEED = 1 << 40  # added to the run's, so that a stage of samples draws otherwise than its rollouts did
 # What stands around digits in the conversations; without digits, of which each stays a token.
 FRAME = "User:\n{} \n\nAssistant:\n<think></think><answer></answer>"
 MOST_TOKENS = 1 << 16  # of a tokenizer that has far fewer
@@ -89,11 +88,9 @@ def run_stages(plan: Plan, workdir: Path, tell: Callable[[str], None]) -> signal
 
 def prepare(plan: Plan, workdir: Path) -> None:
     """Write the conversations of the task, and random weights for the stages that begin with them, where missing."""
-    named = task_of(plan.r1.task)
-    assert named is not None  # `read_plan` refuses a file
-    task = make_task(named.name, plan.shared["seed"], named.shortest, named.longest)
-    conversations = task.cold_start(plan.r1.examples, plan.r1.hasty)
-    _write_lines(workdir / EXAMPLES, conversations)
+    conversations, path = plan.conversations(), workdir / f"{EXAMPLES}.jsonl"
+    if not path.exists():
+        _write_lines(path, conversations)
     word = conversations[0]["messages"][0]["content"].split()[0]
     for stage in plan.stages:
         if stage.initial == RANDOM:
@@ -101,17 +98,21 @@ def prepare(plan: Plan, workdir: Path) -> None:
 
 
 def save_random(config: Config, folder: Path, word: str) -> None:
-    """Save random weights as a run's checkpoint of step 0, with a tokenizer of bytes and of the words of a task."""
-    if is_claimed(folder):
+    """Save random weights as a run's checkpoint of step 0, with a tokenizer of bytes and of the words of a task.
+
+    config.json is written last: a start that was killed before is made up for.
+    """
+    if (folder / "config.json").exists():
         return
     folder.mkdir(exist_ok=True)
     config = config.with_(training={"initial_weights": ""})
     train_bpe([FRAME.format(word)] * 2, MOST_TOKENS).save(folder / TOKENIZER_FILES[0])
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
-        start = Progress(step=0, tokens_seen=0, data=None)
-        checkpoints.save(create_state(config), start, config, read_tokenizer(folder), mesh)
-        checkpoints.wait()
+    if not stored_steps(folder):
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+            start = Progress(step=0, tokens_seen=0, data=None)
+            checkpoints.save(create_state(config), start, config, read_tokenizer(folder), mesh)
+            checkpoints.wait()
     claim_workdir(folder, config)
 
 
@@ -123,7 +124,7 @@ def measure(plan: Plan, stage: Stage, workdir: Path, folder: str, tell: Callable
     path = _result(workdir, folder)
     if path.exists():
         return
-    grpo = _grpo(plan, next(s for s in plan.r1.stages if s.kind == "grpo"), workdir)
+    grpo = plan.grpo(plan.measure, workdir)
     with _sampler(plan, stage, workdir, folder, grpo) as (engine, pool, problems, weights):
         row = accuracy_row(engine, pool, problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights)
         shown = problems.heldout[:SHOWN]
@@ -151,33 +152,33 @@ def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[
     Right is what `Grpo.accuracy` of that stage says, and ends with EOS. Blocks of prompts that are done are kept.
 
     Raises:
-        ValueError: there are fewer training problems than `prompts`, or no answer was right.
+        ValueError: no answer was right.
     """
     path, settings = workdir / f"{stage.name}.jsonl", samples_of(stage)
     if path.exists():
         return
-    origin = next(s for s in plan.r1.stages if s.name == stage.initial)
-    grpo = _grpo(plan, origin, workdir)
-    blocks = workdir / stage.name
-    blocks.mkdir(exist_ok=True)
+    origin = plan.named(stage.initial)
+    grpo = plan.grpo(origin, workdir)
+    blocks = {begin: workdir / stage.name / f"{begin:06d}.jsonl" for begin in range(0, settings.prompts, BLOCK)}
     with _sampler(plan, origin, workdir, stage.initial, grpo) as (engine, pool, problems, weights):
-        if settings.prompts > len(problems.train):
-            raise ValueError(
-                f"stage {stage.name!r}: prompts = {settings.prompts} of {len(problems.train)} training problems; lower"
-                " it, or raise num_problems"
-            )
         engine.update_weights(weights)
-        for begin in range(0, settings.prompts, BLOCK):
-            block = blocks / f"{begin:06d}.jsonl"
+        (workdir / stage.name).mkdir(exist_ok=True)
+        for begin, block in blocks.items():
             if not block.exists():
                 numbers = range(begin, min(begin + BLOCK, settings.prompts))
-                seed = plan.shared["seed"] + SAMPLING_SEED
+                seed = sampling_seed(plan, stage)
                 _write_lines(block, _right_answers(engine, pool, problems, numbers, grpo, settings, seed))
-    kept = [json.loads(line) for block in sorted(blocks.iterdir()) for line in block.read_text("utf-8").splitlines()]
+    kept = [json.loads(line) for block in blocks.values() for line in block.read_text("utf-8").splitlines()]
     if not kept:
         raise ValueError(f"stage {stage.name!r}: none of the answers is right; train {stage.initial!r} for longer")
     _write_lines(path, kept)
     tell(f"{stage.name}: {len(kept):,} different right answers of {settings.prompts * settings.samples:,} kept")
+
+
+def sampling_seed(plan: Plan, stage: Stage) -> int:
+    """Return the seed of the draws of a stage of samples: of no other such stage, and not that of the rollouts."""
+    text = f"{plan.shared['seed']}/{stage.name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _right_answers(engine, pool, problems, numbers, grpo, settings, seed: int) -> list[dict]:
@@ -209,12 +210,6 @@ def _sampler(
         weights = restore_weights(config, workdir / folder, mesh)[0]
         with open_engine(config, grpo, problems, weights, tokenizer, mesh) as engine:
             yield engine, pool, problems, weights
-
-
-def _grpo(plan: Plan, stage: Stage, workdir: Path) -> Grpo:
-    grpo = plan.settings(stage, workdir)[1].grpo
-    assert grpo is not None
-    return grpo
 
 
 def _result(workdir: Path, name: str) -> Path:

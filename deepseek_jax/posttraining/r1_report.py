@@ -5,8 +5,7 @@ from typing import Any
 
 from deepseek_jax.inputs import read_json
 from deepseek_jax.palette import BLUE, SERIES
-from deepseek_jax.posttraining.r1 import RESULTS
-from deepseek_jax.posttraining.r1_settings import RANDOM, Plan, base_of
+from deepseek_jax.posttraining.r1_settings import RANDOM, RESULTS, Plan, base_of
 from deepseek_jax.training.metrics import read_rows
 
 # Key of the metrics to title.

@@ -16,12 +16,16 @@ from typing import Any
 from deepseek_jax.config import Config, convert
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import read_json, shown
-from deepseek_jax.posttraining.grpo_settings import task_of
+from deepseek_jax.posttraining.grpo_settings import Grpo, task_of
+from deepseek_jax.posttraining.problems import find_problems
 from deepseek_jax.posttraining.settings import SECTION, Posttraining, read
+from deepseek_jax.posttraining.tasks import make_task
 
 RANDOM = "random"
 KINDS = "sft", "grpo", "samples"
 RECORD = "r1.json"
+EXAMPLES = "examples"  # .jsonl
+RESULTS = "results"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class Stage:
         kind: "sft", "grpo" or "samples".
         initial: the stage whose weights it begins with; "random" for none, in SFT.
         data: of SFT: a stage of kind "samples"; "" for the conversations of the task.
-        changes: dotted keys of the shared configuration with this stage's values.
+        changes: dotted keys of the shared configuration with this stage's values; the seed is that of all stages.
         settings: the fields of `settings.Sft`, `grpo_settings.Grpo` or `Samples`.
     """
 
@@ -98,6 +102,35 @@ class Plan:
         """Those that run."""
         return self.r1.stages[: self.r1.num_stages]
 
+    @property
+    def measure(self) -> Stage:
+        """The first stage of GRPO, whose problems and reward measure all stages."""
+        return next(stage for stage in self.r1.stages if stage.kind == "grpo")
+
+    def named(self, name: str) -> Stage:
+        """Return the stage of that name."""
+        return next(stage for stage in self.r1.stages if stage.name == name)
+
+    def conversations(self) -> list[dict[str, Any]]:
+        """Return those of the cold start.
+
+        Raises:
+            ValueError: the task does not have so many, or no hasty way.
+        """
+        named = task_of(self.r1.task)
+        assert named is not None  # `read_plan` refuses a file
+        try:
+            task = make_task(named.name, self.shared["seed"], named.shortest, named.longest)
+            return task.cold_start(self.r1.examples, self.r1.hasty)
+        except ValueError as error:
+            raise ValueError(f"config.r1, task {self.r1.task!r}: {error}") from error
+
+    def grpo(self, stage: Stage, workdir: Path) -> Grpo:
+        """Return the settings of a stage of the kind "grpo"."""
+        grpo = self.settings(stage, workdir)[1].grpo
+        assert grpo is not None
+        return grpo
+
     def settings(self, stage: Stage, workdir: Path) -> tuple[Config, Posttraining]:
         """Return what `train_sft` or `train_grpo` takes for a stage of these kinds, whose folder is in `workdir`.
 
@@ -111,7 +144,7 @@ class Plan:
             for key, value in stage.changes.items():
                 _put(tree, key, value)
             if stage.kind == "sft":
-                tree["data"]["sources"] = [{"path": str(workdir / f"{stage.data or 'examples'}.jsonl")}]
+                tree["data"]["sources"] = [{"path": str(workdir / f"{stage.data or EXAMPLES}.jsonl")}]
             return read(tree | {SECTION: {"stage": stage.kind, stage.kind: stage.settings}}, str(initial))
         except ValueError as error:
             raise ValueError(f"config.r1, stage {stage.name!r}: {error}") from error
@@ -123,7 +156,7 @@ def base_of(stage: Stage) -> str:
 
 
 def read_plan(config_dict: Any, workdir: Path) -> Plan:
-    """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly, and check every stage.
+    """Convert an `ml_collections.ConfigDict` (or a dict of its shape) strictly, and check every stage; write nothing.
 
     Raises:
         ValueError: for the first fault that is found, with the remedy.
@@ -139,10 +172,15 @@ def read_plan(config_dict: Any, workdir: Path) -> Plan:
     if not 1 <= r1.num_stages <= len(r1.stages):
         raise ValueError(f"config.r1.num_stages = {r1.num_stages} must be 1 to {len(r1.stages)}")
     plan = Plan(tree, r1)
+    _check_names(r1.stages)
     for i, stage in enumerate(r1.stages):
         _check_stage(stage, r1.stages[:i])
         if stage.kind != "samples":
             plan.settings(stage, workdir)
+    if not any(stage.kind == "grpo" for stage in r1.stages):
+        raise ValueError("config.r1.stages has no stage of kind grpo, whose problems measure all stages; add one")
+    plan.conversations()
+    _check_problems(plan, workdir)
     return plan
 
 
@@ -152,28 +190,68 @@ def samples_of(stage: Stage) -> Samples:
 
 
 def keep_plan(plan: Plan, workdir: Path) -> None:
-    """Write the plan into `workdir`, or refuse one that differs from what is there; `num_stages` may.
+    """Write the plan into `workdir`, or refuse one that contradicts what is there.
+
+    `num_stages` may differ, and stages that have not begun may.
 
     Raises:
-        ValueError: it differs; the message names the first key that does.
+        ValueError: another key differs; the message names the first that does.
     """
     ours = json.loads(json.dumps({"shared": plan.shared, "r1": dataclasses.asdict(plan.r1) | {"num_stages": 0}}))
     path = workdir / RECORD
-    if not path.exists():
-        write_atomically(path, json.dumps(ours, indent=1) + "\n")
-        return
-    stored = read_json(path)
-    if difference := _difference(stored, ours, "config"):
+    stored = read_json(path) if path.exists() else None
+    if stored and (difference := _difference(_fixed(stored, workdir), _fixed(ours, workdir), "config")):
         raise ValueError(
-            f"{shown(str(workdir))} holds stages with other settings: {difference}; give its values, or another"
-            " --workdir"
+            f"{shown(str(workdir))} holds stages with other settings: {difference}; give its values, or a new folder as"
+            " --workdir (only stages that have not begun may change)"
         )
+    if stored != ours:
+        write_atomically(path, json.dumps(ours, indent=1) + "\n")
+
+
+def _fixed(record: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    """Return what may not change of a record: all but the stages that have not begun, and the one that measures."""
+    stages, measured = record["r1"]["stages"], (workdir / RESULTS).exists()
+    measure = next((stage for stage in stages if stage["kind"] == "grpo"), {"name": ""})
+    fixed = {s["name"]: s for s in stages if _has_begun(s["name"], workdir) or (measured and s is measure)}
+    return record | {"r1": record["r1"] | {"stages": fixed, "measured by": measure["name"] if measured else ""}}
+
+
+def _has_begun(name: str, workdir: Path) -> bool:
+    return any((workdir / made).exists() for made in (name, f"{name}.jsonl", f"{name}_random"))
+
+
+def _check_names(stages: tuple[Stage, ...]) -> None:
+    """Refuse names whose folders and files would be those of another stage, or of all."""
+    taken = {EXAMPLES, RESULTS, *(base_of(stage) for stage in stages)}
+    for stage in stages:
+        if not stage.name.isidentifier() or stage.name in taken:
+            raise ValueError(
+                f"config.r1, stage {shown(repr(stage.name))}: a name is of letters, digits and _, and not taken, as"
+                f" {sorted(taken)} are; choose another"
+            )
+        taken.add(stage.name)
+
+
+def _check_problems(plan: Plan, workdir: Path) -> None:
+    """Refuse stages that ask for more problems than there are."""
+    nums = {}
+    for stage in plan.r1.stages:
+        where = f"config.r1, stage {stage.name!r}"
+        if stage.kind == "grpo":
+            try:
+                nums[stage.name] = len(find_problems(plan.shared["seed"], plan.grpo(stage, workdir))[0])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        if stage.kind == "samples" and (prompts := samples_of(stage).prompts) > nums[stage.initial]:
+            raise ValueError(
+                f"{where}: prompts = {prompts} of {nums[stage.initial]} training problems of {stage.initial!r}; lower"
+                " it, or give that stage more problems"
+            )
 
 
 def _check_stage(stage: Stage, before: tuple[Stage, ...]) -> None:
     kinds, where = {other.name: other.kind for other in before}, f"config.r1, stage {stage.name!r}"
-    if not stage.name.isidentifier() or stage.name in (*kinds, "examples"):
-        raise ValueError(f"{where}: a name is of letters, digits and _, and no other stage has it; choose another")
     if stage.kind not in KINDS:
         raise ValueError(f"{where}: kind = {shown(repr(stage.kind))} is unknown; choose one of {KINDS}")
     begins = {"sft": (RANDOM, "sft", "grpo"), "grpo": ("sft", "grpo"), "samples": ("grpo",)}[stage.kind]
@@ -189,6 +267,8 @@ def _check_stage(stage: Stage, before: tuple[Stage, ...]) -> None:
             raise ValueError(f"{where}: {made}; prompts must be at least 1, samples 2, and the temperature above 0")
         if stage.changes:
             raise ValueError(f"{where}: samples have the configuration of {stage.initial!r}; leave changes empty")
+    if "seed" in stage.changes:
+        raise ValueError(f"{where}: changes: the seed, which chooses the problems, is of all stages; set config.seed")
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -4,7 +4,8 @@
 
 Runs `configs/tiny_r1.py` with the seeds 0, 1 and 2 into `workdir/seed_<n>`, and its control, `tiny_r1.py:chance`, with
 seed 0 into `workdir/chance`; what is done there already is read. So the runs may also be made beforehand, side by side:
-`python -m experiments.r1 --config.seed=1 --workdir=runs/r1_seeds/seed_1`. Writes records and a drawing.
+`python -m experiments.r1 --config.seed=1 --workdir=runs/r1_seeds/seed_1`. Writes records and a drawing; the records in
+`results` say in "runs" how theirs were made.
 
 A run has an interval of its own, Wilson's over its held-out problems. That of the mean over the seeds is Student's, of
 the differences behind and before `reasoning`; both are of 95%.
@@ -49,7 +50,7 @@ def main(_) -> None:
     runs = {}
     for name, (config, seed) in plans.items():
         tree = config.to_dict()
-        tree["r1"]["num_stages"] = min(STAGES.value or len(tiny_r1.STAGES), tree["r1"]["num_stages"])
+        tree["r1"]["num_stages"] = min(STAGES.value, tree["r1"]["num_stages"])
         tree["seed"] = seed
         plan = read_plan(tree, workdir / name)
         (workdir / name).mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,13 @@ def main(_) -> None:
             sys.exit(128 + stopped)
         runs[name] = plan
     common = records.provenance("experiments.studies.r1_seeds", session.describe_device(make_mesh(plan_mesh(runs))))
-    # where the runs lie did not make them, and names a folder of one machine
-    common["command"] = f"python -m experiments.studies.r1_seeds --workdir=runs/r1_seeds --stages={STAGES.value}"
     found = records_of({name: r1_report.results(plan, workdir / name) for name, plan in runs.items()})
+    found += [record for name, plan in runs.items() for record in kept_of(name, plan, workdir / name)]
     records.write(folder / "r1_seeds.json", [record | common for record in found])
     draw(runs, workdir).savefig(folder / "r1_seeds.png", dpi=100)
     for record in found:
-        print(f"{record['config']:<10}{record['op']:<46}{record['value']:>7.1%}")
+        value = f"{record['value']:.1%}" if record["unit"] == "share" else f"{record['value']:,}"
+        print(f"{record['config']:<10}{record['op']:<46}{value:>7}")
 
 
 def plan_mesh(runs: dict[str, Plan]) -> Any:
@@ -89,6 +90,16 @@ def records_of(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, 
     of_seeds = [gain for name, gain in gains.items() if name != CONTROL]
     mean, low, high = student(of_seeds)
     return [*found, _record("all seeds", f"{BEHIND} adds, mean", mean) | {"low": low, "high": high}]
+
+
+def kept_of(name: str, plan: Plan, workdir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's samples: how many different right answers were kept."""
+    paths = [workdir / f"{stage.name}.jsonl" for stage in plan.stages if stage.kind == "samples"]
+    return [
+        _record(name, f"right answers kept in {path.stem}", len(path.read_text("utf-8").splitlines()))
+        | {"mode": "temperature 1", "unit": "answers"}
+        for path in paths
+    ]
 
 
 def student(values: list[float]) -> tuple[float, float, float]:

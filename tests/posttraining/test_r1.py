@@ -1,26 +1,33 @@
 """R1's stages: what is refused, in which order they run, what is kept of samples, and what is told at the end."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from configs import tiny_r1
-from deepseek_jax.posttraining import r1, r1_report
+from deepseek_jax.files import PARTIAL_MARK
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.posttraining import grpo, r1, r1_report, sft
 from deepseek_jax.posttraining.r1_settings import keep_plan, read_plan
 from deepseek_jax.posttraining.rewards.chance import chance_reward
 from deepseek_jax.posttraining.rewards.format import text_reward
 from deepseek_jax.posttraining.rewards.problem import Problem, Score
 from deepseek_jax.posttraining.rollouts import Sample
+from deepseek_jax.training.metrics import read_rows
 from experiments.studies import r1_seeds
+from tests.posttraining import test_grpo, test_sft
 
 
-def plan_of(folder, changes=(), reward="text", num_stages=5):
-    """The plan of the configuration with `changes`: (number of a stage, key, value)."""
+def plan_of(folder, changes=(), reward="text", num_stages=5, **own):
+    """The plan of the configuration with `changes`: (number of a stage, key, value); `own` are the section's."""
     tree = tiny_r1.get_config(reward).to_dict()
+    tree["r1"] |= own
     stages = [dict(stage) for stage in tree["r1"]["stages"]]
     for number, key, value in changes:
         stages[number][key] = value
@@ -56,7 +63,13 @@ def test_stages_share_a_model_and_differ_in_what_they_name(tmp_path):
         ([(1, "initial", "second_sft")], "initial = 'second_sft' must be an earlier stage of kind sft or grpo"),
         ([(1, "initial", "random")], "initial = 'random' must be"),
         ([(2, "initial", "cold_start")], "must be an earlier stage of kind grpo"),
-        ([(1, "name", "cold_start")], "no other stage has it"),
+        ([(1, "name", "cold_start")], "not taken, as .*'cold_start'"),
+        ([(0, "name", "results")], "not taken"),
+        ([(2, "name", "examples")], "not taken"),
+        ([(1, "name", "cold_start_random")], "stage 'cold_start_random': a name .*not taken"),
+        ([(1, "changes", {"seed": 1})], "stage 'reasoning': changes: the seed, .* set config.seed"),
+        ([(2, "settings", {"prompts": 2001, "samples": 2, "temperature": 1.0})], "prompts = 2001 of 2000 training"),
+        ([(1, "settings", tiny_r1.GRPO | {"heldout": 10**5})], "stage 'reasoning': sort_digits has no 100000 diff"),
         ([(1, "name", "a/b")], "letters, digits and _"),
         ([(1, "kind", "ppo")], "kind = 'ppo' is unknown"),
         ([(3, "data", "reasoning")], "data = 'reasoning' must be an earlier stage of kind samples"),
@@ -71,12 +84,32 @@ def test_stages_that_mean_nothing_are_refused(tmp_path, changes, message):
         plan_of(tmp_path, changes)
 
 
-def test_a_folder_keeps_its_plan_but_may_run_more_stages(tmp_path):
+def test_a_plan_that_cannot_run_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="task 'add_digits:4-5': hasty = 4000: add_digits has no hasty way; use 0"):
+        plan_of(tmp_path, task="add_digits:4-5")
+    with pytest.raises(ValueError, match="no stage of kind grpo, whose problems measure all stages; add one"):
+        plan_of(tmp_path, stages=tiny_r1.STAGES[:1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_keeps_its_plan_but_may_run_more_stages_and_change_those_that_have_not_begun(tmp_path):
+    other = [(0, "settings", {"template": "plain", "epochs": 9.0, "mtp": "off"})]
     keep_plan(plan_of(tmp_path, num_stages=2), tmp_path)
-    keep_plan(plan_of(tmp_path), tmp_path)
-    with pytest.raises(ValueError, match=r"config.r1.stages\[0\].settings.epochs is 4.0 there, and 9.0 here"):
-        other = {"template": "plain", "epochs": 9.0, "mtp": "off"}
-        keep_plan(plan_of(tmp_path, [(0, "settings", other)]), tmp_path)
+    keep_plan(plan_of(tmp_path, other), tmp_path)  # nothing has begun
+    (tmp_path / "cold_start_random").mkdir()
+    with pytest.raises(ValueError, match=r"stages.cold_start.settings.epochs is 9.0 there, and 4.0 here; .* new f"):
+        keep_plan(plan_of(tmp_path), tmp_path)
+    fewer = [*other, (2, "settings", {"prompts": 9, "samples": 2, "temperature": 1.0})]
+    keep_plan(plan_of(tmp_path, fewer), tmp_path)
+    assert json.loads((tmp_path / "r1.json").read_text())["r1"]["stages"][2]["settings"]["prompts"] == 9
+    longer = [*fewer, (1, "settings", tiny_r1.GRPO | {"heldout": 100})]
+    keep_plan(plan_of(tmp_path, longer), tmp_path)
+    (tmp_path / r1.RESULTS).mkdir()
+    with pytest.raises(ValueError, match=r"stages.reasoning.settings.heldout is 100 there, and 200 here"):
+        keep_plan(plan_of(tmp_path, fewer), tmp_path)  # random weights were measured on its problems
+    (tmp_path / "samples.jsonl").touch()
+    with pytest.raises(ValueError, match=r"stages.samples.settings.prompts is 9 there"):
+        keep_plan(plan_of(tmp_path, [*other, longer[-1]]), tmp_path)
 
 
 def test_stages_run_in_order_until_a_signal_and_are_done_once(tmp_path, monkeypatch):
@@ -162,6 +195,9 @@ def test_curves_are_drawn_and_the_mean_of_seeds_has_students_interval(tmp_path):
     assert r1_report.draw(plan, tmp_path) == tmp_path / "r1.png" and (tmp_path / "r1.png").stat().st_size > 1000
     stages = [{"cold_start": row(0.3), "reasoning": row(0.3 + gain)} for gain in (0.5, 0.6, 0.7, 0.0)]
     found = r1_seeds.records_of(dict(zip([*(f"seed_{n}" for n in range(3)), "chance"], stages, strict=True)))
+    (tmp_path / "samples.jsonl").write_text("{}\n" * 7)
+    kept = r1_seeds.kept_of("seed_0", plan_of(tmp_path), tmp_path)
+    assert [(record["value"], record["unit"]) for record in kept] == [(7, "answers")]
     # 0.6 +- 4.3027 * 0.1 / sqrt(3), without the control
     assert {key: round(found[-1][key], 4) for key in ("value", "low", "high")} == {
         "value": 0.6,
@@ -184,6 +220,8 @@ def test_sampling_that_was_killed_goes_on_behind_the_blocks_that_are_done(tmp_pa
     def right_answers(engine, pool, problems, numbers, grpo, settings, seed):
         begun.append(numbers[0])
         if begun == [0, 100]:
+            torn = tmp_path / "samples" / f"000100.jsonl{PARTIAL_MARK}host-1-0"
+            torn.write_text('{"messages": [')
             raise KeyboardInterrupt
         return [{"number": number, "seed": seed} for number in numbers]
 
@@ -197,4 +235,61 @@ def test_sampling_that_was_killed_goes_on_behind_the_blocks_that_are_done(tmp_pa
     assert begun == [0, 100, 100, 200] and told == ["samples: 250 different right answers of 500 kept"]
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(250))
-    assert {line["seed"] for line in lines} == {plan.shared["seed"] + r1.SAMPLING_SEED}
+    seeds = {line["seed"] for line in lines}
+    others = r1.sampling_seed(plan, dataclasses.replace(stage, name="more")), plan.shared["seed"]
+    assert seeds == {r1.sampling_seed(plan, stage)} and not seeds & {*others}
+
+
+def nano_plan(folder):
+    """A real plan that takes seconds: a coin says what is right."""
+    tree = test_sft.settings(initial="").to_dict()
+    del tree["posttraining"]
+    tree["model"]["vocab_size"] = 320
+    tree["data"] |= {"sequence_length": 48, "tokenizer": "bpe"}
+    changes = {"training.batch_size": (("constant", 1.0, 8),), "training.micro_batch_size": 8}
+    own = test_grpo.GRPO | {"template": "folder", "rewards": {"chance": 1.0}, "accuracy": "chance", "updates": 1}
+    sampled = {"prompts": 12, "samples": 2, "temperature": 1.0}
+    rows = [
+        ("cold_start", "sft", "random", changes, {"template": "plain", "epochs": 1.0, "mtp": "off"}),
+        ("reasoning", "grpo", "cold_start", changes, own | {"steps": 2, "max_new_tokens": 20}),
+        ("samples", "samples", "reasoning", {}, sampled),
+    ]
+    stages = tuple(dict(zip(("name", "kind", "initial", "changes", "settings"), row, strict=True)) for row in rows)
+    tree["r1"] = {"task": "sort_digits:2-3", "examples": 40, "hasty": 0, "num_stages": 3, "stages": stages}
+    return read_plan(tree, folder)
+
+
+@pytest.mark.slow
+def test_stages_that_were_killed_end_where_the_uninterrupted_ones_do(tmp_path, monkeypatch):
+    """Random weights, fine-tuning, reinforcement learning, samples and all measurements, for real."""
+    for module in (r1, sft, grpo):
+        monkeypatch.setattr(module, "make_mesh", lambda layout: make_mesh(layout, jax.devices()[:1]))
+    monkeypatch.setattr(r1, "BLOCK", 6)
+    found = []
+    for name in ("whole", "killed"):
+        workdir, told = tmp_path / name, []
+        workdir.mkdir()
+        plan = nano_plan(workdir)
+
+        def tell(text, told=told, kills=name == "killed"):
+            told.append(text)
+            if kills and text.startswith("cold_start: "):
+                raise KeyboardInterrupt
+
+        if name == "killed":
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(r1, "claim_workdir", lambda folder, config: 1 / 0)
+                r1.run_stages(plan, workdir, tell)
+            assert (workdir / "cold_start_random" / "checkpoints").exists()
+            with pytest.raises(KeyboardInterrupt):
+                r1.run_stages(plan, workdir, tell)
+        assert r1.run_stages(plan, workdir, tell) is None
+        assert [text.split(":")[0] for text in told] == ["cold_start_random", "cold_start", "reasoning", "samples"]
+        files = [*sorted((workdir / r1.RESULTS).iterdir()), workdir / "samples.jsonl", workdir / "examples.jsonl"]
+        found.append({path.name: path.read_text() for path in files})
+        rows = [row for row in read_rows(workdir / "reasoning") if "policy/loss" in row]
+        found[-1]["losses"] = [(row["policy/loss"], row["rollout/reward"]) for row in rows]
+    assert found[0] == found[1] and len(found[0]["losses"]) == 2 and len(found[0]) == 6
+    assert 0 < len(found[0]["samples.jsonl"].splitlines()) < 24
+    times = (workdir / "examples.jsonl").stat().st_mtime_ns
+    assert r1.run_stages(plan, workdir, tell) is None and (workdir / "examples.jsonl").stat().st_mtime_ns == times
