@@ -68,6 +68,7 @@ class DraftingHost(Host):
         super().__init__(batch, ahead)
         self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1))]
         self.drafted = self.accepted = 0
+        self.told = []  # of each row and step: tokens, whether it has ended, drafts verified and accepted
 
     def pieces(self, running):
         ends = {job.row: job for job in running}
@@ -87,6 +88,7 @@ class DraftingHost(Host):
                 drafted, accepted = result.drafts_BN2[job.row].sum(axis=0).tolist()
                 self.drafted += drafted
                 self.accepted += accepted
+                self.told.append((count, bool(result.finished_B[job.row]), drafted, accepted))
             ids = job.prompt + job.tokens
             if job.tokens and job.sequence._is_open and job.sequence.completes(len(ids) - 1):
                 job.sequence.commit(ids[len(job.sequence) : len(ids) - 1])
@@ -142,9 +144,13 @@ def test_a_row_ends_at_its_last_token_and_at_an_end_inside_of_a_draft():
     ends = [i for i in range(12) if whole[i] not in whole[:i]]
     made = [job(prompt, most) for most in range(1, 13)]
     made += [job(prompt, 40, end_ids=[whole[end]]) for end in ends]
-    run(batch_of(3), *made, most_running=ROWS)
+    host = run(batch_of(3), *made, most_running=ROWS)
     assert [one.tokens for one in made] == [whole[:n] for n in range(1, 13)] + [whole[: end + 1] for end in ends]
     assert all(one.finished for one in made) and len(ends) > 5
+    assert all(accepted in (count - 1, count) and accepted <= drafted for count, _, drafted, accepted in host.told)
+    last = [(count, drafted, accepted) for count, ended, drafted, accepted in host.told if ended]
+    assert all(drafted <= count for count, drafted, _ in last)
+    assert sum(accepted == count for count, _, accepted in last) > 2  # the end was a draft, and counts as one
 
 
 @pytest.mark.slow
