@@ -124,7 +124,7 @@ class DeviceBatch:
         self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None, kinds: Sequence[str] = KINDS) -> None:
-        """Compile all programs, at most 20, or 29 with drafts; later none is compiled.
+        """Compile all programs, at most 23, or 32 with drafts; later none is compiled.
 
         `progress(done, all)` is called after each. Without drafts, `kinds` of choosing can be fewer than all (`KINDS`).
         """
@@ -243,7 +243,8 @@ class DeviceBatch:
             step.route(routes_TLK, routed)
         if call.last_rows.size:
             wants_logprobs = bool(self._wants_logprobs_B[call.last_rows].any())
-            told = self._calls.first(hidden_RD, call.packed)
+            kind = KINDS[self._kind_B[call.last_rows].max()]
+            told = self._calls.first(kind, hidden_RD, call.packed)
             step.tell(told, call.last_rows, call.last_places, wants_logprobs, call.last_rows[:0])
         self._calls.follow(call.packed, hidden_TD, call.next_R)
         if call.spans:

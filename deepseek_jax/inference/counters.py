@@ -26,7 +26,7 @@ class Counters:
         self.finished[reason] += 1
 
     def draft(self, drafted: int, accepted: int) -> None:
-        """Count a verification, by position."""
+        """Count a verification, by position: all that were drafted, and the first `accepted` of them."""
         for i in range(drafted):
             self.drafted[i] += 1
             self.accepted[i] += i < accepted

@@ -17,7 +17,8 @@ from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parameters import ROWS, P, Weights
 
-KINDS = GREEDY, DRAWN, ANY  # of the programs; a masked row needs the last, whose steps guess for it
+# Of the programs. A masked row needs the last, whose steps guess for it; those with bias or penalties run in it, too.
+DRAFTING_KINDS = GREEDY, DRAWN, ANY
 
 
 def check_drafts(num_drafts: int, model: Model) -> None:
@@ -82,7 +83,7 @@ class DraftingCalls(Calls):
             numbers = [self._num_drafts] if self._drafting_rows > 0 else []
             numbers += [0] if self._drafting_rows < width * self.sizes.devices else []
             steps = {1, self.burst} if width == self.widths[0] else {1}
-            names += [("speculate", width, *rest) for rest in itertools.product(KINDS, sorted(steps), numbers)]
+            names += [("speculate", width, *rest) for rest in itertools.product(DRAFTING_KINDS, sorted(steps), numbers)]
         return names + [("follow", num_tokens) for num_tokens in self.sizes.buckets]
 
     def _speculate_program(self, width: int, choosing: str, num_steps: int, drafts: int):

@@ -113,8 +113,7 @@ class Calls:
         self._progress, self._settings, self._seen = state
         self._no_words = jax.device_put(np.zeros((row_state.MOST_RECORDS, 2, self.num_words), np.int32), self._whole)
         self._run, self._run_bytes = None, b""
-        num_moe_layers = len(weights.params.get("moe_layers", ()))
-        load_RLE = np.zeros((sizes.devices, num_moe_layers, model.num_experts), np.int32)
+        load_RLE = np.zeros((sizes.devices, len(weights.params.get("moe_layers", ())), model.num_experts), np.int32)
         # Never donated: any thread may read the last that is ready.
         self._loads = deque([jax.device_put(load_RLE, self._split)], MOST_LOADS)
         self.set_tables(np.zeros((sizes.rows, sizes.columns), np.int32))
@@ -122,7 +121,8 @@ class Calls:
 
     def compile(self, progress: Callable[[int, int], None] | None, kinds: Sequence[str]) -> None:
         """Compile all programs that are not compiled yet: one is lowered while others are compiled."""
-        names = [name for name in self._names() if name[0] != "decode" or name[2] in kinds]
+        left_out = set(KINDS) - set(kinds)
+        names = [name for name in self._names() if name[0] not in ("decode", "first") or not left_out & set(name)]
         compilers = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), thread_name_prefix="compile")
         try:
             running = [compilers.submit(self._program, name) for name in names]
@@ -134,10 +134,11 @@ class Calls:
             compilers.shutdown(cancel_futures=True)
 
     def _names(self) -> list[tuple]:
-        names: list[tuple] = [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
+        names: list[tuple] = [("first", kind) for kind in KINDS]
+        names += [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
         names += [("decode", self.widths[0], kind, self.burst) for kind in KINDS if self.burst > 1]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
-        return [*names, ("first",), ("evaluate",), ("update",), ("see",), ("copy",)]
+        return [*names, ("evaluate",), ("update",), ("see",), ("copy",)]
 
     def set_tables(self, tables_BJ: np.ndarray) -> None:
         """Send the pages of all rows."""
@@ -147,8 +148,7 @@ class Calls:
         """Write records, and masks where there are any, into their rows."""
         records_UX = records_U.view(np.int32).reshape(len(records_U), -1)
         words = self._no_words if words_U2W is None else words_U2W
-        new = self._program(("update",))(self._progress, self._settings, records_UX, words)
-        self._progress, self._settings = new
+        self._progress, self._settings = self._program(("update",))(self._progress, self._settings, records_UX, words)
 
     def see(self, row: int, prompt: np.ndarray, output: np.ndarray) -> None:
         """Let a row have seen its prompt and its output."""
@@ -175,10 +175,12 @@ class Calls:
         self._loads.append(load_RLE)
         return hidden_RD, hidden_TD, routes_TLK
 
-    def first(self, hidden_RD: jax.Array, packed: Packed) -> Told:
-        """Choose the tokens behind the last pieces."""
-        arrays = self._head, self._progress, self._settings, self._seen, hidden_RD, packed._replace(tokens_T=None)
-        told, self._progress, self._seen = self._program(("first",))(*arrays)
+    def first(self, kind: str, hidden_RD: jax.Array, packed: Packed) -> Told:
+        """Choose the tokens behind the last pieces, whose rows are of `kind`."""
+        seen = self._seen if reads_seen(kind) else None
+        arrays = self._head, self._progress, self._settings, seen, hidden_RD, packed._replace(tokens_T=None)
+        told, self._progress, seen = self._program(("first", kind))(*arrays)
+        self._seen = seen if reads_seen(kind) else self._seen
         return told
 
     def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
@@ -257,15 +259,13 @@ class Calls:
     def _prefill_program(self, num_tokens: int):
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens), self.sizes.prefill_tokens
         rows = self._progress, self._tables_BJ, self._packed(num_tokens), self._loads[-1]
-        arguments = self.weights, self._pages, *rows
-        return row_programs.prefill, static, (1, 2), arguments
+        return row_programs.prefill, static, (1, 2), (self.weights, self._pages, *rows)
 
-    def _first_program(self):
-        dtype = compute_dtype(self._prefill_execution)
-        hidden_RD = self._shape(dtype, self.sizes.devices * self.pieces, self._model.width)
-        packed = self._packed(1)._replace(tokens_T=None)
-        arguments = self._head, self._progress, self._settings, self._seen, hidden_RD, packed
-        return row_programs.first, (), (1, 3), arguments
+    def _first_program(self, kind: str):
+        pieces, dtype = self.sizes.devices * self.pieces, compute_dtype(self._prefill_execution)
+        rest = self._shape(dtype, pieces, self._model.width), self._packed(1)._replace(tokens_T=None)
+        seen, donate = (self._seen, (1, 3)) if reads_seen(kind) else (None, (1,))
+        return row_programs.first, (kind,), donate, (self._head, self._progress, self._settings, seen, *rest)
 
     def _evaluate_program(self):
         num_tokens = self.sizes.devices * self.sizes.prefill_tokens

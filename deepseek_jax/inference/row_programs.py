@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference.cache import CACHE_SPECS
-from deepseek_jax.inference.row_sampling import ANY, choose, counted
+from deepseek_jax.inference.row_sampling import choose, counted
 from deepseek_jax.inference.row_state import Progress, RowState, Settings
 from deepseek_jax.inference.sampling import MOST_LOGPROBS, Chosen, Logprobs, Seen, log_probabilities
 from deepseek_jax.inference.weights import weight_specs
@@ -40,15 +40,15 @@ class Told(NamedTuple):
     Attributes:
         numbers_BX: int32, token, whether there is one, and whether the row has ended; in a burst or with drafts, K
             tokens and how many of them count, the first ones.
-        logprobs: zeros where no row asks for them; None from the greedy program. In a burst [B, K] and [B, K, tops].
-        drafts_BN2: int32, drafts that were verified and tokens behind the first, in each of N steps with drafts.
+        logprobs: as `row_sampling.choose` has them; None from the greedy program. In a burst [B, K] and [B, K, tops].
+        drafts_BN2: int32, drafts that were verified and those that stand, in each of N steps with drafts.
         guess_B: int32, drafts of masked rows for the next step, or `NO_TOKEN`.
         routes_BSLK: experts of the tokens that went through the model; None from `first`.
     """
 
     numbers_BX: Array
     logprobs: Logprobs | None
-    drafts_BN2: Any = None
+    drafts_BN2: Array | None = None
     guess_B: Array | None = None
     routes_BSLK: Array | None = None
 
@@ -201,9 +201,9 @@ def prefill(
 
 
 def first(
-    head_DV: Array, progress: Progress, settings: Settings, seen: Seen, hidden_RD: Array, packed: Packed
-) -> tuple[Told, Progress, Seen]:
-    """Choose the token behind each piece that is the last of a prompt; progress and seen are donated."""
+    kind: str, head_DV: Array, progress: Progress, settings: Settings, seen: Any, hidden_RD: Array, packed: Packed
+) -> tuple[Told, Progress, Any]:
+    """Choose the token behind each last piece of a prompt; `kind`, `seen` and what is donated as in `decode`."""
 
     def local(head_DV, progress, settings, seen, hidden_RD, packed):
         logits_RV = logits_of(manual_axes.vary(head_DV, frozenset(ROWS)), hidden_RD)
@@ -212,7 +212,7 @@ def first(
         last_R = packed.last_R & (of_R.progress.left_B > 0) & ~of_R.progress.finished_B
         # A prompt after which nothing is wanted ends here.
         over_R = packed.last_R & ~last_R
-        chosen, progress_R, seen_R = _chosen(ANY, logits_RV, of_R.progress, of_R.settings, of_R.seen, last_R)
+        chosen, progress_R, seen_R = _chosen(kind, logits_RV, of_R.progress, of_R.settings, of_R.seen, last_R)
         progress_R = progress_R._replace(finished_B=progress_R.finished_B | over_R)
         told = _told(chosen, last_R, progress_R)
         nowhere = len(progress.length_B)

@@ -131,9 +131,9 @@ def logprobs_of(kind: str, logits_BV: Array, ids_B: Array, wanted: Array) -> Log
     return Logprobs(chosen_B1[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1), ids_BK, tops_BK)
 
 
-def counted(choice: Choice | None, seen: Seen | None, ids_B: Array, chosen_B: Array) -> Seen | None:
+def counted(choice: Choice, seen: Seen | None, ids_B: Array, chosen_B: Array) -> Seen | None:
     """Return what the rows have seen with their new tokens: those of `chosen_B` whose settings have penalties."""
-    if choice is None or seen is None:
+    if seen is None:
         return seen
     counted_B = chosen_B & choice.sampling.penalizes_B()
     beyond = seen.count_BV.shape[1]  # where a token that is none, or is not counted, goes

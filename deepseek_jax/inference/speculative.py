@@ -248,7 +248,8 @@ def _told(
     """Return the tokens, counts and ends for the host, and log-probabilities of all tokens where a row wants them."""
     numbers = verified.tokens_BS.T, counts_B[None], progress.finished_B[None].astype(jnp.int32)
     numbers_BX = jnp.concatenate(numbers).T
-    drafts_BN2 = jnp.stack([drafted_B, jnp.maximum(counts_B - 1, 0)], axis=1)[:, None]
+    drafted_B = jnp.where(progress.finished_B, jnp.minimum(drafted_B, counts_B), drafted_B)  # none behind an end
+    drafts_BN2 = jnp.stack([drafted_B, jnp.minimum(verified.accepted_B, counts_B)], axis=1)[:, None]
     if kind.choosing == GREEDY:
         return Told(numbers_BX, None, drafts_BN2)
     shape, wanted = verified.tokens_BS.shape, (run_B & choice.wants_logprobs_B).any()

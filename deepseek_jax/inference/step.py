@@ -75,7 +75,8 @@ class StepResult(NamedTuple):
         routes: by row, where they are asked for, experts of the tokens that went through the model, uint8 or uint16
             [n, MoE layers, K], the best first.
         guess_B: int32, what a masked row may draft in its next step (`Device.set_mask`); `NO_TOKEN` for nothing.
-        drafts_BN2: drafts of each row that were verified, and those that stand, in each of the N steps of a burst.
+        drafts_BN2: drafts of each row that were verified, up to one that ends it, and those that stand, in each of the
+            N steps of a burst.
     """
 
     tokens_BK: np.ndarray

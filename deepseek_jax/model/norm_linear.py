@@ -46,11 +46,20 @@ def norm_linear(
             y + low_rank(h, weight) if isinstance(weight, Adapted) else y
             for y, weight in zip(results, weights, strict=True)
         )
-    matrices = [weight.as_matrix() for weight in weights if isinstance(weight, Fp8Weight)]  # all are
+    matrices = [_in_fp8(weight).as_matrix() for weight in weights]
     carriers = tuple(matrix.carrier for matrix in matrices)
     quantized = tuple((matrix.values, matrix.scales) for matrix in matrices)
     results = _norm_linear(eps, x.reshape(-1, x.shape[-1]), gain_D.astype(jnp.float32), carriers, quantized)
     return tuple(y.reshape(*x.shape[:-1], *weight.values.shape[1:]) for y, weight in zip(results, weights, strict=True))
+
+
+def _in_fp8(weight: jax.Array | CastWeight | Fp8Weight | Adapted) -> Fp8Weight:
+    if not isinstance(weight, Fp8Weight):
+        raise ValueError(
+            f"a weight is {type(weight).__name__} beside others in FP8; weights of one norm need one precision:"
+            " quantise all of them, or none"
+        )
+    return weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -49,7 +49,7 @@ def experts_decode(
         dense: what `pallas_kernels.routing` has made of these experts and gates, which saves kernels.
         parts: whether to return FP32 parts [., T, D], whose sum is y: for a caller that adds more to them.
         everybody: how many of the experts, the last ones, every token has: the shared ones. The kernel cuts its work
-            for the rows of the others. Any number is right.
+            for the rows of the others. From 0 to K - 1; any of these gives the same sums.
         implementation: "auto", "reference" or "hopper". The Hopper kernels take BF16 or FP8, D a multiple of 256 and F
             of 128; "auto" takes the reference for others.
 
@@ -61,6 +61,11 @@ def experts_decode(
         NotImplementedError: there is no such kernel here.
     """
     num_experts = check(h, experts, gates, gate_up, down, layer)
+    if not 0 <= everybody < experts.shape[1]:
+        raise ValueError(
+            f"everybody = {everybody} must be from 0 to {experts.shape[1] - 1} for experts {experts.shape}, so that a"
+            " token has an expert of its own; pass 0 if it has none"
+        )
     faces = {"reference": reference.experts_decode}
     fault = kernel_fault(h, down)
     if not fault:

@@ -42,6 +42,7 @@ def route(
         rule: how many experts, of which groups, with which gates.
         num_experts: at least E; the experts from E on are everybody's, with gate 1.
         zeros: int32 [256], for the marks of the kernel, which writes into them. None: XLA makes some, in two kernels.
+            It does so, too, where the products have more than 256 blocks, which need more marks (`hopper.call`).
         implementation: "auto", "reference" or "hopper". The kernel takes at most 512 tokens, D a multiple of 64, and E
             of 64 up to 256; "auto" takes the reference for others.
 

@@ -1,6 +1,7 @@
 """Rows that open, decode and close at different times get what each would get alone."""
 
 import dataclasses
+import functools
 import re
 from collections import deque
 
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.inference import generate
+from deepseek_jax.inference import generate, row_programs
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.batch_checks import check_burst
 from deepseek_jax.inference.page_pool import PagePool
 from deepseek_jax.inference.pages import Copy, PagedSequence
 from deepseek_jax.inference.requests import Request
+from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import RowSettings
 from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.step import Piece
@@ -216,6 +218,25 @@ def test_no_program_is_compiled_while_jobs_run(batch):
         jax.monitoring.clear_event_listeners() if not hasattr(
             jax.monitoring, "unregister_event_duration_listener"
         ) else (jax.monitoring.unregister_event_duration_listener(listen))
+
+
+def test_the_first_token_is_chosen_by_the_least_program_that_serves_the_rows(batch, monkeypatch):
+    """Noise of the vocabulary is made for no greedy row."""
+    kinds, first = [], batch._calls.first
+    monkeypatch.setattr(batch._calls, "first", lambda kind, *rest: kinds.append(kind) or first(kind, *rest))
+    samplings = [GREEDY, dataclasses.replace(GREEDY, temperature=1.0, top_k=0, top_p=1.0), BY_ID, WARM]
+    for row, sampling in enumerate(samplings):
+        batch.open_row(row, RowSettings(sampling=sampling, max_new_tokens=1, seed=SEED, number=row, prompt=[3]))
+        batch.set_table(row, [row])
+        batch.step([Piece(row, [3], True)], np.zeros(ROWS, bool)).read()
+    for row in range(len(samplings)):
+        batch.close_row(row)
+    assert kinds == list(KINDS)
+    head_DV, rest = batch._calls._head, batch._calls._first_program(KINDS[0])[-1][1:]
+    with jax.set_mesh(one_device()):
+        greedy = str(jax.make_jaxpr(functools.partial(row_programs.first, KINDS[0]))(head_DV, *rest))
+        drawn = str(jax.make_jaxpr(functools.partial(row_programs.first, KINDS[1]))(head_DV, *rest))
+    assert "random" not in greedy and "random" in drawn
 
 
 def test_a_row_that_has_ended_writes_nothing_though_steps_follow(batch):

@@ -80,7 +80,8 @@ def endless_batch(**options):
 
 @pytest.mark.parametrize(
     ("num_pages", "num_drafts", "num_devices", "burst"),
-    [(400, 0, 1, 1), (400, 2, 1, 1), (10, 0, 1, 1), (10, 3, 1, 1), (10, 1, 2, 1), (400, 0, 1, 4), (10, 3, 2, 3)],
+    [(400, 0, 1, 1), (400, 2, 1, 1), (10, 0, 1, 1), (10, 3, 1, 1), (10, 1, 2, 1), (400, 0, 1, 4), (10, 3, 2, 3)]
+    + [(10, 0, 2, 3)],
 )
 def test_every_job_is_as_alone(num_pages, num_drafts, num_devices, burst):
     """With room for all and in a cache that fits one job, where jobs give way; drafts, several devices, bursts."""

@@ -13,6 +13,7 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import job as job_lib
 from deepseek_jax.inference.acceptance import expected_tokens, worth_rows
 from deepseek_jax.inference.batch import DeviceBatch
+from deepseek_jax.inference.counters import Counters
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh, known_ids
 from deepseek_jax.inference.page_pool import PagePool
@@ -67,6 +68,7 @@ class DraftingHost(Host):
         super().__init__(batch, ahead)
         self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1))]
         self.drafted = self.accepted = 0
+        self.told = []  # of each row and step: tokens, whether it has ended, drafts verified and accepted
 
     def pieces(self, running):
         ends = {job.row: job for job in running}
@@ -86,6 +88,7 @@ class DraftingHost(Host):
                 drafted, accepted = result.drafts_BN2[job.row].sum(axis=0).tolist()
                 self.drafted += drafted
                 self.accepted += accepted
+                self.told.append((count, bool(result.finished_B[job.row]), drafted, accepted))
             ids = job.prompt + job.tokens
             if job.tokens and job.sequence._is_open and job.sequence.completes(len(ids) - 1):
                 job.sequence.commit(ids[len(job.sequence) : len(ids) - 1])
@@ -141,9 +144,13 @@ def test_a_row_ends_at_its_last_token_and_at_an_end_inside_of_a_draft():
     ends = [i for i in range(12) if whole[i] not in whole[:i]]
     made = [job(prompt, most) for most in range(1, 13)]
     made += [job(prompt, 40, end_ids=[whole[end]]) for end in ends]
-    run(batch_of(3), *made, most_running=ROWS)
+    host = run(batch_of(3), *made, most_running=ROWS)
     assert [one.tokens for one in made] == [whole[:n] for n in range(1, 13)] + [whole[: end + 1] for end in ends]
     assert all(one.finished for one in made) and len(ends) > 5
+    assert all(accepted in (count - 1, count) and accepted <= drafted for count, _, drafted, accepted in host.told)
+    last = [(count, drafted, accepted) for count, ended, drafted, accepted in host.told if ended]
+    assert all(drafted <= count for count, drafted, _ in last)
+    assert sum(accepted == count for count, _, accepted in last) > 2  # the end was a draft, and counts as one
 
 
 @pytest.mark.slow
@@ -335,9 +342,20 @@ def test_a_schema_gives_the_same_json_with_drafts():
 
 def test_where_drafting_is_worth_its_time():
     """(1 + a) / (1 + c) of DeepSeek-V3's 85% and of less."""
-    assert expected_tokens([0.85]) == 1.85 and expected_tokens([0.5, 0.5, 0.5]) == 1.875
+    assert expected_tokens([0.85]) == 1.85 and expected_tokens([0.5, 0.25, 0.125]) == 1.875
     costs = {1: 0.05, 32: 0.1, 128: 0.6, 256: 0.9}
     assert [worth_rows([a], costs) for a in (0.85, 0.3, 0.01)] == [128, 32, 0]
+
+
+def test_the_counted_shares_give_the_tokens_of_a_step():
+    """Three drafts a step, each right 85% of the time if those before it are."""
+    counters, rng = Counters(3), np.random.default_rng(0)
+    accepted = np.cumprod(rng.random((1000, 3)) < 0.85, axis=1).sum(axis=1).tolist()
+    for number in accepted:
+        counters.draft(3, number)
+    shares = np.divide(counters.accepted, counters.drafted)
+    assert expected_tokens(shares) == pytest.approx(1 + np.mean(accepted))
+    assert worth_rows(shares, {1: np.mean(accepted) - 0.01, 32: np.mean(accepted) + 0.01}) == 1
 
 
 @pytest.mark.parametrize(("num_drafts", "words"), [(4, "must be from 0 to 3"), (-1, "must be from 0 to 3")])

@@ -76,3 +76,10 @@ def test_arrays_are_multiplied_as_they_are():
     actual = results(lambda x, gain, *w: norm_linear(x, gain, EPS, *w), x, gain, weights, grads)
     expected = results(one_by_one, x, gain, weights, grads)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_weights_of_two_precisions_are_refused():
+    blocks = quantize_blocks(jnp.ones((256, 128), jnp.bfloat16))
+    weights = Fp8Weight(None, blocks.values, blocks.scales), jnp.ones((256, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match="need one precision"):
+        norm_linear(jnp.ones((8, 256), jnp.bfloat16), jnp.ones(256), EPS, *weights)

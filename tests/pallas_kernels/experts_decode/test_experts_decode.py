@@ -84,6 +84,12 @@ def test_operands_that_do_not_fit_are_refused(change):
         experts_decode(**operands)
 
 
+@pytest.mark.parametrize("everybody", [-1, 2])
+def test_a_token_has_an_expert_of_its_own(everybody):
+    with pytest.raises(ValueError, match="from 0 to 1 .* pass 0"):
+        experts_decode(*cases.make(4, 2, 8, *SMALL), everybody=everybody)
+
+
 def test_hopper_says_which_widths_it_takes():
     with pytest.raises(NotImplementedError, match="F = 64, only for multiples"):
         experts_decode(*cases.make(4, 2, 8, 256, 64), implementation="hopper")
