@@ -130,6 +130,7 @@ def _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW)
     if reads_seen(kind):
         parts = []
         for s in range(num_queries):
+            assert drafted is not None, "penalties need what the rows have"
             parts.append(adjusted(choice, logits_BSV[:, s], drafted))
             if s + 1 < num_queries:
                 drafted = counted(choice, drafted, drafts.ids_BK[:, s], run_B & (s < drafts.num_B))

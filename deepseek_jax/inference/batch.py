@@ -110,8 +110,9 @@ class DeviceBatch:
         checks.check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
-        drafts = (num_drafts, drafting_rows, forced) if num_drafts else ()
-        self._calls = (DraftingCalls if drafts else Calls)(model, executions, mesh, sizes, placed, burst, *drafts)
+        common = model, executions, mesh, sizes, placed, burst
+        drafts = num_drafts, drafting_rows, forced
+        self._calls = DraftingCalls(*common, *drafts) if num_drafts else Calls(*common)
         self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.widths[0]
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)

@@ -184,8 +184,9 @@ def pick(
 ) -> Array:
     """Return the token of each row from logits with all that is added to them; `NO_TOKEN` where they are not sound."""
     sound_B &= logits_BV.max(axis=-1) > -jnp.inf
-    values_BV, warm_B = logits_BV, sampling.temperature > 0
+    values_BV, tempered_BV, warm_B = logits_BV, logits_BV, sampling.temperature > 0
     if kind != GREEDY:
+        assert noise_BV is not None, "a draw needs noise"
         tempered_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1)[:, None]
         tempered_BV = keep_near(tempered_BV, sampling.log_min_p[:, None])
         values_BV = jnp.where(warm_B[:, None], tempered_BV + noise_BV, logits_BV)
@@ -194,8 +195,10 @@ def pick(
         cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
         ranked_B &= warm_B & active_B
 
+        assert noise_BV is not None
+        finish = functools.partial(drawn, noise_BV=noise_BV)
+
         def ranked():
-            finish = functools.partial(drawn, noise_BV=noise_BV)
             return jnp.where(ranked_B, _among(sampling, tempered_BV, ranked_B, cut_B, finish), ids_B)
 
         ids_B = jax.lax.cond(ranked_B.any(), ranked, lambda: ids_B)

@@ -116,9 +116,9 @@ def speculate(
 
     def local(weights, pages, *rows):
         made = _Made(model, execution, kind, manual_axes.vary(weights, frozenset(ROWS)))
-        *rest, load_RLE = old = DraftingRows(*rows)
-        first = DraftingRows(*jax.tree.map(lambda x: x[: kind.width], rest), load_RLE)
-        state = _State(pages, first.progress, first.draft_BD, first.seen, load_RLE)
+        old = DraftingRows(*rows)
+        first = jax.tree.map(lambda x: x[: kind.width], old)._replace(load_RLE=old.load_RLE)
+        state = _State(pages, first.progress, first.draft_BD, first.seen, first.load_RLE)
         if kind.num_steps == 1:
             state, told = _step(made, first, state)
         else:

@@ -1,9 +1,9 @@
 """R1's stages with several seeds, and a control whose reward knows nothing: what GRPO adds, with intervals.
 
-    python -m experiments.studies.r1_seeds --workdir=runs/r1_seeds
+    python -m experiments.studies.r1_seeds --runs=runs/r1_seeds
 
-Runs `configs/tiny_r1.py` with the seeds 0, 1 and 2 into `workdir/seed_<n>`, and its control, `tiny_r1.py:chance`, with
-seed 0 into `workdir/chance`; what is done there already is read. So the runs may also be made beforehand, side by side:
+Runs `configs/tiny_r1.py` with the seeds 0, 1 and 2 into `RUNS/seed_<n>`, and its control, `tiny_r1.py:chance`, with
+seed 0 into `RUNS/chance`; what is done there already is read. So the runs may also be made beforehand, side by side:
 `python -m experiments.r1 --config.seed=1 --workdir=runs/r1_seeds/seed_1`. Writes records and a drawing; the records in
 `results` say in "runs" how theirs were made.
 
@@ -31,7 +31,7 @@ from experiments import command, session
 from experiments.studies import output
 from pallas_kernels.bench import records
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs. If it holds some, they continue.", required=True)
+RUNS = flags.DEFINE_string("runs", None, "Folder of the runs. If it holds some, they continue.", required=True)
 STAGES = flags.DEFINE_integer("stages", len(tiny_r1.STAGES), "Stages of each run.", lower_bound=2)
 
 SEEDS = (0, 1, 2)
@@ -41,7 +41,7 @@ BEFORE, BEHIND, CONTROL = "cold_start", "reasoning", "chance"
 
 def main(_) -> None:
     """Run what is not done, write, draw."""
-    workdir = new_folder(WORKDIR.value, "--workdir")
+    workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("r1")
     session.start()
     plans = {f"seed_{seed}": (tiny_r1.get_config(), seed) for seed in SEEDS} | {
