@@ -276,5 +276,6 @@ def _in_one(told_N: Told) -> Told:
 
     numbers = together(told_N.numbers_BX[..., :-2]).T, counts_NB.sum(axis=0)[None], finished_NB[-1:]
     logprobs, routes = jax.tree.map(together, (told_N.logprobs, told_N.routes_BSLK))
+    assert told_N.drafts_BN2 is not None  # each step told them
     drafts_BN2 = jnp.moveaxis(told_N.drafts_BN2[:, :, 0], 0, 1)
     return Told(jnp.concatenate(numbers).T, logprobs, drafts_BN2, routes_BSLK=routes)
