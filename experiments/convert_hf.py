@@ -39,7 +39,8 @@ from deepseek_jax.parameters import Weights
 from deepseek_jax.safetensors import record
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.header import DTYPES
-from deepseek_jax.training.adapted import merged, read_adapters
+from deepseek_jax.training.adapted import merged
+from deepseek_jax.training.adapters_file import read_adapters
 from deepseek_jax.training.origin import initial_tokenizer
 from deepseek_jax.training.saved import stored_steps
 from deepseek_jax.training.weights import restore_adapters, restore_weights
@@ -147,7 +148,8 @@ def export() -> None:
         print("writing FP8, the form of the released checkpoint; --precision=bf16 writes BF16")
     session.start(keep_heap=False)
     mesh = all_devices(config)
-    adapted, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True, merge=False)
+    as_stored = fp8 or read_adapters(workdir) is None  # merged in FP8, adapters would be rounded to E4M3
+    adapted, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored, merge=False)
     with jax.set_mesh(mesh):
         weights = merged(adapted)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
