@@ -119,6 +119,7 @@ def train_sft(
             tokenizer_files=read_tokenizer(workdir),
             log=log,
             bar=open_bar(config, progress, resources),
+            adapters=parts.weights_met,
         )
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.adapters import Adapted, Lora, adapt, halves, init, is_weight, mark
-from deepseek_jax.config import Config, Execution
+from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.inference.weights import dequantized
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import check_fit
@@ -48,6 +48,7 @@ class Parts(NamedTuple):
         create: makes the state and progress of a run without a checkpoint.
         whole: returns the weights that the network computes with, from those of a state.
         base: fingerprint of the frozen base; "" if all weights are trained.
+        weights_met: how many weights of adapters a token meets.
     """
 
     train_step: Any
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     create: Callable[[], tuple[State, Progress]]
     whole: Callable[[Weights], Weights]
     base: str = ""
+    weights_met: float = 0.0
 
     def on_whole(self, step: Callable) -> Callable:
         """Return a function of a state's weights and a batch that gives `step` the weights of the network."""
@@ -109,6 +111,7 @@ def open_adapters(config: Config, lora: Lora, objective: Objective, workdir: Pat
         create,
         lambda own: own._replace(params=adapt(base, own.params)),
         fingerprint,
+        weights_met(config.model, abstract["params"]),
     )
 
 
@@ -119,6 +122,13 @@ def adapters_line(lora: Lora, adapters: Any) -> str:
         f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}: {count:,} parameters,"
         f" {8 * count:,} bytes with their moments; the model is frozen"
     )
+
+
+def weights_met(model: Model, adapters: Any) -> float:
+    """Return how many weights of adapters a token meets: of experts', those of the ones that it is routed to."""
+    routed = model.experts_per_token / model.num_experts
+    leaves = jax.tree_util.tree_leaves_with_path(adapters)
+    return float(sum(leaf.size * (routed if PARAMETERS[leaf_name(path)].per_expert else 1) for path, leaf in leaves))
 
 
 def adapted_step(

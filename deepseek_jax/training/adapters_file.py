@@ -110,6 +110,25 @@ def base_fingerprint(origin: Origin) -> str:
     return _digest(f"{path} {number}".encode() for path, number in sorted(arrays.items()) if path.startswith(WEIGHTS))
 
 
+def base_for_peft(config: Config, named: str | None) -> str:
+    """Return what PEFT opens the base of a run of adapters by: `named`, or the folder that the run began with.
+
+    Raises:
+        ValueError: the base is a run of ours, which PEFT cannot open, or the folder has gone, and none is named.
+    """
+    if named:
+        return named
+    origin = find_origin(config)
+    assert origin is not None  # `posttraining.settings.read` asks for one
+    if origin.run:
+        raise ValueError(
+            f"{KEY} = {shown(config.training.initial_weights)!r} is a run, which PEFT cannot open; export it"
+            f" (experiments.convert_hf export --workdir={origin.folder} --step={origin.step} --precision=bf16"
+            " --hf=BASE) and give --base=BASE"
+        )
+    return str(origin.folder.absolute())
+
+
 def _where_to_name_it(workdir: Path) -> str:
     return (
         f"name where theirs is now: initial_weights in {workdir / 'config.json'} for export, generate and serve, or"
