@@ -237,7 +237,7 @@ def test_merging_keeps_the_stored_bytes_of_what_did_not_learn_and_adds_the_produ
         )
         state = jax.jit(functools.partial(first_state, cfg, LORA))(base, weights.router_bias)
         pairs = moved(state)["params"]
-        experts = pairs["moe_layers"]["moe"]["gate_up_EDF"]
+        experts = pairs["moe_layers"]["moe"]["gate_up_ED2F"]
         experts["lora_b_EUO"] = experts["lora_b_EUO"] * (jnp.arange(cfg.model.num_experts) != 1)[None, :, None, None]
         still = pairs["moe_layers"]["attention"]["o_NHD"]
         still["lora_b_UO"] = jnp.zeros_like(still["lora_b_UO"])
