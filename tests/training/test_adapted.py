@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +23,11 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import PARAMETERS, Fp8Weight, Weights, leaf_name, matrix_shape, num_lead_dims
 from deepseek_jax.plan.adapters import held_by_device
 from deepseek_jax.plan.meshes import fit_as_written
-from deepseek_jax.training.adapted import first_state, frozen, merged
+from deepseek_jax.training import adapted as adapted_training
+from deepseek_jax.training.adapted import first_state, frozen, merged, open_adapters
+from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.origin import Beginning
 from deepseek_jax.training.state import weights_of
 from deepseek_jax.training.step import gradients, recipe_of, update
 from pallas_kernels.quantize import quantize_blocks
@@ -190,6 +195,22 @@ def test_a_step_on_eight_devices_is_that_of_one_and_takes_the_memory_that_was_pl
     assert many.step.memory_analysis().argument_size_in_bytes == pytest.approx(
         planned["base"] + planned["adapters"] + planned["moments"] + batch, abs=128
     )
+
+
+def test_the_base_as_it_was_read_is_let_go(monkeypatch, tmp_path):
+    """A run in BF16 multiplies a copy; what was read in FP32 would take twice as much beside it, for the whole run."""
+    cfg = config("bf16")
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    shapes = abstract_weights(cfg, mesh)
+    read = [jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)]
+    matrix = weakref.ref(read[0].params["moe_layers"]["attention"]["o_NHD"])
+    start = Progress(step=0, tokens_seen=0, data=None)
+    monkeypatch.setattr(adapted_training, "read_origin", lambda *_, **__: Beginning(read.pop(), None, start, {}))
+    monkeypatch.setattr(adapted_training, "check_base", lambda *_: "")
+    with jax.set_mesh(mesh):
+        parts = open_adapters(cfg, LORA, pretraining(cfg), tmp_path, mesh)
+    gc.collect()
+    assert parts.weights_met > 0 and matrix() is None
 
 
 def plain(path, weight):
