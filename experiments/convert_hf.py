@@ -26,20 +26,20 @@ from deepseek_jax.evaluation.logits import logits, read_tokens
 from deepseek_jax.files import replacing, write_atomically
 from deepseek_jax.huggingface import companions, imported_recipe
 from deepseek_jax.huggingface import config as hf_config
-from deepseek_jax.huggingface.changes import changes
+from deepseek_jax.huggingface.changes import changed_line
 from deepseek_jax.huggingface.companions import Companion
 from deepseek_jax.huggingface.contents import expected, num_bytes
 from deepseek_jax.huggingface.folder import Folder, open_folder, progress_bar
 from deepseek_jax.huggingface.load import load
-from deepseek_jax.huggingface.peft import save_adapters
+from deepseek_jax.huggingface.peft import check_folder, save_adapters
 from deepseek_jax.huggingface.save import SHARD_BYTES, save
 from deepseek_jax.inputs import local_path, new_file, new_folder
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import Weights
 from deepseek_jax.safetensors import record
 from deepseek_jax.safetensors.folder import RECORD
 from deepseek_jax.safetensors.header import DTYPES
-from deepseek_jax.training.adapted import merged, read_adapters
+from deepseek_jax.training.adapted import merged
+from deepseek_jax.training.adapters_file import base_for_peft, read_adapters
 from deepseek_jax.training.origin import initial_tokenizer
 from deepseek_jax.training.saved import stored_steps
 from deepseek_jax.training.weights import restore_adapters, restore_weights
@@ -59,7 +59,7 @@ MOST_GIGABYTES = 1e6
 HF = flags.DEFINE_string("hf", None, "Folder in Hugging Face's format.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 STEP = flags.DEFINE_integer(
-    "step", None, "export: step of the checkpoint; the newest intact one by default.", lower_bound=0
+    "step", None, "export, adapters: step of the checkpoint; the newest intact one by default.", lower_bound=0
 )
 PRECISION = flags.DEFINE_enum(
     "precision",
@@ -71,6 +71,9 @@ TOKENS = flags.DEFINE_string("tokens", None, "logits: .npy file with int32 token
 OUTPUT = flags.DEFINE_string("output", None, "logits: .npz file to write.")
 SHARD_GIGABYTES = flags.DEFINE_float(
     "shard_gigabytes", SHARD_BYTES / 1e9, "export: size of one file.", lower_bound=1e-6, upper_bound=MOST_GIGABYTES
+)
+BASE = flags.DEFINE_string(
+    "base", None, "adapters: the base for PEFT, a name on the Hub or a folder; the run's own folder by default."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "import, export: list names, dtypes, shapes and bytes, and stop.")
 
@@ -147,7 +150,8 @@ def export() -> None:
         print("writing FP8, the form of the released checkpoint; --precision=bf16 writes BF16")
     session.start(keep_heap=False)
     mesh = all_devices(config)
-    adapted, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored=True, merge=False)
+    as_stored = fp8 or read_adapters(workdir) is None  # merged in FP8, adapters would be rounded to E4M3
+    adapted, progress = restore_weights(config, workdir, mesh, STEP.value, as_stored, merge=False)
     with jax.set_mesh(mesh):
         weights = merged(adapted)
     with progress_bar(num_bytes(config.model, fp8), "export") as written:
@@ -160,22 +164,13 @@ def export() -> None:
             written.update,
             f"{workdir.resolve()} {progress.step}",
         )
-    lines = changed_lines(unadapted(adapted), weights, config, fp8) if read_adapters(workdir) else []
+    line = changed_line(unadapted(adapted), weights, config.model, fp8) if read_adapters(workdir) else None
     if jax.process_index() > 0:
         return
-    for line in lines:
+    if line:
         print(line)
     companions.write(folder, companions.export(workdir / HUGGINGFACE, read_tokenizer(workdir), config, fp8))
     print(f"{folder}: step {progress.step} of {workdir} in {'FP8' if fp8 else 'BF16'}")
-
-
-def changed_lines(before: Weights, after: Weights, config: Config, fp8: bool) -> list[str]:
-    """Say what merged adapters change of the stored bytes."""
-    found, total = changes(before, after, config.model, fp8), num_bytes(config.model, fp8)
-    return [
-        f"merged adapters: {found.tensors:,} tensors with {found.bytes:,} of {total:,} bytes are new; {found.changed:,}"
-        f" bytes differ from the base's, and {found.values:,} of {found.elements:,} values"
-    ]
 
 
 def adapters() -> None:
@@ -184,11 +179,15 @@ def adapters() -> None:
     config, lora = read_config(workdir), read_adapters(workdir)
     if lora is None:
         raise ValueError(f"{workdir} holds a run that trains all weights; export writes them: convert_hf export")
+    for flag in (PRECISION, DRY_RUN):
+        if flag.value:
+            raise ValueError(f"--{flag.name} is not for adapters, which are written in FP32, all of them; leave it out")
+    base = base_for_peft(config, BASE.value)
+    check_folder(folder)
     session.start(keep_heap=False)
+    if jax.process_count() > 1:
+        raise ValueError(f"adapters are written by one process, and here are {jax.process_count()}; start one alone")
     pairs, progress = restore_adapters(config, workdir, all_devices(config), STEP.value)
-    if jax.process_index() > 0:
-        return
-    base = config.training.initial_weights
     size = save_adapters(pairs, lora, config.model, folder, base)
     print(f"{folder}: adapters of step {progress.step} of {workdir}, {size:,} bytes, for the base {base}")
 

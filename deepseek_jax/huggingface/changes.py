@@ -1,4 +1,8 @@
-"""Which stored bytes differ between two sets of weights of one model: what merged adapters change of a checkpoint."""
+"""Which stored bytes differ between two sets of weights of one model: what merged adapters change of a checkpoint.
+
+`Changes.values` counts codes. Of a tensor in FP8 a code can stay while its scale, and so its number, changes; and a
+code can change with the scale while the number hardly does. Scales are in `Changes.changed`, which counts bytes.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_jax.config import Model
+from deepseek_jax.huggingface.contents import num_bytes
 from deepseek_jax.huggingface.names import tensors
 from deepseek_jax.huggingface.stored_tensors import StoredTensors
 from deepseek_jax.parameters import Weights
@@ -18,7 +23,7 @@ class Changes(NamedTuple):
         tensors: that were written anew; the others are the same arrays.
         bytes: that these take.
         changed: of `bytes`, those that differ.
-        values: of the elements of these tensors, those that differ.
+        values: of the elements of these tensors, those whose stored codes differ; scales are not counted.
         elements: that these tensors have.
     """
 
@@ -50,6 +55,15 @@ def changes(before: Weights, after: Weights, model: Model, fp8: bool) -> Changes
             differ = _bytes(old_scales) != _bytes(new_scales)
             total += (0, differ.size, differ.sum(), 0, 0)
     return Changes(*total.tolist())
+
+
+def changed_line(before: Weights, after: Weights, model: Model, fp8: bool) -> str:
+    """Say what merged adapters change of the stored bytes; arguments as of `changes`."""
+    found, total = changes(before, after, model, fp8), num_bytes(model, fp8)
+    return (
+        f"merged adapters: {found.tensors:,} tensors with {found.bytes:,} of {total:,} bytes are new; {found.changed:,}"
+        f" bytes differ from the base's, and {found.values:,} of {found.elements:,} {'codes' if fp8 else 'values'}"
+    )
 
 
 def _leaf(weights: Weights, path: tuple[str, ...]) -> Any:

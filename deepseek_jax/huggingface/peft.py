@@ -22,6 +22,7 @@ from deepseek_jax.adapters import Lora
 from deepseek_jax.config import Model
 from deepseek_jax.files import replacing, write_all, write_atomically
 from deepseek_jax.huggingface.names import Tensor, tensors
+from deepseek_jax.inputs import shown
 from deepseek_jax.safetensors.writer import Planned, bytes_of, header_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,6 +43,13 @@ def adapter_tensors(adapters: Any, model: Model) -> dict[str, np.ndarray]:
         found[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.T)
         found[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
     return found
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but adapters in PEFT's format."""
+    if folder.is_dir() and (others := sorted({file.name for file in folder.iterdir()} - {CONFIG, WEIGHTS})):
+        files = ", ".join(map(shown, others[:5]))
+        raise ValueError(f"{shown(str(folder))} holds {files} and is no folder of adapters; choose another --hf")
 
 
 def save_adapters(adapters: Any, lora: Lora, model: Model, folder: Path, base: str) -> int:

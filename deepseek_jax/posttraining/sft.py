@@ -33,7 +33,8 @@ from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
 from deepseek_jax.posttraining.chats import Chats, HeldOutChats, read_chats, rows_per_epoch
 from deepseek_jax.posttraining.settings import Posttraining, Sft, check_claimed, claim
-from deepseek_jax.training.adapted import Parts, adapters_line, claim_adapters, open_adapters
+from deepseek_jax.training.adapted import Parts, adapters_line, open_adapters
+from deepseek_jax.training.adapters_file import claim_adapters
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.evaluation import place_batch
@@ -103,7 +104,7 @@ def train_sft(
         log = open_log(config, workdir, progress, resources, wandb)
         keep_template(workdir, template)
         claim(workdir, posttraining)
-        claim_adapters(workdir, posttraining.lora)
+        claim_adapters(workdir, posttraining.lora, parts.base)
         claim_workdir(workdir, config)
         say("\n".join(_lines(config, posttraining, mesh, state["params"], chats, progress)))
         trainer = Trainer(
@@ -118,6 +119,7 @@ def train_sft(
             tokenizer_files=read_tokenizer(workdir),
             log=log,
             bar=open_bar(config, progress, resources),
+            adapters=parts.weights_met,
         )
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)

@@ -6,12 +6,11 @@
                 of them alone
     merged      W + scale A B, for everything that reads weights and knows no adapters
 
-`adapters.json` in a workdir says which weights have adapters. A run with it is read by `merged_weights`.
+`training.adapters_file` says which weights have adapters, and of which base. Its readers get `merged` weights.
 """
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,25 +19,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.adapters import Adapted, Lora, adapt, halves, init, is_weight, mark, shape_of
-from deepseek_jax.config import Config, Execution, convert
-from deepseek_jax.files import write_atomically
+from deepseek_jax.adapters import Adapted, Lora, adapt, halves, init, is_weight, mark
+from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.inference.weights import dequantized
-from deepseek_jax.inputs import read_json
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parallel.stored import param_specs
 from deepseek_jax.parallel.weights import quantize_weights
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, Fp8Weight, Weights, leaf_name
+from deepseek_jax.training.adapters_file import check_base
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.objective import Batch, Objective
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.origin import find_origin, read_origin
-from deepseek_jax.training.saved import stored_steps
-from deepseek_jax.training.state import State, state_around, weights_of
+from deepseek_jax.training.state import State, on_mesh, state_around, weights_of
 from deepseek_jax.training.step import Recipe, gradients, recipe_of, update
-from deepseek_jax.training.workdir import ADAPTERS, check_tokenizer, put_tokenizer
+from deepseek_jax.training.workdir import check_tokenizer, put_tokenizer
 from pallas_kernels.lowering.manual_axes import varies_over
 
 
@@ -50,12 +47,16 @@ class Parts(NamedTuple):
         abstract: shapes and shardings of the state.
         create: makes the state and progress of a run without a checkpoint.
         whole: returns the weights that the network computes with, from those of a state.
+        base: fingerprint of the frozen base; "" if all weights are trained.
+        weights_met: how many weights of adapters a token meets.
     """
 
     train_step: Any
     abstract: State
     create: Callable[[], tuple[State, Progress]]
     whole: Callable[[Weights], Weights]
+    base: str = ""
+    weights_met: float = 0.0
 
     def on_whole(self, step: Callable) -> Callable:
         """Return a function of a state's weights and a batch that gives `step` the weights of the network."""
@@ -86,52 +87,32 @@ def open_adapters(config: Config, lora: Lora, objective: Objective, workdir: Pat
     """Read the frozen base and return how its adapters are trained; call it under `jax.set_mesh(mesh)`.
 
     Raises:
-        ValueError: as `training.origin.read_origin`; a target is no part of the model; the base is a run's newest
-            checkpoint, whichever that is.
+        ValueError: as `training.origin.read_origin` and `check_base`; a target is no part of the model.
     """
     check_fit(config, mesh)
-    _check_stays(config)
+    fingerprint = check_base(config, workdir)
     recipe = recipe_of(config, objective, mesh)
     fp8 = recipe.execution.precision == "fp8"
     weights, _, progress, tokenizer = read_origin(config, mesh, whole=False, as_stored=fp8)
-    base = mark(lora, frozen(recipe.execution, weights.params))
+    base, router_bias = mark(lora, frozen(recipe.execution, weights.params)), weights.router_bias
+    abstract = abstract_adapters(config, lora, weights, mesh)
+    del weights  # `create` stays for the whole run, and in BF16 `base` is a copy
 
     def create() -> tuple[State, Progress]:
         put_tokenizer(workdir, tokenizer)
         if (origin := find_origin(config)) and origin.run:
             check_tokenizer(config, workdir)
-        return jax.jit(functools.partial(first_state, config, lora))(base, weights.router_bias), progress
+        return jax.jit(functools.partial(first_state, config, lora))(base, router_bias), progress
 
     step = jit_on(adapted_step, recipe.execution, mesh, recipe, donate=(1,))
     return Parts(
         StepOnBase(step, base),
-        abstract_adapters(config, lora, weights, mesh),
+        abstract,
         create,
         lambda own: own._replace(params=adapt(base, own.params)),
+        fingerprint,
+        weights_met(config.model, abstract["params"]),
     )
-
-
-def _check_stays(config: Config) -> None:
-    """Refuse a base that changes while its run goes on: adapters are of one base, which is read at every start."""
-    origin = find_origin(config)
-    assert origin is not None  # `posttraining.settings.read` asks for one
-    if origin.run and origin.step is None and (steps := stored_steps(origin.folder)):
-        raise ValueError(
-            f"training.initial_weights = {config.training.initial_weights!r} changes when that run goes on, and"
-            f" adapters are of one base; name a step: {config.training.initial_weights}@{max(steps)}"
-        )
-
-
-def claim_adapters(workdir: Path, lora: Lora | None) -> None:
-    """Write into a workdir which weights have adapters, if any have; call it just before `claim_workdir`."""
-    if lora and jax.process_index() == 0:
-        write_atomically(workdir / ADAPTERS, json.dumps(dataclasses.asdict(lora), indent=1) + "\n")
-
-
-def read_adapters(workdir: Path) -> Lora | None:
-    """Return which weights of a run have adapters; None: it trains all weights."""
-    path = workdir / ADAPTERS
-    return convert(Lora, read_json(path), str(path)) if path.exists() else None
 
 
 def adapters_line(lora: Lora, adapters: Any) -> str:
@@ -141,6 +122,13 @@ def adapters_line(lora: Lora, adapters: Any) -> str:
         f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}: {count:,} parameters,"
         f" {8 * count:,} bytes with their moments; the model is frozen"
     )
+
+
+def weights_met(model: Model, adapters: Any) -> float:
+    """Return how many weights of adapters a token meets: of experts', those of the ones that it is routed to."""
+    routed = model.experts_per_token / model.num_experts
+    leaves = jax.tree_util.tree_leaves_with_path(adapters)
+    return float(sum(leaf.size * (routed if PARAMETERS[leaf_name(path)].per_expert else 1) for path, leaf in leaves))
 
 
 def adapted_step(
@@ -155,12 +143,7 @@ def abstract_adapters(config: Config, lora: Lora, weights: Weights, mesh: jax.sh
     """Return shapes, dtypes and shardings of the state of adapters on `mesh`; `weights` may be shapes, too."""
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(functools.partial(first_state, config, lora), mark(lora, weights.params), weights[1])
-
-    def on_mesh(leaf):  # as in `training.state.abstract_state`
-        spec = leaf.sharding.spec if leaf.sharding else jax.P()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
-
-    return jax.tree.map(on_mesh, shapes)
+    return on_mesh(config.optimizer, shapes, mesh)
 
 
 def first_state(config: Config, lora: Lora, base: Any, router_bias: Any) -> State:
@@ -199,29 +182,44 @@ def _same_on_all(name: str, scales: jax.Array) -> jax.Array:
 def merged(weights: Weights) -> Weights:
     """Return weights without adapters: W + scale A B in FP32, quantised again where W is in FP8.
 
-    One weight is merged at a time. Call it under `jax.set_mesh`.
+    A matrix, of a layer or an expert, whose B is zero stays as it is stored: quantised again it might get another
+    scale, and so other bytes. One layer of one weight is in FP32 at a time. Call it under `jax.set_mesh`.
     """
 
     def merge_leaf(path, weight):
-        if not isinstance(weight, Adapted):
-            return weight
-        name = leaf_name(path)
-        spec = param_specs({name: weight.base})[name]
-        whole = _merged(name, spec.values if isinstance(spec, Fp8Weight) else spec, weight)
-        return requantized(name, whole) if isinstance(weight.base, Fp8Weight) else whole
+        return _merged_stack(leaf_name(path), weight) if isinstance(weight, Adapted) else weight
 
     return weights._replace(params=jax.tree_util.tree_map_with_path(merge_leaf, weights.params, is_leaf=is_weight))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _merged(name: str, spec: jax.P, weight: Adapted) -> jax.Array:
-    def merge(weight) -> jax.Array:
-        base, (a, b) = weight.base, halves(weight)
-        base = dequantized(name, base) if isinstance(base, Fp8Weight) else base.astype(jnp.float32)
-        return base + weight.scale * jnp.matmul(a, b, precision="highest").reshape(shape_of(weight))
+@functools.partial(jax.jit, static_argnums=0)
+def _merged_stack(name: str, weight: Adapted) -> Any:
+    return lax.map(functools.partial(_merged_layer, name), weight)
 
-    merge_all: Any = jax.sharding.auto_axes(merge, out_sharding=spec)
-    return merge_all(weight)
+
+def _merged_layer(name: str, weight: Adapted) -> Any:
+    spec, scale = param_specs({name: weight.base})[name], weight.scale
+    is_fp8 = isinstance(weight.base, Fp8Weight)
+
+    def merge(base, a, b) -> jax.Array:
+        whole = dequantized(name, base) if is_fp8 else base.astype(jnp.float32)
+        return whole + scale * jnp.matmul(a, b, precision="highest").reshape(whole.shape)
+
+    def choose(b, new, old):
+        changed = jnp.any(b != 0, axis=(-2, -1))  # of a layer's one matrix, or of each expert
+
+        def of_matrix(n, o):
+            return jnp.where(changed.reshape(*changed.shape, *(1,) * (n.ndim - changed.ndim)), n, o)
+
+        return jax.tree.map(of_matrix, new, old)
+
+    a, b = halves(weight)
+    merge_all: Any = jax.sharding.auto_axes(merge, out_sharding=spec.values if is_fp8 else spec)
+    choose_all: Any = jax.sharding.auto_axes(choose, out_sharding=spec)
+    whole, base = merge_all(weight.base, a, b), weight.base
+    if not is_fp8:
+        return choose_all(b, whole, base.astype(jnp.float32))
+    return choose_all(b, requantized(name, whole), Fp8Weight(None, base.values, base.scales))
 
 
 @functools.partial(jax.jit, static_argnums=0)

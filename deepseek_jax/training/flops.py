@@ -13,6 +13,7 @@ Checked against the 671B model at sequence 4096 without MTP: 219.7 GFLOP for the
 from deepseek_jax.config import Model
 
 FLOPS_PER_WEIGHT = 6  # forward 2, backward 4
+FLOPS_PER_FROZEN_WEIGHT = 4  # forward 2, gradient of the input 2
 
 # Dense BF16 peak of one JAX device in FLOP/s, from the vendors' data sheets, without structured sparsity. Keys: how
 # `device_kind` begins.
@@ -31,8 +32,16 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool) -> float:
-    """Return forward and backward FLOPs per token of a training step; `mtp` says whether MTP layers run."""
+def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool, adapters: float = 0.0) -> float:
+    """Return forward and backward FLOPs per token of a training step.
+
+    Args:
+        model: its shape.
+        sequence_length: of the rows.
+        causal: count only the positions that a token sees.
+        mtp: whether MTP layers run.
+        adapters: how many weights of adapters a token meets, beside weights that are frozen; 0: all are trained.
+    """
     weights = _weights_of_layers(model) + model.vocab_size * model.width
     attention_layers = model.num_layers
     if mtp:
@@ -41,7 +50,8 @@ def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool)
         attention_layers += model.num_mtp_layers
     visible = sequence_length / 2 if causal else sequence_length
     products = attention_layers * model.num_heads * visible * (model.query_dim + model.value_dim)
-    return float(FLOPS_PER_WEIGHT * (weights + products))
+    per_weight = FLOPS_PER_FROZEN_WEIGHT if adapters else FLOPS_PER_WEIGHT
+    return float(per_weight * weights + FLOPS_PER_WEIGHT * (products + adapters))
 
 
 def _weights_of_layers(model: Model) -> int:

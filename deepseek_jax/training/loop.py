@@ -100,6 +100,7 @@ class Trainer:
         log: the metrics of the workdir, opened to continue after `progress`.
         bar: what a person sees.
         row: (step, metrics on the host, rates) -> a row of the metrics; by default that of pre-training.
+        adapters: how many weights of adapters a token meets (`training.flops`); 0: all weights are trained.
     """
 
     config: Config
@@ -114,13 +115,15 @@ class Trainer:
     log: MetricsLog
     bar: ProgressBar
     row: Callable[[int, dict[str, Any], Rates], Row] = pretraining_row
+    adapters: float = 0.0
 
     def __post_init__(self):
         """Move the batches to where the run starts, and start the clock."""
         self.step, self.tokens_seen = self.progress.step, self.progress.tokens_seen
         if self.progress.data is not None:
             self.batches.restore(self.progress.data)
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length, causal=True, mtp=True)
+        length = self.config.data.sequence_length
+        flops = flops_per_token(self.config.model, length, causal=True, mtp=True, adapters=self.adapters)
         self.speed = Speedometer(flops, list(self.mesh.devices.flat))
         self.watchdog = Watchdog()
         self.programs: dict[int, Any] = {}  # by batch size

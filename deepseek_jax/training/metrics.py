@@ -60,7 +60,8 @@ KEYS = {
     ),
     "speed/step_seconds": "training time per step since the last line",
     "speed/teraflops": (
-        "model TFLOP/s over all devices: flops per token (causal attention counted by half) x tokens per second"
+        "model TFLOP/s over all devices: flops per token (causal attention counted by half; gradients of weights that"
+        " adapters leave frozen do not count) x tokens per second"
     ),
     "speed/mfu": "speed/teraflops over the devices' dense BF16 peak; absent where the peak is unknown (CPUs)",
     "speed/compile_seconds": "tracing and compiling the step; on the first line of each process",

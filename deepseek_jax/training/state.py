@@ -38,14 +38,19 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
     """Return shapes, dtypes and shardings of the state on `mesh`, without an array, to restore a checkpoint into."""
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: _initial_state(config))
+    return on_mesh(config.optimizer, shapes, mesh)
 
-    def on_mesh(leaf, kind):  # a scalar constant has no sharding yet: it will lie on every device
+
+def on_mesh(optimizer: Optimizer, shapes: State, mesh: jax.sharding.Mesh) -> State:
+    """Return the shapes of a state, as `jax.eval_shape` returns them, with its shardings on `mesh`."""
+
+    def place(leaf, kind):  # a scalar constant has no sharding yet: it will lie on every device
         spec = leaf.sharding.spec if leaf.sharding else jax.P()
         sharding = jax.sharding.NamedSharding(mesh, spec, memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    kinds = {name: HOST_KIND if name == "ema" and on_host(config.optimizer) else None for name in shapes}
-    return {name: jax.tree.map(functools.partial(on_mesh, kind=kinds[name]), shapes[name]) for name in shapes}
+    kinds = {name: HOST_KIND if name == "ema" and on_host(optimizer) else None for name in shapes}
+    return {name: jax.tree.map(functools.partial(place, kind=kinds[name]), shapes[name]) for name in shapes}
 
 
 def _initial_state(config: Config) -> State:

@@ -10,7 +10,8 @@ from deepseek_jax.adapters import adapt, mark
 from deepseek_jax.config import Config
 from deepseek_jax.huggingface.load import abstract_weights
 from deepseek_jax.parameters import Weights
-from deepseek_jax.training.adapted import abstract_adapters, merged, read_adapters
+from deepseek_jax.training.adapted import abstract_adapters, merged
+from deepseek_jax.training.adapters_file import check_base, read_adapters
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_continues
 from deepseek_jax.training.origin import read_origin
@@ -40,8 +41,12 @@ def restore_weights(
         merge: merge adapters, if the run trains them; else `adapters.Adapted`s are in place of their weights.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or it is of another config.
+        ValueError: there is no such checkpoint, it is damaged, or it is of another config; adapters are of another base
+            than the one that `config` names.
     """
+    lora = read_adapters(workdir)
+    if lora:
+        check_base(config, workdir)
     begins, saved = bool(config.training.initial_weights), (workdir / SAVED).exists() or stored_steps(workdir)
     restored = None
     if not begins or saved:
@@ -49,7 +54,7 @@ def restore_weights(
     if restored is not None:
         state, progress, tokenizer = restored
         weights = Weights(**state)
-        if lora := read_adapters(workdir):
+        if lora:
             base = read_origin(config, mesh, whole=False, as_stored=as_stored).weights
             weights = weights._replace(params=adapt(mark(lora, base.params), weights.params))
             with jax.set_mesh(mesh):

@@ -36,9 +36,9 @@ from deepseek_jax.training.continuation import REMEDY, check_continues
 from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 
 HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
+ADAPTERS = "adapters.json"  # which weights have adapters, of a run that trains them (`training.adapters_file`)
 # What a start or an import makes before it owns the workdir.
-ADAPTERS = "adapters.json"  # which weights have adapters, of a run that trains them (`training.adapted`)
-UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE)
+UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE, ADAPTERS)
 MOST_NAMED = 5  # of runs in a message
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
 LONGEST_REFUSAL = 2000  # bytes that one process tells the others
@@ -126,7 +126,7 @@ def _check_unclaimed(workdir: Path, abandoned: bool) -> None:
     """Remove what a killed start left in a workdir of no run; refuse a tokenizer of unknown origin, and keep it."""
     if abandoned:
         logging.warning("a start in %s was killed before it owned the folder; its tokenizer is made anew", workdir)
-        _remove(workdir, {*TOKENIZER_FILES, TOKENIZER_RECORD, HUGGINGFACE})
+        _remove(workdir, {*TOKENIZER_FILES, TOKENIZER_RECORD, HUGGINGFACE, ADAPTERS})
     for name in TOKENIZER_FILES:
         if os.path.lexists(workdir / name) and not os.path.lexists(workdir / TOKENIZER_RECORD):
             raise ValueError(

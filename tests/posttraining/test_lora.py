@@ -17,7 +17,8 @@ from deepseek_jax.huggingface.names import tensors
 from deepseek_jax.huggingface.peft import save_adapters
 from deepseek_jax.posttraining.settings import read
 from deepseek_jax.posttraining.sft import train_sft
-from deepseek_jax.training.adapted import merged, read_adapters
+from deepseek_jax.training.adapted import merged
+from deepseek_jax.training.adapters_file import read_adapters
 from deepseek_jax.training.origin import find_origin
 from deepseek_jax.training.record import read_sealed
 from deepseek_jax.training.weights import restore_adapters, restore_weights

@@ -94,3 +94,10 @@ def test_longest_name_wins(kind, teraflops):
 
 def test_unknown_device_has_no_peak():
     assert peak_flops("cpu") is None
+
+
+def test_of_frozen_weights_no_gradient_is_counted():
+    """Of 6 FLOPs per weight 2 are its gradient; the weights of adapters have all 6."""
+    whole, bare = (flops_per_token(V3, length, causal=True, mtp=False) for length in (4096, 0))
+    adapted = flops_per_token(V3, 4096, causal=True, mtp=False, adapters=1e6)
+    assert adapted == pytest.approx(whole - bare / 3 + 6e6, rel=1e-12)
