@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.inference import row_sampling
 from deepseek_jax.inference import sampling as fixed
@@ -70,7 +71,7 @@ def primitives(jaxpr, into_conditions=True):
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         if into_conditions or equation.primitive.name != "cond":
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 yield from primitives(inner, into_conditions)
 
 
