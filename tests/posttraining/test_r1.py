@@ -71,7 +71,7 @@ def test_stages_share_a_model_and_differ_in_what_they_name(tmp_path):
         ([(2, "settings", {"prompts": 2001, "samples": 2, "temperature": 1.0})], "prompts = 2001 of 2000 training"),
         (
             [(1, "settings", tiny_r1.GRPO | {"problems": "sort_digits:2-2"})],
-            "stage 'reasoning': sort_digits has no 2000",
+            "'reasoning': sort_digits has no",
         ),
         ([(1, "name", "a/b")], "letters, digits and _"),
         ([(1, "kind", "ppo")], "kind = 'ppo' is unknown"),
