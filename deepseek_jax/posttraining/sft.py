@@ -92,7 +92,6 @@ def train_sft(
         processes = readers(mesh)
         resources.enter_context(jax.set_mesh(mesh))
         objective = sft_objective(config, sft)
-        eval_step = jit_eval_step(config, objective, mesh)
         parts = _parts(config, posttraining, objective, workdir, mesh)
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
@@ -114,7 +113,9 @@ def train_sft(
             state=state,
             progress=progress,
             batches=loader,
-            evaluators=_evaluators(config, tokenizer, chats, parts.on_whole(eval_step), mesh, processes),
+            evaluators=_evaluators(
+                config, tokenizer, chats, parts.on_whole(jit_eval_step(config, objective, mesh)), mesh, processes
+            ),
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
             log=log,
