@@ -91,9 +91,8 @@ def train_sft(
         mesh = mesh or make_mesh(config.mesh)
         processes = readers(mesh)
         resources.enter_context(jax.set_mesh(mesh))
-        objective = sft_objective(config, sft)
-        eval_step = jit_eval_step(config, objective, mesh)
-        parts = _parts(config, posttraining, objective, workdir, mesh)
+        parts = _parts(config, posttraining, objective := sft_objective(config, sft), workdir, mesh)
+        evaluate = parts.on_whole(jit_eval_step(config, objective, mesh))
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
         state, progress = begin(checkpoints, config, workdir, mesh, parts.abstract, parts.create)
@@ -114,7 +113,7 @@ def train_sft(
             state=state,
             progress=progress,
             batches=loader,
-            evaluators=_evaluators(config, tokenizer, chats, parts.on_whole(eval_step), mesh, processes),
+            evaluators=_evaluators(config, tokenizer, chats, evaluate, mesh, processes),
             checkpoints=checkpoints,
             tokenizer_files=read_tokenizer(workdir),
             log=log,
