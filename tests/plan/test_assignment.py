@@ -51,7 +51,9 @@ def test_an_assignment_counts_each_piece_of_the_main_memory_once(tmp_path):
 def test_an_assignment_of_another_form_is_not_a_step_without_memory(tmp_path):
     with pytest.raises(ValueError, match=r"m\.after-buffer-assignment\.txt has no line .*use --nocompile"):
         read(tmp_path, DUMP.replace("allocation", "buffer"))
-    with pytest.raises(ValueError, match=r"m\.after-buffer-assignment\.txt has 'allocation 15: size=4243488.*--nocompile"):
+    with pytest.raises(
+        ValueError, match=r"m\.after-buffer-assignment\.txt has 'allocation 15: size=4243488.*--nocompile"
+    ):
         read(tmp_path, DUMP.replace("15: size ", "15: size="))
 
 
@@ -116,11 +118,14 @@ def test_a_compiler_that_is_faster_than_a_look_has_the_same_total(compiler, memo
 
 
 @pytest.mark.parametrize(
-    ("end", "how"), [("sys.exit(3)", "ended with code 3"), ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL")]
+    ("end", "how"),
+    [("sys.exit(3)", "ended with code 3"), ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL")],
 )
 def test_a_process_that_fails_says_how_and_why(compiler, end, how):
     compiler(f"(folder / 'said').write_text('INTERNAL: no such thing')\n{end}")
-    with pytest.raises(ValueError, match=f"the process that compiles the step of small for v5p {how}.*: INTERNAL: no such"):
+    with pytest.raises(
+        ValueError, match=f"the process that compiles the step of small for v5p {how}.*: INTERNAL: no such"
+    ):
         step_memory()
 
 
