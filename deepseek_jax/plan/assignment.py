@@ -1,10 +1,10 @@
 """The memory of a step as a TPU's compiler assigns its buffers, known long before the compiler is done.
 
-What a compilation does after the assignment of buffers, a plan does not read. How much that is depends on the program: a
-small one had its assignment 0.4 s after its start and its code after 2.1; `tiny` with 2 layers took 43 s of a core to its
-assignment and 48 in all; V3's was stopped after 421 s, before its assignment (experiments/log.md). libtpu has no switch
-to stop there. So the step is compiled in a process of its own, `python -m deepseek_jax.plan.assignment`, which writes
-what XLA calls a dump into a temporary folder. The buffer assignment has one line for each piece of memory:
+What a compilation does after the assignment of buffers, a plan does not read. How much that is depends on the program:
+a small one had its assignment 0.4 s after its start and its code after 2.1; `tiny` with 2 layers took 43 s of a core to
+its assignment and 48 in all; V3's was stopped after 421 s, before its assignment (experiments/log.md). libtpu has no
+switch to stop there. So the step is compiled in a process of its own, `python -m deepseek_jax.plan.assignment`, which
+writes what XLA calls a dump into a temporary folder. The buffer assignment has one line for each piece of memory:
 
     allocation 1: size 4194304, page 0, parameter 0, shape |f32[1024,1024]| ..., maybe-live-out:
     allocation 5: size 512, page 0, maybe-live-out:
@@ -56,8 +56,8 @@ def assign_step(config: Config, chip: Chip, num_devices: int) -> StepMemory:
         num_devices: of a topology of such chips.
 
     Raises:
-        ValueError: the process fails for another reason than the step's size, and its last words are told; or its buffer
-            assignment has a form that is not read here.
+        ValueError: the process fails for another reason than the step's size, and its last words are told; or its
+            buffer assignment has a form that is not read here.
     """
     start = time.perf_counter()
     request = {"config": to_dict(config), "chip": chip.name, "devices": num_devices}
@@ -70,6 +70,8 @@ def assign_step(config: Config, chip: Chip, num_devices: int) -> StepMemory:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # SIGTERM makes libtpu write the report of a crash
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         if found is None:
             words = (folder / SAID).read_text(errors="replace")[-2000:].strip() or "it said nothing"
             raise ValueError(
@@ -88,7 +90,7 @@ def read_assignment(path: Path) -> StepMemory:
     pieces = PIECES.findall(path.read_text())
     if not pieces:
         raise ValueError(
-            f"the buffer assignment {path.name} has no line 'allocation N: ...': libtpu writes another form than 0.0.48's;"
+            f"the buffer assignment {path.name} has no line 'allocation N: ...', which libtpu 0.0.48 writes;"
             " use --nocompile, which traces the memory"
         )
     total = arguments = temporaries = 0

@@ -1,7 +1,7 @@
 """What a step does on the devices of a topology: its memory, what leaves a device, its time and what a run costs.
 
-Every figure says how it was found: **assigned** or **compiled** by the TPU's compiler (`report.py`), **traced** in the program (`liveness.py`), or
-**computed** from shapes and rates. Rates are measured shares of stated ones (`rates.py`).
+Every figure says how it was found: **assigned** or **compiled** by the TPU's compiler (`report.py`), **traced** in the
+program (`liveness.py`), or **computed** from shapes and rates. Rates are measured shares of stated ones (`rates.py`).
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Forecast:
 
     @property
     def traced(self) -> float | None:
-        """Return the bytes that a device needs: of the step, whose gradient's are traced, or of the average's update."""
+        """Return the bytes that a device needs, of which the gradient's are traced; None: they are not."""
         if self.living is None:
             return None
         step = self.living + sum(size for name, size in self.held.items() if name not in IN_GRADIENT)
