@@ -12,8 +12,17 @@ class Client:
 
     open = True
 
+    def __init__(self):
+        self.refused = threading.Event()
+
+    def shutdown(self):
+        """Return when the watch has met the end, before the farewell says what it means."""
+        self.open = False
+        assert self.refused.wait(10)
+
     def key_value_dir_get(self, folder):
         if not self.open:
+            self.refused.set()
             raise RuntimeError("shut down")
         return []
 
@@ -27,7 +36,7 @@ def test_a_watch_ends_after_the_farewell_and_ends_nobody(monkeypatch):
     monkeypatch.setattr(watch, "_over", threading.Event())
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(watch, "end", codes.append)  # what it raises in the thread would fail no test
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: setattr(client, "open", False))
+    monkeypatch.setattr(jax.distributed, "shutdown", client.shutdown)
     thread = threading.Thread(target=watch._keep_looking, args=(watch.Watch(client, 0),), daemon=True)
     thread.start()
     watch._say_farewell(thread)
