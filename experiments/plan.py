@@ -2,9 +2,9 @@
 
 Prints parameters, state, FLOPs, tokens, steps and the numbers of devices that work. With --topology also the memory of
 a device, what leaves it in a step, the time of a step and of the run; --search tries every mesh, recomputation and
-micro-batch, and pipelines by every schedule. For a TPU the training step is compiled, for cards traced. --decode with
---topology plans decoding in place of training. --chip with --devices prints memory alone. No array is made, and nothing
-runs.
+micro-batch, and pipelines by every schedule. For a TPU its compiler assigns the buffers of the training step, for cards
+the step is traced. --decode with --topology plans decoding in place of training. --chip with --devices prints memory
+alone. No array is made, and nothing runs.
 """
 
 import dataclasses
@@ -30,11 +30,15 @@ CONFIG = recipe.Recipe(None, "What to plan, such as configs/deepseek_v3.py.", re
 DEVICES = flags.DEFINE_integer(
     "devices", None, "Number of devices; by default the smallest whose memory holds the state.", lower_bound=1
 )
-CHIP = flags.DEFINE_string("chip", None, f"Kind of device: {', '.join(CHIPS)}. The step is compiled for TPUs.")
+CHIP = flags.DEFINE_string(
+    "chip", None, f"Kind of device: {', '.join(CHIPS)}. A TPU's compiler assigns the step's buffers."
+)
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "What to plan for, such as h200:128 (cards), v5p:8x8x8 or tpu7x:256 (chips): memory and time."
 )
-COMPILE = flags.DEFINE_bool("compile", True, "Compile the step for a TPU's topology; else its memory is traced.")
+COMPILE = flags.DEFINE_bool(
+    "compile", True, "Let a TPU's compiler assign the step's buffers; with --nocompile and --topology they are traced."
+)
 SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, recomputation and micro-batch that fit.")
 DECODE = flags.DEFINE_bool(
     "decode", False, "Plan decoding on the --topology in place of training: bytes, rates, cache."
@@ -94,12 +98,14 @@ def _check_flags() -> None:
     """
     if CONTEXT.value is not None and not DECODE.value:
         raise ValueError(f"--context = {CONTEXT.value} says what --decode plans for: add --decode")
+    if SEARCH.value and not COMPILE.value:
+        raise ValueError("--nocompile and --search: a search compiles nothing; leave --nocompile out")
     kinds = {"--decode": DECODE.value, "--adapters": ADAPTERS.value is not None}
     kind = next((name for name, given in kinds.items() if given), None)
     if kind is None:
         return
     if DECODE.value and TOPOLOGY.value is None:
-        raise ValueError("--decode needs devices: add --topology=h200:8, for example")
+        raise ValueError("--decode needs devices to plan for: add --topology=h200:8, for example")
     of_training = {
         "--search": SEARCH.value,
         "--plot": PLOT.value is not None,

@@ -14,7 +14,7 @@ from absl import flags
 from deepseek_jax.data.pipeline import check_data
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
-from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.parallel.program import resolve_for_training
 from deepseek_jax.posttraining.grpo import train_grpo
 from deepseek_jax.posttraining.settings import PosttrainingConfig, read
 from deepseek_jax.posttraining.sft import train_sft
@@ -51,7 +51,7 @@ def main(_) -> None:
         session.start()
         mesh = make_mesh(config.mesh)
         check_fit(config, mesh)  # what does not fit the devices is refused before there is a workdir
-        resolve_for(config, mesh)
+        resolve_for_training(config, mesh)
         result = DRIVERS[posttraining.stage](config, posttraining, workdir, mesh, wandb=WANDB.value)
     if result.interrupted_by is not None:
         again = shlex.join(["python", "-m", "experiments.posttrain", *sys.argv[1:]])

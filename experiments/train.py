@@ -16,7 +16,7 @@ from deepseek_jax.data.pipeline import check_data
 from deepseek_jax.evaluation.report import report
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
-from deepseek_jax.parallel.program import resolve_for
+from deepseek_jax.parallel.program import resolve_for_training
 from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.interruption import Abort
 from deepseek_jax.training.journal import journal, say
@@ -53,7 +53,7 @@ def main(_) -> None:
         session.start()
         mesh = make_mesh(config.mesh)
         check_fit(config, mesh)  # what does not fit the devices is refused before there is a workdir
-        resolve_for(config, mesh)
+        resolve_for_training(config, mesh)
         result = train(config, workdir, mesh, wandb=WANDB.value)
         if result.interrupted_by is not None:
             again = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])

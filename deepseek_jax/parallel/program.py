@@ -14,7 +14,7 @@ import jax
 from deepseek_jax.config import Config, Execution
 from deepseek_jax.parallel.host_memory import check_host_memory
 from deepseek_jax.parallel.mesh import axis_size
-from deepseek_jax.parameters import CONTEXT, EXPERTS, PIPE
+from deepseek_jax.parameters import CONTEXT, EXPERTS
 from pallas_kernels import GROUP, dispatch
 
 SPLASH_BLOCK = 128  # the kernel's smallest
@@ -61,7 +61,7 @@ def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
 
     Raises:
         ValueError, NotImplementedError: as `resolve`.
-        ValueError: host memory is asked for where there is none, or where nothing can be put there.
+        ValueError: layer inputs are to lie in host memory, and there is none.
         NotImplementedError: FP8 on a GPU that the kernels are not for.
     """
     device = mesh.devices.flat[0]
@@ -71,22 +71,22 @@ def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:
             "execution.precision = 'fp8' has kernels for Hopper GPUs (compute capability 9.0) and TPUs, and this GPU"
             f" ({device.device_kind}) has {capability}; use --config.execution.precision=bf16"
         )
-    _check_offload(config, mesh)
+    if config.execution.remat == "offload":
+        check_host_memory(mesh, "execution.remat", "offload", "full")
     nodes, shared = axis_size(mesh, EXPERTS[:1]), axis_size(mesh, (CONTEXT,))
     return resolve(config, device.platform, axis_size(mesh, EXPERTS), nodes, shared)
 
 
-def _check_offload(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Refuse settings that put arrays into host memory where they cannot be."""
+def resolve_for_training(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    """Return what `resolve_for` does, for train steps, which may keep an average of the weights in host memory.
+
+    Raises:
+        ValueError, NotImplementedError: as `resolve_for`.
+        ValueError: the average is to lie in host memory, and there is none.
+    """
     if config.optimizer.ema_memory == "host":
         check_host_memory(mesh, "optimizer.ema_memory", "host", "device")
-    if config.execution.remat == "offload":
-        check_host_memory(mesh, "execution.remat", "offload", "full")
-        if axis_size(mesh, (PIPE,)) > 1:
-            raise ValueError(
-                "execution.remat = 'offload' does not exist for a pipeline (config.mesh.pipe), whose stages keep what"
-                " the backward pass needs in slots of their own; use --config.execution.remat=full"
-            )
+    return resolve_for(config, mesh)
 
 
 def resolve(config: Config, platform: str, expert_devices: int, nodes: int = 1, context: int = 1) -> Config:

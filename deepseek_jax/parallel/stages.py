@@ -143,6 +143,11 @@ def check_beside_pipeline(config: Config, shape: dict[str, int]) -> None:
             f"config.execution.interleave = {execution.interleave} {here}: a pipeline overlaps whole micro-batches; use"
             " execution.interleave = 1, and execution.schedule = 'dualpipev' for pairs that overlap"
         )
+    if execution.remat == "offload":
+        raise ValueError(
+            f"config.execution.remat = 'offload' {here} does not exist: its stages keep what the backward pass needs in"
+            " slots of their own; use --config.execution.remat=full"
+        )
     if execution.gather == "kept":
         raise ValueError(
             f"config.execution.gather = 'kept' {here} would keep a stage's weights for each micro-batch on its way;"

@@ -175,9 +175,12 @@ def _on_devices(plan: AdapterPlan) -> list[str]:
     text += [f"  {name:<18}{_gib(size):>12}  computed" for name, size in held.items()]
     text[-1] += ": the same without adapters"
     if chip:
-        left = _gib(chip.memory - held["together"])
-        verdict = "" if held["together"] <= chip.room else "; use more devices"
-        text.append(f"of {_gib(chip.memory)} that is {left} for activations and gathered layers{verdict}")
+        left = chip.memory - held["together"]
+        if left < 0:
+            text.append(f"It does not fit: a device has {_gib(chip.memory)}, {_gib(-left)} less; use more devices")
+        else:
+            verdict = "" if held["together"] <= chip.room else "; use more devices"
+            text.append(f"of {_gib(chip.memory)} that leaves {_gib(left)} for activations and gathered layers{verdict}")
     return text
 
 

@@ -1,9 +1,10 @@
 """The memory of a step as a TPU's compiler assigns its buffers, known long before the compiler is done.
 
-XLA's passes and the assignment of buffers take a tenth of a compilation for TPUs; the rest makes machine code, which a
-plan does not read (experiments/log.md). libtpu has no switch to stop there. So the step is compiled in a process of its
-own, `python -m deepseek_jax.plan.assignment`, which writes what XLA calls a dump into a temporary folder. The buffer
-assignment has one line for each piece of memory:
+What a compilation does after the assignment of buffers, a plan does not read. How much that is depends on the program:
+a small one had its assignment 0.4 s after its start and its code after 2.1; `tiny` with 2 layers took 43 s of a core to
+its assignment and 48 in all; V3's was stopped after 421 s, before its assignment (experiments/log.md). libtpu has no
+switch to stop there. So the step is compiled in a process of its own, `python -m deepseek_jax.plan.assignment`, which
+writes what XLA calls a dump into a temporary folder. The buffer assignment has one line for each piece of memory:
 
     allocation 1: size 4194304, page 0, parameter 0, shape |f32[1024,1024]| ..., maybe-live-out:
     allocation 5: size 512, page 0, maybe-live-out:
@@ -11,8 +12,10 @@ assignment has one line for each piece of memory:
     allocation 15: size 4243488, page 0, preallocated-temp:
 
 Pieces without a color lie in the device's main memory: parameters, results and temporaries, each counted once. As soon
-as the report that XLA writes behind the assignment is there, the process is ended. A step that the compiler refuses for
-its size ends on its own. The code of the step, some hundred megabytes of V3's, is not counted.
+as the report that XLA writes behind the assignment is there, the process is ended. A step whose pieces are larger than
+the chip gets time to be refused: the compiler counts a little otherwise, and its word is better. If it has not come by
+then, the step does not fit by its assignment. The figures are those of the assignment whether the process was ended or
+came to its end first. The code of the step, some hundred megabytes of V3's, and some scratch memory are not counted.
 """
 
 import dataclasses
@@ -25,8 +28,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -36,7 +40,8 @@ from deepseek_jax.plan.chips import ENVIRONMENT, Chip, absent_devices, find_chip
 from deepseek_jax.plan.memory import StepMemory, compile_step
 
 ASSIGNED, REPORTED = "*buffer-assignment.txt", "*memory-usage-report.txt"  # of a dump; the second is written later
-PIECE = re.compile(r"^allocation \d+: size (\d+),( color \d+,)? page \d+,(.*)$", re.MULTILINE)
+PIECES = re.compile(r"^allocation \d+:.*$", re.MULTILINE)
+PIECE = re.compile(r"^allocation \d+: size (\d+),( color \d+,)? page \d+,(.*)$")
 SAID, RESULT = "said", "result"  # what the process said, and its own figures
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_REFUSE = 20.0  # that a compiler has to refuse a step whose pieces are larger than the chip's memory
@@ -51,7 +56,8 @@ def assign_step(config: Config, chip: Chip, num_devices: int) -> StepMemory:
         num_devices: of a topology of such chips.
 
     Raises:
-        ValueError: the compiler does not take the step, for another reason than its size; its last words are told.
+        ValueError: the process fails for another reason than the step's size, and its last words are told; or its
+            buffer assignment has a form that is not read here.
     """
     start = time.perf_counter()
     request = {"config": to_dict(config), "chip": chip.name, "devices": num_devices}
@@ -64,21 +70,51 @@ def assign_step(config: Config, chip: Chip, num_devices: int) -> StepMemory:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # SIGTERM makes libtpu write the report of a crash
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         if found is None:
-            words = (folder / SAID).read_text(errors="replace")[-2000:]
-            raise ValueError(f"the compiler of {chip.name} does not take the step of {config.name}: {words}")
+            words = (folder / SAID).read_text(errors="replace")[-2000:].strip() or "it said nothing"
+            raise ValueError(
+                f"the process that compiles the step of {config.name} for {chip.name} {_end_of(process.returncode)}:"
+                f" {words}"
+            )
     return dataclasses.replace(found, seconds=time.perf_counter() - start)
 
 
-def read_assignment(text: str) -> StepMemory:
-    """Return the memory that a buffer assignment has in the device's main memory."""
+def read_assignment(path: Path) -> StepMemory:
+    """Return the memory that a buffer assignment has in the device's main memory.
+
+    Raises:
+        ValueError: the file has no line of a piece, or one of another form.
+    """
+    pieces = PIECES.findall(path.read_text())
+    if not pieces:
+        raise ValueError(
+            f"the buffer assignment {path.name} has no line 'allocation N: ...', which libtpu 0.0.48 writes;"
+            " use --nocompile, which traces the memory"
+        )
     total = arguments = temporaries = 0
-    for size, color, kind in PIECE.findall(text):
+    for line in pieces:
+        piece = PIECE.match(line)
+        if piece is None:
+            raise ValueError(
+                f"the buffer assignment {path.name} has {line[:120]!r}, which is not of the form 'allocation N: size S,"
+                " page P, ...' that libtpu 0.0.48 writes; use --nocompile, which traces the memory"
+            )
+        size, color, kind = piece.groups()
         if not color:
             total += int(size)
             arguments += int(size) if kind.startswith(" parameter ") else 0
             temporaries += int(size) if "preallocated-temp" in kind else 0
-    return StepMemory(total, arguments, temporaries)
+    return StepMemory(total, arguments, temporaries, source="assigned")
+
+
+def _end_of(code: int) -> str:
+    """Return how a process ended, with what the code means where many will meet it."""
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}" + (" (the machine may have run out of memory)" if name == "SIGKILL" else "")
 
 
 def _begin(request: dict[str, Any], folder: Path) -> subprocess.Popen:
@@ -96,25 +132,44 @@ def _begin(request: dict[str, Any], folder: Path) -> subprocess.Popen:
 
 
 def _watch(process: subprocess.Popen, folder: Path, chip: Chip) -> StepMemory | None:
-    """Return what the process finds, by its assignment or its own report; None: it failed."""
-    patience = SECONDS_TO_REFUSE
-    while process.poll() is None:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        assigned = list(folder.glob(ASSIGNED))
-        if not assigned or not any(folder.glob(REPORTED)):
-            continue
-        found = max((read_assignment(path.read_text()) for path in assigned), key=lambda step: step.total)
-        if found.total <= chip.memory or patience <= 0:
+    """Return what the process finds, by its assignment or the compiler's refusal; None: it failed."""
+    found, deadline = None, 0.0
+    while True:
+        is_running = process.poll() is None
+        if found is None and (found := _assigned(folder)) is not None:
+            deadline = time.monotonic() + SECONDS_TO_REFUSE
+        if not is_running:
+            break
+        if found is not None and found.total <= chip.memory:
             return found
-        patience -= SECONDS_BETWEEN_LOOKS  # a compiler counts a little otherwise: its refusal is its own
+        if found is not None and time.monotonic() >= deadline:
+            return dataclasses.replace(found, capacity=chip.memory)  # assigned, not refused yet
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     result = folder / RESULT
-    return StepMemory(**json.loads(result.read_text())) if result.exists() else None
+    if result.exists():
+        own = StepMemory(**json.loads(result.read_text()))
+        return found if found is not None and own.fits else own
+    return found if found is not None and found.total <= chip.memory else None
+
+
+def _assigned(folder: Path) -> StepMemory | None:
+    """Return the memory by the assignment of the largest program; None: no assignment is whole."""
+    if not any(folder.glob(REPORTED)):
+        return None
+    return max(map(read_assignment, folder.glob(ASSIGNED)), key=lambda step: step.total, default=None)
+
+
+def end_with(stream: IO[str], end: Callable[[int], Any] = os._exit) -> threading.Thread:
+    """Start a thread that calls `end(1)` when a stream that nobody writes to any more is closed."""
+    thread = threading.Thread(target=lambda: (stream.read(), end(1)), daemon=True)
+    thread.start()
+    return thread
 
 
 def main() -> None:
     """Compile what standard input asks for; write its memory if the compiler comes to an end."""
     request = json.loads(sys.stdin.readline())
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    end_with(sys.stdin)
     prepare()
     jax.config.update("jax_platforms", "cpu")
     config, folder = from_config_dict(request["config"]), Path(request["folder"])

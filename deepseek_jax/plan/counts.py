@@ -137,6 +137,18 @@ def host_bytes_per_device(config: Config, state: State, mesh: jax.sharding.Abstr
     return held
 
 
+def update_bytes(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> int:
+    """Return what a device holds while an average in host memory is updated (`training.average`); without one 0.
+
+    Weights and moments stay; the average comes as 4 bytes a parameter, and the new one is made beside it.
+    """
+    if not on_host(config.optimizer):
+        return 0
+    stored = laid_out(state, mesh)
+    stay = (stored["params"], stored["router_bias"], stored["optimizer"])
+    return sum(local_bytes(tree, mesh) for tree in stay) + 2 * local_bytes(stored["ema"], mesh)
+
+
 def without_pipe(mesh: jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:
     """Return the mesh of the devices that have one place in a pipeline."""
     sizes = dict(mesh.shape) | {PIPE: 1}

@@ -17,6 +17,7 @@ from deepseek_jax.plan.counts import (
     gathered_layer,
     largest_batch,
     placement_of,
+    update_bytes,
     without_pipe,
 )
 from deepseek_jax.plan.liveness import Living, living
@@ -44,7 +45,10 @@ class Memory:
         self._held: dict[tuple[Any, ...], float] = {}
 
     def of(self, fit: Fit) -> float:
-        """Return the bytes of one device: state, gradients and what lives beside them."""
+        """Return the bytes of one device: state, gradients and what lives beside them, or the average's own update."""
+        return max(self._of_step(fit), update_bytes(fit.config, self._state, fit.mesh))
+
+    def _of_step(self, fit: Fit) -> float:
         execution, pipe = fit.config.execution, fit.mesh.shape[PIPE]
         if pipe == 1:
             return self.least(fit) + self._beside(fit, sequences_of(fit))

@@ -1,7 +1,7 @@
 """What a step does on the devices of a topology: its memory, what leaves a device, its time and what a run costs.
 
-Every figure says how it was found: **compiled** by the TPU's compiler, **traced** in the program (`liveness.py`), or
-**computed** from shapes and rates. Rates are measured shares of stated ones (`rates.py`).
+Every figure says how it was found: **assigned** or **compiled** by the TPU's compiler (`report.py`), **traced** in the
+program (`liveness.py`), or **computed** from shapes and rates. Rates are measured shares of stated ones (`rates.py`).
 """
 
 import dataclasses
@@ -34,9 +34,11 @@ class Forecast:
         fit: the config, with its mesh.
         chip: of all devices.
         held: bytes of one device that the layouts say: weights, moments, gradients, copies.
-        living: bytes that live at once in the gradient, gradients and copies included, traced; None: compiled instead.
+        living: bytes that live at once in the gradient, gradients and copies included, traced; None: a TPU's compiler
+            says what the step needs (`Placement.step`).
         sent: what leaves a device in a step.
         time: of a step.
+        update: bytes of one device while an average in host memory is updated, between two steps; 0: there is none.
     """
 
     fit: Fit
@@ -45,13 +47,15 @@ class Forecast:
     living: int | None
     sent: list[Sent]
     time: StepTime
+    update: int = 0
 
     @property
     def traced(self) -> float | None:
-        """Return the bytes of one device, of which the gradient's are traced."""
+        """Return the bytes that a device needs, of which the gradient's are traced; None: they are not."""
         if self.living is None:
             return None
-        return self.living + sum(size for name, size in self.held.items() if name not in IN_GRADIENT)
+        step = self.living + sum(size for name, size in self.held.items() if name not in IN_GRADIENT)
+        return max(step, self.update)
 
 
 def forecast(on: Placement, state: Any, trace: bool, say: Callable[[str], None]) -> Forecast:
@@ -71,7 +75,7 @@ def forecast(on: Placement, state: Any, trace: bool, say: Callable[[str], None])
         say(f"tracing the gradient of {fit.config.name} ...")
     living = gradient_bytes(fit.config, fit.mesh) if trace else None
     sent = sent_of(fit.config, fit.mesh, state, chip)
-    return Forecast(fit, chip, on.held, living, sent, time)
+    return Forecast(fit, chip, on.held, living, sent, time, on.update)
 
 
 def require_memory(found: Forecast, state: Any, say: Callable[[str], None]) -> None:
@@ -111,6 +115,8 @@ def _memory(found: Forecast) -> list[str]:
     inside = sum(size for name, size in found.held.items() if name in IN_GRADIENT)
     rows: list[tuple[str, float, str]] = [(name, size, "computed") for name, size in found.held.items()]
     rows.append(("activations, temporaries", found.living - inside, "traced; gathered weights are among them"))
+    if found.update:
+        rows.append(("update of the average", found.update, "computed; between two steps, the larger counts"))
     rows.append(("together", found.traced, f"of {found.chip.memory / GB:,.0f} GB"))
     return [f"  {name:<26}{size / GB:>10,.2f} GB  {how}" for name, size, how in rows]
 

@@ -46,7 +46,10 @@ class StepMemory:
         arguments: state and batch; None if the compiler refused the program, as the next one.
         temporaries: room for gradients, activations, gathered weights, and all else that lives within the step.
         peak: what lives at once, at most. It is less than `total` where the compiler cannot place arrays without gaps.
-        capacity: what the compiler said that a program may have; None if the program fits.
+        capacity: what the compiler said that a program may have, or what the device has if the buffers that were
+            assigned are larger and the compiler had neither taken nor refused them yet; None if the program fits.
+        source: "compiled"; "assigned": the compiler was ended, or not asked, after its buffer assignment. Code and some
+            scratch memory are not in `total` then.
         seconds: time of tracing and compiling, where it was measured.
     """
 
@@ -55,11 +58,12 @@ class StepMemory:
     temporaries: int | None
     peak: int | None = None
     capacity: int | None = None
+    source: str = "compiled"
     seconds: float | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler accepted the step.
+        """Whether the compiler accepted the step, or assigned its buffers within the memory of a device.
 
         It counts a little otherwise than `memory_analysis`: it accepted V3's step on 512 devices of v5p, whose parts
         add up to 95.97 of 95.73 GiB, and refused another that needs 95.82.

@@ -10,6 +10,7 @@ from deepseek_jax.plan.meshes import Fit, smallest_micro_batch
 from deepseek_jax.plan.run import Placement, Plan
 
 SECONDS_PER_DAY = 86400
+NOT_ASSIGNED = "code and some scratch memory come on top"  # of a buffer assignment (`assignment`)
 
 
 def lines(plan: Plan) -> list[str]:
@@ -47,11 +48,15 @@ def record(plan: Plan) -> dict[str, Any]:
         return values
     values |= {"devices": on.fit.num_devices, "held_computed": on.held}
     values |= {"on_host_computed": on.on_host} if on.on_host else {}
-    return values | (memory_record(on.fit, on.chip, on.step) if on.chip and on.step else {})
+    values |= {"average_update_computed": on.update} if on.update else {}
+    return values | (memory_record(on.fit, on.chip, on.step, on.update) if on.chip and on.step else {})
 
 
-def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
-    """Return the compiled memory of one device as plain values, in bytes, with what it was compiled for."""
+def memory_record(fit: Fit, chip: Chip, step: StepMemory, update: int = 0) -> dict[str, Any]:
+    """Return the compiled memory of one device as plain values, in bytes, with what it was compiled for.
+
+    `update` is what the average's own program needs (`counts.update_bytes`).
+    """
     training, data = fit.config.training, fit.config.data
     return {
         "mesh": dict(fit.mesh.shape),
@@ -61,7 +66,7 @@ def memory_record(fit: Fit, chip: Chip, step: StepMemory) -> dict[str, Any]:
         "sequence_length": data.sequence_length,
         "chip_memory": chip.memory,
         "step_compiled": dataclasses.asdict(step),
-        "does_fit": step.fits,
+        "does_fit": step.fits and update <= chip.memory,
     }
 
 
@@ -108,28 +113,36 @@ def _on_devices(plan: Plan) -> list[str]:
     text = [f"one of {on.fit.num_devices} devices{kind} ({axes}):"]
     text += [f"  {name:<18}{_bytes(size):>12}  computed" for name, size in on.held.items()]
     if on.chip and on.step:
-        text += _compiled(on.chip, on.step) + _verdict(plan, on.fit, on.chip, on.step, sum(on.held.values()))
+        text += _compiled(on.chip, on.step) + _verdict(plan, on, on.chip, on.step)
     else:
         text += [f"  {'together':<18}{_bytes(sum(on.held.values())):>12}  computed", *_not_compiled(plan, on)]
+    if on.update:
+        text.append(f"  {'update of the average':<26}{_bytes(on.update):>12}  computed; between two steps, not in them")
     text += [f"  {f'{name}, on the host':<26}{_bytes(size):>12}  computed" for name, size in on.on_host.items()]
     return text + _least_time(plan, on)
 
 
 def _compiled(chip: Chip, step: StepMemory) -> list[str]:
-    how = f"compiled in {step.seconds:.0f} s" + (", without its code" if step.fits and step.peak is None else "")
+    how = f"{step.source} in {step.seconds:.0f} s" + (f"; {NOT_ASSIGNED}" if step.source == "assigned" else "")
     rows = [("the whole step", step.total, how), ("a device has", chip.memory, "")]
     if step.temporaries is not None:
-        rows.insert(0, ("temporaries", step.temporaries, "compiled; gradients and copies are among them"))
+        rows.insert(0, ("temporaries", step.temporaries, f"{step.source}; gradients and copies are among them"))
     if step.peak is not None:
         rows.insert(-1, ("alive at once", step.peak, "compiled"))
     return [f"  {name:<18}{_bytes(size):>12}  {how}".rstrip() for name, size, how in rows]
 
 
-def _verdict(plan: Plan, fit: Fit, chip: Chip, step: StepMemory, held: int) -> list[str]:
-    if step.fits:
-        return [f"It fits: {step.total / chip.memory:.0%} of the memory."]
+def _verdict(plan: Plan, on: Placement, chip: Chip, step: StepMemory) -> list[str]:
+    fit, held, update = on.fit, sum(on.held.values()), on.update
+    share, is_assigned = f"{step.total / chip.memory:.0%} of the memory", step.source == "assigned"
+    if step.fits and update <= chip.memory:
+        return [f"It fits: {share}{f' by its buffer assignment; {NOT_ASSIGNED}' if is_assigned else ''}."]
+    if step.fits:  # the step alone does
+        text = [f"It does not fit: the update of the average, between two steps, needs {_bytes(update)}."]
+        return text + _advised(advice(plan, fit, of_state=True))
     beside = _bytes(step.total - held)
-    text = [f"It does not fit. Beside what is listed, {beside} are activations, gathered weights and buffers."]
+    by = f" by its buffer assignment, {share}, which the compiler had not refused yet" if is_assigned else ""
+    text = [f"It does not fit{by}. Beside what is listed, {beside} are activations, gathered weights and buffers."]
     return text + _advised(advice(plan, fit))
 
 
@@ -140,6 +153,9 @@ def _not_compiled(plan: Plan, on: Placement) -> list[str]:
         return []
     held = sum(on.held.values())
     figures = f"{held / on.chip.memory:.0%} of the card; {_share(on.chip)} the rest is for activations"
+    if on.update > on.chip.memory:
+        text = f"It does not fit: the update of the average, between two steps, needs {_bytes(on.update)}."
+        return [text, *_advised(advice(plan, on.fit, of_state=True))]
     if held > on.chip.room:
         return [f"It does not fit: that is {figures}.", *_advised(advice(plan, on.fit, of_state=True))]
     return [

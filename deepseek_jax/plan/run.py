@@ -11,7 +11,7 @@ from typing import Any
 from deepseek_jax.config import Config
 from deepseek_jax.plan.assignment import assign_step
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import Counts, bytes_per_device, count, host_bytes_per_device, state_of
+from deepseek_jax.plan.counts import Counts, bytes_per_device, count, host_bytes_per_device, state_of, update_bytes
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, find_fits, require_fit
 
@@ -26,8 +26,10 @@ class Placement:
         fit: the config, with its mesh.
         held: bytes of one device, by contents (`counts.bytes_per_device`), computed from the layouts.
         chip: the kind of the devices; None if none was named.
-        step: memory of the compiled step; None without a TPU to compile for.
+        step: memory of the step by a TPU's compiler; None: there is none to compile for, or nothing is compiled.
         on_host: bytes that lie in host memory for one device, by contents, computed.
+        update: bytes of one device while a program of its own updates an average in host memory, computed
+            (`counts.update_bytes`). A device needs the larger of the step and this.
     """
 
     fit: Fit
@@ -35,6 +37,7 @@ class Placement:
     chip: Chip | None = None
     step: StepMemory | None = None
     on_host: dict[str, int] = dataclasses.field(default_factory=dict)
+    update: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ def make_plan(
         larger = (f for f in larger if _holds(chip, f, state))
     holding = tuple(itertools.islice(larger, 1))
     in_memory, on_host = (of(fit.config, state, fit.mesh) for of in (bytes_per_device, host_bytes_per_device))
-    on = Placement(fit, in_memory, chip, step, on_host)
+    on = Placement(fit, in_memory, chip, step, on_host, update_bytes(fit.config, state, fit.mesh))
     return Plan(config, counts, fits, on, holding=holding)
 
 
@@ -128,7 +131,8 @@ def signs_of_life(what: str, say: Callable[[str], None]):
 
 def _holds(chip: Chip, fit: Fit, state: Any) -> bool:
     """Whether there are that many chips in a pod, and each of them holds its part of the state."""
-    return chip.has(fit.num_devices) and _state(fit, state) <= chip.room
+    update = update_bytes(fit.config, state, fit.mesh)
+    return chip.has(fit.num_devices) and _state(fit, state) <= chip.room and update <= chip.memory
 
 
 def _state(fit: Fit, state: Any) -> int:

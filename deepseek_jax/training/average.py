@@ -5,7 +5,8 @@
 
 In this program the average comes to the device, is updated there and goes back: 8 bytes a parameter, and only between
 two steps, when activations and gradients are gone. A step has 4 bytes less for each parameter that a device holds. The
-larger of the two is never more than a step with the average beside it, whose FP32 gradients alone are 4 bytes more.
+larger of the two is what a device needs (`plan.counts.update_bytes`). It is never more than a step with the average
+beside it, which has 4 bytes a parameter of that and 4 of FP32 gradients.
 
 The host does not wait: it dispatches the average and then the next step. The device runs them one after another,
 because the next step writes over the parameters. 4 bytes a parameter go each way at once. At 55 GB/s that is 24 ms of

@@ -26,7 +26,7 @@ from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import Output, apply
 from deepseek_jax.parallel import context
 from deepseek_jax.parallel.mesh import check_fit
-from deepseek_jax.parallel.program import jit_on, resolve_for
+from deepseek_jax.parallel.program import jit_on, resolve_for, resolve_for_training
 from deepseek_jax.parallel.stage_weights import whole_tree
 from deepseek_jax.parallel.stored import param_specs, stored_specs
 from deepseek_jax.parallel.weights import differentiated, gather, in_fp32, reduce_gradients, with_fp8
@@ -69,7 +69,7 @@ def recipe_of(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> 
     optimizer = dataclasses.replace(
         config.optimizer, learning_rate=(), learning_rate_factor=1.0, warmup_steps=0, bias_update_rate=()
     )
-    execution = resolve_for(config, mesh).execution
+    execution = resolve_for_training(config, mesh).execution
     return Recipe(config.model, execution, objective, optimizer, config.training.micro_batch_size)
 
 

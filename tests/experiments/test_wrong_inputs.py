@@ -86,6 +86,7 @@ FLAGS = [
     case("generate", "--hf={d}/W --prompt=x", "is the workdir of a run", "give --workdir", files=RUN),
     case("generate", f"{BASE} --prompt=x", "lacks ['tokenizer.json', 'tokenizer_config.json']", "put these files"),
     case("plan", f"{TINY} --topology=h200:8 --decode --nocompile", "--nocompile and --decode", "leave one of them out"),
+    case("plan", f"{TINY} --topology=h200:8 --search --nocompile", "--nocompile and --search", "leave --nocompile out"),
     case("plan", f"{TINY} --topology=h200:8 --decode --search", "--search and --decode", "leave one of them out"),
     case("plan", f"{TINY} --decode", "--decode needs devices", "--topology=h200:8"),
     case("plan", f"{TINY} --adapters=8:ffn --search --devices=1", "--search and --adapters", "leave one of them out"),

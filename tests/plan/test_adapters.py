@@ -1,5 +1,7 @@
 """The plan of a run of adapters, against counts by hand; and in tests.training.test_adapted a compiled step."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -43,6 +45,14 @@ def test_experts_and_their_adapters_are_shared_and_others_lie_on_every_device(ga
     text = "\n".join(adapters.lines(found))
     assert f"{found.trained:,} parameters" in text and "one of 8 devices of h200" in text
     assert adapters.record(found)["held_computed"] == found.held
+
+
+def test_a_base_that_is_larger_than_the_device_leaves_no_negative_room():
+    found = adapters.plan_adapters(config(), adapters.parse("4:ffn"), DEVICES, find_chip("h200"))
+    assert "that leaves 131." in adapters.lines(found)[-1]
+    tiny = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1000))
+    told = adapters.lines(tiny)[-1]
+    assert told.startswith("It does not fit: a device has 0.00 GiB") and "-" not in told
 
 
 def test_what_cannot_be_planned_is_refused():

@@ -1,7 +1,10 @@
 """The memory of a step from the dump of a compiler that is ended before it makes code."""
 
 import dataclasses
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -28,10 +31,28 @@ allocation 14: size 512, color 6, page 0, preallocated-temp:
 allocation 15: size 4243488, page 0, preallocated-temp:
 """
 TOTAL, ARGUMENTS, TEMPORARIES = 8443968, 4194304, 4243488
+ASSIGNED = StepMemory(TOTAL, ARGUMENTS, TEMPORARIES, source="assigned")
+WRITE = f"""
+(folder / 'm.after-buffer-assignment.txt').write_text({DUMP!r})
+(folder / 'm.after-memory-usage-report.txt').write_text('')
+"""
 
 
-def test_an_assignment_counts_each_piece_of_the_main_memory_once():
-    assert assignment.read_assignment(DUMP) == StepMemory(TOTAL, ARGUMENTS, TEMPORARIES)
+def read(folder, text):
+    path = folder / "m.after-buffer-assignment.txt"
+    path.write_text(text)
+    return assignment.read_assignment(path)
+
+
+def test_an_assignment_counts_each_piece_of_the_main_memory_once(tmp_path):
+    assert read(tmp_path, DUMP) == ASSIGNED
+
+
+def test_an_assignment_of_another_form_is_not_a_step_without_memory(tmp_path):
+    with pytest.raises(ValueError, match=r"m\.after-buffer-assignment\.txt has no line .*use --nocompile"):
+        read(tmp_path, DUMP.replace("allocation", "buffer"))
+    with pytest.raises(ValueError, match=r"m\.after-buffer.*txt has 'allocation 15: size=4243488.*--nocompile"):
+        read(tmp_path, DUMP.replace("15: size ", "15: size="))
 
 
 @pytest.fixture
@@ -61,27 +82,90 @@ def step_memory(memory=CHIPS["v5p"].memory):
 def test_the_compiler_is_ended_when_it_has_assigned_the_buffers(compiler):
     """The report is written last: before it, the assignment may be a part."""
     begun = compiler(
-        f"(folder / 'm.after-buffer-assignment.txt').write_text({DUMP!r})\n"
-        "(folder / 'm.after-memory-usage-report.txt').write_text('')\ntime.sleep(600)"
+        f"(folder / 'm.after-buffer-assignment.txt').write_text({DUMP[: len(DUMP) // 2]!r})\n"
+        f"time.sleep(0.2)\n{WRITE}\ntime.sleep(600)"
     )
     found = step_memory()
-    assert (found.total, found.arguments, found.temporaries, found.fits) == (TOTAL, ARGUMENTS, TEMPORARIES, True)
-    assert begun[0].poll() is not None
+    assert dataclasses.replace(found, seconds=None) == ASSIGNED and found.fits
+    assert begun[0].poll() == -signal.SIGKILL
 
 
 def test_a_refusal_is_the_compilers_own(compiler):
     """It comes after the assignment."""
     refusal = dataclasses.asdict(StepMemory(2 * TOTAL, None, None, capacity=TOTAL - 1))
-    compiler(
-        f"(folder / 'm.after-buffer-assignment.txt').write_text({DUMP!r})\n"
-        "(folder / 'm.after-memory-usage-report.txt').write_text('')\ntime.sleep(0.2)\n"
-        f"(folder / 'result').write_text(json.dumps({refusal!r}))"
-    )
+    compiler(f"{WRITE}\ntime.sleep(0.2)\n(folder / 'result').write_text(json.dumps({refusal!r}))")
     found = step_memory(TOTAL - 1)
-    assert (found.total, found.capacity, found.fits) == (2 * TOTAL, TOTAL - 1, False)
+    assert (found.total, found.capacity, found.fits, found.source) == (2 * TOTAL, TOTAL - 1, False, "compiled")
 
 
-def test_a_compiler_that_fails_says_why(compiler):
-    compiler("(folder / 'said').write_text('INTERNAL: no such thing')\nsys.exit(1)")
-    with pytest.raises(ValueError, match="the compiler of v5p does not take the step of small: INTERNAL: no such"):
+def test_a_step_that_is_larger_than_the_chip_and_not_refused_yet_does_not_fit(compiler, monkeypatch):
+    monkeypatch.setattr(assignment, "SECONDS_TO_REFUSE", 0.1)
+    begun = compiler(f"{WRITE}\ntime.sleep(600)")
+    found = step_memory(TOTAL - 1)
+    assert (found.total, found.capacity, found.fits, found.source) == (TOTAL, TOTAL - 1, False, "assigned")
+    assert begun[0].poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("memory", [CHIPS["v5p"].memory, TOTAL - 1])
+def test_a_compiler_that_is_faster_than_a_look_has_the_same_total(compiler, memory):
+    """It took the step, so it fits, even if the pieces are larger than what the chip is said to have."""
+    own = dataclasses.asdict(StepMemory(TOTAL + 647168, ARGUMENTS, TEMPORARIES, peak=TOTAL))
+    compiler(f"{WRITE}\n(folder / 'result').write_text(json.dumps({own!r}))")
+    found = step_memory(memory)
+    assert dataclasses.replace(found, seconds=None) == ASSIGNED and found.fits
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [("sys.exit(3)", "ended with code 3"), ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL")],
+)
+def test_a_process_that_fails_says_how_and_why(compiler, end, how):
+    compiler(f"(folder / 'said').write_text('INTERNAL: no such thing')\n{end}")
+    with pytest.raises(
+        ValueError, match=f"the process that compiles the step of small for v5p {how}.*: INTERNAL: no such"
+    ):
         step_memory()
+
+
+def test_a_closed_stream_ends_the_process_that_reads_it():
+    codes, (read_end, write_end) = [], os.pipe()
+    with os.fdopen(read_end) as stream:
+        thread = assignment.end_with(stream, codes.append)
+        thread.join(0.05)
+        assert thread.is_alive() and not codes
+        os.close(write_end)
+        thread.join(10)
+    assert codes == [1]
+
+
+SMALLEST = {"num_layers": 1, "num_dense_layers": 1, "num_mtp_layers": 0}
+
+
+def needs_libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("libtpu")
+def test_the_real_compiler_assigns_a_step():
+    needs_libtpu()
+    tree = small.config_dict()
+    tree.model.update(SMALLEST)
+    found = assignment.assign_step(from_config_dict(tree), CHIPS["v5p"], 1)
+    assert found.source == "assigned" and found.fits
+    assert 0 < found.arguments < found.total and 0 < found.temporaries < found.total
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("libtpu")
+def test_the_real_process_ends_with_the_one_that_began_it(tmp_path):
+    needs_libtpu()
+    request = {"config": small.config_dict().to_dict(), "chip": "v5p", "devices": 8, "folder": str(tmp_path)}
+    process = assignment._begin(request, tmp_path)
+    try:
+        process.stdin.close()
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+    assert "Traceback" not in (tmp_path / "said").read_text()

@@ -96,3 +96,16 @@ def test_one_device_in_fp32_keeps_no_copies():
     held = counts.bytes_per_device(config, state, fit_as_written(config, 1).mesh)
     assert set(held) == {"weights", "moments", "gradients"}
     assert sum(held.values()) == pytest.approx(12 * found.parameters, rel=1e-4)  # biases and counters besides
+
+
+def test_the_update_of_an_average_on_the_host_may_need_more_than_the_step():
+    """Weights and moments are 8 bytes a parameter, the average that comes and the one that goes are 8 more."""
+    config = small.config().with_(optimizer={"ema_decay": 0.9})
+    state, mesh = counts.state_of(config), fit_as_written(config, 1).mesh
+    assert counts.update_bytes(config, state, mesh) == 0
+    on_host = config.with_(optimizer={"ema_memory": "host"})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
+    beside = counts.local_bytes(counts.laid_out(state["router_bias"], mesh), mesh) + 4  # and the optimizer's counter
+    update = counts.update_bytes(on_host, state, mesh)
+    moments = counts.bytes_per_device(config, state, mesh)["moments"] - 4
+    assert update == (4 + 8) * parameters + moments + beside

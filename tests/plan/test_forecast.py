@@ -44,6 +44,9 @@ def test_every_figure_says_how_it_was_found(monkeypatch):
     assert values["gradient_traced"] == LIVING
     parts = {name: seconds for name, seconds in values["time_computed"].items() if name not in ("total", "travel")}
     assert values["time_computed"]["total"] == pytest.approx(sum(parts.values()))
+    larger = dataclasses.replace(found, update=2 * LIVING)  # of an average on the host, between two steps
+    assert larger.traced == 2 * LIVING
+    assert "update of the average" in "\n".join(forecast.lines(larger, count(found.fit.config, state)))
     other, _ = planned(monkeypatch, chip="gb300")
     assert "assumed, not measured" in "\n".join(forecast.lines(other, count(other.fit.config, state)))
 

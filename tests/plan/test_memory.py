@@ -83,6 +83,40 @@ def test_a_person_reads_that_a_step_fits():
     plan = plan_of_v3(memory.StepMemory(total=48 * 2**30, arguments=20 * 2**30, temporaries=28 * 2**30, seconds=9.0))
     assert record(plan)["does_fit"]
     assert "It fits: 50% of the memory." in lines(plan)
+    assert "compiled in 9 s" in "\n".join(lines(plan))
+
+
+def assigned(total, capacity=None):
+    step = memory.StepMemory(total, 20 * 2**30, total - 20 * 2**30, capacity=capacity, source="assigned", seconds=9.0)
+    return plan_of_v3(step)
+
+
+def test_an_assignment_is_not_called_compiled_and_its_verdict_keeps_the_caveat():
+    plan = assigned(48 * 2**30)
+    assert "It fits: 50% of the memory by its buffer assignment; code and some scratch memory come on top." in lines(
+        plan
+    )
+    text = "\n".join(lines(plan))
+    assert "48.00 GiB  assigned in 9 s; code and some scratch memory come on top" in text and "compiled" not in text
+    assert record(plan)["step_compiled"]["source"] == "assigned"
+
+
+def test_a_step_that_is_larger_by_its_assignment_does_not_fit():
+    chip = chips.CHIPS["v5p"]
+    plan = assigned(int(1.3 * chip.memory), chip.memory)
+    told = "\n".join(lines(plan))
+    assert (
+        "It does not fit by its buffer assignment, 130% of the memory, which the compiler had not refused yet" in told
+    )
+    assert "It fits" not in told and record(plan)["does_fit"] is False
+
+
+def test_the_update_of_an_average_may_be_what_does_not_fit():
+    plan = assigned(48 * 2**30)
+    plan = dataclasses.replace(plan, placement=dataclasses.replace(plan.placement, update=96 * 2**30))
+    told = "\n".join(lines(plan))
+    assert "It does not fit: the update of the average, between two steps, needs 96.00 GiB" in told
+    assert "It fits" not in told and record(plan)["does_fit"] is False
 
 
 def test_a_card_is_computed_and_says_so():

@@ -1,5 +1,7 @@
 """A search tries the same ways whatever mesh the config has, and hides no error among them."""
 
+import dataclasses
+
 import pytest
 
 from deepseek_jax.config import from_config_dict
@@ -7,7 +9,7 @@ from deepseek_jax.plan import estimate, search
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import state_of
 from deepseek_jax.plan.liveness import Living
-from deepseek_jax.plan.meshes import as_fit
+from deepseek_jax.plan.meshes import as_fit, find_fit
 from tests.support import small
 
 
@@ -40,6 +42,25 @@ def test_an_error_of_an_estimate_is_no_refusal(monkeypatch):
     config = config_of(1)
     with pytest.raises(ValueError, match="an error of ours"):
         search.search(config, 4, CHIPS["h200"], state_of(config), lambda text: None)
+
+
+def test_a_pipeline_must_fit_with_the_error_of_its_estimate(monkeypatch):
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**8, 10**6))
+    config = config_of(2)
+    memory = estimate.Memory(state_of(config), lambda text: None)
+    fit = find_fit(config, 4)
+    need = memory.of(fit)
+    for factor, does_fit in ((1.03, False), (1.05, True)):
+        chip = dataclasses.replace(CHIPS["h200"], memory=int(factor * need))
+        assert search._fits(fit, chip, memory) is does_fit
+
+
+def test_a_search_tries_pipelines_for_a_config_that_offloads(monkeypatch):
+    """The search has its own recomputations, with which a pipeline goes."""
+    monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**6, 10**3))
+    config = config_of(1, execution={"remat": "offload"})
+    found = search._pipelines_that_fit(config, 4, CHIPS["h200"], estimate.Memory(state_of(config), print), print)
+    assert found and {fit.config.execution.remat for fit in found} <= set(search.REMATS)
 
 
 def test_what_no_pipeline_can_have_is_refused_before_any_table(monkeypatch):
