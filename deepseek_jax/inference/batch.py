@@ -111,8 +111,7 @@ class DeviceBatch:
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
         common = model, executions, mesh, sizes, placed, burst
-        drafts = num_drafts, drafting_rows, forced
-        self._calls = DraftingCalls(*common, *drafts) if num_drafts else Calls(*common)
+        self._calls = DraftingCalls(*common, num_drafts, drafting_rows, forced) if num_drafts else Calls(*common)
         self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.widths[0]
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
