@@ -132,6 +132,22 @@ def read_text(path: Path, limit: int = LARGEST_SMALL_FILE) -> str:
         raise ValueError(f"{shown(str(path))} is not UTF-8 text (byte {error.start}); restore or convert it") from error
 
 
+def json_lines(path: Path, named: str) -> Iterator[tuple[str, Any]]:
+    """Yield where each line of a file that is not blank stands, for messages ("NAMED, line 3"), and its JSON value.
+
+    Raises:
+        ValueError: as `read_text`, or a line is not JSON.
+    """
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if text.strip():
+            where = f"{named}, line {number}"
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON ({shown(str(error))}); write one object a line") from error
+            yield where, value
+
+
 def read_json(path: Path, kind: type = dict, limit: int = LARGEST_SMALL_FILE) -> Any:
     """Return the JSON value of a file, whose outermost type is `kind`.
 

@@ -13,7 +13,7 @@ from deepseek_jax.files import replacing, write_all
 from deepseek_jax.inference.completions import Completion, TokenLogprob
 from deepseek_jax.inference.generate import prompt_ids
 from deepseek_jax.inference.requests import Request, check_bias
-from deepseek_jax.inputs import local_path, read_text, shown
+from deepseek_jax.inputs import json_lines, local_path, shown
 from deepseek_jax.progress import Bar
 
 
@@ -36,14 +36,7 @@ def read_lines(file: str) -> list[Line]:
         ValueError: a line is not an object with a text "prompt", what it asks for cannot be met, or there is none.
     """
     path, lines = local_path(file, "--prompts"), []
-    for number, text in enumerate(read_text(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        where = f"--prompts={shown(file)}, line {number}"
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({shown(str(error))}); write one object a line") from error
+    for where, found in json_lines(path, f"--prompts={shown(file)}"):
         if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
             raise ValueError(f'{where} has no text "prompt"; write {{"prompt": "..."}}')
         try:

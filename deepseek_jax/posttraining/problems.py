@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from deepseek_jax.config import Config
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inputs import local_path, read_text, shown
+from deepseek_jax.inputs import json_lines, local_path, shown
 from deepseek_jax.posttraining.grpo_settings import PATH, Grpo, task_of
 from deepseek_jax.posttraining.rewards.problem import Problem
 from deepseek_jax.posttraining.tasks import make_task
@@ -74,14 +74,7 @@ def read_problems(path: Path) -> list[Problem]:
         ValueError: what is wrong, with file and line.
     """
     problems: dict[str, Problem] = {}
-    for number, text in enumerate(read_text(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        where = f"{shown(str(path))}, line {number}"
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({shown(str(error))}); write one object a line") from error
+    for where, found in json_lines(path, shown(str(path))):
         problem = _problem(found, where)
         key = json.dumps(problem.messages)
         if key in problems:
