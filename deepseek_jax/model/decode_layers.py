@@ -3,6 +3,9 @@
 `model.layer` norms at the start of a layer and adds at its end, four kernels for what one kernel does: add what the
 last product gave, norm with the gain of whatever follows. So here a layer takes the stream and its norm, and returns
 both for the next. Its attention is that of `model.absorbed`, in the kernels of `pallas_kernels.decode_projections`.
+
+With more rows than their products take (drafts of 128 rows are 256), the products are XLA's, and the kernels between
+them, which have a block for each row, stay.
 """
 
 import functools
@@ -12,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_pages
@@ -21,9 +25,18 @@ from deepseek_jax.model.layers import rms_norm
 from deepseek_jax.model.moe import Observer, unobserved
 from deepseek_jax.model.mtp import MtpLayer
 from deepseek_jax.model.precision import ATTENTION_OUTPUT, DISPATCH, HIDDEN, compute_dtype, transposed
+from deepseek_jax.model.rope import rotate
 from deepseek_jax.parameters import Fp8Weight, TurnedFp8Weight, Weights
 from pallas_kernels import dispatch
-from pallas_kernels.decode_projections import absorb, add_norm, kernel_fault, latents, project
+from pallas_kernels.decode_projections import (
+    MOST_BLOCKS,
+    MOST_ROWS,
+    absorb,
+    add_norm,
+    kernel_fault,
+    latents,
+    project,
+)
 from pallas_kernels.hopper.marks import MARKS
 from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.quantized import Quantized, Scale
@@ -33,7 +46,7 @@ MOST_ROWS_IN_FP8 = 32  # each block of a product quantises all rows: at 128 that
 
 
 def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array, pages: jax.Array) -> bool:
-    """Whether a step runs through `run_decode_layers`: on Hopper, at most 128 rows on a device, in FP8 at most 32."""
+    """Whether a step runs through `run_decode_layers`: on Hopper, at most 512 rows on a device, in FP8 at most 32."""
     few = cached_execution(execution, valid_BS).experts == "few"
     if not dispatch.on_hopper() or not few or compute_dtype(execution) != jnp.bfloat16 or pages.dtype != jnp.bfloat16:
         return False
@@ -46,7 +59,8 @@ def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: 
     columns = model.num_heads * model.query_dim, sum(normed[1:]) + model.rotary_dim, model.value_dim
     if any(size % NORM_UNIT for size in normed) or any(size % COLUMNS for size in columns) or model.rotary_dim != 64:
         return False
-    return not kernel_fault(valid_BS.size, pages.dtype, *normed, model.num_heads * model.value_dim, model.content_dim)
+    sizes = *normed, model.num_heads * model.value_dim, model.content_dim
+    return not kernel_fault(valid_BS.size, pages.dtype, *sizes, most_rows=MOST_BLOCKS)
 
 
 def run_decode_layers(
@@ -216,17 +230,41 @@ def attend(
     page_BS = jnp.where(owned_BS, cache.layer * num_pages + page_BS, -1)
     gains = attention.q_norm_A[...], attention.kv_norm_C[...]
     own = page_BS.reshape(-1), places.row_BS.reshape(-1)
-    both = project(h_TD, _matrix(attention.kv_a_DC))
+    both = _project(h_TD, _matrix(attention.kv_a_DC))
     query_up = _matrix(attention.q_b_ANQ)
     scale = HIDDEN.scale if isinstance(query_up, Quantized) else None
     q_TA, flat = latents(both, gains, table, flat, own, eps=model.norm_eps, scale=scale)
-    q_TX = absorb(project(q_TA, query_up), up.key_NPC, table)
+    q_TX = _absorb(_project(q_TA, query_up), up.key_NPC, table, places.page_BS.shape)
     cache = cache._replace(pages=flat.reshape(cache.pages.shape))
     with jax.named_scope("attention_core"):
         q_BSNK = q_TX.reshape(*places.page_BS.shape, model.num_heads, entry)
         mean_BSNC = over_pages(model, q_BSNK, cache, places)
-    out_TX = project(mean_BSNC.reshape(h_TD.shape[0], -1), up.value_NCH, whole=True)[0]
-    return project(out_TX, _matrix(attention.o_NHD, 2), scale=ATTENTION_OUTPUT.scale), cache
+    out_TX = _project(mean_BSNC.reshape(h_TD.shape[0], -1), up.value_NCH, whole=True)[0]
+    return _project(out_TX, _matrix(attention.o_NHD, 2), scale=ATTENTION_OUTPUT.scale), cache
+
+
+def _project(x: Any, weight: Any, *, whole: bool = False, scale: Scale = "fp32") -> jax.Array:
+    """Do as `project`; of more rows than its kernels take by XLA's product, in one part."""
+    if x.shape[0] <= MOST_ROWS:
+        return project(x, weight, whole=whole, scale=scale)
+    batch, k, _ = weight.shape
+    if batch == 1:  # as a batched product XLA would turn it
+        y_NX = jnp.matmul(x, weight[0], preferred_element_type=jnp.float32)
+    else:
+        y_NX = jnp.einsum("nbk,bkc->nbc", x.reshape(-1, batch, k), weight).reshape(x.shape[0], -1)
+    return y_NX.astype(x.dtype if whole else jnp.float32)[None]
+
+
+def _absorb(parts: jax.Array, key_NPC: jax.Array, table: Table, shape: tuple[int, int]) -> jax.Array:
+    """Do as `absorb`; of more rows than its kernel takes, tokens [B, S] of `shape`, as `model.absorbed` does."""
+    num_rows, (heads, content, _) = parts.shape[1], key_NPC.shape
+    if num_rows <= MOST_ROWS:
+        return absorb(parts, key_NPC, table)
+    cos, sin = (t.reshape(*shape, -1) for t in table)
+    q_BSNQ = rotate(parts.sum(0).astype(key_NPC.dtype).reshape(*shape, heads, -1), (cos, sin))
+    content_BSNP, q_BSNR = lax.split(q_BSNQ, (content, q_BSNQ.shape[-1] - content), axis=3)
+    q_BSNC = jnp.einsum("bsnp,npc->bsnc", content_BSNP, key_NPC)
+    return jnp.concatenate([q_BSNC, q_BSNR], axis=3).reshape(num_rows, -1)
 
 
 def _matrix(weight: nnx.Param, input_dims: int = 1) -> jax.Array | Quantized:

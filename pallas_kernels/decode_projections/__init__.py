@@ -25,15 +25,19 @@ from pallas_kernels.decode_projections.hopper import TuningConfig
 from pallas_kernels.quantized import Quantized, Scale, check_array, check_quantized
 
 MOST_ROWS, ROW_UNIT = 128, 8
+MOST_BLOCKS = 512  # of `latents` and `add_norm`, which have one for each row
 UNIT = 128  # of k, and of what a row's block takes at once
 
 
-def kernel_fault(num_rows: int, dtype: Any, *sizes: int) -> str | None:
-    """Return what the Hopper kernels are not made for, or None; `sizes` are those of k and of normed rows."""
+def kernel_fault(num_rows: int, dtype: Any, *sizes: int, most_rows: int = MOST_ROWS) -> str | None:
+    """Return what the Hopper kernels are not made for, or None; `sizes` are those of k and of normed rows.
+
+    `most_rows` is `MOST_BLOCKS` for kernels that have a block for each row.
+    """
     if dtype != jnp.bfloat16:
         return str(jnp.dtype(dtype))
-    if num_rows % ROW_UNIT or num_rows > MOST_ROWS:
-        return f"{num_rows} rows, only for multiples of {ROW_UNIT} up to {MOST_ROWS}"
+    if num_rows % ROW_UNIT or num_rows > most_rows:
+        return f"{num_rows} rows, only for multiples of {ROW_UNIT} up to {most_rows}"
     wrong = [size for size in sizes if size % UNIT]
     return f"dims of {wrong}, only for multiples of {UNIT}" if wrong else None
 
@@ -170,7 +174,7 @@ def latents(
             f"parts {parts.shape}, gains of {queries} and {latent}, {rotary} rotary channels and pages {pages.shape} do"
             " not fit each other"
         )
-    fault = kernel_fault(parts.shape[1], pages.dtype, queries, latent)
+    fault = kernel_fault(parts.shape[1], pages.dtype, queries, latent, most_rows=MOST_BLOCKS)
     if queries % 512 or latent % 512 or rotary != 64:
         fault = fault or f"latents of {queries} and {latent} with {rotary} rotary channels"
     options = {"eps": eps, "scale": scale}
@@ -226,7 +230,8 @@ def add_norm(
     """
     if parts.ndim != 3 or parts.shape[1:] != x.shape or gain.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape}, parts {parts.shape} and gain {gain.shape} do not fit each other")
-    fault = kernel_fault(len(x), x.dtype) or (f"rows of {x.shape[1]}" if x.shape[1] % 512 else None)
+    fault = kernel_fault(len(x), x.dtype, most_rows=MOST_BLOCKS)
+    fault = fault or (f"rows of {x.shape[1]}" if x.shape[1] % 512 else None)
     options = {"eps": eps, "scale": scale, "zeros": zeros}
     kernel = functools.partial(hopper_rows.add_norm, **options, config=config or TuningConfig())
     face = functools.partial(reference.add_norm, **options)
