@@ -12,7 +12,7 @@ writes what XLA calls a dump into a temporary folder. The buffer assignment has 
     allocation 15: size 4243488, page 0, preallocated-temp:
 
 Pieces without a color lie in the device's main memory: parameters, results and temporaries, each counted once. As soon
-as the report that XLA writes behind the assignment is there, the process is ended. A step whose pieces are larger than
+as XLA begins to write what follows the assignment, the process is ended. A step whose pieces are larger than
 the chip gets time to be refused: the compiler counts a little otherwise, and its word is better. If it has not come by
 then, the step does not fit by its assignment. The figures are those of the assignment whether the process was ended or
 came to its end first. The code of the step, some hundred megabytes of V3's, and some scratch memory are not counted.
@@ -39,7 +39,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.chips import ENVIRONMENT, Chip, absent_devices, find_chip, prepare
 from deepseek_jax.plan.memory import StepMemory, compile_step
 
-ASSIGNED, REPORTED = "*buffer-assignment.txt", "*memory-usage-report.txt"  # of a dump; the second is written later
+ASSIGNED, WHOLE = ".after_optimizations-buffer-assignment.txt", ".after_optimizations.txt"  # of a program
 PIECES = re.compile(r"^allocation \d+:.*$", re.MULTILINE)
 PIECE = re.compile(r"^allocation \d+: size (\d+),( color \d+,)? page \d+,(.*)$")
 SAID, RESULT = "said", "result"  # what the process said, and its own figures
@@ -153,10 +153,14 @@ def _watch(process: subprocess.Popen, folder: Path, chip: Chip) -> StepMemory | 
 
 
 def _assigned(folder: Path) -> StepMemory | None:
-    """Return the memory by the assignment of the largest program; None: no assignment is whole."""
-    if not any(folder.glob(REPORTED)):
-        return None
-    return max(map(read_assignment, folder.glob(ASSIGNED)), key=lambda step: step.total, default=None)
+    """Return the memory by the assignment of the largest program; None: no assignment is whole.
+
+    The compiler opens all files of a program at once, and writes one after another: the program itself last, so as soon
+    as that has begun the assignment is whole. Several programs may be compiled at once.
+    """
+    whole = [path for path in folder.glob("*" + WHOLE) if path.stat().st_size]
+    paths = [path.with_name(path.name.removesuffix(WHOLE) + ASSIGNED) for path in whole]
+    return max((read_assignment(path) for path in paths if path.exists()), key=lambda step: step.total, default=None)
 
 
 def end_with(stream: IO[str], end: Callable[[int], Any] = os._exit) -> threading.Thread:
