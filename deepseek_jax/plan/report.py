@@ -129,6 +129,8 @@ def _compiled(chip: Chip, step: StepMemory) -> list[str]:
         rows.insert(0, ("temporaries", step.temporaries, f"{step.source}; gradients and copies are among them"))
     if step.peak is not None:
         rows.insert(-1, ("alive at once", step.peak, "compiled"))
+    if step.on_host:
+        rows.append(("the step, on the host", step.on_host, step.source))
     return [f"  {name:<18}{_bytes(size):>12}  {how}".rstrip() for name, size, how in rows]
 
 

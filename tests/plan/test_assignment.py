@@ -29,9 +29,11 @@ allocation 10: size 32, page 0, output shape is |(f32[1024,1024], f32[7])|, mayb
 allocation 14: size 512, color 6, page 0, preallocated-temp:
  value: <21 copy.5 @6> (size=512,offset=0): s32[]{:T(128)S(6)}
 allocation 15: size 4243488, page 0, preallocated-temp:
+allocation 16: size 1048576, color 5, page 0, preallocated-temp:
 """
 TOTAL, ARGUMENTS, TEMPORARIES = 8443968, 4194304, 4243488
-ASSIGNED = StepMemory(TOTAL, ARGUMENTS, TEMPORARIES, source="assigned")
+ON_HOST = 1048576  # of another program, which has what two layers keep in host memory
+ASSIGNED = StepMemory(TOTAL, ARGUMENTS, TEMPORARIES, source="assigned", on_host=ON_HOST)
 WRITE = f"""
 (folder / 'm.after_optimizations-buffer-assignment.txt').write_text({DUMP!r})
 (folder / 'm.after_optimizations.txt').write_text('HloModule')
@@ -141,9 +143,6 @@ def test_a_closed_stream_ends_the_process_that_reads_it():
     assert codes == [1]
 
 
-SMALLEST = {"num_layers": 1, "num_dense_layers": 1, "num_mtp_layers": 0}
-
-
 def needs_libtpu():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
@@ -151,13 +150,18 @@ def needs_libtpu():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
-def test_the_real_compiler_assigns_a_step():
+def test_the_real_compiler_assigns_a_step_whose_layers_keep_their_inputs_on_the_host():
     needs_libtpu()
     tree = small.config_dict()
-    tree.model.update(SMALLEST)
+    tree.model.update({"num_layers": 2, "num_dense_layers": 2, "num_mtp_layers": 0})
+    tree.execution.remat = "offload"
+    tree.optimizer.update({"ema_decay": 0.999, "ema_memory": "host"})  # by a program of its own, which is not in it
+    tree.training.micro_batch_size = 16
     found = assignment.assign_step(from_config_dict(tree), CHIPS["v5p"], 1)
     assert found.source == "assigned" and found.fits
     assert 0 < found.arguments < found.total and 0 < found.temporaries < found.total
+    lanes = 128  # a TPU stores 64 channels as 128
+    assert found.on_host == 2 * 16 * 64 * lanes * 4
 
 
 @pytest.mark.slow
