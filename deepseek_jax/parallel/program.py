@@ -18,9 +18,9 @@ from deepseek_jax.parameters import CONTEXT, EXPERTS
 from pallas_kernels import GROUP, dispatch
 
 SPLASH_BLOCK = 128  # the kernel's smallest
-# A pass of XLA for TPUs that sums what micro-batches give before it is reduced over devices. Of V3 it would keep gradients
-# of whole weights for that, and to look for them took 7 GB and a third of the compiler's time (experiments/log.md). On
-# GPUs XLA does not do it unless asked.
+# A pass of XLA for TPUs that sums what micro-batches give before it is reduced over devices. To look for such sums in
+# V3's step took 7 GB of the compiler's memory, and the step needed more of a device (experiments/log.md). On GPUs XLA
+# does not do it unless asked.
 NOT_ON_TPU = "while-loop-all-reduce-code-motion"
 MOST_PROGRAMS = 64  # that a process remembers; each keeps its compiled executables alive
 

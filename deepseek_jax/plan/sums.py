@@ -2,8 +2,8 @@
 
     gradients   a micro-batch makes FP32 gradients of all weights of a device. Those of stacked layers are written over
                 zeros, and added to the sum: zeros written; sum and gradient read, sum written. The sum of several
-                micro-batches begins with zeros (`training.micro_batches`). In a pipeline gradients are added to the device's sums where they lie, from
-                the first micro-batch on (`training.stage_work`)
+                micro-batches begins with zeros (`training.micro_batches`). In a pipeline gradients are added to the
+                device's sums where they lie, from the first micro-batch on (`training.stage_work`)
     casts       BF16 copies are made of FP32 weights: once a step with `execution.gather` = "step", else by each pass of
                 a micro-batch over a layer. FP8 copies are made once a step (`parallel.weights`)
 

@@ -1,10 +1,10 @@
 """Which config fits which chip: `python -m experiments.benchmarks.memory_table --compile`.
 
 Without --compile it prints the table of `docs/memory.md` from the record, `experiments/results/plan/memory.json`. With
-it, it first lets the compiler of every kind of TPU assign the buffers of every config's training step on several numbers
-of devices (`plan.assignment`), two minutes each for the largest on two free cores. What the record has already is not
-asked again, so it can be stopped; delete the record to begin anew. Numbers of devices are powers of two up to 512 that
-the code accepts; cells for NVIDIA cards are computed.
+it, it first lets the compiler of every kind of TPU assign the buffers of every config's training step on several
+numbers of devices (`plan.assignment`), two minutes each for the largest on two free cores. What the record has already
+is not asked again, so it can be stopped; delete the record to begin anew. Numbers of devices are powers of two up to
+512 that the code accepts; cells for NVIDIA cards are computed.
 """
 
 import functools
@@ -79,7 +79,7 @@ def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def missing(config: Config, chip: Chip, records: list[dict[str, Any]]) -> Iterator[Fit]:
-    """Yield what to ask the compiler next to know the smallest fit; each result must be in `records` before the next."""
+    """Yield what to ask next to know the smallest fit; each result must be in `records` before the next."""
     state = abstract(config)
     for changes in VARIANTS:
         fits = candidates(config.with_(**changes), state, chip.room, chip.devices * chip.most_chips)
@@ -149,7 +149,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def tpu_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
-    """Return the smallest number of devices on which the step fits by the TPU's compiler, and what it was found with."""
+    """Return the smallest number of devices on which the step fits by its compiler, and what it was found with."""
     is_open = next(missing(config, chip, records), None) is not None
     fitting = [r for r in records if (r["config"], r["chip"]) == (config.name, chip.name) and r["does_fit"]]
     if not fitting:

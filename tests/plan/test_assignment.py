@@ -51,9 +51,10 @@ def test_an_assignment_counts_each_piece_of_the_main_memory_once(tmp_path):
 
 
 def test_an_assignment_of_another_form_is_not_a_step_without_memory(tmp_path):
-    with pytest.raises(ValueError, match=r"m\.after_optimizations-buffer-assignment\.txt has no line .*use --nocompile"):
+    name = r"m\.after_optimizations-buffer-assignment\.txt"
+    with pytest.raises(ValueError, match=f"{name} has no line .*use --nocompile"):
         read(tmp_path, DUMP.replace("allocation", "buffer"))
-    with pytest.raises(ValueError, match=r"m\.after_optimizations-buffer.*txt has 'allocation 15: size=4243488.*--nocompile"):
+    with pytest.raises(ValueError, match=f"{name} has 'allocation 15: size=4243488.*--nocompile"):
         read(tmp_path, DUMP.replace("15: size ", "15: size="))
 
 
@@ -82,7 +83,7 @@ def step_memory(memory=CHIPS["v5p"].memory):
 
 
 def test_the_compiler_is_ended_when_it_has_assigned_the_buffers(compiler):
-    """All files are opened at once, and the program is written last: before it, the assignment may be empty or a part."""
+    """All files are opened at once, the program's is written last: before it, the assignment may be empty or a part."""
     name = "m.after_optimizations"
     begun = compiler(
         f"(folder / '{name}-memory-usage-report.txt').write_text('Memory Space')\n"

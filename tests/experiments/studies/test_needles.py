@@ -24,7 +24,7 @@ def test_an_answer_repeats_the_needle_of_its_kind():
                 assert tokens[place + 1] == shown[kind] and shown[kind] in needles.NEEDLES[kind]
                 asked += 1
             elif weights[place] != needles.WEIGHT:
-                kind = np.flatnonzero((needles.NEEDLES == tokens[place]).any(axis=1)).item()
+                kind = np.flatnonzero((tokens[place] == needles.NEEDLES).any(axis=1)).item()
                 assert weights[place] == 0.0 and kind not in shown
                 shown[kind] = tokens[place]
         assert 2 <= len(shown) <= needles.KINDS
@@ -51,7 +51,7 @@ def test_the_needle_asked_for_lies_at_its_depth(depth):
     for tokens in rows_BS:
         places = np.flatnonzero(np.isin(tokens[:-2], needles.NEEDLES))
         assert len(places) == needles.KINDS
-        kinds = [np.flatnonzero((needles.NEEDLES == tokens[place]).any(axis=1)).item() for place in places]
+        kinds = [np.flatnonzero((tokens[place] == needles.NEEDLES).any(axis=1)).item() for place in places]
         assert sorted(kinds) == list(range(needles.KINDS))  # one answer
         place = round(depth * (128 // needles.BLOCK - 2)) * needles.BLOCK
         assert tokens[place] == tokens[-1]
