@@ -69,9 +69,7 @@ class Model(NamedTuple):
 def main(_) -> None:
     """Train, extend, test, write, draw."""
     if len(STEPS.value) != len(PHASES) or not all(text.isdecimal() and int(text) for text in STEPS.value):
-        raise ValueError(
-            f"--steps={','.join(STEPS.value)} must be {len(PHASES)} numbers of steps, such as 600,150,100"
-        )
+        raise ValueError(f"--steps={','.join(STEPS.value)} must be {len(PHASES)} numbers of steps, such as 600,150,100")
     folder = output.folder("long_context")
     session.start()
     mesh = make_mesh(study_config(0).mesh)
