@@ -14,7 +14,7 @@ from deepseek_jax.plan.traffic import LATENTS
 from deepseek_jax.plan.wire import EXCHANGE, GRADIENTS, WEIGHTS, sent_in_step
 
 COUNTS = tuple(2**i for i in range(3, 12))  # 8 to 2,048 devices
-TRACED = (8, 64, 512)  # where the gradient is traced, as far as these numbers work
+TRACED = (8, 64, 512, 2048)  # where the gradient is traced, as far as these numbers work
 GB, MB = 1e9, 1e6
 COLOURS = {EXCHANGE: BLUE, WEIGHTS: ORANGE, GRADIENTS: GREEN, LATENTS: GRAY}
 STYLES = {"data": ":", "context": "-.", "node": "--", "expert": "-"}  # the slowest axis first
@@ -33,7 +33,7 @@ def fits(config: Config) -> list[Fit]:
 def draw(config: Config, state: Any, target: Path) -> None:
     """Draw two panels into `target`: what one device holds, and what leaves it for each token of a micro-batch.
 
-    State is computed from the layouts, what lives beside it traced at three numbers of devices. Numbers that a run
+    State is computed from the layouts, what lives beside it traced at four numbers of devices. Numbers that a run
     refuses are left out.
     """
     plans = fits(config)

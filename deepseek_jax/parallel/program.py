@@ -18,6 +18,10 @@ from deepseek_jax.parameters import CONTEXT, EXPERTS
 from pallas_kernels import GROUP, dispatch
 
 SPLASH_BLOCK = 128  # the kernel's smallest
+# A pass of XLA for TPUs that sums what micro-batches give before it is reduced over devices. To look for such sums in
+# V3's step took 7 GB of the compiler's memory, and the step needed more of a device (experiments/log.md). On GPUs XLA
+# does not do it unless asked.
+NOT_ON_TPU = "while-loop-all-reduce-code-motion"
 MOST_PROGRAMS = 64  # that a process remembers; each keeps its compiled executables alive
 
 
@@ -52,8 +56,10 @@ def jit_on(
         with jax.default_matmul_precision("highest" if exact else None):
             return function(*static, *arrays)
 
-    options = {"xla_gpu_enable_triton_gemm": False} if (exact or cublas) and platform == "gpu" else None
-    return jax.jit(run, donate_argnums=donate, compiler_options=options)
+    options: dict[str, Any] = {"xla_disable_hlo_passes": NOT_ON_TPU} if platform == "tpu" else {}
+    if (exact or cublas) and platform == "gpu":
+        options = {"xla_gpu_enable_triton_gemm": False}
+    return jax.jit(run, donate_argnums=donate, compiler_options=options or None)
 
 
 def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:

@@ -9,10 +9,12 @@ writes what XLA calls a dump into a temporary folder. The buffer assignment has 
     allocation 1: size 4194304, page 0, parameter 0, shape |f32[1024,1024]| ..., maybe-live-out:
     allocation 5: size 512, page 0, maybe-live-out:
     allocation 14: size 512, color 6, page 0, preallocated-temp:
+    allocation 457: size 1048576, color 5, page 0, preallocated-temp:
     allocation 15: size 4243488, page 0, preallocated-temp:
 
-Pieces without a color lie in the device's main memory: parameters, results and temporaries, each counted once. As soon
-as the report that XLA writes behind the assignment is there, the process is ended. A step whose pieces are larger than
+Pieces without a color lie in the device's main memory: parameters, results and temporaries, each counted once. Color 5
+is pinned memory of the host; others are inside the chip. As soon
+as XLA begins to write what follows the assignment, the process is ended. A step whose pieces are larger than
 the chip gets time to be refused: the compiler counts a little otherwise, and its word is better. If it has not come by
 then, the step does not fit by its assignment. The figures are those of the assignment whether the process was ended or
 came to its end first. The code of the step, some hundred megabytes of V3's, and some scratch memory are not counted.
@@ -39,9 +41,10 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.chips import ENVIRONMENT, Chip, absent_devices, find_chip, prepare
 from deepseek_jax.plan.memory import StepMemory, compile_step
 
-ASSIGNED, REPORTED = "*buffer-assignment.txt", "*memory-usage-report.txt"  # of a dump; the second is written later
+ASSIGNED, WHOLE = ".after_optimizations-buffer-assignment.txt", ".after_optimizations.txt"  # of a program
 PIECES = re.compile(r"^allocation \d+:.*$", re.MULTILINE)
-PIECE = re.compile(r"^allocation \d+: size (\d+),( color \d+,)? page \d+,(.*)$")
+PIECE = re.compile(r"^allocation \d+: size (\d+),(?: color (\d+),)? page \d+,(.*)$")
+HOST_COLOR = "5"
 SAID, RESULT = "said", "result"  # what the process said, and its own figures
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_REFUSE = 20.0  # that a compiler has to refuse a step whose pieces are larger than the chip's memory
@@ -82,7 +85,7 @@ def assign_step(config: Config, chip: Chip, num_devices: int) -> StepMemory:
 
 
 def read_assignment(path: Path) -> StepMemory:
-    """Return the memory that a buffer assignment has in the device's main memory.
+    """Return the memory that a buffer assignment has in the device's main memory and the host's.
 
     Raises:
         ValueError: the file has no line of a piece, or one of another form.
@@ -93,7 +96,7 @@ def read_assignment(path: Path) -> StepMemory:
             f"the buffer assignment {path.name} has no line 'allocation N: ...', which libtpu 0.0.48 writes;"
             " use --nocompile, which traces the memory"
         )
-    total = arguments = temporaries = 0
+    total = arguments = temporaries = on_host = 0
     for line in pieces:
         piece = PIECE.match(line)
         if piece is None:
@@ -102,11 +105,13 @@ def read_assignment(path: Path) -> StepMemory:
                 " page P, ...' that libtpu 0.0.48 writes; use --nocompile, which traces the memory"
             )
         size, color, kind = piece.groups()
-        if not color:
+        if color == HOST_COLOR:
+            on_host += int(size)
+        elif not color:
             total += int(size)
             arguments += int(size) if kind.startswith(" parameter ") else 0
             temporaries += int(size) if "preallocated-temp" in kind else 0
-    return StepMemory(total, arguments, temporaries, source="assigned")
+    return StepMemory(total, arguments, temporaries, source="assigned", on_host=on_host)
 
 
 def _end_of(code: int) -> str:
@@ -153,10 +158,14 @@ def _watch(process: subprocess.Popen, folder: Path, chip: Chip) -> StepMemory | 
 
 
 def _assigned(folder: Path) -> StepMemory | None:
-    """Return the memory by the assignment of the largest program; None: no assignment is whole."""
-    if not any(folder.glob(REPORTED)):
-        return None
-    return max(map(read_assignment, folder.glob(ASSIGNED)), key=lambda step: step.total, default=None)
+    """Return the memory by the assignment of the largest program; None: no assignment is whole.
+
+    The compiler opens all files of a program at once, and writes one after another: the program itself last, so as soon
+    as that has begun the assignment is whole. Several programs may be compiled at once.
+    """
+    whole = [path for path in folder.glob("*" + WHOLE) if path.stat().st_size]
+    paths = [path.with_name(path.name.removesuffix(WHOLE) + ASSIGNED) for path in whole]
+    return max((read_assignment(path) for path in paths if path.exists()), key=lambda step: step.total, default=None)
 
 
 def end_with(stream: IO[str], end: Callable[[int], Any] = os._exit) -> threading.Thread:

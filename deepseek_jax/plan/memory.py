@@ -51,6 +51,7 @@ class StepMemory:
         source: "compiled"; "assigned": the compiler was ended, or not asked, after its buffer assignment. Code and some
             scratch memory are not in `total` then.
         seconds: time of tracing and compiling, where it was measured.
+        on_host: bytes in pinned memory of the host, by the compiler, beside `total`; None: it was not asked.
     """
 
     total: int
@@ -60,6 +61,7 @@ class StepMemory:
     capacity: int | None = None
     source: str = "compiled"
     seconds: float | None = None
+    on_host: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -97,7 +99,10 @@ def memory_of(compiled: jax.stages.Compiled) -> StepMemory:
     found: Any = compiled.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
     beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.generated_code_size_in_bytes
-    return StepMemory(arguments + beside + temporaries, arguments, temporaries, found.peak_memory_in_bytes)
+    on_host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+    return StepMemory(
+        arguments + beside + temporaries, arguments, temporaries, found.peak_memory_in_bytes, on_host=on_host
+    )
 
 
 def refused(error: Exception) -> StepMemory:

@@ -53,7 +53,7 @@ def record(plan: Plan) -> dict[str, Any]:
 
 
 def memory_record(fit: Fit, chip: Chip, step: StepMemory, update: int = 0) -> dict[str, Any]:
-    """Return the compiled memory of one device as plain values, in bytes, with what it was compiled for.
+    """Return the memory of one device by a TPU's compiler, as plain values in bytes, with what it was compiled for.
 
     `update` is what the average's own program needs (`counts.update_bytes`).
     """
@@ -65,7 +65,7 @@ def memory_record(fit: Fit, chip: Chip, step: StepMemory, update: int = 0) -> di
         "micro_batch_size": training.micro_batch_size,
         "sequence_length": data.sequence_length,
         "chip_memory": chip.memory,
-        "step_compiled": dataclasses.asdict(step),
+        "step_memory": dataclasses.asdict(step),
         "does_fit": step.fits and update <= chip.memory,
     }
 
@@ -129,6 +129,8 @@ def _compiled(chip: Chip, step: StepMemory) -> list[str]:
         rows.insert(0, ("temporaries", step.temporaries, f"{step.source}; gradients and copies are among them"))
     if step.peak is not None:
         rows.insert(-1, ("alive at once", step.peak, "compiled"))
+    if step.on_host:
+        rows.append(("the step, on the host", step.on_host, step.source))
     return [f"  {name:<18}{_bytes(size):>12}  {how}".rstrip() for name, size, how in rows]
 
 

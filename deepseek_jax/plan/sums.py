@@ -1,9 +1,9 @@
 """What a step does with weights beside multiplying them: bytes of memory that each micro-batch reads and writes again.
 
     gradients   a micro-batch makes FP32 gradients of all weights of a device. Those of stacked layers are written over
-                zeros, and what the micro-batches before it made is added: zeros written; sum and gradient read, sum
-                written (`training.step`). In a pipeline gradients are added to the device's sums where they lie, from
-                the first micro-batch on (`training.stage_work`)
+                zeros, and added to the sum: zeros written; sum and gradient read, sum written. The sum of several
+                micro-batches begins with zeros (`training.micro_batches`). In a pipeline gradients are added to the
+                device's sums where they lie, from the first micro-batch on (`training.stage_work`)
     casts       BF16 copies are made of FP32 weights: once a step with `execution.gather` = "step", else by each pass of
                 a micro-batch over a layer. FP8 copies are made once a step (`parallel.weights`)
 
@@ -18,7 +18,9 @@ ZEROS, ADDED = 1, 3  # times that the FP32 bytes of gradients pass through memor
 
 def gradient_traffic(gradients: float, micro_batches: int) -> float:
     """Return the bytes of a step without a pipeline, of a device with so many bytes of FP32 gradients."""
-    return gradients * (ZEROS * micro_batches + ADDED * (micro_batches - 1))
+    if micro_batches == 1:
+        return gradients * ZEROS
+    return gradients * (ZEROS * (1 + micro_batches) + ADDED * micro_batches)
 
 
 def cast_traffic(config: Config, stored: float, passes: int) -> float:

@@ -31,6 +31,7 @@ from deepseek_jax.parallel.stage_weights import whole_tree
 from deepseek_jax.parallel.stored import param_specs, stored_specs
 from deepseek_jax.parallel.weights import differentiated, gather, in_fp32, reduce_gradients, with_fp8
 from deepseek_jax.parameters import PIPE, ROWS, TOKENS, P, Weights
+from deepseek_jax.training.micro_batches import split, sum_over
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch, Objective, Pretraining
 from deepseek_jax.training.optimizer import Rates, ema_update, global_norms, make_optimizer
@@ -225,7 +226,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
     if lax.axis_size(PIPE) > 1:
-        grads, *sums = stage_gradients(recipe, weights, _split(batch, recipe.micro_batch_size), norms, rates)
+        grads, *sums = stage_gradients(recipe, weights, split(batch, recipe.micro_batch_size), norms, rates)
         return grads, lax.psum(Sums(*sums), (PIPE, *TOKENS)), norms
     load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
@@ -233,7 +234,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     params, whole_params = differentiated(load(params) if once else params, base is not None)
     parts = model, execution, objective
     load = (lambda tree: tree) if once else load
-    micro_batches = _split(batch, recipe.micro_batch_size)
+    micro_batches = split(batch, recipe.micro_batch_size)
     several = micro_batches["tokens_BS"].shape[0] > 1
 
     def whole(params):
@@ -253,14 +254,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch)
         return grads, sums  # FP32 as they are made
 
-    grads, sums = differentiate(jax.tree.map(lambda x: x[0], micro_batches))
-    if several:
-        rest = jax.tree.map(lambda x: x[1:], micro_batches)
-        grads, sums = lax.scan(
-            lambda total, micro_batch: (jax.tree.map(jnp.add, total, differentiate(micro_batch)), None),
-            (grads, sums),
-            rest,
-        )[0]
+    grads, sums = sum_over(differentiate, micro_batches)
     return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, TOKENS), norms
 
 
@@ -275,19 +269,6 @@ def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.
     """
     chosen = lax.map(lambda micro_batch: _run(*parts, weights, micro_batch, load).observed.chosen_E, micro_batches)
     return lax.psum(chosen.sum(0), TOKENS)
-
-
-def _split(batch: Batch, micro_batch_size: int) -> Batch:
-    """Cut this device's [rows, S] into [micro-batches, rows, S]."""
-    devices = lax.psum(1, ROWS)
-    rows = batch["tokens_BS"].shape[0]
-    count, left = divmod(rows * devices, micro_batch_size)
-    if left or not count:
-        raise ValueError(
-            f"a batch of {rows * devices} sequences is no multiple of training.micro_batch_size = {micro_batch_size};"
-            " change training.batch_size or training.micro_batch_size"
-        )
-    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def _bias_metrics(router_bias) -> dict[str, jax.Array]:

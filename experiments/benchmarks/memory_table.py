@@ -1,10 +1,10 @@
 """Which config fits which chip: `python -m experiments.benchmarks.memory_table --compile`.
 
 Without --compile it prints the table of `docs/memory.md` from the record, `experiments/results/plan/memory.json`. With
-it, it first compiles the training step of every config for every kind of TPU on several numbers of devices, which takes
-hours on two cores. What the record has already is not compiled again, so it can be stopped; delete the record to begin
-anew. Numbers of devices are powers of two up to 512 that the code accepts; cells for NVIDIA cards are computed, not
-compiled.
+it, it first lets the compiler of every kind of TPU assign the buffers of every config's training step on several
+numbers of devices (`plan.assignment`), two minutes each for the largest on two free cores. What the record has already
+is not asked again, so it can be stopped; delete the record to begin anew. Numbers of devices are powers of two up to
+512 that the code accepts; cells for NVIDIA cards are computed.
 """
 
 import functools
@@ -28,8 +28,8 @@ from deepseek_jax.training.state import State
 from experiments import command
 from pallas_kernels.bench.records import provenance, write
 
-COMPILE = flags.DEFINE_bool("compile", False, "Compile what the record lacks.")
-NOT_COMPILED = "-"
+COMPILE = flags.DEFINE_bool("compile", False, "Ask the compilers for what the record lacks.")
+NOT_ASKED = "-"
 MOST_DEVICES = 512  # of the table; experiments.plan takes more, and other numbers
 RECORD = Path(__file__).parents[1] / "results" / "plan" / "memory.json"
 
@@ -70,16 +70,16 @@ def candidates(config: Config, state: State, memory: float, most: int) -> list[F
 
 
 def compile_missing(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a record, also appended to `records`, for every step that had to be compiled to fill the table."""
+    """Yield a record, also appended to `records`, for every step that a compiler had to be asked about."""
     for chip in (CHIPS[name] for name in TPUS):
         for name in reversed(CONFIGS):  # the largest are the ones that people ask about
             for fit in missing(load(name), chip, records):
-                records.append(_compiled(fit, chip))
+                records.append(_asked(fit, chip))
                 yield records[-1]
 
 
 def missing(config: Config, chip: Chip, records: list[dict[str, Any]]) -> Iterator[Fit]:
-    """Yield what must be compiled next to know the smallest fit; each result must be in `records` before the next."""
+    """Yield what to ask next to know the smallest fit; each result must be in `records` before the next."""
     state = abstract(config)
     for changes in VARIANTS:
         fits = candidates(config.with_(**changes), state, chip.room, chip.devices * chip.most_chips)
@@ -124,7 +124,7 @@ def _key(fit: Fit, chip: Chip) -> dict[str, Any]:
     }
 
 
-def _compiled(fit: Fit, chip: Chip) -> dict[str, Any]:
+def _asked(fit: Fit, chip: Chip) -> dict[str, Any]:
     step = compile_fit(fit, chip, lambda text: print(text, file=sys.stderr))
     versions = {"libtpu": importlib.metadata.version("libtpu")}
     where = provenance("experiments.benchmarks.memory_table", f"{fit.num_devices} x {chip.name}, absent")
@@ -134,29 +134,29 @@ def _compiled(fit: Fit, chip: Chip) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
     """Return the Markdown table: a row per config, a column per TPU of which the record has steps, and the cards."""
     tpus = [chip for chip in TPUS if any(r["chip"] == chip for r in records)]
-    heads = [*(f"{chip}, compiled" for chip in tpus), *(f"{card} cards, computed" for card in CARDS)]
+    heads = [*(f"{chip}, by its compiler" for chip in tpus), *(f"{card} cards, computed" for card in CARDS)]
     head = f"| Config | What it is | Parameters, MTP included | State | {' | '.join(heads)} |"
     rows = [head, "|---|---|---:|---:|" + "---|" * len(heads)]
     for name, what in CONFIGS.items():
         config = load(name)
         state = abstract(config)
         parameters = count(config, state).parameters
-        compiled = [compiled_cell(config, CHIPS[chip], records) for chip in tpus]
+        by_compiler = [tpu_cell(config, CHIPS[chip], records) for chip in tpus]
         computed = [card_cell(config, state, CHIPS[card]) for card in CARDS.values()]
         sizes = _count(parameters), _bytes(12 * parameters)
-        rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *compiled, *computed])} |")
+        rows.append(f"| `{name}` | {what} | {' | '.join([*sizes, *by_compiler, *computed])} |")
     return "\n".join(rows)
 
 
-def compiled_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
-    """Return the smallest number of devices on which the compiled step fits, and what it was found with."""
+def tpu_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
+    """Return the smallest number of devices on which the step fits by its compiler, and what it was found with."""
     is_open = next(missing(config, chip, records), None) is not None
     fitting = [r for r in records if (r["config"], r["chip"]) == (config.name, chip.name) and r["does_fit"]]
     if not fitting:
-        return NOT_COMPILED if is_open else "none"
+        return NOT_ASKED if is_open else "none"
     best = min(fitting, key=lambda r: r["devices"])
     remat = "" if best["remat"] == config.execution.remat else f", remat {best['remat']}"
-    return f"{'at most ' * is_open}{best['devices']}{remat}: {best['step_compiled']['total'] / GIB:,.1f} GiB each"
+    return f"{'at most ' * is_open}{best['devices']}{remat}: {best['step_memory']['total'] / GIB:,.1f} GiB each"
 
 
 def card_cell(config: Config, state: State, card: Chip) -> str:
@@ -174,7 +174,7 @@ def _bytes(size: int) -> str:
 
 
 def read_records() -> list[dict[str, Any]]:
-    """Return what was compiled so far."""
+    """Return what compilers said so far."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else []
 
 

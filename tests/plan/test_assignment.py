@@ -29,17 +29,19 @@ allocation 10: size 32, page 0, output shape is |(f32[1024,1024], f32[7])|, mayb
 allocation 14: size 512, color 6, page 0, preallocated-temp:
  value: <21 copy.5 @6> (size=512,offset=0): s32[]{:T(128)S(6)}
 allocation 15: size 4243488, page 0, preallocated-temp:
+allocation 16: size 1048576, color 5, page 0, preallocated-temp:
 """
 TOTAL, ARGUMENTS, TEMPORARIES = 8443968, 4194304, 4243488
-ASSIGNED = StepMemory(TOTAL, ARGUMENTS, TEMPORARIES, source="assigned")
+ON_HOST = 1048576  # of another program, which has what two layers keep in host memory
+ASSIGNED = StepMemory(TOTAL, ARGUMENTS, TEMPORARIES, source="assigned", on_host=ON_HOST)
 WRITE = f"""
-(folder / 'm.after-buffer-assignment.txt').write_text({DUMP!r})
-(folder / 'm.after-memory-usage-report.txt').write_text('')
+(folder / 'm.after_optimizations-buffer-assignment.txt').write_text({DUMP!r})
+(folder / 'm.after_optimizations.txt').write_text('HloModule')
 """
 
 
 def read(folder, text):
-    path = folder / "m.after-buffer-assignment.txt"
+    path = folder / "m.after_optimizations-buffer-assignment.txt"
     path.write_text(text)
     return assignment.read_assignment(path)
 
@@ -49,9 +51,10 @@ def test_an_assignment_counts_each_piece_of_the_main_memory_once(tmp_path):
 
 
 def test_an_assignment_of_another_form_is_not_a_step_without_memory(tmp_path):
-    with pytest.raises(ValueError, match=r"m\.after-buffer-assignment\.txt has no line .*use --nocompile"):
+    name = r"m\.after_optimizations-buffer-assignment\.txt"
+    with pytest.raises(ValueError, match=f"{name} has no line .*use --nocompile"):
         read(tmp_path, DUMP.replace("allocation", "buffer"))
-    with pytest.raises(ValueError, match=r"m\.after-buffer.*txt has 'allocation 15: size=4243488.*--nocompile"):
+    with pytest.raises(ValueError, match=f"{name} has 'allocation 15: size=4243488.*--nocompile"):
         read(tmp_path, DUMP.replace("15: size ", "15: size="))
 
 
@@ -80,10 +83,13 @@ def step_memory(memory=CHIPS["v5p"].memory):
 
 
 def test_the_compiler_is_ended_when_it_has_assigned_the_buffers(compiler):
-    """The report is written last: before it, the assignment may be a part."""
+    """All files are opened at once, the program's is written last: before it, the assignment may be empty or a part."""
+    name = "m.after_optimizations"
     begun = compiler(
-        f"(folder / 'm.after-buffer-assignment.txt').write_text({DUMP[: len(DUMP) // 2]!r})\n"
-        f"time.sleep(0.2)\n{WRITE}\ntime.sleep(600)"
+        f"(folder / '{name}-memory-usage-report.txt').write_text('Memory Space')\n"
+        f"[(folder / f'{name}{{rest}}.txt').write_text('') for rest in ('-buffer-assignment', '')]\n"
+        f"time.sleep(0.1)\n(folder / '{name}-buffer-assignment.txt').write_text({DUMP[: len(DUMP) // 2]!r})\n"
+        f"time.sleep(0.1)\n{WRITE}\ntime.sleep(600)"
     )
     found = step_memory()
     assert dataclasses.replace(found, seconds=None) == ASSIGNED and found.fits
@@ -138,9 +144,6 @@ def test_a_closed_stream_ends_the_process_that_reads_it():
     assert codes == [1]
 
 
-SMALLEST = {"num_layers": 1, "num_dense_layers": 1, "num_mtp_layers": 0}
-
-
 def needs_libtpu():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
@@ -148,13 +151,18 @@ def needs_libtpu():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
-def test_the_real_compiler_assigns_a_step():
+def test_the_real_compiler_assigns_a_step_whose_layers_keep_their_inputs_on_the_host():
     needs_libtpu()
     tree = small.config_dict()
-    tree.model.update(SMALLEST)
+    tree.model.update({"num_layers": 2, "num_dense_layers": 2, "num_mtp_layers": 0})
+    tree.execution.remat = "offload"
+    tree.optimizer.update({"ema_decay": 0.999, "ema_memory": "host"})  # by a program of its own, which is not in it
+    tree.training.micro_batch_size = 16
     found = assignment.assign_step(from_config_dict(tree), CHIPS["v5p"], 1)
     assert found.source == "assigned" and found.fits
     assert 0 < found.arguments < found.total and 0 < found.temporaries < found.total
+    lanes = 128  # a TPU stores 64 channels as 128
+    assert found.on_host == 2 * 16 * 64 * lanes * 4
 
 
 @pytest.mark.slow

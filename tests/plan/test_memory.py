@@ -98,7 +98,7 @@ def test_an_assignment_is_not_called_compiled_and_its_verdict_keeps_the_caveat()
     )
     text = "\n".join(lines(plan))
     assert "48.00 GiB  assigned in 9 s; code and some scratch memory come on top" in text and "compiled" not in text
-    assert record(plan)["step_compiled"]["source"] == "assigned"
+    assert record(plan)["step_memory"]["source"] == "assigned"
 
 
 def test_a_step_that_is_larger_by_its_assignment_does_not_fit():

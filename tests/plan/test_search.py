@@ -55,6 +55,26 @@ def test_a_pipeline_must_fit_with_the_error_of_its_estimate(monkeypatch):
         assert search._fits(fit, chip, memory) is does_fit
 
 
+def test_one_trace_alone_has_mtp_and_every_estimate_what_it_needs(monkeypatch):
+    config = config_of(1)
+    assert config.model.num_mtp_layers
+    needs = {}
+    for of_mtp in (2 * 10**8, 3 * 10**8):
+        traced = []
+
+        def fake(config, mesh, of_mtp=of_mtp, traced=traced):
+            traced.append(config.model.num_mtp_layers)
+            most = 10**8 + 10**6 * config.training.micro_batch_size + of_mtp * bool(config.model.num_mtp_layers)
+            return Living(most, 10**6)
+
+        monkeypatch.setattr(estimate, "living", fake)
+        memory = estimate.Memory(state_of(config), lambda text: None)
+        needs[of_mtp] = [memory.of(fit) for fit in search.candidates(config, 2)]
+        assert len(traced) == len(set(traced)) + 3 and traced.count(config.model.num_mtp_layers) == 1
+    least, most = needs.values()
+    assert len(set(least)) > 2 and {after - before for before, after in zip(least, most, strict=True)} == {10**8}
+
+
 def test_a_search_tries_pipelines_for_a_config_that_offloads(monkeypatch):
     """The search has its own recomputations, with which a pipeline goes."""
     monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**6, 10**3))

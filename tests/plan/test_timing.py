@@ -124,7 +124,7 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch):
     flat = [c.fit.config for c in found if c.fit.mesh.shape["pipe"] == 1]
     sizes = {(config.execution.remat, config.training.micro_batch_size) for config in flat}
     assert sizes == {("selective", 8), ("selective", 16), ("selective", 32), *(("full", n) for n in (8, 16, 32, 64))}
-    assert len(said) == 4  # of each recomputation one sequence, and two and eight of "full"
+    assert len(said) == 5  # of each recomputation one sequence; two and eight of "full"; one with MTP
     tables = {(c.fit.mesh.shape["pipe"], c.fit.config.execution.schedule) for c in found} - {(1, "1f1b")}
     assert {name for _, name in tables} == set(SCHEDULES)
     for choice in found:

@@ -6,22 +6,22 @@ from experiments.benchmarks import memory_table
 CHIP = CHIPS["v5p"]
 
 
-def compiled(fit, does_fit):
+def assigned(fit, does_fit):
     execution = fit.config.execution
     key = {"config": fit.config.name, "precision": execution.precision, "remat": execution.remat, "chip": CHIP.name}
-    return key | {"devices": fit.num_devices, "does_fit": does_fit, "step_compiled": {"total": 2**30 * 80}}
+    return key | {"devices": fit.num_devices, "does_fit": does_fit, "step_memory": {"total": 2**30 * 80}}
 
 
 def search(config, fits_on):
-    """Return the (devices, remat) that are compiled, in this order, and the cell of the table."""
+    """Return the (devices, remat) that the compiler is asked about, in this order, and the cell of the table."""
     records, order = [], []
     for fit in memory_table.missing(config, CHIP, records):
-        cell = memory_table.compiled_cell(config, CHIP, records)
+        cell = memory_table.tpu_cell(config, CHIP, records)
         found = any(record["does_fit"] for record in records)
-        assert cell.startswith("at most 512") if found else cell == memory_table.NOT_COMPILED
+        assert cell.startswith("at most 512") if found else cell == memory_table.NOT_ASKED
         order.append((fit.num_devices, fit.config.execution.remat))
-        records.append(compiled(fit, fit.num_devices >= fits_on.get(fit.config.execution.remat, 1000)))
-    return order, memory_table.compiled_cell(config, CHIP, records)
+        records.append(assigned(fit, fit.num_devices >= fits_on.get(fit.config.execution.remat, 1000)))
+    return order, memory_table.tpu_cell(config, CHIP, records)
 
 
 def test_the_smallest_number_is_searched_for():

@@ -12,20 +12,23 @@ def text_batch(rows: int, length: int) -> dict[str, np.ndarray]:
     return {"tokens_BS": ids, "targets_BS": ids.copy(), "loss_weights_BS": np.ones((rows, length), np.float32)}
 
 
-def test_an_answer_repeats_the_value_that_its_key_was_shown_with():
+def test_an_answer_repeats_the_needle_of_its_kind():
     batch = needles.train_batch(text_batch(64, 64), np.random.default_rng(0))
     tokens_BS, weights_BS = needles.rows_of(batch)
     for tokens, weights in zip(tokens_BS[1::2], weights_BS[1::2], strict=True):
         shown, asked = {}, 0
-        for place in np.flatnonzero(tokens == needles.MARK):
-            key, value = tokens[place + 1 : place + needles.LENGTH]
-            answers = weights[place + needles.LENGTH - 1] == needles.WEIGHT
-            assert answers == (key in shown)
-            assert shown.setdefault(key, value) == value
-            assert not weights[place : place + needles.LENGTH - 1].any()
-            asked += answers
-        assert 2 <= len(shown) <= needles.PER_ROW
-        assert len(shown) + asked == 2 * needles.PER_ROW
+        for place in np.flatnonzero(tokens != 65):
+            if tokens[place] in needles.QUESTIONS:
+                assert weights[place] == 0.0 and weights[place + 1] == needles.WEIGHT
+                kind = tokens[place] - needles.QUESTIONS[0]
+                assert tokens[place + 1] == shown[kind] and shown[kind] in needles.NEEDLES[kind]
+                asked += 1
+            elif weights[place] != needles.WEIGHT:
+                kind = np.flatnonzero((tokens[place] == needles.NEEDLES).any(axis=1)).item()
+                assert weights[place] == 0.0 and kind not in shown
+                shown[kind] = tokens[place]
+        assert 2 <= len(shown) <= needles.KINDS
+        assert len(shown) + asked == 2 * needles.KINDS
         assert (weights[(tokens == 65)][1:] == 1.0).all()  # text carries loss; the first token of a row is no target
 
 
@@ -46,8 +49,10 @@ def test_every_second_row_is_running_text():
 def test_the_needle_asked_for_lies_at_its_depth(depth):
     rows_BS = needles.test_rows(np.full((8, 128), 65), np.random.default_rng(0), depth)
     for tokens in rows_BS:
-        places = np.flatnonzero(tokens == needles.MARK)
-        assert len(places) == needles.PER_ROW + 1
-        assert len(set(tokens[places[:-1] + 1])) == needles.PER_ROW  # different keys: one answer
+        places = np.flatnonzero(np.isin(tokens[:-2], needles.NEEDLES))
+        assert len(places) == needles.KINDS
+        kinds = [np.flatnonzero((tokens[place] == needles.NEEDLES).any(axis=1)).item() for place in places]
+        assert sorted(kinds) == list(range(needles.KINDS))  # one answer
         place = round(depth * (128 // needles.BLOCK - 2)) * needles.BLOCK
-        assert (tokens[place : place + needles.LENGTH] == tokens[-needles.LENGTH :]).all()
+        assert tokens[place] == tokens[-1]
+        assert tokens[-2] == needles.QUESTIONS[kinds[places.tolist().index(place)]]
