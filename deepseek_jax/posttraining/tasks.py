@@ -4,11 +4,13 @@ Each problem has a question, a way to its answer in small steps, and the answer,
 
     sort_digits   "sort 7393"     <think>3x2 7x1 9x1</think><answer>3379</answer>
     add_digits    "add 7 3 9 3"   <think>7+3=10 10+9=19 19+3=22</think><answer>22</answer>
+    word_problems  a story of calculations, answered as GSM8K is (`posttraining.word_problems`)
 
 A cold start shows a model the way (`cold_start`, conversations for SFT); reinforcement learning then has the question
-and the answer alone (`train_problems`; rewards "text" and "format"). `heldout_problems` are never trained on: which
-part a problem belongs to is a hash of its digits in order of size, so that a question with the same answer for the same
-reason ("sort 9337") is never in the other part. All is a function of the task's name, lengths and seed.
+and the answer alone (`train_problems`; rewards "text" and "format", or "gsm8k"). `heldout_problems` are never trained
+on: which part a problem belongs to is a hash of its digits in order of size, so that a question with the same answer
+for the same reason ("sort 9337") is never in the other part; for word problems, of their calculations. All is a
+function of the task's name, lengths and seed.
 """
 
 import dataclasses
@@ -17,7 +19,9 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from deepseek_jax.posttraining import word_problems
 from deepseek_jax.posttraining.rewards.problem import Problem
+from deepseek_jax.posttraining.word_problems import Drawn
 
 HELD_OUT = 10  # one problem of so many
 TRIES = 1000  # draws without a new problem after which a task has no more
@@ -39,7 +43,9 @@ def add_digits(digits: list[int]) -> tuple[str, str, str]:
     return "add " + " ".join(map(str, digits)), " ".join(steps), str(total)
 
 
-TASKS = {"sort_digits": sort_digits, "add_digits": add_digits}
+DIGITS = {"sort_digits": sort_digits, "add_digits": add_digits}
+WORDS = "word_problems"
+TASKS = (*DIGITS, WORDS)
 
 
 def sort_hastily(digits: list[int]) -> tuple[str, str, str]:
@@ -50,12 +56,12 @@ def sort_hastily(digits: list[int]) -> tuple[str, str, str]:
     return "sort " + "".join(map(str, digits)), "?", "".join(map(str, swapped))
 
 
-HASTY = {"sort_digits": sort_hastily}  # an answer without steps to it
+HASTY = {"sort_digits": sort_hastily}  # an answer without steps to it; word problems have one of their own
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Problems of one kind, with `shortest` to `longest` digits."""
+    """Problems of one kind, with `shortest` to `longest` digits, or calculations of a word problem."""
 
     name: str
     seed: int = 0
@@ -66,33 +72,37 @@ class Task:
         """Refuse what makes no problems."""
         if self.name not in TASKS:
             raise ValueError(f"the task is {self.name!r}: one of {sorted(TASKS)}")
-        if not 2 <= self.shortest <= self.longest <= 32:
-            raise ValueError(f"{self.shortest} to {self.longest} digits: 2 <= shortest <= longest <= 32")
+        least, most, what = (1, word_problems.MOST_STEPS, "calculations") if self.name == WORDS else (2, 32, "digits")
+        if not least <= self.shortest <= self.longest <= most:
+            raise ValueError(f"{self.shortest} to {self.longest} {what}: {least} <= shortest <= longest <= {most}")
 
     def cold_start(self, num: int, hasty: int = 0) -> list[dict[str, list[dict[str, str]]]]:
-        """Return conversations in R1's template, none of a held-out problem.
+        """Return conversations, none of a held-out problem: in R1's template, or in GSM8K's form.
 
         Args:
             num: that show the way to the answer.
-            hasty: behind them, that answer without it and are often wrong (`HASTY`). A model that learns from both
-                knows two ways, and nothing tells it which is better.
+            hasty: behind them, that answer without it: sorting often wrong (`HASTY`), word problems right. A model that
+                learns from both knows two ways, and nothing tells it which is better.
 
         Raises:
             ValueError: the task has no hasty way.
         """
-        if hasty and self.name not in HASTY:
-            raise ValueError(f"hasty = {hasty}: {self.name} has no hasty way; use 0, or one of {sorted(HASTY)}")
-        ways = ("cold start", num, TASKS[self.name]), ("hasty", hasty, HASTY.get(self.name, TASKS[self.name]))
+        if hasty and self.name not in (*HASTY, WORDS):
+            raise ValueError(f"hasty = {hasty}: {self.name} has no hasty way; use 0, or one of {[*HASTY, WORDS]}")
         return [
             {
                 "messages": [
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": f"<think>{thought}</think><answer>{answer}</answer>"},
+                    {"role": "user", "content": drawn.question},
+                    {"role": "assistant", "content": drawn.reply},
                 ]
             }
-            for part, count, way in ways
-            for question, thought, answer in self._draw(part, count, False, way)
+            for part, count, hastily in (("cold start", num, False), ("hasty", hasty, True))
+            for drawn in self._draw(part, count, False, hastily)
         ]
+
+    def texts(self, num: int) -> list[str]:
+        """Return problems with their solutions as plain text for pre-training, none of a held-out problem."""
+        return [f"{drawn.question}\n{drawn.reply}\n" for drawn in self._draw("texts", num, False)]
 
     def train_problems(self, num: int) -> list[Problem]:
         """Return different problems to train on; they may be those of the cold start, never held-out ones."""
@@ -108,34 +118,39 @@ class Task:
 
     def _problems(self, part: str, num: int, held_out: bool) -> list[Problem]:
         return [
-            Problem(question, ({"role": "user", "content": question},), answer)
-            for question, _, answer in self._draw(part, num, held_out)
+            Problem(drawn.question, ({"role": "user", "content": drawn.question},), drawn.answer)
+            for drawn in self._draw(part, num, held_out)
         ]
 
-    def _draw(
-        self, part: str, num: int, held_out: bool, way: Callable[[list[int]], tuple[str, str, str]] | None = None
-    ) -> Iterator[tuple[str, str, str]]:
-        """Yield `num` different problems of one side of the split, answered in a way; by default the right one."""
-        way = way or TASKS[self.name]
+    def _draw(self, part: str, num: int, held_out: bool, hasty: bool = False) -> Iterator[Drawn]:
+        """Yield `num` different problems of one side of the split, answered step by step or hastily."""
         generator = random.Random(f"{self.name}/{self.seed}/{part}")  # from the text itself, not from its `hash`
         seen: set[str] = set()
         tries = 0
         while len(seen) < num:
-            digits = [generator.randrange(10) for _ in range(generator.randint(self.shortest, self.longest))]
-            question, thought, answer = way(digits)
+            if self.name == WORDS:
+                drawn = word_problems.draw(generator, self.shortest, self.longest, hasty)
+            else:
+                drawn = self._draw_digits(generator, hasty)
             tries += 1
             if tries > TRIES:
                 raise ValueError(f"{self.name} has no {num} different problems for {part!r}: fewer, or longer ones")
-            if is_held_out(digits) == held_out and question not in seen:
-                seen.add(question)
+            if is_held_out(drawn.key) == held_out and drawn.question not in seen:
+                seen.add(drawn.question)
                 tries = 0
-                yield question, thought, answer
+                yield drawn
+
+    def _draw_digits(self, generator: random.Random, hasty: bool) -> Drawn:
+        way: Callable[[list[int]], tuple[str, str, str]] = (HASTY if hasty else DIGITS)[self.name]
+        digits = [generator.randrange(10) for _ in range(generator.randint(self.shortest, self.longest))]
+        question, thought, answer = way(digits)
+        reply = f"<think>{thought}</think><answer>{answer}</answer>"
+        return Drawn(question, reply, answer, "".join(map(str, sorted(digits))))
 
 
-def is_held_out(digits: list[int]) -> bool:
-    """Tell which side of the split a problem is on, whatever the order of its digits and whatever the seed."""
-    key = "".join(map(str, sorted(digits))).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % HELD_OUT == 0
+def is_held_out(key: str) -> bool:
+    """Tell which side of the split a problem is on, by what it is about and whatever the seed."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % HELD_OUT == 0
 
 
 def make_task(name: str = "sort_digits", seed: int = 0, shortest: int = 4, longest: int = 6) -> Task:
