@@ -221,15 +221,15 @@ def speeds(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Training is what a step takes beside its rollout, padding included; sampling is of drawn tokens.
     """
     updates = [row for row in rows if "speed/step_seconds" in row]
-    read = {key: [row[key] for row in updates[3:] if key in row] for key in (*SPEEDS, "tokens_seen")}
-    steps, rollouts, seen = (np.array(read[key]) for key in ("speed/step_seconds", "rollout/seconds", "tokens_seen"))
-    if len(steps) < 2:
+    values = {key: [row[key] for row in updates[3:] if key in row] for key in (*SPEEDS, "tokens_seen")}
+    if len(updates) < 5:
         return []
-    alone = steps - rollouts if len(rollouts) else steps
-    values = {(op, unit): read[key] for key, (op, unit) in SPEEDS.items() if read[key]}
-    values["training", "tokens/s"] = np.diff(seen) / alone[1:]
+    middle = {key: float(np.median(x)) for key, x in values.items() if x}
+    alone = middle["speed/step_seconds"] - middle.get("rollout/seconds", 0.0)
+    found = {(op, unit): middle[key] for key, (op, unit) in SPEEDS.items() if key in middle}
+    found["training", "tokens/s"] = float(np.median(np.diff(values["tokens_seen"]))) / alone
     shared = {"config": "gsm8k_r1", "mode": stage, "shape": {"updates": len(updates)}}
-    return [{"op": op, "value": float(np.median(x)), "unit": unit} | shared for (op, unit), x in values.items()]
+    return [{"op": op, "value": value, "unit": unit} | shared for (op, unit), value in found.items()]
 
 
 if __name__ == "__main__":
