@@ -68,7 +68,7 @@ def _grpo(config: ConfigDict) -> None:
     _behind(config, "sft")
     config.optimizer.update({"learning_rate": (("constant", 1.0, 3e-5),), "warmup_steps": 5})
     config.data.sequence_length = 320
-    config.training.update({"batch_size": (("constant", 1.0, 256),), "micro_batch_size": 128, "eval_every": 20})
+    config.training.update({"batch_size": (("constant", 1.0, 256),), "micro_batch_size": 128, "eval_every": 25})
     config.posttraining = {
         "stage": "grpo",
         "grpo": {
@@ -85,7 +85,7 @@ def _grpo(config: ConfigDict) -> None:
             "reward_workers": 4,
             "group_size": 16,
             "updates": 1,
-            "steps": 40,
+            "steps": 100,
             "max_new_tokens": 192,  # the longest solution has 175
             "rows": 128,
         },

@@ -155,8 +155,11 @@ class Measure:
         asked = [*self._held.gsm8k, *(problem for part in self._held.task.values() for problem in part)]
         prompts = [Prompt(problem, template.encode(tokenizer, problem.messages)) for problem in asked]
         if self.engine is None:
+            longest = max(len(prompt.ids) for prompt in prompts) + MOST_NEW_TOKENS
+            length = {"sequence_length": max(longest, self._config.data.sequence_length)}
+            config = self._config.with_(data=length)  # GSM8K's may be longer than a row of GRPO
             with jax.set_mesh(mesh):
-                engine = open_engine(self._config, self._grpo, Problems(prompts, []), weights, tokenizer, mesh)
+                engine = open_engine(config, self._grpo, Problems(prompts, []), weights, tokenizer, mesh)
             self.engine = self._resources.enter_context(engine)
             self._pool = self._resources.enter_context(open_pool(self._grpo))
         self.engine.update_weights(weights)
