@@ -17,7 +17,6 @@ from configs import v3_300m
 
 RUNS = "runs/gsm8k"
 TASK = "word_problems:2-6"
-STEPS = {"base": 1100}
 
 
 def get_config(stage: str = "grpo") -> ConfigDict:
@@ -39,7 +38,7 @@ def _base(config: ConfigDict) -> None:
         {"path": "stdlib", "weight": 0.1},
     )
     config.data.heldout_fraction = 0.002
-    config.training.update({"num_tokens": STEPS["base"] * 32768.0, "eval_batches": 4})
+    config.training.update({"num_tokens": 900 * 32768.0, "eval_batches": 4})
 
 
 def _behind(config: ConfigDict, initial: str) -> None:
@@ -68,7 +67,7 @@ def _grpo(config: ConfigDict) -> None:
     _behind(config, "sft")
     config.optimizer.update({"learning_rate": (("constant", 1.0, 3e-5),), "warmup_steps": 5})
     config.data.sequence_length = 320
-    config.training.update({"batch_size": (("constant", 1.0, 256),), "micro_batch_size": 128, "eval_every": 25})
+    config.training.update({"batch_size": (("constant", 1.0, 256),), "micro_batch_size": 128, "eval_every": 20})
     config.posttraining = {
         "stage": "grpo",
         "grpo": {
@@ -77,7 +76,7 @@ def _grpo(config: ConfigDict) -> None:
             "template": "folder",
             "problems": TASK,
             "num_problems": 4000,
-            "heldout": 500,
+            "heldout": 200,
             "rewards": {"gsm8k": 1.0},
             "accuracy": "gsm8k",
             "on_failure": "stop",
