@@ -35,6 +35,7 @@ from deepseek_jax.files import write_atomically
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import LENGTH, Job
 from deepseek_jax.inputs import local_path, new_folder, read_json
+from deepseek_jax.palette import SERIES
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.accuracy import wilson
@@ -67,6 +68,11 @@ SPEEDS = {  # keys of the metrics
     "rollout/tokens_per_second": ("sampling", "tokens/s"),
     "rollout/sampler_difference": ("sampler's and trainer's log-probabilities, mean difference", "nats"),
 }
+CURVES = {
+    "accuracy of samples (line), held out (dots)": {"rollout/accuracy": "-", "eval/accuracy": "o"},
+    "tokens of a sample": {"rollout/length": "-"},
+    "entropy, nats a token": {"policy/entropy": "-"},
+}
 
 Row = dict[str, Any]
 
@@ -83,6 +89,7 @@ def main(_) -> None:
     mesh = make_mesh(from_config_dict(tree_of(gsm8k_r1.get_config, "base", runs)).mesh)
     common = records.provenance("experiments.studies.gsm8k", session.describe_device(mesh))
     records.write(folder / "gsm8k.json", [record | common for record in records_of(runs)])
+    draw(runs).savefig(folder / "gsm8k.png", dpi=100)
 
 
 def run(
@@ -233,6 +240,31 @@ def speeds(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found["training", "tokens/s"] = float(np.median(np.diff(values["tokens_seen"]))) / alone
     shared = {"config": "gsm8k_r1", "mode": stage, "shape": {"updates": len(updates)}}
     return [{"op": op, "value": value, "unit": unit} | shared for (op, unit), value in found.items()]
+
+
+def draw(runs: Path) -> Any:
+    """Return a figure: accuracy behind each stage by the number of calculations, and the curves of GRPO."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    bars, *panels = figure.subplots(2, 2).flat
+    for place, (stage, colour) in enumerate(zip(STAGES, SERIES, strict=False)):
+        results = read_json(runs / RESULTS / f"{stage}.json")
+        shares = [one["share"] for one in results.values()]
+        bars.bar(np.arange(len(shares)) + 0.27 * (place - 1), shares, 0.25, color=colour, label=stage)
+        bars.set_xticks(
+            range(len(shares)), [name.removeprefix("task, ").replace(" calc", "\ncalc") for name in results]
+        )
+    bars.legend()
+    bars.set(title="held-out accuracy behind each stage", ylim=(0, 1))
+    rows = read_rows(runs / "grpo")
+    for axes, (title, keys) in zip(panels, CURVES.items(), strict=True):
+        for (key, style), colour in zip(keys.items(), SERIES, strict=False):
+            found = [row for row in rows if key in row]
+            axes.plot([row["step"] for row in found], [row[key] for row in found], style, color=colour, label=key)
+        axes.set(title=title, xlabel="update of GRPO")
+        axes.set_ylim(bottom=0)
+    return figure
 
 
 if __name__ == "__main__":

@@ -111,3 +111,5 @@ def test_three_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypat
     assert speeds["grpo", "sampling"] > 0 and speeds["sft", "training"] > 0
     assert speeds["grpo", "sampler's and trainer's log-probabilities, mean difference"] < 1e-5
     assert gsm8k.run(small, path, runs, SIZES, told.append) is None and len(told) == 3
+    gsm8k.draw(runs).savefig(tmp_path / "drawing.png")
+    assert (tmp_path / "drawing.png").stat().st_size > 1000
