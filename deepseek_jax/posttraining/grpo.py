@@ -57,12 +57,7 @@ from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied
 
 
 def train_grpo(
-    config: Config,
-    posttraining: Posttraining,
-    workdir: Path,
-    mesh: jax.sharding.Mesh | None = None,
-    wandb: str = "",
-    engine: Engine | None = None,
+    config: Config, posttraining: Posttraining, workdir: Path, mesh: jax.sharding.Mesh | None = None, wandb: str = ""
 ) -> Result:
     """Train a policy in `workdir`, from its newest intact checkpoint or from `training.initial_weights`.
 
@@ -72,7 +67,6 @@ def train_grpo(
         workdir: the run's folder; made if it does not exist.
         mesh: to train on; by default that of `config`, over all devices.
         wandb: a project of Weights & Biases to show the metrics in, too; none if "".
-        engine: to sample with, of this model and tokenizer; it stays open. By default one of the run's own.
 
     Raises:
         ValueError: bad input, `workdir` belongs to another run, or another process trains there.
@@ -96,8 +90,7 @@ def train_grpo(
         create = functools.partial(initial_state, config, workdir, mesh)
         state, progress = begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
         reference = reference_weights(config, grpo, mesh, weights_of(state), progress)
-        if engine is None:
-            engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
+        engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
         score = scorer(config, objective, mesh, reference)
         batches = make_batches(config, grpo, problems, engine, pool, score, reference, progress)
         log = open_log(config, workdir, progress, resources, wandb, POLICY_KEYS)

@@ -118,7 +118,7 @@ def run(
             path = runs / RESULTS / f"{stage}.json"
             if path.exists():
                 continue
-            result = train_stage(stage, trees[stage], runs / stage, measure.engine)
+            result = train_stage(stage, trees[stage], runs / stage)
             if result.interrupted_by is not None:
                 return result.interrupted_by
             row = measure(weights_of(result.state), result.mesh)
@@ -135,13 +135,11 @@ def tree_of(get_config: Callable[[str], ConfigDict], stage: str, runs: Path) -> 
     return json.loads(text.replace(f"{gsm8k_r1.RUNS}/", there))
 
 
-def train_stage(stage: str, tree: dict[str, Any], workdir: Path, engine: Engine | None) -> Result:
-    """Train a stage to its end, or until a signal; an engine that is open samples for GRPO."""
+def train_stage(stage: str, tree: dict[str, Any], workdir: Path) -> Result:
+    """Train a stage to its end, or until a signal."""
     if stage == "base":
         return train(from_config_dict(tree), workdir)
-    if stage == "sft":
-        return train_sft(*read(tree), workdir)
-    return train_grpo(*read(tree), workdir, engine=engine)
+    return {"sft": train_sft, "grpo": train_grpo}[stage](*read(tree), workdir)
 
 
 class Measure:
@@ -154,24 +152,24 @@ class Measure:
         self._grpo = dataclasses.replace(posttraining.grpo, max_new_tokens=MOST_NEW_TOKENS)
         self._held, self._resources = held, resources
         self._tokenizer_path = runs / DATA / TOKENIZER_FILES[0]
-        self.engine: Engine | None = None
+        self._engine: Engine | None = None
 
     def __call__(self, weights: Weights, mesh: jax.sharding.Mesh) -> Row:
         """Return the row of weights."""
         tokenizer, template = Tokenizer.load(self._tokenizer_path), find_template("plain", None)
         asked = [*self._held.gsm8k, *(problem for part in self._held.task.values() for problem in part)]
         prompts = [Prompt(problem, template.encode(tokenizer, problem.messages)) for problem in asked]
-        if self.engine is None:
+        if self._engine is None:
             longest = max(len(prompt.ids) for prompt in prompts) + MOST_NEW_TOKENS
             length = {"sequence_length": max(longest, self._config.data.sequence_length)}
             config = self._config.with_(data=length)  # GSM8K's may be longer than a row of GRPO
             with jax.set_mesh(mesh):
                 engine = open_engine(config, self._grpo, Problems(prompts, []), weights, tokenizer, mesh)
-            self.engine = self._resources.enter_context(engine)
+            self._engine = self._resources.enter_context(engine)
             self._pool = self._resources.enter_context(open_pool(self._grpo))
-        self.engine.update_weights(weights)
+        self._engine.update_weights(weights)
         jobs = [Job(prompt=p.ids, max_new_tokens=MOST_NEW_TOKENS, sampling=GREEDY, keep_end=True) for p in prompts]
-        answers = self.engine.generate(jobs)
+        answers = self._engine.generate(jobs)
         scores = self._pool.score(asked, [answer.text for answer in answers])
         rows = [
             {
