@@ -218,23 +218,26 @@ def records_of(runs: Path) -> list[dict[str, Any]]:
     for stage in STAGES:
         for name, one in read_json(runs / RESULTS / f"{stage}.json").items():
             values = {"value": one.pop("share"), "unit": "share", "shape": {"problems": one.pop("problems")}}
+            if name not in ("gsm8k", "task"):  # whose answers are shown already
+                del one["shown"]
             found.append({"config": "gsm8k_r1", "op": f"{name}, behind {stage}", "mode": stage} | values | one)
         found += speeds(stage, read_rows(runs / stage))
     return found
 
 
 def speeds(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return medians over the updates of a run, without the first three.
+    """Return medians over the updates of a run, without the first three; sampling is of drawn tokens.
 
-    Training is what a step takes beside its rollout, padding included; sampling is of drawn tokens.
+    Training counts padding. A step of GRPO is measured until the next rollout has ended, which waits for the update:
+    what an update takes alone is the time of the last one.
     """
     updates = [row for row in rows if "speed/step_seconds" in row]
-    values = {key: [row[key] for row in updates[3:] if key in row] for key in (*SPEEDS, "tokens_seen")}
     if len(updates) < 5:
         return []
+    values = {key: [row[key] for row in updates[3:] if key in row] for key in (*SPEEDS, "tokens_seen")}
     middle = {key: float(np.median(x)) for key, x in values.items() if x}
-    alone = middle["speed/step_seconds"] - middle.get("rollout/seconds", 0.0)
     found = {(op, unit): middle[key] for key, (op, unit) in SPEEDS.items() if key in middle}
+    alone = updates[-1]["speed/step_seconds"] if "rollout/seconds" in middle else middle["speed/step_seconds"]
     found["training", "tokens/s"] = float(np.median(np.diff(values["tokens_seen"]))) / alone
     shared = {"config": "gsm8k_r1", "mode": stage, "shape": {"updates": len(updates)}}
     return [{"op": op, "value": value, "unit": unit} | shared for (op, unit), value in found.items()]

@@ -86,9 +86,9 @@ def test_what_is_held_out_is_in_no_file(tmp_path):
 
 def test_speeds_are_medians_behind_the_first_updates():
     rows = [{"step": n, "tokens_seen": 100 * n, "speed/step_seconds": 2.0, "rollout/seconds": 1.5} for n in range(1, 9)]
-    rows[0]["speed/step_seconds"] = 90.0
+    rows[0]["speed/step_seconds"], rows[-1]["speed/step_seconds"] = 90.0, 0.25  # no rollout follows the last
     found = {record["op"]: record["value"] for record in gsm8k.speeds("grpo", [{"step": 0}, *rows])}
-    assert found == {"step, rollout included": 2.0, "rollout": 1.5, "training": 200.0}
+    assert found == {"step, rollout included": 2.0, "rollout": 1.5, "training": 400.0}
     assert gsm8k.speeds("grpo", rows[:3]) == []
 
 
