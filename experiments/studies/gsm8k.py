@@ -254,7 +254,7 @@ def draw(runs: Path) -> Any:
         shares = [one["share"] for one in results.values()]
         bars.bar(np.arange(len(shares)) + 0.27 * (place - 1), shares, 0.25, color=colour, label=stage)
         bars.set_xticks(
-            range(len(shares)), [name.removeprefix("task, ").replace(" calc", "\ncalc") for name in results]
+            range(len(shares)), [name.removeprefix("task, ").replace("calculations", "calc.") for name in results]
         )
     bars.legend()
     bars.set(title="held-out accuracy behind each stage", ylim=(0, 1))
