@@ -49,9 +49,7 @@ def score(weights, batch):
     return batch["sampler_logprobs_BS"] + np.float32(-1.0 if weights is REFERENCE else 0.25)
 
 
-def open_batches(
-    engine, choices=GRPO, reward=letters, on_failure="stop", train=TRAIN, reference="r", staleness=0, **others
-):
+def open_batches(engine, choices=GRPO, reward=letters, on_failure="stop", train=TRAIN, staleness=0, **others):
     grpo = SimpleNamespace(
         group_size=GROUP, updates=UPDATES, max_new_tokens=LIMIT, accuracy="text", staleness=staleness
     )
@@ -68,7 +66,7 @@ def open_batches(
             "pad": TOKENIZER.pad,
             "seed": 3,
             "last": 100,
-            "reference": Reference(weights=REFERENCE, name=reference) if choices.kl_weight else None,
+            "reference": Reference(weights=REFERENCE, name="r") if choices.kl_weight else None,
         }
         | others
     )
@@ -173,7 +171,7 @@ def test_a_position_of_other_problems_or_another_reference_is_refused(engine):
     with pytest.raises(ValueError, match="problems, template or tokenizer have changed"):
         open_batches(engine, train=TRAIN[:5]).restore(position)
     with pytest.raises(ValueError, match="the KL reference is those"):
-        open_batches(engine, reference="other").restore(position)
+        open_batches(engine, reference=Reference(weights=REFERENCE, name="other")).restore(position)
 
 
 def test_accuracy_is_greedy_and_has_wilsons_interval(engine):
