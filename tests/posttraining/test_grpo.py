@@ -86,6 +86,8 @@ def settings(initial="W", **changes):
         ({"optimizer__weight_decay": 0.1}, "weight_decay = 0.1 would shrink MTP layers"),
         ({"training__batch_size": (("constant", 0.5, 8), ("constant", 1.0, 16))}, "must be one number"),
         ({"group_sizes": 2}, "group_sizes"),
+        ({"staleness": -1}, "staleness = -1 must be at least 0"),
+        ({"reference_every": 2, "overrides": {"kl_weight": 0.0}}, "reference_every = 2 has no reference to replace"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes, message):
