@@ -30,9 +30,7 @@ def opened(tmp_path, monkeypatch):
     TOKENIZER.save(tmp_path / "tokenizer.json")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights_of(0))
     monkeypatch.setattr(reference, "abstract_state", lambda config, mesh: abstract._asdict())
-    monkeypatch.setattr(
-        reference, "read_origin", lambda config, mesh, whole: type("Found", (), {"weights": weights_of(0)})
-    )
+    monkeypatch.setattr(reference, "read_origin", lambda *_, whole: SimpleNamespace(weights=weights_of(0)))
     with contextlib.ExitStack() as resources, jax.set_mesh(mesh):
 
         def open_at(step, position):
