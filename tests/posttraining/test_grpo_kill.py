@@ -63,7 +63,7 @@ def runs(tmp_path_factory):
     runs = Runs(folder)
     yield runs
     runs.process.kill()
-    runs.process.wait()
+    runs.process.communicate()
 
 
 @pytest.mark.slow
