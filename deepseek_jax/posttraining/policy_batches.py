@@ -109,6 +109,7 @@ class PolicyBatches:
         self.number = 0
         self.pending: deque[Part] = deque()
         self.ahead: deque[Rollout] = deque()  # behind what is pending
+        self.waited = 0.0  # seconds, for rollouts of updates that are not yet taken
         self.rows: dict[int, Row] = {}  # by step, of steps whose metrics are not yet read
 
     def follow(self, weights: Callable[[], Weights]) -> None:
@@ -130,7 +131,7 @@ class PolicyBatches:
         if not self.pending:
             self.pending.extend(_made(self.ahead[0]))
             self.ahead.popleft()
-        waited = time.perf_counter() - start
+        waited, self.waited = self.waited + time.perf_counter() - start, 0.0
         part = self.pending.popleft()
         age = self.step - part.row["rollout/version"]
         self.step += 1
@@ -144,8 +145,10 @@ class PolicyBatches:
 
     def state(self) -> dict[str, Any]:
         """Return the position (JSON), once the rollouts under way are made."""
+        start = time.perf_counter()
         while self.ahead and self.ahead[0].parts.exception() is None:
             self.pending.extend(self.ahead.popleft().parts.result())
+        self.waited += time.perf_counter() - start
         parts = [
             {"batch": {name: _packed(x) for name, x in part.batch.items()}, "row": part.row} for part in self.pending
         ]

@@ -74,7 +74,7 @@ def take_turn(plan: Plan, workdir: Path, run: Path, staleness: int, steps: int) 
     stopped = train_grpo(config, dataclasses.replace(posttraining, grpo=own), run).interrupted_by
     if stopped is not None:
         sys.exit(128 + stopped)
-    used = sum(os.times()[:4]) - sum(before[:4])
+    used = sum(os.times()[:4]) - sum(before[:4])  # of this process and of those that rewarded
     write_atomically(note, json.dumps({"cpu": used, "wall": time.monotonic() - start}) + "\n")
 
 
