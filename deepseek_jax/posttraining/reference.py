@@ -29,9 +29,7 @@ from deepseek_jax.training.fingerprint import fingerprints
 from deepseek_jax.training.origin import read_origin
 from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.workdir import read_tokenizer
-
-FOLDER = "reference"  # in a workdir
+from deepseek_jax.training.workdir import REFERENCE, read_tokenizer
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,8 +81,8 @@ class Reference:
             return
         if self.step:
             raise ValueError(
-                f"the KL reference in {FOLDER} is not the policy of step {self.step} that this run compared with; put"
-                " that folder back, or begin another run with --initial"
+                f"the KL reference in {REFERENCE} is not the policy of step {self.step} that this run compared with;"
+                " put that folder back, or begin another run with --initial"
             )
         raise ValueError(
             "training.initial_weights are other weights than this run began with, and the KL reference is those;"
@@ -127,8 +125,8 @@ def open_reference(
     if not grpo.reference_every:
         found = read_origin(config, mesh, whole=False).weights if progress.step else _copy(weights)
         return Reference(weights=found, name=name_of(found))
-    _forget_behind(workdir / FOLDER, step)
-    checkpoints = Checkpoints(workdir / FOLDER, config.training.keep_checkpoints + 2)  # of two more in the making
+    _forget_behind(workdir / REFERENCE, step)
+    checkpoints = Checkpoints(workdir / REFERENCE, config.training.keep_checkpoints + 2)  # of two more in the making
     resources.callback(checkpoints.close)
 
     def keep(weights: Weights, step: int) -> None:
@@ -140,7 +138,7 @@ def open_reference(
         abstract = abstract_state(config, mesh)
         restored = checkpoints.restore({name: abstract[name] for name in Weights._fields}, mesh, step)
         if restored is None:
-            raise ValueError(f"{workdir / FOLDER} lacks the KL reference of step {step}; put it back")
+            raise ValueError(f"{workdir / REFERENCE} lacks the KL reference of step {step}; put it back")
         found = Weights(**restored[0])
     else:
         found = read_origin(config, mesh, whole=False).weights if progress.step else _copy(weights)

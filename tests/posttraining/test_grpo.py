@@ -16,9 +16,10 @@ from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.grpo import train_grpo, with_steps
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.problems import open_problems, read_problems, split
-from deepseek_jax.posttraining.settings import read
+from deepseek_jax.posttraining.settings import check_claimed, claim, read
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.workdir import claim_workdir
 from tests.posttraining import test_sft
 from tests.posttraining.test_sft import one_device, save_run
 from tests.support.failing_rewards import varied
@@ -87,7 +88,10 @@ def settings(initial="W", **changes):
         ({"training__batch_size": (("constant", 0.5, 8), ("constant", 1.0, 16))}, "must be one number"),
         ({"group_sizes": 2}, "group_sizes"),
         ({"staleness": -1}, "staleness = -1 must be at least 0"),
-        ({"reference_every": 2, "overrides": {"kl_weight": 0.0}}, "reference_every = 2 has no reference to replace"),
+        (
+            {"reference_every": 2, "overrides": {"kl_weight": 0.0}},
+            "reference_every = 2 replaces a reference that is not there",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes, message):
@@ -100,6 +104,18 @@ def test_the_config_file_is_valid_and_overrides_are_those_of_the_variant():
     assert posttraining.grpo.choices.kl_weight == 0.0 and posttraining.grpo.choices.clip_high == 0.2
     assert {end for _, _, end in config.optimizer.bias_update_rate} == {0.0}  # frozen
     assert with_steps(config, posttraining.grpo).training.num_tokens == posttraining.grpo.steps * 64 * 128
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    config, posttraining = read(settings())
+    claim(tmp_path, posttraining)
+    claim_workdir(tmp_path, config)
+    section = json.loads((tmp_path / "posttraining.json").read_text())
+    del section["grpo"]["staleness"]
+    (tmp_path / "posttraining.json").write_text(json.dumps(section))
+    check_claimed(tmp_path, posttraining)
+    with pytest.raises(ValueError, match="posttraining.grpo.staleness: 0 in the workdir, 1 given"):
+        check_claimed(tmp_path, read(settings(staleness=1))[1])
 
 
 def test_training_and_heldout_problems_are_disjoint_and_fit():
