@@ -18,7 +18,7 @@ from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.problems import open_problems, read_problems, split
 from deepseek_jax.posttraining.settings import check_claimed, claim, read
 from deepseek_jax.training.metrics import read_rows
-from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.origin import read_origin
 from deepseek_jax.training.workdir import claim_workdir
 from tests.posttraining import test_sft
 from tests.posttraining.test_sft import one_device, save_run
@@ -212,7 +212,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(l
         assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6) and abs(row["policy/old_kl"]) < 1e-6
     assert abs(rows[1]["policy/old_kl"]) > 1e-6 and rows[0]["policy/kl"] < 1e-9 < rows[3]["policy/kl"]
     with jax.set_mesh(mesh):
-        before = restore_weights(config, folder / "base", mesh)[0]
+        before = read_origin(config, mesh).weights
     biases = [jax.tree.leaves(jax.device_get(x)) for x in (before.router_bias, result.state["router_bias"])]
     assert [leaf.tobytes() for leaf in biases[0]] == [leaf.tobytes() for leaf in biases[1]] and np.any(biases[0][0])
     assert not np.array_equal(before.params["head_DV"], result.state["params"]["head_DV"])
