@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
@@ -53,7 +54,7 @@ from deepseek_jax.training.optimizer import batch_size
 from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.pretrain import Result, begin, open_bar, open_log
 from deepseek_jax.training.progress import ProgressBar
-from deepseek_jax.training.state import abstract_state, weights_of
+from deepseek_jax.training.state import State, abstract_state, weights_of
 from deepseek_jax.training.step import jit_train_step
 from deepseek_jax.training.summary import devices_line, model_line, position_line, programs_line, rates_line
 from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied, read_tokenizer
@@ -82,28 +83,21 @@ def train_grpo(
         resources.enter_context(occupied(workdir))
         config = _checked(with_steps(config, grpo), posttraining, workdir)
         mesh = mesh or make_mesh(config.mesh)
-        refuse_mesh(mesh)
-        refuse_two_threads(grpo, mesh)
+        _check_mesh(grpo, mesh)
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
         problems = open_problems(config, grpo, template, tokenizer)
-        sampler = ThreadPoolExecutor(1, "sampler")
-        resources.callback(sampler.shutdown)  # behind the ends of pool and engine, which end what it waits for
+        sampler = _open_sampler(resources)
         pool = resources.enter_context(open_pool(grpo))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk)
-        checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
-        resources.callback(checkpoints.close)
-        create = functools.partial(initial_state, config, workdir, mesh)
-        state, progress = begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
+        checkpoints, state, progress = _open_state(config, workdir, mesh, resources)
         reference = open_reference(config, grpo, mesh, workdir, weights_of(state), progress, resources)
         engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
         resources.callback(sampler.shutdown, wait=False, cancel_futures=True)
         score = scorer(config, objective, mesh)
         batches = make_batches(config, grpo, problems, engine, pool, score, sampler, reference, progress)
         log = open_log(config, workdir, progress, resources, wandb, POLICY_KEYS)
-        keep_template(workdir, template)
-        claim(workdir, posttraining)
-        claim_workdir(workdir, config)
+        _claim(workdir, config, posttraining, template)
         say("\n".join(_lines(config, grpo, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
         trainer = Trainer(
@@ -131,6 +125,33 @@ def _checked(config: Config, posttraining: Posttraining, workdir: Path) -> Confi
     check_workdir(workdir, config)
     check_one_step(config)
     return config
+
+
+def _check_mesh(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
+    refuse_mesh(mesh)
+    refuse_two_threads(grpo, mesh)
+
+
+def _open_sampler(resources: contextlib.ExitStack) -> ThreadPoolExecutor:
+    """Start the thread of the rollouts; open pool and engine behind it, as they end what it waits for."""
+    sampler = ThreadPoolExecutor(1, "sampler")
+    resources.callback(sampler.shutdown)
+    return sampler
+
+
+def _open_state(
+    config: Config, workdir: Path, mesh: jax.sharding.Mesh, resources: contextlib.ExitStack
+) -> tuple[Checkpoints, State, Progress]:
+    checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
+    resources.callback(checkpoints.close)
+    create = functools.partial(initial_state, config, workdir, mesh)
+    return checkpoints, *begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
+
+
+def _claim(workdir: Path, config: Config, posttraining: Posttraining, template: ChatTemplate) -> None:
+    keep_template(workdir, template)
+    claim(workdir, posttraining)
+    claim_workdir(workdir, config)
 
 
 def with_steps(config: Config, grpo: Grpo) -> Config:
