@@ -95,7 +95,8 @@ def outcome(error: Exception) -> tuple[int, str | None]:
             return FAILED, reason
         folder = Path(os.fsdecode(error.filename) if where else os.curdir).parent
         return FAILED, f"the operating system refused ({reason}{where}); {remedy(error, folder)}"
-    if type(error).__name__ in ("SaveError", "NonFiniteError", "ProcessError"):  # by name: beside them is JAX
+    # By name: beside them is JAX.
+    if type(error).__name__ in ("SaveError", "NonFiniteError", "ProcessError", "RewardError"):
         return FAILED, text
     return FAILED, None
 

@@ -2,22 +2,25 @@
 
     prompts -> groups of samples -> rewards -> advantages -> updates -> the trainer's weights go to the engine -> ...
 
-Synchronous: the engine samples with the weights that the next update begins with, and nothing trains meanwhile.
-`posttraining.policy_batches` makes the batches, `posttraining.policy_objective` is what is minimised.
+Synchronous (`staleness` 0): the engine samples with the weights that the next update begins with, and nothing trains
+meanwhile. Above 0 a thread makes rollouts while the trainer trains, by weights that are so many updates older.
+`posttraining.policy_batches` has both and makes the batches, `posttraining.policy_objective` is what is minimised.
+
+The thread shares the process and its device with the trainer: both use the one copy of the model that sampling needs in
+any case, nothing is sent, and a program that is killed loses both at once. On one accelerator their programs still run
+one after the other, so what is hidden there is the host's work: rewards, texts and turns of the engine.
 
 Samples are drawn at temperature 1 without top-p, so that the policy that is trained is the one that was drawn from.
-The reference of the KL, where the choices have one, is the weights that the run began with, for the whole run. A run
-that continues reads them again, and refuses others by a fingerprint. To refresh it, begin another run with this one's
-weights (R1 does so every 400 steps).
+The KL's reference, where the choices have one, is `posttraining.reference`.
 
 The router biases stay while `optimizer.bias_update_rate` is 0, as in the configurations of this stage.
 """
 
 import contextlib
 import functools
-import hashlib
-import json
+import math
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
@@ -32,25 +36,25 @@ from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parameters import EXPERTS, Weights
 from deepseek_jax.posttraining.accuracy import accuracy_row
 from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
-from deepseek_jax.posttraining.grpo_settings import Grpo
+from deepseek_jax.posttraining.grpo_settings import PATH, Grpo
 from deepseek_jax.posttraining.policy_batches import PolicyBatches
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS, policy_row
 from deepseek_jax.posttraining.policy_objective import Policy, policy
 from deepseek_jax.posttraining.problems import Problems, open_problems
+from deepseek_jax.posttraining.reference import Reference, open_reference
 from deepseek_jax.posttraining.rewards import rewards_by_name
 from deepseek_jax.posttraining.rewards.pool import RewardPool
 from deepseek_jax.posttraining.scoring import jit_score, refuse_mesh, score_rows
 from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
-from deepseek_jax.training.fingerprint import fingerprints
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.optimizer import batch_size
-from deepseek_jax.training.origin import initial_state, read_origin
+from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.pretrain import Result, begin, open_bar, open_log
 from deepseek_jax.training.progress import ProgressBar
-from deepseek_jax.training.state import abstract_state, weights_of
+from deepseek_jax.training.state import State, abstract_state, weights_of
 from deepseek_jax.training.step import jit_train_step
 from deepseek_jax.training.summary import devices_line, model_line, position_line, programs_line, rates_line
 from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied, read_tokenizer
@@ -79,24 +83,21 @@ def train_grpo(
         resources.enter_context(occupied(workdir))
         config = _checked(with_steps(config, grpo), posttraining, workdir)
         mesh = mesh or make_mesh(config.mesh)
-        refuse_mesh(mesh)
+        _check_mesh(grpo, mesh)
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
         problems = open_problems(config, grpo, template, tokenizer)
+        sampler = _open_sampler(resources)
         pool = resources.enter_context(open_pool(grpo))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk)
-        checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
-        resources.callback(checkpoints.close)
-        create = functools.partial(initial_state, config, workdir, mesh)
-        state, progress = begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
-        reference = reference_weights(config, grpo, mesh, weights_of(state), progress)
+        checkpoints, state, progress = _open_state(config, workdir, mesh, resources)
+        reference = open_reference(config, grpo, mesh, workdir, weights_of(state), progress, resources)
         engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
-        score = scorer(config, objective, mesh, reference)
-        batches = make_batches(config, grpo, problems, engine, pool, score, reference, progress)
+        resources.callback(sampler.shutdown, wait=False, cancel_futures=True)
+        score = scorer(config, objective, mesh)
+        batches = make_batches(config, grpo, problems, engine, pool, score, sampler, reference, progress)
         log = open_log(config, workdir, progress, resources, wandb, POLICY_KEYS)
-        keep_template(workdir, template)
-        claim(workdir, posttraining)
-        claim_workdir(workdir, config)
+        _claim(workdir, config, posttraining, template)
         say("\n".join(_lines(config, grpo, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
         trainer = Trainer(
@@ -113,7 +114,7 @@ def train_grpo(
             bar=bar,
             row=lambda step, metrics, rates: policy_row(grpo.choices, metrics, rates) | batches.row_of(step),
         )
-        batches.follow(lambda: weights_of(trainer.state))
+        batches.follow(lambda: for_sampling(grpo, weights_of(trainer.state)))
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
@@ -124,6 +125,33 @@ def _checked(config: Config, posttraining: Posttraining, workdir: Path) -> Confi
     check_workdir(workdir, config)
     check_one_step(config)
     return config
+
+
+def _check_mesh(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
+    refuse_mesh(mesh)
+    refuse_two_threads(grpo, mesh)
+
+
+def _open_sampler(resources: contextlib.ExitStack) -> ThreadPoolExecutor:
+    """Start the thread of the rollouts; open pool and engine behind it, as they end what it waits for."""
+    sampler = ThreadPoolExecutor(1, "sampler")
+    resources.callback(sampler.shutdown)
+    return sampler
+
+
+def _open_state(
+    config: Config, workdir: Path, mesh: jax.sharding.Mesh, resources: contextlib.ExitStack
+) -> tuple[Checkpoints, State, Progress]:
+    checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
+    resources.callback(checkpoints.close)
+    create = functools.partial(initial_state, config, workdir, mesh)
+    return checkpoints, *begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
+
+
+def _claim(workdir: Path, config: Config, posttraining: Posttraining, template: ChatTemplate) -> None:
+    keep_template(workdir, template)
+    claim(workdir, posttraining)
+    claim_workdir(workdir, config)
 
 
 def with_steps(config: Config, grpo: Grpo) -> Config:
@@ -150,7 +178,8 @@ def make_batches(
     engine: Engine,
     pool: RewardPool,
     score: Callable,
-    reference: Weights | None,
+    sampler: Executor,
+    reference: Reference | None,
     progress: Progress,
 ) -> PolicyBatches:
     """Return the batches, at the run's position.
@@ -165,30 +194,35 @@ def make_batches(
         engine=engine,
         pool=pool,
         score=score,
+        sampler=sampler,
         length=config.data.sequence_length,
         pad=engine.tokenizer.pad,
         seed=config.seed,
         step=progress.step,
-        reference=_name(reference) if reference else "",
+        last=math.ceil(config.training.num_tokens / (batch_size(config, 0) * config.data.sequence_length)),
+        reference=reference,
     )
     if progress.data is not None:
         batches.restore(progress.data)
     return batches
 
 
-def reference_weights(
-    config: Config, grpo: Grpo, mesh: jax.sharding.Mesh, weights: Weights, progress: Progress
-) -> Weights | None:
-    """Return the weights that the run began with, if the choices have a KL; the caller keeps them.
+def for_sampling(grpo: Grpo, weights: Weights) -> Weights:
+    """Return weights that no step overwrites while they sample: with a staleness of 0 there is no step meanwhile."""
+    return jax.tree.map(jnp.copy, weights) if grpo.staleness else weights
+
+
+def refuse_two_threads(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
+    """Refuse two threads on several devices.
 
     Raises:
-        ValueError: the run continues, and `training.initial_weights` cannot be read any more.
+        ValueError: programs of both could begin on two devices in two orders, and wait for each other for ever.
     """
-    if not grpo.choices.kl_weight:
-        return None
-    if progress.step:
-        return read_origin(config, mesh, whole=False).weights
-    return jax.tree.map(jnp.copy, weights)  # a step overwrites those of the state
+    if grpo.staleness and mesh.devices.size > 1:
+        raise ValueError(
+            f"{PATH}.staleness = {grpo.staleness} needs one device, and the mesh has {mesh.devices.size}: the"
+            " collectives of trainer and sampler could wait for each other; set it to 0, or config.mesh to one device"
+        )
 
 
 def open_engine(
@@ -202,34 +236,27 @@ def open_engine(
     return Engine.open(config, weights, tokenizer, decoding, num_rows=grpo.rows, num_positions=most)
 
 
-def scorer(
-    config: Config, objective: Policy, mesh: jax.sharding.Mesh, reference: Weights | None
-) -> Callable[[Weights | None, dict[str, Any]], Any]:
+def scorer(config: Config, objective: Policy, mesh: jax.sharding.Mesh) -> Callable[[Weights, dict[str, Any]], Any]:
     """Return what `PolicyBatches.score` is."""
     program = jit_score(config, objective, mesh)
 
-    def score(weights: Weights | None, batch: dict[str, Any]) -> Any:
-        chosen: Any = reference if weights is None else weights
-        return score_rows(program, chosen, batch, config.training.micro_batch_size, mesh)
+    def score(weights: Weights, batch: dict[str, Any]) -> Any:
+        with jax.set_mesh(mesh):  # which each thread has of its own
+            return score_rows(program, weights, batch, config.training.micro_batch_size, mesh)
 
     return score
 
 
 def _evaluate(batches: PolicyBatches, bar: ProgressBar, weights: Weights) -> Row:
     grpo = batches.grpo
-    row = accuracy_row(
-        batches.engine, batches.pool, batches.problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights
-    )
+    problems = batches.problems.heldout
+    asked = accuracy_row, batches.engine, batches.pool, problems, grpo.accuracy, grpo.max_new_tokens, weights
+    row = batches.sampler.submit(*asked).result()  # in its turn: it changes the engine's weights
     bar.note(
         f"{row['eval/accuracy']:.1%} of {row['eval/problems']} held-out problems right"
         f" (95%: {row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
     )
     return row
-
-
-def _name(weights: Weights) -> str:
-    text = json.dumps(fingerprints(dict(weights._asdict())), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _lines(config, grpo: Grpo, mesh, params, problems: Problems, progress: Progress) -> list[str]:
@@ -242,7 +269,7 @@ def _lines(config, grpo: Grpo, mesh, params, problems: Problems, progress: Progr
             f"{size * grpo.updates // grpo.group_size:,} prompts, {grpo.group_size} samples each of at most"
             f" {grpo.max_new_tokens:,} tokens; {grpo.updates} updates of {size:,}; {grpo.steps:,} in all",
         ),
-        ("method", f"{grpo.variant} {grpo.overrides or ''}; rewards {grpo.rewards}"),
+        ("method", f"{grpo.variant} {grpo.overrides or ''}; rewards {grpo.rewards}; staleness {grpo.staleness}"),
         ("rates", rates_line(config)),
         ("devices", devices_line(mesh)),
         ("programs", programs_line(config, mesh)),

@@ -42,6 +42,9 @@ class Grpo:
         steps: optimizer steps of the run; training.num_tokens may end it before.
         max_new_tokens: of a sample, EOS included.
         rows: samples that are drawn at once.
+        staleness: updates that the weights which sample may be behind those of the rollout's first update; 0:
+            synchronous. Above it, rollouts are made while the trainer trains (`policy_batches`).
+        reference_every: the KL's reference is replaced by the policy every so many updates; 0: never.
     """
 
     variant: str
@@ -60,6 +63,8 @@ class Grpo:
     steps: int
     max_new_tokens: int
     rows: int
+    staleness: int = 0
+    reference_every: int = 0
 
     @property
     def choices(self) -> Choices:
@@ -113,6 +118,13 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
     for key in ("heldout", "updates", "steps", "max_new_tokens", "rows", "reward_workers"):
         if getattr(grpo, key) < 1:
             refuse(key, "must be at least 1")
+    for key in ("staleness", "reference_every"):
+        if getattr(grpo, key) < 0:
+            refuse(key, "must be at least 0")
+    if grpo.reference_every and not choices.kl_weight:
+        refuse(
+            "reference_every", f"replaces a reference that is not there: {PATH}.overrides.kl_weight is 0; set it to 0"
+        )
     if not 0.0 < grpo.reward_seconds < math.inf:
         refuse("reward_seconds", "must be positive and finite")
     if grpo.on_failure not in POLICIES:

@@ -1,16 +1,34 @@
 """The batches of GRPO: each rollout samples, rewards and scores, and is taken in as many parts as it has updates.
 
-    prompts -> samples by the engine, with the weights of this moment -> rewards -> advantages
-            -> log-probabilities by the trainer's network, of these weights and of the reference -> parts
+    prompts -> samples by the engine -> rewards -> advantages
+            -> log-probabilities by the trainer's network, of the weights that sampled and of the reference -> parts
 
-The position is the number of the next prompt, and the parts of the present rollout that are not yet taken, whole: the
-weights that drew them are gone once the first part is trained on. So a run that continues trains on each sample once.
+A thread makes the rollouts, one after the other. That whose first update is number n (from 0) is drawn by the weights
+of n - `staleness` updates (of 0, if that is less) and begins as soon as there are these. With 0 the trainer waits for
+it (synchronous). With 1 it is made while the trainer takes the update before; r2(w1) is rollout 2 by the weights of 1
+update, u2 the update that takes it:
+
+    staleness 0   trainer               u0                u1
+                  sampler     r0(w0)          r1(w1)            r2(w2)
+    staleness 1   trainer               u0       u1       u2
+                  sampler     r0(w0)    r1(w0)   r2(w1)   r3(w2)
+
+So which weights draw a sample follows from its number and not from who was faster: both modes have the same numbers
+whenever they run. The alternative, to take the newest weights that there are, is fresher by less than one update where
+the sampler is slower, and no run could be made again. The ratios of the loss divide by the log-probabilities of the
+weights that sampled, so they are what corrects for older ones.
+
+The position is the number of the next prompt, and the parts that are not yet taken, whole: the weights that drew them
+are gone once the next update is made. It waits for the rollouts under way. So a run that continues trains on each
+sample once. A rollout that failed is not in it, and is made again, by the weights of that moment, which are newer.
 """
 
 import base64
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +37,11 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.advantages import advantages, punishment
 from deepseek_jax.posttraining.choices import Choices
-from deepseek_jax.posttraining.grpo_settings import Grpo
+from deepseek_jax.posttraining.grpo_settings import PATH, Grpo
 from deepseek_jax.posttraining.policy_metrics import rollout_row
 from deepseek_jax.posttraining.problems import Problems
-from deepseek_jax.posttraining.rewards.pool import RewardPool
+from deepseek_jax.posttraining.reference import Reference
+from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
 from deepseek_jax.posttraining.rollouts import carries_loss, make_batch, prompt_at, sample_groups
 from deepseek_jax.training.loop import Row
 
@@ -36,6 +55,20 @@ class Part(NamedTuple):
     row: Row
 
 
+class Rollout(NamedTuple):
+    """What the thread is to make."""
+
+    number: int  # of its first prompt
+    size: int  # prompts
+    version: int  # updates that its weights have had
+    parts: Future[list[Part]]
+
+    def __str__(self) -> str:
+        """Say which one."""
+        last = self.number + self.size - 1
+        return f"the rollout of prompts {self.number} to {last} by the weights of {self.version} updates"
+
+
 @dataclasses.dataclass(kw_only=True)
 class PolicyBatches:
     """A `training.loop.Batches`; `follow` the trainer's weights before the first batch.
@@ -46,12 +79,14 @@ class PolicyBatches:
         problems: to train on.
         engine: samples; the weights of others come in at every rollout.
         pool: rewards.
-        score: (weights, batch) -> log-probabilities of the targets, FP32 [B, S]; `reference` None: of the reference.
+        score: (weights, batch) -> log-probabilities of the targets, FP32 [B, S]; called by the thread.
+        sampler: the thread of the rollouts, one. Whoever else uses the engine does so in it.
         length: of rows.
         pad: id of padding.
         seed: of the run.
         step: updates taken.
-        reference: names the weights of the reference; "" without one.
+        last: updates of the whole run; no rollout begins for later ones.
+        reference: of the KL; None without one.
     """
 
     grpo: Grpo
@@ -59,36 +94,48 @@ class PolicyBatches:
     problems: Problems
     engine: Engine
     pool: RewardPool
-    score: Callable[[Weights | None, Arrays], np.ndarray]
+    score: Callable[[Weights, Arrays], np.ndarray]
+    sampler: Executor
     length: int
     pad: int
     seed: int
     step: int = 0
-    reference: str = ""
+    last: int
+    reference: Reference | None
 
     def __post_init__(self):
         """Begin at the first prompt."""
         self.weights: Callable[[], Weights] | None = None
         self.number = 0
-        self.pending: list[Part] = []
+        self.pending: deque[Part] = deque()
+        self.ahead: deque[Rollout] = deque()  # behind what is pending
+        self.waited = 0.0  # seconds, for rollouts of updates that are not yet taken
         self.rows: dict[int, Row] = {}  # by step, of steps whose metrics are not yet read
 
     def follow(self, weights: Callable[[], Weights]) -> None:
-        """Sample with the weights that this returns at each rollout."""
+        """Sample with the weights that this returns: those of `step` updates.
+
+        The trainer may not overwrite them while a rollout is made: with a staleness above 0 they are a copy.
+        """
         self.weights = weights
 
     def next_batch(self, batch_size: int) -> Arrays:
-        """Return the next part of the present rollout, or the first of a new one.
+        """Return the next part of the present rollout, or the first of the next one; wait until it is made.
 
         Raises:
             RewardError: a reward failed, and the run is to stop.
             RuntimeError: a sample was not finished.
         """
+        self._begin(batch_size)
+        start = time.perf_counter()
         if not self.pending:
-            self.pending = self._roll_out(batch_size)
-        part = self.pending.pop(0)
+            self.pending.extend(_made(self.ahead[0]))
+            self.ahead.popleft()
+        waited, self.waited = self.waited + time.perf_counter() - start, 0.0
+        part = self.pending.popleft()
+        age = self.step - part.row["rollout/version"]
         self.step += 1
-        self.rows[self.step] = part.row
+        self.rows[self.step] = part.row | {"policy/staleness": age, "rollout/waited": waited}
         return part.batch
 
     def row_of(self, step: int) -> Row:
@@ -97,16 +144,19 @@ class PolicyBatches:
         return self.rows[step]
 
     def state(self) -> dict[str, Any]:
-        """Return the position (JSON)."""
+        """Return the position (JSON), once the rollouts under way are made."""
+        start = time.perf_counter()
+        while self.ahead and self.ahead[0].parts.exception() is None:
+            self.pending.extend(self.ahead.popleft().parts.result())
+        self.waited += time.perf_counter() - start
         parts = [
             {"batch": {name: _packed(x) for name, x in part.batch.items()}, "row": part.row} for part in self.pending
         ]
         return {
-            "prompt": self.number,
+            "prompt": self.ahead[0].number if self.ahead else self.number,
             "parts": parts,
             "problems": self.problems.fingerprint,
-            "reference": self.reference,
-        }
+        } | (self.reference.state() if self.reference else {"reference": ""})
 
     def restore(self, position: dict[str, Any]) -> None:
         """Continue from a position.
@@ -119,23 +169,38 @@ class PolicyBatches:
                 "the run's problems, template or tokenizer have changed since its checkpoint; put them back, or begin"
                 " another run with its weights: --initial with another --workdir"
             )
-        if position["reference"] != self.reference:
-            raise ValueError(
-                "training.initial_weights are other weights than this run began with, and the KL reference is those;"
-                " put them back, name their step ('workdir@step'), or begin another run with --initial"
-            )
+        if self.reference:
+            self.reference.check(position)
         self.number = position["prompt"]
-        self.pending = [
+        self.pending = deque(
             Part({name: _unpacked(x) for name, x in part["batch"].items()}, part["row"]) for part in position["parts"]
-        ]
+        )
 
-    def _roll_out(self, batch_size: int) -> list[Part]:
-        grpo, choices = self.grpo, self.choices
+    def _begin(self, batch_size: int) -> None:
+        """Let the rollouts begin that are to be drawn by the present weights."""
         assert self.weights is not None
-        weights, start = self.weights(), time.perf_counter()
-        self.engine.update_weights(weights, version=self.step)
-        size = batch_size * grpo.updates // grpo.group_size
-        numbers = range(self.number, self.number + size)
+        grpo, size = self.grpo, batch_size * self.grpo.updates // self.grpo.group_size
+        weights: Weights | None = None
+        if self.reference and self.reference.is_due(self.step):
+            weights = self.weights()
+            self.reference.replace(self.step, weights)
+        behind = self.reference.weights if self.reference else None
+        while True:
+            first = len(self.pending) + grpo.updates * len(self.ahead)  # updates until the next rollout's
+            if first > grpo.staleness or self.step + first >= self.last:
+                return
+            weights = self.weights() if weights is None else weights
+            numbers = range(self.number, self.number + size)
+            parts = self.sampler.submit(self._roll_out, weights, behind, self.step, numbers, batch_size)
+            self.ahead.append(Rollout(self.number, size, self.step, parts))
+            self.number += size
+
+    def _roll_out(
+        self, weights: Weights, reference: Weights | None, version: int, numbers: range, batch_size: int
+    ) -> list[Part]:
+        """Make a rollout; it depends on nothing else that changes."""
+        grpo, choices, start = self.grpo, self.choices, time.perf_counter()
+        self.engine.update_weights(weights, version=version)
         prompts = [self.problems.train[prompt_at(n, len(self.problems.train), self.seed)] for n in numbers]
         keyed = [(number, prompt.ids) for number, prompt in zip(numbers, prompts, strict=True)]
         samples = sample_groups(self.engine, keyed, grpo.group_size, grpo.max_new_tokens, self.seed)
@@ -145,18 +210,31 @@ class PolicyBatches:
         )
         totals = np.array([s.total for s in scores])
         totals += punishment(choices, np.array([len(s.ids) for s in samples]), grpo.max_new_tokens)
-        rewards_PG = totals.reshape(size, grpo.group_size)
+        rewards_PG = totals.reshape(len(numbers), grpo.group_size)
         kept = carries_loss(choices, samples, rewards_PG)
         values = advantages(rewards_PG, choices.advantage_scale).reshape(-1)
         batch = make_batch(samples, values, kept, self.length, self.pad)
         batch["old_logprobs_BS"] = self.score(weights, batch)
-        if choices.kl_weight:
-            batch["reference_logprobs_BS"] = self.score(None, batch)
+        if reference is not None:
+            batch["reference_logprobs_BS"] = self.score(reference, batch)
         seconds = {"sampling": sampled - start, "rollout": time.perf_counter() - start}
         row = rollout_row(samples, scores, rewards_PG, batch, seconds, grpo.accuracy)
-        self.number += size
         cut = [{name: x[i : i + batch_size] for name, x in batch.items()} for i in range(0, len(samples), batch_size)]
         return [Part(part, row) for part in cut]
+
+
+def _made(rollout: Rollout) -> list[Part]:
+    """Wait for a rollout; an error says which it was."""
+    try:
+        return rollout.parts.result()
+    except RewardError as error:
+        raise RewardError(
+            f"{error}\n{rollout} has ended the run; its last checkpoint stays, and the same command continues; with"
+            f" {PATH}.on_failure = 'zero' such a reward counts 0"
+        ) from error
+    except Exception as error:
+        error.add_note(f"in {rollout}; the run's last checkpoint stays, and the same command continues")
+        raise
 
 
 def _packed(x: np.ndarray) -> dict[str, Any]:

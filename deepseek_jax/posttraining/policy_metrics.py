@@ -27,6 +27,7 @@ POLICY_KEYS = KEYS | {
     "policy/tis_capped": "share of tokens at the cap; absent without such weights",
     "policy/outputs": "of this update that carry loss",
     "policy/tokens": "of this update that carry loss",
+    "policy/staleness": "updates that the weights which sampled are behind those that are updated",
     "rollout/reward": "mean of the weighted sums, with the punishment of length",
     "rollout/reward_std": "mean of the standard deviations within groups",
     **{f"rollout/reward_{name}": f"mean of the reward {name!r}, without its weight" for name in NAMES},
@@ -41,6 +42,7 @@ POLICY_KEYS = KEYS | {
     "rollout/sampler_difference_max": "the largest",
     "rollout/version": "updates that the weights which sampled have had",
     "rollout/first_prompt": "number of the rollout's first prompt in the run",
+    "rollout/waited": "seconds that the trainer waited for samples since the update before",
     "rollout/seconds": "sampling, rewards and scores of this rollout",
     "rollout/tokens_per_second": "drawn tokens over the time of sampling",
     "eval/accuracy": "share of held-out problems that greedy outputs answer right",
@@ -87,6 +89,7 @@ def rollout_row(
         "rollout/sampler_difference_max": apart.max() if apart.size else 0.0,
         "rollout/version": min(sample.version for sample in samples),
         "rollout/first_prompt": samples[0].number,
+        "rollout/waited": "seconds that the trainer waited for samples since the update before",
         "rollout/seconds": seconds["rollout"],
         "rollout/tokens_per_second": lengths.sum() / seconds["sampling"],
     }

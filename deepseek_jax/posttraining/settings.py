@@ -203,7 +203,8 @@ def check_claimed(workdir: Path, posttraining: Posttraining) -> None:
             f"{shown(str(workdir))} holds a run without post-training; choose another --workdir, and begin with its"
             f" weights: --initial={workdir}"
         )
-    stored, ours = _leaves(read_json(path)), _leaves(json.loads(json.dumps(dataclasses.asdict(posttraining))))
+    stored = _defaults(posttraining) | _leaves(read_json(path))
+    ours = _leaves(json.loads(json.dumps(dataclasses.asdict(posttraining))))
     differences = [
         f"{SECTION}.{key}: {stored.get(key)!r} in the workdir, {ours.get(key)!r} given"
         for key in sorted(stored.keys() | ours.keys())
@@ -223,6 +224,18 @@ def claim(workdir: Path, posttraining: Posttraining) -> None:
         if posttraining.lora is None:
             del section["lora"]  # the file of a run without adapters is as it was before there were any
         write_atomically(workdir / FILE, json.dumps(section, indent=1) + "\n")
+
+
+def _defaults(posttraining: Posttraining) -> dict[str, Any]:
+    """Return what a file that was written before some settings existed means by their absence."""
+    settings = {name: getattr(posttraining, name) for name in STAGES}
+    return {
+        f"{name}.{field.name}": field.default
+        for name, own in settings.items()
+        if own is not None
+        for field in dataclasses.fields(own)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

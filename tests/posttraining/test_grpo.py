@@ -16,9 +16,10 @@ from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.grpo import train_grpo, with_steps
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.problems import open_problems, read_problems, split
-from deepseek_jax.posttraining.settings import read
+from deepseek_jax.posttraining.settings import check_claimed, claim, read
 from deepseek_jax.training.metrics import read_rows
-from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.origin import read_origin
+from deepseek_jax.training.workdir import claim_workdir
 from tests.posttraining import test_sft
 from tests.posttraining.test_sft import one_device, save_run
 from tests.support.failing_rewards import varied
@@ -86,6 +87,11 @@ def settings(initial="W", **changes):
         ({"optimizer__weight_decay": 0.1}, "weight_decay = 0.1 would shrink MTP layers"),
         ({"training__batch_size": (("constant", 0.5, 8), ("constant", 1.0, 16))}, "must be one number"),
         ({"group_sizes": 2}, "group_sizes"),
+        ({"staleness": -1}, "staleness = -1 must be at least 0"),
+        (
+            {"reference_every": 2, "overrides": {"kl_weight": 0.0}},
+            "reference_every = 2 replaces a reference that is not there",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes, message):
@@ -98,6 +104,18 @@ def test_the_config_file_is_valid_and_overrides_are_those_of_the_variant():
     assert posttraining.grpo.choices.kl_weight == 0.0 and posttraining.grpo.choices.clip_high == 0.2
     assert {end for _, _, end in config.optimizer.bias_update_rate} == {0.0}  # frozen
     assert with_steps(config, posttraining.grpo).training.num_tokens == posttraining.grpo.steps * 64 * 128
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    config, posttraining = read(settings())
+    claim(tmp_path, posttraining)
+    claim_workdir(tmp_path, config)
+    section = json.loads((tmp_path / "posttraining.json").read_text())
+    del section["grpo"]["staleness"]
+    (tmp_path / "posttraining.json").write_text(json.dumps(section))
+    check_claimed(tmp_path, posttraining)
+    with pytest.raises(ValueError, match="posttraining.grpo.staleness: 0 in the workdir, 1 given"):
+        check_claimed(tmp_path, read(settings(staleness=1))[1])
 
 
 def test_training_and_heldout_problems_are_disjoint_and_fit():
@@ -145,28 +163,48 @@ def test_a_bad_line_of_problems_is_named(tmp_path, line, message):
         read_problems(path)
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(tmp_path, monkeypatch):
-    """The whole loop: a model, an engine, rewards in a process, two updates of each of two rollouts."""
-    monkeypatch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
-    engines = []
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """(folder with the weights in `base`, one device): all runs share an engine, and take their weights into it."""
+    folder, engines, open_engine = tmp_path_factory.mktemp("loop"), [], grpo.open_engine
 
-    def open_once(*arguments):  # both runs give it their weights at each rollout
+    def open_once(*arguments):
         engines.append(engines[0] if engines else open_engine(*arguments))
         return contextlib.nullcontext(engines[0])
 
-    open_engine = grpo.open_engine
-    monkeypatch.setattr(grpo, "open_engine", open_once)
     tree = test_sft.settings()
-    tree.data.sequence_length = 48
-    tree.training.initial_weights = ""
+    tree.data.sequence_length, tree.training.initial_weights = 48, ""
     del tree["posttraining"]
-    save_run(from_config_dict(tree), tmp_path / "base")
-    config, posttraining = read(settings(tmp_path / "base"))
-    mesh = one_device(config)
-    result = train_grpo(config, posttraining, tmp_path / "run", mesh)
+    config = from_config_dict(tree)
+    save_run(config, folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
+        patch.setattr(grpo, "open_engine", open_once)
+        yield folder, one_device(config)
+    engines[0].close()
+
+
+def go_back(workdir, steps):
+    """Leave a run as if it had been killed before these checkpoints."""
+    shutil.rmtree(workdir / "tensorboard")
+    for step in steps:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+
+
+def assert_same_weights(*results):
+    for a, b in zip(*(jax.tree.leaves(r.state["params"]) for r in results), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("grpo_loop")
+def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(loop):
+    """The whole loop: a model, an engine, rewards in a process, two updates of each of two rollouts."""
+    folder, mesh = loop
+    config, posttraining = read(settings(folder / "base"))
+    result = train_grpo(config, posttraining, folder / "run", mesh)
     assert result.step == 4
-    rows = [row for row in read_rows(tmp_path / "run") if "policy/loss" in row]
+    rows = [row for row in read_rows(folder / "run") if "policy/loss" in row]
     assert [row["rollout/first_prompt"] for row in rows] == [0, 0, 4, 4]
     assert rows[0].keys() <= POLICY_KEYS.keys() and rows[0]["rollout/reward_std"] > 0
     assert max(row["rollout/sampler_difference_max"] for row in rows) < 1e-5
@@ -174,21 +212,32 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(t
         assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6) and abs(row["policy/old_kl"]) < 1e-6
     assert abs(rows[1]["policy/old_kl"]) > 1e-6 and rows[0]["policy/kl"] < 1e-9 < rows[3]["policy/kl"]
     with jax.set_mesh(mesh):
-        before = restore_weights(from_config_dict(tree), tmp_path / "base", mesh)[0]
+        before = read_origin(config, mesh).weights
     biases = [jax.tree.leaves(jax.device_get(x)) for x in (before.router_bias, result.state["router_bias"])]
     assert [leaf.tobytes() for leaf in biases[0]] == [leaf.tobytes() for leaf in biases[1]] and np.any(biases[0][0])
     assert not np.array_equal(before.params["head_DV"], result.state["params"]["head_DV"])
-    shutil.rmtree(tmp_path / "run" / "tensorboard")
-    for step in (2, 3, 4):  # the first is in the middle of a rollout
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    again = train_grpo(config, posttraining, tmp_path / "run", mesh)
-    engines[0].close()
-    for a, b in zip(*(jax.tree.leaves(r.state["params"]) for r in (result, again)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    go_back(folder / "run", (2, 3, 4))  # the first is in the middle of a rollout
+    assert_same_weights(result, train_grpo(config, posttraining, folder / "run", mesh))
     with pytest.raises(ValueError, match="posttraining.grpo.group_size: 4 in the workdir, 8 given"):
-        train_grpo(*read(settings(tmp_path / "base", group_size=8)), tmp_path / "run", mesh)
-    (tmp_path / "bad.jsonl").write_text("{")
+        train_grpo(*read(settings(folder / "base", group_size=8)), folder / "run", mesh)
+    (folder / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1 is not JSON"):
-        other = settings(tmp_path / "base", problems=str(tmp_path / "bad.jsonl"), num_problems=0)
-        train_grpo(*read(other), tmp_path / "never", mesh)
-    assert not (tmp_path / "never").exists()
+        other = settings(folder / "base", problems=str(folder / "bad.jsonl"), num_problems=0)
+        train_grpo(*read(other), folder / "never", mesh)
+    assert not (folder / "never").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("grpo_loop")
+def test_rollouts_beside_training_are_reproducible(loop):
+    """With a staleness of 1, by the real engine in its thread: a killed run ends with the same bits."""
+    folder, mesh = loop
+    options = {"updates": 1, "staleness": 1, "reference_every": 3, "steps": 6}
+    config, posttraining = read(settings(folder / "base", **options))
+    result = train_grpo(config, posttraining, folder / "beside", mesh)
+    rows = [row for row in read_rows(folder / "beside") if "policy/loss" in row]
+    assert [row["rollout/version"] for row in rows] == [0, 0, 1, 2, 3, 4]
+    assert max(row["rollout/sampler_difference_max"] for row in rows) < 1e-5  # each by its own weights
+    assert rows[0]["policy/ratio_std"] < 1e-6 < 1e-4 < min(row["policy/ratio_std"] for row in rows[1:])
+    go_back(folder / "beside", (3, 4, 5, 6))
+    assert_same_weights(result, train_grpo(config, posttraining, folder / "beside", mesh))

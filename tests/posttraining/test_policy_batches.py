@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from deepseek_jax.posttraining.choices import GRPO
 from deepseek_jax.posttraining.policy_batches import PolicyBatches
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.problems import Problems, Prompt
+from deepseek_jax.posttraining.reference import Reference
 from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
 from deepseek_jax.posttraining.rewards.problem import Problem
 from tests.support.fake_batch import FakeBatch, fake_weights
@@ -39,19 +41,34 @@ def equal(problem, text):
     return letters(problem, text) if int(problem.name[1:]) % 2 else 1.0
 
 
-def open_batches(engine, choices=GRPO, reward=letters, on_failure="stop", train=TRAIN, reference="r"):
-    grpo = SimpleNamespace(group_size=GROUP, updates=UPDATES, max_new_tokens=LIMIT, accuracy="text")
+SAMPLER = ThreadPoolExecutor(1)
+REFERENCE = fake_weights(-1)
+
+
+def score(weights, batch):
+    return batch["sampler_logprobs_BS"] + np.float32(-1.0 if weights is REFERENCE else 0.25)
+
+
+def open_batches(engine, choices=GRPO, reward=letters, on_failure="stop", train=TRAIN, staleness=0, **others):
+    grpo = SimpleNamespace(
+        group_size=GROUP, updates=UPDATES, max_new_tokens=LIMIT, accuracy="text", staleness=staleness
+    )
     batches = PolicyBatches(
-        grpo=grpo,
-        choices=choices,
-        problems=Problems(train, []),
-        engine=engine,
-        pool=RewardPool({"text": reward}, num_workers=0, on_failure=on_failure),
-        score=lambda weights, batch: batch["sampler_logprobs_BS"] + np.float32(0.25 if weights else -1.0),
-        length=40,
-        pad=TOKENIZER.pad,
-        seed=3,
-        reference=reference,
+        **{
+            "grpo": grpo,
+            "choices": choices,
+            "problems": Problems(train, []),
+            "engine": engine,
+            "pool": RewardPool({"text": reward}, num_workers=0, on_failure=on_failure),
+            "score": score,
+            "sampler": SAMPLER,
+            "length": 40,
+            "pad": TOKENIZER.pad,
+            "seed": 3,
+            "last": 100,
+            "reference": Reference(weights=REFERENCE, name="r") if choices.kl_weight else None,
+        }
+        | others
     )
     batches.follow(lambda: fake_weights(batches.step))
     return batches
@@ -141,7 +158,8 @@ def test_a_reward_that_is_no_number_stops_the_run_or_counts_zero(engine):
     with pytest.raises(RewardError, match="reward 'text' of problem 'p3' returned nan"):
         for _ in range(6):
             batches.next_batch(SIZE)
-    assert batches.number < 6 and not batches.pending  # the prompt is not counted
+    position = batches.state()
+    assert position["prompt"] < 6 and not position["parts"]  # the prompt is not counted
     batches = open_batches(engine, reward=fails, on_failure="zero")
     for _ in range(6):
         assert np.isfinite(batches.next_batch(SIZE)["advantages_B"]).all()
@@ -153,7 +171,7 @@ def test_a_position_of_other_problems_or_another_reference_is_refused(engine):
     with pytest.raises(ValueError, match="problems, template or tokenizer have changed"):
         open_batches(engine, train=TRAIN[:5]).restore(position)
     with pytest.raises(ValueError, match="the KL reference is those"):
-        open_batches(engine, reference="other").restore(position)
+        open_batches(engine, reference=Reference(weights=REFERENCE, name="other")).restore(position)
 
 
 def test_accuracy_is_greedy_and_has_wilsons_interval(engine):

@@ -25,3 +25,9 @@ def one(problem, text):
 def varied(problem, text):
     """Return a number that a model without any training gets different ones of."""
     return sum(text.encode()) % 5 / 4
+
+
+def hang(problem, text):
+    """Return after what is an eternity to tests."""
+    time.sleep(1000)
+    return 0

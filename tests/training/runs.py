@@ -26,15 +26,17 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def start(command: list[str], log: Path, **variables: str) -> subprocess.Popen:
-    """Start `python *command` with variables of the environment, its output appended to `log`."""
+def start(command: list[str], log: Path, piped: bool = False, **variables: str) -> subprocess.Popen:
+    """Start `python *command` with variables of the environment, its output appended to `log`.
+
+    If `piped`, its input and its output are pipes, and its errors alone are in `log`.
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables
     if jax.config.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
+        piping = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} if piped else {"stdout": output}
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stderr=output, **piping)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
