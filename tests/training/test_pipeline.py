@@ -20,12 +20,11 @@ from deepseek_jax.training.state import abstract_state, create_state
 from tests.support import small
 from tests.training import pipeline_cells
 from tests.training import test_equal_steps as equal
-from tests.training.pipeline_cells import CELLS, FEATURES, config, pairs, table_of_pairs
+from tests.training.pipeline_cells import CELLS, DENSE, FEATURES, config, pairs, table_of_pairs
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 STEPS = 3
-DENSE = {"num_layers": 4, "num_dense_layers": 4, "num_mtp_layers": 0}
 MOE = {"num_layers": 2, "num_dense_layers": 1, "num_mtp_layers": 0}
 MTP = {"num_layers": 3, "num_dense_layers": 1, "num_mtp_layers": 1}
 
@@ -147,7 +146,7 @@ def assert_as_near(got, alone, want):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_a_step_of_a_pipeline_is_that_of_one_device(name):
-    """In FP8 the same devices without a pipeline have the same micro-batches: scales are those of 128 tokens."""
+    """In FP8 beside the same devices and micro-batches without a pipeline: scales are those of 128 tokens."""
     cfg = CELLS[name]
     alone, precision = alone_of(cfg), cfg.execution.precision
     if precision == "fp32":
