@@ -126,37 +126,30 @@ def distances(got, want):
     return {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(apart)}
 
 
-def assert_near(got, want):
-    """A step in FP8, where another sum moves a number to the next one: measured 6e-5 in one leaf, 0 in most."""
+def assert_as_near(got, alone, want, times, most):
+    """Each gradient is as far from FP32 as that of one device, to a factor of `times`, and at most `most`."""
     for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose(got[3][name], want[3][name], rtol=1e-5, err_msg=name)
-    for path, apart in distances(got[0], want[0]).items():
-        assert apart <= 5e-4, (path, apart)
-
-
-def assert_as_near(got, alone, want):
-    """In BF16 each gradient is as far from FP32 as that of one device: measured 0.85 to 1.36 times."""
-    for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose(got[3][name], want[3][name], rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(got[3][name], alone[3][name], rtol=1e-3, err_msg=name)
     mine, other = distances(got[0], want[0]), distances(alone[0], want[0])
     for path, apart in mine.items():
-        assert apart <= 1.5 * other[path] <= 0.03, (path, apart, other[path])
+        assert apart <= times * other[path] and apart <= most, (path, apart, other[path])
+
+
+# Measured: in BF16 0.85 to 1.36 times as far, at most 1.5%; in FP8 0.95 to 1.03 times, at most 13%.
+NEAR = {"bf16": (1.5, 0.03), "fp8": (1.1, 0.15)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_a_step_of_a_pipeline_is_that_of_one_device(name):
-    """In FP8 beside the same micro-batches, with experts on as many devices: scales are those of 128 tokens."""
+    """Rounding differs between any two programs: in BF16 and FP8 both must be as near to FP32."""
     cfg = CELLS[name]
     alone, precision = alone_of(cfg), cfg.execution.precision
     if precision == "fp32":
         assert_equal(run(cfg), run(alone))
-    elif precision == "bf16":
-        got, one, want = (run(c, steps=1)[0] for c in (cfg, alone, alone.with_(execution={"precision": "fp32"})))
-        assert_as_near(got, one, want)
     else:
-        one = alone.with_(training={"micro_batch_size": 4}, mesh={"expert": cfg.mesh.expert})
-        assert_near(run(cfg, steps=1)[0], run(one, steps=1)[0])
+        got, one, want = (run(c, steps=1)[0] for c in (cfg, alone, alone.with_(execution={"precision": "fp32"})))
+        assert_as_near(got, one, want, *NEAR[precision])
 
 
 @pytest.mark.slow
