@@ -5,6 +5,7 @@ two. Beside the measured idle time of the ticks, which is read from profiles, st
 equal, and that of `experiments.plan`, which knows the stages. Nothing runs, and no device is needed.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from experiments import command
 
 RECORDS = Path(__file__).parents[1] / "results" / "pipeline" / "schedules_v3_5b_2xh200.json"
 PRECISIONS = "bf16", "fp8"
+ALONE = "one card"
 SPEED, LOSSES, IDLE = "train step", "losses", "idle share of the ticks"
 
 
@@ -40,20 +42,19 @@ class Row(NamedTuple):
 
 def rows(records: list[dict[str, Any]]) -> list[Row]:
     """Return what was measured, by precision and schedule."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
     shapes = {}
     for record in records:
-        key = record["precision"], record.get("schedule", "one")
+        key = record["precision"], record.get("schedule", ALONE), record["shape"]["layers"]
         found.setdefault(key, {})[record["mode"]] = record["value"]
         shapes[key] = record["shape"]
     made = []
-    for precision in PRECISIONS:
-        for name in SCHEDULES:
-            one, here = found.get((precision, "one")), found.get((precision, name))
-            if one and here:
-                apart = float(np.abs(np.subtract(here[LOSSES], one[LOSSES])).max())
-                idle = idle_of(config_of(precision, name, shapes[precision, name])) | {"measured": here[IDLE]}
-                made.append(Row(name, precision, here[SPEED], one[SPEED], idle, apart))
+    for precision, name, layers in itertools.product(PRECISIONS, SCHEDULES, sorted({key[2] for key in found})):
+        one, here = found.get((precision, ALONE, layers)), found.get((precision, name, layers))
+        if one and here:
+            apart = float(np.abs(np.subtract(here[LOSSES], one[LOSSES])).max())
+            idle = idle_of(config_of(precision, name, shapes[precision, name, layers])) | {"measured": here[IDLE]}
+            made.append(Row(name, precision, here[SPEED], one[SPEED], idle, apart))
     return made
 
 

@@ -17,7 +17,7 @@ from experiments.benchmarks import timeline
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORWARD, BACKWARD, OTHER, TRANSFER = "forward", "backward", "sums, casts, optimizer", "transfer and wait"
+FORWARD, BACKWARD, OTHER, TRANSFER = "forward", "backward", "copies, sums, casts", "transfer and wait"
 COLORS = {FORWARD: BLUE, BACKWARD: ORANGE, OTHER: GRAY, TRANSFER: SKY}
 TICK = "/cond/"  # in the op_name of what a tick's branch does
 CLOSE = 0.02  # ms: spans of one kind that are no farther apart are drawn as one

@@ -135,8 +135,8 @@ def assert_as_near(got, alone, want, times, most):
         assert apart <= times * other[path] and apart <= most, (path, apart, other[path])
 
 
-# Measured: in BF16 0.85 to 1.36 times as far, at most 1.5%; in FP8 0.95 to 1.03 times, at most 13%.
-NEAR = {"bf16": (1.5, 0.03), "fp8": (1.1, 0.15)}
+# Measured: in BF16 0.85 to 1.36 times as far, at most 1.5%; in FP8 0.95 to 1.03 times, at most 15%.
+NEAR = {"bf16": (1.5, 0.03), "fp8": (1.1, 0.2)}
 
 
 @pytest.mark.slow
