@@ -22,12 +22,13 @@ from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import AnyMesh, axis_size
 from deepseek_jax.parallel.stages import Stage, program_of, split_layers
 from deepseek_jax.parameters import EXPERTS, PIPE, TOKENS
-from deepseek_jax.pipeline.program import Program, links
+from deepseek_jax.pipeline.program import links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import largest_batch, shares, without_pipe
 from deepseek_jax.plan.held import held_of, plain
 from deepseek_jax.plan.sums import ADDED, cast_traffic, casts_once
+from deepseek_jax.plan.ticks import cell_times, makespan
 from deepseek_jax.plan.timing import (
     IN,
     NCCL,
@@ -105,8 +106,7 @@ class Pipeline:
 
     def time(self) -> StepTime:
         """Return the seconds of the step: of devices on average, with what they wait."""
-        length = [[self._seconds(amounts) for amounts in passes] for passes in self.passes]
-        step = makespan(self.program, *np.array(length).T)
+        step = makespan(self.program, self.cells())
         mean, once = self._mean(), self._once()
         compute = mean[0].get(("", COMPUTE), 0.0), mean[1].get(("", COMPUTE), 0.0)
         busy = add((1.0, mean[0]), (1.0, mean[1]))
@@ -118,6 +118,11 @@ class Pipeline:
         optimizer = OPTIMIZER_BYTES * self.held.parameters / self.mesh.size / rates.memory_rate(self.chip)
         moved += once.get(("", MOVED), 0.0)
         return StepTime(*compute, exchange, other, idle, optimizer, moved, travel=exchange + other)
+
+    def cells(self) -> np.ndarray:
+        """Return the seconds of all cells of the table, [devices, ticks]."""
+        length = [[self._seconds(amounts) for amounts in passes] for passes in self.passes]
+        return cell_times(self.program, *np.array(length).T)
 
     def sent(self) -> list[Sent]:
         """Return the bytes that leave a device in a step, on average."""
@@ -230,23 +235,6 @@ class Pipeline:
                     sent[link_of(self.chip, self.mesh, axis)] += size
             total += travel(transport, sent, self.chip, hops)
         return total
-
-
-def makespan(program: Program, forward: np.ndarray, inputs: np.ndarray, weights: np.ndarray) -> float:
-    """Return the time of all ticks, where every device waits for both neighbours after each; times by stage.
-
-    With equal stages, and W apart as long as W, this is `pipeline.simulation.run` with `in_step`.
-    """
-    length = np.zeros(program.kind.shape)
-    for stage, times in ((program.forward_stage, forward), (program.backward_stage, inputs),
-                         (program.weight_stage, weights)):  # fmt: skip
-        length += np.where(stage >= 0, times[stage], 0.0)
-    length += np.where(program.weight_pending >= 0, inputs[program.weight_stage], 0.0)
-    free, ring = np.zeros(len(length)), program.table.placement.name == "interleaved"
-    for now in length.T:
-        beside = np.concatenate([free[-1:] * ring, free, free[:1] * ring])
-        free = np.maximum(np.maximum(beside[:-2], beside[2:]), free) + now
-    return float(free.max())
 
 
 def add(*parts: tuple[float, Amounts]) -> Amounts:

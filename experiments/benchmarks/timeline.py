@@ -62,6 +62,9 @@ class Overlap(NamedTuple):
     idle: float
 
 
+Event = tuple[float, float, str, str]  # start and duration in nanoseconds, kernel, op_name
+
+
 def read(path: Path, device: int = 0) -> list[Kernel]:
     """Return what a device ran, by time.
 
@@ -72,28 +75,40 @@ def read(path: Path, device: int = 0) -> list[Kernel]:
     Raises:
         ValueError: the file is none, or has no kernels of this device.
     """
+    found = events_of(path)
+    if device not in found:
+        there = ", ".join(f"/device:GPU:{number}" for number in sorted(found)) or "no device"
+        raise ValueError(f"{shown(str(path))} has no GPU {device}, but {there}; name another")
+    if not found[device]:
+        raise ValueError(f"{shown(str(path))} has no kernels of GPU {device}; trace a step that runs on it")
+    return kernels_of(found[device])
+
+
+def events_of(path: Path) -> dict[int, list[Event]]:
+    """Return the kernels of each GPU in a trace, on one clock.
+
+    Raises:
+        ValueError: the file is no trace.
+    """
     content = read_bytes(path, LARGEST_TRACE)
     try:
-        planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_serialized_xspace(content).planes}
+        planes = list(jax.profiler.ProfileData.from_serialized_xspace(content).planes)
     except Exception as error:  # of a type of JAX's runtime
         raise ValueError(f"{shown(str(path))} is no trace ({shown(str(error))}); name an .xplane.pb file") from error
-    devices = sorted(name for name in planes if name.startswith("/device:GPU:"))
-    if f"/device:GPU:{device}" not in devices:
-        raise ValueError(
-            f"{shown(str(path))} has no GPU {device}, but {', '.join(map(shown, devices)) or 'no device'}; name another"
-        )
-    events = [
-        (event.start_ns, event.duration_ns, event.name, str(dict(event.stats).get("name", "")))
-        for line in planes[f"/device:GPU:{device}"].lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
-    if not events:
-        raise ValueError(f"{shown(str(path))} has no kernels of GPU {device}; trace a step that runs on it")
-    return kernels_of(events)
+    found: dict[int, list[Event]] = {}
+    for plane in planes:
+        number = plane.name.removeprefix("/device:GPU:")
+        if number != plane.name and number.isdecimal():
+            found[int(number)] = [
+                (event.start_ns, event.duration_ns, event.name, str(dict(event.stats).get("name", "")))
+                for line in plane.lines
+                if line.name.startswith("Stream")
+                for event in line.events
+            ]
+    return found
 
 
-def kernels_of(events: Sequence[tuple[float, float, str, str]]) -> list[Kernel]:
+def kernels_of(events: Sequence[Event]) -> list[Kernel]:
     """Return kernels by time from (start, duration, kernel, op_name) with times in nanoseconds."""
     first = min(event[0] for event in events)
     return [

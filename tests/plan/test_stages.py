@@ -7,7 +7,7 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.collectives import PERMUTE, sent_bytes
 from deepseek_jax.parallel.stages import program_of
 from deepseek_jax.pipeline.simulation import Durations, run
-from deepseek_jax.plan import estimate, stages, traffic
+from deepseek_jax.plan import estimate, stages, ticks, traffic
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import IN_GRADIENT, bytes_per_device, state_of
 from deepseek_jax.plan.liveness import gradient_bytes
@@ -21,7 +21,7 @@ def makespan(name, weights=WEIGHTS):
     """Of equal stages, with four devices and eight micro-batches."""
     program = program_of(name, 4, 8)
     equal = (np.full(program.table.placement.num_stages, time) for time in (FORWARD, INPUTS, weights))
-    return stages.makespan(program, *equal)
+    return ticks.makespan(program, ticks.cell_times(program, *equal))
 
 
 def simulated(name, weights):
@@ -42,9 +42,10 @@ def test_a_weight_pass_apart_costs_a_pass_of_inputs_more():
 def test_a_slower_stage_makes_all_devices_wait():
     program = program_of("gpipe", 4, 8)
     times = [np.ones(4) for _ in range(3)]
-    equal = stages.makespan(program, *times)
+    equal = ticks.makespan(program, ticks.cell_times(program, *times))
+    assert ticks.idle_share(program, ticks.of_equal_stages(program)) == pytest.approx(3 / 11)  # (P - 1) / (M + P - 1)
     times[0][2] = 2.0
-    assert equal + 8 <= stages.makespan(program, *times) <= 2 * equal
+    assert equal + 8 <= ticks.makespan(program, ticks.cell_times(program, *times)) <= 2 * equal
 
 
 def fit_of(**execution):
