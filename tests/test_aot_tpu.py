@@ -23,8 +23,9 @@ from configs import deepseek_v3, tiny
 from deepseek_jax.config import Config, from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
-from deepseek_jax.plan.chips import CHIPS, ENVIRONMENT, absent_devices
+from deepseek_jax.plan.chips import CHIPS, absent_devices
 from deepseek_jax.plan.memory import memory_of, trace_step
+from tests.support.tpu import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 DEVICE_KINDS = {"v5p": "TPU v5", "tpu7x": "TPU7x"}

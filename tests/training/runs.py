@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.training.metrics import read_rows
+from tests.support import compiling
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 600.0  # seconds for one process, on a loaded machine with nothing compiled
@@ -28,7 +29,7 @@ def write_corpus(folder: Path) -> Path:
 
 def start(command: list[str], log: Path, **variables: str) -> subprocess.Popen:
     """Start `python *command` with variables of the environment, its output appended to `log`."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS} | variables
     if jax.config.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     with log.open("ab") as output:
