@@ -8,4 +8,5 @@ hundreds. A compiler for an accelerator gets what it had before: `ACCELERATOR_FL
 
 OPTIONS = {"xla_backend_optimization_level": "0", "xla_backend_extra_options": "xla_cpu_disable_new_fusion_emitters"}
 FLAGS = " ".join(f"--{name}={value}" for name, value in OPTIONS.items())
+RUN_OFTEN = {"xla_backend_optimization_level": "1"}  # `compiler_options` of a program that runs longer than it compiles
 ACCELERATOR_FLAGS = "--xla_backend_optimization_level=1"

@@ -78,7 +78,7 @@ def run(cfg, batches=equal.batch, steps=STEPS):
     taken = []
     with jax.set_mesh(mesh):
         state = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh)))
-        compiled = jax.jit(step).lower(state, small.put(batches(0)), small.RATES).compile(small.UNOPTIMISED)
+        compiled = jax.jit(step).lower(state, small.put(batches(0)), small.RATES).compile()
         for i in range(steps):
             taken.append(compiled(state, small.put(batches(i)), small.RATES))
             state = taken[-1][2]

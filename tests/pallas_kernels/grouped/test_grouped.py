@@ -20,6 +20,7 @@ from pallas_kernels.grouped.visits import make_visits
 from pallas_kernels.matmul.tpu import TuningConfig
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.quantized import Quantized, dequantize
+from tests.support import compiling
 
 NUM_GROUPS, ROWS, M, N, K = 4, 300, 20, 150, 384  # rows: two tiles of 128 and part of one; n: a block and part of one
 SEGMENTS = 20  # of the k-grouped product: two steps of 8 and half of one
@@ -60,7 +61,8 @@ def face(name: str, operation: str, **options):
     if name == "reference":
         return jax.jit(functools.partial(getattr(reference, operation), **options))
     module, config = (tpu_bf16, SMALL_BF16) if operation.endswith("bf16") else (tpu, SMALL)
-    return jax.jit(functools.partial(getattr(module, operation), config=config, interpret=True, **options))
+    kernel = functools.partial(getattr(module, operation), config=config, interpret=True, **options)
+    return jax.jit(kernel, compiler_options=compiling.RUN_OFTEN)
 
 
 def normal(*shape, seed: int = 0) -> np.ndarray:
