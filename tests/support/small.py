@@ -123,18 +123,20 @@ class OnMesh(NamedTuple):
     step: Any
 
 
+def whole_step(recipe: step_lib.Recipe, state: Any, arrays: dict[str, jax.Array], rates: Rates) -> tuple:
+    """Take a step as `train_step` does; return `(grads, sums, norms, state, metrics)`."""
+    weights = Weights(state["params"], state["router_bias"])
+    grads, sums, norms = step_lib.gradients(recipe, weights, arrays, rates)
+    return grads, sums, norms, *step_lib.update(recipe, state, grads, sums, norms, rates)
+
+
 @functools.cache
 def on_mesh(sizes: Sizes, fp8: bool = False, interleave: int = 1) -> OnMesh:
     """Initial state and compiled step of the small model; use the results under `jax.set_mesh(result.mesh)`."""
     cfg = config(sizes, fp8, interleave)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
-
-    def step(state, arrays, rates):
-        weights = Weights(state["params"], state["router_bias"])
-        grads, sums, norms = step_lib.gradients(recipe, weights, arrays, rates)
-        return grads, sums, norms, *step_lib.update(recipe, state, grads, sums, norms, rates)
-
+    step = functools.partial(whole_step, recipe)
     with jax.set_mesh(mesh):
         state = create_state(cfg)
         arrays = put(batch(length=cfg.data.sequence_length))
