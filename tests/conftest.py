@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import compiling
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is what these tests spend their time on: level 1 halves it and keeps the arithmetic in FP32.
 # Simulated devices of a loaded machine wait long for each other: XLA ends the process after 40 s, here after 300.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=1 --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS} --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 
 import jax

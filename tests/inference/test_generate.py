@@ -23,6 +23,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
+from tests.support import compiling
 
 pytestmark = pytest.mark.xdist_group("generate")  # what one worker made or compiled, its other tests use
 
@@ -62,7 +63,7 @@ def run(tmp_path_factory):
 
 def command(workdir, *options):
     arguments = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", *options]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS}
     return subprocess.run(
         arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -65,7 +65,7 @@ def compiled():
         out, pull = jax.vjp(lambda embed_VD: outputs(embed_VD, batch), params["embed_VD"])
         return out, jnp.abs(pull(cotangent)[0]).max(-1)
 
-    return jax.jit(run, compiler_options=small.UNOPTIMISED)
+    return jax.jit(run)
 
 
 @functools.cache

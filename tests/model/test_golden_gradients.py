@@ -16,7 +16,6 @@ import pytest
 from deepseek_jax.model.head import cross_entropy
 from deepseek_jax.training.objective import mtp_targets
 from tests.golden import hf_checkpoint
-from tests.support import small
 from tests.support.network import apply
 
 pytestmark = pytest.mark.xdist_group("golden_gradients")  # what one worker compiled, its other tests use
@@ -50,7 +49,7 @@ def differentiate(remat):
     golden = hf_checkpoint.read("base")
     config = golden.config.with_(execution={"remat": remat})
     function = jax.value_and_grad(functools.partial(training_losses, config), argnums=(0, 1), has_aux=True)
-    objective = jax.jit(function, compiler_options=small.UNOPTIMISED)
+    objective = jax.jit(function)
     (_, parts), gradients = objective(golden.params, golden.router_bias, hf_checkpoint.batch(golden.expected))
     return golden, parts, gradients
 

@@ -78,7 +78,7 @@ def run(cut, num_parts=1):
         x_BSD = jnp.concatenate(streams)
         return jnp.tanh(x_BSD).sum(), (x_BSD, counts_LE)
 
-    run = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=small.UNOPTIMISED)
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (_, outputs), gradient = run(weights().params)
     return jax.device_get((*outputs, gradient))
 

@@ -60,7 +60,7 @@ def objective(config, params, router_bias, batch):
 def differentiate(**execution):
     """Gradients and output of the small model under a choice of `execution`."""
     function = functools.partial(objective, make_config(**execution))
-    grads, output = jax.jit(jax.grad(function, has_aux=True), compiler_options=small.UNOPTIMISED)(*make_inputs())
+    grads, output = jax.jit(jax.grad(function, has_aux=True))(*make_inputs())
     return jax.device_get(grads), jax.device_get(output)
 
 
@@ -162,11 +162,7 @@ def test_recomputation_survives_the_compiler():
         config = make_config(remat=remat, scan_unroll=3)
         *weights, batch = abstract_inputs(config)
         batch = {name: jax.ShapeDtypeStruct((8, 256), a.dtype) for name, a in batch.items()}
-        compiled = (
-            jax.jit(jax.grad(lambda *args: objective(config, *args)[0]))
-            .lower(*weights, batch)
-            .compile(small.UNOPTIMISED)
-        )
+        compiled = jax.jit(jax.grad(lambda *args: objective(config, *args)[0])).lower(*weights, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("full") < 0.6 * temporary_bytes("none")

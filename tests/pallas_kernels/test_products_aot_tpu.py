@@ -21,11 +21,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.plan.chips import ENVIRONMENT
 from pallas_kernels.grouped import tpu as grouped
 from pallas_kernels.grouped import tpu_bf16 as grouped_bf16
 from pallas_kernels.matmul import tpu as matmul
 from pallas_kernels.quantized import E4M3, Quantized, scales_shape
+from tests.support.tpu import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 MATRIX_UNITS = {"v5p:2x2x1": "bfloat16", "v6e:2x2x1": "bfloat16", "tpu7x:2x2x1": "float8_e4m3fn"}

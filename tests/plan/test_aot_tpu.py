@@ -17,9 +17,10 @@ import pytest
 from configs import deepseek_v2, deepseek_v3
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.plan.chips import CHIPS, ENVIRONMENT, absent_devices, prepare
+from deepseek_jax.plan.chips import CHIPS, absent_devices, prepare
 from deepseek_jax.plan.memory import refused
 from deepseek_jax.plan.meshes import find_fits
+from tests.support.tpu import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 TPUS = [chip for chip in CHIPS.values() if chip.compiles]

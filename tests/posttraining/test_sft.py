@@ -31,7 +31,6 @@ from tests.training import nano
 
 TOKENIZER = byte_tokenizer()
 COPIES = 2000
-UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
 
 def settings(chats="chats.jsonl", initial="W", **training):
@@ -65,13 +64,13 @@ def evaluation():
     config, posttraining = read(tree)
     mesh = one_device(config)
     with jax.set_mesh(mesh):
-        weights = jax.jit(functools.partial(init, config.model), compiler_options=UNOPTIMISED)(jax.random.key(0))
+        weights = jax.jit(functools.partial(init, config.model))(jax.random.key(0))
         compiled = {}
 
         def eval_step(weights, batch):
             if not compiled:
                 step = jit_eval_step(config, sft_objective(config, posttraining.sft), mesh)
-                compiled[0] = step.lower(weights, batch).compile(UNOPTIMISED)
+                compiled[0] = step.lower(weights, batch).compile()
             return compiled[0](weights, batch)
 
         def evaluate(examples, **data):
@@ -114,9 +113,9 @@ def gradient_program(mtp):
     mesh = one_device(config)
     recipe = recipe_of(config, sft_objective(config, posttraining.sft), mesh)
     with jax.set_mesh(mesh):
-        weights = jax.jit(functools.partial(init, config.model), compiler_options=UNOPTIMISED)(jax.random.key(0))
+        weights = jax.jit(functools.partial(init, config.model))(jax.random.key(0))
         arguments = weights, small.put(packed_batch(config)), small.RATES
-        program = jax.jit(functools.partial(gradients, recipe)).lower(*arguments).compile(UNOPTIMISED)
+        program = jax.jit(functools.partial(gradients, recipe)).lower(*arguments).compile()
 
     def run(order, mtp_weight):
         arrays = {name: array[order] for name, array in packed_batch(config).items()}

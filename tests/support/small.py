@@ -20,12 +20,11 @@ from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import create_state
+from tests.support import compiling
 
 Sizes = tuple[int, int, int]  # data, node, expert
 MESHES: tuple[Sizes, ...] = ((1, 1, 1), (2, 1, 4), (2, 2, 2))  # (1, 1, 8): tests/training/test_equal_steps.py
 GROUP = "small"  # of all meshes, as most tests compare one with one device
-# Compiles in two thirds of the time, and takes 1.7 times as long for a step: 0.7 s on one device.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 RATES = Rates(np.float32(1e-3), np.float32(0.3), np.float32(1e-3))
 
 
@@ -125,20 +124,23 @@ class OnMesh(NamedTuple):
     step: Any
 
 
+def whole_step(recipe: step_lib.Recipe, state: Any, arrays: dict[str, jax.Array], rates: Rates) -> tuple:
+    """Take a step as `train_step` does; return `(grads, sums, norms, state, metrics)`."""
+    weights = Weights(state["params"], state["router_bias"])
+    grads, sums, norms = step_lib.gradients(recipe, weights, arrays, rates)
+    return grads, sums, norms, *step_lib.update(recipe, state, grads, sums, norms, rates)
+
+
 @functools.cache
 def on_mesh(sizes: Sizes, fp8: bool = False, interleave: int = 1) -> OnMesh:
     """Initial state and compiled step of the small model; use the results under `jax.set_mesh(result.mesh)`."""
     cfg = config(sizes, fp8, interleave)
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(sizes)])
     recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
-
-    def step(state, arrays, rates):
-        weights = Weights(state["params"], state["router_bias"])
-        grads, sums, norms = step_lib.gradients(recipe, weights, arrays, rates)
-        return grads, sums, norms, *step_lib.update(recipe, state, grads, sums, norms, rates)
-
+    step = functools.partial(whole_step, recipe)
     with jax.set_mesh(mesh):
         state = create_state(cfg)
         arrays = put(batch(length=cfg.data.sequence_length))
-        compiled = jax.jit(step).lower(state, arrays, RATES).compile(None if fp8 else UNOPTIMISED)
+        options = compiling.RUN_OFTEN if fp8 else None  # a step in FP8 takes 8 s of CPU at level 0
+        compiled = jax.jit(step).lower(state, arrays, RATES).compile(options)
         return OnMesh(resolve_for(cfg, mesh), recipe, mesh, state, compiled)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.plan.chips import ENVIRONMENT
+from deepseek_jax.plan import chips
+from tests.support import compiling
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = chips.ENVIRONMENT | {"XLA_FLAGS": compiling.ACCELERATOR_FLAGS}
 
 
 def compile_elsewhere(file: str, topology: str) -> None:

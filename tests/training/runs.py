@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.training.metrics import read_rows
+from tests.support import compiling
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 600.0  # seconds for one process, on a loaded machine with nothing compiled
@@ -31,7 +32,7 @@ def start(command: list[str], log: Path, piped: bool = False, **variables: str) 
 
     If `piped`, its input and its output are pipes, and its errors alone are in `log`.
     """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS} | variables
     if jax.config.jax_compilation_cache_dir:
         environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     with log.open("ab") as output:

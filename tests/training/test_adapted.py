@@ -53,7 +53,7 @@ def base_weights():
     cfg = config()
     with jax.set_mesh(make_mesh(cfg.mesh, jax.devices()[:1])):
         init_model = functools.partial(transformer.init, cfg.model)
-        return jax.device_get(jax.jit(init_model, compiler_options=small.UNOPTIMISED)(jax.random.key(0)))
+        return jax.device_get(jax.jit(init_model)(jax.random.key(0)))
 
 
 def weights_on(mesh):
@@ -86,9 +86,9 @@ def case(precision="fp32", sizes=ONE):
         weights = weights_on(mesh)
         base = mark(LORA, frozen(recipe.execution, weights.params))
         start = functools.partial(first_state, cfg, LORA)
-        state = jax.jit(start, compiler_options=small.UNOPTIMISED)(base, weights.router_bias)
+        state = jax.jit(start)(base, weights.router_bias)
         batch = small.put(small.batch(rows=8, length=cfg.data.sequence_length))
-        compiled = jax.jit(step).lower(base, state, batch, small.RATES).compile(small.UNOPTIMISED)
+        compiled = jax.jit(step).lower(base, state, batch, small.RATES).compile()
     return Case(mesh, base, state, batch, compiled)
 
 
@@ -133,7 +133,7 @@ def test_gradients_are_those_of_the_merged_weights_projected():
     with jax.set_mesh(mesh):
         whole = merged(Weights(adapted, state["router_bias"]))
         program = jax.jit(functools.partial(gradients, recipe_of(cfg, pretraining(cfg), mesh)))
-        full = program.lower(whole, batch, small.RATES).compile(small.UNOPTIMISED)(whole, batch, small.RATES)[0]
+        full = program.lower(whole, batch, small.RATES).compile()(whole, batch, small.RATES)[0]
     count = 0
     for path, weight in jax.tree_util.tree_leaves_with_path(adapted, is_leaf=is_weight):
         if not isinstance(weight, Adapted):

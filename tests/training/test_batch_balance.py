@@ -49,7 +49,6 @@ def gradients(sizes: small.Sizes, micro_batch_size: int):
         state = create_state(cfg)
         run = jax.jit(
             functools.partial(step_lib.gradients, step_lib.recipe_of(cfg, objective, mesh)),
-            compiler_options=small.UNOPTIMISED,
         )
         weights = Weights(state["params"], state["router_bias"])
         grads, sums, norms = run(weights, small.put(batch()), small.RATES)

@@ -41,7 +41,7 @@ def run(sizes: Sizes, num_cuts: int = 1, remat: str = "none", interleave: int = 
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
         state = jax.device_put(equal.initial_state(), shardings)
-        compiled = jax.jit(step).lower(state, small.put(equal.batch(0)), small.RATES).compile(small.UNOPTIMISED)
+        compiled = jax.jit(step).lower(state, small.put(equal.batch(0)), small.RATES).compile()
         for i in range(equal.STEPS):
             taken.append(compiled(state, small.put(equal.batch(i)), small.RATES))
             state = taken[-1][2]

@@ -84,11 +84,7 @@ def run(
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
         state = jax.device_put(initial_state(dims), shardings)
-        compiled = (
-            jax.jit(step)
-            .lower(state, small.put(batch(0, cfg.model.vocab_size)), small.RATES)
-            .compile(small.UNOPTIMISED)
-        )
+        compiled = jax.jit(step).lower(state, small.put(batch(0, cfg.model.vocab_size)), small.RATES).compile()
         for i in range(STEPS):
             taken.append(compiled(state, small.put(batch(i, cfg.model.vocab_size)), small.RATES))
             state = taken[-1][2]

@@ -66,7 +66,7 @@ def compiled(cfg):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
         arrays = small.put(batch_of(cfg, 0))
         program = jax.jit(step).lower(abstract_state(cfg, mesh), arrays, small.RATES)
-        return mesh, shardings, program.compile(small.UNOPTIMISED)
+        return mesh, shardings, program.compile()
 
 
 def batch_of(cfg, seed):

@@ -70,7 +70,7 @@ def plain_gradients():
     objective = functools.partial(
         plain_objective, on.config, router_bias=router_bias, batch=uneven_batch(), mtp_weight=0.3
     )
-    return jax.device_get(jax.jit(jax.value_and_grad(objective), compiler_options=small.UNOPTIMISED)(params))
+    return jax.device_get(jax.jit(jax.value_and_grad(objective))(params))
 
 
 def assert_gradients_equal(got, want, tolerance):
@@ -104,7 +104,7 @@ def test_gradients_do_not_depend_on_when_weights_are_gathered():
     with jax.set_mesh(mesh):
         params = jax.tree.map(jax.device_put, params, partition_specs(params))
         weights = Weights(params, jax.tree.map(lambda b: jax.device_put(b, jax.P()), router_bias))
-        gradients = jax.jit(functools.partial(step_lib.gradients, recipe), compiler_options=small.UNOPTIMISED)
+        gradients = jax.jit(functools.partial(step_lib.gradients, recipe))
         grads, sums, _ = jax.device_get(gradients(weights, small.put(uneven_batch()), small.RATES))
     assert_gradients_equal(grads, plain_gradients()[1], 1e-5)
     np.testing.assert_array_equal(sums.router.counts_E, run()[1].router.counts_E)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support import compiling
+
 ROOT = Path(__file__).parents[3]
 KEYS = {
     "config",
@@ -24,14 +26,14 @@ KEYS = {
 }
 
 
-def run(module: str, arguments: list[str], results: Path, xla_flags: str = "") -> tuple[list[dict[str, Any]], str]:
+def run(module: str, arguments: list[str], results: Path) -> tuple[list[dict[str, Any]], str]:
     """Run `python -m module` on the CPU; return the records that it wrote to `results`, all of them complete, and what
     it printed. Records of a mesh have its axes besides.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments, f"--json={results}"],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS},
         capture_output=True,
         text=True,
         timeout=600,

@@ -70,9 +70,7 @@ def test_records_of_a_small_layer(tmp_path):
     results = tmp_path / "results" / "layer.json"
     sizes = [f"--{name}={value}" for name, value in dataclasses.asdict(LOAD).items()]
     arguments = [*(f"--config.model.{name}={value}" for name, value in SMALL.items()), *sizes]
-    records, printed = command.run(
-        "experiments.benchmarks.layer_benchmark", arguments, results, "--xla_backend_optimization_level=0"
-    )
+    records, printed = command.run("experiments.benchmarks.layer_benchmark", arguments, results)
     assert all(record["shape"] == dataclasses.asdict(LOAD) and record["precision"] == "fp8" for record in records)
     values = {record["mode"]: record["value"] for record in records}
     assert records[0]["mode"] == "layer, median" and records[0]["yardstick"] is None
