@@ -22,7 +22,7 @@ class Runs:
 
     def __init__(self, folder):
         self.folder, self.log = folder, folder / "log"
-        variables = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
+        variables = {"XLA_FLAGS": compiling.FLAGS}
         command = ["-m", "tests.support.grpo_runs", str(folder)]
         self.process = start(command, self.log, piped=True, **variables)
 
