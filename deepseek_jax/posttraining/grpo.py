@@ -229,7 +229,17 @@ def refuse_two_threads(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
 def open_engine(
     config: Config, grpo: Grpo, problems: Problems, weights: Weights, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Engine:
-    """Open an engine on as many devices as the mesh has, whose experts are as far apart."""
+    """Open an engine on as many devices as the mesh has, whose experts are as far apart.
+
+    Raises:
+        ValueError: exact arithmetic, and the model has ids that the tokenizer lacks.
+        NotImplementedError: exact arithmetic on a GPU, or on several devices.
+    """
+    if grpo.is_exact and tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{PATH}.arithmetic = 'exact' and model.vocab_size = {config.model.vocab_size}: the sampler's softmax is"
+            f" over the {tokenizer.vocab_size} ids of the tokenizer, and the trainer's is over all; use 'fast'"
+        )
     longest = max(len(prompt.ids) for prompt in problems.train + problems.heldout)
     experts = axis_size(mesh, EXPERTS)
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)

@@ -45,7 +45,9 @@ GROUP, MICRO_BATCH, SHARED, OWN = 8, 16, 70, 10  # the last two are tokens of a 
 def main(_) -> None:
     """Sample and score in turns, and write."""
     session.start()
-    config = from_config_dict(tiny.get_config())
+    tree = tiny.get_config()
+    tree.model.vocab_size = byte_tokenizer().vocab_size  # the engine draws no other ids, and the trainer has all
+    config = from_config_dict(tree)
     folder = output.folder("exact")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
