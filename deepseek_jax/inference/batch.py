@@ -222,7 +222,7 @@ class DeviceBatch:
             told, width = self._calls.decode(rows_B, KINDS[self._kind_B[decoding].max()], num_tokens)
             device, local = np.divmod(decoding, self.num_rows // self.num_devices)
             routed = decoding[self._routes_B[decoding] > 0]
-            step.tell(told, decoding, device * width + local, self._wants_B[decoding].max(), routed)
+            step.tell(told, decoding, device * width + local, int(self._wants_B[decoding].max()), routed)
         return step
 
     def update_weights(self, weights: Weights) -> None:
@@ -244,7 +244,9 @@ class DeviceBatch:
         if call.last_rows.size:
             kind = KINDS[self._kind_B[call.last_rows].max()]
             told = self._calls.first(kind, hidden_RD, call.packed)
-            step.tell(told, call.last_rows, call.last_places, self._wants_B[call.last_rows].max(), call.last_rows[:0])
+            step.tell(
+                told, call.last_rows, call.last_places, int(self._wants_B[call.last_rows].max()), call.last_rows[:0]
+            )
         self._calls.follow(call.packed, hidden_TD, call.next_R)
         if call.spans:
             step.evaluate(self._calls.evaluate(hidden_TD, call.following_T, call.num_R), call.spans)

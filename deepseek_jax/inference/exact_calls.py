@@ -18,7 +18,7 @@ from deepseek_jax.model.moe import IN_BLOCKS
 from deepseek_jax.parallel.program import jit_on
 
 
-def open_calls(exactly: bool, common: tuple, num_drafts: int, drafting_rows: int | None, forced: float | None) -> Calls:
+def open_calls(exactly: bool, common: Any, num_drafts: int, drafting_rows: int | None, forced: float | None) -> Calls:
     """Return the calls of a batch; `common` are the arguments of `Calls`.
 
     Raises:
@@ -70,7 +70,7 @@ class ExactCalls(Calls):
 
     def evaluate(self, hidden_TD: jax.Array, following_T: np.ndarray, num_R: np.ndarray) -> Logprobs:
         """Return log-probabilities of the tokens that follow those of the last call of `prefill`."""
-        return self._program(("evaluate", len(self._tiles)))(self._tiles, following_T)
+        return self._program(("score", len(self._tiles)))(self._tiles, following_T)
 
     def decode(self, rows_B: np.ndarray, kind: str, num_tokens: int) -> tuple[Told, int]:
         """Decode a token of each of these rows."""
@@ -99,7 +99,7 @@ class ExactCalls(Calls):
         names += [("decode", self.sizes.each, kind, 1) for kind in KINDS]
         names += [(kind, num_tokens) for kind in ("prefill", "gather") for num_tokens in self.sizes.buckets]
         tiles = [-(-num_tokens // TILE) for num_tokens in self.sizes.buckets]
-        names += [("evaluate", num_tiles) for num_tiles in tiles]
+        names += [("score", num_tiles) for num_tiles in tiles]
         names += [("cut", num_tiles) for num_tiles in sorted({*tiles, *self._tiles_of_rows()})]
         return [*names, ("tile",), ("line_up",), ("update",), ("see",), ("copy",)]
 
@@ -114,7 +114,7 @@ class ExactCalls(Calls):
     def _cut_program(self, num_tiles: int):
         return exact.cut, (), (), (self._queries(num_tiles), self._shape(np.int32, split=False))
 
-    def _prefill_program(self, num_tokens: int):
+    def _prefill_program(self, num_tokens: int) -> Any:
         return exact.lay_out, (), (0,), (self._progress, self._packed(num_tokens))
 
     def _gather_program(self, num_tokens: int):
@@ -124,26 +124,25 @@ class ExactCalls(Calls):
     def _line_up_program(self):
         return exact.line_up, (), (), (self._progress, self._shape(bool, self.sizes.rows))
 
-    def _first_program(self, kind: str):
+    def _first_program(self, kind: str) -> Any:
         behind = self._outputs(("gather", self.sizes.buckets[0]))[0]
         seen, donate = (self._seen, (0, 2)) if reads_seen(kind) else (None, (0,))
         rest = behind, self._packed(1)._replace(tokens_T=None)
         return exact.first, (kind,), donate, (self._progress, self._settings, seen, *rest)
 
-    def _evaluate_program(self, num_tiles: int):
+    def _score_program(self, num_tiles: int):
         following_T = self._shape(np.int32, self.sizes.prefill_tokens)
         return exact.evaluate, (self.sizes.prefill_tokens,), (), (self._passed(num_tiles), following_T)
 
-    def _decode_program(self, width: int, kind: str, num_tokens: int):
+    def _decode_program(self, width: int, kind: str, num_tokens: int) -> Any:
         seen, donate = (self._seen, (0, 2)) if reads_seen(kind) else (None, (0,))
         rest = self._shape(bool, self.sizes.rows), self._passed(-(-width // TILE))
         return exact.decode, (kind,), donate, (self._progress, self._settings, seen, *rest)
 
     def _queries(self, num_tiles: int) -> Queries:
         shape = num_tiles * TILE
-        ints: Any = (self._shape(np.int32, shape) for _ in range(3))
-        valid: Any = self._shape(bool, shape)
-        return Queries(*ints, valid)
+        leaves: Any = *(self._shape(np.int32, shape) for _ in range(3)), self._shape(bool, shape)
+        return Queries(*leaves)
 
     def _passed(self, num_tiles: int) -> list[Passed]:
         return [self._outputs(("tile",))[0]] * num_tiles

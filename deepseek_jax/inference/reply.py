@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,8 @@ class Reply:
             return
         first = len(known) - begin - 1
         targets = self.job.prompt[len(known) : begin + 1 + len(logprobs.chosen_B)]
-        rest = Logprobs(*(leaf[first:] for leaf in logprobs[:3]))
+        leaves: Any = (leaf[first:] for leaf in logprobs[:3])
+        rest = Logprobs(*leaves)
         known.extend(_token_logprobs(targets, rest, self.job.prompt_logprobs))
 
     def add_routes(self, begin: int, routes_TLK: np.ndarray) -> None:

@@ -249,7 +249,7 @@ def evaluate(head_DV: Array, hidden_TD: Array, following_T: Array, num_T1: Array
                 lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, i * HEAD_CHUNK, 0), found, part
             )
 
-        tops = (jnp.zeros((num_tokens, MOST_LOGPROBS), dtype) for dtype in (jnp.int32, jnp.float32))
+        tops: Any = (jnp.zeros((num_tokens, MOST_LOGPROBS), dtype) for dtype in (jnp.int32, jnp.float32))
         found = jax.tree.map(lambda x: vary(x, hidden_TD), Logprobs(jnp.zeros(num_tokens, jnp.float32), *tops))
         return lax.fori_loop(0, -(-num_T1[0] // HEAD_CHUNK), add, found)
 

@@ -240,7 +240,8 @@ def pick(
         ranked_B &= warm_B & active_B
         assert noise_BV is not None
         finish = functools.partial(_drawn_and_cut, noise_BV)
-        whole = vary((ids_B, Cut(jnp.full(ids_B.shape, -jnp.inf), jnp.full(ids_B.shape, -1, jnp.int32))), ids_B)
+        nobody: Any = ids_B, Cut(jnp.full(ids_B.shape, -jnp.inf), jnp.full(ids_B.shape, -1, jnp.int32))
+        whole: Any = vary(nobody, ids_B)
 
         def ranked():
             found = _among(sampling, tempered_BV, ranked_B, cut_B, finish)

@@ -31,6 +31,7 @@ Everything here is per-device code without collectives: inside `jax.shard_map` t
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,8 @@ def _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk):
 
 
 def _token_logprobs_forward(hidden_TD, head_DV, targets_T, kept_TW, chunk):
-    logprob_T, log_z_T = _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk)
+    found: Any = _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk)
+    logprob_T, log_z_T = found
     return (logprob_T, log_z_T), (hidden_TD, head_DV, targets_T, kept_TW, log_z_T)
 
 

@@ -206,8 +206,7 @@ class PolicyBatches:
         """Return what the forward pass of an update is to have: values and routes of the engine's, by these weights."""
         assert self.exact is not None
         self.engine.update_weights(weights, version=version)
-        logprobs_BS, routes_BSLK = self.exact(batch)
-        return {"exact_logprobs_BS": logprobs_BS} | ({} if routes_BSLK is None else {"routes_BSLK": routes_BSLK})
+        return _replaced(self.exact(batch))
 
     def _roll_out(
         self, weights: Weights, reference: Weights | None, version: int, numbers: range, batch_size: int
@@ -238,11 +237,17 @@ class PolicyBatches:
             batch["reference_logprobs_BS"] = self.score(reference, own).logprobs_BS
         flips = flipped(batch, routes_BSLK, scored.routes_BSLK)
         if self.exact:
-            batch |= {"exact_logprobs_BS": scored.logprobs_BS, "routes_BSLK": scored.routes_BSLK}
+            batch |= _replaced(scored)
         seconds = {"sampling": sampled - start, "rollout": time.perf_counter() - start}
         row = rollout_row(samples, scores, rewards_PG, batch, seconds, grpo.accuracy, flips)
         cut = [{name: x[i : i + batch_size] for name, x in batch.items()} for i in range(0, len(samples), batch_size)]
         return [Part(part, row) for part in cut]
+
+
+def _replaced(scored: Scored) -> Arrays:
+    """Return the values and routes that the forward pass of an update is to have."""
+    assert scored.routes_BSLK is not None, "exact arithmetic tells routes"
+    return {"exact_logprobs_BS": scored.logprobs_BS, "routes_BSLK": scored.routes_BSLK}
 
 
 def _made(rollout: Rollout) -> list[Part]:
