@@ -25,12 +25,14 @@ def open_calls(exactly: bool, common: Any, num_drafts: int, drafting_rows: int |
         NotImplementedError: exact arithmetic, and not FP32 on one CPU.
     """
     model, executions, mesh, sizes, weights, burst = common
+    drafting = num_drafts, drafting_rows, forced
     if not exactly:
-        return DraftingCalls(*common, num_drafts, drafting_rows, forced) if num_drafts else Calls(*common)
+        alike = model, executions, mesh, sizes, weights, burst
+        return DraftingCalls(*alike, *drafting) if num_drafts else Calls(*alike)
     check_exact(executions[0].precision, mesh)
     executions = dataclasses.replace(executions[0], experts=IN_BLOCKS), executions[1]
-    common = model, executions, mesh, sizes, weights, 1
-    return ExactDraftingCalls(*common, num_drafts, drafting_rows, forced) if num_drafts else ExactCalls(*common)
+    alike = model, executions, mesh, sizes, weights, 1
+    return ExactDraftingCalls(*alike, *drafting) if num_drafts else ExactCalls(*alike)
 
 
 def check_exact(precision: str, mesh: jax.sharding.Mesh) -> None:

@@ -45,8 +45,9 @@ GROUP, MICRO_BATCH, SHARED, OWN = 8, 16, 70, 10  # the last two are tokens of a 
 def main(_) -> None:
     """Sample and score in turns, and write."""
     session.start()
-    tree = tiny.get_config()
-    tree.model.vocab_size = byte_tokenizer().vocab_size  # the engine draws no other ids, and the trainer has all
+    tree: Any = tiny.get_config()
+    # the engine draws no other ids, and the trainer's softmax is over all
+    tree.model.update({"vocab_size": byte_tokenizer().vocab_size})
     config = from_config_dict(tree)
     folder = output.folder("exact")
     mesh = make_mesh(config.mesh)
