@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from deepseek_jax.inference.row_sampling import Choice, adjusted, counted, is_sound, pick, reads_seen
+from deepseek_jax.inference.row_sampling import Choice, Cut, adjusted, counted, is_sound, pick, reads_seen
+from deepseek_jax.inference.row_state import Progress
 from deepseek_jax.inference.sampling import NO_TOKEN, Seen
 
 
@@ -51,11 +52,13 @@ class Verified(NamedTuple):
         tokens_BS: int32, the drafts that stand and one token more; anything behind it.
         accepted_B: int32, how many drafts stand.
         seen: with these tokens.
+        cut: which tokens [B * S] these were drawn among; None but with `row_sampling.ANY`.
     """
 
     tokens_BS: Array
     accepted_B: Array
     seen: Seen | None
+    cut: Cut | None = None
 
 
 def verify(
@@ -86,7 +89,7 @@ def verify(
     """
     num_drafts = drafts.ids_BK.shape[1]
     place, positions_BS = jnp.arange(num_drafts + 1), length_B[:, None] + 1 + jnp.arange(num_drafts + 1)
-    ids_BS = _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW)
+    ids_BS, cut = _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW)
     chosen_BK = ids_BS[:, :-1]
     equal_BK = chosen_BK == drafts.ids_BK if forced is None else _uniform(positions_BS[:, :-1]) < forced
     stands_BK = run_B[:, None] & (place[:-1] < drafts.num_B[:, None]) & (chosen_BK != NO_TOKEN) & equal_BK
@@ -96,7 +99,25 @@ def verify(
     if seen is not None:
         for s in range(num_drafts + 1):
             seen = counted(choice, seen, tokens_BS[:, s], run_B & (s <= accepted_B))
-    return Verified(tokens_BS, accepted_B, seen)
+    return Verified(tokens_BS, accepted_B, seen, cut)
+
+
+def advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: Array) -> tuple[Array, Progress]:
+    """Return how many tokens each row gets, up to one that ends it or the last that it may have, and the progress."""
+    tokens_BS, place = verified.tokens_BS, jnp.arange(verified.tokens_BS.shape[1])
+    is_end_BS = (tokens_BS[..., None] == end_ids_BE[:, None]).any(axis=-1) | (tokens_BS == NO_TOKEN)
+    most_B = jnp.minimum(verified.accepted_B + 1, progress.left_B)
+    is_end_BS &= place < most_B[:, None]
+    ends_B = is_end_BS.any(axis=1)
+    counts_B = jnp.where(run_B, jnp.where(ends_B, jnp.argmax(is_end_BS, axis=1) + 1, most_B), 0).astype(jnp.int32)
+    last_B = jnp.take_along_axis(tokens_BS, jnp.maximum(counts_B - 1, 0)[:, None], axis=1)[:, 0]
+    left_B = progress.left_B - counts_B
+    return counts_B, Progress(
+        progress.length_B + counts_B,
+        jnp.where(run_B, last_B, progress.token_B),
+        left_B,
+        progress.finished_B | run_B & (ends_B | (left_B <= 0)),
+    )
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
@@ -123,7 +144,7 @@ def worth_rows(acceptance: Sequence[float], costs: Mapping[int, float]) -> int:
     return worth
 
 
-def _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW) -> Array:
+def _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW) -> tuple[Array, Cut | None]:
     """Return the model's token at each position, if the drafts before it stand."""
     batch, num_queries, vocab_size = logits_BSV.shape
     sound_BS, drafted = is_sound(logits_BSV), seen
@@ -142,8 +163,8 @@ def _chosen(kind, choice, logits_BSV, noise_BSV, drafts, run_B, seen, behind_BW)
 
     sampling_T, run_T = jax.tree.map(lambda x: jnp.repeat(x, num_queries), (choice.sampling, run_B))
     noise_TV = None if noise_BSV is None else flat(noise_BSV)
-    ids_T = pick(kind, sampling_T, flat(logits_BSV), noise_TV, run_T, flat(sound_BS))
-    return ids_T.reshape(batch, num_queries)
+    ids_T, cut = pick(kind, sampling_T, flat(logits_BSV), noise_TV, run_T, flat(sound_BS))
+    return ids_T.reshape(batch, num_queries), cut
 
 
 def _uniform(positions_BK: Array) -> Array:

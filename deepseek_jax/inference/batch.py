@@ -26,11 +26,12 @@ from deepseek_jax.inference.cache import cache_bytes_per_token
 from deepseek_jax.inference.cache import num_pages as pages_of
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
-from deepseek_jax.inference.drafting import DraftingCalls, check_drafts
+from deepseek_jax.inference.drafting import check_drafts
+from deepseek_jax.inference.exact_calls import open_calls
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import prefill_execution
-from deepseek_jax.inference.row_calls import MOST_COPIES, Calls, Sizes
+from deepseek_jax.inference.row_calls import MOST_COPIES, Sizes
 from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import (
     MASK,
@@ -77,6 +78,7 @@ class DeviceBatch:
         drafting_rows: int | None = None,
         forced: float | None = None,
         burst: int | None = None,
+        exact: bool = False,
     ):
         """Place weights and an empty cache.
 
@@ -93,6 +95,7 @@ class DeviceBatch:
             drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
             forced: accept each draft with this probability, for benchmarks with random weights.
             burst: tokens of a row in a step without the host, with drafts at least; by default 4 on a GPU, 1 elsewhere.
+            exact: log-probabilities do not depend on what else runs (`exact_calls.check_exact`).
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
@@ -103,22 +106,20 @@ class DeviceBatch:
         self.num_devices = axis_size(mesh, ROWS)
         self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens
-        self.num_positions, self.num_drafts = num_positions, num_drafts
-        self._config, self._mesh, self._eos = config, mesh, eos
+        self.num_positions, self.num_drafts, self._mesh, self._eos = num_positions, num_drafts, mesh, eos
         model, executions = config.model, (decode_execution(config, mesh), prefill_execution(config, mesh))
         sizes = Sizes(self.num_devices, self.num_rows, num_pages, self.num_columns, num_positions, most_prefill_tokens)
         checks.check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
         common = model, executions, mesh, sizes, placed, burst
-        self._calls = DraftingCalls(*common, num_drafts, drafting_rows, forced) if num_drafts else Calls(*common)
+        self._calls = open_calls(exact, common, num_drafts, drafting_rows, forced)
         self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.widths[0]
         self.vocab_size = placed.params["head_DV"].shape[1]
         self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
         self._tables_changed = False
         self._open: dict[int, RowSettings] = {}
-        self._kind_B, self._wants_logprobs_B = np.zeros(self.num_rows, np.int8), np.zeros(self.num_rows, bool)
-        self._routes_B = np.zeros(self.num_rows, bool)
+        self._kind_B, self._wants_B, self._routes_B = np.zeros((3, self.num_rows), np.int8)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed
         self._masks: dict[int, Masks] = {}
         self._copies: list[tuple[int, int, int]] = []
@@ -155,8 +156,8 @@ class DeviceBatch:
             raise ValueError(f"row {row} is open, or none of the {self.num_rows} rows; close it first")
         checks.check_own(settings.own, self.vocab_size)
         self._open[row] = self._changed[row] = settings
-        self._kind_B[row], self._wants_logprobs_B[row] = KINDS.index(settings.kind), settings.wants_logprobs
-        self._routes_B[row] = settings.routes
+        self._kind_B[row], self._routes_B[row] = KINDS.index(settings.kind), settings.routes
+        self._wants_B[row] = 2 if settings.kept else settings.wants_logprobs
 
     def close_row(self, row: int) -> None:
         """Let a row's job go, whether it has ended or not; nothing is written for it from the next step on."""
@@ -218,11 +219,10 @@ class DeviceBatch:
         for call in pack(pieces, self._calls.sizes, self._calls.pieces):
             self._prefill(step, call)
         if len(decoding):
-            wants_logprobs = bool(self._wants_logprobs_B[decoding].any())
             told, width = self._calls.decode(rows_B, KINDS[self._kind_B[decoding].max()], num_tokens)
             device, local = np.divmod(decoding, self.num_rows // self.num_devices)
-            routed = decoding[self._routes_B[decoding]]
-            step.tell(told, decoding, device * width + local, wants_logprobs, routed)
+            routed = decoding[self._routes_B[decoding] > 0]
+            step.tell(told, decoding, device * width + local, int(self._wants_B[decoding].max()), routed)
         return step
 
     def update_weights(self, weights: Weights) -> None:
@@ -242,10 +242,11 @@ class DeviceBatch:
         if routed := {row: span for row, span in call.tokens.items() if self._routes_B[row]}:
             step.route(routes_TLK, routed)
         if call.last_rows.size:
-            wants_logprobs = bool(self._wants_logprobs_B[call.last_rows].any())
             kind = KINDS[self._kind_B[call.last_rows].max()]
             told = self._calls.first(kind, hidden_RD, call.packed)
-            step.tell(told, call.last_rows, call.last_places, wants_logprobs, call.last_rows[:0])
+            step.tell(
+                told, call.last_rows, call.last_places, int(self._wants_B[call.last_rows].max()), call.last_rows[:0]
+            )
         self._calls.follow(call.packed, hidden_TD, call.next_R)
         if call.spans:
             step.evaluate(self._calls.evaluate(hidden_TD, call.following_T, call.num_R), call.spans)

@@ -16,12 +16,25 @@ from deepseek_jax.inference.text import Text
 from deepseek_jax.parameters import Weights
 
 
+class Drawn(NamedTuple):
+    """What a token was drawn among: the tokens that min-p, top-k and top-p kept at its place.
+
+    Attributes:
+        words_W: int32; bit i of word w is 1 if token 32 w + i was kept.
+        logprob: natural logarithm of its probability among them, at the temperature of the draw.
+    """
+
+    words_W: np.ndarray
+    logprob: float
+
+
 class TokenLogprob(NamedTuple):
     """A token, the natural logarithm of its probability, and the most probable tokens in its place."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    drawn: Drawn | None = None  # where a job asks for it
 
 
 class Completion(NamedTuple):

@@ -43,4 +43,16 @@ def check_job(job: Job, batch: Device) -> None:
     stops = [token for token in job.stop if not isinstance(token, str)]
     if any(not 0 <= token < batch.vocab_size for token in stops):
         raise ValueError(f"stop has ids beyond 0 to {batch.vocab_size - 1}: {stops}")
+    if job.kept:
+        _check_kept(job)
     batch.check(job)
+
+
+def _check_kept(job: Job) -> None:
+    """Refuse to tell what tokens were drawn among where more than temperature, min-p, top-k and top-p say it."""
+    if job.grammar or job.own.logit_bias or job.sampling.penalizes or not job.sampling.temperature:
+        raise ValueError(
+            "kept = True is for draws at a temperature above 0 without grammar, bias and penalties; leave it out"
+        )
+    if (job.own.num_logprobs, job.sampling.num_logprobs) == (None, None):
+        raise ValueError("kept = True comes with log-probabilities; set num_logprobs, for example to 0")

@@ -67,6 +67,7 @@ class Job:
         spelled: texts that stand for tokens, special ones that would be left out among them.
         salt: jobs with different salts share no pages.
         routes: the experts of every token come along.
+        kept: with the log-probability of each token comes what it was drawn among (`completions.Drawn`).
     """
 
     prompt: Sequence[int]
@@ -83,6 +84,7 @@ class Job:
     spelled: Mapping[int, str] = dataclasses.field(default_factory=dict)
     salt: Hashable = None
     routes: bool = False
+    kept: bool = False
 
 
 class Usage(NamedTuple):

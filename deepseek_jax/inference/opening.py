@@ -34,6 +34,7 @@ def open_batch(
     num_drafts: int = 0,
     drafting_rows: int | None = None,
     silent: bool = False,
+    exact: bool = False,
 ) -> DeviceBatch:
     """Return a batch whose programs are compiled.
 
@@ -49,9 +50,11 @@ def open_batch(
         num_drafts: tokens that the MTP layer drafts for each row, up to 3; 1 is what it was trained for.
         drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
         silent: show no progress.
+        exact: log-probabilities do not depend on what else runs (`inference.exact`).
 
     Raises:
         ValueError: sizes out of range, a cache that does not fit, or more positions than the model knows.
+        NotImplementedError: exact arithmetic, and not FP32 on one CPU device.
     """
     mesh = mesh or expert_mesh(config.model, 1)
     sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
@@ -74,6 +77,7 @@ def open_batch(
         most_prefill_tokens=most_prefill_tokens,
         num_drafts=num_drafts,
         drafting_rows=drafting_rows,
+        exact=exact,
     )
     compile_batch(batch, silent)
     return batch

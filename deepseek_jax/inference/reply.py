@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.completions import TokenLogprob
+from deepseek_jax.inference.completions import Drawn, TokenLogprob
 from deepseek_jax.inference.job import LENGTH, Delta, Grammar, Job, Listener, Usage
 from deepseek_jax.inference.sampling import NO_TOKEN, Logprobs
 from deepseek_jax.inference.text import Text
@@ -66,7 +67,8 @@ class Reply:
             return
         first = len(known) - begin - 1
         targets = self.job.prompt[len(known) : begin + 1 + len(logprobs.chosen_B)]
-        rest = Logprobs(*(leaf[first:] for leaf in logprobs))
+        leaves: Any = (leaf[first:] for leaf in logprobs[:3])
+        rest = Logprobs(*leaves)
         known.extend(_token_logprobs(targets, rest, self.job.prompt_logprobs))
 
     def add_routes(self, begin: int, routes_TLK: np.ndarray) -> None:
@@ -107,6 +109,9 @@ class Reply:
         found = None
         if logprobs is not None and self.num_logprobs is not None:
             found = _token_logprobs(kept, logprobs, self.num_logprobs)
+            if self.job.kept and logprobs.kept is not None:
+                drawn = map(Drawn, logprobs.kept.words_BW, logprobs.kept.drawn_B.tolist())
+                found = [entry._replace(drawn=each) for entry, each in zip(found, drawn, strict=False)]
         elif self.num_logprobs is not None:
             found = []
         self._tell(piece, kept, found, reason, version, None)

@@ -248,7 +248,7 @@ class Calls:
             found = self._programs[name] = lowered.compile()
         return found
 
-    def _decode_program(self, width: int, kind: str, num_tokens: int):
+    def _decode_program(self, width: int, kind: str, num_tokens: int) -> Any:
         run_B = self._shape(bool, self.sizes.rows)
         rest = self._settings, self._seen if reads_seen(kind) else None, self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
@@ -256,12 +256,12 @@ class Calls:
         static = self._model, self._decode_execution, width, kind, num_tokens
         return row_programs.decode, static, donate, arguments
 
-    def _prefill_program(self, num_tokens: int):
+    def _prefill_program(self, num_tokens: int) -> Any:
         static = self._model, self._prefill_execution, Rows(self.pieces, num_tokens), self.sizes.prefill_tokens
         rows = self._progress, self._tables_BJ, self._packed(num_tokens), self._loads[-1]
         return row_programs.prefill, static, (1, 2), (self.weights, self._pages, *rows)
 
-    def _first_program(self, kind: str):
+    def _first_program(self, kind: str) -> Any:
         pieces, dtype = self.sizes.devices * self.pieces, compute_dtype(self._prefill_execution)
         rest = self._shape(dtype, pieces, self._model.width), self._packed(1)._replace(tokens_T=None)
         seen, donate = (self._seen, (1, 3)) if reads_seen(kind) else (None, (1,))

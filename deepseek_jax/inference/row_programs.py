@@ -122,8 +122,8 @@ def _step(made: tuple[Model, Execution, str, Weights], rows: tuple[Settings, Arr
     hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
     logits_BV = logits_of(weights.params["head_DV"], hidden_BSD[:, 0])
     progress = progress._replace(length_B=progress.length_B + run_B)
-    chosen, progress, seen = _chosen(kind, logits_BV, progress, settings, seen, run_B)
-    told = _told(chosen, run_B, progress)._replace(routes_BSLK=routes_BSLK)
+    chosen, progress, seen = choose_next(kind, logits_BV, progress, settings, seen, run_B)
+    told = tell(chosen, run_B, progress)._replace(routes_BSLK=routes_BSLK)
     return (pages, progress, seen, load_RLE), told
 
 
@@ -133,10 +133,10 @@ def run_decode(load_RLE: Array, model: Model, *arrays: Any) -> tuple[Array, Arra
     `load_RLE` is how many tokens each expert has had, int32 [1, MoE layers, E] of this device; it comes back with more.
     """
     hidden_BSD, pages, routes_BSLK = routed_decode_step(model, *arrays)
-    return hidden_BSD, pages, routes_BSLK, _with_load(load_RLE, routes_BSLK, valid=arrays[-1])
+    return hidden_BSD, pages, routes_BSLK, with_load(load_RLE, routes_BSLK, valid=arrays[-1])
 
 
-def _with_load(load_RLE: Array, routes: Array, valid: Array) -> Array:
+def with_load(load_RLE: Array, routes: Array, valid: Array) -> Array:
     """Return the load with the experts [..., MoE layers, K] of valid tokens [...]."""
     *_, num_layers, num_experts = load_RLE.shape
     flat_TLK, valid_T = routes.reshape(-1, *routes.shape[-2:]), valid.reshape(-1)
@@ -192,7 +192,7 @@ def prefill(
         hidden_RD = hidden_TD[jnp.maximum(jnp.cumsum(new_R) - 1, 0)]
         hidden_TD = jnp.pad(hidden_TD, ((0, most_tokens - len(hidden_TD)), (0, 0)))
         length_B = progress.length_B.at[row_R].add(new_R, mode="drop")
-        load_RLE = _with_load(load_RLE, routes_TLK, sequences.valid_T)
+        load_RLE = with_load(load_RLE, routes_TLK, sequences.valid_T)
         return hidden_RD, hidden_TD, routes_TLK, pages, progress._replace(length_B=length_B), load_RLE
 
     in_specs = weight_specs(weights), PAGES, *[SPLIT] * 4
@@ -207,23 +207,27 @@ def first(
 
     def local(head_DV, progress, settings, seen, hidden_RD, packed):
         logits_RV = logits_of(manual_axes.vary(head_DV, frozenset(ROWS)), hidden_RD)
-        row_R = packed.row_R
-        of_R = jax.tree.map(lambda x: of_rows(x, row_R), RowState(progress, settings, seen))
-        last_R = packed.last_R & (of_R.progress.left_B > 0) & ~of_R.progress.finished_B
-        # A prompt after which nothing is wanted ends here.
-        over_R = packed.last_R & ~last_R
-        chosen, progress_R, seen_R = _chosen(kind, logits_RV, of_R.progress, of_R.settings, of_R.seen, last_R)
-        progress_R = progress_R._replace(finished_B=progress_R.finished_B | over_R)
-        told = _told(chosen, last_R, progress_R)
-        nowhere = len(progress.length_B)
-        where_R = jnp.where(packed.last_R, row_R, nowhere)
-        progress, seen = jax.tree.map(
-            lambda old, new: old.at[where_R].set(new, mode="drop"), (progress, seen), (progress_R, seen_R)
-        )
-        return told, progress, seen
+        return choose_first(kind, logits_RV, RowState(progress, settings, seen), packed)
 
     run = jax.shard_map(local, in_specs=(P(), *[SPLIT] * 5), out_specs=SPLIT)
     return run(head_DV, progress, settings, seen, hidden_RD, packed)
+
+
+def choose_first(kind: str, logits_RV: Array, rows: RowState, packed: Packed) -> tuple[Told, Progress, Any]:
+    """Do what `first` does, on one device, with the logits behind each piece."""
+    row_R, (progress, _, seen) = packed.row_R, rows
+    of_R = jax.tree.map(lambda x: of_rows(x, row_R), rows)
+    last_R = packed.last_R & (of_R.progress.left_B > 0) & ~of_R.progress.finished_B
+    # A prompt after which nothing is wanted ends here.
+    over_R = packed.last_R & ~last_R
+    chosen, progress_R, seen_R = choose_next(kind, logits_RV, of_R.progress, of_R.settings, of_R.seen, last_R)
+    progress_R = progress_R._replace(finished_B=progress_R.finished_B | over_R)
+    told = tell(chosen, last_R, progress_R)
+    where_R = jnp.where(packed.last_R, row_R, len(progress.length_B))
+    progress, seen = jax.tree.map(
+        lambda old, new: old.at[where_R].set(new, mode="drop"), (progress, seen), (progress_R, seen_R)
+    )
+    return told, progress, seen
 
 
 def evaluate(head_DV: Array, hidden_TD: Array, following_T: Array, num_T1: Array) -> Logprobs:
@@ -245,7 +249,7 @@ def evaluate(head_DV: Array, hidden_TD: Array, following_T: Array, num_T1: Array
                 lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, i * HEAD_CHUNK, 0), found, part
             )
 
-        tops = (jnp.zeros((num_tokens, MOST_LOGPROBS), dtype) for dtype in (jnp.int32, jnp.float32))
+        tops: Any = (jnp.zeros((num_tokens, MOST_LOGPROBS), dtype) for dtype in (jnp.int32, jnp.float32))
         found = jax.tree.map(lambda x: vary(x, hidden_TD), Logprobs(jnp.zeros(num_tokens, jnp.float32), *tops))
         return lax.fori_loop(0, -(-num_T1[0] // HEAD_CHUNK), add, found)
 
@@ -253,7 +257,7 @@ def evaluate(head_DV: Array, hidden_TD: Array, following_T: Array, num_T1: Array
     return run(head_DV, hidden_TD, following_T, num_T1)
 
 
-def _chosen(
+def choose_next(
     kind: str, logits_BV: Array, progress: Progress, settings: Settings, seen: Any, run_B: Array
 ) -> tuple[Chosen, Progress, Any]:
     """Choose the next token of each row of `run_B`."""
@@ -274,7 +278,8 @@ def _in_one(told_K: Told) -> Told:
     return Told(numbers_BX, logprobs, routes_BSLK=jnp.moveaxis(told_K.routes_BSLK[:, :, 0], 0, 1))
 
 
-def _told(chosen: Chosen, run_B: Array, progress: Progress) -> Told:
+def tell(chosen: Chosen, run_B: Array, progress: Progress) -> Told:
+    """Return what the host reads of rows with a new token."""
     return Told(
         jnp.stack([chosen.ids_B, run_B.astype(jnp.int32), progress.finished_B.astype(jnp.int32)], 1), chosen.logprobs
     )

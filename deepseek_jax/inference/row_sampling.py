@@ -26,6 +26,7 @@ from deepseek_jax.inference.sampling import (
     NO_TOKEN,
     Bias,
     Chosen,
+    Kept,
     Logprobs,
     Sampling,
     Seen,
@@ -90,7 +91,14 @@ class Choice(NamedTuple):
     bias: Bias
     mask_BW: Array  # int32: bit i of word w is 1 if token 32 w + i may come
     masked_B: Array  # bool: the mask counts
-    wants_logprobs_B: Array
+    wants_B: Array  # int32: 1 for log-probabilities, 2 also for what the token was drawn among
+
+
+class Cut(NamedTuple):
+    """Which of a row's logits over the temperature are candidates: those above `least`, and up to `last` at it."""
+
+    least_B: Array
+    last_B: Array  # int32, an id
 
 
 def choose(
@@ -114,21 +122,48 @@ def choose(
         row wants any; with the others there are only those of the tokens, and none of the most probable ones.
     """
     noise_BV = None if kind == GREEDY else noise_at(choice, positions_B, logits_BV.shape[-1])
-    ids_B = choose_ids(kind, choice, logits_BV, noise_BV, active_B, seen)
+    ids_B, cut = cut_ids(kind, choice, logits_BV, noise_BV, active_B, seen)
     if kind == GREEDY:
         return Chosen(ids_B, None)
-    return Chosen(ids_B, logprobs_of(kind, logits_BV, ids_B, (active_B & choice.wants_logprobs_B).any()))
+    wants_B = jnp.where(active_B, choice.wants_B, 0)
+    return Chosen(ids_B, logprobs_of(kind, choice.sampling, logits_BV, ids_B, cut, wants_B))
 
 
-def logprobs_of(kind: str, logits_BV: Array, ids_B: Array, wanted: Array) -> Logprobs:
-    """Return the log-probabilities of tokens as `choose` does; the most probable ones if they are `wanted`."""
+def logprobs_of(
+    kind: str, sampling: RowSampling, logits_BV: Array, ids_B: Array, cut: Cut | None, wants_B: Array
+) -> Logprobs:
+    """Return the log-probabilities of tokens as `choose` does; the most probable ones, and `Kept`, if a row wants them.
+
+    `Kept` is for rows without bias, penalties and masks.
+    """
     shape = *ids_B.shape, MOST_LOGPROBS
     ids_BK, tops_BK = (vary(jnp.zeros(shape, dtype), ids_B) for dtype in (jnp.int32, jnp.float32))
     if kind == ANY:
         none = Logprobs(vary(jnp.zeros(ids_B.shape, jnp.float32), ids_B), ids_BK, tops_BK)
-        return jax.lax.cond(wanted, lambda: log_probabilities(logits_BV, ids_B, MOST_LOGPROBS), lambda: none)
+        wanted = (wants_B > 0).any()
+        found = jax.lax.cond(wanted, lambda: log_probabilities(logits_BV, ids_B, MOST_LOGPROBS), lambda: none)
+        assert cut is not None
+        empty = Kept(
+            *(
+                vary(jnp.zeros(x.shape, x.dtype), ids_B)
+                for x in jax.eval_shape(kept_of, sampling, logits_BV, ids_B, cut)
+            )
+        )
+        kept = jax.lax.cond((wants_B > 1).any(), lambda: kept_of(sampling, logits_BV, ids_B, cut), lambda: empty)
+        return found._replace(kept=kept)
     chosen_B1 = jnp.take_along_axis(logits_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
     return Logprobs(chosen_B1[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1), ids_BK, tops_BK)
+
+
+def kept_of(sampling: RowSampling, logits_BV: Array, ids_B: Array, cut: Cut) -> Kept:
+    """Return what tokens were drawn among, of logits that nothing else was done to."""
+    tempered_BV, vocab_size = _tempered(sampling, logits_BV), logits_BV.shape[-1]
+    at_BV = (tempered_BV == cut.least_B[:, None]) & (jnp.arange(vocab_size) <= cut.last_B[:, None])
+    kept_BV = ((tempered_BV > cut.least_B[:, None]) | at_BV) & (tempered_BV > -jnp.inf)
+    bits_BWX = jnp.pad(kept_BV, ((0, 0), (0, -vocab_size % WORD))).reshape(len(kept_BV), -1, WORD)
+    words_BW = (bits_BWX.astype(jnp.int32) << jnp.arange(WORD)).sum(-1, dtype=jnp.int32)
+    chosen_B1 = jnp.take_along_axis(tempered_BV, jnp.maximum(ids_B, 0)[:, None], axis=-1)
+    return Kept(words_BW, chosen_B1[:, 0] - jax.nn.logsumexp(tempered_BV, axis=-1, where=kept_BV))
 
 
 def counted(choice: Choice, seen: Seen | None, ids_B: Array, chosen_B: Array) -> Seen | None:
@@ -159,6 +194,13 @@ def choose_ids(
     kind: str, choice: Choice, logits_BV: Array, noise_BV: Array | None, active_B: Array, seen: Seen | None
 ) -> Array:
     """Return the tokens of `choose` alone; `noise_BV` is that of `noise_at`, None with `GREEDY`."""
+    return cut_ids(kind, choice, logits_BV, noise_BV, active_B, seen)[0]
+
+
+def cut_ids(
+    kind: str, choice: Choice, logits_BV: Array, noise_BV: Array | None, active_B: Array, seen: Seen | None
+) -> tuple[Array, Cut | None]:
+    """Return what `choose_ids` does, and with `ANY` which tokens they were drawn among."""
     sound_B = is_sound(logits_BV)
     if reads_seen(kind):
         assert seen is not None, "penalties need what the rows have"
@@ -181,28 +223,48 @@ def adjusted(choice: Choice, logits_BV: Array, seen: Seen) -> Array:
 
 def pick(
     kind: str, sampling: RowSampling, logits_BV: Array, noise_BV: Array | None, active_B: Array, sound_B: Array
-) -> Array:
-    """Return the token of each row from logits with all that is added to them; `NO_TOKEN` where they are not sound."""
+) -> tuple[Array, Cut | None]:
+    """Return the token of each row from logits with all that is added to them; `NO_TOKEN` where they are not sound.
+
+    With `ANY` also which tokens it was drawn among.
+    """
     sound_B &= logits_BV.max(axis=-1) > -jnp.inf
     values_BV, tempered_BV, warm_B = logits_BV, logits_BV, sampling.temperature > 0
     if kind != GREEDY:
         assert noise_BV is not None, "a draw needs noise"
-        tempered_BV = logits_BV / jnp.where(warm_B, sampling.temperature, 1)[:, None]
-        tempered_BV = keep_near(tempered_BV, sampling.log_min_p[:, None])
+        tempered_BV = _tempered(sampling, logits_BV)
         values_BV = jnp.where(warm_B[:, None], tempered_BV + noise_BV, logits_BV)
-    ids_B = argmax(values_BV).astype(jnp.int32)
+    ids_B, cut = argmax(values_BV).astype(jnp.int32), None
     if kind == ANY:
         cut_B, ranked_B = _ranked_rows(sampling, logits_BV.shape[-1])
         ranked_B &= warm_B & active_B
-
         assert noise_BV is not None
-        finish = functools.partial(drawn, noise_BV=noise_BV)
+        finish = functools.partial(_drawn_and_cut, noise_BV)
+        nobody: Any = ids_B, Cut(jnp.full(ids_B.shape, -jnp.inf), jnp.full(ids_B.shape, -1, jnp.int32))
+        whole: Any = vary(nobody, ids_B)
 
         def ranked():
-            return jnp.where(ranked_B, _among(sampling, tempered_BV, ranked_B, cut_B, finish), ids_B)
+            found = _among(sampling, tempered_BV, ranked_B, cut_B, finish)
+            return jax.tree.map(lambda new, old: jnp.where(ranked_B, new, old), found, whole)
 
-        ids_B = jax.lax.cond(ranked_B.any(), ranked, lambda: ids_B)
-    return jnp.where(sound_B, ids_B, NO_TOKEN)
+        ids_B, cut = jax.lax.cond(ranked_B.any(), ranked, lambda: whole)
+    return jnp.where(sound_B, ids_B, NO_TOKEN), cut
+
+
+def _tempered(sampling: RowSampling, logits_BV: Array) -> Array:
+    """Return logits over the temperature, where it is above 0, with -inf for those that min-p drops."""
+    tempered_BV = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+    return keep_near(tempered_BV, sampling.log_min_p[:, None])
+
+
+def _drawn_and_cut(noise_BV: Array, values_BK: Array, ids_BK: Array) -> tuple[Array, Cut]:
+    """Return the token drawn among candidates in falling order, of which -inf are none, and where they end."""
+    num_B = (values_BK > -jnp.inf).sum(axis=-1, dtype=jnp.int32)
+    ends = (
+        jnp.take_along_axis(x_BK, jnp.maximum(num_B - 1, 0)[:, None], axis=-1)[:, 0] for x_BK in (values_BK, ids_BK)
+    )
+    least_B, last_B = ends
+    return drawn(values_BK, ids_BK, noise_BV), Cut(least_B, last_B.astype(jnp.int32))
 
 
 def _ranked_rows(sampling: RowSampling, vocab_size: int) -> tuple[Array, Array]:
@@ -212,8 +274,8 @@ def _ranked_rows(sampling: RowSampling, vocab_size: int) -> tuple[Array, Array]:
 
 
 def _among(
-    sampling: RowSampling, logits_BV: Array, rows_B: Array, cut_B: Array, finish: Callable[[Array, Array], Array]
-) -> Array:
+    sampling: RowSampling, logits_BV: Array, rows_B: Array, cut_B: Array, finish: Callable[[Array, Array], Any]
+) -> Any:
     """Return what `finish` makes of the candidates that top-k and then top-p keep, logits in order and their ids."""
     vocab_size, few = logits_BV.shape[-1], min(fixed.CANDIDATES, logits_BV.shape[-1])
     most_B = jnp.where(cut_B, sampling.top_k, vocab_size)

@@ -48,6 +48,7 @@ class RowSettings:
         length: tokens that its pages have already: those of a known prefix.
         masked: the row has a grammar: `set_mask` comes before each step that chooses a token for it.
         routes: the experts of its tokens come along.
+        kept: what its tokens were drawn among comes along.
     """
 
     sampling: Sampling
@@ -62,6 +63,7 @@ class RowSettings:
     length: int = 0
     masked: bool = False
     routes: bool = False
+    kept: bool = False
 
     @property
     def wants_logprobs(self) -> bool:
@@ -72,7 +74,7 @@ class RowSettings:
     def kind(self) -> str:
         """The least of the programs' ways of choosing that its tokens need."""
         own, num_logprobs = self.own.num_logprobs, self.sampling.num_logprobs
-        if self.sampling.top_k or self.sampling.top_p < 1 or (num_logprobs if own is None else own):
+        if self.kept or self.sampling.top_k or self.sampling.top_p < 1 or (num_logprobs if own is None else own):
             return ANY
         if self.sampling.penalizes or self.own.logit_bias or self.masked:
             return BY_ID
@@ -122,7 +124,7 @@ _ints, _floats = (lambda name, *shape, kind=kind: (name, kind, shape) for kind i
 RECORD = np.dtype(
     [
         *map(_ints, ("row", "writes", "length", "left", "finished", "number")),
-        *map(_ints, ("masked", "draft", "wants_logprobs", "top_k")),
+        *map(_ints, ("masked", "draft", "wants", "top_k")),
         ("seed", "<u4", 2),
         *map(_floats, (name for name in RowSampling._fields if name != "top_k")),
         _ints("end_ids", MOST_END_IDS),
@@ -148,7 +150,7 @@ def write_record(record: np.void, settings: RowSettings, eos: int) -> None:
     seed, number = (settings.seed, settings.number) if own.seed is None else (own.seed, 0)
     record["length"], record["left"], record["finished"] = settings.length, settings.max_new_tokens, False
     record["seed"], record["number"] = (seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF), number
-    record["masked"], record["wants_logprobs"] = settings.masked, settings.wants_logprobs
+    record["masked"], record["wants"] = settings.masked, 2 if settings.kept else int(settings.wants_logprobs)
     for name, value in RowSampling.numbers(settings.sampling)._asdict().items():
         record[name] = value
     end_ids = [*(() if settings.ignore_eos else (eos,)), *settings.end_ids][:MOST_END_IDS]
@@ -165,7 +167,7 @@ def empty_state(num_rows: int, vocab_size: int) -> RowState:
     sampling = RowSampling(*(field[name] for name in RowSampling._fields))
     mask_BW = zeros((num_rows, -(-vocab_size // WORD)), np.int32)
     bias = Bias(field["bias_ids"], field["bias_values"])
-    choice = Choice(sampling, zeros((num_rows, 2), np.uint32), bias, mask_BW, bools, bools)
+    choice = Choice(sampling, zeros((num_rows, 2), np.uint32), bias, mask_BW, bools, ints)
     seen = Seen(zeros((num_rows, vocab_size), bool), zeros((num_rows, vocab_size), np.int32))
     settings = Settings(field["end_ids"], choice, Ahead(field["draft"], mask_BW))
     return RowState(Progress(ints, ints, ints, ~bools), settings, seen)
@@ -190,7 +192,7 @@ def update(progress: Progress, settings: Settings, records_UX: Array, words_U2W:
         sampling = RowSampling(*(field[name] for name in RowSampling._fields))
         bias = Bias(field["bias_ids"], field["bias_values"])
         old = settings.choice
-        choice = Choice(sampling, key_data_U2, bias, old.mask_BW, field["masked"], field["wants_logprobs"])
+        choice = Choice(sampling, key_data_U2, bias, old.mask_BW, field["masked"], field["wants"])
         nothing_UW = jnp.zeros((len(row_U), old.mask_BW.shape[1]))
         new = Settings(field["end_ids"], choice._replace(mask_BW=nothing_UW), Ahead(field["draft"], nothing_UW))
         settings = jax.tree.map(lambda old, new: put(open_U, old, new), settings, new)

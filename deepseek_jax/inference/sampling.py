@@ -126,12 +126,20 @@ class Rows(NamedTuple):
     bias: Bias | None = None
 
 
+class Kept(NamedTuple):
+    """What a token was drawn among: those that min-p, top-k and top-p keep of the logits over the temperature."""
+
+    words_BW: Array  # int32: bit i of word w is 1 if token 32 w + i was kept
+    drawn_B: Array  # natural logarithm of the token's probability among them, FP32
+
+
 class Logprobs(NamedTuple):
     """Natural logarithms of the model's own probabilities, before bias, penalties and temperature, in FP32."""
 
     chosen_B: Array
     top_ids_BK: Array  # int32, the most probable first
     top_BK: Array
+    kept: "Kept | None" = None  # where a row asks for it
 
 
 class Chosen(NamedTuple):

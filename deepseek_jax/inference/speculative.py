@@ -29,6 +29,7 @@ Drafting costs where the batch is so large that more tokens take more time; `acc
 begins.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
-from deepseek_jax.inference.acceptance import Drafts, Verified, verify
+from deepseek_jax.inference.acceptance import Drafts, Verified, advance, verify
 from deepseek_jax.inference.row_programs import PAGES, SPLIT, Told, logits_of, run_decode
 from deepseek_jax.inference.row_sampling import ANY, GREEDY, Choice, choose_ids, counted, logprobs_of, noise_at
 from deepseek_jax.inference.row_state import Progress, Settings
@@ -80,7 +81,7 @@ class DraftingRows(NamedTuple):
     load_RLE: Array  # as `row_programs.run_decode` has it
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """What a program has beside the rows."""
 
     model: Model
@@ -89,7 +90,7 @@ class _Made(NamedTuple):
     weights: Weights
 
 
-class _State(NamedTuple):
+class Changing(NamedTuple):
     """What a step changes."""
 
     pages: Array
@@ -115,10 +116,10 @@ def speculate(
     """
 
     def local(weights, pages, *rows):
-        made = _Made(model, execution, kind, manual_axes.vary(weights, frozenset(ROWS)))
+        made = Made(model, execution, kind, manual_axes.vary(weights, frozenset(ROWS)))
         old = DraftingRows(*rows)
         first = jax.tree.map(lambda x: x[: kind.width], old)._replace(load_RLE=old.load_RLE)
-        state = _State(pages, first.progress, first.draft_BD, first.seen, first.load_RLE)
+        state = Changing(pages, first.progress, first.draft_BD, first.seen, first.load_RLE)
         if kind.num_steps == 1:
             state, told = _step(made, first, state)
         else:
@@ -136,17 +137,43 @@ def speculate(
     return run(weights, pages, *rows)
 
 
-def _step(made: _Made, rows: DraftingRows, state: _State) -> tuple[_State, Told]:
+class Proposed(NamedTuple):
+    """What the main model is to verify, of each row.
+
+    Attributes:
+        drafts: of the MTP layer.
+        noise_BSV: of the draws at the positions behind these tokens; None where all rows are greedy.
+        new: tokens, their positions and which are there, all [B, 1 + `num_drafts`].
+    """
+
+    drafts: Drafts
+    noise_BSV: Array | None
+    new: tuple[Array, Array, Array]
+
+
+def _step(made: Made, rows: DraftingRows, state: Changing) -> tuple[Changing, Told]:
     """Draft, verify and follow on one device."""
-    (model, execution, kind, weights), (settings, tables_BJ) = made, (rows.settings, rows.tables_BJ)
-    pages, progress, draft_BD, seen, load_RLE = state
+    proposed, pages = propose(made, rows, state)
+    step = made.model, made.execution, made.weights, pages, rows.tables_BJ, *proposed.new
+    hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(state.load_RLE, *step)
+    logits_BSV = logits_of(made.weights.params["head_DV"], hidden_BSD)
+    state, told = settle(made, rows, state._replace(pages=pages), proposed, hidden_BSD, logits_BSV)
+    return state._replace(load_RLE=load_RLE), told._replace(routes_BSLK=routes_BSLK)
+
+
+def _follow(made: Made, tables_BJ: Array, pages, next_BS, hidden_BSD, start_B, valid_BS) -> tuple[Array, Array]:
+    positions_BS, rows = start_B[:, None] + jnp.arange(next_BS.shape[1]), (next_BS, hidden_BSD)
+    step = made.model, made.execution, made.weights, pages, tables_BJ
+    return draft_step(*step, *rows, positions_BS, valid_BS)
+
+
+def propose(made: Made, rows: DraftingRows, state: Changing) -> tuple[Proposed, Array]:
+    """Draft on one device; return what is to be verified, and the pages."""
+    (_, _, kind, weights), settings = made, rows.settings
+    pages, progress, draft_BD, seen, _ = state
     run_B, choice = rows.run_B & ~progress.finished_B, settings.choice
     length_B, head_DV, place = progress.length_B, weights.params["head_DV"], jnp.arange(kind.num_drafts + 1)
-
-    def follow(pages, next_BS, hidden_BSD, start_B, valid_BS):
-        positions_BS = start_B[:, None] + jnp.arange(next_BS.shape[1])
-        return draft_step(model, execution, weights, pages, tables_BJ, next_BS, hidden_BSD, positions_BS, valid_BS)
-
+    follow = functools.partial(_follow, made, rows.tables_BJ)
     greedy = kind.choosing == GREEDY
     noise_BSV = None if greedy else noise_at(choice, length_B[:, None] + 1 + place, head_DV.shape[1])
     most_B = jnp.where(run_B, jnp.clip(progress.left_B - 1, 0, kind.num_drafts), 0)
@@ -159,24 +186,32 @@ def _step(made: _Made, rows: DraftingRows, state: _State) -> tuple[_State, Told]
 
     tokens_BS = jnp.concatenate([progress.token_B[:, None], drafts.ids_BK], axis=1)
     valid_BS = _valid(run_B, 1 + drafts.num_B, kind.num_drafts)
-    new = tokens_BS, length_B[:, None] + place, valid_BS
-    step = model, execution, weights, pages, tables_BJ, *new
-    hidden_BSD, pages, routes_BSLK, load_RLE = run_decode(load_RLE, *step)
-    logits_BSV, behind_BW = logits_of(head_DV, hidden_BSD), settings.ahead.mask_BW
-    rest = drafts, length_B, run_B, seen, behind_BW, kind.forced
+    return Proposed(drafts, noise_BSV, (tokens_BS, length_B[:, None] + place, valid_BS)), pages
+
+
+def settle(
+    made: Made, rows: DraftingRows, state: Changing, proposed: Proposed, hidden_BSD: Array, logits_BSV: Array
+) -> tuple[Changing, Told]:
+    """Let what the main model says of proposed tokens stand, and have the MTP layer follow, on one device."""
+    (_, _, kind, weights), settings = made, rows.settings
+    pages, progress, draft_BD, seen, load_RLE = state
+    run_B, choice, length_B = rows.run_B & ~progress.finished_B, settings.choice, progress.length_B
+    drafts, noise_BSV, _ = proposed
+    rest = drafts, length_B, run_B, seen, settings.ahead.mask_BW, kind.forced
     verified = verify(kind.choosing, choice, logits_BSV, noise_BSV, *rest)
-    counts_B, progress = _advance(progress, settings.end_ids_BE, verified, run_B)
+    counts_B, progress = advance(progress, settings.end_ids_BE, verified, run_B)
 
     with jax.named_scope("follow"):
         valid_BS = _valid(run_B, counts_B, kind.num_drafts)
-        states_BSD, pages = follow(pages, verified.tokens_BS, hidden_BSD, length_B, valid_BS)
+        new = verified.tokens_BS, hidden_BSD, length_B, valid_BS
+        states_BSD, pages = _follow(made, rows.tables_BJ, pages, *new)
     last_BD = jnp.take_along_axis(states_BSD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
     draft_BD = jnp.where(run_B[:, None], last_BD, draft_BD)
     told = _told(kind, choice, logits_BSV, verified, counts_B, progress, drafts.num_B, run_B)
     if kind.choosing == ANY and kind.num_drafts and kind.num_steps == 1:
+        head_DV = weights.params["head_DV"]
         told = told._replace(guess_B=_guess(choice, head_DV, draft_BD, progress, run_B, verified.seen))
-    state = _State(pages, progress, draft_BD, verified.seen, load_RLE)
-    return state, told._replace(routes_BSLK=routes_BSLK)
+    return Changing(pages, progress, draft_BD, verified.seen, load_RLE), told
 
 
 def _valid(run_B: Array, counts_B: Array, num_drafts: int) -> Array:
@@ -217,24 +252,6 @@ def _guess(choice: Choice, head_DV: Array, draft_BD: Array, progress: Progress, 
     return lax.cond(wants_B.any(), guess, lambda: jnp.where(wants_B, 0, NO_TOKEN).astype(jnp.int32))
 
 
-def _advance(progress: Progress, end_ids_BE: Array, verified: Verified, run_B: Array) -> tuple[Array, Progress]:
-    """Return how many tokens each row gets, up to one that ends it or the last that it may have, and the progress."""
-    tokens_BS, place = verified.tokens_BS, jnp.arange(verified.tokens_BS.shape[1])
-    is_end_BS = (tokens_BS[..., None] == end_ids_BE[:, None]).any(axis=-1) | (tokens_BS == NO_TOKEN)
-    most_B = jnp.minimum(verified.accepted_B + 1, progress.left_B)
-    is_end_BS &= place < most_B[:, None]
-    ends_B = is_end_BS.any(axis=1)
-    counts_B = jnp.where(run_B, jnp.where(ends_B, jnp.argmax(is_end_BS, axis=1) + 1, most_B), 0).astype(jnp.int32)
-    last_B = jnp.take_along_axis(tokens_BS, jnp.maximum(counts_B - 1, 0)[:, None], axis=1)[:, 0]
-    left_B = progress.left_B - counts_B
-    return counts_B, Progress(
-        progress.length_B + counts_B,
-        jnp.where(run_B, last_B, progress.token_B),
-        left_B,
-        progress.finished_B | run_B & (ends_B | (left_B <= 0)),
-    )
-
-
 def _told(
     kind: Kind,
     choice: Choice,
@@ -252,9 +269,11 @@ def _told(
     drafts_BN2 = jnp.stack([drafted_B, jnp.minimum(verified.accepted_B, counts_B)], axis=1)[:, None]
     if kind.choosing == GREEDY:
         return Told(numbers_BX, None, drafts_BN2)
-    shape, wanted = verified.tokens_BS.shape, (run_B & choice.wants_logprobs_B).any()
-    logits_TV, ids_T = logits_BSV.reshape(-1, logits_BSV.shape[-1]), verified.tokens_BS.reshape(-1)
-    logprobs = logprobs_of(kind.choosing, logits_TV, ids_T, wanted)
+    shape, logits_TV = verified.tokens_BS.shape, logits_BSV.reshape(-1, logits_BSV.shape[-1])
+    each = choice.sampling, jnp.where(run_B, choice.wants_B, 0)
+    sampling_T, wants_T = jax.tree.map(lambda x: jnp.repeat(x, shape[1]), each)
+    token = logits_TV, verified.tokens_BS.reshape(-1), verified.cut
+    logprobs = logprobs_of(kind.choosing, sampling_T, *token, wants_T)
     return Told(numbers_BX, jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), logprobs), drafts_BN2)
 
 

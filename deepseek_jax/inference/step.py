@@ -1,6 +1,6 @@
 """What goes into a step of a `DeviceBatch`, and what comes out of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 
 from deepseek_jax.inference.row_calls import Sizes
 from deepseek_jax.inference.row_programs import Packed, Told
-from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Logprobs
+from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Kept, Logprobs
 
 
 class Piece(NamedTuple):
@@ -88,6 +88,10 @@ class StepResult(NamedTuple):
     routes: dict[int, np.ndarray] = {}
     drafts_BN2: np.ndarray | None = None
 
+    def logprobs_of(self, row: int) -> Logprobs | None:
+        """Return those of a row, where there are any."""
+        return jax.tree.map(lambda leaf: leaf[row], self.logprobs)
+
 
 class Step:
     """A step on its way: arrays of the device that nothing changes any more, and whose they are."""
@@ -100,13 +104,15 @@ class Step:
         self._routed: list[tuple[jax.Array, int, slice]] = []
         self._result: StepResult | None = None
 
-    def tell(
-        self, told: Told, rows_X: np.ndarray, places_X: np.ndarray, wants_logprobs: bool, routed: np.ndarray
-    ) -> None:
-        """Have what the entries `places_X` say of the rows `rows_X`; experts of the rows `routed`."""
-        told = told._replace(
-            logprobs=told.logprobs if wants_logprobs else None, routes_BSLK=told.routes_BSLK if len(routed) else None
-        )
+    def tell(self, told: Told, rows_X: np.ndarray, places_X: np.ndarray, wants: int, routed: np.ndarray) -> None:
+        """Have what the entries `places_X` say of the rows `rows_X`; experts of the rows `routed`.
+
+        `wants` are log-probabilities from 1 on, and what tokens were drawn among with 2.
+        """
+        logprobs = told.logprobs if wants else None
+        if logprobs is not None and wants < 2:
+            logprobs = logprobs._replace(kept=None)
+        told = told._replace(logprobs=logprobs, routes_BSLK=told.routes_BSLK if len(routed) else None)
         _begin_reading(told)
         self._told.append((told, rows_X, places_X, frozenset(routed.tolist())))
 
@@ -149,11 +155,13 @@ class Step:
                 routes |= {row: np.asarray(told.routes_BSLK)[place, : counts_B[row]] for row, place in ran}
             if told.logprobs is not None:
                 logprobs = logprobs or _empty(num_rows, num_tokens)
-                for whole, part in zip(logprobs, told.logprobs, strict=True):
+                if told.logprobs.kept is not None and logprobs.kept is None:
+                    logprobs = logprobs._replace(kept=_nothing_kept(told.logprobs.kept, num_rows, num_tokens))
+                for whole, part in _pairs(logprobs, told.logprobs):
                     whole[rows_X, :count] = np.asarray(part)[places_X].reshape(-1, count, *whole.shape[2:])
         prompts = {}
         for found, row, span in self._evaluated:
-            leaves: Any = (np.asarray(leaf)[span] for leaf in found)
+            leaves: Any = (np.asarray(leaf)[span] for leaf in found[:3])
             prompts[row] = Logprobs(*leaves)
         return StepResult(tokens_BK, counts_B, finished_B, logprobs, prompts, guess_B, routes, drafts_BN2)
 
@@ -168,6 +176,19 @@ def _empty(*shape: int) -> Logprobs:
     tops = (np.zeros((*shape, MOST_LOGPROBS), dtype) for dtype in (np.int32, np.float32))
     leaves: Any = (np.zeros(shape, np.float32), *tops)
     return Logprobs(*leaves)
+
+
+def _nothing_kept(kept: Kept, *shape: int) -> Kept:
+    """Return the same for tokens of `shape`, all 0."""
+    leaves: Any = np.zeros((*shape, kept.words_BW.shape[-1]), np.int32), np.zeros(shape, np.float32)
+    return Kept(*leaves)
+
+
+def _pairs(whole: Logprobs, part: Logprobs) -> Iterator[tuple[Any, Any]]:
+    """Pair the arrays of both; `part` may lack what was kept."""
+    yield from zip(whole[:3], part[:3], strict=True)
+    if part.kept is not None and whole.kept is not None:
+        yield from zip(whole.kept, part.kept, strict=True)
 
 
 def pack(pieces: Sequence[Piece], sizes: Sizes, num_places: int) -> list[Call]:

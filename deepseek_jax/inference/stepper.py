@@ -228,6 +228,7 @@ class Stepper:
             length=member.start,
             masked=member.masked,
             routes=job.routes,
+            kept=job.kept,
         )
 
     def _read(self, ahead: _Ahead) -> None:
@@ -248,7 +249,7 @@ class Stepper:
             if row not in pieces:
                 self._note(member, row, result, len(ids))
             self.scheduler.land(member, ids)
-            self._tell(member, ids, _of_row(result.logprobs, row), int(result.guess_B[row]))
+            self._tell(member, ids, result.logprobs_of(row), int(result.guess_B[row]))
 
     def _note(self, member: Member, row: int, result: StepResult, count: int) -> None:
         """Count the drafts of a row, and keep its routes."""
@@ -294,7 +295,3 @@ def _row_piece(row: int, piece: Piece) -> RowPiece:
     member, wants = piece.member, piece.member.owner.wants_whole_prompt
     following = member.ids[piece.end] if piece.end < len(member.ids) else None
     return RowPiece(row, member.ids[piece.begin : piece.end], piece.is_last, wants, following)
-
-
-def _of_row(logprobs: Logprobs | None, row: int) -> Logprobs | None:
-    return None if logprobs is None else Logprobs(*(leaf[row] for leaf in logprobs))

@@ -24,10 +24,14 @@ the backward pass:
 
     logprob = l_t[y_t] - z_t        dl_t = g_t (onehot(y_t) - softmax(l_t)) + h_t softmax(l_t)
 
+A token that was drawn among some of the vocabulary, by top-p for example, has its softmax over these (`kept_TW`, a bit
+for each id): the logits of the others count as -inf.
+
 Everything here is per-device code without collectives: inside `jax.shard_map` the caller sums over devices.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,48 +126,70 @@ def _chunks(arrays, chunk):
     return jax.tree.map(cut, arrays)
 
 
-def token_logprobs(hidden_TD: Array, head_DV: Array, targets_T: Array, chunk: int) -> tuple[Array, Array]:
+def token_logprobs(
+    hidden_TD: Array, head_DV: Array, targets_T: Array, chunk: int, kept_TW: Array | None = None
+) -> tuple[Array, Array]:
     """Return (logprob_T, log_z_T): log-probabilities of the targets and logsumexps of the logits, FP32, in nats.
 
     Both have a derivative with a cotangent per token. Logits exist for `chunk` tokens at a time, in both directions.
     The matmuls run in the dtype of `hidden_TD` and accumulate in FP32; the softmax is FP32.
 
+    Args:
+        hidden_TD: after the final norm.
+        head_DV: of the model.
+        targets_T: int32.
+        chunk: tokens.
+        kept_TW: int32; bit i of word w says whether id 32 w + i is one of the softmax; no bit at all: all ids are.
+
     Raises:
         ValueError: `chunk` below 1.
     """
     _check_chunk(chunk)
-    for other in (head_DV, targets_T):
+    others = (head_DV, targets_T) if kept_TW is None else (head_DV, targets_T, kept_TW)
+    for other in others:
         hidden_TD = vary(hidden_TD, other)
-    head_DV, targets_T = (vary(other, hidden_TD) for other in (head_DV, targets_T))
-    return _token_logprobs(hidden_TD, head_DV, targets_T, min(chunk, hidden_TD.shape[0]))
+    head_DV, targets_T, *rest = (vary(other, hidden_TD) for other in others)
+    return _token_logprobs(hidden_TD, head_DV, targets_T, rest[0] if rest else None, min(chunk, hidden_TD.shape[0]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logprobs(hidden_TD, head_DV, targets_T, chunk):
+def _kept_logits(hidden: Array, head: Array, kept_TW: Array | None) -> Array:
+    """Return FP32 logits, -inf for ids that are not kept."""
+    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    if kept_TW is None:
+        return logits
+    bits = kept_TW[:, :, None] >> jnp.arange(32) & 1
+    kept = bits.reshape(len(kept_TW), -1)[:, : logits.shape[1]] > 0
+    kept = jnp.pad(kept, ((0, 0), (0, logits.shape[1] - kept.shape[1])))  # ids that the sampler does not know
+    return jnp.where(kept | (kept_TW == 0).all(-1, keepdims=True), logits, -jnp.inf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk):
     head = head_DV.astype(hidden_TD.dtype)
 
     def body(_, tokens):
-        hidden, targets = tokens
-        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        hidden, targets, kept = tokens
+        logits = _kept_logits(hidden, head, kept)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         return None, (jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z, log_z)
 
-    _, results = lax.scan(body, None, _chunks((hidden_TD, targets_T), chunk))
+    _, results = lax.scan(body, None, _chunks((hidden_TD, targets_T, kept_TW), chunk))
     return tuple(x.reshape(-1)[: hidden_TD.shape[0]] for x in results)
 
 
-def _token_logprobs_forward(hidden_TD, head_DV, targets_T, chunk):
-    logprob_T, log_z_T = _token_logprobs(hidden_TD, head_DV, targets_T, chunk)
-    return (logprob_T, log_z_T), (hidden_TD, head_DV, targets_T, log_z_T)
+def _token_logprobs_forward(hidden_TD, head_DV, targets_T, kept_TW, chunk):
+    found: Any = _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk)
+    logprob_T, log_z_T = found
+    return (logprob_T, log_z_T), (hidden_TD, head_DV, targets_T, kept_TW, log_z_T)
 
 
 def _token_logprobs_backward(chunk, residuals, cotangents):
-    hidden_TD, head_DV, targets_T, log_z_T = residuals
+    hidden_TD, head_DV, targets_T, kept_TW, log_z_T = residuals
     head = head_DV.astype(hidden_TD.dtype)
 
     def body(head_grad, tokens):
-        hidden, targets, log_z, by_logprob, by_log_z = tokens
-        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        hidden, targets, kept, log_z, by_logprob, by_log_z = tokens
+        logits = _kept_logits(hidden, head, kept)
         probabilities = jnp.exp(logits - log_z[:, None])
         hit = targets[:, None] == jnp.arange(head.shape[1])
         grad = probabilities * (by_log_z - by_logprob)[:, None] + jnp.where(hit, by_logprob[:, None], 0.0)
@@ -172,9 +198,11 @@ def _token_logprobs_backward(chunk, residuals, cotangents):
         return head_grad, jnp.matmul(grad, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
 
     zeros = vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
-    head_grad_DV, hidden_grad = lax.scan(body, zeros, _chunks((hidden_TD, targets_T, log_z_T, *cotangents), chunk))
+    head_grad_DV, hidden_grad = lax.scan(
+        body, zeros, _chunks((hidden_TD, targets_T, kept_TW, log_z_T, *cotangents), chunk)
+    )
     hidden_grad_TD = hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
-    return hidden_grad_TD, head_grad_DV.astype(head_DV.dtype), None
+    return hidden_grad_TD, head_grad_DV.astype(head_DV.dtype), None, None
 
 
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)

@@ -32,7 +32,7 @@ from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages
 from deepseek_jax.model.attention import Attend, Attention
 from deepseek_jax.model.layers import DenseFeedForward
-from deepseek_jax.model.moe import FEW_OF_PROMPTS, FEW_TOKENS, MoE, Observer, RouterBias, unobserved
+from deepseek_jax.model.moe import FEW_OF_PROMPTS, FEW_TOKENS, IN_BLOCKS, MoE, Observer, RouterBias, unobserved
 from deepseek_jax.model.recompute import keep, layer_input, recomputed
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import TurnedFp8Weight, Weights
@@ -215,7 +215,7 @@ def cached_execution(execution: Execution, valid_BS: jax.Array) -> Execution:
     most = FEW_TOKENS
     if valid_BS.shape[1] > MOST_QUERIES:
         most = FEW_OF_PROMPTS[execution.precision] if dispatch.on_hopper() and execution.experts == "grouped" else 0
-    few = execution.exchange == "local" and valid_BS.size <= most
+    few = execution.exchange == "local" and execution.experts != IN_BLOCKS and valid_BS.size <= most
     return dataclasses.replace(execution, experts="few") if few else execution
 
 

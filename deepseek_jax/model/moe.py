@@ -17,7 +17,7 @@ from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.model.layers import FeedForward, gain, matrix, rms_norm
 from deepseek_jax.model.rounds import Experts
-from deepseek_jax.model.router import route, router_scores, rule_of
+from deepseek_jax.model.router import Replay, route, router_scores, rule_of, weigh
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.routing import route as route_tokens
@@ -28,6 +28,7 @@ FEW_TOKENS = 512  # of a decoding step: up to them the time is that of reading t
 # The same of prompts on Hopper. In BF16 it still takes less time at 2,048 (673 us of an MoE, grouped products 717;
 # log.md), which was measured once; in FP8 the two were not compared above 512.
 FEW_OF_PROMPTS = {"bf16": 1024, "fp8": 512, "fp32": 0}
+IN_BLOCKS = "in blocks"  # of `execution.experts`: in blocks, however few tokens a call over a cache has
 
 # (model, scores [B, S, E], chosen experts [B, S, K], valid_BS) -> what to report of a router: sums over rows
 Observer = Callable[[Model, jax.Array, jax.Array, jax.Array], Any]
@@ -86,13 +87,24 @@ class MoE(nnx.Module):
         else:
             with jax.named_scope("route"):
                 scores_BSE = router_scores(model, h_BSD, self.router_DE[...])
-                experts_BSK, gates_BSK = route(model, scores_BSE, self.bias_E[...])
-                observed = observe(model, scores_BSE, experts_BSK, valid_BS)
+                experts_BSK, gates_BSK, watched_BSK = self._route(scores_BSE)
+                observed = observe(model, scores_BSE, watched_BSK, valid_BS)
                 experts_BSK = jnp.where(valid_BS[..., None], experts_BSK, model.num_experts)
             out_BSD = self._routed(execution, h_BSD, experts_BSK, gates_BSK)
         if model.num_shared_experts:
             out_BSD += self.shared(h_BSD)
         return out_BSD, observed
+
+    def _route(self, scores_BSE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return experts and gates, and the experts that an observer sees."""
+        bias = self.bias_E.get_value()
+        if not isinstance(bias, Replay):
+            experts_BSK, gates_BSK = route(self.model, scores_BSE, bias)
+            return experts_BSK, gates_BSK, experts_BSK
+        assert bias.bias_E is not None
+        own_BSK, _ = route(self.model, scores_BSE, bias.bias_E)
+        experts_BSK = bias.over(own_BSK)
+        return experts_BSK, weigh(self.model, scores_BSE, experts_BSK), own_BSK if bias.watches else experts_BSK
 
     def few(
         self,

@@ -9,6 +9,9 @@ is the sum of three BF16 numbers. So BF16 activations times FP32 weights are thr
 sum in FP32. In FP32 the router's four products took 12.3 of the 489 ms of a step of `v3_5b` on an H200.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,6 +20,46 @@ from deepseek_jax.config import Model
 from deepseek_jax.model.recompute import CHOICE, keep
 from pallas_kernels.routing.reference import rank
 from pallas_kernels.routing.rule import Rule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """In the place of a selection bias: which experts tokens get, whatever the router would choose today.
+
+    Reinforcement learning replays what the sampler chose, so that rounding flips no route between sampling and training
+    (arXiv 2510.11370). Gates come from today's scores, so the router learns.
+
+    Attributes:
+        experts: [B, S, K] of a layer, the best first, or [B, S, L, K] of all (`replaying`); below 0 the router chooses.
+        watches: whether an observer sees what the router would choose, and not what was replayed.
+        bias_E: the selection bias of a layer; None of all.
+    """
+
+    experts: jax.Array
+    watches: bool = dataclasses.field(default=False, metadata={"static": True})
+    bias_E: jax.Array | None = None
+
+    def over(self, own_BSK: jax.Array) -> jax.Array:
+        """Return the experts of each token; `own_BSK` are the router's."""
+        return jnp.where(self.experts < 0, own_BSK, self.experts.astype(own_BSK.dtype))
+
+
+def replaying(router_bias: dict[str, Any], replay: Replay | None, num_parts: int) -> dict[str, Any]:
+    """Return router biases with each MoE layer's routes: they pass the layers as their bias does.
+
+    Raises:
+        ValueError: rows pass the layers in several parts.
+    """
+    if replay is None or "moe_layers" not in router_bias:
+        return router_bias
+    if num_parts > 1:
+        raise ValueError(
+            f"execution.interleave = {num_parts}: routes are replayed for rows that pass the layers together; use 1"
+        )
+    bias_LE = router_bias["moe_layers"]["moe"]["bias_E"]
+    replay_L = Replay(jnp.moveaxis(replay.experts, 2, 0), replay.watches, bias_LE)
+    return router_bias | {"moe_layers": {"moe": {"bias_E": replay_L}}}
 
 
 def router_scores(model: Model, h_BSD: jax.Array, router_DE: jax.Array) -> jax.Array:

@@ -40,6 +40,7 @@ from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.prefill import Sequences, expanded_over_pages
 from deepseek_jax.model.recompute import recomputed
 from deepseek_jax.model.rope import rotary_table
+from deepseek_jax.model.router import Replay, replaying
 from deepseek_jax.parameters import Weights
 
 
@@ -56,6 +57,7 @@ class Inputs:
         following: for each MTP depth k the token k + 1 places behind each position [B, S], which it embeds (`shifted`
             of whole rows); empty: MTP layers do not run.
         detached: whether what MTP layers read of the main model is constant for them: its states and its embedding.
+        replay: routes that the MoE layers take in the place of their routers'; MTP layers choose for themselves.
     """
 
     tokens_BS: jax.Array
@@ -64,6 +66,7 @@ class Inputs:
     segment_ids_BM: jax.Array | None = None
     following: tuple[jax.Array, ...] = ()
     detached: bool = dataclasses.field(default=False, metadata={"static": True})
+    replay: Replay | None = None
 
 
 class Output(NamedTuple):
@@ -122,6 +125,7 @@ def apply(
         observe: what to report of each router (`model.moe`).
         num_parts: into so many parts the rows are cut, which pass the layers side by side (`model.layer`).
     """
+    weights = weights._replace(router_bias=replaying(weights.router_bias, inputs.replay, num_parts))
     top = gather({name: weights.params[name] for name in ("embed_VD", "final_norm_D")})
     cut = _cut(inputs, num_parts)
     parts = [

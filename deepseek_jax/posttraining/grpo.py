@@ -10,7 +10,7 @@ The thread shares the process and its device with the trainer: both use the one 
 any case, nothing is sent, and a program that is killed loses both at once. On one accelerator their programs still run
 one after the other, so what is hidden there is the host's work: rewards, texts and turns of the engine.
 
-Samples are drawn at temperature 1 without top-p, so that the policy that is trained is the one that was drawn from.
+The policy that is trained is the one that was drawn from, at its temperature and among what top-k and top-p kept.
 The KL's reference, where the choices have one, is `posttraining.reference`.
 
 The router biases stay while `optimizer.bias_update_rate` is 0, as in the configurations of this stage.
@@ -44,7 +44,7 @@ from deepseek_jax.posttraining.problems import Problems, open_problems
 from deepseek_jax.posttraining.reference import Reference, open_reference
 from deepseek_jax.posttraining.rewards import rewards_by_name
 from deepseek_jax.posttraining.rewards.pool import RewardPool
-from deepseek_jax.posttraining.scoring import jit_score, refuse_mesh, score_rows
+from deepseek_jax.posttraining.scoring import exact_scores, jit_score, refuse_mesh, score_rows
 from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
@@ -89,7 +89,7 @@ def train_grpo(
         sampler = _open_sampler(resources)
         pool = resources.enter_context(open_pool(grpo))
         resources.enter_context(jax.set_mesh(mesh))
-        objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk)
+        objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk, grpo.temperature)
         checkpoints, state, progress = _open_state(config, workdir, mesh, resources)
         reference = open_reference(config, grpo, mesh, workdir, weights_of(state), progress, resources)
         engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
@@ -194,6 +194,7 @@ def make_batches(
         engine=engine,
         pool=pool,
         score=score,
+        exact=functools.partial(exact_scores, engine) if grpo.is_exact else None,
         sampler=sampler,
         length=config.data.sequence_length,
         pad=engine.tokenizer.pad,
@@ -228,12 +229,24 @@ def refuse_two_threads(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
 def open_engine(
     config: Config, grpo: Grpo, problems: Problems, weights: Weights, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Engine:
-    """Open an engine on as many devices as the mesh has, whose experts are as far apart."""
+    """Open an engine on as many devices as the mesh has, whose experts are as far apart.
+
+    Raises:
+        ValueError: exact arithmetic, and the model has ids that the tokenizer lacks.
+        NotImplementedError: exact arithmetic on a GPU, or on several devices.
+    """
+    if grpo.is_exact and tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{PATH}.arithmetic = 'exact' and model.vocab_size = {config.model.vocab_size}: the sampler's softmax is"
+            f" over the {tokenizer.vocab_size} ids of the tokenizer, and the trainer's is over all; use 'fast'"
+        )
     longest = max(len(prompt.ids) for prompt in problems.train + problems.heldout)
     experts = axis_size(mesh, EXPERTS)
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)
     most = longest + grpo.max_new_tokens
-    return Engine.open(config, weights, tokenizer, decoding, num_rows=grpo.rows, num_positions=most)
+    return Engine.open(
+        config, weights, tokenizer, decoding, num_rows=grpo.rows, num_positions=most, exact=grpo.is_exact
+    )
 
 
 def scorer(config: Config, objective: Policy, mesh: jax.sharding.Mesh) -> Callable[[Weights, dict[str, Any]], Any]:
@@ -270,6 +283,7 @@ def _lines(config, grpo: Grpo, mesh, params, problems: Problems, progress: Progr
             f" {grpo.max_new_tokens:,} tokens; {grpo.updates} updates of {size:,}; {grpo.steps:,} in all",
         ),
         ("method", f"{grpo.variant} {grpo.overrides or ''}; rewards {grpo.rewards}; staleness {grpo.staleness}"),
+        ("sampling", f"{grpo.drawing}; {grpo.arithmetic} arithmetic{', routes replayed' * grpo.replay_routes}"),
         ("rates", rates_line(config)),
         ("devices", devices_line(mesh)),
         ("programs", programs_line(config, mesh)),

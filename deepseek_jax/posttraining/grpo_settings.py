@@ -18,6 +18,7 @@ from deepseek_jax.posttraining.tasks import TASKS, make_task
 PATH = "config.posttraining.grpo"
 TASK = re.compile(r"(?P<name>\w+):(?P<shortest>\d{1,3})-(?P<longest>\d{1,3})")
 FILE = ".jsonl"
+ARITHMETICS = "fast", "exact"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,12 @@ class Grpo:
         staleness: updates that the weights which sample may be behind those of the rollout's first update; 0:
             synchronous. Above it, rollouts are made while the trainer trains (`policy_batches`).
         reference_every: the KL's reference is replaced by the policy every so many updates; 0: never.
+        temperature: of the draws.
+        top_k: a token is drawn of so many most probable ones; 0: of all.
+        top_p: a token is drawn of the fewest most probable ones that reach this probability; 1: of all.
+        replay_routes: updates and scores take the experts that the sampler chose (`model.router.Replay`).
+        arithmetic: "exact" has the sampler's log-probabilities and routes in training, bit for bit, on a CPU in FP32
+            (`inference.exact`); "fast" has two programs, which differ by rounding.
     """
 
     variant: str
@@ -65,6 +72,21 @@ class Grpo:
     rows: int
     staleness: int = 0
     reference_every: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    replay_routes: bool = False
+    arithmetic: str = "fast"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether sampler and trainer have the same numbers."""
+        return self.arithmetic == "exact"
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How samples are drawn: options of `rollouts.sample_groups`."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
     @property
     def choices(self) -> Choices:
@@ -125,6 +147,7 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
         refuse(
             "reference_every", f"replaces a reference that is not there: {PATH}.overrides.kl_weight is 0; set it to 0"
         )
+    check_drawing(grpo, config)
     if not 0.0 < grpo.reward_seconds < math.inf:
         refuse("reward_seconds", "must be positive and finite")
     if grpo.on_failure not in POLICIES:
@@ -154,6 +177,39 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
         raise ValueError(
             f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn in"
             " GRPO; set it to 0"
+        )
+
+
+def check_drawing(grpo: Grpo, config: Config) -> None:
+    """Refuse ways of drawing that are none, and exact arithmetic or routes where they cannot be kept."""
+
+    def refuse(key: str, remedy: str):
+        raise ValueError(f"{PATH}.{key} = {shown(repr(getattr(grpo, key)))} {remedy}")
+
+    if not 0.0 < grpo.temperature < math.inf:
+        refuse("temperature", "must be above 0 and finite: greedy outputs of a group are all equal; use 1")
+    if grpo.top_k < 0:
+        refuse("top_k", "must be at least 0, which draws of all tokens")
+    if not 0.0 < grpo.top_p <= 1.0:
+        refuse("top_p", "must be above 0 and at most 1, which draws of all tokens")
+    if grpo.arithmetic not in ARITHMETICS:
+        refuse("arithmetic", f"is unknown; choose one of {ARITHMETICS}")
+    if grpo.replay_routes and not config.model.num_moe_layers:
+        refuse("replay_routes", "replays experts, and the model has none; set it to False")
+    if (grpo.replay_routes or grpo.is_exact) and config.execution.interleave > 1:
+        raise ValueError(
+            f"config.execution.interleave = {config.execution.interleave}: routes are replayed for rows that pass the"
+            " layers together; use 1"
+        )
+    if not grpo.is_exact:
+        return
+    for key, value in (("staleness", 0), ("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("replay_routes", False)):
+        if getattr(grpo, key) != value:
+            refuse(key, f"does not go with {PATH}.arithmetic = 'exact'; set it to {value}, or use 'fast'")
+    if config.execution.precision != "fp32":
+        raise ValueError(
+            f"{PATH}.arithmetic = 'exact' needs execution.precision = 'fp32', and it is"
+            f" {config.execution.precision!r}; use 'fast'"
         )
 
 

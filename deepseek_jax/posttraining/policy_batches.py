@@ -42,7 +42,8 @@ from deepseek_jax.posttraining.policy_metrics import rollout_row
 from deepseek_jax.posttraining.problems import Problems
 from deepseek_jax.posttraining.reference import Reference
 from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
-from deepseek_jax.posttraining.rollouts import carries_loss, make_batch, prompt_at, sample_groups
+from deepseek_jax.posttraining.rollouts import carries_loss, make_batch, prompt_at, routes_of, sample_groups
+from deepseek_jax.posttraining.scoring import Scored, flipped
 from deepseek_jax.training.loop import Row
 
 Arrays = dict[str, np.ndarray]
@@ -79,7 +80,8 @@ class PolicyBatches:
         problems: to train on.
         engine: samples; the weights of others come in at every rollout.
         pool: rewards.
-        score: (weights, batch) -> log-probabilities of the targets, FP32 [B, S]; called by the thread.
+        score: (weights, batch) -> scores of the targets by the trainer; called by the thread.
+        exact: batch -> the same by the engine, in exact arithmetic, with its present weights; None in fast arithmetic.
         sampler: the thread of the rollouts, one. Whoever else uses the engine does so in it.
         length: of rows.
         pad: id of padding.
@@ -94,7 +96,8 @@ class PolicyBatches:
     problems: Problems
     engine: Engine
     pool: RewardPool
-    score: Callable[[Weights, Arrays], np.ndarray]
+    score: Callable[[Weights, Arrays], Scored]
+    exact: Callable[[Arrays], Scored] | None = None
     sampler: Executor
     length: int
     pad: int
@@ -134,6 +137,10 @@ class PolicyBatches:
         waited, self.waited = self.waited + time.perf_counter() - start, 0.0
         part = self.pending.popleft()
         age = self.step - part.row["rollout/version"]
+        if self.exact and age:  # other weights than those that scored it
+            assert self.weights is not None
+            found = self.sampler.submit(self._exactly, self.weights(), self.step, part.batch).result()
+            part = part._replace(batch=part.batch | found)
         self.step += 1
         self.rows[self.step] = part.row | {"policy/staleness": age, "rollout/waited": waited}
         return part.batch
@@ -195,6 +202,12 @@ class PolicyBatches:
             self.ahead.append(Rollout(self.number, size, self.step, parts))
             self.number += size
 
+    def _exactly(self, weights: Weights, version: int, batch: Arrays) -> Arrays:
+        """Return what the forward pass of an update is to have: values and routes of the engine's, by these weights."""
+        assert self.exact is not None
+        self.engine.update_weights(weights, version=version)
+        return _replaced(self.exact(batch))
+
     def _roll_out(
         self, weights: Weights, reference: Weights | None, version: int, numbers: range, batch_size: int
     ) -> list[Part]:
@@ -203,7 +216,8 @@ class PolicyBatches:
         self.engine.update_weights(weights, version=version)
         prompts = [self.problems.train[prompt_at(n, len(self.problems.train), self.seed)] for n in numbers]
         keyed = [(number, prompt.ids) for number, prompt in zip(numbers, prompts, strict=True)]
-        samples = sample_groups(self.engine, keyed, grpo.group_size, grpo.max_new_tokens, self.seed)
+        drawing = {"routes": True} | grpo.drawing
+        samples = sample_groups(self.engine, keyed, grpo.group_size, grpo.max_new_tokens, self.seed, **drawing)
         sampled = time.perf_counter()
         scores = self.pool.score(
             [prompt.problem for prompt in prompts for _ in range(grpo.group_size)], [s.text for s in samples]
@@ -214,13 +228,26 @@ class PolicyBatches:
         kept = carries_loss(choices, samples, rewards_PG)
         values = advantages(rewards_PG, choices.advantage_scale).reshape(-1)
         batch = make_batch(samples, values, kept, self.length, self.pad)
-        batch["old_logprobs_BS"] = self.score(weights, batch)
-        if reference is not None:
-            batch["reference_logprobs_BS"] = self.score(reference, batch)
+        own, routes_BSLK = dict(batch), routes_of(samples, self.length)
+        if grpo.replay_routes and routes_BSLK is not None:
+            batch["routes_BSLK"] = routes_BSLK
+        scored = self.exact(batch) if self.exact else self.score(weights, batch)
+        batch["old_logprobs_BS"] = scored.logprobs_BS
+        if reference is not None:  # it has routes of its own
+            batch["reference_logprobs_BS"] = self.score(reference, own).logprobs_BS
+        flips = flipped(batch, routes_BSLK, scored.routes_BSLK)
+        if self.exact:
+            batch |= _replaced(scored)
         seconds = {"sampling": sampled - start, "rollout": time.perf_counter() - start}
-        row = rollout_row(samples, scores, rewards_PG, batch, seconds, grpo.accuracy)
+        row = rollout_row(samples, scores, rewards_PG, batch, seconds, grpo.accuracy, flips)
         cut = [{name: x[i : i + batch_size] for name, x in batch.items()} for i in range(0, len(samples), batch_size)]
         return [Part(part, row) for part in cut]
+
+
+def _replaced(scored: Scored) -> Arrays:
+    """Return the values and routes that the forward pass of an update is to have."""
+    assert scored.routes_BSLK is not None, "exact arithmetic tells routes"
+    return {"exact_logprobs_BS": scored.logprobs_BS, "routes_BSLK": scored.routes_BSLK}
 
 
 def _made(rollout: Rollout) -> list[Part]:

@@ -40,6 +40,7 @@ POLICY_KEYS = KEYS | {
         "mean difference of sampler's and trainer's log-probabilities, nats, over tokens that carry loss"
     ),
     "rollout/sampler_difference_max": "the largest",
+    "rollout/route_flips": "share of choices of experts, by token and layer, that sampler and trainer make differently",
     "rollout/version": "updates that the weights which sampled have had",
     "rollout/first_prompt": "number of the rollout's first prompt in the run",
     "rollout/waited": "seconds that the trainer waited for samples since the update before",
@@ -62,6 +63,7 @@ def rollout_row(
     batch: dict[str, np.ndarray],
     seconds: dict[str, float],
     accuracy: str,
+    route_flips: float,
 ) -> dict[str, Any]:
     """Return the keys `rollout/...` of one rollout, plain numbers.
 
@@ -72,6 +74,7 @@ def rollout_row(
         batch: with `sampler_logprobs_BS` and `old_logprobs_BS`.
         seconds: of "sampling", and of the whole "rollout".
         accuracy: the reward that is 1 for a right answer.
+        route_flips: of the scores (`scoring.flipped`).
     """
     lengths = np.array([len(sample.ids) for sample in samples])
     carries = batch["loss_weights_BS"] > 0
@@ -87,6 +90,7 @@ def rollout_row(
         "rollout/cut_off": np.mean([sample.finish_reason == LENGTH for sample in samples]),
         "rollout/sampler_difference": apart.mean() if apart.size else 0.0,
         "rollout/sampler_difference_max": apart.max() if apart.size else 0.0,
+        "rollout/route_flips": route_flips,
         "rollout/version": min(sample.version for sample in samples),
         "rollout/first_prompt": samples[0].number,
         "rollout/waited": "seconds that the trainer waited for samples since the update before",

@@ -53,6 +53,7 @@ from deepseek_jax.model.head import token_logprobs
 from deepseek_jax.model.moe import Observer
 from deepseek_jax.model.transformer import Output
 from deepseek_jax.parallel import context
+from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.posttraining.choices import Choices
 from deepseek_jax.training.objective import Batch, router_metrics
 from deepseek_jax.training.optimizer import Rates
@@ -91,7 +92,9 @@ class Policy:
 
     Its batch has, beside the network's inputs, `targets_BS`, `loss_weights_BS` (1 on targets that the policy drew, else
     0), FP32 `advantages_B` and `old_logprobs_BS`, and where the choices read them `reference_logprobs_BS` and
-    `sampler_logprobs_BS`. Log-probabilities belong to the target at their place.
+    `sampler_logprobs_BS`. Log-probabilities belong to the target at their place. It may have `routes_BSLK`, which the
+    MoE layers then replay, `kept_BSW`, among which targets were drawn (`model.head`), and `exact_logprobs_BS`, whose
+    values then stand for those of the forward pass (`valued`).
 
     Attributes:
         choices: see the module.
@@ -123,10 +126,20 @@ class Policy:
         """Return None: MTP layers do not run."""
         return None
 
+    def logprobs(self, output: Output, head_DV: Array, batch: Batch) -> Array:
+        """Return FP32 log-probabilities of this device's targets as they are drawn, in nats.
+
+        That is at the policy's temperature, and among the ids of `kept_BSW` (`model.head`) where the batch has them.
+        """
+        ids = batch["targets_BS"], batch.get("kept_BSW")
+        return policy_logprobs(output.hidden_BSD, head_DV, *ids, self.chunk, self.temperature)
+
     def terms(self, output: Output, head_DV: Array, batch: Batch) -> PolicyTerms:
         """Sum over the tokens of one device and micro-batch."""
         with jax.named_scope("head"):
-            logprob_BS = policy_logprobs(output.hidden_BSD, head_DV, batch["targets_BS"], self.chunk, self.temperature)
+            logprob_BS = self.logprobs(output, head_DV, batch)
+        if "exact_logprobs_BS" in batch:
+            logprob_BS = valued(logprob_BS, vary(context.local(batch["exact_logprobs_BS"]), logprob_BS))
         return policy_terms(self.choices, logprob_BS, batch)
 
     def total(self, terms: PolicyTerms, router: RouterStats, norms: PolicyNormalisers, rates: Rates) -> Array:
@@ -152,13 +165,32 @@ class Policy:
         } | router_metrics(router, norms.rows)
 
 
-def policy_logprobs(hidden_BSD: Array, head_DV: Array, targets_BS: Array, chunk: int, temperature: float) -> Array:
-    """Return FP32 log-probabilities of this device's targets at a temperature, in nats; `targets_BS` are whole rows."""
+@jax.custom_jvp
+def valued(own: Array, exact: Array) -> Array:
+    """Return the value `exact` with the derivative of `own`: one function by two programs, equal up to rounding.
+
+    `exact` are the log-probabilities by the sampler's arithmetic (`inference.exact`), `own` those of the forward pass
+    that is differentiated. Values, ratios and clips are then the sampler's bit for bit; the gradient is rounded as that
+    of any backward pass.
+    """
+    return exact
+
+
+@valued.defjvp
+def _valued_jvp(primals, tangents):
+    return primals[1], tangents[0]
+
+
+def policy_logprobs(
+    hidden_BSD: Array, head_DV: Array, targets_BS: Array, kept_BSW: Array | None, chunk: int, temperature: float
+) -> Array:
+    """Return FP32 log-probabilities of this device's targets, in nats; `targets_BS` and `kept_BSW` are whole rows."""
     targets_BS = context.local(targets_BS)
+    kept_TW = None if kept_BSW is None else context.local(kept_BSW).reshape(-1, kept_BSW.shape[-1])
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
     if temperature != 1.0:
         head_DV = head_DV / temperature
-    return token_logprobs(hidden_TD, head_DV, targets_BS.reshape(-1), chunk)[0].reshape(targets_BS.shape)
+    return token_logprobs(hidden_TD, head_DV, targets_BS.reshape(-1), chunk, kept_TW)[0].reshape(targets_BS.shape)
 
 
 def policy_terms(choices: Choices, logprob_BS: Array, batch: Batch) -> PolicyTerms:
@@ -233,15 +265,6 @@ def _exp(x: Array) -> Array:
 
 
 def policy(choices: Choices, model: Model, loss: Loss, chunk: int, temperature: float = 1.0) -> Policy:
-    """Return the objective, with the balance losses of pre-training off.
-
-    Raises:
-        ValueError: weights against the sampler at another temperature than 1, of which the sampler's scores are.
-    """
-    if choices.tis_cap and temperature != 1.0:
-        raise ValueError(
-            f"tis_cap = {choices.tis_cap} and temperature = {temperature}: the sampler's log-probabilities are of"
-            " temperature 1, so set the temperature to 1, or tis_cap to 0"
-        )
+    """Return the objective, with the balance losses of pre-training off; outputs are drawn at `temperature`."""
     off = {"sequence_balance_weight": 0.0, "batch_balance_weight": 0.0, "mtp_weight": ()}
     return Policy(choices, model, dataclasses.replace(loss, **off), chunk, temperature)

@@ -1,49 +1,88 @@
-"""Log-probabilities by the trainer's own network: what the ratios of GRPO divide by, and the reference's."""
+"""Log-probabilities of a rollout: what the ratios of GRPO divide by, and the reference's.
 
+Two ways. `score` is the trainer's forward pass. `exact_scores` are by the sampler's own program, of an engine in exact
+arithmetic (`inference.exact`): the numbers that a token had when it was drawn, bit for bit, while the weights are those
+that drew it.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Config, Execution, Model
+from deepseek_jax.inference.engine import GREEDY, Engine
+from deepseek_jax.inference.job import Job
+from deepseek_jax.model.moe import chosen_experts
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import apply
 from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import gather, in_fp32, with_fp8
 from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
-from deepseek_jax.posttraining.policy_objective import Policy, policy_logprobs
+from deepseek_jax.posttraining.policy_objective import Policy
+from deepseek_jax.posttraining.rollouts import rows_of
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch
 from pallas_kernels.lowering import manual_axes
 
 READ = "tokens_BS", "targets_BS", "positions_BS", "segment_ids_BS"
+ALSO_READ = "routes_BSLK", "kept_BSW"  # where the batch has them
 
 
-def jit_score(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> Callable[[Weights, Batch], Array]:
+class Scored(NamedTuple):
+    """Scores of a batch.
+
+    Attributes:
+        logprobs_BS: of the targets, FP32, in nats; 0 where a target carries no loss.
+        routes_BSLK: experts that the routers choose, int16; those of padding mean nothing. None of an engine without.
+    """
+
+    logprobs_BS: np.ndarray
+    routes_BSLK: np.ndarray | None
+
+
+def jit_score(
+    config: Config, policy: Policy, mesh: jax.sharding.Mesh
+) -> Callable[[Weights, Batch], tuple[Array, Array]]:
     """Return `score`, jitted for a mesh without the axes `pipe` and `context`. Call it under `jax.set_mesh(mesh)`."""
     execution = resolve_for(config, mesh).execution
     return jit_on(score, execution, mesh, config.model, execution, policy)
 
 
-def score(model: Model, execution: Execution, policy: Policy, weights: Weights, batch: Batch) -> Array:
-    """Return the log-probability of each target, FP32 [B, S], in nats."""
+def score(model: Model, execution: Execution, policy: Policy, weights: Weights, batch: Batch) -> tuple[Array, Array]:
+    """Return the log-probability of each target, FP32 [B, S], in nats, and what each router would choose [B, S, L, K].
+
+    Where the batch has routes they are replayed, and the routers say what they would choose on the way.
+    """
 
     def local(weights, batch):
         load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
         weights = weights._replace(params=with_fp8(model, execution, weights.params))
         inputs = network_inputs(model, execution, policy, batch)
-        output = apply(model, execution, weights, inputs, load, policy.observe, 1)
+        if inputs.replay is not None:
+            inputs = dataclasses.replace(inputs, replay=dataclasses.replace(inputs.replay, watches=True))
+        output = apply(model, execution, weights, inputs, load, chosen_experts, 1)
         head_DV = in_fp32(load({"head_DV": weights.params["head_DV"]})["head_DV"])
-        logprob_BS = policy_logprobs(output.hidden_BSD, head_DV, batch["targets_BS"], policy.chunk, policy.temperature)
-        others = tuple(sorted(manual_axes.varies_over(logprob_BS) - set(ROWS)))  # of size 1: `refuse_mesh`
-        return lax.psum(logprob_BS, others) if others else logprob_BS
+        logprob_BS = policy.logprobs(output, head_DV, batch)
+        routes_BSLK = jnp.zeros((*logprob_BS.shape, 0, model.experts_per_token), jnp.int16)
+        if output.observed is not None:
+            routes_BSLK = jnp.moveaxis(output.observed, 0, 2).astype(jnp.int16)
+        return _whole(logprob_BS), _whole(routes_BSLK)
 
     specs = Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
     return jax.shard_map(local, in_specs=(specs, {name: P(ROWS) for name in batch}), out_specs=P(ROWS))(weights, batch)
+
+
+def _whole(x: Array) -> Array:
+    """Return it as it is on axes of size 1 (`refuse_mesh`)."""
+    others = tuple(sorted(manual_axes.varies_over(x) - set(ROWS)))
+    return lax.psum(x, others) if others else x
 
 
 def score_rows(
@@ -52,14 +91,52 @@ def score_rows(
     batch: dict[str, np.ndarray],
     micro_batch_size: int,
     mesh: jax.sharding.Mesh,
-) -> np.ndarray:
-    """Score a batch of any number of micro-batches, one after the other; 0 where a target carries no loss."""
-    read = {name: batch[name] for name in READ}
+) -> Scored:
+    """Score a batch of any number of micro-batches, one after the other."""
+    read = {name: batch[name] for name in (*READ, *ALSO_READ) if name in batch}
     parts = [
         program(weights, place_batch({name: rows[i : i + micro_batch_size] for name, rows in read.items()}, mesh))
         for i in range(0, len(read["tokens_BS"]), micro_batch_size)
     ]
-    return np.where(batch["loss_weights_BS"] > 0, np.concatenate(jax.device_get(parts)), np.float32(0.0))
+    logprobs_BS, routes_BSLK = (np.concatenate(x) for x in zip(*jax.device_get(parts), strict=True))
+    return Scored(_carried(batch, logprobs_BS), routes_BSLK)
+
+
+def exact_scores(engine: Engine, batch: dict[str, np.ndarray]) -> Scored:
+    """Score a batch by an engine in exact arithmetic, with the weights that it has.
+
+    Raises:
+        RuntimeError: the engine has stopped.
+    """
+    lengths_B = (batch["segment_ids_BS"] > 0).sum(1)
+    sequences = [
+        [*tokens_S[:length].tolist(), int(targets_S[length - 1])]
+        for tokens_S, targets_S, length in zip(batch["tokens_BS"], batch["targets_BS"], lengths_B, strict=True)
+    ]
+    jobs = [Job(prompt=ids, max_new_tokens=0, sampling=GREEDY, prompt_logprobs=0, routes=True) for ids in sequences]
+    logprobs_BS, routes = np.zeros(batch["tokens_BS"].shape, np.float32), []
+    for logprobs_S, length, answer in zip(logprobs_BS, lengths_B, engine.generate(jobs), strict=True):
+        if answer.prompt_logprobs is None or answer.routes_TLK is None:
+            raise RuntimeError(f"outputs were not scored: {answer.error or answer.finish_reason}")
+        logprobs_S[:length] = [entry.logprob for entry in answer.prompt_logprobs if entry is not None]
+        routes.append(answer.routes_TLK[:length])
+    return Scored(_carried(batch, logprobs_BS), rows_of(routes, logprobs_BS.shape[1]))
+
+
+def _carried(batch: dict[str, np.ndarray], logprobs_BS: np.ndarray) -> np.ndarray:
+    return np.where(batch["loss_weights_BS"] > 0, logprobs_BS, np.float32(0.0))
+
+
+def flipped(batch: dict[str, np.ndarray], rollout_BSLK: np.ndarray | None, own_BSLK: np.ndarray | None) -> float:
+    """Return the share of choices, sets of experts by token and layer, that differ from those of the rollout.
+
+    Tokens whose routes the rollout does not know do not count; without any it is 0.
+    """
+    if rollout_BSLK is None or own_BSLK is None:
+        return 0.0
+    known_BSL = (rollout_BSLK >= 0).all(-1) & (batch["segment_ids_BS"] > 0)[..., None]
+    differs_BSL = (np.sort(rollout_BSLK, -1) != np.sort(own_BSLK, -1)).any(-1)
+    return float(differs_BSL[known_BSL].mean()) if known_BSL.any() else 0.0
 
 
 def refuse_mesh(mesh: jax.sharding.Mesh) -> None:

@@ -1,6 +1,7 @@
 """What the network reads of a batch."""
 
 from deepseek_jax.config import Execution, Model
+from deepseek_jax.model.router import Replay
 from deepseek_jax.model.transformer import Inputs, shifted
 from deepseek_jax.parallel import context
 from deepseek_jax.training.objective import Batch, Detached, Objective
@@ -21,4 +22,5 @@ def network_inputs(model: Model, execution: Execution, objective: Objective, bat
         None if execution.attention == "cudnn" else segment_ids_BS,
         tuple(map(context.local, following)),
         detached,
+        Replay(context.local(batch["routes_BSLK"])) if "routes_BSLK" in batch else None,
     )

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ def open_batch(config: Config, mesh: jax.sharding.Mesh, weights: Weights, num_jo
     """Return rows for `num_jobs` with prompts of `context` ids; its programs for greedy jobs are compiled."""
     num_positions = context + NEW_TOKENS
     columns = -(-num_positions // PAGE)
-    sizes = {"num_rows": num_jobs, "num_pages": (num_jobs + 1) * columns, "num_positions": num_positions}
+    sizes: Any = {"num_rows": num_jobs, "num_pages": (num_jobs + 1) * columns, "num_positions": num_positions}
     batch = DeviceBatch(config, weights, mesh, eos=NO_EOS, **sizes, most_prefill_tokens=PREFILL_TOKENS)
     batch.compile(kinds=[GREEDY])
     return batch

@@ -205,6 +205,42 @@ def check_logprobs(entries, tokens, logprobs_SV, num_top):
         np.testing.assert_allclose([value for _, value in entry.top], top, atol=2e-5)
 
 
+def test_what_tokens_were_drawn_among_can_be_replayed(batch):
+    """The ratio of the training form, over the kept ids, to what the sampler says of its draws is 1."""
+    ways = [(0.8, 0, 0.8), (1.3, 7, 1.0), (1.0, 30, 0.5), (1.2, 0, 1.0)]
+    samplings = [Sampling(temperature=t, top_k=k, top_p=p) for t, k, p in ways]
+    jobs = [
+        Job(prompt=[90 + i] * 9, max_new_tokens=24, sampling=s, own=Request(seed=i, num_logprobs=0), kept=True)
+        for i, s in enumerate(samplings * 2)
+    ]
+    with Engine(batch, TOKENIZER) as engine:
+        answers = engine.generate([*jobs, dataclasses.replace(jobs[0], kept=False)])
+        with pytest.raises(ValueError, match="kept = True is for draws at a temperature above 0"):
+            engine.generate([dataclasses.replace(jobs[0], sampling=GREEDY)])
+        with pytest.raises(ValueError, match="kept = True comes with log-probabilities; set num_logprobs"):
+            engine.generate([dataclasses.replace(jobs[0], own=Request())])
+    assert answers[-1].ids == answers[0].ids and {entry.drawn for entry in answers[-1].logprobs} == {None}
+    ratios, plain = [], []
+    for job, answer, forced_SV in zip(
+        jobs, answers, teacher_forced([[*j.prompt, *a.ids] for j, a in zip(jobs, answers, strict=False)]), strict=False
+    ):
+        t, k, p = job.sampling.temperature, job.sampling.top_k, job.sampling.top_p
+        for entry, logprobs_V in zip(answer.logprobs, np.float64(forced_SV[len(job.prompt) - 1 :]), strict=False):
+            kept_V = np.unpackbits(entry.drawn.words_W.view(np.uint8), bitorder="little")[: len(logprobs_V)] > 0
+            probabilities_V = np.exp(logprobs_V / t) / np.exp(logprobs_V / t).sum()
+            inside = probabilities_V[kept_V]
+            assert kept_V[entry.token] and inside.min() >= probabilities_V[~kept_V].max(initial=0.0) - 1e-5
+            assert kept_V.sum() == k or not (k and p == 1.0)
+            if p < 1 and not k:
+                assert inside.sum() >= p - 1e-4 and inside.sum() - inside.min() < p + 1e-4
+            assert kept_V.all() or (k, p) != (0, 1.0)
+            own = np.log(probabilities_V[entry.token])
+            ratios.append(np.exp(own - np.log(inside.sum()) - entry.drawn.logprob))
+            plain.append(np.exp(own - entry.drawn.logprob))
+    assert len(ratios) > 150 and abs(np.mean(ratios) - 1.0) < 1e-6 and np.abs(np.log(ratios)).max() < 2e-5
+    assert np.mean(plain) < 0.9  # what the ratio is without the kept ids
+
+
 def test_routes_of_every_token_come_once(batch):
     """Of the prompt and all tokens but the last, which does not go through the model; the same after preemption."""
     jobs = [

@@ -183,6 +183,26 @@ def test_logprobs_and_gradients_are_those_of_log_softmax(chunk):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
+def test_logprobs_among_kept_ids_are_those_of_a_softmax_over_them():
+    """A token without a bit has all ids; the words of a sampler that knows fewer ids than the head are shorter."""
+    hidden_TD, head_DV, targets_T, _ = make_inputs()
+    kept_TV = np.random.default_rng(0).random((T, V)) < 0.2
+    kept_TV[:, 64:], targets_T = False, targets_T % 64
+    kept_TV[np.arange(T), targets_T] = True
+    words_TW = np.packbits(kept_TV[:, :64], axis=1, bitorder="little").view(np.int32)
+    kept_TV[7], words_TW[7] = True, 0
+
+    def plain_kept(hidden_TD, head_DV, targets_T):
+        logits_TV = jnp.where(kept_TV, hidden_TD @ head_DV, -jnp.inf)
+        log_z_T = jax.nn.logsumexp(logits_TV, axis=-1)
+        return jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0] - log_z_T, log_z_T
+
+    ours = functools.partial(token_logprobs, chunk=16, kept_TW=jnp.asarray(words_TW))
+    got, want = (jax.jit(functools.partial(pulled_back, f))(hidden_TD, head_DV, targets_T) for f in (ours, plain_kept))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
 def test_logprobs_of_bf16_are_near():
     """The products are BF16's, everything after them FP32: 1e-2 of the largest gradient; measured 3e-3."""
     hidden_TD, head_DV, targets_T, _ = make_inputs(jnp.bfloat16)

@@ -11,6 +11,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.reference import Reference
 from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
+from deepseek_jax.posttraining.scoring import Scored
 from tests.posttraining.test_policy_batches import (
     GROUP,
     REFERENCE,
@@ -179,7 +180,7 @@ def test_the_reference_is_the_policy_of_every_so_many_updates(engine, staleness)
 
     def against(weights, batch):
         version = -1 if weights is REFERENCE else int(weights.params["version"])
-        return np.full_like(batch["sampler_logprobs_BS"], version)
+        return Scored(np.full_like(batch["sampler_logprobs_BS"], version), None)
 
     def options(weights=REFERENCE, name="r", step=0):
         keep = kept.__setitem__

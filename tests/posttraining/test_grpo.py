@@ -25,6 +25,7 @@ from tests.posttraining.test_sft import one_device, save_run
 from tests.support.failing_rewards import varied
 
 TOKENIZER = byte_tokenizer()
+OPEN_ENGINE = grpo.open_engine  # others share one
 GRPO = {
     "variant": "grpo",
     "overrides": {},
@@ -87,6 +88,17 @@ def settings(initial="W", **changes):
         ({"optimizer__weight_decay": 0.1}, "weight_decay = 0.1 would shrink MTP layers"),
         ({"training__batch_size": (("constant", 0.5, 8), ("constant", 1.0, 16))}, "must be one number"),
         ({"group_sizes": 2}, "group_sizes"),
+        ({"temperature": 0.0}, "temperature = 0.0 must be above 0 and finite: greedy outputs"),
+        ({"top_k": -1}, "top_k = -1 must be at least 0"),
+        ({"top_p": 1.5}, "top_p = 1.5 must be above 0 and at most 1"),
+        ({"arithmetic": "slow"}, "arithmetic = 'slow' is unknown; choose one of"),
+        ({"arithmetic": "exact", "top_p": 0.9}, "top_p = 0.9 does not go with .*set it to 1.0, or use 'fast'"),
+        ({"arithmetic": "exact", "staleness": 1}, "staleness = 1 does not go with"),
+        (
+            {"arithmetic": "exact", "execution__precision": "bf16"},
+            "needs execution.precision = 'fp32', and it is 'bf16'",
+        ),
+        ({"replay_routes": True, "execution__interleave": 2}, "interleave = 2: routes are replayed"),
         ({"staleness": -1}, "staleness = -1 must be at least 0"),
         (
             {"reference_every": 2, "overrides": {"kl_weight": 0.0}},
@@ -163,6 +175,28 @@ def test_a_bad_line_of_problems_is_named(tmp_path, line, message):
         read_problems(path)
 
 
+@pytest.mark.slow
+def test_in_exact_arithmetic_the_trainer_has_the_samplers_numbers(tmp_path, monkeypatch):
+    """Of each rollout: the first update's ratios are 1 to the last bit, and the second's are of other weights."""
+    monkeypatch.setattr(grpo, "open_engine", OPEN_ENGINE)
+    monkeypatch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
+    tree = test_sft.settings()
+    tree.data.sequence_length = 48
+    tree.training.initial_weights = ""
+    del tree["posttraining"]
+    save_run(from_config_dict(tree), tmp_path / "base")
+    changes = {"arithmetic": "exact", "overrides": {"kl_weight": 0.0}}
+    config, posttraining = read(settings(tmp_path / "base", **changes))
+    assert train_grpo(config, posttraining, tmp_path / "run", one_device(config)).step == 4
+    rows = [row for row in read_rows(tmp_path / "run") if "policy/loss" in row]
+    for row in rows:
+        assert row["rollout/sampler_difference_max"] == 0.0 and row["rollout/route_flips"] == 0.0
+    for row in rows[::2]:
+        assert row["policy/ratio_mean"] == 1.0 and row["policy/ratio_std"] == row["policy/old_kl"] == 0.0
+    for row in rows[1::2]:
+        assert row["policy/ratio_std"] > 1e-6
+
+
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory):
     """(folder with the weights in `base`, one device): all runs share an engine, and take their weights into it."""
@@ -201,7 +235,7 @@ def assert_same_weights(*results):
 def test_a_killed_run_ends_where_the_uninterrupted_one_does_with_frozen_biases(loop):
     """The whole loop: a model, an engine, rewards in a process, two updates of each of two rollouts."""
     folder, mesh = loop
-    config, posttraining = read(settings(folder / "base"))
+    config, posttraining = read(settings(folder / "base", top_p=0.9, replay_routes=True))
     result = train_grpo(config, posttraining, folder / "run", mesh)
     assert result.step == 4
     rows = [row for row in read_rows(folder / "run") if "policy/loss" in row]

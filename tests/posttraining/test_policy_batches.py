@@ -19,6 +19,7 @@ from deepseek_jax.posttraining.problems import Problems, Prompt
 from deepseek_jax.posttraining.reference import Reference
 from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
 from deepseek_jax.posttraining.rewards.problem import Problem
+from deepseek_jax.posttraining.scoring import Scored
 from tests.support.fake_batch import FakeBatch, fake_weights
 
 TOKENIZER = byte_tokenizer()
@@ -46,12 +47,18 @@ REFERENCE = fake_weights(-1)
 
 
 def score(weights, batch):
-    return batch["sampler_logprobs_BS"] + np.float32(-1.0 if weights is REFERENCE else 0.25)
+    return Scored(batch["sampler_logprobs_BS"] + np.float32(-1.0 if weights is REFERENCE else 0.25), None)
 
 
 def open_batches(engine, choices=GRPO, reward=letters, on_failure="stop", train=TRAIN, staleness=0, **others):
     grpo = SimpleNamespace(
-        group_size=GROUP, updates=UPDATES, max_new_tokens=LIMIT, accuracy="text", staleness=staleness
+        group_size=GROUP,
+        updates=UPDATES,
+        max_new_tokens=LIMIT,
+        accuracy="text",
+        staleness=staleness,
+        drawing={},
+        replay_routes=False,
     )
     batches = PolicyBatches(
         **{

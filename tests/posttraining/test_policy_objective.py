@@ -19,6 +19,7 @@ from deepseek_jax.posttraining.policy_objective import (
     policy,
     policy_loss,
     policy_terms,
+    valued,
 )
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.state import abstract_state
@@ -191,12 +192,10 @@ def test_a_bad_output_that_became_far_likelier_is_still_pushed_down():
     assert float(slope) == pytest.approx(-np.exp(20.0), rel=1e-5)
 
 
-def test_weights_against_the_sampler_are_of_temperature_1():
-    config = small.config()
-    c = dataclasses.replace(GRPO, tis_cap=2.0)
-    with pytest.raises(ValueError, match=r"tis_cap = 2.0 and temperature = 0.7"):
-        policy(c, config.model, config.loss, 16, temperature=0.7)
-    assert policy(GRPO, config.model, config.loss, 16, temperature=0.7).temperature == 0.7
+def test_exact_values_stand_for_the_forward_pass_and_its_derivative_stays():
+    own, exact = jnp.float32([-1.0, -2.5]), jnp.float32([-1.0000001, -2.25])
+    value, slope = jax.value_and_grad(lambda x: (valued(3.0 * x, exact) * jnp.float32([1.0, 10.0])).sum())(own)
+    assert value == exact[0] + 10.0 * exact[1] and slope.tolist() == [3.0, 30.0]
 
 
 def toy(c, mesh, order, rows):

@@ -9,7 +9,16 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.job import LENGTH, STOP
 from deepseek_jax.posttraining.choices import DAPO, GRPO
-from deepseek_jax.posttraining.rollouts import carries_loss, draw_seed, make_batch, prompt_at, sample_groups
+from deepseek_jax.posttraining.rollouts import (
+    Sample,
+    carries_loss,
+    draw_seed,
+    make_batch,
+    prompt_at,
+    routes_of,
+    sample_groups,
+    whole_routes,
+)
 from tests.support.fake_batch import VERSION, FakeBatch, fake_weights, logprob, text_ids
 
 TOKENIZER = byte_tokenizer()
@@ -53,6 +62,24 @@ def test_rows_hold_each_token_with_its_own_probability_and_advantage(samples):
         assert batch["segment_ids_BS"][i].sum() == n + len(s.ids) and batch["advantages_B"][i] == i
     with pytest.raises(ValueError, match="and a row takes 31; raise data.sequence_length"):
         make_batch(samples, numbers, numbers > 0, 30, TOKENIZER.pad)
+
+
+def test_routes_of_cached_tokens_are_those_of_the_sample_that_cached_them():
+    plain = Sample(0, 0, [1, 2, 3], [4, 5], [], "", STOP, 0, None, 0)
+    one = plain._replace(routes_TLK=np.arange(8, dtype=np.uint8).reshape(4, 1, 2))
+    two = plain._replace(ids=[9, 9], routes_TLK=np.uint8([[[70, 71]]]), routes_begin=3)  # of the prompt all are cached
+    more = two._replace(ids=[4, 5, 6], routes_TLK=np.uint8([[[80, 81]]]), routes_begin=4)  # of an output, too
+    lost = two._replace(prompt=[1, 2, 8])
+    found = whole_routes([more, two, lost, one])
+    assert [x[:, 0].tolist() for x in found] == [
+        [[0, 1], [2, 3], [4, 5], [6, 7], [80, 81]],
+        [[0, 1], [2, 3], [4, 5], [70, 71]],
+        [[-1, -1]] * 3 + [[70, 71]],
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+    ]
+    rows = routes_of([more, one], 6)
+    assert rows.shape == (2, 6, 1, 2) and rows[1, :, 0, 0].tolist() == [0, 2, 4, 6, -1, -1]
+    assert routes_of([plain], 6) is None
 
 
 def test_overlong_outputs_and_flat_groups_can_be_left_out(samples):
