@@ -18,6 +18,7 @@ from deepseek_jax.posttraining.tasks import TASKS, make_task
 PATH = "config.posttraining.grpo"
 TASK = re.compile(r"(?P<name>\w+):(?P<shortest>\d{1,3})-(?P<longest>\d{1,3})")
 FILE = ".jsonl"
+MODEL = "model"  # the reward that `Grpo.reward_model` gives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Grpo:
         steps: optimizer steps of the run; training.num_tokens may end it before.
         max_new_tokens: of a sample, EOS included.
         rows: samples that are drawn at once.
+        reward_model: workdir of a reward model whose score is the reward "model"; "" without one.
     """
 
     variant: str
@@ -60,6 +62,7 @@ class Grpo:
     steps: int
     max_new_tokens: int
     rows: int
+    reward_model: str = ""
 
     @property
     def choices(self) -> Choices:
@@ -147,14 +150,21 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
 
 def check_rewards(grpo: Grpo) -> None:
     """Refuse unknown rewards, and weights that are no finite numbers."""
-    if not grpo.rewards or not grpo.rewards.keys() <= set(NAMES):
-        raise ValueError(f"{PATH}.rewards = {shown(repr(grpo.rewards))}: name each with its weight, of {NAMES}")
+    known = (*NAMES, MODEL)
+    if not grpo.rewards or not grpo.rewards.keys() <= set(known):
+        raise ValueError(f"{PATH}.rewards = {shown(repr(grpo.rewards))}: name each with its weight, of {known}")
+    if (MODEL in grpo.rewards) != bool(grpo.reward_model):
+        raise ValueError(
+            f"{PATH}.reward_model = {shown(repr(grpo.reward_model))} and rewards = {sorted(grpo.rewards)}: the reward"
+            f" {MODEL!r} is the score of a reward model; name its workdir, or leave both out"
+        )
     for name, weight in grpo.rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"{PATH}.rewards.{name} = {shown(repr(weight))} must be a finite number, its weight")
     if not any(grpo.rewards.values()):
         raise ValueError(f"{PATH}.rewards = {grpo.rewards}: all weights are 0, so there is nothing to learn; raise one")
-    if grpo.accuracy not in grpo.rewards:
+    if grpo.accuracy not in grpo.rewards or grpo.accuracy == MODEL:
         raise ValueError(
-            f"{PATH}.accuracy = {shown(repr(grpo.accuracy))} must be one of the rewards, {sorted(grpo.rewards)}"
+            f"{PATH}.accuracy = {shown(repr(grpo.accuracy))} must be one of the rewards by rules,"
+            f" {sorted(grpo.rewards.keys() - {MODEL})}"
         )
