@@ -26,6 +26,7 @@ SMALLER_R1 = """
 WORKDIR = Path({workdir!r})
 config_dict["model"].update({{"width": 32, "num_layers": 2, "num_heads": 2, "query_latent": 16, "kv_latent": 16}})
 config_dict["model"].update({{"content_dim": 8, "rotary_dim": 4, "value_dim": 8, "dense_hidden": 32}})
+config_dict["data"]["sequence_length"] = 192  # random bytes are three times as long when they are encoded again
 config_dict["r1"].update({{"examples": 24, "hasty": 24}})
 own = {{"rewards": {{"chance": 1.0}}, "accuracy": "chance", "num_problems": 20, "heldout": 4, "steps": 1, "rows": 8}}
 sizes = {{"training.batch_size": (("constant", 1.0, 8),), "training.micro_batch_size": 8}}
