@@ -30,7 +30,7 @@ config_dict["data"]["sequence_length"] = 192  # random bytes are three times as 
 config_dict["r1"].update({{"examples": 24, "hasty": 24}})
 own = {{"rewards": {{"chance": 1.0}}, "accuracy": "chance", "num_problems": 20, "heldout": 4, "steps": 1, "rows": 8}}
 sizes = {{"training.batch_size": (("constant", 1.0, 8),), "training.micro_batch_size": 8}}
-smaller = {{"sft": {{"epochs": 2.0}}, "grpo": own | {{"group_size": 4}}, "samples": {{"prompts": 20, "samples": 4}}}}
+smaller = {{"sft": {{"epochs": 16.0}}, "grpo": own | {{"group_size": 4}}, "samples": {{"prompts": 20, "samples": 4}}}}
 config_dict["r1"]["stages"] = tuple(
     stage | {{"settings": stage["settings"] | smaller[stage["kind"]], "changes": stage["changes"] and sizes}}
     for stage in config_dict["r1"]["stages"]
