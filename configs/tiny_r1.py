@@ -7,7 +7,14 @@
     second_rl     GRPO with rewards for right answers and for the form
 
 `--config.r1.num_stages=2` ends behind `reasoning`. `--config=configs/tiny_r1.py:chance` is the control: reinforcement
-learning with a reward that knows nothing (`posttraining.rewards.chance`).
+learning with a reward that knows nothing (`posttraining.rewards.chance`). `--config=configs/tiny_r1.py:distill`
+teaches a model of a seventh of the parameters, behind the first three stages:
+
+    small_sft         fine-tuning of random weights of it on the samples
+    small_both        and then on-policy distillation by reverse KL, from `reasoning`
+    small_cold        the cold start of it: begin of both that follow
+    small_on_policy   on-policy distillation alone
+    small_grpo        the control: GRPO alone, without a teacher
 """
 
 from ml_collections import ConfigDict
@@ -79,10 +86,46 @@ STAGES = (
         "settings": GRPO | {"rewards": {"text": 1.0, "format": 0.1}, "steps": 20},
     },
 )
+SMALL = {
+    "model.width": 64,
+    "model.num_layers": 2,
+    "model.query_latent": 32,
+    "model.kv_latent": 32,
+    "model.dense_hidden": 128,
+    "model.num_experts": 4,
+    "model.expert_hidden": 64,
+}
+TAUGHT = {name: value for name, value in GRPO.items() if name in ("template", "problems", "num_problems", "heldout")}
+TAUGHT |= {"teacher": "reasoning", "accuracy": "text", "group_size": 2, "steps": 30, "max_new_tokens": MAX_NEW_TOKENS}
+TAUGHT |= {"rows": 256}
+COPIES = {"optimizer.learning_rate": (("constant", 1.0, 3e-4),)}  # at 1e-3 the divergence grows (experiments/log.md)
+SMALL_STAGES = (
+    STAGES[0] | {"name": "small_sft", "data": "samples", "changes": FINE_TUNING | SMALL},
+    {
+        "name": "small_both",
+        "kind": "distillation",
+        "initial": "small_sft",
+        "changes": REINFORCEMENT | COPIES | SMALL,
+        "settings": TAUGHT,
+    },
+    STAGES[0] | {"name": "small_cold", "changes": FINE_TUNING | SMALL},
+    {
+        "name": "small_on_policy",
+        "kind": "distillation",
+        "initial": "small_cold",
+        "changes": REINFORCEMENT | COPIES | SMALL,
+        "settings": TAUGHT,
+    },
+    STAGES[1] | {"name": "small_grpo", "initial": "small_cold", "changes": REINFORCEMENT | SMALL},
+)
+DISTILL = "distill"
 
 
-def get_config(reward: str = "text") -> ConfigDict:
-    """Return V3's mechanisms at width 128, what all stages share, and the stages; `reward` is what GRPO maximises."""
+def get_config(variant: str = "text") -> ConfigDict:
+    """Return V3's mechanisms at width 128, what all stages share, and the stages.
+
+    `variant` is the reward that GRPO maximises, or "distill".
+    """
     config = tiny.get_config()
     config.name = "tiny_r1"
     config.model.update(
@@ -114,9 +157,12 @@ def get_config(reward: str = "text") -> ConfigDict:
     config.training.update({"num_tokens": 1e12, "eval_every": 0, "log_every": 1, "checkpoint_every": 20})
     config.execution.update({"expert_block": 64, "scan_unroll": 1})
     stages = STAGES
-    if reward != "text":
-        config.name = f"tiny_r1_{reward}"
-        settings = GRPO | {"rewards": {"text": 0.0, reward: 1.0}}  # the answer is measured, and gives nothing
+    if variant != "text":
+        config.name = f"tiny_r1_{variant}"
+    if variant == DISTILL:
+        stages = STAGES[:3] + SMALL_STAGES
+    elif variant != "text":
+        settings = GRPO | {"rewards": {"text": 0.0, variant: 1.0}}  # the answer is measured, and gives nothing
         stages = (STAGES[0], STAGES[1] | {"settings": settings})
     config.r1 = {"task": TASK, "examples": 2000, "hasty": 4000, "num_stages": len(stages), "stages": stages}
     return config

@@ -15,7 +15,9 @@ from deepseek_jax.data.pipeline import check_data
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve_for_training
+from deepseek_jax.posttraining.distillation import train_distillation
 from deepseek_jax.posttraining.grpo import train_grpo
+from deepseek_jax.posttraining.reward_model_training import train_reward_model
 from deepseek_jax.posttraining.settings import PosttrainingConfig, read
 from deepseek_jax.posttraining.sft import train_sft
 from deepseek_jax.training.interruption import Abort
@@ -36,7 +38,18 @@ WANDB = flags.DEFINE_string(
 )
 
 BEFORE = "stopped before the training began; nothing is lost, and the same command continues"
-DRIVERS: dict[str, Callable[..., Result]] = {"sft": train_sft, "grpo": train_grpo}
+# What is told of a run, by the key of its metrics.
+MEASURED = {
+    "eval/accuracy": "{:.1%} of held-out problems right",
+    "eval/pair_accuracy": "{:.1%} of held-out pairs right",
+    "eval/loss": "{:.4f} nats per held-out learned token",
+}
+DRIVERS: dict[str, Callable[..., Result]] = {
+    "sft": train_sft,
+    "grpo": train_grpo,
+    "distillation": train_distillation,
+    "reward_model": train_reward_model,
+}
 
 
 def main(_) -> None:
@@ -58,11 +71,10 @@ def main(_) -> None:
         say(f"\nstopped by {result.interrupted_by.name} after step {result.step}; to continue:\n  {again}")
         sys.exit(128 + result.interrupted_by)
     rows = read_rows(workdir)
-    losses, shares = ([row[key] for row in rows if key in row] for key in ("eval/loss", "eval/accuracy"))
-    if shares:
-        say(f"\n{shares[0]:.1%} of held-out problems right before the first step, {shares[-1]:.1%} after the last")
-    if losses:
-        say(f"\n{losses[0]:.4f} nats per held-out learned token before the first step, {losses[-1]:.4f} after the last")
+    for key, what in MEASURED.items():
+        if values := [row[key] for row in rows if key in row]:
+            ends = (what.format(value) for value in (values[0], values[-1]))
+            say("\n{} before the first step, {} after the last".format(*ends))
     say(f"the run is complete: {workdir}; docs/posttraining.md says how to talk to it and how to export it")
 
 

@@ -255,7 +255,7 @@ def _project(x: Any, weight: Any, *, whole: bool = False, scale: Scale = "fp32")
     return y_NX.astype(x.dtype if whole else jnp.float32)[None]
 
 
-def _absorb(parts: jax.Array, key_NPC: jax.Array, table: Table, shape: tuple[int, int]) -> jax.Array:
+def _absorb(parts: jax.Array, key_NPC: jax.Array, table: Table, shape: tuple[int, ...]) -> jax.Array:
     """Do as `absorb`; of more rows than its kernel takes, tokens [B, S] of `shape`, as `model.absorbed` does."""
     num_rows, (heads, content, _) = parts.shape[1], key_NPC.shape
     if num_rows <= MOST_ROWS:

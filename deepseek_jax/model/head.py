@@ -71,7 +71,7 @@ def _cross_entropy(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight):
         return _add_losses(sums, logits, z, targets, weights, z_weight), None
 
     zero = vary(jnp.zeros((), jnp.float32), hidden_TD)
-    return lax.scan(body, (zero, zero), _chunks((hidden_TD, targets_T, weights_T), chunk))[0]
+    return lax.scan(body, (zero, zero), chunks((hidden_TD, targets_T, weights_T), chunk))[0]
 
 
 def _forward_with_gradient(hidden_TD, head_DV, targets_T, weights_T, chunk, z_weight):
@@ -95,7 +95,7 @@ def _forward_with_gradient(hidden_TD, head_DV, targets_T, weights_T, chunk, z_we
 
     zero = vary(jnp.zeros((), jnp.float32), hidden_TD)
     carry = (zero, zero), vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
-    (sums, head_grad_DV), hidden_grad = lax.scan(body, carry, _chunks((hidden_TD, targets_T, weights_T), chunk))
+    (sums, head_grad_DV), hidden_grad = lax.scan(body, carry, chunks((hidden_TD, targets_T, weights_T), chunk))
     # Fusing the joined chunks into the norm's derivative crashes the compiler for tpu7x (libtpu 0.0.48.1, "Scaled
     # window bound").
     hidden_grad_TD = lax.optimization_barrier(hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]])
@@ -116,8 +116,8 @@ def _add_losses(sums, logits, z, targets, weights, z_weight):
     return sums[0] + (weights * (z - target_logits)).sum(), sums[1] + z_weight * (weights * z * z).sum()
 
 
-def _chunks(arrays, chunk):
-    """Cut the token dim into [chunks, chunk, ...]; the last chunk is filled with zeros, which carry no weight."""
+def chunks(arrays, chunk):
+    """Cut the token dim of arrays into [chunks, chunk, ...]; the last chunk is filled with zeros, without weight."""
     missing = -arrays[0].shape[0] % chunk
 
     def cut(x):
@@ -173,7 +173,7 @@ def _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk):
         log_z = jax.nn.logsumexp(logits, axis=-1)
         return None, (jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z, log_z)
 
-    _, results = lax.scan(body, None, _chunks((hidden_TD, targets_T, kept_TW), chunk))
+    _, results = lax.scan(body, None, chunks((hidden_TD, targets_T, kept_TW), chunk))
     return tuple(x.reshape(-1)[: hidden_TD.shape[0]] for x in results)
 
 
@@ -199,7 +199,7 @@ def _token_logprobs_backward(chunk, residuals, cotangents):
 
     zeros = vary(jnp.zeros(head.shape, jnp.float32), hidden_TD)
     head_grad_DV, hidden_grad = lax.scan(
-        body, zeros, _chunks((hidden_TD, targets_T, kept_TW, log_z_T, *cotangents), chunk)
+        body, zeros, chunks((hidden_TD, targets_T, kept_TW, log_z_T, *cotangents), chunk)
     )
     hidden_grad_TD = hidden_grad.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
     return hidden_grad_TD, head_grad_DV.astype(head_DV.dtype), None, None

@@ -61,3 +61,11 @@ def accuracy_row(
         "eval/length": float(np.mean([len(answer.ids) for answer in answers])),
         "eval/cut_off": float(np.mean([answer.finish_reason == LENGTH for answer in answers])),
     }
+
+
+def accuracy_line(row: Row) -> str:
+    """Return a row of `accuracy_row` as words."""
+    return (
+        f"{row['eval/accuracy']:.1%} of {row['eval/problems']} held-out problems right"
+        f" (95%: {row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
+    )

@@ -185,7 +185,7 @@ def _with_reasoning(
         reasoning, answer = EMPTY_REASONING, AFTER_REASONING + content
     elif opened:
         reasoning = re.sub(rf"^\s*{THINK}\n?", "", reasoning)
-    ids = _with_think_tokens(tokenizer, f"{reasoning}{END_THINK}{answer}")
+    ids = with_think_tokens(tokenizer, f"{reasoning}{END_THINK}{answer}")
     # What follows a reply does not depend on its text; a text without special form tells it.
     probe = [*context, {**message, "content": "x"}]
     whole = template.encode(tokenizer, probe, add_generation_prompt=False, **variables)
@@ -198,7 +198,7 @@ def _with_reasoning(
     return ids + whole[len(open_end) :]
 
 
-def _with_think_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+def with_think_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text in which `<think>` and `</think>` are tokens."""
     parts = re.split(f"({'|'.join(map(re.escape, THINK_TOKENS))})", text)
     ids: list[int] = []

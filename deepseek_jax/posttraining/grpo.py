@@ -36,7 +36,8 @@ from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parameters import EXPERTS, Weights
 from deepseek_jax.posttraining.accuracy import accuracy_row
 from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
-from deepseek_jax.posttraining.grpo_settings import PATH, Grpo
+from deepseek_jax.posttraining.grpo_settings import MODEL, PATH, Grpo
+from deepseek_jax.posttraining.model_rewards import open_model_rewards
 from deepseek_jax.posttraining.policy_batches import PolicyBatches
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS, policy_row
 from deepseek_jax.posttraining.policy_objective import Policy, policy
@@ -87,7 +88,7 @@ def train_grpo(
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
         problems = open_problems(config, grpo, template, tokenizer)
         sampler = _open_sampler(resources)
-        pool = resources.enter_context(open_pool(grpo))
+        pool = resources.enter_context(open_model_rewards(grpo, mesh) if grpo.reward_model else open_pool(grpo))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk, grpo.temperature)
         checkpoints, state, progress = _open_state(config, workdir, mesh, resources)
@@ -161,10 +162,11 @@ def with_steps(config: Config, grpo: Grpo) -> Config:
 
 
 def open_pool(grpo: Grpo) -> RewardPool:
-    """Start the processes of the rewards."""
+    """Start the processes of the rewards by rules."""
+    rules = {name: float(weight) for name, weight in grpo.rewards.items() if name != MODEL}
     return RewardPool(
-        rewards_by_name([*grpo.rewards]),
-        {name: float(weight) for name, weight in grpo.rewards.items()},
+        rewards_by_name([*rules]),
+        rules,
         num_workers=grpo.reward_workers,
         seconds=grpo.reward_seconds,
         on_failure=grpo.on_failure,

@@ -19,6 +19,7 @@ PATH = "config.posttraining.grpo"
 TASK = re.compile(r"(?P<name>\w+):(?P<shortest>\d{1,3})-(?P<longest>\d{1,3})")
 FILE = ".jsonl"
 ARITHMETICS = "fast", "exact"
+MODEL = "model"  # the reward that `Grpo.reward_model` gives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Grpo:
         replay_routes: updates and scores take the experts that the sampler chose (`model.router.Replay`).
         arithmetic: "exact" has the sampler's log-probabilities and routes in training, bit for bit, on a CPU in FP32
             (`inference.exact`); "fast" has two programs, which differ by rounding.
+        reward_model: workdir of a reward model whose score is the reward "model"; "" without one.
     """
 
     variant: str
@@ -77,6 +79,7 @@ class Grpo:
     top_p: float = 1.0
     replay_routes: bool = False
     arithmetic: str = "fast"
+    reward_model: str = ""
 
     @property
     def is_exact(self) -> bool:
@@ -215,14 +218,21 @@ def check_drawing(grpo: Grpo, config: Config) -> None:
 
 def check_rewards(grpo: Grpo) -> None:
     """Refuse unknown rewards, and weights that are no finite numbers."""
-    if not grpo.rewards or not grpo.rewards.keys() <= set(NAMES):
-        raise ValueError(f"{PATH}.rewards = {shown(repr(grpo.rewards))}: name each with its weight, of {NAMES}")
+    known = (*NAMES, MODEL)
+    if not grpo.rewards or not grpo.rewards.keys() <= set(known):
+        raise ValueError(f"{PATH}.rewards = {shown(repr(grpo.rewards))}: name each with its weight, of {known}")
+    if (MODEL in grpo.rewards) != bool(grpo.reward_model):
+        raise ValueError(
+            f"{PATH}.reward_model = {shown(repr(grpo.reward_model))} and rewards = {sorted(grpo.rewards)}: the reward"
+            f" {MODEL!r} is the score of a reward model; name its workdir, or leave both out"
+        )
     for name, weight in grpo.rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"{PATH}.rewards.{name} = {shown(repr(weight))} must be a finite number, its weight")
     if not any(grpo.rewards.values()):
         raise ValueError(f"{PATH}.rewards = {grpo.rewards}: all weights are 0, so there is nothing to learn; raise one")
-    if grpo.accuracy not in grpo.rewards:
+    if grpo.accuracy not in grpo.rewards or grpo.accuracy == MODEL:
         raise ValueError(
-            f"{PATH}.accuracy = {shown(repr(grpo.accuracy))} must be one of the rewards, {sorted(grpo.rewards)}"
+            f"{PATH}.accuracy = {shown(repr(grpo.accuracy))} must be one of the rewards by rules,"
+            f" {sorted(grpo.rewards.keys() - {MODEL})}"
         )

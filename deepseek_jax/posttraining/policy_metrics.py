@@ -8,6 +8,7 @@ import numpy as np
 from deepseek_jax.inference.job import LENGTH
 from deepseek_jax.posttraining.advantages import is_flat
 from deepseek_jax.posttraining.choices import Choices
+from deepseek_jax.posttraining.grpo_settings import MODEL
 from deepseek_jax.posttraining.rewards import NAMES
 from deepseek_jax.posttraining.rewards.problem import Score
 from deepseek_jax.posttraining.rollouts import Sample
@@ -30,7 +31,7 @@ POLICY_KEYS = KEYS | {
     "policy/staleness": "updates that the weights which sampled are behind those that are updated",
     "rollout/reward": "mean of the weighted sums, with the punishment of length",
     "rollout/reward_std": "mean of the standard deviations within groups",
-    **{f"rollout/reward_{name}": f"mean of the reward {name!r}, without its weight" for name in NAMES},
+    **{f"rollout/reward_{name}": f"mean of the reward {name!r}, without its weight" for name in (*NAMES, MODEL)},
     "rollout/accuracy": "share of outputs that the reward of accuracy gives 1",
     "rollout/flat_groups": "share of groups whose rewards are all equal",
     "rollout/failed": "rewards that failed and count 0",

@@ -6,7 +6,7 @@ learning for all uses. Here each is a stage of a configuration (`posttraining.r1
 
     examples.jsonl        conversations of the task that show the way to an answer
     <stage>_random/       random weights, where a stage begins with them
-    <stage>/              the run of a stage of kind "sft" or "grpo", as `experiments.posttrain` makes it
+    <stage>/              the run of a stage of any kind but "samples", as `experiments.posttrain` makes it
     <stage>.jsonl         the conversations of a stage of kind "samples"
     results/<stage>.json  held-out accuracy behind a stage, and three answers; a stage that has this is done
 
@@ -37,8 +37,9 @@ from deepseek_jax.inference.job import STOP, Job
 from deepseek_jax.inputs import read_json
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
-from deepseek_jax.posttraining.accuracy import accuracy_row
+from deepseek_jax.posttraining.accuracy import accuracy_line, accuracy_row
 from deepseek_jax.posttraining.conversations import find_template
+from deepseek_jax.posttraining.distillation import train_distillation
 from deepseek_jax.posttraining.grpo import open_engine, open_pool, train_grpo
 from deepseek_jax.posttraining.grpo_settings import Grpo
 from deepseek_jax.posttraining.problems import Problems, open_problems
@@ -78,8 +79,8 @@ def run_stages(plan: Plan, workdir: Path, tell: Callable[[str], None]) -> signal
         if stage.initial == RANDOM:
             measure(plan, stage, workdir, base_of(stage), tell)
         if not _result(workdir, stage.name).exists():
-            train = train_sft if stage.kind == "sft" else train_grpo
-            result = train(*plan.settings(stage, workdir), workdir / stage.name)
+            drivers = {"sft": train_sft, "grpo": train_grpo, "distillation": train_distillation}
+            result = drivers[stage.kind](*plan.settings(stage, workdir), workdir / stage.name)
             if result.interrupted_by is not None:
                 return result.interrupted_by
             measure(plan, stage, workdir, stage.name, tell)
@@ -139,17 +140,15 @@ def measure(plan: Plan, stage: Stage, workdir: Path, folder: str, tell: Callable
 
 def result_lines(name: str, row: dict) -> str:
     """Return a result as lines for a person."""
-    head = (
-        f"{name}: {row['eval/accuracy']:.1%} of {row['eval/problems']} held-out problems right"
-        f" (95%: {row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
-    )
+    head = f"{name}: {accuracy_line(row)}"
     return "\n".join([head, *(f"  {question!r} -> {answer!r}" for question, answer in row["answers"])])
 
 
 def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[str], None]) -> None:
     """Draw answers to training problems with the weights of `stage.initial`; keep the right ones, each once.
 
-    Right is what `Grpo.accuracy` of that stage says, and ends with EOS. Blocks of prompts that are done are kept.
+    Right is what `Grpo.accuracy` of that stage says, ends with EOS, and is not empty, which fine-tuning does not take.
+    Blocks of prompts that are done are kept.
 
     Raises:
         ValueError: no answer was right.
@@ -189,7 +188,7 @@ def _right_answers(engine, pool, problems, numbers, grpo, settings, seed: int) -
     kept = {
         (problem.name, sample.text): problem.messages
         for problem, sample, score in zip(asked, drawn, scores, strict=True)
-        if score.parts[grpo.accuracy] == 1.0 and sample.finish_reason == STOP
+        if score.parts[grpo.accuracy] == 1.0 and sample.finish_reason == STOP and sample.text.strip()
     }
     return [{"messages": [*messages, {"role": "assistant", "content": text}]} for (_, text), messages in kept.items()]
 
@@ -200,7 +199,7 @@ def _sampler(
 ) -> Iterator[tuple[Engine, RewardPool, Problems, Weights]]:
     """Open an engine with the weights in a folder of a stage's model, with the problems and rewards of `grpo`."""
     config, posttraining = plan.settings(stage, workdir)
-    own = posttraining.sft or posttraining.grpo
+    own = posttraining.sft or posttraining.grpo or posttraining.distillation
     assert own is not None
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), open_pool(grpo) as pool:

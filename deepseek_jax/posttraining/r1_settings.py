@@ -5,7 +5,8 @@ A file in `configs/` for R1's stages is an ordinary configuration, for what all 
     config.r1 = {"task": "sort_digits:4-6", "examples": 2000, "hasty": 0, "num_stages": 2, "stages": (...)}
 
 A stage begins with the weights of an earlier one, or with random ones, and has the shared configuration with some keys
-changed. What it is, is its kind: "sft" and "grpo" are those of `posttraining.settings`, "samples" makes conversations.
+changed: those of `model.*` for a smaller model. What it is, is its kind: one of `posttraining.settings`, or "samples",
+which makes conversations. In "distillation" the teacher is the name of a stage.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from deepseek_jax.posttraining.settings import SECTION, Posttraining, read
 from deepseek_jax.posttraining.tasks import make_task
 
 RANDOM = "random"
-KINDS = "sft", "grpo", "samples"
+KINDS = "sft", "grpo", "distillation", "samples"
 RECORD = "r1.json"
 EXAMPLES = "examples"  # .jsonl
 RESULTS = "results"
@@ -49,11 +50,11 @@ class Stage:
 
     Attributes:
         name: of the stage and of its folder.
-        kind: "sft", "grpo" or "samples".
+        kind: one of `KINDS`.
         initial: the stage whose weights it begins with; "random" for none, in SFT.
         data: of SFT: a stage of kind "samples"; "" for the conversations of the task.
         changes: dotted keys of the shared configuration with this stage's values; the seed is that of all stages.
-        settings: the fields of `settings.Sft`, `grpo_settings.Grpo` or `Samples`.
+        settings: the fields of `Samples`, or of the kind's class in `settings.Posttraining`.
     """
 
     name: str
@@ -126,13 +127,15 @@ class Plan:
             raise ValueError(f"config.r1, task {self.r1.task!r}: {error}") from error
 
     def grpo(self, stage: Stage, workdir: Path) -> Grpo:
-        """Return the settings of a stage of the kind "grpo"."""
-        grpo = self.settings(stage, workdir)[1].grpo
-        assert grpo is not None
-        return grpo
+        """Return the settings of a stage of the kind "grpo", or how one of "distillation" draws and measures."""
+        own = self.settings(stage, workdir)[1]
+        if own.distillation is not None:
+            return own.distillation.rollouts
+        assert own.grpo is not None
+        return own.grpo
 
     def settings(self, stage: Stage, workdir: Path) -> tuple[Config, Posttraining]:
-        """Return what `train_sft` or `train_grpo` takes for a stage of these kinds, whose folder is in `workdir`.
+        """Return what the driver of a stage that trains takes; the stage's folder is in `workdir`.
 
         Raises:
             ValueError: as `settings.read`, with the stage's name; or a change of no key.
@@ -145,7 +148,9 @@ class Plan:
                 _put(tree, key, value)
             if stage.kind == "sft":
                 tree["data"]["sources"] = [{"path": str(workdir / f"{stage.data or EXAMPLES}.jsonl")}]
-            return read(tree | {SECTION: {"stage": stage.kind, stage.kind: stage.settings}}, str(initial))
+            own = dict(stage.settings)
+            own |= {"teacher": str(workdir / own["teacher"])} if stage.kind == "distillation" else {}
+            return read(tree | {SECTION: {"stage": stage.kind, stage.kind: own}}, str(initial))
         except ValueError as error:
             raise ValueError(f"config.r1, stage {stage.name!r}: {error}") from error
 
@@ -238,7 +243,7 @@ def _check_problems(plan: Plan, workdir: Path) -> None:
     nums = {}
     for stage in plan.r1.stages:
         where = f"config.r1, stage {stage.name!r}"
-        if stage.kind == "grpo":
+        if stage.kind in ("grpo", "distillation"):
             try:
                 nums[stage.name] = len(find_problems(plan.shared["seed"], plan.grpo(stage, workdir))[0])
             except ValueError as error:
@@ -254,13 +259,17 @@ def _check_stage(stage: Stage, before: tuple[Stage, ...]) -> None:
     kinds, where = {other.name: other.kind for other in before}, f"config.r1, stage {stage.name!r}"
     if stage.kind not in KINDS:
         raise ValueError(f"{where}: kind = {shown(repr(stage.kind))} is unknown; choose one of {KINDS}")
-    begins = {"sft": (RANDOM, "sft", "grpo"), "grpo": ("sft", "grpo"), "samples": ("grpo",)}[stage.kind]
+    trained = "sft", "grpo", "distillation"
+    begins = {"sft": (RANDOM, *trained), "samples": ("grpo",)}.get(stage.kind, trained)
     if (kinds | {RANDOM: RANDOM}).get(stage.initial) not in begins:
         raise ValueError(
             f"{where}: initial = {shown(repr(stage.initial))} must be an earlier stage of kind {' or '.join(begins)}"
         )
     if stage.data and (stage.kind != "sft" or kinds.get(stage.data) != "samples"):
         raise ValueError(f"{where}: data = {shown(repr(stage.data))} must be an earlier stage of kind samples, in sft")
+    teacher = str(stage.settings.get("teacher"))
+    if stage.kind == "distillation" and kinds.get(teacher) not in trained:
+        raise ValueError(f"{where}: settings.teacher = {shown(repr(teacher))} must be an earlier stage that trains")
     if stage.kind == "samples":
         made = samples_of(stage)
         if made.prompts < 1 or made.samples < 2 or not made.temperature > 0.0:

@@ -21,7 +21,9 @@ from deepseek_jax.adapters import Lora
 from deepseek_jax.config import Config, convert, from_config_dict
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.posttraining.distillation_settings import Distillation, check_distillation
 from deepseek_jax.posttraining.grpo_settings import Grpo, check_grpo
+from deepseek_jax.posttraining.preferences import RewardModel, check_reward_model
 from deepseek_jax.training.origin import WHOLE
 from deepseek_jax.training.workdir import is_claimed
 
@@ -29,7 +31,15 @@ SECTION = "posttraining"
 FILE = "posttraining.json"
 MTP_MODES = ("joint", "detached", "off")
 # Of a run that continues; its length is checked as that of every run.
-FREE_KEYS = {"sft.epochs", "grpo.steps", "grpo.rows", "grpo.reward_workers", "grpo.reward_seconds"}
+FREE_KEYS = {
+    "sft.epochs",
+    "reward_model.epochs",
+    "grpo.steps",
+    "grpo.rows",
+    "grpo.reward_workers",
+    "grpo.reward_seconds",
+}
+FREE_KEYS |= {f"distillation.{key}" for key in ("steps", "rows", "teacher")}  # the teacher's weights have a fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,8 @@ class Posttraining:
     stage: str
     sft: Sft | None = None
     grpo: Grpo | None = None
+    distillation: Distillation | None = None
+    reward_model: RewardModel | None = None
     lora: Lora | None = None
 
 
@@ -248,4 +260,9 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # Each stage has a field of its name in `Posttraining`, and a check of its settings.
-STAGES: dict[str, Callable[[Any, Config], None]] = {"sft": check_sft, "grpo": check_grpo}
+STAGES: dict[str, Callable[[Any, Config], None]] = {
+    "sft": check_sft,
+    "grpo": check_grpo,
+    "distillation": check_distillation,
+    "reward_model": check_reward_model,
+}

@@ -109,8 +109,13 @@ def train_step(recipe: Recipe, state: State, batch: Batch, rates: Rates) -> tupl
     return update(recipe, state, grads, sums, norms, rates)
 
 
-def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any = None) -> tuple[Any, Sums, Any]:
+def gradients(
+    recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any = None, shared: Batch | None = None
+) -> tuple[Any, Sums, Any]:
     """Differentiate the objective of a whole batch by `weights.params`: all of the model, or adapters of `base`.
+
+    `shared` are arrays that the objective reads beside those of the batch and that all rows share; each device gets
+    them whole.
 
     Returns:
         FP32 gradients in the layout of the parameters, global sums, and the objective's normalisers.
@@ -118,10 +123,10 @@ def gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base
     specs, base_specs = stored_specs(weights), None if base is None else param_specs(base)
     local = jax.shard_map(
         functools.partial(_local_gradients, recipe),
-        in_specs=(specs, {name: P(ROWS) for name in batch}, P(), base_specs),
+        in_specs=(specs, {name: P(ROWS) for name in batch}, P(), base_specs, P()),
         out_specs=(specs.params, P(), P()),
     )
-    return local(weights, batch, rates, base)
+    return local(weights, batch, rates, base, shared or {})
 
 
 def update(
@@ -221,7 +226,7 @@ def _forward(
     return context.parts(Sums(objective.terms(output, head_DV, batch), router))
 
 
-def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any):
+def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any, shared: Batch):
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
     model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
@@ -243,7 +248,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     chosen_LE = _choices(parts, whole(params), micro_batches, load) if several and objective.batch_wise else None
 
     def loss(params, micro_batch):
-        sums = _forward(*parts, whole(params), micro_batch, load, execution.interleave)
+        sums = _forward(*parts, whole(params), micro_batch | shared, load, execution.interleave)
         router = sums.router
         if objective.batch_wise:
             chosen = lax.psum(router.chosen_E, TOKENS) if chosen_LE is None else chosen_LE

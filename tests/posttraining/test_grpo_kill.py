@@ -22,9 +22,8 @@ class Runs:
 
     def __init__(self, folder):
         self.folder, self.log = folder, folder / "log"
-        variables = {"XLA_FLAGS": compiling.FLAGS}
         command = ["-m", "tests.support.grpo_runs", str(folder)]
-        self.process = start(command, self.log, piped=True, **variables)
+        self.process = start(command, self.log, piped=True)
 
     def start(self, name, staleness, fails_at=0, most=0):
         self.process.stdin.write(f"{name} {staleness} {fails_at} {most}\n".encode())

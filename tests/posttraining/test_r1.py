@@ -87,6 +87,25 @@ def test_stages_that_mean_nothing_are_refused(tmp_path, changes, message):
         plan_of(tmp_path, changes)
 
 
+def test_a_smaller_model_learns_from_the_samples_and_from_the_probabilities_of_a_larger_one(tmp_path):
+    plan = plan_of(tmp_path, reward="distill", num_stages=8)
+    names = [stage.name for stage in plan.stages]
+    assert names[3:] == ["small_sft", "small_both", "small_cold", "small_on_policy", "small_grpo"]
+    small = {name: plan.settings(plan.named(name), tmp_path) for name in names[3:]}
+    assert {config.model.width for config, _ in small.values()} == {64}
+    assert len({config.model for config, _ in small.values()}) == 1
+    assert small["small_sft"][0].data.sources[0].path == str(tmp_path / "samples.jsonl")
+    for name, initial in (("small_both", "small_sft"), ("small_on_policy", "small_cold")):
+        config, posttraining = small[name]
+        assert config.training.initial_weights == str(tmp_path / initial)
+        assert posttraining.distillation is not None
+        assert posttraining.distillation.teacher == str(tmp_path / "reasoning")
+        assert plan.grpo(plan.named(name), tmp_path).heldout == plan.grpo(plan.measure, tmp_path).heldout
+    with pytest.raises(ValueError, match="settings.teacher = 'small_grpo' must be an earlier stage that trains"):
+        other = dict(tiny_r1.SMALL_STAGES[1]["settings"]) | {"teacher": "small_grpo"}
+        plan_of(tmp_path, [(4, "settings", other)], reward="distill")
+
+
 def test_a_plan_that_cannot_run_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="task 'add_digits:4-5': hasty = 4000: add_digits has no hasty way; use 0"):
         plan_of(tmp_path, task="add_digits:4-5")

@@ -1,0 +1,135 @@
+"""The score of a reward model as a reward of GRPO, beside the rules of a pool.
+
+    posttraining.grpo.rewards = {"text": 0.0, "model": 1.0}
+    posttraining.grpo.reward_model = "runs/reward"
+
+The model runs on the trainer's devices, so it is no reward of a process (`rewards.pool`). It fails as those do: a score
+that is NaN or infinite, an answer that does not fit a row, and scores that take longer than `reward_seconds` for a
+batch of them; what then happens is `on_failure`. A program that does not come back cannot be stopped: it is left in its
+thread, which does not keep the process alive, and from then on every score fails at once.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from deepseek_jax.inputs import local_path, read_json, shown
+from deepseek_jax.posttraining.conversations import find_template
+from deepseek_jax.posttraining.grpo_settings import MODEL, PATH, Grpo
+from deepseek_jax.posttraining.reward_model import encode_answer, preferences, score_answers, score_program
+from deepseek_jax.posttraining.rewards import rewards_by_name
+from deepseek_jax.posttraining.rewards.pool import SHOWN_CHARACTERS, RewardError, RewardPool, log
+from deepseek_jax.posttraining.rewards.problem import Problem, Score
+from deepseek_jax.posttraining.settings import FILE
+from deepseek_jax.training.weights import restore_weights
+from deepseek_jax.training.workdir import HUGGINGFACE, read_config
+
+STAGE = "reward_model"
+
+
+class ModelRewards(RewardPool):
+    """A pool of rules with the score of a model: `score` gives both; `submit` the rules alone."""
+
+    def __init__(self, grpo: Grpo, batch: int, scores: Callable[[list[tuple[Problem, str]]], np.ndarray]):
+        """Take the settings; `scores` returns one number for each of at most `batch` problems with their answers."""
+        rules = {name: float(weight) for name, weight in grpo.rewards.items() if name != MODEL}
+        super().__init__(rewards_by_name([*rules]), rules, grpo.reward_workers, grpo.reward_seconds, grpo.on_failure)
+        self._grpo, self._batch, self._scores = grpo, batch, scores
+        self._stuck = False
+
+    def score(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Score]:
+        """Return the scores of answers, in their order.
+
+        Raises:
+            ValueError: not as many problems as texts.
+            RewardError: a reward failed and the policy is "stop".
+        """
+        rules, weight = super().score(problems, texts), float(self._grpo.rewards[MODEL])
+        pairs = [*zip(problems, texts, strict=True)]
+        values = [
+            value for i in range(0, len(pairs), self._batch) for value in self._within(pairs[i : i + self._batch])
+        ]
+        scores = []
+        for (problem, text), rule, (value, failure) in zip(pairs, rules, values, strict=True):
+            if failure:
+                what = f"reward {MODEL!r} of problem {problem.name!r} {failure}; text: {text[:SHOWN_CHARACTERS]!r}"
+                if self._grpo.on_failure == "stop":
+                    raise RewardError(what)
+                log.warning("%s; counted as 0", what)
+            failed = (*rule.failed, MODEL) if failure else rule.failed
+            scores.append(Score(rule.total + weight * value, {**rule.parts, MODEL: value}, failed))
+        return scores
+
+    def _within(self, pairs: list[tuple[Problem, str]]) -> list[tuple[float, str | None]]:
+        """Return scores and what failed, of a batch, within the limit of time."""
+        late = f"took longer than {self._grpo.reward_seconds} s for {len(pairs)} answers"
+        if self._stuck:
+            return [(0.0, "waits for a program that did not come back")] * len(pairs)
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                outcome.append(self._scores(pairs))
+            except Exception as error:  # told by `score`
+                outcome.append(error)
+
+        thread = threading.Thread(target=run, name="reward model", daemon=True)
+        thread.start()
+        thread.join(self._grpo.reward_seconds)
+        if not outcome:
+            self._stuck = True
+            return [(0.0, late)] * len(pairs)
+        if isinstance(outcome[0], Exception):
+            return [(0.0, f"raised {type(outcome[0]).__name__}: {outcome[0]}")] * len(pairs)
+        return [(float(x), None) if math.isfinite(x) else (0.0, f"returned {x}") for x in outcome[0]]
+
+
+def open_model_rewards(grpo: Grpo, mesh: jax.sharding.Mesh) -> ModelRewards:
+    """Read a reward model onto the mesh of a policy, compile it, and start the processes of the rules.
+
+    Raises:
+        ValueError: the folder holds no reward model, or its checkpoint cannot be read.
+    """
+    where = f"{PATH}.reward_model"
+    folder = local_path(grpo.reward_model, where)
+    section = read_json(folder / FILE) if (folder / FILE).exists() else {}
+    if section.get("stage") != STAGE:
+        raise ValueError(
+            f"{where} = {shown(grpo.reward_model)!r} holds no reward model; train one: experiments.posttrain with the"
+            f" stage {STAGE!r} (docs/rewards.md)"
+        )
+    config = read_config(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILES[0])
+    template = find_template(section[STAGE]["template"], folder / HUGGINGFACE)
+    with jax.set_mesh(mesh):
+        weights = restore_weights(config, folder, mesh)[0]
+        program = score_program(config, preferences(config.model, config.loss, tokenizer.eos), mesh)
+    sizes = config.training.micro_batch_size, config.data.sequence_length
+    score = functools.partial(_scores, program, weights, sizes, template, tokenizer, mesh)
+    score([])  # compiles, which no limit of time is for
+    return ModelRewards(grpo, sizes[0], score)
+
+
+def _scores(
+    program: Callable,
+    weights: Any,
+    sizes: tuple[int, int],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    pairs: list[tuple[Problem, str]],
+) -> np.ndarray:
+    """Return the scores of answers; NaN of those that do not fit a row."""
+    answers = [encode_answer(template, tokenizer, problem.messages, text) for problem, text in pairs]
+    fits = [len(ids) <= sizes[1] for ids in answers]
+    rows = [ids if fit else [] for ids, fit in zip(answers, fits, strict=True)]
+    with jax.set_mesh(mesh):  # of this thread
+        found = score_answers(program, weights, rows or [[]], sizes, tokenizer.pad, mesh)[: len(answers)]
+    return np.where(fits, found, np.nan)
