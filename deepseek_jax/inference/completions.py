@@ -102,7 +102,7 @@ def _logprobs(bursts: list[Chosen], row: int, num_tokens: int, count: int | None
     if count is None:
         return None
     parts = [jax.tree.map(lambda leaf: leaf[row], chosen) for chosen in bursts]
-    ids_K, (chosen_K, top_ids_KT, top_KT) = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_tokens], *parts)
-    tops = zip(top_ids_KT[:, :count].tolist(), top_KT[:, :count].tolist(), strict=True)
-    found = zip(ids_K.tolist(), chosen_K.tolist(), tops, strict=True)
+    ids_K, found_K = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_tokens], *parts)
+    tops = zip(found_K.top_ids_BK[:, :count].tolist(), found_K.top_BK[:, :count].tolist(), strict=True)
+    found = zip(ids_K.tolist(), found_K.chosen_B.tolist(), tops, strict=True)
     return [TokenLogprob(token, logprob, list(zip(*top, strict=True))) for token, logprob, top in found]

@@ -287,7 +287,7 @@ def test_log_probabilities_are_those_of_teacher_forcing(batch):
     log_SV = np.asarray(jax.nn.log_softmax(logits_SV.astype(jnp.float32)))[: len(whole) - 1]
     parts = [found[0].prompt_logprobs[2], found[1].prompt_logprobs[2]]
     parts += [jax.tree.map(lambda x: x[2], result.logprobs) for result in found[1:]]
-    chosen, ids, top = (np.concatenate(leaves) for leaves in zip(*parts, strict=True))
+    chosen, ids, top = (np.concatenate(leaves) for leaves in zip(*[found[:3] for found in parts], strict=True))
     np.testing.assert_allclose(chosen, log_SV[np.arange(len(whole) - 1), whole[1:]], atol=1e-5)
     np.testing.assert_allclose(top, np.sort(log_SV)[:, ::-1][:, : top.shape[1]], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(log_SV, ids, 1), top, atol=1e-5)
