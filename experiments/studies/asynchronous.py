@@ -29,9 +29,9 @@ from deepseek_jax.posttraining.sft import train_sft
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
+from experiments.studies.runs import RUNS
 from pallas_kernels.bench import records
 
-RUNS = flags.DEFINE_string("runs", None, "Folder of the runs. If it holds some, they continue.", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the problems and the draws.")
 STALENESS = flags.DEFINE_list("staleness", ["0", "1"], "Updates that rollouts may be behind, one run for each.")
 STEPS = flags.DEFINE_integer("steps", 30, "Updates of each run.", lower_bound=2)

@@ -52,10 +52,10 @@ from deepseek_jax.training.state import weights_of
 from experiments import command, session
 from experiments.studies import output
 from experiments.studies.gsm8k_data import HeldOut, Sizes, prepare
+from experiments.studies.runs import RUNS
 from pallas_kernels.bench import records
 
 GSM8K = flags.DEFINE_string("gsm8k", None, "GSM8K's training split, .jsonl.", required=True)
-RUNS = flags.DEFINE_string("runs", None, "Folder of data and runs. If it holds some, they continue.", required=True)
 
 STAGES = "base", "sft", "grpo"
 DATA, RESULTS = "data", "results"

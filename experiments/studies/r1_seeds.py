@@ -29,9 +29,9 @@ from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
+from experiments.studies.runs import RUNS
 from pallas_kernels.bench import records
 
-RUNS = flags.DEFINE_string("runs", None, "Folder of the runs. If it holds some, they continue.", required=True)
 STAGES = flags.DEFINE_integer("stages", len(tiny_r1.STAGES), "Stages of each run.", lower_bound=2)
 
 SEEDS = (0, 1, 2)
