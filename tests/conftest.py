@@ -8,10 +8,7 @@ import pytest
 from tests.support import compiling
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Simulated devices of a loaded machine wait long for each other: XLA ends the process after 40 s, here after 300.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS} --xla_cpu_collective_call_terminate_timeout_seconds=300"
-)
+os.environ["XLA_FLAGS"] = compiling.flags_with(os.environ.get("XLA_FLAGS", ""))
 
 import jax
 

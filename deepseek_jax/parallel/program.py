@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jaxlib import xla_client
 
 from deepseek_jax.config import Config, Execution
 from deepseek_jax.parallel.host_memory import check_host_memory
@@ -19,8 +20,7 @@ from pallas_kernels import GROUP, dispatch
 
 SPLASH_BLOCK = 128  # the kernel's smallest
 # A pass of XLA for TPUs that sums what micro-batches give before it is reduced over devices. To look for such sums in
-# V3's step took 7 GB of the compiler's memory, and the step needed more of a device (experiments/log.md). On GPUs XLA
-# does not do it unless asked.
+# V3's step took the compiler's memory from 0.8 to 8.0 GB (experiments/log.md). On GPUs XLA does not do it unless asked.
 NOT_ON_TPU = "while-loop-all-reduce-code-motion"
 MOST_PROGRAMS = 64  # that a process remembers; each keeps its compiled executables alive
 
@@ -33,6 +33,7 @@ def jit_on(
     *static: Any,
     donate: tuple[int, ...] = (),
     cublas=False,
+    trains=False,
 ) -> Callable:
     """Jit `function(*static, *arrays)` so that "fp32" is FP32 everywhere; the same arguments give the same program.
 
@@ -48,6 +49,9 @@ def jit_on(
         donate: positions of the donated arrays, counted without `static`.
         cublas: whether on a GPU cuBLAS alone does the products in other precisions, too: for those of a prompt, XLA
             chose Triton kernels that took longer (experiments/log.md).
+        trains: whether this is a train step, which is compiled for TPUs without the pass `NOT_ON_TPU`, for the sake of
+            the compiler's memory. So what is reduced after each micro-batch is not summed before. What that costs or
+            saves in the step's time on a TPU was not measured.
     """
     platform = mesh.devices.flat[0].platform
     exact = execution.precision == "fp32" and platform != "cpu"
@@ -56,10 +60,19 @@ def jit_on(
         with jax.default_matmul_precision("highest" if exact else None):
             return function(*static, *arrays)
 
-    options: dict[str, Any] = {"xla_disable_hlo_passes": NOT_ON_TPU} if platform == "tpu" else {}
+    options: dict[str, Any] = {}
+    if trains and platform == "tpu":
+        options = {"xla_disable_hlo_passes": _disabled_with(NOT_ON_TPU)}
     if (exact or cublas) and platform == "gpu":
         options = {"xla_gpu_enable_triton_gemm": False}
     return jax.jit(run, donate_argnums=donate, compiler_options=options or None)
+
+
+def _disabled_with(name: str) -> str:
+    """Return the passes that XLA_FLAGS disables, and one more: an option of a program takes the place of the flag's."""
+    flags = xla_client.CompileOptions().executable_build_options.debug_options.xla_disable_hlo_passes
+    passes = [each.strip() for each in flags.split(",") if each.strip()]
+    return ",".join(passes if name in passes else [*passes, name])
 
 
 def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:

@@ -42,6 +42,7 @@ from deepseek_jax.plan.chips import ENVIRONMENT, Chip, absent_devices, find_chip
 from deepseek_jax.plan.memory import StepMemory, compile_step
 
 ASSIGNED, WHOLE = ".after_optimizations-buffer-assignment.txt", ".after_optimizations.txt"  # of a program
+STEP = "jit_run"  # the program's name in the names of its files: the function inside of `parallel.program.jit_on`
 PIECES = re.compile(r"^allocation \d+:.*$", re.MULTILINE)
 PIECE = re.compile(r"^allocation \d+: size (\d+),(?: color (\d+),)? page \d+,(.*)$")
 HOST_COLOR = "5"
@@ -158,12 +159,13 @@ def _watch(process: subprocess.Popen, folder: Path, chip: Chip) -> StepMemory | 
 
 
 def _assigned(folder: Path) -> StepMemory | None:
-    """Return the memory by the assignment of the largest program; None: no assignment is whole.
+    """Return the memory by the assignment of the step; None: it is not whole.
 
     The compiler opens all files of a program at once, and writes one after another: the program itself last, so as soon
-    as that has begun the assignment is whole. Several programs may be compiled at once.
+    as that has begun the assignment is whole. A small program that is compiled before or beside the step has another
+    name, and is not taken for it.
     """
-    whole = [path for path in folder.glob("*" + WHOLE) if path.stat().st_size]
+    whole = [path for path in folder.glob(f"*.{STEP}.*{WHOLE}") if path.stat().st_size]
     paths = [path.with_name(path.name.removesuffix(WHOLE) + ASSIGNED) for path in whole]
     return max((read_assignment(path) for path in paths if path.exists()), key=lambda step: step.total, default=None)
 

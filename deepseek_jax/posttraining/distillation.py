@@ -128,7 +128,7 @@ def open_teacher(config: Config, teacher: Teacher, mesh: jax.sharding.Mesh) -> t
     ]
     weights = read_origin(teacher.config, mesh, whole=False).weights
     text = json.dumps(fingerprints(dict(weights._asdict())), sort_keys=True)
-    step = jit_on(distillation_step, recipes[0].execution, mesh, *recipes, donate=(1,))
+    step = jit_on(distillation_step, recipes[0].execution, mesh, *recipes, donate=(1,), trains=True)
     return StepOnBase(step, weights), hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -104,7 +104,7 @@ def open_adapters(config: Config, lora: Lora, objective: Objective, workdir: Pat
             check_tokenizer(config, workdir)
         return jax.jit(functools.partial(first_state, config, lora))(base, router_bias), progress
 
-    step = jit_on(adapted_step, recipe.execution, mesh, recipe, donate=(1,))
+    step = jit_on(adapted_step, recipe.execution, mesh, recipe, donate=(1,), trains=True)
     return Parts(
         StepOnBase(step, base),
         abstract,

@@ -80,7 +80,7 @@ def jit_train_step(
     """Return `train_step`, jitted for a mesh; the state is donated. Call it under `jax.set_mesh(mesh)`."""
     check_fit(config, mesh)
     recipe = recipe_of(config, objective, mesh)
-    return jit_on(train_step, recipe.execution, mesh, recipe, donate=(0,))
+    return jit_on(train_step, recipe.execution, mesh, recipe, donate=(0,), trains=True)
 
 
 def jit_eval_step(

@@ -2,7 +2,7 @@
 
 Without --compile it prints the table of `docs/memory.md` from the record, `experiments/results/plan/memory.json`. With
 it, it first lets the compiler of every kind of TPU assign the buffers of every config's training step on several
-numbers of devices (`plan.assignment`), two minutes each for the largest on two free cores. What the record has already
+numbers of devices (`plan.assignment`), some 100 s of a core for V3. What the record has already
 is not asked again, so it can be stopped; delete the record to begin anew. Numbers of devices are powers of two up to
 512 that the code accepts; cells for NVIDIA cards are computed.
 """
@@ -30,6 +30,7 @@ from pallas_kernels.bench.records import provenance, write
 
 COMPILE = flags.DEFINE_bool("compile", False, "Ask the compilers for what the record lacks.")
 NOT_ASKED = "-"
+WHOLE = "whole compilation"  # says more than the assignment of buffers
 MOST_DEVICES = 512  # of the table; experiments.plan takes more, and other numbers
 RECORD = Path(__file__).parents[1] / "results" / "plan" / "memory.json"
 
@@ -156,7 +157,9 @@ def tpu_cell(config: Config, chip: Chip, records: list[dict[str, Any]]) -> str:
         return NOT_ASKED if is_open else "none"
     best = min(fitting, key=lambda r: r["devices"])
     remat = "" if best["remat"] == config.execution.remat else f", remat {best['remat']}"
-    return f"{'at most ' * is_open}{best['devices']}{remat}: {best['step_memory']['total'] / GIB:,.1f} GiB each"
+    memory = best["step_memory"]
+    whole = f" ({WHOLE})" * (memory["source"] == "compiled")
+    return f"{'at most ' * is_open}{best['devices']}{remat}: {memory['total'] / GIB:,.1f} GiB each{whole}"
 
 
 def card_cell(config: Config, state: State, card: Chip) -> str:

@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.parallel import program
 from deepseek_jax.plan import assignment
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.memory import StepMemory
-from tests.support import small
+from tests.support import compiling, small
 
 # Of jit(lambda x: scan(tanh(c c) + 1)) with x donated, FP32 [1024, 1024], for v5p; libtpu 0.0.48.1, shortened. Its
 # memory report says 8,443,968 bytes in all, and `memory_analysis` of the whole compilation 4,194,304 of arguments,
@@ -34,9 +37,10 @@ allocation 16: size 1048576, color 5, page 0, preallocated-temp:
 TOTAL, ARGUMENTS, TEMPORARIES = 8443968, 4194304, 4243488
 ON_HOST = 1048576  # of another program, which has what two layers keep in host memory
 ASSIGNED = StepMemory(TOTAL, ARGUMENTS, TEMPORARIES, source="assigned", on_host=ON_HOST)
+NAME = "module_0000.jit_run.cl_1000038190.after_optimizations"  # libtpu's, for the step
 WRITE = f"""
-(folder / 'm.after_optimizations-buffer-assignment.txt').write_text({DUMP!r})
-(folder / 'm.after_optimizations.txt').write_text('HloModule')
+(folder / '{NAME}-buffer-assignment.txt').write_text({DUMP!r})
+(folder / '{NAME}.txt').write_text('HloModule')
 """
 
 
@@ -84,16 +88,29 @@ def step_memory(memory=CHIPS["v5p"].memory):
 
 def test_the_compiler_is_ended_when_it_has_assigned_the_buffers(compiler):
     """All files are opened at once, the program's is written last: before it, the assignment may be empty or a part."""
-    name = "m.after_optimizations"
     begun = compiler(
-        f"(folder / '{name}-memory-usage-report.txt').write_text('Memory Space')\n"
-        f"[(folder / f'{name}{{rest}}.txt').write_text('') for rest in ('-buffer-assignment', '')]\n"
-        f"time.sleep(0.1)\n(folder / '{name}-buffer-assignment.txt').write_text({DUMP[: len(DUMP) // 2]!r})\n"
+        f"(folder / '{NAME}-memory-usage-report.txt').write_text('Memory Space')\n"
+        f"[(folder / f'{NAME}{{rest}}.txt').write_text('') for rest in ('-buffer-assignment', '')]\n"
+        f"time.sleep(0.1)\n(folder / '{NAME}-buffer-assignment.txt').write_text({DUMP[: len(DUMP) // 2]!r})\n"
         f"time.sleep(0.1)\n{WRITE}\ntime.sleep(600)"
     )
     found = step_memory()
     assert dataclasses.replace(found, seconds=None) == ASSIGNED and found.fits
     assert begun[0].poll() == -signal.SIGKILL
+
+
+def test_a_small_program_that_is_compiled_first_is_not_the_step(compiler):
+    small_dump = "allocation 0: size 512, page 0, parameter 0, shape |f32[128]| at ShapeIndex {}:\n"
+    first = WRITE.replace("jit_run", "jit_convert").replace(repr(DUMP), repr(small_dump))
+    compiler(f"{first}\ntime.sleep(0.2)\n{WRITE}\ntime.sleep(600)")
+    assert dataclasses.replace(step_memory(), seconds=None) == ASSIGNED
+
+
+def test_the_step_has_the_name_that_is_looked_for(monkeypatch):
+    monkeypatch.setattr(program.jax, "jit", lambda run, **settings: run)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+    run = program.jit_on.__wrapped__(print, small.config().execution, mesh)
+    assert f"jit_{run.__name__}" == assignment.STEP
 
 
 def test_a_refusal_is_the_compilers_own(compiler):
@@ -144,15 +161,17 @@ def test_a_closed_stream_ends_the_process_that_reads_it():
     assert codes == [1]
 
 
-def needs_libtpu():
+@pytest.fixture
+def libtpu(monkeypatch):
+    """The process that compiles has this one's XLA_FLAGS, and those of the tests are for a CPU."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
+    monkeypatch.setenv("XLA_FLAGS", compiling.ACCELERATOR_FLAGS)
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
-def test_the_real_compiler_assigns_a_step_whose_layers_keep_their_inputs_on_the_host():
-    needs_libtpu()
+def test_the_real_compiler_assigns_a_step_whose_layers_keep_their_inputs_on_the_host(libtpu):
     tree = small.config_dict()
     tree.model.update({"num_layers": 2, "num_dense_layers": 2, "num_mtp_layers": 0})
     tree.execution.remat = "offload"
@@ -167,8 +186,7 @@ def test_the_real_compiler_assigns_a_step_whose_layers_keep_their_inputs_on_the_
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
-def test_the_real_process_ends_with_the_one_that_began_it(tmp_path):
-    needs_libtpu()
+def test_the_real_process_ends_with_the_one_that_began_it(libtpu, tmp_path):
     request = {"config": small.config_dict().to_dict(), "chip": "v5p", "devices": 8, "folder": str(tmp_path)}
     process = assignment._begin(request, tmp_path)
     try:

@@ -10,3 +10,10 @@ OPTIONS = {"xla_backend_optimization_level": "0", "xla_backend_extra_options": "
 FLAGS = " ".join(f"--{name}={value}" for name, value in OPTIONS.items())
 RUN_OFTEN = {"xla_backend_optimization_level": "1"}  # `compiler_options` of a program that runs longer than it compiles
 ACCELERATOR_FLAGS = "--xla_backend_optimization_level=1"
+# Simulated devices of a loaded machine wait long for each other: XLA ends the process after 40 s, here after 300.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+
+
+def flags_with(own: str) -> str:
+    """Return XLA_FLAGS of the tests; `own` are those of whoever runs them, and XLA takes what is said last."""
+    return f"{FLAGS} {PATIENCE} {own}".rstrip()

@@ -9,7 +9,11 @@ CHIP = CHIPS["v5p"]
 def assigned(fit, does_fit):
     execution = fit.config.execution
     key = {"config": fit.config.name, "precision": execution.precision, "remat": execution.remat, "chip": CHIP.name}
-    return key | {"devices": fit.num_devices, "does_fit": does_fit, "step_memory": {"total": 2**30 * 80}}
+    return key | {
+        "devices": fit.num_devices,
+        "does_fit": does_fit,
+        "step_memory": {"total": 2**30 * 80, "source": "assigned"},
+    }
 
 
 def search(config, fits_on):
@@ -39,6 +43,13 @@ def test_full_recomputation_comes_after_the_config_as_it_is():
     assert order == [*shipped, (128, "full"), (512, "full"), (256, "full")]
     assert cell == "256, remat full: 80.0 GiB each"
     assert search(config, {}) == ([*shipped, (128, "full"), (512, "full")], "none")
+
+
+def test_a_cell_says_what_is_no_assignment_of_buffers():
+    config = memory_table.load("tiny")
+    record = assigned(next(memory_table.missing(config, CHIP, [])), does_fit=True)
+    record["step_memory"]["source"] = "compiled"
+    assert memory_table.tpu_cell(config, CHIP, [record]) == "1: 80.0 GiB each (whole compilation)"
 
 
 def test_cards_are_numbers_that_the_code_accepts():
