@@ -247,6 +247,8 @@ def _project(x: Any, weight: Any, *, whole: bool = False, scale: Scale = "fp32")
     """Do as `project`; of more rows than its kernels take by XLA's product, in one part."""
     if x.shape[0] <= MOST_ROWS:
         return project(x, weight, whole=whole, scale=scale)
+    if isinstance(x, Quantized) or isinstance(weight, Quantized):  # so `scale` has no meaning below
+        raise ValueError(f"{x.shape[0]} rows in FP8: products of more than {MOST_ROWS} take BF16; see MOST_ROWS_IN_FP8")
     batch, k, _ = weight.shape
     if batch == 1:  # as a batched product XLA would turn it
         y_NX = jnp.matmul(x, weight[0], preferred_element_type=jnp.float32)

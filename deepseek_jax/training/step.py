@@ -115,11 +115,13 @@ def gradients(
     """Differentiate the objective of a whole batch by `weights.params`: all of the model, or adapters of `base`.
 
     `shared` are arrays that the objective reads beside those of the batch and that all rows share; each device gets
-    them whole.
+    them whole. A ValueError says so if one has the name of an array of the batch, or if the mesh is a pipeline, whose
+    stages take neither `base` nor `shared`.
 
     Returns:
         FP32 gradients in the layout of the parameters, global sums, and the objective's normalisers.
     """
+    _check_beside(batch, base, shared or {}, jax.sharding.get_abstract_mesh().shape[PIPE])
     specs, base_specs = stored_specs(weights), None if base is None else param_specs(base)
     local = jax.shard_map(
         functools.partial(_local_gradients, recipe),
@@ -261,6 +263,15 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
 
     grads, sums = sum_over(differentiate, micro_batches)
     return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, TOKENS), norms
+
+
+def _check_beside(batch: Batch, base: Any, shared: Batch, pipe: int) -> None:
+    """Raise if a step cannot take what it is given beside the batch."""
+    given = [name for name, absent in (("base", base is None), ("shared", not shared)) if not absent]
+    if pipe > 1 and given:
+        raise ValueError(f"a pipeline of {pipe} stages takes no {' and no '.join(given)}; set mesh.pipe to 1")
+    if both := sorted(batch.keys() & shared):
+        raise ValueError(f"shared has arrays that the batch has: {', '.join(both)}; give them other names")
 
 
 def _choices(parts: tuple, weights: Weights, micro_batches: Batch, load) -> jax.Array:

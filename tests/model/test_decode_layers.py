@@ -15,6 +15,7 @@ from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import decode_layers, layer, transformer
 from deepseek_jax.model.attention import Beside
 from deepseek_jax.parameters import Weights
+from pallas_kernels.quantized import Quantized
 from tests.inference.test_decode import CONFIG, make_weights, one_device
 
 pytestmark = pytest.mark.xdist_group("decode_layers")  # what one worker made or compiled, its other tests use
@@ -53,6 +54,13 @@ def test_hidden_states_pages_and_routes_are_those_of_separate_norms(results):
         np.testing.assert_allclose(joined_hidden[VALID_BS], hidden[VALID_BS], rtol=0, atol=2e-5 * np.abs(hidden).max())
         np.testing.assert_allclose(joined_pages, pages, rtol=0, atol=2e-5 * np.abs(pages).max())
         assert (joined_routes[VALID_BS] == routes[VALID_BS]).all()
+
+
+def test_rows_in_fp8_of_which_there_are_too_many_are_refused():
+    """Their products would take no notice of the kind of scale."""
+    rows, values = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((129, 128), (1, 128, 128)))
+    with pytest.raises(ValueError, match="129 rows in FP8"):
+        decode_layers._project(rows, Quantized(values, values, "block"), scale="pow2")
 
 
 def test_only_the_entries_of_tokens_that_are_there_are_written(results):

@@ -166,6 +166,21 @@ def test_dims_that_do_not_divide():
     assert_equal(run(cfg), run(config(1, model=MOE | {"width": 28})))
 
 
+@pytest.mark.parametrize(
+    ("pipe", "base", "shared", "fault"),
+    [
+        (2, None, {"extra": np.zeros(3)}, "a pipeline of 2 stages takes no shared;"),
+        (2, {}, {"extra": np.zeros(3)}, "a pipeline of 2 stages takes no base and no shared;"),
+        (1, None, {"tokens_BS": np.zeros(3)}, "shared has arrays that the batch has: tokens_BS;"),
+    ],
+)
+def test_what_a_step_cannot_take_beside_its_batch_is_refused(pipe, base, shared, fault):
+    """Before anything is made of weights and rates."""
+    mesh = make_mesh(config(pipe).mesh, jax.devices()[:pipe])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=fault):
+        step_lib.gradients(None, None, equal.batch(0), small.RATES, base, shared)
+
+
 def test_a_checkpoint_of_a_pipeline_is_one_of_any_mesh(tmp_path):
     """Saved on (pipe 2, data 2), restored on (data 4) and on another pipeline, bit for bit."""
     cfg = config(2, (2, 1, 1), 4, MOE)
