@@ -9,8 +9,10 @@ Each problem has a question, a way to its answer in small steps, and the answer,
 A cold start shows a model the way (`cold_start`, conversations for SFT); reinforcement learning then has the question
 and the answer alone (`train_problems`; rewards "text" and "format", or "gsm8k"). `heldout_problems` are never trained
 on: which part a problem belongs to is a hash of its digits in order of size, so that a question with the same answer
-for the same reason ("sort 9337") is never in the other part; for word problems, of their calculations. All is a
-function of the task's name, lengths and seed.
+for the same reason ("sort 9337") is never in the other part. A word problem is held out if the hash of its chain of
+calculations says so, or that of any beginning of it: so no held-out chain is a trained one, or the beginning of one, and
+longer chains are held out more often (19% of two calculations, 47% of six). Within a trained chain, behind its
+beginning, a short held-out one can occur. All is a function of the task's name, lengths and seed.
 """
 
 import dataclasses
@@ -149,8 +151,13 @@ class Task:
 
 
 def is_held_out(key: str) -> bool:
-    """Tell which side of the split a problem is on, by what it is about and whatever the seed."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % HELD_OUT == 0
+    """Tell which side of the split a problem is on, by what it is about and whatever the seed.
+
+    Words of a key are steps: what begins with a held-out key is held out.
+    """
+    words = key.split(" ")
+    beginnings = (" ".join(words[: n + 1]).encode() for n in range(len(words)))
+    return any(int.from_bytes(hashlib.blake2b(x, digest_size=8).digest()) % HELD_OUT == 0 for x in beginnings)
 
 
 def make_task(name: str = "sort_digits", seed: int = 0, shortest: int = 4, longest: int = 6) -> Task:

@@ -10,7 +10,8 @@ The form of the solutions is GSM8K's, with its calculator annotations, and so th
 language is much poorer: a handful of sentences around each kind of calculation. How hard a problem is, is the number of
 its calculations, and all numbers are whole and below `LIMIT`.
 
-A chain of calculations ("48/2 24+9") is what a problem is about, whatever its names and words are.
+A chain of calculations ("48/2 24+9") is what a problem is about, whatever its names and words are; `tasks.is_held_out`
+holds out a chain with all that begin with it.
 """
 
 import random

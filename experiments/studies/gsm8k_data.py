@@ -4,25 +4,29 @@
     texts.jsonl       problems of the task with solutions, for pre-training
     gsm8k.jsonl       GSM8K's training problems with solutions, for pre-training
     chats.jsonl       conversations for fine-tuning: GSM8K's solutions, the task's with steps and hasty ones
+    data.json         what all of this was made of: only the same may be measured beside it
 
 A held-out problem is in none of these.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepseek_jax.data.bpe import train_bpe
 from deepseek_jax.data.tokenizer import TOKENIZER_FILES
 from deepseek_jax.files import write_atomically
+from deepseek_jax.inputs import read_json, shown
 from deepseek_jax.posttraining.grpo_settings import TaskName
 from deepseek_jax.posttraining.problems import read_problems, split
 from deepseek_jax.posttraining.rewards.problem import Problem
 from deepseek_jax.posttraining.tasks import make_task
 
 DIGIT = re.compile(r"\d")
+RECORD = "data.json"
 NUM_LEARNED = 2_000  # texts of the task that the tokenizer learns from, beside GSM8K's
 
 
@@ -55,16 +59,27 @@ def prepare(folder: Path, gsm8k: Path, task: TaskName, vocab_size: int, seed: in
         sizes: of all parts.
 
     Raises:
-        ValueError: GSM8K's file is not one of problems, or too small.
+        ValueError: GSM8K's file is not one of problems, or too small; the folder's data were made of something else.
     """
+    made_of = {
+        "gsm8k": hashlib.blake2b(gsm8k.read_bytes(), digest_size=16).hexdigest(),
+        "task": f"{task.name}:{task.shortest}-{task.longest}",
+        "seed": seed,
+        "vocab_size": vocab_size,
+        "sizes": sizes._asdict(),
+    }
+    complete = (folder / TOKENIZER_FILES[0]).exists()  # written last
+    if complete:
+        _check(folder, made_of)
     train, heldout = split(read_problems(gsm8k), sizes.gsm8k_heldout)
     steps = range(task.shortest, task.longest + 1)
     held = HeldOut(
         heldout, {n: make_task(task.name, seed, n, n).heldout_problems(sizes.heldout // len(steps)) for n in steps}
     )
-    if (folder / TOKENIZER_FILES[0]).exists():  # written last
+    if complete:
         return held
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RECORD, json.dumps(made_of, indent=1) + "\n")
     made = make_task(task.name, seed, task.shortest, task.longest)
     texts = made.texts(sizes.texts)
     ours = [f"{problem.name}\n{problem.answer}\n" for problem in train]
@@ -77,6 +92,19 @@ def prepare(folder: Path, gsm8k: Path, task: TaskName, vocab_size: int, seed: in
     learned = [DIGIT.sub(" ", text) for text in [*ours, *texts[:NUM_LEARNED]]]
     train_bpe(learned, vocab_size).save(folder / TOKENIZER_FILES[0])
     return held
+
+
+def _check(folder: Path, made_of: dict[str, Any]) -> None:
+    """Refuse data of other problems: those held out today may have been trained on."""
+    path = folder / RECORD
+    stored = read_json(path) if path.exists() else {}
+    for key, ours in made_of.items():
+        if (theirs := stored.get(key)) != ours:
+            raise ValueError(
+                f"{shown(str(folder))} holds data that were made with {key} = {shown(repr(theirs))}, and this run has"
+                f" {shown(repr(ours))}: problems held out now may be in them; give the former --gsm8k and settings, or"
+                " a new folder as --runs"
+            )
 
 
 def _write(path: Path, records: Iterable[dict]) -> None:

@@ -80,7 +80,7 @@ def test_the_stages_of_r1_run_on_a_smaller_model_and_fewer_problems(tmp_path):
     text = output_text(notebook)
     names = "cold_start_random", "cold_start", "reasoning", "second_sft", "second_rl"
     assert all(f"\n{name}: " in f"\n{text}" and f"\n{name} " in text for name in names)
-    assert "0 in both" in text and " different right answers\n" in text and len(images_of(notebook)) == 3
+    assert ", 0 in both" in text and " different right answers\n" in text and len(images_of(notebook)) == 3
 
 
 @pytest.mark.slow

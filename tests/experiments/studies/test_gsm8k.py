@@ -75,13 +75,21 @@ def test_what_is_held_out_is_in_no_file(tmp_path):
     every = [json.loads(line)["question"] for line in path.read_text().splitlines()]
     assert sum(question in texts for question in every) == 34
     files = sorted(file.name for file in (tmp_path / "data").iterdir() if not file.name.startswith("tokenizer"))
-    assert files == ["chats.jsonl", "gsm8k.jsonl", "texts.jsonl"]
+    assert files == ["chats.jsonl", "data.json", "gsm8k.jsonl", "texts.jsonl"]
     chats = (tmp_path / "data" / "chats.jsonl").read_text().splitlines()
     assert len(chats) == 34 + 20 + 20
     tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer.json")
     ids = tokenizer.encode("48/2 = <<48/2=24>>")
     assert sum(tokenizer.decode([i]).isdigit() for i in ids) == 8  # every digit is a token
     assert prepare(tmp_path / "data", path, TaskName("word_problems", 1, 2), 512, 0, SIZES) == held
+    longer, fewer = TaskName("word_problems", 1, 3), SIZES._replace(gsm8k_heldout=3)
+    for task, seed, sizes, key in ((longer, 0, SIZES, "task"), (None, 1, SIZES, "seed"), (None, 0, fewer, "sizes")):
+        with pytest.raises(ValueError, match=f"data that were made with {key} = .*a new folder as --runs"):
+            prepare(tmp_path / "data", path, task or TaskName("word_problems", 1, 2), 512, seed, sizes)
+    for change in (lambda: write_problems(path, 41), (tmp_path / "data" / "data.json").unlink):
+        change()
+        with pytest.raises(ValueError, match="data that were made with gsm8k = "):
+            prepare(tmp_path / "data", path, TaskName("word_problems", 1, 2), 512, 0, SIZES)
 
 
 def test_speeds_are_medians_behind_the_first_updates():
