@@ -13,7 +13,8 @@ from absl import flags
 
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.posttraining import r1, r1_report
-from deepseek_jax.posttraining.r1_settings import R1Config, keep_plan, read_plan
+from deepseek_jax.posttraining.r1_record import keep_plan
+from deepseek_jax.posttraining.r1_settings import R1Config, read_plan
 from deepseek_jax.training.journal import say
 from experiments import command, recipe, session
 

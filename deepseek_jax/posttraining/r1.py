@@ -64,7 +64,7 @@ def run_stages(plan: Plan, workdir: Path, tell: Callable[[str], None]) -> signal
     """Run every stage that is not done, to its end or until a signal, which is returned.
 
     Args:
-        plan: of which `workdir` is (`r1_settings.keep_plan`).
+        plan: of which `workdir` is (`r1_record.keep_plan`).
         workdir: of all stages; exists.
         tell: takes the result of each stage as text.
 

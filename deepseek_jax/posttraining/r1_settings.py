@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import Config, convert
-from deepseek_jax.files import write_atomically
-from deepseek_jax.inputs import read_json, shown
+from deepseek_jax.inputs import shown
 from deepseek_jax.posttraining.grpo_settings import Grpo, task_of
 from deepseek_jax.posttraining.problems import find_problems
 from deepseek_jax.posttraining.settings import SECTION, Posttraining, read
 from deepseek_jax.posttraining.tasks import make_task
+from deepseek_jax.training.origin import FREE_MODEL_FIELDS, model_differences
 
 RANDOM = "random"
 KINDS = "sft", "grpo", "distillation", "samples"
-RECORD = "r1.json"
 EXAMPLES = "examples"  # .jsonl
 RESULTS = "results"
 
@@ -178,10 +177,13 @@ def read_plan(config_dict: Any, workdir: Path) -> Plan:
         raise ValueError(f"config.r1.num_stages = {r1.num_stages} must be 1 to {len(r1.stages)}")
     plan = Plan(tree, r1)
     _check_names(r1.stages)
+    configs: dict[str, Config] = {}
     for i, stage in enumerate(r1.stages):
         _check_stage(stage, r1.stages[:i])
         if stage.kind != "samples":
-            plan.settings(stage, workdir)
+            configs[stage.name] = plan.settings(stage, workdir)[0]
+            if stage.initial != RANDOM:
+                _check_model(stage, configs)
     if not any(stage.kind == "grpo" for stage in r1.stages):
         raise ValueError("config.r1.stages has no stage of kind grpo, whose problems measure all stages; add one")
     plan.conversations()
@@ -192,38 +194,6 @@ def read_plan(config_dict: Any, workdir: Path) -> Plan:
 def samples_of(stage: Stage) -> Samples:
     """Return the settings of a stage of the kind "samples"."""
     return convert(Samples, stage.settings, f"config.r1, stage {stage.name!r}")
-
-
-def keep_plan(plan: Plan, workdir: Path) -> None:
-    """Write the plan into `workdir`, or refuse one that contradicts what is there.
-
-    `num_stages` may differ, and stages that have not begun may.
-
-    Raises:
-        ValueError: another key differs; the message names the first that does.
-    """
-    ours = json.loads(json.dumps({"shared": plan.shared, "r1": dataclasses.asdict(plan.r1) | {"num_stages": 0}}))
-    path = workdir / RECORD
-    stored = read_json(path) if path.exists() else None
-    if stored and (difference := _difference(_fixed(stored, workdir), _fixed(ours, workdir), "config")):
-        raise ValueError(
-            f"{shown(str(workdir))} holds stages with other settings: {difference}; give its values, or a new folder as"
-            " --workdir (only stages that have not begun may change)"
-        )
-    if stored != ours:
-        write_atomically(path, json.dumps(ours, indent=1) + "\n")
-
-
-def _fixed(record: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """Return what may not change of a record: all but the stages that have not begun, and the one that measures."""
-    stages, measured = record["r1"]["stages"], (workdir / RESULTS).exists()
-    measure = next((stage for stage in stages if stage["kind"] == "grpo"), {"name": ""})
-    fixed = {s["name"]: s for s in stages if _has_begun(s["name"], workdir) or (measured and s is measure)}
-    return record | {"r1": record["r1"] | {"stages": fixed, "measured by": measure["name"] if measured else ""}}
-
-
-def _has_begun(name: str, workdir: Path) -> bool:
-    return any((workdir / made).exists() for made in (name, f"{name}.jsonl", f"{name}_random"))
 
 
 def _check_names(stages: tuple[Stage, ...]) -> None:
@@ -280,6 +250,18 @@ def _check_stage(stage: Stage, before: tuple[Stage, ...]) -> None:
         raise ValueError(f"{where}: changes: the seed, which chooses the problems, is of all stages; set config.seed")
 
 
+def _check_model(stage: Stage, configs: dict[str, Config]) -> None:
+    """Refuse a model that is not that of the weights with which the stage begins."""
+    there, ours = configs[stage.initial], configs[stage.name]
+    differences = model_differences(dataclasses.asdict(there.model), ours.model)
+    if differences.keys() - FREE_MODEL_FIELDS:
+        raise ValueError(
+            f"config.r1, stage {stage.name!r}: its model is not that of {stage.initial!r}, with which it begins; give"
+            f" its changes the same values, or another initial ('there' is {stage.initial!r}):\n"
+            + "\n".join(differences.values())
+        )
+
+
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     inner: Any = tree
@@ -288,13 +270,3 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     if not isinstance(inner, dict) or last not in inner:
         raise ValueError(f"changes: {shown(repr(key))} is no key of the configuration; name one, 'optimizer.b2' say")
     inner[last] = value
-
-
-def _difference(stored: Any, ours: Any, path: str) -> str:
-    if isinstance(stored, dict) and isinstance(ours, dict):
-        keys = sorted(stored.keys() | ours.keys())
-        return next(filter(None, (_difference(stored.get(k), ours.get(k), f"{path}.{k}") for k in keys)), "")
-    if isinstance(stored, list) and isinstance(ours, list) and len(stored) == len(ours):
-        pairs = enumerate(zip(stored, ours, strict=True))
-        return next(filter(None, (_difference(a, b, f"{path}[{i}]") for i, (a, b) in pairs)), "")
-    return "" if stored == ours else f"{path} is {shown(repr(stored))} there, and {shown(repr(ours))} here"

@@ -10,8 +10,8 @@ A cold start shows a model the way (`cold_start`, conversations for SFT); reinfo
 and the answer alone (`train_problems`; rewards "text" and "format", or "gsm8k"). `heldout_problems` are never trained
 on: which part a problem belongs to is a hash of its digits in order of size, so that a question with the same answer
 for the same reason ("sort 9337") is never in the other part. A word problem is held out if the hash of its chain of
-calculations says so, or that of any beginning of it: so no held-out chain is a trained one, or the beginning of one, and
-longer chains are held out more often (19% of two calculations, 47% of six). Within a trained chain, behind its
+calculations says so, or that of any beginning of it: so no held-out chain is a trained one, or the beginning of one,
+and longer chains are held out more often (19% of two calculations, 47% of six). Within a trained chain, behind its
 beginning, a short held-out one can occur. All is a function of the task's name, lengths and seed.
 """
 

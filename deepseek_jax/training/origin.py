@@ -154,13 +154,18 @@ def _restore(
     return restored
 
 
-def _check_same_arrays(config: Config, folder: Path, whole: bool, record: dict[str, Any]) -> None:
-    stored, ours = record["config"]["model"], dataclasses.asdict(config.model)
-    differences = {
+def model_differences(stored: dict[str, Any], model: Model) -> dict[str, str]:
+    """Return a line about each field of a model that differs from `stored`, by its name."""
+    ours = dataclasses.asdict(model)
+    return {
         field.name: f"  model.{field.name}: {stored.get(field.name)!r} there, {ours[field.name]!r} in the config"
         for field in dataclasses.fields(Model)
         if stored.get(field.name) != ours[field.name]
     }
+
+
+def _check_same_arrays(config: Config, folder: Path, whole: bool, record: dict[str, Any]) -> None:
+    differences = model_differences(record["config"]["model"], config.model)
     if differences.keys() - FREE_MODEL_FIELDS:
         raise ValueError(
             f"{KEY}: {folder} has another model than the config; give its values, or other weights:\n"

@@ -24,7 +24,8 @@ from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import GRAY, SERIES
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import r1, r1_report
-from deepseek_jax.posttraining.r1_settings import Plan, keep_plan, read_plan
+from deepseek_jax.posttraining.r1_record import keep_plan
+from deepseek_jax.posttraining.r1_settings import Plan, read_plan
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session

@@ -1,4 +1,4 @@
-"""The exact reverse KL: its value and gradient against FP64, chunks, devices, order, and the step of a whole model."""
+"""The exact reverse KL: its value and gradient against FP64, chunks, devices, order, and the step of whole models."""
 
 import functools
 
@@ -7,10 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.transformer import Output
-from deepseek_jax.posttraining.distillation_objective import HEAD, HIDDEN, DistillationTerms, distillation, reverse_kl
+from deepseek_jax.config import from_config_dict
+from deepseek_jax.model.moe import unobserved
+from deepseek_jax.model.transformer import Inputs, Output, apply
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.program import jit_on
+from deepseek_jax.posttraining.distillation_objective import (
+    HEAD,
+    HIDDEN,
+    DistillationTerms,
+    distillation,
+    distillation_step,
+    reverse_kl,
+)
+from deepseek_jax.training.state import create_state, weights_of
+from deepseek_jax.training.step import recipe_of
 from tests.posttraining.test_policy_objective import mesh_of
 from tests.support import small
+from tests.training import nano
 
 T, D, WIDER, V = 13, 6, 9, 11  # tokens, widths of student and teacher, vocabulary
 
@@ -143,3 +157,55 @@ def test_devices_and_order_change_nothing():
     order = np.random.default_rng(2).permutation(16)
     for got, want in zip(toy(8, order), toy(1, np.arange(16)), strict=True):
         assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want) > 0
+
+
+def directly(config, execution, weights, batch):
+    """Log-probabilities of all rows at once, [B, S, V], in FP64 behind the network's hidden states."""
+    tokens_BS, segment_ids_BS = batch["tokens_BS"], batch["segment_ids_BS"]
+    inputs = Inputs(tokens_BS, batch["positions_BS"], segment_ids_BS > 0, segment_ids_BS, (), False, None)
+    run = jax.jit(lambda weights, inputs: apply(config.model, execution, weights, inputs, observe=unobserved))
+    hidden_BSD = np.float64(run(weights, inputs).hidden_BSD)
+    logits_BSV = hidden_BSD @ np.float64(weights.params["head_DV"])
+    return logits_BSV - np.log(np.exp(logits_BSV).sum(-1, keepdims=True))
+
+
+@pytest.mark.slow
+def test_the_step_of_whole_models_has_the_divergence_of_their_networks():
+    """Two micro-batches of four answers: of a student that is its teacher, and of one that is not."""
+    tree = nano.get_config("")
+    tree.model.update({"num_mtp_layers": 0, "init_std": 0.1})
+    tree.data.update({"mask_documents": True, "reset_positions": True})
+    tree.loss.sequence_balance_weight = 0.0
+    tree.optimizer.update({"weight_decay": 0.0, "bias_update_rate": (("constant", 1.0, 0.0),)})
+    tree.training.update({"batch_size": (("constant", 1.0, 8),), "micro_batch_size": 4})
+    tree.execution.precision = "fp32"
+    config = from_config_dict(tree)
+    mesh, objective = make_mesh(config.mesh, jax.devices()[:1]), distillation(config.model, config.loss, 16)
+    batch = small.batch(rows=8, length=32, vocab=config.model.vocab_size)
+    lengths = np.array([32, 9, 20, 0, 31, 14, 25, 17])[:, None]
+    batch["segment_ids_BS"] = np.int32(np.arange(32) < lengths)
+    batch["loss_weights_BS"] = np.float32((np.arange(32) >= 5) & (np.arange(32) < lengths))
+    with jax.set_mesh(mesh):
+        state, another = create_state(config), create_state(config.with_(seed=1))
+        student, teacher = weights_of(state), weights_of(another)
+        recipe = recipe_of(config, objective, mesh)
+        step = jit_on(distillation_step, recipe.execution, mesh, recipe, recipe)
+        placed = small.put(batch)
+        _, same = step(student, state, placed, small.RATES)
+        _, other = step(teacher, state, placed, small.RATES)
+    log_p, log_q = (directly(config, recipe.execution, jax.device_get(w), batch) for w in (student, teacher))
+    weights_BS = batch["loss_weights_BS"]
+    assert float(same["tokens"]) == weights_BS.sum() > 50
+    assert abs(float(same["loss"])) < 1e-5 and float(same["grad_norm"]) < 1e-5 < 1e-2 * float(other["grad_norm"])
+    assert float(same["agreement"]) == 1.0
+    drawn_BS = np.take_along_axis(log_p - log_q, batch["targets_BS"][..., None], -1)[..., 0]
+    want = {
+        "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
+        "sampled_kl": drawn_BS,
+        "entropy": -(np.exp(log_p) * log_p).sum(-1),
+        "agreement": log_p.argmax(-1) == log_q.argmax(-1),
+    }
+    for name, value_BS in want.items():
+        mean = (weights_BS * value_BS).sum() / weights_BS.sum()
+        assert float(other[name]) == pytest.approx(mean, rel=1e-5, abs=1e-6), name
+    assert float(other["loss"]) == float(other["kl"]) > 0.05

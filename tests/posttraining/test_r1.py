@@ -14,7 +14,8 @@ from configs import tiny_r1
 from deepseek_jax.files import PARTIAL_MARK
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import grpo, r1, r1_report, sft
-from deepseek_jax.posttraining.r1_settings import keep_plan, read_plan
+from deepseek_jax.posttraining.r1_record import keep_plan
+from deepseek_jax.posttraining.r1_settings import read_plan
 from deepseek_jax.posttraining.rewards.chance import chance_reward
 from deepseek_jax.posttraining.rewards.format import text_reward
 from deepseek_jax.posttraining.rewards.problem import Problem, Score
@@ -67,6 +68,10 @@ def test_stages_share_a_model_and_differ_in_what_they_name(tmp_path):
         ([(0, "name", "results")], "not taken"),
         ([(2, "name", "examples")], "not taken"),
         ([(1, "name", "cold_start_random")], "stage 'cold_start_random': a name .*not taken"),
+        (
+            [(1, "changes", tiny_r1.REINFORCEMENT | {"model.width": 64})],
+            "'reasoning': its model is not .*'cold_start', .*\n  model.width: 128 there",
+        ),
         ([(1, "changes", {"seed": 1})], "stage 'reasoning': changes: the seed, .* set config.seed"),
         ([(2, "settings", {"prompts": 2001, "samples": 2, "temperature": 1.0})], "prompts = 2001 of 2000 training"),
         (

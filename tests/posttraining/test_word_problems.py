@@ -1,4 +1,4 @@
-"""Word problems: every calculation is right, the story has its numbers, and no held-out chain is trained on, or begins a trained one."""
+"""Word problems: calculations are right, the story has their numbers, and no held-out chain begins a trained one."""
 
 import re
 
@@ -70,7 +70,9 @@ def test_texts_are_questions_with_solutions_and_the_same_on_any_machine():
     assert texts == make_task("word_problems", 0, 2, 6).texts(3)[:2]
     chain(texts[1].partition("\n")[2].strip("\n"))
     first = make_task("word_problems", 0, 2, 2).heldout_problems(1)[0]
-    assert first.name.startswith("Felix has 19 pencils. A machine makes 8 pencils out of each") and first.answer == "108"
+    assert (
+        first.name.startswith("Felix has 19 pencils. A machine makes 8 pencils out of each") and first.answer == "108"
+    )
 
 
 def test_bad_lengths_are_refused():
