@@ -14,8 +14,8 @@ and needs one number of the teacher per token, which counts where the teacher is
 a policy (REINFORCE), with a variance that the exact one has not; and here the teacher's network runs beside the
 student's anyway, so the exact sum costs one product with the teacher's head more. `sampled_kl` reports the estimate.
 
-A draw is one of the tokenizer's ids, and the sum is over all `model.vocab_size` ids of the heads: where the vocabulary is
-padded to a round size, the student also learns which share the teacher gives ids that are never drawn.
+A draw is one of the tokenizer's ids, and the sum is over all `model.vocab_size` ids of the heads: where the vocabulary
+is padded to a round size, the student also learns which share the teacher gives ids that are never drawn.
 
 Gradients do not go through the draws: that an early token leads to states where both differ is not counted
 (generalised knowledge distillation, arXiv 2306.13649, section 3, with divergence KL(student || teacher); a discount of
