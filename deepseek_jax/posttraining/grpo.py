@@ -101,6 +101,7 @@ def train_grpo(
         _claim(workdir, config, posttraining, template)
         say("\n".join(_lines(config, grpo, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
+        batches.show = bar.note
         trainer = Trainer(
             config=config,
             mesh=mesh,
