@@ -104,7 +104,6 @@ def train_grpo(
         _claim(workdir, config, posttraining, template)
         say("\n".join(_lines(config, grpo, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
-        batches.show = bar.note
         trainer = Trainer(
             config=config,
             mesh=mesh,
@@ -119,7 +118,7 @@ def train_grpo(
             bar=bar,
             row=lambda step, metrics, rates: policy_row(grpo.choices, metrics, rates) | batches.row_of(step),
         )
-        batches.follow(lambda: for_sampling(grpo, weights_of(trainer.state)))
+        batches.follow(lambda: for_sampling(grpo, weights_of(trainer.state)), bar.note)
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 

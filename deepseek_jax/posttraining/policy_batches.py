@@ -93,7 +93,6 @@ class PolicyBatches:
         step: updates taken.
         last: updates of the whole run; no rollout begins for later ones.
         reference: of the KL; None without one.
-        show: where lines for a person go; None: the standard output.
     """
 
     grpo: Grpo
@@ -110,23 +109,23 @@ class PolicyBatches:
     step: int = 0
     last: int
     reference: Reference | None
-    show: Callable[[str], None] | None = None
 
     def __post_init__(self):
         """Begin at the first prompt."""
         self.weights: Callable[[], Weights] | None = None
+        self.show: Callable[[str], None] | None = None
         self.number = 0
         self.pending: deque[Part] = deque()
         self.ahead: deque[Rollout] = deque()  # behind what is pending
         self.waited = 0.0  # seconds, for rollouts of updates that are not yet taken
         self.rows: dict[int, Row] = {}  # by step, of steps whose metrics are not yet read
 
-    def follow(self, weights: Callable[[], Weights]) -> None:
-        """Sample with the weights that this returns: those of `step` updates.
+    def follow(self, weights: Callable[[], Weights], show: Callable[[str], None] | None = None) -> None:
+        """Sample with the weights that this returns: those of `step` updates; `show` lines for a person, or print.
 
         The trainer may not overwrite them while a rollout is made: with a staleness above 0 they are a copy.
         """
-        self.weights = weights
+        self.weights, self.show = weights, show
 
     def next_batch(self, batch_size: int) -> Arrays:
         """Return the next part of the present rollout, or the first of the next one; wait until it is made.

@@ -170,7 +170,7 @@ def test_saving_says_for_how_many_rollouts_it_waits_and_which_one_has_failed(eng
         shown.append(text)
         goes_on.set()
 
-    batches.show = show
+    batches.follow(batches.weights, show)
     batches.step = 3
     batches.pending.clear()
     batches._begin(SIZE)
