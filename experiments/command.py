@@ -69,6 +69,7 @@ def report(name: str, error: Exception) -> int:
         stack = "".join(traceback.format_exception(error))
         print("\n".join(map(printable, stack.splitlines())), file=sys.stderr)
     if text is not None:
+        text = "\n".join([text, *getattr(error, "__notes__", [])])
         hint = "; --traceback shows where" if code == UNUSABLE and _from_a_library(error) else ""
         print(f"{name}: {message(text)}{hint}", file=sys.stderr)
     sys.stderr.flush()

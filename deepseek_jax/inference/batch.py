@@ -27,7 +27,7 @@ from deepseek_jax.inference.cache import num_pages as pages_of
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.decode import num_rows as rows_of_batch
 from deepseek_jax.inference.drafting import check_drafts
-from deepseek_jax.inference.exact_calls import open_calls
+from deepseek_jax.inference.exact_calls import ExactCalls, open_calls
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import prefill_execution
@@ -95,7 +95,7 @@ class DeviceBatch:
             drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
             forced: accept each draft with this probability, for benchmarks with random weights.
             burst: tokens of a row in a step without the host, with drafts at least; by default 4 on a GPU, 1 elsewhere.
-            exact: log-probabilities do not depend on what else runs (`exact_calls.check_exact`).
+            exact: log-probabilities of tokens do not depend on what else runs (`inference.exact`).
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
@@ -137,7 +137,7 @@ class DeviceBatch:
 
     def check(self, job: Job) -> None:
         """Refuse, with a ValueError, what no row can do."""
-        checks.check_own(job.own, self.vocab_size)
+        checks.check_job(job, self.vocab_size, isinstance(self._calls, ExactCalls))
 
     def expert_load(self) -> np.ndarray:
         """Return how many tokens each expert of each MoE layer has had, int64 [L, E], from any thread.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
+from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
 from deepseek_jax.inference.requests import Request, check_bias
@@ -12,6 +13,16 @@ from deepseek_jax.inference.step import Piece
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parameters import ROWS
 from pallas_kernels.mla_decode.schedule import PAGE
+
+
+def check_job(job: Job, vocab_size: int, is_exact: bool) -> None:
+    """Refuse what no row can do."""
+    check_own(job.own, vocab_size)
+    if is_exact and job.kept:
+        raise ValueError(
+            "kept = True has log-probabilities among the kept ids, and exact arithmetic those among all: leave it out,"
+            " or open the engine with exact=False"
+        )
 
 
 def check_own(own: Request, vocab_size: int) -> None:

@@ -19,6 +19,10 @@ token depends on the token and on the pages of its row alone:
 That holds for XLA's products on CPUs, was measured, and is tested: it is not a promise of XLA. On GPUs the attention
 kernel cuts a row's pages by the lengths of all rows, so there exact arithmetic is refused.
 
+Exact are the log-probabilities of the tokens themselves, drawn ones and those of a prompt. Those of the most probable
+others (`num_logprobs`, `top`) come from other programs and differ by rounding; those among kept ids (`Job.kept`) are
+refused.
+
 The price is a prefill in tiles of `TILE` tokens in the absorbed form, a dispatch for each tile, and no bursts.
 The MTP layer need not be exact: which drafts it makes changes no token (`acceptance`).
 """

@@ -50,7 +50,7 @@ def open_batch(
         num_drafts: tokens that the MTP layer drafts for each row, up to 3; 1 is what it was trained for.
         drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
         silent: show no progress.
-        exact: log-probabilities do not depend on what else runs (`inference.exact`).
+        exact: log-probabilities of tokens do not depend on what else runs (`inference.exact`).
 
     Raises:
         ValueError: sizes out of range, a cache that does not fit, or more positions than the model knows.

@@ -10,6 +10,7 @@ in step n + 1: what comes of it is dropped. If the device fails, every job ends 
 
 import heapq
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -80,15 +81,17 @@ class Stepper:
             why, reason = f"the engine has stopped: {type(error).__name__}: {line}", ERROR
             self.error = why
             logging.getLogger(__name__).exception("the engine has stopped; its jobs end with an error")
-        for request in self._inbox.close(why):
-            request()
-        for member in self._members():
-            self._end(member, reason, self.error)
-        if self.error is None:  # another engine may take the batch
-            self._dispatch(self.scheduler.plan())
-        for change in self._changes:
-            change.done.set_exception(ClosedError(why))
-        self._inbox.tell(0)
+        try:
+            for request in self._inbox.close(why):
+                request()
+            for member in self._members():
+                self._end(member, reason, self.error)
+            if self.error is None:  # another engine may take the batch
+                self._dispatch(self.scheduler.plan())
+        finally:  # a thread waits for each of them
+            for change in self._changes:
+                change.done.set_exception(sys.exception() or ClosedError(why))
+            self._inbox.tell(0)
 
     def add(self, member: Member) -> None:
         """Let a job wait."""

@@ -127,7 +127,12 @@ def chunks(arrays, chunk):
 
 
 def token_logprobs(
-    hidden_TD: Array, head_DV: Array, targets_T: Array, chunk: int, kept_TW: Array | None = None
+    hidden_TD: Array,
+    head_DV: Array,
+    targets_T: Array,
+    chunk: int,
+    kept_TW: Array | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Array, Array]:
     """Return (logprob_T, log_z_T): log-probabilities of the targets and logsumexps of the logits, FP32, in nats.
 
@@ -140,6 +145,7 @@ def token_logprobs(
         targets_T: int32.
         chunk: tokens.
         kept_TW: int32; bit i of word w says whether id 32 w + i is one of the softmax; no bit at all: all ids are.
+        temperature: the FP32 logits are divided by it, as a sampler divides them.
 
     Raises:
         ValueError: `chunk` below 1.
@@ -149,12 +155,13 @@ def token_logprobs(
     for other in others:
         hidden_TD = vary(hidden_TD, other)
     head_DV, targets_T, *rest = (vary(other, hidden_TD) for other in others)
-    return _token_logprobs(hidden_TD, head_DV, targets_T, rest[0] if rest else None, min(chunk, hidden_TD.shape[0]))
+    kept_TW = rest[0] if rest else None
+    return _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, min(chunk, hidden_TD.shape[0]), temperature)
 
 
-def _kept_logits(hidden: Array, head: Array, kept_TW: Array | None) -> Array:
-    """Return FP32 logits, -inf for ids that are not kept."""
-    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+def _kept_logits(hidden: Array, head: Array, kept_TW: Array | None, temperature: float) -> Array:
+    """Return FP32 logits over the temperature, -inf for ids that are not kept."""
+    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32) / temperature
     if kept_TW is None:
         return logits
     bits = kept_TW[:, :, None] >> jnp.arange(32) & 1
@@ -163,13 +170,13 @@ def _kept_logits(hidden: Array, head: Array, kept_TW: Array | None) -> Array:
     return jnp.where(kept | (kept_TW == 0).all(-1, keepdims=True), logits, -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk, temperature):
     head = head_DV.astype(hidden_TD.dtype)
 
     def body(_, tokens):
         hidden, targets, kept = tokens
-        logits = _kept_logits(hidden, head, kept)
+        logits = _kept_logits(hidden, head, kept, temperature)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         return None, (jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z, log_z)
 
@@ -177,23 +184,23 @@ def _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk):
     return tuple(x.reshape(-1)[: hidden_TD.shape[0]] for x in results)
 
 
-def _token_logprobs_forward(hidden_TD, head_DV, targets_T, kept_TW, chunk):
-    found: Any = _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk)
+def _token_logprobs_forward(hidden_TD, head_DV, targets_T, kept_TW, chunk, temperature):
+    found: Any = _token_logprobs(hidden_TD, head_DV, targets_T, kept_TW, chunk, temperature)
     logprob_T, log_z_T = found
     return (logprob_T, log_z_T), (hidden_TD, head_DV, targets_T, kept_TW, log_z_T)
 
 
-def _token_logprobs_backward(chunk, residuals, cotangents):
+def _token_logprobs_backward(chunk, temperature, residuals, cotangents):
     hidden_TD, head_DV, targets_T, kept_TW, log_z_T = residuals
     head = head_DV.astype(hidden_TD.dtype)
 
     def body(head_grad, tokens):
         hidden, targets, kept, log_z, by_logprob, by_log_z = tokens
-        logits = _kept_logits(hidden, head, kept)
+        logits = _kept_logits(hidden, head, kept, temperature)
         probabilities = jnp.exp(logits - log_z[:, None])
         hit = targets[:, None] == jnp.arange(head.shape[1])
         grad = probabilities * (by_log_z - by_logprob)[:, None] + jnp.where(hit, by_logprob[:, None], 0.0)
-        grad = grad.astype(head.dtype)
+        grad = (grad / temperature).astype(head.dtype)
         head_grad += jnp.matmul(hidden.T, grad, preferred_element_type=jnp.float32)
         return head_grad, jnp.matmul(grad, head.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
 

@@ -45,7 +45,7 @@ from deepseek_jax.posttraining.problems import Problems, open_problems
 from deepseek_jax.posttraining.reference import Reference, open_reference
 from deepseek_jax.posttraining.rewards import rewards_by_name
 from deepseek_jax.posttraining.rewards.pool import RewardPool
-from deepseek_jax.posttraining.scoring import exact_scores, jit_score, refuse_mesh, score_rows
+from deepseek_jax.posttraining.scoring import exact_scores, jit_score, refuse_exact, refuse_mesh, score_rows
 from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
@@ -76,6 +76,7 @@ def train_grpo(
     Raises:
         ValueError: bad input, `workdir` belongs to another run, or another process trains there.
         RewardError: a reward failed, and `on_failure` is "stop". The last checkpoint stays.
+        NotImplementedError: exact arithmetic on a GPU, or on several devices.
         NonFiniteError, SaveError, OSError: as `training.pretrain.train`.
     """
     grpo = posttraining.grpo
@@ -86,6 +87,8 @@ def train_grpo(
         mesh = mesh or make_mesh(config.mesh)
         _check_mesh(grpo, mesh)
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
+        if grpo.is_exact:
+            refuse_exact(config, tokenizer, mesh)
         problems = open_problems(config, grpo, template, tokenizer)
         sampler = _open_sampler(resources)
         pool = resources.enter_context(open_model_rewards(grpo, mesh) if grpo.reward_model else open_pool(grpo))
@@ -115,7 +118,7 @@ def train_grpo(
             bar=bar,
             row=lambda step, metrics, rates: policy_row(grpo.choices, metrics, rates) | batches.row_of(step),
         )
-        batches.follow(lambda: for_sampling(grpo, weights_of(trainer.state)))
+        batches.follow(lambda: for_sampling(grpo, weights_of(trainer.state)), bar.note)
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
@@ -234,14 +237,10 @@ def open_engine(
     """Open an engine on as many devices as the mesh has, whose experts are as far apart.
 
     Raises:
-        ValueError: exact arithmetic, and the model has ids that the tokenizer lacks.
-        NotImplementedError: exact arithmetic on a GPU, or on several devices.
+        ValueError, NotImplementedError: as `scoring.refuse_exact`.
     """
-    if grpo.is_exact and tokenizer.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"{PATH}.arithmetic = 'exact' and model.vocab_size = {config.model.vocab_size}: the sampler's softmax is"
-            f" over the {tokenizer.vocab_size} ids of the tokenizer, and the trainer's is over all; use 'fast'"
-        )
+    if grpo.is_exact:
+        refuse_exact(config, tokenizer, mesh)
     longest = max(len(prompt.ids) for prompt in problems.train + problems.heldout)
     experts = axis_size(mesh, EXPERTS)
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)

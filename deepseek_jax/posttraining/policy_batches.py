@@ -19,8 +19,9 @@ the sampler is slower, and no run could be made again. The ratios of the loss di
 weights that sampled, so they are what corrects for older ones.
 
 The position is the number of the next prompt, and the parts that are not yet taken, whole: the weights that drew them
-are gone once the next update is made. It waits for the rollouts under way. So a run that continues trains on each
-sample once. A rollout that failed is not in it, and is made again, by the weights of that moment, which are newer.
+are gone once the next update is made. It waits for all rollouts that have begun, up to `staleness` + 1. So a run that
+continues trains on each sample once. A rollout that failed is told, is not in it, and is made again, by the weights of
+that moment, which are newer.
 """
 
 import base64
@@ -31,7 +32,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from absl import logging
 
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parameters import Weights
@@ -44,6 +47,7 @@ from deepseek_jax.posttraining.reference import Reference
 from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
 from deepseek_jax.posttraining.rollouts import carries_loss, make_batch, prompt_at, routes_of, sample_groups
 from deepseek_jax.posttraining.scoring import Scored, flipped
+from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row
 
 Arrays = dict[str, np.ndarray]
@@ -109,18 +113,19 @@ class PolicyBatches:
     def __post_init__(self):
         """Begin at the first prompt."""
         self.weights: Callable[[], Weights] | None = None
+        self.show: Callable[[str], None] | None = None
         self.number = 0
         self.pending: deque[Part] = deque()
         self.ahead: deque[Rollout] = deque()  # behind what is pending
         self.waited = 0.0  # seconds, for rollouts of updates that are not yet taken
         self.rows: dict[int, Row] = {}  # by step, of steps whose metrics are not yet read
 
-    def follow(self, weights: Callable[[], Weights]) -> None:
-        """Sample with the weights that this returns: those of `step` updates.
+    def follow(self, weights: Callable[[], Weights], show: Callable[[str], None] | None = None) -> None:
+        """Sample with the weights that this returns: those of `step` updates; `show` lines for a person, or print.
 
         The trainer may not overwrite them while a rollout is made: with a staleness above 0 they are a copy.
         """
-        self.weights = weights
+        self.weights, self.show = weights, show
 
     def next_batch(self, batch_size: int) -> Arrays:
         """Return the next part of the present rollout, or the first of the next one; wait until it is made.
@@ -151,10 +156,14 @@ class PolicyBatches:
         return self.rows[step]
 
     def state(self) -> dict[str, Any]:
-        """Return the position (JSON), once the rollouts under way are made."""
+        """Return the position (JSON), once all rollouts that have begun are made; one that failed is told and left."""
         start = time.perf_counter()
-        while self.ahead and self.ahead[0].parts.exception() is None:
+        if number := sum(not rollout.parts.done() for rollout in self.ahead):
+            say(f"waiting for {number} rollout{'s' * (number > 1)} before saving ...", self.show)
+        while self.ahead and (error := self.ahead[0].parts.exception()) is None:
             self.pending.extend(self.ahead.popleft().parts.result())
+        if self.ahead:  # the trainer may end before it comes to it
+            logging.warning("%s has failed, and is made again later: %s", self.ahead[0], _told(error))
         self.waited += time.perf_counter() - start
         parts = [
             {"batch": {name: _packed(x) for name, x in part.batch.items()}, "row": part.row} for part in self.pending
@@ -212,7 +221,9 @@ class PolicyBatches:
         self, weights: Weights, reference: Weights | None, version: int, numbers: range, batch_size: int
     ) -> list[Part]:
         """Make a rollout; it depends on nothing else that changes."""
-        grpo, choices, start = self.grpo, self.choices, time.perf_counter()
+        grpo, choices = self.grpo, self.choices
+        jax.block_until_ready(weights)  # by the update before, which is not the rollout's time
+        start = time.perf_counter()
         self.engine.update_weights(weights, version=version)
         prompts = [self.problems.train[prompt_at(n, len(self.problems.train), self.seed)] for n in numbers]
         keyed = [(number, prompt.ids) for number, prompt in zip(numbers, prompts, strict=True)]
@@ -262,6 +273,11 @@ def _made(rollout: Rollout) -> list[Part]:
     except Exception as error:
         error.add_note(f"in {rollout}; the run's last checkpoint stays, and the same command continues")
         raise
+
+
+def _told(error: BaseException | None) -> str:
+    """Return an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _packed(x: np.ndarray) -> dict[str, Any]:

@@ -45,7 +45,7 @@ POLICY_KEYS = KEYS | {
     "rollout/version": "updates that the weights which sampled have had",
     "rollout/first_prompt": "number of the rollout's first prompt in the run",
     "rollout/waited": "seconds that the trainer waited for samples since the update before",
-    "rollout/seconds": "sampling, rewards and scores of this rollout",
+    "rollout/seconds": "sampling, rewards and scores of this rollout, from the moment its weights are made",
     "rollout/tokens_per_second": "drawn tokens over the time of sampling",
     "eval/accuracy": "share of held-out problems that greedy outputs answer right",
     "eval/accuracy_low": "lower end of Wilson's 95% interval",
@@ -94,7 +94,6 @@ def rollout_row(
         "rollout/route_flips": route_flips,
         "rollout/version": min(sample.version for sample in samples),
         "rollout/first_prompt": samples[0].number,
-        "rollout/waited": "seconds that the trainer waited for samples since the update before",
         "rollout/seconds": seconds["rollout"],
         "rollout/tokens_per_second": lengths.sum() / seconds["sampling"],
     }

@@ -188,9 +188,8 @@ def policy_logprobs(
     targets_BS = context.local(targets_BS)
     kept_TW = None if kept_BSW is None else context.local(kept_BSW).reshape(-1, kept_BSW.shape[-1])
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-    if temperature != 1.0:
-        head_DV = head_DV / temperature
-    return token_logprobs(hidden_TD, head_DV, targets_BS.reshape(-1), chunk, kept_TW)[0].reshape(targets_BS.shape)
+    found_T, _ = token_logprobs(hidden_TD, head_DV, targets_BS.reshape(-1), chunk, kept_TW, temperature)
+    return found_T.reshape(targets_BS.shape)
 
 
 def policy_terms(choices: Choices, logprob_BS: Array, batch: Batch) -> PolicyTerms:

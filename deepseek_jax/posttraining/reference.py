@@ -135,10 +135,11 @@ def open_reference(
         checkpoints.wait()
 
     if step:
+        if step not in checkpoints.steps():
+            raise ValueError(f"{workdir / REFERENCE} lacks the KL reference of step {step}; put it back")
         abstract = abstract_state(config, mesh)
         restored = checkpoints.restore({name: abstract[name] for name in Weights._fields}, mesh, step)
-        if restored is None:
-            raise ValueError(f"{workdir / REFERENCE} lacks the KL reference of step {step}; put it back")
+        assert restored is not None, "it is there"
         found = Weights(**restored[0])
     else:
         found = read_origin(config, mesh, whole=False).weights if progress.step else _copy(weights)

@@ -16,7 +16,9 @@ import numpy as np
 from jax import Array, lax
 
 from deepseek_jax.config import Config, Execution, Model
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import GREEDY, Engine
+from deepseek_jax.inference.exact_calls import check_exact
 from deepseek_jax.inference.job import Job
 from deepseek_jax.model.moe import chosen_experts
 from deepseek_jax.model.precision import compute_dtype
@@ -24,6 +26,7 @@ from deepseek_jax.model.transformer import apply
 from deepseek_jax.parallel.program import jit_on, resolve_for
 from deepseek_jax.parallel.weights import gather, in_fp32, with_fp8
 from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.posttraining.grpo_settings import PATH
 from deepseek_jax.posttraining.policy_objective import Policy
 from deepseek_jax.posttraining.rollouts import rows_of
 from deepseek_jax.training.evaluation import place_batch
@@ -137,6 +140,21 @@ def flipped(batch: dict[str, np.ndarray], rollout_BSLK: np.ndarray | None, own_B
     known_BSL = (rollout_BSLK >= 0).all(-1) & (batch["segment_ids_BS"] > 0)[..., None]
     differs_BSL = (np.sort(rollout_BSLK, -1) != np.sort(own_BSLK, -1)).any(-1)
     return float(differs_BSL[known_BSL].mean()) if known_BSL.any() else 0.0
+
+
+def refuse_exact(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    """Refuse exact arithmetic where sampler and trainer would not have the same numbers.
+
+    Raises:
+        ValueError: the model has ids that the tokenizer lacks.
+        NotImplementedError: on a GPU, or on several devices.
+    """
+    check_exact(config.execution.precision, mesh)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{PATH}.arithmetic = 'exact' and model.vocab_size = {config.model.vocab_size}: the sampler's softmax is"
+            f" over the {tokenizer.vocab_size} ids of the tokenizer, and the trainer's is over all; use 'fast'"
+        )
 
 
 def refuse_mesh(mesh: jax.sharding.Mesh) -> None:

@@ -42,6 +42,17 @@ def test_errors_of_users_and_machines_are_one_message(capsys, monkeypatch, error
     assert len(printed.splitlines()) == 1 and "Traceback" not in printed
 
 
+def test_notes_of_an_error_are_in_its_message(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    error = ValueError("the prompt is empty; give one")
+    error.add_note("in the rollout of prompts 4 to 5; the last checkpoint stays")
+    assert command.report("experiments.train", error) == 2
+    want = (
+        "experiments.train: the prompt is empty; give one\nin the rollout of prompts 4 to 5; the last checkpoint stays"
+    )
+    assert capsys.readouterr().err.strip() == want
+
+
 def test_a_fault_of_ours_shows_where(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train"])
     try:

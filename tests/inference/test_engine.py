@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -450,6 +451,32 @@ def test_if_the_device_fails_every_job_ends_and_the_engine_says_so():
         with pytest.raises(ClosedError):
             engine.update_weights(fake_weights(1))
         assert "the device is gone" in engine.stats().error and engine.stats().finished["error"] == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_fails_while_the_engine_closes_leaves_nobody_waiting():
+    batch = endless_batch()
+
+    def fail(row):
+        raise RuntimeError("the device is gone")
+
+    with ThreadPoolExecutor(1) as caller:
+        engine = Engine(batch, TOKENIZER)
+        engine.submit(long_job(), Heard())
+        while not engine.stats().running:
+            time.sleep(0.001)
+        waits = caller.submit(engine.update_weights, fake_weights(1))
+        while not engine._stepper._changes:
+            time.sleep(0.001)
+        batch.close_row = fail
+        engine.close()
+        try:
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                waits.result(10)
+        finally:
+            for change in engine._stepper._changes:  # or the test would hang
+                if not change.done.done():
+                    change.done.cancel()
 
 
 def test_close_drains_for_so_long():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model.head import cross_entropy, token_logprobs
+from deepseek_jax.posttraining.policy_objective import policy_logprobs
 
 T, D, V = 50, 16, 72
 
@@ -211,6 +212,26 @@ def test_logprobs_of_bf16_are_near():
     assert (got[0][0].dtype, got[1][0].dtype, got[1][1].dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.float32(a), b, rtol=0, atol=2e-2 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_of_bf16_at_a_temperature_are_those_of_fp32_logits_over_it(temperature):
+    """As the sampler's are: a head over the temperature would be rounded to BF16 once more."""
+    hidden_TD, head_DV, targets_T, _ = make_inputs(jnp.bfloat16)
+
+    def sampled(hidden_TD, head_DV, targets_T):
+        logits_TV = jnp.matmul(hidden_TD, head_DV.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+        chosen_T = jnp.take_along_axis(logits_TV / temperature, targets_T[:, None], axis=-1)[:, 0]
+        log_z_T = jax.nn.logsumexp(logits_TV / temperature, axis=-1)
+        return chosen_T - log_z_T, log_z_T
+
+    ours = functools.partial(token_logprobs, chunk=16, temperature=temperature)
+    (got, grads), (want, want_grads) = (pulled_back(f, hidden_TD, head_DV, targets_T) for f in (ours, sampled))
+    policy = policy_logprobs(hidden_TD[None], head_DV, targets_T[None], None, 16, temperature)
+    for a, b in zip((*got, policy[0]), (*want, want[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+    for a, b in zip(grads, want_grads, strict=True):  # the cotangents of the logits are rounded to BF16
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=2e-2 * np.abs(np.float32(b)).max())
 
 
 def test_cross_entropy_is_the_weighted_sum_of_logprobs():

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -150,6 +151,61 @@ def test_a_reward_that_hangs_ends_the_run_with_its_name_and_what_stays(engine):
     assert "the rollout of prompts 0 to 1 by the weights of 0 updates has ended the run" in str(caught.value)
     assert "the same command continues; with config.posttraining.grpo.on_failure = 'zero'" in str(caught.value)
     assert batches.state()["prompt"] == 0
+
+
+def test_saving_says_for_how_many_rollouts_it_waits_and_which_one_has_failed(engine, caplog):
+    """Ctrl-C may fall before the trainer comes to the rollout that failed."""
+    goes_on, shown = threading.Event(), []
+
+    def fails(weights, batch):
+        assert goes_on.wait(60)
+        raise RuntimeError("the device\nis gone")
+
+    batches = open_batches(engine, staleness=2)
+    batches.next_batch(SIZE)
+    batches.state()
+    batches.score = fails
+
+    def show(text):
+        shown.append(text)
+        goes_on.set()
+
+    batches.follow(batches.weights, show)
+    batches.step = 3
+    batches.pending.clear()
+    batches._begin(SIZE)
+    assert batches.state()["prompt"] == 4
+    assert shown == ["waiting for 2 rollouts before saving ..."]
+    assert "the rollout of prompts 4 to 5 by the weights of 3 updates has failed" in caplog.text
+    assert "RuntimeError: the device is gone" in caplog.text
+
+
+def test_the_seconds_of_a_rollout_begin_when_its_weights_are_made():
+    """The update before is still on the device when the thread gets its weights."""
+
+    class Late:
+        ready = time.monotonic() + 1.0
+
+        def block_until_ready(self):
+            time.sleep(max(self.ready - time.monotonic(), 0.0))
+
+    batch = FakeBatch()
+    take_weights = batch.update_weights
+
+    def update_weights(weights):
+        weights.params["late"].block_until_ready()
+        take_weights(weights)
+
+    batch.update_weights = update_weights
+    weights = fake_weights(0)
+    weights.params["late"] = Late()
+    with Engine(batch, TOKENIZER) as engine:
+        batches = open_batches(engine)
+        batches.follow(lambda: weights)
+        batches.next_batch(SIZE)
+    assert time.monotonic() > Late.ready
+    row = batches.rows[1]
+    assert 0 < row["rollout/seconds"] < row["rollout/waited"] - 0.5
 
 
 def test_an_engine_that_closes_ends_the_thread():

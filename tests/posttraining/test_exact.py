@@ -6,6 +6,8 @@ import pytest
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.inference.job import Job
+from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.posttraining.rollouts import make_batch, rows_of, sample_groups, whole_routes
 from deepseek_jax.posttraining.scoring import exact_scores, flipped
 from tests.inference.test_decode import make_config, one_device
@@ -21,6 +23,12 @@ LENGTH = 160
 RNG = np.random.default_rng(0)
 SHARED = RNG.integers(6, 250, 70).tolist()  # more than a page, so the cache has it for all but the first
 PROMPTS = [(i, [*SHARED, *RNG.integers(6, 250, 5 + 9 * i).tolist()]) for i in range(4)]
+KEPT = {
+    "prompt": SHARED,
+    "max_new_tokens": 4,
+    "sampling": Sampling(temperature=1.0, top_k=0, top_p=0.9, num_logprobs=0),
+    "kept": True,
+}
 
 
 def make_weights(config):
@@ -36,6 +44,9 @@ def rolled_out(config, num_drafts=0, exact=True):
     with Engine(DeviceBatch(config, make_weights(config), one_device(), **options), TOKENIZER) as engine:
         samples = sample_groups(engine, PROMPTS, 4, 40, seed=1, routes=True)
         batch = make_batch(samples, RNG.normal(size=16), np.ones(16, bool), LENGTH, TOKENIZER.pad)
+        if exact:
+            with pytest.raises(ValueError, match="kept = True has log-probabilities among .* exact=False"):
+                engine.submit(Job(**KEPT), print)
         return engine.stats(), samples, batch, exact_scores(engine, batch)
 
 
@@ -59,3 +70,8 @@ def test_scores_are_the_samplers_bit_for_bit_with_drafts_too():
     stats, *rest = rolled_out(config, num_drafts=1)
     assert 100 < stats.accepted[0] < stats.drafted[0]
     check_equal(config, stats, *rest)
+    _, batch, scored = rolled_out(config, num_drafts=1, exact=False)[1:]
+    carried_BS = batch["loss_weights_BS"] > 0
+    equal = (batch["sampler_logprobs_BS"] == scored.logprobs_BS)[carried_BS]
+    assert 0 < equal.sum() < equal.size  # by fast arithmetic some tokens differ
+    np.testing.assert_allclose(batch["sampler_logprobs_BS"], scored.logprobs_BS, atol=1e-4)

@@ -175,6 +175,24 @@ def test_a_bad_line_of_problems_is_named(tmp_path, line, message):
         read_problems(path)
 
 
+@pytest.mark.parametrize(
+    ("num_devices", "more_ids", "message"),
+    [
+        (8, 0, "exact arithmetic is for .* on one CPU device, and this is 'fp32' on 8 of 'cpu'"),
+        (1, 1, "model.vocab_size = .*: the sampler's softmax is over the"),
+    ],
+)
+def test_exact_arithmetic_is_refused_before_weights_are_read(tmp_path, monkeypatch, num_devices, more_ids, message):
+    config, posttraining = read(settings(arithmetic="exact"))
+    config = config.with_(model={"vocab_size": TOKENIZER.vocab_size + more_ids})
+    monkeypatch.setattr(grpo, "_checked", lambda config, *_: config)
+    monkeypatch.setattr(grpo, "tokenizer_and_template", lambda *_: (TOKENIZER, None))
+    monkeypatch.setattr(grpo, "open_problems", lambda *_: pytest.fail("went on"))
+    mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        train_grpo(config, posttraining, tmp_path / "run", mesh)
+
+
 @pytest.mark.slow
 def test_in_exact_arithmetic_the_trainer_has_the_samplers_numbers(tmp_path, monkeypatch):
     """Of each rollout: the first update's ratios are 1 to the last bit, and the second's are of other weights."""

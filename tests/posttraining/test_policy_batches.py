@@ -150,6 +150,7 @@ def test_a_rollout_tells_how_it_went(uninterrupted):
     assert row["rollout/sampler_difference"] == pytest.approx(0.25, abs=1e-5)
     assert row["rollout/sampler_difference_max"] == pytest.approx(0.25, abs=1e-5)
     assert json.loads(json.dumps(row)) == row
+    assert all(type(value) in (int, float) for value in row.values())
 
 
 def test_choices_without_a_kl_need_no_reference_and_flat_groups_carry_no_loss(engine):

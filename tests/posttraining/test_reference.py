@@ -1,6 +1,7 @@
 """The KL's reference on disk: what a run that continues compares with, and what is refused."""
 
 import contextlib
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -62,6 +63,15 @@ def test_a_run_continues_with_the_reference_of_its_checkpoint(opened, tmp_path):
     assert origin.step == 0 and not stored_steps(tmp_path / "reference")
     with pytest.raises(ValueError, match="initial_weights are other weights than this run began with"):
         origin.check(positions[4])
+
+
+def test_a_reference_that_is_lost_is_refused_with_its_step(opened, tmp_path):
+    first = opened(0, None)
+    first.replace(2, weights_of(2))
+    position = first.state()
+    shutil.rmtree(tmp_path / "reference")
+    with pytest.raises(ValueError, match="reference lacks the KL reference of step 2; put it back"):
+        opened(3, position)
 
 
 def test_two_threads_need_one_device():
