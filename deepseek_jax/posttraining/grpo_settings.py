@@ -37,7 +37,8 @@ class Grpo:
         rewards: name to weight, of `rewards.NAMES`.
         accuracy: the reward that is 1 for a right answer.
         on_failure: what a reward that fails does: "stop" the run, or count as "zero".
-        reward_seconds: limit of one reward of one text.
+        reward_seconds: limit of one reward of one text; of the reward "model", of one batch, which has
+            training.micro_batch_size texts of its run.
         reward_workers: processes that reward.
         group_size: samples of a prompt, at least 2.
         updates: optimizer steps, each of training.batch_size samples, that share one rollout.

@@ -5,8 +5,11 @@
 
 The model runs on the trainer's devices, so it is no reward of a process (`rewards.pool`). It fails as those do: a score
 that is NaN or infinite, an answer that does not fit a row, and scores that take longer than `reward_seconds` for a
-batch of them; what then happens is `on_failure`. A program that does not come back cannot be stopped: it is left in its
-thread, which does not keep the process alive, and from then on every score fails at once.
+batch of them; what then happens is `on_failure`. A program that is late cannot be stopped. It is left in its thread,
+which does not keep the process alive, and the next batch waits for it, once more up to `reward_seconds`. If it has
+returned, the batch is scored; if not, `RewardError` ends the run, whatever `on_failure` is, for all later scores would
+be 0. So the host is never kept waiting for ever by a score. What the device does with a program that hangs is another
+matter: an update that was sent to it behind such a program waits too.
 """
 
 import functools
@@ -42,14 +45,14 @@ class ModelRewards(RewardPool):
         rules = {name: float(weight) for name, weight in grpo.rewards.items() if name != MODEL}
         super().__init__(rewards_by_name([*rules]), rules, grpo.reward_workers, grpo.reward_seconds, grpo.on_failure)
         self._grpo, self._batch, self._scores = grpo, batch, scores
-        self._stuck = False
+        self._late: threading.Thread | None = None  # a batch that its limit passed
 
     def score(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Score]:
         """Return the scores of answers, in their order.
 
         Raises:
             ValueError: not as many problems as texts.
-            RewardError: a reward failed and the policy is "stop".
+            RewardError: a reward failed and the policy is "stop"; or the model's program does not come back.
         """
         rules, weight = super().score(problems, texts), float(self._grpo.rewards[MODEL])
         pairs = [*zip(problems, texts, strict=True)]
@@ -69,9 +72,8 @@ class ModelRewards(RewardPool):
 
     def _within(self, pairs: list[tuple[Problem, str]]) -> list[tuple[float, str | None]]:
         """Return scores and what failed, of a batch, within the limit of time."""
-        late = f"took longer than {self._grpo.reward_seconds} s for {len(pairs)} answers"
-        if self._stuck:
-            return [(0.0, "waits for a program that did not come back")] * len(pairs)
+        seconds = self._grpo.reward_seconds
+        self._wait_for_late(seconds)
         outcome: list[Any] = []
 
         def run() -> None:
@@ -82,13 +84,29 @@ class ModelRewards(RewardPool):
 
         thread = threading.Thread(target=run, name="reward model", daemon=True)
         thread.start()
-        thread.join(self._grpo.reward_seconds)
+        thread.join(seconds)
         if not outcome:
-            self._stuck = True
-            return [(0.0, late)] * len(pairs)
+            self._late = thread
+            return [(0.0, f"took longer than {seconds} s for {len(pairs)} answers")] * len(pairs)
         if isinstance(outcome[0], Exception):
             return [(0.0, f"raised {type(outcome[0]).__name__}: {outcome[0]}")] * len(pairs)
         return [(float(x), None) if math.isfinite(x) else (0.0, f"returned {x}") for x in outcome[0]]
+
+    def _wait_for_late(self, seconds: float) -> None:
+        """Let a batch that was late return.
+
+        Raises:
+            RewardError: it does not.
+        """
+        if self._late is None:
+            return
+        self._late.join(seconds)
+        if self._late.is_alive():
+            raise RewardError(
+                f"reward {MODEL!r}: its program has not come back {seconds} s after a batch was late, so all later"
+                f" scores would be 0; start the run again, with a larger {PATH}.reward_seconds if the device is slow"
+            )
+        self._late = None
 
 
 def open_model_rewards(grpo: Grpo, mesh: jax.sharding.Mesh) -> ModelRewards:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import threading
 import time
 
 import jax
@@ -171,15 +172,19 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
     problem = Problem("sort 21", ({"role": "user", "content": "sort 21"},), "12")
     texts = ["<think>?</think><answer>12</answer>", "nan", "<think>?</think><answer>21</answer>"]
 
+    back = threading.Event()
+
     def scores(pairs):
         if any(text == "hang" for _, text in pairs):
             time.sleep(1000.0)
+        if any(text == "late" for _, text in pairs):
+            back.wait()
         if any(text == "raise" for _, text in pairs):
             raise RuntimeError("out of memory")
         return np.array([math.nan if text == "nan" else 4.0 for _, text in pairs])
 
     zero = policy_settings(on_failure="zero")
-    quick = dataclasses.replace(zero, reward_seconds=0.3)
+    quick = dataclasses.replace(zero, reward_seconds=1.0)
     with ModelRewards(zero, 2, scores) as pool:
         found = pool.score([problem] * 3, texts)
         assert [score.total for score in found] == [3.0, 0.0, 2.0]
@@ -188,16 +193,20 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
         assert [s.failed for s in pool.score([problem] * 3, ["raise", "a", "b"])] == [("model",), ("model",), ()]
     with ModelRewards(quick, 2, scores) as pool:
         begin = time.monotonic()
-        for _ in range(3):
-            found = pool.score([problem] * 3, ["hang", "a", "b"])
-        assert [score.failed for score in found] == [("model",)] * 3 and time.monotonic() - begin < 100.0
+        assert pool.score([problem], ["late"])[0].failed == ("model",)
+        back.set()  # what was late has returned, so the model is asked again
+        assert pool.score([problem], ["b"])[0].parts["model"] == 4.0
+        for _ in range(2):  # "zero" does not train on with nothing but zeros
+            with pytest.raises(RewardError, match="program has not come back 1.0 s after .* larger .*reward_seconds"):
+                pool.score([problem] * 3, ["hang", "a", "b"])
+        assert time.monotonic() - begin < 100.0
     quick, stop = (dataclasses.replace(settings, on_failure="stop") for settings in (quick, zero))
     with ModelRewards(stop, 2, scores) as pool:
         with pytest.raises(RewardError, match="reward 'model' of problem 'sort 21' returned nan; text: 'nan'"):
             pool.score([problem] * 3, texts)
         with pytest.raises(RewardError, match="raised RuntimeError: out of memory"):
             pool.score([problem], ["raise"])
-    with ModelRewards(quick, 2, scores) as pool, pytest.raises(RewardError, match="took longer than 0.3 s for 1 answ"):
+    with ModelRewards(quick, 2, scores) as pool, pytest.raises(RewardError, match="took longer than 1.0 s for 1 answ"):
         pool.score([problem], ["hang"])
 
 
