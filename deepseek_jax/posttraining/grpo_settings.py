@@ -175,12 +175,12 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
     if samples % grpo.group_size:
         refuse(
             "group_size",
-            f"does not divide the {samples} samples of a rollout (training.batch_size x {PATH}.updates); change one",
+            f"does not divide the {samples} samples of a rollout: training.batch_size x {grpo.updates}; change one",
         )
     if config.model.num_mtp_layers and config.optimizer.weight_decay:
         raise ValueError(
-            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn in"
-            " GRPO; set it to 0"
+            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn"
+            " here; set it to 0"
         )
 
 

@@ -24,13 +24,14 @@ import numpy as np
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from deepseek_jax.inputs import local_path, read_json, shown
-from deepseek_jax.posttraining.conversations import find_template
 from deepseek_jax.posttraining.grpo_settings import MODEL, PATH, Grpo
+from deepseek_jax.posttraining.problems import Problems
 from deepseek_jax.posttraining.reward_model import encode_answer, preferences, score_answers, score_program
 from deepseek_jax.posttraining.rewards import rewards_by_name
 from deepseek_jax.posttraining.rewards.pool import SHOWN_CHARACTERS, RewardError, RewardPool, log
 from deepseek_jax.posttraining.rewards.problem import Problem, Score
 from deepseek_jax.posttraining.settings import FILE
+from deepseek_jax.training.saved import stored_steps
 from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import HUGGINGFACE, read_config
 
@@ -109,11 +110,12 @@ class ModelRewards(RewardPool):
         self._late = None
 
 
-def open_model_rewards(grpo: Grpo, mesh: jax.sharding.Mesh) -> ModelRewards:
+def open_model_rewards(grpo: Grpo, problems: Problems, mesh: jax.sharding.Mesh) -> ModelRewards:
     """Read a reward model onto the mesh of a policy, compile it, and start the processes of the rules.
 
     Raises:
-        ValueError: the folder holds no reward model, or its checkpoint cannot be read.
+        ValueError: the folder holds no reward model, or one that was never saved in its training; its checkpoint cannot
+            be read; or its rows are too short for the policy's problems and answers.
     """
     where = f"{PATH}.reward_model"
     folder = local_path(grpo.reward_model, where)
@@ -123,16 +125,36 @@ def open_model_rewards(grpo: Grpo, mesh: jax.sharding.Mesh) -> ModelRewards:
             f"{where} = {shown(grpo.reward_model)!r} holds no reward model; train one: experiments.posttrain with the"
             f" stage {STAGE!r} (docs/rewards.md)"
         )
+    if not max(stored_steps(folder), default=0):  # `restore_weights` would take its initial weights
+        raise ValueError(
+            f"{where} = {shown(grpo.reward_model)!r} has no checkpoint of a reward model that was trained; let its run"
+            " train until its first save"
+        )
     config = read_config(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILES[0])
-    template = find_template(section[STAGE]["template"], folder / HUGGINGFACE)
+    template = ChatTemplate.load(folder / HUGGINGFACE)  # the one that it was trained with, whatever its name means now
+    _check_rows(grpo, problems, config.data.sequence_length, template, tokenizer)
     with jax.set_mesh(mesh):
-        weights = restore_weights(config, folder, mesh)[0]
+        weights, progress = restore_weights(config, folder, mesh)
+        if not progress.step:
+            raise ValueError(f"{where} = {shown(grpo.reward_model)!r}: all checkpoints above step 0 are damaged")
         program = score_program(config, preferences(config.model, config.loss, tokenizer.eos), mesh)
     sizes = config.training.micro_batch_size, config.data.sequence_length
     score = functools.partial(_scores, program, weights, sizes, template, tokenizer, mesh)
     score([])  # compiles, which no limit of time is for
     return ModelRewards(grpo, sizes[0], score)
+
+
+def _check_rows(grpo: Grpo, problems: Problems, length: int, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Refuse rows in which not every answer has room; a text that is encoded again can still be longer than it was."""
+    asked = [prompt.problem for prompt in problems.train + problems.heldout]
+    longest, problem = max(((len(template.encode(tokenizer, p.messages)), p) for p in asked), key=lambda pair: pair[0])
+    if (needed := longest + grpo.max_new_tokens + 1) > length:  # EOS behind an answer that was cut off
+        raise ValueError(
+            f"{PATH}.reward_model = {shown(grpo.reward_model)!r} has rows of data.sequence_length = {length} tokens,"
+            f" and problem {shown(repr(problem.name))} with {PATH}.max_new_tokens = {grpo.max_new_tokens} needs"
+            f" {needed}; train one with longer rows, or lower max_new_tokens"
+        )
 
 
 def _scores(

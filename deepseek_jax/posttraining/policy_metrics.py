@@ -94,7 +94,6 @@ def rollout_row(
         "rollout/route_flips": route_flips,
         "rollout/version": min(sample.version for sample in samples),
         "rollout/first_prompt": samples[0].number,
-        "rollout/waited": "seconds that the trainer waited for samples since the update before",
         "rollout/seconds": seconds["rollout"],
         "rollout/tokens_per_second": lengths.sum() / seconds["sampling"],
     }

@@ -8,7 +8,8 @@ probability of that is sigmoid(r(x, y_w) - r(x, y_l)) (Bradley and Terry 1952), 
 The score is linear in the hidden state h at EOS, the last token of the answer: r = h . w. Its head w is the column of
 EOS in the output head: nothing else reads the model's word on what follows an end. So a reward model has the weights of
 any model here, and everything that trains, shards, saves, exports or quantises those does so with it. A leaf of its own
-for w was not made: each of these would have to know it. All other columns of the head stay as they are.
+for w was not made: each of these would have to know it. All other columns of the head stay as they are, so weight
+decay is refused.
 
 A step's rows are pairs: row 2 i is preferred to row 2 i + 1, so that a pair is always on one device and in one
 micro-batch. Scores are of no scale of their own; only their differences were learned. GRPO's advantages subtract the

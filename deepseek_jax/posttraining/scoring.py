@@ -139,14 +139,14 @@ def flipped(batch: dict[str, np.ndarray], rollout_BSLK: np.ndarray | None, own_B
     return float(differs_BSL[known_BSL].mean()) if known_BSL.any() else 0.0
 
 
-def refuse_mesh(mesh: jax.sharding.Mesh) -> None:
-    """Refuse a mesh over whose devices outputs are not scored.
+def refuse_mesh(mesh: jax.sharding.Mesh, stage: str) -> None:
+    """Refuse a mesh over whose devices outputs are not scored, in the name of a stage.
 
     Raises:
         ValueError: rows or layers are split, or there are several processes.
     """
     for axis in ("pipe", "context", "tensor"):
         if mesh.shape.get(axis, 1) > 1:
-            raise ValueError(f"config.mesh.{axis} = {mesh.shape[axis]}: GRPO needs 1; use mesh.data or mesh.expert")
+            raise ValueError(f"config.mesh.{axis} = {mesh.shape[axis]}: {stage} needs 1; use mesh.data or mesh.expert")
     if jax.process_count() > 1:
-        raise ValueError(f"GRPO samples and trains in one process, and there are {jax.process_count()}; start one")
+        raise ValueError(f"{stage} runs in one process, and there are {jax.process_count()}; start one")
