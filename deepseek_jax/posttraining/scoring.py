@@ -6,30 +6,28 @@ that drew it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import Job
 from deepseek_jax.model.moe import chosen_experts
-from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import apply
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import gather, in_fp32, with_fp8
-from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.parallel.weights import in_fp32
+from deepseek_jax.parameters import Weights
+from deepseek_jax.posttraining.forward import over_rows
 from deepseek_jax.posttraining.policy_objective import Policy
 from deepseek_jax.posttraining.rollouts import rows_of
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch
-from pallas_kernels.lowering import manual_axes
 
 READ = "tokens_BS", "targets_BS", "positions_BS", "segment_ids_BS"
 ALSO_READ = "routes_BSLK", "kept_BSW"  # where the batch has them
@@ -61,9 +59,7 @@ def score(model: Model, execution: Execution, policy: Policy, weights: Weights, 
     Where the batch has routes they are replayed, and the routers say what they would choose on the way.
     """
 
-    def local(weights, batch):
-        load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
-        weights = weights._replace(params=with_fp8(model, execution, weights.params))
+    def forward(weights, batch, load):
         inputs = network_inputs(model, execution, policy, batch)
         if inputs.replay is not None:
             inputs = dataclasses.replace(inputs, replay=dataclasses.replace(inputs.replay, watches=True))
@@ -73,16 +69,9 @@ def score(model: Model, execution: Execution, policy: Policy, weights: Weights, 
         routes_BSLK = jnp.zeros((*logprob_BS.shape, 0, model.experts_per_token), jnp.int16)
         if output.observed is not None:
             routes_BSLK = jnp.moveaxis(output.observed, 0, 2).astype(jnp.int16)
-        return _whole(logprob_BS), _whole(routes_BSLK)
+        return logprob_BS, routes_BSLK
 
-    specs = Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
-    return jax.shard_map(local, in_specs=(specs, {name: P(ROWS) for name in batch}), out_specs=P(ROWS))(weights, batch)
-
-
-def _whole(x: Array) -> Array:
-    """Return it as it is on axes of size 1 (`refuse_mesh`)."""
-    others = tuple(sorted(manual_axes.varies_over(x) - set(ROWS)))
-    return lax.psum(x, others) if others else x
+    return over_rows(model, execution, forward, weights, batch)
 
 
 def score_rows(
