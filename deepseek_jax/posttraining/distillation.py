@@ -27,7 +27,7 @@ from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.posttraining.accuracy import accuracy_line, accuracy_row
 from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
 from deepseek_jax.posttraining.distillation_objective import distillation, distillation_step
-from deepseek_jax.posttraining.distillation_settings import Teacher, check_same_tokens, find_teacher
+from deepseek_jax.posttraining.distillation_settings import Teacher, check_same_tokens, find_teacher, own_names
 from deepseek_jax.posttraining.grpo import open_engine, open_pool, with_steps
 from deepseek_jax.posttraining.grpo_settings import Grpo
 from deepseek_jax.posttraining.problems import Problems, open_problems
@@ -71,11 +71,12 @@ def train_distillation(
         grpo = settings.rollouts
         config = _checked(with_steps(config, grpo), posttraining, workdir)
         mesh = mesh or make_mesh(config.mesh)
-        refuse_mesh(mesh)
+        refuse_mesh(mesh, "distillation")
         teacher = find_teacher(settings, config)
         tokenizer, template = tokenizer_and_template(config, settings.template, workdir)
         check_same_tokens(settings, teacher.tokenizer, read_tokenizer(workdir))
-        problems = open_problems(config, grpo, template, tokenizer)
+        with own_names():
+            problems = open_problems(config, grpo, template, tokenizer)
         pool = resources.enter_context(open_pool(grpo))
         resources.enter_context(jax.set_mesh(mesh))
         step, taught_by = open_teacher(config, teacher, mesh)

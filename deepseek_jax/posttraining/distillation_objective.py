@@ -42,18 +42,16 @@ from deepseek_jax.config import Loss, Model
 from deepseek_jax.model.balance import RouterStats, router_stats
 from deepseek_jax.model.head import chunks
 from deepseek_jax.model.moe import Observer
-from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import Output, apply
 from deepseek_jax.parallel.mesh import vary
-from deepseek_jax.parallel.weights import gather, with_fp8
-from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.parameters import P, Weights
+from deepseek_jax.posttraining.forward import over_rows
 from deepseek_jax.training.micro_batches import split
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch, router_metrics
 from deepseek_jax.training.optimizer import Rates
 from deepseek_jax.training.state import State, weights_of
 from deepseek_jax.training.step import Recipe, gradients, update
-from pallas_kernels.lowering import manual_axes
 
 HIDDEN, HEAD = "teacher_hidden_BSD", "teacher_head_DV"
 READ = "tokens_BS", "positions_BS", "segment_ids_BS"
@@ -210,20 +208,15 @@ def teacher_hidden(teacher: Recipe, weights: Weights, batch: Batch) -> Array:
     """Return the teacher's hidden states in front of its head, [B, S, D], a micro-batch at a time."""
     model, execution = teacher.model, teacher.execution
 
-    def local(weights, batch):
-        load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
-        weights = weights._replace(params=with_fp8(model, execution, weights.params))
+    def forward(weights, batch, load):
 
         def run(rows):
             inputs = network_inputs(model, execution, teacher.objective, rows)
             return apply(model, execution, weights, inputs, load, teacher.objective.observe, 1).hidden_BSD
 
-        hidden_BSD = lax.map(run, split(batch, teacher.micro_batch_size)).reshape(*batch["tokens_BS"].shape, -1)
-        others = tuple(sorted(manual_axes.varies_over(hidden_BSD) - set(ROWS)))  # of size 1: `scoring.refuse_mesh`
-        return lax.psum(hidden_BSD, others) if others else hidden_BSD
+        return lax.map(run, split(batch, teacher.micro_batch_size)).reshape(*batch["tokens_BS"].shape, -1)
 
-    specs = Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
-    return jax.shard_map(local, in_specs=(specs, {name: P(ROWS) for name in batch}), out_specs=P(ROWS))(weights, batch)
+    return over_rows(model, execution, forward, weights, batch)
 
 
 def distillation_step(

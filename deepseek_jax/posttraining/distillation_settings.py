@@ -1,7 +1,9 @@
 """The settings of on-policy distillation, what is refused of them, and the teacher that they name."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from deepseek_jax.config import Config
@@ -10,6 +12,7 @@ from deepseek_jax.huggingface.folder import read_config as read_released_config
 from deepseek_jax.inputs import shown
 from deepseek_jax.posttraining import grpo_settings
 from deepseek_jax.posttraining.grpo_settings import Grpo, check_grpo
+from deepseek_jax.posttraining.rewards import NAMES
 from deepseek_jax.training import origin
 from deepseek_jax.training.origin import find_origin, initial_tokenizer
 from deepseek_jax.training.workdir import read_config, read_tokenizer
@@ -81,8 +84,17 @@ def check_distillation(settings: Distillation, config: Config) -> None:
         raise ValueError(f"{PATH}.teacher is empty; name a run's workdir, or a folder in Hugging Face's format")
     if settings.teacher.startswith(origin.WHOLE):
         raise ValueError(f"{PATH}.teacher = {shown(settings.teacher)!r}: leave {origin.WHOLE!r} out, it has no moments")
-    try:
+    if settings.accuracy not in NAMES:
+        raise ValueError(f"{PATH}.accuracy = {shown(repr(settings.accuracy))} is unknown; choose one of {NAMES}")
+    with own_names():
         check_grpo(settings.rollouts, config)
+
+
+@contextlib.contextmanager
+def own_names() -> Iterator[None]:
+    """Let an error about a setting that GRPO has too name this stage's."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(str(error).replace(grpo_settings.PATH, PATH)) from error
 

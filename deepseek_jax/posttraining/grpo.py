@@ -91,7 +91,7 @@ def train_grpo(
             refuse_exact(config, tokenizer, mesh)
         problems = open_problems(config, grpo, template, tokenizer)
         sampler = _open_sampler(resources)
-        pool = resources.enter_context(open_model_rewards(grpo, mesh) if grpo.reward_model else open_pool(grpo))
+        pool = resources.enter_context(open_rewards(grpo, problems, mesh))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk, grpo.temperature)
         checkpoints, state, progress = _open_state(config, workdir, mesh, resources)
@@ -132,7 +132,7 @@ def _checked(config: Config, posttraining: Posttraining, workdir: Path) -> Confi
 
 
 def _check_mesh(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
-    refuse_mesh(mesh)
+    refuse_mesh(mesh, "GRPO")
     refuse_two_threads(grpo, mesh)
 
 
@@ -162,6 +162,11 @@ def with_steps(config: Config, grpo: Grpo) -> Config:
     """Return the configuration with the tokens of `steps` updates, padding included, if that is fewer."""
     num_tokens = grpo.steps * batch_size(config, 0) * config.data.sequence_length
     return config.with_(training={"num_tokens": float(min(num_tokens, config.training.num_tokens))})
+
+
+def open_rewards(grpo: Grpo, problems: Problems, mesh: jax.sharding.Mesh) -> RewardPool:
+    """Start what rewards: rules alone, or with the score of a model."""
+    return open_model_rewards(grpo, problems, mesh) if grpo.reward_model else open_pool(grpo)
 
 
 def open_pool(grpo: Grpo) -> RewardPool:

@@ -37,7 +37,8 @@ class Grpo:
         rewards: name to weight, of `rewards.NAMES`.
         accuracy: the reward that is 1 for a right answer.
         on_failure: what a reward that fails does: "stop" the run, or count as "zero".
-        reward_seconds: limit of one reward of one text.
+        reward_seconds: limit of one reward of one text; of the reward "model", of one batch, which has
+            training.micro_batch_size texts of its run.
         reward_workers: processes that reward.
         group_size: samples of a prompt, at least 2.
         updates: optimizer steps, each of training.batch_size samples, that share one rollout.
@@ -174,12 +175,12 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
     if samples % grpo.group_size:
         refuse(
             "group_size",
-            f"does not divide the {samples} samples of a rollout (training.batch_size x {PATH}.updates); change one",
+            f"does not divide the {samples} samples of a rollout: training.batch_size x {grpo.updates}; change one",
         )
     if config.model.num_mtp_layers and config.optimizer.weight_decay:
         raise ValueError(
-            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn in"
-            " GRPO; set it to 0"
+            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn"
+            " here; set it to 0"
         )
 
 

@@ -137,7 +137,7 @@ class PolicyBatches:
         self._begin(batch_size)
         start = time.perf_counter()
         if not self.pending:
-            self.pending.extend(_made(self.ahead[0]))
+            self.pending.extend(_made(self.ahead[0], self.grpo.on_failure))
             self.ahead.popleft()
         waited, self.waited = self.waited + time.perf_counter() - start, 0.0
         part = self.pending.popleft()
@@ -261,14 +261,14 @@ def _replaced(scored: Scored) -> Arrays:
     return {"exact_logprobs_BS": scored.logprobs_BS, "routes_BSLK": scored.routes_BSLK}
 
 
-def _made(rollout: Rollout) -> list[Part]:
+def _made(rollout: Rollout, on_failure: str) -> list[Part]:
     """Wait for a rollout; an error says which it was."""
     try:
         return rollout.parts.result()
     except RewardError as error:
+        remedy = f"; with {PATH}.on_failure = 'zero' such a reward counts 0" if on_failure == "stop" else ""
         raise RewardError(
-            f"{error}\n{rollout} has ended the run; its last checkpoint stays, and the same command continues; with"
-            f" {PATH}.on_failure = 'zero' such a reward counts 0"
+            f"{error}\n{rollout} has ended the run; its last checkpoint stays, and the same command continues{remedy}"
         ) from error
     except Exception as error:
         error.add_note(f"in {rollout}; the run's last checkpoint stays, and the same command continues")

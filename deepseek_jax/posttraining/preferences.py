@@ -75,10 +75,10 @@ def check_reward_model(settings: RewardModel, config: Config) -> None:
     for name, values in sizes.items():
         if len(values) != 1 or values[0] % PAIR:
             raise ValueError(f"config.training.{name} = {values} must be one even number: rows are pairs of answers")
-    if config.model.num_mtp_layers and config.optimizer.weight_decay:
+    if config.optimizer.weight_decay:
         raise ValueError(
-            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers and a head that do not"
-            " learn here; set it to 0"
+            f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink all columns of the head but one,"
+            " and MTP layers, which do not learn here; set it to 0"
         )
 
 
@@ -124,6 +124,8 @@ def _pair(found: Any, where: str) -> tuple[list[dict[str, str]], list[str]]:
     messages = found.get("messages", [{"role": "user", "content": found.get("question")}])
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         raise ValueError(f"{where}: messages are a list of objects, the last one the user's")
+    if messages[-1].get("role") != "user":
+        raise ValueError(f"{where}: the last message has the role {messages[-1].get('role')!r}, and must be the user's")
     texts = [found[side] for side in SIDES]
     if not all(isinstance(text, str) and text for text in [*texts, messages[-1].get("content")]):
         raise ValueError(f"{where}: what is asked and both answers are texts, and none is empty")

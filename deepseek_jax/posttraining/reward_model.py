@@ -8,7 +8,8 @@ probability of that is sigmoid(r(x, y_w) - r(x, y_l)) (Bradley and Terry 1952), 
 The score is linear in the hidden state h at EOS, the last token of the answer: r = h . w. Its head w is the column of
 EOS in the output head: nothing else reads the model's word on what follows an end. So a reward model has the weights of
 any model here, and everything that trains, shards, saves, exports or quantises those does so with it. A leaf of its own
-for w was not made: each of these would have to know it. All other columns of the head stay as they are.
+for w was not made: each of these would have to know it. All other columns of the head stay as they are, so weight
+decay is refused.
 
 A step's rows are pairs: row 2 i is preferred to row 2 i + 1, so that a pair is always on one device and in one
 micro-batch. Scores are of no scale of their own; only their differences were learned. GRPO's advantages subtract the
@@ -23,24 +24,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from deepseek_jax.config import Config, Execution, Loss, Model
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model.balance import RouterStats, router_stats
 from deepseek_jax.model.moe import Observer
-from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import Output, apply
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import gather, in_fp32, with_fp8
-from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.parallel.weights import in_fp32
+from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.conversations import with_think_tokens
+from deepseek_jax.posttraining.forward import over_rows
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch, router_metrics
 from deepseek_jax.training.optimizer import Rates
-from pallas_kernels.lowering import manual_axes
 
 PAIR = 2
 
@@ -175,18 +175,13 @@ def score_program(config: Config, objective: Preferences, mesh: jax.sharding.Mes
 def scores(model: Model, execution: Execution, objective: Preferences, weights: Weights, batch: Batch) -> Array:
     """Return the score of each row, FP32 [B]."""
 
-    def local(weights, batch):
-        load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
-        weights = weights._replace(params=with_fp8(model, execution, weights.params))
+    def forward(weights, batch, load):
         inputs = network_inputs(model, execution, objective, batch)
         output = apply(model, execution, weights, inputs, load, objective.observe, 1)
         head_DV = in_fp32(load({"head_DV": weights.params["head_DV"]})["head_DV"])
-        score_B = objective.scores(output, head_DV, batch)
-        others = tuple(sorted(manual_axes.varies_over(score_B) - set(ROWS)))  # of size 1: `scoring.refuse_mesh`
-        return lax.psum(score_B, others) if others else score_B
+        return objective.scores(output, head_DV, batch)
 
-    specs = Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
-    return jax.shard_map(local, in_specs=(specs, {name: P(ROWS) for name in batch}), out_specs=P(ROWS))(weights, batch)
+    return over_rows(model, execution, forward, weights, batch)
 
 
 def score_answers(

@@ -73,7 +73,7 @@ def train_reward_model(
         check_workdir(workdir, config)
         check_one_step(config)
         mesh = mesh or make_mesh(config.mesh)
-        refuse_mesh(mesh)
+        refuse_mesh(mesh, "the training of a reward model")
         resources.enter_context(jax.set_mesh(mesh))
         objective = preferences(config.model, config.loss, tokenizer.eos)
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)

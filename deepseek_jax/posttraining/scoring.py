@@ -6,14 +6,13 @@ that drew it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from deepseek_jax.config import Config, Execution, Model
 from deepseek_jax.data.tokenizer import Tokenizer
@@ -21,18 +20,17 @@ from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.exact_calls import check_exact
 from deepseek_jax.inference.job import Job
 from deepseek_jax.model.moe import chosen_experts
-from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import apply
 from deepseek_jax.parallel.program import jit_on, resolve_for
-from deepseek_jax.parallel.weights import gather, in_fp32, with_fp8
-from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.parallel.weights import in_fp32
+from deepseek_jax.parameters import Weights
+from deepseek_jax.posttraining.forward import over_rows
 from deepseek_jax.posttraining.grpo_settings import PATH
 from deepseek_jax.posttraining.policy_objective import Policy
 from deepseek_jax.posttraining.rollouts import rows_of
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.network_inputs import network_inputs
 from deepseek_jax.training.objective import Batch
-from pallas_kernels.lowering import manual_axes
 
 READ = "tokens_BS", "targets_BS", "positions_BS", "segment_ids_BS"
 ALSO_READ = "routes_BSLK", "kept_BSW"  # where the batch has them
@@ -64,9 +62,7 @@ def score(model: Model, execution: Execution, policy: Policy, weights: Weights, 
     Where the batch has routes they are replayed, and the routers say what they would choose on the way.
     """
 
-    def local(weights, batch):
-        load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts)
-        weights = weights._replace(params=with_fp8(model, execution, weights.params))
+    def forward(weights, batch, load):
         inputs = network_inputs(model, execution, policy, batch)
         if inputs.replay is not None:
             inputs = dataclasses.replace(inputs, replay=dataclasses.replace(inputs.replay, watches=True))
@@ -76,16 +72,9 @@ def score(model: Model, execution: Execution, policy: Policy, weights: Weights, 
         routes_BSLK = jnp.zeros((*logprob_BS.shape, 0, model.experts_per_token), jnp.int16)
         if output.observed is not None:
             routes_BSLK = jnp.moveaxis(output.observed, 0, 2).astype(jnp.int16)
-        return _whole(logprob_BS), _whole(routes_BSLK)
+        return logprob_BS, routes_BSLK
 
-    specs = Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
-    return jax.shard_map(local, in_specs=(specs, {name: P(ROWS) for name in batch}), out_specs=P(ROWS))(weights, batch)
-
-
-def _whole(x: Array) -> Array:
-    """Return it as it is on axes of size 1 (`refuse_mesh`)."""
-    others = tuple(sorted(manual_axes.varies_over(x) - set(ROWS)))
-    return lax.psum(x, others) if others else x
+    return over_rows(model, execution, forward, weights, batch)
 
 
 def score_rows(
@@ -157,14 +146,14 @@ def refuse_exact(config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) 
         )
 
 
-def refuse_mesh(mesh: jax.sharding.Mesh) -> None:
-    """Refuse a mesh over whose devices outputs are not scored.
+def refuse_mesh(mesh: jax.sharding.Mesh, stage: str) -> None:
+    """Refuse a mesh over whose devices outputs are not scored, in the name of a stage.
 
     Raises:
         ValueError: rows or layers are split, or there are several processes.
     """
     for axis in ("pipe", "context", "tensor"):
         if mesh.shape.get(axis, 1) > 1:
-            raise ValueError(f"config.mesh.{axis} = {mesh.shape[axis]}: GRPO needs 1; use mesh.data or mesh.expert")
+            raise ValueError(f"config.mesh.{axis} = {mesh.shape[axis]}: {stage} needs 1; use mesh.data or mesh.expert")
     if jax.process_count() > 1:
-        raise ValueError(f"GRPO samples and trains in one process, and there are {jax.process_count()}; start one")
+        raise ValueError(f"{stage} runs in one process, and there are {jax.process_count()}; start one")

@@ -102,10 +102,12 @@ class Answers:
         Raises:
             ValueError: it is of other problems, or of another teacher.
         """
-        for key, ours in (("problems", self.problems.fingerprint), ("teacher", self.teacher)):
-            if position[key] != ours:
-                raise ValueError(
-                    f"the run's {key} {'has' if key == 'teacher' else 'have'} changed since its checkpoint; put the"
-                    " former back, or begin another run with its weights: --initial with another --workdir"
-                )
+        other = "or begin another run with its weights: --initial with another --workdir"
+        if position["problems"] != self.problems.fingerprint:
+            raise ValueError(f"the run's problems have changed since its checkpoint; put the former back, {other}")
+        if position["teacher"] != self.teacher:
+            raise ValueError(
+                "the run's teacher has changed since its checkpoint; put the former back (of a teacher that has trained"
+                f" on, name the step: 'workdir@step'), {other}"
+            )
         self.number = position["prompt"]

@@ -3,12 +3,13 @@
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.posttraining.policy_batches import Rollout, _made
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.reference import Reference
 from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
@@ -151,6 +152,10 @@ def test_a_reward_that_hangs_ends_the_run_with_its_name_and_what_stays(engine):
     assert "the rollout of prompts 0 to 1 by the weights of 0 updates has ended the run" in str(caught.value)
     assert "the same command continues; with config.posttraining.grpo.on_failure = 'zero'" in str(caught.value)
     assert batches.state()["prompt"] == 0
+    parts = Future()
+    parts.set_exception(RewardError("a model's program does not come back"))
+    with pytest.raises(RewardError, match="the same command continues$"):
+        _made(Rollout(0, 2, 0, parts), "zero")
 
 
 def test_saving_says_for_how_many_rollouts_it_waits_and_which_one_has_failed(engine, caplog):

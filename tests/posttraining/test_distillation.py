@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +12,13 @@ import pytest
 from configs import tiny_distillation
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.posttraining import distillation
+from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.distillation import train_distillation
-from deepseek_jax.posttraining.distillation_settings import check_same_tokens, find_teacher
+from deepseek_jax.posttraining.distillation_settings import check_same_tokens, find_teacher, own_names
+from deepseek_jax.posttraining.problems import open_problems
+from deepseek_jax.posttraining.scoring import refuse_mesh
 from deepseek_jax.posttraining.settings import read
-from deepseek_jax.posttraining.student_answers import DISTILLATION_KEYS
+from deepseek_jax.posttraining.student_answers import DISTILLATION_KEYS, Answers
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.workdir import claim_workdir
 from tests.posttraining import test_grpo, test_sft
@@ -43,10 +47,13 @@ def settings(initial="W", teacher="T", **changes):
     [
         ({"teacher": ""}, "distillation.teacher is empty; name a run's workdir"),
         ({"teacher": "state:runs/a@3"}, "leave 'state:' out"),
-        ({"group_size": 3}, "posttraining.distillation.group_size = 3 does not divide"),
+        (
+            {"group_size": 3},
+            "posttraining.distillation.group_size = 3 does not divide the 8 samples of a rollout: training.batch",
+        ),
         ({"steps": 0}, "posttraining.distillation.steps = 0 must be at least 1"),
         ({"problems": "sorting:2-3"}, "posttraining.distillation.problems = 'sorting:2-3' is no task"),
-        ({"accuracy": "nice"}, "name each with its weight, of"),
+        ({"accuracy": "nice"}, "posttraining.distillation.accuracy = 'nice' is unknown; choose one of"),
         ({"temperature": 0.5}, "temperature"),
         ({"optimizer__weight_decay": 0.1}, "would shrink MTP layers"),
     ],
@@ -54,6 +61,24 @@ def settings(initial="W", teacher="T", **changes):
 def test_settings_that_mean_nothing_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read(settings(**changes))
+
+
+def test_what_is_wrong_with_problems_a_mesh_or_a_position_is_told_in_this_stages_words():
+    config, posttraining = read(settings(max_new_tokens=30))
+    grpo = posttraining.distillation.rollouts
+    with (
+        pytest.raises(ValueError, match="with config.posttraining.distillation.max_new_tokens = 30 does not"),
+        own_names(),
+    ):
+        open_problems(config, grpo, PLAIN, TOKENIZER)
+    with pytest.raises(ValueError, match="mesh.tensor = 2: distillation needs 1"):
+        refuse_mesh(SimpleNamespace(shape={"tensor": 2}), "distillation")
+    problems = open_problems(config, read(settings())[1].distillation.rollouts, PLAIN, TOKENIZER)
+    answers = Answers(grpo, problems, None, 48, 0, "teacher")
+    with pytest.raises(ValueError, match="teacher has changed since its checkpoint; .* name the step: 'workdir@step'"):
+        answers.restore(answers.state() | {"teacher": "other"})
+    with pytest.raises(ValueError, match="the run's problems have changed since"):
+        answers.restore(answers.state() | {"problems": "other"})
 
 
 def test_the_config_file_needs_a_teacher_alone():

@@ -56,6 +56,7 @@ def open_batches(engine, choices=GRPO, reward=letters, on_failure="stop", train=
         updates=UPDATES,
         max_new_tokens=LIMIT,
         accuracy="text",
+        on_failure=on_failure,
         staleness=staleness,
         drawing={},
         replay_routes=False,
@@ -101,6 +102,7 @@ def test_a_killed_run_trains_on_the_samples_of_the_uninterrupted_one(engine, uni
     for _ in range(step):
         before.next_batch(SIZE)
     position = json.loads(json.dumps(before.state()))
+    assert all(isinstance(value, int | float) for part in position["parts"] for value in part["row"].values())
     after = open_batches(engine)
     after.step = step
     after.restore(position)

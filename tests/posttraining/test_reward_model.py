@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import threading
 import time
 
 import jax
@@ -12,16 +13,21 @@ import pytest
 
 from configs import tiny_reward_model
 from deepseek_jax.config import from_config_dict
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.model.transformer import Output
+from deepseek_jax.posttraining import model_rewards
 from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.model_rewards import ModelRewards, open_model_rewards
 from deepseek_jax.posttraining.preferences import PairBatches, read_pairs, with_length
+from deepseek_jax.posttraining.problems import Problems, Prompt
 from deepseek_jax.posttraining.reward_model import answers_batch, pair_terms, preferences
 from deepseek_jax.posttraining.reward_model_training import REWARD_MODEL_KEYS, train_reward_model
 from deepseek_jax.posttraining.rewards.pool import RewardError
 from deepseek_jax.posttraining.rewards.problem import Problem
-from deepseek_jax.posttraining.settings import read
+from deepseek_jax.posttraining.settings import claim, read
+from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.metrics import read_rows
+from deepseek_jax.training.workdir import claim_workdir
 from tests.posttraining import test_grpo, test_sft
 from tests.posttraining.test_sft import TOKENIZER, one_device, save_run
 from tests.support import small
@@ -98,7 +104,8 @@ def test_loss_and_gradient_are_those_of_bradley_and_terry():
         ({"heldout": 0}, "heldout = 0 must be at least 1"),
         ({"epochs": 0.0}, "epochs = 0.0 must be a positive number"),
         ({"training__micro_batch_size": 1, "training__batch_size": (("constant", 1.0, 7),)}, "must be one even number"),
-        ({"optimizer__weight_decay": 0.1}, "would shrink MTP layers and a head"),
+        ({"optimizer__weight_decay": 0.1}, "would shrink all columns of the head but one"),
+        ({"optimizer__weight_decay": 0.1, "model__num_mtp_layers": 0}, "columns of the head"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes, message):
@@ -114,6 +121,7 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
         ('{"question": "b", "chosen": "x", "rejected": "x"}', "line 2: both answers are the same"),
         ('{"question": "b", "chosen": "x", "rejected": ""}', "line 2: .* texts, and none is empty"),
         ('{"messages": [], "chosen": "x", "rejected": "y"}', "line 2: messages are a list"),
+        ('{"messages": [{"role": "system", "content": "b"}], "chosen": "x", "rejected": "y"}', "'system', and must be"),
         ('{"question": "b", "chosen": "x", "rejected": "%s"}' % ("y" * 99), "line 2 has .* tokens, and data.sequence"),
     ],
 )
@@ -171,15 +179,19 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
     problem = Problem("sort 21", ({"role": "user", "content": "sort 21"},), "12")
     texts = ["<think>?</think><answer>12</answer>", "nan", "<think>?</think><answer>21</answer>"]
 
+    back = threading.Event()
+
     def scores(pairs):
         if any(text == "hang" for _, text in pairs):
             time.sleep(1000.0)
+        if any(text == "late" for _, text in pairs):
+            back.wait()
         if any(text == "raise" for _, text in pairs):
             raise RuntimeError("out of memory")
         return np.array([math.nan if text == "nan" else 4.0 for _, text in pairs])
 
     zero = policy_settings(on_failure="zero")
-    quick = dataclasses.replace(zero, reward_seconds=0.3)
+    quick = dataclasses.replace(zero, reward_seconds=1.0)
     with ModelRewards(zero, 2, scores) as pool:
         found = pool.score([problem] * 3, texts)
         assert [score.total for score in found] == [3.0, 0.0, 2.0]
@@ -188,17 +200,56 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
         assert [s.failed for s in pool.score([problem] * 3, ["raise", "a", "b"])] == [("model",), ("model",), ()]
     with ModelRewards(quick, 2, scores) as pool:
         begin = time.monotonic()
-        for _ in range(3):
-            found = pool.score([problem] * 3, ["hang", "a", "b"])
-        assert [score.failed for score in found] == [("model",)] * 3 and time.monotonic() - begin < 100.0
+        assert pool.score([problem], ["late"])[0].failed == ("model",)
+        back.set()  # what was late has returned, so the model is asked again
+        assert pool.score([problem], ["b"])[0].parts["model"] == 4.0
+        for _ in range(2):  # "zero" does not train on with nothing but zeros
+            with pytest.raises(RewardError, match="program has not come back 1.0 s after .* larger .*reward_seconds"):
+                pool.score([problem] * 3, ["hang", "a", "b"])
+        assert time.monotonic() - begin < 100.0
     quick, stop = (dataclasses.replace(settings, on_failure="stop") for settings in (quick, zero))
     with ModelRewards(stop, 2, scores) as pool:
         with pytest.raises(RewardError, match="reward 'model' of problem 'sort 21' returned nan; text: 'nan'"):
             pool.score([problem] * 3, texts)
         with pytest.raises(RewardError, match="raised RuntimeError: out of memory"):
             pool.score([problem], ["raise"])
-    with ModelRewards(quick, 2, scores) as pool, pytest.raises(RewardError, match="took longer than 0.3 s for 1 answ"):
+    with ModelRewards(quick, 2, scores) as pool, pytest.raises(RewardError, match="took longer than 1.0 s for 1 answ"):
         pool.score([problem], ["hang"])
+
+
+def test_a_reward_model_is_trained_has_room_and_keeps_its_template(tmp_path, monkeypatch):
+    """Of a folder as its training leaves it, without the arrays."""
+    config, posttraining = read(settings())
+    claim(tmp_path, posttraining)
+    claim_workdir(tmp_path, config)
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    (tmp_path / "huggingface").mkdir()
+    kept = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }}!{% endfor %}")  # not what "plain" is now
+    (tmp_path / "huggingface" / "chat_template.jinja").write_text(kept.source)
+    problem = Problem("sort 21", ({"role": "user", "content": "sort 21"},), "12")
+    problems, mesh, seen = Problems([Prompt(problem, [])], []), one_device(config), []
+
+    def program(weights, batch):
+        seen.append(np.asarray(batch["tokens_BS"]))
+        return np.ones(len(seen[-1]), np.float32)
+
+    monkeypatch.setattr(model_rewards, "score_program", lambda *arguments: program)
+    monkeypatch.setattr(
+        model_rewards, "restore_weights", lambda *arguments: (None, Progress(step=3, tokens_seen=0, data=None))
+    )
+    grpo = policy_settings(reward_model=str(tmp_path))
+    with pytest.raises(ValueError, match="has no checkpoint of a reward model that was trained; let its run train"):
+        open_model_rewards(grpo, problems, mesh)  # whose training was killed before its first save
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no checkpoint of a reward model"):
+        open_model_rewards(grpo, problems, mesh)
+    (tmp_path / "checkpoints" / "3").mkdir()
+    ids = kept.encode(TOKENIZER, problem.messages)
+    with pytest.raises(ValueError, match=f"sequence_length = 48 tokens, .* = {48 - len(ids)} needs 49; train one with"):
+        open_model_rewards(dataclasses.replace(grpo, max_new_tokens=48 - len(ids)), problems, mesh)
+    with open_model_rewards(dataclasses.replace(grpo, max_new_tokens=47 - len(ids)), problems, mesh) as pool:
+        pool.score([problem], ["<think>?</think><answer>12</answer>"[:20]])
+    assert seen[-1][0, : len(ids)].tolist() == ids
 
 
 @pytest.mark.slow
@@ -225,8 +276,9 @@ def test_a_reward_model_learns_continues_and_scores_answers_of_a_policy(tmp_path
     for a, b in zip(*(jax.tree.leaves(r.state["params"]) for r in (result, again)), strict=True):
         np.testing.assert_array_equal(a, b)
     problem = Problem("q99", ({"role": "user", "content": "q99"},), "12")
-    with open_model_rewards(policy_settings(reward_model=str(tmp_path / "run"), on_failure="zero"), mesh) as pool:
+    grpo = policy_settings(reward_model=str(tmp_path / "run"), on_failure="zero")
+    with open_model_rewards(grpo, Problems([Prompt(problem, [])], []), mesh) as pool:
         found = pool.score([problem] * 3, ["ab" * 6, "ab", "ab" * 40])
     assert found[0].parts["model"] > found[1].parts["model"] and found[2].failed == ("model",)
     with pytest.raises(ValueError, match="base' holds no reward model; train one"):
-        open_model_rewards(policy_settings(reward_model=str(tmp_path / "base")), mesh)
+        open_model_rewards(policy_settings(reward_model=str(tmp_path / "base")), Problems([], []), mesh)
