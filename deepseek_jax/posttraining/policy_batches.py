@@ -160,10 +160,11 @@ class PolicyBatches:
         start = time.perf_counter()
         if number := sum(not rollout.parts.done() for rollout in self.ahead):
             say(f"waiting for {number} rollout{'s' * (number > 1)} before saving ...", self.show)
-        while self.ahead and (error := self.ahead[0].parts.exception()) is None:
+        while self.ahead:
+            if error := self.ahead[0].parts.exception():  # the trainer may end before it comes to it
+                logging.warning("%s has failed, and is made again later: %s", self.ahead[0], _told(error))
+                break
             self.pending.extend(self.ahead.popleft().parts.result())
-        if self.ahead:  # the trainer may end before it comes to it
-            logging.warning("%s has failed, and is made again later: %s", self.ahead[0], _told(error))
         self.waited += time.perf_counter() - start
         parts = [
             {"batch": {name: _packed(x) for name, x in part.batch.items()}, "row": part.row} for part in self.pending
