@@ -1,4 +1,4 @@
-"""What a stage takes over from the weights that it begins with: their tokenizer, and their chat template."""
+"""How a stage begins: what it takes over from its weights (tokenizer, chat template), and whose its workdir is."""
 
 import json
 import os
@@ -12,8 +12,17 @@ from deepseek_jax.data.tokenizer import CONFIG_NAME, TOKENIZER_FILES, Tokenizer
 from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface.companions import CHAT_TEMPLATE
 from deepseek_jax.posttraining.conversations import FOLDER, find_template
+from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
+from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.origin import find_origin, initial_tokenizer
-from deepseek_jax.training.workdir import HUGGINGFACE, is_claimed, put_tokenizer, read_tokenizer
+from deepseek_jax.training.workdir import (
+    HUGGINGFACE,
+    check_workdir,
+    claim_workdir,
+    is_claimed,
+    put_tokenizer,
+    read_tokenizer,
+)
 
 
 def tokenizer_and_template(config: Config, name: str, workdir: Path) -> tuple[Tokenizer, ChatTemplate]:
@@ -47,3 +56,22 @@ def keep_template(workdir: Path, template: ChatTemplate) -> None:
         names.pop("chat_template", None)  # the file beside it has priority, and is the one that was trained with
         write_atomically(folder / CHAT_TEMPLATE, template.source)
         write_atomically(folder / CONFIG_NAME, json.dumps(names, ensure_ascii=False, indent=2))
+
+
+def checked(config: Config, posttraining: Posttraining, workdir: Path) -> Config:
+    """Return the configuration, which `workdir` may go on with.
+
+    Raises:
+        ValueError: the workdir belongs to another run.
+    """
+    check_claimed(workdir, posttraining)
+    check_workdir(workdir, config)
+    check_one_step(config)
+    return config
+
+
+def claim_run(workdir: Path, config: Config, posttraining: Posttraining, template: ChatTemplate) -> None:
+    """Write into a workdir whose it is, the whole configuration last."""
+    keep_template(workdir, template)
+    claim(workdir, posttraining)
+    claim_workdir(workdir, config)

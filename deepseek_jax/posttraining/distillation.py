@@ -25,7 +25,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.posttraining.accuracy import accuracy_line, accuracy_row
-from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
+from deepseek_jax.posttraining.beginning import checked, claim_run, tokenizer_and_template
 from deepseek_jax.posttraining.distillation_objective import distillation, distillation_step
 from deepseek_jax.posttraining.distillation_settings import Teacher, check_same_tokens, find_teacher, own_names
 from deepseek_jax.posttraining.grpo import open_engine, open_pool, with_steps
@@ -33,11 +33,10 @@ from deepseek_jax.posttraining.grpo_settings import Grpo
 from deepseek_jax.posttraining.problems import Problems, open_problems
 from deepseek_jax.posttraining.rewards.pool import RewardPool
 from deepseek_jax.posttraining.scoring import refuse_mesh
-from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
+from deepseek_jax.posttraining.settings import Posttraining
 from deepseek_jax.posttraining.student_answers import DISTILLATION_KEYS, UPDATE, Answers
 from deepseek_jax.training.adapted import StepOnBase
 from deepseek_jax.training.checkpoint import Checkpoints
-from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.fingerprint import fingerprints
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
@@ -49,7 +48,7 @@ from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import abstract_state, weights_of
 from deepseek_jax.training.step import recipe_of
 from deepseek_jax.training.summary import devices_line, model_line, position_line, programs_line, rates_line
-from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied, read_tokenizer
+from deepseek_jax.training.workdir import occupied, read_tokenizer
 
 
 def train_distillation(
@@ -69,7 +68,7 @@ def train_distillation(
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
         grpo = settings.rollouts
-        config = _checked(with_steps(config, grpo), posttraining, workdir)
+        config = checked(with_steps(config, grpo), posttraining, workdir)
         mesh = mesh or make_mesh(config.mesh)
         refuse_mesh(mesh, "distillation")
         teacher = find_teacher(settings, config)
@@ -89,9 +88,7 @@ def train_distillation(
         if progress.data is not None:
             batches.restore(progress.data)
         log = open_log(config, workdir, progress, resources, wandb, DISTILLATION_KEYS)
-        keep_template(workdir, template)
-        claim(workdir, posttraining)
-        claim_workdir(workdir, config)
+        claim_run(workdir, config, posttraining, template)
         say("\n".join(_lines(config, teacher, grpo, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
         trainer = Trainer(
@@ -111,14 +108,6 @@ def train_distillation(
         batches.follow(lambda: weights_of(trainer.state), progress.step)
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
-
-
-def _checked(config: Config, posttraining: Posttraining, workdir: Path) -> Config:
-    """Return the configuration, which `workdir` may go on with."""
-    check_claimed(workdir, posttraining)
-    check_workdir(workdir, config)
-    check_one_step(config)
-    return config
 
 
 def open_teacher(config: Config, teacher: Teacher, mesh: jax.sharding.Mesh) -> tuple[Any, str]:

@@ -28,14 +28,13 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.parallel.mesh import axis_size, make_mesh
 from deepseek_jax.parameters import EXPERTS, Weights
 from deepseek_jax.posttraining.accuracy import accuracy_row
-from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
+from deepseek_jax.posttraining.beginning import checked, claim_run, tokenizer_and_template
 from deepseek_jax.posttraining.grpo_settings import MODEL, PATH, Grpo
 from deepseek_jax.posttraining.model_rewards import open_model_rewards
 from deepseek_jax.posttraining.policy_batches import PolicyBatches
@@ -46,9 +45,8 @@ from deepseek_jax.posttraining.reference import Reference, open_reference
 from deepseek_jax.posttraining.rewards import rewards_by_name
 from deepseek_jax.posttraining.rewards.pool import RewardPool
 from deepseek_jax.posttraining.scoring import exact_scores, jit_score, refuse_exact, refuse_mesh, score_rows
-from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
+from deepseek_jax.posttraining.settings import Posttraining
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
-from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.optimizer import batch_size
@@ -58,7 +56,7 @@ from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import State, abstract_state, weights_of
 from deepseek_jax.training.step import jit_train_step
 from deepseek_jax.training.summary import devices_line, model_line, position_line, programs_line, rates_line
-from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied, read_tokenizer
+from deepseek_jax.training.workdir import occupied, read_tokenizer
 
 
 def train_grpo(
@@ -83,7 +81,7 @@ def train_grpo(
     assert grpo is not None
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
-        config = _checked(with_steps(config, grpo), posttraining, workdir)
+        config = checked(with_steps(config, grpo), posttraining, workdir)
         mesh = mesh or make_mesh(config.mesh)
         _check_mesh(grpo, mesh)
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
@@ -101,7 +99,7 @@ def train_grpo(
         score = scorer(config, objective, mesh)
         batches = make_batches(config, grpo, problems, engine, pool, score, sampler, reference, progress)
         log = open_log(config, workdir, progress, resources, wandb, POLICY_KEYS)
-        _claim(workdir, config, posttraining, template)
+        claim_run(workdir, config, posttraining, template)
         say("\n".join(_lines(config, grpo, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
         trainer = Trainer(
@@ -123,14 +121,6 @@ def train_grpo(
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
 
-def _checked(config: Config, posttraining: Posttraining, workdir: Path) -> Config:
-    """Return the configuration, which `workdir` may go on with."""
-    check_claimed(workdir, posttraining)
-    check_workdir(workdir, config)
-    check_one_step(config)
-    return config
-
-
 def _check_mesh(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
     refuse_mesh(mesh, "GRPO")
     refuse_two_threads(grpo, mesh)
@@ -150,12 +140,6 @@ def _open_state(
     resources.callback(checkpoints.close)
     create = functools.partial(initial_state, config, workdir, mesh)
     return checkpoints, *begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
-
-
-def _claim(workdir: Path, config: Config, posttraining: Posttraining, template: ChatTemplate) -> None:
-    keep_template(workdir, template)
-    claim(workdir, posttraining)
-    claim_workdir(workdir, config)
 
 
 def with_steps(config: Config, grpo: Grpo) -> Config:

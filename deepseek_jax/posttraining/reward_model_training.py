@@ -15,11 +15,11 @@ import jax
 from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
-from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
+from deepseek_jax.posttraining.beginning import claim_run, tokenizer_and_template
 from deepseek_jax.posttraining.preferences import PairBatches, Pairs, heldout_row, read_pairs, with_length
 from deepseek_jax.posttraining.reward_model import preferences, score_answers, score_program
 from deepseek_jax.posttraining.scoring import refuse_mesh
-from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
+from deepseek_jax.posttraining.settings import Posttraining, check_claimed
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.journal import say
@@ -32,7 +32,7 @@ from deepseek_jax.training.progress import ProgressBar
 from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.step import jit_train_step
 from deepseek_jax.training.summary import devices_line, length_line, model_line, position_line, rates_line
-from deepseek_jax.training.workdir import check_workdir, claim_workdir, occupied, read_tokenizer
+from deepseek_jax.training.workdir import check_workdir, occupied, read_tokenizer
 
 UPDATE = {
     "loss": "minus the mean log-probability of the preferences (Bradley-Terry), nats per pair; ln 2 knows nothing",
@@ -84,9 +84,7 @@ def train_reward_model(
         if progress.data is not None:
             batches.restore(progress.data)
         log = open_log(config, workdir, progress, resources, wandb, REWARD_MODEL_KEYS)
-        keep_template(workdir, template)
-        claim(workdir, posttraining)
-        claim_workdir(workdir, config)
+        claim_run(workdir, config, posttraining, template)
         say("\n".join(_lines(config, mesh, state["params"], pairs, progress)))
         program, bar = score_program(config, objective, mesh), open_bar(config, progress, resources)
         sizes = config.training.micro_batch_size, length

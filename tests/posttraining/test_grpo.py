@@ -185,7 +185,7 @@ def test_a_bad_line_of_problems_is_named(tmp_path, line, message):
 def test_exact_arithmetic_is_refused_before_weights_are_read(tmp_path, monkeypatch, num_devices, more_ids, message):
     config, posttraining = read(settings(arithmetic="exact"))
     config = config.with_(model={"vocab_size": TOKENIZER.vocab_size + more_ids})
-    monkeypatch.setattr(grpo, "_checked", lambda config, *_: config)
+    monkeypatch.setattr(grpo, "checked", lambda config, *_: config)
     monkeypatch.setattr(grpo, "tokenizer_and_template", lambda *_: (TOKENIZER, None))
     monkeypatch.setattr(grpo, "open_problems", lambda *_: pytest.fail("went on"))
     mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
