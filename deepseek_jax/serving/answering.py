@@ -50,7 +50,7 @@ class Answer:
         self._usage = UsageSum(wishes.num_choices)
         self._id, self._created = form.prefix + secrets.token_hex(12), int(time.time())
         self._began = time.monotonic()
-        self._last = [self._began] * len(jobs)
+        self._last: list[float | None] = [None] * len(jobs)
         self._version = 0
 
     async def respond(self, request: Request) -> Response:
@@ -122,12 +122,14 @@ class Answer:
         self._usage.note(number, delta.usage)
         if not delta.ids:
             return
-        now, metrics = time.monotonic(), self._service.metrics
-        metrics.count_tokens(len(delta.ids))
-        if self._last[number] == self._began:
+        now, metrics, count = time.monotonic(), self._service.metrics, len(delta.ids)
+        metrics.count_tokens(count)
+        last = self._last[number]
+        if last is None:
             metrics.first_token.observe(now - self._began)
+            metrics.between_tokens.observe(0.0, count - 1)  # they came with the first
         else:
-            metrics.between_tokens.observe((now - self._last[number]) / len(delta.ids), len(delta.ids))
+            metrics.between_tokens.observe((now - last) / count, count)
         self._last[number] = now
 
 

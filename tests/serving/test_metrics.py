@@ -2,9 +2,13 @@
 
 import re
 import time
+from types import SimpleNamespace
 
 import httpx2
+import pytest
 
+from deepseek_jax.inference.job import Delta, Usage
+from deepseek_jax.serving.answering import Answer, Form
 from deepseek_jax.serving.metrics import Histogram, Metrics
 
 
@@ -29,6 +33,19 @@ def test_metrics_are_prometheus_text(server, client):
     assert values['http_responses_total{path="/v1/completions",status="200"}'] >= 1
     families = [line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families)) == answer.text.count("# HELP")
+
+
+@pytest.mark.parametrize("together", [(1, 1, 1, 1, 1), (5,), (2, 3)])
+def test_every_token_behind_the_first_is_counted_however_they_come(together, monkeypatch):
+    now, metrics = 100.0, Metrics()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    answer = Answer(SimpleNamespace(metrics=metrics), Form("", "", ""), SimpleNamespace(num_choices=1), [None], [None])
+    for i in together:
+        now += 0.5
+        answer._observe(0, Delta("", [7] * i, None, None, Usage(1, 0, i), 0))
+    between = dict(line.rsplit(" ", 1) for line in metrics.between_tokens.lines("x"))
+    assert [*metrics.first_token.lines("x")][-2:] == ["x_sum 0.5", "x_count 1"]
+    assert between["x_count"] == "4" and float(between["x_sum"]) == 0.5 * (len(together) - 1)
 
 
 def test_a_histogram_counts_up_to_each_bound():
