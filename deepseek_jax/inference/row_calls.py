@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference import row_programs, row_state
-from deepseek_jax.inference.cache import CACHE_SPECS, copy_pages
+from deepseek_jax.inference.cache import CACHE_SPECS
 from deepseek_jax.inference.decode import GPU_ROWS
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
@@ -33,7 +33,6 @@ from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.mla_decode.schedule import PAGE
 
-MOST_COPIES = 8  # pages that a call copies
 # Tokens of a row in a burst on a GPU. For one row a step of configs/v3_5b.py is 1.1 ms of an H200, and dispatching it
 # took 1.4 ms of the host (2026-11-29); with four in one dispatch the device has always work.
 BURST_ON_GPU = 4
@@ -138,7 +137,7 @@ class Calls:
         names += [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
         names += [("decode", self.widths[0], kind, self.burst) for kind in KINDS if self.burst > 1]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
-        return [*names, ("evaluate",), ("update",), ("see",), ("copy",)]
+        return [*names, ("evaluate",), ("update",), ("see",)]
 
     def set_tables(self, tables_BJ: np.ndarray) -> None:
         """Send the pages of all rows."""
@@ -162,10 +161,6 @@ class Calls:
         """Put what `change` makes of the pages in their place."""
         with jax.set_mesh(self._mesh):
             self._pages = change(self._pages)
-
-    def copy(self, copies_U3: np.ndarray) -> None:
-        """Copy pages: devices, sources and targets."""
-        self._pages = self._program(("copy",))(self._pages, copies_U3)
 
     def prefill(self, packed: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run pieces; return the hidden states behind each, those of all tokens, and the experts of all tokens."""
@@ -280,9 +275,6 @@ class Calls:
     def _see_program(self):
         ids_M, number = self._shape(np.int32, self.sizes.positions, split=False), self._shape(np.int32, split=False)
         return row_state.see, (), (0,), (self._seen, ids_M, number, number, number)
-
-    def _copy_program(self):
-        return copy_pages, (), (0,), (self._pages, self._shape(np.int32, MOST_COPIES, 3, split=False))
 
     def _packed(self, num_tokens: int) -> Packed:
         devices, pieces = self.sizes.devices, self.sizes.devices * self.pieces
