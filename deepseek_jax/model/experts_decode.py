@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.precision import DISPATCH, transposed
-from deepseek_jax.parameters import CastWeight, Fp8Weight
+from deepseek_jax.parameters import Fp8Weight
 from pallas_kernels.experts_decode import experts_decode
 from pallas_kernels.experts_decode.plan import Dense
 from pallas_kernels.quantize import quantize_tiles
@@ -24,56 +24,37 @@ from pallas_kernels.quantized import Quantized
 MOST_BESIDE = 128
 
 
-def decode_form(weights: dict[str, Any]) -> dict[str, Any]:
-    """Return experts' weights as decoding reads them: those in FP8 with the dim of the sum last, others as they are.
-
-    The tensor cores want that of FP8. It is done once, where weights are placed. `grouped_matmul` takes them, too.
-
-    Args:
-        weights: "gate_up_ED2F" and "down_EFD": arrays, or `Fp8Weight`s. They may have a leading dim L.
-    """
-    return {name: _blocks(weight) for name, weight in weights.items()}
-
-
 def expert_decode(
     h_TD: jax.Array,
     experts_TK: jax.Array,
     gates_TK: jax.Array,
     weights: dict[str, Any],
-    layer: jax.Array | int | None = None,
     *,
     dense: Dense | None = None,
     rows: Quantized | None = None,
-    parts: bool = False,
     everybody: int = 0,
-    implementation: str = "auto",
 ) -> jax.Array:
-    """Return the gated sums y_TD of the experts that are here (DeepSeek-V3 eq. 12).
+    """Return FP32 parts [., T, D], whose sum are the gated sums of the experts that are here (DeepSeek-V3 eq. 12).
 
     Args:
         h_TD: normed rows.
         experts_TK: int32; values outside [0, E) are no expert: padding, or another device's.
         gates_TK: FP32.
-        weights: as `decode_form` returns them.
-        layer: which layer of weights with a leading dim L. They are read in place: a slice would be copied.
+        weights: "gate_up_ED2F" and "down_EFD", arrays or `Fp8Weight`s.
         dense: what the routing has made of experts and gates.
         rows: `h_TD` in tiles with the scale `DISPATCH`, where there are any; read with weights in FP8.
-        parts: whether to return FP32 parts [., T, D] instead, whose sum are the gated sums.
         everybody: how many of the experts, the last ones, every token has.
-        implementation: see `pallas_kernels.experts_decode`.
     """
     gate_up, down = (_blocks(weights[name]) for name in ("gate_up_ED2F", "down_EFD"))
     if isinstance(gate_up, Quantized):
         operand = quantize_tiles(h_TD, scale=DISPATCH) if rows is None else rows
     else:
         operand, gate_up = h_TD, gate_up.reshape(*gate_up.shape[:-2], -1)
-    options = {"layer": layer, "dense": dense, "implementation": implementation}
-    if everybody and layer is None and len(h_TD) > MOST_BESIDE and not isinstance(gate_up, Quantized):
+    if everybody and len(h_TD) > MOST_BESIDE and not isinstance(gate_up, Quantized):
         experts_TK, gates_TK = experts_TK[:, :-everybody], gates_TK[:, :-everybody]
-        parts_XTD = experts_decode(operand, experts_TK, gates_TK, gate_up, down, parts=True, **options)
-        y_TD = parts_XTD.sum(0) + _of_everybody(h_TD, gate_up[-everybody:], down[-everybody:])
-        return y_TD[None] if parts else y_TD.astype(h_TD.dtype)
-    return experts_decode(operand, experts_TK, gates_TK, gate_up, down, parts=parts, everybody=everybody, **options)
+        parts_XTD = experts_decode(operand, experts_TK, gates_TK, gate_up, down, parts=True, dense=dense)
+        return (parts_XTD.sum(0) + _of_everybody(h_TD, gate_up[-everybody:], down[-everybody:]))[None]
+    return experts_decode(operand, experts_TK, gates_TK, gate_up, down, parts=True, everybody=everybody, dense=dense)
 
 
 def _of_everybody(h_TD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array) -> jax.Array:
@@ -87,8 +68,6 @@ def _of_everybody(h_TD: jax.Array, gate_up_ED2F: jax.Array, down_EFD: jax.Array)
 
 
 def _blocks(weight: Any) -> Any:
-    if isinstance(weight, CastWeight):
-        return weight.values
     if not isinstance(weight, Fp8Weight):
         return weight
     values = weight.values

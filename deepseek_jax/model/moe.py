@@ -128,14 +128,14 @@ class MoE(nnx.Module):
         weights = {"gate_up_ED2F": self.gate_up_ED2F.get_value(), "down_EFD": self.down_EFD.get_value()}
         h_TD = h_BSD.reshape(-1, self.model.width)
         num_experts = _num_experts(weights["down_EFD"])
-        options = {"everybody": num_experts - self.model.num_experts, "parts": True}
         with jax.named_scope("route"):
             experts_TK, gates_TK, scores_TE, dense = self._route_few(h_TD, valid_BS.reshape(-1), num_experts, zeros)
             routed_TK = experts_TK[:, : self.model.experts_per_token]  # without those that every token has
             scores_BSE, routed_BSK = (x.reshape(*valid_BS.shape, -1) for x in (scores_TE, routed_TK))
             observed = observe(self.model, scores_BSE, routed_BSK, valid_BS)
         with jax.named_scope("experts"):
-            return expert_decode(h_TD, experts_TK, gates_TK, weights, dense=dense, rows=rows, **options), observed
+            options = {"dense": dense, "rows": rows, "everybody": num_experts - self.model.num_experts}
+            return expert_decode(h_TD, experts_TK, gates_TK, weights, **options), observed
 
     def _route_few(
         self, h_TD: jax.Array, valid_T: jax.Array, num_experts: int, zeros: jax.Array | None = None
