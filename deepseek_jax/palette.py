@@ -8,4 +8,3 @@ SKY, VERMILION, YELLOW, GRAY, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F"
 
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)  # of curves that have no meaning of their own, in this order
 BELOW_TO_ABOVE = "RdBu_r"  # a map from below (blue) through even (white) to above (red), safe for the colour-blind
-MAGNITUDES = "viridis"  # a map of magnitudes

@@ -53,7 +53,6 @@ class Corpus(NamedTuple):
     digest: str  # SHA-256 of the names and contents of all documents in order
     num_skipped: int  # items left out because data.on_error = "skip"
     skipped: tuple[str, ...]  # messages about the first few of them
-    sizes: tuple[dict[str, dict[str, int]], ...]  # one per source: split to its documents, tokens and bytes
 
 
 def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike) -> Corpus:
@@ -75,25 +74,7 @@ def open_corpus(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike
     train, heldout = (
         tuple(Documents(folder / f"{i}-{split}", dtype) for i in range(len(config.data.sources))) for split in splits
     )
-    return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]), tuple(about["sizes"]))
-
-
-def corpus_lines(config: Config, corpus: Corpus) -> list[str]:
-    """Return what a corpus holds and what is held out of it, one line per source, for a person."""
-    lines = []
-    for source, splits in zip(config.data.sources, corpus.sizes, strict=True):
-        train, heldout = splits["train"], splits["heldout"]
-        share = heldout["bytes"] / max(1, heldout["bytes"] + train["bytes"])
-        out = f"{_counted(heldout)}, {share:.2%} of the bytes" if heldout["documents"] else "nothing"
-        lines.append(f"{shown(source.path)}: {_counted(train)} to train on; {out} held out")
-    if corpus.num_skipped:
-        lines.append(f"{corpus.num_skipped:,} items skipped, for example: {shown(corpus.skipped[0])}")
-    return lines
-
-
-def _counted(sizes: dict[str, int]) -> str:
-    count = sizes["documents"]
-    return f"{count:,} document{'s' * (count != 1)} ({sizes['bytes']:,} bytes, {sizes['tokens']:,} tokens)"
+    return Corpus(train, heldout, about["digest"], about["num_skipped"], tuple(about["skipped"]))
 
 
 def _key(config: Config, tokenizer: Tokenizer) -> str:
@@ -142,7 +123,7 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     problems, digest = Problems(config.data.on_error), hashlib.sha256()
     total = sum(num_bytes(source) for source in config.data.sources)
-    sizes, below = [], heldout_keys(config)
+    below = heldout_keys(config)
     bar = Bar(total, "tokenize")
     with bar, _encode_batches(tokenizer, total) as encode_batches:
         for i, source in enumerate(config.data.sources):
@@ -155,9 +136,8 @@ def _write(config: Config, tokenizer: Tokenizer, folder: Path) -> None:
                     writer = heldout if is_heldout(content_digest, below[i]) else train
                     writer.add(ids, _num_bytes(document, ids, tokenizer))
                     bar.update(document.num_file_bytes)
-            sizes.append({"train": train.sizes(), "heldout": heldout.sizes()})
             check_filled(len(train) + len(heldout), source, problems)
-    about = {"digest": digest.hexdigest(), "dtype": dtype.name, "sizes": sizes}
+    about = {"digest": digest.hexdigest(), "dtype": dtype.name}
     seal(folder, about | {"num_skipped": problems.count, "skipped": problems.messages})
 
 

@@ -80,10 +80,6 @@ class Writer(contextlib.AbstractContextManager):
         np.save(f"{self._stem}.ends.npy", np.cumsum(self._lengths, dtype=np.int64))
         np.save(f"{self._stem}.bytes.npy", np.array(self._num_bytes, np.int64))
 
-    def sizes(self) -> dict[str, int]:
-        """Return documents, tokens and bytes so far."""
-        return {"documents": len(self), "tokens": sum(self._lengths), "bytes": sum(self._num_bytes)}
-
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
     """Write about.json of a folder whose other files are complete."""

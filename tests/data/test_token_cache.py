@@ -11,7 +11,7 @@ import pytest
 
 from deepseek_jax.data import token_cache, token_files
 from deepseek_jax.data.bpe import byte_tokenizer
-from deepseek_jax.data.token_cache import corpus_lines, open_corpus
+from deepseek_jax.data.token_cache import open_corpus
 from tests.support.array_records import write_array_record
 
 
@@ -149,18 +149,6 @@ def test_a_corpus_under_another_path_is_not_tokenised_again(tmp_path, make_confi
     shutil.copytree(corpus_folder, tmp_path / "scratch")  # copies times, too
     monkeypatch.setattr(token_cache, "_write", lambda *_: pytest.fail("tokenised again"))
     assert open_corpus(make_config(tmp_path / "scratch"), bpe, tmp_path / "work").digest == first.digest
-
-
-def test_what_is_held_out_is_said(tmp_path, make_config, corpus_folder):
-    (tmp_path / "poem\x1b.txt").write_text("a short poem")
-    config = make_config(corpus_folder, tmp_path / "poem\x1b.txt")
-    corpus = open_corpus(config, byte_tokenizer(), tmp_path / "work")
-    assert [len(part) + len(out) for part, out in zip(corpus.train, corpus.heldout, strict=True)] == [40, 1]
-    first, second = corpus_lines(config, corpus)
-    held_out = int(corpus.heldout[0].num_bytes.sum())
-    assert f"{len(corpus.heldout[0])} documents ({held_out:,} bytes, {held_out:,} tokens)" in first
-    assert first.startswith(str(corpus_folder)) and first.endswith("of the bytes held out")
-    assert second.endswith("poem\\x1b.txt: 1 document (12 bytes, 12 tokens) to train on; nothing held out")
 
 
 def flip(path):
