@@ -214,13 +214,11 @@ def make_loader(
     return _loader(config, tokenizer.pad, parts, made_from, process_index, process_count)
 
 
-def loader_throughput(
-    config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, batch_size: int, num_windows: int = 4
-) -> float:
-    """Return the tokens per second of one process's loader on its own, packing included, over whole windows."""
+def loader_throughput(config: Config, tokenizer: Tokenizer, workdir: str | os.PathLike, batch_size: int) -> float:
+    """Return the tokens per second of one process's loader on its own, packing included, over four windows."""
     loader = make_train_loader(config, tokenizer, workdir)
     num_tokens, start = 0, time.perf_counter()
-    while num_tokens < num_windows * WINDOW_TOKENS:
+    while num_tokens < 4 * WINDOW_TOKENS:
         num_tokens += loader.next_batch(batch_size)["tokens_BS"].size
     seconds = time.perf_counter() - start
     loader.close()

@@ -62,17 +62,17 @@ def jit_on(
 
     options: dict[str, Any] = {}
     if trains and platform == "tpu":
-        options = {"xla_disable_hlo_passes": _disabled_with(NOT_ON_TPU)}
+        options = {"xla_disable_hlo_passes": _disabled_on_tpu()}
     if (exact or cublas) and platform == "gpu":
         options = {"xla_gpu_enable_triton_gemm": False}
     return jax.jit(run, donate_argnums=donate, compiler_options=options or None)
 
 
-def _disabled_with(name: str) -> str:
-    """Return the passes that XLA_FLAGS disables, and one more: an option of a program takes the place of the flag's."""
+def _disabled_on_tpu() -> str:
+    """Return the passes that XLA_FLAGS disables, and `NOT_ON_TPU`: a program's option takes the place of the flag's."""
     flags = xla_client.CompileOptions().executable_build_options.debug_options.xla_disable_hlo_passes
     passes = [each.strip() for each in flags.split(",") if each.strip()]
-    return ",".join(passes if name in passes else [*passes, name])
+    return ",".join(passes if NOT_ON_TPU in passes else [*passes, NOT_ON_TPU])
 
 
 def resolve_for(config: Config, mesh: jax.sharding.Mesh) -> Config:

@@ -44,14 +44,14 @@ class ProcessError(RuntimeError):
     """The processes of a run did not find each other, or lost one."""
 
 
-def end_soon(code: int, seconds: float = GRACE_SECONDS) -> None:
-    """End this process with `code` after `seconds` if it still runs then, whatever its other threads wait for.
+def end_soon(code: int) -> None:
+    """End this process with `code` in `GRACE_SECONDS` if it still runs then, whatever its other threads wait for.
 
     Threads of libraries, and the farewell of several processes, may wait for minutes after an error.
     """
 
     def wait():
-        time.sleep(seconds)
+        time.sleep(GRACE_SECONDS)
         end(code)
 
     threading.Thread(target=wait, name="end soon", daemon=True).start()

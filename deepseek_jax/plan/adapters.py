@@ -13,9 +13,9 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.stored import param_specs
 from deepseek_jax.parameters import Fp8Weight, Weights, layout_in_use, leaf_name
-from deepseek_jax.plan.chips import GIB, Chip
+from deepseek_jax.plan.chips import Chip, in_gib
 from deepseek_jax.plan.counts import beside_state, bytes_per_device, laid_out, local_bytes, state_of
-from deepseek_jax.plan.meshes import Fit, find_fits, require_fit
+from deepseek_jax.plan.meshes import Fit, axes_text, find_fits, require_fit
 from deepseek_jax.training.adapted import abstract_adapters, frozen
 from deepseek_jax.training.state import State
 
@@ -152,11 +152,11 @@ def record(plan: AdapterPlan) -> dict[str, Any]:
 
 def lines(plan: AdapterPlan) -> list[str]:
     """Return the lines that a person reads."""
-    third = _gib(4 * plan.trained)
+    third = in_gib(4 * plan.trained)
     rows = [
         ("adapters", f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}"),
         ("trained", f"{plan.trained:,} parameters, {plan.trained / plan.frozen:.2%} of the {plan.frozen:,} frozen"),
-        ("state", f"{_gib(12 * plan.trained)}: FP32 {third}, two BF16 moments {third}, gradients {third}"),
+        ("state", f"{in_gib(12 * plan.trained)}: FP32 {third}, two BF16 moments {third}, gradients {third}"),
     ]
     head = f"{plan.config.name}, {plan.config.execution.precision}; computed from the config:"
     return [head, *(f"  {name:<18}{text}" for name, text in rows), *_on_devices(plan)]
@@ -169,20 +169,17 @@ def _on_devices(plan: AdapterPlan) -> list[str]:
         return [f"{chip.name} holds it on no number that works as written ({works}); use a larger chip"]
     if fit is None:
         return ["memory of a device: --topology, or --devices, says on what"]
-    axes = " x ".join(f"{axis} {size}" for axis, size in fit.mesh.shape.items() if size > 1) or "no axis is split"
     held = plan.held | {"together": sum(plan.held.values()), "all weights": plan.all_weights}
-    text = [f"one of {fit.num_devices} devices{f' of {chip.name}' if chip else ''} ({axes}), without activations:"]
-    text += [f"  {name:<18}{_gib(size):>12}  computed" for name, size in held.items()]
+    kind = f" of {chip.name}" if chip else ""
+    text = [f"one of {fit.num_devices} devices{kind} ({axes_text(fit.mesh)}), without activations:"]
+    text += [f"  {name:<18}{in_gib(size):>12}  computed" for name, size in held.items()]
     text[-1] += ": the same without adapters"
     if chip:
         left = chip.memory - held["together"]
         if left < 0:
-            text.append(f"It does not fit: a device has {_gib(chip.memory)}, {_gib(-left)} less; use more devices")
+            text.append(f"It does not fit: a device has {in_gib(chip.memory)}, {in_gib(-left)} less; use more devices")
         else:
             verdict = "" if held["together"] <= chip.room else "; use more devices"
-            text.append(f"of {_gib(chip.memory)} that leaves {_gib(left)} for activations and gathered layers{verdict}")
+            rest = f"{in_gib(left)} for activations and gathered layers{verdict}"
+            text.append(f"of {in_gib(chip.memory)} that leaves {rest}")
     return text
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"

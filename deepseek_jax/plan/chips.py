@@ -103,6 +103,11 @@ CHIPS = {
 }  # fmt: skip
 
 
+def in_gib(size: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    return f"{size / GIB:,.2f} GiB"
+
+
 def find_topology(text: str) -> tuple[Chip, int]:
     """Return the chip and the number of JAX devices of a topology: `h800:2048` cards, `v5p:8x8x16` or `v5p:1024` chips.
 

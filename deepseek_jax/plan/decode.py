@@ -30,6 +30,7 @@ from deepseek_jax.parallel.stages import refuse_pipeline
 from deepseek_jax.parallel.transport import most_copies
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, leaf_name
 from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.meshes import abstract_mesh, axes_text
 from deepseek_jax.plan.timing import IN, NCCL, OUT, TORUS, link_of, mean_hops, travel
 from deepseek_jax.plan.traffic import copies_of
 from pallas_kernels import GROUP
@@ -157,9 +158,8 @@ def flags_of(config: Config, mesh: AnyMesh) -> str:
 def lines(found: Decoding, context: int) -> list[str]:
     """Return the lines that a person reads, for sequences of `context` tokens."""
     rows, mesh, gb = axis_size(found.mesh, ROWS), found.mesh, 1e9
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "no axis is split"
     text = [
-        f"decoding on {mesh.size} devices of {found.chip.name} ({axes}){_with(found)}, computed:",
+        f"decoding on {mesh.size} devices of {found.chip.name} ({axes_text(mesh)}){_with(found)}, computed:",
         f"  weights of a device       {found.weights / gb:>10,.2f} GB, of them routed experts"
         f" {found.experts / gb:,.2f}, the embedding {found.table / gb:,.2f}",
         f"  cache of a token          {found.cache:>10,} bytes, in all layers",
@@ -227,7 +227,7 @@ def _mesh(config: Config, num_devices: int, chip: Chip) -> jax.sharding.Abstract
     """
     _refuse_axes({axis: getattr(config.mesh, axis) for axis in AXES})
     try:
-        mesh = _abstract(mesh_shape(config.mesh, num_devices))
+        mesh = abstract_mesh(mesh_shape(config.mesh, num_devices))
     except MeshMisfit:
         return _widest(config, num_devices, chip)
     _refuse_axes(dict(mesh.shape))  # an axis of -1 has its size now
@@ -237,7 +237,7 @@ def _mesh(config: Config, num_devices: int, chip: Chip) -> jax.sharding.Abstract
 
 def _refuse_axes(sizes: dict[str, int]) -> None:
     refuse_pipeline(sizes, "decoding")
-    refuse_context(_abstract({axis: max(size, 1) for axis, size in sizes.items()}), "decoding")
+    refuse_context(abstract_mesh({axis: max(size, 1) for axis, size in sizes.items()}), "decoding")
 
 
 def _widest(config: Config, num_devices: int, chip: Chip) -> jax.sharding.AbstractMesh:
@@ -245,11 +245,7 @@ def _widest(config: Config, num_devices: int, chip: Chip) -> jax.sharding.Abstra
     parts = math.gcd(num_devices, config.model.num_experts) if config.model.num_moe_layers else 1
     expert = math.gcd(parts, chip.node or parts)
     sizes = {"data": num_devices // parts, "context": 1, "node": parts // expert, "expert": expert}
-    return _abstract({"pipe": 1} | sizes | {"tensor": 1})
-
-
-def _abstract(shape: dict[str, int]) -> jax.sharding.AbstractMesh:
-    return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+    return abstract_mesh({"pipe": 1} | sizes | {"tensor": 1})
 
 
 def _contents(config: Config, mesh: AnyMesh, chip: Chip, state: Any) -> Decoding:

@@ -12,7 +12,7 @@ from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.counts import IN_GRADIENT, Counts
 from deepseek_jax.plan.estimate import Memory
 from deepseek_jax.plan.liveness import gradient_bytes
-from deepseek_jax.plan.meshes import Fit
+from deepseek_jax.plan.meshes import Fit, axes_text
 from deepseek_jax.plan.run import Placement
 from deepseek_jax.plan.search import Choice, nearest_that_fits
 from deepseek_jax.plan.stages import sent_of, time_of
@@ -24,6 +24,7 @@ MEASURED = ("h100", "h200", "h800")  # whose arithmetic is that of the cards the
 BLACKWELL = ("b200", "gb300")  # `parallel.program.resolve_for` refuses FP8 on them
 SECONDS_PER_DAY, SECONDS_PER_HOUR = 86400, 3600
 GB = 1e9
+MOST_CHOICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,7 @@ def require_memory(found: Forecast, state: Any, say: Callable[[str], None]) -> N
 def lines(found: Forecast, counts: Counts) -> list[str]:
     """Return the lines that a person reads."""
     chip, count = found.chip, found.fit.num_devices
-    axes = " x ".join(f"{axis} {size}" for axis, size in found.fit.mesh.shape.items() if size > 1) or "no axis is split"
-    text = [f"a step on {count} devices of {chip.name} ({axes}):", *_memory(found), *_sent(found)]
+    text = [f"a step on {count} devices of {chip.name} ({axes_text(found.fit.mesh)}):", *_memory(found), *_sent(found)]
     if found.fit.config.execution.precision == "fp8" and chip.name in BLACKWELL:
         text.append(
             f"  FP8 has no kernels for {chip.name} here yet: a run refuses it, and its time is what such would take"
@@ -175,10 +175,10 @@ def record(found: Forecast, counts: Counts) -> dict[str, Any]:
     }
 
 
-def choices_table(choices: list[Choice], chip: Chip, counts: Counts, most: int = 8) -> list[str]:
+def choices_table(choices: list[Choice], chip: Chip, counts: Counts) -> list[str]:
     """Return the lines of the fastest ways that a search found."""
     text = [f"  {'step':>9}{'tokens/s a chip':>17}{'MFU':>7}{'memory':>9}  flags (times computed, memory estimated)"]
-    for choice in choices[:most]:
+    for choice in choices[:MOST_CHOICES]:
         rate = counts.tokens_per_step / choice.time.total
         count = choice.fit.num_devices
         share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from deepseek_jax.config import Config, from_config_dict, to_dict
-from deepseek_jax.parallel.mesh import axis_size, check_fit, check_model_fit, mesh_shape
+from deepseek_jax.parallel.mesh import AnyMesh, axis_size, check_fit, check_model_fit, mesh_shape
 from deepseek_jax.parameters import ROWS
 
 MOST_DEVICES = 2048  # of the report's cluster
@@ -48,7 +48,7 @@ def fit_as_written(config: Config, num_devices: int) -> Fit:
     Raises:
         ValueError: a run would refuse it; the message is the run's own.
     """
-    mesh = _abstract(mesh_shape(config.mesh, num_devices))
+    mesh = abstract_mesh(mesh_shape(config.mesh, num_devices))
     check_fit(config, mesh)
     return Fit(num_devices, config, mesh, {})
 
@@ -64,7 +64,7 @@ def find_fit(config: Config, num_devices: int) -> Fit | None:
         sized = config.with_(mesh={key.removeprefix("mesh."): size for key, size in mesh_changes.items()})
         if not _fits_model(sized, num_devices):
             continue
-        mesh = _abstract(mesh_shape(sized.mesh, num_devices))
+        mesh = abstract_mesh(mesh_shape(sized.mesh, num_devices))
         for batch_changes in _micro_batches(config, axis_size(mesh, ROWS)):
             fitting = sized.with_(training={key.removeprefix("training."): n for key, n in batch_changes.items()})
             if accepted(fitting, mesh):
@@ -107,13 +107,19 @@ def require_fit(config: Config, num_devices: int) -> Fit:
         ) from None
 
 
-def _abstract(shape: dict[str, int]) -> jax.sharding.AbstractMesh:
+def abstract_mesh(shape: dict[str, int]) -> jax.sharding.AbstractMesh:
+    """Return a mesh of no devices in particular, by sizes of its axes."""
     return jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+
+
+def axes_text(mesh: AnyMesh) -> str:
+    """Return the axes of a mesh that have several devices, as a person reads them."""
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "no axis is split"
 
 
 def _fits_model(config: Config, num_devices: int) -> bool:
     try:
-        check_model_fit(config.model, _abstract(mesh_shape(config.mesh, num_devices)))
+        check_model_fit(config.model, abstract_mesh(mesh_shape(config.mesh, num_devices)))
     except ValueError:
         return False
     return True
@@ -131,7 +137,7 @@ def as_fit(config: Config, num_devices: int, changes: Mapping[str, int | str]) -
     changed = config.with_(**sections)
     kept = {key: value for key, value in changes.items() if operator.attrgetter(key)(config) != value}
     try:
-        return Fit(num_devices, changed, _abstract(mesh_shape(changed.mesh, num_devices)), kept)
+        return Fit(num_devices, changed, abstract_mesh(mesh_shape(changed.mesh, num_devices)), kept)
     except ValueError:
         return None
 

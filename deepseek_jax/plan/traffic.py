@@ -144,10 +144,10 @@ def _gradients(config: Config, mesh: AnyMesh) -> tuple[Any, tuple[Weights, dict[
     return functools.partial(step.gradients, recipe), (weights, batch, Rates(rate, rate, rate))
 
 
-def fresh_routes(model: Model, num_tokens: int, seed: int = 0) -> np.ndarray:
+def fresh_routes(model: Model, num_tokens: int) -> np.ndarray:
     """Return the experts [num_tokens, K] that a fresh router chooses for random tokens, int32."""
     h, w = (jax.random.normal(key, shape) for key, shape in zip(
-        jax.random.split(jax.random.key(seed)),
+        jax.random.split(jax.random.key(0)),
         ((1, num_tokens, model.width), (model.width, model.num_experts)),
         strict=True,
     ))  # fmt: skip

@@ -20,6 +20,7 @@ from deepseek_jax.safetensors.header import REMEDY, Entry, read_header, refuse_d
 
 INDEX = "model.safetensors.index.json"
 RECORD = "conversion.json"  # the record that `writer` keeps in a folder
+MOST_NAMES = 5  # in a message
 SHARD_NAME = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -215,6 +216,6 @@ def _check_index(weight_map: dict[str, str], entries: dict[str, Entry], folder: 
             )
 
 
-def _shortened(names: list, count: int = 5) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(shown(str(name)) for name in names[:count]) + rest
+def _shortened(names: list) -> str:
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(shown(str(name)) for name in names[:MOST_NAMES]) + rest

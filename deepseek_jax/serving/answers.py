@@ -82,11 +82,6 @@ class Answers:
             ticket.cancel()
         self._tickets.clear()
 
-    def cancel(self, number: int) -> None:
-        """Cancel one job."""
-        if number in self._tickets:
-            self._tickets[number].cancel()
-
     async def __aiter__(self) -> AsyncIterator[Arrival | None]:
         """Yield what comes, and None whenever nothing has come for `heartbeat_seconds`; ends with the last job.
 

@@ -115,7 +115,7 @@ class Door:
         except Exception as error:
             self._log("".join(traceback.format_exception(error)).rstrip())
             if status == NO_STATUS:
-                await internal(error).response()(scope, receive, noting)
+                await internal().response()(scope, receive, noting)
         finally:
             self._note(scope, status, time.monotonic() - begun)
 

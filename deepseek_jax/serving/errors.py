@@ -57,9 +57,9 @@ def answer_http_exception(_, error: Exception) -> JSONResponse:
 
 def answer_fault(_, error: Exception) -> JSONResponse:
     """Answer a fault of ours; the log has its call stack, the client nothing of it."""
-    return internal(error).response()
+    return internal().response()
 
 
-def internal(_: BaseException) -> ApiError:
+def internal() -> ApiError:
     """Return what a client is told of a fault of ours."""
     return ApiError(500, "the server made a mistake; its log says more", code="internal_error")

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from deepseek_jax.serving.answers import Answers
-from deepseek_jax.serving.errors import ApiError
+from deepseek_jax.serving.errors import ApiError, internal
 
 HEARTBEAT, DONE = b": waiting\n\n", b"data: [DONE]\n\n"
 HEADERS = [
@@ -56,8 +56,7 @@ class EventStream:
             await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
         except Exception as error:
             fault = error
-            told = ApiError(500, "the server made a mistake; its log says more", code="internal_error")
-            await send({"type": "http.response.body", "body": event(told.body()), "more_body": True})
+            await send({"type": "http.response.body", "body": event(internal().body()), "more_body": True})
         await send({"type": "http.response.body", "body": DONE})
         if fault is not None:
             raise StreamFault("a stream ended early") from fault

@@ -70,10 +70,6 @@ class Grammars:
             raise ValueError(f"{name} cannot be used: {found}")
         return lambda: _Matched(found.deep_copy(), self.vocab_size, self.ends)
 
-    def warm(self) -> None:
-        """Build the tables now, which takes a second, and not with the first grammar."""
-        self._compiled(llguidance.LLMatcher.grammar_from_lark('start: ""'))
-
     def _compile(self, source: str) -> llguidance.LLMatcher | str:
         """Return a matcher that stands at the beginning, or what is wrong."""
         with _building:  # once, whoever asks

@@ -150,10 +150,7 @@ class ReplyReader:
 
     def _start(self, text: str) -> None:
         """Nothing but blanks has come."""
-        self._held += text
-        if self._held.strip():
-            text, self._read, self._held, self._fresh = self._held, self._content, "", False
-            self._content(text)
+        self._between_calls(text)
 
     def _thinking(self, text: str) -> None:
         text = self._without_breaks(self._held + text)

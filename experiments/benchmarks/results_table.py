@@ -38,26 +38,26 @@ CONVERSION_HEAD = (
 CONVERSION_MODES = ("import, programs compiled on the way", "import", "export")
 
 
-def table(folder: Path = RESULTS) -> str:
+def table() -> str:
     """Return one Markdown row per run of `experiments.benchmarks.training_step`: a config, a precision, a batch."""
-    steps = (record for record in _records(folder) if "config" in record)
+    steps = (record for record in _records() if "config" in record)
     runs = itertools.groupby(
         steps, key=lambda record: [record[name] for name in ("config", "precision", "shape", *PROVENANCE)]
     )
     return "\n".join([HEAD, *(_row(list(records)) for _, records in runs)])
 
 
-def short_table(folder: Path = RESULTS) -> str:
+def short_table() -> str:
     """Return what of `table` a reader needs first: the README's."""
-    steps = (record for record in _records(folder) if "config" in record)
+    steps = (record for record in _records() if "config" in record)
     runs = itertools.groupby(steps, key=lambda record: (record["config"], record["precision"]))
     return "\n".join([SHORT_HEAD, *(_short_row(list(records)) for _, records in runs)])
 
 
-def kernel_summary(folder: Path = RESULTS) -> str:
+def kernel_summary() -> str:
     """Return one Markdown row per kernel, yardstick and card, with the lowest and the highest ratio over its shapes."""
     members: dict[tuple, list[Measured]] = {}
-    for group in _by_shape(record for record in _records(folder) if "config" not in record):
+    for group in _by_shape(record for record in _records() if "config" not in record):
         measured = _measured(group)
         members.setdefault(
             (measured.rate["op"], measured.rate["yardstick"]["name"], measured.rate["device"]), []
@@ -77,18 +77,19 @@ def kernel_summary(folder: Path = RESULTS) -> str:
     return "\n".join([SUMMARY_HEAD, *rows])
 
 
-def kernel_tables(folder: Path = RESULTS) -> str:
+def kernel_tables() -> str:
     """Return a Markdown table per run of `pallas_kernels.bench`, with one row per kernel and shape."""
-    kernels = (record for record in _records(folder) if "config" not in record)
+    kernels = (record for record in _records() if "config" not in record)
     runs = itertools.groupby(kernels, key=lambda record: {name: record[name] for name in PROVENANCE})
     return "\n\n".join(_kernel_table(run, list(records)) for run, records in runs)
 
 
-def conversion_table(folder: Path = RESULTS / "huggingface") -> str:
+def conversion_table() -> str:
     """Return one Markdown row per run of `experiments.benchmarks.hf_benchmark`: rates, and their share of a plain cold
     read.
     """
-    return "\n".join([CONVERSION_HEAD, *(_conversion_row(json.loads(path.read_text())) for path in _files(folder))])
+    runs = (json.loads(path.read_text()) for path in sorted((RESULTS / "huggingface").glob("*.json")))
+    return "\n".join([CONVERSION_HEAD, *map(_conversion_row, runs)])
 
 
 def _conversion_row(records: list[dict]) -> str:
@@ -108,12 +109,8 @@ def _kernel_table(run: dict, records: list[dict]) -> str:
     return "\n".join([caption, "", KERNEL_HEAD, *map(_kernel_row, _by_shape(records))])
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json"))
-
-
-def _records(folder: Path) -> Iterator[dict]:
-    for path in _files(folder):
+def _records() -> Iterator[dict]:
+    for path in sorted(RESULTS.glob("*.json")):
         yield from json.loads(path.read_text())
 
 

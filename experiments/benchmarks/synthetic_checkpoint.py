@@ -122,7 +122,7 @@ def write(
         return np.resize(small.astype(DTYPES[dtype]), shape)
 
     folder.mkdir(parents=True, exist_ok=True)
-    ShardWriter(folder, plan(model, fp8), max_shard_bytes).write(_with_copies(model, get), on_bytes)
+    ShardWriter(folder, plan(model, fp8), max_shard_bytes).write(_with_copies(get), on_bytes)
     hf = write_model(model, fp8, TokenIds(bos=0, eos=1, pad=2), model.yarn.original_length)  # V3's tokenizer
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
@@ -132,7 +132,7 @@ def _cut(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     return pool[start : start + count]
 
 
-def _with_copies(model: Model, get: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+def _with_copies(get: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
     """Return `get` with the embedding and the head of MTP layers equal to those of the model."""
     shared = {}
 
