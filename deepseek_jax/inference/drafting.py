@@ -60,16 +60,23 @@ class DraftingCalls(Calls):
 
     def decode(self, rows_B: np.ndarray, kind: str, num_tokens: int) -> tuple[Told, int]:
         """Decode tokens of each of these rows, as `Calls.decode`: in `num_tokens` steps, each with its drafts."""
-        width, choosing = self._send_rows(rows_B), ANY if kind == BY_ID else kind
-        drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
+        width, choosing, drafts = self._step_of(rows_B, kind)
         program = self._program(("speculate", width, choosing, num_tokens, drafts))
-        seen = self._seen if reads_seen(choosing) else None
-        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
-        told, self._pages, load_RLE, *new = program(self.weights, self._pages, *rows)
-        self._progress, self._draft_BD, seen = new
+        rows = self._rows(choosing, self._run)
+        told, self._pages, load_RLE, self._progress, self._draft_BD, seen = program(self.weights, self._pages, *rows)
         self._loads.append(load_RLE)
-        self._seen = seen if reads_seen(choosing) else self._seen
+        self._keep(seen)
         return told, width
+
+    def _step_of(self, rows_B: np.ndarray, kind: str) -> tuple[int, str, int]:
+        """Send which rows run; return of how many the program is, how it chooses, and how many drafts it has."""
+        drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
+        return self._send_rows(rows_B), ANY if kind == BY_ID else kind, drafts
+
+    def _rows(self, choosing: str, run_B: Any) -> tuple:
+        """Return what a step reads and writes of the rows, of which `run_B` run."""
+        rows = self._progress, self._draft_BD, self._settings, self._seen_by(choosing)
+        return *rows, self._tables_BJ, run_B, self._loads[-1]
 
     def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
         """Run the MTP layer over the pieces of a call."""
@@ -87,19 +94,10 @@ class DraftingCalls(Calls):
         return names + [("follow", num_tokens) for num_tokens in self.sizes.buckets]
 
     def _speculate_program(self, width: int, choosing: str, num_steps: int, drafts: int):
-        seen, run_B = self._seen if reads_seen(choosing) else None, self._shape(bool, self.sizes.rows)
-        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, run_B, self._loads[-1]
+        rows = self._rows(choosing, self._shape(bool, self.sizes.rows))
         static = self._model, self._decode_execution, Kind(drafts, width, choosing, num_steps, self._forced)
-        return (
-            speculative.speculate,
-            static,
-            (1, 2, 3) if seen is None else (1, 2, 3, 5),
-            (
-                self.weights,
-                self._pages,
-                *rows,
-            ),
-        )
+        donate = (1, 2, 3, 5) if reads_seen(choosing) else (1, 2, 3)
+        return speculative.speculate, static, donate, (self.weights, self._pages, *rows)
 
     def _follow_program(self, num_tokens: int):
         pieces, most = self.sizes.devices * self.pieces, self.sizes.devices * self.sizes.prefill_tokens

@@ -11,7 +11,7 @@ from deepseek_jax.inference.drafting import DRAFTING_KINDS, DraftingCalls
 from deepseek_jax.inference.exact import TILE, Passed, Queries, Tiles
 from deepseek_jax.inference.row_calls import Calls
 from deepseek_jax.inference.row_programs import Packed, Told
-from deepseek_jax.inference.row_sampling import ANY, BY_ID, KINDS, reads_seen
+from deepseek_jax.inference.row_sampling import KINDS, reads_seen
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.speculative import Kind
 from deepseek_jax.model.moe import IN_BLOCKS
@@ -64,10 +64,9 @@ class ExactCalls(Calls):
 
     def first(self, kind: str, hidden_RD: Any, packed: Packed) -> Told:
         """Choose the tokens behind the last pieces; `hidden_RD` is what `prefill` returned."""
-        seen = self._seen if reads_seen(kind) else None
-        arrays = self._progress, self._settings, seen, hidden_RD, packed._replace(tokens_T=None)
+        arrays = self._progress, self._settings, self._seen_by(kind), hidden_RD, packed._replace(tokens_T=None)
         told, self._progress, seen = self._program(("first", kind))(*arrays)
-        self._seen = seen if reads_seen(kind) else self._seen
+        self._keep(seen)
         return told
 
     def evaluate(self, hidden_TD: jax.Array, following_T: np.ndarray, num_R: np.ndarray) -> Logprobs:
@@ -79,10 +78,9 @@ class ExactCalls(Calls):
         width = self._send_rows(rows_B)
         queries = self._program(("line_up",))(self._progress, self._run)
         tiles = self._pass(queries, int(np.flatnonzero(rows_B)[-1]) + 1)
-        seen = self._seen if reads_seen(kind) else None
-        rows = self._progress, self._settings, seen, self._run, tiles
+        rows = self._progress, self._settings, self._seen_by(kind), self._run, tiles
         told, self._progress, seen = self._program(("decode", width, kind, num_tokens))(*rows)
-        self._seen = seen if reads_seen(kind) else self._seen
+        self._keep(seen)
         return told, width
 
     def _pass(self, queries: Queries, num_tokens: int) -> Tiles:
@@ -128,18 +126,18 @@ class ExactCalls(Calls):
 
     def _first_program(self, kind: str) -> Any:
         behind = self._outputs(("gather", self.sizes.buckets[0]))[0]
-        seen, donate = (self._seen, (0, 2)) if reads_seen(kind) else (None, (0,))
         rest = behind, self._packed(1)._replace(tokens_T=None)
-        return exact.first, (kind,), donate, (self._progress, self._settings, seen, *rest)
+        arguments = self._progress, self._settings, self._seen_by(kind), *rest
+        return exact.first, (kind,), (0, 2) if reads_seen(kind) else (0,), arguments
 
     def _score_program(self, num_tiles: int):
         following_T = self._shape(np.int32, self.sizes.prefill_tokens)
         return exact.evaluate, (self.sizes.prefill_tokens,), (), (self._passed(num_tiles), following_T)
 
     def _decode_program(self, width: int, kind: str, num_tokens: int) -> Any:
-        seen, donate = (self._seen, (0, 2)) if reads_seen(kind) else (None, (0,))
         rest = self._shape(bool, self.sizes.rows), self._passed(-(-width // TILE))
-        return exact.decode, (kind,), donate, (self._progress, self._settings, seen, *rest)
+        arguments = self._progress, self._settings, self._seen_by(kind), *rest
+        return exact.decode, (kind,), (0, 2) if reads_seen(kind) else (0,), arguments
 
     def _queries(self, num_tiles: int) -> Queries:
         shape = num_tiles * TILE
@@ -163,16 +161,15 @@ class ExactDraftingCalls(ExactCalls, DraftingCalls):
 
     def decode(self, rows_B: np.ndarray, kind: str, num_tokens: int) -> tuple[Told, int]:
         """Decode tokens of each of these rows, in one step with drafts."""
-        width, choosing = self._send_rows(rows_B), ANY if kind == BY_ID else kind
-        drafts = self._num_drafts if rows_B.sum() <= self._drafting_rows else 0
-        seen = self._seen if reads_seen(choosing) else None
-        rows = self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
+        width, choosing, drafts = self._step_of(rows_B, kind)
+        rows = self._rows(choosing, self._run)
         propose, settle = (self._program((name, choosing, drafts)) for name in ("propose", "settle"))
         proposed, queries, self._pages = propose(self.weights, self._pages, *rows)
         tiles = self._pass(queries, (int(np.flatnonzero(rows_B)[-1]) + 1) * (1 + drafts))
-        told, self._pages, *new = settle(self.weights, self._pages, proposed, tiles, *rows)
-        self._progress, self._draft_BD, seen = new
-        self._seen = seen if reads_seen(choosing) else self._seen
+        told, self._pages, self._progress, self._draft_BD, seen = settle(
+            self.weights, self._pages, proposed, tiles, *rows
+        )
+        self._keep(seen)
         return told, width
 
     def _names(self) -> list[tuple]:
@@ -186,21 +183,18 @@ class ExactDraftingCalls(ExactCalls, DraftingCalls):
     def _tiles_of_rows(self) -> list[int]:
         return [-(-self.sizes.each * (1 + drafts) // TILE) for drafts in (0, self._num_drafts)]
 
-    def _rows(self, choosing: str) -> tuple:
-        seen, run_B = self._seen if reads_seen(choosing) else None, self._shape(bool, self.sizes.rows)
-        return self._progress, self._draft_BD, self._settings, seen, self._tables_BJ, run_B, self._loads[-1]
-
     def _static(self, choosing: str, drafts: int) -> tuple:
         kind = Kind(drafts, self.sizes.each, choosing, 1, self._forced)
         return self._model, self._decode_execution, kind
 
     def _propose_program(self, choosing: str, drafts: int):
-        arrays = self.weights, self._pages, *self._rows(choosing)
+        arrays = self.weights, self._pages, *self._rows(choosing, self._shape(bool, self.sizes.rows))
         return exact.propose, self._static(choosing, drafts), (1,), arrays
 
     def _settle_program(self, choosing: str, drafts: int):
         proposed = self._outputs(("propose", choosing, drafts))[0]
         tiles = self._passed(-(-self.sizes.each * (1 + drafts) // TILE))
         donate = (1, 4, 5, 7) if reads_seen(choosing) else (1, 4, 5)
-        arrays = self.weights, self._pages, proposed, tiles, *self._rows(choosing)
+        rows = self._rows(choosing, self._shape(bool, self.sizes.rows))
+        arrays = self.weights, self._pages, proposed, tiles, *rows
         return exact.settle, self._static(choosing, drafts), donate, arrays

@@ -172,10 +172,10 @@ class Calls:
 
     def first(self, kind: str, hidden_RD: jax.Array, packed: Packed) -> Told:
         """Choose the tokens behind the last pieces, whose rows are of `kind`."""
-        seen = self._seen if reads_seen(kind) else None
-        arrays = self._head, self._progress, self._settings, seen, hidden_RD, packed._replace(tokens_T=None)
+        rows = self._progress, self._settings, self._seen_by(kind)
+        arrays = self._head, *rows, hidden_RD, packed._replace(tokens_T=None)
         told, self._progress, seen = self._program(("first", kind))(*arrays)
-        self._seen = seen if reads_seen(kind) else self._seen
+        self._keep(seen)
         return told
 
     def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
@@ -189,12 +189,19 @@ class Calls:
         """Decode tokens of each of these rows; return what is told of the first rows of each device, and how many."""
         width = self._send_rows(rows_B)
         program = self._program(("decode", width, kind, num_tokens))
-        seen = self._seen if reads_seen(kind) else None
-        rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
+        rows = self._progress, self._settings, self._seen_by(kind), self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
         self._loads.append(load_RLE)
-        self._seen = seen if reads_seen(kind) else self._seen
+        self._keep(seen)
         return told, width
+
+    def _seen_by(self, kind: str) -> row_state.Seen | None:
+        """Return what the rows have seen, for programs that choose tokens by it; None for others."""
+        return self._seen if reads_seen(kind) else None
+
+    def _keep(self, seen: row_state.Seen | None) -> None:
+        """Keep what such a program has made of it."""
+        self._seen = self._seen if seen is None else seen
 
     def _send_rows(self, rows_B: np.ndarray) -> int:
         """Send which rows run; return of how many the program is."""
@@ -245,7 +252,7 @@ class Calls:
 
     def _decode_program(self, width: int, kind: str, num_tokens: int) -> Any:
         run_B = self._shape(bool, self.sizes.rows)
-        rest = self._settings, self._seen if reads_seen(kind) else None, self._tables_BJ, run_B, self._loads[-1]
+        rest = self._settings, self._seen_by(kind), self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
         donate = (1, 2, 4) if reads_seen(kind) else (1, 2)
         static = self._model, self._decode_execution, width, kind, num_tokens
@@ -259,8 +266,8 @@ class Calls:
     def _first_program(self, kind: str) -> Any:
         pieces, dtype = self.sizes.devices * self.pieces, compute_dtype(self._prefill_execution)
         rest = self._shape(dtype, pieces, self._model.width), self._packed(1)._replace(tokens_T=None)
-        seen, donate = (self._seen, (1, 3)) if reads_seen(kind) else (None, (1,))
-        return row_programs.first, (kind,), donate, (self._head, self._progress, self._settings, seen, *rest)
+        arguments = self._head, self._progress, self._settings, self._seen_by(kind), *rest
+        return row_programs.first, (kind,), (1, 3) if reads_seen(kind) else (1,), arguments
 
     def _evaluate_program(self):
         num_tokens = self.sizes.devices * self.sizes.prefill_tokens
