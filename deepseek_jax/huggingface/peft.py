@@ -80,7 +80,7 @@ def save_adapters(adapters: Any, lora: Lora, model: Model, folder: Path, base: s
     folder.mkdir(parents=True, exist_ok=True)
     planned = [Planned(name, "F32", array.shape) for name, array in found.items()]
     with replacing(folder / WEIGHTS) as descriptor:
-        write_all(descriptor, memoryview(header_bytes(planned, {"format": "pt"})))
+        write_all(descriptor, memoryview(header_bytes(planned)))
         for plan in planned:
             write_all(descriptor, bytes_of(found[plan.name], plan))
         os.fsync(descriptor)

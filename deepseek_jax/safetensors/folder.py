@@ -29,7 +29,6 @@ class Shards:
 
     Attributes:
         entries: by name, in the order of files and offsets.
-        metadata: of all files; the first file that has a key wins.
         num_bytes: of all tensors.
 
     Raises:
@@ -40,10 +39,8 @@ class Shards:
         self.folder = Path(folder)
         weight_map, files = _files(self.folder)
         self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, str] = {}
         for file in files:
-            entries, metadata = read_header(file)
-            for entry in entries:
+            for entry in read_header(file):
                 if entry.name in self.entries:
                     other = self.entries[entry.name].file
                     files = f"{shown(str(other))} and in {shown(str(file))}"
@@ -51,7 +48,6 @@ class Shards:
                         f"tensor {shown(entry.name)} is in {files}: remove the file that does not belong here"
                     )
                 self.entries[entry.name] = entry
-            self.metadata = metadata | self.metadata
         if weight_map is not None:
             _check_index(weight_map, self.entries, self.folder)
         self.num_bytes = sum(entry.num_bytes for entry in self.entries.values())
@@ -161,7 +157,7 @@ def _files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
                 f"{index} says that {shown(name)} is in {shown(file)}, which is absent: download or convert this file"
             )
     for file in sorted(present - set(weight_map.values())):
-        names = [entry.name for entry in read_header(folder / file)[0]]
+        names = [entry.name for entry in read_header(folder / file)]
         raise ValueError(
             f"{index} does not name {shown(file)}, which holds {_shortened(names)}: move this file elsewhere"
         )

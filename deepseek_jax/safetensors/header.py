@@ -53,8 +53,8 @@ class Entry:
     num_bytes: int
 
 
-def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
-    """Return a file's entries in the order of their offsets, and its metadata.
+def read_header(file: Path) -> list[Entry]:
+    """Return a file's entries in the order of their offsets.
 
     Raises:
         ValueError: it is no regular file, the header cannot be understood, or its tensors do not cover the file's
@@ -95,7 +95,7 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
     if end < size:
         last = shown(entries[-1].name) if entries else "the header"
         raise ValueError(f"{where} has {size} bytes, but its last tensor ({last}) ends at byte {end}: {REMEDY}")
-    return entries, metadata
+    return entries
 
 
 def _parse(name: str, fields: object, file: Path, start: int) -> Entry:

@@ -5,7 +5,7 @@
      "num_shards": 163,
      "shards": {"model-00001-of-000163.safetensors": {"sha256": "9ab0...", "bytes": 5234139343}, ...}}
 
-`plan` is a digest of tensors, files, metadata and source (`writer.ShardWriter`). `dtypes` may be absent.
+`plan` is a digest of tensors, files and source (`writer.ShardWriter`). `dtypes` may be absent.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ every header. Then each file is
 
 and after the last one the index is written. `Shards` refuses a folder that has shards and no index, so that nobody
 loads half a checkpoint. conversion.json (`record`) has a digest of the plan: a folder is continued only with the same
-tensors, files, metadata and source.
+tensors, files and source.
 
 Tensors lie in a file in the order of the plan. The format allows no padding between them. Some readers map files and
 need aligned tensors: for these, plan no wide dtype behind an odd number of bytes.
@@ -103,7 +103,6 @@ class ShardWriter:
         folder: new, empty, or one that holds the same conversion unfinished.
         tensors: everything to write, in order.
         max_shard_bytes: of the tensors in one file.
-        metadata: of every file.
         source: where the values come from, for example a checkpoint's path and step. Only the same source continues a
             conversion.
 
@@ -116,16 +115,13 @@ class ShardWriter:
         folder: str | os.PathLike[str],
         tensors: Sequence[Planned],
         max_shard_bytes: int = 5_000_000_000,
-        metadata: Mapping[str, str] | None = None,
         source: str = "",
     ):
         self.folder = Path(folder)
-        # transformers insists on "pt".
-        metadata = {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))
         shards = plan(tensors, int(max_shard_bytes))
         self._dtypes = sorted({tensor.dtype for tensor in tensors})
         self.shards = {file_name(i, len(shards)): shard for i, shard in enumerate(shards, 1)}
-        self._headers = {file: header_bytes(shard, metadata) for file, shard in self.shards.items()}
+        self._headers = {file: header_bytes(shard) for file, shard in self.shards.items()}
         digest = hashlib.sha256(source.encode())
         for file, header in self._headers.items():
             digest.update(file.encode() + header)
@@ -227,7 +223,7 @@ class ShardWriter:
         record = read_record(self.folder)
         if record["plan"] != self.digest:
             check_dtypes(self.folder, record, self._dtypes)
-            what = "other tensors, shard sizes, metadata or source"
+            what = "other tensors, shard sizes or source"
             raise ValueError(f"{self.folder} holds a conversion of {what}: choose another folder, or delete this one")
         return record["shards"]
 
@@ -274,9 +270,9 @@ class ShardWriter:
         return sha256.hexdigest()
 
 
-def header_bytes(shard: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(shard: Sequence[Planned]) -> bytes:
     """Return the length and the header, padded as by the safetensors library: tensors begin at a multiple of 8."""
-    fields: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     end = 0
     for tensor in shard:
         begin, end = end, end + tensor.num_bytes

@@ -329,8 +329,7 @@ def test_a_killed_export_continues(convert, workdir, whole, tmp_path):
     assert f"{folder}" in said and "unfinished" in said and "run the same command again" in said
     said = convert.fails("export", f"--workdir={workdir}", f"--hf={folder}", "--shard_gigabytes=0.0002")
     assert (
-        "holds a conversion of other tensors, shard sizes, metadata or source: choose another folder, or delete this"
-        " one" in said
+        "holds a conversion of other tensors, shard sizes or source: choose another folder, or delete this one" in said
     )
 
     convert(*command)

@@ -73,14 +73,13 @@ def test_the_library_loads_our_files(tmp_path):
     for name, array in loaded.items():
         same(array, values(name, shapes))
     with safetensors.safe_open(file, "numpy") as opened:
-        assert opened.metadata() == {"format": "pt"} == Shards(folder).metadata
+        assert opened.metadata() == {"format": "pt"}
 
 
 def test_we_read_the_librarys_files(tmp_path):
     arrays = {name: values(name) for name in SHAPES if SHAPES[name][0] in ("F32", "I32")}
     safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors", {"made": "by it"})
     shards = Shards(tmp_path)
-    assert shards.metadata == {"made": "by it"}
     assert shards.num_bytes == sum(array.nbytes for array in arrays.values())
     for name, array in arrays.items():
         same(shards.read(name), array)
