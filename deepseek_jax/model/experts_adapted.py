@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from deepseek_jax.model.experts_blocks import BlockedExperts, cut_blocks, over_blocks
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
-from deepseek_jax.model.layers import silu_with_slope
+from deepseek_jax.model.layers import silu_with_slope, weighted_swiglu_backward
 from deepseek_jax.model.precision import as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows, take_rows
@@ -102,11 +102,7 @@ class AdaptedExperts:
             more, dpairs[pair_of(DOWN)] = low[DOWN].backward(_act(hidden, weight_Z), _plain(dy, dtype))
             dact_ZF += more
         dact_ZF = jnp.where(used_Z1, dact_ZF, 0)
-        gate, up = jnp.split(hidden.astype(jnp.float32), 2, axis=1)
-        silu, slope = silu_with_slope(gate)
-        dweight_Z = (dact_ZF * silu * up).sum(-1)
-        dact_ZF = dact_ZF * weight_Z[:, None]
-        dhidden_ZH = jnp.concatenate([dact_ZF * up * slope, dact_ZF * silu], axis=1).astype(dtype)
+        dhidden_ZH, dweight_Z = weighted_swiglu_backward(hidden, weight_Z[:, None], dact_ZF)
         dx_ZD = base.up_back(dhidden_ZH)
         if GATE_UP in low:
             x_ZD = _plain(take_rows(rows, routing.row_Z), dtype)

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.layers import silu_with_slope
+from deepseek_jax.model.layers import weighted_swiglu_backward
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows, take_rows
 from deepseek_jax.parallel.slots import Routing
@@ -57,11 +57,7 @@ class GroupedExperts:
         dy_ZD = take_rows(g_rows, routing.row_Z)
         dact_ZF = grouped_matmul_bf16(dy_ZD, down_EFD, rows_E).astype(jnp.float32)
         ddown = grouped_matmul_accumulate_bf16(_act(hidden, weight_Z1), dy_ZD, rows_E)
-        gate, up = _halves(hidden)
-        silu, slope = silu_with_slope(gate)
-        dweight_Z = (dact_ZF * silu * up).sum(-1)
-        dact_ZF = dact_ZF * weight_Z1
-        dhidden_ZH = jnp.concatenate([dact_ZF * up * slope, dact_ZF * silu], axis=1).astype(hidden.dtype)
+        dhidden_ZH, dweight_Z = weighted_swiglu_backward(hidden, weight_Z1, dact_ZF)
         dx_ZD = grouped_matmul_bf16(dhidden_ZH, gate_up_EDH, rows_E)
         dgate_up = grouped_matmul_accumulate_bf16(take_rows(rows, routing.row_Z), dhidden_ZH, rows_E)
         dgates_WK = routing.to_assignments(dweight_Z)
@@ -75,11 +71,6 @@ def _matrices(weights: dict[str, tuple]) -> tuple[jax.Array, jax.Array]:
     return values_ED2F.reshape(*values_ED2F.shape[:2], -1), down_EFD
 
 
-def _halves(hidden_ZH: jax.Array) -> list[jax.Array]:
-    """Return gate and up in FP32."""
-    return jnp.split(hidden_ZH.astype(jnp.float32), 2, axis=1)
-
-
 def _act(hidden_ZH: jax.Array, weight_Z1: jax.Array) -> jax.Array:
-    gate, up = _halves(hidden_ZH)
+    gate, up = jnp.split(hidden_ZH.astype(jnp.float32), 2, axis=1)
     return (jax.nn.silu(gate) * up * weight_Z1).astype(hidden_ZH.dtype)

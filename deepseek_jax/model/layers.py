@@ -58,6 +58,23 @@ def _swiglu_backward(hidden, g):
 swiglu.defvjp(lambda hidden: (swiglu(hidden), hidden), _swiglu_backward)
 
 
+def weighted_swiglu_backward(
+    hidden_ZH: jax.Array, weight_Z1: jax.Array, dact_ZF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of hidden, in its dtype, and of the weights [Z] in act = silu(gate) * up * weight, in FP32.
+
+    Args:
+        hidden_ZH: pre-activations, gate first.
+        weight_Z1: of each row, FP32.
+        dact_ZF: the gradient of act, FP32.
+    """
+    gate, up = jnp.split(hidden_ZH.astype(jnp.float32), 2, axis=1)
+    silu, slope = silu_with_slope(gate)
+    dweight_Z = (dact_ZF * silu * up).sum(-1)
+    dact_ZF = dact_ZF * weight_Z1
+    return jnp.concatenate([dact_ZF * up * slope, dact_ZF * silu], axis=1).astype(hidden_ZH.dtype), dweight_Z
+
+
 class FeedForward(nnx.Module):
     """down(silu(x gate) * (x up)): the shared expert, and with a norm in front the FFN of dense layers."""
 

@@ -44,17 +44,9 @@ def collect(params: Any, holding: Holding) -> Any:
         wanted = w[layers]  # [devices, slots, ...]
         return lax.all_to_all(wanted, PIPE, split_axis=0, concat_axis=dim + 1, tiled=True)[0]
 
-    def top(path: Any, w: jax.Array) -> jax.Array:
-        return whole(path, w)
-
-    return {
-        name: jax.tree_util.tree_map_with_path(
-            (lambda path, w, name=name: stack(holding.layers[name], path, w)) if name in STACKS else top, tree
-        )
-        if isinstance(tree, dict)
-        else whole((jax.tree_util.DictKey(name),), tree)
-        for name, tree in params.items()
-    }
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: stack(holding.layers[path[0].key], path, w) if path[0].key in STACKS else whole(path, w), params
+    )
 
 
 def distribute(grads: Any, params: Any, holding: Holding) -> Any:
