@@ -13,7 +13,6 @@ from deepseek_jax.pipeline.schedules import SCHEDULES, schedule
 from deepseek_jax.pipeline.simulation import Durations
 
 FOLDER = Path(__file__).parent / "drawings"
-FONT = {"family": "DejaVu Sans", "size": 10}
 
 
 class Drawing:

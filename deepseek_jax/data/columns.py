@@ -32,20 +32,25 @@ def read_parquet(name: str, path: Path, text_field: str, problems: Problems) -> 
 
 def read_arrow(name: str, path: Path, text_field: str, problems: Problems) -> Iterator[Document]:
     """Yield a document per row of an Arrow file: a stream, as `datasets` writes it, or the form with a footer."""
-    arrow = optional_library("pyarrow")
 
     @contextlib.contextmanager
     def columns(raw: BinaryIO) -> Iterator[tuple[int, Iterable]]:
-        has_footer = raw.read(6) == b"ARROW1"
-        raw.seek(0)
-        reader = arrow.ipc.open_file(raw) if has_footer else arrow.ipc.open_stream(raw)
-        with reader:
-            _check_column(text_field, reader.schema)
-            index = reader.schema.names.index(text_field)
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if has_footer else reader
+        with open_arrow(raw) as (schema, batches):
+            _check_column(text_field, schema)
+            index = schema.names.index(text_field)
             yield 0, (batch.column(index) for batch in batches)
 
     yield from _read_columns(name, path, text_field, problems, columns)
+
+
+@contextlib.contextmanager
+def open_arrow(raw: BinaryIO) -> Iterator[tuple[Any, Iterable]]:
+    """Open an Arrow file, a stream or the form with a footer; yield its schema and its batches of rows."""
+    arrow = optional_library("pyarrow")
+    has_footer = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    with arrow.ipc.open_file(raw) if has_footer else arrow.ipc.open_stream(raw) as reader:
+        yield reader.schema, map(reader.get_batch, range(reader.num_record_batches)) if has_footer else reader
 
 
 def _read_columns(name: str, path: Path, text_field: str, problems: Problems, columns) -> Iterator[Document]:

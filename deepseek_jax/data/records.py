@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import Source
 from deepseek_jax.data import hub
+from deepseek_jax.data.columns import ROWS_AT_ONCE, open_arrow
 from deepseek_jax.data.corpus_files import files_to_read
 from deepseek_jax.data.documents import CorpusError, Problems
 from deepseek_jax.data.extras import optional_library
 from deepseek_jax.data.formats import format_of
 from deepseek_jax.data.json_files import line_values, whole_value
 from deepseek_jax.inputs import shown
-
-ROWS_AT_ONCE = 1024
 
 
 class Record(NamedTuple):
@@ -96,13 +95,8 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Record]:
 
 
 def _read_arrow(path: Path, problems: Problems) -> Iterator[Record]:
-    arrow = optional_library("pyarrow")
-    with path.open("rb") as raw, _damage_named(path, problems):
-        has_footer = raw.read(6) == b"ARROW1"
-        raw.seek(0)
-        with arrow.ipc.open_file(raw) if has_footer else arrow.ipc.open_stream(raw) as reader:
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if has_footer else reader
-            yield from _rows(path, batches)
+    with path.open("rb") as raw, _damage_named(path, problems), open_arrow(raw) as (_, batches):
+        yield from _rows(path, batches)
 
 
 def _rows(path: Path, batches: Any) -> Iterator[Record]:

@@ -21,7 +21,6 @@ MOST_LINES = 3
 TINY = "--config=configs/tiny.py"
 NEW = f"{TINY} --workdir={{d}}/W"
 FILE = {"file": "a file"}
-CORPUS = {f"corpus/{i}.txt": f"Text number {i}.\n" * 40 for i in range(8)}
 NANO = "--config=tests/training/nano.py:{d}/corpus --workdir={d}/W"
 CONFIG = from_config_dict(tiny.get_config())
 RUN = {"W/config.json": json.dumps(to_dict(CONFIG))}

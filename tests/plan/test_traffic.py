@@ -19,7 +19,6 @@ from deepseek_jax.plan.meshes import require_fit
 from tests.support import small
 
 SIZES = {"pipe": 1, "data": 2, "context": 1, "node": 2, "expert": 4, "tensor": 1}
-V3_SIZES = {"pipe": 1, "data": 1, "context": 1, "node": 8, "expert": 8, "tensor": 1}
 
 
 @functools.cache
