@@ -112,17 +112,21 @@ def _check_tokens(config: "Config") -> None:
 
 def num_parameters(model: "Model") -> float:
     """Return about how many numbers the matrices of `model` have."""
-    width, heads = model.width, model.num_heads
-    queries = (model.query_latent or width) * heads * model.query_dim + model.query_latent * width
-    keys = width * (model.kv_latent + model.rotary_dim) + model.kv_latent * heads * (
-        model.content_dim + model.value_dim
-    )
-    attention = queries + keys + heads * model.value_dim * width
+    width, attention = model.width, attention_weights(model)
     experts = (model.num_experts + model.num_shared_experts) * 3 * width * model.expert_hidden
     moe = attention + experts + width * model.num_experts
     dense = attention + 3 * width * model.dense_hidden
     layers = model.num_dense_layers * dense + model.num_moe_layers * moe
     return float(layers + model.num_mtp_layers * (moe + 2 * width**2) + 2 * model.vocab_size * width)
+
+
+def attention_weights(model: "Model") -> int:
+    """Return how many numbers the matrices of a layer's attention have."""
+    query_width = model.num_heads * model.query_dim
+    query = model.query_latent * (model.width + query_width) if model.query_latent else model.width * query_width
+    compress = model.width * (model.kv_latent + model.rotary_dim)
+    expand = model.kv_latent * model.num_heads * (model.content_dim + model.value_dim)
+    return query + compress + expand + model.num_heads * model.value_dim * model.width
 
 
 def _number(value: int) -> str:

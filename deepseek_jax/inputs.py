@@ -7,6 +7,7 @@ path and the remedy.
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import stat
@@ -166,6 +167,14 @@ def read_json(path: Path, kind: type = dict, limit: int = LARGEST_SMALL_FILE) ->
             f"{shown(str(path))} holds a {type(value).__name__}, not a {kind.__name__}; restore or repair it"
         )
     return value
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def shown(text: str | os.PathLike) -> str:

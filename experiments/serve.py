@@ -27,7 +27,7 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.opening import check_opening
 from deepseek_jax.inference.page_pool import PAGE_SIZE
-from deepseek_jax.inputs import printable_lines, shown
+from deepseek_jax.inputs import is_loopback, printable_lines, shown
 from experiments import command, session
 from experiments.model_source import Source, open_named
 
@@ -106,7 +106,7 @@ def main(_) -> None:
 
     check_flags()
     keys = read_keys()
-    if not server.is_loopback(HOST.value) and not keys and not INSECURE.value:
+    if not is_loopback(HOST.value) and not keys and not INSECURE.value:
         raise ValueError(
             f"--host={shown(HOST.value)} lets other machines in, and there is no key; set ${KEY_VARIABLE}, or give"
             " --insecure"

@@ -10,7 +10,6 @@ and authenticate it with certificates (mTLS): set JAX_MTLS_CERT_FILE, JAX_MTLS_K
 """
 
 import errno
-import ipaddress
 import os
 import socket
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from deepseek_jax.inputs import is_loopback
 from deepseek_jax.parallel import coordinator as service
 from deepseek_jax.parallel import watch
 from deepseek_jax.parallel.watch import ProcessError
@@ -124,7 +124,7 @@ def _bind_address(host: str, port: int, seconds: float) -> str:
     Raises:
         ProcessError: the port is taken, and was not freed within `seconds`.
     """
-    local = _is_loopback(host)
+    local = is_loopback(host.strip("[]"))
     address = (host.strip("[]") if local else "", port)
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     deadline = time.monotonic() + seconds
@@ -141,15 +141,6 @@ def _bind_address(host: str, port: int, seconds: float) -> str:
                         " --coordinator, or wait until the processes of an earlier start have ended"
                     ) from error
         time.sleep(0.1)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _reach(host: str, port: int, seconds: float) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from collections.abc import Callable
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from deepseek_jax.inputs import shown
+from deepseek_jax.inputs import is_loopback, shown
 from deepseek_jax.serving.door import LOOPBACK_NAMES, Door
 from deepseek_jax.serving.service import Service
 
@@ -50,14 +49,6 @@ def bind(host: str, port: int) -> socket.socket:
             told = f"{shown(host)} port {port} cannot be served ({error.strerror}); give another --host or --port"
         raise ValueError(told) from error
     return bound
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def host_names(host: str) -> set[str] | None:

@@ -11,6 +11,7 @@ Checked against the 671B model at sequence 4096 without MTP: 219.7 GFLOP for the
 """
 
 from deepseek_jax.config import Model
+from deepseek_jax.config_bounds import attention_weights
 
 FLOPS_PER_WEIGHT = 6  # forward 2, backward 4
 FLOPS_PER_FROZEN_WEIGHT = 4  # forward 2, gradient of the input 2
@@ -46,7 +47,7 @@ def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool,
     attention_layers = model.num_layers
     if mtp:
         merge, head = 2 * model.width**2, model.vocab_size * model.width
-        weights += model.num_mtp_layers * (merge + _attention_weights(model) + _moe_weights(model) + head)
+        weights += model.num_mtp_layers * (merge + attention_weights(model) + _moe_weights(model) + head)
         attention_layers += model.num_mtp_layers
     visible = sequence_length / 2 if causal else sequence_length
     products = attention_layers * model.num_heads * visible * (model.query_dim + model.value_dim)
@@ -57,18 +58,10 @@ def flops_per_token(model: Model, sequence_length: int, causal: bool, mtp: bool,
 def _weights_of_layers(model: Model) -> int:
     dense_ffn = 3 * model.width * model.dense_hidden
     return (
-        model.num_layers * _attention_weights(model)
+        model.num_layers * attention_weights(model)
         + model.num_dense_layers * dense_ffn
         + model.num_moe_layers * _moe_weights(model)
     )
-
-
-def _attention_weights(model: Model) -> int:
-    query_width = model.num_heads * model.query_dim
-    query = model.query_latent * (model.width + query_width) if model.query_latent else model.width * query_width
-    compress = model.width * (model.kv_latent + model.rotary_dim)
-    expand = model.kv_latent * model.num_heads * (model.content_dim + model.value_dim)
-    return query + compress + expand + model.num_heads * model.value_dim * model.width
 
 
 def _moe_weights(model: Model) -> int:

@@ -8,8 +8,9 @@ import httpx2
 import openai
 import pytest
 
+from deepseek_jax.inputs import is_loopback
 from deepseek_jax.serving.door import Rates
-from deepseek_jax.serving.server import bind, host_names, is_loopback
+from deepseek_jax.serving.server import bind, host_names
 from deepseek_jax.serving.service import Limits
 from tests.serving.served import fake_model, served
 
