@@ -11,7 +11,7 @@ Which pages a row has is for the host to decide (`pages.PagedSequence`). Last to
 has ended stay on the device. So a step can be dispatched before the one before it is read: a row that has ended takes
 no part in it, and writes nothing.
 
-What the host changes between steps (rows that open or close, tables, masks) is kept here and sent with the next
+What the host changes between steps (rows that open or close, tables, masks, copies) is kept here and sent with the next
 step, a few rows in one small array. Programs are compiled for shapes that no job changes (`row_calls.Calls`).
 """
 
@@ -29,8 +29,9 @@ from deepseek_jax.inference.decode import num_rows as rows_of_batch
 from deepseek_jax.inference.drafting import check_drafts
 from deepseek_jax.inference.exact_calls import ExactCalls, open_calls
 from deepseek_jax.inference.job import Job
+from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import prefill_execution
-from deepseek_jax.inference.row_calls import Sizes
+from deepseek_jax.inference.row_calls import MOST_COPIES, Sizes
 from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import (
     MASK,
@@ -121,9 +122,10 @@ class DeviceBatch:
         self._kind_B, self._wants_B, self._routes_B = np.zeros((3, self.num_rows), np.int8)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed
         self._masks: dict[int, Masks] = {}
+        self._copies: list[tuple[int, int, int]] = []
 
     def compile(self, progress: Callable[[int, int], None] | None = None, kinds: Sequence[str] = KINDS) -> None:
-        """Compile all programs, at most 22, or 31 with drafts; later none is compiled.
+        """Compile all programs, at most 23, or 32 with drafts; later none is compiled.
 
         `progress(done, all)` is called after each. Without drafts, `kinds` of choosing can be fewer than all (`KINDS`).
         """
@@ -169,6 +171,11 @@ class DeviceBatch:
             raise ValueError(f"a table of {len(table)} pages is longer than the {self.num_columns} of a row")
         self._tables_BJ[row, : len(table)] = table
         self._tables_changed = True
+
+    def copy_pages(self, row: int, copies: Sequence[Copy]) -> None:
+        """Copy pages of the row's device, in their order, before the next step writes."""
+        device = self.device_of(row)
+        self._copies += [(device, copy.source, copy.target) for copy in copies]
 
     def set_mask(
         self, row: int, words_W: np.ndarray, draft: int = NO_TOKEN, behind_W: np.ndarray | None = None
@@ -259,6 +266,12 @@ class DeviceBatch:
 
     def _send(self, choosing: Sequence[int]) -> None:
         """Send what the host has changed since the last step, and the masks of rows that choose."""
+        for start in range(0, len(self._copies), MOST_COPIES):
+            copies_U3 = np.full((MOST_COPIES, 3), -1, np.int32)
+            part = self._copies[start : start + MOST_COPIES]
+            copies_U3[: len(part)] = part
+            self._calls.copy(copies_U3)
+        self._copies = []
         if self._tables_changed:
             self._calls.set_tables(self._tables_BJ)
             self._tables_changed = False

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.precision import compute_dtype
@@ -59,6 +60,24 @@ def make_cache(model: Model, execution: Execution, batch_size: int, num_position
         jax.device_put(tables_BJ, CACHE_SPECS.tables_BJ) if explicit else jnp.asarray(tables_BJ),
         zeros(batch_size, dtype=jnp.int32, split=CACHE_SPECS.length_B),
     )
+
+
+def copy_pages(pages: jax.Array, copies_U3: jax.Array) -> jax.Array:
+    """Copy pages in all layers, in their order: rows of device, source, target; a target of -1 copies nothing."""
+
+    def local(pages, copies_U3):
+        device_U, source_U, target_U = copies_U3.T
+        here_U = (device_U == lax.axis_index(ROWS)) & (target_U >= 0)
+
+        def copy(i, pages):
+            # A copy that is not for this device is of a page to itself.
+            source = jnp.where(here_U[i], source_U[i], 0)
+            page = lax.dynamic_slice_in_dim(pages, source, 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(pages, page, jnp.where(here_U[i], target_U[i], 0), axis=1)
+
+        return lax.fori_loop(0, len(copies_U3), copy, pages)
+
+    return jax.shard_map(local, in_specs=(_PAGES, P()), out_specs=_PAGES)(pages, copies_U3)
 
 
 def num_pages(num_positions: int) -> int:

@@ -101,7 +101,7 @@ class ExactCalls(Calls):
         tiles = [-(-num_tokens // TILE) for num_tokens in self.sizes.buckets]
         names += [("score", num_tiles) for num_tiles in tiles]
         names += [("cut", num_tiles) for num_tiles in sorted({*tiles, *self._tiles_of_rows()})]
-        return [*names, ("tile",), ("line_up",), ("update",), ("see",)]
+        return [*names, ("tile",), ("line_up",), ("update",), ("see",), ("copy",)]
 
     def _tiles_of_rows(self) -> list[int]:
         """Return how many tiles the rows of a step fill."""

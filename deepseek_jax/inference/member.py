@@ -69,6 +69,11 @@ class Member:
         self._room = 0  # tokens that its pages hold
 
     @property
+    def num_made(self) -> int:
+        """Tokens that have followed the prompt."""
+        return len(self.ids) - self.num_prompt
+
+    @property
     def has_begun(self) -> bool:
         """Whether it has a row, or has had one."""
         return self.cached >= 0
@@ -143,7 +148,8 @@ class Member:
     def grow(self, num_tokens: int) -> None:
         """Get room for `num_tokens` more; FullError, with nothing changed, if there are no pages."""
         assert self._sequence is not None
-        self._sequence.reserve(self._room + num_tokens - len(self._sequence))
+        copies = self._sequence.reserve(self._room + num_tokens - len(self._sequence))
+        assert not copies, "nobody forks, so no page is shared before it is full"
         self._room = PAGE_SIZE * self._sequence.num_pages
 
     def decode(self, num_tokens: int = 1) -> None:

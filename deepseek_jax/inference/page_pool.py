@@ -56,6 +56,11 @@ class PagePool:
         self._generation = 0
 
     @property
+    def num_free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
     def num_kept(self) -> int:
         """Pages that no sequence holds and a prompt may find; they are evicted when pages are wanted."""
         return len(self._kept)
@@ -111,6 +116,10 @@ class PagePool:
             self._holders[page] = 1
         return taken
 
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one sequence holds a page."""
+        return self._holders[page] > 1
+
     def hold(self, pages: Iterable[int]) -> None:
         """Hold pages for one more sequence."""
         for page in pages:
@@ -147,6 +156,22 @@ class PagePool:
             self.hold([node.page])
             self.release([page])
         return node.page
+
+    def unshare(self, page: int) -> None:
+        """Let nobody find a page that one sequence holds, and with it all that follow, which nobody holds."""
+        node, followers = self._nodes[page], []
+        if node is None:
+            return
+        found = [node]
+        while found:
+            node = found.pop()
+            followers.extend(node.children.values())
+            found.extend(node.children.values())
+        for node in reversed(followers):
+            del self._kept[node.page]
+            self._unlist(node.page)
+            self._free.append(node.page)
+        self._unlist(page)
 
     def _unlist(self, page: int) -> None:
         """Take a page that no other follows out of the tree."""

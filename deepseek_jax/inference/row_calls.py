@@ -19,7 +19,7 @@ import numpy as np
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference import row_programs, row_state
-from deepseek_jax.inference.cache import CACHE_SPECS
+from deepseek_jax.inference.cache import CACHE_SPECS, copy_pages
 from deepseek_jax.inference.decode import GPU_ROWS
 from deepseek_jax.inference.memory import free_bytes
 from deepseek_jax.inference.prefill import FEWEST_TOKENS
@@ -33,6 +33,7 @@ from deepseek_jax.parallel.program import jit_on
 from deepseek_jax.parameters import ROWS, P, Weights
 from pallas_kernels.mla_decode.schedule import PAGE
 
+MOST_COPIES = 8  # pages that a call copies
 # Tokens of a row in a burst on a GPU. For one row a step of configs/v3_5b.py is 1.1 ms of an H200, and dispatching it
 # took 1.4 ms of the host (2026-11-29); with four in one dispatch the device has always work.
 BURST_ON_GPU = 4
@@ -137,7 +138,7 @@ class Calls:
         names += [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
         names += [("decode", self.widths[0], kind, self.burst) for kind in KINDS if self.burst > 1]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
-        return [*names, ("evaluate",), ("update",), ("see",)]
+        return [*names, ("evaluate",), ("update",), ("see",), ("copy",)]
 
     def set_tables(self, tables_BJ: np.ndarray) -> None:
         """Send the pages of all rows."""
@@ -162,6 +163,10 @@ class Calls:
         with jax.set_mesh(self._mesh):
             self._pages = change(self._pages)
 
+    def copy(self, copies_U3: np.ndarray) -> None:
+        """Copy pages: devices, sources and targets."""
+        self._pages = self._program(("copy",))(self._pages, copies_U3)
+
     def prefill(self, packed: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run pieces; return the hidden states behind each, those of all tokens, and the experts of all tokens."""
         program = self._program(("prefill", len(packed.tokens_T) // self.sizes.devices))
@@ -172,10 +177,10 @@ class Calls:
 
     def first(self, kind: str, hidden_RD: jax.Array, packed: Packed) -> Told:
         """Choose the tokens behind the last pieces, whose rows are of `kind`."""
-        rows = self._progress, self._settings, self._seen_by(kind)
-        arrays = self._head, *rows, hidden_RD, packed._replace(tokens_T=None)
+        seen = self._seen if reads_seen(kind) else None
+        arrays = self._head, self._progress, self._settings, seen, hidden_RD, packed._replace(tokens_T=None)
         told, self._progress, seen = self._program(("first", kind))(*arrays)
-        self._keep(seen)
+        self._seen = seen if reads_seen(kind) else self._seen
         return told
 
     def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
@@ -189,19 +194,12 @@ class Calls:
         """Decode tokens of each of these rows; return what is told of the first rows of each device, and how many."""
         width = self._send_rows(rows_B)
         program = self._program(("decode", width, kind, num_tokens))
-        rows = self._progress, self._settings, self._seen_by(kind), self._tables_BJ, self._run, self._loads[-1]
+        seen = self._seen if reads_seen(kind) else None
+        rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
         self._loads.append(load_RLE)
-        self._keep(seen)
+        self._seen = seen if reads_seen(kind) else self._seen
         return told, width
-
-    def _seen_by(self, kind: str) -> row_state.Seen | None:
-        """Return what the rows have seen, for programs that choose tokens by it; None for others."""
-        return self._seen if reads_seen(kind) else None
-
-    def _keep(self, seen: row_state.Seen | None) -> None:
-        """Keep what such a program has made of it."""
-        self._seen = self._seen if seen is None else seen
 
     def _send_rows(self, rows_B: np.ndarray) -> int:
         """Send which rows run; return of how many the program is."""
@@ -252,7 +250,7 @@ class Calls:
 
     def _decode_program(self, width: int, kind: str, num_tokens: int) -> Any:
         run_B = self._shape(bool, self.sizes.rows)
-        rest = self._settings, self._seen_by(kind), self._tables_BJ, run_B, self._loads[-1]
+        rest = self._settings, self._seen if reads_seen(kind) else None, self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
         donate = (1, 2, 4) if reads_seen(kind) else (1, 2)
         static = self._model, self._decode_execution, width, kind, num_tokens
@@ -266,8 +264,8 @@ class Calls:
     def _first_program(self, kind: str) -> Any:
         pieces, dtype = self.sizes.devices * self.pieces, compute_dtype(self._prefill_execution)
         rest = self._shape(dtype, pieces, self._model.width), self._packed(1)._replace(tokens_T=None)
-        arguments = self._head, self._progress, self._settings, self._seen_by(kind), *rest
-        return row_programs.first, (kind,), (1, 3) if reads_seen(kind) else (1,), arguments
+        seen, donate = (self._seen, (1, 3)) if reads_seen(kind) else (None, (1,))
+        return row_programs.first, (kind,), donate, (self._head, self._progress, self._settings, seen, *rest)
 
     def _evaluate_program(self):
         num_tokens = self.sizes.devices * self.sizes.prefill_tokens
@@ -282,6 +280,9 @@ class Calls:
     def _see_program(self):
         ids_M, number = self._shape(np.int32, self.sizes.positions, split=False), self._shape(np.int32, split=False)
         return row_state.see, (), (0,), (self._seen, ids_M, number, number, number)
+
+    def _copy_program(self):
+        return copy_pages, (), (0,), (self._pages, self._shape(np.int32, MOST_COPIES, 3, split=False))
 
     def _packed(self, num_tokens: int) -> Packed:
         devices, pieces = self.sizes.devices, self.sizes.devices * self.pieces

@@ -229,7 +229,7 @@ class Scheduler:
     def _open(self, member: Member, lanes: Sequence[Lane]) -> bool | None:
         """Give a row to a job where most of its prompt is known; None if nowhere are pages, False if it follows."""
         known = member.ids[:1] if member.from_start else member.ids
-        tries = [(lane, PagedSequence(lane.pool, known, member.salt)) for lane in lanes]
+        tries = [(lane, PagedSequence.open(lane.pool, known, member.salt)) for lane in lanes]
         tries.sort(key=lambda pair: (-len(pair[1]), -pair[0].pool.num_available))
         opened: bool | None = None
         for lane, sequence in tries:

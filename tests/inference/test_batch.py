@@ -14,7 +14,7 @@ from deepseek_jax.inference import generate, row_programs
 from deepseek_jax.inference.batch import DeviceBatch
 from deepseek_jax.inference.batch_checks import check_burst
 from deepseek_jax.inference.page_pool import PagePool
-from deepseek_jax.inference.pages import PagedSequence
+from deepseek_jax.inference.pages import Copy, PagedSequence
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import RowSettings
@@ -87,9 +87,9 @@ class Host:
         each = self.batch.num_rows // self.batch.num_devices
         free = [row for row in range(self.batch.num_rows) if row not in taken]
         job.row = min(free, key=lambda row: (row % each, row))  # devices in turn
-        job.sequence = PagedSequence(self.pools[self.batch.device_of(job.row)], job.prompt)
+        job.sequence = PagedSequence.open(self.pools[self.batch.device_of(job.row)], job.prompt)
         job.done, job.cached, job.started = len(job.sequence), len(job.sequence), False
-        job.sequence.reserve(len(job.prompt) + job.settings["max_new_tokens"] - job.done)
+        assert not job.sequence.reserve(len(job.prompt) + job.settings["max_new_tokens"] - job.done)
         self.batch.open_row(job.row, RowSettings(**job.settings, prompt=job.prompt, length=job.done))
         table = np.zeros(job.sequence.num_pages, np.int32)
         job.sequence.fill(table)
@@ -209,6 +209,7 @@ def test_no_program_is_compiled_while_jobs_run(batch):
         compiled.clear()
         Host(batch).run(jobs)
         batch.open_row(0, RowSettings(sampling=GREEDY, max_new_tokens=0))
+        batch.copy_pages(0, [Copy(1, 2)])
         batch.set_table(0, [0])
         batch.step([Piece(0, [1, 2], True, logprobs=True)], np.zeros(ROWS, bool)).read()
         batch.close_row(0)
@@ -398,6 +399,22 @@ def test_a_step_leaves_pages_in_place(batch):
         assert not found, (name, found)
 
 
+def test_pages_are_copied_in_their_order(batch):
+    """The second copy reads what the first has written; ten take two calls."""
+    batch.update_weights(make_weights())
+    batch.open_row(0, RowSettings(sampling=GREEDY, max_new_tokens=0))
+    batch.set_table(0, [1])
+    batch.step([Piece(0, [5, 6, 7], True)], np.zeros(ROWS, bool)).read()
+    before = np.asarray(batch._calls._pages)
+    batch.copy_pages(0, [Copy(page, page + 1) for page in range(1, 11)])
+    batch.step([], np.zeros(ROWS, bool)).read()
+    batch.close_row(0)
+    after = np.asarray(batch._calls._pages)
+    assert (
+        before[:, 1, :3].any() and (after[:, 1:12] == before[:, [1]]).all() and (after[:, 12:] == before[:, 12:]).all()
+    )
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -437,12 +454,14 @@ def test_rows_of_two_devices_get_what_each_gets_alone():
     for i, job in enumerate(jobs):
         assert job.tokens == alone(PROMPTS[i], LENGTHS[i], samplings[i], number=i), i
     assert {batch.device_of(job.row) for job in jobs} == {0, 1}
+    batch.copy_pages(4, [Copy(1, 2), Copy(2, 3)])
     batch.open_row(4, RowSettings(sampling=GREEDY, max_new_tokens=0))
     batch.set_table(4, [0])
     piece = Piece(4, TOKENS[6][:40], True, True)
     before = np.asarray(batch._calls._pages)
     found = batch.step([piece], np.zeros(6, bool)).read().prompt_logprobs[4]
     after = np.asarray(batch._calls._pages)
+    assert (after[:, [PAGES + 2, PAGES + 3]] == before[:, [PAGES + 1]]).all()
     assert (after[:, :PAGES] == before[:, :PAGES]).all() and (after[:, PAGES] != before[:, PAGES]).any()
     logits_SV = expanded_logits(CONFIG, make_weights(), np.array([piece.ids + [0] * 24]))[0]
     log_SV = np.asarray(jax.nn.log_softmax(logits_SV.astype(jnp.float32)))

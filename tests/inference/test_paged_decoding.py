@@ -1,4 +1,4 @@
-"""The host's pages and the device's together: sequences that share and evict see what they see alone."""
+"""The host's pages and the device's together: sequences that share, copy, shrink and evict see what they see alone."""
 
 import functools
 import random
@@ -28,10 +28,12 @@ class Device:
         width = CONFIG.model.kv_latent + CONFIG.model.rotary_dim
         self.pages = jnp.full((CONFIG.model.num_layers, NUM_PAGES, PAGE_SIZE, width), jnp.nan)
         self._step = jax.jit(functools.partial(transformer.decode_step, CONFIG.model, self.execution))
+        self._copy = jax.jit(lambda pages, source, target: pages.at[:, target].set(pages[:, source]))
 
     def append(self, sequence, ids):
         """Write `ids`, a few at once and the rest one by one; return the hidden state of the last."""
-        sequence.reserve(len(ids))
+        for source, target in sequence.reserve(len(ids)):
+            self.pages = self._copy(self.pages, source, target)
         row_J = np.full(LONGEST // PAGE_SIZE, -7, np.int32)  # a number that no page has
         sequence.fill(row_J)
         hidden_BSD = None
@@ -54,13 +56,13 @@ def check(hidden_D, ids):
 
 
 def test_sequences_that_share_pages_see_what_they_see_alone():
-    """120 random operations on nine pages: prompts with prefixes of 0 to 3 pages, tokens, ends."""
+    """120 random operations on nine pages: prompts with prefixes of 0 to 3 pages, forks, drafts that go back, ends."""
     rng, pool, device, alive, found = random.Random(3), PagePool(NUM_PAGES), Device(), {}, set()
     for _ in range(120):
-        kind = rng.choices(("open", "append", "close"), weights=(4, 8, 1 + len(alive)))[0]
+        kind = rng.choices(("open", "append", "fork", "shrink", "close"), weights=(4, 5, 1, 2, 1 + len(alive)))[0]
         if kind == "open" or not alive:
             prompt = rng.choice(PROMPTS)[: rng.choice((1, 63, 64, 65, 130, 200))] + [rng.randrange(300)]
-            sequence = PagedSequence(pool, prompt)
+            sequence = PagedSequence.open(pool, prompt)
             found.add(len(sequence) // PAGE_SIZE)
             ids, new = prompt[: len(sequence)], prompt[len(sequence) :]
             alive[sequence] = ids
@@ -70,6 +72,13 @@ def test_sequences_that_share_pages_see_what_they_see_alone():
             sequence.close()
             del alive[sequence]
             continue
+        if kind == "fork":
+            other = sequence.fork()
+            alive[other], sequence = alive[sequence], other
+        if kind == "shrink":
+            keep = max(0, len(sequence) - rng.randrange(70))
+            sequence.shrink(keep)
+            alive[sequence] = alive[sequence][:keep]
         new = new or [rng.randrange(300) for _ in range(rng.randint(1, 40))]
         if len(sequence) + len(new) > LONGEST:
             new = new[: LONGEST - len(sequence)]

@@ -18,11 +18,12 @@ class Device:
         self.pages, self.next, self.size = *np.full((2, num_pages, page_size), -1), page_size
 
     def append(self, sequence, ids, spare=0, found=False):
-        """Reserve, write and commit `ids`; `spare` more tokens are reserved.
+        """Reserve, copy, write and commit `ids`; `spare` more tokens are reserved.
 
         The entry of the token before them is written again for the one that follows, unless it was `found` so.
         """
-        sequence.reserve(len(ids) + spare)
+        for source, target in sequence.reserve(len(ids) + spare):
+            self.pages[target], self.next[target] = self.pages[source], self.next[source]
         table, start = table_of(sequence), len(sequence)
         for position, token in enumerate(ids, start=start):
             self.pages[table[position // self.size], position % self.size] = token
@@ -86,7 +87,7 @@ class Model:
         texts = [ids for ids in self.ids.values() if ids] or [[1]]
         prompt = self.rng.choice(texts)[: self.some(6 * self.size)] + self.new_ids(2 * self.size)
         salt = self.rng.choice("ab")
-        sequence, most = PagedSequence(self.pool, prompt, salt), max(0, len(prompt) - 1) // self.size
+        sequence, most = PagedSequence.open(self.pool, prompt, salt), max(0, len(prompt) - 1) // self.size
         known = max((self.common(prompt, other) for other in self.ids if self.is_kin(other, salt)), default=0)
         assert min(known, most) * self.size <= len(sequence) <= most * self.size and len(sequence) % self.size == 0
         self.ids[sequence], self.salts[sequence] = prompt[: len(sequence)], salt
@@ -112,7 +113,12 @@ class Model:
         spare, length = self.some(self.size), len(sequence)
         if sequence in self.promised and ids:
             ids = [self.promised[sequence], *ids[1:]]
-        wanted = -(-(length + len(ids) + spare) // self.size) - sequence.num_pages
+        first = length if sequence in self.promised else max(0, length - self.pool.lookahead)
+        inside = first < -(-length // self.size) * self.size and not sequence.num_reserved
+        last = table_of(sequence)[first // self.size] if inside else None
+        shared = sum(last in table_of(other) for other in self.ids) > 1
+        missing = -(-(length + len(ids) + spare) // self.size) - sequence.num_pages
+        wanted = max(0, missing + shared) if len(ids) + spare else 0
         if wanted > self.pool.num_available:
             before = table_of(sequence), list(self.pool._free), list(self.pool._kept)
             with pytest.raises(FullError, match=f"the cache is full: {wanted} pages of"):
@@ -121,6 +127,7 @@ class Model:
             self.done["full"] += 1
             self.close()  # preempt
             return
+        self.done["copied"] += shared and len(ids) + spare > 0
         self.device.append(sequence, ids, spare, found=sequence in self.promised)
         self.ids[sequence] = self.ids[sequence] + ids
         if ids:
@@ -141,7 +148,9 @@ class Model:
                 assert self.device.read_next(sequence)[: len(following)] == following
 
     def step(self):
-        kind = self.rng.choices(("open", "append", "close", "forget"), weights=(20, 40, 15 + len(self.ids), 0.2))[0]
+        kind = self.rng.choices(
+            ("open", "append", "fork", "shrink", "close", "forget"), weights=(20, 40, 10, 15, 15 + len(self.ids), 0.2)
+        )[0]
         self.done[kind] += 1
         if kind == "forget":
             self.pool.forget()
@@ -151,7 +160,22 @@ class Model:
         elif kind == "close":
             self.close()
         else:
-            self.append(self.rng.choice(list(self.ids)), self.new_ids(2 * self.size))
+            sequence = self.rng.choice(list(self.ids))
+            if kind == "append":
+                self.append(sequence, self.new_ids(2 * self.size))
+            elif kind == "shrink":
+                keep = max(0, len(sequence) - self.some(self.size + 2)) if self.some(1) else len(sequence)
+                sequence.shrink(keep)
+                if keep < len(self.ids[sequence]):
+                    self.promised.pop(sequence, None)
+                self.ids[sequence] = self.ids[sequence][:keep]
+                assert sequence.num_pages == -(-keep // self.size)
+            else:
+                other = sequence.fork()
+                self.ids[other], self.salts[other] = self.ids[sequence], self.salts[sequence]
+                self.generations[other] = self.generations[sequence]
+                if sequence in self.promised:
+                    self.promised[other] = self.promised[sequence]
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
@@ -166,7 +190,7 @@ def test_random_operations_lose_no_page_and_mix_no_tokens(page_size, num_steps, 
         check_books(model.pool, list(model.ids))
         model.check()
     assert min(model.done.values()) > 0 and model.pool.num_evicted > 10, model.done
-    assert {"shared", "full", "forget"} <= set(model.done)
+    assert {"shared", "full", "copied", "forget"} <= set(model.done)
     while model.ids:
         model.close()
     assert model.pool.num_available == 40
@@ -174,7 +198,7 @@ def test_random_operations_lose_no_page_and_mix_no_tokens(page_size, num_steps, 
 
 def started(pool, device, prompt, salt=None):
     """A sequence whose whole prompt is written, and how much of it was found."""
-    sequence = PagedSequence(pool, prompt, salt)
+    sequence = PagedSequence.open(pool, prompt, salt)
     num_found = len(sequence)
     device.append(sequence, prompt[num_found:])
     assert device.read(sequence) == prompt
@@ -191,7 +215,7 @@ def test_a_prompt_finds_its_full_pages_but_for_its_last_token(num_tokens, num_fo
     first, _ = started(pool, device, prompt)
     if ended:
         first.close()
-        assert (pool.num_kept, len(pool._free)) == (num_tokens // 64, 100 - num_tokens // 64)
+        assert (pool.num_kept, pool.num_free) == (num_tokens // 64, 100 - num_tokens // 64)
     second, got = started(pool, device, prompt)
     assert got == num_found
     check_books(pool, [second] if ended else [first, second])
@@ -200,12 +224,12 @@ def test_a_prompt_finds_its_full_pages_but_for_its_last_token(num_tokens, num_fo
 def test_two_requests_with_one_prompt_at_once_hold_it_once():
     """Neither finds the other's pages when it opens; the second gives its own back when they are full."""
     pool, device, prompt = PagePool(10), Device(10), list(range(150))
-    first, second = PagedSequence(pool, prompt), PagedSequence(pool, prompt)
+    first, second = PagedSequence.open(pool, prompt), PagedSequence.open(pool, prompt)
     device.append(first, prompt)
-    assert len(pool._free) == 7
+    assert pool.num_free == 7
     device.append(second, prompt)
     assert table_of(first)[:2] == table_of(second)[:2] and table_of(first)[2] != table_of(second)[2]
-    assert len(pool._free) == 6 and device.read(first) == device.read(second) == prompt
+    assert pool.num_free == 6 and device.read(first) == device.read(second) == prompt
     check_books(pool, [first, second])
 
 
@@ -215,11 +239,11 @@ def test_a_prefix_outlives_the_request_that_made_it():
     second, num_found = started(pool, device, list(range(64)) + [99])
     first.close()
     first.close()  # a cancelled request may end twice
-    assert num_found == 64 and (len(pool._free), pool.num_kept) == (1, 0)
-    third = PagedSequence(pool, [5])
+    assert num_found == 64 and (pool.num_free, pool.num_kept) == (1, 0)
+    third = PagedSequence.open(pool, [5])
     device.append(third, [5])
     with pytest.raises(FullError, match="1 pages of 64 tokens are wanted, and sequences hold 3 of 3"):
-        PagedSequence(pool, [6]).reserve(1)
+        PagedSequence.open(pool, [6]).reserve(1)
     assert device.read(second) == [*range(64), 99]
 
 
@@ -228,53 +252,111 @@ def test_the_oldest_is_evicted_first_and_a_prefix_after_what_follows():
     old, new = list(range(130)), list(range(500, 700))
     for prompt in (old, new):
         started(pool, device, prompt)[0].close()
-    assert (pool.num_kept, len(pool._free)) == (5, 1)
-    device.append(PagedSequence(pool, [7]), [7] * 65)  # two pages: the free one, and the second of `old`
+    assert (pool.num_kept, pool.num_free) == (5, 1)
+    device.append(PagedSequence.open(pool, [7]), [7] * 65)  # two pages: the free one, and the second of `old`
     assert pool.num_evicted == 1
     for prompt, num_found in ((old, 64), (new, 192)):
-        sequence = PagedSequence(pool, prompt)
+        sequence = PagedSequence.open(pool, prompt)
         assert len(sequence) == num_found
         sequence.close()
-    device.append(PagedSequence(pool, [8]), [8])  # `old` was used before `new`: its first page goes now
-    assert [len(PagedSequence(pool, prompt)) for prompt in (old, new)] == [0, 192]
+    device.append(PagedSequence.open(pool, [8]), [8])  # `old` was used before `new`: its first page goes now
+    assert [len(PagedSequence.open(pool, prompt)) for prompt in (old, new)] == [0, 192]
 
 
 def test_a_full_cache_refuses_and_goes_on():
     pool, device = PagePool(4), Device(4)
     sequence, _ = started(pool, device, list(range(200)))
-    sequence.reserve(56)
-    assert sequence.num_reserved == 56
+    assert sequence.reserve(56) == [] and sequence.num_reserved == 56
     with pytest.raises(FullError, match="1 pages of 64 tokens are wanted, and sequences hold 4 of 4"):
         sequence.reserve(57)
     device.append(sequence, list(range(56)))
     sequence.close()
-    again = PagedSequence(pool, [*range(200), *range(56)])
+    again = PagedSequence.open(pool, [*range(200), *range(56)])
     assert len(again) == 192 and pool.num_available == 1
+
+
+def test_the_first_write_after_a_fork_copies_the_last_page():
+    pool, device = PagePool(10), Device(10)
+    first, _ = started(pool, device, list(range(70)))
+    forks = [first.fork(), first.fork()]
+    assert pool.num_free == 8
+    for i, fork in enumerate(forks):
+        (copy,) = fork.reserve(1)
+        assert copy.source == table_of(first)[1] and copy.target not in table_of(first)
+        device.pages[copy.target] = device.pages[copy.source]
+        device.append(fork, [i])
+    device.append(first, [9])  # had room before
+    assert [device.read(s)[69:] for s in (first, *forks)] == [[69, 9], [69, 0], [69, 1]]
+    assert len({table_of(s)[1] for s in (first, *forks)}) == 3
+
+
+def test_the_last_of_forks_writes_in_place():
+    pool, device = PagePool(3), Device(3)
+    first, _ = started(pool, device, list(range(70)))
+    second = first.fork()
+    first.close()
+    assert second.reserve(1) == []
+
+
+def test_rejected_drafts_give_their_pages_back():
+    """Four tokens are reserved at the end of a page, one is accepted: nobody finds the others, their page is free."""
+    pool, device = PagePool(4), Device(4)
+    sequence, _ = started(pool, device, list(range(63)))
+    sequence.reserve(4)
+    assert pool.num_free == 2
+    sequence.commit([63])
+    sequence.shrink(64)
+    assert pool.num_free == 3 and len(PagedSequence.open(pool, [*range(63), 99, 100])) == 0
+    assert len(PagedSequence.open(pool, list(range(65)))) == 64
 
 
 def test_with_a_lookahead_a_page_is_found_with_the_token_that_follows_it():
     """Its last entry depends on that token; a sequence that was opened cannot go on with another one."""
     pool, device, prompt = PagePool(10, lookahead=1), Device(10), list(range(64))
     first, _ = started(pool, device, prompt)
-    assert len(PagedSequence(pool, [*prompt, 64])) == 0
+    assert len(PagedSequence.open(pool, [*prompt, 64])) == 0
     device.append(first, [64])
-    assert [len(PagedSequence(pool, [*prompt, *more])) for more in ([], [99], [64])] == [0, 0, 64]
-    second = PagedSequence(pool, [*prompt, 64, 65])
-    second.reserve(2)
+    assert [len(PagedSequence.open(pool, [*prompt, *more])) for more in ([], [99], [64])] == [0, 0, 64]
+    second = PagedSequence.open(pool, [*prompt, 64, 65])
+    assert second.reserve(2) == []
     with pytest.raises(ValueError, match="token 99 follows the pages that were found for a prompt with 64"):
         second.commit([99, 65])
     second.commit([64, 65])
+    fork = first.fork()
+    fork.shrink(64)  # goes back, to another token: the full page is copied, and its last entry written again
+    (copy,) = fork.reserve(1)
+    device.pages[copy.target], device.next[copy.target] = device.pages[copy.source], device.next[copy.source]
+    device.append(fork, [99])
+    assert device.read_next(first)[63] == 64 and device.read_next(fork)[63] == 99
+    assert len(PagedSequence.open(pool, [*prompt, 99])) == 64
     with pytest.raises(ValueError, match="lookahead = 2 must be 0, or 1"):
         PagePool(1, lookahead=2)
+
+
+def test_a_page_that_was_found_is_not_written_when_a_sequence_goes_back_into_it():
+    pool, device = PagePool(8), Device(8)
+    first, _ = started(pool, device, list(range(130)))
+    second = PagedSequence.open(pool, list(range(130)))
+    second.shrink(100)
+    (copy,) = second.reserve(1)
+    device.pages[copy.target] = device.pages[copy.source]
+    device.append(second, [7])
+    assert device.read(first) == list(range(130)) and device.read(second) == [*range(100), 7]
+    first.close()
+    third = PagedSequence.open(pool, list(range(130)))  # alone, it writes in place, and nobody finds the old ids
+    third.shrink(100)
+    device.append(third, [8] * 28)
+    check_books(pool, [second, third])
+    assert [len(PagedSequence.open(pool, ids)) for ids in (list(range(130)), [*range(100), *[8] * 29])] == [64, 128]
 
 
 def test_nothing_is_shared_across_salts_or_after_forget():
     pool, device, prompt = PagePool(20), Device(20), list(range(100))
     first, _ = started(pool, device, prompt, "adapter")
-    assert [len(PagedSequence(pool, prompt, salt)) for salt in (None, "adapter")] == [0, 64]
+    assert [len(PagedSequence.open(pool, prompt, salt)) for salt in (None, "adapter")] == [0, 64]
     pool.forget()
     device.append(first, list(range(100)))  # goes on with the old weights: nobody may find it
-    assert len(PagedSequence(pool, prompt, "adapter")) == 0 and device.read(first) == prompt * 2
+    assert len(PagedSequence.open(pool, prompt, "adapter")) == 0 and device.read(first) == prompt * 2
     first.close()
     assert pool.num_kept == 0
 
@@ -287,18 +369,20 @@ def test_a_collision_of_hashes_shares_nothing(monkeypatch):
     monkeypatch.setattr(page_pool, "_key", lambda ids: Same(ids.tobytes()))
     pool, device = PagePool(20), Device(20)
     started(pool, device, list(range(130)))
-    assert len(PagedSequence(pool, [*range(64), *range(66)])) == 64
-    assert len(PagedSequence(pool, [*range(64), *range(64, 130)])) == 128
-    assert len(PagedSequence(pool, [1, *range(1, 130)])) == 0
+    assert len(PagedSequence.open(pool, [*range(64), *range(66)])) == 64
+    assert len(PagedSequence.open(pool, [*range(64), *range(64, 130)])) == 128
+    assert len(PagedSequence.open(pool, [1, *range(1, 130)])) == 0
 
 
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="num_pages = 0 must be at least 1"):
         PagePool(0)
-    sequence = PagedSequence(PagePool(2), [1])
+    sequence = PagedSequence.open(PagePool(2), [1])
     sequence.reserve(3)
     with pytest.raises(ValueError, match="65 tokens are written and 64 reserved"):
         sequence.commit([1] * 65)
+    with pytest.raises(ValueError, match="a sequence of 0 tokens cannot keep 1"):
+        sequence.shrink(1)
     sequence.close()
     with pytest.raises(ValueError, match="the sequence is closed"):
         sequence.reserve(1)

@@ -115,7 +115,7 @@ def test_the_last_in_rank_gives_its_pages_and_goes_on_later():
         waited += [found.owner for found in scheduler.waiting if found.owner not in waited]
         ended += [found.owner for found in reversed(jobs) if found.ended and found.owner not in ended]
     assert (waited, ended) == (["C", "B"], ["A", "B", "C"])
-    assert scheduler.num_preemptions >= 2 and all(len(found.ids) - found.num_prompt == 3 * PAGE_SIZE for found in jobs)
+    assert scheduler.num_preemptions >= 2 and all(found.num_made == 3 * PAGE_SIZE for found in jobs)
     assert scheduler.lanes[0].pool.num_available == 8 and sorted(scheduler.lanes[0].free_rows) == [0, 1, 2, 3]
 
 
