@@ -3,44 +3,23 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.adapters import Adapted, Lora, adapters_of, has_adapters, init, is_weight, mark
+from deepseek_jax.adapters import adapters_of, has_adapters
 from deepseek_jax.inference import decode
 from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model.absorbed import UpProjection
 from deepseek_jax.parameters import ROWS, P
 from tests.inference.test_decode import CONFIG, expanded_logits, ids, make_weights, one_device, prefilled
+from tests.support.drawn_adapters import with_adapters
 
 pytestmark = pytest.mark.xdist_group("decode")
 
-ALL = Lora(rank=3, alpha=6.0, targets=("attention", "ffn", "shared", "experts"))
 
-
-def adapted(lora=ALL):
-    """(weights with adapters that are not zero; the same with W + scale A B, made in NumPy)."""
-    plain, random = make_weights(), np.random.default_rng(5).normal
-    marked = mark(lora, plain.params)
-    with jax.set_mesh(one_device()):
-        shapes = jax.eval_shape(functools.partial(init, lora.rank), marked, jax.eval_shape(lambda: jax.random.key(0)))
-
-    def beside(path, weight):
-        pair = functools.reduce(lambda node, entry: node.get(entry.key, {}), path, shapes)
-        if not isinstance(weight, Adapted):
-            return weight
-        return Adapted(weight.base, {k: jnp.float32(0.2 * random(size=w.shape)) for k, w in pair.items()}, weight.scale)
-
-    def added(weight):
-        if not isinstance(weight, Adapted):
-            return weight
-        a, b = (np.float64(weight.pair[name]) for name in sorted(weight.pair))
-        return jnp.float32(weight.base + weight.scale * (a @ b).reshape(weight.base.shape))
-
-    beside_all = jax.tree.map_with_path(beside, marked, is_leaf=is_weight)
-    return plain._replace(params=beside_all), plain._replace(params=jax.tree.map(added, beside_all, is_leaf=is_weight))
+def adapted():
+    return with_adapters(make_weights(), one_device(), 0.2)
 
 
 def test_prefill_and_steps_with_adapters_equal_the_expanded_form_of_merged_weights():
@@ -81,4 +60,3 @@ def test_adapters_of_experts_lie_with_the_experts_and_devices_change_no_token():
     prompts = np.random.default_rng(1).integers(0, 300, (4, 5)).astype(np.int32)
     one, eight = (ids(prompts, 6, weights=weights, mesh=mesh) for mesh in (None, expert_mesh(CONFIG.model, 8)))
     np.testing.assert_array_equal(one, eight)
-    assert np.any(one != ids(prompts, 6))
