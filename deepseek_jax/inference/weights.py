@@ -129,7 +129,7 @@ def _layer(model: Model, dtype: jnp.dtype, name: str, stack: Any, i: int) -> Any
     return _turned(model, dtype, name, layer)
 
 
-def _turned(model: Model, dtype: jnp.dtype, name: str, layer: Array | Fp8Weight) -> Any:
+def _turned(model: Model, dtype: jnp.dtype, name: str, layer: Any) -> Any:
     if name == APART:
         return UpProjection.of(model, layer)
     if name == "router_DE" and dtype == jnp.bfloat16:
@@ -272,7 +272,7 @@ def _spec(path: Any, leaf: Any) -> Any:
         return leaf
     layout: Any = P()
     if isinstance(leaf, Adapted):
-        pair = {key: layout_in_use(key, half.ndim) for key, half in leaf.pair.items()}
+        pair: Any = {key: layout_in_use(key, half.ndim) for key, half in (leaf.pair or {}).items()}
         return Adapted(_spec(path, leaf.base), pair, leaf.scale)
     if isinstance(leaf, UpProjection):
         return UpProjection(layout, layout)
