@@ -83,22 +83,18 @@ def train_grpo(
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
         config = checked(with_steps(config, grpo), posttraining, workdir)
-        mesh = mesh or make_mesh(config.mesh)
-        _check_mesh(grpo, mesh)
+        mesh = _fitting(grpo, mesh or make_mesh(config.mesh))
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
-        if grpo.is_exact:
-            refuse_exact(config, tokenizer, mesh)
+        _check_exact(config, grpo, tokenizer, mesh)
         problems = open_problems(config, grpo, template, tokenizer)
         sampler = _open_sampler(resources)
         pool = resources.enter_context(open_rewards(grpo, problems, mesh))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk, grpo.temperature)
-        parts = open_parts(config, posttraining.lora, objective, workdir, mesh)
-        checkpoints, state, progress = _open_state(config, workdir, mesh, parts, resources)
-        weights = weights_of(state)
-        reference = open_reference(config, grpo, parts, mesh, workdir, weights, progress, resources)
-        engine = resources.enter_context(open_engine(config, grpo, problems, parts.whole(weights), tokenizer, mesh))
-        del weights  # the first step overwrites them
+        parts, checkpoints, state, progress = _open_state(config, posttraining, objective, workdir, mesh, resources)
+        reference = open_reference(config, grpo, parts, mesh, workdir, weights_of(state), progress, resources)
+        opened = open_engine(config, grpo, problems, parts.whole(weights_of(state)), tokenizer, mesh)
+        engine = resources.enter_context(opened)
         resources.callback(sampler.shutdown, wait=False, cancel_futures=True)
         score = scorer(config, objective, mesh, parts.whole)
         batches = make_batches(config, grpo, problems, engine, pool, score, parts.whole, sampler, reference, progress)
@@ -126,9 +122,16 @@ def train_grpo(
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
 
-def _check_mesh(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
+def _fitting(grpo: Grpo, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """Return the mesh, if outputs are scored and sampled on it."""
     refuse_mesh(mesh, "GRPO")
     refuse_two_threads(grpo, mesh)
+    return mesh
+
+
+def _check_exact(config: Config, grpo: Grpo, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    if grpo.is_exact:
+        refuse_exact(config, tokenizer, mesh)
 
 
 def _open_sampler(resources: contextlib.ExitStack) -> ThreadPoolExecutor:
@@ -139,11 +142,17 @@ def _open_sampler(resources: contextlib.ExitStack) -> ThreadPoolExecutor:
 
 
 def _open_state(
-    config: Config, workdir: Path, mesh: jax.sharding.Mesh, parts: Parts, resources: contextlib.ExitStack
-) -> tuple[Checkpoints, State, Progress]:
+    config: Config,
+    posttraining: Posttraining,
+    objective: Policy,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    resources: contextlib.ExitStack,
+) -> tuple[Parts, Checkpoints, State, Progress]:
+    parts = open_parts(config, posttraining.lora, objective, workdir, mesh)
     checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
     resources.callback(checkpoints.close)
-    return checkpoints, *begin(checkpoints, config, workdir, mesh, parts.abstract, parts.create)
+    return parts, checkpoints, *begin(checkpoints, config, workdir, mesh, parts.abstract, parts.create)
 
 
 def with_steps(config: Config, grpo: Grpo) -> Config:
@@ -234,8 +243,7 @@ def open_engine(
     Raises:
         ValueError, NotImplementedError: as `scoring.refuse_exact`.
     """
-    if grpo.is_exact:
-        refuse_exact(config, tokenizer, mesh)
+    _check_exact(config, grpo, tokenizer, mesh)
     longest = max(len(prompt.ids) for prompt in problems.train + problems.heldout)
     experts = axis_size(mesh, EXPERTS)
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)
