@@ -23,7 +23,7 @@ def adapted():
 
 
 def test_prefill_and_steps_with_adapters_equal_the_expanded_form_of_merged_weights():
-    """Every target, in a dense and an MoE layer; measured: 2e-6 of the largest logit."""
+    """Every target, in a dense and an MoE layer; measured: 1e-6 of the largest logit."""
     weights, merged = adapted()
     tokens_BS = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
     want_BSV = np.asarray(expanded_logits(CONFIG, merged, tokens_BS))
@@ -34,7 +34,7 @@ def test_prefill_and_steps_with_adapters_equal_the_expanded_form_of_merged_weigh
     step = jax.jit(functools.partial(decode.decode_token, CONFIG.model, execution))
     for i in range(4):
         want_BV = want_BSV[[0, 1], [6 + i, 10 + i]]
-        np.testing.assert_allclose(logits_BV, want_BV, atol=1e-5 * np.abs(want_BV).max())
+        np.testing.assert_allclose(logits_BV, want_BV, atol=4e-6 * np.abs(want_BV).max())
         with jax.set_mesh(one_device()):
             tokens_B = jax.device_put(tokens_BS[[0, 1], [7 + i, 11 + i]], P(ROWS))
             logits_BV, cache = step(placed, cache, tokens_B)
