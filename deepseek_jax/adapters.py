@@ -55,11 +55,13 @@ class Lora:
         rank: of A B.
         alpha: A B is multiplied by alpha / rank.
         targets: parts of a layer ("attention", "ffn", "shared", "experts") or names of weights ("q_b_ANQ", "down_FD").
+        initial: the adapters to begin with, "workdir@step" of a run of adapters of the same base; "": B is zero.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    initial: str = ""
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +94,12 @@ def shape_of(weight: Any) -> tuple[int, ...]:
     """Return the shape of a weight in any form."""
     weight = base_of(weight)
     return (weight.values if isinstance(weight, Fp8Weight | CastWeight) else weight).shape
+
+
+def has_adapters(tree: Any) -> bool:
+    """Return whether any weight of a tree has an adapter."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    return any(isinstance(leaf, Adapted) for leaf in leaves)
 
 
 def halves(weight: Adapted) -> tuple[jax.Array, jax.Array]:

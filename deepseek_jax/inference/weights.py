@@ -1,5 +1,12 @@
-"""Weights as decoding reads them: in layers, routed experts on their devices, all else whole; FP8 stays in FP8."""
+"""Weights as decoding reads them: in layers, routed experts on their devices, all else whole; FP8 stays in FP8.
 
+Adapters stay beside their weights (`adapters.Adapted`), so that a sampler multiplies as the trainer does. Merged, a
+weight of FP8 would be quantised once more, or take twice the bytes in BF16 and read activations that were not
+quantised. Products that decoding joins in one (queries and latents; the shared expert among the routed ones) stay apart
+where one of them has an adapter. `kv_b_CNX` alone is merged, in FP32: the absorbed form takes it apart in any case.
+"""
+
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -8,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from deepseek_jax.adapters import Adapted, halves, has_adapters
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import UpProjection
 from deepseek_jax.model.attention import Beside
@@ -113,9 +121,15 @@ def _prepared(layer: Any, inside: bool) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _layer(model: Model, dtype: jnp.dtype, name: str, stack: Array | Fp8Weight, i: int) -> Any:
+def _layer(model: Model, dtype: jnp.dtype, name: str, stack: Any, i: int) -> Any:
     """Return the weight of layer i in the form that decoding multiplies with."""
     layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+    if isinstance(layer, Adapted):
+        return dataclasses.replace(layer, base=_turned(model, dtype, name, layer.base))
+    return _turned(model, dtype, name, layer)
+
+
+def _turned(model: Model, dtype: jnp.dtype, name: str, layer: Any) -> Any:
     if name == APART:
         return UpProjection.of(model, layer)
     if name == "router_DE" and dtype == jnp.bfloat16:
@@ -127,9 +141,14 @@ def _layer(model: Model, dtype: jnp.dtype, name: str, stack: Array | Fp8Weight, 
 
 
 def _with_queries_beside(attention: Any) -> Any:
-    """Return attention's weights with both products of its norm in one weight; not if blocks of FP8 would shift."""
+    """Return attention's weights with both products of its norm in one weight.
+
+    Not if blocks of FP8 would shift, or if one of them has an adapter.
+    """
     name = "q_a_DA" if "q_a_DA" in attention else "q_DNQ"
     queries, rest = attention[name], attention["kv_a_DC"]
+    if isinstance(queries, Adapted) or isinstance(rest, Adapted):
+        return attention
     out = queries.shape[1:]
     if isinstance(queries, TurnedFp8Weight):
         if math.prod(out) % GROUP:
@@ -143,9 +162,12 @@ def _with_queries_beside(attention: Any) -> Any:
 
 
 def _with_shared_inside(layer: Any) -> Any:
-    """Return a layer whose shared expert, if it has one, lies behind the routed ones (`model.moe`)."""
+    """Return a layer whose shared expert, if it has one, lies behind the routed ones (`model.moe`).
+
+    Not if one of them has an adapter.
+    """
     moe = layer.get("moe", {})
-    if "shared" not in moe:
+    if "shared" not in moe or has_adapters(moe):
         return layer
     shared, rest = moe["shared"], {name: leaf for name, leaf in moe.items() if name != "shared"}
     gate_up, down = _join(rest["gate_up_ED2F"], rest["down_EFD"], shared["gate_up_D2F"], shared["down_FD"])
@@ -178,12 +200,14 @@ def _append(experts: Array, more: Array) -> Array:
 
 
 def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, Beside | Fp8Weight | TurnedFp8Weight | UpProjection)
+    return isinstance(leaf, Adapted | Beside | Fp8Weight | TurnedFp8Weight | UpProjection)
 
 
 def _place(target: _Target, path: Any, weight: Any) -> Any:
     """Return a weight on the mesh, in its dtype; one that `decode_weights` made stays as it is."""
     name, dtype, mesh = leaf_name(path), compute_dtype(target.execution), target.mesh
+    if isinstance(weight, Adapted):
+        return _place_adapted(target, path, weight)
     if isinstance(weight, Fp8Weight):
         if dtype == jnp.float32:
             raise ValueError(
@@ -200,6 +224,26 @@ def _place(target: _Target, path: Any, weight: Any) -> Any:
     spec = layout_in_use(name, weight.ndim)
     weight = jax.device_put(weight, jax.sharding.NamedSharding(mesh, spec))
     return weight if PARAMETERS[name].precision == "fp32" else weight.astype(dtype)
+
+
+def _place_adapted(target: _Target, path: Any, weight: Adapted) -> Any:
+    """Return a weight and its pair on the mesh, in the compute dtype; one that is to be taken apart is merged."""
+    name, dtype, mesh = leaf_name(path), compute_dtype(target.execution), target.mesh
+    layouts = _spec(path, weight).pair
+    pair = jax.device_put(weight.pair, {key: jax.sharding.NamedSharding(mesh, spec) for key, spec in layouts.items()})
+    if name == APART:
+        in_fp32 = target._replace(execution=dataclasses.replace(target.execution, precision="fp32"))
+        base = dequantized(name, weight.base) if isinstance(weight.base, Fp8Weight) else weight.base
+        whole = Adapted(_place(in_fp32, path, base.astype(jnp.float32)), pair, weight.scale)
+        return _merged(whole).astype(dtype)
+    return Adapted(_place(target, path, weight.base), jax.tree.map(lambda w: w.astype(dtype), pair), weight.scale)
+
+
+@jax.jit
+def _merged(weight: Adapted) -> Array:
+    """Return W + scale A B, all in FP32 and whole on every device."""
+    a, b = halves(weight)
+    return weight.base + weight.scale * jnp.matmul(a, b, precision="highest").reshape(weight.base.shape)
 
 
 def _place_fp8(name: str, weight: Fp8Weight, mesh: jax.sharding.Mesh) -> Fp8Weight:
@@ -227,6 +271,9 @@ def _spec(path: Any, leaf: Any) -> Any:
     if isinstance(leaf, Beside):
         return leaf
     layout: Any = P()
+    if isinstance(leaf, Adapted):
+        pair: Any = {key: layout_in_use(key, half.ndim) for key, half in (leaf.pair or {}).items()}
+        return Adapted(_spec(path, leaf.base), pair, leaf.scale)
     if isinstance(leaf, UpProjection):
         return UpProjection(layout, layout)
     if isinstance(leaf, TurnedFp8Weight):

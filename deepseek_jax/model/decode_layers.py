@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from deepseek_jax.adapters import has_adapters
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages, Places, UpProjection, over_pages
 from deepseek_jax.model.attention import Attention, Beside, Table
@@ -46,9 +47,14 @@ MOST_ROWS_IN_FP8 = 32  # each block of a product quantises all rows: at 128 that
 
 
 def has_kernels(model: Model, execution: Execution, weights: Weights, valid_BS: jax.Array, pages: jax.Array) -> bool:
-    """Whether a step runs through `run_decode_layers`: on Hopper, at most 512 rows on a device, in FP8 at most 32."""
+    """Whether a step runs through `run_decode_layers`.
+
+    On Hopper, without adapters, at most 512 rows on a device, in FP8 at most 32.
+    """
     few = cached_execution(execution, valid_BS).experts == "few"
-    if not dispatch.on_hopper() or not few or compute_dtype(execution) != jnp.bfloat16 or pages.dtype != jnp.bfloat16:
+    if not dispatch.on_hopper() or has_adapters(weights.params):
+        return False
+    if not few or compute_dtype(execution) != jnp.bfloat16 or pages.dtype != jnp.bfloat16:
         return False
     if execution.precision == "fp8" and valid_BS.size > MOST_ROWS_IN_FP8:
         return False

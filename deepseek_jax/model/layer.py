@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from deepseek_jax.adapters import has_adapters
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.absorbed import LayerPages
 from deepseek_jax.model.attention import Attend, Attention
@@ -179,10 +180,8 @@ def run_cached_layers(
     The layers of a kind are one jitted function, which is traced and lowered once.
 
     Args:
-        model: shape of the layers.
-        execution: resolved.
-        weights: "dense_layers" and "moe_layers" are lists of layers; either may be absent. A layer without the weights
-            of the shared expert has them behind those of the routed ones (`model.moe`).
+        model, execution: as of `run_layers`.
+        weights: lists of layers "dense_layers" and "moe_layers", in the form of `merge_cached`; either may be absent.
         x_BSD: before the first layer.
         part: how a layer attends (`model.absorbed`), and which tokens are there.
         pages: the cache [L, pages, 64, C + R] of all these layers in order.
@@ -191,12 +190,13 @@ def run_cached_layers(
     Returns:
         the residual stream and the pages after the last layer, and what `observe` reports of each layer with a router.
     """
-    execution = cached_execution(execution, part.valid_BS)
+    few = cached_execution(execution, part.valid_BS)  # its kernels for experts know no adapters
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(kind, params, bias, x_BSD, cache):
         layer = merge_cached(kind, model, params, bias)
-        (x_BSD,), cache, observed = run_layer(layer, execution, (x_BSD,), [part], cache, observe)
+        chosen = execution if has_adapters(params.get("moe", {})) else few
+        (x_BSD,), cache, observed = run_layer(layer, chosen, (x_BSD,), [part], cache, observe)
         return x_BSD, cache.pages, observed
 
     number, observations = 0, []

@@ -13,6 +13,7 @@ from deepseek_jax.files import write_atomically
 from deepseek_jax.huggingface.companions import CHAT_TEMPLATE
 from deepseek_jax.posttraining.conversations import FOLDER, find_template
 from deepseek_jax.posttraining.settings import Posttraining, check_claimed, claim
+from deepseek_jax.training.adapters_file import claim_adapters
 from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.origin import find_origin, initial_tokenizer
 from deepseek_jax.training.workdir import (
@@ -70,8 +71,11 @@ def checked(config: Config, posttraining: Posttraining, workdir: Path) -> Config
     return config
 
 
-def claim_run(workdir: Path, config: Config, posttraining: Posttraining, template: ChatTemplate) -> None:
-    """Write into a workdir whose it is, the whole configuration last."""
+def claim_run(
+    workdir: Path, config: Config, posttraining: Posttraining, template: ChatTemplate, base: str = ""
+) -> None:
+    """Write into a workdir whose it is, the whole configuration last; `base`: fingerprint of what adapters are of."""
     keep_template(workdir, template)
     claim(workdir, posttraining)
+    claim_adapters(workdir, posttraining.lora, base)
     claim_workdir(workdir, config)

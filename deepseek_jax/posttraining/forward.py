@@ -9,8 +9,9 @@ from jax import Array, lax
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parallel.stored import stored_specs
 from deepseek_jax.parallel.weights import gather, with_fp8
-from deepseek_jax.parameters import ROWS, P, Weights, partition_specs
+from deepseek_jax.parameters import ROWS, P, Weights
 from deepseek_jax.training.objective import Batch
 from pallas_kernels.lowering import manual_axes
 
@@ -37,8 +38,8 @@ def over_rows(
         weights = weights._replace(params=with_fp8(model, execution, weights.params))
         return jax.tree.map(_whole, forward(weights, batch, load))
 
-    specs = Weights(partition_specs(weights.params), jax.tree.map(lambda _: P(), weights.router_bias))
-    return jax.shard_map(local, in_specs=(specs, {name: P(ROWS) for name in batch}), out_specs=P(ROWS))(weights, batch)
+    in_specs = stored_specs(weights), {name: P(ROWS) for name in batch}
+    return jax.shard_map(local, in_specs=in_specs, out_specs=P(ROWS))(weights, batch)
 
 
 def _whole(x: Array) -> Array:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.huggingface.load import abstract_weights
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.parallel.mesh import axis_size, make_mesh
@@ -46,16 +47,16 @@ from deepseek_jax.posttraining.rewards import rewards_by_name
 from deepseek_jax.posttraining.rewards.pool import RewardPool
 from deepseek_jax.posttraining.scoring import exact_scores, jit_score, refuse_exact, refuse_mesh, score_rows
 from deepseek_jax.posttraining.settings import Posttraining
+from deepseek_jax.training.adapted import Parts, adapters_line
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.optimizer import batch_size
-from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.pretrain import Result, begin, open_bar, open_log
 from deepseek_jax.training.progress import ProgressBar
-from deepseek_jax.training.state import State, abstract_state, weights_of
-from deepseek_jax.training.step import jit_train_step
+from deepseek_jax.training.state import State, weights_of
 from deepseek_jax.training.summary import devices_line, model_line, position_line, programs_line, rates_line
+from deepseek_jax.training.trainable import open_parts
 from deepseek_jax.training.workdir import occupied, read_tokenizer
 
 
@@ -82,30 +83,29 @@ def train_grpo(
     with contextlib.ExitStack() as resources:
         resources.enter_context(occupied(workdir))
         config = checked(with_steps(config, grpo), posttraining, workdir)
-        mesh = mesh or make_mesh(config.mesh)
-        _check_mesh(grpo, mesh)
+        mesh = _fitting(grpo, mesh or make_mesh(config.mesh))
         tokenizer, template = tokenizer_and_template(config, grpo.template, workdir)
-        if grpo.is_exact:
-            refuse_exact(config, tokenizer, mesh)
+        _check_exact(config, grpo, tokenizer, mesh)
         problems = open_problems(config, grpo, template, tokenizer)
         sampler = _open_sampler(resources)
         pool = resources.enter_context(open_rewards(grpo, problems, mesh))
         resources.enter_context(jax.set_mesh(mesh))
         objective = policy(grpo.choices, config.model, config.loss, config.execution.loss_chunk, grpo.temperature)
-        checkpoints, state, progress = _open_state(config, workdir, mesh, resources)
-        reference = open_reference(config, grpo, mesh, workdir, weights_of(state), progress, resources)
-        engine = resources.enter_context(open_engine(config, grpo, problems, weights_of(state), tokenizer, mesh))
+        parts, checkpoints, state, progress = _open_state(config, posttraining, objective, workdir, mesh, resources)
+        reference = open_reference(config, grpo, parts, mesh, workdir, weights_of(state), progress, resources)
+        opened = open_engine(config, grpo, problems, parts.whole(weights_of(state)), tokenizer, mesh)
+        engine = resources.enter_context(opened)
         resources.callback(sampler.shutdown, wait=False, cancel_futures=True)
-        score = scorer(config, objective, mesh)
-        batches = make_batches(config, grpo, problems, engine, pool, score, sampler, reference, progress)
+        score = scorer(config, objective, mesh, parts.whole)
+        batches = make_batches(config, grpo, problems, engine, pool, score, parts.whole, sampler, reference, progress)
         log = open_log(config, workdir, progress, resources, wandb, POLICY_KEYS)
-        claim_run(workdir, config, posttraining, template)
-        say("\n".join(_lines(config, grpo, mesh, state["params"], problems, progress)))
+        claim_run(workdir, config, posttraining, template, parts.base)
+        say("\n".join(_lines(config, posttraining, mesh, state["params"], problems, progress)))
         bar = open_bar(config, progress, resources)
         trainer = Trainer(
             config=config,
             mesh=mesh,
-            train_step=jit_train_step(config, objective, mesh),
+            train_step=parts.train_step,
             state=state,
             progress=progress,
             batches=batches,
@@ -115,15 +115,23 @@ def train_grpo(
             log=log,
             bar=bar,
             row=lambda step, metrics, rates: policy_row(grpo.choices, metrics, rates) | batches.row_of(step),
+            adapters=parts.weights_met,
         )
         batches.follow(lambda: for_sampling(grpo, weights_of(trainer.state)), bar.note)
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
 
 
-def _check_mesh(grpo: Grpo, mesh: jax.sharding.Mesh) -> None:
+def _fitting(grpo: Grpo, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """Return the mesh, if outputs are scored and sampled on it."""
     refuse_mesh(mesh, "GRPO")
     refuse_two_threads(grpo, mesh)
+    return mesh
+
+
+def _check_exact(config: Config, grpo: Grpo, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> None:
+    if grpo.is_exact:
+        refuse_exact(config, tokenizer, mesh)
 
 
 def _open_sampler(resources: contextlib.ExitStack) -> ThreadPoolExecutor:
@@ -134,12 +142,17 @@ def _open_sampler(resources: contextlib.ExitStack) -> ThreadPoolExecutor:
 
 
 def _open_state(
-    config: Config, workdir: Path, mesh: jax.sharding.Mesh, resources: contextlib.ExitStack
-) -> tuple[Checkpoints, State, Progress]:
+    config: Config,
+    posttraining: Posttraining,
+    objective: Policy,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    resources: contextlib.ExitStack,
+) -> tuple[Parts, Checkpoints, State, Progress]:
+    parts = open_parts(config, posttraining.lora, objective, workdir, mesh)
     checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
     resources.callback(checkpoints.close)
-    create = functools.partial(initial_state, config, workdir, mesh)
-    return checkpoints, *begin(checkpoints, config, workdir, mesh, abstract_state(config, mesh), create)
+    return parts, checkpoints, *begin(checkpoints, config, workdir, mesh, parts.abstract, parts.create)
 
 
 def with_steps(config: Config, grpo: Grpo) -> Config:
@@ -172,6 +185,7 @@ def make_batches(
     engine: Engine,
     pool: RewardPool,
     score: Callable,
+    whole: Callable[[Weights], Weights],
     sampler: Executor,
     reference: Reference | None,
     progress: Progress,
@@ -188,6 +202,7 @@ def make_batches(
         engine=engine,
         pool=pool,
         score=score,
+        whole=whole,
         exact=functools.partial(exact_scores, engine) if grpo.is_exact else None,
         sampler=sampler,
         length=config.data.sequence_length,
@@ -228,8 +243,7 @@ def open_engine(
     Raises:
         ValueError, NotImplementedError: as `scoring.refuse_exact`.
     """
-    if grpo.is_exact:
-        refuse_exact(config, tokenizer, mesh)
+    _check_exact(config, grpo, tokenizer, mesh)
     longest = max(len(prompt.ids) for prompt in problems.train + problems.heldout)
     experts = axis_size(mesh, EXPERTS)
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)
@@ -239,13 +253,15 @@ def open_engine(
     )
 
 
-def scorer(config: Config, objective: Policy, mesh: jax.sharding.Mesh) -> Callable[[Weights, dict[str, Any]], Any]:
+def scorer(
+    config: Config, objective: Policy, mesh: jax.sharding.Mesh, whole: Callable[[Weights], Weights]
+) -> Callable[[Weights, dict[str, Any]], Any]:
     """Return what `PolicyBatches.score` is."""
     program = jit_score(config, objective, mesh)
 
     def score(weights: Weights, batch: dict[str, Any]) -> Any:
         with jax.set_mesh(mesh):  # which each thread has of its own
-            return score_rows(program, weights, batch, config.training.micro_batch_size, mesh)
+            return score_rows(program, whole(weights), batch, config.training.micro_batch_size, mesh)
 
     return score
 
@@ -253,8 +269,9 @@ def scorer(config: Config, objective: Policy, mesh: jax.sharding.Mesh) -> Callab
 def _evaluate(batches: PolicyBatches, bar: ProgressBar, weights: Weights) -> Row:
     grpo = batches.grpo
     problems = batches.problems.heldout
-    asked = accuracy_row, batches.engine, batches.pool, problems, grpo.accuracy, grpo.max_new_tokens, weights
-    row = batches.sampler.submit(*asked).result()  # in its turn: it changes the engine's weights
+    asked = accuracy_row, batches.engine, batches.pool, problems, grpo.accuracy, grpo.max_new_tokens
+    weights = batches.whole(weights)
+    row = batches.sampler.submit(*asked, weights).result()  # in its turn: it changes the engine's weights
     bar.note(
         f"{row['eval/accuracy']:.1%} of {row['eval/problems']} held-out problems right"
         f" (95%: {row['eval/accuracy_low']:.1%} to {row['eval/accuracy_high']:.1%})"
@@ -262,10 +279,12 @@ def _evaluate(batches: PolicyBatches, bar: ProgressBar, weights: Weights) -> Row
     return row
 
 
-def _lines(config, grpo: Grpo, mesh, params, problems: Problems, progress: Progress) -> list[str]:
-    size = batch_size(config, 0)
+def _lines(config, posttraining: Posttraining, mesh, params, problems: Problems, progress: Progress) -> list[str]:
+    grpo, lora, size = posttraining.grpo, posttraining.lora, batch_size(config, 0)
+    assert grpo is not None
     rows = [
-        ("model", model_line(config, params)),
+        ("model", model_line(config, abstract_weights(config, mesh).params if lora else params)),
+        *([("adapters", adapters_line(lora, params))] if lora else []),
         ("problems", f"{grpo.problems}: {len(problems.train):,} to train on, {len(problems.heldout):,} held out"),
         (
             "rollouts",

@@ -85,6 +85,7 @@ class PolicyBatches:
         engine: samples; the weights of others come in at every rollout.
         pool: rewards.
         score: (weights, batch) -> scores of the targets by the trainer; called by the thread.
+        whole: returns the weights that the network computes with, from those of a state; of these all others here are.
         exact: batch -> the same by the engine, in exact arithmetic, with its present weights; None in fast arithmetic.
         sampler: the thread of the rollouts, one. Whoever else uses the engine does so in it.
         length: of rows.
@@ -101,6 +102,7 @@ class PolicyBatches:
     engine: Engine
     pool: RewardPool
     score: Callable[[Weights, Arrays], Scored]
+    whole: Callable[[Weights], Weights]
     exact: Callable[[Arrays], Scored] | None = None
     sampler: Executor
     length: int
@@ -215,7 +217,7 @@ class PolicyBatches:
     def _exactly(self, weights: Weights, version: int, batch: Arrays) -> Arrays:
         """Return what the forward pass of an update is to have: values and routes of the engine's, by these weights."""
         assert self.exact is not None
-        self.engine.update_weights(weights, version=version)
+        self.engine.update_weights(self.whole(weights), version=version)
         return _replaced(self.exact(batch))
 
     def _roll_out(
@@ -225,7 +227,7 @@ class PolicyBatches:
         grpo, choices = self.grpo, self.choices
         jax.block_until_ready(weights)  # by the update before, which is not the rollout's time
         start = time.perf_counter()
-        self.engine.update_weights(weights, version=version)
+        self.engine.update_weights(self.whole(weights), version=version)
         prompts = [self.problems.train[prompt_at(n, len(self.problems.train), self.seed)] for n in numbers]
         keyed = [(number, prompt.ids) for number, prompt in zip(numbers, prompts, strict=True)]
         drawing = {"routes": True} | grpo.drawing

@@ -4,6 +4,10 @@ R1 replaces the reference by the policy every 400 steps (arXiv 2501.12948, secti
 would hold a long run back, and none would let it drift. Update n = every, 2 x every, ... is the first behind a new one;
 a rollout has the reference of the moment at which it begins.
 
+Of a run of adapters the reference is adapters, too, beside the one base: those that it began with. Where their B is
+zero that is the base without its adapters, by the program of the policy, so its KL is exactly 0 before the first
+update.
+
 A checkpoint of the run does not hold the reference. The first one is read from `training.initial_weights`. Later ones
 are checkpoints in `workdir/reference`, each written before the first checkpoint of the run that needs it, and kept for
 as long as one does. A run that continues refuses another reference than it had, by a fingerprint.
@@ -24,11 +28,10 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.grpo_settings import Grpo
+from deepseek_jax.training.adapted import Parts
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.fingerprint import fingerprints
-from deepseek_jax.training.origin import read_origin
 from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
-from deepseek_jax.training.state import abstract_state
 from deepseek_jax.training.workdir import REFERENCE, read_tokenizer
 
 
@@ -37,7 +40,7 @@ class Reference:
     """Weights that the policy is compared with.
 
     Attributes:
-        weights: no step overwrites them.
+        weights: as a state has them; no step overwrites them.
         name: a fingerprint of them.
         every: updates between two references; 0: the first stays.
         keep: writes weights and the number of their updates, and returns once they are on disk.
@@ -99,6 +102,7 @@ def name_of(weights: Weights) -> str:
 def open_reference(
     config: Config,
     grpo: Grpo,
+    parts: Parts,
     mesh: jax.sharding.Mesh,
     workdir: Path,
     weights: Weights,
@@ -110,6 +114,7 @@ def open_reference(
     Args:
         config: of the run.
         grpo: its settings.
+        parts: what it trains.
         mesh: of the weights.
         workdir: of the run.
         weights: of the policy; a run that begins compares with a copy of them.
@@ -123,7 +128,7 @@ def open_reference(
         return None
     step = progress.data.get("reference_step", 0) if progress.data else 0
     if not grpo.reference_every:
-        found = read_origin(config, mesh, whole=False).weights if progress.step else _copy(weights)
+        found = parts.origin() if progress.step else _copy(weights)
         return Reference(weights=found, name=name_of(found))
     _forget_behind(workdir / REFERENCE, step)
     checkpoints = Checkpoints(workdir / REFERENCE, config.training.keep_checkpoints + 2)  # of two more in the making
@@ -137,12 +142,11 @@ def open_reference(
     if step:
         if step not in checkpoints.steps():
             raise ValueError(f"{workdir / REFERENCE} lacks the KL reference of step {step}; put it back")
-        abstract = abstract_state(config, mesh)
-        restored = checkpoints.restore({name: abstract[name] for name in Weights._fields}, mesh, step)
+        restored = checkpoints.restore({name: parts.abstract[name] for name in Weights._fields}, mesh, step)
         assert restored is not None, "it is there"
         found = Weights(**restored[0])
     else:
-        found = read_origin(config, mesh, whole=False).weights if progress.step else _copy(weights)
+        found = parts.origin() if progress.step else _copy(weights)
     return Reference(weights=found, name=name_of(found), every=grpo.reference_every, keep=keep, step=step)
 
 

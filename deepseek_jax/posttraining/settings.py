@@ -29,6 +29,7 @@ from deepseek_jax.training.workdir import is_claimed
 
 SECTION = "posttraining"
 FILE = "posttraining.json"
+WITH_ADAPTERS = ("sft", "grpo")
 MTP_MODES = ("joint", "detached", "off")
 # Of a run that continues; its length is checked as that of every run.
 FREE_KEYS = {
@@ -115,13 +116,13 @@ def read(config_dict: Any, initial: str = "") -> tuple[Config, Posttraining]:
         )
     STAGES[stage](getattr(posttraining, stage), config)
     if posttraining.lora is not None:
-        if posttraining.sft is None:
+        if stage not in WITH_ADAPTERS:
             raise ValueError(
-                f"{path}.lora trains adapters in the stage 'sft' alone, and stage = {stage!r}; leave it out, or begin"
-                f" {stage} with a run's merged adapters (experiments.convert_hf export)"
+                f"{path}.lora trains adapters in the stages {WITH_ADAPTERS}, and stage = {stage!r}; leave it out, or"
+                f" begin {stage} with a run's merged adapters (experiments.convert_hf export)"
             )
         check_lora(posttraining.lora, config)
-        if posttraining.sft.mtp == "detached":
+        if posttraining.sft and posttraining.sft.mtp == "detached":
             raise ValueError(
                 f"{path}.sft.mtp = 'detached' lets MTP layers alone learn from their loss, and they have no adapters;"
                 " set it to 'off', or to 'joint'"
@@ -240,7 +241,7 @@ def claim(workdir: Path, posttraining: Posttraining) -> None:
 
 def _defaults(posttraining: Posttraining) -> dict[str, Any]:
     """Return what a file that was written before some settings existed means by their absence."""
-    settings = {name: getattr(posttraining, name) for name in STAGES}
+    settings = {name: getattr(posttraining, name) for name in (*STAGES, "lora")}
     return {
         f"{name}.{field.name}": field.default
         for name, own in settings.items()

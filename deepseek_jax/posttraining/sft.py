@@ -30,21 +30,18 @@ from deepseek_jax.huggingface.load import abstract_weights
 from deepseek_jax.parallel.context import readers
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
-from deepseek_jax.posttraining.beginning import keep_template, tokenizer_and_template
+from deepseek_jax.posttraining.beginning import claim_run, tokenizer_and_template
 from deepseek_jax.posttraining.chats import Chats, HeldOutChats, read_chats, rows_per_epoch
-from deepseek_jax.posttraining.settings import Posttraining, Sft, check_claimed, claim
-from deepseek_jax.training.adapted import Parts, adapters_line, open_adapters
-from deepseek_jax.training.adapters_file import claim_adapters
+from deepseek_jax.posttraining.settings import Posttraining, Sft, check_claimed
+from deepseek_jax.training.adapted import adapters_line
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.continuation import check_one_step
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.loop import Row, Trainer
 from deepseek_jax.training.objective import Pretraining, pretraining
-from deepseek_jax.training.origin import initial_state
 from deepseek_jax.training.pretrain import Result, begin, open_bar, open_log
-from deepseek_jax.training.state import abstract_state
-from deepseek_jax.training.step import jit_eval_step, jit_train_step
+from deepseek_jax.training.step import jit_eval_step
 from deepseek_jax.training.summary import (
     devices_line,
     length_line,
@@ -54,12 +51,8 @@ from deepseek_jax.training.summary import (
     rates_line,
     short,
 )
-from deepseek_jax.training.workdir import (
-    check_workdir,
-    claim_workdir,
-    occupied,
-    read_tokenizer,
-)
+from deepseek_jax.training.trainable import open_parts
+from deepseek_jax.training.workdir import check_workdir, occupied, read_tokenizer
 
 
 def train_sft(
@@ -91,7 +84,7 @@ def train_sft(
         mesh = mesh or make_mesh(config.mesh)
         processes = readers(mesh)
         resources.enter_context(jax.set_mesh(mesh))
-        parts = _parts(config, posttraining, objective := sft_objective(config, sft), workdir, mesh)
+        parts = open_parts(config, posttraining.lora, objective := sft_objective(config, sft), workdir, mesh)
         evaluate = parts.on_whole(jit_eval_step(config, objective, mesh))
         checkpoints = Checkpoints(workdir, config.training.keep_checkpoints)
         resources.callback(checkpoints.close)
@@ -101,10 +94,7 @@ def train_sft(
         if progress.data is not None:
             loader.restore(progress.data)  # refuses other conversations, or another template
         log = open_log(config, workdir, progress, resources, wandb)
-        keep_template(workdir, template)
-        claim(workdir, posttraining)
-        claim_adapters(workdir, posttraining.lora, parts.base)
-        claim_workdir(workdir, config)
+        claim_run(workdir, config, posttraining, template, parts.base)
         say("\n".join(_lines(config, posttraining, mesh, state["params"], chats, progress)))
         trainer = Trainer(
             config=config,
@@ -122,16 +112,6 @@ def train_sft(
         )
         interrupted_by = trainer.run()
         return Result(trainer.state, trainer.step, trainer.tokens_seen, mesh, tokenizer, interrupted_by)
-
-
-def _parts(
-    config: Config, posttraining: Posttraining, objective: Pretraining, workdir: Path, mesh: jax.sharding.Mesh
-) -> Parts:
-    """Return how all weights are trained, or adapters."""
-    if posttraining.lora:
-        return open_adapters(config, posttraining.lora, objective, workdir, mesh)
-    create = functools.partial(initial_state, config, workdir, mesh)
-    return Parts(jit_train_step(config, objective, mesh), abstract_state(config, mesh), create, lambda weights: weights)
 
 
 def with_length(config: Config, sft: Sft, chats: Chats) -> Config:

@@ -47,6 +47,7 @@ class Parts(NamedTuple):
         abstract: shapes and shardings of the state.
         create: makes the state and progress of a run without a checkpoint.
         whole: returns the weights that the network computes with, from those of a state.
+        origin: reads the weights of the state that the run began with.
         base: fingerprint of the frozen base; "" if all weights are trained.
         weights_met: how many weights of adapters a token meets.
     """
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     abstract: State
     create: Callable[[], tuple[State, Progress]]
     whole: Callable[[Weights], Weights]
+    origin: Callable[[], Weights]
     base: str = ""
     weights_met: float = 0.0
 
@@ -83,8 +85,17 @@ class StepOnBase:
         return StepOnBase(self.step.compile(), self.base)
 
 
-def open_adapters(config: Config, lora: Lora, objective: Objective, workdir: Path, mesh: jax.sharding.Mesh) -> Parts:
+def open_adapters(
+    config: Config,
+    lora: Lora,
+    objective: Objective,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    first: Callable[[str], Any] | None = None,
+) -> Parts:
     """Read the frozen base and return how its adapters are trained; call it under `jax.set_mesh(mesh)`.
+
+    `first` gets the fingerprint of the base and returns the adapters to begin with; None: those of `first_state`.
 
     Raises:
         ValueError: as `training.origin.read_origin` and `check_base`; a target is no part of the model.
@@ -98,11 +109,15 @@ def open_adapters(config: Config, lora: Lora, objective: Objective, workdir: Pat
     abstract = abstract_adapters(config, lora, weights, mesh)
     del weights  # `create` stays for the whole run, and in BF16 `base` is a copy
 
+    def begun() -> State:
+        state = jax.jit(functools.partial(first_state, config, lora))(base, router_bias)
+        return state | {"params": first(fingerprint)} if first else state
+
     def create() -> tuple[State, Progress]:
         put_tokenizer(workdir, tokenizer)
         if (origin := find_origin(config)) and origin.run:
             check_tokenizer(config, workdir)
-        return jax.jit(functools.partial(first_state, config, lora))(base, router_bias), progress
+        return begun(), progress
 
     step = jit_on(adapted_step, recipe.execution, mesh, recipe, donate=(1,), trains=True)
     return Parts(
@@ -110,6 +125,7 @@ def open_adapters(config: Config, lora: Lora, objective: Objective, workdir: Pat
         abstract,
         create,
         lambda own: own._replace(params=adapt(base, own.params)),
+        lambda: weights_of(begun()),
         fingerprint,
         weights_met(config.model, abstract["params"]),
     )

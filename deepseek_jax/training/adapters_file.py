@@ -65,7 +65,7 @@ def claim_adapters(workdir: Path, lora: Lora | None, base: str) -> None:
 
 def read_adapters(workdir: Path) -> Lora | None:
     """Return which weights of a run have adapters; None: it trains all weights."""
-    found = _read(workdir)
+    found = read_adapters_file(workdir)
     return found.lora if found else None
 
 
@@ -75,7 +75,7 @@ def check_base(config: Config, workdir: Path) -> str:
     Raises:
         ValueError: it is another base, it is missing, or it is a run's newest checkpoint, whichever that is.
     """
-    known = _read(workdir)
+    known = read_adapters_file(workdir)
     name = shown(config.training.initial_weights)
     try:
         origin = find_origin(config)
@@ -136,7 +136,8 @@ def _where_to_name_it(workdir: Path) -> str:
     )
 
 
-def _read(workdir: Path) -> AdaptersFile | None:
+def read_adapters_file(workdir: Path) -> AdaptersFile | None:
+    """Return what the file of a run says; None: the run trains all weights."""
     path = workdir / ADAPTERS
     return convert(AdaptersFile, read_json(path), str(path)) if path.exists() else None
 

@@ -77,7 +77,8 @@ def find_origin(config: Config) -> Origin | None:
     if run and (folder / ADAPTERS).exists():
         raise ValueError(
             f"{KEY} = {shown(text)!r} is a run of adapters, whose checkpoints have no model; merge them with"
-            " experiments.convert_hf export, and begin with that folder"
+            " experiments.convert_hf export, and begin with that folder; or train them on: begin with their base, and"
+            " name them with config.posttraining.lora.initial"
         )
     return Origin(folder, step, run, whole)
 

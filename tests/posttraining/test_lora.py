@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from configs import tiny_grpo
+from configs import tiny_distillation
 from deepseek_jax.adapters import unadapted
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.huggingface.changes import changes
@@ -63,10 +63,13 @@ def test_what_adapters_cannot_hold_is_refused():
     tree.posttraining.sft.mtp = "detached"
     with pytest.raises(ValueError, match="they have no adapters; set it to 'off'"):
         read(tree)
-    tree = tiny_grpo.get_config()
+    tree = tiny_distillation.get_config()
+    tree.posttraining.distillation.teacher = "T"
     tree.training.initial_weights = "W"
     tree.posttraining.lora = LORA
-    with pytest.raises(ValueError, match="in the stage 'sft' alone, and stage = 'grpo'; leave it out, or begin"):
+    with pytest.raises(
+        ValueError, match=r"stages \('sft', 'grpo'\), and stage = 'distillation'; leave it out, or begin"
+    ):
         read(tree)
 
 

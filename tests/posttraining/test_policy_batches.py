@@ -69,6 +69,7 @@ def open_batches(engine, choices=GRPO, reward=letters, on_failure="stop", train=
             "engine": engine,
             "pool": RewardPool({"text": reward}, num_workers=0, on_failure=on_failure),
             "score": score,
+            "whole": lambda weights: weights,
             "sampler": SAMPLER,
             "length": 40,
             "pad": TOKENIZER.pad,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from deepseek_jax.parameters import Weights
-from deepseek_jax.posttraining import reference
 from deepseek_jax.posttraining.grpo import refuse_two_threads
 from deepseek_jax.posttraining.reference import open_reference
 from deepseek_jax.posttraining.settings import read
@@ -24,19 +23,18 @@ def weights_of(value):
 
 
 @pytest.fixture
-def opened(tmp_path, monkeypatch):
+def opened(tmp_path):
     """(step, position) -> the reference of a run at `step`; each call is another process of the same run."""
     config, posttraining = read(settings(reference_every=2, training__keep_checkpoints=2))
     mesh = one_device(config)
     TOKENIZER.save(tmp_path / "tokenizer.json")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights_of(0))
-    monkeypatch.setattr(reference, "abstract_state", lambda config, mesh: abstract._asdict())
-    monkeypatch.setattr(reference, "read_origin", lambda *_, whole: SimpleNamespace(weights=weights_of(0)))
+    parts = SimpleNamespace(abstract=abstract._asdict(), origin=lambda: weights_of(0))
     with contextlib.ExitStack() as resources, jax.set_mesh(mesh):
 
         def open_at(step, position):
             progress = Progress(step=step, tokens_seen=0, data=position)
-            return open_reference(config, posttraining.grpo, mesh, tmp_path, weights_of(0), progress, resources)
+            return open_reference(config, posttraining.grpo, parts, mesh, tmp_path, weights_of(0), progress, resources)
 
         yield open_at
 
