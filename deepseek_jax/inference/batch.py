@@ -31,7 +31,7 @@ from deepseek_jax.inference.exact_calls import ExactCalls, open_calls
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import prefill_execution
-from deepseek_jax.inference.row_calls import MOST_COPIES, Sizes
+from deepseek_jax.inference.row_calls import MOST_COPIES
 from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import (
     MASK,

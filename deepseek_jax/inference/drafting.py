@@ -9,9 +9,10 @@ import numpy as np
 
 from deepseek_jax.config import Execution, Model
 from deepseek_jax.inference import following, speculative
-from deepseek_jax.inference.row_calls import Calls, Sizes
+from deepseek_jax.inference.row_calls import Calls
 from deepseek_jax.inference.row_programs import Packed, Told
 from deepseek_jax.inference.row_sampling import ANY, BY_ID, DRAWN, GREEDY, reads_seen
+from deepseek_jax.inference.row_state import Sizes
 from deepseek_jax.inference.speculative import MOST_DRAFTS, Kind
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.precision import compute_dtype

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from deepseek_jax.inference import row_programs, row_state
 from deepseek_jax.inference.cache import CACHE_SPECS, copy_pages
 from deepseek_jax.inference.decode import GPU_ROWS
 from deepseek_jax.inference.memory import free_bytes
-from deepseek_jax.inference.prefill import FEWEST_TOKENS
 from deepseek_jax.inference.row_programs import Packed, Told
 from deepseek_jax.inference.row_sampling import KINDS, WORD, reads_seen
+from deepseek_jax.inference.row_state import Sizes
 from deepseek_jax.inference.sampling import Logprobs
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model.packed import Rows
@@ -42,36 +42,6 @@ FEW_ROWS_ON_CPU = 4
 MOST_LOADS = 16  # calls in flight, about
 MOST_COMPILERS = 8  # programs that are compiled at once; a compiler of a large model takes gigabytes of the host
 LOWERING = threading.Lock()  # lowering is Python, so threads gain nothing, and would lower the same kernel twice
-
-
-class Sizes(NamedTuple):
-    """What programs are made for.
-
-    Attributes:
-        devices: that rows are split over.
-        rows: of all devices.
-        pages: of each device.
-        columns: of a row's table.
-        positions: of the longest row.
-        prefill_tokens: most of a device in a call, a power of two.
-    """
-
-    devices: int
-    rows: int
-    pages: int
-    columns: int
-    positions: int
-    prefill_tokens: int
-
-    @property
-    def each(self) -> int:
-        """Rows of a device."""
-        return self.rows // self.devices
-
-    @property
-    def buckets(self) -> list[int]:
-        """Numbers of tokens that prefill has programs for, of each device."""
-        return sorted({max(FEWEST_TOKENS, self.prefill_tokens // part) for part in (1, 4, 16)})
 
 
 class Calls:
@@ -177,10 +147,10 @@ class Calls:
 
     def first(self, kind: str, hidden_RD: jax.Array, packed: Packed) -> Told:
         """Choose the tokens behind the last pieces, whose rows are of `kind`."""
-        seen = self._seen if reads_seen(kind) else None
-        arrays = self._head, self._progress, self._settings, seen, hidden_RD, packed._replace(tokens_T=None)
+        rows = self._progress, self._settings, self._seen_by(kind)
+        arrays = self._head, *rows, hidden_RD, packed._replace(tokens_T=None)
         told, self._progress, seen = self._program(("first", kind))(*arrays)
-        self._seen = seen if reads_seen(kind) else self._seen
+        self._keep(seen)
         return told
 
     def follow(self, packed: Packed, hidden_TD: jax.Array, next_R: np.ndarray) -> None:
@@ -194,12 +164,19 @@ class Calls:
         """Decode tokens of each of these rows; return what is told of the first rows of each device, and how many."""
         width = self._send_rows(rows_B)
         program = self._program(("decode", width, kind, num_tokens))
-        seen = self._seen if reads_seen(kind) else None
-        rows = self._progress, self._settings, seen, self._tables_BJ, self._run, self._loads[-1]
+        rows = self._progress, self._settings, self._seen_by(kind), self._tables_BJ, self._run, self._loads[-1]
         told, self._pages, self._progress, seen, load_RLE = program(self.weights, self._pages, *rows)
         self._loads.append(load_RLE)
-        self._seen = seen if reads_seen(kind) else self._seen
+        self._keep(seen)
         return told, width
+
+    def _seen_by(self, kind: str) -> row_state.Seen | None:
+        """Return what the rows have seen, for programs that choose tokens by it; None for others."""
+        return self._seen if reads_seen(kind) else None
+
+    def _keep(self, seen: row_state.Seen | None) -> None:
+        """Keep what such a program has made of it."""
+        self._seen = self._seen if seen is None else seen
 
     def _send_rows(self, rows_B: np.ndarray) -> int:
         """Send which rows run; return of how many the program is."""
@@ -250,7 +227,7 @@ class Calls:
 
     def _decode_program(self, width: int, kind: str, num_tokens: int) -> Any:
         run_B = self._shape(bool, self.sizes.rows)
-        rest = self._settings, self._seen if reads_seen(kind) else None, self._tables_BJ, run_B, self._loads[-1]
+        rest = self._settings, self._seen_by(kind), self._tables_BJ, run_B, self._loads[-1]
         arguments = self.weights, self._pages, self._progress, *rest
         donate = (1, 2, 4) if reads_seen(kind) else (1, 2)
         static = self._model, self._decode_execution, width, kind, num_tokens
@@ -264,8 +241,8 @@ class Calls:
     def _first_program(self, kind: str) -> Any:
         pieces, dtype = self.sizes.devices * self.pieces, compute_dtype(self._prefill_execution)
         rest = self._shape(dtype, pieces, self._model.width), self._packed(1)._replace(tokens_T=None)
-        seen, donate = (self._seen, (1, 3)) if reads_seen(kind) else (None, (1,))
-        return row_programs.first, (kind,), donate, (self._head, self._progress, self._settings, seen, *rest)
+        arguments = self._head, self._progress, self._settings, self._seen_by(kind), *rest
+        return row_programs.first, (kind,), (1, 3) if reads_seen(kind) else (1,), arguments
 
     def _evaluate_program(self):
         num_tokens = self.sizes.devices * self.sizes.prefill_tokens

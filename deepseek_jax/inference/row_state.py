@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from deepseek_jax.inference.prefill import FEWEST_TOKENS
 from deepseek_jax.inference.requests import NOWHERE, PLAIN, Request
 from deepseek_jax.inference.row_sampling import ANY, BY_ID, DRAWN, GREEDY, WORD, Choice, RowSampling
 from deepseek_jax.inference.sampling import NO_TOKEN, Bias, Sampling, Seen
@@ -28,6 +29,36 @@ MOST_END_IDS = 8  # EOS among them
 MOST_BIASES = 300  # ids of one job, OpenAI's
 MOST_RECORDS = 8  # rows that one update changes
 SETTINGS, MASK = 1, 2  # what a record writes: bits of `writes`
+
+
+class Sizes(NamedTuple):
+    """What programs are made for.
+
+    Attributes:
+        devices: that rows are split over.
+        rows: of all devices.
+        pages: of each device.
+        columns: of a row's table.
+        positions: of the longest row.
+        prefill_tokens: most of a device in a call, a power of two.
+    """
+
+    devices: int
+    rows: int
+    pages: int
+    columns: int
+    positions: int
+    prefill_tokens: int
+
+    @property
+    def each(self) -> int:
+        """Rows of a device."""
+        return self.rows // self.devices
+
+    @property
+    def buckets(self) -> list[int]:
+        """Numbers of tokens that prefill has programs for, of each device."""
+        return sorted({max(FEWEST_TOKENS, self.prefill_tokens // part) for part in (1, 4, 16)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from deepseek_jax.inference.row_calls import Sizes
 from deepseek_jax.inference.row_programs import Packed, Told
+from deepseek_jax.inference.row_state import Sizes
 from deepseek_jax.inference.sampling import MOST_LOGPROBS, NO_TOKEN, Kept, Logprobs
 
 
