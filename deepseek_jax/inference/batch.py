@@ -38,6 +38,7 @@ from deepseek_jax.inference.row_state import (
     MOST_RECORDS,
     SETTINGS,
     RowSettings,
+    Sizes,
     closed_records,
     write_record,
 )
