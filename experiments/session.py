@@ -12,7 +12,7 @@ from absl import flags, logging
 from deepseek_jax.inputs import shown
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import environment
-from experiments import accelerator
+from experiments import accelerator, program_cache
 from pallas_kernels.lowering import export_cache
 
 # On two cores 1,024 simulated devices start and sum an array in two seconds. 100,000 were not ready after minutes: each
@@ -114,6 +114,7 @@ def use_compilation_cache() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(home / "deepseek_jax" / "compiled"))
     cache = jax.config.jax_compilation_cache_dir
+    program_cache.write_whole()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", KERNEL_COMPILE_SECONDS)
     export_cache.enable(None if "://" in cache else Path(cache) / "kernels")  # a bucket keeps only what JAX writes
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support import compiling
@@ -12,10 +13,23 @@ os.environ["XLA_FLAGS"] = compiling.flags_with(os.environ.get("XLA_FLAGS", ""))
 
 import jax
 
+from experiments import program_cache
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+program_cache.write_whole()  # the workers share the folder
+
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.hookimpl(trylast=True)
