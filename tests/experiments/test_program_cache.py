@@ -53,7 +53,9 @@ def test_a_cache_with_a_bound_is_jaxs_own(tmp_path, monkeypatch):
 def test_jax_keeps_what_it_compiles_so(tmp_path, monkeypatch):
     """By the way that JAX itself calls it; the tests share a folder between workers."""
     names, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda partial, path: (names.append(os.path.basename(path)), replace(partial, path)))
+    monkeypatch.setattr(
+        os, "replace", lambda partial, path: (names.append(os.path.basename(path)), replace(partial, path))
+    )
     constant = int.from_bytes(os.urandom(3))  # a program that no cache has
     assert jax.jit(lambda x: x + constant)(1) == constant + 1
     assert any(name.startswith("jit__lambda") and name.endswith("-cache") for name in names), names

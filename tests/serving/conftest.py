@@ -5,13 +5,14 @@ import pytest
 
 from deepseek_jax.serving.service import Limits
 from tests.serving.served import fake_model, served
+from tests.support.patience import SECONDS
 
 BODY_BYTES = 100_000
 
 
 @pytest.fixture(scope="session")
 def server():
-    limits = Limits(body_bytes=BODY_BYTES, body_seconds=0.5, heartbeat_seconds=0.1)
+    limits = Limits(body_bytes=BODY_BYTES, body_seconds=SECONDS, heartbeat_seconds=0.1)
     with served(fake_model(), limits) as running:
         yield running
 

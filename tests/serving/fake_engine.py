@@ -46,7 +46,9 @@ CHAT_TOKENS = (
     *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
 WORDS = "the model sees a token and then another one, which it has never seen before in this ünïcode world . "
-BREAK, STALL = "BREAK", "STALL"  # in a prompt: the job fails, or nothing comes for a second
+# In a prompt: the job fails; nothing comes until `goes_on` is set; the time is over, as soon as nothing
+# else runs, before the first token; or behind the third.
+BREAK, STALL, TOO_LATE, LATE = "BREAK", "STALL", "TOO LATE", "LATE"
 
 
 def chat_tokenizer() -> Tokenizer:
@@ -79,6 +81,7 @@ class FakeEngine:
         self._closed, self._tokens, self._prompt_tokens = False, 0, 0
         self._rows = threading.Semaphore(rows)
         self.running = 0
+        self.goes_on = threading.Event()
 
     def submit(self, job: Job, listener: Listener) -> FakeTicket:
         if self._closed:
@@ -142,12 +145,15 @@ class FakeEngine:
         if BREAK in prompt:
             yield Delta("", [], None, ERROR, usage, 0, error="the page table is on fire")
             return
-        stall = time.monotonic() + (1.0 if STALL in prompt else 0.0)
+        most = 0 if TOO_LATE in prompt else 3 if LATE in prompt else job.max_new_tokens
         tokens = self._tokens_of(job, prompt)
         while True:
-            while time.monotonic() < stall and not ticket.cancelled.is_set() and not _is_late(job):
-                time.sleep(0.01)
-            reason = CANCELLED if ticket.cancelled.is_set() else DEADLINE if _is_late(job) else None
+            while STALL in prompt and not (self.goes_on.is_set() or ticket.cancelled.is_set() or _is_late(job)):
+                time.sleep(0.005)
+            while not most and len(self._tickets) > 1 and not ticket.cancelled.is_set():
+                time.sleep(0.005)
+            is_late = _is_late(job) or usage.completion_tokens >= most < job.max_new_tokens
+            reason = CANCELLED if ticket.cancelled.is_set() else DEADLINE if is_late else None
             ids: list[int] = []
             piece = ""
             if reason is None and usage.completion_tokens < job.max_new_tokens:

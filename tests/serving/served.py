@@ -9,6 +9,7 @@ from deepseek_jax.serving.model import Model
 from deepseek_jax.serving.server import Server, bind, host_names
 from deepseek_jax.serving.service import Limits, Service
 from tests.serving.fake_engine import FakeEngine, chat_tokenizer
+from tests.support.patience import SECONDS
 
 CALL = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Bern"}\n```<｜tool▁call▁end｜>'
 SCRIPTS = {
@@ -47,10 +48,10 @@ def served(model: Model, limits: Limits | None = None, *, drain_seconds=5.0, log
     thread = threading.Thread(target=server.run, args=(lambda _: ready.set(),))
     thread.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(SECONDS)
         server.lines, server.service = lines, service
         yield server
     finally:
         server.stop()
-        thread.join(30)
+        thread.join(SECONDS)
         assert not thread.is_alive()

@@ -2,10 +2,10 @@
 
 import json
 
-import httpx2
 import openai
 import pytest
 
+from tests.serving import asking
 from tests.serving.served import fake_model, served
 
 MODEL = "fake"
@@ -49,7 +49,7 @@ def test_a_reply(client, server):
     parts = [{"type": "text", "text": "gr"}, {"type": "text", "text": "eet"}]
     again = chat(client, messages=[{"role": "user", "content": parts}])
     assert again.choices[0].message.content == message.content and again.usage == answer.usage
-    ids = httpx2.post(server.url + "/tokenize", json={"messages": [{"role": "user", "content": "greet"}]}).json()
+    ids = asking.post(server.url + "/tokenize", json={"messages": [{"role": "user", "content": "greet"}]}).json()
     assert ids["tokens"] == list(server.service.model.engine.jobs[-1].prompt)
 
 
@@ -194,7 +194,7 @@ def test_log_probabilities(client):
 )
 def test_bad_fields(server, field, value):
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2} | {field: value}
-    answer = httpx2.post(server.url + "/v1/chat/completions", json=body)
+    answer = asking.post(server.url + "/v1/chat/completions", json=body)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
     assert error["param"] == field, error
@@ -204,7 +204,7 @@ def test_variables_of_a_template_may_have_any_name(server):
     """Also one that our own functions use."""
     for name, status in (("tokenizer", 200), ("continues", 200), ("self", 400), ("continue_final_message", 400)):
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "chat_template_kwargs": {name: 1}}
-        assert httpx2.post(server.url + "/v1/chat/completions", json=body).status_code == status, name
+        assert asking.post(server.url + "/v1/chat/completions", json=body).status_code == status, name
 
 
 def test_the_last_message_is_continued(client):
@@ -225,7 +225,7 @@ def test_a_conversation_that_is_too_long(client):
 def test_a_model_without_a_template_says_so(server):
     with served(fake_model(None)) as running:
         body = {"messages": [{"role": "user", "content": "a"}]}
-        answer = httpx2.post(running.url + "/v1/chat/completions", json=body)
+        answer = asking.post(running.url + "/v1/chat/completions", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_chat_template"
-        assert httpx2.get(running.url + "/v1/models").json()["data"][0]["chat"] is False
-    assert httpx2.get(server.url + "/v1/models").json()["data"][0]["chat"] is True
+        assert asking.get(running.url + "/v1/models").json()["data"][0]["chat"] is False
+    assert asking.get(server.url + "/v1/models").json()["data"][0]["chat"] is True

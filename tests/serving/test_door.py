@@ -2,17 +2,21 @@
 
 import json
 import threading
-import time
+from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
 
 from deepseek_jax.inputs import is_loopback
+from deepseek_jax.serving import door
+from deepseek_jax.serving import server as server_module
 from deepseek_jax.serving.door import Rates
 from deepseek_jax.serving.server import bind, host_names
 from deepseek_jax.serving.service import Limits
+from tests.serving import asking
 from tests.serving.served import fake_model, served
+from tests.support.patience import SECONDS, wait_for
 
 KEYS = ("sk-one", "sk-two")
 BODY = {"prompt": "once", "max_tokens": 2}
@@ -28,7 +32,7 @@ def locked():
 def ask(running, key=None, path="/v1/completions", **headers):
     if key is not None:
         headers["authorization"] = f"Bearer {key}"
-    return httpx2.post(running.url + path, json=BODY, headers=headers)
+    return asking.post(running.url + path, json=BODY, headers=headers)
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer sk-three", "Basic sk-one", "sk-one", "Bearer sk-ön"])
@@ -37,18 +41,19 @@ def ask(running, key=None, path="/v1/completions", **headers):
 )
 def test_without_a_key_nothing_is_told(locked, header, path):
     headers = {} if header is None else {"authorization": header.encode()}
-    answer = httpx2.get(locked.url + path, headers=headers)
+    answer = asking.get(locked.url + path, headers=headers)
     assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
     assert answer.json()["error"]["code"] == "invalid_api_key" and "fake" not in answer.text
 
 
 def test_health_and_the_page_are_open(locked):
-    assert httpx2.get(locked.url + "/health").json() == {"status": "ok"}
-    page = httpx2.get(locked.url + "/")
+    assert asking.get(locked.url + "/health").json() == {"status": "ok"}
+    page = asking.get(locked.url + "/")
     assert page.status_code == 200 and "fake" not in page.text
 
 
-def test_each_key_has_its_rate(locked):
+def test_each_key_has_its_rate(locked, monkeypatch):
+    monkeypatch.setattr(door, "time", SimpleNamespace(monotonic=lambda: 1000.0))  # leave comes back every 10 s
     answers = [ask(locked, KEYS[0]) for _ in range(7)]
     assert [answer.status_code for answer in answers] == [200] * 6 + [429]
     assert 0 < int(answers[-1].headers["retry-after"]) <= 11
@@ -69,18 +74,18 @@ def test_a_rate_fills_by_the_second():
 
 def test_pages_of_named_servers_only_may_call(locked, server):
     asked = {"origin": "https://example.org", "access-control-request-method": "POST"}
-    answer = httpx2.options(locked.url + "/v1/completions", headers=asked)
+    answer = asking.options(locked.url + "/v1/completions", headers=asked)
     assert answer.headers["access-control-allow-origin"] == "https://example.org"
-    answer = httpx2.options(locked.url + "/v1/completions", headers=asked | {"origin": "https://example.com"})
+    answer = asking.options(locked.url + "/v1/completions", headers=asked | {"origin": "https://example.com"})
     assert "access-control-allow-origin" not in answer.headers
-    answer = httpx2.options(server.url + "/v1/completions", headers=asked)
+    answer = asking.options(server.url + "/v1/completions", headers=asked)
     assert answer.status_code == 405 and "access-control-allow-origin" not in answer.headers
 
 
 def test_a_name_that_points_here_is_not_this_server(server):
     """DNS rebinding: the browser of a user believes that the page and the server are one."""
     for host, status in {"evil.example:80": 403, "localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200}.items():
-        assert httpx2.get(server.url + "/health", headers={"host": host}).status_code == status, host
+        assert asking.get(server.url + "/health", headers={"host": host}).status_code == status, host
     assert host_names("0.0.0.0") is None and not is_loopback("0.0.0.0") and is_loopback("::1")
 
 
@@ -93,32 +98,34 @@ def test_a_port_that_is_taken(server):
 
 
 def test_running_requests_end_and_new_ones_are_refused():
-    model = fake_model(None, seconds_per_token=0.02)
+    model = fake_model(None)
     texts = []
-    with served(model) as running:
+    with served(model, drain_seconds=SECONDS) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
-        whole = lambda: texts.append(client.completions.create(model="fake", prompt="a", max_tokens=40))  # noqa: E731
-        asking = threading.Thread(target=whole)
-        asking.start()
-        with httpx2.Client(base_url=running.url) as other:
+        whole = lambda: texts.append(client.completions.create(model="fake", prompt="STALL", max_tokens=40))  # noqa: E731
+        asking_thread = threading.Thread(target=whole)
+        asking_thread.start()
+        with asking.Client(base_url=running.url) as other:
             assert other.get("/health").status_code == 200
-            while not model.engine.num_jobs:
-                time.sleep(0.01)
+            wait_for(lambda: model.engine.num_jobs)
             running.stop()
-            time.sleep(0.2)
+            wait_for(lambda: other.get("/health").status_code == 503)
             for answer in (other.get("/health"), other.post("/v1/completions", json=BODY)):
                 assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
-        asking.join(10)
+        assert model.engine.num_jobs == 1
+        model.engine.goes_on.set()
+        asking_thread.join(SECONDS)
     assert texts[0].usage.completion_tokens == 40
     with pytest.raises(httpx2.ConnectError):
-        httpx2.get(running.url + "/health")
+        asking.get(running.url + "/health")
 
 
-def test_what_runs_too_long_is_told_that_the_server_ends():
+def test_what_runs_too_long_is_told_that_the_server_ends(monkeypatch):
+    monkeypatch.setattr(server_module, "SHUTDOWN_SECONDS", SECONDS)
     model = fake_model(None, seconds_per_token=0.05)
     with served(model, drain_seconds=0.3) as running:
         body = BODY | {"max_tokens": 4000, "stream": True}
-        with httpx2.stream("POST", running.url + "/v1/completions", json=body) as answer:
+        with asking.stream("POST", running.url + "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
             running.stop()
@@ -127,9 +134,14 @@ def test_what_runs_too_long_is_told_that_the_server_ends():
 
 
 def test_every_request_has_a_line_without_contents(server):
-    httpx2.post(server.url + "/v1/completions", json={"prompt": "a secret", "max_tokens": 3})
-    httpx2.get(server.url + "/nowhere%1b[31m")
-    time.sleep(0.1)
-    completion, nowhere = server.lines[-2:]
-    assert completion.startswith("POST /v1/completions 200 ") and "prompt=9 cached=0 completion=3" in completion
-    assert "secret" not in completion and "\x1b" not in nowhere and " 404 " in nowhere
+    before = len(server.lines)
+
+    def line(words):
+        return next((line for line in server.lines[before:] if words in line), "")
+
+    asking.post(server.url + "/v1/completions", json={"prompt": "a secret", "max_tokens": 3})
+    asking.get(server.url + "/nowhere%1b[31m")
+    wait_for(lambda: line("prompt=9 ") and line("/nowhere"))  # a line is written behind the answer
+    assert line("prompt=9 ").startswith("POST /v1/completions 200 ")
+    assert "prompt=9 cached=0 completion=3" in line("prompt=9 ") and " 404 " in line("/nowhere")
+    assert not any("secret" in text or "\x1b" in text for text in server.lines[before:])

@@ -15,9 +15,11 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.serving.chat_format import ChatFormat
 from deepseek_jax.serving.model import Model
 from tests.inference.test_decode import make_config, one_device
+from tests.serving import asking
 from tests.serving.fake_engine import chat_tokenizer
 from tests.serving.served import served
 from tests.support.drawn import drawn_weights
+from tests.support.patience import SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engine_served")]
 
@@ -52,7 +54,7 @@ def client(served_engine):
 
 def settled(engine):
     """Return the stats when nothing runs any more."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + SECONDS
     while (stats := engine.stats()).running or stats.waiting or stats.pages_used:
         assert time.monotonic() < end, stats
         time.sleep(0.02)
@@ -87,7 +89,7 @@ def test_many_at_once_with_others_that_leave(served_engine, client):
 
     def leave(i):
         body = {"prompt": f"text {i}", "max_tokens": 200, "stream": True}
-        with httpx2.stream("POST", served_engine.url + "/v1/completions", json=body, timeout=60) as answer:
+        with asking.stream("POST", served_engine.url + "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             for _ in range(random.Random(i).randrange(10)):
                 next(lines, None)
@@ -125,7 +127,7 @@ def test_five_hundred_at_once_get_what_each_gets_alone(served_engine):
 
     async def ask_all(at_once):
         limits = httpx2.Limits(max_connections=at_once)
-        async with httpx2.AsyncClient(base_url=served_engine.url, limits=limits, timeout=120) as client:
+        async with httpx2.AsyncClient(base_url=served_engine.url, limits=limits, timeout=SECONDS) as client:
             return await asyncio.gather(*(ask(client, i) for i in range(500)))
 
     alone = asyncio.run(ask_all(1))

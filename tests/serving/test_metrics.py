@@ -1,23 +1,21 @@
 """`/metrics`, and the endpoints about tokens."""
 
 import re
-import time
 from types import SimpleNamespace
 
-import httpx2
 import pytest
 
 from deepseek_jax.inference.job import Delta, Usage
 from deepseek_jax.serving.answering import Answer, Form
 from deepseek_jax.serving.metrics import Histogram, Metrics
+from tests.serving import asking
+from tests.support.patience import wait_for
 
 
 def test_metrics_are_prometheus_text(server, client):
     client.completions.create(model="fake", prompt="a", max_tokens=5)
-    deadline = time.monotonic() + 10  # for the texts of other tests, which were cancelled
-    while server.service.model.engine.stats().running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    answer = httpx2.get(server.url + "/metrics")
+    wait_for(lambda: not server.service.model.engine.num_jobs)  # texts of other tests, which were cancelled
+    answer = asking.get(server.url + "/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     values = {}
     for line in answer.text.splitlines():
@@ -73,7 +71,7 @@ def test_tokens_per_second_forget(monkeypatch):
 
 def test_texts_become_ids_and_come_back(server):
     def post(path, body):
-        return httpx2.post(server.url + path, json=body).json()
+        return asking.post(server.url + path, json=body).json()
 
     tokenizer = server.service.model.tokenizer
     found = post("/tokenize", {"prompt": "hé<｜end▁of▁sentence｜>", "add_special_tokens": False})
@@ -84,5 +82,5 @@ def test_texts_become_ids_and_come_back(server):
     assert post("/tokenize", {"prompt": "a"})["tokens"][0] == tokenizer.bos
     assert post("/detokenize", {"tokens": [10**9]})["error"]["param"] == "tokens"
     assert post("/tokenize", {})["error"]["param"] == "prompt"
-    info = httpx2.get(server.url + "/tokenizer_info").json()
+    info = asking.get(server.url + "/tokenizer_info").json()
     assert info["eos_token"] == "<｜end▁of▁sentence｜>" and info["model_max_length"] == 4096

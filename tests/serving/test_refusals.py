@@ -1,25 +1,30 @@
 """Requests that cannot be answered: each gets its status and a message, and the server goes on."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import socket
 import tracemalloc
 
-import httpx2
 import openai
 import pytest
 from starlette.requests import Request
 
+from deepseek_jax.serving import body
 from deepseek_jax.serving.body import read_bytes
 from deepseek_jax.serving.errors import ApiError
+from deepseek_jax.serving.service import Limits
+from tests.serving import asking
 from tests.serving.conftest import BODY_BYTES
+from tests.serving.served import fake_model, served
+from tests.support.patience import SECONDS, wait_for
 
 
 def post(server, content, path="/v1/completions", kind="application/json", **headers):
     if not isinstance(content, str | bytes):
         content = json.dumps(content)
-    return httpx2.post(server.url + path, content=content, headers={"content-type": kind, **headers}, timeout=20)
+    return asking.post(server.url + path, content=content, headers={"content-type": kind, **headers})
 
 
 def refused(answer, status, param=None, code=None):
@@ -174,12 +179,13 @@ def test_more_texts_than_may_wait(server):
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_body_of_100_mb_is_refused_and_hardly_kept(server, announced):
+def test_a_body_of_100_mb_is_refused_and_hardly_kept(server, announced, monkeypatch):
+    monkeypatch.setattr(body, "DISCARD_SECONDS", SECONDS)
     piece = b"x" * 1_000_000
     content = piece * 100 if announced else (piece for _ in range(100))
     refused(post(server, content), 413, code="body_too_large") if announced else None
     if not announced:
-        answer = httpx2.post(
+        answer = asking.post(
             server.url + "/v1/completions", content=content, headers={"content-type": "application/json"}
         )
         refused(answer, 413, code="body_too_large")
@@ -197,7 +203,7 @@ def test_a_body_that_is_too_large_is_not_kept():
         tracemalloc.start()
         try:
             with pytest.raises(ApiError, match="more than 2,500,000 bytes"):
-                await read_bytes(Request(scope, receive), 2_500_000, 20.0)
+                await read_bytes(Request(scope, receive), 2_500_000, SECONDS)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -212,9 +218,11 @@ def test_the_type_of_a_body_keeps_foreign_pages_out(server):
     assert post(server, {"prompt": "a"}, kind="application/json; charset=utf-8").status_code == 200
 
 
-def test_a_client_that_sends_slowly_is_told_so(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+def test_a_client_that_sends_slowly_is_told_so():
+    with contextlib.ExitStack() as stack:
+        running = stack.enter_context(served(fake_model(None), Limits(body_seconds=0.2)))
+        host, port = running.url.removeprefix("http://").split(":")
+        connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=SECONDS))
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head.encode() + b'Content-Length: 50\r\n\r\n{"prompt": "a')
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -222,11 +230,11 @@ def test_a_client_that_sends_slowly_is_told_so(server):
 
 
 def test_addresses_and_methods_that_there_are_not(server):
-    refused(httpx2.get(server.url + "/v1/embeddings"), 404)
-    refused(httpx2.get(server.url + "/v1/completions"), 405)
+    refused(asking.get(server.url + "/v1/embeddings"), 404)
+    refused(asking.get(server.url + "/v1/completions"), 405)
     refused(post(server, {}, path="/v1/models"), 405)
-    refused(httpx2.get(server.url + "/v1/models/other"), 404, "model", "model_not_found")
-    assert httpx2.get(server.url + "/v1/models/fake").json()["id"] == "fake"
+    refused(asking.get(server.url + "/v1/models/other"), 404, "model", "model_not_found")
+    assert asking.get(server.url + "/v1/models/fake").json()["id"] == "fake"
 
 
 def test_a_fault_of_the_engine_is_told(server, client):
@@ -243,9 +251,9 @@ def test_a_fault_of_ours_tells_nothing_of_itself(server, monkeypatch):
     for stream in (False, True):
         answer = post(server, {"prompt": "a", "stream": stream})
         assert "secret" not in refused(answer, 500, code="internal_error")
-    assert any("a secret of ours" in line for line in server.lines)
+    wait_for(lambda: any("a secret of ours" in line for line in server.lines))
 
 
 def test_the_server_is_still_there(server, client):
     assert client.completions.create(model="fake", prompt="a", max_tokens=3).choices[0].text
-    assert server.service.model.engine.num_jobs == 0
+    wait_for(lambda: server.service.model.engine.num_jobs == 0)

@@ -70,10 +70,10 @@ def test_schemas_pass_as_they_are(schema):
     ],
 )
 def test_schemas_are_refused_quickly(schema, complaint):
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(ValueError, match=complaint):
         schema_text(schema, "s")
-    assert time.perf_counter() - begin < 5
+    assert time.thread_time() - begin < 5  # seconds of the CPU
 
 
 def test_a_chain_of_references_that_passes_does_not_end_the_process():
