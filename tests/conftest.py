@@ -1,5 +1,6 @@
 """Every test runs on a simulated mesh of eight CPU devices, with a compilation cache that outlives the run."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -30,6 +31,11 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_unconfigure() -> None:
+    """End fast: pytest collects garbage five times, and execnet sends SIGINT to a worker that takes five seconds."""
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

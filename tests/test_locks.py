@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
+from deepseek_jax import locks
 from deepseek_jax.locks import LOCK, locked
 
 HOLD = """
@@ -40,15 +40,23 @@ def test_a_dead_owner_keeps_nobody_out_and_is_noticed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_next_owner_waits_some_time(tmp_path):
-    first = locked(tmp_path)
+def test_the_next_owner_waits_some_time(tmp_path, monkeypatch):
+    """On a clock of the test's: the first owner ends after three tries, or does not."""
+    now, first = [0.0], locked(tmp_path)
     first.__enter__()
-    ending = threading.Timer(0.5, first.__exit__, (None, None, None))
-    ending.start()
-    start = time.monotonic()
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] == pytest.approx(3 * seconds):
+            first.__exit__(None, None, None)
+
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     with locked(tmp_path, wait_seconds=30.0):
-        assert 0.3 < time.monotonic() - start < 20.0
-    ending.join()
+        assert now[0] == pytest.approx(3 * locks.SECONDS_BETWEEN_TRIES)
+        now[0] = 10.0
+        with pytest.raises(ValueError, match="in use by process"):
+            locked(tmp_path, wait_seconds=2.0).__enter__()
+        assert now[0] == pytest.approx(12.0, abs=locks.SECONDS_BETWEEN_TRIES)
 
 
 def test_a_lock_that_its_owner_just_removed_is_none(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import operator
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from deepseek_jax.data.encoders import BATCHES_PER_PROCESS, Encoders
 from deepseek_jax.data.token_cache import open_corpus
 from deepseek_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.support.array_records import write_array_record
+from tests.support.patience import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,7 +173,7 @@ def test_no_process_outlives_a_program(end, status):
         input=PROGRAM.replace("END", end),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         cwd=ROOT,
         start_new_session=True,
     )
@@ -181,10 +181,7 @@ def test_no_process_outlives_a_program(end, status):
     assert program.stderr.count("Traceback") == (status == -2)  # the program's own
     lines = [line.split() for line in program.stdout.splitlines()]
     assert [jax for _, jax in lines] == ["False", "False"]
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid, _ in lines):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid, _ in lines))
 
 
 def test_texts_that_cannot_be_sent_leave_no_second_error(bpe, started, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_cache_with_a_bound_is_jaxs_own(tmp_path, monkeypatch):
     assert seen == ["key"] and not (tmp_path / "key-cache").exists()
 
 
-def test_jax_keeps_what_it_compiles_so(tmp_path, monkeypatch):
+def test_jax_keeps_what_it_compiles_so(monkeypatch):
     """By the way that JAX itself calls it; the tests share a folder between workers."""
     names, replace = [], os.replace
     monkeypatch.setattr(

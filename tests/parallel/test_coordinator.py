@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from deepseek_jax.parallel import coordinator
+from tests.support.patience import SECONDS
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_it_serves_until_process_0_is_gone_and_nobody_is_connected(port, started
         child.stdin.close()  # as the end of process 0 does
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(0.5)
-    assert child.wait(10) == 0
+    assert child.wait(SECONDS) == 0
 
 
 def test_a_service_that_cannot_start_is_an_error_with_its_reason(started):

@@ -4,12 +4,14 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.watch import BEAT_SECONDS, SILENT_SECONDS, ProcessError, Watch
+from tests.support.patience import SECONDS
 
 
 class Store:
@@ -44,7 +46,7 @@ def steps_of_runs(count: int, ask_at: int, number: signal.Signals) -> list[tuple
         while (why := watches[index].requested(step)) is None:
             if index == 1 and step == ask_at:
                 watches[1].ask_to_stop(number)
-            together.wait(10)  # a collective
+            together.wait(SECONDS)  # a collective
             time.sleep(0.002)
             step += 1
         stopped[index] = (step, why)
@@ -60,10 +62,10 @@ def steps_of_runs(count: int, ask_at: int, number: signal.Signals) -> list[tuple
     for thread in (*lookers, *loops):
         thread.start()
     for thread in loops:
-        thread.join(20)
+        thread.join(SECONDS)
     done.set()
     for thread in lookers:
-        thread.join(20)
+        thread.join(SECONDS)
     return stopped
 
 
@@ -128,14 +130,15 @@ def test_jax_gets_the_cluster_that_it_finds_and_an_address_for_its_own_service(m
     assert given == (address, 2, 0) and options["coordinator_bind_address"] == "127.0.0.1:0"
 
 
-def test_a_coordinator_that_nobody_runs_is_named_within_the_time():
-    with socket.socket() as free:
+def test_a_coordinator_that_nobody_runs_is_named_within_the_time(monkeypatch):
+    with socket.socket() as free, monkeypatch.context() as patch:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        start = time.monotonic()
+        port, slept = free.getsockname()[1], []
+        clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+        patch.setattr(processes, "time", clock)
         with pytest.raises(ProcessError, match=f"localhost:{port} was not reached within 0.5 s .Connection refused"):
             processes.join(f"localhost:{port}", 2, 1, 0.5)
-        assert time.monotonic() - start < 10.0
+        assert sum(slept) == pytest.approx(0.5, abs=0.05)
     with pytest.raises(ProcessError, match=r"nowhere\.invalid:1234 was not reached"):
         processes.join("nowhere.invalid:1234", 2, 1, 0.2)
 

@@ -5,6 +5,7 @@ import threading
 import jax
 
 from deepseek_jax.parallel import watch
+from tests.support.patience import SECONDS
 
 
 class Client:
@@ -18,7 +19,7 @@ class Client:
     def shutdown(self):
         """Return when the watch has met the end, before the farewell says what it means."""
         self.open = False
-        assert self.refused.wait(10)
+        assert self.refused.wait(SECONDS)
 
     def key_value_dir_get(self, folder):
         if not self.open:
@@ -35,6 +36,7 @@ def test_a_watch_ends_after_the_farewell_and_ends_nobody(monkeypatch):
     client, codes = Client(), []
     monkeypatch.setattr(watch, "_over", threading.Event())
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", SECONDS)  # `_over` ends the wait
     monkeypatch.setattr(watch, "end", codes.append)  # what it raises in the thread would fail no test
     monkeypatch.setattr(jax.distributed, "shutdown", client.shutdown)
     thread = threading.Thread(target=watch._keep_looking, args=(watch.Watch(client, 0),), daemon=True)

@@ -79,15 +79,17 @@ def test_a_process_that_was_stopped_gets_the_time_again():
 def test_a_sleeping_process_ends_with_its_stacks():
     program = """
 import time
+from deepseek_jax.parallel import watch
 from deepseek_jax.parallel.watchdog import Watchdog
-def asleep():
-    time.sleep(60)
-with Watchdog(enabled=True, floor_seconds=0.5) as watchdog:
+watch.end_soon.__defaults__ = (500.0,)  # of a machine on which the stacks may take long
+def asleep(watchdog):
     for step in range(5):
         watchdog.finished(step)
-    asleep()
+    time.sleep(600)
+with Watchdog(enabled=True, floor_seconds=0.5) as watchdog:
+    asleep(watchdog)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=500)
     assert ended.returncode == STUCK
     assert "process 0: no step was finished" in ended.stderr
     assert "in asleep" in ended.stderr

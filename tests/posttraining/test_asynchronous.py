@@ -2,13 +2,14 @@
 
 import json
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from deepseek_jax.inference.engine import Engine
+from deepseek_jax.posttraining import policy_batches
 from deepseek_jax.posttraining.policy_batches import Rollout, _made
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.reference import Reference
@@ -25,6 +26,7 @@ from tests.posttraining.test_policy_batches import (
 )
 from tests.support.failing_rewards import hang
 from tests.support.fake_batch import FakeBatch, fake_weights
+from tests.support.patience import SECONDS
 
 STEPS = 12  # six rollouts of two prompts: two epochs
 
@@ -91,7 +93,7 @@ def test_a_rollout_is_made_while_the_trainer_trains_and_no_sooner_than_it_may(en
 
     def waits(weights, batch):
         scored.append(weights)
-        assert len(scored) <= 2 or has_first.wait(60)
+        assert len(scored) <= 2 or has_first.wait(SECONDS)
         return score(weights, batch)
 
     batches = open_batches(engine, score=waits, staleness=2)
@@ -163,7 +165,7 @@ def test_saving_says_for_how_many_rollouts_it_waits_and_which_one_has_failed(eng
     goes_on, shown = threading.Event(), []
 
     def fails(weights, batch):
-        assert goes_on.wait(60)
+        assert goes_on.wait(SECONDS)
         raise RuntimeError("the device\nis gone")
 
     batches = open_batches(engine, staleness=2)
@@ -185,14 +187,24 @@ def test_saving_says_for_how_many_rollouts_it_waits_and_which_one_has_failed(eng
     assert "RuntimeError: the device is gone" in caplog.text
 
 
-def test_the_seconds_of_a_rollout_begin_when_its_weights_are_made():
+def test_the_seconds_of_a_rollout_begin_when_its_weights_are_made(monkeypatch):
     """The update before is still on the device when the thread gets its weights."""
+    now, asked = [0.0], threading.Event()
+
+    def clock():
+        """The weights are ready after a second of the trainer's waiting; each look of the sampler takes a quarter."""
+        if threading.current_thread() is threading.main_thread():
+            asked.set()
+        else:
+            now[0] += 0.25
+        return now[0]
+
+    monkeypatch.setattr(policy_batches, "time", SimpleNamespace(perf_counter=clock))
 
     class Late:
-        ready = time.monotonic() + 1.0
-
         def block_until_ready(self):
-            time.sleep(max(self.ready - time.monotonic(), 0.0))
+            assert asked.wait(SECONDS)
+            now[0] = max(now[0], 1.0)
 
     batch = FakeBatch()
     take_weights = batch.update_weights
@@ -208,9 +220,8 @@ def test_the_seconds_of_a_rollout_begin_when_its_weights_are_made():
         batches = open_batches(engine)
         batches.follow(lambda: weights)
         batches.next_batch(SIZE)
-    assert time.monotonic() > Late.ready
     row = batches.rows[1]
-    assert 0 < row["rollout/seconds"] < row["rollout/waited"] - 0.5
+    assert row["rollout/seconds"] == 0.5 and row["rollout/waited"] == 1.75
 
 
 def test_an_engine_that_closes_ends_the_thread():
@@ -223,7 +234,7 @@ def test_an_engine_that_closes_ends_the_thread():
             batches._begin(SIZE)
             sampler.shutdown(wait=False, cancel_futures=True)
         with pytest.raises(RuntimeError, match="clos|finish"):
-            batches.ahead[0].parts.result(60)
+            batches.ahead[0].parts.result(SECONDS)
     assert batches.ahead[1].parts.cancelled()
 
 

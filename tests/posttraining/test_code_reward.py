@@ -7,6 +7,7 @@ from deepseek_jax.posttraining.rewards.problem import Case, Problem
 from deepseek_jax.posttraining.rewards.problem import Tests as UnitTests
 from deepseek_jax.posttraining.rewards.sandbox import session, values
 from deepseek_jax.posttraining.rewards.sandbox.session import Limits, SandboxError
+from tests.support.patience import SECONDS
 
 sandboxed = pytest.mark.skipif(session.missing() is not None, reason=session.missing() or "")
 
@@ -22,7 +23,7 @@ check(candidate)
 
 def reward(source, **tests):
     text = f"<think>\n```python\nraise SystemExit\n```\n</think>\nHere it is:\n```python\n{source}\n```\n"
-    return CodeReward(Limits(5.0))(Problem("p", (), tests=UnitTests("pairs", **tests)), text)
+    return CodeReward(Limits(SECONDS))(Problem("p", (), tests=UnitTests("pairs", **tests)), text)
 
 
 @sandboxed

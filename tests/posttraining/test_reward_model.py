@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import threading
-import time
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from deepseek_jax.training.workdir import claim_workdir
 from tests.posttraining import test_grpo, test_sft
 from tests.posttraining.test_sft import TOKENIZER, one_device, save_run
 from tests.support import small
+from tests.support.patience import SECONDS
 
 OWN = {"template": "plain", "pairs": "pairs.jsonl", "heldout": 4, "epochs": 2.0}
 
@@ -179,18 +179,18 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
     problem = Problem("sort 21", ({"role": "user", "content": "sort 21"},), "12")
     texts = ["<think>?</think><answer>12</answer>", "nan", "<think>?</think><answer>21</answer>"]
 
-    back = threading.Event()
+    back, end = threading.Event(), threading.Event()
 
     def scores(pairs):
         if any(text == "hang" for _, text in pairs):
-            time.sleep(1000.0)
+            end.wait(10 * SECONDS)
         if any(text == "late" for _, text in pairs):
-            back.wait()
+            back.wait(10 * SECONDS)
         if any(text == "raise" for _, text in pairs):
             raise RuntimeError("out of memory")
         return np.array([math.nan if text == "nan" else 4.0 for _, text in pairs])
 
-    zero = policy_settings(on_failure="zero")
+    zero = dataclasses.replace(policy_settings(on_failure="zero"), reward_seconds=SECONDS)
     quick = dataclasses.replace(zero, reward_seconds=1.0)
     with ModelRewards(zero, 2, scores) as pool:
         found = pool.score([problem] * 3, texts)
@@ -199,14 +199,14 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
         assert [score.failed for score in found] == [(), ("model",), ()]
         assert [s.failed for s in pool.score([problem] * 3, ["raise", "a", "b"])] == [("model",), ("model",), ()]
     with ModelRewards(quick, 2, scores) as pool:
-        begin = time.monotonic()
         assert pool.score([problem], ["late"])[0].failed == ("model",)
         back.set()  # what was late has returned, so the model is asked again
+        pool._grpo = zero
         assert pool.score([problem], ["b"])[0].parts["model"] == 4.0
+        pool._grpo = quick
         for _ in range(2):  # "zero" does not train on with nothing but zeros
             with pytest.raises(RewardError, match="program has not come back 1.0 s after .* larger .*reward_seconds"):
                 pool.score([problem] * 3, ["hang", "a", "b"])
-        assert time.monotonic() - begin < 100.0
     quick, stop = (dataclasses.replace(settings, on_failure="stop") for settings in (quick, zero))
     with ModelRewards(stop, 2, scores) as pool:
         with pytest.raises(RewardError, match="reward 'model' of problem 'sort 21' returned nan; text: 'nan'"):
@@ -215,6 +215,7 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
             pool.score([problem], ["raise"])
     with ModelRewards(quick, 2, scores) as pool, pytest.raises(RewardError, match="took longer than 1.0 s for 1 answ"):
         pool.score([problem], ["hang"])
+    end.set()
 
 
 def test_a_reward_model_is_trained_has_room_and_keeps_its_template(tmp_path, monkeypatch):

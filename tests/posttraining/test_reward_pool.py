@@ -3,13 +3,15 @@
 import logging
 import os
 import signal
+import threading
 
 import pytest
 
-from deepseek_jax.posttraining.rewards import NAMES, rewards_by_name
-from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool
+from deepseek_jax.posttraining.rewards import NAMES, pool, rewards_by_name
+from deepseek_jax.posttraining.rewards.pool import RewardError, RewardPool, _Worker
 from deepseek_jax.posttraining.rewards.problem import Problem
 from tests.support.failing_rewards import misbehave, one
+from tests.support.patience import SECONDS
 
 PROBLEM = Problem("the seventh", (), answer="7")
 FAILURES = {
@@ -21,6 +23,21 @@ FAILURES = {
     "hang": "took longer than 1.0 s",
     "die": "ended its process",
 }
+
+
+STUCK = "x" * (1 << 22)  # for a process that is stopped
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """The limit of a second is for what hangs; all else has the time that a loaded machine needs."""
+    call = _Worker.call
+
+    def own(self, message, seconds):
+        name, _, text = message
+        return call(self, message, seconds if name == "bad" and text in ("hang", STUCK) else SECONDS)
+
+    monkeypatch.setattr(_Worker, "call", own)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +65,7 @@ def test_a_failure_counts_nothing_and_the_pool_goes_on(lenient, caplog, text):
 def test_a_failure_stops_where_that_is_asked_for(strict, text):
     with pytest.raises(RewardError, match=f"reward 'bad' of problem 'the seventh' {FAILURES[text]}; text: '{text}'"):
         strict.score([PROBLEM, PROBLEM], ["fine", text])
-    assert strict.submit(PROBLEM, "fine").result(60).total == 0.5
+    assert strict.submit(PROBLEM, "fine").result(SECONDS).total == 0.5
 
 
 def test_scores_come_in_order_and_without_processes():
@@ -65,18 +82,32 @@ def test_a_reward_that_exits_is_a_failure_without_processes_too():
         pool.score([PROBLEM], ["exit"])
 
 
-def test_a_process_that_reads_nothing_is_ended(lenient):
+def test_a_process_that_reads_nothing_is_ended(lenient, caplog):
     """A text longer than the socket's buffer would wait for it for ever."""
     lenient.score([PROBLEM], ["fine"])
     os.kill(lenient._all[0]._process.pid, signal.SIGSTOP)
-    (score,) = lenient.score([PROBLEM], ["x" * (1 << 22)])
-    assert score.failed == ("bad",) and score.parts["one"] == 1.0
+    (score,) = lenient.score([PROBLEM], [STUCK])
+    assert score.failed == ("bad",) and score.parts["one"] == 1.0 and FAILURES["hang"] in caplog.text
+
+
+def test_a_text_that_is_sent_when_its_time_is_over_took_too_long(strict, monkeypatch):
+    """The process is killed at the moment when it has the text: not an end of its own."""
+
+    class Late(threading.Timer):
+        def cancel(self):
+            self.function()
+            super().cancel()
+
+    strict.score([PROBLEM], ["fine"])
+    monkeypatch.setattr(pool.threading, "Timer", Late)
+    with pytest.raises(RewardError, match=FAILURES["hang"]):
+        strict.score([PROBLEM], ["hang"])
 
 
 def test_the_end_of_a_pool_does_not_wait_for_a_reward():
     with RewardPool({"bad": misbehave}, seconds=900.0) as pool:
         future = pool.submit(PROBLEM, "hang")
-    assert isinstance(future.exception(60), RewardError)
+    assert isinstance(future.exception(SECONDS), RewardError)
 
 
 @pytest.mark.parametrize(

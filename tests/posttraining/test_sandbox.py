@@ -14,10 +14,12 @@ from deepseek_jax.posttraining.rewards.sandbox import session, values
 from deepseek_jax.posttraining.rewards.sandbox.session import Limits, Raised, Refused, Sandbox, SandboxError
 from deepseek_jax.posttraining.rewards.sandbox.system_calls import ARCHITECTURES, REFUSED
 from tests.support.attacks import ATTACKS, HANGING
+from tests.support.patience import SECONDS
 
 pytestmark = pytest.mark.skipif(session.missing() is not None, reason=session.missing() or "")
 
 SECRET = "right-answer"
+PATIENT = Limits(SECONDS)  # for code that ends
 # One attack on each wall; the others are slow tests, as each starts a process.
 OFTEN = {
     "fork bomb",
@@ -39,6 +41,13 @@ OFTEN = {
     "endless loop",
     "ignoring SIGTERM",
 }
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Processes start and end late on a loaded machine."""
+    monkeypatch.setattr(session, "SECONDS_TO_START", SECONDS)
+    monkeypatch.setattr(session, "SECONDS_TO_END", SECONDS)
 
 
 def processes_of(namespace: str) -> list[str]:
@@ -98,7 +107,7 @@ def test_code_that_does_not_end_is_ended(name, folder):
 
 
 def test_a_sandbox_computes_and_keeps_state_between_calls():
-    with Sandbox() as sandbox:
+    with Sandbox(PATIENT) as sandbox:
         sandbox.load(
             "import math, collections, itertools, re, json\nseen = []\n"
             "def f(x): seen.append(x); return seen, {1: (2.5, None)}"
@@ -113,9 +122,9 @@ def test_the_clock_runs_only_while_the_code_does(monkeypatch):
     """The judge's own work, such as the start of another sandbox, costs right code nothing."""
     late = [0.0]
     monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late[0]))
-    with Sandbox() as sandbox:
+    with Sandbox(PATIENT) as sandbox:
         sandbox.load("def f(x): return x + 1")
-        late[0] = 1000.0
+        late[0] = 10 * SECONDS
         assert sandbox.call("f", [1]) == 2
 
 
@@ -136,7 +145,7 @@ def packages(x): return [p for f in glob.glob("/usr/lib*/python*/*-packages") fo
     column = ARCHITECTURES[platform.machine()][0]
     names = ("socketpair", "syslog", "modify_ldt", "open_tree_attr")
     numbers = [REFUSED[name][column] for name in names if REFUSED[name][column] is not None]
-    with Sandbox() as sandbox:
+    with Sandbox(PATIENT) as sandbox:
         sandbox.load(source)
         assert sandbox.call("calls", [values.encode(numbers)]) == values.encode([errno.EPERM] * len(numbers))
         assert sandbox.call("packages", [0]) == values.encode([])
@@ -150,7 +159,7 @@ def f(x):
         try: os.write(pipe, b'{"refused": "x"}\\n')
         except OSError: pass
 """
-    with Sandbox() as sandbox:
+    with Sandbox(PATIENT) as sandbox:
         sandbox.load(source)
         with pytest.raises(Refused, match="without the token"):
             sandbox.call("f", [1])

@@ -12,6 +12,7 @@ import pytest
 
 from deepseek_jax.safetensors import reader
 from deepseek_jax.safetensors.folder import Shards
+from tests.support.patience import SECONDS
 from tests.support.shards import same, values, write
 
 
@@ -68,7 +69,7 @@ def test_no_more_buffers_than_asked_for(many):
     waiting.start()
     assert not arrived.wait(0.05)
     kept[1].release()
-    assert arrived.wait(5)
+    assert arrived.wait(SECONDS)
     waiting.join()
     assert kept[3].values.ctypes.data == kept[1].values.ctypes.data
     stream.close()
@@ -77,7 +78,7 @@ def test_no_more_buffers_than_asked_for(many):
 def test_a_large_tensor_is_read_by_all_threads(tmp_path, monkeypatch):
     shapes = {"large": ("U8", (4000,))}
     shards = Shards(write(tmp_path, shapes))
-    barrier, preadv = threading.Barrier(4, timeout=5), os.preadv
+    barrier, preadv = threading.Barrier(4, timeout=SECONDS), os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: (barrier.wait(), preadv(*args))[1])
     found = [chunk.values for chunk in shards.stream(["large"], chunk_bytes=1000, num_threads=4)]
     same(np.concatenate(found), values("large", shapes))

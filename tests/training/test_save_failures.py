@@ -14,9 +14,10 @@ from configs.deepseek_v3 import get_config
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.storage import error_number, remedy
 from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError
+from tests.support.patience import SECONDS
 
 CONFIG = from_config_dict(get_config())
-AT_ONCE = 10.0  # seconds, on a loaded machine; Orbax's threads waited for 300
+AT_ONCE = SECONDS  # on a loaded machine; Orbax's threads waited for 300 seconds
 
 
 @pytest.fixture

@@ -158,15 +158,18 @@ class _Worker:
         self._lock = threading.Lock()  # between a start and the end
 
     def call(self, message: tuple[str, Problem, str], seconds: float) -> tuple[float, str | None]:
+        late = threading.Event()
         try:
             connection = self._connection or self._start()
-            self._send(connection, pickle.dumps(message), seconds)
-            if not connection.poll(seconds):
-                self._kill()
-                return 0.0, f"took longer than {seconds} s"
-            return pickle.loads(connection.recv_bytes())
+            self._send(connection, pickle.dumps(message), seconds, late)
+            if connection.poll(seconds):
+                return pickle.loads(connection.recv_bytes())
+            late.set()
         except (EOFError, OSError) as error:
-            return 0.0, f"ended its process ({error or 'no answer'}; status {self._kill()})"
+            if not late.is_set():
+                return 0.0, f"ended its process ({error or 'no answer'}; status {self._kill()})"
+        self._kill()
+        return 0.0, f"took longer than {seconds} s"
 
     def _start(self) -> Connection:
         ours: Any
@@ -184,16 +187,19 @@ class _Worker:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))},
             )
         self._connection = ours
-        self._send(ours, self._pickled, SECONDS_TO_START)
+        self._send(ours, self._pickled, SECONDS_TO_START, threading.Event())
         if not ours.poll(SECONDS_TO_START):
             raise EOFError("did not start")
         ours.recv_bytes()
         return ours
 
-    def _send(self, connection: Connection, message: bytes, seconds: float) -> None:
-        """Send what may be more than the socket holds; a process that does not read it in time is killed."""
-        assert self._process is not None
-        watchdog = threading.Timer(seconds, self._process.kill)
+    def _send(self, connection: Connection, message: bytes, seconds: float, late: threading.Event) -> None:
+        """Send what may be more than the socket holds; for a process that does not read it in time `late` is set, and
+        it is killed.
+        """
+        process = self._process
+        assert process is not None
+        watchdog = threading.Timer(seconds, lambda: (late.set(), process.kill()))
         watchdog.start()
         try:
             connection.send_bytes(message)
