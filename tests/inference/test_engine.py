@@ -3,11 +3,13 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.inference import engine as engine_module
 from deepseek_jax.inference.answers import join
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import ClosedError, Job, QueueFullError
@@ -15,6 +17,7 @@ from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.parameters import Weights
 from tests.support.fake_batch import VERSION, FakeBatch, fake_weights, logprob, text_ids
+from tests.support.patience import SECONDS, wait_for
 
 TOKENIZER = byte_tokenizer()
 DRAWN = Sampling(temperature=1.0, top_k=0, top_p=1.0)
@@ -33,7 +36,7 @@ class Heard(list):
             self.has_ended.set()
 
     def answer(self):
-        assert self.has_ended.wait(30), "a last delta"
+        assert self.has_ended.wait(SECONDS), "a last delta"
         assert [delta.finish_reason for delta in self].count(None) == len(self) - 1, "and only one"
         return join(self)
 
@@ -65,18 +68,41 @@ def random_jobs(count, seed=0, longest=400, **options):
 
 
 def check_pages_are_back(engine):
-    stats = engine.stats()
-    assert (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
+    """A row is given back behind the last delta, so a listener may look before."""
+    wait_for(lambda: not (engine.stats().waiting or engine.stats().running or engine.stats().pages_used))
 
 
-def long_job(num_tokens=10_000, **options):
+def long_job(num_tokens=100_000, **options):
     return Job(**{"prompt": [3, 4, 5], "max_new_tokens": num_tokens, "sampling": GREEDY, "ignore_eos": True} | options)
 
 
 def endless_batch(**options):
-    """A device on which `long_job` takes some time."""
-    options = {"num_positions": 20_000, "num_pages": 400} | options
+    """A device on which `long_job` does not end while a test runs."""
+    options = {"num_positions": 200_000, "num_pages": 4000} | options
     return FakeBatch(before=lambda: time.sleep(0.0005), **options)
+
+
+class HeldBatch(FakeBatch):
+    """A device that stands still in a step, the tenth that it is asked for by default, until `ask` has asked."""
+
+    def __init__(self, held_at=10, **options):
+        super().__init__(before=self._hold, **options)
+        self.is_held, self.goes_on, self._steps, self._held_at = threading.Event(), threading.Event(), 0, held_at
+
+    def _hold(self):
+        self._steps += 1
+        if self._steps == self._held_at:
+            self.is_held.set()
+            assert self.goes_on.wait(SECONDS)
+
+    def ask(self, engine, request, *arguments, **options):
+        """Let `request` reach the engine while the step stands still, and return what it returns."""
+        assert self.is_held.wait(SECONDS)
+        with ThreadPoolExecutor(1) as caller:
+            asked = caller.submit(request, *arguments, **options)
+            wait_for(lambda: engine._inbox._requests)
+            self.goes_on.set()
+            return asked.result(SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -167,15 +193,16 @@ def test_the_order_of_jobs_changes_nothing():
     assert [(answer.text, answer.ids) for answer in forth] == [(answer.text, answer.ids) for answer in back]
 
 
-def test_priorities_go_first():
+def test_priorities_go_first(monkeypatch):
+    now = time.monotonic()  # of all four: later ones catch up
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: now))
     order, jobs = [], [long_job(3, priority=priority) for priority in (0, 1, 0, 2)]
     engine = Engine(FakeBatch(num_rows=1), TOKENIZER)
     engine.pause()
     for i, job in enumerate(jobs):
         engine.submit(job, lambda delta, i=i: order.append(i) if delta.finish_reason else None)
     engine.resume()
-    while len(order) < 4:
-        time.sleep(0.001)
+    wait_for(lambda: len(order) == 4)
     engine.close()
     assert order == [3, 1, 0, 2]
 
@@ -346,16 +373,17 @@ def test_a_prefix_is_found_again_and_counted():
 
 def test_new_weights_wait_for_those_that_run():
     """No answer mixes versions; the next job with an old prefix has the new weights."""
-    batch = endless_batch(num_rows=2)
+    batch = HeldBatch(30, num_rows=2)
     prompt = list(range(130))
     jobs = [long_job(200 + i, prompt=[*prompt, i]) for i in range(6)]
     heard = [Heard() for _ in jobs]
     with Engine(batch, TOKENIZER) as engine:
+        engine.pause()
         for job, listener in zip(jobs, heard, strict=True):
             engine.submit(job, listener)
-        while len(heard[0]) < 20:
-            time.sleep(0.001)
-        engine.update_weights(fake_weights(5), version=5)
+        engine.resume()
+        batch.ask(engine, engine.update_weights, fake_weights(5), version=5)
+        assert len(heard[0]) >= 20
         after = engine.generate([jobs[0]])[0]
         assert engine.stats().version == 5
     answers = [listener.answer() for listener in heard]
@@ -366,12 +394,10 @@ def test_new_weights_wait_for_those_that_run():
 
 @pytest.mark.parametrize("running", ["keep", "recompute", "abort"])
 def test_new_weights_at_once(running):
-    batch, heard, job = endless_batch(), Heard(), long_job(400, prompt=list(range(70)))
+    batch, heard, job = HeldBatch(30), Heard(), long_job(400, prompt=list(range(70)))
     with Engine(batch, TOKENIZER) as engine:
         engine.submit(job, heard)
-        while len(heard) < 20:
-            time.sleep(0.001)
-        engine.update_weights(fake_weights(1), running=running)
+        batch.ask(engine, engine.update_weights, fake_weights(1), running=running)
         answer = heard.answer()
         assert engine.stats().version == 1
         with pytest.raises(ValueError, match="do not fit"):
@@ -472,7 +498,7 @@ def test_a_device_that_fails_while_the_engine_closes_leaves_nobody_waiting():
         engine.close()
         try:
             with pytest.raises(RuntimeError, match="the device is gone"):
-                waits.result(10)
+                waits.result(SECONDS)
         finally:
             for change in engine._stepper._changes:  # or the test would hang
                 if not change.done.done():
@@ -480,13 +506,16 @@ def test_a_device_that_fails_while_the_engine_closes_leaves_nobody_waiting():
 
 
 def test_close_drains_for_so_long():
-    quick, slow = Heard(), Heard()
+    batch, quick, slow = HeldBatch(), Heard(), Heard()
+    engine = Engine(batch, TOKENIZER)
+    engine.submit(long_job(50), quick)
+    batch.ask(engine, engine.close, drain_seconds=SECONDS)
+    assert quick.answer().finish_reason == "length"
     engine = Engine(endless_batch(), TOKENIZER)
-    engine.submit(long_job(5), quick)
     engine.submit(long_job(), slow)
-    engine.close(drain_seconds=0.3)
-    assert quick.answer().finish_reason == "length" and slow.answer().finish_reason == "cancelled"
-    assert len(slow) > 10
+    begin = time.monotonic()
+    engine.close(drain_seconds=0.1)
+    assert slow.answer().finish_reason == "cancelled" and time.monotonic() - begin >= 0.1
     with pytest.raises(ClosedError):
         engine.submit(long_job(), Heard())
     engine.close()

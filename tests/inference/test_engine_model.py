@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from deepseek_jax.model import transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from tests.inference.test_decode import make_config, one_device
 from tests.support.drawn import drawn_weights
+from tests.support.patience import SECONDS, wait_for
 
 pytestmark = pytest.mark.xdist_group("engine_model")  # what is compiled once, serves all tests
 
@@ -70,7 +70,7 @@ class Held:
 
     def step(self, *arguments):
         self.begun.set()
-        assert self.go.wait(60)
+        assert self.go.wait(SECONDS)
         return self._batch.step(*arguments)
 
 
@@ -129,8 +129,8 @@ def texts_of(answers):
 
 
 def check_pages_are_back(engine):
-    stats = engine.stats()
-    assert (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
+    """A row is given back behind the last delta, so a listener may look before."""
+    wait_for(lambda: not (engine.stats().waiting or engine.stats().running or engine.stats().pages_used))
 
 
 @pytest.mark.parametrize("count", [48, pytest.param(500, marks=pytest.mark.slow)])
@@ -173,7 +173,7 @@ def test_some_are_cancelled_and_nobody_is_mixed_up(batch):
             tickets[i] = engine.submit(job, functools.partial(listen, i))
         engine.resume()
         for _ in jobs:
-            assert ended.acquire(timeout=60)
+            assert ended.acquire(timeout=SECONDS)
         check_pages_are_back(engine)
         assert engine.stats().finished["cancelled"] > 5
     for i, answer in enumerate(whole):
@@ -259,13 +259,6 @@ def test_routes_of_every_token_come_once(batch):
     np.testing.assert_array_equal(np.sort(again.routes_TLK), np.sort(found[0][2].routes_TLK[64:]))
 
 
-def wait_until(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_new_weights_while_jobs_run(batch):
     """Those that run end on the old weights, the others begin with the new, also with an old prefix."""
     jobs = [job for job in make_jobs(24, seed=10) if job.sampling is GREEDY]
@@ -275,18 +268,18 @@ def test_new_weights_while_jobs_run(batch):
         engine.generate(jobs[:1])
         engine.pause()
         thread.start()
-        wait_until(lambda: engine.stats().waiting >= len(jobs))
+        wait_for(lambda: engine.stats().waiting >= len(jobs))
         held.begun.clear()
         held.go.clear()
         engine.resume()
-        assert held.begun.wait(60)
+        assert held.begun.wait(SECONDS)
         updating = threading.Thread(target=engine.update_weights, args=(make_weights(1),))
         updating.start()
-        wait_until(lambda: engine._inbox._requests)
+        wait_for(lambda: engine._inbox._requests)
         held.go.set()
-        updating.join(60)
+        updating.join(SECONDS)
         after = engine.generate(jobs)
-        thread.join(60)
+        thread.join(SECONDS)
         engine.update_weights(make_weights(0), version=0)
         assert texts_of(engine.generate(jobs[:2])) == texts_of(engine.generate(jobs[:2]))
     check_greedy(jobs, after, version=1)

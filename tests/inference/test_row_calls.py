@@ -23,7 +23,7 @@ class FakeCalls(row_calls.Calls):
 
 def test_programs_are_compiled_side_by_side_and_all_are_told_of(monkeypatch):
     monkeypatch.setattr(row_calls.os, "cpu_count", lambda: 2)
-    both_run = threading.Barrier(2, timeout=30)  # nobody passes it alone
+    both_run = threading.Barrier(2, timeout=120)  # nobody passes it alone
     calls, told = FakeCalls(range(4), lambda _: both_run.wait()), []
     calls.compile(lambda done, total: told.append((done, total)), ())
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -38,7 +38,7 @@ def test_after_an_error_no_other_program_is_begun(monkeypatch):
         if name == 0:
             raise ValueError("too large")
         begun.set()
-        assert failed.wait(30)
+        assert failed.wait(120)
 
     class Stopping(row_calls.ThreadPoolExecutor):
         def shutdown(self, **options):

@@ -157,7 +157,7 @@ def test_a_closed_stream_ends_the_process_that_reads_it():
         thread.join(0.05)
         assert thread.is_alive() and not codes
         os.close(write_end)
-        thread.join(10)
+        thread.join(120)
     assert codes == [1]
 
 
