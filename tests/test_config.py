@@ -475,7 +475,7 @@ def train_command(*overrides):
     """Run `experiments.train --print_config` with overrides."""
     command = [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", "--print_config", *overrides]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600
     )
 
 

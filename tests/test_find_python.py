@@ -33,7 +33,7 @@ def machine(tmp_path):
             path.chmod(0o755)
         environment = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path), **variables}
         return subprocess.run(
-            [shutil.which("bash"), SCRIPT], env=environment, capture_output=True, text=True, timeout=60
+            [shutil.which("bash"), SCRIPT], env=environment, capture_output=True, text=True, timeout=600
         )
 
     return find

@@ -17,7 +17,7 @@ import jax
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 10.0  # that a refusal may compute
-DEADLINE = 60  # seconds after which a command that waits is ended, on a loaded machine
+DEADLINE = 600  # seconds after which a command that waits is ended, on a loaded machine
 
 SERVER = """
 import gc, importlib, json, os, pkgutil, runpy, signal, sys, warnings

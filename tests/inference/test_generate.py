@@ -65,7 +65,7 @@ def command(workdir, *options):
     arguments = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.FLAGS}
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 

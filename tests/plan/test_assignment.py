@@ -67,7 +67,7 @@ def compiler(monkeypatch):
     """A process in the compiler's place: it runs a script, whose `folder` is the one that is watched."""
     begun = []
 
-    def begin(script):
+    def begin(script, seconds_to_refuse=600.0):
         def start(request, folder):
             text = f"import json, pathlib, sys, time; folder = pathlib.Path({str(folder)!r})\n{script}"
             json.dumps(request)
@@ -76,6 +76,7 @@ def compiler(monkeypatch):
 
         monkeypatch.setattr(assignment, "_begin", start)
         monkeypatch.setattr(assignment, "SECONDS_BETWEEN_LOOKS", 0.02)
+        monkeypatch.setattr(assignment, "SECONDS_TO_REFUSE", seconds_to_refuse)
         return begun
 
     return begin
@@ -121,9 +122,8 @@ def test_a_refusal_is_the_compilers_own(compiler):
     assert (found.total, found.capacity, found.fits, found.source) == (2 * TOTAL, TOTAL - 1, False, "compiled")
 
 
-def test_a_step_that_is_larger_than_the_chip_and_not_refused_yet_does_not_fit(compiler, monkeypatch):
-    monkeypatch.setattr(assignment, "SECONDS_TO_REFUSE", 0.1)
-    begun = compiler(f"{WRITE}\ntime.sleep(600)")
+def test_a_step_that_is_larger_than_the_chip_and_not_refused_yet_does_not_fit(compiler):
+    begun = compiler(f"{WRITE}\ntime.sleep(600)", 0.1)
     found = step_memory(TOTAL - 1)
     assert (found.total, found.capacity, found.fits, found.source) == (TOTAL, TOTAL - 1, False, "assigned")
     assert begun[0].poll() == -signal.SIGKILL
@@ -191,7 +191,7 @@ def test_the_real_process_ends_with_the_one_that_began_it(libtpu, tmp_path):
     process = assignment._begin(request, tmp_path)
     try:
         process.stdin.close()
-        assert process.wait(60) == 1
+        assert process.wait(600) == 1
     finally:
         process.kill()
     assert "Traceback" not in (tmp_path / "said").read_text()

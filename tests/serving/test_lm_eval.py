@@ -52,7 +52,7 @@ def evaluate(folder, url, model):
     command += ["--model_args", f"base_url={url}/v1/completions,model={model},max_length={LENGTH}"]
     command += ["--tasks", "pick,say", "--batch_size", "4", "--output_path", str(out), "--log_samples"]
     offline = {"HF_HOME": str(folder / "hf"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "failed" not in done.stderr, done.stderr[-3000:]
     samples = []
     for name in ("pick", "say"):

@@ -18,7 +18,7 @@ def run(script, value=None):
     )
     source = f"{imports} const value = {json.dumps(value)}; let result; {script}; console.log(JSON.stringify(result));"
     done = subprocess.run(
-        ["node", "--input-type=module", "-e", source], capture_output=True, text=True, check=False, timeout=60
+        ["node", "--input-type=module", "-e", source], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

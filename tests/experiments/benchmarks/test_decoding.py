@@ -40,7 +40,7 @@ def test_kernels_of_a_run_are_those_outside_loops():
 def test_numbers_of_sequences_are_checked(number):
     arguments = ["--config=configs/tiny.py", f"--batch=1,{number}"]
     refused = [sys.executable, "-m", "experiments.benchmarks.decoding", *arguments]
-    done = subprocess.run(refused, cwd=command.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(refused, cwd=command.ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2 and f"--batch={number} must be numbers" in done.stderr
 
 

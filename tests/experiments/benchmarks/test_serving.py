@@ -61,5 +61,5 @@ def test_records_of_a_small_model(tmp_path):
 )
 def test_what_cannot_be_measured_is_one_line(arguments, message):
     refused = [sys.executable, "-m", "experiments.benchmarks.serving", *arguments]
-    done = subprocess.run(refused, cwd=command.ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(refused, cwd=command.ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -66,7 +66,7 @@ def test_the_card_is_asked_for():
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 2 and "needs a Hopper GPU" in done.stderr

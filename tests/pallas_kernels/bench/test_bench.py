@@ -269,7 +269,7 @@ def test_refuses_without_a_gpu(tmp_path):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "none.json").exists()
