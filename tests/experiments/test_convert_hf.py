@@ -48,7 +48,7 @@ CONFIG = ("--config=configs/tiny.py", "--config.data.sequence_length=128")
 SHARD_BYTES = 500_000
 TINY_SHARDS = "--shard_gigabytes=0.0001"
 
-# Reads {"arguments": [...], "log": path, "killed": false} by line; answers with the process's id, and with its exit code
+# Reads {"arguments": [...], "log": path, "killed": false} by line; answers with the process id, and with its exit code
 # when it has ended. "killed": it is, as soon as its record has a finished shard.
 SERVER = """
 import gc, json, os, signal, sys, warnings
