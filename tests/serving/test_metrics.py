@@ -1,6 +1,7 @@
 """`/metrics`, and the endpoints about tokens."""
 
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,9 @@ def test_metrics_are_prometheus_text(server, client):
 @pytest.mark.parametrize("together", [(1, 1, 1, 1, 1), (5,), (2, 3)])
 def test_every_token_behind_the_first_is_counted_however_they_come(together, monkeypatch):
     now, metrics = 100.0, Metrics()
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = SimpleNamespace(monotonic=lambda: now, time=time.time)  # the servers of other tests have theirs
+    monkeypatch.setattr("deepseek_jax.serving.answering.time", clock)
+    monkeypatch.setattr("deepseek_jax.serving.metrics.time", clock)
     answer = Answer(SimpleNamespace(metrics=metrics), Form("", "", ""), SimpleNamespace(num_choices=1), [None], [None])
     for i in together:
         now += 0.5
@@ -61,7 +64,7 @@ def test_a_histogram_counts_up_to_each_bound():
 
 def test_tokens_per_second_forget(monkeypatch):
     metrics, now = Metrics(), 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("deepseek_jax.serving.metrics.time", SimpleNamespace(monotonic=lambda: now))
     metrics.count_tokens(50)
     now = 1005.0
     assert "deepseek_jax_tokens_per_second 5\n" in "\n".join(metrics._own())

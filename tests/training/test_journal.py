@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 from absl import logging as absl_logging
@@ -77,7 +78,7 @@ def test_a_full_disk_does_not_stop_the_run_here(tmp_path):
 
 def test_a_bar_on_a_terminal_is_noted_now_and_then(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("deepseek_jax.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("deepseek_jax.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     (tmp_path / "config.json").write_text("{}")
     with journal(tmp_path):
         bar = ProgressBar(1000, 0, Terminal())

@@ -5,6 +5,7 @@ import math
 import os
 import struct
 from contextlib import closing
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -181,7 +182,7 @@ def test_events_survive_a_kill_after_a_flush(tmp_path):
 
 def test_speed_counts_training_time_alone(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     speed = Speedometer(flops_per_token=2e9, devices=jax.devices()[:1])
     for _ in range(2):
         now[0] += 0.5
@@ -200,7 +201,7 @@ def test_utilisation_is_measured_against_all_devices(monkeypatch):
         device_kind = "NVIDIA H200"  # 989 TFLOP/s
 
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     speed = Speedometer(flops_per_token=1e12, devices=[Card(), Card()])
     now[0] = 1.0
     speed.count(1000)

@@ -1,6 +1,7 @@
 """The progress bar: what it prints on a terminal and elsewhere."""
 
 import io
+from types import SimpleNamespace
 
 from deepseek_jax.progress import Bar
 from deepseek_jax.training.progress import ProgressBar
@@ -8,7 +9,7 @@ from deepseek_jax.training.progress import ProgressBar
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("deepseek_jax.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("deepseek_jax.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     file = io.StringIO()
     bar = ProgressBar(1000, 200, file)
     for step in range(1, 9):
@@ -23,7 +24,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
 
 def test_short_work_without_a_terminal_shows_no_line_and_no_carriage_return(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("deepseek_jax.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("deepseek_jax.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     file = io.StringIO()
     with Bar(100, "tokenize", file=file) as bar:
         for _ in range(10):
