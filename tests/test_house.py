@@ -144,6 +144,7 @@ SET_FROM_OUTSIDE = {
     ("experiments/command.py", "args"),
     ("experiments/command.py", "msg"),
     ("experiments/config_file.py", "__file__"),
+    ("experiments/program_cache.py", "put"),
     ("experiments/recipe.py", "overrides"),
     ("experiments/session.py", "restype"),
     ("huggingface/companions.py", "post_processor"),
