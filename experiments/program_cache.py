@@ -18,14 +18,14 @@ def write_whole() -> None:
     lru_cache.LRUCache.put = put
 
 
-def put(cache: lru_cache.LRUCache, key: str, value: bytes) -> None:
+def put(self: lru_cache.LRUCache, key: str, value: bytes) -> None:
     """Keep a program, unless the cache has one of that key; in JAX's place.
 
     A cache with a bound for its size has a lock around it, and one in a bucket writes whole objects: JAX's own way.
     """
-    folder = os.fspath(cache.path)
-    if cache.eviction_enabled or "://" in folder:
-        _put(cache, key, value)
+    folder = str(self.path)
+    if self.eviction_enabled or "://" in folder:
+        _put(self, key, value)
         return
     path, partial = os.path.join(folder, f"{key}-cache"), os.path.join(folder, f"partial-{uuid.uuid4().hex}")
     if os.path.exists(path):
