@@ -200,7 +200,11 @@ def test_a_score_that_fails_or_hangs_stops_or_counts_as_zero():
         assert [s.failed for s in pool.score([problem] * 3, ["raise", "a", "b"])] == [("model",), ("model",), ()]
     with ModelRewards(quick, 2, scores) as pool:
         assert pool.score([problem], ["late"])[0].failed == ("model",)
-        back.set()  # what was late has returned, so the model is asked again
+        late, join = pool._late, pool._late.join
+        late.join = lambda seconds: (
+            back.set(),
+            join(seconds),
+        )  # it returns when it is waited for: the model is asked again
         pool._grpo = zero
         assert pool.score([problem], ["b"])[0].parts["model"] == 4.0
         pool._grpo = quick
