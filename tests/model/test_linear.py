@@ -163,16 +163,6 @@ def ffn(x, gate_up, down, g):
     return y, *pull(g.astype(y.dtype))
 
 
-def test_two_layers_with_a_swiglu_are_close_to_fp32():
-    x, gate_up, down, g = draw(13, T, 256), draw(14, 256, 2, 128) / 16, draw(15, 128, 256), draw(16, T, 256)
-    exact = ffn(x, gate_up, down, g)
-    got = ffn(x.astype(jnp.bfloat16), fp8(gate_up), fp8(down), g.astype(jnp.bfloat16))
-    for name, a, b, least in zip(
-        ("y", "dx", "dgate_up", "ddown"), got, exact, (0.9975, 0.9975, 0.9975, 0.9975), strict=True
-    ):
-        assert a.shape == b.shape and cosine(a, b) >= least, name
-
-
 def test_two_layers_with_a_swiglu_are_the_recipe():
     """Each product of what it is said to multiply: only BF16 or FP32 rounding is left."""
     x, g = draw(17, T, 256).astype(jnp.bfloat16), draw(18, T, 256).astype(jnp.bfloat16)
