@@ -263,41 +263,6 @@ def test_the_oldest_is_evicted_first_and_a_prefix_after_what_follows():
     assert [len(PagedSequence.open(pool, prompt)) for prompt in (old, new)] == [0, 192]
 
 
-def test_a_full_cache_refuses_and_goes_on():
-    pool, device = PagePool(4), Device(4)
-    sequence, _ = started(pool, device, list(range(200)))
-    assert sequence.reserve(56) == [] and sequence.num_reserved == 56
-    with pytest.raises(FullError, match="1 pages of 64 tokens are wanted, and sequences hold 4 of 4"):
-        sequence.reserve(57)
-    device.append(sequence, list(range(56)))
-    sequence.close()
-    again = PagedSequence.open(pool, [*range(200), *range(56)])
-    assert len(again) == 192 and pool.num_available == 1
-
-
-def test_the_first_write_after_a_fork_copies_the_last_page():
-    pool, device = PagePool(10), Device(10)
-    first, _ = started(pool, device, list(range(70)))
-    forks = [first.fork(), first.fork()]
-    assert pool.num_free == 8
-    for i, fork in enumerate(forks):
-        (copy,) = fork.reserve(1)
-        assert copy.source == table_of(first)[1] and copy.target not in table_of(first)
-        device.pages[copy.target] = device.pages[copy.source]
-        device.append(fork, [i])
-    device.append(first, [9])  # had room before
-    assert [device.read(s)[69:] for s in (first, *forks)] == [[69, 9], [69, 0], [69, 1]]
-    assert len({table_of(s)[1] for s in (first, *forks)}) == 3
-
-
-def test_the_last_of_forks_writes_in_place():
-    pool, device = PagePool(3), Device(3)
-    first, _ = started(pool, device, list(range(70)))
-    second = first.fork()
-    first.close()
-    assert second.reserve(1) == []
-
-
 def test_rejected_drafts_give_their_pages_back():
     """Four tokens are reserved at the end of a page, one is accepted: nobody finds the others, their page is free."""
     pool, device = PagePool(4), Device(4)

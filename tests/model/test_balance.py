@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.balance import batch_balance, max_violation, router_stats, update_bias
+from deepseek_jax.model.balance import batch_balance, max_violation, router_stats, update_bias, update_biases
 from deepseek_jax.model.router import route
 from tests.support import small
 
@@ -52,6 +52,17 @@ def test_update_of_random_counts_layer_by_layer():
     assert set(signs.ravel()) == {-1, 0, 1}
     change = np.abs(np.float64(after) - before).sum(-1)
     assert (change <= GAMMA * 16 * (1 + 1e-3)).all()  # the rest is rounding of biases near 1
+
+
+def test_each_stack_of_biases_has_its_rows_of_the_counts():
+    """Those of MoE layers come first; MTP layers that did not run have none, and keep their biases."""
+    counts_LE = np.random.default_rng(3).integers(0, 9, (5, 4)).astype(np.int32)
+    biases = {"moe_layers": np.ones((3, 4), np.float32), "mtp_layers": np.zeros((2, 4), np.float32)}
+    want = GAMMA * np.float32([exact_signs(counts) for counts in counts_LE])
+    found = update_biases(biases, counts_LE, GAMMA)
+    np.testing.assert_array_equal(found["moe_layers"], 1 + want[:3])
+    np.testing.assert_array_equal(found["mtp_layers"], want[3:])
+    assert update_biases(biases, counts_LE[:3], GAMMA)["mtp_layers"] is biases["mtp_layers"]
 
 
 def test_max_violation():
@@ -155,3 +166,5 @@ def test_batch_loss_is_the_formula_over_all_tokens_and_its_parts_add_up(frequenc
         for part in (whole, first, second)
     ]
     np.testing.assert_allclose([parts[0], parts[1] + parts[2]], want, rtol=1e-6)
+    two_layers = [jnp.stack([x, x]) for x in (whole.chosen_E, whole.share_E)]
+    np.testing.assert_allclose(batch_balance(MODEL, *two_layers, valid_BS.sum()), 2 * want, rtol=1e-6)

@@ -171,6 +171,7 @@ def test_logprobs_among_kept_ids_are_those_of_a_softmax_over_them():
     hidden_TD, head_DV, targets_T, _ = make_inputs()
     kept_TV = np.random.default_rng(0).random((T, V)) < 0.2
     kept_TV[:, 64:], targets_T = False, targets_T % 64
+    kept_TV[9, :32], targets_T = False, targets_T.at[9].set(40)  # a word of zeros beside one that is not
     kept_TV[np.arange(T), targets_T] = True
     words_TW = np.packbits(kept_TV[:, :64], axis=1, bitorder="little").view(np.int32)
     kept_TV[7], words_TW[7] = True, 0
