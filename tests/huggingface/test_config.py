@@ -257,9 +257,7 @@ def test_no_shared_experts_come_back():
 
 def test_a_router_of_neither_family_is_not_written():
     model = dataclasses.replace(published("tiny").model, group_score="max")
-    with pytest.raises(
-        ValueError, match="gate = 'sigmoid' with group_score = 'max' has no config.json; 'sigmoid' goes with 'top2'"
-    ):
+    with pytest.raises(ValueError, match="gate = 'sigmoid' with group_score = 'max' .*; 'sigmoid' goes with 'top2'"):
         write_model(model, False, IDS, 300)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from deepseek_jax.model.balance import RouterStats
 from deepseek_jax.model.transformer import Output
-from deepseek_jax.parallel.mesh import AXES, make_mesh
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import ROWS, P
 from deepseek_jax.posttraining import choices as choices_lib
 from deepseek_jax.posttraining.choices import CISPO, GRPO, GSPO, VARIANTS, Choices
@@ -25,6 +25,7 @@ from deepseek_jax.posttraining.policy_objective import (
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.state import abstract_state
 from tests.support import small
+from tests.support.meshes import mesh_of
 
 LENGTHS = (5, 1, 3, 6, 0, 2)  # of the outputs, behind prompts of PROMPT tokens; one output is left out
 PROMPT, WIDTH, VOCAB = 2, 8, 5
@@ -230,15 +231,9 @@ def toy(c, mesh, order, rows):
         return jax.device_get(run((table, head), placed))
 
 
-def mesh_of(devices):
-    sizes = [devices if axis == "data" else 1 for axis in AXES]
-    kinds = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=jax.devices()[:devices])
-
-
 @functools.cache
 def unsplit(name):
-    return toy(VARIANTS[name], mesh_of(1), np.arange(16), ROWS_OF_16)
+    return toy(VARIANTS[name], mesh_of(), np.arange(16), ROWS_OF_16)
 
 
 ROWS_OF_16 = (5, 1, 3, 6, 0, 2, 6, 4, 1, 1, 2, 0, 5, 3, 2, 6)
@@ -248,7 +243,7 @@ ROWS_OF_16 = (5, 1, 3, 6, 0, 2, 6, 4, 1, 1, 2, 0, 5, 3, 2, 6)
 def test_devices_and_order_change_nothing(name):
     """Eight devices with rows in random order: every advantage meets its own tokens, and divisors are global."""
     order = np.random.default_rng(2).permutation(16)
-    for got, want in zip(toy(VARIANTS[name], mesh_of(8), order, ROWS_OF_16), unsplit(name), strict=True):
+    for got, want in zip(toy(VARIANTS[name], mesh_of(data=8), order, ROWS_OF_16), unsplit(name), strict=True):
         assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want) > 0
 
 
