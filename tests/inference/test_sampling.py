@@ -80,6 +80,7 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
 def test_top_p_keeps_the_fewest_that_reach_it(top_p, ids):
     assert drawn(top_p=top_p) == ids
     assert drawn(LOGITS_BV[1], top_p=top_p) == sorted(3 - i for i in ids)
+    assert drawn(jnp.array([0.0, 0.0, -jnp.inf]), top_p=0.5) == [0]  # half is reached by one of two
 
 
 @pytest.mark.parametrize(("top_p", "ids"), [(0.79, [1, 3]), (0.81, [0, 1, 3])])
