@@ -223,9 +223,7 @@ def test_windows_of_one_document_are_endless(tmp_path, make_config, corpus_folde
 
 
 def test_a_source_without_training_documents_is_refused(work, make_config, corpus_folder, bpe):
-    with pytest.raises(
-        ValueError, match="has no document in the train split; add documents or lower data.heldout_fraction"
-    ):
+    with pytest.raises(ValueError, match="no document in the train split; .* lower data.heldout_fraction"):
         make_train_loader(make_config(corpus_folder, heldout_fraction=1.0), bpe, work)
 
 

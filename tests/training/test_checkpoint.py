@@ -187,9 +187,7 @@ def test_a_flipped_bit_that_decodes_is_seen_by_the_fingerprints(original, tmp_pa
 def test_no_intact_checkpoint_is_refused_and_nothing_moved(workdir):
     for step in ("2", "3"):
         (workdir / "checkpoints" / step / "run" / "metadata").write_text("{")
-    with pytest.raises(
-        ValueError, match=r"(?s)no intact checkpoint.*checkpoints/3: .*checkpoints/2: .*another --workdir"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)no intact .*checkpoints/3: .*checkpoints/2: .*another --workdir"):
         restore(workdir, make_mesh(2, 4))
     with opened(workdir, None) as checkpoints:
         assert checkpoints.steps() == [2, 3]
@@ -250,9 +248,7 @@ def test_a_checkpoint_of_another_config_is_refused(workdir, caplog):
     assert begin(workdir, CONFIG.with_(mesh={"data": 2}), mesh)[1].step == 3
     assert "mesh.data: -1 in the checkpoint of step 3, 2 given" in caplog.text
     for section, value in (("optimizer", {"b2": 0.9}), ("training", {"batch_size": (("constant", 1.0, 128.0),)})):
-        with pytest.raises(
-            ValueError, match=rf"{section}\.{next(iter(value))}: .* in the checkpoint of step 3, .* given"
-        ):
+        with pytest.raises(ValueError, match=rf"{section}\.{next(iter(value))}: .* of step 3, .* given"):
             begin(workdir, CONFIG.with_(**{section: value}), mesh)
     with pytest.raises(ValueError, match="less than the 3,298,534,883,328 tokens"):
         begin(workdir, CONFIG.with_(training={"num_tokens": 1e12}), mesh)
@@ -274,9 +270,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_again(workdir, loss):
     LOSSES[loss](workdir / "checkpoints")
     before = sorted(workdir.rglob("*"))
     for keep in (2, None):
-        with pytest.raises(
-            ValueError, match=r"gone: .*checkpoints has none, and saved\.json says that step 3 was saved"
-        ):
+        with pytest.raises(ValueError, match=r"gone: .*saved\.json says that step 3 was saved"):
             Checkpoints(workdir, keep)
     assert sorted(workdir.rglob("*")) == before
 
