@@ -142,7 +142,8 @@ def test_value_and_gradient_are_those_of_the_paper(name):
 
 
 def test_what_is_reported_are_means_over_the_tokens_of_outputs():
-    c, (logits, batch), config = dataclasses.replace(GRPO, tis_cap=1.1), make_batch(), small.config()
+    c = dataclasses.replace(GRPO, tis_cap=1.1, clip_low=0.1, clip_high=0.4)
+    (logits, batch), config = make_batch(), small.config()
     at = batch["loss_weights_BS"] > 0
     logprob_BS = np.take_along_axis(log_softmax(logits), batch["targets_BS"][..., None], -1)[..., 0]
     pi, old, ref, sampler = (
@@ -152,6 +153,7 @@ def test_what_is_reported_are_means_over_the_tokens_of_outputs():
     want = {"loss": restated(c, logits, logits, batch), "kl": (np.exp(behind) - behind - 1).mean()}
     want |= {"entropy": -pi.mean(), "old_kl": (old - pi).mean(), "ratio_mean": ratio.mean(), "ratio_std": ratio.std()}
     want |= {"clip_low": (ratio < 1 - c.clip_low).mean(), "clip_high": (ratio > 1 + c.clip_high).mean()}
+    assert want["clip_low"] > want["clip_high"] > 0
     want |= {"tis_mean": tis.mean(), "tis_capped": (tis > 1.1).mean(), "outputs": 5, "tokens": sum(LENGTHS)}
     router = RouterStats(jnp.ones((1, 4), jnp.int32), jnp.zeros(1), jnp.zeros(1))
     objective = policy(c, config.model, config.loss, 16)
