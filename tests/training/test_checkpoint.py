@@ -193,6 +193,12 @@ def test_no_intact_checkpoint_is_refused_and_nothing_moved(workdir):
         assert checkpoints.steps() == [2, 3]
 
 
+def test_who_only_reads_leaves_a_damaged_checkpoint_where_it_is(workdir):
+    (workdir / "checkpoints" / "3" / "run" / "metadata").write_text("{")
+    assert restore(workdir, make_mesh(2, 4), keep=None)[1].step == 2
+    assert (workdir / "checkpoints" / "3").exists() and not (workdir / "checkpoints" / "damaged").exists()
+
+
 def test_a_damaged_step_asked_for_by_number_names_the_others(workdir):
     (workdir / "checkpoints" / "3" / "run" / "metadata").write_text("{")
     with pytest.raises(ValueError, match=r"(?s)checkpoints/3: .*the others are \[2\]"):
