@@ -224,15 +224,18 @@ def test_average_follows_the_new_parameters():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(broken["ema"]), jax.device_get(start))
 
 
-def test_a_norm_that_overflows_is_not_finite():
+def test_a_norm_that_overflows_or_a_loss_alone_is_not_finite():
     """Elements of 1e30 are finite, their norm is not: clipping would silently make it a step of zero gradient."""
     on = small.on_mesh(ONE)
     with jax.set_mesh(on.mesh):
         grads, sums, norms, _, _ = on.step(on.state, small.put(uneven_batch()), small.RATES)
         huge = jax.tree.map(lambda g: jnp.full_like(g, 1e30), grads)
-        state, metrics = update(0.9)(on.state | {"ema": on.state["params"]}, huge, sums, norms, small.RATES)
-    assert int(metrics["nonfinite"]) > 0 and int(state["skipped"]) == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), jax.device_get(on.state["params"]))
+        lost = sums._replace(terms=sums.terms._replace(loss=sums.terms.loss * jnp.nan))
+        for bad in ((huge, sums), (grads, lost)):
+            state, metrics = update(0.9)(on.state | {"ema": on.state["params"]}, *bad, norms, small.RATES)
+            assert int(metrics["nonfinite"]) > 0 and int(state["skipped"]) == 1
+            after, before = jax.device_get((state["params"], on.state["params"]))
+            jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def norm(tree):
