@@ -9,12 +9,8 @@ Each program compiles in a process of its own, `python -m tests.test_aot_tpu PRO
 environment once.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -25,9 +21,8 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve_for
 from deepseek_jax.plan.chips import CHIPS, absent_devices
 from deepseek_jax.plan.memory import memory_of, trace_step
-from tests.support.tpu import ENVIRONMENT
+from tests.support.tpu import compile_elsewhere
 
-ROOT = Path(__file__).parents[1]
 DEVICE_KINDS = {"v5p": "TPU v5", "tpu7x": "TPU7x"}
 KERNELS_PER_ATTENTION = 3  # forward, dq, dkv; more would be the forward again in the backward pass
 
@@ -73,13 +68,7 @@ def compile_program(name: str, chip: str) -> dict:
 # Attentions: tiny's two layers and its MTP layer are unrolled. The other pairs compile for three to five minutes.
 @pytest.mark.parametrize(("name", "attentions", "chip"), [("tiny", 3, "tpu7x"), ("v3_layer", 1, "v5p")])
 def test_step_compiles_for_tpu(name, attentions, chip):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
-    command = [sys.executable, "-m", "tests.test_aot_tpu", name, chip]
-    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
-    run = subprocess.run(command, check=False, timeout=1100, **options)
-    assert run.returncode == 0, run.stderr[-4000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = json.loads(compile_elsewhere(__file__, name, chip).splitlines()[-1])
     assert result["device_kind"] == DEVICE_KINDS[chip]
     assert result["attention"] == "splash"
     assert result["kernels"] == KERNELS_PER_ATTENTION * attentions

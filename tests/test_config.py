@@ -9,15 +9,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from configs import deepseek_v2_lite, deepseek_v3, tiny, v3_300m
+from configs import deepseek_v3, tiny, v3_300m
 from deepseek_jax import config as config_lib
 from deepseek_jax import config_checks
 from deepseek_jax.config import Source, from_config_dict, to_dict
-from deepseek_jax.parallel.mesh import check_fit, make_mesh
 from deepseek_jax.parallel.program import resolve, resolve_for
 from deepseek_jax.schedule import schedule_value
 from pallas_kernels import dispatch
@@ -46,10 +44,6 @@ def test_config_file_converts_and_survives_json(name):
     assert isinstance(hash(config), int)  # a static argument of jit
 
 
-def test_every_promised_config_is_there():
-    assert set(PARTS) <= set(CONFIGS)
-
-
 def test_other_configs_keep_their_precision():
     """Each begins with V3's, which is the report's FP8."""
     precisions = {name: importlib.import_module(f"configs.{name}").get_config().execution.precision for name in PARTS}
@@ -60,130 +54,33 @@ def test_other_configs_keep_their_precision():
     }
 
 
-def test_published_671b_values():
-    """config.json of the released checkpoint (spec 1.1), and the training values that it does not have."""
+def test_training_values_of_671b():
+    """Those that no config.json has; the model's are read from one in tests/huggingface/test_config.py."""
     config = from_config_dict(deepseek_v3.get_config())
-    model, yarn = config.model, config.model.yarn
-    published = {
-        "num_hidden_layers": 61,
-        "num_nextn_predict_layers": 1,
-        "hidden_size": 7168,
-        "num_attention_heads": 128,
-        "qk_nope_head_dim": 128,
-        "v_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "first_k_dense_replace": 3,
-        "intermediate_size": 18432,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 2048,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "vocab_size": 129280,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "yarn": (40.0, 4096, 32.0, 1.0, 1.0, 1.0),
-    }
-    ours = {
-        "num_hidden_layers": model.num_layers,
-        "num_nextn_predict_layers": model.num_mtp_layers,
-        "hidden_size": model.width,
-        "num_attention_heads": model.num_heads,
-        "qk_nope_head_dim": model.content_dim,
-        "v_head_dim": model.value_dim,
-        "qk_rope_head_dim": model.rotary_dim,
-        "kv_lora_rank": model.kv_latent,
-        "q_lora_rank": model.query_latent,
-        "first_k_dense_replace": model.num_dense_layers,
-        "intermediate_size": model.dense_hidden,
-        "n_routed_experts": model.num_experts,
-        "n_shared_experts": model.num_shared_experts,
-        "moe_intermediate_size": model.expert_hidden,
-        "num_experts_per_tok": model.experts_per_token,
-        "n_group": model.num_groups,
-        "topk_group": model.num_kept_groups,
-        "scoring_func": model.gate,
-        "norm_topk_prob": model.normalize_gates,
-        "routed_scaling_factor": model.routed_scale,
-        "vocab_size": model.vocab_size,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_base,
-        "yarn": (yarn.factor, yarn.original_length, yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim),
-    }
-    assert ours == published
-    # training values: config.json has 0.02, and YaRN for the long context
-    assert model.init_std == 0.006 and not yarn.enabled
+    assert config.model.init_std == 0.006 and not config.model.yarn.enabled
     assert config.execution.precision == "fp8"
     assert (config.loss.sequence_balance_weight, config.loss.balance_frequency) == (1e-4, "unbiased")
-    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip_norm) == (
-        0.9,
-        0.95,
-        0.1,
-        1.0,
-    )
+    found = config.optimizer
+    assert (found.b1, found.b2, found.weight_decay, found.clip_norm) == (0.9, 0.95, 0.1, 1.0)
     assert (config.data.fim_rate, config.data.mask_documents, config.data.sequence_length) == (0.1, False, 4096)
 
 
-def test_v2_lite_has_the_other_router_and_no_query_latent():
-    model = from_config_dict(deepseek_v2_lite.get_config()).model
-    assert (model.query_latent, model.gate, model.group_score, model.normalize_gates, model.routed_scale) == (
-        0,
-        "softmax",
-        "max",
-        False,
-        1.0,
-    )
-    assert (model.num_groups, model.num_shared_experts, model.num_mtp_layers) == (1, 2, 0)
-
-
-# Keys and types.
-STRICT = {
+# What the message must name: key, value and remedy.
+LR, MTP, SIZE = "optimizer.learning_rate", "loss.mtp_weight", "training.batch_size"
+REFUSED = {
     "typo": ("model.num_layer", 8, r"config\.model\.num_layer is unknown; did you mean 'num_layers'"),
-    "typo in a nested section": (
-        "model.yarn.beta_fats",
-        8.0,
-        r"config\.model\.yarn\.beta_fats is unknown; did you mean 'beta_fast'",
-    ),
+    "typo in a nested section": ("model.yarn.beta_fats", 8.0, r"model\.yarn\.beta_fats is unknown; .* 'beta_fast'"),
     "nothing like it": ("mesh.zebra", 8, r"config\.mesh\.zebra is unknown; known keys: \['context', 'data', 'expert'"),
     "a float for a count": ("model.num_layers", 8.0, r"config\.model\.num_layers = 8\.0 is a float; it must be a int"),
     "text for a number": ("optimizer.b1", "0.9", r"config\.optimizer\.b1 = '0\.9' is a str; it must be a float"),
     "a bool for a number": ("model.num_layers", True, r"config\.model\.num_layers = True is a bool"),
     "a number for a bool": ("data.mask_documents", 1, r"config\.data\.mask_documents = 1 is a int; it must be a bool"),
     "nothing": ("model.width", None, r"config\.model\.width = None is a NoneType"),
-    "a number for a section": (
-        "model.yarn",
-        40.0,
-        r"config\.model\.yarn = 40\.0 must be a section with the keys \['enabled'",
-    ),
-    "a flat schedule": (
-        "optimizer.learning_rate",
-        ("constant", 1.0, 1e-3),
-        r"config\.optimizer\.learning_rate\[0\] = 'constant' must be",
-    ),
-    "half a piece": (
-        "optimizer.learning_rate",
-        (("constant", 1.0),),
-        r"must have 3 entries: shape, end fraction, value",
-    ),
-}
-# Values that cannot be, each with what the message must name.
-IMPOSSIBLE = {
-    "experts in groups": (
-        "model.num_experts",
-        18,
-        r"num_experts = 18 is not divisible by num_groups = 4; change either",
-    ),
-    "top-k above the kept experts": (
-        "model.experts_per_token",
-        9,
-        r"= 9 exceeds the 8 experts of 2 kept groups of 4; lower it or keep",
-    ),
+    "a number for a section": ("model.yarn", 40.0, r"yarn = 40\.0 must be a section with the keys \['enabled'"),
+    "a flat schedule": (LR, ("constant", 1.0, 1e-3), r"config\.optimizer\.learning_rate\[0\] = 'constant' must be"),
+    "half a piece": (LR, (("constant", 1.0),), r"must have 3 entries: shape, end fraction, value"),
+    "experts in groups": ("model.num_experts", 18, r"num_experts = 18 .* num_groups = 4; change either"),
+    "top-k above the kept experts": ("model.experts_per_token", 9, r"= 9 exceeds the 8 experts of 2 kept .*; lower it"),
     "kept groups": ("model.num_kept_groups", 5, r"num_kept_groups = 5 exceeds num_groups = 4"),
     "odd rotary dim": ("model.rotary_dim", 15, r"rotary_dim = 15 must be even"),
     "dense layers": ("model.num_dense_layers", 5, r"num_dense_layers = 5 exceeds num_layers = 4"),
@@ -191,11 +88,7 @@ IMPOSSIBLE = {
     "YaRN that shortens": ("model.yarn.factor", 0.5, r"yarn.factor = 0\.5 must be at least 1"),
     "no width": ("model.width", 0, r"model\.width = 0 must be positive"),
     "negative count": ("model.num_mtp_layers", -1, r"model\.num_mtp_layers = -1 must be at least 0"),
-    "sequence shorter than MTP needs": (
-        "data.sequence_length",
-        2,
-        r"sequence_length = 2 is too short: 1 MTP layers need at least 3",
-    ),
+    "too short for MTP": ("data.sequence_length", 2, r"sequence_length = 2 is too short: 1 MTP layers need at least 3"),
     "no sources": ("data.sources", (), r"data\.sources is empty; name at least one"),
     "unknown gate": ("model.gate", "tanh", r"model\.gate = 'tanh' is unknown; choose one of \('sigmoid', 'softmax'\)"),
     "unknown remat": ("execution.remat", "some", r"execution\.remat = 'some' is unknown"),
@@ -204,80 +97,36 @@ IMPOSSIBLE = {
     "negative weight": ("loss.z_loss_weight", -1.0, r"loss\.z_loss_weight = -1\.0 must be at least 0"),
     "more than all": ("data.fim_rate", 1.5, r"data\.fim_rate = 1\.5 is a fraction; it must lie in \[0, 1\]"),
     "an average that never moves": ("optimizer.b1", 1.0, r"optimizer\.b1 = 1\.0 must be below 1"),
-    "BF16 moments": ("optimizer.b2", 0.999, r"optimizer\.b2 = 0\.999: BF16 moments lose updates above 0\.99; lower it"),
+    "BF16 moments": ("optimizer.b2", 0.999, r"optimizer\.b2 = 0\.999: BF16 moments .* above 0\.99; lower it"),
     "slack": ("execution.exchange_slack", 0.5, r"exchange_slack = 0\.5 must be at least 1"),
-    "empty schedule": ("optimizer.learning_rate", (), r"config\.optimizer\.learning_rate: the ends \[\]"),
-    "empty batch schedule": ("training.batch_size", (), r"config\.training\.batch_size: the ends \[\]"),
-    "schedule ends early": (
-        "loss.mtp_weight",
-        (("constant", 0.5, 0.3),),
-        r"config\.loss\.mtp_weight: the ends \[0\.5\].*to exactly 1\.0",
-    ),
-    "schedule falls back": (
-        "loss.mtp_weight",
-        (("constant", 0.7, 0.3), ("linear", 0.7, 0.1), ("linear", 1.0, 0.1)),
-        r"\[0\.7, 0\.7, 1\.0\]",
-    ),
-    "schedule starts at 0": (
-        "loss.mtp_weight",
-        (("constant", 0.0, 0.3), ("constant", 1.0, 0.1)),
-        r"must rise from above 0",
-    ),
-    "schedule shape": (
-        "optimizer.learning_rate",
-        (("cubic", 1.0, 1e-3),),
-        r"shape 'cubic' is unknown; choose 'constant'",
-    ),
-    "negative rate": (
-        "optimizer.learning_rate",
-        (("constant", 1.0, -1e-3),),
-        r"value -0\.001 must be finite and not negative",
-    ),
-    "infinite rate": ("optimizer.learning_rate", (("constant", 1.0, float("inf")),), r"value inf must be finite"),
-    "batch between micro-batches": (
-        "training.batch_size",
-        (("constant", 1.0, 12),),
-        r"12\.0\) must be a constant whole multiple of micro_batch.*the nearest is 8 or 16$",
-    ),
-    "no batch": ("training.batch_size", (("constant", 1.0, 0),), r"0\.0\) must be a constant whole multiple"),
-    "fractional batch": (
-        "training.batch_size",
-        (("constant", 1.0, 8.5),),
-        r"8\.5\) must be a constant whole multiple.*is 8 or 16$",
-    ),
-    "batch that glides": (
-        "training.batch_size",
-        (("constant", 0.5, 8), ("linear", 1.0, 16)),
-        r"'linear', \.\.\., 16\.0\) must be a constant",
-    ),
+    "empty schedule": (LR, (), r"config\.optimizer\.learning_rate: the ends \[\]"),
+    "empty batch schedule": (SIZE, (), r"config\.training\.batch_size: the ends \[\]"),
+    "ends early": (MTP, (("constant", 0.5, 0.3),), r"mtp_weight: the ends \[0\.5\].*to exactly 1\.0"),
+    "falls back": (MTP, (("constant", 0.7, 0.3), ("linear", 0.7, 0.1), ("linear", 1.0, 0.1)), r"\[0\.7, 0\.7, 1\.0\]"),
+    "starts at 0": (MTP, (("constant", 0.0, 0.3), ("constant", 1.0, 0.1)), r"must rise from above 0"),
+    "schedule shape": (LR, (("cubic", 1.0, 1e-3),), r"shape 'cubic' is unknown; choose 'constant'"),
+    "negative rate": (LR, (("constant", 1.0, -1e-3),), r"value -0\.001 must be finite and not negative"),
+    "infinite rate": (LR, (("constant", 1.0, float("inf")),), r"value inf must be finite"),
+    "between micro-batches": (SIZE, (("constant", 1.0, 12),), r"12\.0\) must be .* multiple .* is 8 or 16$"),
+    "no batch": (SIZE, (("constant", 1.0, 0),), r"0\.0\) must be a constant whole multiple"),
+    "fractional batch": (SIZE, (("constant", 1.0, 8.5),), r"8\.5\) must be a constant whole multiple.*is 8 or 16$"),
+    "batch that glides": (SIZE, (("constant", 0.5, 8), ("linear", 1.0, 16)), r"'linear', .* must be a constant"),
 }
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"), [*STRICT.values(), *IMPOSSIBLE.values()], ids=[*STRICT, *IMPOSSIBLE]
-)
+@pytest.mark.parametrize(("path", "value", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_value_is_refused_by_name(path, value, message):
     with pytest.raises(ValueError, match=message):
         from_config_dict(changed(path, value))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("width", 192),
-        ("query_latent", 64),
-        ("kv_latent", 64),
-        ("value_dim", 48),
-        ("dense_hidden", 832),
-        ("expert_hidden", 64),
-    ],
-)
-def test_fp8_sums_over_groups_of_128(name, value):
+@pytest.mark.parametrize("name", ["width", "query_latent", "kv_latent", "value_dim", "dense_hidden", "expert_hidden"])
+def test_fp8_sums_over_groups_of_128(name):
     tree = changed("execution.precision", "fp8")
     tree["model"] |= {"kv_latent": 128}
     from_config_dict(tree)
-    tree["model"][name] = value
-    said = f"num_heads \\* value_dim = {4 * value}" if name == "value_dim" else f"{name} = {value}"
+    tree["model"][name] = 48
+    said = "num_heads \\* value_dim = 192" if name == "value_dim" else f"{name} = 48"
     with pytest.raises(ValueError, match=f"{said} must be a multiple of 128 for execution.precision = 'fp8'"):
         from_config_dict(tree)
 
@@ -285,9 +134,7 @@ def test_fp8_sums_over_groups_of_128(name, value):
 def test_two_best_scores_of_a_group_need_two_experts():
     tree = changed("model.num_groups", 16)
     tree["model"]["num_kept_groups"] = 8
-    with pytest.raises(
-        ValueError, match="group_score 'top2' needs groups of 2 experts or more, got 1; use 'max' or fewer groups"
-    ):
+    with pytest.raises(ValueError, match="'top2' needs groups of 2 experts or more, got 1; use 'max' or fewer groups"):
         from_config_dict(tree)
     tree["model"]["group_score"] = "max"
     assert from_config_dict(tree).model.num_groups == 16
@@ -324,9 +171,7 @@ def test_paths_of_the_home_folder_are_expanded(monkeypatch):
 def test_missing_keys_are_named():
     tree = tiny.get_config().to_dict()
     del tree["model"]["width"], tree["model"]["gate"]
-    with pytest.raises(
-        ValueError, match=r"config\.model lacks \['width', 'gate'\]; start from configs/deepseek_v3\.py"
-    ):
+    with pytest.raises(ValueError, match=r"config\.model lacks \['width', 'gate'\]; start from configs/deep"):
         from_config_dict(tree)
     del tree["model"]
     with pytest.raises(ValueError, match=r"config lacks \['model'\]"):
@@ -339,66 +184,10 @@ def test_whole_numbers_stand_for_floats():
     assert config.data.sources == (config_lib.Source(path="a", weight=2.0),)
 
 
-MESHES = {
-    "too many": ({"data": 3, "expert": 4}, r"does not fit 8 devices; make the axes multiply to 8"),
-    "-1 leaves a rest": ({"data": -1, "expert": 3}, r"does not fit 8 devices"),
-    "two free axes": ({"data": -1, "expert": -1}, r"sizes are positive, and at most one is -1"),
-    "zero": ({"data": 0}, r"sizes are positive"),
-    "reserved axis": ({"tensor": 2}, r"mesh\.tensor = 2: this axis is reserved and not built yet; set it to 1"),
-}
-
-
-@pytest.mark.parametrize(("sizes", "message"), MESHES.values(), ids=MESHES)
-def test_mesh_that_does_not_fit_is_refused(sizes, message):
-    config = tiny.get_config()
-    config.mesh.update(sizes)
-    with pytest.raises(ValueError, match=message):
-        make_mesh(from_config_dict(config).mesh, jax.devices()[:8])
-
-
-def test_mesh_takes_what_the_axes_leave():
-    config = tiny.get_config()
-    config.mesh.expert = 4
-    assert dict(make_mesh(from_config_dict(config).mesh, jax.devices()[:8]).shape) == {
-        "pipe": 1,
-        "data": 2,
-        "context": 1,
-        "node": 1,
-        "expert": 4,
-        "tensor": 1,
-    }
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("model.num_experts", 12, r"model\.num_experts = 12 cannot be split over 8 devices"),
-        ("training.micro_batch_size", 4, r"training\.micro_batch_size = 4 cannot be split over 8 devices"),
-    ],
-)
-def test_model_that_the_mesh_cannot_split_is_refused(path, value, message):
-    tree = changed(path, value)
-    tree["mesh"] |= {"data": 1, "expert": 8}
-    config = from_config_dict(tree)
-    with pytest.raises(ValueError, match=message):
-        check_fit(config, make_mesh(config.mesh, jax.devices()[:8]))
-
-
 def test_schedule_shapes_meet_at_their_ends():
     pieces = (("linear", 0.25, 4.0), ("cosine", 0.75, 2.0), ("linear", 0.875, 0.0), ("constant", 1.0, 1.0))
-    values = {
-        0.0: 4.0,
-        0.2: 4.0,
-        0.25: 4.0,
-        0.375: 3.0 + 0.5**0.5,
-        0.5: 3.0,
-        0.75: 2.0,
-        0.8125: 1.0,
-        0.875: 1.0,
-        0.99: 1.0,
-        1.0: 1.0,
-        7.0: 1.0,
-    }
+    values = {0.0: 4.0, 0.2: 4.0, 0.25: 4.0, 0.375: 3.0 + 0.5**0.5, 0.5: 3.0, 0.75: 2.0, 0.8125: 1.0}
+    values |= dict.fromkeys((0.875, 0.99, 1.0, 7.0), 1.0)
     assert {fraction: schedule_value(pieces, fraction) for fraction in values} == pytest.approx(values, abs=1e-12)
 
 
@@ -465,9 +254,7 @@ def test_resolve_chooses_exchange():
     config = from_config_dict(tiny.get_config())
     assert [resolve(config, "cpu", devices).execution.exchange for devices in (1, 8)] == ["local", "dense"]
     assert [resolve(config, "cpu", 8, nodes).execution.exchange for nodes in (1, 2, 8)] == ["dense", "two_hop", "dense"]
-    with pytest.raises(
-        ValueError, match="'local' needs every expert on every device, but 8 devices share them; use 'auto'"
-    ):
+    with pytest.raises(ValueError, match="'local' needs every expert on every device, but 8 .*; use 'auto'"):
         resolve(from_config_dict(changed("execution.exchange", "local")), "cpu", 8)
 
 
@@ -513,9 +300,7 @@ def test_experts_of_another_precision_are_refused(precision, experts):
     tree = changed("execution.precision", precision)
     tree["execution"]["experts"] = experts
     tree["model"]["kv_latent"] = 128
-    with pytest.raises(
-        ValueError, match=f"execution.experts = '{experts}' does not exist .* '{precision}'.*use 'auto'"
-    ):
+    with pytest.raises(ValueError, match=f"experts = '{experts}' does not exist .* '{precision}'.*use 'auto'"):
         from_config_dict(tree)
 
 

@@ -35,15 +35,11 @@ def test_int64_is_refused_with_the_remedy(tmp_path, ids):
 
 def test_bytes_that_are_no_ids(tmp_path):
     path = write(tmp_path, "<u2")
-    with pytest.raises(
-        ValueError, match=r"record 0 has 6 bytes, not a whole number of int32 token ids; write np.asarray"
-    ):
+    with pytest.raises(ValueError, match=r"record 0 has 6 bytes, .* int32 token ids; write np.asarray"):
         read(path)
     odd = tmp_path / "caf\udce9.array_record"
     path.rename(odd)
-    with pytest.raises(
-        ValueError, match=r"caf\\udce9.array_record is not an ArrayRecord file, or its name is not UTF-8"
-    ):
+    with pytest.raises(ValueError, match=r"caf\\udce9.array_record is not an .* its name is not UTF-8"):
         read(odd)
 
 

@@ -53,9 +53,7 @@ def test_a_cut_file_is_never_complete(tmp_path, suffix, missing):
     whole = COMPRESS[suffix](lines(MANY))
     path = tmp_path / f"cut.jsonl.{suffix}"
     path.write_bytes(whole[: -len(whole) // 2 if missing == "half" else -missing])
-    with pytest.raises(
-        ValueError, match=r"cut.jsonl.\w+ cannot be read after line \d+: it is cut off inside a compress"
-    ):
+    with pytest.raises(ValueError, match=r"cut.jsonl.\w+ .* after line \d+: it is cut off inside a compress"):
         read(path)
     texts, messages = skipping(path)
     assert texts == MANY[: len(texts)]
@@ -92,9 +90,7 @@ def test_windows_up_to_two_gigabytes(tmp_path, monkeypatch):
     assert zstandard.get_frame_parameters(path.read_bytes()).window_size > 1 << 27  # the library's own limit
     assert contents(path) == MANY
     monkeypatch.setattr(compression, "LARGEST_WINDOW", 1 << 20)
-    with pytest.raises(
-        ValueError, match=r"its Zstandard window is larger than 1048576 bytes, .* zstd --long=31 or less"
-    ):
+    with pytest.raises(ValueError, match=r"window is larger than 1048576 bytes, .* zstd --long=31 or less"):
         read(path)
 
 

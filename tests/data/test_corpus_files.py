@@ -54,9 +54,7 @@ def test_json_files_among_themselves_are_read(tmp_path):
 
 def test_more_bytes_left_out_than_read_is_refused(tmp_path):
     put(tmp_path, fixture__jsonl=lines(TEXTS), a__py="x = 1\n" * 1000)
-    with pytest.raises(
-        ValueError, match=r"holds 1 files such as fixture.jsonl and 1 of another kind such as a.py, which"
-    ):
+    with pytest.raises(ValueError, match=r"1 files such as fixture.jsonl and 1 .* such as a.py, which"):
         names(tmp_path)
     assert names(f"{tmp_path}/**/*.py") == ["a.py"]
 

@@ -1,7 +1,6 @@
 """Weights belong to their tokens, from a list of prompts and answers to the batches of a loader."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -51,14 +50,6 @@ def numbered(seed: int, dtypes: list[str | None], longest: int = 90) -> list[Exa
     return examples
 
 
-def test_the_example_in_the_docstring(data):
-    example = Example(np.array([11, 12, 21, 22, 1]), np.array([0, 0, 1, 1, 1], np.uint8))
-    batch = next_token_batch(pack([example], 5, PAD), data(mask=True))
-    assert batch["tokens_BS"].tolist() == [[11, 12, 21, 22]]
-    assert batch["targets_BS"].tolist() == [[12, 21, 22, 1]]
-    assert batch["loss_weights_BS"].tolist() == [[0, 1, 1, 1]]
-
-
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("row_length", [2, 33, 128])
 @pytest.mark.parametrize("dtypes", [["uint8"], ["float32"], ["bool", None, "float32", "uint8"]])
@@ -75,33 +66,6 @@ def test_weights_stay_with_their_tokens(data, dtypes, row_length, mask):
     assert batch["loss_weights_BS"].dtype == np.float32
     np.testing.assert_array_equal(batch["loss_weights_BS"], expected)
     assert len(np.unique(expected)) > 1
-
-
-def test_weights_of_a_document_are_those_it_came_with(data):
-    """Documents that are not cut, against their own unpacked targets."""
-    examples = numbered(1, ["float32", "uint8"], longest=33)
-    batch = next_token_batch(pack(examples, 33, PAD), data(mask=True))
-    found = {}
-    for tokens_S, segments_S, weights_S in zip(
-        batch["tokens_BS"], batch["segment_ids_BS"], batch["loss_weights_BS"], strict=True
-    ):
-        for segment in range(1, segments_S.max() + 1):
-            found[int(tokens_S[segments_S == segment][0])] = weights_S[segments_S == segment]
-    for ids, weights in examples:
-        if len(ids) == 1:
-            continue  # no target
-        here = found[int(ids[0])]  # its last position has no target of its own; at the end of a row it is left out
-        np.testing.assert_array_equal(here[: len(ids) - 1], weights[1:].astype(np.float32))
-        assert not here[len(ids) - 1 :].any()
-
-
-@pytest.mark.parametrize("mask", [False, True])
-def test_no_weights_are_weights_of_one(data, mask):
-    without = numbered(2, [None])
-    for dtype in ("bool", "uint8", "float32"):
-        ones = [Example(ids, np.ones(len(ids), dtype)) for ids, _ in without]
-        first, second = (next_token_batch(pack(examples, 33, PAD), data(mask)) for examples in (without, ones))
-        assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def documents_of(batches) -> list[tuple[bytes, bytes]]:
@@ -138,24 +102,6 @@ def test_a_loader_of_conversations_trains_on_their_answers(make_config, examples
     text = TOKENIZER.decode(batch["targets_BS"][batch["loss_weights_BS"] > 0])
     assert "+" not in text and text.count(";") == (batch["targets_BS"] == TOKENIZER.eos).sum()
     loader.close()
-
-
-def test_a_resumed_loader_of_conversations_equals_an_uninterrupted_one(make_config, small_windows):
-    config = make_config("unused", prefetch=2)
-    loader = make_loader(config, TOKENIZER, CONVERSATIONS)
-    for size in (5, 64, 31):
-        loader.next_batch(size)
-    position = json.loads(json.dumps(loader.state()))
-    expected = [loader.next_batch(size) for size in (64, 12)]
-    resumed = [make_loader(config, TOKENIZER, Encoded(), process_index=i, process_count=2) for i in range(2)]
-    for part in resumed:
-        part.restore(position)
-    for batch in expected:
-        shares = [part.next_batch(len(batch["tokens_BS"])) for part in resumed]
-        for name, array in batch.items():
-            np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), array)
-    assert position["windows"]["next_index"] > 1
-    assert resumed[0].state() == loader.state()
 
 
 def test_a_position_in_other_examples_is_refused(tmp_path, make_config, corpus_folder):

@@ -60,9 +60,7 @@ def test_rows_without_text_are_items_and_a_broken_network_is_not(library):
     library.rows[:] = [{"n": 1, "id": "7", "content": "some text"}, {"text": "a"}]
     assert skipping("hf:x/y:train")[1][0].endswith("['content', 'id', 'n']): give --config.data.text_field=content")
     library.rows.append(ConnectionError("reset\x1b[31m by peer"))
-    with pytest.raises(
-        ValueError, match=r"hf:x/y:train cannot be read after row 2: ConnectionError: reset\\x1b.* start a"
-    ):
+    with pytest.raises(ValueError, match=r"train cannot be read after row 2: .*reset\\x1b.* start a"):
         skipping("hf:x/y:train")
 
 
@@ -102,9 +100,7 @@ def test_a_corpus_is_made_of_it(tmp_path, library, make_config, bpe):
 
 @pytest.mark.parametrize("path", ["hf:", "hf:x", "hf:x:", "hf::train", "hf:x@:train", "hf:a:b:c:d"])
 def test_other_forms_are_refused(path, library):
-    with pytest.raises(
-        ValueError, match=r"must be hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT, .*'hf:allenai/c4:en:tra"
-    ):
+    with pytest.raises(ValueError, match=r"must be hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT"):
         check_source(Source(path=path, weight=1.0))
 
 
@@ -117,8 +113,6 @@ def test_without_the_library_nothing_begins(monkeypatch, tmp_path, make_config, 
         (tmp_path / name).write_bytes(content)
         for module in ("pyarrow", "zstandard"):
             monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(
-            ValueError, match=r"needs (pyarrow|zstandard); install it in the clone with: pip install -e"
-        ):
+        with pytest.raises(ValueError, match=r"needs (pyarrow|zstandard); install it in the clone"):
             open_corpus(make_config(tmp_path / name, on_error="skip"), bpe, tmp_path / "work")
     assert not (tmp_path / "work").exists() or not list((tmp_path / "work").iterdir())

@@ -19,8 +19,8 @@ def equal(a, b) -> bool:
 
 
 def rows(batches) -> list[tuple]:
-    """Rows as hashable (tokens, last target, weights)."""
-    names = ("tokens_BS", "targets_BS", "segment_ids_BS", "loss_weights_BS")
+    """Rows as hashable tuples of all that a batch has of them."""
+    names = ("tokens_BS", "targets_BS", "positions_BS", "segment_ids_BS", "loss_weights_BS")
     return [
         tuple(np.concatenate(row).tolist())
         for batch in batches
@@ -114,17 +114,7 @@ def test_neighbouring_rows_come_from_different_documents(tmp_path, make_config):
     assert min(is_long) > 0
 
 
-def test_augmentation_reaches_the_batches(work, make_config, corpus_folder, bpe):
-    batch = make_train_loader(make_config(corpus_folder, fim_rate=0.5), bpe, work).next_batch(200)
-    count = {
-        name: int((batch["tokens_BS"] == getattr(bpe, name)).sum())
-        for name in ("bos", "fim_begin", "fim_hole", "fim_end")
-    }
-    assert 0.3 < count["fim_begin"] / count["bos"] < 0.7
-
-
-@pytest.mark.parametrize("prefetch", [0, 3])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("prefetch", "seed"), [(0, 0), (3, 1), (0, 3), (3, 2)])
 def test_resumed_equals_uninterrupted(work, make_config, corpus_folder, bpe, small_windows, prefetch, seed):
     config = make_config(corpus_folder, fim_rate=0.3, split_rate=0.3, prefetch=prefetch, mask_documents=bool(seed % 2))
     rng = random.Random(seed)
@@ -151,20 +141,6 @@ def test_batch_sizes_do_not_change_the_rows(work, make_config, corpus_folder, bp
     assert rows(one.next_batch(size) for size in (3, 64, 13)) == rows(other.next_batch(size) for size in (40, 20, 20))
 
 
-def test_processes_are_disjoint_and_together_complete(work, make_config, corpus_folder, bpe, small_windows):
-    config = make_config(corpus_folder, fim_rate=0.3)
-    whole = make_train_loader(config, bpe, work)
-    parts = [make_train_loader(config, bpe, work, process_index=i, process_count=4) for i in range(4)]
-    for size in (4, 64, 12):
-        expected = whole.next_batch(size)
-        shares = [part.next_batch(size) for part in parts]
-        assert all(len(share["tokens_BS"]) == size // 4 for share in shares)
-        assert equal({name: np.concatenate([share[name] for share in shares]) for name in expected}, expected)
-    assert all(part.state() == whole.state() for part in parts)
-    with pytest.raises(ValueError, match="a batch of 6 sequences does not divide over 4 processes"):
-        parts[0].next_batch(6)
-
-
 def test_another_number_of_processes_continues_the_same_rows(work, make_config, corpus_folder, bpe, small_windows):
     """From eight processes to four, two, six and one, each from the position that any of those before it says."""
     config = make_config(corpus_folder)
@@ -179,6 +155,8 @@ def test_another_number_of_processes_continues_the_same_rows(work, make_config, 
         positions = [json.loads(json.dumps(part.state())) for part in parts]
         assert all(each == whole.state() for each in positions)
         position = positions[-1]
+    with pytest.raises(ValueError, match="a batch of 6 sequences does not divide over 4 processes"):
+        make_train_loader(config, bpe, work, process_count=4).next_batch(6)
 
 
 def test_a_position_in_other_data_is_refused(work, make_config, corpus_folder, bpe):
@@ -245,9 +223,7 @@ def test_windows_of_one_document_are_endless(tmp_path, make_config, corpus_folde
 
 
 def test_a_source_without_training_documents_is_refused(work, make_config, corpus_folder, bpe):
-    with pytest.raises(
-        ValueError, match="has no document in the train split; add documents or lower data.heldout_fraction"
-    ):
+    with pytest.raises(ValueError, match="no document in the train split; .* lower data.heldout_fraction"):
         make_train_loader(make_config(corpus_folder, heldout_fraction=1.0), bpe, work)
 
 

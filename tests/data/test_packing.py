@@ -60,6 +60,7 @@ def test_only_documents_longer_than_a_row_are_cut():
 
 def test_best_fit_takes_the_fullest_row_that_has_room():
     assert best_fit([6, 3, 4, 2], 6) == [[0], [2, 3], [1]]
+    assert best_fit([5, 1, 6], 6) == [[2], [0, 1]]
     assert best_fit([], 6) == []
     lengths = np.random.default_rng(0).integers(1, 65, 2000)
     rows = best_fit(lengths.tolist(), 64)

@@ -71,11 +71,6 @@ def test_padding_is_what_the_config_beside_says(tmp_path):
     assert Tokenizer.load(tmp_path / "tokenizer.json").pad == 2
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_words_are_those_of_our_pre_tokenizer(theirs, text):
-    assert pre_tokenizer().pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
-
-
 def test_stages_are_those_of_our_pre_tokenizer(theirs):
     def stages(encoder):
         return json.loads(encoder.to_str())["pre_tokenizer"]["pretokenizers"]

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from deepseek_jax.config import Source
 from deepseek_jax.data.documents import Document, Problems
 from deepseek_jax.data.sources import read_documents
 from deepseek_jax.data.split import heldout_keys, is_heldout, longest_document, read_source, train_texts
@@ -157,9 +158,9 @@ def test_in_a_mixture_one_document_is_trained_on(tmp_path, make_config):
 
 
 def test_two_short_documents_are_one_of_each(tmp_path, make_config):
-    config = make_config(write(tmp_path / "corpus", {"a.txt": "one", "b.txt": "two"}), heldout_fraction=0.001)
-    train, held_out = split(config)
-    assert len(train) == len(held_out) == 1
+    folder = write(tmp_path / "corpus", {"a.txt": "one", "b.txt": "two"})
+    for fraction in (0.001, 0.999):
+        assert [len(part) for part in split(make_config(folder, heldout_fraction=fraction))] == [1, 1]
 
 
 def _documents(count):
@@ -177,3 +178,11 @@ def test_a_tokenizer_is_trained_on_the_train_split_only(tmp_path, make_config):
     assert len(texts) < 50
     with pytest.raises(ValueError, match="heldout_fraction = 1 leaves nothing to train on"):
         list(train_texts(make_config(tmp_path, heldout_fraction=1.0)))
+
+
+def test_a_tokenizer_sees_of_each_source_what_its_weight_asks_for(tmp_path, make_config, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.data.split.TOKENIZER_CHARACTERS", 400)
+    folders = [write(tmp_path / letter, {f"{i}.txt": letter * 10 for i in range(40)}) for letter in "ab"]
+    sources = tuple(Source(path=str(folder), weight=weight) for folder, weight in zip(folders, (3.0, 1.0), strict=True))
+    texts = [*train_texts(make_config(*folders, heldout_fraction=0.0).with_(data={"sources": sources}))]
+    assert texts == ["a" * 10] * 30 + ["b" * 10] * 10

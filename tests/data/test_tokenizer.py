@@ -1,4 +1,4 @@
-"""The pre-tokenizer's four stages, lossless encoding, and where a tokenizer comes from."""
+"""Lossless encoding, and where a tokenizer comes from; test_released_tokenizer.py has the pre-tokenizer."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from deepseek_jax.data.bpe import byte_tokenizer, pre_tokenizer, train_bpe
+from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.run_tokenizer import make_tokenizer
 from deepseek_jax.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, Tokenizer
 
@@ -19,32 +19,6 @@ TEXTS = [
     # nearly every byte that UTF-8 has
     "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x777), *range(0xE000, 0x110000, 0x7777)])),
 ]
-
-
-def words(text: str) -> list[str]:
-    """The pre-tokenizer's words, as slices of the text."""
-    return [text[start:end] for _, (start, end) in pre_tokenizer().pre_tokenize_str(text)]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("1234567", ["123", "456", "7"]),
-        ("v12.345", ["v", "12", ".", "345"]),
-        ("東京は3月です", ["東京は", "3", "月です"]),
-        ("go東京", ["go", "東京"]),
-        ("foo(bar):\n\n  x", ["foo", "(bar", "):\n\n", " ", " x"]),
-        ("self.name_x", ["self", ".name", "_x"]),
-        ("a = b;\r\n}", ["a", " =", " b", ";\r\n", "}"]),
-        ("x \n \n  y", ["x", " \n \n", " ", " y"]),
-        ("end   ", ["end", "   "]),
-        ("naïve cafe\u0301", ["naïve", " cafe\u0301"]),
-        ("«oui» — ¿qué?\n", ["«", "oui", "»", " —", " ¿", "qué", "?\n"]),
-        ("don't", ["don", "'t"]),
-    ],
-)
-def test_words_of_the_pre_tokenizer(text, expected):
-    assert words(text) == expected
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -12,21 +12,17 @@ import pytest
 from deepseek_jax.evaluation import logits as logits_lib
 from deepseek_jax.evaluation.logits import PER_LAYER, logits, read_tokens
 from deepseek_jax.huggingface.load import load
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.safetensors.folder import Shards
 from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
 from tests.support.checkpoints import config as fp8_config
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 
 LOGITS_ATOL = 5e-5  # measured 1.2e-5, and the released checkpoints' users may rely on this much
 GATES_RTOL = 8e-6
-
-
-def one_device(config):
-    return make_mesh(dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
 
 
 def run_golden(case, precision, folder):
@@ -35,7 +31,7 @@ def run_golden(case, precision, folder):
     (folder / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / case / "model.safetensors")
     config, expected = hf_checkpoint.read_expected(case)
     config = config.with_(execution={"precision": precision})
-    mesh, tokens_BS = one_device(config), expected["tokens_BS"]
+    mesh, tokens_BS = mesh_of(), expected["tokens_BS"]
     actual = logits(config, load(Shards(folder), config, mesh, precision), tokens_BS, mesh)
     routes = {
         name: array.reshape(len(array), tokens_BS.size, -1) for name, array in actual.items() if name in PER_LAYER
@@ -53,7 +49,8 @@ def distance(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("case", [*hf_checkpoint.CASES, hf_checkpoint.FP8])
+# The other cases: tests/model/test_golden_logits.py.
+@pytest.mark.parametrize("case", ["base", "v2", hf_checkpoint.FP8])
 def test_goldens_in_fp32(case, tmp_path):
     config, expected = hf_checkpoint.read_expected(case)
     actual = run_golden(case, "fp32", tmp_path)
@@ -113,9 +110,7 @@ def test_fp8_arithmetic_is_that_of_the_recipe(tmp_path):
         config = dataclasses.replace(
             fp8_config(), execution=dataclasses.replace(fp8_config().execution, precision=precision)
         )
-        mesh = make_mesh(
-            dataclasses.replace(config.mesh, pipe=1, data=1, node=1, expert=expert, tensor=1), jax.devices()[:expert]
-        )
+        mesh = mesh_of(expert=expert)
         return logits(config, load(shards, config, mesh, weights), tokens_BS, mesh)
 
     stored = run("fp8", "fp8", 1)
@@ -137,15 +132,15 @@ def test_bad_tokens_are_named():
     golden = hf_checkpoint.read("base")
     weights = {"params": golden.params, "router_bias": golden.router_bias}
     with pytest.raises(ValueError, match=r"tokens_BS has float64 \[2, 2\]; give int32"):
-        logits(golden.config, weights, np.zeros((2, 2)), one_device(golden.config))
+        logits(golden.config, weights, np.zeros((2, 2)), mesh_of())
     with pytest.raises(ValueError, match="tokens_BS has tokens from .*, the vocabulary is 0 to"):
-        logits(golden.config, weights, np.full((1, 2), golden.config.model.vocab_size), one_device(golden.config))
+        logits(golden.config, weights, np.full((1, 2), golden.config.model.vocab_size), mesh_of())
 
 
 def test_logits_that_are_not_numbers_are_named():
     golden = hf_checkpoint.read("base")
     config = golden.config.with_(execution={"precision": "fp32"})
-    mesh, tokens_BS = one_device(config), golden.expected["tokens_BS"]
+    mesh, tokens_BS = mesh_of(), golden.expected["tokens_BS"]
     embed_VD = np.array(golden.params["embed_VD"])
     embed_VD[tokens_BS[1, 3]] = np.nan
     params = golden.params | {"embed_VD": embed_VD}

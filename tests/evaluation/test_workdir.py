@@ -2,15 +2,14 @@
 
 import math
 
-import jax
 import pytest
 
 from configs import tiny
-from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.evaluation import workdir as evaluation
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.training.checkpoint import Progress
 from deepseek_jax.training.evaluation import Evaluation
+from tests.support.meshes import mesh_of
 
 
 def test_a_loss_that_is_not_a_number_is_an_error(monkeypatch, tmp_path):
@@ -21,6 +20,6 @@ def test_a_loss_that_is_not_a_number_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: result)
     for name in ("open_held_out", "open_tokenizer", "open_corpus", "check_corpus", "jit_eval_step", "pretraining"):
         monkeypatch.setattr(evaluation, name, nothing)
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    mesh = mesh_of()
     with pytest.raises(ValueError, match="the held-out loss of step 3 in .* is nan: its weights are damaged, or it"):
         evaluation.evaluate_workdir(from_config_dict(tiny.get_config()), tmp_path, mesh=mesh)

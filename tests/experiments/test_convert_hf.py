@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -220,21 +219,6 @@ def test_the_run_owns_recipe_and_model(workdir, checkpoint):
     assert config.training.initial_weights == str(checkpoint)
 
 
-def test_a_folder_of_any_name_is_imported(convert, checkpoint, tmp_path):
-    """Its name is text in the recipe, whatever it spells, and the printed command is one for a shell."""
-    name = """a'b" \"\"\"\\ $(x); {c}"""
-    workdir = tmp_path / f"W {name}"
-    folder = changed(checkpoint, tmp_path / name)
-    printed = convert("import", f"--hf={folder}", f"--workdir={workdir}", *CONFIG)
-    words = shlex.split(printed.splitlines()[-1])
-    assert words[:3] == ["python", "-m", "experiments.train"]
-    assert words[3:] == [f"--config={workdir / 'config.py'}", f"--workdir={workdir}"]
-    scope = {}
-    exec((workdir / "config.py").read_text(), scope)
-    assert from_config_dict(scope["get_config"]()) == read_config(workdir)
-    assert read_config(workdir).training.initial_weights == str(folder)
-
-
 def test_a_folder_without_its_mtp_layers_is_noted(convert, tmp_path):
     """As transformers saves it: nobody is left to believe that the layers are there."""
     golden = hf_checkpoint.FOLDER / "base"
@@ -334,21 +318,6 @@ def test_a_killed_export_continues(convert, workdir, whole, tmp_path):
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_flipped_bit_is_found(convert, whole, tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    for name, data in contents(whole).items():
-        (folder / name).write_bytes(data)
-    file = sorted(folder.glob("*.safetensors"))[3]
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    said = convert.fails("verify", f"--hf={folder}", *CONFIG)
-    assert (
-        f"damaged or absent in {folder}: {file.name}; delete these files and convert into the same folder again" in said
-    )
-
-
 # ---- --dry_run
 
 
@@ -443,17 +412,11 @@ def test_a_workdir_that_is_taken(convert, checkpoint, workdir, tmp_path):
 
 
 def test_wrong_arguments(convert, checkpoint, workdir, tmp_path):
+    """Others: tests/experiments/test_wrong_inputs.py."""
     hf = f"--hf={tmp_path / 'new'}"
-    assert "give one of import, export, adapters, verify, logits, not exprot" in convert.fails("exprot", hf)
-    assert "give one of import, export, adapters, verify, logits, not nothing" in convert.fails(hf)
-    assert "--workdir is missing; give it: Folder of the run." in convert.fails("import", f"--hf={checkpoint}")
-    assert "--workdir is missing; give it: Folder of the run." in convert.fails("export", hf)
     for size in ("nan", "inf", "1e300"):
         said = convert.fails("export", hf, f"--workdir={workdir}", f"--shard_gigabytes={size}")
         assert "shard_gigabytes" in said
-    said = convert.fails("export", hf, f"--workdir={workdir}", "--precision=fp32")
-    assert "--precision=fp32: released checkpoints are in FP8 or BF16; choose one" in said
-    assert f"{tmp_path} holds no run: config.json is missing" in convert.fails("export", hf, f"--workdir={tmp_path}")
     assert f"has no checkpoint of step 4; the run has not trained since {checkpoint}" in convert.fails(
         "export", hf, f"--workdir={workdir}", "--step=4"
     )
@@ -474,20 +437,10 @@ def test_weights_of_another_model_are_not_begun_with(checkpoint, workdir, tmp_pa
         initial_weights(dataclasses.replace(config, training=training), mesh)
 
 
-def test_a_foreign_folder_stays_as_it_is(convert, workdir, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    said = convert.fails("export", f"--workdir={workdir}", f"--hf={tmp_path}")
-    assert f"{tmp_path} holds notes.txt and no conversion: choose another folder or empty it" in said
-    assert contents(tmp_path) == {"notes.txt": b"mine"}
-
-
 def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint, tmp_path):
     tokens, output = tmp_path / "tokens.npy", tmp_path / "out.npz"
     arguments = ("logits", f"--hf={checkpoint}", f"--tokens={tokens}", *CONFIG)
-    assert f"{tokens} is missing" in convert.fails(*arguments, f"--output={output}")
     size = small_config().model.vocab_size
-    tokens.write_text("1 2 3")
-    assert f"{tokens} is not an .npy file" in convert.fails(*arguments, f"--output={output}")
     cases = {
         "has int32 [5]; give int32 [B, S]": np.zeros(5, np.int32),
         "has float32 [1, 5]; give int32 [B, S]": np.zeros((1, 5), np.float32),
@@ -500,10 +453,6 @@ def test_wrong_tokens_are_found_before_the_weights_are_read(convert, checkpoint,
         np.save(tokens, array)
         said = convert.fails(*arguments, f"--output={output}")
         assert f"{tokens} {text}" in said and "load:" not in said
-    np.save(tokens, np.zeros((1, 5), np.int32))
-    said = convert.fails(*arguments, f"--output={tmp_path / 'absent' / 'out.npz'}")
-    assert f"there is no folder {tmp_path / 'absent'} for --output; make it" in said and "load:" not in said
-    assert "--output is missing; give it: logits: .npz file to write." in convert.fails(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
 
 

@@ -196,15 +196,8 @@ def test_a_model_of_the_architecture_by_someone_else(spelling):
 
 
 def test_absent_and_null_keys_have_the_defaults_of_the_family():
-    absent = (
-        "topk_method",
-        "scoring_func",
-        "norm_topk_prob",
-        "num_nextn_predict_layers",
-        "moe_layer_freq",
-        "rms_norm_eps",
-        "rope_theta",
-    )
+    absent = ("topk_method", "scoring_func", "norm_topk_prob", "num_nextn_predict_layers", "moe_layer_freq")
+    absent += ("rms_norm_eps", "rope_theta")
     v3 = hf_config.read_model(without(V3, *absent) | {"n_group": None, "topk_group": None, "n_shared_experts": None})
     released = with_yarn(published("deepseek_v3").model)
     assert v3 == dataclasses.replace(released, num_mtp_layers=0, num_groups=1, num_kept_groups=1, num_shared_experts=0)
@@ -264,9 +257,7 @@ def test_no_shared_experts_come_back():
 
 def test_a_router_of_neither_family_is_not_written():
     model = dataclasses.replace(published("tiny").model, group_score="max")
-    with pytest.raises(
-        ValueError, match="gate = 'sigmoid' with group_score = 'max' has no config.json; 'sigmoid' goes with 'top2'"
-    ):
+    with pytest.raises(ValueError, match="gate = 'sigmoid' with group_score = 'max' .*; 'sigmoid' goes with 'top2'"):
         write_model(model, False, IDS, 300)
 
 
@@ -309,88 +300,56 @@ def test_run_config_replaces_the_model_and_checks_it():
 
 
 ROPE = V3["rope_scaling"]
+FORM, FP8_KEY, BOTH = "rope_scaling", "quantization_config", {"rope_type": "default", "rope_theta": 10000}
 REFUSED = {
     "family": (
         {"model_type": "deepseek_v32"},
-        "model_type is 'deepseek_v32': choose a checkpoint of one of ['deepseek_v2', 'deepseek_v3', 'kimi_k2']",
+        "model_type is 'deepseek_v32': choose a checkpoint of one of",
     ),
     "architecture": ({"architectures": ["DeepseekV3ForSequenceClassification"]}, "goes with ['DeepseekV3ForCausalLM']"),
     "mixed": ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' goes with ['DeepseekV2ForCausalLM']"),
     "attention_bias": ({"attention_bias": True}, "attention_bias is True: linear layers here have no biases"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True: embedding and head are separate here"),
-    "activation": (
-        {"hidden_act": "gelu"},
-        "hidden_act is 'gelu': feed-forwards here are SwiGLU; only 'silu' can be converted",
-    ),
-    "moe_layer_freq": (
-        {"moe_layer_freq": 2},
-        "moe_layer_freq is 2: here every layer after the first dense ones has experts",
-    ),
-    "rope_interleave": (
-        {"rope_interleave": False},
-        "rope_interleave is False: rotary channels here are interleaved pairs",
-    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu': feed-forwards here are SwiGLU; only 'silu' can be"),
+    "moe_layer_freq": ({"moe_layer_freq": 2}, "moe_layer_freq is 2: here every layer after the first dense ones has"),
+    "rope_interleave": ({"rope_interleave": False}, "rope_interleave is False: rotary channels here are interleaved"),
     "key_value_heads": ({"num_key_value_heads": 8}, "num_key_value_heads is 8: latent attention has as many"),
-    "null": (
-        {"hidden_size": None},
-        "hidden_size is None: the key is required; take the config.json that belongs to the weights",
-    ),
+    "null": ({"hidden_size": None}, "hidden_size is None: the key is required; take the config.json that belongs to"),
     "type": ({"hidden_size": "7168"}, "hidden_size is '7168': it must be of type int"),
     "bool": ({"norm_topk_prob": 1}, "norm_topk_prob is 1: it must be of type bool"),
     "bool_as_number": ({"n_group": True}, "n_group is True: it must be of type int"),
     "topk_method": ({"topk_method": "greedy"}, "topk_method is 'greedy': deepseek_v3 selects experts by 'noaux_tc'"),
     "scoring_func": ({"scoring_func": "softmax"}, "scoring_func is 'softmax': deepseek_v3 has a sigmoid gate"),
-    "rope_type": (
-        {"rope_scaling": ROPE | {"type": "linear"}},
-        "rope_scaling: type is 'linear': only 'yarn', or no scaling",
-    ),
-    "rope_type_absent": ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: type is absent: the key is required"),
+    "rope_type": ({FORM: ROPE | {"type": "linear"}}, "rope_scaling: type is 'linear': only 'yarn', or no scaling"),
+    "rope_type_absent": ({FORM: {"factor": 2.0}}, "rope_scaling: type is absent: the key is required"),
     "rope_key": (
-        {"rope_scaling": ROPE | {"attention_factor": 1.5}},
-        "rope_scaling: attention_factor is 1.5: it has no counterpart",
+        {FORM: ROPE | {"attention_factor": 1.5}},
+        "attention_factor is 1.5: it has no counterpart",
     ),
-    "rope_truncate": (
-        {"rope_scaling": ROPE | {"truncate": False}},
-        "rope_scaling: truncate is False: it has no counterpart",
-    ),
-    "rope_factor": ({"rope_scaling": ROPE | {"factor": None}}, "rope_scaling: factor is None: the key is required"),
+    "rope_truncate": ({FORM: ROPE | {"truncate": False}}, "rope_scaling: truncate is False: it has no counterpart"),
+    "rope_factor": ({FORM: ROPE | {"factor": None}}, "rope_scaling: factor is None: the key is required"),
     "new_rope_type": (
         {"rope_parameters": {"rope_type": "llama3"}},
-        "rope_parameters: rope_type is 'llama3': only 'yarn'",
+        "rope_type is 'llama3': only 'yarn'",
     ),
-    "quant_method": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        "quantization_config: quant_method is 'gptq': only 'fp8' can be read",
-    ),
-    "fmt": (
-        {"quantization_config": FP8 | {"fmt": "e5m2"}},
-        "quantization_config: fmt is 'e5m2': only 'e4m3' can be read",
-    ),
+    "quant_method": ({FP8_KEY: {"quant_method": "gptq"}}, "quant_method is 'gptq': only 'fp8' can be read"),
+    "fmt": ({FP8_KEY: FP8 | {"fmt": "e5m2"}}, "quantization_config: fmt is 'e5m2': only 'e4m3' can be read"),
     "blocks": (
-        {"quantization_config": without(FP8, "weight_block_size")},
+        {FP8_KEY: without(FP8, "weight_block_size")},
         "weight_block_size is absent: only [128, 128] can be read",
     ),
-    "static": (
-        {"quantization_config": FP8 | {"activation_scheme": "static"}},
-        "activation_scheme is 'static': only 'dynamic'",
-    ),
-    "scale_fmt": (
-        {"quantization_config": FP8 | {"scale_fmt": "e4m3"}},
-        "scale_fmt is 'e4m3': only 'ue8m0' or none can be read",
-    ),
+    "static": ({FP8_KEY: FP8 | {"activation_scheme": "static"}}, "activation_scheme is 'static': only 'dynamic'"),
+    "scale_fmt": ({FP8_KEY: FP8 | {"scale_fmt": "e4m3"}}, "scale_fmt is 'e4m3': only 'ue8m0' or none can be read"),
     "sparse": ({"index_topk": 2048}, "index_topk is 2048: sparse attention (V3.2) has no counterpart here"),
     "clipped": ({"swiglu_limit": 10.0}, "swiglu_limit is 10.0: a clipped SwiGLU has no counterpart here"),
     "qk_norm": ({"use_qk_norm": True}, "use_qk_norm is True: norms of queries and keys has no counterpart here"),
     "two_rope_types": (
-        {"rope_scaling": ROPE | {"rope_type": "default"}},
-        "rope_scaling: type is 'yarn': rope_type is 'default'; remove the one that does not hold",
+        {FORM: ROPE | {"rope_type": "default"}},
+        "rope_type is 'default'; remove the one that does",
     ),
-    "two_rope_sections": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
-        "rope_scaling is {'type': 'yarn'",
-    ),
+    "two_rope_sections": ({"rope_parameters": BOTH}, "rope_scaling is {'type': 'yarn'"),
     "two_bases": (
-        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+        {FORM: None, "rope_parameters": BOTH | {"rope_theta": 5e4}},
         "rope_theta is 10000: the file has the bases [10000.0, 50000.0]; remove those that do not hold",
     ),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, n_routed_experts = 256"),
@@ -399,7 +358,7 @@ REFUSED = {
     "infinite": ({"rope_theta": float("inf")}, "rope_theta is inf: it must be a finite number"),
     "beyond_floats": ({"rms_norm_eps": 10**400}, "it must be a finite number"),
     "escape": ({"model_type": "a\x1b[31m"}, "model_type is 'a\\x1b[31m': choose"),
-    "no_section": ({"quantization_config": "fp8"}, "quantization_config is 'fp8': it must be of type dict"),
+    "no_section": ({FP8_KEY: "fp8"}, "quantization_config is 'fp8': it must be of type dict"),
 }
 
 
@@ -413,14 +372,8 @@ def test_refused(case):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"topk_method": "noaux_tc"},
-            "topk_method is 'noaux_tc': deepseek_v2 selects experts by 'greedy' or 'group_limited_greedy'",
-        ),
-        (
-            {"norm_topk_prob": True},
-            "norm_topk_prob is True: programs disagree whether routed_scaling_factor = 16.0 then applies",
-        ),
+        ({"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc': deepseek_v2 selects experts by 'greedy' or"),
+        ({"norm_topk_prob": True}, "norm_topk_prob is True: programs disagree whether routed_scaling_factor = 16.0"),
     ],
 )
 def test_refused_of_v2(changes, message):
@@ -428,27 +381,24 @@ def test_refused_of_v2(changes, message):
         hf_config.read_model(V2 | changes)
 
 
-REQUIRED = (
-    *(
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "moe_intermediate_size",
-        "num_hidden_layers",
-        "first_k_dense_replace",
-    ),
-    *(
-        "num_attention_heads",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "n_routed_experts",
-    ),
-    *("num_experts_per_tok", "routed_scaling_factor"),
-)
+REQUIRED = [
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+]
 
 
 @pytest.mark.parametrize("key", REQUIRED)

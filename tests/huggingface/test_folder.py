@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from deepseek_jax.huggingface.folder import open_folder
 from deepseek_jax.huggingface.load import load
 from tests.golden import hf_checkpoint
-from tests.support.checkpoints import mesh_of
+from tests.support.meshes import mesh_of
 
 GOLDEN = hf_checkpoint.FOLDER / "base"
 HF = json.loads((GOLDEN / "config.json").read_text())
@@ -81,7 +81,7 @@ def test_selection_biases_of_another_dtype_lose_nothing(make, tensors, dtype):
     golden = hf_checkpoint.read("base")
     stored = {name: value.astype(dtype) if name.endswith(BIAS) else value for name, value in tensors.items()}
     assert all(stored[name].dtype == dtype for name in stored if name.endswith(BIAS))
-    found = load(make(stored).shards, golden.config, mesh_of((1, 1, 1)), "fp32")
+    found = load(make(stored).shards, golden.config, mesh_of(), "fp32")
     expected = jax.tree.map(lambda bias: np.asarray(bias).astype(dtype).astype(np.float32), golden.router_bias)
     jax.tree.map(np.testing.assert_array_equal, found.router_bias, expected)
 

@@ -16,7 +16,8 @@ from deepseek_jax.safetensors.header import read_header
 from deepseek_jax.safetensors.writer import Planned, ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
 from tests.golden import hf_checkpoint
-from tests.support.checkpoints import config, hashes, mesh_of
+from tests.support.checkpoints import config, hashes
+from tests.support.meshes import mesh_of
 
 MESHES = ((1, 1, 1), (2, 1, 4), (2, 2, 2))
 pytestmark = pytest.mark.xdist_group("huggingface")
@@ -42,7 +43,7 @@ def test_every_tensor_comes_back(checkpoint, tmp_path, sizes, weights):
     shards = Shards(checkpoint)
     assert len({entry.file for entry in shards.entries.values()}) > 3
     check(shards, config().model, fp8=True)
-    loaded = load(shards, config(), mesh_of(sizes), weights)
+    loaded = load(shards, config(), mesh_of(*sizes), weights)
     save(loaded, config().model, tmp_path / "back", fp8=True, max_shard_bytes=200_000)
     assert hashes(tmp_path / "back") == hashes(checkpoint)
 
@@ -58,7 +59,7 @@ def test_accelerators_get_the_same_by_programs(checkpoint, tmp_path, monkeypatch
     """CPUs taken for devices with memory of their own: written by donation, transposed and multiplied there, in
     chunks.
     """
-    shards, mesh = Shards(checkpoint), mesh_of(sizes)
+    shards, mesh = Shards(checkpoint), mesh_of(*sizes)
     expected = load(shards, config(), mesh, weights)
     monkeypatch.setattr(device_arrays, "HOST_PLATFORMS", set())
     monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
@@ -76,7 +77,7 @@ def test_scales_may_lie_in_other_files(checkpoint, tmp_path):
     planned = [Planned(entry.name, entry.dtype, entry.shape) for entry in order]
     ShardWriter(tmp_path / "apart", planned, 200_000).write(shards.read)
     save(
-        load(Shards(tmp_path / "apart"), config(), mesh_of((1, 1, 1)), "fp8"),
+        load(Shards(tmp_path / "apart"), config(), mesh_of(), "fp8"),
         config().model,
         tmp_path / "back",
         True,
@@ -88,7 +89,7 @@ def test_scales_may_lie_in_other_files(checkpoint, tmp_path):
 def test_missing_shards_are_made_again(checkpoint, tmp_path):
     """Some begin with the scales of a weight that another shard holds."""
     loaded, arguments = (
-        load(Shards(checkpoint), config(), mesh_of((1, 1, 1)), "fp8"),
+        load(Shards(checkpoint), config(), mesh_of(), "fp8"),
         (config().model, tmp_path / "back", True, 20_000),
     )
     save(loaded, *arguments)
@@ -106,7 +107,7 @@ def test_bf16_of_fp8_is_the_product_rounded_once(checkpoint, tmp_path):
     shards = Shards(checkpoint)
     for weights in ("fp8", "bf16"):
         save(
-            load(shards, config(), mesh_of((2, 1, 4)), weights),
+            load(shards, config(), mesh_of(data=2, expert=4), weights),
             config().model,
             tmp_path / weights,
             fp8=False,
@@ -127,7 +128,7 @@ def test_weights_are_those_of_the_goldens(case, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / case / "model.safetensors")
     shards = Shards(tmp_path)
     check(shards, golden.config.model, fp8=False)
-    found = load(shards, golden.config, mesh_of((1, 1, 1)), "fp32")
+    found = load(shards, golden.config, mesh_of(), "fp32")
     jax.tree.map(np.testing.assert_array_equal, found.params, golden.params)
     jax.tree.map(np.testing.assert_array_equal, found.router_bias, golden.router_bias)
 
@@ -136,11 +137,11 @@ def test_fp8_wants_a_checkpoint_in_fp8(tmp_path):
     golden = hf_checkpoint.read("base")
     (tmp_path / "model.safetensors").symlink_to(hf_checkpoint.FOLDER / "base" / "model.safetensors")
     with pytest.raises(ValueError, match="is not in FP8; load it as 'bf16' or 'fp32'"):
-        load(Shards(tmp_path), golden.config, mesh_of((1, 1, 1)), "fp8")
+        load(Shards(tmp_path), golden.config, mesh_of(), "fp8")
 
 
 def test_an_mtp_layer_with_a_head_of_its_own_is_refused(checkpoint, tmp_path):
-    loaded = load(Shards(checkpoint), config(), mesh_of((1, 1, 1)), "fp8")
+    loaded = load(Shards(checkpoint), config(), mesh_of(), "fp8")
     save(loaded, config().model, tmp_path / "own", fp8=True, max_shard_bytes=10**9)
     name = f"model.layers.{config().model.num_layers}.shared_head.head.weight"
     entry = Shards(tmp_path / "own").entries[name]
@@ -148,4 +149,4 @@ def test_an_mtp_layer_with_a_head_of_its_own_is_refused(checkpoint, tmp_path):
         file.seek(entry.offset)
         file.write(bytes([1, 2]))
     with pytest.raises(ValueError, match=rf"{name} in .* differs from lm_head.weight"):
-        load(Shards(tmp_path / "own"), config(), mesh_of((1, 1, 1)), "fp8")
+        load(Shards(tmp_path / "own"), config(), mesh_of(), "fp8")

@@ -78,39 +78,11 @@ def test_released_checkpoint_to_the_byte():
     assert all(tensor.quantized == (tensor.dtype == "F8_E4M3") for tensor in listed)
 
 
-def test_released_order_shapes_and_dtypes():
-    """One of each kind, as the released headers have them."""
-    listed = {tensor.name: tensor for tensor in names.tensors(published("deepseek_v3").model)}
-    order = [name.split(".")[2] if ".layers." in name else name for name in listed]
-    layers = [str(layer) for layer in range(61)]
-    assert list(dict.fromkeys(order)) == [
-        "model.embed_tokens.weight",
-        *layers,
-        "model.norm.weight",
-        "lm_head.weight",
-        "61",
-    ]
-
-    def kind(name: str) -> tuple:
-        tensor = listed[name]
-        return tensor.dtype, tensor.shape, tensor.scale_shape if tensor.quantized else None
-
-    attention = "model.layers.60.self_attn"
-    assert kind(f"{attention}.q_a_proj.weight") == ("F8_E4M3", (1536, 7168), (12, 56))
-    assert kind(f"{attention}.q_b_proj.weight") == ("F8_E4M3", (24576, 1536), (192, 12))
-    assert kind(f"{attention}.kv_a_proj_with_mqa.weight") == ("F8_E4M3", (576, 7168), (5, 56))
-    assert kind(f"{attention}.kv_b_proj.weight") == ("F8_E4M3", (32768, 512), (256, 4))
-    assert kind(f"{attention}.o_proj.weight") == ("F8_E4M3", (7168, 16384), (56, 128))
-    assert kind("model.layers.2.mlp.up_proj.weight") == ("F8_E4M3", (18432, 7168), (144, 56))
-    assert kind("model.layers.2.mlp.down_proj.weight") == ("F8_E4M3", (7168, 18432), (56, 144))
-    assert kind("model.layers.3.mlp.gate.weight") == ("BF16", (256, 7168), None)
-    assert kind("model.layers.3.mlp.gate.e_score_correction_bias") == ("F32", (256,), None)
-    assert kind("model.layers.61.eh_proj.weight") == ("BF16", (7168, 14336), None)
-    assert kind("model.layers.61.shared_head.head.weight") == ("BF16", (129280, 7168), None)
-    assert (
-        listed["model.layers.3.mlp.experts.17.gate_proj.weight"].scale_name
-        == "model.layers.3.mlp.experts.17.gate_proj.weight_scale_inv"
-    )
+def test_tensors_come_in_the_order_of_the_released_files():
+    listed = names.tensors(published("deepseek_v3").model)
+    order = [tensor.name.split(".")[2] if ".layers." in tensor.name else tensor.name for tensor in listed]
+    main = ["model.embed_tokens.weight", *map(str, range(61)), "model.norm.weight", "lm_head.weight"]
+    assert list(dict.fromkeys(order)) == [*main, "61"]
 
 
 @pytest.mark.parametrize("case", [*CONFIGS, *VARIANTS, *hf_checkpoint.CASES])

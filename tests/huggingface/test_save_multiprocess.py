@@ -13,7 +13,8 @@ from deepseek_jax.huggingface.stored_tensors import StoredTensors
 from deepseek_jax.safetensors.folder import INDEX, Shards
 from deepseek_jax.safetensors.writer import ShardWriter
 from experiments.benchmarks import synthetic_checkpoint
-from tests.support.checkpoints import config, hashes, mesh_of
+from tests.support.checkpoints import config, hashes
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("huggingface")
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return StoredTensors(load(Shards(folder), config(), mesh_of((2, 2, 2)), "fp8"), config().model, fp8=True)
+    return StoredTensors(load(Shards(folder), config(), mesh_of(2, 2, 2), "fp8"), config().model, fp8=True)
 
 
 def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
@@ -63,7 +64,7 @@ def test_a_matrix_is_gathered_from_all_devices_bit_for_bit(source):
 
 
 def test_bits_that_are_no_numbers_survive():
-    mesh = mesh_of((1, 2, 4))
+    mesh = mesh_of(node=2, expert=4)
     tensor = next(t for t in tensors(config().model) if t.leaf[-1] == "down_FD")
     shape = (config().model.num_dense_layers, *tensor.matrix_shape)
     bits = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.inference import acceptance
-from deepseek_jax.inference.acceptance import Drafts
+from deepseek_jax.inference.acceptance import Drafts, Progress, Verified
 from deepseek_jax.inference.requests import NOWHERE, row_keys
 from deepseek_jax.inference.row_sampling import ANY, DRAWN, GREEDY, Choice, RowSampling, choose, choose_ids, noise_at
 from deepseek_jax.inference.sampling import NO_TOKEN, Bias, Sampling, Seen
@@ -157,3 +157,15 @@ def test_logits_that_are_not_numbers_end_a_row():
     drafts = drafts._replace(ids_BK=drafts.ids_BK - 1)
     forced = acceptance.verify(*greedy, drafts, run_B + 0, run_B, None, forced=1.0)
     assert forced.tokens_BS[1].tolist() == [3, 3, 4]
+
+
+def test_a_row_gets_no_token_behind_its_last_or_behind_one_that_ends_it():
+    """It may have two; it ends at 6; it ends at 7; 7 is not its own, as only one draft stood; it does not run."""
+    tokens_BS, accepted_B = jnp.tile(jnp.array([5, 6, 7]), (5, 1)), jnp.array([2, 2, 2, 1, 2])
+    progress = Progress(jnp.full(5, 10), jnp.full(5, 4), jnp.array([2, 9, 9, 9, 9]), jnp.zeros(5, bool))
+    ends_BE, run_B = jnp.array([[1], [6], [7], [7], [5]]), jnp.arange(5) < 4
+    counts_B, after = acceptance.advance(progress, ends_BE, Verified(tokens_BS, accepted_B, None, None), run_B)
+    assert counts_B.tolist() == [2, 2, 3, 2, 0]
+    assert jax.tree.map(lambda leaf: leaf.tolist(), after) == Progress(
+        [12, 12, 13, 12, 10], [6, 6, 7, 6, 4], [0, 7, 6, 7, 9], [True, True, True, False, False]
+    )

@@ -12,14 +12,15 @@ from deepseek_jax.inference.generate import expert_mesh
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model.absorbed import UpProjection
 from deepseek_jax.parameters import ROWS, P
-from tests.inference.test_decode import CONFIG, expanded_logits, ids, make_weights, one_device, prefilled
+from tests.inference.test_decode import CONFIG, expanded_logits, ids, make_weights, prefilled
 from tests.support.drawn_adapters import with_adapters
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("decode")
 
 
 def adapted():
-    return with_adapters(make_weights(), one_device(), 0.2)
+    return with_adapters(make_weights(), mesh_of(), 0.2)
 
 
 def test_prefill_and_steps_with_adapters_equal_the_expanded_form_of_merged_weights():
@@ -35,15 +36,15 @@ def test_prefill_and_steps_with_adapters_equal_the_expanded_form_of_merged_weigh
     for i in range(4):
         want_BV = want_BSV[[0, 1], [6 + i, 10 + i]]
         np.testing.assert_allclose(logits_BV, want_BV, atol=4e-6 * np.abs(want_BV).max())
-        with jax.set_mesh(one_device()):
+        with jax.set_mesh(mesh_of()):
             tokens_B = jax.device_put(tokens_BS[[0, 1], [7 + i, 11 + i]], P(ROWS))
             logits_BV, cache = step(placed, cache, tokens_B)
 
 
 def test_a_base_is_not_merged_but_where_the_absorbed_form_takes_it_apart():
     weights, merged = adapted()
-    with jax.set_mesh(one_device()):
-        placed = decode_weights(CONFIG.model, decode.decode_execution(CONFIG, one_device()), weights, one_device())
+    with jax.set_mesh(mesh_of()):
+        placed = decode_weights(CONFIG.model, decode.decode_execution(CONFIG, mesh_of()), weights, mesh_of())
     for name in ("dense_layers", "moe_layers"):
         (layer,), stack = placed.params[name], weights.params[name]
         kept = adapters_of(layer)

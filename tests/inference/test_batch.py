@@ -22,7 +22,8 @@ from deepseek_jax.inference.sampling import NO_TOKEN, Sampling
 from deepseek_jax.inference.step import Piece
 from deepseek_jax.model import transformer
 from deepseek_jax.model.moe import chosen_experts
-from tests.inference.test_decode import CONFIG, GREEDY, NEVER, expanded_logits, make_weights, one_device
+from tests.inference.test_decode import CONFIG, GREEDY, NEVER, expanded_logits, make_weights
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("batch")  # what is compiled once, serves all tests
 
@@ -40,7 +41,7 @@ BY_ID = dataclasses.replace(DRAWN, presence_penalty=0.5)
 
 def make_batch(config=CONFIG, weights=None, mesh=None, rows=ROWS, eos=NEVER):
     sizes = {"num_rows": rows, "num_pages": PAGES, "num_positions": POSITIONS, "most_prefill_tokens": BUDGET}
-    return DeviceBatch(config, weights or make_weights(config), mesh or one_device(), eos=eos, **sizes, burst=4)
+    return DeviceBatch(config, weights or make_weights(config), mesh or mesh_of(), eos=eos, **sizes, burst=4)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ class Host:
 def alone(prompt, num_tokens, sampling, number=0, weights=None):
     """What `generate` gives the prompt as request `number`."""
     new = generate.stream_ids(
-        CONFIG, weights or make_weights(), [prompt], num_tokens, sampling, SEED, NEVER, one_device(), None, number
+        CONFIG, weights or make_weights(), [prompt], num_tokens, sampling, SEED, NEVER, mesh_of(), None, number
     )
     return np.concatenate(list(new), axis=1)[0].tolist()
 
@@ -233,7 +234,7 @@ def test_the_first_token_is_chosen_by_the_least_program_that_serves_the_rows(bat
         batch.close_row(row)
     assert kinds == list(KINDS)
     head_DV, rest = batch._calls._head, batch._calls._first_program(KINDS[0])[-1][1:]
-    with jax.set_mesh(one_device()):
+    with jax.set_mesh(mesh_of()):
         greedy = str(jax.make_jaxpr(functools.partial(row_programs.first, KINDS[0]))(head_DV, *rest))
         drawn = str(jax.make_jaxpr(functools.partial(row_programs.first, KINDS[1]))(head_DV, *rest))
     assert "random" not in greedy and "random" in drawn
@@ -265,32 +266,6 @@ def test_a_row_that_has_ended_writes_nothing_though_steps_follow(batch):
     got = [step.read().tokens_BK[1, 0] for step in (first, batch.step([], rows_B), batch.step([], rows_B))]
     batch.close_row(1)
     assert got == alone(others, 3, GREEDY)
-
-
-def test_log_probabilities_are_those_of_teacher_forcing(batch):
-    """Of a prompt in two pieces and of new tokens; a neighbour without them has its own text."""
-    prompt = TOKENS[6][:150]
-    sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, num_logprobs=5)
-    batch.open_row(2, RowSettings(sampling=sampling, max_new_tokens=2))
-    batch.set_table(2, [4, 5, 6])
-    no_row, row_2 = np.zeros(ROWS, bool), np.arange(ROWS) == 2
-    found = [
-        batch.step([Piece(2, prompt[:100], False, True, prompt[100])], no_row).read(),
-        batch.step([Piece(2, prompt[100:], True, True)], no_row).read(),
-        batch.step([], row_2).read(),
-    ]
-    batch.close_row(2)
-    new = [int(result.tokens_BK[2, 0]) for result in found[1:]]
-    assert [bool(result.finished_B[2]) for result in found] == [False, False, True]
-    whole = prompt + new
-    logits_SV = expanded_logits(CONFIG, make_weights(), np.array([whole + [0] * (256 - len(whole))]))[0]
-    log_SV = np.asarray(jax.nn.log_softmax(logits_SV.astype(jnp.float32)))[: len(whole) - 1]
-    parts = [found[0].prompt_logprobs[2], found[1].prompt_logprobs[2]]
-    parts += [jax.tree.map(lambda x: x[2], result.logprobs) for result in found[1:]]
-    chosen, ids, top = (np.concatenate(leaves) for leaves in zip(*[found[:3] for found in parts], strict=True))
-    np.testing.assert_allclose(chosen, log_SV[np.arange(len(whole) - 1), whole[1:]], atol=1e-5)
-    np.testing.assert_allclose(top, np.sort(log_SV)[:, ::-1][:, : top.shape[1]], atol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(log_SV, ids, 1), top, atol=1e-5)
 
 
 def test_experts_of_every_token_are_those_of_the_training_form(batch):
@@ -438,10 +413,10 @@ def test_what_cannot_be_done_is_refused(batch, act, words):
 def test_a_batch_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="power of two"):
         DeviceBatch(
-            CONFIG, make_weights(), one_device(), num_rows=1, num_pages=1, num_positions=1, eos=1, most_prefill_tokens=3
+            CONFIG, make_weights(), mesh_of(), num_rows=1, num_pages=1, num_positions=1, eos=1, most_prefill_tokens=3
         )
     with pytest.raises(ValueError, match="pages would fit"):
-        DeviceBatch(CONFIG, make_weights(), one_device(), num_rows=1, num_pages=10**9, num_positions=1, eos=1)
+        DeviceBatch(CONFIG, make_weights(), mesh_of(), num_rows=1, num_pages=10**9, num_positions=1, eos=1)
 
 
 @pytest.mark.slow

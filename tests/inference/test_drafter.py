@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.tiny import get_config
-from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.inference.cache import CACHE_SPECS, make_cache
 from deepseek_jax.inference.decode import decode_execution
 from deepseek_jax.inference.prefill import prefill_execution
@@ -16,11 +14,11 @@ from deepseek_jax.inference.weights import decode_weights, weight_specs
 from deepseek_jax.model import drafter, transformer
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import ROWS, P
 from pallas_kernels.lowering import manual_axes
+from tests.inference.test_decode import make_config
 from tests.support.drawn import drawn_weights
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("drafter")  # what is compiled once, serves all tests
 
@@ -28,20 +26,8 @@ RNG = np.random.default_rng(5)
 TOKENS_BS = RNG.integers(0, 300, (3, 101)).astype(np.int32)
 
 
-def make_config(**model):
-    config = get_config()
-    config.model.update(
-        vocab_size=300, width=32, num_layers=2, num_heads=2, query_latent=16, kv_latent=24, content_dim=8
-    )
-    config.model.update(rotary_dim=4, value_dim=8, dense_hidden=48, num_experts=8, expert_hidden=16, num_mtp_layers=1)
-    config.model.update(model)
-    config.execution.update(precision="fp32", scan_unroll=1)
-    config.data.sequence_length = 128
-    return resolve(from_config_dict(config), "cpu", 1)
-
-
-CONFIG = make_config()
-MESH = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+CONFIG = make_config(num_mtp_layers=1).with_(data={"sequence_length": 128})
+MESH = mesh_of()
 
 
 @functools.cache
@@ -138,6 +124,6 @@ def test_states_over_the_cache_are_those_of_training():
 
 
 def test_a_model_without_an_mtp_layer_drafts_nothing():
-    config = make_config(num_mtp_layers=0)
+    config = make_config()
     with pytest.raises(ValueError, match="the MTP layer, and these weights have none; set num_drafts to 0"):
         decode_weights(config.model, config.execution, drawn_weights(config.model), MESH, drafts=True)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Mesh
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import row_calls
 from deepseek_jax.inference.batch import DeviceBatch
@@ -18,9 +17,9 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh
-from tests.inference.test_decode import make_config, one_device
+from tests.inference.test_decode import make_config
 from tests.support.drawn import drawn_weights
+from tests.support.meshes import mesh_of
 from tests.support.patience import SECONDS, wait_for
 
 pytestmark = pytest.mark.xdist_group("engine_model")  # what is compiled once, serves all tests
@@ -44,7 +43,7 @@ def batch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_calls, "FEW_ROWS_ON_CPU", 8)
         sizes = {"num_rows": 8, "num_pages": 60, "num_positions": 256, "most_prefill_tokens": 128}
-        return DeviceBatch(CONFIG, make_weights(), one_device(), eos=TOKENIZER.eos, **sizes)
+        return DeviceBatch(CONFIG, make_weights(), mesh_of(), eos=TOKENIZER.eos, **sizes)
 
 
 class Smaller:
@@ -310,7 +309,7 @@ def test_four_devices_are_one(batch):
     """Each has pages of its own, too few for its rows."""
     long = [Job(prompt=[70 + i] * 5, max_new_tokens=150, sampling=GREEDY, ignore_eos=True) for i in range(8)]
     jobs = [*long, *make_jobs(30)]
-    mesh = make_mesh(Mesh(pipe=1, data=2, node=1, expert=2, tensor=1), jax.devices()[:4])
+    mesh = mesh_of(data=2, expert=2)
     options = {"num_rows": 8, "num_pages": 5, "num_positions": 256, "most_prefill_tokens": 128, "silent": True}
     with Engine(batch, TOKENIZER) as engine:
         want = texts_of(engine.generate(jobs))
@@ -328,13 +327,13 @@ def test_drafts_change_no_greedy_text():
     logged = Sampling(temperature=0.0, top_k=0, top_p=1.0, num_logprobs=2)
     jobs = [dataclasses.replace(job, sampling=logged, own=Request()) for job in make_jobs(30)]
     jobs = [Job(prompt=[70] * 5, max_new_tokens=150, sampling=logged), *jobs]
-    with Engine.open(config, weights, TOKENIZER, one_device(), silent=True, **sizes) as engine:
+    with Engine.open(config, weights, TOKENIZER, mesh_of(), silent=True, **sizes) as engine:
         want = engine.generate(jobs)
         stop = want[0].text[40:43]
         want[0] = engine.generate([dataclasses.replace(jobs[0], stop=[stop])])[0]
         jobs[0] = dataclasses.replace(jobs[0], stop=[stop])
     options = {"num_pages": 6, "num_drafts": 3, "silent": True}
-    with Engine.open(config, weights, TOKENIZER, one_device(), **sizes, **options) as engine:
+    with Engine.open(config, weights, TOKENIZER, mesh_of(), **sizes, **options) as engine:
         engine.submit(jobs[1], lambda _: None).cancel()
         found = engine.generate(jobs)
         engine.update_weights(weights)

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from configs.tiny import get_config
-from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference.completions import complete
 from deepseek_jax.inference.generate import expert_mesh, stream, stream_ids
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.model import transformer
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights, partition_specs
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
 from tests.support import compiling
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("generate")  # what one worker made or compiled, its other tests use
 
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
         functools.partial(transformer.init, config.model), jax.eval_shape(lambda: jax.random.key(0))
     )
     params, router_bias = jax.tree.map(lambda leaf: jnp.array(0.5 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    mesh = mesh_of()
     with jax.set_mesh(mesh):
         state = {"params": jax.tree.map(jax.device_put, params, partition_specs(params)), "router_bias": router_bias}
         checkpoints = Checkpoints(workdir, keep=1)

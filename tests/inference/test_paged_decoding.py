@@ -12,7 +12,8 @@ from deepseek_jax.inference.page_pool import PAGE_SIZE, FullError, PagePool
 from deepseek_jax.inference.pages import PagedSequence
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import transformer
-from tests.inference.test_decode import CONFIG, expanded_logits, make_weights, one_device
+from tests.inference.test_decode import CONFIG, expanded_logits, make_weights
+from tests.support.meshes import mesh_of
 
 NUM_PAGES, LONGEST, CHUNK = 9, 256, 4
 PROMPTS = [np.random.default_rng(7).integers(0, 300, 200).tolist() for _ in range(2)]  # of which all begin with a piece
@@ -22,8 +23,8 @@ class Device:
     """The pages of a device, full of NaN, and the programs on them."""
 
     def __init__(self):
-        self.execution = decode.decode_execution(CONFIG, one_device())
-        placed = decode_weights(CONFIG.model, self.execution, make_weights(), one_device())
+        self.execution = decode.decode_execution(CONFIG, mesh_of())
+        placed = decode_weights(CONFIG.model, self.execution, make_weights(), mesh_of())
         self.weights = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), placed)  # on no mesh
         width = CONFIG.model.kv_latent + CONFIG.model.rotary_dim
         self.pages = jnp.full((CONFIG.model.num_layers, NUM_PAGES, PAGE_SIZE, width), jnp.nan)

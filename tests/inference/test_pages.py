@@ -221,18 +221,6 @@ def test_a_prompt_finds_its_full_pages_but_for_its_last_token(num_tokens, num_fo
     check_books(pool, [second] if ended else [first, second])
 
 
-def test_two_requests_with_one_prompt_at_once_hold_it_once():
-    """Neither finds the other's pages when it opens; the second gives its own back when they are full."""
-    pool, device, prompt = PagePool(10), Device(10), list(range(150))
-    first, second = PagedSequence.open(pool, prompt), PagedSequence.open(pool, prompt)
-    device.append(first, prompt)
-    assert pool.num_free == 7
-    device.append(second, prompt)
-    assert table_of(first)[:2] == table_of(second)[:2] and table_of(first)[2] != table_of(second)[2]
-    assert pool.num_free == 6 and device.read(first) == device.read(second) == prompt
-    check_books(pool, [first, second])
-
-
 def test_a_prefix_outlives_the_request_that_made_it():
     pool, device = PagePool(3), Device(3)
     first, _ = started(pool, device, list(range(70)))
@@ -263,53 +251,6 @@ def test_the_oldest_is_evicted_first_and_a_prefix_after_what_follows():
     assert [len(PagedSequence.open(pool, prompt)) for prompt in (old, new)] == [0, 192]
 
 
-def test_a_full_cache_refuses_and_goes_on():
-    pool, device = PagePool(4), Device(4)
-    sequence, _ = started(pool, device, list(range(200)))
-    assert sequence.reserve(56) == [] and sequence.num_reserved == 56
-    with pytest.raises(FullError, match="1 pages of 64 tokens are wanted, and sequences hold 4 of 4"):
-        sequence.reserve(57)
-    device.append(sequence, list(range(56)))
-    sequence.close()
-    again = PagedSequence.open(pool, [*range(200), *range(56)])
-    assert len(again) == 192 and pool.num_available == 1
-
-
-def test_the_first_write_after_a_fork_copies_the_last_page():
-    pool, device = PagePool(10), Device(10)
-    first, _ = started(pool, device, list(range(70)))
-    forks = [first.fork(), first.fork()]
-    assert pool.num_free == 8
-    for i, fork in enumerate(forks):
-        (copy,) = fork.reserve(1)
-        assert copy.source == table_of(first)[1] and copy.target not in table_of(first)
-        device.pages[copy.target] = device.pages[copy.source]
-        device.append(fork, [i])
-    device.append(first, [9])  # had room before
-    assert [device.read(s)[69:] for s in (first, *forks)] == [[69, 9], [69, 0], [69, 1]]
-    assert len({table_of(s)[1] for s in (first, *forks)}) == 3
-
-
-def test_the_last_of_forks_writes_in_place():
-    pool, device = PagePool(3), Device(3)
-    first, _ = started(pool, device, list(range(70)))
-    second = first.fork()
-    first.close()
-    assert second.reserve(1) == []
-
-
-def test_rejected_drafts_give_their_pages_back():
-    """Four tokens are reserved at the end of a page, one is accepted: nobody finds the others, their page is free."""
-    pool, device = PagePool(4), Device(4)
-    sequence, _ = started(pool, device, list(range(63)))
-    sequence.reserve(4)
-    assert pool.num_free == 2
-    sequence.commit([63])
-    sequence.shrink(64)
-    assert pool.num_free == 3 and len(PagedSequence.open(pool, [*range(63), 99, 100])) == 0
-    assert len(PagedSequence.open(pool, list(range(65)))) == 64
-
-
 def test_with_a_lookahead_a_page_is_found_with_the_token_that_follows_it():
     """Its last entry depends on that token; a sequence that was opened cannot go on with another one."""
     pool, device, prompt = PagePool(10, lookahead=1), Device(10), list(range(64))
@@ -331,23 +272,6 @@ def test_with_a_lookahead_a_page_is_found_with_the_token_that_follows_it():
     assert len(PagedSequence.open(pool, [*prompt, 99])) == 64
     with pytest.raises(ValueError, match="lookahead = 2 must be 0, or 1"):
         PagePool(1, lookahead=2)
-
-
-def test_a_page_that_was_found_is_not_written_when_a_sequence_goes_back_into_it():
-    pool, device = PagePool(8), Device(8)
-    first, _ = started(pool, device, list(range(130)))
-    second = PagedSequence.open(pool, list(range(130)))
-    second.shrink(100)
-    (copy,) = second.reserve(1)
-    device.pages[copy.target] = device.pages[copy.source]
-    device.append(second, [7])
-    assert device.read(first) == list(range(130)) and device.read(second) == [*range(100), 7]
-    first.close()
-    third = PagedSequence.open(pool, list(range(130)))  # alone, it writes in place, and nobody finds the old ids
-    third.shrink(100)
-    device.append(third, [8] * 28)
-    check_books(pool, [second, third])
-    assert [len(PagedSequence.open(pool, ids)) for ids in (list(range(130)), [*range(100), *[8] * 29])] == [64, 128]
 
 
 def test_nothing_is_shared_across_salts_or_after_forget():

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from configs.tiny import get_config
-from deepseek_jax.config import Mesh, from_config_dict
 from deepseek_jax.inference import decode, prefill
 from deepseek_jax.inference.cache import make_cache
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import exchange, layer, transformer
-from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parallel.program import jit_on, resolve
 from deepseek_jax.parameters import ROWS, P
+from tests.inference.test_decode import make_config
 from tests.support.cudnn import causal_attention
 from tests.support.drawn import drawn_weights
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("prefill")  # what is compiled once, serves all tests
 
@@ -34,18 +32,7 @@ def _one_size(monkeypatch):
     monkeypatch.setattr(prefill, "FEWEST_TOKENS", 256)
 
 
-def make_config():
-    config = get_config()
-    config.model.update(
-        vocab_size=300, width=32, num_layers=2, num_heads=2, query_latent=16, kv_latent=24, content_dim=8
-    )
-    config.model.update(rotary_dim=4, value_dim=8, dense_hidden=48, num_experts=8, expert_hidden=16, num_mtp_layers=0)
-    config.execution.update(precision="fp32", scan_unroll=1)
-    config.data.sequence_length = 256
-    return resolve(from_config_dict(config), "cpu", 1)
-
-
-CONFIG = make_config()
+CONFIG = make_config().with_(data={"sequence_length": 256})
 
 
 def make_weights():
@@ -53,14 +40,8 @@ def make_weights():
 
 
 @functools.cache
-def mesh_of(num_devices=1):
-    sizes = Mesh(pipe=1, data=num_devices // 2 or 1, node=1, expert=min(num_devices, 2), tensor=1)
-    return make_mesh(sizes, jax.devices()[:num_devices])
-
-
-@functools.cache
 def placed_weights(num_devices=1):
-    mesh = mesh_of(num_devices)
+    mesh = mesh_of(data=num_devices // 2 or 1, expert=min(num_devices, 2))
     execution, weights = decode.decode_execution(CONFIG, mesh), make_weights()
     with jax.set_mesh(mesh):
         return decode_weights(CONFIG.model, execution, weights, mesh)
@@ -68,14 +49,14 @@ def placed_weights(num_devices=1):
 
 def empty_cache(num_rows, num_devices=1):
     """Pages for 192 tokens of each row; what lies in them is NaN."""
-    mesh = mesh_of(num_devices)
+    mesh = mesh_of(data=num_devices // 2 or 1, expert=min(num_devices, 2))
     with jax.set_mesh(mesh):
         cache = make_cache(CONFIG.model, decode.decode_execution(CONFIG, mesh), num_rows, 192)
         return cache._replace(pages=cache.pages + np.float32(np.nan))
 
 
 def run(cache, new_tokens, num_devices=1, **changes):
-    mesh = mesh_of(num_devices)
+    mesh = mesh_of(data=num_devices // 2 or 1, expert=min(num_devices, 2))
     execution, weights = prefill.prefill_execution(CONFIG, mesh), placed_weights(num_devices)
     execution = dataclasses.replace(execution, **changes)
     with jax.set_mesh(mesh):
@@ -115,25 +96,6 @@ def entries(cache, row, num_tokens):
 def whole():
     """All sequences in one call."""
     return run(empty_cache(5), TOKENS)
-
-
-@pytest.mark.slow  # tests/inference/test_decode.py has two lengths
-def test_decoding_after_it_is_teacher_forced():
-    """The first tokens of each sequence by prefill, the others one by one: all logits."""
-    start = np.array([30, 1, 60, 120, 3])
-    logits_BV, cache = run(empty_cache(5), [tokens[:n] for tokens, n in zip(TOKENS, start, strict=True)])
-    step = jit_on(decode.decode_token, CONFIG.execution, mesh_of(), CONFIG.model, decode_execution())
-    for i in range(10):
-        check_last(logits_BV, [n + i if n + i <= length else 0 for n, length in zip(start, LENGTHS, strict=True)])
-        with jax.set_mesh(mesh_of()):
-            next_B = np.array(
-                [tokens[min(n + i, len(tokens) - 1)] for tokens, n in zip(TOKENS, start, strict=True)], np.int32
-            )
-            logits_BV, cache = step(placed_weights(), cache, jax.device_put(next_B, P(ROWS)))
-
-
-def decode_execution():
-    return decode.decode_execution(CONFIG, mesh_of())
 
 
 def test_whole_prompts_of_mixed_lengths():
@@ -177,14 +139,6 @@ def test_few_tokens_take_the_experts_of_decoding_on_hopper(monkeypatch):
         patch.setitem(layer.FEW_OF_PROMPTS, "fp32", 256)
         logits_BV, _ = run(empty_cache(5), TOKENS, experts="grouped")
     check_last(logits_BV, LENGTHS)
-
-
-def test_a_batch_is_each_prompt_alone():
-    """By norm within 2e-6, rounding: a row's place in a block of its expert changes the order of sums."""
-    logits_BV, _ = whole()
-    for row, tokens in enumerate(TOKENS):
-        alone_BV, _ = run(empty_cache(5), [tokens if i == row else [] for i in range(5)])
-        assert np.linalg.norm(alone_BV[row] - logits_BV[row]) <= 2e-6 * np.linalg.norm(logits_BV[row])
 
 
 def test_two_sequences_share_the_pages_of_a_prefix():

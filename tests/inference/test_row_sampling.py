@@ -93,7 +93,8 @@ def test_rows_of_one_kind_choose_as_a_batch_of_the_static_form():
     """Each condition of the program with nothing but its own part: the others are left out."""
     _, logits_BV, rows, positions_B, seen = drawn_case(7)
     warm = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    for changes in ({"temperature": 0.0}, {}, {"top_k": 5}, {"top_k": 40}, {"top_p": 0.4}, {"min_p": 0.3}):
+    both = {"temperature": 3.0, "top_k": 5, "top_p": 0.4}  # of what top-k left
+    for changes in ({"temperature": 0.0}, {}, {"top_k": 5}, {"top_k": 40}, {"top_p": 0.4}, {"min_p": 0.3}, both):
         sampling = Sampling(**warm | changes)
         plain = Rows(rows.keys_B)
         want = fixed.choose(sampling, logits_BV, plain, positions_B).ids_B
@@ -149,6 +150,18 @@ def test_a_mask_rules_tokens_out_before_the_draw():
     log_BV = jax.nn.log_softmax(logits_BV)
     np.testing.assert_allclose(chosen.logprobs.chosen_B[3], log_BV[3, want[3]], atol=1e-5)
     np.testing.assert_allclose(chosen.logprobs.top_BK[0], jax.lax.top_k(log_BV[0], MOST_LOGPROBS)[0], atol=1e-5)
+
+
+def test_of_equal_logits_at_the_cut_the_lowest_ids_are_kept():
+    _, _, rows, positions_B, seen = drawn_case(5)
+    logits_BV = jnp.zeros((NUM_ROWS, VOCAB)).at[:, jnp.array([4, 9, 33, 40, 60])].set(3.0)
+    choice = choice_of([Sampling(temperature=1.0, top_k=3, top_p=1.0)] * NUM_ROWS, Rows(rows.keys_B))
+    choice = choice._replace(wants_B=jnp.full(NUM_ROWS, 2))
+    chosen = choose(choice, logits_BV, positions_B, ACTIVE, seen)
+    words_BW, logprobs_B = chosen.logprobs.kept
+    assert set(chosen.ids_B.tolist()) == {4, 9, 33}
+    assert np.asarray(words_BW).tolist() == [[1 << 4 | 1 << 9, 1 << 1, 0]] * NUM_ROWS
+    np.testing.assert_allclose(logprobs_B, -np.log(3.0), rtol=1e-6)
 
 
 def test_rows_whose_logits_are_not_numbers_get_no_token():

@@ -171,7 +171,7 @@ def test_impossible_implementations_are_refused():
                 flash.attend(execution, *(x.astype(jnp.bfloat16) for x in (q, k, v)), draw_segments("packed"), SCALE)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("chunk", [7, 4], ids=["unrolled", "scanned"])
 def test_without_segments_attention_is_causal_over_the_row(chunk):
     q, k, v, g = draw()
     got, want = core(chunk)(q, k, v, None, g), core(chunk)(q, k, v, draw_segments("one document"), g)
@@ -296,17 +296,3 @@ def test_only_differences_of_positions_matter():
     np.testing.assert_allclose(far, near, rtol=0, atol=1e-4 * np.abs(near).max())
     reversed_BSD = run(x_BSD, positions_BS[:, ::-1], ones)
     assert np.abs(reversed_BSD - near).max() > 0.05 * np.abs(near).max()  # they do matter
-
-
-def test_packed_documents_equal_documents_alone():
-    """With its own segment id a document is computed as if it were alone, whether positions restart or run on."""
-    model, run, _ = layer("V3")
-    x_BSD, positions_BS = draw_stream(model)
-    segments = np.where(np.arange(40) < 23, 1, 2)[np.newaxis].repeat(B, 0)
-    packed_BSD = run(x_BSD, positions_BS, segments)
-    alone_BSD = jnp.zeros_like(x_BSD).at[:, :17].set(x_BSD[:, 23:])  # same shape, same program: the tail is padding
-    alone_BSD = run(alone_BSD, positions_BS, np.where(np.arange(40) < 17, 1, 0)[np.newaxis].repeat(B, 0))
-    np.testing.assert_allclose(packed_BSD[:, 23:], alone_BSD[:, :17], rtol=0, atol=1e-5 * np.abs(alone_BSD).max())
-    unmasked_BSD = run(x_BSD, positions_BS, np.ones_like(segments))
-    np.testing.assert_array_equal(unmasked_BSD[:, :23], packed_BSD[:, :23])
-    assert np.abs(unmasked_BSD[:, 23:] - packed_BSD[:, 23:]).max() > 0.05 * np.abs(packed_BSD).max()

@@ -16,7 +16,8 @@ from deepseek_jax.model import decode_layers, layer, transformer
 from deepseek_jax.model.attention import Beside
 from deepseek_jax.parameters import Weights
 from pallas_kernels.quantized import Quantized
-from tests.inference.test_decode import CONFIG, make_weights, one_device
+from tests.inference.test_decode import CONFIG, make_weights
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("decode_layers")  # what one worker made or compiled, its other tests use
 
@@ -28,8 +29,8 @@ VALID_BS = np.array([[True, True], [True, False], [False, False]])
 @pytest.fixture(scope="module")
 def results():
     """The step in three forms: hidden states, pages, and the experts of each token; then the pages before."""
-    execution = decode.decode_execution(CONFIG, one_device())
-    placed = decode_weights(CONFIG.model, execution, make_weights(), one_device())
+    execution = decode.decode_execution(CONFIG, mesh_of())
+    placed = decode_weights(CONFIG.model, execution, make_weights(), mesh_of())
     weights = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), placed)  # on no mesh
     width = CONFIG.model.kv_latent + CONFIG.model.rotary_dim
     pages = jax.random.normal(jax.random.key(5), (CONFIG.model.num_layers, 6, 64, width), jnp.float32)

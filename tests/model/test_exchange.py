@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Mesh
 from deepseek_jax.model.exchange import exchange
 from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.parallel.collectives import EXCHANGE, WHILE, sent_bytes, traced_collectives
-from deepseek_jax.parallel.mesh import make_mesh, vary
+from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.rows import sum_rows, take_rows
 from deepseek_jax.parallel.transport import most_copies
 from deepseek_jax.parameters import EXPERTS, ROWS, Fp8Weight, P
 from pallas_kernels.quantize import quantize_blocks, quantize_tiles
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("exchange")  # what one worker made or compiled, its other tests use
 
@@ -43,12 +43,6 @@ SLACKS = (1.0, 1.25, 8.0)  # several rounds and ranges; the default; everything 
 SMALLEST = 0.1  # room for four rows a pair in either hop
 # Sums of at most K = 2 rows forward and T * DEVICES rows in a weight's gradient, FP32, in another order.
 ROUNDING = 1e-6
-
-
-def mesh_of(sizes):
-    return make_mesh(
-        Mesh(pipe=1, data=sizes[0], node=sizes[1], expert=sizes[2], tensor=1), jax.devices()[: math.prod(sizes)]
-    )
 
 
 def nothing(rows_WD):
@@ -153,7 +147,7 @@ def sharded(sizes, local, out_specs):
     compiled = jax.jit(jax.shard_map(local, in_specs=specs, out_specs=out_specs))
 
     def call(*arrays):
-        with jax.set_mesh(mesh_of(sizes)):
+        with jax.set_mesh(mesh_of(*sizes)):
             placed = (
                 jax.tree.map(lambda a, s=spec: jax.device_put(a, s), a) for a, spec in zip(arrays, specs, strict=True)
             )
@@ -351,7 +345,7 @@ def test_slow_axis_carries_at_most_four_copies_of_a_token():
     def abstract(spec, dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    mesh = mesh_of(sizes)
+    mesh = mesh_of(*sizes)
     e4m3 = jnp.float8_e4m3fn
     weights = {
         "gate_up_ED2F": (
@@ -407,7 +401,7 @@ def peak_bytes(devices, slack, k=BIG_K):
 
     Forward and backward, FP32.
     """
-    mesh, experts = mesh_of((1, 1, devices)), BlockedExperts(block=16, wave=4)
+    mesh, experts = mesh_of(expert=devices), BlockedExperts(block=16, wave=4)
 
     def loss(x_TD, gates_TK, weights, experts_TK):
         weights = jax.tree.map(lambda w: vary(w, x_TD), weights)

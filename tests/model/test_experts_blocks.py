@@ -143,14 +143,7 @@ def test_bf16_is_near_fp32_and_keeps_its_dtypes():
         assert np.linalg.norm(np.float32(a) - b) <= 1e-2 * np.linalg.norm(b)  # measured 5e-3: a few roundings of 2^-9
 
 
-def test_blocks_of_the_worked_example():
-    """The example of `model/experts_blocks.py`: a slot more than four blocks need, so the last wave is half empty."""
-    blocks = experts_blocks.cut_blocks(jnp.asarray([2, 4, 2], jnp.int32), num_slots=12, block=2, wave=2)
-    np.testing.assert_array_equal(blocks.expert[:4], [0, 1, 1, 2])
-    assert int(blocks.waves) == 2
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["random", "one expert", "nothing"])
 def test_work_follows_the_assignments(case, monkeypatch):
     """The loops run over the blocks that exist, forward and backward; the buffers are sized for the worst case."""
     block, wave, ran = 4, 3, []

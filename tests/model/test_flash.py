@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from deepseek_jax.config import Mesh, from_config_dict
+from deepseek_jax.config import from_config_dict
 from deepseek_jax.model import flash, transformer
 from deepseek_jax.model.chunked_attention import Masks, chunked
 from deepseek_jax.model.recompute import KEPT
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.program import resolve
 from deepseek_jax.parameters import PARAMETERS, ROWS, Fp8Weight, P, leaf_name, matrix_shape, num_lead_dims
 from pallas_kernels.quantized import E4M3, scales_shape
 from tests.support import small
+from tests.support.meshes import mesh_of
 from tests.support.network import apply
 
 B, S, N, Q, H = 8, 256, 2, 48, 32
@@ -71,7 +71,7 @@ def interpreted(monkeypatch):
 
 @pytest.fixture
 def arrays():
-    mesh = make_mesh(Mesh(pipe=1, data=2, node=1, expert=4, tensor=1))
+    mesh = mesh_of(data=2, expert=4)
     with jax.set_mesh(mesh):
         yield [jax.device_put(a, P(ROWS)) for a in inputs()]
 

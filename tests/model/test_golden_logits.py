@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Mesh
 from deepseek_jax.inference.cache import contiguous_tables, num_pages
 from deepseek_jax.inference.weights import decode_weights
 from deepseek_jax.model import transformer
@@ -20,9 +19,9 @@ from deepseek_jax.model.balance import router_stats
 from deepseek_jax.model.packed import Rows
 from deepseek_jax.model.prefill import Sequences
 from deepseek_jax.model.router import weigh
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from tests.golden import hf_checkpoint
+from tests.support.meshes import mesh_of
 from tests.support.network import apply
 
 pytestmark = pytest.mark.xdist_group("golden_logits")  # one forward pass per case serves all tests of this file
@@ -113,7 +112,7 @@ def test_absorbed_decoding_gives_the_same_logits(case):
     pages = jnp.full((model.num_layers, batch * pages_each, 64, model.kv_latent + model.rotary_dim), jnp.nan)
     tables = contiguous_tables(batch, pages_each, devices=1)[:, ::-1].copy()
     execution = golden.config.execution
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=1, expert=1, tensor=1), jax.devices()[:1])
+    mesh = mesh_of()
     decode = jax.jit(functools.partial(transformer.decode_step, model, execution))
     weights = decode_weights(model, execution, Weights(golden.params, golden.router_bias), mesh)
     weights = jax.device_get(weights)  # on no mesh

@@ -33,10 +33,12 @@ def test_softmax_scale_of_the_released_model():
     assert rope.softmax_scale(MODEL) == pytest.approx(192**-0.5, rel=1e-12)
 
 
-def test_yarn_leaves_the_released_models_rotation_unscaled():
-    """mscale belongs to the softmax scale alone: on the rotary channels it would act a second time."""
-    cos, sin = rope.rotary_table(EXTENDED, jnp.arange(5)[None])
-    np.testing.assert_allclose(cos**2 + sin**2, 1.0, atol=1e-6)
+def test_yarn_scales_the_rotation_by_the_ratio_of_both_mscales():
+    """Of the released model 1: mscale belongs to its softmax alone. Of an mscale of 0.5 in place of 1: 0.865."""
+    for mscale, ratio in ((1.0, 1.0), (0.5, (0.05 * np.log(40) + 1) / (0.1 * np.log(40) + 1))):
+        model = dataclasses.replace(EXTENDED, yarn=dataclasses.replace(EXTENDED.yarn, mscale=mscale))
+        cos, sin = rope.rotary_table(model, jnp.arange(5)[None])
+        np.testing.assert_allclose(cos**2 + sin**2, ratio**2, rtol=1e-6)
 
 
 def half_split_scores(q_BSNR, k_BSR, angles_SR2):

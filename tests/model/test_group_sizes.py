@@ -1,4 +1,4 @@
-"""Each expert's own relative error, at sizes that no tile divides: 1, 63, 65, 0 and 257 rows.
+"""Each expert's own relative error, at sizes that no tile divides: 1, 63, 65, 0 and 257 rows; and six of none.
 
 A weight gradient that was wrong unless offsets were multiples of 64 went unseen elsewhere: the loss still fell, and an
 absolute tolerance over all experts hid it (marin #8339, #8793).
@@ -20,7 +20,8 @@ from pallas_kernels.grouped import grouped_matmul_accumulate_bf16, grouped_matmu
 from pallas_kernels.quantize import quantize_blocks
 
 SIZES = (1, 63, 65, 0, 257)
-E, T, D, F = len(SIZES), sum(SIZES), 128, 128
+NOBODY = 6  # more rows, of tokens that have no expert
+E, T, D, F = len(SIZES), sum(SIZES) + NOBODY, 128, 128
 # Relative L2 of one expert. FP32: sums in another order, measured 3e-7. BF16: a few roundings, measured 3.5e-3. FP8:
 # operands of 3 mantissa bits, measured 0.09; one row of 65 that is lost would be 0.12.
 MOST = {"blocks": 2e-6, "grouped": 8e-3, "fp8": 0.11}
@@ -35,8 +36,11 @@ def inputs():
         return np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), np.float64)
 
     weights = {"gate_up_ED2F": normal(E, D, 2, F) / 8, "down_EFD": normal(E, F, D) / 8}
-    ids = rng.permutation(np.repeat(np.arange(E), SIZES)).astype(np.int32)
-    return weights, normal(T, D), normal(T, D), rng.uniform(0.5, 1, T).astype(np.float32), ids
+    ids = rng.permutation(np.repeat(np.arange(E), SIZES))
+    rows = normal(T - NOBODY, D), normal(T - NOBODY, D), rng.uniform(0.5, 1, T - NOBODY).astype(np.float32)
+    nobody = normal(NOBODY, D), normal(NOBODY, D), np.float32([0.7] * NOBODY)
+    ids = np.append(ids, [E, -1] * (NOBODY // 2)).astype(np.int32)
+    return weights, *map(np.concatenate, zip(rows, nobody, strict=True)), ids
 
 
 @functools.cache
@@ -95,11 +99,14 @@ def test_every_expert_for_itself(kind):
         for name, value in want.items():
             mine = got[name][expert] if "_E" in name else got[name][ids == expert]
             assert np.linalg.norm(mine - value) <= MOST[kind] * np.linalg.norm(value), (expert, name)
+    nobody = (ids < 0) | (ids == E)
+    assert not any(got[name][nobody].any() for name in ("y", "x", "gates"))
 
 
 def test_every_group_of_a_product_for_itself():
     """The products alone, their groups one after the other at odd offsets."""
     weights, x_TD, dy_TD, *_ = inputs()
+    x_TD, dy_TD = x_TD[:-NOBODY], dy_TD[:-NOBODY]
     sizes, ends = jnp.asarray(SIZES, jnp.int32), np.cumsum(SIZES)
     x, dy, w = (jnp.asarray(a, jnp.bfloat16) for a in (x_TD, dy_TD, weights["down_EFD"]))
     rows = np.asarray(jax.jit(functools.partial(grouped_matmul_bf16, out_dtype=jnp.float32))(x, w, sizes), np.float64)

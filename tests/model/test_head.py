@@ -40,9 +40,8 @@ def gradients(function, *arguments):
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 16, 64])  # of 50 tokens: two divide, one does not, one exceeds
-@pytest.mark.parametrize("z_weight", [0.0, 1e-2])
-def test_equals_plain_value_and_gradient(chunk, z_weight):
-    inputs = make_inputs()
+def test_equals_plain_value_and_gradient(chunk):
+    inputs, z_weight = make_inputs(), 1e-2
     sums = jax.jit(cross_entropy, static_argnums=(4, 5))(*inputs, chunk, z_weight)
     for got, want in zip(sums, plain(*inputs, z_weight), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-6)
@@ -51,23 +50,6 @@ def test_equals_plain_value_and_gradient(chunk, z_weight):
     np.testing.assert_allclose(value, want_value, rtol=2e-6)
     for got, want in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
-
-
-def test_tokens_without_weight_have_no_gradient():
-    hidden_TD, head_DV, targets_T, weights_T = make_inputs()
-    weights_T = weights_T.at[:9].set(0.0)
-    _, (hidden_grad_TD, _) = gradients(
-        functools.partial(cross_entropy, chunk=16, z_weight=1e-2), hidden_TD, head_DV, targets_T, weights_T
-    )
-    assert not hidden_grad_TD[:9].any() and hidden_grad_TD[-1].any()
-    loss_sum, z_sum = cross_entropy(hidden_TD, head_DV, targets_T, 0 * weights_T, 16, 1e-2)
-    assert loss_sum == 0.0 and z_sum == 0.0
-
-
-def test_uniform_logits_cost_log_vocabulary():
-    _, head_DV, targets_T, weights_T = make_inputs()
-    loss_sum, _ = cross_entropy(jnp.zeros((T, D)), head_DV, targets_T, weights_T, 16, 0.0)
-    np.testing.assert_allclose(loss_sum, np.log(V) * weights_T.sum(), rtol=1e-6)
 
 
 def test_large_logits_stay_finite():
@@ -189,6 +171,7 @@ def test_logprobs_among_kept_ids_are_those_of_a_softmax_over_them():
     hidden_TD, head_DV, targets_T, _ = make_inputs()
     kept_TV = np.random.default_rng(0).random((T, V)) < 0.2
     kept_TV[:, 64:], targets_T = False, targets_T % 64
+    kept_TV[9, :32], targets_T = False, targets_T.at[9].set(40)  # a word of zeros beside one that is not
     kept_TV[np.arange(T), targets_T] = True
     words_TW = np.packbits(kept_TV[:, :64], axis=1, bitorder="little").view(np.int32)
     kept_TV[7], words_TW[7] = True, 0
@@ -204,16 +187,6 @@ def test_logprobs_among_kept_ids_are_those_of_a_softmax_over_them():
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-def test_logprobs_of_bf16_are_near():
-    """The products are BF16's, everything after them FP32: 1e-2 of the largest gradient; measured 3e-3."""
-    hidden_TD, head_DV, targets_T, _ = make_inputs(jnp.bfloat16)
-    got = pulled_back(functools.partial(token_logprobs, chunk=16), hidden_TD, head_DV, targets_T)
-    want = pulled_back(plain_logprobs, hidden_TD.astype(jnp.float32), head_DV, targets_T)
-    assert (got[0][0].dtype, got[1][0].dtype, got[1][1].dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(np.float32(a), b, rtol=0, atol=2e-2 * np.abs(b).max())
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_bf16_at_a_temperature_are_those_of_fp32_logits_over_it(temperature):
     """As the sampler's are: a head over the temperature would be rounded to BF16 once more."""
@@ -227,26 +200,12 @@ def test_logprobs_of_bf16_at_a_temperature_are_those_of_fp32_logits_over_it(temp
 
     ours = functools.partial(token_logprobs, chunk=16, temperature=temperature)
     (got, grads), (want, want_grads) = (pulled_back(f, hidden_TD, head_DV, targets_T) for f in (ours, sampled))
+    assert [x.dtype for x in (*got, *grads)] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.float32]
     policy = policy_logprobs(hidden_TD[None], head_DV, targets_T[None], None, 16, temperature)
     for a, b in zip((*got, policy[0]), (*want, want[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
     for a, b in zip(grads, want_grads, strict=True):  # the cotangents of the logits are rounded to BF16
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=2e-2 * np.abs(np.float32(b)).max())
-
-
-def test_cross_entropy_is_the_weighted_sum_of_logprobs():
-    """Pre-training's form, whose gradient is made with the forward, against the general one."""
-    inputs, z_weight = make_inputs(), 1e-2
-
-    def general(hidden_TD, head_DV, targets_T, weights_T):
-        logprob_T, log_z_T = token_logprobs(hidden_TD, head_DV, targets_T, 16)
-        return -(weights_T * logprob_T).sum(), z_weight * (weights_T * log_z_T**2).sum()
-
-    value, grads = gradients(functools.partial(cross_entropy, chunk=16, z_weight=z_weight), *inputs)
-    want_value, want_grads = gradients(general, *inputs)
-    np.testing.assert_allclose(value, want_value, rtol=2e-6)
-    for got, want in zip(grads, want_grads, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
 def test_no_array_of_tokens_times_vocabulary_in_either_direction():

@@ -86,46 +86,6 @@ def test_few_tokens_choose_as_many_do(name, tied):
     assert experts_TK.dtype == jnp.int32 and gates_TK.dtype == jnp.float32
 
 
-def test_negative_biases_stay_inside_kept_groups():
-    """With a mask of 0, not -inf, the 128 experts of dropped groups, at 0, would beat every negative biased score."""
-    scores_TE, bias_E = draw_scores(V3), draw_bias(V3, "negative")
-    assert (scores_TE + bias_E < 0).all()
-    experts_TK, gates_TK = jit_route(V3, scores_TE, bias_E)
-    size = V3.num_experts // V3.num_groups
-    for experts, scores_E in zip(np.asarray(experts_TK), scores_TE, strict=True):
-        groups, _, _ = reference(V3, scores_E, bias_E)
-        assert set(experts // size) <= set(groups)
-    np.testing.assert_allclose(gates_TK.sum(-1), 2.5, rtol=1e-6)
-
-
-def test_gates_do_not_depend_on_the_bias_that_chose_them():
-    """Biases that choose the same set in different orders give each expert the same gate.
-
-    Equal to the bit, but for the order of the sum.
-    """
-    scores_TE = draw_scores(TINY)
-    chosen = np.array([1, 3, 8, 11])  # two groups of four
-    gates = []
-    for strength in ([10, 20, 30, 40], [40, 10, 30, 20], [10, 10, 10, 10]):
-        bias_E = np.zeros(TINY.num_experts, np.float32)
-        bias_E[chosen] = strength
-        experts_TK, gates_TK = jit_route(TINY, scores_TE, bias_E)
-        np.testing.assert_array_equal(np.sort(experts_TK, axis=-1), np.tile(chosen, (NUM_TOKENS, 1)))
-        gates.append(np.take_along_axis(np.asarray(gates_TK), np.argsort(experts_TK, axis=-1), -1))
-    np.testing.assert_allclose(gates[1], gates[0], rtol=3e-7)
-    np.testing.assert_allclose(gates[2], gates[0], rtol=3e-7)
-
-
-def test_bias_chooses_experts_that_scores_would_not():
-    """A router that sorts values a second time sends everything to experts 0..7, which no zero bias shows."""
-    scores_TE = draw_scores(V3)
-    bias_E = np.zeros(V3.num_experts, np.float32)
-    wanted = np.arange(100, 108)
-    bias_E[wanted] = 5.0
-    experts_TK, _ = jit_route(V3, scores_TE, bias_E)
-    np.testing.assert_array_equal(np.sort(experts_TK, axis=-1), np.tile(wanted, (NUM_TOKENS, 1)))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_ties_go_to_the_lowest_index(name):
     model = MODELS[name]
@@ -209,7 +169,7 @@ def relative_error(got, want):
 def test_bf16_activations_are_scored_as_in_fp32():
     """Three BF16 products are an FP32 one: logits and the router's gradient are as exact as in FP32.
 
-    The gradient of the activations is exact to BF16's rounding.
+    The gradient of the activations is that of FP64, rounded to BF16, but for values near the middle of two.
     """
     rng = np.random.default_rng(5)
     h, router, g = rng.normal(size=(1, 64, 512)), rng.normal(size=(512, 64)), rng.normal(size=(1, 64, 64))
@@ -223,7 +183,8 @@ def test_bf16_activations_are_scored_as_in_fp32():
     assert scores.dtype == drouter.dtype == jnp.float32 and dh.dtype == jnp.bfloat16
     assert relative_error(scores[0], wanted) < 1e-6
     assert relative_error(drouter, exact_h.T @ dlogits) < 2e-6
-    assert relative_error(dh[0], dlogits @ exact_router.T) < 2.5e-3
+    rounded = jnp.asarray(dlogits @ exact_router.T, jnp.bfloat16)
+    assert (dh[0] != rounded).mean() < 0.01  # measured 0.002; without one of three products 0.4
 
 
 @pytest.mark.parametrize("values", [[3.0, 3.0, 1.0], [-1.0, -2.0, -3.0], [0.5, 0.25, 0.5]])

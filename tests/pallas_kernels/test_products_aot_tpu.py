@@ -6,13 +6,9 @@ says nothing about speed.
 """
 
 import functools
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +21,8 @@ from pallas_kernels.grouped import tpu as grouped
 from pallas_kernels.grouped import tpu_bf16 as grouped_bf16
 from pallas_kernels.matmul import tpu as matmul
 from pallas_kernels.quantized import E4M3, Quantized, scales_shape
-from tests.support.tpu import ENVIRONMENT
+from tests.support.tpu import compile_elsewhere
 
-ROOT = Path(__file__).parents[2]
 MATRIX_UNITS = {"v5p:2x2x1": "bfloat16", "v6e:2x2x1": "bfloat16", "tpu7x:2x2x1": "float8_e4m3fn"}
 SIZES = {"odd": (37, 150, 384), "expert": (4096, 4096, 7168), "attention": (4097, 576, 1536)}  # m, n, k
 BF16_SIZES = SIZES | {"odd": (37, 150, 300)}  # BF16 takes any k
@@ -92,13 +87,7 @@ def compile_all(topology: str) -> dict:
 @pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("topology", MATRIX_UNITS)
 def test_products_compile_for_tpu(topology):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_products_aot_tpu", topology]
-    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
-    run = subprocess.run(command, check=False, timeout=1100, **options)
-    assert run.returncode == 0, run.stderr[-4000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = json.loads(compile_elsewhere(__file__, topology).splitlines()[-1])
     assert set(result["kernels"].values()) == {1}, result["kernels"]
     assert result["matrix_unit"] == MATRIX_UNITS[topology]
 

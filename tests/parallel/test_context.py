@@ -46,6 +46,16 @@ def test_chunks_cover_the_row_and_cost_alike():
     assert len(set((order + 1).sum(1))) == 1  # keys that a device's queries see
 
 
+def test_what_all_that_share_rows_have_counts_once():
+    def local():
+        one = jax.lax.pcast(jnp.ones(1), CONTEXT, to="varying")
+        return jax.lax.psum(context.once(one), CONTEXT), context.total(one)
+
+    with jax.set_mesh(mesh_of()):
+        once, total = jax.jit(jax.shard_map(local, in_specs=(), out_specs=(P(), P(CONTEXT))))()
+    assert once.tolist() == [1] and total.tolist() == [DEVICES] * DEVICES
+
+
 @functools.cache
 def arrays():
     """An attention layer's parts, its input, and packed documents that begin inside chunks and at their edges."""

@@ -73,7 +73,5 @@ def test_layer_inputs_are_refused_where_no_host_memory_is(nowhere):
 def test_an_average_that_is_not_kept_lies_nowhere():
     tree = small.config_dict()
     tree.optimizer.ema_memory = "host"
-    with pytest.raises(
-        ValueError, match=r"ema_memory = 'host' says nothing with optimizer.ema_decay = 0.*set ema_decay"
-    ):
+    with pytest.raises(ValueError, match=r"ema_memory = 'host' .* optimizer.ema_decay = 0.*set ema_decay"):
         from_config_dict(tree)

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.config import Mesh
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.slots import assign, num_ranges, routing
 from deepseek_jax.parameters import EXPERTS, ROWS, P
 from tests.model.test_experts_blocks import CASES, E, K, T, draw_ids
+from tests.support.meshes import mesh_of
 
 
 def test_worked_example():
@@ -60,7 +59,7 @@ def test_ranges_together_are_the_whole(case):
 def test_senders_know_the_order_of_one_batch():
     """Slots that 8 devices give their own tokens are those that one device gives to all tokens, device by device."""
     ids = np.random.default_rng(0).integers(0, 17, (8 * 12, 3)).astype(np.int32)  # 16: nowhere
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=2, expert=4, tensor=1))
+    mesh = mesh_of(node=2, expert=4)
 
     def local(ids):
         assigned = assign(ids, 16, 4, EXPERTS)

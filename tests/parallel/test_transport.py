@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from deepseek_jax.config import Mesh
 from deepseek_jax.parallel import transport as lib
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.slots import assign
 from deepseek_jax.parameters import EXPERTS, ROWS, P
 from pallas_kernels.quantize import quantize_tiles
+from tests.support.meshes import mesh_of
 
 T, K, E, D, DEVICES = 16, 3, 16, 128, 8
 CASES = {  # expert ids [DEVICES * T, K]
@@ -34,7 +33,7 @@ CASES = {  # expert ids [DEVICES * T, K]
 @functools.cache
 def program(nodes, slack):
     """Return (way, function of (experts, x, y, index, delivery)) on `nodes` nodes."""
-    mesh = make_mesh(Mesh(pipe=1, data=1, node=nodes, expert=DEVICES // nodes, tensor=1))
+    mesh = mesh_of(node=nodes, expert=DEVICES // nodes)
     ways = []
 
     def local(experts_TK, x_TD, y, index, delivery):

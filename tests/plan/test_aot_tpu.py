@@ -3,12 +3,7 @@
 It runs in a process of its own, `python -m tests.plan.test_aot_tpu`: libtpu reads its environment once.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +15,8 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.plan.chips import CHIPS, absent_devices, prepare
 from deepseek_jax.plan.memory import refused
 from deepseek_jax.plan.meshes import find_fits
-from tests.support.tpu import ENVIRONMENT
+from tests.support.tpu import compile_elsewhere
 
-ROOT = Path(__file__).parents[2]
 TPUS = [chip for chip in CHIPS.values() if chip.compiles]
 
 
@@ -46,13 +40,7 @@ def meshes_of(config, chip):
 @pytest.mark.slow
 @pytest.mark.xdist_group("libtpu")
 def test_chips_are_as_libtpu_has_them():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: the `dev` extra has it on Linux x86-64")
-    command = [sys.executable, "-m", "tests.plan.test_aot_tpu"]
-    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
-    run = subprocess.run(command, check=False, timeout=1100, **options)
-    assert run.returncode == 0, run.stderr[-4000:]
-    memory, shapes = json.loads(run.stdout.splitlines()[-1])
+    memory, shapes = json.loads(compile_elsewhere(__file__).splitlines()[-1])
     # argument and result: a refusal names the whole need of a program
     assert memory == {chip.name: [chip.memory, 800 * 2**30] for chip in TPUS}
     assert [1, 2, 1, 8, 8, 1] in shapes["v5p"]  # V3 on 128 chips, a torus of 8 x 4 x 4

@@ -50,9 +50,7 @@ def test_the_largest_batch_and_context_fill_the_memory():
 
 
 def test_weights_that_do_not_fit_are_refused_with_a_number_that_does():
-    with pytest.raises(
-        ValueError, match=r"does not fit on 1 h100 .* needs 676 GB for weights and has 80; h100:16 does"
-    ):
+    with pytest.raises(ValueError, match=r"on 1 h100 .* needs 676 GB for .* has 80; h100:16 does"):
         plan_of("deepseek_v3", 1, "h100")
     with pytest.raises(ValueError, match=r"config\.mesh\.pipe = 2: decoding has all layers on every device"):
         plan_of("v3_5b", 2, mesh={"pipe": 2, "node": 1, "expert": 1})

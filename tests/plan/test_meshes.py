@@ -95,9 +95,7 @@ def test_a_refusal_says_what_works():
     config = load("deepseek_v3")
     with pytest.raises(ValueError, match="size = 128.* works on 256 with --config.training.micro_batch_size=256"):
         meshes.require_fit(config, 256)
-    with pytest.raises(
-        ValueError, match="^160 devices do not work; numbers of devices that work: 1, 2, 3, 4, .*, 2048. Of 160"
-    ):
+    with pytest.raises(ValueError, match="^160 devices do not work; .* work: 1, 2, 3, 4, .*, 2048. Of 160"):
         meshes.require_fit(config, 160)
     assert meshes.require_fit(config, 128).changes == {}
 

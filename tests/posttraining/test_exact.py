@@ -10,9 +10,10 @@ from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.posttraining.rollouts import make_batch, rows_of, sample_groups, whole_routes
 from deepseek_jax.posttraining.scoring import exact_scores, flipped
-from tests.inference.test_decode import make_config, one_device
+from tests.inference.test_decode import make_config
 from tests.support.drawn import drawn_weights
 from tests.support.drawn_adapters import with_adapters
+from tests.support.meshes import mesh_of
 
 pytestmark = pytest.mark.xdist_group("exact")  # one engine for all
 
@@ -42,7 +43,7 @@ def rolled_out(config, num_drafts=0, exact=True, weights=None):
     """(the engine's counts, samples, their batch, and its scores by the engine)."""
     sizes = {"num_rows": 12, "num_pages": 80, "num_positions": 192, "most_prefill_tokens": 128}
     options = {"eos": TOKENIZER.eos, "num_drafts": num_drafts, "exact": exact} | sizes
-    with Engine(DeviceBatch(config, weights or make_weights(config), one_device(), **options), TOKENIZER) as engine:
+    with Engine(DeviceBatch(config, weights or make_weights(config), mesh_of(), **options), TOKENIZER) as engine:
         samples = sample_groups(engine, PROMPTS, 4, 40, seed=1, routes=True)
         batch = make_batch(samples, RNG.normal(size=16), np.ones(16, bool), LENGTH, TOKENIZER.pad)
         if exact:
@@ -69,7 +70,7 @@ def test_scores_are_the_samplers_bit_for_bit_with_a_prefix_cache():
 def test_scores_are_the_samplers_bit_for_bit_with_drafts_too():
     """And with adapters beside the weights."""
     config = CONFIG.with_(model={"num_mtp_layers": 1})
-    adapted, _ = with_adapters(make_weights(config), one_device(), 0.1)
+    adapted, _ = with_adapters(make_weights(config), mesh_of(), 0.1)
     stats, *rest = rolled_out(config, num_drafts=1, weights=adapted)
     assert 100 < stats.accepted[0] < stats.drafted[0]
     check_equal(config, stats, *rest)

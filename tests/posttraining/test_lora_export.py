@@ -18,11 +18,11 @@ from deepseek_jax.training.weights import restore_weights
 from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
 from experiments.benchmarks import synthetic_checkpoint
 from tests.support.checkpoints import config as small_config
-from tests.support.checkpoints import mesh_of
+from tests.support.meshes import mesh_of
 from tests.training.runs import finish, start
 
 LORA = Lora(rank=2, alpha=4.0, targets=("attention", "shared", "experts"))
-MESH = mesh_of((1, 1, 1))
+MESH = mesh_of()
 
 
 def write_run(folder):

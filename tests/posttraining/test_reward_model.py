@@ -5,21 +5,24 @@ import json
 import math
 import shutil
 import threading
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import tiny_reward_model
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.model.balance import RouterStats
 from deepseek_jax.model.transformer import Output
 from deepseek_jax.posttraining import model_rewards
 from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.model_rewards import ModelRewards, open_model_rewards
-from deepseek_jax.posttraining.preferences import PairBatches, read_pairs, with_length
+from deepseek_jax.posttraining.preferences import PairBatches, heldout_row, read_pairs, with_length
 from deepseek_jax.posttraining.problems import Problems, Prompt
-from deepseek_jax.posttraining.reward_model import answers_batch, pair_terms, preferences
+from deepseek_jax.posttraining.reward_model import PairNormalisers, answers_batch, pair_terms, preferences
 from deepseek_jax.posttraining.reward_model_training import REWARD_MODEL_KEYS, train_reward_model
 from deepseek_jax.posttraining.rewards.pool import RewardError
 from deepseek_jax.posttraining.rewards.problem import Problem
@@ -95,6 +98,21 @@ def test_loss_and_gradient_are_those_of_bradley_and_terry():
     assert float(far.loss) == 1000.0 and float(pair_terms(np.float32([500.0, -500.0]), np.ones((2, 1))).loss) == 0.0
     with pytest.raises(ValueError, match="a device has 3 rows of a micro-batch, and pairs take two"):
         pair_terms(np.zeros(3), np.ones((3, 1)))
+
+
+def test_what_is_reported_are_means_over_pairs_and_the_size_of_a_score():
+    """Of the scores 3 and 1, and 0 and 4: one pair of two is in order."""
+    scores_B = np.float32([3.0, 1.0, 0.0, 4.0])
+    config, norms = small.config(), PairNormalisers(jnp.int32(2), jnp.int32(4))
+    router = RouterStats(jnp.ones((1, 4), jnp.int32), jnp.zeros(1), jnp.zeros(1))
+    objective = preferences(config.model, config.loss, 2)
+    found = objective.metrics(pair_terms(scores_B, np.ones((4, 1))), router, norms)
+    loss = (math.log1p(math.exp(-2.0)) + math.log1p(math.exp(4.0))) / 2
+    want = {"loss": loss, "accuracy": 0.5, "margin": -1.0, "pairs": 2, "score_rms": math.sqrt(26 / 4)}
+    assert {name: float(found[name]) for name in want} == pytest.approx(want)
+    row = heldout_row(lambda answers: scores_B, SimpleNamespace(heldout=[([1], [2]), ([3], [4])]))
+    want = {"eval/pair_loss": loss, "eval/pair_accuracy": 0.5, "eval/margin": -1.0, "eval/pairs": 2}
+    assert row == pytest.approx(want)
 
 
 @pytest.mark.parametrize(

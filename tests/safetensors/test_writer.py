@@ -167,9 +167,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", limited)
-        with pytest.raises(
-            OSError, match=rf"full at c: the rest of the file needs 128 bytes, \d+ are free.*{FILES[1]}"
-        ) as caught:
+        with pytest.raises(OSError, match=rf"full at c: .* needs 128 bytes, \d+ are free.*{FILES[1]}") as caught:
             writer.write(values)
     assert caught.value.errno == errno.ENOSPC
     assert sorted(hashes(folder)) == sorted([FILES[0], "conversion.json"])
@@ -207,9 +205,7 @@ def test_another_plan_does_not_continue_a_folder(tmp_path, change):
 def test_another_precision_is_named(tmp_path):
     write(tmp_path)
     shapes = {name: ("BF16", shape) for name, (_, shape) in SHAPES.items()}
-    with pytest.raises(
-        ValueError, match=r"another precision \(.*F32.*\) than this one \(BF16\): give that --precision"
-    ):
+    with pytest.raises(ValueError, match=r"precision \(.*F32.*\) than this one \(BF16\): give that --precision"):
         check_target(tmp_path, 0, (dtype for dtype, _ in shapes.values()))
     with pytest.raises(ValueError, match="another precision"):
         write(tmp_path, shapes=shapes)

@@ -162,13 +162,7 @@ def test_log_probabilities(client):
     "field, value",
     [
         ("messages", None),
-        ("messages", []),
-        ("messages", "hello"),
         ("messages", [{"role": "king", "content": "a"}]),
-        ("messages", [{"role": "user"}]),
-        ("messages", [{"role": "user", "content": 5}]),
-        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
-        ("messages", ["a"]),
         ("tools", "x"),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "sometimes"),

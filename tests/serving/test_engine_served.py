@@ -14,11 +14,12 @@ from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import Job
 from deepseek_jax.serving.chat_format import ChatFormat
 from deepseek_jax.serving.model import Model
-from tests.inference.test_decode import make_config, one_device
+from tests.inference.test_decode import make_config
 from tests.serving import asking
 from tests.serving.fake_engine import chat_tokenizer
 from tests.serving.served import served
 from tests.support.drawn import drawn_weights
+from tests.support.meshes import mesh_of
 from tests.support.patience import SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engine_served")]
@@ -31,7 +32,7 @@ def served_engine():
     tokenizer = chat_tokenizer()
     config = make_config(vocab_size=tokenizer.vocab_size).with_(data={"sequence_length": NUM_POSITIONS})
     sizes = {"num_rows": 8, "num_pages": 64, "most_prefill_tokens": 128, "silent": True}
-    engine = Engine.open(config, drawn_weights(config.model), tokenizer, one_device(), **sizes)
+    engine = Engine.open(config, drawn_weights(config.model), tokenizer, mesh_of(), **sizes)
     chat = ChatFormat(tokenizer, None, vocab_size=tokenizer.vocab_size, name="v3")
     model = Model(
         name="small",

@@ -17,8 +17,9 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import Job
 from deepseek_jax.serving.model import Model
-from tests.inference.test_decode import expanded_logits, make_config, make_weights, one_device
+from tests.inference.test_decode import expanded_logits, make_config, make_weights
 from tests.serving.served import served
+from tests.support.meshes import mesh_of
 
 TOKENIZER = byte_tokenizer()
 LENGTH = 128
@@ -74,7 +75,7 @@ def teacher_forcing(question, choice):
 @pytest.mark.slow
 def test_scores_are_the_models_own(tmp_path):
     sizes = {"num_rows": 4, "num_pages": 40, "silent": True}
-    with Engine.open(CONFIG, make_weights(CONFIG), TOKENIZER, one_device(), **sizes) as engine:
+    with Engine.open(CONFIG, make_weights(CONFIG), TOKENIZER, mesh_of(), **sizes) as engine:
 
         def continued(questions):
             known = {"max_new_tokens": NUM_NEW, "sampling": GREEDY, "stop": ["!"]}

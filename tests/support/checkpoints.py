@@ -1,13 +1,9 @@
-"""A small model with everything that a checkpoint can hold, meshes for it, and what its folders hold."""
+"""A small model with everything that a checkpoint can hold, and what its folders hold."""
 
-import dataclasses
 import functools
 import hashlib
 
-import jax
-
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.safetensors.folder import Shards
 from tests.support import small
 
@@ -17,12 +13,6 @@ def config():
     """FP8's dims, MTP, and a kv_a of 136 columns: a block at the edge is partly filled."""
     config = from_config_dict(small.fp8_config_dict())
     return config.with_(model={"num_mtp_layers": 1})
-
-
-def mesh_of(sizes):
-    data, node, expert = sizes
-    mesh = dataclasses.replace(config().mesh, pipe=1, data=data, node=node, expert=expert, tensor=1)
-    return make_mesh(mesh, jax.devices()[: data * node * expert])
 
 
 def hashes(folder):

@@ -197,6 +197,12 @@ def test_a_step_on_eight_devices_is_that_of_one_and_takes_the_memory_that_was_pl
     )
 
 
+def test_targets_alone_are_marked_with_alpha_by_rank():
+    params = {"dense_layers": {"ffn": {"down_FD": np.zeros((2, 8, 8))}}, "embed_VD": np.zeros((4, 8))}
+    marked = mark(Lora(rank=4, alpha=2.0, targets=("ffn",)), params)
+    assert marked["dense_layers"]["ffn"]["down_FD"].scale == 0.5 and marked["embed_VD"] is params["embed_VD"]
+
+
 def test_the_base_as_it_was_read_is_let_go(monkeypatch, tmp_path):
     """A run in BF16 multiplies a copy; what was read in FP32 would take twice as much beside it, for the whole run."""
     cfg = config("bf16")

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import logging
 from jax.sharding import NamedSharding
 
 from configs.deepseek_v3 import get_config
@@ -19,17 +18,11 @@ from deepseek_jax.training import checkpoint, pretrain
 from deepseek_jax.training.checkpoint import Checkpoints, Progress, SaveError
 from deepseek_jax.training.fingerprint import fingerprints
 
-pytestmark = pytest.mark.xdist_group("checkpoint")  # what one worker made or compiled, its other tests use
+# What one worker made or compiled, its other tests use.
+pytestmark = [pytest.mark.xdist_group("checkpoint"), pytest.mark.usefixtures("absl_to_caplog")]
 
 CONFIG = from_config_dict(get_config())
 TOKENIZER = {"tokenizer.json": '{"vocab": ["a", "é"]}', "tokenizer_config.json": "{}"}
-
-
-@pytest.fixture(autouse=True)
-def absl_to_caplog(caplog):
-    logging.get_absl_logger().addHandler(caplog.handler)
-    yield
-    logging.get_absl_logger().removeHandler(caplog.handler)
 
 
 def make_mesh(data: int, expert: int) -> jax.sharding.Mesh:
@@ -191,22 +184,19 @@ def test_a_flipped_bit_that_decodes_is_seen_by_the_fingerprints(original, tmp_pa
     assert "arrays have changed" in caplog.text
 
 
-def test_the_largest_file_truncated_is_named_and_the_newest_intact_one_used(workdir, caplog):
-    arrays = max((workdir / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size)
-    arrays.write_bytes(arrays.read_bytes()[:100])
-    _, progress, _ = restore(workdir, make_mesh(2, 4))
-    assert progress.step == 2 and "3 is damaged" in caplog.text
-
-
 def test_no_intact_checkpoint_is_refused_and_nothing_moved(workdir):
     for step in ("2", "3"):
         (workdir / "checkpoints" / step / "run" / "metadata").write_text("{")
-    with pytest.raises(
-        ValueError, match=r"(?s)no intact checkpoint.*checkpoints/3: .*checkpoints/2: .*another --workdir"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)no intact .*checkpoints/3: .*checkpoints/2: .*another --workdir"):
         restore(workdir, make_mesh(2, 4))
     with opened(workdir, None) as checkpoints:
         assert checkpoints.steps() == [2, 3]
+
+
+def test_who_only_reads_leaves_a_damaged_checkpoint_where_it_is(workdir):
+    (workdir / "checkpoints" / "3" / "run" / "metadata").write_text("{")
+    assert restore(workdir, make_mesh(2, 4), keep=None)[1].step == 2
+    assert (workdir / "checkpoints" / "3").exists() and not (workdir / "checkpoints" / "damaged").exists()
 
 
 def test_a_damaged_step_asked_for_by_number_names_the_others(workdir):
@@ -264,9 +254,7 @@ def test_a_checkpoint_of_another_config_is_refused(workdir, caplog):
     assert begin(workdir, CONFIG.with_(mesh={"data": 2}), mesh)[1].step == 3
     assert "mesh.data: -1 in the checkpoint of step 3, 2 given" in caplog.text
     for section, value in (("optimizer", {"b2": 0.9}), ("training", {"batch_size": (("constant", 1.0, 128.0),)})):
-        with pytest.raises(
-            ValueError, match=rf"{section}\.{next(iter(value))}: .* in the checkpoint of step 3, .* given"
-        ):
+        with pytest.raises(ValueError, match=rf"{section}\.{next(iter(value))}: .* of step 3, .* given"):
             begin(workdir, CONFIG.with_(**{section: value}), mesh)
     with pytest.raises(ValueError, match="less than the 3,298,534,883,328 tokens"):
         begin(workdir, CONFIG.with_(training={"num_tokens": 1e12}), mesh)
@@ -288,9 +276,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_again(workdir, loss):
     LOSSES[loss](workdir / "checkpoints")
     before = sorted(workdir.rglob("*"))
     for keep in (2, None):
-        with pytest.raises(
-            ValueError, match=r"gone: .*checkpoints has none, and saved\.json says that step 3 was saved"
-        ):
+        with pytest.raises(ValueError, match=r"gone: .*saved\.json says that step 3 was saved"):
             Checkpoints(workdir, keep)
     assert sorted(workdir.rglob("*")) == before
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.balance import router_stats
+from deepseek_jax.model.balance import RouterStats, router_stats
 from deepseek_jax.model.head import token_logprobs
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import ROWS, P
 from deepseek_jax.training import step as step_lib
-from deepseek_jax.training.objective import mtp_targets, pretraining, router_metrics
+from deepseek_jax.training.objective import Normalisers, Terms, mtp_targets, pretraining, router_metrics
 from deepseek_jax.training.state import create_state
 from tests.support import small
 from tests.support.network import apply
@@ -59,6 +59,21 @@ def test_mtp_keeps_the_weights_of_the_shifted_targets():
 def test_mtp_refuses_a_sequence_without_targets():
     with pytest.raises(ValueError, match="2 tokens has no target at MTP depth 2"):
         mtp_targets(make_batch([1, 1]), depth=2)
+
+
+def test_the_total_has_the_mean_over_mtp_depths_and_balance_by_sequence():
+    """Of two depths, and of the routers of two layers; one token of three carries half of a weight."""
+    config = small.config().with_(model={"num_mtp_layers": 2}, loss={"sequence_balance_weight": 0.5})
+    counts_LE = np.array([[0, 1, 5, 2], [3, 0, 0, 5]])
+    router = RouterStats(counts_LE, np.float32([3.0, 5.0]), np.float32([2.0, 6.0]))
+    terms, norms = Terms(np.float32(6.0), np.float32(3.0), np.float32([4.0, 8.0])), Normalisers(2.5, 3, 4)
+    objective = pretraining(config)
+    total = objective.total(terms, router, norms, small.RATES._replace(mtp_weight=0.25))
+    assert total == pytest.approx((6.0 + 3.0 + 0.25 * 6.0) / 2.5 + 0.5 * 8.0 / 4)
+    metrics = jax.device_get(objective.metrics(terms, router, norms))
+    assert metrics["mtp_loss"].tolist() == pytest.approx([1.6, 3.2]) and metrics["dead_experts"] == 3
+    assert metrics["loss"] == pytest.approx(2.4) and metrics["balance_loss"] == pytest.approx(1.0)
+    assert metrics["max_vio_sequence_L"].tolist() == [0.5, 1.5]
 
 
 class ClippedTerms(NamedTuple):

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from absl import logging
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import from_config_dict
@@ -19,17 +18,11 @@ from deepseek_jax.training.workdir import claim_workdir, read_tokenizer
 from tests.training.nano import get_config
 from tests.training.runs import write_corpus
 
-pytestmark = pytest.mark.xdist_group("origin")  # what one worker made or compiled, its other tests use
+# What one worker made or compiled, its other tests use.
+pytestmark = [pytest.mark.xdist_group("origin"), pytest.mark.usefixtures("absl_to_caplog")]
 
 CONFIG = from_config_dict(get_config("corpus"))
 MESH = make_mesh(CONFIG.with_(mesh={"data": 1}).mesh, jax.devices()[:1])
-
-
-@pytest.fixture(autouse=True)
-def absl_to_caplog(caplog):
-    logging.get_absl_logger().addHandler(caplog.handler)
-    yield
-    logging.get_absl_logger().removeHandler(caplog.handler)
 
 
 def make_state(seed: int) -> dict:

@@ -194,22 +194,6 @@ def test_records_say_all_and_can_be_written(tmp_path):
     assert common["command"].startswith("python -m pallas_kernels.bench")
 
 
-def test_lines_stand_under_their_heads():
-    for row in (ROW, COPYING):
-        line = command.format_row(row)
-        assert line.index("XLA FP8" if row is ROW else COPY) == command.HEAD.index("beside it")
-        assert line[: command.SHAPE_WIDTH].startswith(f"m={row.shape.m} ")
-    widest = max(
-        (command.format_row(dataclasses.replace(ROW, shape=shape)) for op in OPERATIONS for shape in op.rows), key=len
-    )
-    assert len(widest) == len(command.format_row(ROW))
-    assert (
-        "0.981" in command.format_row(ROW)
-        and "0.981" in command.summarize([ROW, ROW])
-        and "0.964" in command.summarize([COPYING])
-    )
-
-
 def _doubled(x, implementation):
     return 2 * x + (implementation == "hopper") * 0.02 * x
 

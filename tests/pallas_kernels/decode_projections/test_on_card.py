@@ -7,23 +7,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.decode_projections import TuningConfig
 from pallas_kernels.quantized import Quantized, dequantize
 from tests.pallas_kernels.decode_projections import cases
 from tests.pallas_kernels.decode_projections.test_aot import NAMES, operands_of
 
+pytestmark = pytest.mark.usefixtures("card")
+
 BY_ROW = [name for name in NAMES if name.startswith(("latents", "add_norm"))]  # a block for each row
 # A share of the largest number. Sums in another order may round to the number beside it; of tiles, that may double a
 # scale that is a power of two, so what counts is the numbers that they stand for.
 TOLERANCES = {"float32": 5e-3, "bfloat16": 2.0**-7, "tiles": 2.0**-3, "int32": 0}
-
-
-@pytest.fixture(autouse=True)
-def card():
-    """Skip the tests where there is none; asked for here, because a module that is collected must not start JAX."""
-    if not dispatch.on_hopper():
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -6,17 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.experts_decode import experts_decode
 from pallas_kernels.quantize import quantize_tiles
 from tests.pallas_kernels.experts_decode import cases
 
-
-@pytest.fixture(autouse=True)
-def card():
-    """Skip the tests where there is none; asked for here, because a module that is collected must not start JAX."""
-    if not dispatch.on_hopper():
-        pytest.skip("needs a Hopper GPU")
+pytestmark = pytest.mark.usefixtures("card")
 
 
 @pytest.mark.parametrize("routing", ["spread", "one", "nobody"])

@@ -6,11 +6,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.mla_decode import mla_decode
-from tests.support.tpu import compile_elsewhere
+from tests.support.tpu import compile_elsewhere, structs_on
 
 ODD, V3, V3_DRAFTS = (1, 3), (1, 128), (4, 128)  # queries, heads
 TOPOLOGIES = {"v5p:2x2x1": (ODD, V3, V3_DRAFTS), "v6e:2x2x1": (ODD,), "tpu7x:2x2x1": (ODD,)}
@@ -19,8 +17,7 @@ BATCH, PAGES = 3, 20  # 20 pages are three blocks
 
 def compile_all(topology: str) -> None:
     """Compile the kernel for a device of `topology`."""
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    struct = structs_on(topology)
     cache, lengths = struct((100, 64, 576), jnp.bfloat16), struct((BATCH,), jnp.int32)
     tables = struct((BATCH, PAGES), jnp.int32)
     for queries, heads in TOPOLOGIES[topology]:

@@ -5,15 +5,10 @@ import functools
 import jax
 import pytest
 
-from pallas_kernels import dispatch, mla_decode
+from pallas_kernels import mla_decode
 from tests.pallas_kernels.mla_decode import cases
 
-
-@pytest.fixture(autouse=True)
-def card():
-    """Skip the tests where there is none; asked for here, because a module that is collected must not start JAX."""
-    if not dispatch.on_hopper():
-        pytest.skip("needs a Hopper GPU")
+pytestmark = pytest.mark.usefixtures("card")
 
 
 LENGTHS = {

@@ -2,17 +2,14 @@
 tells how.
 """
 
-import functools
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import producers
-from tests.support.tpu import compile_elsewhere
+from tests.support.tpu import compile_elsewhere, structs_on
 
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")
 ROWS, WIDTH, HIDDEN = 300, 7168, 2048  # odd rows; an expert's widths
@@ -20,8 +17,7 @@ ROWS, WIDTH, HIDDEN = 300, 7168, 2048  # odd rows; an expert's widths
 
 def compile_all(topology: str) -> None:
     """Compile every producer for a device of `topology`."""
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    struct = structs_on(topology)
     x, gain = struct((ROWS, WIDTH), jnp.bfloat16), struct((WIDTH,), jnp.float32)
     hidden, grad = struct((ROWS, 2 * HIDDEN), jnp.bfloat16), struct((ROWS, HIDDEN), jnp.bfloat16)
     weight = struct((ROWS,), jnp.float32)

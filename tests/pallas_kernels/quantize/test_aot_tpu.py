@@ -8,12 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import quantize
 from pallas_kernels.quantized import E4M3, Quantized
-from tests.support.tpu import compile_elsewhere
+from tests.support.tpu import compile_elsewhere, structs_on
 
 TOPOLOGIES = ("v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")
 ROWS, WIDTH = 301, 7168  # odd rows
@@ -22,8 +20,7 @@ LATENT = 576  # of V3's keys and values: a partial block
 
 def compile_all(topology: str) -> None:
     """Compile every quantiser for a device of `topology`."""
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    struct = structs_on(topology)
     x, rows = struct((ROWS, WIDTH), jnp.bfloat16), struct((50,), jnp.int32)
     q = Quantized(struct((ROWS, WIDTH), E4M3), struct((WIDTH // 128, ROWS + 3), jnp.float32), "tile")
     for operation, inputs in (

@@ -15,7 +15,7 @@ from pallas_kernels import GROUP, quantize
 from pallas_kernels.grouped import reference as grouped_reference
 from pallas_kernels.hopper import stream
 from pallas_kernels.matmul import reference as matmul_reference
-from pallas_kernels.quantize import hopper, hopper_transposed, tpu
+from pallas_kernels.quantize import hopper, hopper_transposed
 from pallas_kernels.quantize import reference as quantize_reference
 from pallas_kernels.quantized import E4M3, Quantized, decode, dequantize
 
@@ -208,14 +208,6 @@ def test_kernels_are_the_reference_to_the_bit(case, on_hopper):
     assert_same(on_hopper(operation, *args, implementation="hopper"), expected)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         assert_same(operation(*args, implementation="tpu"), expected)
-
-
-@pytest.mark.parametrize("case", ["tiles bfloat16", "both bfloat16", "rows bfloat16", "blocks", "requantized"])
-def test_each_tpu_kernel_can_be_interpreted_alone(case):
-    operation, args = cases()[case]
-    kernel = getattr(tpu, operation.__name__)
-    expected = operation(*args, scale="fp32", implementation="reference")
-    assert_same(kernel(*args, "fp32", interpret=pltpu.InterpretParams()), expected)
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2])

@@ -5,17 +5,11 @@ import functools
 import jax
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.routing import route
 from pallas_kernels.routing.rule import Rule
 from tests.pallas_kernels.routing import cases
 
-
-@pytest.fixture(autouse=True)
-def card():
-    """Skip the tests where there is none; asked for here, because a module that is collected must not start JAX."""
-    if not dispatch.on_hopper():
-        pytest.skip("needs a Hopper GPU")
+pytestmark = pytest.mark.usefixtures("card")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 32, 33, 128, 200, 512])
