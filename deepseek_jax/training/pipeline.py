@@ -37,7 +37,7 @@ from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.training import kept
 from deepseek_jax.training.objective import Batch
 from deepseek_jax.training.stage_work import Held, StageWork, Starts
-from deepseek_jax.training.tick import Carry, Inboxes, Made, Own, Sums, branches_of
+from deepseek_jax.training.tick import Carry, Inboxes, Made, Own, Sums, Work, branches_of
 from pallas_kernels.lowering import manual_axes
 
 INBOXES = ("activation", "gradient")
@@ -68,7 +68,8 @@ def stage_gradients(
     load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
     mine = with_fp8(model, execution, collect(weights.params, holding))
-    mine, quantized = detach(load(mine) if once else mine)
+    counts = {name: layers.shape[1] for name, layers in holding.layers.items()} | {"mtp_layers": model.num_mtp_layers}
+    mine, quantized = (_apart(tree, counts) for tree in detach(load(mine) if once else mine))
     held = Held(mine, quantized, weights.router_bias)
     work = {
         shape: StageWork(recipe, shape, (lambda tree: tree) if once else load, norms, rates)
@@ -76,7 +77,8 @@ def stage_gradients(
     }
     run = Run(program, stages, holding, held, micro_batches, work)
     sums = run.all_ticks(run.begin(recipe)).own.sums
-    grads = reduce_gradients(sums.grads, model.num_experts) if once else sums.grads
+    grads = _together(sums.grads)
+    grads = reduce_gradients(grads, model.num_experts) if once else grads
     return distribute(grads, weights.params, holding), sums.terms, sums.router
 
 
@@ -103,7 +105,7 @@ class Run:
         x_BSD = jnp.zeros((*tokens_BS.shape, model.width), compute_dtype(recipe.execution))
         x_BSD = manual_axes.vary(x_BSD, self.axes)
         zero, first = jnp.int32(0), jax.tree.map(lambda a: a[0], self.micro_batches)
-        starts = manual_axes.vary(Starts(zero, zero, zero), frozenset((PIPE,)))
+        starts = Starts(0, 0, manual_axes.vary(zero, frozenset((PIPE,))))
         for work in self.work.values():
             jax.eval_shape(lambda x, work=work: work.forward(self.held, starts, x, first)[0], x_BSD)
         last = next(work for stage, work in self.work.items() if stage.is_last)
@@ -151,11 +153,10 @@ class Run:
 
         return lax.scan(tick, carry, jax.tree.map(jnp.asarray, rows))[0]
 
-    def _starts(self, row: dict[str, jax.Array], part: str) -> Starts:
-        device, chunk, stage = lax.axis_index(PIPE), row[f"{part}_chunk"], row[f"{part}_stage"]
+    def _starts(self, row: dict[str, jax.Array], part: str, work: Work) -> Starts:
         routers = jnp.asarray([stage.moe_layers.first for stage in self.stages], jnp.int32)
-        of_stacks = {name: jnp.asarray(begin)[device, chunk] for name, begin in self.holding.starts.items()}
-        return Starts(**of_stacks, routers=routers[stage])
+        of_stacks = {name: starts[work.chunk] for name, starts in self.holding.starts.items()}
+        return Starts(**of_stacks, routers=routers[row[f"{part}_stage"]])
 
     def _micro_batch(self, row: dict[str, jax.Array], part: str) -> Batch:
         number = row[f"{part}_micro_batch"]
@@ -163,9 +164,9 @@ class Run:
 
     def _work(
         self,
-        forward: Stage | None,
-        backward: Stage | None,
-        weight: Stage | None,
+        forward: Work | None,
+        backward: Work | None,
+        weight: Work | None,
         own: Own,
         inboxes: Inboxes,
         row: dict[str, jax.Array],
@@ -181,12 +182,12 @@ class Run:
             own, made = self._forward(own, made, inboxes, row, forward)
         return own, manual_axes.vary(made, self.axes)
 
-    def _forward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, stage: Stage) -> tuple[Own, Made]:
-        work, starts = self.work[stage], self._starts(row, "forward")
+    def _forward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, of: Work) -> tuple[Own, Made]:
+        work, starts = self.work[of.stage], self._starts(row, "forward", of)
         x_BSD = _at(inboxes["activation"], row["forward_inbox"])
         outputs, arrays = work.forward(self.held, starts, x_BSD, self._micro_batch(row, "forward"))
         assert work.structure is not None
-        if not stage.is_last:
+        if not of.stage.is_last:
             made = made._replace(activation=outputs.hidden_BSD)
         return Own(
             own.sums._replace(router=work.add_router(own.sums.router, starts, outputs.observed)),
@@ -194,10 +195,8 @@ class Run:
             own.pending,
         ), made
 
-    def _backward(
-        self, own: Own, made: Made, inboxes: Inboxes, row: dict, stage: Stage, joined: bool
-    ) -> tuple[Own, Made]:
-        work, starts, batch = self.work[stage], self._starts(row, "backward"), self._micro_batch(row, "backward")
+    def _backward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, of: Work, joined: bool) -> tuple[Own, Made]:
+        work, starts, batch = self.work[of.stage], self._starts(row, "backward", of), self._micro_batch(row, "backward")
         assert work.structure is not None
         arrays = work.structure.packing.read(own.kept, row["backward_slot"])
         gradient_BSD = _at(inboxes["gradient"], row["backward_inbox"])
@@ -212,8 +211,8 @@ class Run:
         sums = own.sums._replace(grads=total, terms=terms)
         return own._replace(sums=sums, pending=pending), made._replace(gradient=gradient_BSD)
 
-    def _weight(self, own: Own, row: dict, stage: Stage) -> Own:
-        work, starts = self.work[stage], self._starts(row, "weight")
+    def _weight(self, own: Own, row: dict, of: Work) -> Own:
+        work, starts = self.work[of.stage], self._starts(row, "weight", of)
         assert work.structure is not None
         arrays = work.structure.packing.read(own.kept, row["weight_slot"])
         gradients = work.unflat(work.structure.pending.read(own.pending, row["weight_pending"]))
@@ -235,6 +234,22 @@ class Run:
                 slot = jnp.where(row[column] < 0, nobody, row[column])
                 inboxes[name] = lax.dynamic_update_index_in_dim(inboxes[name], came, slot, 0)
         return inboxes
+
+
+def _apart(tree: Any, counts: dict[str, int]) -> Any:
+    """Return stacks [slots, ...] as lists of slots."""
+    return {
+        name: [jax.tree.map(lambda a, i=i: a[i], part) for i in range(counts[name])] if name in counts else part
+        for name, part in tree.items()
+    }
+
+
+def _together(tree: Any) -> Any:
+    """Undo `_apart`."""
+    return {
+        name: jax.tree.map(lambda *slots: jnp.stack(slots), *part) if isinstance(part, list) else part
+        for name, part in tree.items()
+    }
 
 
 def _at(inbox: jax.Array, slot: jax.Array) -> jax.Array:

@@ -48,16 +48,26 @@ class Carry(NamedTuple):
     inboxes: Inboxes
 
 
+class Work(NamedTuple):
+    """What a program knows of a piece of work before it runs: the shape of the stage, and which chunk it is."""
+
+    stage: Stage
+    chunk: int
+
+
 def branches_of(program: Program, stages: list[Stage]) -> tuple[list[tuple], np.ndarray]:
-    """Return the kinds of cells that occur, as shapes of (F, B, W), and which of them each device's ticks are."""
+    """Return the kinds of cells that occur, as `Work`s of (F, B, W), and which of them each device's ticks are."""
     names = {code: kind for kind, code in KIND_CODES.items()}
     keys: dict[tuple, int] = {(None, None, None): 0}
     branch = np.zeros(program.kind.shape, np.int32)
+
+    def work(part: str, place: tuple[int, ...]) -> Work:
+        stage, chunk = (getattr(program, f"{part}_{what}")[place] for what in ("stage", "chunk"))
+        return Work(stages[stage].shape, int(chunk))
+
     for place in np.ndindex(program.kind.shape):
         kind = names[int(program.kind[place])]
-        key = tuple(
-            stages[getattr(program, f"{part}_stage")[place]].shape if letter in kind else None
-            for letter, part in (("F", "forward"), ("B", "backward"), ("W", "weight"))
-        )
+        parts = ("F", "forward"), ("B", "backward"), ("W", "weight")
+        key = tuple(work(part, place) if letter in kind else None for letter, part in parts)
         branch[place] = keys.setdefault(key, len(keys))
     return list(keys), branch
