@@ -57,9 +57,14 @@ class Packing:
             slots[item.store] = lax.dynamic_update_slice(whole, numbers, (index, item.start))
         return slots
 
-    def read(self, slots: Flat, index: jax.Array) -> list[jax.Array]:
-        """Return the arrays of a slot, with the mesh axes over which they varied."""
-        return [self._read(slots[item.store], index, item) for item in self.items]
+    def read(self, slots: Flat, index: jax.Array) -> tuple[list[jax.Array], Flat]:
+        """Return the arrays of a slot, with the mesh axes over which they varied, and the slots.
+
+        What comes later takes these slots: nothing is written, or passed on, before all is read. Without this order XLA
+        copies all slots, in every branch, if it finds a read behind a write in one.
+        """
+        arrays = [self._read(slots[item.store], index, item) for item in self.items]
+        return lax.optimization_barrier((arrays, slots))
 
     def _read(self, whole: jax.Array, index: jax.Array, item: Item) -> jax.Array:
         numbers = lax.dynamic_slice(whole, (index, item.start), (1, math.prod(item.shape)))

@@ -198,7 +198,7 @@ class Run:
     def _backward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, of: Work, joined: bool) -> tuple[Own, Made]:
         work, starts, batch = self.work[of.stage], self._starts(row, "backward", of), self._micro_batch(row, "backward")
         assert work.structure is not None
-        arrays = work.structure.packing.read(own.kept, row["backward_slot"])
+        arrays, slots = work.structure.packing.read(own.kept, row["backward_slot"])
         gradient_BSD = _at(inboxes["gradient"], row["backward_inbox"])
         terms, head_grads, gradients = work.objective(self.held, arrays, gradient_BSD, batch)
         grads, gradient_BSD = work.backward(self.held, starts, arrays, gradients)
@@ -209,15 +209,15 @@ class Run:
             pending = work.structure.pending.write(pending, row["backward_pending"], work.flat(gradients))
         terms = jax.tree.map(lambda a, b: a + vary(b, a), own.sums.terms, terms)
         sums = own.sums._replace(grads=total, terms=terms)
-        return own._replace(sums=sums, pending=pending), made._replace(gradient=gradient_BSD)
+        return Own(sums, slots, pending), made._replace(gradient=gradient_BSD)
 
     def _weight(self, own: Own, row: dict, of: Work) -> Own:
         work, starts = self.work[of.stage], self._starts(row, "weight", of)
         assert work.structure is not None
-        arrays = work.structure.packing.read(own.kept, row["weight_slot"])
-        gradients = work.unflat(work.structure.pending.read(own.pending, row["weight_pending"]))
-        grads, _ = work.backward(self.held, starts, arrays, gradients)
-        return own._replace(sums=own.sums._replace(grads=work.add(own.sums.grads, starts, grads)))
+        arrays, slots = work.structure.packing.read(own.kept, row["weight_slot"])
+        gradients, pending = work.structure.pending.read(own.pending, row["weight_pending"])
+        grads, _ = work.backward(self.held, starts, arrays, work.unflat(gradients))
+        return Own(own.sums._replace(grads=work.add(own.sums.grads, starts, grads)), slots, pending)
 
     def _exchange(self, inboxes: Inboxes, made: Made, row: dict[str, jax.Array]) -> Inboxes:
         """Send to both neighbours, over the links on which the table ever sends; store what arrived."""
