@@ -7,8 +7,8 @@ needs. One loop over the ticks runs it, inside the step's shard_map:
     send     activations and gradients to the neighbours, by ppermute, whatever the branch was
     store    what arrived into the inboxes
 
-A branch is made for every kind of cell and every shape of stage that occurs (`stage_work`), so a program does not grow
-with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives in a
+A branch is made for every kind of cell and every shape of stage and chunk that occurs (`stage_work`), so a program does
+not grow with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives in a
 branch run over other axes: all devices of such a group have the same place in the pipeline, hence the same branch.
 Nothing in a branch may run over `pipe`, or it would wait for devices that are elsewhere; the ppermutes are outside.
 
