@@ -31,7 +31,6 @@ from deepseek_jax.inference.exact_calls import ExactCalls, open_calls
 from deepseek_jax.inference.job import Job
 from deepseek_jax.inference.pages import Copy
 from deepseek_jax.inference.prefill import prefill_execution
-from deepseek_jax.inference.row_calls import MOST_COPIES
 from deepseek_jax.inference.row_sampling import KINDS
 from deepseek_jax.inference.row_state import (
     MASK,
@@ -267,11 +266,7 @@ class DeviceBatch:
 
     def _send(self, choosing: Sequence[int]) -> None:
         """Send what the host has changed since the last step, and the masks of rows that choose."""
-        for start in range(0, len(self._copies), MOST_COPIES):
-            copies_U3 = np.full((MOST_COPIES, 3), -1, np.int32)
-            part = self._copies[start : start + MOST_COPIES]
-            copies_U3[: len(part)] = part
-            self._calls.copy(copies_U3)
+        self._calls.copy(self._copies)
         self._copies = []
         if self._tables_changed:
             self._calls.set_tables(self._tables_BJ)

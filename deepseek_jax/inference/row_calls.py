@@ -133,9 +133,13 @@ class Calls:
         with jax.set_mesh(self._mesh):
             self._pages = change(self._pages)
 
-    def copy(self, copies_U3: np.ndarray) -> None:
-        """Copy pages: devices, sources and targets."""
-        self._pages = self._program(("copy",))(self._pages, copies_U3)
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy pages: (device, source, target) of each."""
+        for start in range(0, len(copies), MOST_COPIES):
+            part = copies[start : start + MOST_COPIES]
+            copies_U3 = np.full((MOST_COPIES, 3), -1, np.int32)
+            copies_U3[: len(part)] = part
+            self._pages = self._program(("copy",))(self._pages, copies_U3)
 
     def prefill(self, packed: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run pieces; return the hidden states behind each, those of all tokens, and the experts of all tokens."""

@@ -73,30 +73,32 @@ class Holding(NamedTuple):
     """What each device holds.
 
     Attributes:
-        layers: per stack an array [devices, slots] of layers; slots that are not needed repeat one.
-        starts: per stack an array [devices, chunks]: the slot of the first layer of a chunk.
+        layers: per stack an array [devices, slots] of layers; a slot that is not used has layer 0.
+        starts: per stack the slot of the first layer of each chunk, the same on all devices: a program knows where the
+            weights of a chunk are before it runs, and takes them as they lie.
     """
 
     layers: dict[str, np.ndarray]
-    starts: dict[str, np.ndarray]
+    starts: dict[str, list[int]]
 
 
 def holding_of(placement: Placement, stages: list[Stage]) -> Holding:
-    """Return the layers of every device in the order of its chunks."""
+    """Return the layers of every device in the order of its chunks, in as few slots as that order allows."""
+    devices, chunks = range(placement.num_devices), range(placement.num_chunks)
     layers, starts = {}, {}
     for name in STACKS:
-        rows = []
-        begin = np.zeros((placement.num_devices, placement.num_chunks), np.int32)
-        for device in range(placement.num_devices):
-            row: list[int] = []
-            for chunk in range(placement.num_chunks):
-                span = getattr(stages[placement.stage(device, chunk)], name)
-                begin[device, chunk] = len(row)
-                row += range(span.first, span.first + span.number)
-            rows.append(row)
-        most = max(map(len, rows))
-        layers[name] = np.array([row + [0] * (most - len(row)) for row in rows], np.int32).reshape(len(rows), most)
-        starts[name] = begin
+        spans = [[getattr(stages[placement.stage(d, c)], name) for c in chunks] for d in devices]
+        ends = np.zeros(len(devices), np.int32)
+        starts[name] = []
+        for chunk in chunks:
+            numbers = np.array([row[chunk].number for row in spans])
+            start = int(ends[numbers > 0].max(initial=0))
+            ends = np.where(numbers > 0, start + numbers, ends)
+            starts[name].append(start)
+        layers[name] = np.zeros((len(devices), ends.max(initial=0)), np.int32)
+        for row, of_chunks in zip(layers[name], spans, strict=True):
+            for start, span in zip(starts[name], of_chunks, strict=True):
+                row[start : start + span.number] = range(span.first, span.first + span.number)
     return Holding(layers, starts)
 
 

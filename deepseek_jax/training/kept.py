@@ -6,8 +6,9 @@ slot has, for each dtype, as many numbers as the largest stage needs.
     slot 0   | x_BSD | query_latent | ... | -      a middle stage
     slot 1   | x_BSD | expert_rows  | ... | ... |  the largest one
 
-Slots are read before the switch of a tick and written after it. If buffers passed through the branches, XLA would copy
-all their slots in each of them.
+The slots pass through the switch of a tick, and a branch reads and writes just its own arrays. Compiled for a GPU or a
+TPU they are one buffer that is written in place, whatever the branch. XLA for CPUs copies it in every branch, which
+costs the tests some time and is why the bytes must be counted in a program for an accelerator.
 """
 
 import math
@@ -47,25 +48,27 @@ class Packing:
         self.sizes[store] = start + array.size
         return Item(array.shape, dtype, manual_axes.varies_over(array), store, start)
 
-    def pack(self, arrays: Sequence[jax.Array], like: Flat) -> Flat:
-        """Return a slot with `arrays`, as large and as varying as `like`."""
-        parts: dict[str, list[jax.Array]] = {store: [] for store in like}
+    def write(self, slots: Flat, index: jax.Array, arrays: Sequence[jax.Array]) -> Flat:
+        """Return the slots with `arrays` in one of them."""
+        slots = dict(slots)
         for item, array in zip(self.items, arrays, strict=True):
-            parts[item.store].append(_stored(array).ravel())
-        slot = {}
-        for store, whole in like.items():
-            axes = manual_axes.varies_over(whole)
-            rest = jnp.zeros((whole.size - self.sizes.get(store, 0),), whole.dtype)
-            slot[store] = jnp.concatenate([manual_axes.vary(part, axes) for part in (*parts[store], rest)])
-        return slot
+            whole = slots[item.store]
+            numbers = manual_axes.vary(_stored(array).reshape(1, -1), manual_axes.varies_over(whole))
+            slots[item.store] = lax.dynamic_update_slice(whole, numbers, (index, item.start))
+        return slots
 
-    def unpack(self, slot: Flat) -> list[jax.Array]:
-        """Return the arrays of a slot, with the mesh axes over which they varied."""
-        return [self._unpack(slot[item.store], item) for item in self.items]
+    def read(self, slots: Flat, index: jax.Array) -> tuple[list[jax.Array], Flat]:
+        """Return the arrays of a slot, with the mesh axes over which they varied, and the slots.
 
-    def _unpack(self, numbers: jax.Array, item: Item) -> jax.Array:
-        flat = lax.slice(numbers, (item.start,), (item.start + math.prod(item.shape),))
-        array = manual_axes.invariant(flat.reshape(item.shape))
+        What comes later takes these slots: nothing is written, or passed on, before all is read. Without this order XLA
+        copies all slots, in every branch, if it finds a read behind a write in one.
+        """
+        arrays = [self._read(slots[item.store], index, item) for item in self.items]
+        return lax.optimization_barrier((arrays, slots))
+
+    def _read(self, whole: jax.Array, index: jax.Array, item: Item) -> jax.Array:
+        numbers = lax.dynamic_slice(whole, (index, item.start), (1, math.prod(item.shape)))
+        array = manual_axes.invariant(numbers.reshape(item.shape))
         return manual_axes.vary(_restored(array, item.dtype), item.axes)
 
 
@@ -74,16 +77,6 @@ def empty(packings: Sequence[Packing], num_slots: int, axes: frozenset[str]) -> 
     stores = sorted({store for packing in packings for store in packing.sizes}) if num_slots else []
     largest = {store: max(packing.sizes.get(store, 0) for packing in packings) for store in stores}
     return {store: manual_axes.vary(jnp.zeros((num_slots, n), store), axes) for store, n in largest.items()}
-
-
-def read(slots: Flat, index: jax.Array) -> Flat:
-    """Return one slot."""
-    return {store: lax.dynamic_index_in_dim(a, index, keepdims=False) for store, a in slots.items()}
-
-
-def write(slots: Flat, slot: Flat, index: jax.Array) -> Flat:
-    """Return the slots with one of them replaced."""
-    return {store: lax.dynamic_update_index_in_dim(a, slot[store], index, 0) for store, a in slots.items()}
 
 
 def _stored(array: jax.Array) -> jax.Array:

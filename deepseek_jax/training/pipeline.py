@@ -3,19 +3,18 @@
 A table's program (`pipeline.program`) says for every device and tick what to do and in which slots it finds what it
 needs. One loop over the ticks runs it, inside the step's shard_map:
 
-    read     inbox of activations, inbox of gradients, slots of what is kept
     work     one branch of a switch: idle, F, B, W, BW, or F and BW of two micro-batches side by side
     send     activations and gradients to the neighbours, by ppermute, whatever the branch was
     store    what arrived into the inboxes
 
-A branch is made for every kind of cell and every shape of stage that occurs (`stage_work`), so a program does not grow
-with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives in a
+A branch is made for every kind of cell and every shape of stage and chunk that occurs (`stage_work`), so a program does
+not grow with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives in a
 branch run over other axes: all devices of such a group have the same place in the pipeline, hence the same branch.
 Nothing in a branch may run over `pipe`, or it would wait for devices that are elsewhere; the ppermutes are outside.
 
-All is read before any work of a tick and stored after it. So XLA sees F and BW of a pair as independent computations in
-one branch, and may hide the exchange of one behind the arithmetic of the other. It moves nothing across the border of a
-branch. The buffers themselves pass through no branch, which would copy them.
+F and BW of a pair are independent computations in one branch, so XLA may hide the exchange of one behind the arithmetic
+of the other. It moves nothing across the border of a branch. What is kept and the sums of gradients pass through the
+branches and are changed in place there (`training.kept`).
 
 Every device has all micro-batches' tokens: 4 bytes a token where an activation has 14,336.
 """
@@ -38,7 +37,7 @@ from deepseek_jax.pipeline.program import Program, links
 from deepseek_jax.training import kept
 from deepseek_jax.training.objective import Batch
 from deepseek_jax.training.stage_work import Held, StageWork, Starts
-from deepseek_jax.training.tick import Carry, Made, Read, Sums, branches_of
+from deepseek_jax.training.tick import Carry, Inboxes, Made, Own, Sums, Work, branches_of
 from pallas_kernels.lowering import manual_axes
 
 INBOXES = ("activation", "gradient")
@@ -69,15 +68,17 @@ def stage_gradients(
     load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
     mine = with_fp8(model, execution, collect(weights.params, holding))
-    mine, quantized = detach(load(mine) if once else mine)
+    counts = {name: layers.shape[1] for name, layers in holding.layers.items()} | {"mtp_layers": model.num_mtp_layers}
+    mine, quantized = (_apart(tree, counts) for tree in detach(load(mine) if once else mine))
     held = Held(mine, quantized, weights.router_bias)
     work = {
         shape: StageWork(recipe, shape, (lambda tree: tree) if once else load, norms, rates)
         for shape in dict.fromkeys(stage.shape for stage in stages)
     }
     run = Run(program, stages, holding, held, micro_batches, work)
-    sums = run.all_ticks(run.begin(recipe)).sums
-    grads = reduce_gradients(sums.grads, model.num_experts) if once else sums.grads
+    sums = run.all_ticks(run.begin(recipe)).own.sums
+    grads = _together(sums.grads)
+    grads = reduce_gradients(grads, model.num_experts) if once else grads
     return distribute(grads, weights.params, holding), sums.terms, sums.router
 
 
@@ -104,7 +105,7 @@ class Run:
         x_BSD = jnp.zeros((*tokens_BS.shape, model.width), compute_dtype(recipe.execution))
         x_BSD = manual_axes.vary(x_BSD, self.axes)
         zero, first = jnp.int32(0), jax.tree.map(lambda a: a[0], self.micro_batches)
-        starts = manual_axes.vary(Starts(zero, zero, zero), frozenset((PIPE,)))
+        starts = Starts(0, 0, manual_axes.vary(zero, frozenset((PIPE,))))
         for work in self.work.values():
             jax.eval_shape(lambda x, work=work: work.forward(self.held, starts, x, first)[0], x_BSD)
         last = next(work for stage, work in self.work.items() if stage.is_last)
@@ -119,15 +120,16 @@ class Run:
             terms=manual_axes.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), terms), self.axes),
             router=manual_axes.vary(router, self.axes),
         )
-        return Carry(
+        inboxes = {
+            name: manual_axes.vary(jnp.zeros((slots + 1, *x_BSD.shape), x_BSD.dtype), self.axes)
+            for name, slots in boxes.items()
+        }
+        own = Own(
             sums=sums,
-            inboxes={
-                name: manual_axes.vary(jnp.zeros((slots + 1, *x_BSD.shape), x_BSD.dtype), self.axes)
-                for name, slots in boxes.items()
-            },
             kept=kept.empty([s.packing for s in structures], self.program.num_slots, self.axes),
             pending=kept.empty([s.pending for s in structures], self.program.num_pending, self.axes),
         )
+        return Carry(own, inboxes)
 
     def _no_router(self, model: Any, x_BSD: jax.Array) -> Any:
         """Return the routers' report of all layers, zero."""
@@ -146,30 +148,15 @@ class Run:
 
         def tick(carry: Carry, row: dict[str, jax.Array]) -> tuple[Carry, None]:
             row = {name: values[device] for name, values in row.items()}
-            # a cell has a B or a W of its own, or both of one work
-            slot, waiting = (jnp.maximum(row[f"backward_{n}"], row[f"weight_{n}"]) for n in ("slot", "pending"))
-            reads = Read(
-                _at(carry.inboxes["activation"], row["forward_inbox"]),
-                _at(carry.inboxes["gradient"], row["backward_inbox"]),
-                kept.read(carry.kept, jnp.maximum(slot, 0)),
-                kept.read(carry.pending, jnp.maximum(waiting, 0)),
-            )
-            sums, made = lax.switch(row["branch"], branches, carry.sums, reads, row)
-            to = jnp.where(row["forward_slot"] < 0, jnp.maximum(slot, 0), row["forward_slot"])
-            return Carry(
-                sums,
-                self._exchange(carry.inboxes, made, row),
-                kept.write(carry.kept, made.kept, to),
-                kept.write(carry.pending, made.pending, jnp.maximum(waiting, 0)),
-            ), None
+            own, made = lax.switch(row["branch"], branches, carry.own, carry.inboxes, row)
+            return Carry(own, self._exchange(carry.inboxes, made, row)), None
 
         return lax.scan(tick, carry, jax.tree.map(jnp.asarray, rows))[0]
 
-    def _starts(self, row: dict[str, jax.Array], part: str) -> Starts:
-        device, chunk, stage = lax.axis_index(PIPE), row[f"{part}_chunk"], row[f"{part}_stage"]
+    def _starts(self, row: dict[str, jax.Array], part: str, work: Work) -> Starts:
         routers = jnp.asarray([stage.moe_layers.first for stage in self.stages], jnp.int32)
-        of_stacks = {name: jnp.asarray(begin)[device, chunk] for name, begin in self.holding.starts.items()}
-        return Starts(**of_stacks, routers=routers[stage])
+        of_stacks = {name: starts[work.chunk] for name, starts in self.holding.starts.items()}
+        return Starts(**of_stacks, routers=routers[row[f"{part}_stage"]])
 
     def _micro_batch(self, row: dict[str, jax.Array], part: str) -> Batch:
         number = row[f"{part}_micro_batch"]
@@ -177,58 +164,62 @@ class Run:
 
     def _work(
         self,
-        forward: Stage | None,
-        backward: Stage | None,
-        weight: Stage | None,
-        sums: Sums,
-        reads: Read,
+        forward: Work | None,
+        backward: Work | None,
+        weight: Work | None,
+        own: Own,
+        inboxes: Inboxes,
         row: dict[str, jax.Array],
-    ) -> tuple[Sums, Made]:
-        """Run one cell. The halves of a pair add to other sums and make other arrays: neither waits for the other."""
-        zeros = jnp.zeros_like(reads.activation)
-        made = Made(zeros, zeros, reads.kept, reads.pending)
+    ) -> tuple[Own, Made]:
+        """Run one cell. The halves of a pair add to other sums and write other slots: neither waits for the other."""
+        zeros = jnp.zeros_like(inboxes["activation"][0])
+        made = Made(zeros, zeros)
         if backward:
-            sums, made = self._backward(sums, made, reads, row, backward, backward == weight)
+            own, made = self._backward(own, made, inboxes, row, backward, backward == weight)
         elif weight:
-            sums = self._weight(sums, reads, row, weight)
+            own = self._weight(own, row, weight)
         if forward:
-            sums, made = self._forward(sums, made, reads, row, forward)
-        return sums, manual_axes.vary(made, self.axes)
+            own, made = self._forward(own, made, inboxes, row, forward)
+        return own, manual_axes.vary(made, self.axes)
 
-    def _forward(self, sums: Sums, made: Made, reads: Read, row: dict, stage: Stage) -> tuple[Sums, Made]:
-        work, starts = self.work[stage], self._starts(row, "forward")
-        outputs, arrays = work.forward(self.held, starts, reads.activation, self._micro_batch(row, "forward"))
+    def _forward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, of: Work) -> tuple[Own, Made]:
+        work, starts = self.work[of.stage], self._starts(row, "forward", of)
+        x_BSD = _at(inboxes["activation"], row["forward_inbox"])
+        outputs, arrays = work.forward(self.held, starts, x_BSD, self._micro_batch(row, "forward"))
         assert work.structure is not None
-        made = made._replace(kept=work.structure.packing.pack(arrays, reads.kept))
-        if not stage.is_last:
+        if not of.stage.is_last:
             made = made._replace(activation=outputs.hidden_BSD)
-        return sums._replace(router=work.add_router(sums.router, starts, outputs.observed)), made
+        return Own(
+            own.sums._replace(router=work.add_router(own.sums.router, starts, outputs.observed)),
+            work.structure.packing.write(own.kept, row["forward_slot"], arrays),
+            own.pending,
+        ), made
 
-    def _backward(
-        self, sums: Sums, made: Made, reads: Read, row: dict, stage: Stage, joined: bool
-    ) -> tuple[Sums, Made]:
-        work, starts, batch = self.work[stage], self._starts(row, "backward"), self._micro_batch(row, "backward")
+    def _backward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, of: Work, joined: bool) -> tuple[Own, Made]:
+        work, starts, batch = self.work[of.stage], self._starts(row, "backward", of), self._micro_batch(row, "backward")
         assert work.structure is not None
-        arrays = work.structure.packing.unpack(reads.kept)
-        terms, head_grads, gradients = work.objective(self.held, arrays, reads.gradient, batch)
+        arrays, slots = work.structure.packing.read(own.kept, row["backward_slot"])
+        gradient_BSD = _at(inboxes["gradient"], row["backward_inbox"])
+        terms, head_grads, gradients = work.objective(self.held, arrays, gradient_BSD, batch)
         grads, gradient_BSD = work.backward(self.held, starts, arrays, gradients)
-        total = work.add(sums.grads, starts, head_grads)
+        total, pending = work.add(own.sums.grads, starts, head_grads), own.pending
         if joined:
             total = work.add(total, starts, grads)
         else:
-            made = made._replace(pending=work.structure.pending.pack(work.flat(gradients), reads.pending))
-        terms = jax.tree.map(lambda a, b: a + vary(b, a), sums.terms, terms)
-        return sums._replace(grads=total, terms=terms), made._replace(gradient=gradient_BSD)
+            pending = work.structure.pending.write(pending, row["backward_pending"], work.flat(gradients))
+        terms = jax.tree.map(lambda a, b: a + vary(b, a), own.sums.terms, terms)
+        sums = own.sums._replace(grads=total, terms=terms)
+        return Own(sums, slots, pending), made._replace(gradient=gradient_BSD)
 
-    def _weight(self, sums: Sums, reads: Read, row: dict, stage: Stage) -> Sums:
-        work, starts = self.work[stage], self._starts(row, "weight")
+    def _weight(self, own: Own, row: dict, of: Work) -> Own:
+        work, starts = self.work[of.stage], self._starts(row, "weight", of)
         assert work.structure is not None
-        arrays = work.structure.packing.unpack(reads.kept)
-        gradients = work.unflat(work.structure.pending.unpack(reads.pending))
-        grads, _ = work.backward(self.held, starts, arrays, gradients)
-        return sums._replace(grads=work.add(sums.grads, starts, grads))
+        arrays, slots = work.structure.packing.read(own.kept, row["weight_slot"])
+        gradients, pending = work.structure.pending.read(own.pending, row["weight_pending"])
+        grads, _ = work.backward(self.held, starts, arrays, work.unflat(gradients))
+        return Own(own.sums._replace(grads=work.add(own.sums.grads, starts, grads)), slots, pending)
 
-    def _exchange(self, inboxes: dict, made: Made, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _exchange(self, inboxes: Inboxes, made: Made, row: dict[str, jax.Array]) -> Inboxes:
         """Send to both neighbours, over the links on which the table ever sends; store what arrived."""
         inboxes = dict(inboxes)
         for name in INBOXES:
@@ -243,6 +234,22 @@ class Run:
                 slot = jnp.where(row[column] < 0, nobody, row[column])
                 inboxes[name] = lax.dynamic_update_index_in_dim(inboxes[name], came, slot, 0)
         return inboxes
+
+
+def _apart(tree: Any, counts: dict[str, int]) -> Any:
+    """Return stacks [slots, ...] as lists of slots."""
+    return {
+        name: [jax.tree.map(lambda a, i=i: a[i], part) for i in range(counts[name])] if name in counts else part
+        for name, part in tree.items()
+    }
+
+
+def _together(tree: Any) -> Any:
+    """Undo `_apart`."""
+    return {
+        name: jax.tree.map(lambda *slots: jnp.stack(slots), *part) if isinstance(part, list) else part
+        for name, part in tree.items()
+    }
 
 
 def _at(inbox: jax.Array, slot: jax.Array) -> jax.Array:

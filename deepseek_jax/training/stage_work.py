@@ -40,7 +40,7 @@ from deepseek_jax.training.objective import Batch
 
 
 class Held(NamedTuple):
-    """What a device has of the model; stacks [slots, ...] (`parallel.stage_weights.collect`).
+    """What a device has of the model; stacks as lists of slots, each an array that a product reads as it lies.
 
     Attributes:
         params: what is differentiated.
@@ -56,8 +56,8 @@ class Held(NamedTuple):
 class Starts(NamedTuple):
     """Where the layers of a stage begin: in the stacks that a device holds, and among all MoE layers."""
 
-    dense_layers: jax.Array
-    moe_layers: jax.Array
+    dense_layers: int
+    moe_layers: int
     routers: jax.Array
 
 
@@ -100,12 +100,11 @@ class StageWork:
 
     def cut(self, tree: Any, starts: Starts) -> Any:
         """Return the weights of a stage: lists of layers, and whatever else it needs."""
-        part = {name: tree[name] for name in self.tops if name != "mtp_layers"}
+        part = {name: tree[name] for name in self.tops}
         for name in STACKS:
             if count := getattr(self.shape, name).number:
-                part[name] = [_layer(tree[name], getattr(starts, name) + i) for i in range(count)]
-        if "mtp_layers" in self.tops:
-            part["mtp_layers"] = [_layer(tree["mtp_layers"], i) for i in range(self.recipe.model.num_mtp_layers)]
+                start = getattr(starts, name)
+                part[name] = tree[name][start : start + count]
         return part
 
     def cut_bias(self, bias: Any, starts: Starts) -> Any:
@@ -186,8 +185,9 @@ class StageWork:
         for name, part in grads.items():
             begin = getattr(starts, name) if name in STACKS else 0
             if isinstance(part, list):
-                for i, layer in enumerate(part):
-                    total[name] = jax.tree.map(lambda a, g, at=begin + i: a.at[at].add(g), total[name], layer)
+                end = begin + len(part)
+                sums = jax.tree.map(jnp.add, total[name][begin:end], part)
+                total[name] = [*total[name][:begin], *sums, *total[name][end:]]
             else:
                 total[name] = jax.tree.map(jnp.add, total[name], part)
         return total

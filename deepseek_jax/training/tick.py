@@ -1,4 +1,4 @@
-"""One tick of a pipeline: what a device reads, makes and keeps, and which kinds of cells there are."""
+"""One tick of a pipeline: what a device makes and keeps, and which kinds of cells there are."""
 
 from typing import Any, NamedTuple
 
@@ -9,6 +9,8 @@ from deepseek_jax.parallel.stages import Stage
 from deepseek_jax.pipeline.program import KIND_CODES, Program
 from deepseek_jax.training.kept import Flat
 
+Inboxes = dict[str, jax.Array]  # "activation", "gradient": [slots + 1, B, S, D]; the last takes what is for nobody
+
 
 class Sums(NamedTuple):
     """What the ticks of a device add up."""
@@ -18,29 +20,23 @@ class Sums(NamedTuple):
     router: Any
 
 
-class Read(NamedTuple):
-    """What a device reads at the beginning of a tick, one slot of each buffer.
+class Made(NamedTuple):
+    """What a device makes in a tick for its neighbours: [B, S, D] each, zeros if the cell makes none."""
+
+    activation: jax.Array
+    gradient: jax.Array
+
+
+class Own(NamedTuple):
+    """What the cells of a device change.
 
     Attributes:
-        activation, gradient: of the inboxes, [B, S, D].
-        kept: what F left for this B or W.
-        pending: what B left for this W.
+        sums: what they add up.
+        kept: slots of what F leaves for its B and W.
+        pending: slots of what B leaves for its W.
     """
 
-    activation: jax.Array
-    gradient: jax.Array
-    kept: Flat
-    pending: Flat
-
-
-class Made(NamedTuple):
-    """What a device makes in a tick: for its neighbours, and for two slots of its own.
-
-    A slot that no part of the cell writes is the one that was read, and goes back to its place.
-    """
-
-    activation: jax.Array
-    gradient: jax.Array
+    sums: Sums
     kept: Flat
     pending: Flat
 
@@ -48,22 +44,30 @@ class Made(NamedTuple):
 class Carry(NamedTuple):
     """What a device has between two ticks."""
 
-    sums: Sums
-    inboxes: dict[str, jax.Array]  # "activation", "gradient": [slots + 1, B, S, D]; the last takes what is for nobody
-    kept: Flat
-    pending: Flat
+    own: Own
+    inboxes: Inboxes
+
+
+class Work(NamedTuple):
+    """What a program knows of a piece of work before it runs: the shape of the stage, and which chunk it is."""
+
+    stage: Stage
+    chunk: int
 
 
 def branches_of(program: Program, stages: list[Stage]) -> tuple[list[tuple], np.ndarray]:
-    """Return the kinds of cells that occur, as shapes of (F, B, W), and which of them each device's ticks are."""
+    """Return the kinds of cells that occur, as `Work`s of (F, B, W), and which of them each device's ticks are."""
     names = {code: kind for kind, code in KIND_CODES.items()}
     keys: dict[tuple, int] = {(None, None, None): 0}
     branch = np.zeros(program.kind.shape, np.int32)
+
+    def work(part: str, place: tuple[int, ...]) -> Work:
+        stage, chunk = (getattr(program, f"{part}_{what}")[place] for what in ("stage", "chunk"))
+        return Work(stages[stage].shape, int(chunk))
+
     for place in np.ndindex(program.kind.shape):
         kind = names[int(program.kind[place])]
-        key = tuple(
-            stages[getattr(program, f"{part}_stage")[place]].shape if letter in kind else None
-            for letter, part in (("F", "forward"), ("B", "backward"), ("W", "weight"))
-        )
+        parts = ("F", "forward"), ("B", "backward"), ("W", "weight")
+        key = tuple(work(part, place) if letter in kind else None for letter, part in parts)
         branch[place] = keys.setdefault(key, len(keys))
     return list(keys), branch

@@ -65,7 +65,7 @@ def test_devices_hold_the_layers_of_their_chunks(name):
         stage = split[placement.stage(device, chunk)]
         for stack in ("dense_layers", "moe_layers"):
             first, count = getattr(stage, stack)
-            start = holding.starts[stack][device, chunk]
+            start = holding.starts[stack][chunk]
             assert holding.layers[stack][device, start : start + count].tolist() == list(range(first, first + count))
 
 
@@ -82,17 +82,18 @@ def test_weights_reach_their_stages_and_gradients_are_summed_over_copies(name, c
     params = {"moe_layers": {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}}
     params["embed_VD"] = rng.normal(size=(6, 16)).astype(np.float32)
 
+    used = np.zeros_like(holding.layers["moe_layers"], bool)
+    for device, chunk in np.ndindex(2, 2):
+        start, number = holding.starts["moe_layers"][chunk], split[placement.stage(device, chunk)].moe_layers.number
+        used[device, start : start + number] = True
+
     def there_and_back(params):
         mine = collect(params, holding)
-        used = jnp.asarray([sum(split[placement.stage(d, c)].moe_layers.number for c in range(2)) for d in range(2)])
-        real = jnp.arange(holding.layers["moe_layers"].shape[1]) < used[jax.lax.axis_index("pipe")]
+        real = jnp.asarray(used)[jax.lax.axis_index("pipe")]
 
-        def once(path, g):  # a slot that repeats a layer has no gradient; one device has that of the embedding
-            mask = (
-                real.reshape(-1, *[1] * (g.ndim - 1))
-                if path[0].key == "moe_layers"
-                else real[0] & (jax.lax.axis_index("pipe") == 0)
-            )
+        def once(path, g):  # a slot that is not used has no gradient; one device has that of the embedding
+            of_layers = path[0].key == "moe_layers"
+            mask = real.reshape(-1, *[1] * (g.ndim - 1)) if of_layers else jax.lax.axis_index("pipe") == 0
             return jnp.where(mask, g, 0.0)
 
         return distribute(jax.tree_util.tree_map_with_path(once, mine), params, holding), mine["moe_layers"]
