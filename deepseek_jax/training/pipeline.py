@@ -8,8 +8,8 @@ needs. One loop over the ticks runs it, inside the step's shard_map:
     store    what arrived into the inboxes
 
 A branch is made for every kind of cell and every shape of stage and chunk that occurs (`stage_work`), so a program does
-not grow with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives in a
-branch run over other axes: all devices of such a group have the same place in the pipeline, hence the same branch.
+not grow with devices or micro-batches. Devices that differ in `pipe` take different branches in one tick. Collectives
+in a branch run over other axes: all devices of such a group have the same place in the pipeline, hence the same branch.
 Nothing in a branch may run over `pipe`, or it would wait for devices that are elsewhere; the ppermutes are outside.
 
 F and BW of a pair are independent computations in one branch, so XLA may hide the exchange of one behind the arithmetic
