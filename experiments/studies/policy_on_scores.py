@@ -1,0 +1,183 @@
+"""A policy trained on a reward model's score: the score, and what it should stand for, by update.
+
+    python -m experiments.studies.policy_on_scores --runs=runs/policy_on_scores
+
+Begins with the cold start of `configs/tiny_r1.py`, in RUNS/cold_start. It answers training problems; of each problem
+that has both, a right answer is preferred to a wrong one (RUNS/pairs.jsonl). A reward model learns from these pairs
+(RUNS/reward), and GRPO trains the cold start on its score alone (RUNS/score), with the settings of the stage
+`reasoning`; and, to compare, on the rule that says what is right (RUNS/rule). What is done is read. Accuracy is by the
+rule in both. Writes records and a drawing.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from configs import tiny_r1
+from deepseek_jax.files import write_atomically
+from deepseek_jax.inputs import new_folder
+from deepseek_jax.palette import BLUE, VERMILION
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.posttraining import r1
+from deepseek_jax.posttraining.grpo import train_grpo
+from deepseek_jax.posttraining.r1_settings import Plan, read_plan
+from deepseek_jax.posttraining.reward_model_training import train_reward_model
+from deepseek_jax.posttraining.rollouts import sample_groups
+from deepseek_jax.posttraining.settings import read
+from deepseek_jax.posttraining.sft import train_sft
+from deepseek_jax.training.metrics import read_rows
+from experiments import command, session
+from experiments.studies import output
+from experiments.studies.runs import RUNS
+from pallas_kernels.bench import records
+
+SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the problems and the draws.")
+STEPS = flags.DEFINE_integer("steps", 30, "Updates of each policy.", lower_bound=2)
+PROMPTS = flags.DEFINE_integer("prompts", 1500, "Problems whose answers are compared.", lower_bound=200)
+
+ANSWERS = 4  # to each of them
+EPOCHS = 2.0
+COLD_START, REWARD, SCORE, RULE = "cold_start", "reward", "score", "rule"
+POLICIES = {SCORE: ({"text": 0.0, "model": 1.0}, VERMILION), RULE: ({"text": 1.0}, BLUE)}
+PAIRS = {
+    "optimizer.learning_rate": (("constant", 1.0, 3e-4),),
+    "optimizer.warmup_steps": 5,
+    "training.batch_size": (("constant", 1.0, 32),),
+    "training.micro_batch_size": 32,
+    "training.eval_every": 20,
+}
+CURVES = {"rollout/reward_model": "score of samples", "rollout/accuracy": "", "rollout/length": "tokens of a sample"}
+HELD_OUT = "eval/accuracy"
+
+
+def main(_) -> None:
+    """Run what is not done, write, draw."""
+    workdir = new_folder(RUNS.value, "--runs")
+    folder = output.folder("policy_on_scores")
+    session.start()
+    plan = read_plan(tiny_r1.get_config().to_dict() | {"seed": SEED.value}, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    r1.prepare(plan, workdir)
+    stop_if(train_sft(*plan.settings(plan.stages[0], workdir), workdir / COLD_START))
+    pairs = write_pairs(plan, workdir)
+    stop_if(train_reward_model(*reward_settings(plan, workdir), workdir / REWARD))
+    for name in POLICIES:
+        stop_if(train_grpo(*policy_settings(plan, workdir, name), workdir / name))
+    rows = {name: read_rows(workdir / name) for name in (REWARD, *POLICIES)}
+    mesh = make_mesh(plan.settings(plan.stages[0], workdir)[0].mesh)
+    common = records.provenance("experiments.studies.policy_on_scores", session.describe_device(mesh))
+    common |= {"config": f"tiny_r1, seed {SEED.value}", "precision": "fp32"}
+    found = [{"op": "pairs", "mode": REWARD, "value": pairs, "unit": "pairs"}]
+    found += [record for name in rows for record in records_of(name, rows[name])]
+    records.write(folder / "policy_on_scores.json", [record | common for record in found])
+    draw(rows).savefig(folder / "policy_on_scores.png", dpi=100)
+    for record in found:
+        print(f"{record['mode']:<8}{record['op']:<40}{record['value']:>12.4g} {record['unit']}")
+
+
+def write_pairs(plan: Plan, workdir: Path) -> int:
+    """Let the cold start answer, and write a pair of each problem with right and wrong answers; return their number."""
+    path, stage = workdir / "pairs.jsonl", plan.stages[0]
+    if not path.exists():
+        grpo = plan.grpo(plan.measure, workdir)
+        with r1.open_sampler(plan, stage, workdir, COLD_START, grpo) as (engine, pool, problems, weights):
+            engine.update_weights(weights)
+            asked = problems.train[: PROMPTS.value]
+            keyed = [(number, prompt.ids) for number, prompt in enumerate(asked)]
+            drawn = sample_groups(engine, keyed, ANSWERS, grpo.max_new_tokens, SEED.value + 1)
+            scores = pool.score([asked[s.number].problem for s in drawn], [s.text for s in drawn])
+        sides: dict[int, dict[bool, str]] = {}  # of each problem, the first right answer and the first wrong one
+        for sample, score in zip(drawn, scores, strict=True):
+            if sample.text:
+                sides.setdefault(sample.number, {}).setdefault(score.parts[grpo.accuracy] == 1.0, sample.text)
+        lines = [
+            json.dumps({"question": asked[i].problem.name, "chosen": both[True], "rejected": both[False]}) + "\n"
+            for i, both in sides.items()
+            if len(both) == 2
+        ]
+        write_atomically(path, "".join(lines))
+    return len(path.read_text("utf-8").splitlines())
+
+
+def reward_settings(plan: Plan, workdir: Path):
+    """Return what the training of the reward model takes."""
+    tree = json.loads(json.dumps(plan.shared))
+    for key, value in PAIRS.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    own = {"template": "folder", "pairs": str(workdir / "pairs.jsonl"), "heldout": 100, "epochs": EPOCHS}
+    tree["posttraining"] = {"stage": "reward_model", "reward_model": own}
+    return read(tree, str(workdir / COLD_START))
+
+
+def policy_settings(plan: Plan, workdir: Path, name: str):
+    """Return what the training of a policy takes."""
+    rewards = POLICIES[name][0]
+    own = {"steps": STEPS.value, "rewards": rewards}
+    own |= {"reward_model": str(workdir / REWARD)} if "model" in rewards else {}
+    stage = plan.measure
+    changes = stage.changes | {"training.eval_every": 10}
+    stage = dataclasses.replace(stage, changes=changes, settings=stage.settings | own)
+    return plan.settings(stage, workdir)
+
+
+def stop_if(result: Any) -> None:
+    """End the study where a signal ended a run."""
+    if result.interrupted_by is not None:
+        sys.exit(128 + result.interrupted_by)
+
+
+def records_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of a run."""
+    if name == REWARD:
+        last = [row for row in rows if "eval/pair_accuracy" in row][-1]
+        return [
+            {"op": f"{key}, {last['eval/pairs']} held-out pairs", "mode": name, "value": last[key], "unit": unit}
+            for key, unit in (("eval/pair_accuracy", "share"), ("eval/pair_loss", "nats"))
+        ]
+    updates = [row for row in rows if "policy/loss" in row]
+    found = [
+        {"op": f"{key}, updates {part[0]['step']} to {part[-1]['step']}", "value": mean_of(part, key), "unit": "mean"}
+        for key in CURVES
+        if key in updates[0]
+        for part in (updates[:5], updates[-5:])
+    ]
+    for row in [row for row in rows if HELD_OUT in row]:
+        interval = {"low": row[f"{HELD_OUT}_low"], "high": row[f"{HELD_OUT}_high"]}
+        what = {"op": f"held-out accuracy at {row['step']}", "value": row[HELD_OUT], "unit": "share"}
+        found.append(what | interval)
+    return [record | {"mode": name} for record in found]
+
+
+def mean_of(rows: list[dict[str, Any]], key: str) -> float:
+    """Return the mean over some updates."""
+    return float(np.mean([row[key] for row in rows]))
+
+
+def draw(rows: dict[str, list[dict[str, Any]]]):
+    """Draw the curves of both policies; held-out accuracy as dots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
+        for name, (_, colour) in POLICIES.items():
+            updates = [row for row in rows[name] if key in row]
+            label = f"trained on the {'model' if name == SCORE else name}"
+            axes.plot([row["step"] for row in updates], [row[key] for row in updates], color=colour, label=label)
+            if key == "rollout/accuracy":
+                seen = [row for row in rows[name] if HELD_OUT in row]
+                axes.plot([row["step"] for row in seen], [row[HELD_OUT] for row in seen], "o", color=colour)
+        axes.set(title=title, xlabel="update")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[1].set(ylim=(0, 1), title="right: samples (line), held out (dots)")
+    figure.axes[1].legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    command.run(main)
