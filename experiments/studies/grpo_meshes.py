@@ -2,13 +2,14 @@
 
     python -m experiments.studies.grpo_meshes --runs=runs/grpo_meshes --cpu_devices=2
 
-Trains the cold start of `configs/tiny_r1.py` into RUNS/cold_start, and a few updates of its stage `reasoning` from
-there into a folder for each of `KINDS`: on one device, on two that share the samples, on two that share the experts.
+Makes the cold start of `configs/tiny_r1.py` in RUNS, unless RUNS has it, and a few updates of its stage `reasoning`
+from there in a folder for each of `KINDS`: on one device, on two that share the samples, on two that share the experts.
 All have the same prompts and the same seeds of draws, so they are one run up to rounding. How far rounding alone moves
 it says the control: one device that adds up an update in two micro-batches, which is the same sum. What is done is
 read. Writes records and a drawing.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import r1
 from deepseek_jax.posttraining.grpo import train_grpo
 from deepseek_jax.posttraining.r1_settings import read_plan
-from deepseek_jax.posttraining.sft import train_sft
+from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.weights import restore_weights
 from experiments import command, session
@@ -35,11 +36,11 @@ from pallas_kernels.bench import records
 SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the problems and the draws.")
 STEPS = flags.DEFINE_integer("steps", 10, "Updates of each run.", lower_bound=2)
 
-ONE, HALVES = "one", "halves"
+ONE = "one"
 # Folder to the name of a run, its devices, what of the stage is changed, and its colour.
 KINDS = {
-    ONE: ("one device", 1, {}, BLUE),
-    HALVES: ("one device, two micro-batches", 1, {"training.micro_batch_size": 128}, GRAY),
+    ONE: ("one device", 1, {"mesh.data": 1}, BLUE),
+    "halves": ("one device, two micro-batches", 1, {"mesh.data": 1, "training.micro_batch_size": 128}, GRAY),
     "data": ("mesh.data = 2", 2, {"mesh.data": 2}, ORANGE),
     "expert": ("mesh.expert = 2", 2, {"mesh.data": 1, "mesh.expert": 2}, GREEN),
 }
@@ -58,7 +59,7 @@ def main(_) -> None:
     if (count := len(jax.devices())) != 2:
         raise ValueError(f"there are {count} devices, and the study is of two; simulate them with --cpu_devices=2")
     workdir.mkdir(parents=True, exist_ok=True)
-    changes = {kind: train(workdir, kind) for kind in KINDS}
+    changes = {kind: change_of(workdir, kind) for kind in KINDS}
     rows = {kind: read_rows(workdir / kind) for kind in KINDS}
     common = records.provenance("experiments.studies.grpo_meshes --cpu_devices=2", "2 x cpu, simulated, 2 cores")
     found = [record for kind in KINDS for record in records_of(kind, rows, changes)]
@@ -68,33 +69,29 @@ def main(_) -> None:
         print(f"{record['mode']:<32}{record['op']:<46}{record['value']:>14.7g} {record['unit']}")
 
 
-def train(workdir: Path, kind: str) -> np.ndarray:
+def change_of(workdir: Path, kind: str) -> np.ndarray:
     """Run one kind, and the cold start before it where that is missing; return how it changed the weights, flat."""
     _, count, changes, _ = KINDS[kind]
     tree = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
-    tree["mesh"]["data"] = 1
-    cold_start, reasoning = tree["r1"]["stages"][:2]
-    settings = reasoning["settings"] | {"steps": STEPS.value}
-    reasoning = reasoning | {"changes": reasoning["changes"] | changes, "settings": settings}
-    tree["r1"] |= {"num_stages": 2, "stages": (cold_start, reasoning)}
+    tree["r1"]["num_stages"] = 1
     plan = read_plan(tree, workdir)
-    config, posttraining = plan.settings(plan.stages[1], workdir)
+    stop_if(r1.run_stages(plan, workdir, say))
+    stage = plan.measure
+    changes, settings = stage.changes | changes, stage.settings | {"steps": STEPS.value}
+    config, posttraining = plan.settings(dataclasses.replace(stage, changes=changes, settings=settings), workdir)
     mesh = make_mesh(config.mesh, jax.devices()[:count])
-    if kind == ONE:
-        r1.prepare(plan, workdir)
-        stop_if(train_sft(*plan.settings(plan.stages[0], workdir), workdir / "cold_start", mesh))
     result = train_grpo(config, posttraining, workdir / kind, mesh)
-    stop_if(result)
+    stop_if(result.interrupted_by)
     with jax.set_mesh(mesh):
         begin = restore_weights(config, workdir / "cold_start", mesh)[0].params
     moved = jax.tree.map(lambda a, b: np.ravel(np.asarray(a) - np.asarray(b)), result.state["params"], begin)
     return np.concatenate(jax.tree.leaves(moved))
 
 
-def stop_if(result: Any) -> None:
+def stop_if(signal: int | None) -> None:
     """End the study where a signal ended a run."""
-    if result.interrupted_by is not None:
-        sys.exit(128 + result.interrupted_by)
+    if signal is not None:
+        sys.exit(128 + signal)
 
 
 def records_of(kind: str, rows: dict[str, list[dict]], changes: dict[str, np.ndarray]) -> list[dict[str, Any]]:

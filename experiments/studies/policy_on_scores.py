@@ -2,11 +2,11 @@
 
     python -m experiments.studies.policy_on_scores --runs=runs/policy_on_scores
 
-Begins with the cold start of `configs/tiny_r1.py`, in RUNS/cold_start. It answers training problems; of each problem
-that has both, a right answer is preferred to a wrong one (RUNS/pairs.jsonl). A reward model learns from these pairs
-(RUNS/reward), and GRPO trains the cold start on its score alone (RUNS/score), with the settings of the stage
-`reasoning`; and, to compare, on the rule that says what is right (RUNS/rule). What is done is read. Accuracy is by the
-rule in both. Writes records and a drawing.
+Makes the first two stages of `configs/tiny_r1.py` in RUNS, the cold start and `reasoning`, unless RUNS has them. The
+cold start answers training problems; of each problem that has both, a right answer is preferred to a wrong one
+(RUNS/pairs.jsonl). A reward model learns from these pairs (RUNS/reward_model), and GRPO trains the cold start on its
+score alone (RUNS/on_scores), with the settings of `reasoning`, whose reward is the rule that says what is right. What
+is done is read. Accuracy is by the rule in both. Writes records and a drawing.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from deepseek_jax.posttraining.r1_settings import Plan, read_plan
 from deepseek_jax.posttraining.reward_model_training import train_reward_model
 from deepseek_jax.posttraining.rollouts import sample_groups
 from deepseek_jax.posttraining.settings import read
-from deepseek_jax.posttraining.sft import train_sft
+from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
@@ -37,13 +37,11 @@ from experiments.studies.runs import RUNS
 from pallas_kernels.bench import records
 
 SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the problems and the draws.")
-STEPS = flags.DEFINE_integer("steps", 30, "Updates of each policy.", lower_bound=2)
-PROMPTS = flags.DEFINE_integer("prompts", 1500, "Problems whose answers are compared.", lower_bound=200)
 
-ANSWERS = 4  # to each of them
+PROMPTS, ANSWERS = 1500, 4  # problems whose answers are compared, and answers to each
 EPOCHS = 2.0
-COLD_START, REWARD, SCORE, RULE = "cold_start", "reward", "score", "rule"
-POLICIES = {SCORE: ({"text": 0.0, "model": 1.0}, VERMILION), RULE: ({"text": 1.0}, BLUE)}
+COLD_START, RULE, REWARD, SCORE = "cold_start", "reasoning", "reward_model", "on_scores"
+POLICIES = {SCORE: ("on the model's score", VERMILION), RULE: ("on the rule", BLUE)}
 PAIRS = {
     "optimizer.learning_rate": (("constant", 1.0, 3e-4),),
     "optimizer.warmup_steps": 5,
@@ -60,14 +58,14 @@ def main(_) -> None:
     workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("policy_on_scores")
     session.start()
-    plan = read_plan(tiny_r1.get_config().to_dict() | {"seed": SEED.value}, workdir)
+    tree = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
+    tree["r1"]["num_stages"] = 2
+    plan = read_plan(tree, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    r1.prepare(plan, workdir)
-    stop_if(train_sft(*plan.settings(plan.stages[0], workdir), workdir / COLD_START))
+    stop_if(r1.run_stages(plan, workdir, say))
     pairs = write_pairs(plan, workdir)
-    stop_if(train_reward_model(*reward_settings(plan, workdir), workdir / REWARD))
-    for name in POLICIES:
-        stop_if(train_grpo(*policy_settings(plan, workdir, name), workdir / name))
+    stop_if(train_reward_model(*reward_settings(plan, workdir), workdir / REWARD).interrupted_by)
+    stop_if(train_grpo(*policy_settings(plan, workdir), workdir / SCORE).interrupted_by)
     rows = {name: read_rows(workdir / name) for name in (REWARD, *POLICIES)}
     mesh = make_mesh(plan.settings(plan.stages[0], workdir)[0].mesh)
     common = records.provenance("experiments.studies.policy_on_scores", session.describe_device(mesh))
@@ -77,7 +75,7 @@ def main(_) -> None:
     records.write(folder / "policy_on_scores.json", [record | common for record in found])
     draw(rows).savefig(folder / "policy_on_scores.png", dpi=100)
     for record in found:
-        print(f"{record['mode']:<8}{record['op']:<40}{record['value']:>12.4g} {record['unit']}")
+        print(f"{record['mode']:<14}{record['op']:<40}{record['value']:>12.4g} {record['unit']}")
 
 
 def write_pairs(plan: Plan, workdir: Path) -> int:
@@ -87,7 +85,7 @@ def write_pairs(plan: Plan, workdir: Path) -> int:
         grpo = plan.grpo(plan.measure, workdir)
         with r1.open_sampler(plan, stage, workdir, COLD_START, grpo) as (engine, pool, problems, weights):
             engine.update_weights(weights)
-            asked = problems.train[: PROMPTS.value]
+            asked = problems.train[:PROMPTS]
             keyed = [(number, prompt.ids) for number, prompt in enumerate(asked)]
             drawn = sample_groups(engine, keyed, ANSWERS, grpo.max_new_tokens, SEED.value + 1)
             scores = pool.score([asked[s.number].problem for s in drawn], [s.text for s in drawn])
@@ -115,21 +113,17 @@ def reward_settings(plan: Plan, workdir: Path):
     return read(tree, str(workdir / COLD_START))
 
 
-def policy_settings(plan: Plan, workdir: Path, name: str):
-    """Return what the training of a policy takes."""
-    rewards = POLICIES[name][0]
-    own = {"steps": STEPS.value, "rewards": rewards}
-    own |= {"reward_model": str(workdir / REWARD)} if "model" in rewards else {}
-    stage = plan.measure
-    changes = stage.changes | {"training.eval_every": 10}
-    stage = dataclasses.replace(stage, changes=changes, settings=stage.settings | own)
+def policy_settings(plan: Plan, workdir: Path):
+    """Return what the training of the policy takes: those of `reasoning` with another reward."""
+    own = {"rewards": {"text": 0.0, "model": 1.0}, "reward_model": str(workdir / REWARD)}
+    stage = dataclasses.replace(plan.measure, settings=plan.measure.settings | own)
     return plan.settings(stage, workdir)
 
 
-def stop_if(result: Any) -> None:
+def stop_if(signal: int | None) -> None:
     """End the study where a signal ended a run."""
-    if result.interrupted_by is not None:
-        sys.exit(128 + result.interrupted_by)
+    if signal is not None:
+        sys.exit(128 + signal)
 
 
 def records_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,9 +159,8 @@ def draw(rows: dict[str, list[dict[str, Any]]]):
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
-        for name, (_, colour) in POLICIES.items():
+        for name, (label, colour) in POLICIES.items():
             updates = [row for row in rows[name] if key in row]
-            label = f"trained on the {'model' if name == SCORE else name}"
             axes.plot([row["step"] for row in updates], [row[key] for row in updates], color=colour, label=label)
             if key == "rollout/accuracy":
                 seen = [row for row in rows[name] if HELD_OUT in row]
@@ -175,7 +168,7 @@ def draw(rows: dict[str, list[dict[str, Any]]]):
         axes.set(title=title, xlabel="update")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[1].set(ylim=(0, 1), title="right: samples (line), held out (dots)")
-    figure.axes[1].legend(frameon=False)
+    figure.axes[1].legend(frameon=False, title="trained", loc="lower right")
     return figure
 
 

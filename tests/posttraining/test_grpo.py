@@ -11,6 +11,7 @@ import pytest
 from configs import tiny_grpo
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import grpo
 from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.grpo import train_grpo, with_steps
@@ -213,6 +214,36 @@ def test_in_exact_arithmetic_the_trainer_has_the_samplers_numbers(tmp_path, monk
         assert row["policy/ratio_mean"] == 1.0 and row["policy/ratio_std"] == row["policy/old_kl"] == 0.0
     for row in rows[1::2]:
         assert row["policy/ratio_std"] > 1e-6
+
+
+@pytest.mark.slow
+def test_a_run_on_two_devices_is_that_of_one(tmp_path, monkeypatch):
+    """From the same weights: the same samples and the same update, up to the order of sums."""
+    monkeypatch.setattr(grpo, "open_engine", OPEN_ENGINE)
+    monkeypatch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
+    tree = test_sft.settings()
+    tree.data.sequence_length, tree.training.initial_weights = 48, ""
+    del tree["posttraining"]
+    save_run(from_config_dict(tree), tmp_path / "base")
+    results = {}
+    for axis in ("one", "data", "expert"):
+        tree = settings(tmp_path / "base", updates=1, steps=2)
+        tree.mesh.update({"data": 1, "expert": 1} | ({axis: 2} if axis != "one" else {}))
+        config, posttraining = read(tree)
+        mesh = make_mesh(config.mesh, jax.devices()[: 1 if axis == "one" else 2])
+        result = train_grpo(config, posttraining, tmp_path / axis, mesh)
+        rows = [row for row in read_rows(tmp_path / axis) if "policy/loss" in row]
+        results[axis] = rows, jax.device_get(result.state["params"])
+    (one, wanted) = results.pop("one")
+    for rows, params in results.values():
+        for row, expected in zip(rows, one, strict=True):
+            for key in ("rollout/reward", "rollout/length", "policy/tokens", "rollout/first_prompt"):
+                assert row[key] == expected[key], key  # samples are the same ones
+            for key in ("policy/entropy", "optimizer/grad_norm"):
+                assert row[key] == pytest.approx(expected[key], rel=1e-5), key
+            assert row["rollout/sampler_difference_max"] < 1e-5
+        for a, b in zip(*(jax.tree.leaves(tree) for tree in (params, wanted)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
