@@ -216,36 +216,6 @@ def test_in_exact_arithmetic_the_trainer_has_the_samplers_numbers(tmp_path, monk
         assert row["policy/ratio_std"] > 1e-6
 
 
-@pytest.mark.slow
-def test_a_run_on_two_devices_is_that_of_one(tmp_path, monkeypatch):
-    """From the same weights: the same samples and the same update, up to the order of sums."""
-    monkeypatch.setattr(grpo, "open_engine", OPEN_ENGINE)
-    monkeypatch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
-    tree = test_sft.settings()
-    tree.data.sequence_length, tree.training.initial_weights = 48, ""
-    del tree["posttraining"]
-    save_run(from_config_dict(tree), tmp_path / "base")
-    results = {}
-    for axis in ("one", "data", "expert"):
-        tree = settings(tmp_path / "base", updates=1, steps=2)
-        tree.mesh.update({"data": 1, "expert": 1} | ({axis: 2} if axis != "one" else {}))
-        config, posttraining = read(tree)
-        mesh = make_mesh(config.mesh, jax.devices()[: 1 if axis == "one" else 2])
-        result = train_grpo(config, posttraining, tmp_path / axis, mesh)
-        rows = [row for row in read_rows(tmp_path / axis) if "policy/loss" in row]
-        results[axis] = rows, jax.device_get(result.state["params"])
-    (one, wanted) = results.pop("one")
-    for rows, params in results.values():
-        for row, expected in zip(rows, one, strict=True):
-            for key in ("rollout/reward", "rollout/length", "policy/tokens", "rollout/first_prompt"):
-                assert row[key] == expected[key], key  # samples are the same ones
-            for key in ("policy/entropy", "optimizer/grad_norm"):
-                assert row[key] == pytest.approx(expected[key], rel=1e-5), key
-            assert row["rollout/sampler_difference_max"] < 1e-5
-        for a, b in zip(*(jax.tree.leaves(tree) for tree in (params, wanted)), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory):
     """(folder with the weights in `base`, one device): all runs share an engine, and take their weights into it."""
@@ -324,3 +294,30 @@ def test_rollouts_beside_training_are_reproducible(loop):
     assert rows[0]["policy/ratio_std"] < 1e-6 < 1e-4 < min(row["policy/ratio_std"] for row in rows[1:])
     go_back(folder / "beside", (3, 4, 5, 6))
     assert_same_weights(result, train_grpo(config, posttraining, folder / "beside", mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("grpo_loop")
+def test_a_run_on_two_devices_is_that_of_one(loop, monkeypatch):
+    """From the same weights: the same samples and the same updates, up to the order of sums."""
+    folder, mesh = loop
+    results = []
+    for axes in ({"data": 1}, {"data": 1, "expert": 2}):
+        tree = settings(folder / "base", updates=1, steps=2)
+        tree.mesh.update(axes)
+        config, posttraining = read(tree)
+        if len(axes) > 1:
+            mesh = make_mesh(config.mesh, jax.devices()[:2])
+            monkeypatch.setattr(grpo, "open_engine", OPEN_ENGINE)
+        workdir = folder / f"of_{mesh.size}"
+        result = train_grpo(config, posttraining, workdir, mesh)
+        rows = [row for row in read_rows(workdir) if "policy/loss" in row]
+        results.append((rows, jax.tree.leaves(jax.device_get(result.state["params"]))))
+    for row, other in zip(results[1][0], results[0][0], strict=True):
+        for key in ("rollout/reward", "rollout/length", "policy/tokens", "rollout/first_prompt"):
+            assert row[key] == other[key], key  # the samples are the same ones
+        for key in ("policy/entropy", "optimizer/grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), key
+        assert row["rollout/sampler_difference_max"] < 1e-5
+    for a, b in zip(results[1][1], results[0][1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
