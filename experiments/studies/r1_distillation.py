@@ -49,7 +49,8 @@ def main(_) -> None:
             say(f"\nstopped by {stopped.name}; the same command continues")
             sys.exit(128 + stopped)
         results[name] = r1_report.results(plan, workdir / name)
-        found += [*accuracies(name, results[name]), *kept_of(name, plan, workdir / name)]
+        title = f"tiny_r1_distill, seed {seed}"
+        found += [*accuracies(title, results[name]), *kept_of(title, plan, workdir / name)]
         say(f"\n{name}\n{r1_report.table(plan, workdir / name)}")
     device = session.describe_device(make_mesh(plan.settings(plan.stages[0], workdir)[0].mesh))
     common = records.provenance("experiments.studies.r1_distillation", device)
@@ -75,7 +76,8 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], workdir: Path):
             right.plot(*curve, style, marker="o", color=SERIES[i], label=None if i else stage)
     left.set(xlim=(-0.02, 1.02), xlabel="held-out accuracy behind each stage, 95% interval")
     left.invert_yaxis()
-    left.legend(frameon=False, loc="center left")
+    if len(results) > 1:
+        left.legend(frameon=False, loc="center")
     right.set(xlabel="update", ylabel="held-out accuracy", ylim=(-0.02, 1.02))
     right.legend(frameon=False)
     return figure
