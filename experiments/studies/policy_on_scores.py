@@ -2,11 +2,12 @@
 
     python -m experiments.studies.policy_on_scores --runs=runs/policy_on_scores
 
-Makes the first two stages of `configs/tiny_r1.py` in RUNS, the cold start and `reasoning`, unless RUNS has them. The
-cold start answers training problems; of each problem that has both, a right answer is preferred to a wrong one
-(RUNS/pairs.jsonl). A reward model learns from these pairs (RUNS/reward_model), and GRPO trains the cold start on its
-score alone (RUNS/on_scores), with the settings of `reasoning`, whose reward is the rule that says what is right. What
-is done is read. Accuracy is by the rule in both. Writes records and a drawing.
+Makes the first two stages of `configs/tiny_r1.py` in RUNS, the cold start and `reasoning`, unless RUNS has them: it may
+be the workdir of `experiments.r1`, with the same --config. The cold start answers training problems; of each problem
+that has both, a right answer is preferred to a wrong one (RUNS/pairs.jsonl). A reward model learns from these pairs
+(RUNS/reward_model), and GRPO trains the cold start on its score alone (RUNS/on_scores), with the settings of
+`reasoning`, whose reward is the rule that says what is right. What is done is read. Accuracy is by the rule in both.
+Writes records and a drawing.
 """
 
 import dataclasses
@@ -16,27 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 
-from configs import tiny_r1
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import BLUE, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import r1
 from deepseek_jax.posttraining.grpo import train_grpo
-from deepseek_jax.posttraining.r1_settings import Plan, read_plan
+from deepseek_jax.posttraining.r1_settings import Plan, R1Config, read_plan
 from deepseek_jax.posttraining.reward_model_training import train_reward_model
 from deepseek_jax.posttraining.rollouts import sample_groups
 from deepseek_jax.posttraining.settings import read
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
-from experiments import command, session
+from experiments import command, recipe, session
 from experiments.studies import output
 from experiments.studies.runs import RUNS
 from pallas_kernels.bench import records
 
-SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the problems and the draws.")
+CONFIG = recipe.Recipe("configs/tiny_r1.py", "Configuration with a section `r1`.", schema=R1Config)
 
 PROMPTS, ANSWERS = 800, 4  # problems whose answers are compared, and answers to each
 EPOCHS = 4.0
@@ -59,7 +58,7 @@ def main(_) -> None:
     workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("policy_on_scores")
     session.start()
-    tree = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
+    tree = CONFIG.value.to_dict()
     tree["r1"]["num_stages"] = 2
     plan = read_plan(tree, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ def main(_) -> None:
     rows[RULE] = [row for row in rows[RULE] if row["step"] <= STEPS]
     mesh = make_mesh(plan.settings(plan.stages[0], workdir)[0].mesh)
     common = records.provenance("experiments.studies.policy_on_scores", session.describe_device(mesh))
-    common |= {"config": f"tiny_r1, seed {SEED.value}", "precision": "fp32"}
+    common |= {"config": f"{tree['name']}, seed {tree['seed']}", "precision": "fp32"}
     found = [{"op": "pairs", "mode": REWARD, "value": pairs, "unit": "pairs"}]
     found += [record for name in rows for record in records_of(name, rows[name])]
     records.write(folder / "policy_on_scores.json", [record | common for record in found])
@@ -89,7 +88,7 @@ def write_pairs(plan: Plan, workdir: Path) -> int:
             engine.update_weights(weights)
             asked = problems.train[:PROMPTS]
             keyed = [(number, prompt.ids) for number, prompt in enumerate(asked)]
-            drawn = sample_groups(engine, keyed, ANSWERS, grpo.max_new_tokens, SEED.value + 1)
+            drawn = sample_groups(engine, keyed, ANSWERS, grpo.max_new_tokens, plan.shared["seed"] + 1)
             scores = pool.score([asked[s.number].problem for s in drawn], [s.text for s in drawn])
         sides: dict[int, dict[bool, str]] = {}  # of each problem, the first right answer and the first wrong one
         for sample, score in zip(drawn, scores, strict=True):
