@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -45,7 +46,7 @@ def main(_) -> None:
     workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("asynchronous")
     session.start()
-    tree = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
+    tree: dict[str, Any] = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
     tree["r1"]["num_stages"] = 1
     plan = read_plan(tree, workdir)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def main(_) -> None:
     session.start()
     if (count := len(jax.devices())) != 2:
         raise ValueError(f"there are {count} devices, and the study is of two; simulate them with --cpu_devices=2")
-    tree = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
+    tree: dict[str, Any] = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
     tree["mesh"]["data"] = 1  # of the stages before
     tree["r1"]["num_stages"] = 2
     plan = read_plan(tree, workdir)

@@ -58,6 +58,7 @@ def main(_) -> None:
     workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("policy_on_scores")
     session.start()
+    assert CONFIG.value is not None  # it has a default
     tree = CONFIG.value.to_dict()
     tree["r1"]["num_stages"] = 2
     plan = read_plan(tree, workdir)

@@ -38,10 +38,12 @@ def main(_) -> None:
     workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("r1")
     session.start()
-    results, found = {}, []
+    plans, results, found = {}, {}, []
     for seed in SEEDS.value:
         name = f"seed_{seed}"
-        plan = read_plan(tiny_r1.get_config(tiny_r1.DISTILL).to_dict() | {"seed": int(seed)}, workdir / name)
+        plan = plans[name] = read_plan(
+            tiny_r1.get_config(tiny_r1.DISTILL).to_dict() | {"seed": int(seed)}, workdir / name
+        )
         (workdir / name).mkdir(parents=True, exist_ok=True)
         keep_plan(plan, workdir / name)
         stopped = r1.run_stages(plan, workdir / name, say)
@@ -52,7 +54,8 @@ def main(_) -> None:
         title = f"tiny_r1_distill, seed {seed}"
         found += [*accuracies(title, results[name]), *kept_of(title, plan, workdir / name)]
         say(f"\n{name}\n{r1_report.table(plan, workdir / name)}")
-    device = session.describe_device(make_mesh(plan.settings(plan.stages[0], workdir)[0].mesh))
+    first = next(iter(plans.values()))
+    device = session.describe_device(make_mesh(first.settings(first.stages[0], workdir)[0].mesh))
     common = records.provenance("experiments.studies.r1_distillation", device)
     records.write(folder / "distill.json", [record | common for record in found])
     draw(results, workdir).savefig(folder / "distill.png", dpi=100)
