@@ -126,7 +126,7 @@ def measure(plan: Plan, stage: Stage, workdir: Path, folder: str, tell: Callable
     if path.exists():
         return
     grpo = plan.grpo(plan.measure, workdir)
-    with _sampler(plan, stage, workdir, folder, grpo) as (engine, pool, problems, weights):
+    with open_sampler(plan, stage, workdir, folder, grpo) as (engine, pool, problems, weights):
         row = accuracy_row(engine, pool, problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights)
         shown = problems.heldout[:SHOWN]
         answers = engine.generate(
@@ -159,7 +159,7 @@ def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[
     origin = plan.named(stage.initial)
     grpo = plan.grpo(origin, workdir)
     blocks = {begin: workdir / stage.name / f"{begin:06d}.jsonl" for begin in range(0, settings.prompts, BLOCK)}
-    with _sampler(plan, origin, workdir, stage.initial, grpo) as (engine, pool, problems, weights):
+    with open_sampler(plan, origin, workdir, stage.initial, grpo) as (engine, pool, problems, weights):
         engine.update_weights(weights)
         (workdir / stage.name).mkdir(exist_ok=True)
         for begin, block in blocks.items():
@@ -194,7 +194,7 @@ def _right_answers(engine, pool, problems, numbers, grpo, settings, seed: int) -
 
 
 @contextlib.contextmanager
-def _sampler(
+def open_sampler(
     plan: Plan, stage: Stage, workdir: Path, folder: str, grpo: Grpo
 ) -> Iterator[tuple[Engine, RewardPool, Problems, Weights]]:
     """Open an engine with the weights in a folder of a stage's model, with the problems and rewards of `grpo`."""

@@ -2,7 +2,7 @@
 
     python -m experiments.studies.asynchronous --runs=runs/asynchronous
 
-Trains the cold start of `configs/tiny_r1.py` into RUNS/cold_start, and its stage `reasoning` from there into
+Makes the cold start of `configs/tiny_r1.py` in RUNS, unless RUNS has it, and its stage `reasoning` from there in
 RUNS/staleness_0 and RUNS/staleness_1, a few updates of each in turn, so that what else the machine does meets both.
 What is done is read. A turn's first update waits for its samples in every mode, and is left out of the medians. CPU
 seconds are those of a whole turn: its start, its evaluation and its rewards too.
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -25,7 +26,7 @@ from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import r1
 from deepseek_jax.posttraining.grpo import train_grpo
 from deepseek_jax.posttraining.r1_settings import Plan, read_plan
-from deepseek_jax.posttraining.sft import train_sft
+from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
@@ -45,16 +46,18 @@ def main(_) -> None:
     workdir = new_folder(RUNS.value, "--runs")
     folder = output.folder("asynchronous")
     session.start()
-    plan = read_plan(tiny_r1.get_config().to_dict() | {"seed": SEED.value}, workdir)
+    tree: dict[str, Any] = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
+    tree["r1"]["num_stages"] = 1
+    plan = read_plan(tree, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    r1.prepare(plan, workdir)
-    cold_start = plan.stages[0]
-    train_sft(*plan.settings(cold_start, workdir), workdir / cold_start.name)
+    stopped = r1.run_stages(plan, workdir, say)
+    if stopped is not None:
+        sys.exit(128 + stopped)
     runs = {int(text): workdir / f"staleness_{text}" for text in STALENESS.value}
     for steps in range(TURN.value, STEPS.value + TURN.value, TURN.value):
         for staleness, run in runs.items():
             take_turn(plan, workdir, run, staleness, min(steps, STEPS.value))
-    mesh = make_mesh(plan.settings(plan.stages[1], workdir)[0].mesh)
+    mesh = make_mesh(plan.settings(plan.measure, workdir)[0].mesh)
     common = records.provenance("experiments.studies.asynchronous", session.describe_device(mesh))
     found = [record for staleness, run in runs.items() for record in records_of(staleness, run)]
     records.write(folder / f"asynchronous_{SEED.value}.json", [record | common for record in found])
@@ -64,7 +67,7 @@ def main(_) -> None:
 
 def take_turn(plan: Plan, workdir: Path, run: Path, staleness: int, steps: int) -> None:
     """Train one run up to `steps`; note its CPU seconds."""
-    config, posttraining = plan.settings(plan.stages[1], workdir)
+    config, posttraining = plan.settings(plan.measure, workdir)
     assert posttraining.grpo is not None
     own = dataclasses.replace(posttraining.grpo, staleness=staleness, steps=steps)
     note, before = run.with_name(f"{run.name}_{steps}.json"), os.times()

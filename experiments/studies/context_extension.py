@@ -4,16 +4,16 @@
 
 DeepSeek-V3 is trained at 4K tokens and extended in two short phases, to 32K and 128K (arXiv 2412.19437, section 4.3).
 The study does the same at the size of a CPU: a small `tiny` over bytes learns text and needles (`needles`), each
-in every second row, at 64 tokens, then two short phases with YaRN continue it at 256 and 512. Four models are tested:
+in every second row, at 64 tokens, then two short phases with YaRN continue it at 256 and 512. Five models are tested:
 
-    64           as it was trained
-    64, YaRN     the same weights with YaRN's frequencies and temperature, not trained with them
-    256          after the first phase
-    512          after the second
+    64                   as it was trained
+    64, YaRN             the same weights with YaRN's frequencies and temperature, not trained with them
+    256                  after the first phase
+    512                  after the second
+    512, without YaRN    after the same two phases, the same tokens, with the frequencies of before: the control
 
-Tests: held-out bits per byte by position in rows of 512; and the share of needles that are found, by length
-of the row and depth of the needle. Writes records and the drawing. It was never run whole: what was seen is that after
-200 steps at 64 tokens the needles of a training batch are found (experiments/log.md).
+Tests, up to 1,024 tokens, twice what was trained: held-out bits per byte by position; and the share of needles that are
+found, by length of the row and depth of the needle. Writes records and the drawing.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.packing import Batch
 from deepseek_jax.data.pipeline import make_train_loader, open_tokenizer
 from deepseek_jax.evaluation.logits import logits
-from deepseek_jax.palette import BLUE, GREEN, ORANGE, VERMILION
+from deepseek_jax.palette import BLUE, GRAY, GREEN, ORANGE, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
+from deepseek_jax.posttraining.accuracy import wilson
 from deepseek_jax.training.evaluation import place_batch
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.optimizer import rates
@@ -53,9 +54,10 @@ STEPS = flags.DEFINE_list("steps", ["600", "150", "100"], "Steps of the three ph
 WIDTH = 96
 LAST_RATE = 3e-4
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
-LENGTHS = (64, 128, 256, 512)
-TEST_ROWS = 32
-BANDS = np.append(0, 2 ** np.arange(4, 10))  # of positions
+LENGTHS = (64, 128, 256, 512, 1024)
+TEST_ROWS = 32  # at once, and of needles of one length and depth
+TEXTS = 4  # times so many rows of text
+BANDS = np.append(0, 2 ** np.arange(4, 11))  # of positions
 
 
 class Model(NamedTuple):
@@ -72,9 +74,9 @@ def main(_) -> None:
         raise ValueError(f"--steps={','.join(STEPS.value)} must be {len(PHASES)} numbers of steps, such as 600,150,100")
     folder = output.folder("long_context")
     session.start()
-    mesh = make_mesh(study_config(0).mesh)
+    mesh = make_mesh(study_config(0, yarn=False).mesh)
     models = list(train_all(mesh))
-    text_BS = held_out_text(models[-1].config)
+    text_BS = held_out_text()
     points = [point for model in models for point in test(model, text_BS, mesh)]
     common = records.provenance("experiments.studies.context_extension", session.describe_device(mesh))
     records.write(folder / "context_extension.json", [point | common for point in points])
@@ -82,8 +84,8 @@ def main(_) -> None:
     print(f"Wrote {folder}/context_extension.json and .png")
 
 
-def study_config(phase: int, yarn: bool = False) -> Config:
-    """A smaller `tiny` over bytes; from phase 1 on with YaRN, and at the last learning rate of phase 0."""
+def study_config(phase: int, yarn: bool) -> Config:
+    """A smaller `tiny` over bytes, with or without YaRN; from phase 1 on at the last learning rate of phase 0."""
     (length, rows), steps = PHASES[phase], int(STEPS.value[phase])
     config = from_config_dict(tiny.get_config()).with_(
         model={
@@ -107,7 +109,7 @@ def study_config(phase: int, yarn: bool = False) -> Config:
         mesh={"data": 1},
         execution={"scan_unroll": 3, "expert_block": 64},
     )
-    if phase or yarn:
+    if yarn:
         extended = dataclasses.replace(config.model.yarn, enabled=True, factor=10.0, original_length=SHORT)
         config = config.with_(model={"yarn": extended})
     if phase:
@@ -117,21 +119,30 @@ def study_config(phase: int, yarn: bool = False) -> Config:
 
 
 def train_all(mesh: jax.sharding.Mesh):
-    """Yield the four models."""
-    state = None
-    for phase, name in enumerate(("64", "256", "512")):
-        config = study_config(phase)
-        with jax.set_mesh(mesh):
-            state = create_state(config) if state is None else jit_state_around(config.optimizer, weights_of(state))
-            state = train(config, state, mesh, seed=phase)
-        yield Model(name, config, weights_of(state))
-        if not phase:
-            yield Model("64, YaRN", study_config(0, yarn=True), weights_of(state))
+    """Yield the models."""
+    config = study_config(0, yarn=False)
+    with jax.set_mesh(mesh):
+        short = weights_of(train(config, create_state(config), mesh, seed=0))
+    yield Model("64", config, short)
+    yield Model("64, YaRN", study_config(0, yarn=True), short)
+    for yarn in (True, False):
+        weights = short
+        for phase in (1, 2):
+            config = study_config(phase, yarn)
+            with jax.set_mesh(mesh):
+                weights = weights_of(train(config, jit_state_around(config.optimizer, copy(weights)), mesh, seed=phase))
+            if yarn or phase == 2:
+                yield Model(f"{PHASES[phase][0]}{'' if yarn else ', without YaRN'}", config, weights)
+
+
+def copy(weights: Weights) -> Weights:
+    """Return copies: a step takes its state's memory."""
+    return jax.tree.map(lambda a: a + 0, weights)
 
 
 def weights_of(state: State) -> Weights:
-    """Return copies of a state's weights: a step takes its state's memory."""
-    return jax.tree.map(lambda a: a + 0, Weights(state["params"], state["router_bias"]))
+    """Return a state's weights."""
+    return Weights(state["params"], state["router_bias"])
 
 
 def train(config: Config, state: State, mesh: jax.sharding.Mesh, seed: int) -> State:
@@ -159,32 +170,34 @@ def train(config: Config, state: State, mesh: jax.sharding.Mesh, seed: int) -> S
 def asked_and_found(config: Config, state: State, batch: Batch, mesh: jax.sharding.Mesh) -> float:
     """Return the share of the needles asked for in a training batch that a model finds."""
     asked_BS = batch["loss_weights_BS"] == needles.WEIGHT
-    best_BS = logits(config, Weights(state["params"], state["router_bias"]), batch["tokens_BS"], mesh)["logits"].argmax(
-        -1
-    )
+    best_BS = logits(config, weights_of(state), batch["tokens_BS"], mesh)["logits"].argmax(-1)
     return float((best_BS == batch["targets_BS"])[asked_BS].mean())
 
 
-def held_out_text(config: Config) -> np.ndarray:
-    """Return two sets of rows of held-out bytes, a token longer than the longest sequence: [2 B, S + 1]."""
-    batches = iter(heldout_batches(config, open_tokenizer(config, WORKDIR), WORKDIR, TEST_ROWS, 2))
-    return np.concatenate([needles.rows_of(next(batches)).tokens for _ in range(2)])
+def held_out_text() -> np.ndarray:
+    """Return rows of held-out bytes, a token longer than the longest row of a test: [B, S + 1]."""
+    config = study_config(0, yarn=False).with_(data={"sequence_length": LENGTHS[-1]})
+    batches = heldout_batches(config, open_tokenizer(config, WORKDIR), WORKDIR, TEST_ROWS, TEXTS)
+    return np.concatenate([needles.rows_of(batch).tokens for batch in batches])
 
 
 def test(model: Model, text_BS: np.ndarray, mesh: jax.sharding.Mesh):
     """Yield the records of a model: bits per byte by band of positions, needles found by length and depth."""
     run = functools.partial(logits, model.config, model.weights, mesh=mesh)
-    bits_S = np.concatenate([target_bits(run, rows) for rows in np.split(text_BS, 2)]).mean(axis=0)
+    bits_BS = np.concatenate([target_bits(run, rows) for rows in np.split(text_BS, TEXTS)])
     for begin, end in zip(BANDS[:-1], BANDS[1:], strict=True):
-        value = round(float(bits_S[begin:end].mean()), 4)
-        yield record(model, "held-out text", {"from": int(begin), "to": int(end)}, value, "bits per byte")
+        band_B = bits_BS[:, begin:end].mean(axis=1)
+        error = {"standard_error": round(float(band_B.std(ddof=1) / len(band_B) ** 0.5), 4)}
+        value = round(float(band_B.mean()), 4)
+        yield record(model, "held-out text", {"from": int(begin), "to": int(end)}, value, "bits per byte") | error
     for length in LENGTHS:
         for depth in DEPTHS:
             rng = np.random.default_rng(length)
             rows = needles.test_rows(text_BS[:TEST_ROWS, :length], rng, depth)
             best_B = run(rows)["logits"][:, -2].argmax(-1)
-            found = float((best_B == rows[:, -1]).mean())
-            yield record(model, "needle", {"length": length, "depth": depth}, found, "share found")
+            found = wilson(int((best_B == rows[:, -1]).sum()), TEST_ROWS)
+            interval = {"low": found.low, "high": found.high}
+            yield record(model, "needle", {"length": length, "depth": depth}, found.share, "share found") | interval
 
 
 def target_bits(run, rows: np.ndarray) -> np.ndarray:
@@ -213,28 +226,35 @@ def draw(points: list[dict[str, Any]]) -> "Figure":
     """Draw bits by position, and needles by length, of each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(point["config"] for point in points))
-    for name, color, marker in zip(names, (VERMILION, ORANGE, BLUE, GREEN), "osDv", strict=True):
+    for name, color, marker in zip(names, (VERMILION, ORANGE, BLUE, GREEN, GRAY), "osDv^", strict=True):
         mine = [point for point in points if point["config"] == name]
-        label = name.partition(", ")[2]
+        style = {
+            "color": color,
+            "marker": marker,
+            "label": name.partition(", ")[2],
+            "ls": "--" if color == GRAY else "-",
+        }
         text = [point for point in mine if point["mode"] == "held-out text"]
         middle = [(point["shape"]["from"] + point["shape"]["to"]) / 2 for point in text]
-        left.plot(middle, [point["value"] for point in text], color=color, marker=marker, label=label)
+        errors = [1.96 * point["standard_error"] for point in text]
+        left.errorbar(middle, [point["value"] for point in text], errors, capsize=2, **style)
         found = [
             np.mean([p["value"] for p in mine if p["mode"] == "needle" and p["shape"]["length"] == length])
             for length in LENGTHS
         ]
-        right.plot(LENGTHS, found, color=color, marker=marker, label=label)
+        right.plot(LENGTHS, found, **style)
     left.set(xscale="log", xlabel="position (tokens)", ylabel="held-out bits per byte")
-    right.set(xscale="log", xlabel="tokens of the row", ylabel="needles found", ylim=(-0.03, 1.03))
-    for axes, ticks in ((left, (8, 64, 256, 512)), (right, LENGTHS)):
+    right.set(xscale="log", xlabel="tokens of the row", ylabel="needles found, all depths", ylim=(-0.03, 1.03))
+    right.axhline(1 / needles.KINDS, color="0.8", lw=0.8)
+    for axes, ticks in ((left, (8, 16, 32, *LENGTHS)), (right, LENGTHS)):
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.axvline(SHORT, color="0.7", linestyle=":")
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, title="extended to")
+    left.legend(frameon=False, title="trained to")
     return figure
 
 

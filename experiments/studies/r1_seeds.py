@@ -30,6 +30,7 @@ from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
+from experiments.studies.r1_accuracies import accuracies, kept_of, record_of
 from experiments.studies.runs import RUNS
 from pallas_kernels.bench import records
 
@@ -79,28 +80,14 @@ def plan_mesh(runs: dict[str, Plan]) -> Any:
 
 def records_of(results: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the records of runs by name, each with its results by stage."""
-    found = []
-    for name, stages in results.items():
-        for stage, row in stages.items():
-            interval = {"low": row["eval/accuracy_low"], "high": row["eval/accuracy_high"]}
-            found.append(_record(name, f"held-out accuracy behind {stage}", row["eval/accuracy"]) | interval)
+    found = [record for name, stages in results.items() for record in accuracies(name, stages)]
     gains = {
         name: stages[BEHIND]["eval/accuracy"] - stages[BEFORE]["eval/accuracy"] for name, stages in results.items()
     }
-    found += [_record(name, f"{BEHIND} adds", gain) for name, gain in gains.items()]
+    found += [record_of(name, f"{BEHIND} adds", gain) for name, gain in gains.items()]
     of_seeds = [gain for name, gain in gains.items() if name != CONTROL]
     mean, low, high = student(of_seeds)
-    return [*found, _record("all seeds", f"{BEHIND} adds, mean", mean) | {"low": low, "high": high}]
-
-
-def kept_of(name: str, plan: Plan, workdir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's samples: how many different right answers were kept."""
-    paths = [workdir / f"{stage.name}.jsonl" for stage in plan.stages if stage.kind == "samples"]
-    return [
-        _record(name, f"right answers kept in {path.stem}", len(path.read_text("utf-8").splitlines()))
-        | {"mode": "temperature 1", "unit": "answers"}
-        for path in paths
-    ]
+    return [*found, record_of("all seeds", f"{BEHIND} adds, mean", mean) | {"low": low, "high": high}]
 
 
 def student(values: list[float]) -> tuple[float, float, float]:
@@ -130,10 +117,6 @@ def draw(runs: dict[str, Plan], workdir: Path):
     panels[-1].set(title="held-out accuracy", xlabel="update", ylim=(0, 1))
     panels[-1].legend()
     return figure
-
-
-def _record(name: str, what: str, value: float) -> dict[str, Any]:
-    return {"op": what, "config": name, "mode": "greedy", "precision": "fp32", "value": value, "unit": "share"}
 
 
 if __name__ == "__main__":

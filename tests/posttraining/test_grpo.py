@@ -11,6 +11,7 @@ import pytest
 from configs import tiny_grpo
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import grpo
 from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.grpo import train_grpo, with_steps
@@ -293,3 +294,30 @@ def test_rollouts_beside_training_are_reproducible(loop):
     assert rows[0]["policy/ratio_std"] < 1e-6 < 1e-4 < min(row["policy/ratio_std"] for row in rows[1:])
     go_back(folder / "beside", (3, 4, 5, 6))
     assert_same_weights(result, train_grpo(config, posttraining, folder / "beside", mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("grpo_loop")
+def test_a_run_on_two_devices_is_that_of_one(loop, monkeypatch):
+    """From the same weights: the same samples and the same updates, up to the order of sums."""
+    folder, mesh = loop
+    results = []
+    for axes in ({"data": 1}, {"data": 1, "expert": 2}):
+        tree = settings(folder / "base", updates=1, steps=2)
+        tree.mesh.update(axes)
+        config, posttraining = read(tree)
+        if len(axes) > 1:
+            mesh = make_mesh(config.mesh, jax.devices()[:2])
+            monkeypatch.setattr(grpo, "open_engine", OPEN_ENGINE)
+        workdir = folder / f"of_{mesh.size}"
+        result = train_grpo(config, posttraining, workdir, mesh)
+        rows = [row for row in read_rows(workdir) if "policy/loss" in row]
+        results.append((rows, jax.tree.leaves(jax.device_get(result.state["params"]))))
+    for row, other in zip(results[1][0], results[0][0], strict=True):
+        for key in ("rollout/reward", "rollout/length", "policy/tokens", "rollout/first_prompt"):
+            assert row[key] == other[key], key  # the samples are the same ones
+        for key in ("policy/entropy", "optimizer/grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), key
+        assert row["rollout/sampler_difference_max"] < 1e-5
+    for a, b in zip(results[1][1], results[0][1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

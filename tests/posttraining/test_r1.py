@@ -252,7 +252,7 @@ def test_sampling_that_was_killed_goes_on_behind_the_blocks_that_are_done(tmp_pa
             raise KeyboardInterrupt
         return [{"number": number, "seed": seed} for number in numbers]
 
-    monkeypatch.setattr(r1, "_sampler", sampler)
+    monkeypatch.setattr(r1, "open_sampler", sampler)
     monkeypatch.setattr(r1, "_right_answers", right_answers)
     with pytest.raises(KeyboardInterrupt):
         r1.keep_right_answers(plan, stage, tmp_path, told.append)
