@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass, in slots: arrays of any shapes in one flat array per dtype.
+"""What a forward pass keeps for its backward pass, in slots: arrays of any shapes in a flat array per dtype.
 
 A stage of a pipeline runs forward in one tick and backward in a later one, and stages differ in what they keep. So a
 slot has, for each dtype, as many numbers as the largest stage needs.
@@ -6,9 +6,9 @@ slot has, for each dtype, as many numbers as the largest stage needs.
     slot 0   | x_BSD | query_latent | ... | -      a middle stage
     slot 1   | x_BSD | expert_rows  | ... | ... |  the largest one
 
-The slots pass through the switch of a tick, and a branch reads and writes just its own arrays. Compiled for a GPU or a
-TPU they are one buffer that is written in place, whatever the branch. XLA for CPUs copies it in every branch, which
-costs the tests some time and is why the bytes must be counted in a program for an accelerator.
+The slots pass through the switch of a tick, and a branch reads and writes just its own arrays. Compiled for GPUs they
+are buffers that are written in place, whatever the branch. XLA for CPUs copies them in every branch, which costs the
+tests some time: bytes must be counted in a program for an accelerator. Those for TPUs were not looked at.
 """
 
 import math
@@ -21,7 +21,10 @@ from jax import lax
 
 from pallas_kernels.lowering import manual_axes
 
-Flat = dict[str, jax.Array]  # numbers by dtype: [n] of a slot, [slots, n] of all
+Store = tuple[str, int]  # a dtype, and which of its arrays
+Flat = dict[Store, jax.Array]  # numbers [slots, n]
+
+MOST_NUMBERS = 2**31 - 1  # of a slot in one array: XLA's indices are int32, and a larger one would wrap
 
 
 class Item(NamedTuple):
@@ -30,7 +33,7 @@ class Item(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     axes: frozenset[str]  # mesh axes that it varies over
-    store: str  # the dtype of its numbers in the slot
+    store: Store  # where its numbers lie
     start: int
 
 
@@ -38,12 +41,15 @@ class Packing:
     """Where each of a list of arrays lies in a slot."""
 
     def __init__(self, arrays: Sequence[jax.Array]):
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[Store, int] = {}
         self.items = [self._place(array) for array in arrays]
 
     def _place(self, array: jax.Array) -> Item:
         dtype = jnp.dtype(array.dtype)
-        store = "uint8" if dtype.itemsize == 1 else dtype.name  # E4M3 as bytes: not every backend moves it
+        name = "uint8" if dtype.itemsize == 1 else dtype.name  # E4M3 as bytes: not every backend moves it
+        store = name, 0
+        while self.sizes.get(store, 0) + array.size > MOST_NUMBERS and store in self.sizes:
+            store = name, store[1] + 1
         start = self.sizes.get(store, 0)
         self.sizes[store] = start + array.size
         return Item(array.shape, dtype, manual_axes.varies_over(array), store, start)
@@ -76,7 +82,7 @@ def empty(packings: Sequence[Packing], num_slots: int, axes: frozenset[str]) -> 
     """Return so many slots, each of the size of the largest packing; they vary over `axes`."""
     stores = sorted({store for packing in packings for store in packing.sizes}) if num_slots else []
     largest = {store: max(packing.sizes.get(store, 0) for packing in packings) for store in stores}
-    return {store: manual_axes.vary(jnp.zeros((num_slots, n), store), axes) for store, n in largest.items()}
+    return {store: manual_axes.vary(jnp.zeros((num_slots, n), store[0]), axes) for store, n in largest.items()}
 
 
 def _stored(array: jax.Array) -> jax.Array:
