@@ -6,9 +6,9 @@ slot has, for each dtype, as many numbers as the largest stage needs.
     slot 0   | x_BSD | query_latent | ... | -      a middle stage
     slot 1   | x_BSD | expert_rows  | ... | ... |  the largest one
 
-The slots pass through the switch of a tick, and a branch reads and writes just its own arrays. Compiled for GPUs they
-are buffers that are written in place, whatever the branch. XLA for CPUs copies them in every branch, which costs the
-tests some time: bytes must be counted in a program for an accelerator. Those for TPUs were not looked at.
+The slots pass through the switch of a tick, and a branch reads and writes just its own arrays. Compiled for GPUs
+or TPUs they are buffers that are written in place, whatever the branch. XLA for CPUs copies them in every branch, which
+costs the tests some time: bytes must be counted in a program for an accelerator.
 """
 
 import math
