@@ -16,5 +16,10 @@ def get_config() -> ConfigDict:
     # ten times that of all weights (Thinking Machines, "LoRA Without Regret", 2025)
     config.optimizer.learning_rate = (("constant", 1e-9, 3e-3), ("cosine", 1.0, 6e-4))
     config.posttraining.sft.mtp = "off"  # MTP layers have no adapters
-    config.posttraining.lora = {"rank": 8, "alpha": 16.0, "targets": ("attention", "ffn", "shared", "experts")}
+    config.posttraining.lora = {
+        "rank": 8,
+        "alpha": 16.0,
+        "targets": ("attention", "ffn", "shared", "experts"),
+        "initial": "",  # or "workdir@step" of a run of adapters
+    }
     return config

@@ -23,6 +23,11 @@ def get_config() -> ConfigDict:
     config.posttraining = {
         "stage": "grpo",
         "grpo": tiny_r1.GRPO,
-        "lora": {"rank": 8, "alpha": 16.0, "targets": ("attention", "ffn", "shared", "experts")},
+        "lora": {
+            "rank": 8,
+            "alpha": 16.0,
+            "targets": ("attention", "ffn", "shared", "experts"),
+            "initial": "",  # or "workdir@step" of a run of adapters
+        },
     }
     return config

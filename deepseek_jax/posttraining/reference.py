@@ -8,9 +8,10 @@ Of a run of adapters the reference is adapters, too, beside the one base: those 
 zero that is the base without its adapters, by the program of the policy, so its KL is exactly 0 before the first
 update.
 
-A checkpoint of the run does not hold the reference. The first one is read from `training.initial_weights`. Later ones
-are checkpoints in `workdir/reference`, each written before the first checkpoint of the run that needs it, and kept for
-as long as one does. A run that continues refuses another reference than it had, by a fingerprint.
+A checkpoint of the run does not hold the reference. The first one is read from `training.initial_weights` (adapters
+from `lora.initial`), which may move and have to stay. Later ones are checkpoints in `workdir/reference`, each written
+before the first checkpoint of the run that needs it, and kept for as long as one does. A run that continues refuses
+another reference than it had, by a fingerprint.
 """
 
 import contextlib
@@ -88,8 +89,9 @@ class Reference:
                 " put that folder back, or begin another run with --initial"
             )
         raise ValueError(
-            "training.initial_weights are other weights than this run began with, and the KL reference is those;"
-            " put them back, name their step ('workdir@step'), or begin another run with --initial"
+            "posttraining.lora.initial or training.initial_weights are other weights than this run began with, and the"
+            " KL reference is those; put them back, name their step ('workdir@step'), or begin another run with"
+            " --initial"
         )
 
 

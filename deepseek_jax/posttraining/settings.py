@@ -41,6 +41,8 @@ FREE_KEYS = {
     "grpo.reward_seconds",
 }
 FREE_KEYS |= {f"distillation.{key}" for key in ("steps", "rows", "teacher")}  # the teacher's weights have a fingerprint
+# Names of folders that may move; a run that began with none goes on with none, and one that began with some with some.
+MOVING_KEYS = {"lora.initial"}  # a reference that is read from it has a fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ def check_claimed(workdir: Path, posttraining: Posttraining) -> None:
     differences = [
         f"{SECTION}.{key}: {stored.get(key)!r} in the workdir, {ours.get(key)!r} given"
         for key in sorted(stored.keys() | ours.keys())
-        if stored.get(key) != ours.get(key) and key not in FREE_KEYS
+        if stored.get(key) != ours.get(key) and not _is_free(key, stored.get(key), ours.get(key))
     ]
     if differences:
         raise ValueError(
@@ -237,6 +239,10 @@ def claim(workdir: Path, posttraining: Posttraining) -> None:
         if posttraining.lora is None:
             del section["lora"]  # the file of a run without adapters is as it was before there were any
         write_atomically(workdir / FILE, json.dumps(section, indent=1) + "\n")
+
+
+def _is_free(key: str, old: Any, new: Any) -> bool:
+    return key in FREE_KEYS or (key in MOVING_KEYS and bool(old) and bool(new))
 
 
 def _defaults(posttraining: Posttraining) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from pallas_kernels.lowering.manual_axes import varies_over
 
 
 class Parts(NamedTuple):
-    """What a driver needs to train adapters in place of all weights.
+    """What a driver needs to train all weights, or adapters.
 
     Attributes:
         train_step: (state, batch, rates) -> (state, metrics).

@@ -66,13 +66,18 @@ def find_adapters(lora: Lora, base: str) -> tuple[Path, int]:
     if found is None:
         raise ValueError(
             f"{KEY} = {shown(repr(lora.initial))} is no run of adapters; name the workdir of one with its step,"
-            " 'runs/tiny_lora@100'; weights are named by --initial"
+            " 'runs/tiny_lora@100', where it is now if it has moved; weights are named by --initial"
         )
     steps = stored_steps(folder)
+    if not steps:
+        raise ValueError(
+            f"{KEY} = {shown(repr(lora.initial))} is a run without a checkpoint; let it train until its first save, or"
+            " name another"
+        )
     if not is_step or int(number) not in steps:
         raise ValueError(
-            f"{KEY} = {shown(repr(lora.initial))} must name a step of that run, which has {steps or 'none'}:"
-            f" {folder}@{max(steps, default=0)}"
+            f"{KEY} = {shown(repr(lora.initial))} must name a step of that run, which has {steps}:"
+            f" {folder}@{max(steps)}"
         )
     if found.base != base:
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ from deepseek_jax.posttraining.choices import VARIANTS
 from deepseek_jax.posttraining.grpo import train_grpo
 from deepseek_jax.posttraining.policy_batches import PolicyBatches
 from deepseek_jax.posttraining.policy_objective import policy
-from deepseek_jax.posttraining.settings import check_claimed, claim, read
+from deepseek_jax.posttraining.settings import PosttrainingConfig, check_claimed, claim, read
+from deepseek_jax.posttraining.sft import train_sft
 from deepseek_jax.training.adapted import first_state, merged
 from deepseek_jax.training.adapters_file import ADAPTERS, AdaptersFile, claim_adapters
 from deepseek_jax.training.metrics import read_rows
@@ -25,8 +27,10 @@ from deepseek_jax.training.record import read_sealed
 from deepseek_jax.training.step import gradients, recipe_of
 from deepseek_jax.training.trainable import find_adapters
 from deepseek_jax.training.workdir import claim_workdir
+from experiments import recipe
+from tests.posttraining import test_sft
 from tests.posttraining.test_grpo import assert_same_weights, go_back, settings
-from tests.posttraining.test_sft import one_device, save_run
+from tests.posttraining.test_sft import chat, one_device, save_run
 from tests.support import small
 from tests.support.failing_rewards import varied
 from tests.support.grpo_runs import tiny
@@ -54,10 +58,29 @@ def test_a_run_from_before_adapters_could_begin_elsewhere_goes_on(tmp_path):
         check_claimed(tmp_path, read(lora_settings(lora=LORA | {"initial": "W@1"}))[1])
 
 
+def test_adapters_that_a_run_began_with_may_move(tmp_path):
+    config, posttraining = read(lora_settings(lora=LORA | {"initial": "W@1"}))
+    claim(tmp_path, posttraining)
+    claim_workdir(tmp_path, config)
+    check_claimed(tmp_path, read(lora_settings(lora=LORA | {"initial": "moved/W@1"}))[1])
+    with pytest.raises(ValueError, match="posttraining.lora.initial: 'W@1' in the workdir, '' given"):
+        check_claimed(tmp_path, read(lora_settings())[1])
+
+
+@pytest.mark.parametrize("name", ["tiny_lora", "tiny_r1_lora"])
+def test_a_shipped_configuration_begins_with_adapters(name, monkeypatch):
+    monkeypatch.setattr(recipe.Recipe, "defined", [SimpleNamespace(schema=PosttrainingConfig)])
+    monkeypatch.setattr(recipe.Recipe, "overrides", [])
+    recipe.take_overrides(["command", "--config.posttraining.lora.initial=run@3"])
+    tree = recipe.read(f"configs/{name}.py", recipe.Recipe.overrides)
+    assert read(tree, "W")[1].lora.initial == "run@3"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("base@4", {}, "'base@4' is no run of adapters; name the workdir of one with its step"),
+        ("base@4", {}, "'base@4' is no run of adapters; name the workdir of one with its step, .* if it has moved"),
+        ("begun@4", {}, "'begun@4' is a run without a checkpoint; let it train until its first save, or name another"),
         ("run", {}, r"'run' must name a step of that run, which has \[2, 4\]: .*run@4"),
         ("run@3", {}, r"must name a step of that run, which has \[2, 4\]"),
         ("run@4", {"base": "other"}, "has adapters of another base than --initial; name theirs: .*run/config.json"),
@@ -70,7 +93,9 @@ def test_adapters_that_cannot_be_begun_with_are_refused(tmp_path, monkeypatch, n
     (tmp_path / "base").mkdir()
     for step in (2, 4):
         (tmp_path / "run" / "checkpoints" / str(step)).mkdir(parents=True)
-    claim_adapters(tmp_path / "run", Lora(**LORA), "base")
+    (tmp_path / "begun").mkdir()
+    for run in ("run", "begun"):
+        claim_adapters(tmp_path / run, Lora(**LORA), "base")
     assert AdaptersFile(lora=Lora(**LORA), base="base") and (tmp_path / "run" / ADAPTERS).exists()
     asked = Lora(**LORA | {key: value for key, value in changes.items() if key != "base"}, initial=name)
     with pytest.raises(ValueError, match=message):
@@ -185,3 +210,47 @@ def test_runs_of_adapters_begin_as_the_base_leave_it_alone_and_continue(loop):
     assert begun["old_logprobs_BS"].tobytes() != first["old_logprobs_BS"].tobytes()
     pairs = zip(*(jax.tree.leaves(r.state["params"]) for r in (onward, result)), strict=True)
     assert 0 < max(np.abs(a - b).max() for a, b in pairs) < 2.1e-2  # one update of Adam at its rate
+    (folder / "run").rename(folder / "moved")
+    tree.posttraining.grpo.steps = 2
+    for name, message in (
+        ("run@4", "lora.initial = .*run@4' is no run of adapters; .* where it is now if it has moved"),
+        ("moved@3", "posttraining.lora.initial or .* are other weights than this run began with"),
+    ):
+        tree.posttraining.lora.initial = str(folder / name)
+        with pytest.raises(ValueError, match=message):
+            train_grpo(*read(tree), folder / "onward", mesh)
+    tree.posttraining.lora.initial = f"{folder / 'moved'}@4"
+    assert train_grpo(*read(tree), folder / "onward", mesh).step == 2
+
+
+@pytest.mark.slow
+def test_rollouts_of_adapters_beside_training_are_reproducible(loop):
+    """With a staleness of 1 and references of its own: a killed run ends with the same bits."""
+    folder, mesh, _ = loop
+    options = {"updates": 1, "staleness": 1, "reference_every": 2, "steps": 4, "optimizer__warmup_steps": 1}
+    config, posttraining = read(lora_settings(f"{folder / 'base'}@1", **options))
+    result = train_grpo(config, posttraining, folder / "beside", mesh)
+    rows = policy_rows(folder / "beside")
+    assert [row["rollout/version"] for row in rows] == [0, 0, 1, 2]
+    assert max(row["rollout/sampler_difference_max"] for row in rows) < 1e-5  # each by its own adapters
+    assert rows[0]["policy/ratio_std"] < 1e-6 < min(row["policy/ratio_std"] for row in rows[1:])
+    go_back(folder / "beside", (3, 4))
+    assert_same_weights(result, train_grpo(config, posttraining, folder / "beside", mesh))
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_adapters_of_fine_tuning(loop):
+    folder, mesh, seen = loop
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat(i, f"{i}!")) + "\n" for i in range(40)))
+    tree = tiny(test_sft.settings(folder / "chats.jsonl", f"{folder / 'base'}@1", num_tokens=2.0 * 8 * 48))
+    tree.data.sequence_length = 48
+    tree.posttraining.sft.mtp = "off"
+    tree.posttraining.lora = LORA
+    tuned = train_sft(*read(tree), folder / "tuned", mesh)
+    lora = LORA | {"initial": f"{folder / 'tuned'}@{tuned.step}"}
+    config, posttraining = read(lora_settings(f"{folder / 'base'}@1", lora=lora, steps=2))
+    result = train_grpo(config, posttraining, folder / "after", mesh)
+    first = seen[-1]["batches"][0]
+    assert first["reference_logprobs_BS"].tobytes() == first["old_logprobs_BS"].tobytes()
+    pairs = zip(*(jax.tree.leaves(r.state["params"]) for r in (result, tuned)), strict=True)
+    assert 0 < max(np.abs(a - b).max() for a, b in pairs) < 2.5e-3  # two updates of Adam at 1e-3
