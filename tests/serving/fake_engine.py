@@ -46,8 +46,8 @@ CHAT_TOKENS = (
     *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
 WORDS = "the model sees a token and then another one, which it has never seen before in this ünïcode world . "
-# In a prompt: the job fails; nothing comes until `goes_on` is set; the time is over, as soon as nothing else runs, before
-# the first token (of one job at a time, the last, unless it has a deadline of its own); or behind the third.
+# In a prompt: the job fails; nothing comes until `goes_on` is set; the time is over, as soon as nothing else runs,
+# before the first token (of one job at a time, the last, or at its own deadline); or behind the third.
 BREAK, STALL, TOO_LATE, LATE = "BREAK", "STALL", "TOO LATE", "LATE"
 
 
