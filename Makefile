@@ -40,8 +40,9 @@ bench: environment
 
 test test-slow: export JAX_PLATFORMS := cpu
 
+# A fault for which many tests wait as long as they can ends in time for a summary.
 test: test-environment
-	@$(RUN) pytest
+	@$(RUN) pytest --maxfail=20
 
 test-slow: test-environment
 	@$(RUN) pytest -m slow

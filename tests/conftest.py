@@ -16,11 +16,14 @@ import jax
 
 from experiments import program_cache
 
+CACHE = Path(__file__).parents[1] / ".cache" / "jax-tests"
+
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax-tests"))
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 program_cache.write_whole()  # the workers share the folder
+compiling.remove_left_over(CACHE)
 
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile(

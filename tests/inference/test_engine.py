@@ -234,8 +234,7 @@ def test_a_long_prompt_does_not_stop_those_that_run():
     with Engine(batch, TOKENIZER, prefill_beside=32) as engine:
         heard = Heard()
         ticket = engine.submit(long_job(), heard)
-        while not heard:
-            time.sleep(0.001)
+        wait_for(lambda: heard)
         engine.generate([Job(prompt=[9] * 640, max_new_tokens=2, sampling=GREEDY)])
         ticket.cancel()
     beside = [step for step in batch.log if step[0] > 3]
@@ -428,8 +427,7 @@ def test_pause_and_resume():
     batch, heard, waiting, late = endless_batch(), Heard(), Heard(), Heard()
     with Engine(batch, TOKENIZER) as engine:
         engine.submit(long_job(300), heard)
-        while len(heard) < 5:
-            time.sleep(0.001)
+        wait_for(lambda: len(heard) >= 5)
         engine.pause()
         num_steps, num_heard = len(batch.log), len(heard)
         ticket = engine.submit(long_job(5), waiting)
@@ -452,8 +450,7 @@ def test_a_full_queue_refuses_and_generate_waits():
     with Engine(batch, TOKENIZER, most_waiting=2) as engine:
         heard = Heard()
         ticket = engine.submit(long_job(), heard)
-        while not heard:
-            time.sleep(0.001)
+        wait_for(lambda: heard)
         tickets = [engine.submit(long_job(3), Heard()) for _ in range(2)]
         with pytest.raises(QueueFullError) as caught:
             engine.submit(long_job(3), Heard())
@@ -486,14 +483,11 @@ def test_a_device_that_fails_while_the_engine_closes_leaves_nobody_waiting():
     def fail(row):
         raise RuntimeError("the device is gone")
 
-    with ThreadPoolExecutor(1) as caller:
-        engine = Engine(batch, TOKENIZER)
+    with ThreadPoolExecutor(1) as caller, Engine(batch, TOKENIZER) as engine:
         engine.submit(long_job(), Heard())
-        while not engine.stats().running:
-            time.sleep(0.001)
+        wait_for(lambda: engine.stats().running)
         waits = caller.submit(engine.update_weights, fake_weights(1))
-        while not engine._stepper._changes:
-            time.sleep(0.001)
+        wait_for(lambda: engine._stepper._changes)
         batch.close_row = fail
         engine.close()
         try:

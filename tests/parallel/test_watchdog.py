@@ -81,7 +81,7 @@ def test_a_sleeping_process_ends_with_its_stacks():
 import time
 from deepseek_jax.parallel import watch
 from deepseek_jax.parallel.watchdog import Watchdog
-watch.end_soon.__defaults__ = (500.0,)  # of a machine on which the stacks may take long
+watch.GRACE_SECONDS = 500.0  # of a machine on which the stacks may take long
 def asleep(watchdog):
     for step in range(5):
         watchdog.finished(step)

@@ -194,9 +194,10 @@ def test_the_seconds_of_a_rollout_begin_when_its_weights_are_made(monkeypatch):
     def clock():
         """The weights are ready after a second of the trainer's waiting; each look of the sampler takes a quarter."""
         if threading.current_thread() is threading.main_thread():
+            seen = now[0]  # before the other thread goes on
             asked.set()
-        else:
-            now[0] += 0.25
+            return seen
+        now[0] += 0.25
         return now[0]
 
     monkeypatch.setattr(policy_batches, "time", SimpleNamespace(perf_counter=clock))

@@ -222,7 +222,8 @@ def loop(tmp_path_factory):
     folder, engines, open_engine = tmp_path_factory.mktemp("loop"), [], grpo.open_engine
 
     def open_once(*arguments):
-        engines.append(engines[0] if engines else open_engine(*arguments))
+        if not engines:
+            engines.append(opened.enter_context(open_engine(*arguments)))
         return contextlib.nullcontext(engines[0])
 
     tree = test_sft.settings()
@@ -230,11 +231,10 @@ def loop(tmp_path_factory):
     del tree["posttraining"]
     config = from_config_dict(tree)
     save_run(config, folder / "base")
-    with pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as opened, pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
         patch.setattr(grpo, "open_engine", open_once)
         yield folder, one_device(config)
-    engines[0].close()
 
 
 def go_back(workdir, steps):

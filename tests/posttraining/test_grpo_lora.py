@@ -151,7 +151,8 @@ def loop(tmp_path_factory):
             return seen[-1]["batches"][-1]
 
     def open_once(*arguments):
-        engines.append(engines[0] if engines else open_engine(*arguments))
+        if not engines:
+            engines.append(opened.enter_context(open_engine(*arguments)))
         return contextlib.nullcontext(engines[0])
 
     def watched(*arguments):
@@ -163,13 +164,12 @@ def loop(tmp_path_factory):
     del tree["posttraining"]
     base = from_config_dict(tree)
     save_run(base, folder / "base")
-    with pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as opened, pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "rewards_by_name", lambda names: dict.fromkeys(names, varied))
         patch.setattr(grpo, "open_engine", open_once)
         patch.setattr(grpo, "open_parts", watched)
         patch.setattr(grpo, "PolicyBatches", Recorded)
         yield folder, one_device(base), seen
-    engines[0].close()
 
 
 def bytes_of(tree):

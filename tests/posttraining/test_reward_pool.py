@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,7 +100,8 @@ def test_a_text_that_is_sent_when_its_time_is_over_took_too_long(strict, monkeyp
             super().cancel()
 
     strict.score([PROBLEM], ["fine"])
-    monkeypatch.setattr(pool.threading, "Timer", Late)
+    own = SimpleNamespace(Event=threading.Event, Lock=threading.Lock, Timer=Late)
+    monkeypatch.setattr(pool, "threading", own)
     with pytest.raises(RewardError, match=FAILURES["hang"]):
         strict.score([PROBLEM], ["hang"])
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_the_first_failure_ends_the_other_shards(tmp_path, monkeypatch):
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(writer_module.threading, "Event", Event)
+    monkeypatch.setattr(writer_module, "threading", SimpleNamespace(Lock=threading.Lock, Event=Event))
 
     def get(name):
         asked.append(name)

@@ -46,8 +46,8 @@ CHAT_TOKENS = (
     *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
 WORDS = "the model sees a token and then another one, which it has never seen before in this ünïcode world . "
-# In a prompt: the job fails; nothing comes until `goes_on` is set; the time is over, as soon as nothing
-# else runs, before the first token; or behind the third.
+# In a prompt: the job fails; nothing comes until `goes_on` is set; the time is over, as soon as nothing else runs,
+# before the first token (of one job at a time, the last, or at its own deadline); or behind the third.
 BREAK, STALL, TOO_LATE, LATE = "BREAK", "STALL", "TOO LATE", "LATE"
 
 
@@ -150,7 +150,7 @@ class FakeEngine:
         while True:
             while STALL in prompt and not (self.goes_on.is_set() or ticket.cancelled.is_set() or _is_late(job)):
                 time.sleep(0.005)
-            while not most and len(self._tickets) > 1 and not ticket.cancelled.is_set():
+            while not (most or len(self._tickets) == 1 or ticket.cancelled.is_set() or _is_late(job)):
                 time.sleep(0.005)
             is_late = _is_late(job) or usage.completion_tokens >= most < job.max_new_tokens
             reason = CANCELLED if ticket.cancelled.is_set() else DEADLINE if is_late else None

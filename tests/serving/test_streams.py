@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepseek_jax.inference.job import Delta, Usage
+from deepseek_jax.inference.engine import GREEDY
+from deepseek_jax.inference.job import Delta, Job, Usage
 from deepseek_jax.serving import answering
 from deepseek_jax.serving import server as server_module
 from deepseek_jax.serving.service import Limits, Service
@@ -116,6 +117,19 @@ def test_texts_without_a_token_in_time_cost_the_others_nothing(server):
     other, late = answer.json()["choices"]
     assert (late["text"], late["finish_reason"], late["stop_reason"]) == ("", "length", "deadline")
     assert other["text"]
+
+
+def test_a_text_that_is_too_late_beside_another_ends_with_its_deadline():
+    engine, heard = fake_model(None).engine, []
+    options = {"max_new_tokens": 2, "sampling": GREEDY}
+    engine.submit(Job(prompt=engine.tokenizer.encode("STALL"), **options), lambda delta: None)
+    late = Job(prompt=engine.tokenizer.encode("TOO LATE"), deadline=time.monotonic(), **options)
+    engine.submit(late, heard.append)
+    try:
+        wait_for(lambda: heard)
+    finally:
+        engine.close()
+    assert [delta.finish_reason for delta in heard] == ["deadline"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
