@@ -222,8 +222,15 @@ _FORMS = {
 
 
 def _set(tree: ConfigDict, key: str, value: Any) -> None:
+    """Set a key that `take_overrides` knows; a file need not name it, if it has the section."""
+    section, _, name = key.rpartition(".")
     try:
-        config_path.set_value(key, tree, value)
+        inside = config_path.get_value(section, tree) if section else tree
+        if isinstance(inside, ConfigDict) and name.isidentifier() and name not in inside:
+            with inside.unlocked():
+                inside[name] = value
+        else:
+            config_path.set_value(key, tree, value)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--config.{shown(key)} does not fit the file's configuration ({type(error).__name__}); name a key that it"

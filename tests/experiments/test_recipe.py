@@ -31,6 +31,13 @@ def test_one_source_of_several_takes_another_path():
     assert [source.path for source in from_config_dict(tree).data.sources] == ["x"]
 
 
+def test_a_key_that_the_file_leaves_out_is_set_where_it_has_the_section(tmp_path):
+    (path := tmp_path / "c.py").write_text("def get_config():\n    return {'execution': {'remat': 'full'}}\n")
+    assert read(str(path), "--config.execution.interleave=2")[0].execution.interleave == 2
+    with pytest.raises(ValueError, match=r"--config.mesh.data does not fit the file's configuration \(KeyError\)"):
+        read(str(path), "--config.mesh.data=2")
+
+
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [
