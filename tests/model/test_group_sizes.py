@@ -30,7 +30,7 @@ MOST = {"blocks": 2e-6, "grouped": 6e-3, "fp8": 0.09}
 
 @functools.cache
 def inputs():
-    """Weights, rows, cotangent, gates and ids, an expert's tokens scattered over the batch; exact in BF16 but for gates."""
+    """Weights, x, dy, gates and ids, an expert's tokens scattered over the batch; all but gates exact in BF16."""
     rng = np.random.default_rng(3)
 
     def normal(*shape):
