@@ -12,6 +12,7 @@ from deepseek_jax.data.bpe import byte_tokenizer, train_bpe
 from deepseek_jax.data.heldout import heldout_batches
 from deepseek_jax.data.pipeline import make_train_loader
 from deepseek_jax.data.token_cache import open_corpus
+from tests.data.test_examples import CONVERSATIONS, TOKENIZER, Encoded
 
 
 def equal(a, b) -> bool:
@@ -114,7 +115,8 @@ def test_neighbouring_rows_come_from_different_documents(tmp_path, make_config):
     assert min(is_long) > 0
 
 
-@pytest.mark.parametrize(("prefetch", "seed"), [(0, 0), (3, 1), (0, 3), (3, 2)])
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("seed", range(4))
 def test_resumed_equals_uninterrupted(work, make_config, corpus_folder, bpe, small_windows, prefetch, seed):
     config = make_config(corpus_folder, fim_rate=0.3, split_rate=0.3, prefetch=prefetch, mask_documents=bool(seed % 2))
     rng = random.Random(seed)
@@ -141,13 +143,22 @@ def test_batch_sizes_do_not_change_the_rows(work, make_config, corpus_folder, bp
     assert rows(one.next_batch(size) for size in (3, 64, 13)) == rows(other.next_batch(size) for size in (40, 20, 20))
 
 
-def test_another_number_of_processes_continues_the_same_rows(work, make_config, corpus_folder, bpe, small_windows):
+@pytest.mark.parametrize("counts", [(8, 4, 2, 6, 1), (1, 2)], ids=["corpus", "conversations"])
+def test_another_number_of_processes_continues_the_same_rows(
+    counts, work, make_config, corpus_folder, bpe, small_windows
+):
     """From eight processes to four, two, six and one, each from the position that any of those before it says."""
     config = make_config(corpus_folder)
-    whole = make_train_loader(config, bpe, work)
+
+    def make(examples, **share):
+        if 8 in counts:
+            return make_train_loader(config, bpe, work, **share)
+        return pipeline.make_loader(config, TOKENIZER, examples, **share)
+
+    whole = make(CONVERSATIONS)
     position = whole.state()
-    for count in (8, 4, 2, 6, 1):
-        parts = [make_train_loader(config, bpe, work, process_index=i, process_count=count) for i in range(count)]
+    for count in counts:
+        parts = [make(Encoded(), process_index=i, process_count=count) for i in range(count)]
         for part in parts:
             part.restore(position)
         for _ in range(2):
@@ -155,8 +166,9 @@ def test_another_number_of_processes_continues_the_same_rows(work, make_config, 
         positions = [json.loads(json.dumps(part.state())) for part in parts]
         assert all(each == whole.state() for each in positions)
         position = positions[-1]
+    assert position["windows"]["next_index"] > 1
     with pytest.raises(ValueError, match="a batch of 6 sequences does not divide over 4 processes"):
-        make_train_loader(config, bpe, work, process_count=4).next_batch(6)
+        make(CONVERSATIONS, process_count=4).next_batch(6)
 
 
 def test_a_position_in_other_data_is_refused(work, make_config, corpus_folder, bpe):

@@ -126,6 +126,13 @@ def test_gradients_come_back_summed(lie, name):
     np.testing.assert_array_equal(reduced[name], want)
 
 
+def test_the_table_names_every_linear_layer():
+    """What stays out is what V3 keeps in higher precision (section 3.3.1), and the merging matrix, stored in BF16."""
+    matrices = {name for name, row in PARAMETERS.items() if row.decayed and not name.startswith("lora_")}
+    others = {name for name in matrices if PARAMETERS[name].precision != "fp8"}
+    assert others == {"embed_VD", "head_DV", "router_DE", "merge_2DD"}
+
+
 @functools.cache
 def two_layers(precision, gathered):
     """Gradients of two layers whose weights lie on (data 2, expert 2), and how often each is gathered."""

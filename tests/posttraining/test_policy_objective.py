@@ -130,6 +130,7 @@ def value_and_gradient(c, logits, batch):
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient_are_those_of_the_paper(name):
     c, (logits, batch) = CASES[name], make_batch()
+    choices_lib.check(c)
     value, gradient = value_and_gradient(c, logits, batch)
     np.testing.assert_allclose(value, restated(c, logits, logits, batch), rtol=5e-6, atol=1e-7)
     want = np.zeros_like(logits)

@@ -270,11 +270,15 @@ def test_norms_count_every_element_once_however_it_lies():
 
 
 def test_evaluation_sums_what_the_step_averages():
+    """And leaves the weights to others: nothing is donated, no bias moves, and a second time gives the same bits."""
     on = small.on_mesh(ONE)
     with jax.set_mesh(on.mesh):
         evaluate = step_lib.jit_eval_step(on.config, pretraining(on.config), on.mesh)
-        weights = Weights(on.state["params"], on.state["router_bias"])
-        sums = jax.device_get(evaluate(weights, small.put(uneven_batch())))
+        state = Weights(on.state["params"], on.state["router_bias"])
+        weights = jax.tree.map(jnp.copy, state)  # nobody has a view of these, which would forbid to donate them
+        sums, again = (jax.device_get(evaluate(weights, small.put(uneven_batch()))) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, again, sums)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights), jax.device_get(state))
     metrics = run()[-1]
     np.testing.assert_allclose(sums["weight_sum"], uneven_batch()["loss_weights_BS"].sum())
     np.testing.assert_allclose(sums["loss_sum"] / sums["weight_sum"], metrics["loss"], rtol=1e-6)
