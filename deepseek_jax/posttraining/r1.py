@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -60,34 +60,39 @@ FRAME = "User:\n{} \n\nAssistant:\n<think></think><answer></answer>"
 MOST_TOKENS = 1 << 16  # of a tokenizer that has far fewer
 
 
-def run_stages(plan: Plan, workdir: Path, tell: Callable[[str], None]) -> signal.Signals | None:
+def run_stages(
+    plan: Plan, workdir: Path, tell: Callable[[str], None], devices: Sequence[jax.Device] | None = None
+) -> signal.Signals | None:
     """Run every stage that is not done, to its end or until a signal, which is returned.
 
     Args:
         plan: of which `workdir` is (`r1_record.keep_plan`).
         workdir: of all stages; exists.
         tell: takes the result of each stage as text.
+        devices: that the stages run on; all by default.
 
     Raises:
         ValueError, RewardError, NonFiniteError, SaveError, OSError: as the stages.
     """
-    prepare(plan, workdir)
+    prepare(plan, workdir, devices)
     for stage in plan.stages:
         if stage.kind == "samples":
-            keep_right_answers(plan, stage, workdir, tell)
+            keep_right_answers(plan, stage, workdir, tell, devices)
             continue
         if stage.initial == RANDOM:
-            measure(plan, stage, workdir, base_of(stage), tell)
+            measure(plan, stage, workdir, base_of(stage), tell, devices)
         if not _result(workdir, stage.name).exists():
             drivers = {"sft": train_sft, "grpo": train_grpo, "distillation": train_distillation}
-            result = drivers[stage.kind](*plan.settings(stage, workdir), workdir / stage.name)
+            config, posttraining = plan.settings(stage, workdir)
+            mesh = make_mesh(config.mesh, devices)
+            result = drivers[stage.kind](config, posttraining, workdir / stage.name, mesh)
             if result.interrupted_by is not None:
                 return result.interrupted_by
-            measure(plan, stage, workdir, stage.name, tell)
+            measure(plan, stage, workdir, stage.name, tell, devices)
     return None
 
 
-def prepare(plan: Plan, workdir: Path) -> None:
+def prepare(plan: Plan, workdir: Path, devices: Sequence[jax.Device] | None = None) -> None:
     """Write the conversations of the task, and random weights for the stages that begin with them, where missing."""
     conversations, path = plan.conversations(), workdir / f"{EXAMPLES}.jsonl"
     if not path.exists():
@@ -95,10 +100,10 @@ def prepare(plan: Plan, workdir: Path) -> None:
     word = conversations[0]["messages"][0]["content"].split()[0]
     for stage in plan.stages:
         if stage.initial == RANDOM:
-            save_random(plan.settings(stage, workdir)[0], workdir / base_of(stage), word)
+            save_random(plan.settings(stage, workdir)[0], workdir / base_of(stage), word, devices)
 
 
-def save_random(config: Config, folder: Path, word: str) -> None:
+def save_random(config: Config, folder: Path, word: str, devices: Sequence[jax.Device] | None = None) -> None:
     """Save random weights as a run's checkpoint of step 0, with a tokenizer of bytes and of the words of a task.
 
     config.json is written last: a start that was killed before is made up for.
@@ -109,7 +114,7 @@ def save_random(config: Config, folder: Path, word: str) -> None:
     config = config.with_(training={"initial_weights": ""})
     train_bpe([FRAME.format(word)] * 2, MOST_TOKENS).save(folder / TOKENIZER_FILES[0])
     if not stored_steps(folder):
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh, devices)
         with jax.set_mesh(mesh), contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
             start = Progress(step=0, tokens_seen=0, data=None)
             checkpoints.save(create_state(config), start, config, read_tokenizer(folder), mesh)
@@ -117,7 +122,14 @@ def save_random(config: Config, folder: Path, word: str) -> None:
     claim_workdir(folder, config)
 
 
-def measure(plan: Plan, stage: Stage, workdir: Path, folder: str, tell: Callable[[str], None]) -> None:
+def measure(
+    plan: Plan,
+    stage: Stage,
+    workdir: Path,
+    folder: str,
+    tell: Callable[[str], None],
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
     """Answer the held-out problems with the weights in a folder; leave accuracy and some answers in its result.
 
     The problems, the reward and the longest answer are those of the plan's first stage of GRPO.
@@ -126,7 +138,7 @@ def measure(plan: Plan, stage: Stage, workdir: Path, folder: str, tell: Callable
     if path.exists():
         return
     grpo = plan.grpo(plan.measure, workdir)
-    with open_sampler(plan, stage, workdir, folder, grpo) as (engine, pool, problems, weights):
+    with open_sampler(plan, stage, workdir, folder, grpo, devices) as (engine, pool, problems, weights):
         row = accuracy_row(engine, pool, problems.heldout, grpo.accuracy, grpo.max_new_tokens, weights)
         shown = problems.heldout[:SHOWN]
         answers = engine.generate(
@@ -144,7 +156,13 @@ def result_lines(name: str, row: dict) -> str:
     return "\n".join([head, *(f"  {question!r} -> {answer!r}" for question, answer in row["answers"])])
 
 
-def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[str], None]) -> None:
+def keep_right_answers(
+    plan: Plan,
+    stage: Stage,
+    workdir: Path,
+    tell: Callable[[str], None],
+    devices: Sequence[jax.Device] | None = None,
+) -> None:
     """Draw answers to training problems with the weights of `stage.initial`; keep the right ones, each once.
 
     Right is what `Grpo.accuracy` of that stage says, ends with EOS, and is not empty, which fine-tuning does not take.
@@ -159,7 +177,7 @@ def keep_right_answers(plan: Plan, stage: Stage, workdir: Path, tell: Callable[[
     origin = plan.named(stage.initial)
     grpo = plan.grpo(origin, workdir)
     blocks = {begin: workdir / stage.name / f"{begin:06d}.jsonl" for begin in range(0, settings.prompts, BLOCK)}
-    with open_sampler(plan, origin, workdir, stage.initial, grpo) as (engine, pool, problems, weights):
+    with open_sampler(plan, origin, workdir, stage.initial, grpo, devices) as (engine, pool, problems, weights):
         engine.update_weights(weights)
         (workdir / stage.name).mkdir(exist_ok=True)
         for begin, block in blocks.items():
@@ -195,13 +213,18 @@ def _right_answers(engine, pool, problems, numbers, grpo, settings, seed: int) -
 
 @contextlib.contextmanager
 def open_sampler(
-    plan: Plan, stage: Stage, workdir: Path, folder: str, grpo: Grpo
+    plan: Plan,
+    stage: Stage,
+    workdir: Path,
+    folder: str,
+    grpo: Grpo,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[tuple[Engine, RewardPool, Problems, Weights]]:
     """Open an engine with the weights in a folder of a stage's model, with the problems and rewards of `grpo`."""
     config, posttraining = plan.settings(stage, workdir)
     own = posttraining.sft or posttraining.grpo or posttraining.distillation
     assert own is not None
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), open_pool(grpo) as pool:
         tokenizer = Tokenizer.load(workdir / folder / TOKENIZER_FILES[0])
         template = find_template(own.template, workdir / folder / HUGGINGFACE)

@@ -25,8 +25,8 @@ def keep_plan(plan: Plan, workdir: Path) -> None:
     stored = read_json(path) if path.exists() else None
     if stored and (difference := _difference(_fixed(stored, workdir), _fixed(ours, workdir), "config")):
         raise ValueError(
-            f"{shown(str(workdir))} holds stages with other settings: {difference}; give its values, or a new folder as"
-            " --workdir (only stages that have not begun may change)"
+            f"{shown(str(workdir))} holds stages with other settings: {difference}; give its values, or a new folder"
+            " (only stages that have not begun may change)"
         )
     if stored != ours:
         write_atomically(path, json.dumps(ours, indent=1) + "\n")

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from configs import tiny_r1
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.posttraining import r1
 from deepseek_jax.posttraining.grpo import train_grpo
-from deepseek_jax.posttraining.r1_settings import Plan, read_plan
-from deepseek_jax.training.journal import say
+from deepseek_jax.posttraining.r1_settings import Plan
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
 from experiments.studies.runs import RUNS
+from experiments.studies.stages import config_name, run_stages, stop_if
 from pallas_kernels.bench import records
 
 SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the problems and the draws.")
@@ -48,17 +46,14 @@ def main(_) -> None:
     session.start()
     tree: dict[str, Any] = tiny_r1.get_config().to_dict() | {"seed": SEED.value}
     tree["r1"]["num_stages"] = 1
-    plan = read_plan(tree, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    stopped = r1.run_stages(plan, workdir, say)
-    if stopped is not None:
-        sys.exit(128 + stopped)
+    plan = run_stages(tree, workdir)
     runs = {int(text): workdir / f"staleness_{text}" for text in STALENESS.value}
     for steps in range(TURN.value, STEPS.value + TURN.value, TURN.value):
         for staleness, run in runs.items():
             take_turn(plan, workdir, run, staleness, min(steps, STEPS.value))
     mesh = make_mesh(plan.settings(plan.measure, workdir)[0].mesh)
     common = records.provenance("experiments.studies.asynchronous", session.describe_device(mesh))
+    common |= {"config": f"{config_name(plan)}, {plan.measure.name}", "precision": "fp32"}
     found = [record for staleness, run in runs.items() for record in records_of(staleness, run)]
     records.write(folder / f"asynchronous_{SEED.value}.json", [record | common for record in found])
     for record in found:
@@ -74,9 +69,7 @@ def take_turn(plan: Plan, workdir: Path, run: Path, staleness: int, steps: int) 
     if note.exists():
         return
     start = time.monotonic()
-    stopped = train_grpo(config, dataclasses.replace(posttraining, grpo=own), run).interrupted_by
-    if stopped is not None:
-        sys.exit(128 + stopped)
+    stop_if(train_grpo(config, dataclasses.replace(posttraining, grpo=own), run).interrupted_by)
     used = sum(os.times()[:4]) - sum(before[:4])  # of this process and of those that rewarded
     write_atomically(note, json.dumps({"cpu": used, "wall": time.monotonic() - start}) + "\n")
 
@@ -87,7 +80,7 @@ def records_of(staleness: int, run: Path) -> list[dict]:
     updates = [row for row in rows if "policy/loss" in row and row["step"] % TURN.value != 1]
     evaluated = [row for row in rows if "eval/accuracy" in row]
     turns = [json.loads(path.read_text()) for path in sorted(run.parent.glob(f"{run.name}_*.json"))]
-    common = {"config": f"tiny_r1 reasoning, seed {SEED.value}", "mode": f"staleness {staleness}", "precision": "fp32"}
+    common = {"mode": f"staleness {staleness}"}
     found = [
         common | {"op": f"median {key}", "value": statistics.median(row[key] for row in updates), "unit": "s"}
         for key in TIMES

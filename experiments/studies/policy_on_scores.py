@@ -12,27 +12,27 @@ Writes records and a drawing.
 
 import dataclasses
 import json
-import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deepseek_jax.files import write_atomically
-from deepseek_jax.inputs import new_folder
+from deepseek_jax.inputs import new_folder, read_json
 from deepseek_jax.palette import BLUE, VERMILION
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import r1
 from deepseek_jax.posttraining.grpo import train_grpo
-from deepseek_jax.posttraining.r1_settings import Plan, R1Config, read_plan
+from deepseek_jax.posttraining.r1_settings import Plan, R1Config
 from deepseek_jax.posttraining.reward_model_training import train_reward_model
 from deepseek_jax.posttraining.rollouts import sample_groups
 from deepseek_jax.posttraining.settings import read
-from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, recipe, session
 from experiments.studies import output
 from experiments.studies.runs import RUNS
+from experiments.studies.stages import config_name, run_stages, stop_if
 from pallas_kernels.bench import records
 
 CONFIG = recipe.Recipe("configs/tiny_r1.py", "Configuration with a section `r1`.", schema=R1Config)
@@ -51,6 +51,7 @@ PAIRS = {
 }
 CURVES = {"rollout/reward_model": "score of samples", "rollout/accuracy": "", "rollout/length": "tokens of a sample"}
 HELD_OUT = "eval/accuracy"
+MADE_OF = "pairs_made_of.json"
 
 
 def main(_) -> None:
@@ -61,9 +62,7 @@ def main(_) -> None:
     assert CONFIG.value is not None  # it has a default
     tree = CONFIG.value.to_dict()
     tree["r1"]["num_stages"] = 2
-    plan = read_plan(tree, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    stop_if(r1.run_stages(plan, workdir, say))
+    plan = run_stages(tree, workdir)
     pairs = write_pairs(plan, workdir)
     stop_if(train_reward_model(*reward_settings(plan, workdir), workdir / REWARD).interrupted_by)
     stop_if(train_grpo(*policy_settings(plan, workdir), workdir / SCORE).interrupted_by)
@@ -71,7 +70,7 @@ def main(_) -> None:
     rows[RULE] = [row for row in rows[RULE] if row["step"] <= STEPS]
     mesh = make_mesh(plan.settings(plan.stages[0], workdir)[0].mesh)
     common = records.provenance("experiments.studies.policy_on_scores", session.describe_device(mesh))
-    common |= {"config": f"{tree['name']}, seed {tree['seed']}", "precision": "fp32"}
+    common |= {"config": config_name(plan), "precision": "fp32"}
     found = [{"op": "pairs", "mode": REWARD, "value": pairs, "unit": "pairs"}]
     found += [record for name in rows for record in records_of(name, rows[name])]
     records.write(folder / "policy_on_scores.json", [record | common for record in found])
@@ -82,14 +81,14 @@ def main(_) -> None:
 
 def write_pairs(plan: Plan, workdir: Path) -> int:
     """Let the cold start answer, and write a pair of each problem with right and wrong answers; return their number."""
-    path, stage = workdir / "pairs.jsonl", plan.stages[0]
+    path, stage, seed = workdir / "pairs.jsonl", plan.stages[0], plan.shared["seed"] + 1
     if not path.exists():
         grpo = plan.grpo(plan.measure, workdir)
         with r1.open_sampler(plan, stage, workdir, COLD_START, grpo) as (engine, pool, problems, weights):
             engine.update_weights(weights)
             asked = problems.train[:PROMPTS]
             keyed = [(number, prompt.ids) for number, prompt in enumerate(asked)]
-            drawn = sample_groups(engine, keyed, ANSWERS, grpo.max_new_tokens, plan.shared["seed"] + 1)
+            drawn = sample_groups(engine, keyed, ANSWERS, grpo.max_new_tokens, seed)
             scores = pool.score([asked[s.number].problem for s in drawn], [s.text for s in drawn])
         sides: dict[int, dict[bool, str]] = {}  # of each problem, the first right answer and the first wrong one
         for sample, score in zip(drawn, scores, strict=True):
@@ -100,8 +99,20 @@ def write_pairs(plan: Plan, workdir: Path) -> int:
             for i, both in sides.items()
             if len(both) == 2
         ]
+        write_atomically(workdir / MADE_OF, json.dumps(made_of("".join(lines), seed)) + "\n")
         write_atomically(path, "".join(lines))
-    return len(path.read_text("utf-8").splitlines())
+    text, kept = path.read_text("utf-8"), workdir / MADE_OF
+    if not kept.exists() or read_json(kept) != made_of(text, seed):
+        raise ValueError(
+            f"{path} does not have the pairs of {PROMPTS} problems with {ANSWERS} answers and the seed {seed}, as"
+            f" {MADE_OF} would tell; remove it and what was trained on it ({REWARD}, {SCORE}), or give a new --runs"
+        )
+    return len(text.splitlines())
+
+
+def made_of(pairs: str, seed: int) -> dict[str, Any]:
+    """Return what pairs were made of, beside the cold start, which the folder's plan has."""
+    return {"prompts": PROMPTS, "answers": ANSWERS, "seed": seed, "crc32": zlib.crc32(pairs.encode())}
 
 
 def reward_settings(plan: Plan, workdir: Path):
@@ -120,12 +131,6 @@ def policy_settings(plan: Plan, workdir: Path):
     own = {"steps": STEPS, "rewards": {"text": 0.0, "model": 1.0}, "reward_model": str(workdir / REWARD)}
     stage = dataclasses.replace(plan.measure, settings=plan.measure.settings | own)
     return plan.settings(stage, workdir)
-
-
-def stop_if(signal: int | None) -> None:
-    """End the study where a signal ended a run."""
-    if signal is not None:
-        sys.exit(128 + signal)
 
 
 def records_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ Runs `configs/tiny_r1.py:distill` from nothing, with each seed into `RUNS/seed_<
 records with Wilson's 95% intervals over the held-out problems, and a drawing.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,15 @@ from configs import tiny_r1
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import SERIES
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.posttraining import r1, r1_report
-from deepseek_jax.posttraining.r1_record import keep_plan
+from deepseek_jax.posttraining import r1_report
 from deepseek_jax.posttraining.r1_report import HELD_OUT
-from deepseek_jax.posttraining.r1_settings import read_plan
 from deepseek_jax.training.journal import say
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
 from experiments.studies.r1_accuracies import accuracies, kept_of
 from experiments.studies.runs import RUNS
+from experiments.studies.stages import config_name, run_stages
 from pallas_kernels.bench import records
 
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Of the weights, the problems and the draws; a run of eight stages for each.")
@@ -41,18 +39,10 @@ def main(_) -> None:
     plans, results, found = {}, {}, []
     for seed in SEEDS.value:
         name = f"seed_{seed}"
-        plan = plans[name] = read_plan(
-            tiny_r1.get_config(tiny_r1.DISTILL).to_dict() | {"seed": int(seed)}, workdir / name
-        )
-        (workdir / name).mkdir(parents=True, exist_ok=True)
-        keep_plan(plan, workdir / name)
-        stopped = r1.run_stages(plan, workdir / name, say)
-        if stopped is not None:
-            say(f"\nstopped by {stopped.name}; the same command continues")
-            sys.exit(128 + stopped)
+        tree = tiny_r1.get_config(tiny_r1.DISTILL).to_dict() | {"seed": int(seed)}
+        plan = plans[name] = run_stages(tree, workdir / name)
         results[name] = r1_report.results(plan, workdir / name)
-        title = f"tiny_r1_distill, seed {seed}"
-        found += [*accuracies(title, results[name]), *kept_of(title, plan, workdir / name)]
+        found += [*accuracies(config_name(plan), results[name]), *kept_of(config_name(plan), plan, workdir / name)]
         say(f"\n{name}\n{r1_report.table(plan, workdir / name)}")
     first = next(iter(plans.values()))
     device = session.describe_device(make_mesh(first.settings(first.stages[0], workdir)[0].mesh))

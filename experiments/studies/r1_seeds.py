@@ -13,7 +13,6 @@ the differences behind and before `reasoning`; both are of 95%.
 
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,14 @@ from configs import tiny_r1
 from deepseek_jax.inputs import new_folder
 from deepseek_jax.palette import GRAY, SERIES
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.posttraining import r1, r1_report
-from deepseek_jax.posttraining.r1_record import keep_plan
-from deepseek_jax.posttraining.r1_settings import Plan, read_plan
-from deepseek_jax.training.journal import say
+from deepseek_jax.posttraining import r1_report
+from deepseek_jax.posttraining.r1_settings import Plan
 from deepseek_jax.training.metrics import read_rows
 from experiments import command, session
 from experiments.studies import output
 from experiments.studies.r1_accuracies import accuracies, kept_of, record_of
 from experiments.studies.runs import RUNS
+from experiments.studies.stages import run_stages
 from pallas_kernels.bench import records
 
 STAGES = flags.DEFINE_integer("stages", len(tiny_r1.STAGES), "Stages of each run.", lower_bound=2)
@@ -54,14 +52,7 @@ def main(_) -> None:
         tree = config.to_dict()
         tree["r1"]["num_stages"] = min(STAGES.value, tree["r1"]["num_stages"])
         tree["seed"] = seed
-        plan = read_plan(tree, workdir / name)
-        (workdir / name).mkdir(parents=True, exist_ok=True)
-        keep_plan(plan, workdir / name)
-        stopped = r1.run_stages(plan, workdir / name, say)
-        if stopped is not None:
-            say(f"\nstopped by {stopped.name}; the same command continues")
-            sys.exit(128 + stopped)
-        runs[name] = plan
+        runs[name] = run_stages(tree, workdir / name)
     common = records.provenance("experiments.studies.r1_seeds", session.describe_device(make_mesh(plan_mesh(runs))))
     found = records_of({name: r1_report.results(plan, workdir / name) for name, plan in runs.items()})
     found += [record for name, plan in runs.items() for record in kept_of(name, plan, workdir / name)]

@@ -140,18 +140,19 @@ def test_a_folder_keeps_its_plan_but_may_run_more_stages_and_change_those_that_h
 
 
 def test_stages_run_in_order_until_a_signal_and_are_done_once(tmp_path, monkeypatch):
-    plan, done, told = plan_of(tmp_path), [], []
+    plan, done, told, sizes = plan_of(tmp_path), [], [], []
     end = {"second_sft": signal.SIGTERM}
 
-    def train(config, posttraining, workdir):
+    def train(config, posttraining, workdir, mesh):
+        sizes.append(mesh.size)
         done.append((workdir.name, config.name, posttraining.stage))
         return SimpleNamespace(interrupted_by=end.get(workdir.name))
 
-    def measure(plan, stage, workdir, folder, tell):
+    def measure(plan, stage, workdir, folder, tell, devices):
         (workdir / r1.RESULTS).mkdir(exist_ok=True)
         (workdir / r1.RESULTS / f"{folder}.json").write_text(json.dumps(row(0.5)))
 
-    monkeypatch.setattr(r1, "prepare", lambda plan, workdir: None)
+    monkeypatch.setattr(r1, "prepare", lambda *arguments: None)
     monkeypatch.setattr(r1, "train_sft", train)
     monkeypatch.setattr(r1, "train_grpo", train)
     monkeypatch.setattr(r1, "measure", measure)
@@ -161,7 +162,8 @@ def test_stages_run_in_order_until_a_signal_and_are_done_once(tmp_path, monkeypa
     assert names == ["cold_start", "reasoning", "samples", "second_sft"]
     end.clear()
     done.clear()
-    assert r1.run_stages(plan, tmp_path, told.append) is None
+    assert r1.run_stages(plan, tmp_path, told.append, jax.devices()[:1]) is None
+    assert sizes == [8, 8, 8, 1, 1]
     assert [entry for entry in done if entry != "samples"] == [
         ("second_sft", "tiny_r1_second_sft", "sft"),
         ("second_rl", "tiny_r1_second_rl", "grpo"),
@@ -239,7 +241,7 @@ def test_sampling_that_was_killed_goes_on_behind_the_blocks_that_are_done(tmp_pa
     stage = plan.stages[2]
 
     @contextlib.contextmanager
-    def sampler(plan, origin, workdir, folder, grpo):
+    def sampler(plan, origin, workdir, folder, grpo, devices):
         assert (origin.name, folder, grpo.accuracy) == ("reasoning", "reasoning", "text")
         engine = SimpleNamespace(update_weights=lambda weights: None)
         yield engine, None, SimpleNamespace(train=range(250)), None
