@@ -71,11 +71,14 @@ def main(_) -> None:
         if kind != ONE:
             train(plan, workdir, kind)
     rows = {kind: [row for row in read_rows(workdir / kind) if row["step"] <= STEPS.value] for kind in KINDS}
-    device = session.describe_device(make_mesh(settings(plan, workdir, "data")[0].mesh))
-    common = records.provenance("experiments.studies.grpo_meshes", f"{device}; one of them: {KINDS[ONE][0]}")
-    common |= {"config": f"{config_name(plan)}, {ONE}", "precision": "fp32"}
-    found = [record for kind in KINDS for record in records_of(kind, rows)]
-    records.write(folder / "grpo_meshes.json", [record | common for record in found])
+    found: list[dict[str, Any]] = []
+    for kind in KINDS:
+        devices = jax.devices()[: 1 if kind == ONE else 2]
+        mesh = make_mesh(settings(plan, workdir, kind)[0].mesh, devices)
+        common = records.provenance("experiments.studies.grpo_meshes", session.describe_device(mesh))
+        common |= {"config": f"{config_name(plan)}, {ONE}", "precision": "fp32"}
+        found += [record | common for record in records_of(kind, rows)]
+    records.write(folder / "grpo_meshes.json", found)
     draw(rows).savefig(folder / "grpo_meshes.png", dpi=100)
     for record in found:
         print(f"{record['mode']:<16}{record['op']:<64}{record['value']:>14.7g} {record['unit']}")
