@@ -25,6 +25,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -61,7 +62,7 @@ MOST_TOKENS = 1 << 16  # of a tokenizer that has far fewer
 
 
 def run_stages(
-    plan: Plan, workdir: Path, tell: Callable[[str], None], devices: Sequence[jax.Device] | None = None
+    plan: Plan, workdir: Path, tell: Callable[[str], None], devices: Sequence[Any] | None = None
 ) -> signal.Signals | None:
     """Run every stage that is not done, to its end or until a signal, which is returned.
 
@@ -92,7 +93,7 @@ def run_stages(
     return None
 
 
-def prepare(plan: Plan, workdir: Path, devices: Sequence[jax.Device] | None = None) -> None:
+def prepare(plan: Plan, workdir: Path, devices: Sequence[Any] | None = None) -> None:
     """Write the conversations of the task, and random weights for the stages that begin with them, where missing."""
     conversations, path = plan.conversations(), workdir / f"{EXAMPLES}.jsonl"
     if not path.exists():
@@ -103,7 +104,7 @@ def prepare(plan: Plan, workdir: Path, devices: Sequence[jax.Device] | None = No
             save_random(plan.settings(stage, workdir)[0], workdir / base_of(stage), word, devices)
 
 
-def save_random(config: Config, folder: Path, word: str, devices: Sequence[jax.Device] | None = None) -> None:
+def save_random(config: Config, folder: Path, word: str, devices: Sequence[Any] | None = None) -> None:
     """Save random weights as a run's checkpoint of step 0, with a tokenizer of bytes and of the words of a task.
 
     config.json is written last: a start that was killed before is made up for.
@@ -128,7 +129,7 @@ def measure(
     workdir: Path,
     folder: str,
     tell: Callable[[str], None],
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> None:
     """Answer the held-out problems with the weights in a folder; leave accuracy and some answers in its result.
 
@@ -161,7 +162,7 @@ def keep_right_answers(
     stage: Stage,
     workdir: Path,
     tell: Callable[[str], None],
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> None:
     """Draw answers to training problems with the weights of `stage.initial`; keep the right ones, each once.
 
@@ -218,7 +219,7 @@ def open_sampler(
     workdir: Path,
     folder: str,
     grpo: Grpo,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Iterator[tuple[Engine, RewardPool, Problems, Weights]]:
     """Open an engine with the weights in a folder of a stage's model, with the problems and rewards of `grpo`."""
     config, posttraining = plan.settings(stage, workdir)

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from deepseek_jax.posttraining import r1
 from deepseek_jax.posttraining.r1_record import keep_plan
 from deepseek_jax.posttraining.r1_settings import Plan, read_plan
 from deepseek_jax.training.journal import say
 
 
-def run_stages(tree: dict[str, Any], workdir: Path, devices: Sequence[jax.Device] | None = None) -> Plan:
+def run_stages(tree: dict[str, Any], workdir: Path, devices: Sequence[Any] | None = None) -> Plan:
     """Run the stages of a configuration that `workdir` does not have, and return their plan; a signal ends the study.
 
     Args:
