@@ -205,7 +205,8 @@ def test_the_seconds_of_a_rollout_begin_when_its_weights_are_made(monkeypatch):
     class Late:
         def block_until_ready(self):
             assert asked.wait(SECONDS)
-            now[0] = max(now[0], 1.0)
+            if now[0] < 1.0:  # the sampler's wait; the engine's comes later, and must not write over its clock
+                now[0] = 1.0
 
     batch = FakeBatch()
     take_weights = batch.update_weights
