@@ -292,7 +292,7 @@ def nano_plan(folder):
 def test_stages_that_were_killed_end_where_the_uninterrupted_ones_do(tmp_path, monkeypatch):
     """Random weights, fine-tuning, reinforcement learning, samples and all measurements, for real."""
     for module in (r1, sft, grpo):
-        monkeypatch.setattr(module, "make_mesh", lambda layout: make_mesh(layout, jax.devices()[:1]))
+        monkeypatch.setattr(module, "make_mesh", lambda layout, devices=None: make_mesh(layout, jax.devices()[:1]))
     monkeypatch.setattr(r1, "BLOCK", 6)
     engines, open_engine = [], grpo.open_engine
 
