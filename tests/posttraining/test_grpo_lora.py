@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.adapters import Adapted, Lora, adapt, halves, is_weight, mark
+from deepseek_jax.adapters import Lora, adapt, mark
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.inputs import read_json
-from deepseek_jax.parameters import PARAMETERS, Weights, leaf_name, matrix_shape, num_lead_dims
+from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining import grpo
 from deepseek_jax.posttraining.choices import VARIANTS
 from deepseek_jax.posttraining.grpo import train_grpo
@@ -32,6 +32,7 @@ from tests.posttraining import test_sft
 from tests.posttraining.test_grpo import assert_same_weights, go_back, settings
 from tests.posttraining.test_sft import chat, one_device, save_run
 from tests.support import small
+from tests.support.drawn_adapters import check_gradients
 from tests.support.failing_rewards import varied
 from tests.support.grpo_runs import tiny
 from tests.training.test_adapted import LORA as ONES
@@ -125,18 +126,7 @@ def test_gradients_of_the_policy_are_those_of_the_merged_weights_projected():
         grads, sums, _ = program(Weights(state["params"], state["router_bias"]), batch, small.RATES, base)
         full = program(merged(Weights(adapted, state["router_bias"])), batch, small.RATES)[0]
     assert 0 < float(sums.terms.clipped_low + sums.terms.clipped_high) < float(sums.terms.tokens)
-    count = 0
-    for path, weight in jax.tree_util.tree_leaves_with_path(adapted, is_leaf=is_weight):
-        if not isinstance(weight, Adapted):
-            continue
-        pair, dw = (functools.reduce(lambda node, entry: node[entry.key], path, tree) for tree in (grads, full))
-        a, b = (np.float64(half) for half in halves(weight))
-        name, count = leaf_name(path), count + 1
-        dw = np.float64(dw).reshape(matrix_shape(dw.shape, num_lead_dims(name, dw.ndim), PARAMETERS[name].input_dims))
-        wanted = weight.scale * dw @ b.swapaxes(-1, -2), weight.scale * a.swapaxes(-1, -2) @ dw
-        for got, want in zip((pair[key] for key in sorted(pair)), wanted, strict=True):
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max(), err_msg=str(path))
-    assert count == 5 + 2 + 2
+    assert check_gradients(adapted, grads, full) == 5 + 2 + 2
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from deepseek_jax.model.linear import linear, swiglu_linear
 from deepseek_jax.model.norm_linear import norm_linear
 from deepseek_jax.model.precision import ATTENTION_OUTPUT
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.parameters import PARAMETERS, Fp8Weight, Weights, leaf_name, matrix_shape, num_lead_dims
+from deepseek_jax.parameters import Fp8Weight, Weights, leaf_name
 from deepseek_jax.plan.adapters import held_by_device
 from deepseek_jax.plan.meshes import fit_as_written
 from deepseek_jax.training import adapted as adapted_training
@@ -32,6 +32,7 @@ from deepseek_jax.training.state import weights_of
 from deepseek_jax.training.step import gradients, recipe_of, update
 from pallas_kernels.quantize import quantize_blocks
 from tests.support import small
+from tests.support.drawn_adapters import check_gradients
 
 LORA = Lora(rank=4, alpha=8.0, targets=("attention", "shared", "experts"))
 ONE = (1, 1, 1)
@@ -134,19 +135,7 @@ def test_gradients_are_those_of_the_merged_weights_projected():
         whole = merged(Weights(adapted, state["router_bias"]))
         program = jax.jit(functools.partial(gradients, recipe_of(cfg, pretraining(cfg), mesh)))
         full = program.lower(whole, batch, small.RATES).compile()(whole, batch, small.RATES)[0]
-    count = 0
-    for path, weight in jax.tree_util.tree_leaves_with_path(adapted, is_leaf=is_weight):
-        if not isinstance(weight, Adapted):
-            continue
-        pair, dw = (functools.reduce(lambda node, entry: node[entry.key], path, tree) for tree in (grads, full))
-        a, b = (np.float64(half) for half in halves(weight))
-        name, count = path[-1].key, count + 1
-        shape = matrix_shape(dw.shape, num_lead_dims(name, dw.ndim), PARAMETERS[name].input_dims)
-        dw = np.float64(dw).reshape(shape)
-        da, db = weight.scale * dw @ b.swapaxes(-1, -2), weight.scale * a.swapaxes(-1, -2) @ dw
-        for got, wanted in zip(halves(dataclasses.replace(weight, pair=pair)), (da, db), strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max(), err_msg=str(path))
-    assert count == 5 + 2 + 2  # of attention, of the shared and of the routed experts
+    assert check_gradients(adapted, grads, full) == 5 + 2 + 2  # of attention, of the shared and of the routed experts
 
 
 @pytest.mark.slow
