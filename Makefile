@@ -12,7 +12,7 @@ export PYTHON
 
 RUN := exec .venv/bin/python -m
 
-.PHONY: help train r1 serve bench test test-slow lint types format docs environment serve-environment test-environment docs-environment
+.PHONY: help train r1 serve bench test test-slow test-card lint types format docs environment serve-environment test-environment docs-environment
 
 help:
 	@echo "make train      train configs/tiny.py on real text into runs/tiny; the same command continues an interrupted run"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench      measure the training step of configs/tiny.py"
 	@echo "make test       run the tests on a simulated mesh of 8 CPU devices"
 	@echo "make test-slow  run the tests that take longer than about 20 seconds each"
+	@echo "make test-card  run the tests of the kernels that need a Hopper GPU, on it"
 	@echo "make lint       check style, format and types; make format: repair what can be repaired"
 	@echo "make types      check types, and take mended findings out of the baseline"
 	@echo "make docs       build the documentation as a site into site/"
@@ -46,6 +47,10 @@ test: test-environment
 
 test-slow: test-environment
 	@$(RUN) pytest -m slow
+
+# tests/conftest.py simulates eight CPU devices; what is below the folder named here starts on the GPU.
+test-card: environment test-environment
+	@$(RUN) pytest -n=0 -rs --confcutdir=tests/pallas_kernels tests/pallas_kernels/*/test_on_card.py
 
 lint: test-environment
 	.venv/bin/ruff check
