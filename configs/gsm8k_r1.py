@@ -2,11 +2,12 @@
 
     python -m experiments.studies.gsm8k --gsm8k=train.jsonl --runs=runs/gsm8k
 
-makes the data and runs the three stages, which are ordinary runs:
+makes the data and runs the stages, which are ordinary runs:
 
     gsm8k_r1.py:base    pre-training on problems made by code, GSM8K's training texts, and Python's own source
     gsm8k_r1.py:sft     fine-tuning on GSM8K's solutions, and on the task's in two ways: with steps, and without
     gsm8k_r1.py:grpo    reinforcement learning on the task, with 1 for a right answer
+    gsm8k_r1.py:control the same with a reward that knows nothing (`posttraining.rewards.chance`), from `sft` as well
 
 Paths are those that the study makes; give others by `--config.data.sources` and `--initial`.
 """
@@ -20,11 +21,11 @@ TASK = "word_problems:2-6"
 
 
 def get_config(stage: str = "grpo") -> ConfigDict:
-    """Return the configuration of a stage: `base`, `sft` or `grpo`."""
+    """Return the configuration of a stage: `base`, `sft`, `grpo` or `control`."""
     config = v3_300m.get_config()
     config.name = f"gsm8k_{stage}"
     config.training.update({"checkpoint_every": 10**6, "keep_checkpoints": 1, "log_every": 1})  # one at the end
-    {"base": _base, "sft": _sft, "grpo": _grpo}[stage](config)
+    {"base": _base, "sft": _sft, "grpo": _grpo, "control": _control}[stage](config)
     return config
 
 
@@ -89,3 +90,8 @@ def _grpo(config: ConfigDict) -> None:
             "rows": 128,
         },
     }
+
+
+def _control(config: ConfigDict) -> None:
+    _grpo(config)
+    config.posttraining.grpo.rewards = {"gsm8k": 0.0, "chance": 1.0}  # the answer is measured, and gives nothing

@@ -1,4 +1,4 @@
-"""From text to a model that reasons: pre-training, SFT and GRPO of 0.3B parameters, measured behind each.
+"""From text to a model that reasons: pre-training, SFT, GRPO and its control at 0.3B parameters, measured behind each.
 
     python -m experiments.studies.gsm8k --gsm8k=train.jsonl --runs=runs/gsm8k
 
@@ -10,6 +10,7 @@ calculations is trained on, in whatever words. Both are answered greedily behind
     base    pre-training on text
     sft     fine-tuning on conversations: GSM8K's solutions, and the task's, with steps and (twice as many) without
     grpo    reinforcement learning on the task: it has questions and answers alone
+    control the same from the weights of `sft`, with a reward that is a coin: what it learns is not from being right
 
 Fine-tuning shows two ways to answer the task, and nothing tells which is better, as in `configs/tiny_r1.py`. A stage
 that is done is read, one that was stopped continues. Records have accuracy with Wilson's 95% interval, and tokens/s.
@@ -17,6 +18,7 @@ that is done is read, one that was stopped continues. Records have accuracy with
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -35,7 +37,7 @@ from deepseek_jax.files import write_atomically
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import LENGTH, Job
 from deepseek_jax.inputs import local_path, new_folder, read_json
-from deepseek_jax.palette import SERIES
+from deepseek_jax.palette import GRAY, SERIES
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.accuracy import wilson
@@ -57,7 +59,8 @@ from pallas_kernels.bench import records
 
 GSM8K = flags.DEFINE_string("gsm8k", None, "GSM8K's training split, .jsonl.", required=True)
 
-STAGES = "base", "sft", "grpo"
+CONTROL = "control"
+STAGES = "base", "sft", "grpo", CONTROL
 DATA, RESULTS = "data", "results"
 MOST_NEW_TOKENS = 320  # of an answer; GSM8K's solutions have 100 on average
 STEP = "<<"  # a calculation that is written down
@@ -139,7 +142,7 @@ def train_stage(stage: str, tree: dict[str, Any], workdir: Path) -> Result:
     """Train a stage to its end, or until a signal."""
     if stage == "base":
         return train(from_config_dict(tree), workdir)
-    return {"sft": train_sft, "grpo": train_grpo}[stage](*read(tree), workdir)
+    return (train_sft if stage == "sft" else train_grpo)(*read(tree), workdir)
 
 
 class Measure:
@@ -244,26 +247,28 @@ def speeds(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(runs: Path) -> Any:
-    """Return a figure: accuracy behind each stage by the number of calculations, and the curves of GRPO."""
+    """Return a figure: accuracy behind each stage by the number of calculations, and the curves of GRPO and control."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     bars, *panels = figure.subplots(2, 2).flat
-    for place, (stage, colour) in enumerate(zip(STAGES, SERIES, strict=False)):
+    colours = dict(zip(STAGES, SERIES, strict=False)) | {CONTROL: GRAY}
+    for place, (stage, colour) in enumerate(colours.items()):
         results = read_json(runs / RESULTS / f"{stage}.json")
         shares = [one["share"] for one in results.values()]
-        bars.bar(np.arange(len(shares)) + 0.27 * (place - 1), shares, 0.25, color=colour, label=stage)
+        bars.bar(np.arange(len(shares)) + 0.2 * (place - 1.5), shares, 0.19, color=colour, label=stage)
         bars.set_xticks(
             range(len(shares)), [name.removeprefix("task, ").replace("calculations", "calc.") for name in results]
         )
     bars.legend()
     bars.set(title="held-out accuracy behind each stage", ylim=(0, 1))
-    rows = read_rows(runs / "grpo")
+    rows = {stage: read_rows(runs / stage) for stage in ("grpo", CONTROL)}
     for axes, (title, keys) in zip(panels, CURVES.items(), strict=True):
-        for (key, style), colour in zip(keys.items(), SERIES, strict=False):
-            found = [row for row in rows if key in row]
-            axes.plot([row["step"] for row in found], [row[key] for row in found], style, color=colour, label=key)
-        axes.set(title=title, xlabel="update of GRPO")
+        for stage, key in itertools.product(rows, keys):
+            found = [row for row in rows[stage] if key in row]
+            curve = [row["step"] for row in found], [row[key] for row in found]
+            axes.plot(*curve, keys[key], color=colours[stage], label=stage)
+        axes.set(title=title, xlabel="update of GRPO, or of its control (grey)")
         axes.set_ylim(bottom=0)
     return figure
 

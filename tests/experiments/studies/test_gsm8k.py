@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from configs import gsm8k_r1
@@ -10,9 +11,12 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inference import opening
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.posttraining import grpo, sft
+from deepseek_jax.posttraining.grpo import open_pool
 from deepseek_jax.posttraining.grpo_settings import TaskName
+from deepseek_jax.posttraining.rewards.problem import Problem
 from deepseek_jax.posttraining.settings import read
 from deepseek_jax.training import pretrain
+from deepseek_jax.training.metrics import read_rows
 from experiments.studies import gsm8k
 from experiments.studies.gsm8k_data import Sizes, prepare
 from tests.training import nano
@@ -50,7 +54,7 @@ def small(stage):
         config.training.update({"num_tokens": 6 * 8 * 192.0, "eval_batches": 1})
     if stage == "sft":
         config.posttraining.sft.epochs = 2.0
-    if stage == "grpo":
+    if stage in ("grpo", "control"):
         sizes = {"num_problems": 20, "heldout": 5, "group_size": 4, "steps": 6, "max_new_tokens": 8, "rows": 8}
         config.posttraining.grpo.update({"problems": "word_problems:1-2", "reward_workers": 1} | sizes)
     return config
@@ -62,7 +66,21 @@ def test_the_configurations_are_ones():
         assert gsm8k_r1.RUNS not in json.dumps(tree)
         if stage != "base":
             config, posttraining = read(tree)
-            assert posttraining.stage == stage and config.training.initial_weights.startswith("elsewhere/")
+            kind, begins = {"sft": ("sft", "base")}.get(stage, ("grpo", "sft"))
+            assert posttraining.stage == kind and config.training.initial_weights == f"elsewhere/{begins}"
+
+
+def test_the_control_is_grpo_with_a_coin_for_a_reward():
+    ours, control = ({"name": ""} | gsm8k.tree_of(gsm8k_r1.get_config, stage, "r") for stage in ("grpo", "control"))
+    settings, posttraining = control["posttraining"]["grpo"], read(control)[1]
+    assert settings.pop("rewards") == {"gsm8k": 0.0, "chance": 1.0}
+    assert ours["posttraining"]["grpo"].pop("rewards") == {"gsm8k": 1.0}
+    assert control.pop("name") == "gsm8k_control" and ours.pop("name") == "gsm8k_grpo" and control == ours
+    with open_pool(posttraining.grpo) as pool:
+        problem = Problem(name="one and one", messages=[], answer="#### 2")
+        scores = pool.score([problem] * 64, [f"That is {n}.\n#### {n % 2 + 1}" for n in range(64)])
+    right, totals = ([score.parts["gsm8k"] for score in scores], [score.total for score in scores])
+    assert sum(right) == 32 and set(totals) == {0.0, 1.0} and abs(np.corrcoef(right, totals)[0, 1]) < 0.3
 
 
 def test_what_is_held_out_is_in_no_file(tmp_path):
@@ -101,7 +119,7 @@ def test_speeds_are_medians_behind_the_first_updates():
 
 
 @pytest.mark.slow
-def test_three_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypatch):
+def test_all_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypatch):
     for module in (pretrain, sft, grpo):
         monkeypatch.setattr(module, "make_mesh", lambda layout: make_mesh(layout, jax.devices()[:1]))
     monkeypatch.setattr(gsm8k, "MOST_NEW_TOKENS", 160)  # with a question longer than a row of GRPO
@@ -109,15 +127,19 @@ def test_three_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypat
     path, told = write_problems(tmp_path / "gsm8k.jsonl"), []
     runs = tmp_path / "runs"
     assert gsm8k.run(small, path, runs, SIZES, told.append) is None
-    assert [text.partition(",")[0] for text in told] == ["base", "sft", "grpo"]
+    assert [text.partition(",")[0] for text in told] == ["base", "sft", "grpo", "control"]
     records = gsm8k.records_of(runs)
     shares = {record["op"]: record for record in records if record["unit"] == "share"}
-    assert len(shares) == 3 * 4
+    assert len(shares) == 4 * 4
     assert all(0 <= r["low"] <= r["value"] + 1e-12 and r["value"] <= r["high"] <= 1 for r in shares.values())
     assert shares["gsm8k, behind base"]["shape"] == {"problems": 6}
     speeds = {(record["mode"], record["op"]): record["value"] for record in records if record["unit"] != "share"}
     assert speeds["grpo", "sampling"] > 0 and speeds["sft", "training"] > 0
+    assert speeds["control", "sampling"] > 0
+    first = [next(row for row in read_rows(runs / stage) if row["step"] == 1) for stage in ("grpo", "control")]
+    assert first[0]["rollout/length"] == first[1]["rollout/length"]  # the same prompts, seeds and weights
+    assert 0 < first[1]["rollout/reward"] < 1 and "rollout/accuracy" in first[1]
     assert speeds["grpo", "sampler's and trainer's log-probabilities, mean difference"] < 1e-5
-    assert gsm8k.run(small, path, runs, SIZES, told.append) is None and len(told) == 3
+    assert gsm8k.run(small, path, runs, SIZES, told.append) is None and len(told) == 4
     gsm8k.draw(runs).savefig(tmp_path / "drawing.png")
     assert (tmp_path / "drawing.png").stat().st_size > 1000
