@@ -37,6 +37,7 @@ from deepseek_jax.adapters import Adapted, base_of, halves
 from deepseek_jax.model.experts_adapted import pair_of
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.model.rounds import Experts, Static, add_all, arrive, backward_round, count_rounds, forward_round
+from deepseek_jax.parallel.gradient_sums import GradientSum
 from deepseek_jax.parallel.transport import choose_transport
 from deepseek_jax.parameters import CastWeight, Fp8Weight
 from pallas_kernels.quantized import ROW_ALIGNMENT
@@ -108,12 +109,13 @@ def _forward(static, x_TD, gates_TK, carriers, numbers, experts_TK):
 
     count = count_rounds(static, arrived)
     inputs = None if count is None else (x_TD, gates_TK, experts_TK)
-    return add_all(count, (y_TD, ()), later, gates_TK)[0], (arrived, kept, numbers, inputs)
+    sums = {name: carrier.total for name, carrier in carriers.items() if isinstance(carrier, GradientSum)}
+    return add_all(count, (y_TD, ()), later, gates_TK)[0], (arrived, kept, numbers, inputs, sums)
 
 
 def _backward(static, residuals, g_TD):
-    arrived, kept, numbers, inputs = residuals
-    gradients = backward_round(static, arrived, numbers, kept, g_TD, None)
+    arrived, kept, numbers, inputs, sums = residuals
+    gradients = backward_round(static, arrived, numbers, kept, g_TD, sums)
 
     def later(index, dweights):
         x_TD, gates_TK, experts_TK = inputs
@@ -121,6 +123,7 @@ def _backward(static, residuals, g_TD):
         return backward_round(static, later, numbers, None, g_TD, dweights)
 
     (dx_TD, dgates_TK), dweights = add_all(count_rounds(static, arrived), gradients, later, g_TD)
+    dweights = {name: GradientSum(g) if name in sums else g for name, g in dweights.items()}
     return dx_TD, dgates_TK, dweights, None, None
 
 

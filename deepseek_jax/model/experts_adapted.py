@@ -90,8 +90,9 @@ class AdaptedExperts:
         routing: Routing,
         hidden: jax.Array,
         g_rows: Any,
+        dweights: dict[str, Any],
     ):
-        """Return the gradients of rows, gates, and in FP32 of the pairs."""
+        """Return the gradients of rows and gates, and in FP32 of the pairs, added to those in `dweights`."""
         base, low = _products(self.inner, weights, routing), self._low(weights, routing)
         used_Z1 = (jnp.arange(routing.source_Z.size) < routing.rows_E.sum())[:, None]
         weight_Z, dtype = routing.to_slots(gates_WK), hidden.dtype
@@ -108,6 +109,7 @@ class AdaptedExperts:
             x_ZD = _plain(take_rows(rows, routing.row_Z), dtype)
             more, dpairs[pair_of(GATE_UP)] = low[GATE_UP].backward(x_ZD, dhidden_ZH)
             dx_ZD += more
+        dpairs = jax.tree.map(jnp.add, dweights, dpairs) if dweights else dpairs
         return sum_rows(dx_ZD, routing.slots_WK), routing.to_assignments(dweight_Z), dpairs
 
     def _low(self, weights: dict[str, Any], routing: Routing) -> dict[str, "_LowRank"]:

@@ -94,9 +94,16 @@ class BlockedExperts:
         return sum_rows(y_ZD, routing.slots_WK), keep((gate_ZF, up_ZF), "expert_hidden")
 
     def backward(
-        self, weights: dict[str, tuple], rows: jax.Array, gates_WK: jax.Array, routing: Routing, hidden: Any, g_rows
+        self,
+        weights: dict[str, tuple],
+        rows: jax.Array,
+        gates_WK: jax.Array,
+        routing: Routing,
+        hidden: Any,
+        g_rows: jax.Array,
+        dweights: dict[str, jax.Array],
     ):
-        """Return the gradients of rows, gates and weights."""
+        """Return the gradients of rows and gates, and of weights, added to those in `dweights`."""
         (gate_up_ED2F,), (down_EFD,) = weights["gate_up_ED2F"], weights["down_EFD"]
         gate_ZF, up_ZF = hidden
         num_slots, dtype = routing.source_Z.size, rows.dtype
@@ -123,8 +130,8 @@ class BlockedExperts:
             return _put(dx_ZD, dx, i), _put(dweight_Z, (dact * act).sum(-1), i), dgate_up, ddown
 
         buffers = jnp.zeros((num_slots, rows.shape[1]), dtype), jnp.zeros((num_slots,))
-        zeros = (*buffers, jnp.zeros(gate_up_ED2F.shape), jnp.zeros(down_EFD.shape))
-        carry = jax.tree.map(lambda a: vary(a, rows), zeros)
+        sums = (dweights.get(name, jnp.zeros(weights[name][0].shape)) for name in ("gate_up_ED2F", "down_EFD"))
+        carry = jax.tree.map(lambda a: vary(a, rows), (*buffers, *sums))
         dx_ZD, dweight_Z, dgate_up, ddown = _over_waves(blocks.waves, blocks.expert.size // sizes[1], body, carry)
         dgates_WK = routing.to_assignments(dweight_Z)
         return sum_rows(dx_ZD, routing.slots_WK), dgates_WK, {"gate_up_ED2F": dgate_up, "down_EFD": ddown}

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.experts_grouped import sums_of
 from deepseek_jax.model.precision import DISPATCH, as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows, take_rows
@@ -67,9 +68,11 @@ class Fp8Experts:
         routing: Routing,
         hidden: Any,
         g_rows: Quantized,
+        dweights: dict[str, jax.Array],
     ):
-        """Return the gradients of rows (BF16), gates and weights (FP32)."""
+        """Return the gradients of rows (BF16) and gates, and of weights (FP32), added to those in `dweights`."""
         gate_up, down = _matrices(weights)
+        gate_up_sum, down_sum = sums_of(dweights)
         rows_E, used = routing.rows_E, _used(routing)
         dy_ZD = take_rows(g_rows, routing.row_Z)
         dact_ZF = grouped_matmul(dy_ZD, as_stored(*down), rows_E)
@@ -77,10 +80,10 @@ class Fp8Experts:
         dhidden_ZH, dhidden_HZ, act_FZ, dweight_Z = swiglu_backward_quantize(hidden, dact_ZF, weight_Z, num_rows=used)
         assert dweight_Z is not None  # there are weights
         dy_DZ = requantize_transposed(dy_ZD, num_rows=used, scale=DISPATCH)
-        ddown = grouped_matmul_accumulate(act_FZ, dy_DZ, rows_E)
+        ddown = grouped_matmul_accumulate(act_FZ, dy_DZ, rows_E, down_sum)
         dx_ZD = grouped_matmul(dhidden_ZH, as_stored(*gate_up), rows_E)
         x_DZ = requantize_transposed(take_rows(rows, routing.row_Z), num_rows=used, scale=DISPATCH)
-        dgate_up = grouped_matmul_accumulate(x_DZ, dhidden_HZ, rows_E)
+        dgate_up = grouped_matmul_accumulate(x_DZ, dhidden_HZ, rows_E, gate_up_sum)
         dgates_WK = routing.to_assignments(dweight_Z)
         dweights = {
             "gate_up_ED2F": dgate_up.reshape(weights["gate_up_ED2F"][0].shape),

@@ -50,16 +50,18 @@ class GroupedExperts:
         routing: Routing,
         hidden: jax.Array,
         g_rows: jax.Array,
+        dweights: dict[str, jax.Array],
     ):
-        """Return the gradients of rows (BF16), gates and weights (FP32)."""
+        """Return the gradients of rows (BF16) and gates, and of weights (FP32), added to those in `dweights`."""
         gate_up_EDH, down_EFD = _matrices(weights)
+        gate_up_sum, down_sum = sums_of(dweights)
         rows_E, weight_Z1 = routing.rows_E, routing.to_slots(gates_WK)[:, None]
         dy_ZD = take_rows(g_rows, routing.row_Z)
         dact_ZF = grouped_matmul_bf16(dy_ZD, down_EFD, rows_E).astype(jnp.float32)
-        ddown = grouped_matmul_accumulate_bf16(_act(hidden, weight_Z1), dy_ZD, rows_E)
+        ddown = grouped_matmul_accumulate_bf16(_act(hidden, weight_Z1), dy_ZD, rows_E, down_sum)
         dhidden_ZH, dweight_Z = weighted_swiglu_backward(hidden, weight_Z1, dact_ZF)
         dx_ZD = grouped_matmul_bf16(dhidden_ZH, gate_up_EDH, rows_E)
-        dgate_up = grouped_matmul_accumulate_bf16(take_rows(rows, routing.row_Z), dhidden_ZH, rows_E)
+        dgate_up = grouped_matmul_accumulate_bf16(take_rows(rows, routing.row_Z), dhidden_ZH, rows_E, gate_up_sum)
         dgates_WK = routing.to_assignments(dweight_Z)
         dweights = {"gate_up_ED2F": dgate_up.reshape(weights["gate_up_ED2F"][0].shape), "down_EFD": ddown}
         return sum_rows(dx_ZD, routing.slots_WK), dgates_WK, dweights
@@ -69,6 +71,12 @@ def _matrices(weights: dict[str, tuple]) -> tuple[jax.Array, jax.Array]:
     """Return gate and up as one matrix [D, H] per expert, and down."""
     (values_ED2F,), (down_EFD,) = weights["gate_up_ED2F"], weights["down_EFD"]
     return values_ED2F.reshape(*values_ED2F.shape[:2], -1), down_EFD
+
+
+def sums_of(dweights: dict[str, jax.Array]) -> tuple[jax.Array | None, jax.Array | None]:
+    """Return the sums that products add to, of gate and up as one matrix [D, H] per expert, and of down; or None."""
+    gate_up_ED2F, down_EFD = dweights.get("gate_up_ED2F"), dweights.get("down_EFD")
+    return None if gate_up_ED2F is None else gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1), down_EFD
 
 
 def _act(hidden_ZH: jax.Array, weight_Z1: jax.Array) -> jax.Array:

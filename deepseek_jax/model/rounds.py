@@ -67,9 +67,19 @@ class Experts(Protocol):
         ...
 
     def backward(
-        self, weights: dict[str, tuple], rows: Any, gates_WK: jax.Array, routing: Routing, hidden: Any, g_rows: Any
+        self,
+        weights: dict[str, tuple],
+        rows: Any,
+        gates_WK: jax.Array,
+        routing: Routing,
+        hidden: Any,
+        g_rows: Any,
+        dweights: dict[str, jax.Array],
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Return the gradients of rows [W, D], gates [W, K], and in FP32 of weights, from that of the sums."""
+        """Return the gradients of rows [W, D], gates [W, K], and in FP32 of weights, from that of the sums.
+
+        Those of weights are added to `dweights`, where it has some.
+        """
         ...
 
 
@@ -255,14 +265,14 @@ def _backward_delivery(static: Static, arrived: Arrived, numbers, g_rows, index,
     def one_range(index, dweights):
         route = _routing(static, arrived, routes, index)
         hidden = static.experts.forward(numbers, rows, routes.gates_WK, route)[1]
-        *terms, more = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
-        return tuple(terms), jax.tree.map(jnp.add, dweights, more)
+        *terms, dweights = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows, dweights)
+        return tuple(terms), dweights
 
     with jax.named_scope("experts"):
         first = None
         if kept is not None:
             _, route, hidden = kept
-            *terms, dweights = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows)
+            *terms, dweights = static.experts.backward(numbers, rows, routes.gates_WK, route, hidden, g_rows, dweights)
             first = tuple(terms), dweights
         terms, dweights = add_all(_count_ranges(static, arrived), first, one_range, routes.gates_WK, dweights)
     with jax.named_scope("combine"):
@@ -276,7 +286,7 @@ def backward_round(static: Static, arrived: Arrived, numbers, kept, g_TD, dweigh
         static, arrived, numbers: as before.
         kept: from the forward pass; None: compute all once more.
         g_TD: gradient of the sums.
-        dweights: without `kept`: gradients of weights so far, to add to.
+        dweights: gradients of weights so far, to add to; with `kept` it may have none or some of them.
     """
     with jax.named_scope("dispatch"):
         g_rows = send(static.transport.first, arrived.places, static.experts.pack(g_TD))
@@ -284,7 +294,7 @@ def backward_round(static: Static, arrived: Arrived, numbers, kept, g_TD, dweigh
     def one(index, dweights, kept=None):
         return _backward_delivery(static, arrived, numbers, g_rows, index, kept, dweights)
 
-    first = None if kept is None else one(0, None, kept)
+    first = None if kept is None else one(0, dweights, kept)
     terms, dweights = add_all(_count_deliveries(static, arrived), first, one, arrived.routes.gates_WK, dweights)
     with jax.named_scope("combine"):
         return tuple(bring(static.transport.first, arrived.places, term) for term in terms), dweights

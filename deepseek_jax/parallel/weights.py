@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.adapters import adapt, adapters_of
 from deepseek_jax.config import Execution, Model
+from deepseek_jax.parallel.gradient_sums import GradientSum
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parameters import (
     EXPERTS,
@@ -137,7 +138,7 @@ def with_fp8(model: Model, execution: Execution, params: Any) -> Any:
 
 def attach(tree: Any, quantized: Any) -> Any:
     """Make each weight of `tree` a carrier: of an `Fp8Weight` if it has (values, scales) in `quantized`, of a
-    `CastWeight` if it has (values,); None leaves it as it is.
+    `CastWeight` if it has (values,); None leaves it as it is. A leaf may be a `GradientSum`.
     """
 
     def attach_leaf(w, q):
@@ -145,7 +146,9 @@ def attach(tree: Any, quantized: Any) -> Any:
             return w
         return Fp8Weight(w, *q) if len(q) == 2 else CastWeight(w, *q)
 
-    return jax.tree.map(attach_leaf, tree, quantized, is_leaf=_is_weight)
+    return jax.tree.map(
+        attach_leaf, tree, quantized, is_leaf=lambda leaf: _is_weight(leaf) or isinstance(leaf, GradientSum)
+    )
 
 
 def detach(tree: Any) -> tuple[Any, Any]:

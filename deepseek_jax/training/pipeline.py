@@ -28,6 +28,7 @@ from jax import lax
 
 from deepseek_jax.model.balance import no_routers
 from deepseek_jax.model.precision import compute_dtype
+from deepseek_jax.parallel.gradient_sums import lend
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.stage_weights import collect, distribute
 from deepseek_jax.parallel.stages import Holding, Stage, holding_of, program_of, split_layers
@@ -75,7 +76,7 @@ def stage_gradients(
         shape: StageWork(recipe, shape, (lambda tree: tree) if once else load, norms, rates)
         for shape in dict.fromkeys(stage.shape for stage in stages)
     }
-    run = Run(program, stages, holding, held, micro_batches, work)
+    run = Run(program, stages, holding, held, micro_batches, work, lends=once)
     sums = run.all_ticks(run.begin(recipe)).own.sums
     grads = _together(sums.grads)
     grads = reduce_gradients(grads, model.num_experts) if once else grads
@@ -93,9 +94,10 @@ class Run:
         held: Held,
         micro_batches: Batch,
         work: dict[Stage, StageWork],
+        lends: bool,
     ):
         self.program, self.stages, self.holding, self.held = program, stages, holding, held
-        self.micro_batches, self.work = micro_batches, work
+        self.micro_batches, self.work, self.lends = micro_batches, work, lends
         self.axes = frozenset((PIPE, *TOKENS))
         self.branches, self.branch = branches_of(program, stages)
 
@@ -106,17 +108,19 @@ class Run:
         x_BSD = manual_axes.vary(x_BSD, self.axes)
         zero, first = jnp.int32(0), jax.tree.map(lambda a: a[0], self.micro_batches)
         starts = Starts(0, 0, manual_axes.vary(zero, frozenset((PIPE,))))
+        grads = jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), w), self.held.params)
+        held = self._lent(grads)
         for work in self.work.values():
-            jax.eval_shape(lambda x, work=work: work.forward(self.held, starts, x, first)[0], x_BSD)
+            jax.eval_shape(lambda x, work=work: work.forward(held, starts, x, first)[0], x_BSD)
         last = next(work for stage, work in self.work.items() if stage.is_last)
-        terms = jax.eval_shape(functools.partial(_terms, last, self.held, starts), x_BSD, first)
+        terms = jax.eval_shape(functools.partial(_terms, last, held, starts), x_BSD, first)
         for work in self.work.values():
             work.learn_terms(terms)
         structures = [work.structure for work in self.work.values() if work.structure]
         router = self._no_router(model, x_BSD)
         boxes = {"activation": self.program.num_activations, "gradient": self.program.num_gradients}
         sums = Sums(
-            grads=jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), w), self.held.params),
+            grads=grads,
             terms=manual_axes.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), terms), self.axes),
             router=manual_axes.vary(router, self.axes),
         )
@@ -153,6 +157,10 @@ class Run:
 
         return lax.scan(tick, carry, jax.tree.map(jnp.asarray, rows))[0]
 
+    def _lent(self, sums: Any) -> Held:
+        """Return the weights; if they were gathered once a step, products add to the sums of gradients of experts."""
+        return self.held._replace(params=lend(self.held.params, self.held.quantized, sums)) if self.lends else self.held
+
     def _starts(self, row: dict[str, jax.Array], part: str, work: Work) -> Starts:
         routers = jnp.asarray([stage.moe_layers.first for stage in self.stages], jnp.int32)
         of_stacks = {name: starts[work.chunk] for name, starts in self.holding.starts.items()}
@@ -185,7 +193,7 @@ class Run:
     def _forward(self, own: Own, made: Made, inboxes: Inboxes, row: dict, of: Work) -> tuple[Own, Made]:
         work, starts = self.work[of.stage], self._starts(row, "forward", of)
         x_BSD = _at(inboxes["activation"], row["forward_inbox"])
-        outputs, arrays = work.forward(self.held, starts, x_BSD, self._micro_batch(row, "forward"))
+        outputs, arrays = work.forward(self._lent(own.sums.grads), starts, x_BSD, self._micro_batch(row, "forward"))
         assert work.structure is not None
         if not of.stage.is_last:
             made = made._replace(activation=outputs.hidden_BSD)
@@ -201,7 +209,7 @@ class Run:
         arrays, slots = work.structure.packing.read(own.kept, row["backward_slot"])
         gradient_BSD = _at(inboxes["gradient"], row["backward_inbox"])
         terms, head_grads, gradients = work.objective(self.held, arrays, gradient_BSD, batch)
-        grads, gradient_BSD = work.backward(self.held, starts, arrays, gradients)
+        grads, gradient_BSD = work.backward(self._lent(own.sums.grads), starts, arrays, gradients)
         total, pending = work.add(own.sums.grads, starts, head_grads), own.pending
         if joined:
             total = work.add(total, starts, grads)
@@ -216,7 +224,7 @@ class Run:
         assert work.structure is not None
         arrays, slots = work.structure.packing.read(own.kept, row["weight_slot"])
         gradients, pending = work.structure.pending.read(own.pending, row["weight_pending"])
-        grads, _ = work.backward(self.held, starts, arrays, work.unflat(gradients))
+        grads, _ = work.backward(self._lent(own.sums.grads), starts, arrays, work.unflat(gradients))
         return Own(own.sums._replace(grads=work.add(own.sums.grads, starts, grads)), slots, pending)
 
     def _exchange(self, inboxes: Inboxes, made: Made, row: dict[str, jax.Array]) -> Inboxes:

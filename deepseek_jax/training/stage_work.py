@@ -30,6 +30,7 @@ from deepseek_jax.model.balance import no_routers
 from deepseek_jax.model.layer import Part, run_layers
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.model.transformer import Output, embed, finish
+from deepseek_jax.parallel.gradient_sums import added
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.stages import STACKS, Stage
 from deepseek_jax.parallel.weights import attach, in_fp32
@@ -180,16 +181,16 @@ class StageWork:
         return jax.tree.unflatten(structure.pull, leaves)(gradients)
 
     def add(self, total: Any, starts: Starts, grads: Any) -> Any:
-        """Add the gradients of a stage to those of the device."""
+        """Add the gradients of a stage to those of the device (`parallel.gradient_sums.added`)."""
         total = dict(total)
         for name, part in grads.items():
             begin = getattr(starts, name) if name in STACKS else 0
             if isinstance(part, list):
                 end = begin + len(part)
-                sums = jax.tree.map(jnp.add, total[name][begin:end], part)
+                sums = jax.tree.map(added, total[name][begin:end], part)
                 total[name] = [*total[name][:begin], *sums, *total[name][end:]]
             else:
-                total[name] = jax.tree.map(jnp.add, total[name], part)
+                total[name] = jax.tree.map(added, total[name], part)
         return total
 
     def add_router(self, total: Any, starts: Starts, router: Any) -> Any:

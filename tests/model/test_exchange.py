@@ -66,11 +66,11 @@ class TanhExperts:
         self.observe(rows)
         return self.apply(weights["down_EFD"][0], rows, gates_WK, routing), None
 
-    def backward(self, weights, rows, gates_WK, routing, hidden, g_rows):
+    def backward(self, weights, rows, gates_WK, routing, hidden, g_rows, dweights):
         (w_EDD,) = weights["down_EFD"]
         _, pull = jax.vjp(lambda x, gates, w: self.apply(w, x, gates, routing), rows, gates_WK, w_EDD)
-        dx, dgates, dweights = pull(g_rows)
-        return dx, dgates, {"down_EFD": dweights}
+        dx, dgates, dw_EDD = pull(g_rows)
+        return dx, dgates, {"down_EFD": dweights.get("down_EFD", 0) + dw_EDD}
 
     def apply(self, w_EDD, rows, gates_WK, routing):
         x_ZD, gate_Z = take_rows(rows, routing.row_Z), routing.to_slots(gates_WK)

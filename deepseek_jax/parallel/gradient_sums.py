@@ -1,0 +1,65 @@
+"""Sums of gradients over micro-batches, to which the experts' products add on their way out.
+
+A step of M micro-batches makes the gradient of each weight M times. Written by a product and then added to the sum by
+another operation, a number moves five times: the gradient is written and read, the sum is read and written, and that
+is 16 bytes a parameter and micro-batch. A product that adds to the sum itself moves it twice, 8 bytes. Experts are
+nearly all parameters and get few rows each, so there the difference is the most (experiments/log.md).
+
+    apart       dw = x^T dy          sum = sum + dw
+    lent        sum = sum + x^T dy
+
+A derivative can express it: what is differentiated of a weight is its carrier, whose numbers no product reads. So the
+sum is lent as the carrier, and its cotangent is the new sum. `GradientSum` marks both, so that nobody takes one for the
+other, and `added` puts the new sum in place of the old one:
+
+    params = lend(params, numbers, sums)                      carriers of experts -> GradientSum(sum so far)
+    grads = jax.grad(loss)(params)                            arrays, and GradientSum(sum so far + gradient)
+    sums = jax.tree.map(added, sums, grads)                   sum + gradient, or the new sum
+
+Three conditions. The gradient must be that of the sum's own layout as a product makes it: weights are gathered once a
+step, or a reduce-scatter came between. A weight must be used once between `lend` and `added`, or the sum of two
+cotangents would have the old sum twice. And a weight must have a carrier: in FP32 it has none.
+
+The result is one FP32 addition of the sum and the finished product, as if it were done apart, but for subnormal
+numbers, which a GPU's copy engine takes for zero. Without kernels (`model.experts_blocks`) the blocks of an expert are
+added to the sum one after the other.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from deepseek_jax.parameters import PARAMETERS, leaf_name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientSum:
+    """A sum of gradients in place of a weight's carrier; its cotangent is the sum with this gradient in it.
+
+    Attributes:
+        total: FP32, of the weight's shape.
+    """
+
+    total: jax.Array
+
+
+def lend(params: Any, numbers: Any, sums: Any) -> Any:
+    """Return what is differentiated, with the sums so far as the carriers of routed experts.
+
+    Args:
+        params, numbers: as `parallel.weights.detach` returns them, of weights that are gathered once a step.
+        sums: of gradients so far, a tree as `params`.
+    """
+
+    def lend_leaf(path, w, number, total):
+        has_carrier = number is not None
+        return GradientSum(total) if has_carrier and PARAMETERS[leaf_name(path)].per_expert else w
+
+    return jax.tree_util.tree_map_with_path(lend_leaf, params, numbers, sums)
+
+
+def added(total: jax.Array, gradient: jax.Array | GradientSum) -> jax.Array:
+    """Return the sum after a gradient, which may be in the new sum already."""
+    return gradient.total if isinstance(gradient, GradientSum) else total + gradient
