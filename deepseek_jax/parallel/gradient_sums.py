@@ -16,9 +16,10 @@ other, and `added` puts the new sum in place of the old one:
     grads = jax.grad(loss)(params)                            arrays, and GradientSum(sum so far + gradient)
     sums = jax.tree.map(added, sums, grads)                   sum + gradient, or the new sum
 
-Three conditions. The gradient must be that of the sum's own layout as a product makes it: weights are gathered once a
-step, or a reduce-scatter came between. A weight must be used once between `lend` and `added`, or the sum of two
-cotangents would have the old sum twice. And a weight must have a carrier: in FP32 it has none.
+Four conditions. A layer must be an array of its own, in a list (`apart`): adding to a slice of a stack takes a copy out
+of it and one back, 16 bytes. The gradient must lie as the product makes it: weights are gathered once a step, or a
+reduce-scatter came between. A weight must be used once between `lend` and `added`, or the sum of two cotangents would
+have the old sum twice. And a weight must have a carrier: in FP32 it has none.
 
 The result is one FP32 addition of the sum and the finished product, as if it were done apart, but for subnormal
 numbers, which a GPU's copy engine takes for zero. Without kernels (`model.experts_blocks`) the blocks of an expert are
@@ -29,8 +30,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from deepseek_jax.parallel.stages import STACKS
 from deepseek_jax.parameters import PARAMETERS, leaf_name
+
+LAYERS = (*STACKS, "mtp_layers")
 
 
 @jax.tree_util.register_dataclass
@@ -45,17 +50,41 @@ class GradientSum:
     total: jax.Array
 
 
+def unrolled(params: Any, most: int) -> dict[str, int]:
+    """Return how many layers the stacks with at most `most` of them have."""
+    counts = {name: len(jax.tree.leaves(params[name])[0]) for name in LAYERS if name in params}
+    return {name: count for name, count in counts.items() if count <= most}
+
+
+def apart(tree: Any, counts: dict[str, int]) -> Any:
+    """Return stacks [layers, ...] of so many layers as lists of layers, the others as they are."""
+    return {
+        name: [jax.tree.map(lambda a, i=i: a[i], part) for i in range(counts[name])] if name in counts else part
+        for name, part in tree.items()
+    }
+
+
+def together(tree: Any) -> Any:
+    """Undo `apart`."""
+    return {
+        name: jax.tree.map(lambda *layers: jnp.stack(layers), *part) if isinstance(part, list) else part
+        for name, part in tree.items()
+    }
+
+
 def lend(params: Any, numbers: Any, sums: Any) -> Any:
     """Return what is differentiated, with the sums so far as the carriers of routed experts.
 
     Args:
-        params, numbers: as `parallel.weights.detach` returns them, of weights that are gathered once a step.
+        params, numbers: as `parallel.weights.detach` returns them, of weights that are gathered once a step. Layers in
+            stacks get no sums.
         sums: of gradients so far, a tree as `params`.
     """
 
     def lend_leaf(path, w, number, total):
+        is_apart = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
         has_carrier = number is not None
-        return GradientSum(total) if has_carrier and PARAMETERS[leaf_name(path)].per_expert else w
+        return GradientSum(total) if is_apart and has_carrier and PARAMETERS[leaf_name(path)].per_expert else w
 
     return jax.tree_util.tree_map_with_path(lend_leaf, params, numbers, sums)
 

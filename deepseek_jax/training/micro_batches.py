@@ -5,14 +5,13 @@ and backward pass twice: V3's step for 512 chips was 48,420 instructions in plac
 compile (experiments/log.md). Zeros cost 16 bytes of memory traffic a parameter and step: 4 to write them, 12 to add.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.parallel.gradient_sums import added
 from deepseek_jax.parameters import ROWS
 from deepseek_jax.training.objective import Batch
 
@@ -34,11 +33,15 @@ def split(batch: Batch, micro_batch_size: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
-def sum_over(of: Callable[[Batch], Any], micro_batches: Batch) -> Any:
-    """Return the sum over the micro-batches of what `of` returns for each: a tree of arrays."""
+def sum_over(of: Callable[[Batch, Any], Any], micro_batches: Batch) -> Any:
+    """Return the sum over the micro-batches of what `of` returns for each: a tree of arrays.
+
+    `of` also takes the sum so far, or None if there is one micro-batch. What it has added to that itself is a
+    `GradientSum` (`parallel.gradient_sums`).
+    """
     first = jax.tree.map(lambda x: x[0], micro_batches)
     if micro_batches["tokens_BS"].shape[0] == 1:
-        return of(first)
-    zeros = jax.tree.map(lambda like: lax.full_like(like, 0), jax.eval_shape(of, first))  # vary over the same axes
-    add = functools.partial(jax.tree.map, jnp.add)
-    return lax.scan(lambda total, one: (add(total, of(one)), None), zeros, micro_batches)[0]
+        return of(first, None)
+    shapes = jax.eval_shape(of, first, None)
+    zeros = jax.tree.map(lambda like: lax.full_like(like, 0), shapes)  # vary over the same axes
+    return lax.scan(lambda total, one: (jax.tree.map(added, total, of(one, total)), None), zeros, micro_batches)[0]

@@ -28,7 +28,7 @@ from jax import lax
 
 from deepseek_jax.model.balance import no_routers
 from deepseek_jax.model.precision import compute_dtype
-from deepseek_jax.parallel.gradient_sums import lend
+from deepseek_jax.parallel.gradient_sums import apart, lend, together
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.stage_weights import collect, distribute
 from deepseek_jax.parallel.stages import Holding, Stage, holding_of, program_of, split_layers
@@ -70,7 +70,7 @@ def stage_gradients(
     once = execution.gather == "step"
     mine = with_fp8(model, execution, collect(weights.params, holding))
     counts = {name: layers.shape[1] for name, layers in holding.layers.items()} | {"mtp_layers": model.num_mtp_layers}
-    mine, quantized = (_apart(tree, counts) for tree in detach(load(mine) if once else mine))
+    mine, quantized = (apart(tree, counts) for tree in detach(load(mine) if once else mine))
     held = Held(mine, quantized, weights.router_bias)
     work = {
         shape: StageWork(recipe, shape, (lambda tree: tree) if once else load, norms, rates)
@@ -78,7 +78,7 @@ def stage_gradients(
     }
     run = Run(program, stages, holding, held, micro_batches, work, lends=once)
     sums = run.all_ticks(run.begin(recipe)).own.sums
-    grads = _together(sums.grads)
+    grads = together(sums.grads)
     grads = reduce_gradients(grads, model.num_experts) if once else grads
     return distribute(grads, weights.params, holding), sums.terms, sums.router
 
@@ -242,22 +242,6 @@ class Run:
                 slot = jnp.where(row[column] < 0, nobody, row[column])
                 inboxes[name] = lax.dynamic_update_index_in_dim(inboxes[name], came, slot, 0)
         return inboxes
-
-
-def _apart(tree: Any, counts: dict[str, int]) -> Any:
-    """Return stacks [slots, ...] as lists of slots."""
-    return {
-        name: [jax.tree.map(lambda a, i=i: a[i], part) for i in range(counts[name])] if name in counts else part
-        for name, part in tree.items()
-    }
-
-
-def _together(tree: Any) -> Any:
-    """Undo `_apart`."""
-    return {
-        name: jax.tree.map(lambda *slots: jnp.stack(slots), *part) if isinstance(part, list) else part
-        for name, part in tree.items()
-    }
 
 
 def _at(inbox: jax.Array, slot: jax.Array) -> jax.Array:

@@ -25,11 +25,12 @@ from deepseek_jax.model.balance import RouterStats, no_routers, update_biases
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import Output, apply
 from deepseek_jax.parallel import context
+from deepseek_jax.parallel.gradient_sums import apart, lend, together, unrolled
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for, resolve_for_training
 from deepseek_jax.parallel.stage_weights import whole_tree
 from deepseek_jax.parallel.stored import param_specs, stored_specs
-from deepseek_jax.parallel.weights import differentiated, gather, in_fp32, reduce_gradients, with_fp8
+from deepseek_jax.parallel.weights import detach, differentiated, gather, in_fp32, reduce_gradients, with_fp8
 from deepseek_jax.parameters import PIPE, ROWS, TOKENS, P, Weights
 from deepseek_jax.training.micro_batches import split, sum_over
 from deepseek_jax.training.network_inputs import network_inputs
@@ -238,14 +239,18 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     load = functools.partial(gather, dtype=compute_dtype(execution), num_experts=model.num_experts, differentiated=True)
     once = execution.gather == "step"
     params = with_fp8(model, execution, weights.params) if base is None else adapt(base, weights.params)
-    params, whole_params = differentiated(load(params) if once else params, base is not None)
-    parts = model, execution, objective
-    load = (lambda tree: tree) if once else load
     micro_batches = split(batch, recipe.micro_batch_size)
     several = micro_batches["tokens_BS"].shape[0] > 1
+    lends = several and once and base is None and execution.interleave == 1
+    params = load(params) if once else params
+    counts = unrolled(params, execution.scan_unroll) if lends else {}
+    params, router_bias = (apart(tree, counts) for tree in (params, weights.router_bias))
+    (params, whole_params), numbers = differentiated(params, base is not None), detach(params)[1]
+    parts = model, execution, objective
+    load = (lambda tree: tree) if once else load
 
     def whole(params):
-        return Weights(whole_params(params), weights.router_bias)
+        return Weights(whole_params(params), router_bias)
 
     chosen_LE = _choices(parts, whole(params), micro_batches, load) if several and objective.batch_wise else None
 
@@ -257,11 +262,13 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
             router = router._replace(chosen_E=chosen)
         return objective.total(sums.terms, router, norms, rates), sums
 
-    def differentiate(micro_batch):
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro_batch)
+    def differentiate(micro_batch, total):
+        lent = lend(params, numbers, total[0]) if lends and total else params
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(lent, micro_batch)
         return grads, sums  # FP32 as they are made
 
     grads, sums = sum_over(differentiate, micro_batches)
+    grads = lax.optimization_barrier(together(grads)) if counts else grads  # or the optimizer passes twice over all
     return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, TOKENS), norms
 
 

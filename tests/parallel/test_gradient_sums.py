@@ -1,6 +1,7 @@
 """Products that add to sums of gradients give the sum and the gradient, each once, whatever the experts' arithmetic."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,14 @@ from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.parallel.gradient_sums import GradientSum, added, lend
+from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.weights import attach
+from deepseek_jax.plan.memory import abstract_inputs
+from deepseek_jax.training import step as step_lib
+from deepseek_jax.training.objective import pretraining
+from deepseek_jax.training.state import weights_of
 from pallas_kernels.quantize import quantize_blocks
+from tests.training.pipeline_cells import config
 
 T, K, E, D, F = 32, 2, 4, 128, 128
 # Blocks of an expert are added to its sum one by one: an FP32 rounding each. Kernels add once, as the test does.
@@ -52,7 +59,7 @@ def test_the_cotangent_of_a_lent_sum_is_the_new_sum(name):
 
         return jax.vjp(apply, params)[1](g_TD)[0]
 
-    apart, lent = gradients(weights), gradients(lend(weights, numbers, sums))
+    apart, lent = gradients(weights), gradients(*lend([weights], [numbers], [sums]))
     for key, total in sums.items():
         assert isinstance(lent[key], GradientSum) and np.abs(apart[key]).max() > 0.1
         want = np.asarray(added(total, apart[key]))
@@ -60,7 +67,10 @@ def test_the_cotangent_of_a_lent_sum_is_the_new_sum(name):
 
 
 def test_sums_are_lent_to_experts_with_a_carrier_alone():
-    """Other products would return their gradient without the sum, and FP32 weights are themselves differentiated."""
+    """Other products would return their gradient without the sum, and FP32 weights are themselves differentiated.
+
+    Of a stack a product would add to a copy of a slice.
+    """
     dense, expert = np.ones((2, 2), np.float32), np.ones((2, 2, 2), np.float32)
     params = {"down_FD": dense, "moe": [{"down_EFD": expert}, {"down_EFD": expert}], "norm_D": dense[0]}
     numbers = {"down_FD": (dense,), "moe": [{"down_EFD": (expert,)}, {"down_EFD": None}], "norm_D": None}
@@ -68,3 +78,29 @@ def test_sums_are_lent_to_experts_with_a_carrier_alone():
     lent = lend(params, numbers, sums)
     assert lent["down_FD"] is dense and lent["moe"][1]["down_EFD"] is expert and lent["norm_D"] is params["norm_D"]
     assert lent["moe"][0]["down_EFD"].total is sums["moe"][0]["down_EFD"]
+    stack = {"moe": {"down_EFD": np.ones((3, 2, 2, 2), np.float32)}}
+    same = lend(stack, {"moe": {"down_EFD": (expert,)}}, stack)
+    assert same["moe"]["down_EFD"] is stack["moe"]["down_EFD"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pipe", "changes", "added_apart"), [
+    (1, {}, False),
+    (2, {}, False),
+    (1, {"scan_unroll": 1}, True),  # layers are slices of stacks
+    (1, {"gather": "layer"}, True),  # a reduce-scatter lies between
+    (2, {"gather": "layer"}, True),
+])  # fmt: skip
+def test_a_step_adds_no_gradient_of_experts_by_itself(pipe, changes, added_apart):
+    """Of four micro-batches, wherever a sum can be lent; other gradients are added as before."""
+    execution = {"precision": "bf16", "gather": "step", "scan_unroll": 2} | changes
+    model = {"num_layers": 3, "num_dense_layers": 1, "num_mtp_layers": 0}
+    cfg = config(pipe, num_cuts=4, model=model, execution=execution)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:pipe])
+    with jax.set_mesh(mesh):
+        recipe = step_lib.recipe_of(cfg, pretraining(cfg), mesh)
+        state, batch, rates = abstract_inputs(cfg, mesh)
+        text = str(jax.jit(functools.partial(step_lib.gradients, recipe)).trace(weights_of(state), batch, rates).jaxpr)
+    experts = rf"\[(2,)?{cfg.model.num_experts},{cfg.model.width},2,{cfg.model.expert_hidden}\]"
+    assert bool(re.search(rf"f32{experts}\S* = add ", text)) == added_apart
+    assert re.search(rf"f32\[(2,)?{cfg.model.width},{cfg.model.query_latent}\]\S* = add ", text)

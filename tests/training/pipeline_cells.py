@@ -66,7 +66,7 @@ ROWS = (
     ("bf16", "interleaved", EXPERT, DENSE, SELECTIVE),
     ("bf16", "zb1p", NODE, DENSE, STEP),
     ("bf16", "dualpipe", DATA, DENSE, STEP),
-    ("bf16", "dualpipev", DATA_EXPERT, RICH | EVERY, SELECTIVE),
+    ("bf16", "dualpipev", DATA_EXPERT, RICH | EVERY, SELECTIVE | STEP),
     ("fp8", "1f1b", EXPERT, SHORT, SELECTIVE | STEP),
     ("fp8", "gpipe", NODE, DENSE, FULL),
     ("fp8", "interleaved", ALONE, DENSE, NONE),
