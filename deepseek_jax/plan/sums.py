@@ -7,6 +7,9 @@
     casts       BF16 copies are made of FP32 weights: once a step with `execution.gather` = "step", else by each pass of
                 a micro-batch over a layer. FP8 copies are made once a step (`parallel.weights`)
 
+Not counted, as no record has it yet: with `gather` = "step" the experts' products add to the sum themselves
+(`parallel.gradient_sums`), which reads it and no more, and layers that are not scanned have no zeros of their own.
+
 With few tokens in a micro-batch this is a large part of a step: a parameter costs 16 bytes a micro-batch, whatever its
 tokens.
 """

@@ -2,7 +2,8 @@
 
 The sum begins with zeros. With the first micro-batch outside the loop, as the start of the sum, a program has forward
 and backward pass twice: V3's step for 512 chips was 48,420 instructions in place of 31,271, and took twice as long to
-compile (experiments/log.md). Zeros cost 16 bytes of memory traffic a parameter and step: 4 to write them, 12 to add.
+compile (experiments/log.md). Zeros cost 16 bytes of memory traffic a parameter and step: 4 to write them, 12 to add; 12
+where a product adds to the sum itself.
 """
 
 from collections.abc import Callable

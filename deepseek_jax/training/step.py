@@ -241,7 +241,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     params = with_fp8(model, execution, weights.params) if base is None else adapt(base, weights.params)
     micro_batches = split(batch, recipe.micro_batch_size)
     several = micro_batches["tokens_BS"].shape[0] > 1
-    lends = several and once and base is None and execution.interleave == 1
+    lends = several and once and base is None and execution.interleave == 1 and execution.precision != "fp32"
     params = load(params) if once else params
     counts = unrolled(params, execution.scan_unroll) if lends else {}
     params, router_bias = (apart(tree, counts) for tree in (params, weights.router_bias))
