@@ -1,7 +1,7 @@
 """Sums of gradients over micro-batches, to which the experts' products add on their way out.
 
 A step of M micro-batches makes the gradient of each weight M times. Written by a product and then added to the sum by
-another operation, a number moves five times: the gradient is written and read, the sum is read and written, and that
+another operation, a number moves four times: the gradient is written and read, the sum is read and written, and that
 is 16 bytes a parameter and micro-batch. A product that adds to the sum itself moves it twice, 8 bytes. Experts are
 nearly all parameters and get few rows each, so there the difference is the most (experiments/log.md).
 
