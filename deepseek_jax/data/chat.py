@@ -103,6 +103,10 @@ class ChatTemplate:
         except ValueError as error:
             raise ValueError(f"{shown(str(origin))}: {error}") from error
 
+    def reads(self, name: str) -> bool:
+        """Return whether a variable, or a field of a message, occurs in the template."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
     def render(
         self, messages: Sequence[Mapping[str, str]], /, add_generation_prompt: bool = True, **variables: Any
     ) -> str:

@@ -32,10 +32,9 @@ from deepseek_jax.data.packing import Batch, Rows, best_fit, next_token_batch, p
 from deepseek_jax.data.records import Record, read_records
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inputs import shown
-from deepseek_jax.posttraining.conversations import encode_conversation
+from deepseek_jax.posttraining.conversations import TOOLS, encode_conversation
 
-# Fields of a record beside its messages, and the variables of a template that each gives.
-TOOLS, VARIABLES = "tools", "chat_template_kwargs"
+VARIABLES = "chat_template_kwargs"  # field of a record beside its messages and tools: variables of the template
 
 
 class Chats(NamedTuple):
@@ -141,7 +140,11 @@ def _encoded(
         )
         return []
     messages = _messages(record.value[field])
-    variables = dict(record.value.get(VARIABLES) or {})
+    given = record.value.get(VARIABLES) or {}
+    if not isinstance(given, Mapping):
+        problems.report(f"{record.where} has {VARIABLES} = {shown(repr(given))}; make it an object, or leave it out")
+        return []
+    variables = dict(given)
     if record.value.get(TOOLS):
         variables[TOOLS] = record.value[TOOLS]
     try:

@@ -21,7 +21,8 @@ with `<think>`, a reply without reasoning gets an empty one: "<think>\\n" is in 
 before the answer is learned.
 
 A template is refused, with the reason, if its turn does not begin with its prompt, or ends a reply without a special
-token: a model that never learned to end goes on for ever.
+token: a model that never learned to end goes on for ever. So is what the template does not read: calls of tools, or
+reasoning beside the content, would be lost, and the reply learned without them.
 """
 
 import re
@@ -45,11 +46,17 @@ PLAIN = ChatTemplate(
     "{%- if message.role == 'assistant' %}{{- 'Assistant:\\n' + message.content | trim + eos_token }}"
     "{%- elif message.role == 'system' %}{{- message.content | trim + '\\n\\n' }}"
     "{%- elif message.role == 'user' %}{{- 'User:\\n' + message.content | trim + '\\n\\n' }}"
-    "{%- else %}{{- raise_exception('the plain template has no tools') }}{%- endif %}{%- endfor %}"
+    "{%- else %}{{- raise_exception('the plain template has no role ' + message.role) }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- 'Assistant:\\n' }}{%- endif %}"
 )
 TEMPLATES = {"v3": deepseek_chat.V3, "r1": deepseek_chat.R1, "v3.1": deepseek_chat.V3_1, "plain": PLAIN}
 FOLDER = "folder"
+TOOLS = "tools"  # a variable of templates
+# Fields of a message beside role and content that only some templates read.
+FIELDS = {
+    "tool_calls": "use another template, or leave the turn out",
+    "reasoning_content": f"write it into the content, as {THINK}reasoning{END_THINK}answer",
+}
 
 
 def find_template(name: str, folder: Path | None) -> ChatTemplate:
@@ -90,9 +97,11 @@ def encode_conversation(
         variables: of the template, such as `tools`.
 
     Raises:
-        ValueError: no reply, an unknown role, an empty content, or a template that cannot be used (see the module).
+        ValueError: no reply, an unknown role, an empty content, a field that would be lost, or a template that cannot
+            be used (see the module).
     """
     _check(messages)
+    _check_read(template, messages, variables)
     done: list[tuple[list[int], list[bool]]] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -115,6 +124,21 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"messages[{i}] of the {role} is empty; write its text, or leave the turn out")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message is the assistant's, so there is nothing to learn; add its reply")
+
+
+def _check_read(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
+    """Refuse what would change what is learned, and is not read."""
+    if variables.get(TOOLS) and not template.reads(TOOLS):
+        raise ValueError(f"there are {TOOLS}, and the chat template does not read them; leave them out, or use another")
+    for i, message in enumerate(messages):
+        for key, remedy in FIELDS.items():
+            if message.get(key) and not template.reads(key):
+                raise ValueError(f"messages[{i}] has {key}, and the chat template does not read it; {remedy}")
+        if message.get("weight") not in (None, 1):
+            raise ValueError(
+                f"messages[{i}] has weight = {message['weight']!r}, and every reply is learned alike; leave the field"
+                " out, or the conversation from here on"
+            )
 
 
 def _reply(

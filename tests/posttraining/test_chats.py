@@ -66,6 +66,8 @@ BAD = {
     json.dumps(chat(2, "")): "line 2: messages.1. of the assistant is empty",
     json.dumps(chat(2, "y" * 300)): "line 2 has 323 tokens, and data.sequence_length = 256 holds 257; raise it",
     json.dumps(chat(2) | {"chat_template_kwargs": {"messages": 3}}): "line 2: ",
+    json.dumps(chat(2) | {"chat_template_kwargs": "thinking"}): "line 2 has chat_template_kwargs = .*make it an object",
+    json.dumps(chat(2) | {"chat_template_kwargs": 3}): "line 2 has chat_template_kwargs = .*make it an object",
 }
 
 

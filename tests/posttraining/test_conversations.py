@@ -143,7 +143,10 @@ REFUSES = ChatTemplate("{{ raise_exception('only one turn') }}")
         (PLAIN, [user("q"), assistant(None)], "messages.1. has content None"),
         (PLAIN, [assistant("a")], "nothing comes before it"),
         (PLAIN, [], "at least one message"),
-        (PLAIN, [user("q"), {"role": "tool", "content": "r"}, assistant("a")], "the plain template has no tools"),
+        (PLAIN, [user("q"), {"role": "tool", "content": "r"}, assistant("a")], "the plain template has no role tool"),
+        (PLAIN, [user("q"), assistant(None, tool_calls=[{"id": "c"}])], "messages.1. has tool_calls, and the chat"),
+        (TEMPLATES["r1"], [user("q"), assistant("a", reasoning_content="t")], "write it into the content, as <think>"),
+        (PLAIN, [user("q"), assistant("a", weight=0), user("q"), assistant("b")], "messages.1. has weight = 0"),
         (ENDLESS, [user("q"), assistant("a")], "ends messages.1. without a special token"),
         (TURNED, [user("q"), assistant("a")], "in another way than it opens a reply"),
         (REFUSES, [user("q"), assistant("a")], "cannot render these messages: only one turn"),
@@ -153,6 +156,13 @@ REFUSES = ChatTemplate("{{ raise_exception('only one turn') }}")
 def test_what_cannot_be_learned_is_refused(template, messages, words):
     with pytest.raises(ValueError, match=words):
         encode_conversation(template, TOKENIZER, messages)
+
+
+def test_tools_that_the_template_does_not_read_are_refused():
+    messages = [user("q"), assistant("a", weight=1, reasoning_content=None)]
+    assert learned(encode_conversation(PLAIN, TOKENIZER, messages, tools=None)) == [f"a{EOS}"]
+    with pytest.raises(ValueError, match="there are tools, and the chat template does not read them"):
+        encode_conversation(PLAIN, TOKENIZER, messages, tools=[{"type": "function"}])
 
 
 def test_v31_thinks_where_it_is_told_to():
