@@ -1,8 +1,10 @@
 """The settings of GRPO, and what is refused before anything is written."""
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +130,15 @@ def task_of(problems: str) -> TaskName | None:
     return TaskName(found["name"], int(found["shortest"]), int(found["longest"]))
 
 
+@contextlib.contextmanager
+def _told_of(keys: str) -> Iterator[None]:
+    """Let an error name the keys that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{keys}: {error}") from error
+
+
 def check_grpo(grpo: Grpo, config: Config) -> None:
     """Refuse settings that do not go together or would not do what they say.
 
@@ -160,14 +171,16 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
         refuse("template", "is empty; name a template, 'folder' or 'plain' for example")
     check_rewards(grpo)
     if task := task_of(grpo.problems):
-        make_task(task.name, config.seed, task.shortest, task.longest)
+        with _told_of(f"{PATH}.problems = {grpo.problems!r}"):
+            make_task(task.name, config.seed, task.shortest, task.longest)
         if grpo.num_problems < 1:
             refuse("num_problems", "must be at least 1 for a task")
     elif grpo.num_problems:
         refuse("num_problems", f"is for tasks, and {grpo.problems!r} is a file, of which all are taken; set it to 0")
     if grpo.max_new_tokens >= config.data.sequence_length:
         refuse("max_new_tokens", f"leaves no room for a prompt in data.sequence_length = {config.data.sequence_length}")
-    punishment(choices, np.zeros(1), grpo.max_new_tokens)  # refuses a buffer that is too long
+    with _told_of(f"{PATH}.max_new_tokens = {grpo.max_new_tokens} and {PATH}.overrides"):
+        punishment(choices, np.zeros(1), grpo.max_new_tokens)  # refuses a buffer that is too long
     schedule: Any = config.training.batch_size
     if len(schedule) != 1 or schedule[0][0] != "constant":
         raise ValueError(f"config.training.batch_size = {schedule} must be one number: samples of an update")

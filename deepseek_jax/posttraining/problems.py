@@ -1,19 +1,24 @@
 """The problems of a run, to train on and held out, with their prompts as ids."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.chat import ChatTemplate
+from deepseek_jax.data.chat import ChatTemplate, check_messages
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inputs import json_lines, local_path, shown
 from deepseek_jax.posttraining.grpo_settings import PATH, Grpo, task_of
-from deepseek_jax.posttraining.rewards.problem import Problem
+from deepseek_jax.posttraining.rewards import NEEDS
+from deepseek_jax.posttraining.rewards.language import SCRIPTS
+from deepseek_jax.posttraining.rewards.problem import Case, Problem, Tests
 from deepseek_jax.posttraining.tasks import make_task
 
-KEYS = {"question", "messages", "answer", "language"}
+KEYS = {"question", "messages", "answer", "language", "tests"}
+FORM_OF_TESTS = '{"function": name, "cases": [{"arguments": [...], "expected": ...}], "script": text}, one of the two'
 
 
 class Prompt(NamedTuple):
@@ -32,7 +37,7 @@ class Problems(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """A hash of what is trained on."""
-        text = json.dumps([(prompt.problem.name, prompt.problem.answer, prompt.ids) for prompt in self.train])
+        text = json.dumps([(p.problem.name, p.problem.answer, p.ids, *_judged_by(p.problem)) for p in self.train])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -42,8 +47,14 @@ def open_problems(config: Config, grpo: Grpo, template: ChatTemplate, tokenizer:
     Raises:
         ValueError: a bad file, fewer problems than are asked for, or a prompt that leaves no room for an output.
     """
-    parts = find_problems(config.seed, grpo)
-    prompts = Problems(*([Prompt(p, template.encode(tokenizer, p.messages)) for p in part] for part in parts))
+
+    def prompt(problem: Problem) -> Prompt:
+        try:
+            return Prompt(problem, template.encode(tokenizer, problem.messages))
+        except ValueError as error:
+            raise ValueError(f"problem {shown(repr(problem.name))}: {error}") from error
+
+    prompts = Problems(*([prompt(p) for p in part] for part in find_problems(config.seed, grpo)))
     longest = max(prompts.train + prompts.heldout, key=lambda prompt: len(prompt.ids))
     if len(longest.ids) + grpo.max_new_tokens > config.data.sequence_length:
         raise ValueError(
@@ -57,18 +68,37 @@ def find_problems(seed: int, grpo: Grpo) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to train on and the held-out ones, of a run with this seed.
 
     Raises:
-        ValueError: a bad file, or fewer problems than are asked for.
+        ValueError: a bad file, fewer problems than are asked for, or one that lacks what a reward reads.
     """
     if task := task_of(grpo.problems):
         made = make_task(task.name, seed, task.shortest, task.longest)
-        return made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
-    return split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
+        parts = made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
+    else:
+        parts = split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
+    for problem in itertools.chain(*parts):
+        _check_needs(problem, grpo)
+    return parts
+
+
+def _check_needs(problem: Problem, grpo: Grpo) -> None:
+    """Refuse a problem that a reward could not judge: in a run it would fail, or count as 0, each time."""
+    for name in grpo.rewards:
+        need = NEEDS.get(name)
+        known = problem.language in SCRIPTS if need == "language" else need is None or getattr(problem, need)
+        if not known:
+            remedy = f", one of {', '.join(sorted(SCRIPTS))}" * (need == "language")
+            raise ValueError(
+                f"the reward {name!r} reads {need!r}{remedy}, and problem {shown(repr(problem.name))} of"
+                f" {shown(repr(grpo.problems))} has {shown(repr(getattr(problem, str(need))))}; write it in a .jsonl"
+                " file of problems, or use another reward"
+            )
 
 
 def read_problems(path: Path) -> list[Problem]:
     """Return the problems of a file, one JSON object a line: a text "question" or "messages", and a text "answer".
 
-    A "language" may stand beside them. The name of a problem is its question, or its line.
+    A "language" may stand beside them, and "tests" of code (`FORM_OF_TESTS`), with which there may be no answer. The
+    name of a problem is its question, or the last of its messages.
 
     Raises:
         ValueError: what is wrong, with file and line.
@@ -95,7 +125,7 @@ def split(problems: list[Problem], heldout: int) -> tuple[list[Problem], list[Pr
 def _problem(found: Any, where: str) -> Problem:
     if not isinstance(found, dict) or not found.keys() <= KEYS or ("question" in found) == ("messages" in found):
         raise ValueError(
-            f'{where} must be an object with "question" or "messages", and "answer"; "language" may follow'
+            f'{where} must be an object with "question" or "messages", and "answer"; "language" and "tests" may follow'
         )
     messages = found.get("messages", [{"role": "user", "content": found.get("question")}])
     texts = isinstance(messages, list) and all(
@@ -104,8 +134,37 @@ def _problem(found: Any, where: str) -> Problem:
     )
     if not texts or not messages or messages[-1]["role"] != "user":
         raise ValueError(f"{where}: messages are objects with the texts role and content, and the last is the user's")
-    if not isinstance(found.get("answer"), str):
+    try:
+        check_messages(messages)
+        tests = _tests(found["tests"]) if "tests" in found else None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    answer = found.get("answer")
+    if not isinstance(answer, str) and not (tests and "answer" not in found):
         raise ValueError(f'{where} has no text "answer", which the rewards compare with; write it as a text')
     if not isinstance(found.get("language", ""), str):
         raise ValueError(f'{where}: "language" must be a text, "en" for example')
-    return Problem(messages[-1]["content"], tuple(messages), found["answer"], language=found.get("language"))
+    return Problem(messages[-1]["content"], tuple(messages), answer, tests, found.get("language"))
+
+
+def _tests(found: Any) -> Tests:
+    """Return tests of code in the form that `FORM_OF_TESTS` says."""
+    cases: Any = found.get("cases", []) if isinstance(found, dict) else None
+    is_form = (
+        isinstance(cases, list)
+        and all(isinstance(case, dict) and case.keys() == {"arguments", "expected"} for case in cases)
+        and all(isinstance(case["arguments"], list) for case in cases)
+        and found.keys() <= {"function", "cases", "script"}
+        and isinstance(found.get("function"), str)
+        and isinstance(found.get("script", ""), str)
+    )
+    if not is_form:
+        raise ValueError(f'"tests" = {shown(repr(found))} must be {FORM_OF_TESTS}')
+    made = tuple(Case(tuple(case["arguments"]), case["expected"]) for case in cases)
+    return Tests(found["function"], made, found.get("script"))
+
+
+def _judged_by(problem: Problem) -> list[Any]:
+    """Return what rewards read beside the answer."""
+    more = [problem.language, dataclasses.asdict(problem.tests) if problem.tests else None]
+    return more if any(more) else []

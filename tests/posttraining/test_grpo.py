@@ -17,6 +17,7 @@ from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.grpo import train_grpo, with_steps
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.problems import open_problems, read_problems, split
+from deepseek_jax.posttraining.rewards.problem import Case
 from deepseek_jax.posttraining.settings import check_claimed, claim, read
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.origin import read_origin
@@ -82,7 +83,11 @@ def settings(initial="W", **changes):
         ({"accuracy": "format"}, "accuracy = 'format' must be one of the rewards"),
         ({"on_failure": "retry"}, "on_failure = 'retry' is unknown"),
         ({"max_new_tokens": 48}, "max_new_tokens = 48 leaves no room for a prompt"),
-        ({"variant": "dapo"}, "overlong_buffer = 4096 is more than the 8 tokens"),
+        (
+            {"variant": "dapo"},
+            "grpo.max_new_tokens = 8 and .*grpo.overrides: overlong_buffer = 4096 is more than the 8",
+        ),
+        ({"problems": "sort_digits:6-4"}, "grpo.problems = 'sort_digits:6-4': 6 to 4 digits"),
         ({"steps": 0}, "steps = 0 must be at least 1"),
         ({"reward_seconds": 0.0}, "reward_seconds = 0.0 must be positive"),
         ({"initial": ""}, "post-training begins with weights: give --initial"),
@@ -155,6 +160,35 @@ def test_problems_of_a_file_are_split_by_their_text(tmp_path):
         split(problems, 10)
 
 
+def test_a_file_of_problems_has_what_each_reward_reads(tmp_path):
+    path = tmp_path / "p.jsonl"
+    tests = {"function": "f", "cases": [{"arguments": [2, "a"], "expected": [3]}], "script": "f(2)"}
+
+    def found(reward, **more):
+        path.write_text("".join(json.dumps({"question": f"q{i}"} | more) + "\n" for i in range(3)))
+        settled = settings(problems=str(path), num_problems=0, heldout=1, rewards={reward: 1.0}, accuracy=reward)
+        config, posttraining = read(settled)
+        return open_problems(config, posttraining.grpo, PLAIN, TOKENIZER)
+
+    problems = found("code", tests=tests)
+    read_tests = problems.train[0].problem.tests
+    assert (read_tests.function, read_tests.cases, read_tests.script) == ("f", (Case((2, "a"), [3]),), "f(2)")
+    assert problems.fingerprint != found("code", tests=tests | {"script": "f(3)"}).fingerprint
+    assert found("language", answer="a", language="en").train[0].problem.language == "en"
+    for reward, more in (
+        ("code", {"answer": "a"}),
+        ("language", {"answer": "a"}),
+        ("language", {"answer": "a", "language": "xx"}),
+        ("text", {"answer": ""}),
+        ("mathematics", {"tests": tests}),
+    ):
+        with pytest.raises(ValueError, match=f"the reward '{reward}' reads .* and problem 'q"):
+            found(reward, **more)
+
+
+COOK = {"role": "cook", "content": "b"}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -167,6 +201,9 @@ def test_problems_of_a_file_are_split_by_their_text(tmp_path):
         ('{"question": "", "answer": "3"}', "line 2: messages are objects"),
         ('{"question": "a", "answer": "3"}', "line 2 asks what an earlier line asks"),
         ('{"question": "b", "answer": "3", "language": 1}', '"language" must be a text'),
+        (json.dumps({"messages": [COOK, {"role": "user", "content": "c"}], "answer": "3"}), "line 2: messages.0. has"),
+        ('{"question": "b", "tests": {"function": "f", "cases": [3]}}', 'line 2: "tests" = .* must be'),
+        ('{"question": "b", "tests": {"function": "f"}}', "line 2: the tests of f have neither cases nor a script"),
     ],
 )
 def test_a_bad_line_of_problems_is_named(tmp_path, line, message):

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 NAMES = ("mathematics", "gsm8k", "text", "format", "language", "chance", "code")
+# The field of a `Problem` that a reward cannot do without.
+NEEDS = {"mathematics": "answer", "gsm8k": "answer", "text": "answer", "language": "language", "code": "tests"}
 
 
 def rewards_by_name(names: Sequence[str]) -> dict[str, Reward]:
