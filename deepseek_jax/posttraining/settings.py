@@ -41,8 +41,11 @@ FREE_KEYS = {
     "grpo.reward_seconds",
 }
 FREE_KEYS |= {f"distillation.{key}" for key in ("steps", "rows", "teacher")}  # the teacher's weights have a fingerprint
-# Names of folders that may move; a run that began with none goes on with none, and one that began with some with some.
-MOVING_KEYS = {"lora.initial"}  # a reference that is read from it has a fingerprint
+# Names of folders and files that may move: content has a fingerprint. What is none (no adapters, a task) stays none.
+MOVING_KEYS: dict[str, Callable[[Any], bool]] = {"lora.initial": bool}
+MOVING_KEYS |= dict.fromkeys(
+    ("grpo.problems", "distillation.problems", "reward_model.pairs"), lambda name: str(name).endswith(".jsonl")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,7 +245,8 @@ def claim(workdir: Path, posttraining: Posttraining) -> None:
 
 
 def _is_free(key: str, old: Any, new: Any) -> bool:
-    return key in FREE_KEYS or (key in MOVING_KEYS and bool(old) and bool(new))
+    moves = MOVING_KEYS.get(key)
+    return key in FREE_KEYS or (moves is not None and moves(old) and moves(new))
 
 
 def _defaults(posttraining: Posttraining) -> dict[str, Any]:

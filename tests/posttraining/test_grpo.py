@@ -136,6 +136,18 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
         check_claimed(tmp_path, read(settings(staleness=1))[1])
 
 
+def test_a_file_of_problems_may_move_and_a_task_stays(tmp_path):
+    of_file = {"problems": "a.jsonl", "num_problems": 0}
+    config, posttraining = read(settings(**of_file))
+    claim(tmp_path, posttraining)
+    claim_workdir(tmp_path, config)
+    check_claimed(tmp_path, read(settings(**of_file | {"problems": "moved/a.jsonl"}))[1])
+    with pytest.raises(
+        ValueError, match="posttraining.grpo.problems: 'a.jsonl' in the workdir, 'sort_digits:2-3' given"
+    ):
+        check_claimed(tmp_path, read(settings(problems="sort_digits:2-3"))[1])
+
+
 def test_training_and_heldout_problems_are_disjoint_and_fit():
     config, posttraining = read(settings())
     problems = open_problems(config, posttraining.grpo, PLAIN, TOKENIZER)
