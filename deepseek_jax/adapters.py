@@ -113,15 +113,29 @@ def mark(lora: Lora, params: Tree) -> Tree:
     """Return parameters with an `Adapted` around each target, without its pair.
 
     Raises:
-        ValueError: a target is no part of the model.
+        ValueError: a target is no part of the model, or the rank is more than a matrix of it can have.
     """
     if missing := sorted(set(lora.targets) - set(targets_of(params))):
         raise ValueError(f"adapters: the model has no target {missing[0]!r}; choose of {targets_of(params)}")
 
     def mark_leaf(path, weight):
-        return Adapted(weight, None, lora.alpha / lora.rank) if _names(path) & set(lora.targets) else weight
+        if not _names(path) & set(lora.targets):
+            return weight
+        rows, columns = _matrix(path, weight)[-2:]
+        if lora.rank > min(rows, columns):
+            raise ValueError(
+                f"adapters: rank = {lora.rank}, and {leaf_name(path)} is {rows} x {columns}, whose rank is at"
+                f" most {min(rows, columns)}; give no more than that"
+            )
+        return Adapted(weight, None, lora.alpha / lora.rank)
 
     return jax.tree_util.tree_map_with_path(mark_leaf, params, is_leaf=is_weight)
+
+
+def _matrix(path: Any, weight: Any) -> tuple[int, ...]:
+    """Return [lead..., in, out] of a weight, which x is multiplied with as a matrix."""
+    name, shape = leaf_name(path), shape_of(weight)
+    return matrix_shape(shape, num_lead_dims(name, len(shape)), PARAMETERS[name].input_dims)
 
 
 def targets_of(params: Tree) -> list[str]:
@@ -171,10 +185,9 @@ def init(rank: int, marked: Any, key: jax.Array) -> Tree:
     def pair(path, weight):
         if not isinstance(weight, Adapted):
             return weight
-        name, shape = leaf_name(path), shape_of(weight)
-        row = PARAMETERS[name]
-        *lead, rows, columns = matrix_shape(shape, num_lead_dims(name, len(shape)), row.input_dims)
-        names = ("lora_a_EIU", "lora_b_EUO") if row.per_expert else ("lora_a_IU", "lora_b_UO")
+        *lead, rows, columns = _matrix(path, weight)
+        is_expert = PARAMETERS[leaf_name(path)].per_expert
+        names = ("lora_a_EIU", "lora_b_EUO") if is_expert else ("lora_a_IU", "lora_b_UO")
         # by the path, so that an adapter begins with the same numbers whatever the other targets are
         own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         bound = 1.0 / math.sqrt(rows)

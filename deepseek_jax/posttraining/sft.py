@@ -118,7 +118,7 @@ def with_length(config: Config, sft: Sft, chats: Chats) -> Config:
     """Return the configuration with the number of tokens of `epochs`, padding included, if that is fewer.
 
     Raises:
-        ValueError: all conversations are held out.
+        ValueError: all conversations are held out, or the epochs are less than a row.
     """
     if not chats.train:
         raise ValueError(
@@ -126,6 +126,11 @@ def with_length(config: Config, sft: Sft, chats: Chats) -> Config:
         )
     rows = rows_per_epoch(chats.train, config.data.sequence_length)
     num_tokens = round(sft.epochs * rows) * config.data.sequence_length
+    if not num_tokens:
+        raise ValueError(
+            f"config.posttraining.sft.epochs = {sft.epochs:g} of {rows} packed row{'s' * (rows > 1)} is less than a"
+            f" row; give {1 / rows:.2g} or more"
+        )
     return config.with_(training={"num_tokens": float(min(num_tokens, config.training.num_tokens))})
 
 

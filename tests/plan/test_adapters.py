@@ -61,6 +61,8 @@ def test_what_cannot_be_planned_is_refused():
             adapters.parse(text)
     with pytest.raises(ValueError, match="the model has no target 'router'; choose of"):
         adapters.plan_adapters(config(), adapters.parse("4:router"), None, None)
+    with pytest.raises(ValueError, match=r"rank = 9999, and .* is \d+ x \d+, whose rank is at most \d+; give no more"):
+        adapters.plan_adapters(config(), adapters.parse("9999:ffn"), None, None)
     with pytest.raises(ValueError, match="without a pipeline; set it to 1"):
         adapters.plan_adapters(config(pipe=2, data=1), adapters.parse("4:ffn"), None, None)
     assert jax.tree.leaves(adapters.plan_adapters(config(), adapters.parse("4:ffn"), None, None).held) == []

@@ -1,5 +1,6 @@
 """Fine-tuning: packing changes no loss, MTP modes, and whole runs that freeze biases, stop, continue and export."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,10 +16,10 @@ from deepseek_jax.data.packing import next_token_batch, pack
 from deepseek_jax.model.balance import RouterStats
 from deepseek_jax.model.transformer import init
 from deepseek_jax.parallel.mesh import make_mesh
-from deepseek_jax.posttraining.chats import HeldOutChats
+from deepseek_jax.posttraining.chats import Chats, HeldOutChats
 from deepseek_jax.posttraining.conversations import PLAIN, encode_conversation, find_template
 from deepseek_jax.posttraining.settings import read
-from deepseek_jax.posttraining.sft import heldout_row, sft_objective, train_sft
+from deepseek_jax.posttraining.sft import heldout_row, sft_objective, train_sft, with_length
 from deepseek_jax.training.checkpoint import Checkpoints, Progress
 from deepseek_jax.training.metrics import read_rows
 from deepseek_jax.training.objective import Normalisers, Terms
@@ -287,3 +288,13 @@ def test_nothing_is_left_of_a_start_that_fails(workdirs):
     assert not (folder / "never").exists()
     with pytest.raises(ValueError, match="holds a run without post-training; choose another --workdir"):
         run(folder, "base")
+
+
+def test_epochs_of_less_than_a_row_are_refused():
+    config, posttraining = read(settings())
+    chats = Chats([Example(np.zeros(9, np.int32), np.ones(9, bool))], [], 1, 0)
+    length = config.data.sequence_length
+    assert with_length(config, posttraining.sft, chats).training.num_tokens == posttraining.sft.epochs * length
+    less = dataclasses.replace(posttraining.sft, epochs=0.4)
+    with pytest.raises(ValueError, match="epochs = 0.4 of 1 packed row is less than a row; give 1 or more"):
+        with_length(config, less, chats)
