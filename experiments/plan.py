@@ -60,10 +60,15 @@ def main(_) -> None:
     _check_flags()
     chip, num_devices = _where()
     compiled = COMPILE.value and not SEARCH.value
+    if not COMPILE.value and not (chip and chip.compiles):
+        what = f"{chip.name} is a card" if chip else "no --topology or --chip is given"
+        raise ValueError(f"--nocompile: {what}, and a step is compiled for TPUs alone; leave --nocompile out")
     if chip and chip.compiles and compiled and not DECODE.value and ADAPTERS.value is None:
         prepare()
     target = None if JSON.value is None else _target(JSON.value, "--json")
     drawing = None if PLOT.value is None else _target(PLOT.value, "--plot")
+    if drawing is not None and drawing.suffix != ".png":
+        raise ValueError(f"--plot = {shown(str(drawing))} must end in .png, which is what is drawn")
     config = from_config_dict(CONFIG.value)
     if ADAPTERS.value is not None:
         _adapters(config, chip, num_devices, target)

@@ -145,15 +145,20 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
     how = (
         "shares of peak measured on H100 and H200" if chip.name in MEASURED else "shares of peak assumed, not measured"
     )
+    unit, name = (1.0, "s") if time.total >= 1.0 else (1e-3, "ms")
+
+    def said(seconds: float) -> str:
+        return f"{seconds / unit:,.2f} {name}"
+
     rows = [
-        ("forward", f"{time.forward:,.2f} s"),
-        ("backward", f"{time.backward:,.2f} s, with what is computed again"),
-        ("sums, casts", f"{time.sums:,.2f} s, of gradients over micro-batches, and of weights"),
-        ("exposed exchange", f"{time.exchange:,.2f} s"),
-        ("exposed weights, gradients", f"{time.other:,.2f} s"),
-        ("idle in the pipeline", f"{time.idle:,.2f} s"),
-        ("optimizer", f"{time.optimizer:,.2f} s"),
-        ("step", f"{time.total:,.2f} s of {counts.tokens_per_step:,} tokens"),
+        ("forward", said(time.forward)),
+        ("backward", f"{said(time.backward)}, with what is computed again"),
+        ("sums, casts", f"{said(time.sums)}, of gradients over micro-batches, and of weights"),
+        ("exposed exchange", said(time.exchange)),
+        ("exposed weights, gradients", said(time.other)),
+        ("idle in the pipeline", said(time.idle)),
+        ("optimizer", said(time.optimizer)),
+        ("step", f"{said(time.total)} of {counts.tokens_per_step:,} tokens"),
         ("rate", f"{rate:,.0f} tokens/s, {rate / count * chip.devices:,.0f} a chip"),
         ("MFU of the BF16 peak", f"{share:.1%}"),
         ("all tokens", f"{days:,.1f} days, {hours:,.0f} chip-hours for {counts.tokens:,}"),

@@ -87,6 +87,8 @@ FLAGS = [
     case("plan", f"{TINY} --topology=h200:8 --decode --nocompile", "--nocompile and --decode", "leave one of them out"),
     case("plan", f"{TINY} --topology=h200:8 --search --nocompile", "--nocompile and --search", "leave --nocompile out"),
     case("plan", f"{TINY} --topology=h200:8 --decode --search", "--search and --decode", "leave one of them out"),
+    case("plan", f"{TINY} --topology=h200:8 --nocompile", "--nocompile: h200 is a card", "leave --nocompile out"),
+    case("plan", f"{TINY} --plot={{d}}/p.pdf", "--plot", "must end in .png"),
     case("plan", f"{TINY} --decode", "--decode needs devices", "--topology=h200:8"),
     case("plan", f"{TINY} --adapters=8:ffn --search --devices=1", "--search and --adapters", "leave one of them out"),
     case("plan", f"{TINY} --adapters=8", "--adapters=8 is not RANK:TARGETS", "16:attention,experts"),

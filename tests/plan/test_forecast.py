@@ -40,6 +40,7 @@ def test_every_figure_says_how_it_was_found(monkeypatch):
     for wanted in ("a step on 8 devices of h200 (data 2 x expert 4)", "traced", "of 141 GB", "exchange over expert",
                    "shares of peak measured on H100 and H200", "chip-hours"):  # fmt: skip
         assert wanted in text, wanted
+    assert f"{found.time.total * 1e3:,.2f} ms of " in text and "0.00 s" not in text  # a small step is not nothing
     values = json.loads(json.dumps(forecast.record(found, count(found.fit.config, state))))
     assert values["gradient_traced"] == LIVING
     parts = {name: seconds for name, seconds in values["time_computed"].items() if name not in ("total", "travel")}
