@@ -1,6 +1,10 @@
 """Code is rewarded if it passes its tests, and for nothing else."""
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepseek_jax.posttraining.rewards.code import CodeReward, last_code
 from deepseek_jax.posttraining.rewards.problem import Case, Problem
@@ -82,6 +86,17 @@ def test_the_code_is_the_last_block_behind_the_reasoning():
     assert last_code("```\na\n```\nand\n```py\nb\n```") == "b\n"
     assert last_code("```python\na\n```\n</think>no code") is None
     assert last_code("```python\nnot closed") is None
+    assert last_code("```python\n" * 100_000) is None  # and at once: each line is read once
+
+
+FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+
+
+@given(st.lists(st.sampled_from(["```", "```py", "```Python3 ", "```c", "``` \t", "a", "", "\r", " ```", "a```"])))
+def test_blocks_are_those_of_the_pattern(lines):
+    """Which takes the square of a text's length."""
+    blocks = FENCED.findall("\n".join(lines))
+    assert last_code("\n".join(lines)) == (blocks[-1] if blocks else None)
 
 
 VALUES = [None, True, 0, -3, 1.5, "x", b"\x00", [1, [2]], (1, 2), {1, 2}, frozenset({"a"}), {"a": 1, 2: [None]}, ""]

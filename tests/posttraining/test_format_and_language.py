@@ -28,6 +28,12 @@ def test_the_template_is_strict():
         assert format_reward(PROBLEM, bad) == text_reward(PROBLEM, bad) == 0.0, bad
 
 
+def test_a_long_text_without_an_answer_is_judged_at_once():
+    """A pattern that searches for something in both parts takes the square of their length: hours of this text."""
+    assert parts("<think>" + "so " * 300_000 + "</think><answer> </answer>") is None
+    assert parts("<think>" + " " * 900_000 + "</think><answer>7</answer>") is None
+
+
 def test_an_answer_must_be_there_letter_for_letter():
     assert text_reward(PROBLEM, "<think>t</think><answer>77</answer>") == 0.0
     with pytest.raises(ValueError, match="no answer"):

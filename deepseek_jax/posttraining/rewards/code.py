@@ -19,14 +19,23 @@ from deepseek_jax.posttraining.rewards.sandbox.session import (
     missing,
 )
 
-FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+OPENING = re.compile(r"```(?:python3?|py)?[ \t]*", re.IGNORECASE)
+CLOSING = re.compile(r"```[ \t]*")
 MOST_CHARACTERS = 100_000  # of a completion's code
 
 
 def last_code(text: str) -> str | None:
     """Return the last fenced block of Python behind the reasoning; None without one."""
-    blocks = FENCED.findall(text.rpartition("</think>")[2])
-    return blocks[-1] if blocks else None
+    found: list[str] | None = None
+    block: list[str] | None = None  # that is open
+    for line in text.rpartition("</think>")[2].split("\n"):  # each once: a search over all lines from each fence hangs
+        if block is None:
+            block = [] if OPENING.fullmatch(line) else None
+        elif CLOSING.fullmatch(line):
+            found, block = block, None
+        else:
+            block.append(line)
+    return None if found is None else "".join(f"{line}\n" for line in found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 from deepseek_jax.posttraining.rewards.problem import Problem
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-TEMPLATE = re.compile(r"\s*<think>(.*\S.*)</think>\s*<answer>(.*\S.*)</answer>\s*", re.DOTALL)
+TEMPLATE = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)  # linear: each tag is there once
 
 
 def parts(text: str) -> tuple[str, str] | None:
@@ -17,7 +17,8 @@ def parts(text: str) -> tuple[str, str] | None:
     if any(text.count(tag) != 1 for tag in TAGS):
         return None
     match = TEMPLATE.fullmatch(text)
-    return (match[1].strip(), match[2].strip()) if match else None
+    found = (match[1].strip(), match[2].strip()) if match else ("", "")
+    return found if all(found) else None
 
 
 def format_reward(problem: Problem, text: str) -> float:
