@@ -221,7 +221,13 @@ def check_claimed(workdir: Path, posttraining: Posttraining) -> None:
             f"{shown(str(workdir))} holds a run without post-training; choose another --workdir, and begin with its"
             f" weights: --initial={workdir}"
         )
-    stored = _defaults(posttraining) | _leaves(read_json(path))
+    section = read_json(path)
+    if section.get("stage") != posttraining.stage:
+        raise ValueError(
+            f"{shown(str(workdir))} holds a run of the stage {section.get('stage')!r}, and this is one of"
+            f" {posttraining.stage!r}; choose another --workdir, and begin with its weights: --initial={workdir}"
+        )
+    stored = _defaults(posttraining) | _leaves(section)
     ours = _leaves(json.loads(json.dumps(dataclasses.asdict(posttraining))))
     differences = [
         f"{SECTION}.{key}: {stored.get(key)!r} in the workdir, {ours.get(key)!r} given"

@@ -1,6 +1,7 @@
 """GRPO's settings and problems, what is refused before anything is written, and a whole run that is killed."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -134,6 +135,9 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
     check_claimed(tmp_path, posttraining)
     with pytest.raises(ValueError, match="posttraining.grpo.staleness: 0 in the workdir, 1 given"):
         check_claimed(tmp_path, read(settings(staleness=1))[1])
+    other = dataclasses.replace(posttraining, stage="sft", grpo=None)
+    with pytest.raises(ValueError, match="holds a run of the stage 'grpo', and this is one of 'sft'; choose another"):
+        check_claimed(tmp_path, other)
 
 
 def test_a_file_of_problems_may_move_and_a_task_stays(tmp_path):
