@@ -8,6 +8,7 @@ from typing import Any
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inputs import read_json, shown
 from deepseek_jax.posttraining.r1_settings import RESULTS, Plan
+from deepseek_jax.training.workdir import is_claimed
 
 RECORD = "r1.json"
 
@@ -18,8 +19,10 @@ def keep_plan(plan: Plan, workdir: Path) -> None:
     `num_stages` may differ, and stages that have not begun may.
 
     Raises:
-        ValueError: another key differs; the message names the first that does.
+        ValueError: another key differs; the message names the first that does. Or the folder is a run's.
     """
+    if is_claimed(workdir):
+        raise ValueError(f"{shown(str(workdir))} holds a run, and stages are folders of their own; name a new folder")
     ours = json.loads(json.dumps({"shared": plan.shared, "r1": dataclasses.asdict(plan.r1) | {"num_stages": 0}}))
     path = workdir / RECORD
     stored = read_json(path) if path.exists() else None

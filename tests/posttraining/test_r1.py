@@ -137,6 +137,9 @@ def test_a_folder_keeps_its_plan_but_may_run_more_stages_and_change_those_that_h
     (tmp_path / "samples.jsonl").touch()
     with pytest.raises(ValueError, match=r"stages.samples.settings.prompts is 9 there"):
         keep_plan(plan_of(tmp_path, [*other, longer[-1]]), tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="holds a run, and stages are folders of their own"):
+        keep_plan(plan_of(tmp_path), tmp_path)
 
 
 def test_stages_run_in_order_until_a_signal_and_are_done_once(tmp_path, monkeypatch):
