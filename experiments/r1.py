@@ -36,7 +36,8 @@ def main(_) -> None:
         say(f"\nstopped by {stopped.name}; to continue:\n  {again}")
         sys.exit(128 + stopped)
     say(f"\n{r1_report.table(plan, workdir)}\n{time.monotonic() - begin:.0f} seconds")
-    say(f"curves: {r1_report.draw(plan, workdir)}")
+    if drawing := r1_report.draw(plan, workdir):
+        say(f"curves: {drawing}")
 
 
 if __name__ == "__main__":

@@ -149,31 +149,3 @@ def cost(table: Table, durations: Durations) -> Cost:
         activations=float(live(table).max() * size),
         parameters=table.placement.num_chunks * size,
     )
-
-
-def expected_idle(name: str, num_devices: int, durations: Durations) -> float:
-    """Return the idle time of a device by the formulas of the report's Table 2; GPipe and interleaved have 1F1B's.
-
-    They hold with at least P micro-batches (DualPipe and DualPipeV: 2P). The table's PP counts stages, and DualPipeV
-    has two a device.
-
-    Args:
-        name: of a schedule.
-        num_devices: P.
-        durations: of one chunk.
-
-    Raises:
-        ValueError: there is no formula for this schedule.
-    """
-    f, b, w, both = durations.forward, durations.full, durations.weights, durations.pair
-    formulas = {
-        "gpipe": (num_devices - 1) * (f + b),
-        "1f1b": (num_devices - 1) * (f + b),
-        "interleaved": (num_devices - 1) * (f + b),
-        "zb1p": (num_devices - 1) * (f + b - 2 * w),
-        "dualpipe": (num_devices / 2 - 1) * (both + b - 3 * w),
-        "dualpipev": (num_devices - 1) * (both + b - 3 * w),
-    }
-    if name not in formulas:
-        raise ValueError(f"there is no formula for the idle time of {name!r}; there are some for {', '.join(formulas)}")
-    return formulas[name]

@@ -108,11 +108,6 @@ class Placement:
         """Stages that a device holds."""
         return 1 + max(place.chunk for place in self.stages)
 
-    @property
-    def num_copies(self) -> int:
-        """How many devices hold a stage."""
-        return self.num_devices * self.num_chunks // self.num_stages
-
     def stage(self, device: int, chunk: int) -> int:
         """Return the stage that a chunk of a device is."""
         return self.stages[Place(device, chunk)]
