@@ -84,12 +84,12 @@ def _check_needs(problem: Problem, grpo: Grpo) -> None:
     """Refuse a problem that a reward could not judge: in a run it would fail, or count as 0, each time."""
     for name in grpo.rewards:
         need = NEEDS.get(name)
-        known = problem.language in SCRIPTS if need == "language" else need is None or getattr(problem, need)
-        if not known:
+        value = getattr(problem, need) if need else True
+        if not (value in SCRIPTS if need == "language" else value.strip() if isinstance(value, str) else value):
             remedy = f", one of {', '.join(sorted(SCRIPTS))}" * (need == "language")
             raise ValueError(
                 f"the reward {name!r} reads {need!r}{remedy}, and problem {shown(repr(problem.name))} of"
-                f" {shown(repr(grpo.problems))} has {shown(repr(getattr(problem, str(need))))}; write it in a .jsonl"
+                f" {shown(repr(grpo.problems))} has {shown(repr(value))}; write it in a .jsonl"
                 " file of problems, or use another reward"
             )
 

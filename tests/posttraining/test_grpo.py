@@ -195,7 +195,7 @@ def test_a_file_of_problems_has_what_each_reward_reads(tmp_path):
         ("code", {"answer": "a"}),
         ("language", {"answer": "a"}),
         ("language", {"answer": "a", "language": "xx"}),
-        ("text", {"answer": ""}),
+        ("text", {"answer": " "}),
         ("mathematics", {"tests": tests}),
     ):
         with pytest.raises(ValueError, match=f"the reward '{reward}' reads .* and problem 'q"):
