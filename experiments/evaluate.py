@@ -12,7 +12,8 @@ from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.pipeline import open_tokenizer
 from deepseek_jax.evaluation.workdir import evaluate_workdir
 from deepseek_jax.evaluation.yardsticks import measure_yardsticks
-from deepseek_jax.inputs import local_path
+from deepseek_jax.inputs import local_path, read_json
+from deepseek_jax.posttraining.settings import FILE
 from deepseek_jax.training.curves import source_lines
 from deepseek_jax.training.workdir import check_workdir, read_config
 from experiments import command, recipe, session
@@ -30,6 +31,12 @@ def main(_) -> None:
     """Parse, evaluate, print."""
     workdir = local_path(WORKDIR.value, "--workdir")
     config = read_config(workdir)
+    section = read_json(workdir / FILE) if (workdir / FILE).exists() else {}
+    if section.get("stage") == "sft":
+        raise ValueError(
+            f"--workdir={workdir} learned from conversations, and this command reads texts; its held-out loss is"
+            " eval/loss in metrics.jsonl"
+        )
     if CONFIG.value is not None:
         config = from_config_dict(CONFIG.value)
         check_workdir(workdir, config, "give its values, or leave --config out: then the run's own is used")

@@ -136,6 +136,12 @@ def _sent(found: Forecast) -> list[str]:
     return rows
 
 
+def _in_unit(total: float) -> Callable[[float], str]:
+    """Return what says seconds in the unit that a step of `total` seconds is told in."""
+    unit, name = (1.0, "s") if total >= 1.0 else (1e-3, "ms")
+    return lambda seconds: f"{seconds / unit:,.2f} {name}"
+
+
 def _time(found: Forecast, counts: Counts) -> list[str]:
     time, chip, count = found.time, found.chip, found.fit.num_devices
     rate = counts.tokens_per_step / time.total
@@ -145,11 +151,7 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
     how = (
         "shares of peak measured on H100 and H200" if chip.name in MEASURED else "shares of peak assumed, not measured"
     )
-    unit, name = (1.0, "s") if time.total >= 1.0 else (1e-3, "ms")
-
-    def said(seconds: float) -> str:
-        return f"{seconds / unit:,.2f} {name}"
-
+    said = _in_unit(time.total)
     rows = [
         ("forward", said(time.forward)),
         ("backward", f"{said(time.backward)}, with what is computed again"),
@@ -188,7 +190,7 @@ def choices_table(choices: list[Choice], chip: Chip, counts: Counts) -> list[str
         count = choice.fit.num_devices
         share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
         text.append(
-            f"  {choice.time.total:>7,.2f} s{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
+            f"  {_in_unit(choice.time.total)(choice.time.total):>9}{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
             f"{choice.memory / GB:>6,.0f} GB  {choice.fit.flags or 'as written'}"
         )
     return text

@@ -70,6 +70,13 @@ FLAGS = [
     case("train", NEW, "JAX_PLATFORMS=nonsense", "unset it", environment={"JAX_PLATFORMS": "nonsense"}),
     case("evaluate", "", "--workdir is missing", "Folder of the run"),
     case("evaluate", "--workdir={d}/W --step=-1", "--step=-1"),
+    case(
+        "evaluate",
+        "--workdir={d}/W",
+        "learned from conversations",
+        "eval/loss in metrics.jsonl",
+        files=RUN | {"W/posttraining.json": '{"stage": "sft"}'},
+    ),
     case("evaluate", "--workdir={d}/W --step=last", "--step=last", "newest"),
     case("evaluate", "--workdir={d}/W --jsno", "--jsno is unknown", "--json"),
     case("generate", "--workdir={d}/W", "--prompt is missing", "give the text to continue"),
