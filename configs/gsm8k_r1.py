@@ -102,6 +102,11 @@ def _control(config: ConfigDict) -> None:
     config.posttraining.grpo.rewards = {"gsm8k": 0.0, "chance": 1.0}  # the answer is measured, and gives nothing
 
 
+def _zero(config: ConfigDict) -> None:
+    _grpo(config, "base")
+    config.posttraining.grpo.template = "plain"  # pre-training leaves none in its folder
+
+
 STAGES = {
     "base": _base,
     "sft": _sft,
@@ -109,5 +114,5 @@ STAGES = {
     "control": _control,
     "steps": functools.partial(_sft, hasty=False),
     "steps_grpo": functools.partial(_grpo, initial="steps"),
-    "zero": functools.partial(_grpo, initial="base"),
+    "zero": _zero,
 }
