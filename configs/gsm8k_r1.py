@@ -15,8 +15,6 @@ makes the data and runs the stages, which are ordinary runs:
 Paths are those that the study makes; give others by `--config.data.sources` and `--initial`.
 """
 
-import functools
-
 from ml_collections import ConfigDict
 
 from configs import v3_300m
@@ -102,6 +100,14 @@ def _control(config: ConfigDict) -> None:
     config.posttraining.grpo.rewards = {"gsm8k": 0.0, "chance": 1.0}  # the answer is measured, and gives nothing
 
 
+def _steps(config: ConfigDict) -> None:
+    _sft(config, hasty=False)
+
+
+def _steps_grpo(config: ConfigDict) -> None:
+    _grpo(config, "steps")
+
+
 def _zero(config: ConfigDict) -> None:
     _grpo(config, "base")
     config.posttraining.grpo.template = "plain"  # pre-training leaves none in its folder
@@ -112,7 +118,7 @@ STAGES = {
     "sft": _sft,
     "grpo": _grpo,
     "control": _control,
-    "steps": functools.partial(_sft, hasty=False),
-    "steps_grpo": functools.partial(_grpo, initial="steps"),
+    "steps": _steps,
+    "steps_grpo": _steps_grpo,
     "zero": _zero,
 }
