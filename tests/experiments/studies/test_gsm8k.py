@@ -139,6 +139,9 @@ def test_all_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypatch
     assert len(shares) == 7 * 5
     assert all(0 <= r["low"] <= r["value"] + 1e-12 and r["value"] <= r["high"] <= 1 for r in shares.values())
     assert shares["gsm8k, behind base"]["shape"] == {"problems": 6}
+    results = json.loads((runs / gsm8k.RESULTS / "base.json").read_text())
+    (asked, greedy), (again, drawn) = results["task"]["shown"][0], results["task, drawn"]["shown"][0]
+    assert asked == again and greedy != drawn
     speeds = {(record["mode"], record["op"]): record["value"] for record in records if record["unit"] != "share"}
     assert speeds["grpo", "sampling"] > 0 and speeds["sft", "training"] > 0
     assert speeds["control", "sampling"] > 0
