@@ -4,10 +4,13 @@
 
 makes the data and runs the stages, which are ordinary runs:
 
-    gsm8k_r1.py:base    pre-training on problems made by code, GSM8K's training texts, and Python's own source
-    gsm8k_r1.py:sft     fine-tuning on GSM8K's solutions, and on the task's in two ways: with steps, and without
-    gsm8k_r1.py:grpo    reinforcement learning on the task, with 1 for a right answer
-    gsm8k_r1.py:control the same with a reward that knows nothing (`posttraining.rewards.chance`), from `sft` as well
+    gsm8k_r1.py:base        pre-training on problems made by code, GSM8K's training texts, and Python's own source
+    gsm8k_r1.py:sft         fine-tuning on GSM8K's solutions, and on the task's in two ways: with steps, and without
+    gsm8k_r1.py:grpo        reinforcement learning on the task, with 1 for a right answer
+    gsm8k_r1.py:control     the same with a reward that knows nothing (`posttraining.rewards.chance`), from `sft`, too
+    gsm8k_r1.py:steps       fine-tuning from `base` on the answers with steps alone, which is what R1's cold start shows
+    gsm8k_r1.py:steps_grpo  `grpo`, from `steps`
+    gsm8k_r1.py:zero        `grpo`, from `base`: no fine-tuning, as R1-Zero
 
 Paths are those that the study makes; give others by `--config.data.sources` and `--initial`.
 """
@@ -21,11 +24,11 @@ TASK = "word_problems:2-6"
 
 
 def get_config(stage: str = "grpo") -> ConfigDict:
-    """Return the configuration of a stage: `base`, `sft`, `grpo` or `control`."""
+    """Return the configuration of a stage; see the module."""
     config = v3_300m.get_config()
     config.name = f"gsm8k_{stage}"
     config.training.update({"checkpoint_every": 10**6, "keep_checkpoints": 1, "log_every": 1})  # one at the end
-    {"base": _base, "sft": _sft, "grpo": _grpo, "control": _control}[stage](config)
+    STAGES[stage](config)
     return config
 
 
@@ -50,12 +53,12 @@ def _behind(config: ConfigDict, initial: str) -> None:
     config.training.update({"num_tokens": 1e12, "initial_weights": f"{RUNS}/{initial}"})
 
 
-def _sft(config: ConfigDict) -> None:
+def _sft(config: ConfigDict, hasty: bool = True) -> None:
     _behind(config, "base")
     config.optimizer.update({"learning_rate": (("constant", 1e-9, 2e-4), ("cosine", 1.0, 2e-5)), "warmup_steps": 10})
     config.data.update(
         {
-            "sources": ({"path": f"{RUNS}/data/chats.jsonl"},),
+            "sources": tuple({"path": f"{RUNS}/data/{name}.jsonl"} for name in ("solutions", "hasty")[: 1 + hasty]),
             "text_field": "messages",
             "sequence_length": 640,  # GSM8K's longest solution has 560 tokens
         }
@@ -64,8 +67,8 @@ def _sft(config: ConfigDict) -> None:
     config.posttraining = {"stage": "sft", "sft": {"template": "plain", "epochs": 1.0, "mtp": "off"}}
 
 
-def _grpo(config: ConfigDict) -> None:
-    _behind(config, "sft")
+def _grpo(config: ConfigDict, initial: str = "sft") -> None:
+    _behind(config, initial)
     config.optimizer.update({"learning_rate": (("constant", 1.0, 3e-5),), "warmup_steps": 5})
     config.data.sequence_length = 320
     config.training.update({"batch_size": (("constant", 1.0, 256),), "micro_batch_size": 128, "eval_every": 20})
@@ -95,3 +98,27 @@ def _grpo(config: ConfigDict) -> None:
 def _control(config: ConfigDict) -> None:
     _grpo(config)
     config.posttraining.grpo.rewards = {"gsm8k": 0.0, "chance": 1.0}  # the answer is measured, and gives nothing
+
+
+def _steps(config: ConfigDict) -> None:
+    _sft(config, hasty=False)
+
+
+def _steps_grpo(config: ConfigDict) -> None:
+    _grpo(config, "steps")
+
+
+def _zero(config: ConfigDict) -> None:
+    _grpo(config, "base")
+    config.posttraining.grpo.template = "plain"  # pre-training leaves none in its folder
+
+
+STAGES = {
+    "base": _base,
+    "sft": _sft,
+    "grpo": _grpo,
+    "control": _control,
+    "steps": _steps,
+    "steps_grpo": _steps_grpo,
+    "zero": _zero,
+}

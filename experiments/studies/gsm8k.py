@@ -1,19 +1,25 @@
-"""From text to a model that reasons: pre-training, SFT, GRPO and its control at 0.3B parameters, measured behind each.
+"""From text to a model that reasons: pre-training, SFT and GRPO at 0.3B parameters, measured behind each stage.
 
     python -m experiments.studies.gsm8k --gsm8k=train.jsonl --runs=runs/gsm8k
 
 GSM8K's file has one JSON object a line, with "question" and "answer". Of it, 500 problems are held out by a hash of
 their questions, and are in no text and no conversation. The other problems are made by code
 (`posttraining.word_problems`); 500 of those are held out by a hash of their calculations, so no held-out chain of
-calculations is trained on, in whatever words. Both are answered greedily behind each stage (`configs/gsm8k_r1.py`):
+calculations is trained on, in whatever words. Both are answered greedily behind each stage (`configs/gsm8k_r1.py`), and
+the task once more by a draw at temperature 1, as GRPO samples:
 
-    base    pre-training on text
-    sft     fine-tuning on conversations: GSM8K's solutions, and the task's, with steps and (twice as many) without
-    grpo    reinforcement learning on the task: it has questions and answers alone
-    control the same from the weights of `sft`, with a reward that is a coin: what it learns is not from being right
+    base        pre-training on text
+    sft         fine-tuning on conversations: GSM8K's solutions, and the task's, with steps and (twice as many) without
+    grpo        reinforcement learning on the task: it has questions and answers alone
+    control     the same from the weights of `sft`, with a reward that is a coin: what it learns is not from being right
+    steps       fine-tuning from `base` on what has steps alone
+    steps_grpo  `grpo`, from there
+    zero        `grpo`, from `base`
 
-Fine-tuning shows two ways to answer the task, and nothing tells which is better, as in `configs/tiny_r1.py`. A stage
-that is done is read, one that was stopped continues. Records have accuracy with Wilson's 95% interval, and tokens/s.
+`sft` shows two ways to answer the task, and nothing tells which is better, as in `configs/tiny_r1.py`. The first token
+decides on a way: greedy answers have the frequent one nearly always, where draws have both. `steps` shows one way, as
+R1's cold start does, and `zero` none, as R1-Zero. A stage that is done is read, one that was stopped continues. Records
+have accuracy with Wilson's 95% interval, and tokens/s.
 """
 
 import contextlib
@@ -36,8 +42,10 @@ from deepseek_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from deepseek_jax.files import write_atomically
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import LENGTH, Job
+from deepseek_jax.inference.requests import Request
+from deepseek_jax.inference.sampling import Sampling
 from deepseek_jax.inputs import local_path, new_folder, read_json
-from deepseek_jax.palette import GRAY, SERIES
+from deepseek_jax.palette import BLACK, BLUE, GRAY, GREEN, ORANGE, VERMILION, YELLOW
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.accuracy import wilson
@@ -59,11 +67,13 @@ from pallas_kernels.bench import records
 
 GSM8K = flags.DEFINE_string("gsm8k", None, "GSM8K's training split, .jsonl.", required=True)
 
-CONTROL = "control"
-STAGES = "base", "sft", "grpo", CONTROL
+STAGES = tuple(gsm8k_r1.STAGES)
+REINFORCED = {"grpo": GREEN, "control": GRAY, "steps_grpo": VERMILION, "zero": BLACK}  # and their colours
+COLOURS = {"base": BLUE, "sft": ORANGE, "steps": YELLOW} | REINFORCED
 DATA, RESULTS = "data", "results"
 MOST_NEW_TOKENS = 320  # of an answer; GSM8K's solutions have 100 on average
 STEP = "<<"  # a calculation that is written down
+DRAW = Sampling(temperature=1.0, top_k=0, top_p=1.0)
 SHOWN = 2  # answers of each set in a result
 SPEEDS = {  # keys of the metrics
     "speed/step_seconds": ("step, rollout included", "s"),
@@ -142,11 +152,11 @@ def train_stage(stage: str, tree: dict[str, Any], workdir: Path) -> Result:
     """Train a stage to its end, or until a signal."""
     if stage == "base":
         return train(from_config_dict(tree), workdir)
-    return (train_sft if stage == "sft" else train_grpo)(*read(tree), workdir)
+    return (train_grpo if stage in REINFORCED else train_sft)(*read(tree), workdir)
 
 
 class Measure:
-    """Answers both held-out sets greedily. Its engine is opened when it is first called, and kept."""
+    """Answers both held-out sets greedily, and draws. Its engine is opened when it is first called, and kept."""
 
     def __init__(self, tree: dict[str, Any], runs: Path, held: HeldOut, resources: contextlib.ExitStack):
         """Take the configuration of GRPO; the engine and the rewards end with `resources`."""
@@ -171,10 +181,24 @@ class Measure:
             self._engine = self._resources.enter_context(engine)
             self._pool = self._resources.enter_context(open_pool(self._grpo))
         self._engine.update_weights(weights)
-        jobs = [Job(prompt=p.ids, max_new_tokens=MOST_NEW_TOKENS, sampling=GREEDY, keep_end=True) for p in prompts]
+        rows = self._answers(prompts, GREEDY)
+        end = len(self._held.gsm8k)
+        found = {"gsm8k": summary(rows[:end]), "task": summary(rows[end:])}
+        for steps, part in self._held.task.items():
+            begin, end = end, end + len(part)
+            found[f"task, {steps} calculations"] = summary(rows[begin:end])
+        found["task, drawn"] = summary(self._answers(prompts[len(self._held.gsm8k) :], DRAW))
+        return found
+
+    def _answers(self, prompts: list[Prompt], sampling: Sampling) -> list[Row]:
+        """Return an answer to each prompt, and whether it is right."""
+        assert self._engine is not None
+        shared = {"max_new_tokens": MOST_NEW_TOKENS, "sampling": sampling, "keep_end": True}
+        jobs = [Job(prompt=p.ids, own=Request(seed=n), **shared) for n, p in enumerate(prompts)]
         answers = self._engine.generate(jobs)
+        asked = [prompt.problem for prompt in prompts]
         scores = self._pool.score(asked, [answer.text for answer in answers])
-        rows = [
+        return [
             {
                 "question": problem.name,
                 "answer": answer.text,
@@ -184,12 +208,6 @@ class Measure:
             }
             for problem, answer, score in zip(asked, answers, scores, strict=True)
         ]
-        end = len(self._held.gsm8k)
-        found = {"gsm8k": summary(rows[:end]), "task": summary(rows[end:])}
-        for steps, part in self._held.task.items():
-            begin, end = end, end + len(part)
-            found[f"task, {steps} calculations"] = summary(rows[begin:end])
-        return found
 
 
 def summary(rows: list[Row]) -> Row:
@@ -216,9 +234,9 @@ def result_lines(stage: str, row: Row) -> str:
 
 
 def records_of(runs: Path) -> list[dict[str, Any]]:
-    """Return the records of runs that are done: accuracy, and the speed of training and of rollouts."""
+    """Return the records of the stages that are done: accuracy, and the speed of training and of rollouts."""
     found = []
-    for stage in STAGES:
+    for stage in _done(runs):
         for name, one in read_json(runs / RESULTS / f"{stage}.json").items():
             values = {"value": one.pop("share"), "unit": "share", "shape": {"problems": one.pop("problems")}}
             if name not in ("gsm8k", "task"):  # whose answers are shown already
@@ -247,30 +265,35 @@ def speeds(stage: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(runs: Path) -> Any:
-    """Return a figure: accuracy behind each stage by the number of calculations, and the curves of GRPO and control."""
+    """Return a figure: accuracy behind each stage that is done, by the number of calculations, and GRPO's curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     bars, *panels = figure.subplots(2, 2).flat
-    colours = dict(zip(STAGES, SERIES, strict=False)) | {CONTROL: GRAY}
-    for place, (stage, colour) in enumerate(colours.items()):
+    stages = _done(runs)
+    for place, stage in enumerate(stages):
         results = read_json(runs / RESULTS / f"{stage}.json")
-        shares = [one["share"] for one in results.values()]
-        bars.bar(np.arange(len(shares)) + 0.2 * (place - 1.5), shares, 0.19, color=colour, label=stage)
+        shares, width = [one["share"] for one in results.values()], 0.8 / len(stages)
+        places = np.arange(len(shares)) + width * (place - (len(stages) - 1) / 2)
+        bars.bar(places, shares, 0.95 * width, color=COLOURS[stage], label=stage)
         bars.set_xticks(
             range(len(shares)), [name.removeprefix("task, ").replace("calculations", "calc.") for name in results]
         )
     bars.legend()
     bars.set(title="held-out accuracy behind each stage", ylim=(0, 1))
-    rows = {stage: read_rows(runs / stage) for stage in ("grpo", CONTROL)}
+    rows = {stage: read_rows(runs / stage) for stage in stages if stage in REINFORCED}
     for axes, (title, keys) in zip(panels, CURVES.items(), strict=True):
         for stage, key in itertools.product(rows, keys):
             found = [row for row in rows[stage] if key in row]
             curve = [row["step"] for row in found], [row[key] for row in found]
-            axes.plot(*curve, keys[key], color=colours[stage], label=stage)
-        axes.set(title=title, xlabel="update of GRPO, or of its control (grey)")
+            axes.plot(*curve, keys[key], color=COLOURS[stage], label=stage)
+        axes.set(title=title, xlabel="update")
         axes.set_ylim(bottom=0)
     return figure
+
+
+def _done(runs: Path) -> list[str]:
+    return [stage for stage in STAGES if (runs / RESULTS / f"{stage}.json").exists()]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     tokenizer.json    BPE of the texts without their digits, so that each digit is a token
     texts.jsonl       problems of the task with solutions, for pre-training
     gsm8k.jsonl       GSM8K's training problems with solutions, for pre-training
-    chats.jsonl       conversations for fine-tuning: GSM8K's solutions, the task's with steps and hasty ones
+    solutions.jsonl   conversations for fine-tuning: GSM8K's solutions, and the task's with steps
+    hasty.jsonl       the task's with the bare answer
     data.json         what all of this was made of: only the same may be measured beside it
 
 A held-out problem is in none of these.
@@ -83,12 +84,14 @@ def prepare(folder: Path, gsm8k: Path, task: TaskName, vocab_size: int, seed: in
     made = make_task(task.name, seed, task.shortest, task.longest)
     texts = made.texts(sizes.texts)
     ours = [f"{problem.name}\n{problem.answer}\n" for problem in train]
-    chats = [
+    solutions = [
         {"messages": [*problem.messages, {"role": "assistant", "content": problem.answer}]} for problem in train
-    ] + made.cold_start(sizes.with_steps, sizes.hasty)
+    ]
+    shown_ways = made.cold_start(sizes.with_steps, sizes.hasty)
     _write(folder / "texts.jsonl", ({"text": text} for text in texts))
     _write(folder / "gsm8k.jsonl", ({"text": text} for text in ours))
-    _write(folder / "chats.jsonl", chats)
+    _write(folder / "solutions.jsonl", solutions + shown_ways[: sizes.with_steps])
+    _write(folder / "hasty.jsonl", shown_ways[sizes.with_steps :])
     learned = [DIGIT.sub(" ", text) for text in [*ours, *texts[:NUM_LEARNED]]]
     train_bpe(learned, vocab_size).save(folder / TOKENIZER_FILES[0])
     return held

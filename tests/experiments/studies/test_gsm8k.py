@@ -52,9 +52,9 @@ def small(stage):
         config.loss.sequence_balance_weight = 0.0
         config.optimizer.weight_decay = 0.0
         config.training.update({"num_tokens": 6 * 8 * 192.0, "eval_batches": 1})
-    if stage == "sft":
+    if stage in ("sft", "steps"):
         config.posttraining.sft.epochs = 2.0
-    if stage in ("grpo", "control"):
+    if stage in gsm8k.REINFORCED:
         sizes = {"num_problems": 20, "heldout": 5, "group_size": 4, "steps": 6, "max_new_tokens": 8, "rows": 8}
         config.posttraining.grpo.update({"problems": "word_problems:1-2", "reward_workers": 1} | sizes)
     return config
@@ -66,7 +66,8 @@ def test_the_configurations_are_ones():
         assert gsm8k_r1.RUNS not in json.dumps(tree)
         if stage != "base":
             config, posttraining = read(tree)
-            kind, begins = {"sft": ("sft", "base")}.get(stage, ("grpo", "sft"))
+            kind = "grpo" if stage in gsm8k.REINFORCED else "sft"
+            begins = {"grpo": "sft", "control": "sft", "steps_grpo": "steps"}.get(stage, "base")
             assert posttraining.stage == kind and config.training.initial_weights == f"elsewhere/{begins}"
 
 
@@ -93,9 +94,14 @@ def test_what_is_held_out_is_in_no_file(tmp_path):
     every = [json.loads(line)["question"] for line in path.read_text().splitlines()]
     assert sum(question in texts for question in every) == 34
     files = sorted(file.name for file in (tmp_path / "data").iterdir() if not file.name.startswith("tokenizer"))
-    assert files == ["chats.jsonl", "data.json", "gsm8k.jsonl", "texts.jsonl"]
-    chats = (tmp_path / "data" / "chats.jsonl").read_text().splitlines()
-    assert len(chats) == 34 + 20 + 20
+    assert files == ["data.json", "gsm8k.jsonl", "hasty.jsonl", "solutions.jsonl", "texts.jsonl"]
+    replies = {
+        name: [json.loads(line)["messages"][-1]["content"] for line in text.splitlines()]
+        for name in ("solutions", "hasty")
+        for text in [(tmp_path / "data" / f"{name}.jsonl").read_text()]
+    }
+    assert len(replies["solutions"]) == 34 + 20 and all(gsm8k.STEP in reply for reply in replies["solutions"])
+    assert len(replies["hasty"]) == 20 and all(reply.startswith("#### ") for reply in replies["hasty"])
     tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer.json")
     ids = tokenizer.encode("48/2 = <<48/2=24>>")
     assert sum(tokenizer.decode([i]).isdigit() for i in ids) == 8  # every digit is a token
@@ -127,12 +133,15 @@ def test_all_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypatch
     path, told = write_problems(tmp_path / "gsm8k.jsonl"), []
     runs = tmp_path / "runs"
     assert gsm8k.run(small, path, runs, SIZES, told.append) is None
-    assert [text.partition(",")[0] for text in told] == ["base", "sft", "grpo", "control"]
+    assert [text.partition(",")[0] for text in told] == list(gsm8k.STAGES)
     records = gsm8k.records_of(runs)
     shares = {record["op"]: record for record in records if record["unit"] == "share"}
-    assert len(shares) == 4 * 4
+    assert len(shares) == 7 * 5
     assert all(0 <= r["low"] <= r["value"] + 1e-12 and r["value"] <= r["high"] <= 1 for r in shares.values())
     assert shares["gsm8k, behind base"]["shape"] == {"problems": 6}
+    results = json.loads((runs / gsm8k.RESULTS / "base.json").read_text())
+    (asked, greedy), (again, drawn) = results["task"]["shown"][0], results["task, drawn"]["shown"][0]
+    assert asked == again and greedy != drawn
     speeds = {(record["mode"], record["op"]): record["value"] for record in records if record["unit"] != "share"}
     assert speeds["grpo", "sampling"] > 0 and speeds["sft", "training"] > 0
     assert speeds["control", "sampling"] > 0
@@ -140,6 +149,6 @@ def test_all_stages_run_are_measured_and_are_not_run_again(tmp_path, monkeypatch
     assert first[0]["rollout/length"] == first[1]["rollout/length"]  # the same prompts, seeds and weights
     assert 0 < first[1]["rollout/reward"] < 1 and "rollout/accuracy" in first[1]
     assert speeds["grpo", "sampler's and trainer's log-probabilities, mean difference"] < 1e-5
-    assert gsm8k.run(small, path, runs, SIZES, told.append) is None and len(told) == 4
+    assert gsm8k.run(small, path, runs, SIZES, told.append) is None and len(told) == 7
     gsm8k.draw(runs).savefig(tmp_path / "drawing.png")
     assert (tmp_path / "drawing.png").stat().st_size > 1000
