@@ -10,7 +10,9 @@
 
 No weight gradient of the base is made: of the six products two are not there, and those of the pairs are small. Rows
 lie in the order of slots, in blocks of one expert each. A product of low rank is a batched product of blocks with
-gathered A or B: at rank U and `unit` rows a block that gathers U / unit of what the rows themselves are.
+gathered A or B: at rank U and `unit` rows a block that gathers U / unit of what the rows themselves are. Gradients of
+pairs are grouped products, as those of the weights would be; where the base has none, each block's are added to its
+expert's.
 
 In FP8 the adapters read the dispatched rows as these arrived, in E4M3: what the experts read. The gradient of hidden is
 rounded to BF16 before it is quantised, and nothing is regrouped, as no product sums over tokens in FP8.
@@ -31,7 +33,7 @@ from deepseek_jax.model.precision import as_stored, transposed
 from deepseek_jax.model.recompute import keep
 from deepseek_jax.parallel.rows import sum_rows, take_rows
 from deepseek_jax.parallel.slots import Routing
-from pallas_kernels.grouped import grouped_matmul, grouped_matmul_bf16
+from pallas_kernels.grouped import grouped_matmul, grouped_matmul_accumulate_bf16, grouped_matmul_bf16
 from pallas_kernels.producers import swiglu_quantize
 from pallas_kernels.quantize import quantize_tiles
 from pallas_kernels.quantized import Quantized, dequantize
@@ -113,9 +115,12 @@ class AdaptedExperts:
         return sum_rows(dx_ZD, routing.slots_WK), routing.to_assignments(dweight_Z), dpairs
 
     def _low(self, weights: dict[str, Any], routing: Routing) -> dict[str, "_LowRank"]:
-        expert = cut_blocks(routing.rows_E, routing.source_Z.size, self.unit, 1).expert
-        pairs = {name: weights[pair_of(name)] for name, _ in self.scales}
-        return {name: _LowRank(pairs[name][0], pairs[name][1], expert, scale) for name, scale in self.scales}
+        rows_E, grouped = routing.rows_E, not isinstance(self.inner, BlockedExperts)
+        expert = cut_blocks(rows_E, routing.source_Z.size, self.unit, 1).expert
+        return {
+            name: _LowRank(*weights[pair_of(name)], expert, rows_E if grouped else None, scale)
+            for name, scale in self.scales
+        }
 
 
 class _LowRank(NamedTuple):
@@ -124,6 +129,7 @@ class _LowRank(NamedTuple):
     a_EIU: jax.Array
     b_EUO: jax.Array
     expert: jax.Array  # of each block
+    rows_E: jax.Array | None  # slots of each expert, if gradients of A and B are grouped products
     scale: float
 
     def product(self, x_ZI: jax.Array) -> jax.Array:
@@ -134,7 +140,7 @@ class _LowRank(NamedTuple):
         """Return the gradients of the rows, and of A and B in FP32; rows of no expert are zero in both."""
         g_ZO = g_ZO * self.scale
         du_ZU = self._times(g_ZO, self.b_EUO.swapaxes(1, 2))
-        da = self._outer(x_ZI, du_ZU)
+        da = self._outer(du_ZU, x_ZI).swapaxes(1, 2)
         db = self._outer(self._times(x_ZI, self.a_EIU), g_ZO)
         return self._times(du_ZU, self.a_EIU.swapaxes(1, 2)), (da, db)
 
@@ -145,9 +151,13 @@ class _LowRank(NamedTuple):
         y = jnp.einsum("nbi,nio->nbo", self._blocks(x_ZI), w_EIO[self.expert])
         return y.reshape(x_ZI.shape[0], -1)
 
-    def _outer(self, x_ZI: jax.Array, g_ZO: jax.Array) -> jax.Array:
-        each = jnp.einsum("nbi,nbo->nio", self._blocks(x_ZI), self._blocks(g_ZO), preferred_element_type=jnp.float32)
-        return jax.ops.segment_sum(each, self.expert, self.a_EIU.shape[0], indices_are_sorted=True)
+    def _outer(self, u_ZU: jax.Array, g_ZO: jax.Array) -> jax.Array:
+        """Return each expert's sum over its rows [E, U, O]: narrow rows first, so that A and B share a kernel."""
+        if self.rows_E is not None:
+            return grouped_matmul_accumulate_bf16(u_ZU, g_ZO, self.rows_E)
+        each = jnp.einsum("nbu,nbo->nuo", self._blocks(u_ZU), self._blocks(g_ZO), preferred_element_type=jnp.float32)
+        # not said to be sorted: on a GPU that made a kernel for which the assembler took minutes (experiments/log.md)
+        return jax.ops.segment_sum(each, self.expert, self.a_EIU.shape[0])
 
 
 class _Products(NamedTuple):

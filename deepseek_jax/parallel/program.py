@@ -48,7 +48,7 @@ def jit_on(
         static: hashable values: what the function reads of the configuration.
         donate: positions of the donated arrays, counted without `static`.
         cublas: whether on a GPU cuBLAS alone does the products in other precisions, too: for those of a prompt, XLA
-            chose Triton kernels that took longer (experiments/log.md).
+            chose Triton kernels that took longer; those of adapters are too many to choose for (experiments/log.md).
         trains: whether this is a train step, which is compiled for TPUs without the pass `NOT_ON_TPU`, for the sake of
             the compiler's memory. So what is reduced after each micro-batch is not summed before. What that costs or
             saves in the step's time on a TPU was not measured.

@@ -119,9 +119,8 @@ def open_adapters(
             check_tokenizer(config, workdir)
         return begun(), progress
 
-    step = jit_on(adapted_step, recipe.execution, mesh, recipe, donate=(1,), trains=True)
     return Parts(
-        StepOnBase(step, base),
+        StepOnBase(jit_adapted_step(recipe, mesh), base),
         abstract,
         create,
         lambda own: own._replace(params=adapt(base, own.params)),
@@ -153,6 +152,15 @@ def adapted_step(
     """Take one optimizer step of the adapters of `base`, marked parameters (`adapters.mark`); else as `train_step`."""
     grads, sums, norms = gradients(recipe, weights_of(state), batch, rates, base)
     return update(recipe, state, grads, sums, norms, rates)
+
+
+def jit_adapted_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
+    """Jit `adapted_step` for a mesh. On a GPU cuBLAS alone multiplies what no kernel of ours does.
+
+    These are a hundred different thin products, each of which XLA would compile some dozens of Triton kernels for, to
+    choose of; the step of all weights in FP8 has six (experiments/log.md).
+    """
+    return jit_on(adapted_step, recipe.execution, mesh, recipe, donate=(1,), cublas=True, trains=True)
 
 
 def abstract_adapters(config: Config, lora: Lora, weights: Weights, mesh: jax.sharding.Mesh) -> State:
