@@ -138,10 +138,9 @@ class _LowRank(NamedTuple):
 
     def backward(self, x_ZI: jax.Array, g_ZO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return the gradients of the rows, and of A and B in FP32; rows of no expert are zero in both."""
-        g_ZO = g_ZO * self.scale
-        du_ZU = self._times(g_ZO, self.b_EUO.swapaxes(1, 2))
+        du_ZU = self._times(g_ZO, self.b_EUO.swapaxes(1, 2)) * self.scale  # the scale of what is narrow: one pass less
         da = self._outer(du_ZU, x_ZI).swapaxes(1, 2)
-        db = self._outer(self._times(x_ZI, self.a_EIU), g_ZO)
+        db = self._outer(self._times(x_ZI, self.a_EIU) * self.scale, g_ZO)
         return self._times(du_ZU, self.a_EIU.swapaxes(1, 2)), (da, db)
 
     def _blocks(self, x_ZI: jax.Array) -> jax.Array:

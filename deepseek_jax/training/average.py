@@ -9,10 +9,11 @@ larger of the two is what a device needs (`plan.counts.update_bytes`). It is nev
 beside it, which has 4 bytes a parameter of that and 4 of FP32 gradients.
 
 The host does not wait: it dispatches the average and then the next step. The device runs them one after another,
-because the next step writes over the parameters. 4 bytes a parameter go each way at once. At 55 GB/s that is 24 ms of
-the 19.9 s of V3's step on 2,048 cards, 0.12%: all that an update inside the next step could hide. That would average
-the parameters that the step begins with, one step late, which each checkpoint would have to make up for. On a card that
-holds all of a 5B model it is 0.36 s, more than half a step: there the average belongs on the device.
+because the next step writes over the parameters. 4 bytes a parameter go each way, one way after the other: 0.347 s for
+2.3B parameters of one H200, whose link has 53.5 GB/s each way (experiments/log.md). By that rate it is 49 ms of the
+19.9 s of V3's step on 2,048 cards, 0.25%: all that an update inside the next step could hide. That would average the
+parameters that the step begins with, one step late, which each checkpoint would have to make up for. On a card that
+holds all of a model it takes longer than the step: there the average belongs on the device.
 """
 
 from typing import Any
