@@ -117,10 +117,9 @@ class AdaptedExperts:
     def _low(self, weights: dict[str, Any], routing: Routing) -> dict[str, "_LowRank"]:
         rows_E, grouped = routing.rows_E, not isinstance(self.inner, BlockedExperts)
         expert = cut_blocks(rows_E, routing.source_Z.size, self.unit, 1).expert
-        return {
-            name: _LowRank(*weights[pair_of(name)], expert, rows_E if grouped else None, scale)
-            for name, scale in self.scales
-        }
+        pairs = {name: weights[pair_of(name)] for name, _ in self.scales}
+        sizes = rows_E if grouped else None
+        return {name: _LowRank(pairs[name][0], pairs[name][1], expert, sizes, scale) for name, scale in self.scales}
 
 
 class _LowRank(NamedTuple):

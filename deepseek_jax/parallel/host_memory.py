@@ -1,7 +1,7 @@
 """Pinned memory of the host: arrays that lie there, laid out over the mesh like any other.
 
-A device reads and writes it over its link to the host, an H200 at 53.5 GB/s in each direction (measured). Arithmetic reads
-none of it: what lies there is brought to the device first. On CPUs it is the same memory under another name.
+A device reads and writes it over its link to the host, an H200 at 53.5 GB/s in each direction (measured). Arithmetic
+reads none of it: what lies there is brought to the device first. On CPUs it is the same memory under another name.
 """
 
 from typing import Any
