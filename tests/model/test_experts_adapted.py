@@ -1,6 +1,7 @@
 """Adapters of routed experts have the derivatives of merged weights, and change no bit while B is zero."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +91,11 @@ def test_no_bit_changes_while_b_is_zero(precision):
     np.testing.assert_array_equal(np.float32(got["y"]), np.float32(plain(weights, x)))
     for pair in got["pairs"].values():
         assert not np.any(pair["lora_a_EIU"]) and np.any(pair["lora_b_EUO"])
+
+
+def test_no_sum_is_said_to_be_sorted():
+    """For such a sum of blocks XLA makes a kernel of a GPU that its assembler takes minutes for."""
+    weights, x, g, gates = inputs()
+    traced = value_and_gradients.trace(weights, pairs(), x, g, gates, ids("absent"), "fp32")
+    sums = re.findall(r"scatter-add\[.*?indices_are_sorted=(\w+)", str(traced.jaxpr), re.DOTALL)
+    assert sums and set(sums) == {"False"}
