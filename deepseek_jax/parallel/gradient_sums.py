@@ -19,7 +19,8 @@ other, and `added` puts the new sum in place of the old one:
 Four conditions. A layer must be an array of its own, in a list (`apart`): adding to a slice of a stack takes a copy out
 of it and one back, 16 bytes. The gradient must lie as the product makes it: weights are gathered once a step, or a
 reduce-scatter came between. A weight must be used once between `lend` and `added`, or the sum of two cotangents would
-have the old sum twice. And a weight must have a carrier: in FP32 it has none.
+have the old sum twice. And a weight must have a carrier: in FP32 it has none. `lends` and `takes_sum` say so for steps
+and for plans (`plan.sums`).
 
 The result is one FP32 addition of the sum and the finished product, as if it were done apart, but for subnormal
 numbers, which a GPU's copy engine takes for zero. Without kernels (`model.experts_blocks`) the blocks of an expert are
@@ -32,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import Execution
 from deepseek_jax.parallel.stages import STACKS
 from deepseek_jax.parameters import PARAMETERS, leaf_name
 
@@ -50,8 +52,25 @@ class GradientSum:
     total: jax.Array
 
 
+def lends(execution: Execution, begins: bool, adapters: bool = False) -> bool:
+    """Return whether a step lends its sums to products: to those that `takes_sum`, in layers that lie apart.
+
+    Args:
+        execution: of the step.
+        begins: whether there is a sum before a gradient is made: several micro-batches, or a pipeline.
+        adapters: whether they are what is trained.
+    """
+    once = execution.gather == "step" and execution.interleave == 1
+    return begins and once and not adapters and execution.precision != "fp32"
+
+
+def takes_sum(path: Any) -> bool:
+    """Return whether the gradient of the parameter at a path of a tree is made by products that add to a sum."""
+    return PARAMETERS[leaf_name(path)].per_expert
+
+
 def unrolled(params: Any, most: int) -> dict[str, int]:
-    """Return how many layers the stacks with at most `most` of them have."""
+    """Return how many layers the stacks with at most `most` of them have: without a pipeline these lie apart."""
     counts = {name: len(jax.tree.leaves(params[name])[0]) for name in LAYERS if name in params}
     return {name: count for name, count in counts.items() if count <= most}
 
@@ -84,7 +103,7 @@ def lend(params: Any, numbers: Any, sums: Any) -> Any:
     def lend_leaf(path, w, number, total):
         is_apart = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
         has_carrier = number is not None
-        return GradientSum(total) if is_apart and has_carrier and PARAMETERS[leaf_name(path)].per_expert else w
+        return GradientSum(total) if is_apart and has_carrier and takes_sum(path) else w
 
     return jax.tree_util.tree_map_with_path(lend_leaf, params, numbers, sums)
 

@@ -74,6 +74,11 @@ def largest_batch(config: Config) -> int:
     return int(max(value for _, _, value in config.training.batch_size))
 
 
+def micro_batches_of(config: Config) -> int:
+    """Return the micro-batches of the largest step."""
+    return largest_batch(config) // config.training.micro_batch_size
+
+
 def state_of(config: Config) -> State:
     """Return the abstract state of a config, laid out for one device; `laid_out` says how it lies on more."""
     mesh = jax.make_mesh((1,) * len(AXES), AXES, devices=jax.devices()[:1])
@@ -182,6 +187,15 @@ def beside_state(config: Config, state: State, mesh: jax.sharding.AbstractMesh) 
         for name, size in values.items():
             sizes[name] += size
     return found
+
+
+def gradient_parts(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> list[tuple[Any, int]]:
+    """Return the path of each parameter, and the bytes of its FP32 gradient on a device without a pipeline."""
+    whole = config.execution.gather == "step"
+    return [
+        (path, 4 * (_part_in_use(path, leaf, mesh) if whole else _part(leaf, leaf.sharding.spec, mesh)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(laid_out(state["params"], mesh))
+    ]
 
 
 def gathered_layer(config: Config, state: State, mesh: jax.sharding.AbstractMesh) -> int:

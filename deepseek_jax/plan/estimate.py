@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.parallel.mesh import axis_size
 from deepseek_jax.parallel.stages import program_of, split_layers
@@ -15,7 +14,7 @@ from deepseek_jax.plan.counts import (
     IN_GRADIENT,
     bytes_per_device,
     gathered_layer,
-    largest_batch,
+    micro_batches_of,
     placement_of,
     state_of,
     update_bytes,
@@ -146,8 +145,3 @@ def row_bytes(fit: Fit) -> int:
     config = fit.config
     tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(fit.mesh, TOKENS)
     return tokens * config.model.width * jnp.dtype(compute_dtype(config.execution)).itemsize
-
-
-def micro_batches_of(config: Config) -> int:
-    """Return the micro-batches of the largest step."""
-    return largest_batch(config) // config.training.micro_batch_size

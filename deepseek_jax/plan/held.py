@@ -7,6 +7,7 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.plan.counts import STAGES, beside_state, state_of
+from deepseek_jax.plan.sums import Gradients, gradients_of
 from deepseek_jax.plan.wire import weights_of
 
 
@@ -16,13 +17,13 @@ class Held(NamedTuple):
     Attributes:
         parameters: of the model.
         stored: FP32 bytes, by the first name of a parameter.
-        in_use: FP32 bytes of what is multiplied, other devices' parts included, likewise.
+        gradients: that a micro-batch makes of all stages, by `execution.gather` of a pipeline, then likewise.
         sent: bytes of one gather and of one sum of gradients (`wire.weights_of`).
     """
 
     parameters: int
     stored: dict[str, float]
-    in_use: dict[str, float]
+    gradients: dict[str, dict[str, Gradients]]
     sent: dict[tuple[str, str, str], float]
 
 
@@ -31,10 +32,12 @@ def held_of(config: Config, mesh: jax.sharding.AbstractMesh) -> Held:
     """Return what a device of `mesh` has; of configs that differ elsewhere only `plain` makes the key the same."""
     state = _state(config)
     stored = {top: sizes[STAGES] for top, sizes in beside_state(config, state, mesh).items()}
-    whole = beside_state(config.with_(execution={"gather": "step"}), state, mesh)
-    in_use = {top: sizes["gradients"] for top, sizes in whole.items()}
+    gradients = {
+        gather: gradients_of(config.with_(execution={"gather": gather}), state, mesh, pipe=True)
+        for gather in ("layer", "step")
+    }
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    return Held(parameters, stored, in_use, weights_of(config, mesh, state))
+    return Held(parameters, stored, gradients, weights_of(config, mesh, state))
 
 
 @functools.lru_cache(maxsize=4)

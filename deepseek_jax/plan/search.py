@@ -23,8 +23,8 @@ from deepseek_jax.parallel.stages import check_beside_pipeline, program_of, spli
 from deepseek_jax.parameters import CONTEXT, PIPE, ROWS
 from deepseek_jax.pipeline.schedules import SCHEDULES
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import largest_batch, placement_of
-from deepseek_jax.plan.estimate import Memory, least_slots, micro_batches_of
+from deepseek_jax.plan.counts import largest_batch, micro_batches_of, placement_of
+from deepseek_jax.plan.estimate import Memory, least_slots
 from deepseek_jax.plan.meshes import Fit, accepted, as_fit, find_fit
 from deepseek_jax.plan.stages import time_of
 from deepseek_jax.plan.timing import StepTime

@@ -2,13 +2,18 @@
 
 Each pass of a stage (F, B, W; `pipeline.table`) has its computation, the exchange of its experts and, with
 `execution.gather` = "layer", the gathers of its weights. By the overlap rule of `timing.py` none hides another. Stages
-are as the executor deals them (`parallel.stages`): the last has MTP layers and the head. The executor costs three
-things more than the table alone, and all are counted:
+are as the executor deals them (`parallel.stages`): the last has MTP layers and the head, which runs in the tick of B.
+The executor costs four things more than the table alone, and all are counted:
 
     waits       it exchanges with both neighbours after every tick: a device begins a tick when they have ended theirs
-    splits      a W in another tick than its B makes the gradients between layers once more: one B more
-    transfers   activations and gradients to neighbours, every tick, over the links on which the table ever sends; once
-                a step the FP32 weights of the stages, and their gradients back (`parallel.stage_weights`)
+    splits      a W in another tick than its B makes the gradients between layers once more: one B more. The first
+                stage's B has nothing to do without its W
+    slots       what F keeps is copied into a slot, and out of it by B, or by a W apart (`slots.py`)
+    transfers   activations and gradients to neighbours, every tick, over the links on which the table ever sends, one
+                permutation after another; once a step the FP32 weights of the stages, and their gradients back
+                (`parallel.stage_weights`)
+
+Not counted: in every tick a device waits for the host, which reads what it is to run, and kernels wait to be launched.
 """
 
 from collections.abc import Iterable
@@ -25,10 +30,11 @@ from deepseek_jax.parameters import EXPERTS, PIPE, TOKENS
 from deepseek_jax.pipeline.program import links
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.counts import largest_batch, shares, without_pipe
+from deepseek_jax.plan.counts import micro_batches_of, shares, without_pipe
 from deepseek_jax.plan.held import held_of, plain
-from deepseek_jax.plan.sums import ADDED, cast_traffic, casts_once
-from deepseek_jax.plan.ticks import cell_times, makespan
+from deepseek_jax.plan.slots import COPIED, kept_of_layer
+from deepseek_jax.plan.sums import Gradients, cast_traffic, casts_once
+from deepseek_jax.plan.ticks import Times, cell_times, makespan
 from deepseek_jax.plan.timing import (
     IN,
     NCCL,
@@ -56,7 +62,8 @@ from deepseek_jax.plan.wire import (
 )
 from deepseek_jax.plan.work import Product, Work, dense_layer, head, moe_layer, seconds
 
-COMPUTE, MOVED = "compute", "sums and casts"
+COMPUTE, MOVED = "compute", "sums and casts"  # MOVED: slots, too
+HEAD = "head_DV"
 INSIDE = (COMPUTE, MOVED)  # what does not leave a device: seconds, by axis ""
 Amounts = dict[tuple[str, str], float]  # by axis and kind: bytes that leave a device, or seconds
 
@@ -65,8 +72,9 @@ class Passes(NamedTuple):
     """What one micro-batch costs one device in a stage."""
 
     forward: Amounts
-    inputs: Amounts  # B; a W apart from its B pays it once more
+    inputs: Amounts  # B without the head; a W apart from its B pays it once more
     weights: Amounts
+    head: Amounts  # with B
 
 
 def time_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> StepTime:
@@ -97,7 +105,7 @@ class Pipeline:
     def __init__(self, config: Config, mesh: AnyMesh, chip: Chip):
         self.config, self.mesh, self.chip = config, abstract(mesh), chip
         self.held = held_of(plain(config), without_pipe(self.mesh))
-        self.micro_batches = largest_batch(config) // config.training.micro_batch_size
+        self.micro_batches = micro_batches_of(config)
         self.tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
         self.program = program_of(config.execution.schedule, mesh.shape[PIPE], self.micro_batches)
         stages = split_layers(config.model, self.program.table.placement.num_stages)
@@ -113,7 +121,7 @@ class Pipeline:
         moved = busy.get(("", MOVED), 0.0)
         exchange, other = (self._seconds(only(busy, kinds)) for kinds in ((EXCHANGE,), (WEIGHTS, GRADIENTS)))
         idle = step - sum(compute) - moved - exchange - other
-        exchange += self._seconds(only(once, (ACTIVATIONS,)))
+        exchange += self._transfers()
         other += self._seconds(only(once, (WEIGHTS, GRADIENTS)))
         optimizer = OPTIMIZER_BYTES * self.held.parameters / self.mesh.size / rates.memory_rate(self.chip)
         moved += once.get(("", MOVED), 0.0)
@@ -121,8 +129,13 @@ class Pipeline:
 
     def cells(self) -> np.ndarray:
         """Return the seconds of all cells of the table, [devices, ticks]."""
-        length = [[self._seconds(amounts) for amounts in passes] for passes in self.passes]
-        return cell_times(self.program, *np.array(length).T)
+        forward, inputs, weights, head = np.array([[self._seconds(part) for part in each] for each in self.passes]).T
+        return cell_times(self.program, Times(forward, inputs, weights, inputs * self._has_inputs(), head))
+
+    def idle_share(self) -> float:
+        """Return the share of the ticks' time in which a device computes nothing, on average."""
+        cells = self.cells()
+        return 1 - float(cells.mean(0).sum()) / (makespan(self.program, cells) + self._transfers())
 
     def sent(self) -> list[Sent]:
         """Return the bytes that leave a device in a step, on average."""
@@ -138,36 +151,53 @@ class Pipeline:
         """Return what all micro-batches cost a device on average, forward and backward."""
         number, devices = self.micro_batches, self.mesh.shape[PIPE]
         apart = self.program.weight_stage[self.program.weight_pending >= 0]
-        repeated = np.bincount(apart, minlength=len(self.passes))
+        repeated = np.bincount(apart, minlength=len(self.passes)) * self._has_inputs()
         forward = add(*((number / devices, passes.forward) for passes in self.passes))
-        backward = [(number / devices, passes.weights) for passes in self.passes]
+        backward = [(number / devices, part) for passes in self.passes for part in (passes.weights, passes.head)]
         backward += [((number + n) / devices, p.inputs) for n, p in zip(repeated, self.passes, strict=True)]
         return forward, add(*backward)
 
-    def _once(self) -> Amounts:
-        """Return what a device sends in a step on average, whatever its stages are."""
-        config, devices = self.config, self.mesh.shape[PIPE]
-        row = config.model.width * jnp.dtype(compute_dtype(config.execution)).itemsize
+    def _has_inputs(self) -> np.ndarray:
+        """Return of which stages a gradient of the input is needed: 1 or 0."""
+        return np.minimum(np.arange(len(self.passes)), 1)
+
+    def _links(self) -> list[int]:
+        """Return of each permutation of a tick how many links it takes; they run one after another."""
         arrivals = (
             (getattr(self.program, f"{noun}_from_{side}"), step)
             for noun in ("activation", "gradient")
             for side, step in (("left", 1), ("right", -1))
         )
-        sends = sum(len(links(slots, step)) for slots, step in arrivals) / devices  # of a tick, on average
+        return [number for slots, step in arrivals if (number := len(links(slots, step)))]
+
+    def _row(self) -> int:
+        """Return the bytes of a micro-batch's activations between two layers."""
+        return self.tokens * self.config.model.width * jnp.dtype(compute_dtype(self.config.execution)).itemsize
+
+    def _transfers(self) -> float:
+        """Return the seconds of all ticks' permutations."""
+        sent = len(self._links()) * self.program.table.num_ticks * self._row()
+        return self._seconds({(PIPE, ACTIVATIONS): float(sent)})
+
+    def _once(self) -> Amounts:
+        """Return what a device sends in a step on average, whatever its stages are."""
+        config, devices = self.config, self.mesh.shape[PIPE]
+        sends = sum(self._links()) / devices  # of a tick, on average
         share = shares(config, self.mesh)
         gathered = (1 - 1 / devices) * sum(share.get(top, 1.0) * size for top, size in self.held.stored.items())
         found = {
-            (PIPE, ACTIVATIONS): sends * self.program.table.num_ticks * self.tokens * row,
+            (PIPE, ACTIVATIONS): sends * self.program.table.num_ticks * self._row(),
             (PIPE, WEIGHTS): gathered,
             (PIPE, GRADIENTS): gathered,
         }
         if config.execution.gather == "step":
             for (top, axis, kind), size in self.held.sent.items():
                 found[axis, kind] = found.get((axis, kind), 0.0) + share.get(top, 1.0) * size
+        moved = sum(share.get(top, 1.0) * of.once for top, of in self._gradients().items())
         if casts_once(config):
             stored = sum(share.get(top, 1.0) * size for top, size in self.held.stored.items())
-            found["", MOVED] = cast_traffic(config, stored, 1) / rates.memory_rate(self.chip)
-        return found
+            moved += cast_traffic(config, stored, 1)
+        return found | {("", MOVED): moved / rates.memory_rate(self.chip)}
 
     def _passes(self, stage: Stage) -> Passes:
         """Return what one micro-batch costs in a stage."""
@@ -180,19 +210,27 @@ class Pipeline:
             model, length, precision, experts
         )
         parts += mtp * [Work((Product(2 * model.width, model.width),))]
-        work = [(part, config.execution.remat) for part in parts]
-        work += (1 + mtp) * stage.is_last * [(head(model), "none")]
-        times = [seconds(self.chip, config, part, self.tokens, remat) for part, remat in work]
-        found = Passes(*(Amounts({("", COMPUTE): self.tokens * sum(of)}) for of in zip(*times, strict=True)))
+        forward, inputs, weights = self._compute(parts, config.execution.remat)
+        of_head = sum(self._compute((1 + mtp) * stage.is_last * [head(model)], "none"))
+        found = Passes(*(Amounts({("", COMPUTE): time}) for time in (forward, inputs, weights, of_head)))
         layers = model.num_moe_layers + model.num_mtp_layers
         for axis, (shipped, _) in self.exchange.items():  # half of it on the way forward
             for amounts in found[:2]:
                 amounts[axis, EXCHANGE] = shipped * self.tokens * (moe + mtp) / layers / 2
         numbers = {top: self._share(stage, top) for top in self.held.stored}
-        self._add_sums(numbers, found)
+        kept = [
+            n * kept_of_layer(config, self.mesh, self.tokens, is_moe)
+            for n, is_moe in ((dense, False), (moe + mtp, True))
+        ]
+        self._add_moved(numbers, COPIED * (sum(kept) + stage.is_last * self._row()), found)
         if config.execution.gather == "layer":
             self._gather(numbers, found)
         return found
+
+    def _compute(self, parts: list[Work], remat: str) -> list[float]:
+        """Return the seconds of the three passes of a micro-batch over parts of a stage."""
+        times = [(0.0, 0.0, 0.0), *(seconds(self.chip, self.config, part, self.tokens, remat) for part in parts)]
+        return [self.tokens * sum(of) for of in zip(*times, strict=True)]
 
     def _share(self, stage: Stage, top: str) -> float:
         """Return which share of the weights under the first name of a parameter a stage has."""
@@ -205,16 +243,22 @@ class Pipeline:
             return float(stage.is_first or (stage.is_last and model.num_mtp_layers > 0))
         return float(stage.is_last)
 
-    def _add_sums(self, numbers: dict[str, float], found: Passes) -> None:
-        """Add the sums of a stage's gradients to its passes, and the casts of its weights."""
-        config, rate = self.config, rates.memory_rate(self.chip)
-        summed = self.held.in_use if config.execution.gather == "step" else self.held.stored
-        found.weights["", MOVED] = ADDED * sum(n * summed[top] for top, n in numbers.items()) / rate
+    def _gradients(self) -> dict[str, Gradients]:
+        """Return the gradients that a micro-batch makes of all stages, by the first name of a parameter."""
+        return self.held.gradients[self.config.execution.gather]
+
+    def _add_moved(self, numbers: dict[str, float], kept: float, found: Passes) -> None:
+        """Add what slots, sums of a stage's gradients and casts of its weights move to its passes."""
+        config, gradients = self.config, self._gradients()
+        of_head = gradients[HEAD].each * numbers[HEAD]
+        added = sum(number * gradients[top].each for top, number in numbers.items()) - of_head
+        moved = [kept, kept, added, of_head]
         if not casts_once(config):
-            for which, amounts in enumerate(found[:2]):  # the backward pass casts again what it gathers again
+            for which in (0, 1):  # the backward pass casts again what it gathers again
                 tops = [top for top in numbers if which < passes_of(config, top)]
-                stored = sum(numbers[top] * self.held.stored[top] for top in tops)
-                amounts["", MOVED] = cast_traffic(config, stored, 1) / rate
+                moved[which] += cast_traffic(config, sum(numbers[top] * self.held.stored[top] for top in tops), 1)
+        for amounts, size in zip(found, moved, strict=True):
+            amounts["", MOVED] = size / rates.memory_rate(self.chip)
 
     def _gather(self, numbers: dict[str, float], found: Passes) -> None:
         """Add the gathers of a stage's weights to its passes, and the sums of their gradients over devices."""

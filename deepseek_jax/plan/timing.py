@@ -24,8 +24,8 @@ from deepseek_jax.parameters import CONTEXT, EXPERTS, PIPE, TOKENS
 from deepseek_jax.plan import rates
 from deepseek_jax.plan.bubble import Stage, waiting
 from deepseek_jax.plan.chips import Chip, topology
-from deepseek_jax.plan.counts import bytes_per_device, largest_batch
-from deepseek_jax.plan.sums import cast_traffic, casts_once, gradient_traffic
+from deepseek_jax.plan.counts import micro_batches_of
+from deepseek_jax.plan.sums import cast_traffic, casts_once, gradient_traffic, gradients_of
 from deepseek_jax.plan.traffic import LATENTS, abstract
 from deepseek_jax.plan.wire import EXCHANGE, passes_of, sent_in_step
 from deepseek_jax.plan.work import layers_of, seconds
@@ -128,7 +128,7 @@ def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
         chip: says which axes lie inside a node.
     """
     assert mesh.shape[PIPE] == 1, "a pipeline has stages, which differ: plan.stages"
-    micro_batches = largest_batch(config) // config.training.micro_batch_size
+    micro_batches = micro_batches_of(config)
     tokens = config.training.micro_batch_size * config.data.sequence_length // axis_size(mesh, TOKENS)
     parts = axis_size(mesh, EXPERTS)
     exchange, other = {IN: 0.0, OUT: 0.0}, {IN: 0.0, OUT: 0.0}
@@ -137,7 +137,7 @@ def layout_of(config: Config, mesh: AnyMesh, state: Any, chip: Chip) -> Layout:
     size = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
     passes = 1 if casts_once(config) else micro_batches * passes_of(config, "layers")
     moved = cast_traffic(config, 4 * size / mesh.size, passes)
-    moved += gradient_traffic(bytes_per_device(config, state, abstract(mesh))["gradients"], micro_batches)
+    moved += gradient_traffic(gradients_of(config, state, abstract(mesh), pipe=False), micro_batches)
     return Layout(
         tokens=tokens,
         micro_batches=micro_batches,

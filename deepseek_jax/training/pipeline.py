@@ -28,7 +28,7 @@ from jax import lax
 
 from deepseek_jax.model.balance import no_routers
 from deepseek_jax.model.precision import compute_dtype
-from deepseek_jax.parallel.gradient_sums import apart, lend, together
+from deepseek_jax.parallel.gradient_sums import apart, lend, lends, together
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.stage_weights import collect, distribute
 from deepseek_jax.parallel.stages import Holding, Stage, holding_of, program_of, split_layers
@@ -76,7 +76,7 @@ def stage_gradients(
         shape: StageWork(recipe, shape, (lambda tree: tree) if once else load, norms, rates)
         for shape in dict.fromkeys(stage.shape for stage in stages)
     }
-    run = Run(program, stages, holding, held, micro_batches, work, lends=once)
+    run = Run(program, stages, holding, held, micro_batches, work, lends=lends(execution, begins=True))
     sums = run.all_ticks(run.begin(recipe)).own.sums
     grads = together(sums.grads)
     grads = reduce_gradients(grads, model.num_experts) if once else grads

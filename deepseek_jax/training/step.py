@@ -25,7 +25,7 @@ from deepseek_jax.model.balance import RouterStats, no_routers, update_biases
 from deepseek_jax.model.precision import compute_dtype
 from deepseek_jax.model.transformer import Output, apply
 from deepseek_jax.parallel import context
-from deepseek_jax.parallel.gradient_sums import apart, lend, together, unrolled
+from deepseek_jax.parallel.gradient_sums import apart, lend, lends, together, unrolled
 from deepseek_jax.parallel.mesh import check_fit
 from deepseek_jax.parallel.program import jit_on, resolve_for, resolve_for_training
 from deepseek_jax.parallel.stage_weights import whole_tree
@@ -241,9 +241,9 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     params = with_fp8(model, execution, weights.params) if base is None else adapt(base, weights.params)
     micro_batches = split(batch, recipe.micro_batch_size)
     several = micro_batches["tokens_BS"].shape[0] > 1
-    lends = several and once and base is None and execution.interleave == 1 and execution.precision != "fp32"
+    lent_sums = lends(execution, several, adapters=base is not None)
     params = load(params) if once else params
-    counts = unrolled(params, execution.scan_unroll) if lends else {}
+    counts = unrolled(params, execution.scan_unroll) if lent_sums else {}
     params, router_bias = (apart(tree, counts) for tree in (params, weights.router_bias))
     (params, whole_params), numbers = differentiated(params, base is not None), detach(params)[1]
     parts = model, execution, objective
@@ -263,7 +263,7 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
         return objective.total(sums.terms, router, norms, rates), sums
 
     def differentiate(micro_batch, total):
-        lent = lend(params, numbers, total[0]) if lends and total else params
+        lent = lend(params, numbers, total[0]) if lent_sums and total else params
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(lent, micro_batch)
         return grads, sums  # FP32 as they are made
 

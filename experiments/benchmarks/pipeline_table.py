@@ -78,7 +78,7 @@ def idle_of(config: Config) -> dict[str, float]:
     equal = program_of(config.execution.schedule, 2, plan.micro_batches)
     return {
         "table": idle_share(equal, of_equal_stages(equal)),
-        "plan": idle_share(plan.program, plan.cells()),
+        "plan": plan.idle_share(),
     }
 
 
