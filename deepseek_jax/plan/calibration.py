@@ -23,7 +23,8 @@ from deepseek_jax.config import Config, Model
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import state_of
 from deepseek_jax.plan.meshes import require_fit
-from deepseek_jax.plan.timing import DEEPEP, IN, NCCL, OUT, TORUS, Layout, StepTime, Transport, layout_of, step_time
+from deepseek_jax.plan.stages import time_of
+from deepseek_jax.plan.timing import DEEPEP, IN, NCCL, OUT, TORUS, Layout, StepTime, Transport, step_time
 from deepseek_jax.plan.traffic import copies_of, fresh_routes, spread
 from pallas_kernels import GROUP
 
@@ -102,11 +103,13 @@ class Own(NamedTuple):
     record: str
     seconds: float
     config: str
-    batch: int  # sequences of a step, all in one micro-batch
+    batch: int  # sequences of a step
     mesh: dict[str, int]
     execution: dict[str, str]
     note: str = ""
     reason: str = ""
+    micro_batches: int = 1
+    layers: int = 0  # 0: the config's
 
 
 BRIDGE = "NVIDIA-NeMo/Megatron-Bridge, performance summary; scripts/performance/configs/deepseek"
@@ -185,14 +188,40 @@ OWN = (
     ),
 )  # fmt: skip
 
+# Steps of several micro-batches: `v3_5b` with 4 layers, by schedule (none: one card) and precision. The seconds of a
+# step, and those of a traced one in which neither kernels nor transfers run, of two cards on average.
+SCHEDULES = "pipeline/schedules_v3_5b_2xh200.json"
+SHORT_STEPS = {
+    "": {"bf16": (0.2208, 0.019), "fp8": (0.1992, 0.013)},
+    "gpipe": {"bf16": (0.1691, 0.008), "fp8": (0.1631, 0.014)},
+    "interleaved": {"bf16": (0.1917, 0.012), "fp8": (0.1879, 0.014)},
+    "zb1p": {"bf16": (0.2033, 0.009), "fp8": (0.1907, 0.014)},
+    "dualpipev": {"bf16": (0.1660, 0.014), "fp8": (0.1676, 0.023)},
+}
+OWN += tuple(
+    Own(
+        f"2 H200, `v3_5b`, {schedule}" if schedule else "1 H200, `v3_5b`", SCHEDULES, seconds, "v3_5b", 8,
+        ONE_CARD | ({"pipe": 2} if schedule else {}),
+        {"precision": precision} | ({"schedule": schedule} if schedule else {}),
+        note=f"{1e3 * pauses:.0f} ms are pauses at a step's start and between kernels, which are not in the model;"
+        " without command buffers",
+        micro_batches=8, layers=4,
+    )
+    for schedule, of in SHORT_STEPS.items() for precision, (seconds, pauses) in of.items()
+)  # fmt: skip
+
 
 def predict_own(own: Own, load: Load) -> StepTime:
     """Return the predicted step of one of ours."""
-    training = {"batch_size": (("constant", 1.0, own.batch),), "micro_batch_size": own.batch}
+    training = {
+        "batch_size": (("constant", 1.0, own.batch),),
+        "micro_batch_size": own.batch // own.micro_batches,
+    }
     config = load(own.config).with_(mesh=own.mesh, execution=own.execution, training=training)
+    if own.layers:
+        config = config.with_(model={"num_layers": own.layers})
     fit = require_fit(config, math.prod(own.mesh.values()))
-    chip = CHIPS["h200"]
-    return step_time(config, layout_of(config, fit.mesh, state_of(config), chip), chip)
+    return time_of(fit.config, fit.mesh, state_of(config), CHIPS["h200"])
 
 
 def predict(run: Run, load: Load) -> StepTime:

@@ -68,6 +68,8 @@ def rows() -> list[Row]:
         found.append(Row(run.name, layout, run.seconds, seconds, run.source, run.note, run.reason))
     for own in OWN:
         layout = f"{own.execution['precision'].upper()}, {own.batch} sequences"
+        layout += f", {own.micro_batches} micro-batches" * (own.micro_batches > 1)
+        layout += f", {own.layers} layers" * (own.layers > 0)
         seconds = predict_own(own, load).total
         found.append(Row(own.name, layout, own.seconds, seconds, f"`{own.record}`", own.note, own.reason))
     return found

@@ -15,7 +15,10 @@ from deepseek_jax.model.experts_grouped import GroupedExperts
 from deepseek_jax.parallel.gradient_sums import GradientSum, added, lend
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.weights import attach
+from deepseek_jax.plan.counts import without_pipe
 from deepseek_jax.plan.memory import abstract_inputs
+from deepseek_jax.plan.sums import gradients_of
+from deepseek_jax.plan.traffic import abstract
 from deepseek_jax.training import step as step_lib
 from deepseek_jax.training.objective import pretraining
 from deepseek_jax.training.state import weights_of
@@ -103,4 +106,8 @@ def test_a_step_adds_no_gradient_of_experts_by_itself(pipe, changes, added_apart
         text = str(jax.jit(functools.partial(step_lib.gradients, recipe)).trace(weights_of(state), batch, rates).jaxpr)
     experts = rf"\[(2,)?{cfg.model.num_experts},{cfg.model.width},2,{cfg.model.expert_hidden}\]"
     assert bool(re.search(rf"f32{experts}\S* = add ", text)) == added_apart
+    planned = gradients_of(cfg, state, without_pipe(abstract(mesh)), pipe > 1)
+    layers = cfg.model.num_layers - cfg.model.num_dense_layers
+    of_experts = 4 * 3 * layers * cfg.model.num_experts * cfg.model.width * cfg.model.expert_hidden
+    assert sum(of.lent for of in planned.values()) == (0 if added_apart else of_experts)
     assert re.search(rf"f32\[(2,)?{cfg.model.width},{cfg.model.query_latent}\]\S* = add ", text)

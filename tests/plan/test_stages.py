@@ -1,17 +1,20 @@
 """A pipeline's time is that of its table, and what crosses `pipe` is in the program."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from configs import v3_5b
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.parallel.collectives import PERMUTE, sent_bytes
 from deepseek_jax.parallel.stages import program_of
 from deepseek_jax.pipeline.simulation import Durations, run
-from deepseek_jax.plan import estimate, stages, ticks, traffic
+from deepseek_jax.plan import estimate, liveness, slots, stages, ticks, traffic
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import IN_GRADIENT, bytes_per_device, state_of
-from deepseek_jax.plan.liveness import gradient_bytes
 from deepseek_jax.plan.meshes import as_fit, require_fit
+from deepseek_jax.plan.rates import NCCL
 from tests.support import small
 
 FORWARD, INPUTS, WEIGHTS = 1.0, 1.25, 0.5
@@ -20,8 +23,8 @@ FORWARD, INPUTS, WEIGHTS = 1.0, 1.25, 0.5
 def makespan(name, weights=WEIGHTS):
     """Of equal stages, with four devices and eight micro-batches."""
     program = program_of(name, 4, 8)
-    equal = (np.full(program.table.placement.num_stages, time) for time in (FORWARD, INPUTS, weights))
-    return ticks.makespan(program, ticks.cell_times(program, *equal))
+    equal = (np.full(program.table.placement.num_stages, time) for time in (FORWARD, INPUTS, weights, INPUTS, 0.0))
+    return ticks.makespan(program, ticks.cell_times(program, ticks.Times(*equal)))
 
 
 def simulated(name, weights):
@@ -41,11 +44,20 @@ def test_a_weight_pass_apart_costs_a_pass_of_inputs_more():
 
 def test_a_slower_stage_makes_all_devices_wait():
     program = program_of("gpipe", 4, 8)
-    times = [np.ones(4) for _ in range(3)]
-    equal = ticks.makespan(program, ticks.cell_times(program, *times))
+    times = ticks.Times(*(np.ones(4) for _ in range(4)), head=np.zeros(4))
+    equal = ticks.makespan(program, ticks.cell_times(program, times))
     assert ticks.idle_share(program, ticks.of_equal_stages(program)) == pytest.approx(3 / 11)  # (P - 1) / (M + P - 1)
-    times[0][2] = 2.0
-    assert equal + 8 <= ticks.makespan(program, ticks.cell_times(program, *times)) <= 2 * equal
+    times.forward[2] = 2.0
+    assert equal + 8 <= ticks.makespan(program, ticks.cell_times(program, times)) <= 2 * equal
+
+
+def test_the_head_is_in_the_tick_of_b_and_the_first_stage_has_nothing_to_do_there():
+    """By powers of two each cell says what is in it; zb1p splits all works, gpipe none."""
+    parts = ticks.Times(*(np.full(2, float(1 << place)) for place in range(3)), np.array([0, 8.0]), np.array([0, 16.0]))
+    for name, last, first in (("zb1p", {1, 8 + 16, 2 + 4}, {1, 0, 2 + 4}), ("gpipe", {1, 2 + 4 + 16}, {1, 2 + 4})):
+        program = program_of(name, 2, 4)
+        cells, busy = ticks.cell_times(program, parts), program.kind > 0
+        assert (set(cells[0][busy[0]]), set(cells[1][busy[1]])) == (first, last)
 
 
 def fit_of(**execution):
@@ -80,6 +92,45 @@ def test_the_ends_of_a_chain_send_one_way():
     assert [s.bytes for s in sent if (s.axis, s.kind) == ("pipe", "activations")] == [ticks * row]
 
 
+def test_permutations_of_a_tick_run_one_after_another():
+    """gpipe of two devices has two, of one link each: half of the bytes, but twice the time of a device's own."""
+    chip = CHIPS["h200"]
+    fit = fit_of(schedule="gpipe")
+    slow = dataclasses.replace(chip, link_in=chip.link_in / 2)
+    one, two = (stages.Pipeline(fit.config, fit.mesh, at) for at in (chip, slow))
+    (sent,) = (s.bytes for s in one.sent() if s.kind == "activations")
+    longer = two.time().exchange - one.time().exchange
+    exchanged = sum(s.bytes for s in one.sent() if s.kind == "exchange")
+    assert longer == pytest.approx((2 * sent + exchanged) / (NCCL["in"] * chip.link_in))
+    idle = 1 - one.cells().sum() / 2 / ticks.makespan(one.program, one.cells())
+    assert idle < one.idle_share() < two.idle_share()
+
+
+def test_a_pipeline_whose_products_add_moves_less():
+    """Two bytes of sums for each six: experts are most parameters, and BF16's copies are the same in both."""
+    moved = {}
+    for precision in ("fp32", "bf16"):
+        fit = fit_of(schedule="gpipe", gather="step", precision=precision)
+        pipeline = stages.Pipeline(fit.config, fit.mesh, CHIPS["h200"])
+        moved[precision] = sum(of.each for of in pipeline.held.gradients["step"].values())
+    assert moved["bf16"] < 0.75 * moved["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dense"), [("fp8", 2), pytest.param("fp8", 0, marks=pytest.mark.slow), ("bf16", 2)]
+)
+def test_a_slot_has_what_the_traced_layer_keeps(precision, dense):
+    """Of `v3_5b`, a sequence; what a token has whatever the widths is left out."""
+    tree = v3_5b.get_config()
+    tree.model.update({"num_layers": 2, "num_dense_layers": dense})
+    tree.mesh.data = 1
+    tree.training.micro_batch_size = 1
+    tree.execution.update({"precision": precision, "scan_unroll": 1})
+    fit = require_fit(from_config_dict(tree), 1)
+    planned = slots.kept_of_layer(fit.config, fit.mesh, fit.config.data.sequence_length, moe=not dense)
+    assert planned == pytest.approx(liveness.living(fit.config, fit.mesh).kept, rel=0.015)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "close"), [("1f1b", 0.01), ("dualpipev", 0.065)])
 def test_the_estimate_of_a_search_is_near_the_traced_program(schedule, close):
@@ -88,7 +139,7 @@ def test_the_estimate_of_a_search_is_near_the_traced_program(schedule, close):
     state = state_of(fit.config)
     memory = estimate.Memory(state, lambda text: None)
     held = bytes_per_device(fit.config, state, fit.mesh)
-    traced = gradient_bytes(fit.config, fit.mesh) + sum(v for k, v in held.items() if k not in IN_GRADIENT)
+    traced = liveness.gradient_bytes(fit.config, fit.mesh) + sum(v for k, v in held.items() if k not in IN_GRADIENT)
     assert memory.of(fit) == pytest.approx(traced, rel=close)
 
 
