@@ -74,6 +74,9 @@ def test_our_own_times_are_those_of_the_records():
             and r.get("mesh", {}) == split
             and r.get("order", "the plain order") == "the plain order"
             and r.get("gather", "step") == own.execution.get("gather", "step")
+            and r.get("schedule") == own.execution.get("schedule")
+            and own.micro_batches * r["shape"].get("micro_batch_size", own.batch) == own.batch
+            and r["shape"].get("layers", 0) == own.layers
         ]
         assert statistics.median(found) == pytest.approx(own.seconds, rel=2e-3), own.name
 

@@ -24,6 +24,10 @@ def test_a_row_has_both_sides_of_the_idle_time():
     assert made.table(found).splitlines()[-1].startswith("| BF16 | gpipe | 150 | 1.50 | 11.1% | ")
 
 
-def test_docs_have_the_table():
+def test_docs_have_the_table_and_the_plan_is_near_what_was_measured():
+    """0.3 to 6 points off; interleaved, whose pauses between kernels count as work in what was measured, the most."""
     page = (Path(__file__).parents[3] / "docs" / "pipeline.md").read_text()
-    assert made.table(made.rows(json.loads(made.RECORDS.read_text()))) in page
+    rows = made.rows(json.loads(made.RECORDS.read_text()))
+    assert made.table(rows) in page
+    for row in rows:
+        assert abs(row.idle["plan"] - row.idle["measured"]) < (0.065 if row.schedule == "interleaved" else 0.035), row
