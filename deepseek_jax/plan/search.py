@@ -31,7 +31,7 @@ from deepseek_jax.plan.timing import StepTime
 
 REMATS = ("selective", "full")
 SEQUENCES = (1, 2, 4, 8, 16)  # of a micro-batch on a device
-PIPELINE_MARGIN = 1.04  # V3 on 4 stages of dualpipev: 159 GB traced, 153 estimated (docs/planning.md)
+PIPELINE_MARGIN = 1.04  # V3 on 4 stages of dualpipev: 159 GB traced, 154 estimated (docs/planning.md)
 MOST_MICRO_BATCHES = 256  # of a pipeline's step: longer tables take seconds each
 
 
