@@ -203,8 +203,7 @@ OWN += tuple(
         f"2 H200, `v3_5b`, {schedule}" if schedule else "1 H200, `v3_5b`", SCHEDULES, seconds, "v3_5b", 8,
         ONE_CARD | ({"pipe": 2} if schedule else {}),
         {"precision": precision} | ({"schedule": schedule} if schedule else {}),
-        note=f"{1e3 * pauses:.0f} ms are pauses at a step's start and between kernels, which are not in the model;"
-        " without command buffers",
+        note=f"{1e3 * pauses:.0f} ms of pauses",
         micro_batches=8, layers=4,
     )
     for schedule, of in SHORT_STEPS.items() for precision, (seconds, pauses) in of.items()

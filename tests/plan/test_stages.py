@@ -107,20 +107,28 @@ def test_permutations_of_a_tick_run_one_after_another():
 
 
 def test_a_pipeline_whose_products_add_moves_less():
-    """Two bytes of sums for each six: experts are most parameters, and BF16's copies are the same in both."""
-    moved = {}
+    """A lent byte moves once, one that is added apart three times (`plan.sums`)."""
+    gradients = {}
     for precision in ("fp32", "bf16"):
         fit = fit_of(schedule="gpipe", gather="step", precision=precision)
         pipeline = stages.Pipeline(fit.config, fit.mesh, CHIPS["h200"])
-        moved[precision] = sum(of.each for of in pipeline.held.gradients["step"].values())
-    assert moved["bf16"] < 0.75 * moved["fp32"]
+        gradients[precision] = list(pipeline.held.gradients["step"].values())
+    moved = {precision: sum(of.each for of in found) for precision, found in gradients.items()}
+    lent = sum(of.lent for of in gradients["bf16"])
+    assert lent
+    assert moved["fp32"] - moved["bf16"] == 2 * lent
 
 
 @pytest.mark.parametrize(
-    ("precision", "dense"), [("bf16", 2), *(pytest.param("fp8", n, marks=pytest.mark.slow) for n in (2, 0))]
+    ("precision", "dense", "off"),
+    [
+        ("bf16", 2, 0.002),
+        pytest.param("fp8", 2, 0.004, marks=pytest.mark.slow),
+        pytest.param("fp8", 0, 0.012, marks=pytest.mark.slow),
+    ],
 )
-def test_a_slot_has_what_the_traced_layer_keeps(precision, dense):
-    """Of `v3_5b`, a sequence; what a token has whatever the widths is left out."""
+def test_a_slot_has_what_the_traced_layer_keeps(precision, dense, off):
+    """Of `v3_5b`, a sequence. What a token has whatever the widths is left out: 0.13%, 0.27% and, with experts, 1.0%."""
     tree = v3_5b.get_config()
     tree.model.update({"num_layers": 2, "num_dense_layers": dense})
     tree.mesh.data = 1
@@ -128,7 +136,7 @@ def test_a_slot_has_what_the_traced_layer_keeps(precision, dense):
     tree.execution.update({"precision": precision, "scan_unroll": 1})
     fit = require_fit(from_config_dict(tree), 1)
     planned = slots.kept_of_layer(fit.config, fit.mesh, fit.config.data.sequence_length, moe=not dense)
-    assert planned == pytest.approx(liveness.living(fit.config, fit.mesh).kept, rel=0.015)
+    assert planned == pytest.approx(liveness.living(fit.config, fit.mesh).kept, rel=off)
 
 
 @pytest.mark.slow
