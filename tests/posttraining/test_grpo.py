@@ -107,6 +107,9 @@ def settings(initial="W", **changes):
         ),
         ({"replay_routes": True, "execution__interleave": 2}, "interleave = 2: routes are replayed"),
         ({"staleness": -1}, "staleness = -1 must be at least 0"),
+        ({"staleness": 4, "steps": 6, "updates": 3}, "staleness = 4, and the last rollout of 6 steps .* at most 3, or"),
+        ({"rows": 17}, "rows = 17 is more than there is to draw at once: a rollout has 16 samples .* lower it to 16"),
+        ({"rows": 41, "heldout": 40}, "and 40 problems are held out; lower it to 40"),
         (
             {"reference_every": 2, "overrides": {"kl_weight": 0.0}},
             "reference_every = 2 replaces a reference that is not there",
