@@ -98,8 +98,8 @@ def _check_needs(problem: Problem, grpo: Grpo) -> None:
                 reference(str(value))
             except ValueError as error:
                 raise ValueError(
-                    f"the answer of problem {shown(repr(problem.name))} of {shown(repr(grpo.problems))} can never be met"
-                    f" by the reward {name!r}: {error}"
+                    f"the answer of problem {shown(repr(problem.name))} of {shown(repr(grpo.problems))} can never be"
+                    f" met by the reward {name!r}: {error}"
                 ) from error
 
 
