@@ -22,7 +22,6 @@ After rendering, marked tokens become ids and the rest is encoded as ordinary te
 tokens in another way: these are noticed and refused.
 """
 
-import copy
 import datetime
 import functools
 import os
@@ -50,18 +49,18 @@ END = f"\ue001{secrets.token_hex(16)}\ue001"  # behind a content that goes on
 class ChatTemplate:
     """A Jinja chat template, rendered as Hugging Face transformers renders it."""
 
-    def __init__(self, source: str, special: Mapping[str, str] | None = None):
+    def __init__(self, source: str, special: Mapping[str, str] | None = None, moment: datetime.datetime | None = None):
         """Compile a template.
 
         Args:
             source: the template, in Jinja.
             special: its variables that name special tokens; `bos_token` and `eos_token` are V3's unless given.
+            moment: that it writes as the present; None: that of each rendering.
 
         Raises:
             ValueError: `source` is not valid Jinja.
         """
-        self.source = source
-        self.moment: datetime.datetime | None = None  # that it writes; None: of each rendering
+        self.source, self.moment = source, moment
         self._special = {"bos_token": BOS, "eos_token": EOS} | dict(special or {})
         try:
             _compile(source, ())
@@ -105,9 +104,7 @@ class ChatTemplate:
 
     def at(self, moment: datetime.datetime) -> "ChatTemplate":
         """Return the template with this moment as the present, whenever it is rendered."""
-        made = copy.copy(self)
-        made.moment = moment
-        return made
+        return ChatTemplate(self.source, self._special, moment)
 
     def reads(self, name: str) -> bool:
         """Return whether a variable, or a field of a message, occurs in the template."""
