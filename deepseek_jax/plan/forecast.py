@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.chips import DECIMAL, Chip, size_text
 from deepseek_jax.plan.counts import IN_GRADIENT, Counts
 from deepseek_jax.plan.estimate import Memory
 from deepseek_jax.plan.liveness import gradient_bytes
@@ -118,21 +118,22 @@ def _memory(found: Forecast) -> list[str]:
     if found.update:
         rows.append(("update of the average", found.update, "computed; between two steps, the larger counts"))
     rows.append(("together", found.traced, f"of {found.chip.memory / GB:,.0f} GB"))
-    return [f"  {name:<26}{size / GB:>10,.2f} GB  {how}" for name, size, how in rows]
+    total = max(size for _, size, _ in rows)
+    return [f"  {name:<26}{size_text(size, total, DECIMAL):>13}  {how}" for name, size, how in rows]
 
 
 def _sent(found: Forecast) -> list[str]:
     if not found.sent:
         return ["  nothing leaves a device"]
+    most = max(sent.bytes for sent in found.sent)
     rows = ["  leaves a device in a step, computed:      shipped      useful"]
     for sent in found.sent:
         link = link_of(found.chip, found.fit.mesh, sent.axis)
         rate = found.chip.link_in if link == "in" else found.chip.link_out
         where = "inside nodes" if link == "in" and found.chip.node else "between nodes" if found.chip.node else "torus"
         name = f"{sent.kind} over {sent.axis}"
-        rows.append(
-            f"    {name:<32}{sent.bytes / GB:>10,.1f} GB{sent.useful / GB:>9,.1f} GB  {where}, {rate / GB:,.0f} GB/s"
-        )
+        shipped, useful = (size_text(size, most, DECIMAL, 1) for size in (sent.bytes, sent.useful))
+        rows.append(f"    {name:<32}{shipped:>13}{useful:>12}  {where}, {rate / GB:,.0f} GB/s")
     return rows
 
 
@@ -185,12 +186,13 @@ def record(found: Forecast, counts: Counts) -> dict[str, Any]:
 def choices_table(choices: list[Choice], chip: Chip, counts: Counts) -> list[str]:
     """Return the lines of the fastest ways that a search found."""
     text = [f"  {'step':>9}{'tokens/s a chip':>17}{'MFU':>7}{'memory':>9}  flags (times computed, memory estimated)"]
+    largest = max((choice.memory for choice in choices[:MOST_CHOICES]), default=0)
     for choice in choices[:MOST_CHOICES]:
         rate = counts.tokens_per_step / choice.time.total
         count = choice.fit.num_devices
         share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
         text.append(
             f"  {_in_unit(choice.time.total)(choice.time.total):>9}{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
-            f"{choice.memory / GB:>6,.0f} GB  {choice.fit.flags or 'as written'}"
+            f"{size_text(choice.memory, largest, DECIMAL, 0):>9}  {choice.fit.flags or 'as written'}"
         )
     return text
