@@ -118,6 +118,13 @@ def size_text(
     return f"{size / unit:,.{digits}f} {name}"
 
 
+def duration_text(seconds: float) -> str:
+    """Return how long a run takes as a person reads it: in days, or less."""
+    units = (86400, "days"), (3600, "hours"), (60, "minutes")
+    length, name = next((unit for unit in units if seconds >= unit[0]), (1, "seconds"))
+    return f"{seconds / length:,.1f} {name}" if seconds >= 1 else f"{seconds:.2g} seconds"
+
+
 def find_topology(text: str) -> tuple[Chip, int]:
     """Return the chip and the number of JAX devices of a topology: `h800:2048` cards, `v5p:8x8x16` or `v5p:1024` chips.
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from deepseek_jax.plan.chips import DECIMAL, Chip, size_text
+from deepseek_jax.plan.chips import DECIMAL, Chip, duration_text, size_text
 from deepseek_jax.plan.counts import IN_GRADIENT, Counts
 from deepseek_jax.plan.estimate import Memory
 from deepseek_jax.plan.liveness import gradient_bytes
@@ -22,7 +22,7 @@ from deepseek_jax.training.flops import model_flops_utilization
 
 MEASURED = ("h100", "h200", "h800")  # whose arithmetic is that of the cards the rates were measured on
 BLACKWELL = ("b200", "gb300")  # `parallel.program.resolve_for` refuses FP8 on them
-SECONDS_PER_DAY, SECONDS_PER_HOUR = 86400, 3600
+SECONDS_PER_HOUR = 3600
 GB = 1e9
 MOST_CHOICES = 8
 
@@ -147,8 +147,9 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
     time, chip, count = found.time, found.chip, found.fit.num_devices
     rate = counts.tokens_per_step / time.total
     share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
-    days = counts.tokens / rate / SECONDS_PER_DAY
-    hours = counts.tokens / rate * count / chip.devices / SECONDS_PER_HOUR
+    took = counts.tokens / rate
+    hours = took * count / chip.devices / SECONDS_PER_HOUR
+    chip_hours = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
     how = (
         "shares of peak measured on H100 and H200" if chip.name in MEASURED else "shares of peak assumed, not measured"
     )
@@ -164,7 +165,7 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
         ("step", f"{said(time.total)} of {counts.tokens_per_step:,} tokens"),
         ("rate", f"{rate:,.0f} tokens/s, {rate / count * chip.devices:,.0f} a chip"),
         ("MFU of the BF16 peak", f"{share:.1%}"),
-        ("all tokens", f"{days:,.1f} days, {hours:,.0f} chip-hours for {counts.tokens:,}"),
+        ("all tokens", f"{duration_text(took)}, {chip_hours} chip-hours for {counts.tokens:,}"),
     ]
     return [f"  time, computed ({how}; docs/planning.md has how far off):"] + [
         f"    {name:<28}{text}" for name, text in rows

@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 from deepseek_jax.model.recompute import REPEATING
-from deepseek_jax.plan.chips import Chip, size_text
+from deepseek_jax.plan.chips import Chip, duration_text, size_text
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, axes_text, smallest_micro_batch
 from deepseek_jax.plan.run import Placement, Plan
 
-SECONDS_PER_DAY = 86400
 NOT_ASSIGNED = "code and some scratch memory come on top"  # of a buffer assignment (`assignment`)
 
 
@@ -192,8 +191,8 @@ def _least_time(plan: Plan, on: Placement) -> list[str]:
     peak = on.chip.peak_bf16 if on.chip else None
     if peak is None:
         return []
-    days = plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices) / SECONDS_PER_DAY
-    return [f"At the BF16 peak of all devices, which no run reaches, the tokens take {days:,.1f} days (computed)."]
+    took = duration_text(plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices))
+    return [f"At the BF16 peak of all devices, which no run reaches, the tokens take {took} (computed)."]
 
 
 def _short(count: int) -> str:

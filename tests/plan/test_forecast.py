@@ -68,8 +68,9 @@ def test_sizes_of_a_small_model_are_not_nothing(monkeypatch):
     adapted = adapters.plan_adapters(found.fit.config, adapters.parse("4:attention"), 8, None)
     decoded = decode.decoding(from_config_dict(small.config_dict()), 1, CHIPS["h200"], state)
     assert "read, MB" in "\n".join(decode.lines(decoded, 256))
-    for text in (report.lines(plan), adapters.lines(adapted), decode.lines(decoded, 256)):
-        assert not re.search(r"\b0\.00 G", "\n".join(text)), text
+    told = forecast.lines(found, counts), report.lines(plan), adapters.lines(adapted), decode.lines(decoded, 256)
+    for text in told:
+        assert not re.search(r"\b0\.00 G|\b0\.0 days", "\n".join(text)), text
     large = report.lines(make_plan(from_config_dict(deepseek_v3.get_config()), 128, None, lambda text: None, False))
     assert sum(" GiB" in line for line in large) > 3 and not any("MiB" in line for line in large)
 
