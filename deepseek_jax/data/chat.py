@@ -34,15 +34,13 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from deepseek_jax.data.jinja import FAULTS, environment
+from deepseek_jax.data.jinja import FAULTS, TIME, environment, told
 from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
 from deepseek_jax.inputs import read_json, read_text, shown
 
 # Variables of a template that rendering sets itself.
 RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token"))
 ROLES = ("system", "user", "assistant", "tool")
-JSON_TYPES = {"NoneType": "null", "str": "string", "dict": "object"}
-_TYPE = re.compile(rf"\b({'|'.join(JSON_TYPES)})\b")
 # Private use characters: no template takes them for spaces or letters.
 MARK = f"\ue000{secrets.token_hex(16)}\ue000"
 END = f"\ue001{secrets.token_hex(16)}\ue001"  # behind a content that goes on
@@ -51,23 +49,24 @@ END = f"\ue001{secrets.token_hex(16)}\ue001"  # behind a content that goes on
 class ChatTemplate:
     """A Jinja chat template, rendered as Hugging Face transformers renders it."""
 
-    def __init__(self, source: str, special: Mapping[str, str] | None = None):
+    def __init__(self, source: str, special: Mapping[str, str] | None = None, moment: datetime.datetime | None = None):
         """Compile a template.
 
         Args:
             source: the template, in Jinja.
             special: its variables that name special tokens; `bos_token` and `eos_token` are V3's unless given.
+            moment: that it writes as the present; None: that of each rendering.
 
         Raises:
             ValueError: `source` is not valid Jinja.
         """
-        self.source = source
+        self.source, self.moment = source, moment
         self._special = {"bos_token": BOS, "eos_token": EOS} | dict(special or {})
         try:
             _compile(source, ())
         except FAULTS as error:
             line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ValueError(f"the chat template is not valid Jinja: {_told(error)}{line}") from error
+            raise ValueError(f"the chat template is not valid Jinja: {told(error)}{line}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ChatTemplate":
@@ -103,6 +102,10 @@ class ChatTemplate:
         except ValueError as error:
             raise ValueError(f"{shown(str(origin))}: {error}") from error
 
+    def at(self, moment: datetime.datetime) -> "ChatTemplate":
+        """Return the template with this moment as the present, whenever it is rendered."""
+        return ChatTemplate(self.source, self._special, moment)
+
     def reads(self, name: str) -> bool:
         """Return whether a variable, or a field of a message, occurs in the template."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
@@ -121,7 +124,7 @@ class ChatTemplate:
             ValueError: a message lacks role or content, or the template refuses the conversation.
         """
         check_messages(messages)
-        return self._run((), messages, add_generation_prompt, variables)
+        return self._run((), messages, add_generation_prompt, self._time() | variables)
 
     def encode(
         self,
@@ -145,7 +148,7 @@ class ChatTemplate:
         """
         if continue_final_message:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + END}]
-        variables = {"strftime_now": datetime.datetime.now().strftime} | variables  # one time in all renderings
+        variables = self._time() | variables  # one time in all renderings
         text = self.render(messages, add_generation_prompt, **variables)
         ids, tokens = tokenizer.special_ids, tuple(tokenizer.special_ids)
         harmless = [
@@ -176,6 +179,9 @@ class ChatTemplate:
         parts = _until_end(parts) if continue_final_message else parts
         return [i for k, part in enumerate(parts) for i in ([ids[part]] if k % 2 else tokenizer.encode(part))]
 
+    def _time(self) -> dict[str, Any]:
+        return {TIME: (self.moment or datetime.datetime.now()).strftime}
+
     def _run(
         self,
         tokens: tuple[str, ...],
@@ -193,7 +199,7 @@ class ChatTemplate:
                 **variables,
             )
         except FAULTS as error:
-            raise ValueError(f"the chat template cannot render these messages: {_told(error)}") from error
+            raise ValueError(f"the chat template cannot render these messages: {told(error)}") from error
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
@@ -228,13 +234,6 @@ def _harmless(value: Any, tokens: tuple[str, ...]) -> Any:
 def _spelled(tokens: tuple[str, ...]) -> re.Pattern:
     """Return what finds special tokens in a text: `tokens`, and what has their form."""
     return re.compile("|".join([*map(re.escape, sorted(tokens, key=len, reverse=True)), SPECIAL_FORM.pattern]))
-
-
-def _told(error: BaseException) -> str:
-    """Return what is wrong; an exception of Python's own with its name, and with JSON's names of types."""
-    if isinstance(error, jinja2.TemplateError):
-        return shown(str(error))
-    return shown(f"{type(error).__name__}: {_TYPE.sub(lambda found: JSON_TYPES[found[0]], str(error))}")
 
 
 def _split(text: str) -> list[str]:

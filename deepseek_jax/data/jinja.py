@@ -11,6 +11,7 @@ It is the sandbox of immutable values with `break` and `continue`, a plain `tojs
 import datetime
 import functools
 import json
+import re
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,11 +20,16 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_jax.inputs import shown
+
 # What a template can raise: Jinja's own errors, and those of Python's operators and methods on its values.
 FAULTS = (
     jinja2.TemplateError,
     *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError),
 )
+TIME = "strftime_now"
+JSON_TYPES = {"NoneType": "null", "str": "string", "dict": "object"}
+_TYPE = re.compile(rf"\b({'|'.join(JSON_TYPES)})\b")
 
 
 class Generation(Extension):
@@ -45,8 +51,15 @@ def environment() -> ImmutableSandboxedEnvironment:
     )
     made.filters["tojson"] = _to_json  # Jinja's own escapes <, >, & and '
     made.globals["raise_exception"] = _refuse
-    made.globals["strftime_now"] = _strftime_now
+    made.globals[TIME] = _strftime_now
     return made
+
+
+def told(error: BaseException) -> str:
+    """Return what is wrong; an exception of Python's own with its name, and with JSON's names of types."""
+    if isinstance(error, jinja2.TemplateError):
+        return shown(str(error))
+    return shown(f"{type(error).__name__}: {_TYPE.sub(lambda found: JSON_TYPES[found[0]], str(error))}")
 
 
 def _to_json(

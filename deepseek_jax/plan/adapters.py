@@ -13,7 +13,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.stored import param_specs
 from deepseek_jax.parameters import Fp8Weight, Weights, layout_in_use, leaf_name
-from deepseek_jax.plan.chips import Chip, in_gib
+from deepseek_jax.plan.chips import Chip, size_text
 from deepseek_jax.plan.counts import beside_state, bytes_per_device, laid_out, local_bytes, state_of
 from deepseek_jax.plan.meshes import Fit, axes_text, find_fits, require_fit
 from deepseek_jax.training.adapted import abstract_adapters, frozen
@@ -152,11 +152,12 @@ def record(plan: AdapterPlan) -> dict[str, Any]:
 
 def lines(plan: AdapterPlan) -> list[str]:
     """Return the lines that a person reads."""
-    third = in_gib(4 * plan.trained)
+    whole = 12 * plan.trained
+    third = size_text(whole / 3, whole)
     rows = [
         ("adapters", f"rank {plan.lora.rank} on {', '.join(plan.lora.targets)}"),
         ("trained", f"{plan.trained:,} parameters, {plan.trained / plan.frozen:.2%} of the {plan.frozen:,} frozen"),
-        ("state", f"{in_gib(12 * plan.trained)}: FP32 {third}, two BF16 moments {third}, gradients {third}"),
+        ("state", f"{size_text(whole)}: FP32 {third}, two BF16 moments {third}, gradients {third}"),
     ]
     head = f"{plan.config.name}, {plan.config.execution.precision}; computed from the config:"
     return [head, *(f"  {name:<18}{text}" for name, text in rows), *_on_devices(plan)]
@@ -172,14 +173,16 @@ def _on_devices(plan: AdapterPlan) -> list[str]:
     held = plan.held | {"together": sum(plan.held.values()), "all weights": plan.all_weights}
     kind = f" of {chip.name}" if chip else ""
     text = [f"one of {fit.num_devices} devices{kind} ({axes_text(fit.mesh)}), without activations:"]
-    text += [f"  {name:<18}{in_gib(size):>12}  computed" for name, size in held.items()]
+    text += [f"  {name:<18}{size_text(size, max(held.values())):>12}  computed" for name, size in held.items()]
     text[-1] += ": the same without adapters"
     if chip:
         left = chip.memory - held["together"]
         if left < 0:
-            text.append(f"It does not fit: a device has {in_gib(chip.memory)}, {in_gib(-left)} less; use more devices")
+            text.append(
+                f"It does not fit: a device has {size_text(chip.memory)}, {size_text(-left)} less; use more devices"
+            )
         else:
             verdict = "" if held["together"] <= chip.room else "; use more devices"
-            rest = f"{in_gib(left)} for activations and gathered layers{verdict}"
-            text.append(f"of {in_gib(chip.memory)} that leaves {rest}")
+            rest = f"{size_text(left)} for activations and gathered layers{verdict}"
+            text.append(f"of {size_text(chip.memory)} that leaves {rest}")
     return text

@@ -17,6 +17,8 @@ import jax
 from jax.experimental import topologies
 
 GIB = 2**30
+BINARY = (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")
+DECIMAL = (1e9, "GB"), (1e6, "MB"), (1e3, "kB")
 # What libtpu asks of a machine before it compiles for TPUs that the machine lacks. It reads this once, when it loads.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the machine's own accelerator, if there is one, stays free
@@ -103,9 +105,24 @@ CHIPS = {
 }  # fmt: skip
 
 
-def in_gib(size: float) -> str:
-    """Return a number of bytes as a person reads it."""
-    return f"{size / GIB:,.2f} GiB"
+def unit_of(total: float, units: tuple[tuple[float, str], ...] = BINARY) -> tuple[float, str]:
+    """Return the first of `units` that `total` bytes reach, with its name; else the last."""
+    return next((unit for unit in units if total >= unit[0]), units[-1])
+
+
+def size_text(
+    size: float, total: float | None = None, units: tuple[tuple[float, str], ...] = BINARY, digits: int = 2
+) -> str:
+    """Return a number of bytes as a person reads it, in the unit of `total` where it is a part of that."""
+    unit, name = unit_of(size if total is None else total, units)
+    return f"{size / unit:,.{digits}f} {name}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return how long a run takes as a person reads it: in days, or less."""
+    units = (86400, "days"), (3600, "hours"), (60, "minutes")
+    length, name = next((unit for unit in units if seconds >= unit[0]), (1, "seconds"))
+    return f"{seconds / length:,.1f} {name}" if seconds >= 1 else f"{seconds:.2g} seconds"
 
 
 def find_topology(text: str) -> tuple[Chip, int]:

@@ -29,7 +29,7 @@ from deepseek_jax.parallel.program import choose_exchange
 from deepseek_jax.parallel.stages import refuse_pipeline
 from deepseek_jax.parallel.transport import most_copies
 from deepseek_jax.parameters import EXPERTS, PARAMETERS, ROWS, leaf_name
-from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.chips import DECIMAL, Chip, size_text, unit_of
 from deepseek_jax.plan.meshes import abstract_mesh, axes_text
 from deepseek_jax.plan.timing import IN, NCCL, OUT, TORUS, link_of, mean_hops, travel
 from deepseek_jax.plan.traffic import copies_of
@@ -157,24 +157,28 @@ def flags_of(config: Config, mesh: AnyMesh) -> str:
 
 def lines(found: Decoding, context: int) -> list[str]:
     """Return the lines that a person reads, for sequences of `context` tokens."""
-    rows, mesh, gb = axis_size(found.mesh, ROWS), found.mesh, 1e9
+    rows, mesh = axis_size(found.mesh, ROWS), found.mesh
+    weights, experts, table = (
+        size_text(size, found.weights, DECIMAL) for size in (found.weights, found.experts, found.table)
+    )
+    reads = {n: found.read(n, context) for n in BATCHES if n <= found.most_sequences(context)}
+    unit, name = unit_of(max(reads.values(), default=0.0), DECIMAL)
     text = [
         f"decoding on {mesh.size} devices of {found.chip.name} ({axes_text(mesh)}){_with(found)}, computed:",
-        f"  weights of a device       {found.weights / gb:>10,.2f} GB, of them routed experts"
-        f" {found.experts / gb:,.2f}, the embedding {found.table / gb:,.2f}",
+        f"  weights of a device       {weights:>13}, of them routed experts {experts}, the embedding {table}",
         f"  cache of a token          {found.cache:>10,} bytes, in all layers",
         f"  a step at {context:,} tokens each; expected: rates measured on one H200{_assumed(found)}:",
-        f"  {'sequences a device':>20}{'read, GB':>10}{'floor, memory':>15}{'floor, FLOPs':>14}{'expected':>11}"
+        f"  {'sequences a device':>20}{f'read, {name}':>10}{'floor, memory':>15}{'floor, FLOPs':>14}{'expected':>11}"
         f"{'tokens/s a device':>19}{'in all':>12}",
     ]
     for batch in BATCHES:
         by_bytes, by_flops = found.floors(batch, context)
         time = found.seconds(batch, context)
-        if batch > found.most_sequences(context):
+        if batch not in reads:
             text.append(f"  {batch:>20}  does not fit")
             continue
         text.append(
-            f"  {batch:>20}{found.read(batch, context) / gb:>10,.2f}{1e3 * by_bytes:>12,.2f} ms"
+            f"  {batch:>20}{reads[batch] / unit:>10,.2f}{1e3 * by_bytes:>12,.2f} ms"
             f"{1e3 * by_flops:>11,.2f} ms{1e3 * time:>8,.2f} ms{batch / time:>19,.0f}{rows * batch / time:>12,.0f}"
         )
     fits = (f"{found.most_context(batch):,} at {batch}" for batch in BATCHES)

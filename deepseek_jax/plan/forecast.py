@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from deepseek_jax.plan.chips import Chip
+from deepseek_jax.plan.chips import DECIMAL, Chip, duration_text, size_text
 from deepseek_jax.plan.counts import IN_GRADIENT, Counts
 from deepseek_jax.plan.estimate import Memory
 from deepseek_jax.plan.liveness import gradient_bytes
@@ -22,7 +22,7 @@ from deepseek_jax.training.flops import model_flops_utilization
 
 MEASURED = ("h100", "h200", "h800")  # whose arithmetic is that of the cards the rates were measured on
 BLACKWELL = ("b200", "gb300")  # `parallel.program.resolve_for` refuses FP8 on them
-SECONDS_PER_DAY, SECONDS_PER_HOUR = 86400, 3600
+SECONDS_PER_HOUR = 3600
 GB = 1e9
 MOST_CHOICES = 8
 
@@ -118,21 +118,22 @@ def _memory(found: Forecast) -> list[str]:
     if found.update:
         rows.append(("update of the average", found.update, "computed; between two steps, the larger counts"))
     rows.append(("together", found.traced, f"of {found.chip.memory / GB:,.0f} GB"))
-    return [f"  {name:<26}{size / GB:>10,.2f} GB  {how}" for name, size, how in rows]
+    total = max(size for _, size, _ in rows)
+    return [f"  {name:<26}{size_text(size, total, DECIMAL):>13}  {how}" for name, size, how in rows]
 
 
 def _sent(found: Forecast) -> list[str]:
     if not found.sent:
         return ["  nothing leaves a device"]
+    most = max(sent.bytes for sent in found.sent)
     rows = ["  leaves a device in a step, computed:      shipped      useful"]
     for sent in found.sent:
         link = link_of(found.chip, found.fit.mesh, sent.axis)
         rate = found.chip.link_in if link == "in" else found.chip.link_out
         where = "inside nodes" if link == "in" and found.chip.node else "between nodes" if found.chip.node else "torus"
         name = f"{sent.kind} over {sent.axis}"
-        rows.append(
-            f"    {name:<32}{sent.bytes / GB:>10,.1f} GB{sent.useful / GB:>9,.1f} GB  {where}, {rate / GB:,.0f} GB/s"
-        )
+        shipped, useful = (size_text(size, most, DECIMAL, 1) for size in (sent.bytes, sent.useful))
+        rows.append(f"    {name:<32}{shipped:>13}{useful:>12}  {where}, {rate / GB:,.0f} GB/s")
     return rows
 
 
@@ -146,8 +147,9 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
     time, chip, count = found.time, found.chip, found.fit.num_devices
     rate = counts.tokens_per_step / time.total
     share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
-    days = counts.tokens / rate / SECONDS_PER_DAY
-    hours = counts.tokens / rate * count / chip.devices / SECONDS_PER_HOUR
+    took = counts.tokens / rate
+    hours = took * count / chip.devices / SECONDS_PER_HOUR
+    chip_hours = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
     how = (
         "shares of peak measured on H100 and H200" if chip.name in MEASURED else "shares of peak assumed, not measured"
     )
@@ -163,7 +165,7 @@ def _time(found: Forecast, counts: Counts) -> list[str]:
         ("step", f"{said(time.total)} of {counts.tokens_per_step:,} tokens"),
         ("rate", f"{rate:,.0f} tokens/s, {rate / count * chip.devices:,.0f} a chip"),
         ("MFU of the BF16 peak", f"{share:.1%}"),
-        ("all tokens", f"{days:,.1f} days, {hours:,.0f} chip-hours for {counts.tokens:,}"),
+        ("all tokens", f"{duration_text(took)}, {chip_hours} chip-hours for {counts.tokens:,}"),
     ]
     return [f"  time, computed ({how}; docs/planning.md has how far off):"] + [
         f"    {name:<28}{text}" for name, text in rows
@@ -185,12 +187,13 @@ def record(found: Forecast, counts: Counts) -> dict[str, Any]:
 def choices_table(choices: list[Choice], chip: Chip, counts: Counts) -> list[str]:
     """Return the lines of the fastest ways that a search found."""
     text = [f"  {'step':>9}{'tokens/s a chip':>17}{'MFU':>7}{'memory':>9}  flags (times computed, memory estimated)"]
+    largest = max((choice.memory for choice in choices[:MOST_CHOICES]), default=0)
     for choice in choices[:MOST_CHOICES]:
         rate = counts.tokens_per_step / choice.time.total
         count = choice.fit.num_devices
         share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
         text.append(
             f"  {_in_unit(choice.time.total)(choice.time.total):>9}{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
-            f"{choice.memory / GB:>6,.0f} GB  {choice.fit.flags or 'as written'}"
+            f"{size_text(choice.memory, largest, DECIMAL, 0):>9}  {choice.fit.flags or 'as written'}"
         )
     return text

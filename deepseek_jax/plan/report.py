@@ -4,19 +4,19 @@ import dataclasses
 from typing import Any
 
 from deepseek_jax.model.recompute import REPEATING
-from deepseek_jax.plan.chips import Chip, in_gib
+from deepseek_jax.plan.chips import Chip, duration_text, size_text
 from deepseek_jax.plan.memory import StepMemory
 from deepseek_jax.plan.meshes import Fit, axes_text, smallest_micro_batch
 from deepseek_jax.plan.run import Placement, Plan
 
-SECONDS_PER_DAY = 86400
 NOT_ASSIGNED = "code and some scratch memory come on top"  # of a buffer assignment (`assignment`)
 
 
 def lines(plan: Plan) -> list[str]:
     """Return the lines that a person reads. Each figure says whether it was computed or compiled."""
     counts, config = plan.counts, plan.config
-    third = in_gib(4 * counts.parameters)
+    whole = 12 * counts.parameters
+    third = size_text(whole / 3, whole)
     flops, most = counts.flops_per_token, counts.tokens_per_step
     step = f"{counts.batch_size:,} x {config.data.sequence_length:,}"
     rows = [
@@ -24,7 +24,7 @@ def lines(plan: Plan) -> list[str]:
         ("active per token", f"{counts.active:,} ({_short(counts.active)}), without MTP"),
         (
             "state",
-            f"{in_gib(12 * counts.parameters)}: FP32 weights {third}, two BF16 moments {third}, gradients {third}",
+            f"{size_text(whole)}: FP32 weights {third}, two BF16 moments {third}, gradients {third}",
         ),
         ("FLOPs", f"{flops:.4g} per token, {flops * most:.4g} per step; recomputation does not count"),
         ("", f"{flops * counts.tokens:.4g} in all"),
@@ -110,14 +110,18 @@ def _on_devices(plan: Plan) -> list[str]:
         return ["memory of a device: --devices and --chip say on what; it must hold the state"]
     kind = f" of {on.chip.name}" if on.chip else ""
     text = [f"one of {on.fit.num_devices} devices{kind} ({axes_text(on.fit.mesh)}):"]
-    text += [f"  {name:<18}{in_gib(size):>12}  computed" for name, size in on.held.items()]
+    held = sum(on.held.values())
+    total = max(held, on.step.total if on.step else 0)
+    text += [f"  {name:<18}{size_text(size, total):>12}  computed" for name, size in on.held.items()]
     if on.chip and on.step:
         text += _compiled(on.chip, on.step) + _verdict(plan, on, on.chip, on.step)
     else:
-        text += [f"  {'together':<18}{in_gib(sum(on.held.values())):>12}  computed", *_not_compiled(plan, on)]
+        text += [f"  {'together':<18}{size_text(held):>12}  computed", *_not_compiled(plan, on)]
     if on.update:
-        text.append(f"  {'update of the average':<26}{in_gib(on.update):>12}  computed; between two steps, not in them")
-    text += [f"  {f'{name}, on the host':<26}{in_gib(size):>12}  computed" for name, size in on.on_host.items()]
+        text.append(
+            f"  {'update of the average':<26}{size_text(on.update):>12}  computed; between two steps, not in them"
+        )
+    text += [f"  {f'{name}, on the host':<26}{size_text(size):>12}  computed" for name, size in on.on_host.items()]
     return text + _least_time(plan, on)
 
 
@@ -130,7 +134,7 @@ def _compiled(chip: Chip, step: StepMemory) -> list[str]:
         rows.insert(-1, ("alive at once", step.peak, "compiled"))
     if step.on_host:
         rows.append(("the step, on the host", step.on_host, step.source))
-    return [f"  {name:<18}{in_gib(size):>12}  {how}".rstrip() for name, size, how in rows]
+    return [f"  {name:<18}{size_text(size, max(size, step.total)):>12}  {how}".rstrip() for name, size, how in rows]
 
 
 def _verdict(plan: Plan, on: Placement, chip: Chip, step: StepMemory) -> list[str]:
@@ -139,9 +143,9 @@ def _verdict(plan: Plan, on: Placement, chip: Chip, step: StepMemory) -> list[st
     if step.fits and update <= chip.memory:
         return [f"It fits: {share}{f' by its buffer assignment; {NOT_ASSIGNED}' if is_assigned else ''}."]
     if step.fits:  # the step alone does
-        text = [f"It does not fit: the update of the average, between two steps, needs {in_gib(update)}."]
+        text = [f"It does not fit: the update of the average, between two steps, needs {size_text(update)}."]
         return text + _advised(advice(plan, fit, of_state=True))
-    beside = in_gib(step.total - held)
+    beside = size_text(step.total - held)
     by = f" by its buffer assignment, {share}, which the compiler had not refused yet" if is_assigned else ""
     text = [f"It does not fit{by}. Beside what is listed, {beside} are activations, gathered weights and buffers."]
     return text + _advised(advice(plan, fit))
@@ -155,7 +159,7 @@ def _not_compiled(plan: Plan, on: Placement) -> list[str]:
     held = sum(on.held.values())
     figures = f"{held / on.chip.memory:.0%} of the card; {_share(on.chip)} the rest is for activations"
     if on.update > on.chip.memory:
-        text = f"It does not fit: the update of the average, between two steps, needs {in_gib(on.update)}."
+        text = f"It does not fit: the update of the average, between two steps, needs {size_text(on.update)}."
         return [text, *_advised(advice(plan, on.fit, of_state=True))]
     if held > on.chip.room:
         return [f"It does not fit: that is {figures}.", *_advised(advice(plan, on.fit, of_state=True))]
@@ -187,8 +191,8 @@ def _least_time(plan: Plan, on: Placement) -> list[str]:
     peak = on.chip.peak_bf16 if on.chip else None
     if peak is None:
         return []
-    days = plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices) / SECONDS_PER_DAY
-    return [f"At the BF16 peak of all devices, which no run reaches, the tokens take {days:,.1f} days (computed)."]
+    took = duration_text(plan.counts.flops_per_token * plan.counts.tokens / (peak * on.fit.num_devices))
+    return [f"At the BF16 peak of all devices, which no run reaches, the tokens take {took} (computed)."]
 
 
 def _short(count: int) -> str:

@@ -30,7 +30,7 @@ class Choices:
         advantage_scale: divide by the group's "std", or "none".
         overlong: outputs that were cut off at the limit: "keep", "mask" their loss, or "punish" length before it.
         overlong_buffer: tokens before the limit over which punishment grows from 0 to 1; else 0.
-        drop_flat_groups: groups whose rewards are all equal carry no loss and do not count.
+        drop_flat_groups: groups of which no output or every one is right carry no loss and do not count.
     """
 
     ratio: str

@@ -190,10 +190,32 @@ def check_grpo(grpo: Grpo, config: Config) -> None:
             "group_size",
             f"does not divide the {samples} samples of a rollout: training.batch_size x {grpo.updates}; change one",
         )
+    check_used(grpo, samples)
     if config.model.num_mtp_layers and config.optimizer.weight_decay:
         raise ValueError(
             f"optimizer.weight_decay = {config.optimizer.weight_decay} would shrink MTP layers, which do not learn"
             " here; set it to 0"
+        )
+
+
+def check_used(grpo: Grpo, samples: int) -> None:
+    """Refuse more rows than anything fills, and rollouts that are further behind than a run gets.
+
+    Args:
+        grpo: with positive sizes.
+        samples: of a rollout.
+    """
+    most = max(samples, grpo.heldout)
+    if grpo.rows > most:
+        raise ValueError(
+            f"{PATH}.rows = {grpo.rows} is more than there is to draw at once: a rollout has {samples} samples"
+            f" (training.batch_size x {grpo.updates}), and {grpo.heldout} problems are held out; lower it to {most}"
+        )
+    first = (grpo.steps - 1) // grpo.updates * grpo.updates
+    if grpo.staleness > first:
+        raise ValueError(
+            f"{PATH}.staleness = {grpo.staleness}, and the last rollout of {grpo.steps} steps is taken from update"
+            f" {first} on, so no weights are older by that many; use at most {first}, or raise {PATH}.steps"
         )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from deepseek_jax.inputs import local_path, read_json, shown
+from deepseek_jax.posttraining.beginning import dated
 from deepseek_jax.posttraining.grpo_settings import MODEL, PATH, Grpo
 from deepseek_jax.posttraining.problems import Problems
 from deepseek_jax.posttraining.reward_model import encode_answer, preferences, score_answers, score_program
@@ -132,7 +133,8 @@ def open_model_rewards(grpo: Grpo, problems: Problems, mesh: jax.sharding.Mesh) 
         )
     config = read_config(folder)
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILES[0])
-    template = ChatTemplate.load(folder / HUGGINGFACE)  # the one that it was trained with, whatever its name means now
+    # The one that it was trained with, whatever its name means now.
+    template = dated(ChatTemplate.load(folder / HUGGINGFACE), folder)
     _check_rows(grpo, problems, config.data.sequence_length, template, tokenizer)
     with jax.set_mesh(mesh):
         weights, progress = restore_weights(config, folder, mesh)

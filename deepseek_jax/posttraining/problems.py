@@ -12,8 +12,9 @@ from deepseek_jax.data.chat import ChatTemplate, check_messages
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.inputs import json_lines, local_path, shown
 from deepseek_jax.posttraining.grpo_settings import PATH, Grpo, task_of
-from deepseek_jax.posttraining.rewards import NEEDS
+from deepseek_jax.posttraining.rewards import MATHEMATICAL, NEEDS
 from deepseek_jax.posttraining.rewards.language import SCRIPTS
+from deepseek_jax.posttraining.rewards.mathematics import reference
 from deepseek_jax.posttraining.rewards.problem import Case, Problem, Tests
 from deepseek_jax.posttraining.tasks import make_task
 
@@ -92,6 +93,14 @@ def _check_needs(problem: Problem, grpo: Grpo) -> None:
                 f" {shown(repr(grpo.problems))} has {shown(repr(value))}; write it in a .jsonl"
                 " file of problems, or use another reward"
             )
+        if name in MATHEMATICAL:
+            try:
+                reference(str(value))
+            except ValueError as error:
+                raise ValueError(
+                    f"the answer of problem {shown(repr(problem.name))} of {shown(repr(grpo.problems))} can never be"
+                    f" met by the reward {name!r}: {error}"
+                ) from error
 
 
 def read_problems(path: Path) -> list[Problem]:

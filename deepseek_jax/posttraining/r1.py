@@ -39,6 +39,7 @@ from deepseek_jax.inputs import read_json
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parameters import Weights
 from deepseek_jax.posttraining.accuracy import accuracy_line, accuracy_row
+from deepseek_jax.posttraining.beginning import dated
 from deepseek_jax.posttraining.conversations import find_template
 from deepseek_jax.posttraining.distillation import train_distillation
 from deepseek_jax.posttraining.grpo import open_engine, open_pool, train_grpo
@@ -228,7 +229,7 @@ def open_sampler(
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh), open_pool(grpo) as pool:
         tokenizer = Tokenizer.load(workdir / folder / TOKENIZER_FILES[0])
-        template = find_template(own.template, workdir / folder / HUGGINGFACE)
+        template = dated(find_template(own.template, workdir / folder / HUGGINGFACE), workdir / folder)
         problems = open_problems(config, grpo, template, tokenizer)
         weights = restore_weights(config, workdir / folder, mesh)[0]
         with open_engine(config, grpo, problems, weights, tokenizer, mesh) as engine:

@@ -19,7 +19,6 @@ from deepseek_jax.inference.engine import Engine
 from deepseek_jax.inference.job import LENGTH, STOP, Job
 from deepseek_jax.inference.requests import Request
 from deepseek_jax.inference.sampling import Sampling
-from deepseek_jax.posttraining.advantages import is_flat
 from deepseek_jax.posttraining.choices import Choices
 
 PLAIN = 1.0, 0, 1.0  # temperature, top-k and top-p that leave the model's distribution as it is
@@ -180,13 +179,22 @@ def rows_of(routes: Sequence[np.ndarray], length: int) -> np.ndarray:
     return rows_BSLK
 
 
-def carries_loss(choices: Choices, samples: Sequence[Sample], rewards_PG: np.ndarray) -> np.ndarray:
-    """Return which samples are trained on, bool [P * G]: the choices may leave out overlong ones and flat groups."""
+def carries_loss(choices: Choices, samples: Sequence[Sample], right_PG: np.ndarray) -> np.ndarray:
+    """Return which samples are trained on, bool [P * G]: the choices may leave out overlong ones and flat groups.
+
+    A group is flat if none or all of its outputs are right (DAPO, arXiv 2503.14476, eq. 11), whatever length or form
+    adds to their rewards.
+
+    Args:
+        choices: of the variant.
+        samples: group after group.
+        right_PG: bool, which are right.
+    """
     kept = np.ones(len(samples), bool)
     if choices.overlong == "mask":
         kept &= np.array([sample.finish_reason != LENGTH for sample in samples])
     if choices.drop_flat_groups:
-        kept &= np.repeat(~is_flat(rewards_PG), rewards_PG.shape[1])
+        kept &= np.repeat(right_PG.any(1) & ~right_PG.all(1), right_PG.shape[1])
     return kept
 
 

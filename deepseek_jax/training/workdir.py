@@ -38,8 +38,9 @@ from deepseek_jax.training.saved import CHECKPOINTS, stored_steps
 HUGGINGFACE = "huggingface"  # what an import keeps of the folder it came from
 ADAPTERS = "adapters.json"  # which weights have adapters, of a run that trains them (`training.adapters_file`)
 REFERENCE = "reference"  # checkpoints of the weights that GRPO compares with (`posttraining.reference`)
+TEMPLATE_DATE = "template_date.txt"  # that a chat template writes in this run (`posttraining.beginning`)
 # What a start or an import makes before it owns the workdir.
-UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, RECIPE, ADAPTERS, REFERENCE)
+UNCLAIMED = (*TOKENIZER_FILES, TOKENIZER_RECORD, CHECKPOINTS, HUGGINGFACE, TEMPLATE_DATE, RECIPE, ADAPTERS, REFERENCE)
 MOST_NAMED = 5  # of runs in a message
 WAIT_SECONDS = 5.0  # for another trainer to end: a requeued job may overlap the one before
 LONGEST_REFUSAL = 2000  # bytes that one process tells the others

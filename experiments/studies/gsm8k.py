@@ -279,7 +279,7 @@ def draw(runs: Path) -> Any:
         bars.set_xticks(
             range(len(shares)), [name.removeprefix("task, ").replace("calculations", "calc.") for name in results]
         )
-    bars.legend()
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS))
     bars.set(title="held-out accuracy behind each stage", ylim=(0, 1))
     rows = {stage: read_rows(runs / stage) for stage in stages if stage in REINFORCED}
     for axes, (title, keys) in zip(panels, CURVES.items(), strict=True):

@@ -52,7 +52,7 @@ def test_a_base_that_is_larger_than_the_device_leaves_no_negative_room():
     assert "that leaves 131." in adapters.lines(found)[-1]
     tiny = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1000))
     told = adapters.lines(tiny)[-1]
-    assert told.startswith("It does not fit: a device has 0.00 GiB") and "-" not in told
+    assert told.startswith("It does not fit: a device has 0.98 KiB, ") and "-" not in told
 
 
 def test_what_cannot_be_planned_is_refused():

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
+from configs import deepseek_v3
 from deepseek_jax.config import from_config_dict
-from deepseek_jax.plan import estimate, forecast, search
+from deepseek_jax.plan import adapters, decode, estimate, forecast, report, search
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.counts import bytes_per_device, count, state_of
 from deepseek_jax.plan.liveness import Living
 from deepseek_jax.plan.meshes import require_fit
-from deepseek_jax.plan.run import Placement
+from deepseek_jax.plan.run import Placement, make_plan
 from experiments import plan_drawing
 from tests.support import small
 
@@ -50,6 +52,27 @@ def test_every_figure_says_how_it_was_found(monkeypatch):
     assert "update of the average" in "\n".join(forecast.lines(larger, count(found.fit.config, state)))
     other, _ = planned(monkeypatch, chip="gb300")
     assert "assumed, not measured" in "\n".join(forecast.lines(other, count(other.fit.config, state)))
+
+
+def test_sizes_of_a_small_model_are_not_nothing(monkeypatch):
+    found, state = planned(monkeypatch, expert=4)
+    found = dataclasses.replace(found, living=40_000_000)
+    counts = count(found.fit.config, state)
+    memory = next(line for line in forecast.lines(found, counts) if line.startswith("  weights"))
+    assert memory.split()[1:3] == [f"{found.held['weights'] / 1e6:.2f}", "MB"]
+    sent = max(found.sent, key=lambda sent: sent.bytes)
+    line = next(line for line in forecast.lines(found, counts) if f"{sent.kind} over {sent.axis}" in line)
+    unit = 1e6 if sent.bytes >= 1e6 else 1e3
+    assert f" {sent.bytes / unit:.1f} {'MB' if unit == 1e6 else 'kB'} " in line
+    plan = make_plan(found.fit.config, 8, None, lambda text: None, False)
+    adapted = adapters.plan_adapters(found.fit.config, adapters.parse("4:attention"), 8, None)
+    decoded = decode.decoding(from_config_dict(small.config_dict()), 1, CHIPS["h200"], state)
+    assert "read, MB" in "\n".join(decode.lines(decoded, 256))
+    told = forecast.lines(found, counts), report.lines(plan), adapters.lines(adapted), decode.lines(decoded, 256)
+    for text in told:
+        assert not re.search(r"\b0\.00 G|\b0\.0 days", "\n".join(text)), text
+    large = report.lines(make_plan(from_config_dict(deepseek_v3.get_config()), 128, None, lambda text: None, False))
+    assert sum(" GiB" in line for line in large) > 3 and not any("MiB" in line for line in large)
 
 
 def test_devices_that_share_sequences_send_latents(monkeypatch):

@@ -17,7 +17,7 @@ from deepseek_jax.posttraining import grpo
 from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.grpo import train_grpo, with_steps
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
-from deepseek_jax.posttraining.problems import open_problems, read_problems, split
+from deepseek_jax.posttraining.problems import find_problems, open_problems, read_problems, split
 from deepseek_jax.posttraining.rewards.problem import Case
 from deepseek_jax.posttraining.settings import check_claimed, claim, read
 from deepseek_jax.training.metrics import read_rows
@@ -107,6 +107,9 @@ def settings(initial="W", **changes):
         ),
         ({"replay_routes": True, "execution__interleave": 2}, "interleave = 2: routes are replayed"),
         ({"staleness": -1}, "staleness = -1 must be at least 0"),
+        ({"staleness": 4, "steps": 6, "updates": 3}, "staleness = 4, and the last rollout of 6 steps .* at most 3, or"),
+        ({"rows": 17}, "rows = 17 is more than there is to draw at once: a rollout has 16 samples .* lower it to 16"),
+        ({"rows": 41, "heldout": 40}, "and 40 problems are held out; lower it to 40"),
         (
             {"reference_every": 2, "overrides": {"kl_weight": 0.0}},
             "reference_every = 2 replaces a reference that is not there",
@@ -200,6 +203,21 @@ def test_a_file_of_problems_has_what_each_reward_reads(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"the reward '{reward}' reads .* and problem 'q"):
             found(reward, **more)
+
+
+@pytest.mark.parametrize("reward", ["mathematics", "gsm8k"])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("so \\boxed{18}", "write what is in it"), ("9 * 2 = 18\n####", "behind its last"), ("1" * 501, "more than 500")],
+)
+def test_an_answer_that_no_completion_can_equal_is_refused(tmp_path, reward, answer, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{i}", "answer": answer}) + "\n" for i in range(3)))
+    grpo = dataclasses.replace(
+        read(settings())[1].grpo, problems=str(path), heldout=1, rewards={reward: 1.0}, accuracy=reward
+    )
+    with pytest.raises(ValueError, match=f"problem 'q.' of .* can never be met by the reward '{reward}': .*{message}"):
+        find_problems(0, grpo)
 
 
 COOK = {"role": "cook", "content": "b"}

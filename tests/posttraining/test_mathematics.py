@@ -147,6 +147,7 @@ def test_rewards_read_their_own_place():
         assert gsm8k_reward(problem, none) == 0.0
     assert after_hashes("no mark") is None
     assert mathematics_reward(Problem("p", (), answer="1004"), r"\boxed{1{,}004}") == 1.0
+    assert mathematics_reward(problem, r"\boxed{1004}") == 1.0 and mathematics_reward(problem, r"\boxed{4}") == 0.0
     assert mathematics_reward(Problem("p", (), answer="1004"), "1004") == 0.0
     with pytest.raises(ValueError, match="problem p has no answer"):
         mathematics_reward(Problem("p", ()), r"\boxed{1}")

@@ -12,7 +12,7 @@ from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference.engine import Engine
 from deepseek_jax.posttraining.accuracy import accuracy_row, wilson
 from deepseek_jax.posttraining.advantages import advantages
-from deepseek_jax.posttraining.choices import GRPO
+from deepseek_jax.posttraining.choices import DAPO, GRPO
 from deepseek_jax.posttraining.policy_batches import PolicyBatches
 from deepseek_jax.posttraining.policy_metrics import POLICY_KEYS
 from deepseek_jax.posttraining.problems import Problems, Prompt
@@ -38,8 +38,13 @@ def fails(problem, text):
 
 
 def equal(problem, text):
-    """Return the same for all texts of every other problem."""
-    return letters(problem, text) if int(problem.name[1:]) % 2 else 1.0
+    """Return 1 for all texts of every other problem, and for some of the others."""
+    return float(letters(problem, text) > 0.5) if int(problem.name[1:]) % 2 else 1.0
+
+
+def wrong(problem, text):
+    """Return 0."""
+    return 0.0
 
 
 SAMPLER = ThreadPoolExecutor(1)
@@ -162,6 +167,17 @@ def test_choices_without_a_kl_need_no_reference_and_flat_groups_carry_no_loss(en
     assert "reference_logprobs_BS" not in first and batches.rows[1]["rollout/flat_groups"] == 0.5
     flat = [not batch["loss_weights_BS"].any() for batch in (first, second)]
     assert sorted(flat) == [False, True] and batches.rows[1]["rollout/sampler_difference"] > 0.2
+
+
+def test_a_punishment_of_length_or_another_reward_gives_flat_groups_no_loss(engine):
+    """DAPO's eq. 11 asks how many outputs are right, and nothing else."""
+    punished = dataclasses.replace(DAPO, overlong_buffer=LIMIT)  # every output, by its length
+    batches = open_batches(engine, punished, reward=equal)
+    flat = [not batches.next_batch(SIZE)["loss_weights_BS"].any() for _ in TRAIN]  # an update is one group
+    assert sum(flat) == 3 and batches.rows[3]["rollout/flat_groups"] == 0.0  # all right, of several lengths
+    pool = RewardPool({"text": wrong, "letters": letters}, {"text": 1.0, "letters": 0.5}, num_workers=0)
+    batches = open_batches(engine, dataclasses.replace(GRPO, kl_weight=0.0, drop_flat_groups=True), pool=pool)
+    assert not batches.next_batch(SIZE)["loss_weights_BS"].any() and batches.rows[1]["rollout/flat_groups"] == 0.0
 
 
 def test_a_reward_that_is_no_number_stops_the_run_or_counts_zero(engine):

@@ -83,13 +83,13 @@ def test_routes_of_cached_tokens_are_those_of_the_sample_that_cached_them():
 
 
 def test_overlong_outputs_and_flat_groups_can_be_left_out(samples):
-    rewards = np.arange(48.0).reshape(12, 4)
-    rewards[3] = 2.0
-    flat = np.repeat(np.arange(12) == 3, 4)
+    right = np.arange(48).reshape(12, 4) % 4 > 1
+    right[3], right[5] = True, False
+    flat = np.repeat(np.isin(np.arange(12), [3, 5]), 4)
     cut = np.array([s.finish_reason == LENGTH for s in samples])
-    assert carries_loss(GRPO, samples, rewards).all()
-    assert (carries_loss(DAPO, samples, rewards) == ~flat).all()
-    assert (carries_loss(dataclasses.replace(GRPO, overlong="mask"), samples, rewards) == ~cut).all()
+    assert carries_loss(GRPO, samples, right).all()
+    assert (carries_loss(DAPO, samples, right) == ~flat).all()
+    assert (carries_loss(dataclasses.replace(GRPO, overlong="mask"), samples, right) == ~cut).all()
 
 
 def test_every_epoch_has_every_prompt_once_in_another_order():

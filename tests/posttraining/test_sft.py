@@ -1,9 +1,11 @@
 """Fine-tuning: packing changes no loss, MTP modes, and whole runs that freeze biases, stop, continue and export."""
 
 import dataclasses
+import datetime
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from deepseek_jax.data.packing import next_token_batch, pack
 from deepseek_jax.model.balance import RouterStats
 from deepseek_jax.model.transformer import init
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.posttraining.beginning import claim_run, tokenizer_and_template
 from deepseek_jax.posttraining.chats import Chats, HeldOutChats
 from deepseek_jax.posttraining.conversations import PLAIN, encode_conversation, find_template
 from deepseek_jax.posttraining.settings import read
@@ -288,6 +291,46 @@ def test_nothing_is_left_of_a_start_that_fails(workdirs):
     assert not (folder / "never").exists()
     with pytest.raises(ValueError, match="holds a run without post-training; choose another --workdir"):
         run(folder, "base")
+
+
+class Clock(datetime.datetime):
+    """A clock that a test sets."""
+
+    day = datetime.datetime(2026, 1, 30, 23, 59)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.day
+
+
+def test_a_template_writes_the_date_of_the_runs_first_start(tmp_path, monkeypatch):
+    """Else the ids of the next day would be those of another run."""
+    for module in ("deepseek_jax.data.chat", "deepseek_jax.posttraining.beginning"):
+        monkeypatch.setattr(f"{module}.datetime", SimpleNamespace(datetime=Clock), raising=False)
+    tree = settings(initial=tmp_path / "base")
+    config, posttraining = read(tree)
+    (tmp_path / "base").mkdir()
+    TOKENIZER.save(tmp_path / "base" / "tokenizer.json")
+    claim_workdir(tmp_path / "base", config)
+    name = str(tmp_path / "dated.jinja")
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %B %Y, %H:%M') }}" + PLAIN.source)
+
+    def written(workdir):
+        workdir.mkdir(exist_ok=True)
+        tokenizer, template = tokenizer_and_template(config, name, workdir)
+        claim_run(workdir, config, posttraining, template)
+        examples = encode_conversation(template, tokenizer, chat(1, "a")["messages"])
+        return tokenizer.decode(examples[0].ids.tolist())
+
+    first = written(tmp_path / "run")
+    assert first.startswith("30 January 2026, 23:59User")
+    monkeypatch.setattr(Clock, "day", datetime.datetime(2026, 1, 31))
+    assert written(tmp_path / "run") == first
+    assert written(tmp_path / "other").startswith("31 January 2026, 00:00User")
+    assert not (tmp_path / "base" / "template_date.txt").exists()
+    (tmp_path / "run" / "template_date.txt").write_text("yesterday")
+    with pytest.raises(ValueError, match="template_date.txt holds 'yesterday' and no date; write the day"):
+        written(tmp_path / "run")
 
 
 def test_epochs_of_less_than_a_row_are_refused():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 NAMES = ("mathematics", "gsm8k", "text", "format", "language", "chance", "code")
+MATHEMATICAL = "mathematics", "gsm8k"  # compare values (`rewards.mathematics`)
 # The field of a `Problem` that a reward cannot do without.
 NEEDS = {"mathematics": "answer", "gsm8k": "answer", "text": "answer", "language": "language", "code": "tests"}
 

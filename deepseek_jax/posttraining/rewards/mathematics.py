@@ -72,22 +72,41 @@ def after_hashes(text: str) -> str | None:
 
 
 def mathematics_reward(problem: Problem, text: str) -> float:
-    """Return 1 if the last box holds `problem.answer`, else 0. Raises ValueError for a problem without an answer."""
+    """Return 1 if the last box holds the answer of `problem.answer` (`reference`), else 0.
+
+    Raises:
+        ValueError: a problem without an answer.
+    """
     answer = last_boxed(text)
     return float(answer is not None and equivalent(_expected(problem), answer))
 
 
 def gsm8k_reward(problem: Problem, text: str) -> float:
     """Return 1 if the answer behind the last "####" is that of `problem.answer`, which may be GSM8K's whole text."""
-    expected = _expected(problem)
     answer = after_hashes(text)
-    return float(answer is not None and equivalent(after_hashes(expected) or expected, answer))
+    return float(answer is not None and equivalent(_expected(problem), answer))
+
+
+def reference(answer: str) -> str:
+    """Return what is compared of a problem's answer: of GSM8K's whole text what follows the last "####", else all.
+
+    Raises:
+        ValueError: no completion could equal it.
+    """
+    hidden = after_hashes(answer)
+    found = answer if hidden is None else hidden
+    if "\\boxed{" in found:
+        raise ValueError("it has a \\boxed{...}, and contents of boxes are compared; write what is in it")
+    if not equivalent(found, found):
+        behind = "behind its last '####' " * (hidden is not None)
+        raise ValueError(f"{behind}it is empty, or has more than {MOST_CHARACTERS} characters; write the result alone")
+    return found
 
 
 def _expected(problem: Problem) -> str:
     if not problem.answer or not problem.answer.strip():
         raise ValueError(f"problem {problem.name} has no answer: a reward of mathematics needs Problem.answer")
-    return problem.answer
+    return reference(problem.answer)
 
 
 def equivalent(a: str, b: str) -> bool:
