@@ -1,7 +1,8 @@
 """Whole records from the files that people have: JSON objects and rows of tables, such as conversations.
 
-`sources` gives the text under one field; this gives every field, as nested lists and dicts. The same files are read, in
-the same order, and an item that cannot be read is refused or skipped in the same way:
+`sources` gives the text under one field; this gives every field, as nested lists and dicts. Objects of a table have no
+empty fields: a table does not say which of them the writer left out. The same files
+are read, in the same order, and an item that cannot be read is refused or skipped in the same way:
 
     *.jsonl, *.ndjson       one record per line        compressed too: *.gz, *.bz2, *.xz, *.zst
     *.json                  the same, or one list of records: the content decides
@@ -105,7 +106,20 @@ def _rows(path: Path, batches: Any) -> Iterator[Record]:
         batch.validate(full=True)  # a damaged offset would be read outside the file
         for value in batch.to_pylist():
             row += 1
-            yield Record(f"{shown(path)} row {row}", value)
+            yield Record(f"{shown(path)} row {row}", {name: _given(item) for name, item in value.items()})
+
+
+def _given(value: Any) -> Any:
+    """Return a value without the empty fields that a table gives to each of a column's objects if any has them.
+
+    In a table the parameters of one tool would be empty parameters of all others, and be in their prompts.
+    """
+    match value:
+        case dict():
+            return {key: _given(item) for key, item in value.items() if item is not None}
+        case list():
+            return [_given(item) for item in value]
+    return value
 
 
 @contextlib.contextmanager

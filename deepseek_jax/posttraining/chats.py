@@ -133,13 +133,16 @@ def _encoded(
     record: Record, field: str, template: ChatTemplate, tokenizer: Tokenizer, length: int, problems: Problems
 ) -> list[Example]:
     """Return the examples of a record; none if it is left out."""
-    if not isinstance(record.value.get(field), list):
-        problems.report(
-            f"{record.where} has no list of messages under {field!r} (it has {shown(str(sorted(record.value)))}); name"
-            " their field in data.text_field"
+    raw = record.value.get(field)
+    if not isinstance(raw, list):
+        fault = (
+            f"has {shown(repr(raw))} under {field!r}, not a list of messages; make it one, or"
+            if field in record.value
+            else f"has no list of messages under {field!r} (it has {shown(str(sorted(record.value)))});"
         )
+        problems.report(f"{record.where} {fault} name their field in data.text_field")
         return []
-    messages = _messages(record.value[field])
+    messages = _messages(raw)
     given = record.value.get(VARIABLES) or {}
     if not isinstance(given, Mapping):
         problems.report(f"{record.where} has {VARIABLES} = {shown(repr(given))}; make it an object, or leave it out")
@@ -162,9 +165,12 @@ def _encoded(
 
 
 def _messages(raw: list[Any]) -> list[Any]:
-    """Return messages without the empty fields that a table gives to every message if any has them."""
+    """Return messages without empty fields, which a table gives to every message if any has them, but for contents.
+
+    Templates ask whether a content is None, beside calls of tools.
+    """
     return [
-        {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+        {"content": None} | {key: value for key, value in message.items() if value is not None}
         if isinstance(message, Mapping)
         else message
         for message in raw

@@ -13,6 +13,7 @@ import zstandard
 from configs import tiny_sft
 from deepseek_jax.config import from_config_dict
 from deepseek_jax.data.bpe import byte_tokenizer
+from deepseek_jax.data.chat import ChatTemplate
 from deepseek_jax.data.documents import CorpusError
 from deepseek_jax.posttraining.chats import HeldOutChats, read_chats, rows_per_epoch
 from deepseek_jax.posttraining.conversations import PLAIN
@@ -55,10 +56,35 @@ def test_every_form_of_a_file_gives_the_same_conversations(tmp_path):
     assert len(ids(read_chats(data(tmp_path), PLAIN, TOKENIZER))) == 20  # beside tables a .json may be anything
 
 
+def test_a_table_gives_no_tool_the_parameters_of_another(tmp_path):
+    """All objects of a column have the same fields; in JSON lines an empty one was written by somebody."""
+
+    def tool(name, **parameters):
+        call = {"id": name, "function": {"name": name, "arguments": "{}"}}
+        turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+        messages = chat(1)["messages"]
+        tools = [{"function": {"name": name, "parameters": {"properties": parameters}}}]
+        return {"messages": [messages[0], *turns, messages[1]], "tools": tools}
+
+    template = ChatTemplate(
+        "{{ tools | tojson }}{% for m in messages %}{{ m.tool_calls | tojson if m.content is none else m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    records = [tool("f", city={"type": "string"}), tool("g", content={"enum": ["a", "b"]})]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    lines = write(tmp_path / "b.jsonl", records)
+    found = [ids(read_chats(data(path), template, TOKENIZER)) for path in (tmp_path / "a.parquet", lines)]
+    assert found[0] == found[1]
+    empty = write(tmp_path / "c.jsonl", [tool("f", city=None)])
+    assert '"city": null' in TOKENIZER.decode(ids(read_chats(data(empty), template, TOKENIZER))[0])
+
+
 BAD = {
     '{"messages": [': "line 2 is not JSON text",
     "[1]": "line 2 is a list; make it an object",
     '{"text": "x"}': "line 2 has no list of messages under 'messages' .it has ..text...; name their field",
+    '{"messages": null}': "line 2 has None under 'messages', not a list of messages; make it one",
+    json.dumps({"messages": "[]"}): "line 2 has '..' under 'messages', not a list of messages; make it one",
     '{"messages": [{"role": "user", "content": "\\ud800"}]}': "line 2 is not text",
     json.dumps({"messages": [{"role": "user", "content": "q"}]}): "line 2: no message is the assistant's",
     json.dumps({"messages": [{"role": "cook", "content": "q"}]}): "line 2: messages.0. has role 'cook'",
