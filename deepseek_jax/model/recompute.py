@@ -11,7 +11,8 @@ half the gathers, for the memory of all layers' weights, a byte a parameter in F
 "full" keeps the residual stream before each layer. "offload" is "full" with these in the memory of the host. For each
 token and layer 2 bytes a channel, 14 KB at V3's width, go out in the forward pass and come back in the backward pass.
 The forward pass of a layer of V3 takes some 3 microseconds a token on an H800, so a device's link carries 5 GB/s of
-the 53.5 GB/s that an H200's has; on one card, with 6 layers, two fifths of the copies were hidden (docs/memory.md). What "selective" keeps, 180 to 240 KB, would need 60 to 80 GB/s: no policy sends that.
+the 53.5 GB/s that an H200's has; on one card, with 6 layers, two fifths of the copies were hidden (docs/memory.md).
+What "selective" keeps, 180 to 240 KB, would need 60 to 80 GB/s: no policy sends that.
 
 The choice of experts is kept even by "full", 4 bytes for each. A choice that is made twice can come out differently
 where scores nearly tie: XLA may fuse the second computation in another way. Then gradients would go to experts that the

@@ -128,7 +128,7 @@ def test_a_pipeline_whose_products_add_moves_less():
     ],
 )
 def test_a_slot_has_what_the_traced_layer_keeps(precision, dense, off):
-    """Of `v3_5b`, a sequence. What a token has whatever the widths is left out: 0.13%, 0.27% and, with experts, 1.0%."""
+    """Of `v3_5b`, a sequence. What a token has whatever the widths is left out: 0.13%, 0.27%, with experts 1.0%."""
     tree = v3_5b.get_config()
     tree.model.update({"num_layers": 2, "num_dense_layers": dense})
     tree.mesh.data = 1
