@@ -35,6 +35,7 @@ def open_batch(
     drafting_rows: int | None = None,
     silent: bool = False,
     exact: bool = False,
+    bulk: bool = False,
 ) -> DeviceBatch:
     """Return a batch whose programs are compiled.
 
@@ -51,6 +52,7 @@ def open_batch(
         drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
         silent: show no progress.
         exact: log-probabilities of tokens do not depend on what else runs (`inference.exact`).
+        bulk: callers wait for whole answers (`inference.scheduler`): bursts are for all rows.
 
     Raises:
         ValueError: sizes out of range, a cache that does not fit, or more positions than the model knows.
@@ -78,6 +80,7 @@ def open_batch(
         num_drafts=num_drafts,
         drafting_rows=drafting_rows,
         exact=exact,
+        bulk=bulk,
     )
     compile_batch(batch, silent)
     return batch
