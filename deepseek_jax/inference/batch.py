@@ -105,22 +105,19 @@ class DeviceBatch:
         checks.check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
         check_drafts(num_drafts, config.model)
         checks.check_burst(burst)
-        self.num_devices = axis_size(mesh, ROWS)
-        self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
+        self.num_devices, self.num_rows, self.bulk = axis_size(mesh, ROWS), rows_of_batch(num_rows, mesh), bulk
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens
-        self.num_positions, self.num_drafts, self.bulk, self._mesh, self._eos = num_positions, num_drafts, bulk, mesh, eos
+        self.num_pages, self.num_positions, self.num_drafts = num_pages, num_positions, num_drafts
         model, executions = config.model, (decode_execution(config, mesh), prefill_execution(config, mesh))
-        rows = self.num_devices, self.num_rows, num_pages, self.num_columns
-        sizes = Sizes(*rows, num_positions, most_prefill_tokens, bulk)
+        sizes = Sizes(self.num_devices, self.num_rows, num_pages, self.num_columns, num_positions, most_prefill_tokens)
         checks.check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
-        common = model, executions, mesh, sizes, placed, burst
-        self._calls = open_calls(exact, common, num_drafts, drafting_rows, forced)
-        self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.burst_widths[-1]
-        self.vocab_size = placed.params["head_DV"].shape[1]
-        self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
-        self._tables_changed = False
+        common = model, executions, mesh, sizes._replace(bulk=bulk), placed, burst
+        calls = self._calls = open_calls(exact, common, num_drafts, drafting_rows, forced)
+        self.most_pieces, self.burst, self.burst_rows = calls.pieces, calls.burst, calls.burst_widths[-1]
+        self.vocab_size, self._mesh, self._eos = placed.params["head_DV"].shape[1], mesh, eos
+        self._tables_BJ, self._tables_changed = np.zeros((self.num_rows, self.num_columns), np.int32), False
         self._open: dict[int, RowSettings] = {}
         self._kind_B, self._wants_B, self._routes_B = np.zeros((3, self.num_rows), np.int8)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed

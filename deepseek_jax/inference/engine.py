@@ -105,8 +105,8 @@ class Engine:
         options = {"most_waiting": most_waiting, "seed": seed, "version": version, "prefill_beside": prefill_beside}
         sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
         sizes["most_prefill_tokens"] = most_prefill_tokens
-        rest = {"num_drafts": num_drafts, "drafting_rows": drafting_rows, "silent": silent, "exact": exact, "bulk": bulk}
-        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest), tokenizer, **options)
+        rest = {"num_drafts": num_drafts, "drafting_rows": drafting_rows, "silent": silent, "exact": exact}
+        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest, bulk=bulk), tokenizer, **options)
 
     def __enter__(self) -> Self:
         """Return the engine, which the end of the `with` block closes."""

@@ -111,7 +111,8 @@ class Calls:
     def _names(self) -> list[tuple]:
         names: list[tuple] = [("first", kind) for kind in KINDS]
         names += [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
-        names += [("decode", width, kind, self.burst) for width in self.burst_widths for kind in KINDS if self.burst > 1]
+        widths = self.burst_widths if self.burst > 1 else []
+        names += [("decode", width, kind, self.burst) for width in widths for kind in KINDS]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
         return [*names, ("evaluate",), ("update",), ("see",), ("copy",)]
 

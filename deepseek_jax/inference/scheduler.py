@@ -33,7 +33,7 @@ a burst waits for its end.
 
 In bulk, callers wait for whole answers, as rollouts do. Then the host's time for a step counts more than when a job
 begins or ends: bursts also run while few rows are free (a sixteenth) and for jobs with fewer tokens left, which stand
-still to the end of the burst. Jobs that wait begin in the next step that is none, several at once.
+still to the end of the burst. Jobs that wait begin in the next step that is none, as many as its tokens allow.
 
 A job whose next page is just being written by another one's prompt waits until that is done, and shares it.
 """
@@ -115,7 +115,7 @@ class Scheduler:
             most_pieces: of prompts on a device in such a step: more take the time of several calls.
             burst: tokens that the device surely chooses of a row in one step, until it ends; 1 for no bursts.
             burst_rows: the first rows of each device, which alone can have bursts.
-            bulk: bursts may keep jobs waiting.
+            bulk: bursts may keep jobs waiting, and `most_pieces` does not count.
         """
         each = num_rows // len(pools)
         self.lanes = [Lane(pool, range(i * each, (i + 1) * each)) for i, pool in enumerate(pools)]
@@ -123,7 +123,7 @@ class Scheduler:
         self.running: list[Member] = []
         self.num_preemptions = 0
         self._most, self._beside = most_prefill_tokens, beside or most_prefill_tokens
-        self._num_drafts, self._most_pieces = num_drafts, most_pieces
+        self._num_drafts, self._most_pieces = num_drafts, most_prefill_tokens if bulk else most_pieces
         self._burst, self._burst_rows = burst, burst_rows
         self._idle = each // IDLE_PART if bulk else 0  # rows of a device that may be free beside a burst
         self._fewest = 1 if bulk else burst  # tokens that a job may have left in a burst

@@ -112,7 +112,7 @@ class HeldBatch(FakeBatch):
     + [(10, 3, 2, 3, 0), (10, 0, 2, 3, 0), (400, 0, 1, 4, 1), (10, 3, 2, 3, 1)],
 )
 def test_every_job_is_as_alone(num_pages, num_drafts, num_devices, burst, bulk, monkeypatch):
-    """With room for all and in a cache that fits one job, where jobs give way; drafts, several devices, bursts, bulk."""
+    """With room for all and in a cache that fits one job, where jobs give way; drafts, devices, bursts, bulk."""
     monkeypatch.setattr(scheduler, "IDLE_PART", 4)  # of eight rows two, or one of a device's four
     sizes = {"num_drafts": num_drafts, "num_devices": num_devices, "burst": burst, "burst_rows": 8, "bulk": bool(bulk)}
     batch = FakeBatch(num_rows=8, num_pages=num_pages, **sizes)

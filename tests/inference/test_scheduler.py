@@ -284,7 +284,7 @@ def test_bursts_are_for_rows_that_keep_nobody_waiting():
 
 def test_in_bulk_bursts_run_while_few_rows_are_free():
     """Of 32 rows two may be free while jobs wait; then these begin together, in a step that is no burst."""
-    scheduler = make_scheduler(num_rows=32, budget=1000, burst=4, burst_rows=32, bulk=True)
+    scheduler = make_scheduler(num_rows=32, budget=1000, most_pieces=2, burst=4, burst_rows=32, bulk=True)
     for i in range(36):
         scheduler.add(member(chr(65 + i), max_new_tokens=2 if i == 5 else 100))
     assert step(scheduler)[1] == "" and len(scheduler.running) == 32
