@@ -299,6 +299,17 @@ def test_in_bulk_bursts_run_while_few_rows_are_free():
     assert scheduler.plan().num_tokens == 4
 
 
+def test_in_bulk_a_step_for_nobody_lets_others_in():
+    """All tokens of fifteen jobs are on their way, one row is free, and a job waits: no burst keeps it."""
+    scheduler = make_scheduler(num_rows=16, budget=1000, burst=4, burst_rows=16, bulk=True)
+    for i in range(15):
+        scheduler.add(member(chr(65 + i), max_new_tokens=5))
+    scheduler.plan()
+    assert scheduler.plan().num_tokens == 4
+    scheduler.add(member("Z"))
+    assert names(scheduler.plan().opened) == "Z"
+
+
 def test_in_bulk_nobody_waits_for_ever():
     """One row, of which none may be free: the next job begins as soon as the last one has ended."""
     scheduler = make_scheduler(num_rows=1, burst=4, burst_rows=1, bulk=True)
