@@ -60,7 +60,7 @@ class DeviceBatch:
         most_prefill_tokens: of a device in a step.
         most_pieces: of a device in a call of prefill; a step with more makes several calls.
         burst: tokens that a row gets of one step (`step`) unless it ends; 1 where there are no bursts.
-        burst_rows: the first rows of each device, which alone may have bursts.
+        burst_rows: the first rows of each device, which alone may have bursts; all with `bulk`.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class DeviceBatch:
         forced: float | None = None,
         burst: int | None = None,
         exact: bool = False,
+        bulk: bool = False,
     ):
         """Place weights and an empty cache.
 
@@ -96,6 +97,7 @@ class DeviceBatch:
             forced: accept each draft with this probability, for benchmarks with random weights.
             burst: tokens of a row in a step without the host, with drafts at least; by default 4 on a GPU, 1 elsewhere.
             exact: log-probabilities of tokens do not depend on what else runs (`inference.exact`).
+            bulk: callers wait for whole answers (`inference.scheduler`): bursts are for all rows.
 
         Raises:
             ValueError: sizes out of range, or a cache that the devices cannot hold.
@@ -103,21 +105,19 @@ class DeviceBatch:
         checks.check_sizes(num_rows, num_pages, num_positions, most_prefill_tokens)
         check_drafts(num_drafts, config.model)
         checks.check_burst(burst)
-        self.num_devices = axis_size(mesh, ROWS)
-        self.num_rows, self.num_pages = rows_of_batch(num_rows, mesh), num_pages
+        self.num_devices, self.num_rows, self.bulk = axis_size(mesh, ROWS), rows_of_batch(num_rows, mesh), bulk
         self.num_columns, self.most_prefill_tokens = pages_of(num_positions + num_drafts), most_prefill_tokens
-        self.num_positions, self.num_drafts, self._mesh, self._eos = num_positions, num_drafts, mesh, eos
+        self.num_pages, self.num_positions, self.num_drafts = num_pages, num_positions, num_drafts
         model, executions = config.model, (decode_execution(config, mesh), prefill_execution(config, mesh))
         sizes = Sizes(self.num_devices, self.num_rows, num_pages, self.num_columns, num_positions, most_prefill_tokens)
         checks.check_pages(cache_bytes_per_token(model, executions[0], num_drafts > 0), num_pages, mesh)
         with jax.set_mesh(mesh):
             placed = decode_weights(model, executions[0], weights, mesh, num_drafts > 0)
-        common = model, executions, mesh, sizes, placed, burst
-        self._calls = open_calls(exact, common, num_drafts, drafting_rows, forced)
-        self.most_pieces, self.burst, self.burst_rows = self._calls.pieces, self._calls.burst, self._calls.widths[0]
-        self.vocab_size = placed.params["head_DV"].shape[1]
-        self._tables_BJ = np.zeros((self.num_rows, self.num_columns), np.int32)
-        self._tables_changed = False
+        common = model, executions, mesh, sizes._replace(bulk=bulk), placed, burst
+        calls = self._calls = open_calls(exact, common, num_drafts, drafting_rows, forced)
+        self.most_pieces, self.burst, self.burst_rows = calls.pieces, calls.burst, calls.burst_widths[-1]
+        self.vocab_size, self._mesh, self._eos = placed.params["head_DV"].shape[1], mesh, eos
+        self._tables_BJ, self._tables_changed = np.zeros((self.num_rows, self.num_columns), np.int32), False
         self._open: dict[int, RowSettings] = {}
         self._kind_B, self._wants_B, self._routes_B = np.zeros((3, self.num_rows), np.int8)
         self._changed: dict[int, RowSettings | None] = {}  # since the last step; None: closed

@@ -33,6 +33,7 @@ class Device(Protocol):
         num_drafts: tokens that a step may choose beyond the first.
         burst: tokens of a row that one step can choose without drafts; 1 where there are no bursts.
         burst_rows: the first rows of each device, which alone can have bursts.
+        bulk: callers wait for whole answers, so bursts may keep jobs waiting (`scheduler`).
     """
 
     num_rows: int
@@ -45,6 +46,7 @@ class Device(Protocol):
     num_drafts: int
     burst: int
     burst_rows: int
+    bulk: bool
 
     def check(self, job: Job) -> None:
         """Refuse, with a ValueError, a job that asks for something that no row can do."""

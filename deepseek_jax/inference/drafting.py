@@ -90,7 +90,7 @@ class DraftingCalls(Calls):
         for width in self.widths:
             numbers = [self._num_drafts] if self._drafting_rows > 0 else []
             numbers += [0] if self._drafting_rows < width * self.sizes.devices else []
-            steps = {1, self.burst} if width == self.widths[0] else {1}
+            steps = {1, self.burst} if width in self.burst_widths else {1}
             names += [("speculate", width, *rest) for rest in itertools.product(DRAFTING_KINDS, sorted(steps), numbers)]
         return names + [("follow", num_tokens) for num_tokens in self.sizes.buckets]
 

@@ -91,6 +91,7 @@ class Engine:
         drafting_rows: int | None = None,
         silent: bool = False,
         exact: bool = False,
+        bulk: bool = False,
         most_waiting: int = 1024,
         seed: int = 0,
         version: int = 0,
@@ -98,14 +99,14 @@ class Engine:
     ) -> Self:
         """Place the weights, compile all programs, and return an engine.
 
-        The arguments up to `exact` are those of `opening.open_batch`, and the others those of the class.
+        The arguments up to `bulk` are those of `opening.open_batch`, and the others those of the class.
         """
         _check_options(most_waiting, prefill_beside, most_prefill_tokens)
         options = {"most_waiting": most_waiting, "seed": seed, "version": version, "prefill_beside": prefill_beside}
         sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
         sizes["most_prefill_tokens"] = most_prefill_tokens
         rest = {"num_drafts": num_drafts, "drafting_rows": drafting_rows, "silent": silent, "exact": exact}
-        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest), tokenizer, **options)
+        return cls(open_batch(config, weights, tokenizer, mesh, **sizes, **rest, bulk=bulk), tokenizer, **options)
 
     def __enter__(self) -> Self:
         """Return the engine, which the end of the `with` block closes."""

@@ -1,5 +1,7 @@
 """A `DeviceBatch` for an engine: its pages from the memory that is free, its programs compiled with progress."""
 
+from typing import Any
+
 import jax
 
 from deepseek_jax.config import Config
@@ -35,6 +37,7 @@ def open_batch(
     drafting_rows: int | None = None,
     silent: bool = False,
     exact: bool = False,
+    bulk: bool = False,
 ) -> DeviceBatch:
     """Return a batch whose programs are compiled.
 
@@ -51,15 +54,15 @@ def open_batch(
         drafting_rows: it drafts while at most so many rows decode (`acceptance.worth_rows`); by default always.
         silent: show no progress.
         exact: log-probabilities of tokens do not depend on what else runs (`inference.exact`).
+        bulk: callers wait for whole answers (`inference.scheduler`): bursts are for all rows.
 
     Raises:
         ValueError: sizes out of range, a cache that does not fit, or more positions than the model knows.
         NotImplementedError: exact arithmetic, and not FP32 on one CPU device.
     """
     mesh = mesh or expert_mesh(config.model, 1)
-    sizes = {"num_rows": num_rows, "num_pages": num_pages, "num_positions": num_positions}
-    sizes["most_prefill_tokens"] = most_prefill_tokens
-    check_opening(config, tokenizer, mesh, **sizes, num_drafts=num_drafts)
+    sizes: Any = {"num_rows": num_rows, "most_prefill_tokens": most_prefill_tokens, "num_drafts": num_drafts}
+    check_opening(config, tokenizer, mesh, **sizes, num_pages=num_pages, num_positions=num_positions)
     num_positions = num_positions or longest_text(config)
     with jax.set_mesh(mesh):
         execution, known = decode_execution(config, mesh), known_ids(weights, tokenizer)
@@ -70,14 +73,13 @@ def open_batch(
         config,
         placed,
         mesh,
-        num_rows=num_rows,
+        **sizes,
         num_pages=num_pages,
         num_positions=num_positions,
         eos=tokenizer.eos,
-        most_prefill_tokens=most_prefill_tokens,
-        num_drafts=num_drafts,
         drafting_rows=drafting_rows,
         exact=exact,
+        bulk=bulk,
     )
     compile_batch(batch, silent)
     return batch

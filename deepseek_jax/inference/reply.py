@@ -159,6 +159,8 @@ class Reply:
 def _token_logprobs(ids: Sequence[int], logprobs: Logprobs, count: int | None) -> list[TokenLogprob]:
     """Return those of `ids`, which `logprobs` begins with, and `count` of the most probable with each."""
     num = len(ids)
+    if count == 0:
+        return [TokenLogprob(int(t), value, []) for t, value in zip(ids, logprobs.chosen_B[:num].tolist(), strict=True)]
     chosen, tops = (
         logprobs.chosen_B[:num].tolist(),
         zip(logprobs.top_ids_BK[:num, :count].tolist(), logprobs.top_BK[:num, :count].tolist(), strict=True),

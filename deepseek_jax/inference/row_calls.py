@@ -103,10 +103,16 @@ class Calls:
         finally:  # after an error or Ctrl-C, only those that have begun are waited for
             compilers.shutdown(cancel_futures=True)
 
+    @property
+    def burst_widths(self) -> list[int]:
+        """The first rows of each device, of which there are programs for bursts; the fewest first."""
+        return self.widths if self.sizes.bulk else self.widths[:1]
+
     def _names(self) -> list[tuple]:
         names: list[tuple] = [("first", kind) for kind in KINDS]
         names += [("decode", width, kind, 1) for width in self.widths for kind in KINDS]
-        names += [("decode", self.widths[0], kind, self.burst) for kind in KINDS if self.burst > 1]
+        widths = self.burst_widths if self.burst > 1 else []
+        names += [("decode", width, kind, self.burst) for width in widths for kind in KINDS]
         names += [("prefill", num_tokens) for num_tokens in self.sizes.buckets]
         return [*names, ("evaluate",), ("update",), ("see",), ("copy",)]
 

@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
         columns: of a row's table.
         positions: of the longest row.
         prefill_tokens: most of a device in a call, a power of two.
+        bulk: all rows can have bursts, not the first ones alone.
     """
 
     devices: int
@@ -49,6 +50,7 @@ class Sizes(NamedTuple):
     columns: int
     positions: int
     prefill_tokens: int
+    bulk: bool = False
 
     @property
     def each(self) -> int:

@@ -31,6 +31,10 @@ Bursts. Where the device can choose several tokens of a row in one step (`burst`
 waiting: no prompt is read or could begin, no job has a grammar, and none has fewer tokens left. A job that comes during
 a burst waits for its end.
 
+In bulk, callers wait for whole answers, as rollouts do. Then the host's time for a step counts more than when a job
+begins or ends: bursts also run while few rows are free (a sixteenth) and for jobs with fewer tokens left, which stand
+still to the end of the burst. Jobs that wait begin in the next step that is none, as many as its tokens allow.
+
 A job whose next page is just being written by another one's prompt waits until that is done, and shares it.
 """
 
@@ -46,6 +50,7 @@ from deepseek_jax.inference.pages import PagedSequence
 
 PATIENCE = 10.0  # seconds that one step of priority is worth
 ALL, BEGUN = "all", "begun"  # who may be let in
+IDLE_PART = 16  # in bulk, one of so many rows may be free in a burst while jobs wait
 
 
 class Plan(NamedTuple):
@@ -97,6 +102,7 @@ class Scheduler:
         most_pieces: int = 16,
         burst: int = 1,
         burst_rows: int = 0,
+        bulk: bool = False,
     ):
         """Begin with no job.
 
@@ -109,6 +115,7 @@ class Scheduler:
             most_pieces: of prompts on a device in such a step: more take the time of several calls.
             burst: tokens that the device surely chooses of a row in one step, until it ends; 1 for no bursts.
             burst_rows: the first rows of each device, which alone can have bursts.
+            bulk: bursts may keep jobs waiting, and `most_pieces` does not count.
         """
         each = num_rows // len(pools)
         self.lanes = [Lane(pool, range(i * each, (i + 1) * each)) for i, pool in enumerate(pools)]
@@ -116,8 +123,10 @@ class Scheduler:
         self.running: list[Member] = []
         self.num_preemptions = 0
         self._most, self._beside = most_prefill_tokens, beside or most_prefill_tokens
-        self._num_drafts, self._most_pieces = num_drafts, most_pieces
+        self._num_drafts, self._most_pieces = num_drafts, most_prefill_tokens if bulk else most_pieces
         self._burst, self._burst_rows = burst, burst_rows
+        self._idle = each // IDLE_PART if bulk else 0  # rows of a device that may be free beside a burst
+        self._fewest = 1 if bulk else burst  # tokens that a job may have left in a burst
         self._closed: list[int] = []  # rows, since the last plan
         self._changed: dict[Member, None] = {}  # whose tables the device has not
         self._blocked: Member | None = None  # the first that waits, if since it was tried nobody has left
@@ -158,7 +167,7 @@ class Scheduler:
         budgets = {lane: _Budget(most, self._most_pieces if decodes else most) for lane in self.lanes}
         unsent = [member for member in self.running if member.num_unsent]
         pieces = [budgets[member.lane].piece(member) for member in unsent if budgets[member.lane]]
-        opened = self._admit(budgets, admit, pieces)
+        opened = [] if decodes and num_tokens > 1 else self._admit(budgets, admit, pieces)
         tables = [(member, member.table()) for member in self._changed]
         plan = Plan(self._closed, opened, tables, pieces, decodes, num_tokens)
         self._closed, self._changed = [], {}
@@ -169,13 +178,13 @@ class Scheduler:
 
     def _may_burst(self) -> bool:
         """Return whether a burst keeps nobody waiting, and there are pages for it."""
-        if self._burst == 1 or (self.waiting and any(lane.free_rows for lane in self.lanes)):
+        if self._burst == 1 or (self.waiting and any(len(lane.free_rows) > self._idle for lane in self.lanes)):
             return False
         missing: dict[Lane, int] = {}
         for member in self.running:
             lane, num_left = member.lane, member.num_left
             is_first = member.row - lane.first_row < self._burst_rows
-            if member.num_unsent or member.masked or not is_first or 0 < num_left < self._burst:
+            if member.num_unsent or member.masked or not is_first or 0 < num_left < self._fewest:
                 return False
             num_pages = -(-max(member.num_missing(self._num_drafts, self._burst), 0) // PAGE_SIZE)
             missing[lane] = missing.get(lane, 0) + num_pages

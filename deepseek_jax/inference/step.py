@@ -90,7 +90,11 @@ class StepResult(NamedTuple):
 
     def logprobs_of(self, row: int) -> Logprobs | None:
         """Return those of a row, where there are any."""
-        return jax.tree.map(lambda leaf: leaf[row], self.logprobs)
+        if self.logprobs is None:
+            return None
+        chosen_BK, ids_BKX, tops_BKX, kept = self.logprobs
+        mine = None if kept is None else Kept(kept.words_BW[row], kept.drawn_B[row])
+        return Logprobs(chosen_BK[row], ids_BKX[row], tops_BKX[row], mine)
 
 
 class Step:

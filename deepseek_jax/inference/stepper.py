@@ -59,7 +59,7 @@ class Stepper:
         self._batch, self._inbox, self._seed = batch, inbox, seed
         self.pools = [PagePool(batch.num_pages, min(batch.num_drafts, 1)) for _ in range(batch.num_devices)]
         sizes = batch.num_rows, batch.most_prefill_tokens, batch.num_drafts, beside, batch.most_pieces
-        self.scheduler = Scheduler(self.pools, *sizes, batch.burst, batch.burst_rows)
+        self.scheduler = Scheduler(self.pools, *sizes, batch.burst, batch.burst_rows, batch.bulk)
         self.counters = Counters(batch.num_drafts)
         self.version = version
         self.is_paused = False

@@ -249,7 +249,7 @@ def open_engine(
     decoding = expert_mesh(config.model, experts, mesh.devices.size // experts)
     most = longest + grpo.max_new_tokens
     return Engine.open(
-        config, weights, tokenizer, decoding, num_rows=grpo.rows, num_positions=most, exact=grpo.is_exact
+        config, weights, tokenizer, decoding, num_rows=grpo.rows, num_positions=most, exact=grpo.is_exact, bulk=True
     )
 
 

@@ -143,26 +143,32 @@ def test_rows_get_what_each_gets_alone(batch):
     assert [job.cached for job in jobs] == [0, 0, 0, 0, 128, 0]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, WARM, DRAWN, BY_ID], ids=["greedy", "any", "drawn", "by id"])
-def test_a_burst_tells_what_single_steps_tell(batch, sampling):
+@pytest.mark.parametrize(
+    ("sampling", "second"),
+    [(GREEDY, 1), (WARM, 1), (DRAWN, 1), (BY_ID, 1), (DRAWN, 5)],
+    ids=["greedy", "any", "drawn", "by id", "in bulk"],
+)
+def test_a_burst_tells_what_single_steps_tell(batch, sampling, second, monkeypatch):
     """Tokens, log-probabilities, experts and ends, where one row ends within a burst and the other behind it."""
-    rows_B, found = np.arange(ROWS) < 2, []
+    monkeypatch.setattr(batch, "burst_rows", max(batch.burst_rows, second + 1))
+    both = 0, second
+    rows_B, found = np.isin(np.arange(ROWS), both), []
     for plan in ([1] * 10, [4, 4, 1, 1]):
         tokens, logprobs, routes, ends = ([[], []] for _ in range(4))
-        for row, most in ((0, 11), (1, 6)):
-            settings = {"sampling": sampling, "max_new_tokens": most, "seed": SEED, "number": row, "routes": True}
+        for row, place, most in ((0, 0, 11), (second, 1, 6)):
+            settings = {"sampling": sampling, "max_new_tokens": most, "seed": SEED, "number": place, "routes": True}
             batch.open_row(row, RowSettings(**settings))
-            batch.set_table(row, [3 * row, 3 * row + 1])
-        batch.step([Piece(row, PROMPTS[0], True) for row in (0, 1)], rows_B & False).read()
+            batch.set_table(row, [3 * place, 3 * place + 1])
+        batch.step([Piece(row, PROMPTS[0], True) for row in both], rows_B & False).read()
         for step in [batch.step([], rows_B, num_tokens) for num_tokens in plan]:
             result = step.read()
-            for row in (0, 1):
+            for place, row in enumerate(both):
                 count = result.counts_B[row]
-                tokens[row] += result.tokens_BK[row, :count].tolist()
-                logprobs[row] += [] if result.logprobs is None else result.logprobs.chosen_B[row, :count].tolist()
-                routes[row] += result.routes[row].tolist()
-                ends[row].append(bool(result.finished_B[row]))
-        for row in (0, 1):
+                tokens[place] += result.tokens_BK[row, :count].tolist()
+                logprobs[place] += [] if result.logprobs is None else result.logprobs.chosen_B[row, :count].tolist()
+                routes[place] += result.routes[row].tolist()
+                ends[place].append(bool(result.finished_B[row]))
+        for row in both:
             batch.close_row(row)
         assert [len(ids) for ids in tokens] == [10, 5] == [len(found) for found in routes]
         assert all(end[-1] for end in ends) and not ends[0][0]
@@ -172,6 +178,14 @@ def test_a_burst_tells_what_single_steps_tell(batch, sampling):
     assert [len(values) for values in logprobs] == ([10, 5] if sampling in (DRAWN, BY_ID) else [0, 0])
     for one, other in zip(logprobs, others, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_in_bulk_there_are_programs_for_bursts_of_all_rows(batch, monkeypatch):
+    calls = batch._calls
+    before = calls._names()
+    monkeypatch.setattr(calls, "sizes", calls.sizes._replace(bulk=True))
+    assert set(calls._names()) - set(before) == {("decode", ROWS, kind, 4) for kind in KINDS}
+    assert calls.burst_widths[-1] == ROWS > batch.burst_rows
 
 
 def test_bursts_that_cannot_be_are_refused(batch):

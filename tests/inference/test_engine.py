@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_jax.data.bpe import byte_tokenizer
 from deepseek_jax.inference import engine as engine_module
+from deepseek_jax.inference import scheduler
 from deepseek_jax.inference.answers import join
 from deepseek_jax.inference.engine import GREEDY, Engine
 from deepseek_jax.inference.job import ClosedError, Job, QueueFullError
@@ -106,13 +107,14 @@ class HeldBatch(FakeBatch):
 
 
 @pytest.mark.parametrize(
-    ("num_pages", "num_drafts", "num_devices", "burst"),
-    [(400, 0, 1, 1), (400, 2, 1, 1), (10, 0, 1, 1), (10, 3, 1, 1), (10, 1, 2, 1), (400, 0, 1, 4), (10, 3, 2, 3)]
-    + [(10, 0, 2, 3)],
+    ("num_pages", "num_drafts", "num_devices", "burst", "bulk"),
+    [(400, 0, 1, 1, 0), (400, 2, 1, 1, 0), (10, 0, 1, 1, 0), (10, 3, 1, 1, 0), (10, 1, 2, 1, 0), (400, 0, 1, 4, 0)]
+    + [(10, 3, 2, 3, 0), (10, 0, 2, 3, 0), (400, 0, 1, 4, 1), (10, 3, 2, 3, 1)],
 )
-def test_every_job_is_as_alone(num_pages, num_drafts, num_devices, burst):
-    """With room for all and in a cache that fits one job, where jobs give way; drafts, several devices, bursts."""
-    sizes = {"num_drafts": num_drafts, "num_devices": num_devices, "burst": burst, "burst_rows": 8}
+def test_every_job_is_as_alone(num_pages, num_drafts, num_devices, burst, bulk, monkeypatch):
+    """With room for all and in a cache that fits one job, where jobs give way; drafts, devices, bursts, bulk."""
+    monkeypatch.setattr(scheduler, "IDLE_PART", 4)  # of eight rows two, or one of a device's four
+    sizes = {"num_drafts": num_drafts, "num_devices": num_devices, "burst": burst, "burst_rows": 8, "bulk": bool(bulk)}
     batch = FakeBatch(num_rows=8, num_pages=num_pages, **sizes)
     jobs = [*random_jobs(80), *(long_job(300, prompt=[i] * 5, sampling=GREEDY) for i in range(9))]
     with Engine(batch, TOKENIZER) as engine:

@@ -282,6 +282,50 @@ def test_bursts_are_for_rows_that_keep_nobody_waiting():
     assert num_tokens() == 1, "a row is free, and pages may be soon"
 
 
+def test_in_bulk_bursts_run_while_few_rows_are_free():
+    """Of 32 rows two may be free while jobs wait; then these begin together, in a step that is no burst."""
+    scheduler = make_scheduler(num_rows=32, budget=1000, most_pieces=2, burst=4, burst_rows=32, bulk=True)
+    for i in range(36):
+        scheduler.add(member(chr(65 + i), max_new_tokens=2 if i == 5 else 100))
+    assert step(scheduler)[1] == "" and len(scheduler.running) == 32
+    plan = scheduler.plan()
+    assert (plan.num_tokens, len(plan.decodes), plan.opened) == (4, 32, []), "one job has one token left"
+    for found in plan.decodes:
+        scheduler.land(found, [7] * (1 if found.owner == "F" else 4))
+    for name, want in (("F", (4, 31, 0)), ("B", (4, 30, 0)), ("C", (1, 29, 3))):
+        scheduler.end(next(found for found in scheduler.running if found.owner == name))
+        plan = scheduler.plan()
+        assert (plan.num_tokens, len(plan.decodes), len(plan.opened)) == want and bool(plan.pieces) == bool(want[2])
+    assert scheduler.plan().num_tokens == 4
+
+
+def test_in_bulk_a_step_for_nobody_lets_others_in():
+    """All tokens of fifteen jobs are on their way, one row is free, and a job waits: no burst keeps it."""
+    scheduler = make_scheduler(num_rows=16, budget=1000, burst=4, burst_rows=16, bulk=True)
+    for i in range(15):
+        scheduler.add(member(chr(65 + i), max_new_tokens=5))
+    scheduler.plan()
+    assert scheduler.plan().num_tokens == 4
+    scheduler.add(member("Z"))
+    assert names(scheduler.plan().opened) == "Z"
+
+
+def test_in_bulk_nobody_waits_for_ever():
+    """One row, of which none may be free: the next job begins as soon as the last one has ended."""
+    scheduler = make_scheduler(num_rows=1, burst=4, burst_rows=1, bulk=True)
+    for name in "ABC":
+        scheduler.add(member(name, max_new_tokens=3))
+    seen = []
+    for _ in range(6):
+        plan = scheduler.plan()
+        seen.append(names(plan.decodes) or names(piece.member for piece in plan.pieces).lower())
+        for chosen in [*plan.decodes, *(piece.member for piece in plan.pieces)]:
+            scheduler.land(chosen, [7] * (1 if plan.pieces else 2))
+            if len(chosen.ids) == chosen.most:
+                scheduler.end(chosen)
+    assert seen == ["a", "A", "b", "B", "c", "C"] and not scheduler.waiting
+
+
 def test_a_burst_has_pages_and_takes_none_from_others():
     """Two bursts that are not read have room for all their tokens; where pages are missing there are single tokens."""
     scheduler = make_scheduler(num_pages=2, burst=4, burst_rows=4)

@@ -55,7 +55,7 @@ class FakeStep:
 class FakeBatch:
     num_rows, num_pages, num_positions, vocab_size = 4, 64, 1024, 262
     most_prefill_tokens, most_pieces, num_devices, num_drafts, eos = 128, 16, 1, 0, 1
-    burst, burst_rows = 1, 0
+    burst, burst_rows, bulk = 1, 0, False
 
     def __init__(self, before=None, **sizes):
         self.__dict__.update(sizes)
