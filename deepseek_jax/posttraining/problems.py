@@ -19,7 +19,9 @@ from deepseek_jax.posttraining.rewards.problem import Case, Problem, Tests
 from deepseek_jax.posttraining.tasks import make_task
 
 KEYS = {"question", "messages", "answer", "language", "tests"}
-FORM_OF_TESTS = '{"function": name, "cases": [{"arguments": [...], "expected": ...}], "script": text}, one of the two'
+FORM_OF_TESTS = (
+    '{"function": name, "cases": [{"arguments": [...], "expected": ...}], "script": text}, with cases, a script or both'
+)
 
 
 class Prompt(NamedTuple):
@@ -132,6 +134,7 @@ def split(problems: list[Problem], heldout: int) -> tuple[list[Problem], list[Pr
 
 
 def _problem(found: Any, where: str) -> Problem:
+    found = _given(found)
     if not isinstance(found, dict) or not found.keys() <= KEYS or ("question" in found) == ("messages" in found):
         raise ValueError(
             f'{where} must be an object with "question" or "messages", and "answer"; "language" and "tests" may follow'
@@ -158,19 +161,26 @@ def _problem(found: Any, where: str) -> Problem:
 
 def _tests(found: Any) -> Tests:
     """Return tests of code in the form that `FORM_OF_TESTS` says."""
+    found = _given(found)
     cases: Any = found.get("cases", []) if isinstance(found, dict) else None
+    script: Any = found.get("script", "") if isinstance(found, dict) else None
     is_form = (
         isinstance(cases, list)
         and all(isinstance(case, dict) and case.keys() == {"arguments", "expected"} for case in cases)
         and all(isinstance(case["arguments"], list) for case in cases)
         and found.keys() <= {"function", "cases", "script"}
         and isinstance(found.get("function"), str)
-        and isinstance(found.get("script", ""), str)
+        and isinstance(script, str)
     )
     if not is_form:
         raise ValueError(f'"tests" = {shown(repr(found))} must be {FORM_OF_TESTS}')
     made = tuple(Case(tuple(case["arguments"]), case["expected"]) for case in cases)
-    return Tests(found["function"], made, found.get("script"))
+    return Tests(found["function"], made, script if script.strip() else None)
+
+
+def _given(found: Any) -> Any:
+    """Return an object without the keys whose value is null: files made of tables have all keys in every line."""
+    return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
 
 
 def _judged_by(problem: Problem) -> list[Any]:
