@@ -71,14 +71,15 @@ def find_problems(seed: int, grpo: Grpo) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to train on and the held-out ones, of a run with this seed.
 
     Raises:
-        ValueError: a bad file, fewer problems than are asked for, or one that lacks what a reward reads.
+        ValueError: a bad file, fewer problems than are asked for, or one that is judged and lacks what a reward reads.
     """
     if task := task_of(grpo.problems):
         made = make_task(task.name, seed, task.shortest, task.longest)
         parts = made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
     else:
         parts = split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
-    for problem in itertools.chain(*parts):
+    judged = [part for name, part in zip(Problems._fields, parts, strict=True) if name in grpo.judged]
+    for problem in itertools.chain(*judged):
         _check_needs(problem, grpo)
     return parts
 
