@@ -39,8 +39,11 @@ class Problems(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is trained on."""
-        text = json.dumps([(p.problem.name, p.problem.answer, p.ids, *_judged_by(p.problem)) for p in self.train])
+        """A hash of what is trained on, but for languages.
+
+        Runs from before there were tests have it in their checkpoints, so what it says of problems without any stays.
+        """
+        text = json.dumps([(p.problem.name, p.problem.answer, p.ids, *_tests_in(p.problem)) for p in self.train])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -184,7 +187,5 @@ def _given(found: Any) -> Any:
     return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
 
 
-def _judged_by(problem: Problem) -> list[Any]:
-    """Return what rewards read beside the answer."""
-    more = [problem.language, dataclasses.asdict(problem.tests) if problem.tests else None]
-    return more if any(more) else []
+def _tests_in(problem: Problem) -> list[Any]:
+    return [dataclasses.asdict(problem.tests)] if problem.tests else []

@@ -1,10 +1,11 @@
 """Files of problems: what a line may hold, and what of it a run depends on."""
 
+import hashlib
 import json
 
 import pytest
 
-from deepseek_jax.posttraining.problems import read_problems
+from deepseek_jax.posttraining.problems import Problems, Prompt, read_problems
 from deepseek_jax.posttraining.rewards.problem import Case
 from deepseek_jax.posttraining.rewards.problem import Tests as UnitTests
 
@@ -39,3 +40,16 @@ def test_keys_without_a_value_are_as_if_they_were_not_there(tmp_path):
     )
     assert (first.answer, first.tests, first.language, second.answer) == ("1", None, None, None)
     assert second.tests.cases == (Case((1,), None),)  # of a case it is a value
+
+
+def test_the_fingerprint_is_that_of_older_checkpoints_and_has_tests(tmp_path):
+    """Problems could have a language before it was judged by; a run of that time goes on."""
+    plain, tested = {"question": "a", "answer": "1", "language": "en"}, {"function": "f", "cases": CASES}
+
+    def fingerprint(*lines):
+        return Problems([Prompt(problem, [3, 4]) for problem in read(tmp_path, *lines)], []).fingerprint
+
+    older = hashlib.blake2b(json.dumps([("a", "1", [3, 4])]).encode(), digest_size=16).hexdigest()
+    assert fingerprint(plain) == older
+    others = [fingerprint(plain | {"tests": tested | more}) for more in ({}, {"script": "f(1)"}, {"function": "g"})]
+    assert len({older, *others}) == 4
