@@ -112,8 +112,9 @@ def _check_needs(problem: Problem, grpo: Grpo) -> None:
 def read_problems(path: Path) -> list[Problem]:
     """Return the problems of a file, one JSON object a line: a text "question" or "messages", and a text "answer".
 
-    A "language" may stand beside them, and "tests" of code (`FORM_OF_TESTS`), with which there may be no answer. The
-    name of a problem is its question, or the last of its messages.
+    A "language" may stand beside them, and "tests" of code (`FORM_OF_TESTS`), with which there may be no answer. Cases
+    cannot expect a tuple, a set or numbers as keys, which JSON has not; a script can. The name of a problem is its
+    question, or the last of its messages.
 
     Raises:
         ValueError: what is wrong, with file and line.

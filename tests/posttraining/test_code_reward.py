@@ -67,6 +67,14 @@ def test_a_script_can_expect_an_exception_of_the_code_itself_alone():
 
 
 @sandboxed
+def test_a_tuple_is_no_list_and_a_script_can_expect_it():
+    """In a file's cases there are no tuples (docs/rewards.md)."""
+    source = "def pairs(items): return (1, 2)"
+    assert reward(source, cases=(Case(([],), [1, 2]),)) == 0.0
+    assert reward(source, script="assert pairs([]) == (1, 2)") == 1.0
+
+
+@sandboxed
 def test_tests_that_test_nothing_are_an_error():
     with pytest.raises(ValueError, match="calls neither"):
         reward(RIGHT, script="assert True")
