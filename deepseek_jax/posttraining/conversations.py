@@ -134,7 +134,7 @@ def _check_read(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], v
         raise ValueError(f"there are {TOOLS}, and the chat template does not read them; leave them out, or use another")
     for i, message in enumerate(messages):
         for key, remedy in FIELDS.items():
-            if message.get(key) and not template.reads(key):
+            if message.get(key) and not template.reads_field(key):
                 raise ValueError(f"messages[{i}] has {key}, and the chat template does not read it; {remedy}")
         if message["role"] == "assistant" and message.get("weight") not in (None, 0, 1):
             raise ValueError(
