@@ -34,6 +34,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from deepseek_jax.data import jinja
 from deepseek_jax.data.jinja import FAULTS, TIME, environment, told
 from deepseek_jax.data.tokenizer import BOS, EOS, SPECIAL_FORM, Tokenizer
 from deepseek_jax.inputs import read_json, read_text, shown
@@ -107,8 +108,13 @@ class ChatTemplate:
         return ChatTemplate(self.source, self._special, moment)
 
     def reads(self, name: str) -> bool:
-        """Return whether a variable, or a field of a message, occurs in the template."""
-        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+        """Return whether the template reads a variable that it does not set itself."""
+        return name in jinja.variables(self.source)
+
+    def reads_field(self, name: str) -> bool:
+        """Return whether the template reads a field of messages."""
+        read = jinja.fields(self.source)
+        return read is None or name in read
 
     def render(
         self, messages: Sequence[Mapping[str, str]], /, add_generation_prompt: bool = True, **variables: Any

@@ -88,12 +88,12 @@ def find_template(name: str, folder: Path | None) -> ChatTemplate:
 def encode_conversation(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variables: Any
 ) -> list[Example]:
-    """Return the examples of a conversation; what follows its last reply is left out.
+    """Return the examples of a conversation; what follows its last learned reply is left out.
 
     Args:
         template: of the model.
         tokenizer: of the model.
-        messages: with `role` and `content`, of any number of turns.
+        messages: with `role` and `content`, of any number of turns; a reply with `weight` 0 is context alone.
         variables: of the template, such as `tools`.
 
     Raises:
@@ -104,7 +104,7 @@ def encode_conversation(
     _check_read(template, messages, variables)
     done: list[tuple[list[int], list[bool]]] = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not _is_learned(message):
             continue
         prompt, reply, num_learned = _reply(template, tokenizer, messages[: i + 1], variables)
         weights = [True] * num_learned + [False] * (len(reply) - num_learned)
@@ -122,8 +122,10 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
         role, content = message["role"], message.get("content")
         if role in ("user", "assistant") and not (content or "").strip() and not message.get("tool_calls"):
             raise ValueError(f"messages[{i}] of the {role} is empty; write its text, or leave the turn out")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message is the assistant's, so there is nothing to learn; add its reply")
+    if not any(map(_is_learned, messages)):
+        raise ValueError(
+            "no message is the assistant's, or each has the weight 0, so there is nothing to learn; add a reply"
+        )
 
 
 def _check_read(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
@@ -132,13 +134,18 @@ def _check_read(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], v
         raise ValueError(f"there are {TOOLS}, and the chat template does not read them; leave them out, or use another")
     for i, message in enumerate(messages):
         for key, remedy in FIELDS.items():
-            if message.get(key) and not template.reads(key):
+            if message.get(key) and not template.reads_field(key):
                 raise ValueError(f"messages[{i}] has {key}, and the chat template does not read it; {remedy}")
-        if message.get("weight") not in (None, 1):
+        if message["role"] == "assistant" and message.get("weight") not in (None, 0, 1):
             raise ValueError(
-                f"messages[{i}] has weight = {message['weight']!r}, and every reply is learned alike; leave the field"
-                " out, or the conversation from here on"
+                f"messages[{i}] has weight = {message['weight']!r}, and a reply is learned or not; write 1 or 0, or"
+                " leave the field out"
             )
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    """Return whether a message carries loss: replies do, except those with the weight 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _reply(

@@ -51,11 +51,11 @@ class Distillation:
     rows: int
 
     @property
-    def rollouts(self) -> Grpo:
+    def rollouts(self) -> "Rollouts":
         """What both draw and measure alike, as GRPO's settings."""
         fields = dataclasses.asdict(self)
         del fields["teacher"]
-        return Grpo(
+        return Rollouts(
             variant="grpo",
             overrides={},
             rewards={self.accuracy: 1.0},
@@ -65,6 +65,15 @@ class Distillation:
             updates=1,
             **fields,
         )
+
+
+class Rollouts(Grpo):
+    """GRPO's settings of draws and measures; what is drawn in training is not rewarded."""
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Only the held-out part."""
+        return ("heldout",)
 
 
 class Teacher(NamedTuple):

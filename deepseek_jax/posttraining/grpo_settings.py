@@ -85,6 +85,11 @@ class Grpo:
     reward_model: str = ""
 
     @property
+    def judged(self) -> tuple[str, ...]:
+        """The parts of `problems.Problems` whose answers rewards read."""
+        return "train", "heldout"
+
+    @property
     def is_exact(self) -> bool:
         """Whether sampler and trainer have the same numbers."""
         return self.arithmetic == "exact"

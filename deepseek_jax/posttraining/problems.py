@@ -19,7 +19,9 @@ from deepseek_jax.posttraining.rewards.problem import Case, Problem, Tests
 from deepseek_jax.posttraining.tasks import make_task
 
 KEYS = {"question", "messages", "answer", "language", "tests"}
-FORM_OF_TESTS = '{"function": name, "cases": [{"arguments": [...], "expected": ...}], "script": text}, one of the two'
+FORM_OF_TESTS = (
+    '{"function": name, "cases": [{"arguments": [...], "expected": ...}], "script": text}, with cases, a script or both'
+)
 
 
 class Prompt(NamedTuple):
@@ -37,8 +39,11 @@ class Problems(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is trained on."""
-        text = json.dumps([(p.problem.name, p.problem.answer, p.ids, *_judged_by(p.problem)) for p in self.train])
+        """A hash of what is trained on, but for languages.
+
+        Runs from before there were tests have it in their checkpoints, so what it says of problems without any stays.
+        """
+        text = json.dumps([(p.problem.name, p.problem.answer, p.ids, *_tests_in(p.problem)) for p in self.train])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -69,14 +74,15 @@ def find_problems(seed: int, grpo: Grpo) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to train on and the held-out ones, of a run with this seed.
 
     Raises:
-        ValueError: a bad file, fewer problems than are asked for, or one that lacks what a reward reads.
+        ValueError: a bad file, fewer problems than are asked for, or one that is judged and lacks what a reward reads.
     """
     if task := task_of(grpo.problems):
         made = make_task(task.name, seed, task.shortest, task.longest)
         parts = made.train_problems(grpo.num_problems), made.heldout_problems(grpo.heldout)
     else:
         parts = split(read_problems(local_path(grpo.problems, f"{PATH}.problems")), grpo.heldout)
-    for problem in itertools.chain(*parts):
+    judged = [part for name, part in zip(Problems._fields, parts, strict=True) if name in grpo.judged]
+    for problem in itertools.chain(*judged):
         _check_needs(problem, grpo)
     return parts
 
@@ -106,8 +112,9 @@ def _check_needs(problem: Problem, grpo: Grpo) -> None:
 def read_problems(path: Path) -> list[Problem]:
     """Return the problems of a file, one JSON object a line: a text "question" or "messages", and a text "answer".
 
-    A "language" may stand beside them, and "tests" of code (`FORM_OF_TESTS`), with which there may be no answer. The
-    name of a problem is its question, or the last of its messages.
+    A "language" may stand beside them, and "tests" of code (`FORM_OF_TESTS`), with which there may be no answer. Cases
+    cannot expect a tuple, a set or numbers as keys, which JSON has not; a script can. The name of a problem is its
+    question, or the last of its messages.
 
     Raises:
         ValueError: what is wrong, with file and line.
@@ -132,6 +139,7 @@ def split(problems: list[Problem], heldout: int) -> tuple[list[Problem], list[Pr
 
 
 def _problem(found: Any, where: str) -> Problem:
+    found = _given(found)
     if not isinstance(found, dict) or not found.keys() <= KEYS or ("question" in found) == ("messages" in found):
         raise ValueError(
             f'{where} must be an object with "question" or "messages", and "answer"; "language" and "tests" may follow'
@@ -158,22 +166,27 @@ def _problem(found: Any, where: str) -> Problem:
 
 def _tests(found: Any) -> Tests:
     """Return tests of code in the form that `FORM_OF_TESTS` says."""
+    found = _given(found)
     cases: Any = found.get("cases", []) if isinstance(found, dict) else None
+    script: Any = found.get("script", "") if isinstance(found, dict) else None
     is_form = (
         isinstance(cases, list)
         and all(isinstance(case, dict) and case.keys() == {"arguments", "expected"} for case in cases)
         and all(isinstance(case["arguments"], list) for case in cases)
         and found.keys() <= {"function", "cases", "script"}
         and isinstance(found.get("function"), str)
-        and isinstance(found.get("script", ""), str)
+        and isinstance(script, str)
     )
     if not is_form:
         raise ValueError(f'"tests" = {shown(repr(found))} must be {FORM_OF_TESTS}')
     made = tuple(Case(tuple(case["arguments"]), case["expected"]) for case in cases)
-    return Tests(found["function"], made, found.get("script"))
+    return Tests(found["function"], made, script if script.strip() else None)
 
 
-def _judged_by(problem: Problem) -> list[Any]:
-    """Return what rewards read beside the answer."""
-    more = [problem.language, dataclasses.asdict(problem.tests) if problem.tests else None]
-    return more if any(more) else []
+def _given(found: Any) -> Any:
+    """Return an object without the keys whose value is null: files made of tables have all keys in every line."""
+    return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
+
+
+def _tests_in(problem: Problem) -> list[Any]:
+    return [dataclasses.asdict(problem.tests)] if problem.tests else []

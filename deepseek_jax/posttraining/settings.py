@@ -41,7 +41,8 @@ FREE_KEYS = {
     "grpo.reward_seconds",
 }
 FREE_KEYS |= {f"distillation.{key}" for key in ("steps", "rows", "teacher")}  # the teacher's weights have a fingerprint
-# Names of folders and files that may move: content has a fingerprint. What is none (no adapters, a task) stays none.
+# Names of folders and files that may move: what is trained on has a fingerprint (what is held out has none, nor has the
+# language of a problem). A name of nothing (no adapters, a task) stays none.
 MOVING_KEYS: dict[str, Callable[[Any], bool]] = {"lora.initial": bool}
 MOVING_KEYS |= dict.fromkeys(
     ("grpo.problems", "distillation.problems", "reward_model.pairs"), lambda name: str(name).endswith(".jsonl")

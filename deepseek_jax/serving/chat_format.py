@@ -8,7 +8,6 @@ A conversation without tools is written by the folder's own template, and so is 
 them. The released ones do not: then `data.deepseek_chat` has the form.
 """
 
-import functools
 import json
 import os
 import re
@@ -16,13 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-
 from deepseek_jax.data import deepseek_chat
 from deepseek_jax.data.chat import RESERVED, ChatTemplate
-from deepseek_jax.data.jinja import environment
 from deepseek_jax.data.tokenizer import CONFIG_NAME, Tokenizer
 from deepseek_jax.inference.job import Grammar
 from deepseek_jax.inputs import local_path, read_json, read_text, shown
@@ -113,7 +107,7 @@ class ChatFormat:
 
     def reads(self, variable: str) -> bool:
         """Return whether the template knows a variable of a request, such as `reasoning_effort`."""
-        return variable in _variables(self._template.source)
+        return self._template.reads(variable)
 
     def prepare(
         self,
@@ -164,7 +158,7 @@ class ChatFormat:
         self, messages: list[dict[str, Any]], choice: Choice, variables: dict[str, Any], continues: bool
     ) -> list[int]:
         template = self._template
-        knows_tools = "tools" in _variables(template.source)
+        knows_tools = template.reads("tools")
         if choice.tools and (self._form is None or not set(STRUCTURE[2:]) <= self._tokenizer.special_ids.keys()):
             raise ValueError(
                 "it is not known how this model calls tools; leave tools out, or start the server with the name of its"
@@ -241,7 +235,7 @@ def recognised(template: ChatTemplate) -> str:
     """Return the name of a template's format, by what it writes."""
     if not all(token in template.source for token in deepseek_chat.TURNS):
         return OTHER
-    if "thinking" in _variables(template.source):
+    if template.reads("thinking"):
         return "v3.1"
     return "r1" if END_THINK in template.source or THINK in template.source else "v3"
 
@@ -251,16 +245,6 @@ def _has_template(folder: Path) -> bool:
     return os.path.lexists(folder / TEMPLATE_FILE) or (
         os.path.lexists(config) and read_json(config).get("chat_template") is not None
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _variables(source: str) -> frozenset[str]:
-    """Return the variables that a template does not set before it reads them."""
-    program = environment().parse(source)
-    found = jinja2.meta.find_undeclared_variables(program)
-    # `{% if not thinking is defined %}{% set thinking = false %}`: Jinja calls it declared
-    asked = {test.node.name for test in program.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
-    return frozenset(found | asked)
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,14 @@ def test_a_script_can_expect_an_exception_of_the_code_itself_alone():
 
 
 @sandboxed
+def test_a_tuple_is_no_list_and_a_script_can_expect_it():
+    """In a file's cases there are no tuples (docs/rewards.md)."""
+    source = "def pairs(items): return (1, 2)"
+    assert reward(source, cases=(Case(([],), [1, 2]),)) == 0.0
+    assert reward(source, script="assert pairs([]) == (1, 2)") == 1.0
+
+
+@sandboxed
 def test_tests_that_test_nothing_are_an_error():
     with pytest.raises(ValueError, match="calls neither"):
         reward(RIGHT, script="assert True")
@@ -89,13 +97,25 @@ def test_the_code_is_the_last_block_behind_the_reasoning():
     assert last_code("```python\n" * 100_000) is None  # and at once: each line is read once
 
 
-FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+def test_a_block_of_another_language_is_no_code_and_opens_none():
+    """The fence that closes it is not the opening of a block that ends where Python's begins."""
+    code = "```python\ndef f(): return 1\n```\n"
+    for other in ("```json\n{}\n```\n", "```c++\n}\n```\n", "``` text output\n1\n```\n"):
+        assert last_code(other + "Now the code:\n" + code) == "def f(): return 1\n"
+        assert last_code(code + other) == "def f(): return 1\n"
+        assert last_code(other) is None
+    assert last_code("```not a fence```\n" + code) == "def f(): return 1\n"
+    assert last_code('```python title="f.py"\na\n```') == "a\n"
+
+
+FENCED = re.compile(r"^```[ \t]*([^`\s]*)[^`\n]*\n(.*?)^```\s*?$", re.DOTALL | re.MULTILINE)
 
 
 @given(st.lists(st.sampled_from(["```", "```py", "```Python3 ", "```c", "``` \t", "a", "", "\r", " ```", "a```"])))
 def test_blocks_are_those_of_the_pattern(lines):
     """Which takes the square of a text's length."""
-    blocks = FENCED.findall("\n".join(lines))
+    found = FENCED.findall("\n".join(lines))
+    blocks = [block for language, block in found if language.lower() in ("", "py", "python", "python3")]
     assert last_code("\n".join(lines)) == (blocks[-1] if blocks else None)
 
 

@@ -91,6 +91,24 @@ def test_turns_share_an_example_where_the_prompt_goes_on():
     assert example.ids[0] == TOKENIZER.bos and example.ids[-1] == TOKENIZER.eos
 
 
+@pytest.mark.parametrize(("form", "think"), [("v3", False), ("plain", False), ("v3", True), ("r1", True)])
+def test_a_reply_of_weight_0_is_context(form, think):
+    """What is learned behind it is conditioned on what inference would give; weights of other roles say nothing."""
+    thought = "<think>t</think>" if think else ""
+    messages = [
+        {**user("hi"), "weight": 0},
+        assistant(f"{thought}yo", weight=0),
+        {**user("bye"), "weight": 0},
+        assistant(f"{thought}cu", weight=1),
+        user("so"),
+        assistant("no", weight=0),
+    ]
+    (example,) = encode_conversation(TEMPLATES[form], TOKENIZER, messages)
+    assert learned([example]) == [f"{'t</think>' if form == 'r1' else thought}cu{EOS}"]
+    start = np.argmax(example.weights)
+    assert example.ids[:start].tolist() == TEMPLATES[form].encode(TOKENIZER, messages[:3])
+
+
 def test_r1_learns_each_reasoning_where_it_is_the_last_turn():
     """Its template drops the reasoning of earlier replies, and opens every reply with <think>."""
     messages = [user("1+1?"), assistant("<think>\neasy\n</think>\n\n2"), user("sure?"), assistant("Yes")]
@@ -146,7 +164,8 @@ REFUSES = ChatTemplate("{{ raise_exception('only one turn') }}")
         (PLAIN, [user("q"), {"role": "tool", "content": "r"}, assistant("a")], "the plain template has no role tool"),
         (PLAIN, [user("q"), assistant(None, tool_calls=[{"id": "c"}])], "messages.1. has tool_calls, and the chat"),
         (TEMPLATES["r1"], [user("q"), assistant("a", reasoning_content="t")], "write it into the content, as <think>"),
-        (PLAIN, [user("q"), assistant("a", weight=0), user("q"), assistant("b")], "messages.1. has weight = 0"),
+        (PLAIN, [user("q"), assistant("a", weight=0.5)], "messages.1. has weight = 0.5, and a reply is learned or not"),
+        (PLAIN, [user("q"), assistant("a", weight=0)], "or each has the weight 0, so there is nothing to learn"),
         (ENDLESS, [user("q"), assistant("a")], "ends messages.1. without a special token"),
         (TURNED, [user("q"), assistant("a")], "in another way than it opens a reply"),
         (REFUSES, [user("q"), assistant("a")], "cannot render these messages: only one turn"),

@@ -15,7 +15,7 @@ from deepseek_jax.posttraining import distillation
 from deepseek_jax.posttraining.conversations import PLAIN
 from deepseek_jax.posttraining.distillation import train_distillation
 from deepseek_jax.posttraining.distillation_settings import check_same_tokens, find_teacher, own_names
-from deepseek_jax.posttraining.problems import open_problems
+from deepseek_jax.posttraining.problems import find_problems, open_problems
 from deepseek_jax.posttraining.scoring import refuse_mesh
 from deepseek_jax.posttraining.settings import read
 from deepseek_jax.posttraining.student_answers import DISTILLATION_KEYS, Answers
@@ -79,6 +79,18 @@ def test_what_is_wrong_with_problems_a_mesh_or_a_position_is_told_in_this_stages
         answers.restore(answers.state() | {"teacher": "other"})
     with pytest.raises(ValueError, match="the run's problems have changed since"):
         answers.restore(answers.state() | {"problems": "other"})
+
+
+def test_only_heldout_problems_have_answers_that_can_be_judged(tmp_path):
+    path, lines = tmp_path / "p.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(8)]
+    path.write_text("".join(map("{}\n".format, map(json.dumps, lines))))
+    rollouts = read(settings(problems=str(path), num_problems=0))[1].distillation.rollouts
+    train, heldout = ({problem.name for problem in part} for part in find_problems(0, rollouts))
+    for unanswered, fails in ((train, False), (heldout, True)):
+        written = [line | {"answer": " "} if line["question"] in unanswered else line for line in lines]
+        path.write_text("".join(map("{}\n".format, map(json.dumps, written))))
+        with pytest.raises(ValueError, match="the reward 'text' reads") if fails else contextlib.nullcontext():
+            find_problems(0, rollouts)
 
 
 def test_the_config_file_needs_a_teacher_alone():

@@ -6,7 +6,6 @@ sets are trusted with the reward but not with the machine.
 """
 
 import dataclasses
-import re
 
 from deepseek_jax.posttraining.rewards.problem import Problem, Tests
 from deepseek_jax.posttraining.rewards.sandbox import values
@@ -19,23 +18,34 @@ from deepseek_jax.posttraining.rewards.sandbox.session import (
     missing,
 )
 
-OPENING = re.compile(r"```(?:python3?|py)?[ \t]*", re.IGNORECASE)
-CLOSING = re.compile(r"```[ \t]*")
+FENCE = "```"
+PYTHON = "", "python", "python3", "py"  # what an opening fence calls it
 MOST_CHARACTERS = 100_000  # of a completion's code
 
 
 def last_code(text: str) -> str | None:
-    """Return the last fenced block of Python behind the reasoning; None without one."""
+    """Return the last fenced block of Python behind the reasoning; None without one.
+
+    Blocks of other languages are followed too, or else the fence that closes one would open a block.
+    """
     found: list[str] | None = None
     block: list[str] | None = None  # that is open
+    language = ""  # of it
     for line in text.rpartition("</think>")[2].split("\n"):  # each once: a search over all lines from each fence hangs
-        if block is None:
-            block = [] if OPENING.fullmatch(line) else None
-        elif CLOSING.fullmatch(line):
-            found, block = block, None
-        else:
+        words = _fence(line)
+        if block is None and words is not None:
+            block, language = [], words[0].lower() if words else ""
+        elif block is not None and words == []:
+            found, block = block if language in PYTHON else found, None
+        elif block is not None:
             block.append(line)
     return None if found is None else "".join(f"{line}\n" for line in found)
+
+
+def _fence(line: str) -> list[str] | None:
+    """Return the words of a fence; none of them closes a block. None: the line is no fence."""
+    rest = line.removeprefix(FENCE)
+    return rest.split() if line.startswith(FENCE) and "`" not in rest else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,9 @@ class Tests:
         """Refuse tests that any code would pass."""
         if not self.function.isidentifier():
             raise ValueError(f"function is {self.function!r}: a name of Python")
-        if not self.cases and not self.script:
+        if self.script is not None and not self.script.strip():
+            raise ValueError(f"the script of the tests of {self.function} is blank; leave it out")
+        if not self.cases and self.script is None:
             raise ValueError(f"the tests of {self.function} have neither cases nor a script: any code would pass them")
 
 
