@@ -45,6 +45,6 @@ def test_a_slot_keeps_no_sum_that_is_lent():
     weights = {"norm_D": weight, "sum": GradientSum(total)}
     assert known_weights([kept_too, total, jnp.array(weight), weight], weights) == [None, 1, None, 0]
     with pytest.raises(
-        AssertionError, match=r"sums of gradients \[\(3,\)\] were lent, and the derivative reads copies"
+        AssertionError, match=r"sums of gradients \[\(3,\)\] were lent, and the derivative reads"
     ):
         known_weights([weight, jnp.array(total)], weights)
