@@ -44,7 +44,5 @@ def test_a_slot_keeps_no_sum_that_is_lent():
     weight, total, kept_too = (jnp.full(3, value) for value in (1.0, 2.0, 3.0))
     weights = {"norm_D": weight, "sum": GradientSum(total)}
     assert known_weights([kept_too, total, jnp.array(weight), weight], weights) == [None, 1, None, 0]
-    with pytest.raises(
-        AssertionError, match=r"sums of gradients \[\(3,\)\] were lent, and the derivative reads"
-    ):
+    with pytest.raises(AssertionError, match=r"sums of gradients \[\(3,\)\] were lent, and the derivative reads"):
         known_weights([weight, jnp.array(total)], weights)
