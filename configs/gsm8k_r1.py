@@ -53,12 +53,12 @@ def _behind(config: ConfigDict, initial: str) -> None:
     config.training.update({"num_tokens": 1e12, "initial_weights": f"{RUNS}/{initial}"})
 
 
-def _sft(config: ConfigDict, hasty: bool = True) -> None:
+def _sft(config: ConfigDict, files: tuple[str, ...] = ("solutions", "hasty")) -> None:
     _behind(config, "base")
     config.optimizer.update({"learning_rate": (("constant", 1e-9, 2e-4), ("cosine", 1.0, 2e-5)), "warmup_steps": 10})
     config.data.update(
         {
-            "sources": tuple({"path": f"{RUNS}/data/{name}.jsonl"} for name in ("solutions", "hasty")[: 1 + hasty]),
+            "sources": tuple({"path": f"{RUNS}/data/{name}.jsonl"} for name in files),
             "text_field": "messages",
             "sequence_length": 640,  # GSM8K's longest solution has 560 tokens
         }
@@ -101,7 +101,7 @@ def _control(config: ConfigDict) -> None:
 
 
 def _steps(config: ConfigDict) -> None:
-    _sft(config, hasty=False)
+    _sft(config, ("solutions",))
 
 
 def _steps_grpo(config: ConfigDict) -> None:

@@ -111,7 +111,9 @@ class AdaptedExperts:
             x_ZD = _plain(take_rows(rows, routing.row_Z), dtype)
             more, dpairs[pair_of(GATE_UP)] = low[GATE_UP].backward(x_ZD, dhidden_ZH)
             dx_ZD += more
-        dpairs = jax.tree.map(jnp.add, dweights, dpairs) if dweights else dpairs
+        dpairs = {
+            name: jax.tree.map(jnp.add, dweights[name], d) if name in dweights else d for name, d in dpairs.items()
+        }
         return sum_rows(dx_ZD, routing.slots_WK), routing.to_assignments(dweight_Z), dpairs
 
     def _low(self, weights: dict[str, Any], routing: Routing) -> dict[str, "_LowRank"]:

@@ -189,7 +189,7 @@ OWN = (
 )  # fmt: skip
 
 # Steps of several micro-batches: `v3_5b` with 4 layers, by schedule (none: one card) and precision. The seconds of a
-# step, and those of a traced one in which neither kernels nor transfers run, of two cards on average.
+# step, and those of a traced one in which neither kernels nor transfers run, of two cards on average: both are records.
 SCHEDULES = "pipeline/schedules_v3_5b_2xh200.json"
 SHORT_STEPS = {
     "": {"bf16": (0.2208, 0.019), "fp8": (0.1992, 0.013)},

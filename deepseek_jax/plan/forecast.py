@@ -185,15 +185,16 @@ def record(found: Forecast, counts: Counts) -> dict[str, Any]:
 
 
 def choices_table(choices: list[Choice], chip: Chip, counts: Counts) -> list[str]:
-    """Return the lines of the fastest ways that a search found."""
-    text = [f"  {'step':>9}{'tokens/s a chip':>17}{'MFU':>7}{'memory':>9}  flags (times computed, memory estimated)"]
+    """Return the lines of the fastest ways that a search found, in the unit of time of the first."""
+    text = [f"  {'step':>13}{'tokens/s a chip':>17}{'MFU':>7}{'memory':>9}  flags (times computed, memory estimated)"]
     largest = max((choice.memory for choice in choices[:MOST_CHOICES]), default=0)
+    said = _in_unit(choices[0].time.total if choices else 0.0)
     for choice in choices[:MOST_CHOICES]:
         rate = counts.tokens_per_step / choice.time.total
         count = choice.fit.num_devices
         share = model_flops_utilization(counts.flops_per_token, rate, chip.peak_bf16 * count)
         text.append(
-            f"  {_in_unit(choice.time.total)(choice.time.total):>9}{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
+            f"  {said(choice.time.total):>13}{rate / count * chip.devices:>17,.0f}{share:>7.1%}"
             f"{size_text(choice.memory, largest, DECIMAL, 0):>9}  {choice.fit.flags or 'as written'}"
         )
     return text

@@ -158,8 +158,8 @@ class Pipeline:
         return forward, add(*backward)
 
     def _has_inputs(self) -> np.ndarray:
-        """Return of which stages a gradient of the input is needed: 1 or 0."""
-        return np.minimum(np.arange(len(self.passes)), 1)
+        """Return of each stage whether a gradient of its input is needed: of all but the first."""
+        return np.arange(len(self.passes)) > 0
 
     def _links(self) -> list[int]:
         """Return of each permutation of a tick how many links it takes; they run one after another."""

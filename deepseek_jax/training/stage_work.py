@@ -30,7 +30,7 @@ from deepseek_jax.model.balance import no_routers
 from deepseek_jax.model.layer import Part, run_layers
 from deepseek_jax.model.rope import rotary_table
 from deepseek_jax.model.transformer import Output, embed, finish
-from deepseek_jax.parallel.gradient_sums import added
+from deepseek_jax.parallel.gradient_sums import GradientSum, added
 from deepseek_jax.parallel.mesh import vary
 from deepseek_jax.parallel.stages import STACKS, Stage
 from deepseek_jax.parallel.weights import attach, in_fp32
@@ -131,8 +131,7 @@ class StageWork:
         outputs, pull = jax.vjp(run, params, x_BSD)
         kept = outputs if self.shape.is_last else outputs._replace(hidden_BSD=None)
         leaves, tree = jax.tree.flatten(pull)
-        places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((params, quantized, bias)))}
-        known = [places.get(id(leaf)) for leaf in leaves]
+        known = known_weights(leaves, (params, quantized, bias))
         arrays = [leaf for leaf, place in zip(leaves, known, strict=True) if place is None]
         arrays += jax.tree.leaves(kept)
         if self.structure is None:
@@ -140,6 +139,7 @@ class StageWork:
             shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), outputs)
             packings = Packing(arrays), Packing(gradients)
             self.structure = Structure(tree, known, jax.tree.structure(kept), shapes, *packings)
+        assert known == self.structure.known, "two traces of a stage keep different weights: a slot would be misread"
         return outputs, arrays
 
     def objective(
@@ -236,6 +236,20 @@ class StageWork:
         if self.shape.is_last:
             return finish(model, execution, weights, top, parts, [inputs], (x_BSD,), observed, self.load, observe)
         return Output(x_BSD, (), observed[0] if observed else None)
+
+
+def known_weights(leaves: list[Any], weights: Any) -> list[int | None]:
+    """Return for each leaf of a derivative the number of the weight that it is, or None: it goes into a slot.
+
+    A weight is known by its identity. In a slot a weight costs memory and no more, but a sum that is lent must not be
+    there: it would stay as it was at F, and `added` would put it in place of all that was added since.
+    """
+    places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(weights))}
+    known = [places.get(id(leaf)) for leaf in leaves]
+    nodes = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, GradientSum))
+    lost = [node.total.shape for node in nodes if isinstance(node, GradientSum) and places[id(node.total)] not in known]
+    assert not lost, f"sums of gradients {lost} were lent, and the derivative reads copies of them"
+    return known
 
 
 def _layer(stack: Any, index: Any) -> Any:

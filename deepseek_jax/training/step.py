@@ -231,7 +231,7 @@ def _forward(
 
 def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rates, base: Any, shared: Batch):
     """Return gradients in the layout of the parameters, global sums and normalisers. Runs inside the shard_map."""
-    model, execution, objective = recipe.model, recipe.execution, recipe.objective
+    parts = model, execution, objective = recipe.model, recipe.execution, recipe.objective
     norms = lax.psum(objective.normalisers(batch), ROWS)
     if lax.axis_size(PIPE) > 1:
         grads, *sums = stage_gradients(recipe, weights, split(batch, recipe.micro_batch_size), norms, rates)
@@ -241,12 +241,12 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
     params = with_fp8(model, execution, weights.params) if base is None else adapt(base, weights.params)
     micro_batches = split(batch, recipe.micro_batch_size)
     several = micro_batches["tokens_BS"].shape[0] > 1
-    lent_sums = lends(execution, several, adapters=base is not None)
+    lends_sums = lends(execution, several, adapters=base is not None)
     params = load(params) if once else params
-    counts = unrolled(params, execution.scan_unroll) if lent_sums else {}
+    counts = unrolled(params, execution.scan_unroll) if lends_sums else {}
     params, router_bias = (apart(tree, counts) for tree in (params, weights.router_bias))
-    (params, whole_params), numbers = differentiated(params, base is not None), detach(params)[1]
-    parts = model, execution, objective
+    _, numbers = detach(params)
+    params, whole_params = differentiated(params, base is not None)
     load = (lambda tree: tree) if once else load
 
     def whole(params):
@@ -263,12 +263,12 @@ def _local_gradients(recipe: Recipe, weights: Weights, batch: Batch, rates: Rate
         return objective.total(sums.terms, router, norms, rates), sums
 
     def differentiate(micro_batch, total):
-        lent = lend(params, numbers, total[0]) if lent_sums and total else params
+        lent = lend(params, numbers, total[0]) if lends_sums and total else params
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(lent, micro_batch)
         return grads, sums  # FP32 as they are made
 
     grads, sums = sum_over(differentiate, micro_batches)
-    grads = lax.optimization_barrier(together(grads)) if counts else grads  # or the optimizer passes twice over all
+    grads = lax.optimization_barrier(together(grads)) if counts else grads  # else 82 GB, not 57 (experiments/log.md)
     return reduce_gradients(grads, model.num_experts) if once else grads, lax.psum(sums, TOKENS), norms
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.adapters import Adapted
-from deepseek_jax.model.experts_adapted import AdaptedExperts
+from deepseek_jax.model.experts_adapted import AdaptedExperts, pair_of
 from deepseek_jax.model.experts_blocks import BlockedExperts
 from deepseek_jax.model.experts_fp8 import Fp8Experts
 from deepseek_jax.model.experts_grouped import GroupedExperts
@@ -72,6 +72,25 @@ def test_derivatives_are_those_of_merged_weights(precision):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
         assert cosine >= LEAST[precision] and abs(np.linalg.norm(a) / np.linalg.norm(b) - 1) < 0.02, (path, cosine)
+
+
+def test_gradients_are_added_to_those_that_some_pairs_have(monkeypatch):
+    """One of two pairs comes with a sum so far, of ones: its gradients are the sum, the other's are as they were."""
+
+    class Begun(AdaptedExperts):
+        def backward(self, weights, *args):
+            pair = pair_of("down_EFD")
+            *rest, dweights = args
+            return super().backward(weights, *rest, dweights | {pair: jax.tree.map(jnp.ones_like, weights[pair])})
+
+    weights, x, g, gates = inputs()
+    given = weights, pairs(), x, g, gates, ids("absent"), "fp32"
+    want = value_and_gradients(*given)["pairs"]
+    monkeypatch.setitem(globals(), "AdaptedExperts", Begun)
+    got = jax.jit(lambda: value_and_gradients.__wrapped__(*given)["pairs"])()
+    for name, begun in (("gate_up_ED2F", 0), ("down_EFD", 1)):
+        for one, other in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+            np.testing.assert_allclose(one, other + begun, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -97,6 +97,16 @@ def test_a_step_that_does_not_fit_is_refused_and_the_next_number_named(monkeypat
         forecast.require_memory(tight, state, lambda text: None)
 
 
+def test_a_table_of_choices_has_one_unit_of_time(monkeypatch):
+    """That of the fastest, so that none is told as nothing: steps below and above a second stand in one column."""
+    found, state = planned(monkeypatch)
+    steps = [dataclasses.replace(found.time, idle=found.time.idle + total - found.time.total) for total in (0.02, 1.25)]
+    choices = [search.Choice(found.fit, 1e9, time) for time in steps]
+    head, *rows = forecast.choices_table(choices, CHIPS["h200"], count(found.fit.config, state))
+    assert [row.split()[:2] for row in rows] == [["20.00", "ms"], ["1,250.00", "ms"]]
+    assert {len("step") + head.index("step"), *(row.index("ms") + 2 for row in rows)} == {15}
+
+
 def test_the_next_number_begins_anywhere_and_ends_at_the_pod(monkeypatch):
     monkeypatch.setattr(estimate, "living", lambda config, mesh: Living(10**8, 10**6))
     config = config_of()

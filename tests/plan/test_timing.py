@@ -81,6 +81,19 @@ def test_our_own_times_are_those_of_the_records():
         assert statistics.median(found) == pytest.approx(own.seconds, rel=2e-3), own.name
 
 
+def test_the_pauses_that_rows_tell_are_those_of_the_records():
+    """In whole ms, one record each."""
+    records = json.loads((ROOT / "experiments" / "results" / calibration.SCHEDULES).read_text())
+    found = [r for r in records if r["mode"] == "pauses of a traced step"]
+    pauses = {(r.get("schedule", ""), r["precision"]): round(r["value"]) for r in found}
+    told = {
+        (schedule, precision): round(1e3 * seconds)
+        for schedule, of in calibration.SHORT_STEPS.items()
+        for precision, (_, seconds) in of.items()
+    }
+    assert pauses == told and len(found) == len(told)
+
+
 def on(devices, chip="h200", **changes):
     """The predicted step of the small model."""
     tree = small.config_dict()

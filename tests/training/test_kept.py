@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.parallel.gradient_sums import GradientSum
 from deepseek_jax.training import kept
+from deepseek_jax.training.stage_work import known_weights
 
 SHAPES = ((3, 5), (7,), (), (40,), (2, 3, 4), (60,))
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32, jnp.bool_)
@@ -35,3 +37,12 @@ def test_a_slot_gives_back_what_was_written(most, monkeypatch):
     alone = max(np.prod(shape, dtype=int) for shape in SHAPES)  # an array is never cut
     assert all(numbers.shape[1] <= max(most, alone) for numbers in slots.values())
     assert (max(number for _, number in slots) > 0) == (most == 50)
+
+
+def test_a_slot_keeps_no_sum_that_is_lent():
+    """A weight that the derivative copied is kept, and costs memory; of a sum, the slot would have the old numbers."""
+    weight, total, kept_too = (jnp.full(3, value) for value in (1.0, 2.0, 3.0))
+    weights = {"norm_D": weight, "sum": GradientSum(total)}
+    assert known_weights([kept_too, total, jnp.array(weight), weight], weights) == [None, 1, None, 0]
+    with pytest.raises(AssertionError, match=r"sums of gradients \[\(3,\)\] were lent, and the derivative reads"):
+        known_weights([weight, jnp.array(total)], weights)
