@@ -91,22 +91,28 @@ def _check_needs(problem: Problem, grpo: Grpo) -> None:
     """Refuse a problem that a reward could not judge: in a run it would fail, or count as 0, each time."""
     for name in grpo.rewards:
         need = NEEDS.get(name)
-        value = getattr(problem, need) if need else True
-        if not (value in SCRIPTS if need == "language" else value.strip() if isinstance(value, str) else value):
-            remedy = f", one of {', '.join(sorted(SCRIPTS))}" * (need == "language")
+        if need and not _serves(need, getattr(problem, need)):
+            known = f", one of {', '.join(sorted(SCRIPTS))}" if need == "language" else ""
             raise ValueError(
-                f"the reward {name!r} reads {need!r}{remedy}, and problem {shown(repr(problem.name))} of"
-                f" {shown(repr(grpo.problems))} has {shown(repr(value))}; write it in a .jsonl"
+                f"the reward {name!r} reads {need!r}{known}, and problem {shown(repr(problem.name))} of"
+                f" {shown(repr(grpo.problems))} has {shown(repr(getattr(problem, need)))}; write it in a .jsonl"
                 " file of problems, or use another reward"
             )
         if name in MATHEMATICAL:
             try:
-                reference(str(value))
+                reference(str(problem.answer))
             except ValueError as error:
                 raise ValueError(
                     f"the answer of problem {shown(repr(problem.name))} of {shown(repr(grpo.problems))} can never be"
                     f" met by the reward {name!r}: {error}"
                 ) from error
+
+
+def _serves(need: str, value: Any) -> bool:
+    """Return whether a reward can judge by this value of a problem's field."""
+    if need == "language":
+        return value in SCRIPTS
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
 
 
 def read_problems(path: Path) -> list[Problem]:
